@@ -1,0 +1,383 @@
+"""Artifacts: folders whose `manifest.json`, written last, says that they are complete.
+
+A stage calls `produce` with its config, the fingerprints of its inputs and the work to do.
+
+    manifest there, same fingerprint      nothing is done, and it says so
+    manifest there, other fingerprint     refused, unless told to overwrite
+    `building.json` there, same           an earlier process was killed: the work goes on
+    `building.json` there, other          refused, unless told to overwrite
+
+While work goes on, `building.json` holds a heartbeat and the progress, so that `readapt status`
+can tell running from dead and two drivers do not write into one folder.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError
+from readapt_ray.progress import ProgressReporter, duration
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+BUILDING_NAME = "building.json"
+_HEARTBEAT_S = 5.0
+_STALE_S = 30.0
+_VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a complete artifact says of itself."""
+
+    stage: str
+    fingerprint: str
+    """Hex digest of the stage, its options and its inputs: equal means the same content."""
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """The fingerprint of each input, by the name of its option."""
+    counts: dict[str, int]
+    """Rows, tokens, bytes and the like."""
+    details: dict[str, Any]
+    """What else the stage has to say."""
+    seconds: float
+    created: str
+    versions: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact: where it lies and what it says of itself."""
+
+    location: Location
+    manifest: Manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of its content."""
+        return self.manifest.fingerprint
+
+    @property
+    def uri(self) -> str:
+        """Where it lies."""
+        return self.location.uri
+
+
+@dataclass
+class Workspace:
+    """The folder that a stage fills. What it leaves in `counts` and `details` goes into the manifest."""
+
+    location: Location
+    fingerprint: str
+    reporter: ProgressReporter
+    counts: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def progress(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
+        """Say how far the work is; shown to the user and to `readapt status`."""
+        self.reporter.update(done, total, unit=unit, note=note)
+
+
+def fingerprint(content: Any) -> str:
+    """32 hex characters that stand for a JSON-like value, whatever the order of its keys."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def read_manifest(uri: str | Location) -> Manifest | None:
+    """The manifest of the artifact in a folder; None where there is none, so no complete artifact.
+
+    Raises:
+        CorruptFileError: the manifest cannot be read.
+    """
+    location = (uri if isinstance(uri, Location) else Location(uri)) / MANIFEST_NAME
+    if not location.is_file():
+        return None
+    try:
+        values = json.loads(location.read_text())
+        known = {each.name for each in dataclasses.fields(Manifest)}
+        return Manifest(**{name: value for name, value in values.items() if name in known})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{location} is not a manifest: {error}; remove that folder and run its stage again"
+        ) from error
+
+
+def open_artifact(uri: str, stage: str) -> Artifact:
+    """The complete artifact of a stage.
+
+    Raises:
+        ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
+    """
+    location = Location(uri)
+    manifest = read_manifest(location)
+    if manifest is None:
+        if (location / BUILDING_NAME).exists():
+            raise ArtifactMissingError(
+                f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
+            )
+        state = "holds no manifest.json" if location.exists() else "does not exist"
+        raise ArtifactMissingError(f"{uri!r} {state}; give the output folder of `readapt {stage}`")
+    if manifest.stage != stage:
+        raise ArtifactMissingError(
+            f"{uri!r} is the output of {manifest.stage!r}; give the output folder of `readapt {stage}`"
+        )
+    return Artifact(location, manifest)
+
+
+def produce(
+    stage: str,
+    config: StageConfig,
+    *,
+    inputs: Mapping[str, str],
+    work: Callable[[Workspace], None],
+    identity: Mapping[str, Any] | None = None,
+) -> Artifact:
+    """Make the artifact of a stage, unless it is there.
+
+    Args:
+        stage: the stage's name.
+        config: its options; those that decide the content are fingerprinted.
+        inputs: the fingerprint of each input.
+        work: fills the workspace. It finds there what a killed process left, and goes on from it.
+        identity: what else decides the content (a resolved default, say).
+
+    Raises:
+        ArtifactConflictError: the folder holds something else, or another process is at it.
+    """
+    location = Location(config.output)
+    identified = fingerprint(
+        {
+            "stage": stage,
+            "format": FORMAT_VERSION,
+            "config": config.identity(),
+            "inputs": dict(inputs),
+            "also": dict(identity or {}),
+        }
+    )
+    present = read_manifest(location)
+    if present is not None:
+        if present.fingerprint == identified:
+            logger.info("%s: already complete in %s", stage, config.output)
+            return Artifact(location, present)
+        _refuse_or_clear(location, config, stage, present.stage, present.config, present.inputs, inputs)
+    lease = _take_lease(location, config, stage, identified, inputs)
+    started_s = time.monotonic()
+    with ProgressReporter(stage) as reporter, _Heartbeat(location, lease, reporter):
+        workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
+        work(workspace)
+    manifest = Manifest(
+        stage=stage,
+        fingerprint=identified,
+        config=config.settings(),
+        inputs=dict(inputs),
+        counts=workspace.counts,
+        details=workspace.details,
+        seconds=round(lease["seconds_before"] + time.monotonic() - started_s, 3),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=_versions(),
+    )
+    (location / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
+    (location / BUILDING_NAME).delete()
+    logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
+    return Artifact(location, manifest)
+
+
+def read_building(uri: str | Location) -> dict[str, Any] | None:
+    """What an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
+    location = (uri if isinstance(uri, Location) else Location(uri)) / BUILDING_NAME
+    try:
+        return dict(json.loads(location.read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def is_alive(building: Mapping[str, Any]) -> bool:
+    """Whether the process that an unfinished artifact names still works on it."""
+    if building["host"] == socket.gethostname() and building["boot"] == _boot_id():
+        return _process_exists(int(building["pid"]), float(building["process_started"]))
+    return bool(time.time() - float(building["heartbeat"]) < _STALE_S)
+
+
+def _take_lease(
+    location: Location, config: StageConfig, stage: str, identified: str, inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    building = read_building(location)
+    seconds_before = 0.0
+    if building is not None:
+        _wait_until_dead(building, location)
+        if building["fingerprint"] == identified and not config.overwrite:
+            logger.info("%s: goes on where it stopped in %s", stage, config.output)
+            seconds_before = float(building["seconds"])
+        elif building["fingerprint"] != identified:
+            _refuse_or_clear(location, config, stage, building["stage"], building["config"], building["inputs"], inputs)
+        else:
+            location.delete()
+    elif not config.overwrite and location.is_folder() and location.listing():
+        raise ArtifactConflictError(
+            f"{config.output!r} holds files that no stage of readapt made; give an empty or new folder as the output"
+        )
+    return {
+        "stage": stage,
+        "fingerprint": identified,
+        "config": config.settings(),
+        "inputs": dict(inputs),
+        "owner": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "boot": _boot_id(),
+        "pid": os.getpid(),
+        "process_started": _process_started(os.getpid()),
+        "started": time.time(),
+        "seconds_before": seconds_before,
+    }
+
+
+def _wait_until_dead(building: Mapping[str, Any], location: Location) -> None:
+    """Return once the owner's heartbeat has stopped.
+
+    Raises:
+        ArtifactConflictError: it goes on.
+    """
+    seen = building
+    while is_alive(seen):
+        same_host = seen["host"] == socket.gethostname()
+        if not same_host:
+            logger.info(
+                "%s was in use by %s %.0f s ago; waiting to see whether it still is",
+                location,
+                seen["host"],
+                time.time() - seen["heartbeat"],
+            )
+            time.sleep(_HEARTBEAT_S * 2)
+        latest = read_building(location) or {**seen, "heartbeat": 0.0}
+        if same_host or latest["heartbeat"] > building["heartbeat"]:
+            raise ArtifactConflictError(
+                f"process {seen['pid']} on {seen['host']} is writing {location}; wait for it to end, or give another output"
+            )
+        seen = latest
+
+
+def _refuse_or_clear(
+    location: Location,
+    config: StageConfig,
+    stage: str,
+    present_stage: str,
+    present_config: Mapping[str, Any],
+    present_inputs: Mapping[str, str],
+    inputs: Mapping[str, str],
+) -> None:
+    if config.overwrite:
+        location.delete()
+        return
+    if present_stage != stage:
+        differs = f"it is the output of {present_stage!r}"
+    else:
+        wanted = config.settings()
+        names = sorted(config.identity().keys() | inputs.keys())
+        changes = [
+            f"{n}: {present_config.get(n)!r} there, {wanted[n]!r} now"
+            for n in names
+            if n in wanted and present_config.get(n) != wanted[n]
+        ]
+        changes += [
+            f"{n}: its content changed"
+            for n in sorted(inputs)
+            if present_inputs.get(n) != inputs[n] and present_config.get(n) == wanted.get(n)
+        ]
+        differs = "; ".join(changes) or "it was made by another version or from other inputs"
+    raise ArtifactConflictError(
+        f"{config.output!r} already holds something else ({differs}); give another output, or --overwrite to replace it"
+    )
+
+
+class _Heartbeat:
+    """Writes `building.json` every few seconds until the block ends; leaves it there, as a mark to go on from."""
+
+    def __init__(self, location: Location, lease: dict[str, Any], reporter: ProgressReporter) -> None:
+        self._file = location / BUILDING_NAME
+        self._lease = lease
+        self._reporter = reporter
+        self._stop = threading.Event()
+        self._started_s = time.monotonic()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> None:
+        self._write()
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT_S):
+            try:
+                self._write()
+            except OSError as error:
+                logger.warning("cannot write %s: %s", self._file, error)
+
+    def _write(self) -> None:
+        seconds = self._lease["seconds_before"] + time.monotonic() - self._started_s
+        progress = {
+            "done": self._reporter.done,
+            "total": self._reporter.total,
+            "unit": self._reporter.unit,
+            "rate": self._reporter.rate(),
+        }
+        state = {**self._lease, "heartbeat": time.time(), "seconds": round(seconds, 3), "progress": progress}
+        self._file.write_text(json.dumps(state, default=str))
+
+
+def _boot_id() -> str:
+    try:
+        with Path("/proc/sys/kernel/random/boot_id").open() as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _process_started(pid: int) -> float:
+    import psutil
+
+    try:
+        return float(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def _process_exists(pid: int, started: float) -> bool:
+    now = _process_started(pid)
+    return now != 0.0 and abs(now - started) < 2.0 and pid != os.getpid()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _VERSIONED_PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return "".join(f", {value:,} {name.removeprefix('num_').replace('_', ' ')}" for name, value in counts.items())

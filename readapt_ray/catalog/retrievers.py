@@ -1,0 +1,213 @@
+"""Retrievers that are known: how each wants its text, and from which pretrained model it was made.
+
+A row is all that the package knows of a model; a model that is not here brings its contract in its
+own folder (`readapt.json`, or the files of sentence-transformers), or by options.
+"""
+
+from typing import Literal
+
+from readapt_ray.config import Config
+from readapt_ray.errors import ModelError
+
+Pooling = Literal["last", "mean", "cls"]
+Attention = Literal["causal", "bidirectional"]
+Objective = Literal["causal_lm", "masked_lm"]
+
+
+class Encoding(Config):
+    """How text becomes a vector: the contract between a retriever and whoever feeds it."""
+
+    query_template: str = "{text}"
+    """Text of a query; `{text}` and, where the model has instructions, `{task}` are filled in."""
+    passage_template: str = "{title} {text}"
+    """Text of a passage; `{title}` and `{text}` are filled in. Without a title no space is left over."""
+    task: str = ""
+    """The instruction that `{task}` stands for."""
+    pooling: Pooling
+    """Which hidden states become the vector: of the last token, the first (cls), or the mean."""
+    normalize: bool = True
+    """Whether vectors have length 1, so that the inner product is the cosine."""
+    add_bos: bool
+    """Whether the ids begin with the tokenizer's BOS (CLS for encoders)."""
+    add_eos: bool
+    """Whether the ids end with the tokenizer's EOS (SEP for encoders)."""
+    max_query_tokens: int = 512
+    """Longest query in tokens, specials included; what is longer is cut before the EOS."""
+    max_passage_tokens: int = 512
+    """Longest passage in tokens, specials included; what is longer is cut before the EOS."""
+    lower_case: bool = False
+    """Whether text is lower-cased before it is tokenised (a sentence-transformers setting)."""
+
+
+class Retriever(Config):
+    """One row of the catalog."""
+
+    name: str
+    """The name on the command line."""
+    hub_id: str
+    """Where its weights are."""
+    pretrained: str
+    """Catalog name or hub id of the model before retrieval training."""
+    encoding: Encoding
+    """How it wants its text."""
+    dora_targets: tuple[str, ...]
+    """Modules that a knowledge adapter is trained on: query, key, value, up and down projections."""
+    objective: Objective = "causal_lm"
+    """What its pretrained model is trained with on unlabelled text."""
+    source: str
+    """Where these facts are from."""
+
+
+LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+BERT_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
+
+_WEB_TASK = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+def _instructed(**changes: object) -> Encoding:
+    values: dict[str, object] = {
+        "query_template": "Instruct: {task}\nQuery: {text}",
+        "task": _WEB_TASK,
+        "pooling": "last",
+        "add_bos": True,
+        "add_eos": True,
+    }
+    return Encoding.model_validate(values | changes)
+
+
+def _encoder(**changes: object) -> Encoding:
+    return Encoding.model_validate({"pooling": "mean", "add_bos": True, "add_eos": True} | changes)
+
+
+RETRIEVERS: tuple[Retriever, ...] = (
+    Retriever(
+        name="quickstart-retriever",
+        hub_id="builtin:quickstart/retriever",
+        pretrained="quickstart-pretrained",
+        encoding=Encoding(
+            query_template="query: {text}",
+            passage_template="passage: {title} {text}",
+            pooling="last",
+            add_bos=True,
+            add_eos=True,
+            max_query_tokens=64,
+            max_passage_tokens=128,
+        ),
+        dora_targets=LLAMA_TARGETS,
+        source="made by benchmarks/quickstart_pair.py",
+    ),
+    Retriever(
+        name="repllama",
+        hub_id="castorini/repllama-v1-7b-lora-passage",
+        pretrained="meta-llama/Llama-2-7b-hf",
+        encoding=Encoding(
+            query_template="query: {text}",
+            passage_template="passage: {title} {text}",
+            pooling="last",
+            add_bos=True,
+            add_eos=True,
+        ),
+        dora_targets=LLAMA_TARGETS,
+        source="texttron/tevatron examples/repllama/{data,repllama}.py",
+    ),
+    Retriever(
+        name="e5-mistral",
+        hub_id="intfloat/e5-mistral-7b-instruct",
+        pretrained="mistralai/Mistral-7B-v0.1",
+        encoding=_instructed(),
+        dora_targets=LLAMA_TARGETS,
+        source="microsoft/unilm e5/utils.py, e5/mteb_beir_eval.py",
+    ),
+    Retriever(
+        name="sfr-embedding-mistral",
+        hub_id="Salesforce/SFR-Embedding-Mistral",
+        pretrained="mistralai/Mistral-7B-v0.1",
+        encoding=_instructed(),
+        dora_targets=LLAMA_TARGETS,
+        source="model card of Salesforce/SFR-Embedding-Mistral, from memory",
+    ),
+    Retriever(
+        name="linq-embed-mistral",
+        hub_id="Linq-AI-Research/Linq-Embed-Mistral",
+        pretrained="mistralai/Mistral-7B-v0.1",
+        encoding=_instructed(),
+        dora_targets=LLAMA_TARGETS,
+        source="model card of Linq-AI-Research/Linq-Embed-Mistral, from memory",
+    ),
+    *(
+        Retriever(
+            name=f"qwen3-embedding-{size.lower()}",
+            hub_id=f"Qwen/Qwen3-Embedding-{size}",
+            pretrained=f"Qwen/Qwen3-{size}-Base",
+            encoding=_instructed(query_template="Instruct: {task}\nQuery:{text}", add_bos=False),
+            dora_targets=LLAMA_TARGETS,
+            source=f"model card of Qwen/Qwen3-Embedding-{size}, from memory",
+        )
+        for size in ("0.6B", "4B", "8B")
+    ),
+    Retriever(
+        name="m3e-base",
+        hub_id="moka-ai/m3e-base",
+        pretrained="hfl/chinese-roberta-wwm-ext",
+        encoding=_encoder(),
+        dora_targets=BERT_TARGETS,
+        objective="masked_lm",
+        source="model card of moka-ai/m3e-base, from memory",
+    ),
+    Retriever(
+        name="bge-base-zh",
+        hub_id="BAAI/bge-base-zh",
+        pretrained="hfl/chinese-roberta-wwm-ext",
+        encoding=_encoder(pooling="cls", query_template="为这个句子生成表示以用于检索相关文章：{text}"),
+        dora_targets=BERT_TARGETS,
+        objective="masked_lm",
+        source="model card of BAAI/bge-base-zh, from memory",
+    ),
+    Retriever(
+        name="bce-embedding-base",
+        hub_id="maidalun1020/bce-embedding-base_v1",
+        pretrained="FacebookAI/xlm-roberta-base",
+        encoding=_encoder(pooling="cls"),
+        dora_targets=BERT_TARGETS,
+        objective="masked_lm",
+        source="model card of maidalun1020/bce-embedding-base_v1, from memory",
+    ),
+    Retriever(
+        name="all-minilm-l6-v2",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        pretrained="nreimers/MiniLM-L6-H384-uncased",
+        encoding=_encoder(max_query_tokens=256, max_passage_tokens=256),
+        dora_targets=BERT_TARGETS,
+        objective="masked_lm",
+        source="its modules.json and sentence_bert_config.json",
+    ),
+)
+
+PRETRAINED: dict[str, str] = {"quickstart-pretrained": "builtin:quickstart/pretrained"}
+"""Pretrained models that have a name of their own; all others go by hub id."""
+
+
+def find_retriever(name: str) -> Retriever | None:
+    """The row of a catalog name or hub id; None for a model that is not in the catalog."""
+    for row in RETRIEVERS:
+        if name.lower() in (row.name, row.hub_id.lower()):
+            return row
+    return None
+
+
+def hub_id(name: str) -> str:
+    """What a catalog name stands for; any other name stands for itself."""
+    row = find_retriever(name)
+    return row.hub_id if row else PRETRAINED.get(name.lower(), name)
+
+
+def retriever(name: str) -> Retriever:
+    """The row of a catalog name or hub id.
+
+    Raises:
+        ModelError: there is none.
+    """
+    row = find_retriever(name)
+    if row is None:
+        raise ModelError(f"no retriever {name!r} in the catalog; it has {', '.join(each.name for each in RETRIEVERS)}")
+    return row

@@ -1,0 +1,54 @@
+"""The exceptions of readapt_ray.
+
+Two families: `InputError` is the user's to mend (exit code 2; the message names the value, what
+is allowed and what to do), everything else is a failure of the work (exit code 1). All of them
+carry one message and survive pickling, so they cross Ray's process borders unchanged.
+"""
+
+
+class ReadaptError(Exception):
+    """A failure that readapt_ray recognised. `str(error)` is one clear message."""
+
+    exit_code = 1
+
+
+class InputError(ReadaptError):
+    """What was given cannot be used: the message says what is allowed and what to do."""
+
+    exit_code = 2
+
+
+class ArtifactConflictError(InputError):
+    """A folder already holds another artifact, or another process is writing there."""
+
+
+class ArtifactMissingError(InputError):
+    """A folder that should hold a complete artifact of some stage does not."""
+
+
+class CorpusError(InputError):
+    """A corpus is missing, empty, or does not have the columns or the text that it must."""
+
+
+class ModelError(InputError):
+    """A model cannot be found, is not one, or does not fit what it is used with."""
+
+
+class WeightMismatchError(ModelError):
+    """Two checkpoints that must agree tensor by tensor do not."""
+
+
+class FingerprintMismatchError(InputError):
+    """Vectors, an index or a model of different making would be mixed."""
+
+
+class PlacementError(InputError):
+    """The cluster cannot give what a stage asks for."""
+
+
+class CorruptFileError(ReadaptError):
+    """A file of an artifact was cut short or altered."""
+
+
+class TrainingDivergedError(ReadaptError):
+    """The loss became NaN or infinite; the last good checkpoint is kept."""

@@ -1,0 +1,47 @@
+"""The four records that the whole package speaks of, and how each lies in Parquet."""
+
+from typing import NamedTuple
+
+import pyarrow as pa
+
+
+class Passage(NamedTuple):
+    """A unit of the corpus. `title` may be empty."""
+
+    doc_id: str
+    title: str
+    text: str
+
+
+class Query(NamedTuple):
+    """What is searched for."""
+
+    query_id: str
+    text: str
+
+
+class Qrel(NamedTuple):
+    """A judgement: how relevant a passage is to a query; 0 is not at all."""
+
+    query_id: str
+    doc_id: str
+    relevance: int
+
+
+class ScoredDoc(NamedTuple):
+    """One line of a run: a passage retrieved for a query. A higher score is better."""
+
+    query_id: str
+    doc_id: str
+    score: float
+
+
+PASSAGE_SCHEMA = pa.schema([("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+QUERY_SCHEMA = pa.schema([("query_id", pa.string()), ("text", pa.string())])
+QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("relevance", pa.int64())])
+
+
+def vector_schema(dimension: int, dtype: str) -> pa.Schema:
+    """Vectors as plain Arrow: `dtype` is float32 or float16, `dimension` numbers a row."""
+    element = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
+    return pa.schema([("doc_id", pa.string()), ("vector", pa.list_(element, dimension))])

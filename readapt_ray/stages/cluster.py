@@ -1,0 +1,63 @@
+"""The one place that starts or joins Ray: quiet on the terminal, complete in the log files."""
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all."""
+
+    num_cpus: int
+    num_gpus: int
+    num_nodes: int
+
+
+def connect() -> Resources:
+    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; nothing happens where it runs already."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET}},
+        )
+    _hush_ray_data()
+    totals = ray.cluster_resources()
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    return Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=num_nodes)
+
+
+def _hush_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def disconnect() -> None:
+    """Leave Ray; a Ray that `connect` started on this machine ends."""
+    import ray
+
+    with contextlib.suppress(ConnectionError):
+        ray.shutdown()

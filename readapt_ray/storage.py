@@ -1,0 +1,207 @@
+"""Files and folders on any filesystem that `pyarrow.fs` opens by URI.
+
+A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Whole files only: a
+write is seen entirely or not at all (a temporary name and a rename on a disk, one upload on an
+object store), so a reader never meets half a file.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import pyarrow.fs as pafs
+
+from readapt_ray.errors import InputError
+
+_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder. `uri` is a local path or a URI; equality is by that text."""
+
+    uri: str
+
+    @functools.cached_property
+    def _opened(self) -> tuple[pafs.FileSystem, str]:
+        if "://" not in self.uri:
+            return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.uri))
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(self.uri)
+        except (ValueError, NotImplementedError, OSError) as error:
+            raise InputError(
+                f"cannot open {self.uri!r}: {error}; give a local path or a URI that pyarrow opens, such as s3://bucket/folder"
+            ) from error
+        return filesystem, path
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "uri", state["uri"])
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow filesystem that holds it."""
+        return self._opened[0]
+
+    @property
+    def path(self) -> str:
+        """The path inside `filesystem`."""
+        return self._opened[1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine's disk."""
+        return isinstance(self.filesystem, pafs.LocalFileSystem)
+
+    @property
+    def local_path(self) -> Path:
+        """The path on this machine.
+
+        Raises:
+            InputError: it is not on this machine's disk.
+        """
+        if not self.is_local:
+            raise InputError(f"{self.uri!r} is not on a local disk; copy it to one first")
+        return Path(self.path)
+
+    @property
+    def name(self) -> str:
+        """The last component of the path."""
+        return self.path.rstrip("/").rsplit("/", 1)[-1]
+
+    def __truediv__(self, part: str) -> "Location":
+        head, mark, query = self.uri.partition("?")
+        return Location(f"{head.rstrip('/')}/{part}{mark}{query}")
+
+    def exists(self) -> bool:
+        """Whether there is a file or folder here."""
+        return bool(self._info().type != pafs.FileType.NotFound)
+
+    def is_file(self) -> bool:
+        """Whether there is a file here."""
+        return bool(self._info().type == pafs.FileType.File)
+
+    def is_folder(self) -> bool:
+        """Whether there is a folder here."""
+        return bool(self._info().type == pafs.FileType.Directory)
+
+    def size_bytes(self) -> int:
+        """The length of the file."""
+        return int(self._info().size)
+
+    def _info(self) -> pafs.FileInfo:
+        return self.filesystem.get_file_info(self.path)
+
+    def files(self, suffix: str = "", *, recursive: bool = False) -> list["Location"]:
+        """The files in this folder in the order of their names; none where there is no folder.
+
+        Temporary files of unfinished writes are left out.
+        """
+        return [self / relative for relative, _ in self.listing(suffix, recursive=recursive)]
+
+    def listing(self, suffix: str = "", *, recursive: bool = False) -> list[tuple[str, pafs.FileInfo]]:
+        """As `files`: each file's path relative to this folder, and what the filesystem says of it."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        found = []
+        for info in self.filesystem.get_file_info(selector):
+            relative = info.path[len(self.path.rstrip("/")) + 1 :]
+            if info.type == pafs.FileType.File and relative.endswith(suffix) and not info.base_name.startswith(".tmp-"):
+                found.append((relative, info))
+        return sorted(found, key=lambda pair: pair[0])
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self.filesystem.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
+
+    def read_text(self) -> str:
+        """The whole file as UTF-8."""
+        return self.read_bytes().decode("utf-8")
+
+    def open_input(self) -> IO[bytes]:
+        """A readable, seekable binary file."""
+        return self.filesystem.open_input_file(self.path)  # type: ignore[no-any-return]
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the whole file, replacing one that is there."""
+        with self.open_output() as stream:
+            stream.write(data)
+
+    def write_text(self, text: str) -> None:
+        """Write the whole file as UTF-8, replacing one that is there."""
+        self.write_bytes(text.encode("utf-8"))
+
+    @contextlib.contextmanager
+    def open_output(self) -> Iterator[IO[bytes]]:
+        """A binary file to write; it appears under its name when the block ends without an error."""
+        parent, _, name = self.path.rpartition("/")
+        temporary = f"{parent}/.tmp-{uuid.uuid4().hex[:12]}-{name}"
+        self.filesystem.create_dir(parent, recursive=True)
+        try:
+            with self.filesystem.open_output_stream(temporary) as stream:
+                yield stream
+            if self.is_local:
+                with Path(temporary).open("rb") as written:
+                    os.fsync(written.fileno())
+            self.filesystem.move(temporary, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(temporary)
+            raise
+
+    def delete(self) -> None:
+        """Remove the file or the folder with all in it; nothing happens where there is none."""
+        kind = self._info().type
+        if kind == pafs.FileType.Directory:
+            self.filesystem.delete_dir(self.path)
+        elif kind == pafs.FileType.File:
+            self.filesystem.delete_file(self.path)
+
+    def copy_to(self, target: "Location") -> None:
+        """Copy the file, or the folder with all in it, through this machine."""
+        if self.is_folder():
+            for relative, _ in self.listing(recursive=True):
+                (self / relative).copy_to(target / relative)
+            return
+        with self.filesystem.open_input_stream(self.path) as source, target.open_output() as sink:
+            while chunk := source.read(_CHUNK_BYTES):
+                sink.write(chunk)
+
+    def sha256(self) -> str:
+        """Hex digest of the file's content."""
+        digest = hashlib.sha256()
+        with self.filesystem.open_input_stream(self.path) as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:
+        """What lies here, by relative name: SHA-256 on a local disk; size and time on an object store.
+
+        A store is not read, so that a corpus of terabytes is not fetched to be recognised.
+        """
+        if self.is_file():
+            infos = [(self.name, self, self._info())]
+        else:
+            infos = [
+                (name, self / name, info) for name, info in self.listing(recursive=True) if name.endswith(suffixes)
+            ]
+        return {
+            name: location.sha256() if self.is_local else f"{info.size}:{info.mtime_ns}"
+            for name, location, info in infos
+        }
