@@ -1,0 +1,102 @@
+"""Adapt an LLM retriever to a private corpus from unlabelled text alone, re-embed it and serve it, on Ray.
+
+Each stage is a function of its config and returns the artifact that it made:
+
+    import readapt_ray as ra
+
+    corpus = ra.ingest(ra.IngestConfig(source="notes/", output="run/corpus"))
+    adapter = ra.train(ra.TrainConfig(pretrained="mistralai/Mistral-7B-v0.1", corpus=corpus.uri, output="run/adapter"))
+
+Ray is joined where `RAY_ADDRESS` names a cluster or a notebook has started it, and started on this
+machine otherwise. The core floors (`sources`, `training`, `weights`, `retrieval`) are plain functions.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from readapt_ray.artifacts import Artifact, Manifest, open_artifact
+    from readapt_ray.catalog.models import encoding_of, find_model
+    from readapt_ray.catalog.retrievers import Encoding
+    from readapt_ray.errors import InputError, ReadaptError
+    from readapt_ray.recipes import RunConfig, plan_run, run
+    from readapt_ray.recipes import train_on_passages as train
+    from readapt_ray.retrieval.encoder import Encoder
+    from readapt_ray.serving.app import ServeConfig, serve
+    from readapt_ray.stages.embed import EmbedConfig, embed
+    from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
+    from readapt_ray.stages.finetune import FinetuneConfig, finetune
+    from readapt_ray.stages.index import IndexConfig, index
+    from readapt_ray.stages.ingest import IngestConfig, ingest
+    from readapt_ray.stages.merge import MergeConfig, merge
+    from readapt_ray.stages.pack import PackConfig, pack
+    from readapt_ray.stages.search import SearchConfig, search
+    from readapt_ray.stages.train import TrainConfig
+    from readapt_ray.stages.tune import TuneConfig, tune
+
+_HOMES: dict[str, str] = {
+    **dict.fromkeys(("Artifact", "Manifest", "open_artifact"), "artifacts"),
+    **dict.fromkeys(("encoding_of", "find_model"), "catalog.models"),
+    "Encoding": "catalog.retrievers",
+    **dict.fromkeys(("InputError", "ReadaptError"), "errors"),
+    **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes"),
+    "Encoder": "retrieval.encoder",
+    **dict.fromkeys(("ServeConfig", "serve"), "serving.app"),
+    "train": "recipes:train_on_passages",
+    "TrainConfig": "stages.train",
+    **{
+        name: f"stages.{stage}"
+        for stage in ("embed", "evaluate", "finetune", "index", "ingest", "merge", "pack", "search", "tune")
+        for name in (stage, f"{stage.capitalize()}Config")
+    },
+}
+
+__all__ = [
+    "Artifact",
+    "EmbedConfig",
+    "Encoder",
+    "Encoding",
+    "EvaluateConfig",
+    "FinetuneConfig",
+    "IndexConfig",
+    "IngestConfig",
+    "InputError",
+    "Manifest",
+    "MergeConfig",
+    "PackConfig",
+    "ReadaptError",
+    "RunConfig",
+    "SearchConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "TuneConfig",
+    "embed",
+    "encoding_of",
+    "evaluate",
+    "find_model",
+    "finetune",
+    "index",
+    "ingest",
+    "merge",
+    "open_artifact",
+    "pack",
+    "plan_run",
+    "run",
+    "search",
+    "serve",
+    "train",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name where it is first used, so that `import readapt_ray` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'readapt_ray' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(f"readapt_ray.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

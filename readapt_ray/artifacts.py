@@ -7,6 +7,9 @@ A stage calls `produce` with its config, the fingerprints of its inputs and the 
     `building.json` there, same           an earlier process was killed: the work goes on
     `building.json` there, other          refused, unless told to overwrite
 
+An output that ends with `.trec` is an artifact of one file, its records beside it under its name
+(`base.trec.manifest.json`).
+
 While work goes on, `building.json` holds a heartbeat and the progress, so that `readapt status`
 can tell running from dead and two drivers do not write into one folder.
 """
@@ -29,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError
+from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.progress import ProgressReporter, duration
 from readapt_ray.storage import Location
 
@@ -38,6 +41,7 @@ logger = logging.getLogger("readapt_ray")
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BUILDING_NAME = "building.json"
+SINGLE_FILE_SUFFIX = ".trec"
 _HEARTBEAT_S = 5.0
 _STALE_S = 30.0
 _VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
@@ -108,7 +112,7 @@ def read_manifest(uri: str | Location) -> Manifest | None:
     Raises:
         CorruptFileError: the manifest cannot be read.
     """
-    location = (uri if isinstance(uri, Location) else Location(uri)) / MANIFEST_NAME
+    location = _record(uri if isinstance(uri, Location) else Location(uri), MANIFEST_NAME)
     if not location.is_file():
         return None
     try:
@@ -130,7 +134,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     location = Location(uri)
     manifest = read_manifest(location)
     if manifest is None:
-        if (location / BUILDING_NAME).exists():
+        if _record(location, BUILDING_NAME).exists():
             raise ArtifactMissingError(
                 f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
             )
@@ -178,12 +182,16 @@ def produce(
         if present.fingerprint == identified:
             logger.info("%s: already complete in %s", stage, config.output)
             return Artifact(location, present)
-        _refuse_or_clear(location, config, stage, present.stage, present.config, present.inputs, inputs)
+        _refuse_or_clear(location, config, stage, dataclasses.asdict(present), inputs)
     lease = _take_lease(location, config, stage, identified, inputs)
     started_s = time.monotonic()
-    with ProgressReporter(stage) as reporter, _Heartbeat(location, lease, reporter):
-        workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
-        work(workspace)
+    try:
+        with ProgressReporter(stage) as reporter, _Heartbeat(location, lease, reporter):
+            workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
+            work(workspace)
+    except InputError:
+        _forget_if_empty(location)
+        raise
     manifest = Manifest(
         stage=stage,
         fingerprint=identified,
@@ -195,15 +203,20 @@ def produce(
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=_versions(),
     )
-    (location / MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
-    (location / BUILDING_NAME).delete()
+    _record(location, MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
+    _record(location, BUILDING_NAME).delete()
     logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
     return Artifact(location, manifest)
 
 
+def _record(location: Location, name: str) -> Location:
+    """Where the manifest or the heartbeat of an artifact lies."""
+    return Location(f"{location.uri}.{name}") if location.name.endswith(SINGLE_FILE_SUFFIX) else location / name
+
+
 def read_building(uri: str | Location) -> dict[str, Any] | None:
     """What an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
-    location = (uri if isinstance(uri, Location) else Location(uri)) / BUILDING_NAME
+    location = _record(uri if isinstance(uri, Location) else Location(uri), BUILDING_NAME)
     try:
         return dict(json.loads(location.read_text()))
     except (FileNotFoundError, ValueError):
@@ -226,11 +239,12 @@ def _take_lease(
         _wait_until_dead(building, location)
         if building["fingerprint"] == identified and not config.overwrite:
             logger.info("%s: goes on where it stopped in %s", stage, config.output)
+            location.remove_temporary()
             seconds_before = float(building["seconds"])
         elif building["fingerprint"] != identified:
-            _refuse_or_clear(location, config, stage, building["stage"], building["config"], building["inputs"], inputs)
+            _refuse_or_clear(location, config, stage, building, inputs)
         else:
-            location.delete()
+            _clear(location)
     elif not config.overwrite and location.is_folder() and location.listing():
         raise ArtifactConflictError(
             f"{config.output!r} holds files that no stage of readapt made; give an empty or new folder as the output"
@@ -276,43 +290,51 @@ def _wait_until_dead(building: Mapping[str, Any], location: Location) -> None:
 
 
 def _refuse_or_clear(
-    location: Location,
-    config: StageConfig,
-    stage: str,
-    present_stage: str,
-    present_config: Mapping[str, Any],
-    present_inputs: Mapping[str, str],
-    inputs: Mapping[str, str],
+    location: Location, config: StageConfig, stage: str, present: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> None:
+    """Empty the folder where the user said so; else say what differs. `present` is a manifest or a heartbeat."""
     if config.overwrite:
-        location.delete()
+        _clear(location)
         return
-    if present_stage != stage:
-        differs = f"it is the output of {present_stage!r}"
+    if present["stage"] != stage:
+        differs = f"it is the output of {present['stage']!r}"
     else:
-        wanted = config.settings()
+        there, wanted = present["config"], config.settings()
         names = sorted(config.identity().keys() | inputs.keys())
         changes = [
-            f"{n}: {present_config.get(n)!r} there, {wanted[n]!r} now"
-            for n in names
-            if n in wanted and present_config.get(n) != wanted[n]
+            f"{name}: {there.get(name)!r} there, {wanted[name]!r} now"
+            for name in names
+            if name in wanted and there.get(name) != wanted[name]
         ]
         changes += [
-            f"{n}: its content changed"
-            for n in sorted(inputs)
-            if present_inputs.get(n) != inputs[n] and present_config.get(n) == wanted.get(n)
+            f"{name}: its content changed"
+            for name in sorted(inputs)
+            if present["inputs"].get(name) != inputs[name] and there.get(name) == wanted.get(name)
         ]
-        differs = "; ".join(changes) or "it was made by another version or from other inputs"
+        differs = "; ".join(changes) or "it was made by another version"
     raise ArtifactConflictError(
         f"{config.output!r} already holds something else ({differs}); give another output, or --overwrite to replace it"
     )
+
+
+def _forget_if_empty(location: Location) -> None:
+    """Leave no trace of work that was refused before it wrote anything, so that mended input is not another artifact."""
+    written = [name for name, _ in location.listing(recursive=True) if name != BUILDING_NAME]
+    if not written and not location.is_file():
+        _record(location, BUILDING_NAME).delete()
+
+
+def _clear(location: Location) -> None:
+    location.delete()
+    for name in (MANIFEST_NAME, BUILDING_NAME):
+        _record(location, name).delete()
 
 
 class _Heartbeat:
     """Writes `building.json` every few seconds until the block ends; leaves it there, as a mark to go on from."""
 
     def __init__(self, location: Location, lease: dict[str, Any], reporter: ProgressReporter) -> None:
-        self._file = location / BUILDING_NAME
+        self._file = _record(location, BUILDING_NAME)
         self._lease = lease
         self._reporter = reporter
         self._stop = threading.Event()

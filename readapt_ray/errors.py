@@ -52,3 +52,7 @@ class CorruptFileError(ReadaptError):
 
 class TrainingDivergedError(ReadaptError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+class WorkerError(ReadaptError):
+    """A process of the cluster failed for a reason that is not the user's."""

@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 from readapt_ray.errors import InputError
 
 _CHUNK_BYTES = 8 << 20
+_TEMPORARY = ".tmp-"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ class Location:
         found = []
         for info in self.filesystem.get_file_info(selector):
             relative = info.path[len(self.path.rstrip("/")) + 1 :]
-            if info.type == pafs.FileType.File and relative.endswith(suffix) and not info.base_name.startswith(".tmp-"):
+            if (
+                info.type == pafs.FileType.File
+                and relative.endswith(suffix)
+                and not info.base_name.startswith(_TEMPORARY)
+            ):
                 found.append((relative, info))
         return sorted(found, key=lambda pair: pair[0])
 
@@ -126,7 +131,7 @@ class Location:
         Raises:
             FileNotFoundError: there is none.
         """
-        with self.filesystem.open_input_stream(self.path) as stream:
+        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
             return bytes(stream.read())
 
     def read_text(self) -> str:
@@ -150,10 +155,10 @@ class Location:
     def open_output(self) -> Iterator[IO[bytes]]:
         """A binary file to write; it appears under its name when the block ends without an error."""
         parent, _, name = self.path.rpartition("/")
-        temporary = f"{parent}/.tmp-{uuid.uuid4().hex[:12]}-{name}"
+        temporary = f"{parent}/{_TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
         self.filesystem.create_dir(parent, recursive=True)
         try:
-            with self.filesystem.open_output_stream(temporary) as stream:
+            with self.filesystem.open_output_stream(temporary, compression=None) as stream:
                 yield stream
             if self.is_local:
                 with Path(temporary).open("rb") as written:
@@ -172,20 +177,27 @@ class Location:
         elif kind == pafs.FileType.File:
             self.filesystem.delete_file(self.path)
 
+    def remove_temporary(self) -> None:
+        """Remove what killed writers left in this folder and below: files that never got their name."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        for info in self.filesystem.get_file_info(selector):
+            if info.type == pafs.FileType.File and info.base_name.startswith(_TEMPORARY):
+                self.filesystem.delete_file(info.path)
+
     def copy_to(self, target: "Location") -> None:
         """Copy the file, or the folder with all in it, through this machine."""
         if self.is_folder():
             for relative, _ in self.listing(recursive=True):
                 (self / relative).copy_to(target / relative)
             return
-        with self.filesystem.open_input_stream(self.path) as source, target.open_output() as sink:
+        with self.filesystem.open_input_stream(self.path, compression=None) as source, target.open_output() as sink:
             while chunk := source.read(_CHUNK_BYTES):
                 sink.write(chunk)
 
     def sha256(self) -> str:
         """Hex digest of the file's content."""
         digest = hashlib.sha256()
-        with self.filesystem.open_input_stream(self.path) as stream:
+        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
             while chunk := stream.read(_CHUNK_BYTES):
                 digest.update(chunk)
         return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Where passages, queries and judgements come from."""

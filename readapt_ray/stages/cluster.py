@@ -5,6 +5,8 @@ import logging
 import os
 from dataclasses import dataclass
 
+from readapt_ray.errors import ReadaptError, WorkerError
+
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -34,6 +36,7 @@ def connect() -> Resources:
     if not ray.is_initialized():
         ray.init(
             address=os.environ.get("RAY_ADDRESS"),
+            num_cpus=int(os.environ["READAPT_NUM_CPUS"]) if "READAPT_NUM_CPUS" in os.environ else None,
             include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
             logging_level=logging.ERROR,
             log_to_driver=False,
@@ -53,6 +56,30 @@ def _hush_ray_data() -> None:
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray.serve"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What really went wrong inside Ray's wrappings: our own error where there is one, with its message."""
+    from ray.exceptions import RayTaskError
+
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if isinstance(current, ReadaptError):
+            return current
+        inner = [current.cause] if isinstance(current, RayTaskError) else []
+        failures = getattr(current, "worker_failures", None) or {}
+        pending += [*inner, *failures.values(), current.__cause__, current.__context__]
+    return WorkerError(f"a worker failed: {_last_line(seen[-1])}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def disconnect() -> None:

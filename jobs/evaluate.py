@@ -1,0 +1,7 @@
+"""`readapt evaluate` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`readapt finetune` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["finetune", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`readapt index` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["index", *sys.argv[1:]]))

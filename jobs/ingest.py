@@ -1,0 +1,7 @@
+"""`readapt ingest` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["ingest", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`readapt merge` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["merge", *sys.argv[1:]]))

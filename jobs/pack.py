@@ -1,0 +1,7 @@
+"""`readapt pack` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["pack", *sys.argv[1:]]))

@@ -1,0 +1,7 @@
+"""`readapt tune` as an entry for `ray job submit`."""
+
+import sys
+
+from readapt_ray.cli import main
+
+sys.exit(main(["tune", *sys.argv[1:]]))

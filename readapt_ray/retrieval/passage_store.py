@@ -1,0 +1,92 @@
+"""Passages by doc_id, from the Parquet files of an ingested corpus, without holding their texts.
+
+In memory lie the sorted doc_ids and 8 bytes for each; a text is read with its row group when it is
+asked for, and the row groups of late are kept.
+"""
+
+import bisect
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from readapt_ray.artifacts import open_artifact
+from readapt_ray.errors import CorruptFileError
+from readapt_ray.records import PASSAGE_SCHEMA, Passage
+from readapt_ray.storage import Location
+
+_KEPT_ROW_GROUPS = 64
+
+
+class PassageStore:
+    """Titles and texts of a corpus."""
+
+    def __init__(self, files: list[Location]) -> None:
+        """Read the doc_ids of Parquet files with the columns of PASSAGE_SCHEMA.
+
+        Raises:
+            CorruptFileError: a file cannot be read.
+        """
+        self._groups: list[tuple[Location, int]] = []
+        ids: list[pa.Array] = [pa.array([], pa.string())]
+        starts = [0]
+        for file in files:
+            for group, rows in enumerate(_read_ids(file)):
+                self._groups.append((file, group))
+                ids.append(rows)
+                starts.append(starts[-1] + len(rows))
+        self._starts = np.array(starts)
+        doc_ids = pa.concat_arrays([each.cast(pa.large_string()) for each in ids])
+        self._order = pc.sort_indices(doc_ids).to_numpy()
+        self._sorted = doc_ids.take(pa.array(self._order))
+        self._row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(self._read_row_group)
+
+    @classmethod
+    def open(cls, corpus: str) -> "PassageStore":
+        """The passages of an `ingest` artifact.
+
+        Raises:
+            ArtifactMissingError: `corpus` is not one, or it is unfinished.
+        """
+        return cls((open_artifact(corpus, "ingest").location / "passages").files(".parquet"))
+
+    def __len__(self) -> int:
+        """The number of passages."""
+        return len(self._sorted)
+
+    def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
+        """Those of the passages that the corpus has."""
+        found = {}
+        for doc_id in doc_ids:
+            place = bisect.bisect_left(range(len(self)), doc_id, key=lambda at: self._sorted[at].as_py())
+            if place < len(self) and self._sorted[place].as_py() == doc_id:
+                row = int(self._order[place])
+                group = int(np.searchsorted(self._starts, row, side="right")) - 1
+                columns = self._row_group(group)
+                at = row - int(self._starts[group])
+                found[doc_id] = Passage(doc_id, columns["title"][at].as_py() or "", columns["text"][at].as_py() or "")
+        return found
+
+    def _read_row_group(self, index: int) -> pa.Table:
+        file, group = self._groups[index]
+        with file.open_input() as stream:
+            return pq.ParquetFile(stream).read_row_group(group, columns=["title", "text"])
+
+
+def _read_ids(file: Location) -> list[pa.Array]:
+    """The doc_ids of each row group."""
+    try:
+        with file.open_input() as stream:
+            parquet = pq.ParquetFile(stream)
+            missing = set(PASSAGE_SCHEMA.names) - set(parquet.schema_arrow.names)
+            if missing:
+                raise CorruptFileError(f"{file} lacks the columns {sorted(missing)}; ingest the corpus again")
+            return [
+                parquet.read_row_group(group, columns=["doc_id"])["doc_id"].combine_chunks()
+                for group in range(parquet.num_row_groups)
+            ]
+    except pa.ArrowInvalid as error:
+        raise CorruptFileError(f"{file} is not a whole Parquet file ({error}); ingest the corpus again") from error

@@ -1,0 +1,139 @@
+"""Small plots as inline SVG: no script, no font and no colour from outside.
+
+Colours are the page's CSS variables (`--gain`, `--loss`, `--series-0` ...), so that a plot follows
+light and dark. Text from outside is escaped here.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup, escape
+
+_WIDTH, _HEIGHT = 760, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 12, 34
+_LABEL_ROOM = 150
+_MAX_BARS = 400
+_LINE_GAP = 15
+NUM_SERIES_COLOURS = 6
+
+
+def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> Markup:
+    """Bars of a per-query difference.
+
+    Args:
+        bars: a label and a difference for each query, the largest gain first; of more than 400 every
+            so manieth is drawn, and labels are left out.
+        description: what a screen reader says.
+    """
+    wins = sum(value > 0 for _, value in bars)
+    losses = sum(value < 0 for _, value in bars)
+    shown = list(bars)
+    if len(bars) > _MAX_BARS:
+        shown = [bars[index * (len(bars) - 1) // (_MAX_BARS - 1)] for index in range(_MAX_BARS)]
+    reach = nice_ceiling(max([abs(value) for _, value in shown], default=0.0) or 1.0)
+    left, right = _LEFT, _WIDTH - _RIGHT
+    top, bottom = _TOP, _HEIGHT - _BOTTOM
+    middle, scale = (top + bottom) / 2, (bottom - top) / 2 / reach
+    width = (right - left) / max(1, len(shown))
+    parts = [_grid(left, right, middle - tick * scale, f"{tick:+.2g}" if tick else "0") for tick in _around(reach)]
+    for index, (label, value) in enumerate(shown):
+        if value:
+            title = f"<title>{escape(label)}: {value:+.4f}</title>" if len(bars) <= _MAX_BARS else ""
+            parts.append(
+                f'<rect class="{"gain" if value > 0 else "loss"}" x="{left + index * width:.2f}" '
+                f'y="{middle - max(value, 0.0) * scale:.2f}" width="{max(width * 0.92, 0.6):.2f}" '
+                f'height="{max(abs(value) * scale, 0.6):.2f}">{title}</rect>'
+            )
+    share = (right - left) / max(1, len(bars))
+    regions = ((0, wins, "better"), (wins, len(bars) - wins - losses, "same"), (len(bars) - losses, losses, "worse"))
+    parts += _region_labels(
+        [(left + (start + size / 2) * share, f"{size:,} {word}") for start, size, word in regions if size]
+    )
+    return _svg(parts, description)
+
+
+def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, description: str) -> Markup:
+    """Lines over a logarithmic axis of ranks, each with its name at its end.
+
+    Args:
+        series: a value from 0 to 1 at each cutoff, by name.
+        cutoffs: rising whole numbers.
+        description: what a screen reader says.
+    """
+    left, right = _LEFT, _WIDTH - _LABEL_ROOM
+    top, bottom = _TOP, _HEIGHT - _BOTTOM
+    reach = nice_ceiling(max((max(values) for values in series.values()), default=0.0) or 1.0)
+    span = math.log(cutoffs[-1] / cutoffs[0]) or 1.0
+
+    def x(cutoff: int) -> float:
+        return left + (right - left) * math.log(cutoff / cutoffs[0]) / span
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * value / reach
+
+    parts = [_grid(left, right, y(reach * part / 4), f"{reach * part / 4:.3g}") for part in range(5)]
+    parts += [_text(x(each), bottom + 16, f"{each:,}", "middle") for each in cutoffs]
+    parts.append(_text((left + right) / 2, bottom + 30, "k (log scale)", "middle"))
+    heights = _spread([y(values[-1]) for values in series.values()])
+    for place, ((name, values), height) in enumerate(zip(series.items(), heights, strict=True)):
+        colour = f"var(--series-{place % NUM_SERIES_COLOURS})"
+        points = " ".join(f"{x(cutoff):.1f},{y(value):.1f}" for cutoff, value in zip(cutoffs, values, strict=True))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for cutoff, value in zip(cutoffs, values, strict=True):
+            title = f"{escape(name)}, k = {cutoff:,}: {value:.4f}"
+            parts.append(
+                f'<circle cx="{x(cutoff):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"><title>{title}</title></circle>'
+            )
+        label = name if len(name) <= 20 else name[:19] + "…"
+        parts.append(
+            f'<text x="{right + 10}" y="{height + 4:.1f}" style="fill:{colour}" class="name">{escape(label)}</text>'
+        )
+    return _svg(parts, description)
+
+
+def nice_ceiling(value: float) -> float:
+    """The smallest of 1, 2, 2.5, 4, 5, 8, 10 times a power of ten that is not below a positive value."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 2.5, 4, 5, 8, 10) if step * power >= value * (1 - 1e-9))
+
+
+def _around(reach: float) -> tuple[float, ...]:
+    return (reach, reach / 2, 0.0, -reach / 2, -reach)
+
+
+def _spread(heights: Sequence[float]) -> list[float]:
+    """The heights of labels, moved apart so that none covers another, in the order given."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    moved = list(heights)
+    for above, below in itertools.pairwise(order):
+        moved[below] = max(moved[below], moved[above] + _LINE_GAP)
+    excess = max(0.0, max(moved, default=0.0) - (_HEIGHT - _BOTTOM))
+    return [height - excess for height in moved]
+
+
+def _region_labels(labels: Sequence[tuple[float, str]]) -> list[str]:
+    """Labels below the axis, pushed to the right where they would touch."""
+    parts, edge = [], float(_LEFT)
+    room = [len(text) * 7.0 for _, text in labels]
+    for index, (centre, text) in enumerate(labels):
+        rest = sum(room[index:]) + 10 * (len(labels) - index - 1)
+        start = min(max(centre - room[index] / 2, edge), _WIDTH - _RIGHT - rest)
+        parts.append(_text(start + room[index] / 2, _HEIGHT - 12, text, "middle"))
+        edge = start + room[index] + 10
+    return parts
+
+
+def _grid(left: float, right: float, y: float, label: str) -> str:
+    line = f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
+    return line + _text(left - 8, y + 4, label, "end")
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(parts: Sequence[str], description: str) -> Markup:
+    return Markup(
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>'
+    )

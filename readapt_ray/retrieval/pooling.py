@@ -1,0 +1,45 @@
+"""From the hidden states of all tokens to one vector a text.
+
+Padding may stand on either side, or on both: only the mask says which tokens are real. Sums and
+norms are made in float32 whatever the type of the hidden states.
+"""
+
+import torch
+
+from readapt_ray.catalog.retrievers import Pooling
+
+
+def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """One vector a text.
+
+    Args:
+        hidden: hidden states [B, T, H], any floating type.
+        mask: [B, T], not 0 where a token is real; every row needs one.
+        pooling: `last` takes the last real token, `cls` the first, `mean` their mean.
+
+    Returns:
+        float32 [B, H].
+
+    Raises:
+        ValueError: the shapes differ, or the pooling is unknown.
+    """
+    if hidden.dim() != 3 or mask.shape != hidden.shape[:2]:
+        raise ValueError(f"hidden states {tuple(hidden.shape)} and mask {tuple(mask.shape)} do not go together")
+    real = mask != 0
+    if pooling == "mean":
+        weights = real.unsqueeze(-1).to(torch.float32)
+        # A padded position may hold anything, even NaN: where() keeps it out, a product would not.
+        kept = torch.where(real.unsqueeze(-1), hidden, torch.zeros((), dtype=hidden.dtype, device=hidden.device))
+        return kept.sum(dim=1, dtype=torch.float32) / weights.sum(dim=1).clamp(min=1.0)
+    if pooling == "cls":
+        chosen = real.int().argmax(dim=1)
+    elif pooling == "last":
+        chosen = mask.shape[1] - 1 - real.flip(1).int().argmax(dim=1)
+    else:
+        raise ValueError(f"pooling {pooling!r} is unknown; it must be one of last, mean, cls")
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen].float()
+
+
+def normalized(vectors: torch.Tensor) -> torch.Tensor:
+    """Each row divided by its length, in float32 [B, H]. A row of zeros stays zero."""
+    return torch.nn.functional.normalize(vectors.float(), dim=-1, eps=1e-12)

@@ -1,0 +1,206 @@
+"""Vectors as Parquet files: written whole, known again, and read a range of rows at a time.
+
+Enters and leaves: `doc_id` string and `vector` fixed_size_list, readable by plain pyarrow. Each
+file carries in its metadata what made it. Memory is that of the rows asked for; reading gives some
+400 MB of vectors a second on one core.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from readapt_ray.errors import CorpusError, CorruptFileError
+from readapt_ray.records import vector_schema
+from readapt_ray.storage import Location
+
+METADATA_KEY = b"readapt"
+_ROW_GROUP_ROWS = 1024
+_CHUNK_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Consecutive rows of one file: `name` is relative to the folder that holds it."""
+
+    name: str
+    start: int
+    num_rows: int
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What the end of a Parquet file says: rows, schema, size, and our own metadata (empty in a foreign file)."""
+
+    num_rows: int
+    schema: pa.Schema
+    num_bytes: int
+    metadata: dict[str, Any]
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        return int(self.schema.field("vector").type.list_size)
+
+
+def cut(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[RowRange]]:
+    """Cut the rows of files into shards of equal size, the last one smaller.
+
+    Files a (5 rows) and b (3 rows) at 4 rows a shard: [a 0-4], [a 4-5, b 0-3].
+
+    Args:
+        counts: each file's name and number of rows, in order.
+        rows_per_shard: at least 1.
+    """
+    shards: list[list[RowRange]] = []
+    room = 0
+    for name, num_rows in counts:
+        start = 0
+        while start < num_rows:
+            if room == 0:
+                shards.append([])
+                room = rows_per_shard
+            taken = min(room, num_rows - start)
+            shards[-1].append(RowRange(name, start, taken))
+            start += taken
+            room -= taken
+    return shards
+
+
+def read_footer(location: Location) -> Footer:
+    """What a Parquet file says of itself; only its end is read.
+
+    Raises:
+        CorruptFileError: it was cut short or altered.
+    """
+    with _whole(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
+        schema = file.schema_arrow
+        stored = (schema.metadata or {}).get(METADATA_KEY, b"{}")
+        return Footer(file.metadata.num_rows, schema, location.size_bytes(), dict(json.loads(stored)))
+
+
+def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
+    """Rows `start` to `start + num_rows`; only the row groups that hold them are read.
+
+    Raises:
+        CorruptFileError: the file was cut short or altered, or has fewer rows.
+    """
+    with _whole(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
+        groups, first = [], 0
+        skipped = 0
+        for group in range(file.metadata.num_row_groups):
+            last = first + file.metadata.row_group(group).num_rows
+            if last <= start:
+                skipped = last
+            elif first < start + num_rows:
+                groups.append(group)
+            first = last
+        table = file.read_row_groups(groups, columns=list(columns)).slice(start - skipped, num_rows)
+    if table.num_rows != num_rows:
+        raise CorruptFileError(f"{location} has {first} rows, but {start + num_rows} were expected; make it again")
+    return table
+
+
+def write_vectors(
+    location: Location,
+    doc_ids: Sequence[str],
+    vectors: NDArray[np.floating[Any]],
+    *,
+    dtype: str,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a file of vectors; it is there whole or not at all.
+
+    Args:
+        vectors: [N, D]; cast to `dtype`.
+        dtype: float32 or float16.
+        metadata: JSON values, kept under the key `readapt` of the Parquet metadata.
+
+    Raises:
+        CorpusError: a vector is not finite in `dtype`, or zero; the message names its doc_id.
+    """
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(vectors, dtype=dtype)
+    fault = find_fault(doc_ids, cast)
+    if fault:
+        raise CorpusError(
+            f"{fault}, so it cannot be searched; look at that passage and at the model, or compute in float32"
+        )
+    schema = vector_schema(cast.shape[1], dtype).with_metadata({METADATA_KEY: json.dumps(dict(metadata))})
+    numbers = pa.FixedSizeListArray.from_arrays(pa.array(cast.reshape(-1)), cast.shape[1])
+    table = pa.Table.from_arrays([pa.array(doc_ids, pa.string()), numbers], schema=schema)
+    with location.open_output() as stream:
+        pq.write_table(table, stream, row_group_size=_ROW_GROUP_ROWS, compression="none", use_dictionary=False)
+
+
+def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:
+    """What is wrong with the first vector that cannot be searched, named by doc_id; empty where all are well."""
+    finite = np.isfinite(vectors).all(axis=1)
+    sound = finite & vectors.any(axis=1)
+    if sound.all():
+        return ""
+    index = int(np.flatnonzero(~sound)[0])
+    state = "is zero" if finite[index] else "holds NaN or infinity"
+    return f"the vector of {doc_ids[index]!r} {state}"
+
+
+def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.float32]]:
+    """The doc_ids and vectors (float32 [N, D]) of a table of vectors.
+
+    Raises:
+        CorruptFileError: a vector is missing, not finite, or zero; `where` and the doc_id are named.
+    """
+    doc_ids = table["doc_id"].to_pylist()
+    column = table["vector"].combine_chunks()
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    if array.null_count or None in doc_ids:
+        raise CorruptFileError(f"{where} has a row without doc_id or vector; run `readapt embed` again")
+    dimension = array.type.list_size
+    vectors = array.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False).reshape(-1, dimension)
+    fault = find_fault(doc_ids, vectors)
+    if fault:
+        raise CorruptFileError(f"{where}: {fault}; run `readapt embed` again")
+    return doc_ids, vectors
+
+
+def iterate_vectors(
+    folder: Location, ranges: Sequence[RowRange], *, chunk_rows: int = _CHUNK_ROWS
+) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+    """doc_ids and vectors of the ranges, in chunks of at most `chunk_rows` rows.
+
+    Raises:
+        CorruptFileError: as `read_rows` and `matrix_of`.
+    """
+    for each in ranges:
+        location = folder / each.name
+        for start in range(each.start, each.start + each.num_rows, chunk_rows):
+            num_rows = min(chunk_rows, each.start + each.num_rows - start)
+            yield matrix_of(read_rows(location, start, num_rows, ("doc_id", "vector")), location)
+
+
+@contextlib.contextmanager
+def _whole(location: Location) -> Iterator[None]:
+    """Turns what pyarrow says of a damaged file into our error; a failure of the disk or network stays what it is."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{location} is gone; make it again with the stage that wrote it") from error
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError, ValueError) as error:
+        raise _corrupt(location, error) from error
+    except OSError as error:
+        if error.errno is not None or "AWS Error" in str(error):
+            raise
+        raise _corrupt(location, error) from error
+
+
+def _corrupt(location: Location, error: Exception) -> CorruptFileError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CorruptFileError(
+        f"{location} was cut short or altered ({first}); remove it and run the stage that wrote it again"
+    )

@@ -1,0 +1,113 @@
+"""Lines of a text file on any filesystem, plain or compressed (gz, bz2, zst, lz4 by its suffix).
+
+One line is in memory at a time, and of a line over the bound only the bound.
+"""
+
+import contextlib
+import io
+from collections.abc import Callable, Iterator
+from typing import IO, NamedTuple, cast
+
+import pyarrow as pa
+
+from readapt_ray.errors import CorpusError
+from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.storage import Location
+
+COMPRESSED_SUFFIXES = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
+_BUFFER_BYTES = 1 << 18
+_LINES_PER_ADVANCE = 256
+
+
+class Line(NamedTuple):
+    """A line without its end. `number` counts from 1."""
+
+    number: int
+    text: str
+
+
+def plain_name(name: str) -> str:
+    """A file's name in lower case without the suffix of its compression."""
+    lowered = name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        lowered = lowered.removesuffix(suffix)
+    return lowered
+
+
+def read_lines(
+    location: Location,
+    label: str,
+    *,
+    max_line_bytes: int | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> Iterator[Line | BadRow]:
+    """The lines of a file that are not blank; those too long or not UTF-8 as bad rows.
+
+    Args:
+        location: the file.
+        label: what to call it in a place.
+        max_line_bytes: bound on one line, as `Limits` has it where not given.
+        advance: called now and then with the bytes of the file (compressed) that were read.
+
+    Raises:
+        CorpusError: the file cannot be read to its end.
+    """
+    limit = max_line_bytes or Limits().max_line_bytes
+    number = 0
+    try:
+        with contextlib.closing(location.open_input()) as raw:
+            stream = io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES)
+            while data := stream.readline(limit):
+                number += 1
+                if advance is not None and number % _LINES_PER_ADVANCE == 0:
+                    advance(raw.tell())
+                if len(data) == limit and not data.endswith(b"\n"):
+                    _skip_line(stream, limit)
+                    yield BadRow(f"{label}:{number}", "long_text")
+                    continue
+                yield from _decoded(data, number, label)
+    except OSError as error:
+        raise unreadable(label, f"after line {number}", error) from error
+
+
+def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
+    """A file's content, decompressed, cut after `max_bytes`.
+
+    Raises:
+        CorpusError: the file cannot be read.
+    """
+    try:
+        with contextlib.closing(location.open_input()) as raw:
+            return io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES).read(max_bytes)
+    except OSError as error:
+        raise unreadable(label, "to its end", error) from error
+
+
+def unreadable(label: str, where: str, error: Exception) -> CorpusError:
+    """A file that cannot be read to its end."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CorpusError(f"{label} cannot be read {where}: {reason}; it may be cut short: fetch or write that file again")
+
+
+def _decompressed(raw: IO[bytes], name: str) -> io.RawIOBase:
+    for suffix, codec in COMPRESSED_SUFFIXES.items():
+        if name.lower().endswith(suffix):
+            return cast(io.RawIOBase, pa.CompressedInputStream(raw, codec))
+    return cast(io.RawIOBase, raw)
+
+
+def _skip_line(stream: IO[bytes], limit: int) -> None:
+    while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
+        continue
+
+
+def _decoded(data: bytes, number: int, label: str) -> Iterator[Line | BadRow]:
+    try:
+        text = data.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        yield BadRow(f"{label}:{number}", "not_utf8")
+        return
+    if number == 1:
+        text = text.removeprefix("\ufeff")
+    if text.strip():
+        yield Line(number, text)

@@ -1,0 +1,97 @@
+"""Public collections by their name in ir_datasets (`ir_datasets:beir/nfcorpus/test`).
+
+The package is the extra `datasets`; it downloads a collection once, into its own cache.
+"""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from readapt_ray.artifacts import fingerprint
+from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.columns import QUERY_TEXT_NAMES, TEXT_NAMES
+from readapt_ray.sources.source import MISSING, BadRow, Row, Source
+
+PREFIX = "ir_datasets:"
+_SPLITS = ("train", "dev", "test")
+
+
+class NamedSource(Source):
+    """One collection of ir_datasets: its documents, and its queries and judgements where it has them."""
+
+    format = "ir_datasets"
+
+    def __init__(self, name: str) -> None:
+        if importlib.util.find_spec("ir_datasets") is None:
+            raise InputError(
+                f"{PREFIX}{name} needs the package ir_datasets, which is not installed; pip install 'readapt-ray[datasets]'"
+            )
+        import ir_datasets
+
+        self._name = name
+        try:
+            self._dataset: Any = ir_datasets.load(name)
+        except KeyError as error:
+            raise CorpusError(
+                f"ir_datasets has no collection {name!r}; its names are on https://ir-datasets.com, such as beir/nfcorpus/test"
+            ) from error
+        self.has_qrels = bool(self._dataset.has_qrels())
+
+    def check(self) -> None:
+        """It has documents, and they can be fetched."""
+        if not self._dataset.has_docs():
+            raise CorpusError(f"{PREFIX}{self._name} has no documents; name a collection that has them")
+        if next(self.rows(), None) is None:
+            raise CorpusError(f"{PREFIX}{self._name} has no documents: it is empty")
+
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Document after document."""
+        total = self._expected_rows()
+        for number, document in enumerate(self._documents(), start=1):
+            yield Row(
+                f"{self._name}:{number}", document.doc_id, getattr(document, "title", None), _text(document, TEXT_NAMES)
+            )
+            self.fraction_read = number / total if total else 0.0
+
+    def _documents(self) -> Iterator[Any]:
+        try:
+            yield from self._dataset.docs_iter()
+        except (OSError, RuntimeError) as error:
+            raise CorpusError(
+                f"{PREFIX}{self._name} cannot be read: {error}; check the network, or give a folder that has it"
+            ) from error
+
+    def _expected_rows(self) -> int:
+        """From the package's own table, which needs no download."""
+        return int(self._dataset.metadata().get("docs", {}).get("count") or 0)
+
+    def queries(self) -> Iterator[Query | BadRow]:
+        """Its queries, where it has them."""
+        if self._dataset.has_queries():
+            for number, query in enumerate(self._dataset.queries_iter(), start=1):
+                text = _text(query, QUERY_TEXT_NAMES)
+                place = f"{self._name} query {number}"
+                yield (
+                    Query(query.query_id, text.strip())
+                    if isinstance(text, str) and text.strip()
+                    else BadRow(place, "empty_text")
+                )
+
+    def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
+        """Its judgements, under the split that its name ends with; else "test"."""
+        if not self.has_qrels:
+            return {}
+        split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")
+        return {split: (Qrel(each.query_id, each.doc_id, int(each.relevance)) for each in self._dataset.qrels_iter())}
+
+    def fingerprint(self) -> str:
+        """By name: a published collection does not change."""
+        return fingerprint({"ir_datasets": self._name})
+
+
+def _text(record: Any, names: tuple[str, ...]) -> object:
+    for name in names:
+        if hasattr(record, name):
+            return getattr(record, name)
+    return record.default_text() if hasattr(record, "default_text") else MISSING

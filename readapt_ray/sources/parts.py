@@ -1,0 +1,94 @@
+"""Passages into numbered Parquet parts, each written whole or not at all.
+
+A part is a pure function of the passages before it, so a part that an earlier process wrote is
+compared and kept, and the writer goes on behind it. At most one part is in memory: `rows_per_file`
+rows or 256 MB of text.
+"""
+
+import bisect
+from collections.abc import Iterable
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from readapt_ray.records import PASSAGE_SCHEMA, Passage
+from readapt_ray.storage import Location
+
+ROW_GROUP_ROWS = 4096
+_ROW_GROUP_BYTES = 32 << 20
+_PART_BYTES = 256 << 20
+
+
+class PartWriter:
+    """Takes passages one by one. `num_rows` is how many it took."""
+
+    def __init__(self, folder: Location, *, rows_per_file: int) -> None:
+        self.num_rows = 0
+        self._folder, self._rows_per_file = folder, rows_per_file
+        self._group: list[Passage] = []
+        self._group_bytes = 0
+        self._groups: list[pa.Table] = []
+        self._part_bytes = 0
+        self._starts = [0]
+
+    def add(self, passage: Passage, num_bytes: int) -> None:
+        """Take one passage of so many bytes."""
+        self._group.append(passage)
+        self._group_bytes += num_bytes
+        self.num_rows += 1
+        if len(self._group) == ROW_GROUP_ROWS or self._group_bytes >= _ROW_GROUP_BYTES:
+            self._close_group()
+        if self.num_rows - self._starts[-1] == self._rows_per_file or self._part_bytes >= _PART_BYTES:
+            self._close_part()
+
+    def close(self) -> None:
+        """Write what is left. Parts behind the last, which only another stream could have left, go."""
+        if self.num_rows > self._starts[-1]:
+            self._close_part()
+        for file in self._folder.files(".parquet")[len(self._starts) - 1 :]:
+            file.delete()
+
+    def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
+        """The ids of some rows, counted from 0 over all parts; after `close`."""
+        by_part: dict[int, list[int]] = {}
+        for row in set(rows):
+            by_part.setdefault(bisect.bisect_right(self._starts, row) - 1, []).append(row)
+        found = {}
+        for part, wanted in by_part.items():
+            with self._file(part).open_input() as file:
+                column = pq.read_table(file, columns=["doc_id"])["doc_id"]
+            found.update({row: column[row - self._starts[part]].as_py() for row in wanted})
+        return found
+
+    def _file(self, part: int) -> Location:
+        return self._folder / f"part-{part:05d}.parquet"
+
+    def _close_group(self) -> None:
+        columns = [list(column) for column in zip(*self._group, strict=True)]
+        self._groups.append(pa.Table.from_arrays([pa.array(c, pa.string()) for c in columns], schema=PASSAGE_SCHEMA))
+        self._part_bytes += self._group_bytes
+        self._group, self._group_bytes = [], 0
+
+    def _close_part(self) -> None:
+        if self._group:
+            self._close_group()
+        target = self._file(len(self._starts) - 1)
+        if not _holds(target, self._groups):
+            with target.open_output() as file, pq.ParquetWriter(file, PASSAGE_SCHEMA, compression="zstd") as writer:
+                for group in self._groups:
+                    writer.write_table(group)
+        self._starts.append(self.num_rows)
+        self._groups, self._part_bytes = [], 0
+
+
+def _holds(file: Location, groups: list[pa.Table]) -> bool:
+    """Whether a file is there with exactly these row groups."""
+    if not file.exists():
+        return False
+    try:
+        with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
+            return parquet.num_row_groups == len(groups) and all(
+                parquet.read_row_group(number).equals(group) for number, group in enumerate(groups)
+            )
+    except (pa.ArrowException, OSError):
+        return False

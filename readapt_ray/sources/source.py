@@ -1,0 +1,119 @@
+"""What a source of passages is, whatever it is read from.
+
+A source yields raw rows, each with its place (file and line), one at a time; what cannot be a row
+at all it yields as a `BadRow`. Cleaning, the bad-row policy and duplicates are not its business.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Final, NamedTuple
+
+from readapt_ray.records import Qrel, Query
+
+DEFAULT_MAX_TEXT_BYTES: Final = 10_000_000
+DEFAULT_MAX_PASSAGE_CHARS: Final = 2_000
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Final = _Missing()
+"""The value of a field that a row does not have, which is not the same as null."""
+
+
+class Row(NamedTuple):
+    """A passage as its source gives it: nothing is checked yet. `place` is file and line."""
+
+    place: str
+    doc_id: object
+    title: object
+    text: object
+
+
+class BadRow(NamedTuple):
+    """What cannot become a record: where it stands, and why (a key of `REASONS`)."""
+
+    place: str
+    reason: str
+
+
+REASONS: Final[dict[str, str]] = {
+    "missing_text": "it has no text field",
+    "null_text": "its text is null",
+    "text_not_string": "its text is not a string",
+    "empty_text": "its text is empty",
+    "long_text": "its text is too long",
+    "missing_id": "it has no id",
+    "id_not_string": "its id is neither a string nor a whole number",
+    "title_not_string": "its title is not a string",
+    "duplicate_id": "an earlier row has its id",
+    "not_utf8": "it is not UTF-8",
+    "not_json": "it is not JSON",
+    "not_json_object": "it is not a JSON object",
+    "wrong_columns": "it has another number of columns than the first line",
+    "bad_relevance": "its relevance is not a whole number",
+    "conflicting_judgement": "an earlier row judges the same passage otherwise",
+    "not_python": "it does not parse as Python",
+}
+"""Every reason for which a row is bad, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Bounds on what is read."""
+
+    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
+    """A text of this many UTF-8 bytes or more is a bad row."""
+    max_passage_chars: int = DEFAULT_MAX_PASSAGE_CHARS
+    """Text files are split into passages of at most this many characters."""
+
+    @property
+    def max_line_bytes(self) -> int:
+        """Longest line held in memory: a text at its bound with every character escaped, and other fields."""
+        return 6 * self.max_text_bytes + (1 << 20)
+
+
+class Source(ABC):
+    """Passages, and queries and judgements where there are some, from one place."""
+
+    format: str
+    """Its name on the command line."""
+    title_tells_apart: ClassVar[bool] = True
+    """Whether passages of one text and two titles are two passages."""
+    labels_from_passages: ClassVar[bool] = False
+    """Whether queries are made from the passages: one loses its sense where its passage was dropped."""
+    has_qrels: bool = False
+    """Whether it comes with judgements, which point at ids."""
+    fraction_read: float = 0.0
+    """How much of it `rows` has read, from 0 to 1; 0 where that is not known."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Look whether it can be read at all: opens it, reads a little.
+
+        Raises:
+            CorpusError: it is empty, has no text or id column, or is not of its format.
+        """
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row | BadRow]:
+        """Every row, always in the same order, with bounded memory.
+
+        Raises:
+            CorpusError: a file is cut short.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Stands for all that it holds."""
+
+    def queries(self) -> Iterator[Query | BadRow]:
+        """Its queries."""
+        yield from ()
+
+    def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
+        """Its judgements by split."""
+        return {}

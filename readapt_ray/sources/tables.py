@@ -1,0 +1,182 @@
+"""How passages lie in one file of rows: JSON Lines, TSV and Parquet.
+
+One line, or one batch of 512 Parquet rows, is in memory at a time.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from readapt_ray.errors import CorpusError
+from readapt_ray.sources.columns import ID_NAMES, TEXT_NAMES, Columns, passage_columns
+from readapt_ray.sources.lines import Line, read_lines, unreadable
+from readapt_ray.sources.parquet import cells, open_parquet
+from readapt_ray.sources.source import MISSING, BadRow, Limits, Row
+from readapt_ray.storage import Location
+
+_PEEKED_LINES = 100
+_BATCH_ROWS = 512
+
+Advance = Callable[[float], None]
+
+
+class TableFormat(Protocol):
+    """How rows lie in one file."""
+
+    @property
+    def name(self) -> str:
+        """The format's name."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How its files end."""
+
+    def columns(self, file: Location, label: str) -> Columns | None:
+        """Which columns make a passage; None for a file without rows. Raises CorpusError where none do."""
+
+    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:
+        """The rows; `advance` is told the part of the file, from 0 to 1, that was read."""
+
+
+class JsonLines:
+    """One JSON object a line."""
+
+    name = "jsonl"
+    suffixes = (".jsonl", ".ndjson")
+
+    def columns(self, file: Location, label: str) -> Columns | None:
+        """From the keys of the first hundred objects."""
+        keys: dict[str, None] = {}
+        peeked = list(itertools.islice(read_lines(file, label), _PEEKED_LINES))
+        for line in peeked:
+            value = parsed_object(line, label)
+            if isinstance(value, dict):
+                keys |= dict.fromkeys(value)
+        if peeked and not keys:
+            raise CorpusError(f"{label} is not JSON Lines: none of its first {len(peeked)} lines is a JSON object")
+        return passage_columns(list(keys), label) if peeked else None
+
+    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:
+        """A row for each line that is an object."""
+        columns = self.columns(file, label)
+        if columns is None:
+            return
+        for line in read_lines(file, label, max_line_bytes=limits.max_line_bytes, advance=_shares(file, advance)):
+            value = parsed_object(line, label)
+            if isinstance(value, BadRow):
+                yield value
+                continue
+            title = value.get(columns.title) if columns.title else None
+            place = f"{label}:{line.number}" if isinstance(line, Line) else label
+            yield Row(place, value.get(columns.doc_id, MISSING), title, value.get(columns.text, MISSING))
+
+
+def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
+    """The JSON object that a line holds, or why it holds none."""
+    if isinstance(line, BadRow):
+        return line
+    try:
+        value = json.loads(line.text)
+    except (ValueError, RecursionError):
+        return BadRow(f"{label}:{line.number}", "not_json")
+    return value if isinstance(value, dict) else BadRow(f"{label}:{line.number}", "not_json_object")
+
+
+class Tsv:
+    """Columns set apart by tabs: with a line of names, or id and text, or id, title and text. No quoting."""
+
+    name = "tsv"
+    suffixes = (".tsv",)
+
+    def columns(self, file: Location, label: str) -> Columns | None:
+        """From the first line."""
+        header = self._header(file, label)
+        return None if header is None else passage_columns(header[0], label)
+
+    def _header(self, file: Location, label: str) -> tuple[list[str], bool] | None:
+        """The columns' names, and whether the first line gives them."""
+        first = next((line for line in read_lines(file, label) if isinstance(line, Line)), None)
+        if first is None:
+            return None
+        fields = first.text.split("\t")
+        names = [field.strip().lower() for field in fields]
+        if set(names) & set(ID_NAMES) or (set(names) & set(TEXT_NAMES) and len(set(names)) > 1):
+            return names, True
+        if len(fields) not in (2, 3):
+            raise CorpusError(
+                f"{label} has {len(fields)} columns and no line of names; give id and text, or id, title and text, "
+                f"set apart by tabs, or a first line that names the columns"
+            )
+        return (["id", "text"] if len(fields) == 2 else ["id", "title", "text"]), False
+
+    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:
+        """A row for each line that has all columns."""
+        header = self._header(file, label)
+        if header is None:
+            return
+        names, is_named = header
+        columns = passage_columns(names, label)
+        id_at, text_at = names.index(columns.doc_id), names.index(columns.text)
+        title_at = names.index(columns.title) if columns.title else None
+        lines = read_lines(file, label, max_line_bytes=limits.max_line_bytes, advance=_shares(file, advance))
+        for line in lines:
+            if isinstance(line, BadRow):
+                yield line
+            elif is_named:
+                is_named = False
+            elif len(fields := line.text.split("\t")) != len(names):
+                yield BadRow(f"{label}:{line.number}", "wrong_columns")
+            else:
+                title = None if title_at is None else fields[title_at]
+                yield Row(f"{label}:{line.number}", fields[id_at], title, fields[text_at])
+
+
+class Parquet:
+    """Columns of Parquet files; a place counts rows from 1."""
+
+    name = "parquet"
+    suffixes = (".parquet",)
+
+    def columns(self, file: Location, label: str) -> Columns | None:
+        """From the schema."""
+        with open_parquet(file, label) as parquet:
+            return passage_columns(parquet.schema_arrow.names, label) if parquet.metadata.num_rows else None
+
+    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:  # noqa: ARG002 - the protocol's signature
+        """A row for each row."""
+        columns = self.columns(file, label)
+        if columns is None:
+            return
+        number = 0
+        with open_parquet(file, label) as parquet:
+            wanted = [name for name in columns if name]
+            try:
+                for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
+                    values = [cells(batch.column(name)) if name else itertools.repeat(None) for name in columns]
+                    for doc_id, title, text in zip(*values, strict=False):
+                        number += 1
+                        yield _row(f"{label}:{number}", doc_id, title, text)
+                    advance(number / parquet.metadata.num_rows)
+            except (pa.ArrowException, OSError) as error:
+                raise unreadable(label, f"after row {number}", error) from error
+
+
+def _row(place: str, doc_id: object, title: object, text: object) -> Row | BadRow:
+    values = []
+    for value in (doc_id, title, text):
+        try:
+            values.append(value.decode("utf-8") if isinstance(value, bytes) else value)
+        except UnicodeDecodeError:
+            return BadRow(place, "not_utf8")
+    return Row(place, *values)
+
+
+def _shares(file: Location, advance: Advance) -> Callable[[int], None]:
+    size_bytes = max(file.size_bytes(), 1)
+    return lambda read_bytes: advance(read_bytes / size_bytes)
+
+
+FORMATS: dict[str, TableFormat] = {"jsonl": JsonLines(), "tsv": Tsv(), "parquet": Parquet()}

@@ -1,0 +1,404 @@
+"""The embed stage: passages become vectors, a numbered data shard at a time.
+
+In: a corpus and a retriever. Out: `vectors/part-00000.parquet` and so on. A shard is read, encoded
+and written whole by one actor, so what was committed before a kill is not computed again, and every
+passage stands once. Two CPU cores encode some 120 passages of 85 tokens a second with
+all-MiniLM-L6-v2; memory is a shard and the model an actor.
+"""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from readapt_ray import errors
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.catalog.models import Model, encoding_of, find_model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import CorpusError, CorruptFileError, FingerprintMismatchError, PlacementError
+from readapt_ray.retrieval.templates import EncodingOption
+from readapt_ray.retrieval.vector_files import Footer, RowRange, cut, read_footer, read_rows, write_vectors
+from readapt_ray.stages import cluster
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_COLUMNS = ("doc_id", "title", "text")
+_MIN_SHARD_ROWS = 256
+_MAX_SHARD_ROWS = 4096
+_FOOTER_THREADS = 16
+_MAX_VAIN_STARTS = 3
+
+
+class EmbedConfig(StageConfig):
+    """The options of `readapt embed`."""
+
+    retriever: str
+    """The model that makes the vectors: catalog name, folder, URI or hub id."""
+    corpus: str
+    """The output folder of `readapt ingest`."""
+    encoding: EncodingOption = None
+    """How the retriever wants its text, as a JSON file; by default what its folder or the catalog says."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type that the model computes in."""
+    vector_dtype: Literal["float32", "float16"] = "float32"
+    """Type that the vectors are stored in."""
+    rows_per_shard: int | None = Field(default=None, ge=1)
+    """Passages in a data shard, the unit of work; by default a sixteenth of the corpus, from 256 to 4,096."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Actors that encode; by default one a GPU, and on a cluster without GPUs one for each `num_cpus_per_worker`."""
+    num_cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPUs, and so threads, of an actor; by default 1."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in a batch at most, padding included; by default 1,024 on a CPU and 16,384 on a GPU."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
+    operational: ClassVar[frozenset[str]] = frozenset({"num_workers", "num_cpus_per_worker", "batch_tokens"})
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A numbered piece of the corpus, and where its vectors go."""
+
+    number: int
+    ranges: tuple[RowRange, ...]
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.number:05d}.parquet"
+
+    @property
+    def num_rows(self) -> int:
+        return sum(each.num_rows for each in self.ranges)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What an actor must know: the same for all of them."""
+
+    model_name: str
+    weights: str
+    node_id: str
+    encoder: dict[str, Any]
+    encoding: Encoding
+    dtype: str
+    vector_dtype: str
+    batch_tokens: int | None
+    num_threads: int
+    passages: Location
+    vectors: Location
+
+
+def embed(config: EmbedConfig) -> Artifact:
+    """Encode a corpus.
+
+    Raises:
+        ArtifactMissingError: the corpus is not the output of `readapt ingest`.
+        CorpusError: it is empty, lacks a column, or a doc_id stands in it twice; or a passage gives no vector.
+        ModelError: the retriever is not a model, or cannot be used with its encoding.
+        CorruptFileError: a file of the corpus was cut short or altered.
+        PlacementError: the cluster does not have what the actors ask for.
+        ArtifactConflictError: the output holds vectors of another model or corpus.
+    """
+    corpus = open_artifact(config.corpus, "ingest")
+    model = find_model(config.retriever)
+    encoding = config.encoding or encoding_of(model)
+    _check_model(model, encoding)
+    passages = corpus.location / "passages"
+    counts = _count_rows(passages)
+    num_passages = sum(count for _, count in counts)
+    if num_passages == 0:
+        raise CorpusError(f"{config.corpus!r} has no passages; ingest a corpus that has some")
+    rows_per_shard = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // 16))
+    encoder = describe_encoder(model, encoding, config.dtype)
+
+    def work(workspace: Workspace) -> None:
+        ranges = cut(counts, rows_per_shard)
+        shards = [_Shard(number, tuple(each)) for number, each in enumerate(ranges)]
+        _check_unique_ids(passages, counts)
+        job = _Job(
+            model_name=config.retriever,
+            weights=model.fingerprint(),
+            node_id="",
+            encoder=encoder,
+            encoding=encoding,
+            dtype=config.dtype,
+            vector_dtype=config.vector_dtype,
+            batch_tokens=config.batch_tokens,
+            num_threads=1,
+            passages=passages,
+            vectors=workspace.location / "vectors",
+        )
+        _encode_shards(shards, job, config, workspace)
+        _summarise(shards, job, workspace)
+
+    return produce(
+        "embed",
+        config,
+        inputs={
+            "retriever": model.fingerprint(),
+            "encoding": fingerprint(encoding.model_dump(mode="json")),
+            "corpus": corpus.fingerprint,
+        },
+        identity={"rows_per_shard": rows_per_shard, "encoder": encoder["fingerprint"]},
+        work=work,
+    )
+
+
+def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, Any]:
+    """What a vector file and a manifest say of the model that made them."""
+    from readapt_ray.retrieval.encoder import encoder_fingerprint
+
+    return {
+        "fingerprint": encoder_fingerprint(model, encoding, dtype),
+        "model": model.name,
+        "dtype": dtype,
+        "encoding": encoding.model_dump(mode="json"),
+    }
+
+
+def _check_model(model: Model, encoding: Encoding) -> None:
+    """Find out in the driver, in seconds, what would otherwise stop every actor."""
+    from readapt_ray.catalog.models import load_tokenizer
+    from readapt_ray.retrieval.templates import TextTokenizer
+    from readapt_ray.weights.checkpoint import Checkpoint
+
+    holder = model.base() if model.is_adapter else model
+    Checkpoint(holder.folder, name=holder.name)
+    TextTokenizer(load_tokenizer(model), encoding)
+
+
+def _count_rows(passages: Location) -> list[tuple[str, int]]:
+    """Name and number of rows of each passages file; their ends are read, so a truncated one is found here."""
+    names = [name for name, _ in passages.listing(".parquet")]
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda name: read_footer(passages / name), names))
+    for name, footer in zip(names, footers, strict=True):
+        missing = [column for column in _COLUMNS if column not in footer.schema.names]
+        if missing:
+            raise CorpusError(
+                f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
+            )
+    return [(name, footer.num_rows) for name, footer in zip(names, footers, strict=True)]
+
+
+def _check_unique_ids(passages: Location, counts: Sequence[tuple[str, int]]) -> None:
+    """Refuse a corpus where a doc_id stands twice: 8 bytes a passage, some seconds for ten million."""
+    hashes = np.concatenate([_id_hashes(_ids(passages, name, count)) for name, count in counts if count])
+    ordered = np.sort(hashes)
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not suspects:
+        return
+    seen: dict[str, str] = {}
+    for name, count in counts:
+        for doc_id in _ids(passages, name, count):
+            if doc_id is None or hash(doc_id) in suspects:
+                if doc_id is None or doc_id in seen:
+                    first = f"stands in {seen.get(str(doc_id), name)} and again in {name}" if doc_id else "is missing"
+                    raise CorpusError(f"doc_id {doc_id!r} {first} of {passages}; ingest the corpus again")
+                seen[doc_id] = name
+
+
+def _ids(passages: Location, name: str, count: int) -> list[str | None]:
+    return list(read_rows(passages / name, 0, count, ("doc_id",))["doc_id"].to_pylist())
+
+
+def _id_hashes(doc_ids: Sequence[str | None]) -> np.ndarray:
+    return np.fromiter(map(hash, doc_ids), np.int64, len(doc_ids))
+
+
+def _encode_shards(shards: Sequence[_Shard], job: _Job, config: EmbedConfig, workspace: Workspace) -> None:
+    """Encode what has no file yet, showing progress as shards come in; go on with what is left when an actor dies."""
+    total = sum(shard.num_rows for shard in shards)
+    vain = 0
+    while pending := _pending(shards, job):
+        done = total - sum(shard.num_rows for shard in pending)
+        workspace.progress(done, total, unit="passages")
+        vain += 1
+        try:
+            for num_rows in _results(pending, job, config):
+                vain = 0
+                done += num_rows
+                workspace.progress(done, total, unit="passages")
+        except errors.WorkerError as error:
+            if vain >= _MAX_VAIN_STARTS:
+                raise
+            logger.warning("%s; the actors are started again for what is left", error)
+        else:
+            _check_written(shards, job)
+
+
+def _check_written(shards: Sequence[_Shard], job: _Job) -> None:
+    lost = [shard.name for shard in _pending(shards, job)]
+    if lost:
+        raise CorruptFileError(
+            f"{len(lost)} files were written to {job.vectors} and are not there, {lost[0]} first; see what removes them, "
+            f"and run `readapt embed` again"
+        )
+
+
+def _pending(shards: Sequence[_Shard], job: _Job) -> list[_Shard]:
+    """The shards whose file is not there, or is not one that this job would have written."""
+    there = {name for name, _ in job.vectors.listing(".parquet")}
+    found = [shard for shard in shards if shard.name in there]
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        whole = dict(zip(found, pool.map(lambda shard: _is_whole(shard, job), found), strict=True))
+    return [shard for shard in shards if not whole.get(shard, False)]
+
+
+def _is_whole(shard: _Shard, job: _Job) -> bool:
+    try:
+        footer = read_footer(job.vectors / shard.name)
+    except CorruptFileError as error:
+        logger.warning("%s; it is computed again", error)
+        return False
+    return footer.num_rows == shard.num_rows and _made_by(footer) == job.encoder["fingerprint"]
+
+
+def _made_by(footer: Footer) -> str:
+    return str(footer.metadata.get("encoder", {}).get("fingerprint", ""))
+
+
+def _results(pending: Sequence[_Shard], job: _Job, config: EmbedConfig) -> Iterator[int]:
+    """The number of passages of each shard, as it is written."""
+    num_nodes = cluster.connect().num_nodes
+    num_workers, num_cpus, num_gpus = _placement(config, len(pending))
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+    from ray.util.annotations import RayDeprecationWarning
+
+    node_id = ray.get_runtime_context().get_node_id()
+    placed = _Job(**{**vars(job), "num_threads": num_cpus, "node_id": node_id})
+    items = [
+        {"number": shard.number, "ranges": json.dumps([asdict(each) for each in shard.ranges])} for shard in pending
+    ]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
+    dataset.context.execution_no_progress_timeout_s = -1
+    # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
+    # `_encode_shards` starts again; on several, one lost node must not stop the actors of the others.
+    restarts = {} if num_nodes > 1 else {"max_restarts": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.64 will need another way to say it
+        written = dataset.map_batches(
+            _ShardEncoder,
+            fn_constructor_args=(placed,),
+            batch_size=1,
+            compute=ActorPoolStrategy(size=num_workers),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            **restarts,
+        )
+    try:
+        for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
+            for kind, message in zip(batch["error"].tolist(), batch["message"].tolist(), strict=True):
+                if kind:
+                    raise getattr(errors, kind)(message)
+            yield int(batch["num_rows"].sum())
+    except RayError as error:
+        raise cluster.cause_of(error) from None
+
+
+def _placement(config: EmbedConfig, num_pending: int) -> tuple[int, int, int]:
+    """Actors, CPUs of each and GPUs of each.
+
+    Raises:
+        PlacementError: the cluster does not have that much.
+    """
+    total = cluster.connect()
+    num_cpus = config.num_cpus_per_worker or 1
+    most = total.num_gpus or total.num_cpus // num_cpus
+    num_workers = config.num_workers or max(1, min(most, num_pending))
+    if num_workers > most or num_workers * num_cpus > total.num_cpus:
+        raise PlacementError(
+            f"{num_workers} actors of {num_cpus} CPUs{' and a GPU' if total.num_gpus else ''} each do not fit the cluster's "
+            f"{total.num_cpus} CPUs and {total.num_gpus} GPUs; lower num_workers or num_cpus_per_worker"
+        )
+    return num_workers, num_cpus, 1 if total.num_gpus else 0
+
+
+class _ShardEncoder:
+    """An actor: holds the model, and turns one shard a call from passages into a file of vectors."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._encoder: Any = None
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """An error is handed back as a value: raised here, Ray Data would bury its message in stack traces."""
+        rows = []
+        for number, ranges in zip(batch["number"].tolist(), batch["ranges"].tolist(), strict=True):
+            shard = _Shard(number, tuple(RowRange(**each) for each in json.loads(ranges)))
+            try:
+                self._encode(shard)
+                rows.append((shard.num_rows, "", ""))
+            except errors.ReadaptError as error:
+                rows.append((0, type(error).__name__, str(error)))
+            except Exception as error:
+                logger.exception("data shard %s failed", shard.name)
+                rows.append(
+                    (0, errors.WorkerError.__name__, f"data shard {shard.name}: {type(error).__name__}: {error}")
+                )
+        num_rows, kinds, messages = zip(*rows, strict=True)
+        return {"num_rows": np.array(num_rows), "error": np.array(kinds), "message": np.array(messages)}
+
+    def _encode(self, shard: _Shard) -> None:
+        import pyarrow as pa
+
+        job = self._job
+        tables = [read_rows(job.passages / each.name, each.start, each.num_rows, _COLUMNS) for each in shard.ranges]
+        columns = pa.concat_tables(tables).to_pydict()
+        doc_ids = columns["doc_id"]
+        self._encoder = self._encoder or _load_encoder(job)
+        for doc_id, text in zip(doc_ids, columns["text"], strict=True):
+            if text is None:
+                raise CorpusError(f"passage {doc_id!r} has no text; ingest the corpus again")
+        ids = self._encoder.tokenize(columns["text"], "passage", [title or "" for title in columns["title"]])
+        for doc_id, row in zip(doc_ids, ids, strict=True):
+            if not row:
+                raise CorpusError(f"passage {doc_id!r} gives no token, so it has no vector; leave it out of the corpus")
+        metadata = {
+            "encoder": {**job.encoder, "dimension": self._encoder.dimension},
+            "num_tokens": sum(map(len, ids)),
+        }
+        vectors = self._encoder.encode_ids(ids)
+        write_vectors(job.vectors / shard.name, doc_ids, vectors, dtype=job.vector_dtype, metadata=metadata)
+
+
+def _load_encoder(job: _Job) -> Any:
+    """The encoder, on this actor's device; on another node than the driver's, seen to have the same weights."""
+    import ray
+    import torch
+
+    from readapt_ray.retrieval.encoder import Encoder
+
+    torch.set_num_threads(job.num_threads)
+    model = find_model(job.model_name)
+    if ray.get_runtime_context().get_node_id() != job.node_id and model.fingerprint() != job.weights:
+        raise FingerprintMismatchError(
+            f"{job.model_name!r} has other weights on node {ray.util.get_node_ip_address()} than where the stage was started; "
+            f"put the same files on all nodes, or give a URI"
+        )
+    return Encoder.load(model, encoding=job.encoding, dtype=job.dtype, batch_tokens=job.batch_tokens)
+
+
+def _summarise(shards: Sequence[_Shard], job: _Job, workspace: Workspace) -> None:
+    """Verify what lies there, and put its counts into the manifest."""
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        footers = list(pool.map(lambda shard: read_footer(job.vectors / shard.name), shards))
+    workspace.counts |= {
+        "num_vectors": sum(footer.num_rows for footer in footers),
+        "num_tokens": sum(int(footer.metadata["num_tokens"]) for footer in footers),
+        "num_bytes": sum(footer.num_bytes for footer in footers),
+    }
+    workspace.details |= {
+        "encoder": {**job.encoder, "dimension": footers[0].dimension},
+        "vector_dtype": job.vector_dtype,
+    }

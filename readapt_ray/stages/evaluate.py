@@ -1,0 +1,229 @@
+"""`readapt evaluate`: measures, significance and a report, from runs and judgements.
+
+Enter TREC runs, the first of them the baseline, and qrels. Leave `measures.json`,
+`per_query.parquet` (query_id, run, measure, value), `report.json`, `report.md` and `report.html`.
+Runs in this process, without Ray: a run of 10,000 queries with 1,000 results each takes about ten
+seconds.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import PurePosixPath
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval import measures as measuring
+from readapt_ray.retrieval import report as reporting
+from readapt_ray.retrieval.passage_store import PassageStore
+from readapt_ray.retrieval.runs import Run, load_run
+from readapt_ray.retrieval.significance import Comparison, compare
+from readapt_ray.sources.judgements import read_qrels, read_queries
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+
+class EvaluateConfig(StageConfig):
+    """Options of `readapt evaluate`."""
+
+    runs: tuple[str, ...]
+    """TREC run files, with commas between them; the first is the baseline."""
+    qrels: str
+    """Judgements: a file (.jsonl, .tsv, .parquet, TREC) or a folder of them."""
+    measures: tuple[str, ...] = ("nDCG@10", "R@100", "RR@10")
+    """Measures by their usual names, with commas between them; the first one ranks the changed queries."""
+    names: tuple[str, ...] = ()
+    """What the report calls the runs, with commas between them; default: the names of their files."""
+    queries: str = ""
+    """Queries, for their texts in the report: a file or folder. Optional."""
+    corpus: str = ""
+    """Output folder of `readapt ingest`, for titles and texts in the report. Optional."""
+    num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
+    """Random sign flips of the significance test, and resamples of the intervals."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the test and of the intervals."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"runs", "qrels", "queries", "corpus"})
+
+    @field_validator("runs", "names", "measures", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(measuring.split_names(value)) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What is measured, read and seen to fit together."""
+
+    runs: dict[str, Run]
+    measured: dict[str, measuring.Measured]
+    judgements: dict[str, dict[str, int]]
+    query_texts: dict[str, str]
+
+
+def evaluate(config: EvaluateConfig) -> Artifact:
+    """Measure runs, compare them with the first one, and write a report.
+
+    Raises:
+        InputError: a run, the judgements, a measure or a name cannot be used.
+    """
+    measures = measuring.parse_measures(config.measures)
+    files = dict(zip(_names(config), config.runs, strict=True))
+    inputs = _fingerprints(config, files)
+    # Bad input is found before the output folder is touched; a complete artifact is not measured again.
+    is_new = config.overwrite or read_manifest(config.output) is None
+    loaded = _load(config, files, measures) if is_new else None
+
+    def work(workspace: Workspace) -> None:
+        _write(workspace, config, files, loaded or _load(config, files, measures))
+
+    return produce("evaluate", config, inputs=inputs, work=work, identity={"names": list(files)})
+
+
+def _names(config: EvaluateConfig) -> list[str]:
+    """A name for each run: as given, or of the file, with its folder where that is needed to tell them apart."""
+    if not config.runs:
+        raise InputError("no run given; give --runs FILE.trec, or several with commas between them")
+    names = list(config.names)
+    if names and len(names) != len(config.runs):
+        raise InputError(f"{len(names)} names for {len(config.runs)} runs; give one name for each run, or none")
+    if not names:
+        paths = [PurePosixPath(uri.split("?")[0]) for uri in config.runs]
+        names = [path.stem for path in paths]
+        if len(set(names)) < len(names):
+            names = [f"{path.parent.name}/{path.stem}" for path in paths]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"two runs are called {twice[0]!r}; give a different name to each with --names")
+    return names
+
+
+def _fingerprints(config: EvaluateConfig, files: Mapping[str, str]) -> dict[str, str]:
+    for uri in files.values():
+        if not Location(uri).is_file():
+            raise InputError(f"no run at {uri!r}: no such file; give a TREC run, such as one of `readapt search`")
+    known = {"runs": fingerprint([_run_identity(uri) for uri in files.values()])}
+    for option, uri in (("qrels", config.qrels), ("queries", config.queries)):
+        if uri:
+            if not Location(uri).exists():
+                raise InputError(f"{option} = {uri!r} does not exist; give a file, or a folder of them")
+            known[option] = fingerprint(Location(uri).content_fingerprint())
+    if config.corpus:
+        known["corpus"] = open_artifact(config.corpus, "ingest").fingerprint
+    return known
+
+
+def _run_identity(uri: str) -> list[Any]:
+    """The content of a run file, and the fingerprint of what made it, since the report tells it."""
+    manifest = read_manifest(uri)
+    return [list(Location(uri).content_fingerprint().values()), manifest.fingerprint if manifest else ""]
+
+
+def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
+    judgements = measuring.group_judgements(read_qrels(config.qrels))
+    texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
+    runs, measured = {}, {}
+    for name, uri in files.items():
+        runs[name] = load_run(uri)
+        measured[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
+        _warn(name, measured[name])
+    return _Loaded(runs, measured, judgements, texts)
+
+
+def _warn(name: str, measured: measuring.Measured) -> None:
+    if missing := measured.without_results:
+        logger.warning(
+            "%s has no results for %d of %d judged queries, which count as zero: %s",
+            name,
+            len(missing),
+            len(measured.query_ids),
+            reporting.named(missing),
+        )
+    if unjudged := measured.without_judgements:
+        logger.warning(
+            "%s: %d queries without judgements are left out: %s", name, len(unjudged), reporting.named(unjudged)
+        )
+
+
+def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str], loaded: _Loaded) -> None:
+    measured = loaded.measured
+    comparisons = compare(
+        {name: each.values for name, each in measured.items()},
+        num_permutations=config.num_permutations,
+        num_resamples=config.num_permutations,
+        seed=config.seed,
+    )
+    report = reporting.build_report(
+        loaded.runs,
+        measured,
+        comparisons,
+        loaded.judgements,
+        query_texts=loaded.query_texts,
+        find_passages=PassageStore.open(config.corpus).find if config.corpus else lambda _: {},
+        provenance={name: _provenance(uri) for name, uri in files.items()},
+        num_permutations=config.num_permutations,
+        seed=config.seed,
+    )
+    folder = workspace.location
+    _write_per_query(folder / "per_query.parquet", measured)
+    summary = _summary(measured, comparisons)
+    (folder / "measures.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    (folder / "report.json").write_text(reporting.to_json(report))
+    (folder / "report.md").write_text(reporting.to_markdown(report))
+    (folder / "report.html").write_text(reporting.to_html(report))
+    workspace.counts = {"num_runs": len(files), "num_queries": summary["num_queries"]}
+    workspace.details = {**summary, "verdicts": [each["sentence"] for each in report["verdicts"]]}
+
+
+def _summary(measured: Mapping[str, measuring.Measured], comparisons: list[Comparison]) -> dict[str, Any]:
+    return {
+        "num_queries": len(next(iter(measured.values())).query_ids),
+        "means": {name: each.means for name, each in measured.items()},
+        "comparisons": [asdict(each) for each in comparisons],
+        "num_without_results": {name: len(each.without_results) for name, each in measured.items()},
+        "num_without_judgements": {name: len(each.without_judgements) for name, each in measured.items()},
+    }
+
+
+def _write_per_query(file: Location, measured: Mapping[str, measuring.Measured]) -> None:
+    blocks = [
+        pa.table(
+            {
+                "query_id": list(each.query_ids),
+                "run": [name] * len(each.query_ids),
+                "measure": [measure] * len(each.query_ids),
+                "value": np.asarray(values),
+            }
+        )
+        for name, each in measured.items()
+        for measure, values in each.values.items()
+    ]
+    with file.open_output() as stream:
+        pq.write_table(pa.concat_tables(blocks), stream)
+
+
+def _provenance(uri: str) -> dict[str, Any]:
+    """What is known of a run file: what made it, from its manifest; its digest in any case."""
+    manifest = read_manifest(uri)
+    known: dict[str, Any] = {"file": uri, "content": next(iter(Location(uri).content_fingerprint().values()))}
+    if manifest is None:
+        return known | {"note": "no manifest lies beside this file, so nothing is known of the model that made it"}
+    return known | {
+        "stage": manifest.stage,
+        "fingerprint": manifest.fingerprint,
+        "created": manifest.created,
+        "config": manifest.config,
+        "inputs": manifest.inputs,
+        "counts": manifest.counts,
+        "details": manifest.details,
+        "versions": manifest.versions,
+    }

@@ -1,0 +1,92 @@
+"""Options that training a language model and training a retriever share, and what they stand for."""
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from readapt_ray.config import StageConfig
+
+if TYPE_CHECKING:
+    from readapt_ray.training.dora import AdapterShape
+    from readapt_ray.training.language_model import Optimization
+
+
+class OptimizationConfig(StageConfig):
+    """What is trained, how it descends, and on which workers."""
+
+    method: Literal["dora", "lora", "full"] = "dora"
+    """What is trained: DoRA or LoRA adapters, or all weights."""
+    lora_rank: int = Field(default=32, ge=1)
+    """Rank of the adapters."""
+    lora_alpha: float = Field(default=64.0, gt=0)
+    """Scale of the adapters; their update is multiplied by alpha / rank."""
+    lora_dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Probability that an adapter's input is dropped."""
+    target_modules: tuple[str, ...] = ()
+    """Linear layers that get an adapter, by the last part of their names."""
+    num_epochs: int = Field(default=1, ge=1)
+    """Times that each block or pair is trained on."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate of AdamW; falls linearly to 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's."""
+    warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    max_gradient_norm: float = Field(default=1.0, ge=0)
+    """Gradients are clipped to this norm; 0 leaves them."""
+    seed: int = Field(default=0, ge=0)
+    """Of the order of blocks or pairs, the first weights and dropout."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products and frozen weights: auto is bfloat16 on a GPU and float32 elsewhere. What is trained is float32."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer state, 2 also gradients."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Ray Train workers; default one a GPU, or one a node without GPUs."""
+    num_cpus_per_worker: int | None = Field(default=None, ge=1)
+    """CPUs of a worker; default one beside a GPU, else the node's share."""
+    checkpoint_every_steps: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
+    max_failures: int = Field(default=3, ge=-1)
+    """Times that dead workers are started again; -1 without end."""
+
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"zero_stage", "num_workers", "num_cpus_per_worker", "checkpoint_every_steps", "max_failures"}
+    )
+
+
+def adapter_shape(config: OptimizationConfig) -> "AdapterShape | None":
+    """The adapter that the options ask for; None where all weights are trained."""
+    from readapt_ray.training.dora import AdapterShape
+
+    if config.method == "full":
+        return None
+    return AdapterShape(
+        method=config.method,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=config.target_modules,
+    )
+
+
+def optimization(config: OptimizationConfig) -> "Optimization":
+    """How to descend."""
+    from readapt_ray.training.language_model import Optimization
+
+    return Optimization(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_fraction=config.warmup_fraction,
+        max_gradient_norm=config.max_gradient_norm,
+        zero_stage=config.zero_stage,
+        seed=config.seed,
+        checkpoint_every_steps=config.checkpoint_every_steps,
+    )
+
+
+def compute_dtype(config: OptimizationConfig, device: Any) -> Any:
+    """The torch dtype of matrix products: as asked, or by the device."""
+    import torch
+
+    is_low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    return torch.bfloat16 if is_low else torch.float32

@@ -1,0 +1,272 @@
+"""The search stage: queries and an index, or bare vectors, become a TREC run.
+
+In: queries, the retriever that made the vectors, and an index or vectors. Out: one file
+`FILE.trec`. A Ray task encodes the queries, others search a shard each, and their findings are
+merged into what one index would have given. Memory is a shard a task, and the run in the driver.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.catalog.models import Model, find_model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.records import Query, ScoredDoc
+from readapt_ray.retrieval.templates import EncodingOption
+from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors, read_footer
+from readapt_ray.stages import cluster
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_TASK_BYTES = 512 << 20
+_QUERIES_A_PIECE = 512
+
+
+class SearchConfig(StageConfig):
+    """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
+
+    retriever: str
+    """The model that made the vectors: catalog name, folder, URI or hub id."""
+    index: str | None = None
+    """The output folder of `readapt index`; give this or `vectors`."""
+    vectors: str | None = None
+    """The output folder of `readapt embed`, searched exactly; give this or `index`."""
+    queries: str
+    """A file of queries (.jsonl of BEIR, .tsv, .parquet), or a folder of them."""
+    qrels: str | None = None
+    """A file of judgements; only queries that are judged in it are searched. By default all are."""
+    top_k: int = Field(default=100, ge=1)
+    """Passages a query; over the number of passages it gives all of them."""
+    drop_self_hits: bool = False
+    """Leave out a passage whose doc_id is the query_id, as ArguAna and Quora are scored."""
+    encoding: EncodingOption = None
+    """How the retriever wants its text, as a JSON file; by default as the vectors were made."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens in a batch of queries at most, padding included; by default what suits the device."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "index", "vectors", "queries", "qrels", "encoding"})
+    operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.index is None) == (self.vectors is None):
+            raise ValueError("give exactly one of index and vectors")
+        if not self.output.endswith(".trec"):
+            raise ValueError(f"output = {self.output!r}: the run is one file; its name must end with .trec")
+        return self
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is searched: the shards of an index, or ranges of vector files."""
+
+    artifact: Artifact
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        return dict(self.artifact.manifest.details["encoder"])
+
+    @property
+    def num_vectors(self) -> int:
+        return int(self.artifact.manifest.counts["num_vectors"])
+
+    def pieces(self, num_cpus: int) -> list[tuple[RowRange, ...] | dict[str, Any]]:
+        """What each task searches: the record of an index shard, or ranges of rows."""
+        if self.artifact.manifest.stage == "index":
+            return list(self.artifact.manifest.details["shards"])
+        folder = self.artifact.location / "vectors"
+        counts = [(name, read_footer(folder / name).num_rows) for name, _ in folder.listing(".parquet")]
+        most = max(1, _TASK_BYTES // (4 * int(self.encoder["dimension"])))
+        even = -(-self.num_vectors // num_cpus)
+        return [tuple(each) for each in cut(counts, min(most, even))]
+
+
+def search(config: SearchConfig) -> Artifact:
+    """Search a corpus for queries.
+
+    Raises:
+        ArtifactMissingError: the index or the vectors are not the output of their stage.
+        FingerprintMismatchError: they were made by another model, or with another encoding.
+        CorpusError: there are no queries, or a row is not one.
+        CorruptFileError: a shard was cut short or altered.
+    """
+    source = _Source(
+        open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")
+    )
+    model = find_model(config.retriever)
+    encoding = config.encoding or Encoding.parse(source.encoder["encoding"], where=source.artifact.uri)
+    _check_encoder(model, encoding, source)
+    queries = _read_queries(config)
+
+    def work(workspace: Workspace) -> None:
+        num_results = _run(config, source, encoding, queries, workspace)
+        workspace.counts |= {"num_queries": len(queries), "num_results": num_results}
+        workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors}
+
+    return produce(
+        "search",
+        config,
+        inputs={
+            "retriever": model.fingerprint(),
+            "encoding": fingerprint(encoding.model_dump(mode="json")),
+            "index" if config.index else "vectors": source.artifact.fingerprint,
+            "queries": fingerprint([list(query) for query in queries]),
+        },
+        work=work,
+    )
+
+
+def _check_encoder(model: Model, encoding: Encoding, source: _Source) -> None:
+    """Refuse vectors that this model with this encoding would not have made."""
+    from readapt_ray.retrieval.encoder import encoder_fingerprint
+
+    recorded = source.encoder
+    if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
+        return
+    wanted = encoding.model_dump(mode="json")
+    differing = [
+        f"{name} is {recorded['encoding'].get(name)!r} there and {value!r} here"
+        for name, value in wanted.items()
+        if recorded["encoding"].get(name) != value
+    ]
+    what = (
+        "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
+    )
+    raise FingerprintMismatchError(
+        f"{source.artifact.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
+        f"that made it, or run `readapt embed` with this one into another output"
+    )
+
+
+def _read_queries(config: SearchConfig) -> list[Query]:
+    from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
+
+    queries = read_queries(config.queries)
+    if config.qrels is None:
+        return queries
+    judged = keep_judged(queries, read_qrels(config.qrels))
+    if not judged:
+        raise CorpusError(
+            f"no query of {config.queries!r} is judged in {config.qrels!r}; give files that belong together"
+        )
+    return judged
+
+
+def _run(
+    config: SearchConfig, source: _Source, encoding: Encoding, queries: Sequence[Query], workspace: Workspace
+) -> int:
+    """Encode, search, merge, write; the number of results."""
+    from ray.exceptions import RayError
+
+    from readapt_ray.retrieval.exact import TopK
+    from readapt_ray.retrieval.runs import write_run
+
+    if config.top_k > source.num_vectors:
+        logger.info("top_k = %d is over the %d passages: each query gets all of them", config.top_k, source.num_vectors)
+    depth = config.top_k + config.drop_self_hits
+    best = TopK(len(queries), depth)
+    try:
+        vectors = _encode_queries(config, source, encoding, queries, workspace)
+        for scores, doc_ids in _search_pieces(source, vectors, depth):
+            best.merge(scores, doc_ids)
+    except RayError as error:
+        raise cluster.cause_of(error) from None
+    hits = best.hits()
+    results: list[ScoredDoc] = []
+    for index, query in enumerate(queries):
+        found = hits.of_query(index, query.query_id)
+        if config.drop_self_hits:
+            found = [doc for doc in found if doc.doc_id != query.query_id]
+        results.extend(found[: config.top_k])
+    write_run(workspace.location.uri, results, tag=config.retriever.rstrip("/").rsplit("/", 1)[-1])
+    return len(results)
+
+
+def _encode_queries(
+    config: SearchConfig, source: _Source, encoding: Encoding, queries: Sequence[Query], workspace: Workspace
+) -> np.ndarray:
+    """float32 [Q, D], by one task."""
+    import ray
+
+    total = cluster.connect()
+    num_cpus = 1 if total.num_gpus else max(1, total.num_cpus // total.num_nodes)
+    task = ray.remote(num_cpus=num_cpus, num_gpus=1 if total.num_gpus else 0, num_returns="streaming")(_encoded)
+    texts = [query.text for query in queries]
+    pieces: list[np.ndarray] = []
+    done = 0
+    workspace.progress(done, len(texts), unit="queries")
+    stream = task.remote(
+        texts,
+        retriever=config.retriever,
+        encoding=encoding,
+        dtype=source.encoder["dtype"],
+        batch_tokens=config.batch_tokens,
+        num_threads=num_cpus,
+    )
+    for reference in stream:
+        pieces.append(ray.get(reference))
+        done += len(pieces[-1])
+        workspace.progress(done, len(texts), unit="queries")
+    return np.concatenate(pieces)
+
+
+def _encoded(
+    texts: Sequence[str], *, retriever: str, encoding: Encoding, dtype: str, batch_tokens: int | None, num_threads: int
+) -> Iterator[np.ndarray]:
+    """On a worker: the vectors of the queries, some hundred at a time."""
+    import torch
+
+    from readapt_ray.retrieval.encoder import Encoder
+
+    torch.set_num_threads(num_threads)
+    encoder = Encoder.load(find_model(retriever), encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
+    for first in range(0, len(texts), _QUERIES_A_PIECE):
+        yield encoder.encode(texts[first : first + _QUERIES_A_PIECE], "query")
+
+
+def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What each task found: scores and doc_ids [Q, K], in the order in which tasks end."""
+    import ray
+
+    room = max(1, cluster.connect().num_cpus)
+    shared = ray.put(queries)
+    task = ray.remote(num_cpus=1)(_search_piece)
+    waiting = source.pieces(room)
+    running: list[Any] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < room:
+                running.append(task.remote(source.artifact.location, waiting.pop(0), shared, top_k))
+            ready, running = ray.wait(running)
+            yield from ray.get(ready)
+    finally:
+        for each in running:
+            ray.cancel(each)
+
+
+def _search_piece(
+    artifact: Location, piece: tuple[RowRange, ...] | dict[str, Any], queries: np.ndarray, top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(piece, dict):
+        import faiss
+
+        from readapt_ray.retrieval.vector_index import ShardRecord, read_shard
+
+        faiss.omp_set_num_threads(1)
+        hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)
+    else:
+        import torch
+
+        from readapt_ray.retrieval.exact import search_exact
+
+        torch.set_num_threads(1)
+        hits = search_exact(queries, iterate_vectors(artifact / "vectors", piece), top_k)
+    return hits.scores, hits.doc_ids

@@ -1,0 +1,255 @@
+"""A PEFT adapter (LoRA or DoRA) read as factors: what it adds to each weight of the model it is laid on.
+
+In: a folder that PEFT saved. Out: for each adapted weight the factors A and B, the scaling and, for
+DoRA, the magnitude. Opening reads headers only and checks every module against the model; the
+factors of one weight are read when asked for. What is not understood is refused, never left out.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_PEFT_PREFIX = "base_model.model."
+_KINDS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+# Options that do not change what the factors mean; every other option must be off.
+_HARMLESS = {
+    "peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+    "runtime_config", "eva_config", "ensure_weight_tying",
+}  # fmt: skip
+# These begin by taking the factors out of the base weights, so the factors alone say nothing.
+_BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_NUM_LISTED = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """What an adapter does to one weight W [O, I]."""
+
+    A_rI: torch.Tensor
+    """The inner factor [rank, I]."""
+    B_Or: torch.Tensor
+    """The outer factor [O, rank]."""
+    magnitude: torch.Tensor | None
+    """DoRA's norm of each output row [O]; None for LoRA."""
+    scaling: float
+    """What B A is multiplied by."""
+
+    def update(self, weight_OI: torch.Tensor, first_row: int = 0) -> torch.Tensor:
+        """What is added to a weight: `tuned - pretrained`.
+
+        LoRA adds s B A. DoRA makes the tuned weight d (W + s B A), d = m / ||W + s B A|| by output row
+        (arXiv 2402.09353, section 4.1, as `peft` merges it), so it adds (d - 1) W + d s B A.
+
+        Args:
+            weight_OI: W, or its rows from `first_row` on, in the type to compute in.
+            first_row: which output row the first row of `weight_OI` is.
+
+        Returns:
+            The update of these rows [O, I], of the type and on the device of `weight_OI`.
+        """
+        rows = slice(first_row, first_row + weight_OI.shape[0])
+        low_rank_OI = (self.B_Or[rows].to(weight_OI) @ self.A_rI.to(weight_OI)).mul_(self.scaling)
+        if self.magnitude is None:
+            return low_rank_OI
+        norm_O1 = torch.linalg.vector_norm(weight_OI + low_rank_OI, dim=1, keepdim=True)
+        magnitude_O1 = self.magnitude[rows].to(weight_OI).unsqueeze(1)
+        # A row that is zero as a whole has no direction to scale: it stays zero.
+        d_O1 = torch.where(norm_O1 == 0, torch.ones_like(norm_O1), magnitude_O1 / norm_O1)
+        return low_rank_OI.mul_(d_O1).add_(weight_OI * (d_O1 - 1))
+
+    def to(self, device: torch.device) -> "Factors":
+        """The same factors on a device."""
+        magnitude = None if self.magnitude is None else self.magnitude.to(device)
+        return Factors(A_rI=self.A_rI.to(device), B_Or=self.B_Or.to(device), magnitude=magnitude, scaling=self.scaling)
+
+
+class Adapter:
+    """An adapter bound to the weights that it changes."""
+
+    def __init__(self, folder: Path, base: Checkpoint, *, name: str | None = None) -> None:
+        """Read the config and headers, and find the weight that each module changes.
+
+        Args:
+            folder: a local PEFT folder; it may have been trained on the model with or without its LM head.
+            base: the model that it is laid on.
+            name: what the user calls the adapter; used in errors.
+
+        Raises:
+            ModelError: not an adapter, or one that does more than LoRA and DoRA on linear layers.
+            WeightMismatchError: modules that `base` lacks, or of other shapes: an adapter of another model.
+        """
+        self.folder = folder
+        self.name = name or str(folder)
+        self._config = _read_config(folder, self.name)
+        self._modules: dict[str, dict[str, StoredTensor]] = {}
+        self._paths: dict[str, str] = {}
+        dropped = []
+        for path, parts in _modules(folder, self.name).items():
+            if is_head(path):
+                dropped.append(path)
+                continue
+            weight = base.match(f"{path}.weight") or path
+            if weight in self._modules:
+                raise ModelError(
+                    f"the adapter {self.name!r} holds {path!r} and {self._paths[weight]!r}, one weight twice"
+                )
+            self._modules[weight], self._paths[weight] = parts, path
+        self.dropped = tuple(sorted(dropped))
+        """Modules of the LM head: they do not take part in a vector."""
+        self._check(base)
+
+    def names(self) -> list[str]:
+        """The weights that it changes, under the headless names of the model."""
+        return sorted(self._modules, key=natural_order)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    @property
+    def is_dora(self) -> bool:
+        """Whether it holds magnitudes."""
+        return bool(self._config.get("use_dora"))
+
+    def factors(self, name: str) -> Factors:
+        """The factors of one weight, read from disk.
+
+        Raises:
+            ModelError: a factor holds NaN or infinity.
+        """
+        parts = {}
+        for kind, stored in self._modules[name].items():
+            tensor = stored.read()
+            if not is_finite(tensor):
+                raise ModelError(
+                    f"tensor {stored.stored_name!r} of the adapter {self.name!r} holds NaN or infinity; train it again"
+                )
+            parts[kind] = tensor
+        rank = parts["A"].shape[0]
+        return Factors(
+            A_rI=parts["A"], B_Or=parts["B"], magnitude=parts.get("magnitude"), scaling=self._scaling(name, rank)
+        )
+
+    def update(self, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
+        """`tuned - pretrained` of one weight; see `Factors.update`."""
+        return self.factors(name).update(weight_OI)
+
+    def _scaling(self, name: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; patterns are matched as PEFT does."""
+        patterns = self._config.get("alpha_pattern") or {}
+        matched = next(
+            (each for each in patterns if re.match(rf"(.*\.)?({each})$", self._paths[name])), self._paths[name]
+        )
+        alpha = float(patterns.get(matched, self._config["lora_alpha"]))
+        return alpha / math.sqrt(rank) if self._config.get("use_rslora") else alpha / rank
+
+    def _check(self, base: Checkpoint) -> None:
+        problems = []
+        for name in self.names():
+            shapes = {kind: stored.shape for kind, stored in self._modules[name].items()}
+            path = self._paths[name]
+            wanted = {"A", "B", "magnitude"} if self.is_dora else {"A", "B"}
+            if shapes.keys() != wanted:
+                has, needs = ", ".join(sorted(shapes)), ", ".join(sorted(wanted))
+                raise ModelError(
+                    f"the adapter {self.name!r} holds {has} for {path!r} where {needs} are due; save it again"
+                )
+            if name not in base:
+                problems.append(f"{path}: no such weight")
+                continue
+            rank = shapes["A"][0]
+            due = {
+                "A": (rank, base.shape(name)[-1]),
+                "B": (base.shape(name)[0], rank),
+                "magnitude": base.shape(name)[:1],
+            }
+            if len(base.shape(name)) != 2 or any(shapes[kind] != due[kind] for kind in wanted):
+                made_for = (shapes["B"][0], shapes["A"][-1])
+                problems.append(f"{path}: made for a weight {list(made_for)}, which is {list(base.shape(name))}")
+        if problems:
+            linear = sorted({each.rsplit(".", 2)[-2] for each in base.names() if len(base.shape(each)) == 2})
+            raise WeightMismatchError(
+                f"the adapter {self.name!r} is not one of {base.name!r}: {listed(problems)}. It was trained on "
+                f"{self._config.get('base_model_name_or_path')!r}; give that model, or an adapter trained on this one "
+                f"(its modules are {', '.join(linear)})"
+            )
+        if not self._modules:
+            raise ModelError(f"the adapter {self.name!r} changes no weight of the headless model; train it on others")
+
+
+def listed(problems: list[str]) -> str:
+    """The first few of a list of differences, and how many more there are."""
+    shown = "; ".join(problems[:_NUM_LISTED])
+    return f"{shown}; and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else shown
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ModelError(f"{name!r} is not an adapter: {folder} holds no {CONFIG_NAME}; give a folder that PEFT saved")
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    kind = str(config.get("peft_type", "")).upper()
+    if kind != "LORA":
+        raise ModelError(f"the adapter {name!r} is of the type {kind or 'unknown'}; understood are LoRA and DoRA")
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init.startswith(_BASE_CHANGING_INITS):
+        raise ModelError(
+            f"the adapter {name!r} began with init_lora_weights={init!r}, which also changes the base weights; convert it "
+            f"with PEFT's path_initial_model_for_weight_conversion to a plain LoRA"
+        )
+    unknown = {
+        option: value
+        for option, value in config.items()
+        if option not in _HARMLESS and value not in (None, False, {}, [], "none", "")
+    }
+    if unknown:
+        named = ", ".join(f"{option}={value!r}" for option, value in sorted(unknown.items()))
+        raise ModelError(
+            f"the adapter {name!r} was trained with {named}, which cannot be laid on as factors; train it without, or merge "
+            f"it with PEFT and give the full model"
+        )
+    return config
+
+
+def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
+    """The stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        pickled = folder / "adapter_model.bin"
+        hint = f"; {pickled.name} is a pickle and is not read: load it with PEFT and save it again" * pickled.is_file()
+        raise ModelError(f"the adapter {name!r} has no {WEIGHTS_NAME} in {folder}{hint}")
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    unknown = []
+    for stored_name, stored in read_header(path).items():
+        suffix = next((each for each in _KINDS if stored_name.endswith(each)), None)
+        if suffix is None or not stored_name.startswith(_PEFT_PREFIX):
+            unknown.append(stored_name)
+            continue
+        module = stored_name.removeprefix(_PEFT_PREFIX).removesuffix(suffix)
+        modules.setdefault(module, {})[_KINDS[suffix]] = stored
+    if unknown:
+        raise ModelError(
+            f"the adapter {name!r} holds tensors that are neither LoRA nor DoRA factors of a linear layer: "
+            f"{listed(sorted(unknown))}; train it without them, or merge it with PEFT and give the full model"
+        )
+    return modules

@@ -1,0 +1,117 @@
+"""Any pair of scales in a live model, without a reload: what a search over scales needs.
+
+In: a loaded headless model and the three ingredients. It holds on the model's device one copy of the
+pretrained weights, of the retriever's (or its factors) and of the adapters' factors; setting the
+scales costs a pass over the weights that change.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from readapt_ray.errors import InputError, WeightMismatchError
+from readapt_ray.weights.adapter import listed
+from readapt_ray.weights.readapter import Ingredients, Readapter, Scales
+
+
+class LiveReadapter:
+    """Writes readapted weights into a module in place."""
+
+    def __init__(self, module: torch.nn.Module, readapter: Readapter) -> None:
+        """Read every ingredient onto the module's device.
+
+        Args:
+            module: a headless model of the same architecture, as `load_model` gives; its weights are replaced.
+            readapter: what they are made of.
+
+        Raises:
+            WeightMismatchError: the module has other tensors; all of them are listed.
+            ModelError: an input holds NaN or infinity.
+        """
+        self._readapter = readapter
+        self._parameters = dict(module.named_parameters())
+        _check_module(self._parameters, readapter)
+        self._ingredients: dict[str, Ingredients] = {
+            name: readapter.ingredients(name, self._parameters[name].device)
+            for name in readapter.names()
+            if name in self._parameters
+        }
+        self._written: Scales | None = None
+
+    @torch.no_grad()
+    def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
+        """Write the weights of these scales, equal to what a merge writes in the module's type.
+
+        Args:
+            readapter_scale: share of the retrieval skill kept.
+            knowledge_scale: share of the new domain added; one number for all knowledge adapters, or one each.
+
+        Raises:
+            InputError: a scale is not finite, or there are not as many as adapters.
+        """
+        scales = Scales(readapter_scale, spread(knowledge_scale, len(self._readapter.knowledge)))
+        before, self._written = self._written, None
+        for name, ingredients in self._ingredients.items():
+            if before is not None and not _changes(ingredients, before, scales):
+                continue
+            parameter = self._parameters[name]
+            for start, stop in self._readapter.slices(name):
+                target = parameter[start:stop] if parameter.ndim else parameter
+                target.copy_(_slice(ingredients, start, stop).rows(scales, start))
+        self._written = scales
+
+
+def spread(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
+    """One knowledge scale for each adapter; a single number stands for all.
+
+    Raises:
+        InputError: there are neither one nor as many scales as adapters.
+    """
+    given = tuple(knowledge_scale) if isinstance(knowledge_scale, Sequence) else (knowledge_scale,)
+    if len(given) == 1:
+        return given * num_adapters
+    if len(given) != num_adapters:
+        raise InputError(f"{len(given)} knowledge scales for {num_adapters} adapters; give one for all, or one each")
+    return given
+
+
+def _changes(ingredients: Ingredients, before: Scales, now: Scales) -> bool:
+    if before.readapter != now.readapter and not (
+        ingredients.retriever is None and ingredients.retriever_factors is None
+    ):
+        return True
+    return any(
+        factors is not None and old != new
+        for factors, old, new in zip(ingredients.knowledge_factors, before.knowledge, now.knowledge, strict=True)
+    )
+
+
+def _slice(whole: Ingredients, start: int, stop: int) -> Ingredients:
+    def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return tensor[start:stop] if tensor is not None and tensor.ndim else tensor
+
+    return Ingredients(
+        name=whole.name,
+        pretrained=cut(whole.pretrained),
+        retriever=cut(whole.retriever),
+        retriever_factors=whole.retriever_factors,
+        knowledge_factors=whole.knowledge_factors,
+    )
+
+
+def _check_module(parameters: dict[str, torch.nn.Parameter], readapter: Readapter) -> None:
+    problems = []
+    for name in sorted({*parameters, *readapter.names()}):
+        if name.startswith("pooler."):
+            continue
+        if name not in parameters:
+            problems.append(f"{name}: not in the live model")
+        elif name not in readapter.names():
+            problems.append(f"{name}: only in the live model")
+        elif tuple(parameters[name].shape) != readapter.shape(name):
+            problems.append(f"{name}: {list(parameters[name].shape)} live, {list(readapter.shape(name))} on disk")
+    if problems:
+        raise WeightMismatchError(
+            f"the live model is not of the kind of {readapter.pretrained.name!r}: {listed(problems)}; "
+            f"load it from the retriever that the scales are set for"
+        )

@@ -1,0 +1,101 @@
+"""A model in memory, ready to encode: headless, in eval mode, adapters laid on their base.
+
+In: a model on this machine's disk. Out: the module that transformers' `AutoModel` makes of it, with
+every weight accounted for. It costs the model's size in its type, and for an adapter one weight in
+float32 besides.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from readapt_ray.catalog.models import Model
+from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.weights.adapter import Adapter, listed
+from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
+
+
+def load_model(model: Model, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
+    """Load the headless model.
+
+    Args:
+        model: full weights, or a LoRA or DoRA adapter, which is laid on its base model.
+        dtype: type of the weights; an adapter is laid on in float32 and cast once.
+        device: where to put it: cpu, cuda, cuda:1.
+
+    Returns:
+        The transformers module in eval mode, without gradients, with sdpa attention.
+
+    Raises:
+        ModelError: no safetensors, an architecture that transformers does not have, or an adapter of another kind.
+        WeightMismatchError: weights that the architecture lacks, or that it has and the files do not.
+    """
+    holder = model.base() if model.is_adapter else model
+    checkpoint = Checkpoint(holder.folder, name=holder.name)
+    adapter = Adapter(model.folder, checkpoint, name=model.name) if model.is_adapter else None
+    module = _load_headless(holder.folder, holder.name, checkpoint, dtype)
+    if adapter is not None:
+        _lay_on(module, checkpoint, adapter)
+    return module.eval().requires_grad_(False).to(device)
+
+
+def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+    from transformers import AutoModel
+
+    with _quiet():
+        try:
+            module, report = AutoModel.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(
+                f"transformers cannot load {name!r}: {first}; check its config.json and weights"
+            ) from error
+    missing = sorted(each for each in report["missing_keys"] if not each.startswith("pooler.") and not is_buffer(each))
+    aside = {*checkpoint.heads, *checkpoint.buffers}
+    unexpected = sorted(each for each in report["unexpected_keys"] if each not in aside and "pooler." not in each)
+    problems = [
+        *(f"{each}: not in the files" for each in missing),
+        *(f"{each}: unknown to {type(module).__name__}" for each in unexpected),
+        *(f"{each}: {list(has)} in the files, {list(due)} due" for each, has, due in report["mismatched_keys"]),
+    ]
+    if problems:
+        raise WeightMismatchError(
+            f"the weights of {name!r} are not those of {type(module).__name__}, which its config.json names: "
+            f"{listed(problems)}; fetch the model again, or mend its config.json"
+        )
+    return module  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _lay_on(module: torch.nn.Module, checkpoint: Checkpoint, adapter: Adapter) -> None:
+    parameters = dict(module.named_parameters())
+    for name in adapter.names():
+        weight_OI = checkpoint.read(name).float()
+        parameters[name].copy_(weight_OI + adapter.update(name, weight_OI))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers prints a report and a bar for each load; what matters in them is raised as an error here."""
+    from transformers.utils import logging
+
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,222 @@
+"""The files beside the weights: what transformers, sentence-transformers and readapt read to encode alike.
+
+In: the config of the model that gives the weights, and the encoding. Out: config.json, the
+tokenizer, the modules of sentence-transformers (as its releases since version 2 read them),
+readapt.json and a model card. A few kilobytes besides the tokenizer.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.catalog.models import CONTRACT_NAME
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.storage import Location
+from readapt_ray.weights.tokenizer import write_tokenizer
+
+_POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+_TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
+
+
+def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict[str, Any]:
+    """The config.json of the headless model.
+
+    Args:
+        config: that of the model that the weights are of.
+        dtype: the weights' type by name.
+        name: what the user calls that model; used in the error.
+
+    Raises:
+        ModelError: transformers has no headless class for this type of model.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    known = MODEL_MAPPING_NAMES.get(kind)
+    if known is None:
+        raise ModelError(
+            f"{name!r} has the model_type {kind!r} in config.json, which transformers' AutoModel does not know"
+        )
+    # Both names of the type: releases of transformers before 4.56 read only the second.
+    kept = {
+        key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "transformers_version")
+    }
+    return {
+        **kept,
+        "architectures": [known if isinstance(known, str) else known[0]],
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def prompts(encoding: Encoding) -> dict[str, str]:
+    """The templates as sentence-transformers' prompts: what stands before a query and before a document.
+
+    A template with words behind the text has no such form and is left out.
+
+    Raises:
+        InputError: a template that cannot be filled in.
+    """
+    found = {}
+    for kind, template in (("query", encoding.query_template), ("document", encoding.passage_template)):
+        try:
+            filled = template.format(title=_TITLE, text=_TEXT, task=encoding.task)
+        except (KeyError, IndexError, ValueError) as error:
+            raise InputError(
+                f"the template {template!r} cannot be filled in ({error!r}); it may hold {{title}}, {{text}} and {{task}}"
+            ) from error
+        if filled.endswith(_TEXT):
+            found[kind] = filled.split("\x00", 1)[0]
+    return found
+
+
+def write_model_files(
+    target: Location,
+    *,
+    config: Mapping[str, Any],
+    tokenizer: Any,
+    encoding: Encoding,
+    contract: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Write everything but the weights.
+
+    Args:
+        target: the model folder.
+        config: the headless config, from `headless_config`.
+        tokenizer: the retriever's, as transformers loads it.
+        encoding: how text becomes a vector.
+        contract: what readapt.json holds besides the encoding.
+        card: README.md.
+
+    Raises:
+        ModelError: the tokenizer cannot be exported.
+    """
+    from transformers import AutoConfig
+
+    with tempfile.TemporaryDirectory(prefix="readapt-export-") as name:
+        folder = Path(name)
+        _write_json(folder / "config.json", config)
+        write_tokenizer(tokenizer, encoding, folder)
+        tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if config.get("pad_token_id") is None and tokens.get("pad_token") is not None:
+            pad = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+            ids = {each["content"]: each["id"] for each in pad}
+            _write_json(folder / "config.json", {**config, "pad_token_id": ids.get(tokens["pad_token"])})
+        # Asked of transformers, since models call their width differently (hidden_size, dim, n_embd).
+        width = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).hidden_size
+        _write_sentence_transformers(folder, encoding, int(width))
+        _write_json(folder / CONTRACT_NAME, {"encoding": encoding.model_dump(mode="json"), **contract})
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        Location(str(folder)).copy_to(target)
+
+
+def _write_sentence_transformers(folder: Path, encoding: Encoding, dimension: int) -> None:
+    kinds = ["Transformer", "Pooling", *(["Normalize"] if encoding.normalize else [])]
+    modules = [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": "" if kind == "Transformer" else f"{number}_{kind}",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]
+    _write_json(folder / "modules.json", modules)
+    modes = {key: kind == encoding.pooling for kind, key in _POOLING_KEYS.items()}
+    _write_json(
+        folder / "1_Pooling/config.json", {"word_embedding_dimension": dimension, **modes, "include_prompt": True}
+    )
+    if encoding.normalize:
+        _write_json(folder / "2_Normalize/config.json", {})
+    limit = max(encoding.max_query_tokens, encoding.max_passage_tokens)
+    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": encoding.lower_case})
+    similarity = "cosine" if encoding.normalize else "dot"
+    _write_json(
+        folder / "config_sentence_transformers.json",
+        {"prompts": prompts(encoding), "default_prompt_name": None, "similarity_fn_name": similarity},
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def model_card(*, encoding: Encoding, scales: str, sources: Mapping[str, Mapping[str, str]], notes: list[str]) -> str:
+    """README.md of the model folder: what it was made from, and how to use it.
+
+    Args:
+        encoding: how text becomes a vector.
+        scales: the two scales in words.
+        sources: for each ingredient its name, its fingerprint and what else identifies it.
+        notes: what a reader has to know besides.
+    """
+    rows = [
+        f"| {role} | `{values['name']}` | `{values['fingerprint']}` | {values.get('sha256', '')} |"
+        for role, values in sources.items()
+    ]
+    prefixes = prompts(encoding)
+    usage = [
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
+        'queries = model.encode(["..."], prompt_name="query")' if "query" in prefixes else "",
+        'passages = model.encode(["title text"], prompt_name="document")' if "document" in prefixes else "",
+    ]
+    return "\n".join(
+        [
+            "---",
+            "library_name: sentence-transformers",
+            "pipeline_tag: feature-extraction",
+            "tags: [sentence-transformers, feature-extraction, retrieval, readapt-ray]",
+            "---",
+            "",
+            "# Readapted retriever",
+            "",
+            "Made by readapt_ray: `pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * "
+            "(tuned - pretrained)`, summed in float32 and cast once.",
+            "",
+            f"Scales: {scales}.",
+            "",
+            "| ingredient | name | fingerprint | SHA-256 of its weights |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "## Encoding",
+            "",
+            f"Pooling {encoding.pooling}, {'normalised' if encoding.normalize else 'not normalised'}, BOS {encoding.add_bos}, "
+            f"EOS {encoding.add_eos}, at most {encoding.max_query_tokens} tokens a query and {encoding.max_passage_tokens} a "
+            "passage.",
+            "",
+            f"- query: `{json.dumps(encoding.query_template, ensure_ascii=False)}`",
+            f"- passage: `{json.dumps(encoding.passage_template, ensure_ascii=False)}`",
+            *([f"- task: `{encoding.task}`"] if encoding.task else []),
+            "",
+            "```python",
+            *[line for number, line in enumerate(usage) if line or number == 1],
+            "```",
+            "",
+            *[f"- {note}" for note in [*_limits(encoding), *notes]],
+            "",
+        ]
+    )
+
+
+def _limits(encoding: Encoding) -> list[str]:
+    """What one limit and plain prompts cannot say."""
+    notes = []
+    if encoding.max_query_tokens != encoding.max_passage_tokens:
+        notes.append(
+            f"sentence-transformers has one limit for both ({max(encoding.max_query_tokens, encoding.max_passage_tokens)} "
+            f"tokens here); to cut longer queries as readapt_ray does, set model.max_seq_length = "
+            f"{encoding.max_query_tokens} before they are encoded."
+        )
+    for kind in sorted({"query", "document"} - prompts(encoding).keys()):
+        notes.append(
+            f"The template of a {kind} has words behind the text, which no prompt can hold: write them yourself."
+        )
+    return notes

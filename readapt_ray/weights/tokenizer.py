@@ -1,0 +1,123 @@
+"""The tokenizer of an exported model: one whose own post-processor makes the ids that the encoding asks for.
+
+Libraries differ in whether they honour `add_bos_token` and `add_eos_token`, and some versions drop
+the EOS that a retriever was trained with. A post-processor inside `tokenizer.json` is honoured by all
+of them; what was written is read back and compared before it is called done.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import ModelError
+
+_PROBES = ("", "a", "Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  and   spaces")
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | None]:
+    """The tokens that stand before and after a text; None where the encoding asks for none.
+
+    A token that the tokenizer already puts there by itself is kept (a few end with another than their
+    `eos_token`); else it is BOS or CLS in front, EOS or SEP behind.
+
+    Raises:
+        ModelError: the encoding asks for a token that the tokenizer does not have.
+    """
+    edges = []
+    for asked, option, own, roles in (
+        (encoding.add_bos, "add_bos", _added_by_itself(tokenizer)[0], ("bos_token", "cls_token")),
+        (encoding.add_eos, "add_eos", _added_by_itself(tokenizer)[1], ("eos_token", "sep_token")),
+    ):
+        token = own or next((getattr(tokenizer, role) for role in roles if getattr(tokenizer, role)), None)
+        if asked and token is None:
+            raise ModelError(
+                f"the encoding asks for a special token that the tokenizer lacks ({' or '.join(roles)}); set it in "
+                f"tokenizer_config.json, or set {option} to false in the encoding"
+            )
+        edges.append(token if asked else None)
+    return edges[0], edges[1]
+
+
+def _added_by_itself(tokenizer: Any) -> tuple[str | None, str | None]:
+    """First and last token that the tokenizer puts around a text: seen, not believed."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            before, after = ids[:start], ids[start + len(plain) :]
+            return (
+                tokenizer.convert_ids_to_tokens(before[0]) if before else None,
+                tokenizer.convert_ids_to_tokens(after[-1]) if after else None,
+            )
+    return None, None
+
+
+def write_tokenizer(tokenizer: Any, encoding: Encoding, folder: Path) -> None:
+    """Write the tokenizer into a local folder that holds the model's config.json, and read it back.
+
+    Raises:
+        ModelError: it is not a fast tokenizer, or what is read back makes other ids.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError(
+            f"the tokenizer {type(tokenizer).__name__} has no tokenizer.json form; give a model that has one"
+        )
+    before, after = edge_tokens(tokenizer, encoding)
+    exported = type(backend).from_str(backend.to_str())
+    exported.no_truncation()
+    exported.no_padding()
+    exported.post_processor = _post_processor(exported, before, after)
+    roles = {role: getattr(tokenizer, role) for role in _ROLES if getattr(tokenizer, role) is not None}
+    roles.setdefault("pad_token", after or before or roles.get("unk_token"))
+    written = PreTrainedTokenizerFast(
+        tokenizer_object=exported,
+        model_max_length=max(encoding.max_query_tokens, encoding.max_passage_tokens),
+        padding_side="right",
+        truncation_side="right",
+        model_input_names=list(tokenizer.model_input_names),
+        clean_up_tokenization_spaces=False,
+        **{role: token for role, token in roles.items() if token is not None},
+    )
+    written.save_pretrained(str(folder))
+    _name_class(folder / "tokenizer_config.json")
+    _read_back(tokenizer, encoding, (before, after), folder)
+
+
+def _post_processor(backend: Any, before: str | None, after: str | None) -> Any:
+    from tokenizers.processors import TemplateProcessing
+
+    around = [token for token in (before, after) if token is not None]
+    template = [*([before] if before else []), "$A", *([after] if after else [])]
+    second = [*([f"{before}:1"] if before else []), "$B:1", *([f"{after}:1"] if after else [])]
+    return TemplateProcessing(
+        single=template,
+        pair=template + second,
+        special_tokens=[(token, backend.token_to_id(token)) for token in set(around)],
+    )
+
+
+def _name_class(path: Path) -> None:
+    """Name the class as transformers 4 and 5 both know it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _read_back(tokenizer: Any, encoding: Encoding, edges: tuple[str | None, str | None], folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    first, last = ([tokenizer.convert_tokens_to_ids(edge)] if edge else [] for edge in edges)
+    for probe in _PROBES:
+        wanted = [*first, *tokenizer(probe, add_special_tokens=False)["input_ids"], *last]
+        made = again(probe)["input_ids"]
+        if made != wanted:
+            raise ModelError(
+                f"the exported tokenizer makes the ids {made} of {probe!r} where {wanted} are due (add_bos="
+                f"{encoding.add_bos}, add_eos={encoding.add_eos}); its class {type(again).__name__} overrides tokenizer.json"
+            )

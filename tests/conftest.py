@@ -1,0 +1,22 @@
+"""One Ray for the whole run: starting it is most of the time that a test takes."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray on this machine with two logical CPUs."""
+    import ray
+
+    from readapt_ray.stages import cluster
+
+    os.environ["READAPT_NUM_CPUS"] = "2"
+    cluster.connect()
+    yield
+    ray.shutdown()

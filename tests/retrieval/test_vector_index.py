@@ -1,0 +1,133 @@
+import dataclasses
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
+from readapt_ray.retrieval.vector_index import (
+    VectorIndex,
+    build_shard,
+    find_shard,
+    index_kind,
+    read_shard,
+    search_shards,
+    write_shard,
+)
+from readapt_ray.storage import Location
+from tests.retrieval.test_exact import by_hand
+
+FLAT = index_kind("flat")
+
+
+def _made(num_docs=300, dimension=16):
+    rng = np.random.default_rng(0)
+    doc_ids = [f"d{number:04d}" for number in rng.permutation(num_docs)]
+    vectors = (rng.integers(-999, 1000, size=(num_docs, dimension)) / 64).astype(np.float32)
+    return (rng.integers(-999, 1000, size=(40, dimension)) / 64).astype(np.float32), doc_ids, vectors
+
+
+def _shards(doc_ids, vectors, size):
+    for first in range(0, len(doc_ids), size):
+        last = first + size
+        halves = [
+            (doc_ids[first:last][:7], vectors[first:last][:7]),
+            (doc_ids[first:last][7:], vectors[first:last][7:]),
+        ]
+        yield build_shard(FLAT, vectors.shape[1], halves)
+
+
+@pytest.mark.parametrize("size", [30, 100, 300])
+@pytest.mark.parametrize("top_k", [1, 10, 299, 300, 1000])
+def test_shards_are_searched_as_one_index(size, top_k):
+    queries, doc_ids, vectors = _made()
+    hits = search_shards(_shards(doc_ids, vectors, size), queries, top_k)
+    plain = faiss.IndexFlatIP(vectors.shape[1])
+    plain.add(vectors)
+    scores, rows = plain.search(queries, min(top_k, 300))
+    assert hits.doc_ids.tolist() == [[doc_ids[row] for row in each] for each in rows]
+    np.testing.assert_allclose(hits.scores, scores, rtol=1e-5, atol=1e-5)
+    expected = by_hand(queries, doc_ids, vectors, top_k)
+    assert hits.doc_ids.tolist() == [[doc_id for doc_id, _ in row] for row in expected]
+
+
+@pytest.mark.parametrize("size", [20, 200])
+@pytest.mark.parametrize("top_k", [1, 5, 60, 199])
+def test_ties_go_by_doc_id(size, top_k):
+    rng = np.random.default_rng(1)
+    doc_ids = [f"d{number:04d}" for number in rng.permutation(200)]
+    vectors = rng.integers(-1, 2, size=(200, 4)).astype(np.float32)
+    queries = rng.integers(-2, 3, size=(25, 4)).astype(np.float32)
+    hits = search_shards(_shards(doc_ids, vectors, size), queries, top_k)
+    for index, expected in enumerate(by_hand(queries, doc_ids, vectors, top_k)):
+        assert [(doc.doc_id, doc.score) for doc in hits.of_query(index, "q")] == expected
+
+
+def test_a_shard_on_disk_opens_in_plain_faiss_and_pyarrow(tmp_path):
+    queries, doc_ids, vectors = _made()
+    (shard,) = _shards(doc_ids, vectors, 300)
+    folder = Location(str(tmp_path)) / "shards"
+    record = write_shard(folder, "00000", shard, encoder="f")
+    assert (record.num_vectors, record.num_bytes) == (300, sum(each.size_bytes() for each in folder.files()))
+    assert find_shard(folder, "00000", encoder="f") == record
+    assert find_shard(folder, "00000", encoder="other") is None
+    assert find_shard(folder, "00001", encoder="f") is None
+    plain = faiss.read_index(str(tmp_path / "shards/00000.faiss"))
+    np.testing.assert_array_equal(plain.reconstruct_n(0, 300), vectors)
+    assert pq.read_table(tmp_path / "shards/00000.ids.parquet")["doc_id"].to_pylist() == doc_ids
+    again = read_shard(folder, record).search(queries, 10)
+    assert again.doc_ids.tolist() == shard.search(queries, 10).doc_ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["00000.faiss", "00000.ids.parquet"])
+@pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
+def test_damaged_shards_are_refused(tmp_path, name, damage):
+    _, doc_ids, vectors = _made()
+    (shard,) = _shards(doc_ids, vectors, 300)
+    folder = Location(str(tmp_path))
+    record = write_shard(folder, "00000", shard, encoder="f")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    if damage == "gone":
+        (folder / name).delete()
+    else:
+        (folder / name).write_bytes(bytes(content) if damage == "altered" else bytes(content[:-20]))
+    with pytest.raises(CorruptFileError, match=name):
+        read_shard(folder, record)
+
+
+def test_a_shard_whose_parts_do_not_belong_together_is_refused(tmp_path):
+    _, doc_ids, vectors = _made()
+    folder = Location(str(tmp_path))
+    (shard,) = _shards(doc_ids, vectors, 300)
+    record = write_shard(folder, "00000", shard, encoder="f")
+    with pytest.raises(CorruptFileError, match="301 in the manifest"):
+        read_shard(folder, dataclasses.replace(record, num_vectors=301))
+
+
+def test_a_half_written_shard_is_not_found(tmp_path):
+    _, doc_ids, vectors = _made()
+    folder = Location(str(tmp_path))
+    (shard,) = _shards(doc_ids, vectors, 300)
+    write_shard(folder, "00000", shard, encoder="f")
+    ids = (folder / "00000.ids.parquet").read_bytes()
+    (folder / "00000.ids.parquet").delete()
+    assert find_shard(folder, "00000", encoder="f") is None
+    (folder / "00000.ids.parquet").write_bytes(ids[:-9])
+    assert find_shard(folder, "00000", encoder="f") is None
+
+
+def test_edges(tmp_path):
+    queries, doc_ids, vectors = _made()
+    (shard,) = _shards(doc_ids, vectors, 300)
+    assert search_shards([], queries, 5).of_query(0, "q") == []
+    assert shard.search(queries[:0], 5).scores.shape[0] == 0
+    with pytest.raises(InputError, match="vectors of 16 numbers"):
+        shard.search(queries[:, :8], 5)
+    with pytest.raises(InputError, match="top_k = 0"):
+        shard.search(queries, 0)
+    with pytest.raises(InputError, match=r"kind = 'ivf'.*flat"):
+        index_kind("ivf")
+    with pytest.raises(ArtifactMissingError, match="does not exist"):
+        VectorIndex.open(str(tmp_path / "absent"))

@@ -1,0 +1,149 @@
+import gzip
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray.errors import CorpusError
+from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
+from tests.data import collection
+
+QUERIES = [Query("q1", "one thing"), Query("q2", "another")]
+QRELS = [Qrel("q1", "d1", 2), Qrel("q1", "d2", 0), Qrel("q2", "d1", -1)]
+
+
+def _table(path, **columns):
+    pq.write_table(pa.table(columns), path)
+
+
+def _queries_files(folder):
+    (folder / "a.jsonl").write_text(
+        '{"_id": "q1", "text": "one  thing", "metadata": {}}\n\n{"_id": "q2", "text": "another"}\n'
+    )
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    (folder / "c.tsv").write_text("q1\tone thing\nq2\tanother")
+    (folder / "d.tsv").write_text("query_id\ttext\nq1\tone thing\r\nq2\tanother\n")
+    _table(folder / "e.parquet", query_id=["q1", "q2"], text=["one thing", "another"])
+    _table(folder / "f.parquet", text=pa.array(["one thing", "another"]).dictionary_encode(), id=["q1", "q2"])
+    return sorted(folder.iterdir())
+
+
+def test_queries_of_every_form(tmp_path):
+    for file in _queries_files(tmp_path):
+        assert read_queries(str(file)) == QUERIES, file.name
+
+
+def test_numbers_are_ids(tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"_id": 5, "text": "x"}')
+    assert read_queries(str(tmp_path / "q.jsonl")) == [Query("5", "x")]
+
+
+def _qrels_files(folder):
+    rows = "q1\td1\t2\nq1\td2\t0\nq2\td1\t-1\n"
+    (folder / "a.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
+    (folder / "b.tsv").write_text(rows)
+    (folder / "c.tsv.gz").write_bytes(gzip.compress(b"score\tquery-id\tcorpus-id\n2\tq1\td1\n0\tq1\td2\n-1\tq2\td1"))
+    (folder / "d.txt").write_text("q1 0 d1 2\nq1 0  d2 0\nq2 0 d1 -1\n")
+    (folder / "e.qrels").write_text("q1\t0\td1\t2\nq1\t0\td2\t0\nq2\t0\td1\t-1\n")
+    (folder / "f.jsonl").write_text(
+        '{"query-id": "q1", "corpus-id": "d1", "score": 2}\n{"query-id": "q1", "corpus-id": "d2", "score": 0.0}\n'
+        '{"query-id": "q2", "corpus-id": "d1", "score": -1}\n'
+    )
+    _table(folder / "g.parquet", query_id=["q1", "q1", "q2"], doc_id=["d1", "d2", "d1"], relevance=[2, 0, -1])
+    return sorted(folder.iterdir())
+
+
+def test_qrels_of_every_form(tmp_path):
+    for file in _qrels_files(tmp_path):
+        assert read_qrels(str(file)) == QRELS, file.name
+
+
+def test_folders(tmp_path):
+    (tmp_path / "queries").mkdir()
+    _table(tmp_path / "queries" / "part-00000.parquet", query_id=["q1"], text=["one thing"])
+    _table(tmp_path / "queries" / "part-00001.parquet", query_id=["q2"], text=["another"])
+    (tmp_path / "qrels").mkdir()
+    (tmp_path / "qrels" / "test.tsv").write_text("q1\td1\t2\nq1\td2\t0\nq2\td1\t-1\n")
+    assert read_queries(str(tmp_path / "queries")) == read_queries(str(tmp_path)) == QUERIES
+    assert read_queries(f"file://{tmp_path}/queries") == QUERIES
+    assert read_qrels(str(tmp_path / "qrels")) == read_qrels(str(tmp_path)) == QRELS
+    (tmp_path / "qrels" / "train.tsv").write_text("q1\td1\t2\n")
+    with pytest.raises(CorpusError, match="judgements of 2 splits; give one"):
+        read_qrels(str(tmp_path))
+
+
+def test_the_same_judgement_twice_counts_once(tmp_path):
+    (tmp_path / "q.tsv").write_text("q1\td1\t2\nq1\td1\t2\n")
+    assert read_qrels(str(tmp_path / "q.tsv")) == [Qrel("q1", "d1", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("q.tsv", b"", "holds no query"),
+        ("q.jsonl", b"\n\n", "holds no query"),
+        ("q.jsonl", b"{}\n", "no column query_id or _id"),
+        ("q.jsonl", b"nonsense\n", "no column"),
+        ("q.jsonl", b'{"_id": "a", "text": "x"}\nnonsense\n', r"q.jsonl:2 is not a query: it is not JSON"),
+        ("q.jsonl", b'{"_id": "a", "text": "x"}\n[1]\n', r"q.jsonl:2 .*not a JSON object"),
+        ("q.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "b", "text": null}\n', r"q.jsonl:2 .*text is null"),
+        ("q.jsonl", b'{"_id": "a", "text": "x"}\n{"_id": "b"}\n', r"q.jsonl:2 .*no text field"),
+        (
+            "q.jsonl",
+            b'{"_id": "a", "text": "x"}\n{"_id": "a", "text": "y"}\n',
+            r"q.jsonl:2 .*an earlier row has its id",
+        ),
+        ("q.jsonl", b'{"_id": "a", "text": "\\ud800"}\n', r"q.jsonl:1 .*not UTF-8"),
+        ("q.tsv", b"a\tx\nb\t \n", r"q.tsv:2 .*text is empty"),
+        ("q.tsv", b"a\tx\nb\n", r"q.tsv:2 .*number of columns"),
+        ("q.tsv", b"a\tx\nb\t\xff\xfe\n", r"q.tsv:2 .*not UTF-8"),
+        ("q.tsv", b"a\n", "has 1 columns; give id and text"),
+        ("q.csv", b"a,b\n", "not a file of queries by its name"),
+        ("q.parquet", b"PAR1nonsense", "cannot be read as Parquet"),
+        ("q.tsv.gz", gzip.compress(b"a\tx\n" * 9)[:-9], "cannot be read after line"),
+    ],
+)
+def test_bad_queries_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        read_queries(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.tsv", b"", "holds no judgement"),
+        ("r.tsv", b"query-id\tscore\nq\t1\n", "no column doc_id or corpus-id"),
+        ("r.tsv", b"q1\td1\t1\nq1\td2\tyes\n", r"r.tsv:2 is not a judgement: its relevance"),
+        ("r.tsv", b"q1\td1\t1\nq1\td2\t0.5\n", r"r.tsv:2 .*relevance"),
+        ("r.tsv", b"q1\td1\t1\nq1\td2\tnan\n", r"r.tsv:2 .*relevance"),
+        ("r.tsv", b"q1\td1\t1\nq1\td1\t2\n", r"r.tsv:2 .*judges the same passage otherwise"),
+        ("r.tsv", b"q1\td1\t1\n\td1\t2\n", r"r.tsv:2 .*no id"),
+        ("r.txt", b"q1 0 d1 1\nq1 0 d2\n", r"r.txt:2 .*number of columns"),
+        ("r.txt", b"a b c d e\n", "has 5 columns; give query, document and relevance"),
+    ],
+)
+def test_bad_qrels_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        read_qrels(str(tmp_path / name))
+
+
+def test_what_is_not_there(tmp_path):
+    with pytest.raises(CorpusError, match="no such file or folder"):
+        read_queries(str(tmp_path / "nosuch.tsv"))
+    with pytest.raises(CorpusError, match="no judgements in the folder"):
+        read_qrels(str(tmp_path))
+
+
+def test_keep_judged_keeps_the_order_and_any_relevance():
+    queries = [Query("b", "x"), Query("c", "x"), Query("a", "x")]
+    assert keep_judged(queries, [Qrel("a", "d", 0), Qrel("b", "d", 1)]) == [queries[0], queries[2]]
+
+
+@pytest.mark.parametrize(("name", "judged"), [("nfcorpus", 323), ("scifact", 300), ("rgb_zh", 300)])
+def test_judged_queries_of_real_collections(name, judged):
+    folder = collection(name)
+    queries = read_queries(str(folder))
+    assert len(keep_judged(queries, read_qrels(str(folder / "qrels" / "test.tsv")))) == judged

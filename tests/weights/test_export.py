@@ -1,0 +1,251 @@
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.storage import Location
+from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.export import plan_shards, write_weights
+from readapt_ray.weights.model_files import headless_config, prompts, write_model_files
+from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.tokenizer import edge_tokens, write_tokenizer
+from tests import factories
+
+
+def _same(folder):
+    return Readapter(Checkpoint(folder), Checkpoint(folder))
+
+
+def _write(made, folder, scales=(0.0, ()), *, dtype="retriever", max_shard_bytes=1 << 30):
+    plan = plan_shards(made, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    seen = []
+    write_weights(made, Scales(*scales), plan, Location(str(folder)), report=seen.append)
+    assert seen[-1] == plan.num_bytes
+    assert seen == sorted(seen)
+    return plan
+
+
+@pytest.mark.parametrize("max_shard_bytes", [1, 20_000, 1 << 30])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "retriever"])
+def test_shards_hold_every_tensor_once_within_the_bound(tmp_path, dtype, max_shard_bytes):
+    source = factories.tiny_decoder(tmp_path / "in", headless=True, dtype="bfloat16")
+    plan = _write(_same(source), tmp_path / "out", dtype=dtype, max_shard_bytes=max_shard_bytes)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == len(plan.shards)
+    assert [file.name for file in files] == [shard.file_name for shard in plan.shards]
+    wanted, read = factories.read_tensors(source), {}
+    for file in files:
+        tensors = load_file(file)
+        assert not tensors.keys() & read.keys()
+        assert len(tensors) == 1 or sum(each.nbytes for each in tensors.values()) <= max_shard_bytes
+        read |= tensors
+    assert read.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert torch.equal(read[name], tensor.to(getattr(torch, dtype, torch.bfloat16)))
+    assert Checkpoint(tmp_path / "out").names() == Checkpoint(source).names()
+    assert (tmp_path / "out/model.safetensors.index.json").exists() == (len(files) > 1)
+
+
+def test_the_same_bytes_whatever_the_shards_of_the_inputs(tmp_path):
+    for shards in (1, 4):
+        source = factories.tiny_decoder(tmp_path / f"in{shards}", shards=shards)
+        _write(_same(source), tmp_path / f"out{shards}", max_shard_bytes=20_000)
+    for file in (tmp_path / "out1").iterdir():
+        assert file.read_bytes() == (tmp_path / "out4" / file.name).read_bytes()
+
+
+def test_each_tensor_keeps_its_own_type_and_is_aligned(tmp_path):
+    source = factories.tiny_decoder(tmp_path / "in", headless=True)
+    tensors = factories.read_tensors(source)
+    for number, name in enumerate(sorted(tensors)):
+        tensors[name] = tensors[name].to([torch.float32, torch.bfloat16][number % 2])
+    tensors["an_odd_one"] = torch.ones(3, dtype=torch.bfloat16)
+    factories.write_tensors(source, tensors)
+    _write(_same(source), tmp_path / "out")
+    written = load_file(tmp_path / "out/model.safetensors")
+    assert {name: each.dtype for name, each in written.items()} == {name: each.dtype for name, each in tensors.items()}
+    checkpoint = Checkpoint(tmp_path / "out")
+    for name in checkpoint.names():
+        assert checkpoint._tensors[name].offset % checkpoint.dtype(name).itemsize == 0
+
+
+def test_what_float16_cannot_hold_is_refused_by_name(tmp_path):
+    source = factories.tiny_decoder(tmp_path / "in")
+    tensors = factories.read_tensors(source)
+    tensors["model.norm.weight"][0] = 1e6
+    factories.write_tensors(source, tensors)
+    with pytest.raises(ModelError, match=r"norm\.weight' reaches 1e\+06, beyond float16"):
+        _write(_same(source), tmp_path / "out", dtype="float16")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_shard_that_is_there_is_not_written_again(tmp_path):
+    made = _same(factories.tiny_decoder(tmp_path / "in"))
+    plan = _write(made, tmp_path / "out", max_shard_bytes=20_000)
+    kept = tmp_path / "out" / plan.shards[0].file_name
+    kept.write_bytes(b"mark")
+    (tmp_path / "out" / plan.shards[1].file_name).unlink()
+    _write(made, tmp_path / "out", max_shard_bytes=20_000)
+    assert kept.read_bytes() == b"mark"
+    assert (tmp_path / "out" / plan.shards[1].file_name).is_file()
+
+
+def _encoding(**changes):
+    return Encoding.model_validate({"pooling": "last", "add_bos": True, "add_eos": True} | changes)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, True), (False, False)])
+def test_plain_transformers_makes_the_ids_that_the_encoding_asks_for(tmp_path, model_type, bos, eos):
+    source = factories.tiny_decoder(tmp_path / "in")
+    config = json.loads((source / "config.json").read_text()) | {"model_type": model_type}
+    (tmp_path / "out").mkdir()
+    for folder in (source, tmp_path / "out"):
+        (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(find_model(str(source)))
+    write_tokenizer(tokenizer, _encoding(add_bos=bos, add_eos=eos, max_query_tokens=9), tmp_path / "out")
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    raw = tokenizer("array shape", add_special_tokens=False)["input_ids"]
+    assert raw
+    assert again("array shape")["input_ids"] == [1] * bos + raw + [2] * eos
+    assert again.padding_side == "right"
+    assert again.model_max_length == 512
+    cut = again("array shape " * 50, truncation=True, max_length=9)["input_ids"]
+    assert len(cut) == 9
+    assert (cut[0] == 1, cut[-1] == 2) == (bos, eos)
+
+
+def test_a_class_that_overrides_the_file_is_found_out(tmp_path):
+    source = factories.tiny_decoder(tmp_path / "in")
+    tokenizer = load_tokenizer(find_model(str(source)))
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "qwen2"}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="Qwen2Tokenizer overrides"):
+        write_tokenizer(tokenizer, _encoding(), source)
+
+
+def test_options_that_would_override_the_post_processor_are_gone(tmp_path):
+    source = factories.tiny_decoder(tmp_path / "in")
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/config.json").write_text((source / "config.json").read_text())
+    write_tokenizer(load_tokenizer(find_model(str(source))), _encoding(), tmp_path / "out")
+    written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert "add_bos_token" not in written
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"][-1] == 2
+
+
+def test_a_missing_special_token_is_refused(tmp_path):
+    tokenizer = factories.decoder_tokenizer()
+    tokenizer.bos_token = None
+    with pytest.raises(ModelError, match="bos_token or cls_token"):
+        edge_tokens(tokenizer, _encoding())
+    assert edge_tokens(tokenizer, _encoding(add_bos=False)) == (None, "</s>")
+
+
+def test_the_end_that_a_tokenizer_adds_by_itself_is_kept():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = factories.decoder_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <pad>", special_tokens=[("<pad>", 0)])
+    assert edge_tokens(tokenizer, _encoding(add_bos=False)) == (None, "<pad>")
+
+
+def test_an_unknown_word_is_not_taken_for_a_special_token():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", bos_token="<s>", eos_token="</s>")
+    assert edge_tokens(tokenizer, _encoding()) == ("<s>", "</s>")
+
+
+def test_a_tokenizer_without_padding_gets_one(tmp_path):
+    source = factories.tiny_decoder(tmp_path / "in")
+    tokenizer = load_tokenizer(find_model(str(source)))
+    tokenizer.pad_token = None
+    config = json.loads((source / "config.json").read_text()) | {"pad_token_id": None}
+    out = Location(str(tmp_path / "out"))
+    write_model_files(out, config=config, tokenizer=tokenizer, encoding=_encoding(), contract={}, card="")
+    assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 2
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "</s>"
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean", "cls"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_encoding_is_read_back_from_both_contracts(tmp_path, pooling, normalize):
+    source = factories.tiny_encoder(tmp_path / "in")
+    encoding = _encoding(
+        pooling=pooling,
+        normalize=normalize,
+        query_template="Instruct: {task}\nQuery: {text}",
+        passage_template="passage: {title} {text}",
+        task="find it",
+        max_passage_tokens=100,
+        max_query_tokens=100,
+        lower_case=True,
+    )
+    model = find_model(str(source))
+    config = headless_config(model.read_json("config.json"), dtype="float32", name="x")
+    out = Location(str(tmp_path / "out"))
+    write_model_files(
+        out, config=config, tokenizer=load_tokenizer(model), encoding=encoding, contract={"a": 1}, card=""
+    )
+    assert encoding_of(find_model(str(tmp_path / "out"))) == encoding
+    (tmp_path / "out/readapt.json").unlink()
+    changed = {"query_template": "Instruct: find it\nQuery: {text}", "task": ""}
+    assert encoding_of(find_model(str(tmp_path / "out"))) == encoding.model_copy(update=changed)
+
+
+@pytest.mark.parametrize(
+    ("query", "passage", "wanted"),
+    [
+        ("query: {text}", "passage: {title} {text}", {"query": "query: ", "document": "passage: "}),
+        ("{text}", "{title} {text}", {"query": "", "document": ""}),
+        ("Instruct: {task}\nQuery:{text}", "{text}", {"query": "Instruct: T\nQuery:", "document": ""}),
+        ("{{x}} {text}", "{title}\n{text}", {"query": "{x} ", "document": ""}),
+        ("q {text} ?", "{text} {title}", {}),
+    ],
+)
+def test_templates_as_prompts(query, passage, wanted):
+    assert prompts(_encoding(query_template=query, passage_template=passage, task="T")) == wanted
+
+
+def test_a_template_that_cannot_be_filled_is_refused():
+    with pytest.raises(InputError, match="title"):
+        prompts(_encoding(query_template="{query}"))
+
+
+def test_config_is_that_of_the_headless_class():
+    config = {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "auto_map": {"x": "y"},
+        "torch_dtype": "float16",
+    }
+    made = headless_config(config, dtype="bfloat16", name="x")
+    assert made["architectures"] == ["MistralModel"]
+    assert made["dtype"] == made["torch_dtype"] == "bfloat16"
+    assert "auto_map" not in made
+    assert headless_config({"model_type": "bert"}, dtype="float32", name="x")["architectures"] == ["BertModel"]
+    with pytest.raises(ModelError, match="'nosuch'"):
+        headless_config({"model_type": "nosuch"}, dtype="float32", name="x")
+
+
+def test_bytes_in_the_plan_are_those_on_disk(tmp_path):
+    plan = _write(_same(factories.tiny_decoder(tmp_path / "in")), tmp_path / "out")
+    file = tmp_path / "out/model.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size == 8 + header + plan.num_bytes
+    assert math.gcd(header, 8) == 8

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from readapt_ray.catalog.models import find_model
+from readapt_ray.errors import InputError, ModelError, WeightMismatchError
+from readapt_ray.weights import readapter as readapter_module
+from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.live import LiveReadapter
+from readapt_ray.weights.loading import load_model
+from readapt_ray.weights.readapter import Readapter, Scales, open_retriever
+from tests import factories
+
+SCALES = [(1.0, 0.5), (1.0, 0.0), (0.0, 0.0), (0.4, 0.5), (0.4, 1.0), (1.0, 0.5)]
+
+
+def _readapter(pretrained, retriever, *adapters):
+    before = Checkpoint(pretrained)
+    return Readapter(before, open_retriever(retriever, before), [Adapter(folder, before) for folder in adapters])
+
+
+@pytest.mark.parametrize("make", [factories.tiny_decoder, factories.tiny_encoder])
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_pair_of_scales_equals_what_a_merge_writes(tmp_path, monkeypatch, make, kind, dtype):
+    monkeypatch.setattr(readapter_module, "_SLICE_ELEMENTS", 1000)
+    pretrained = make(tmp_path / "pre")
+    if kind == "full":
+        retriever = factories.full_retriever(tmp_path / "ret", pretrained)
+    else:
+        retriever = factories.lora_adapter(tmp_path / "ret", pretrained)
+    made = _readapter(pretrained, retriever, factories.dora_adapter(tmp_path / "ad", pretrained))
+    module = load_model(find_model(str(pretrained)), dtype=dtype, device="cpu")
+    live = LiveReadapter(module, made)
+    for a, k in SCALES:
+        live.set_scales(a, k)
+        parameters = dict(module.named_parameters())
+        for name, tensor in made.walk(Scales(a, (k,))):
+            assert torch.equal(parameters[name], tensor.to(dtype)), (name, a, k)
+
+
+def test_a_forward_pass_moves_with_the_scales(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre")
+    made = _readapter(pretrained, pretrained, factories.dora_adapter(tmp_path / "ad", pretrained))
+    module = load_model(find_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    live = LiveReadapter(module, made)
+    ids = torch.tensor([[1, 5, 9, 2]])
+    outputs = []
+    for k in (0.0, 0.5, 0.0):
+        live.set_scales(1.0, k)
+        outputs.append(module(ids).last_hidden_state)
+    assert torch.equal(outputs[0], outputs[2])
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+
+
+def test_one_scale_for_all_adapters_or_one_each(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre")
+    folders = [factories.dora_adapter(tmp_path / f"ad{seed}", pretrained, seed=seed) for seed in (3, 4)]
+    made = _readapter(pretrained, pretrained, *folders)
+    module = load_model(find_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    live = LiveReadapter(module, made)
+    name = "layers.0.mlp.up_proj.weight"
+    for given, scales in ((0.5, (0.5, 0.5)), ((0.5, 0.1), (0.5, 0.1))):
+        live.set_scales(1.0, given)
+        assert torch.equal(dict(module.named_parameters())[name], made.weight(name, Scales(1.0, scales)))
+    with pytest.raises(InputError, match="3 knowledge scales for 2 adapters"):
+        live.set_scales(1.0, (1.0, 1.0, 1.0))
+    with pytest.raises(InputError, match="finite"):
+        live.set_scales(float("nan"), 0.5)
+
+
+def test_another_kind_of_module_is_refused(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre")
+    deeper = factories.tiny_decoder(tmp_path / "deeper", num_layers=3)
+    module = load_model(find_model(str(deeper)), dtype=torch.float32, device="cpu")
+    with pytest.raises(WeightMismatchError, match=r"layers\.2.*only in the live model"):
+        LiveReadapter(module, _readapter(pretrained, pretrained))
+
+
+def test_nan_is_refused_before_a_scale_is_set(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre")
+    module = load_model(find_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    tensors = factories.read_tensors(pretrained)
+    tensors["model.norm.weight"][0] = float("nan")
+    factories.write_tensors(pretrained, tensors)
+    with pytest.raises(ModelError, match=r"norm\.weight"):
+        LiveReadapter(module, _readapter(pretrained, pretrained))
