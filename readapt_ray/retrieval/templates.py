@@ -18,6 +18,7 @@ from pydantic import BeforeValidator
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
+from readapt_ray.weights.tokenizer import edge_tokens
 
 Kind = Literal["query", "passage"]
 
@@ -39,7 +40,7 @@ def read_encoding(uri: str) -> Encoding:
         raise InputError(f"{uri!r} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{uri!r} holds a {type(values).__name__}; it must be a JSON object of encoding options")
-    return Encoding.parse(values, where=uri)
+    return Encoding.parse(values.get("encoding", values), where=uri)
 
 
 def _from_file(value: object) -> object:
@@ -111,8 +112,9 @@ class TextTokenizer:
         self.encoding = encoding
         self._tokenizer = tokenizer
         self._backend = _backend_copy(tokenizer)
-        self._bos = _special_id(tokenizer, "bos") if encoding.add_bos else None
-        self._eos = _special_id(tokenizer, "eos") if encoding.add_eos else None
+        before, after = edge_tokens(tokenizer, encoding)
+        self._bos = None if before is None else int(tokenizer.convert_tokens_to_ids(before))
+        self._eos = None if after is None else int(tokenizer.convert_tokens_to_ids(after))
         for kind, template in (("query", encoding.query_template), ("passage", encoding.passage_template)):
             _parts(template)
             if self._room(kind) < 1:
@@ -195,17 +197,3 @@ def _backend_copy(tokenizer: Any) -> Any:
     backend.no_truncation()
     backend.no_padding()
     return backend
-
-
-def _special_id(tokenizer: Any, which: Literal["bos", "eos"]) -> int:
-    """The id that a text begins or ends with: the one the tokenizer itself would put there, else BOS/EOS, else CLS/SEP."""
-    names = ("bos_token_id", "cls_token_id") if which == "bos" else ("eos_token_id", "sep_token_id")
-    candidates = [int(value) for name in names if (value := getattr(tokenizer, name, None)) is not None]
-    if not candidates:
-        raise ModelError(
-            f"the encoding wants {which.upper()}, but the tokenizer has neither {names[0]} nor {names[1]}; "
-            f"set add_{which} to false, or give a tokenizer that has one"
-        )
-    own = tokenizer("a")["input_ids"]
-    edge = (own[0] if which == "bos" else own[-1]) if own else None
-    return edge if edge in candidates else candidates[0]

@@ -9,9 +9,9 @@ all-MiniLM-L6-v2; memory is a shard and the model an actor.
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,15 +22,15 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifac
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import CorpusError, CorruptFileError, FingerprintMismatchError, PlacementError
+from readapt_ray.errors import CorpusError, CorruptFileError, PlacementError
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.retrieval.vector_files import Footer, RowRange, cut, read_footer, read_rows, write_vectors
-from readapt_ray.stages import cluster
+from readapt_ray.retrieval.vector_files import Footer, cut, read_footer, read_rows
+from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.shard_encoder import PASSAGE_COLUMNS, DataShard, EmbedJob, ShardEncoder
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_COLUMNS = ("doc_id", "title", "text")
 _MIN_SHARD_ROWS = 256
 _MAX_SHARD_ROWS = 4096
 _FOOTER_THREADS = 16
@@ -63,39 +63,6 @@ class EmbedConfig(StageConfig):
     operational: ClassVar[frozenset[str]] = frozenset({"num_workers", "num_cpus_per_worker", "batch_tokens"})
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A numbered piece of the corpus, and where its vectors go."""
-
-    number: int
-    ranges: tuple[RowRange, ...]
-
-    @property
-    def name(self) -> str:
-        return f"part-{self.number:05d}.parquet"
-
-    @property
-    def num_rows(self) -> int:
-        return sum(each.num_rows for each in self.ranges)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What an actor must know: the same for all of them."""
-
-    model_name: str
-    weights: str
-    node_id: str
-    encoder: dict[str, Any]
-    encoding: Encoding
-    dtype: str
-    vector_dtype: str
-    batch_tokens: int | None
-    num_threads: int
-    passages: Location
-    vectors: Location
-
-
 def embed(config: EmbedConfig) -> Artifact:
     """Encode a corpus.
 
@@ -121,10 +88,10 @@ def embed(config: EmbedConfig) -> Artifact:
 
     def work(workspace: Workspace) -> None:
         ranges = cut(counts, rows_per_shard)
-        shards = [_Shard(number, tuple(each)) for number, each in enumerate(ranges)]
+        shards = [DataShard(number, tuple(each)) for number, each in enumerate(ranges)]
         _check_unique_ids(passages, counts)
-        job = _Job(
-            model_name=config.retriever,
+        job = EmbedJob(
+            model_name=elsewhere.model_name(model),
             weights=model.fingerprint(),
             node_id="",
             encoder=encoder,
@@ -133,8 +100,8 @@ def embed(config: EmbedConfig) -> Artifact:
             vector_dtype=config.vector_dtype,
             batch_tokens=config.batch_tokens,
             num_threads=1,
-            passages=passages,
-            vectors=workspace.location / "vectors",
+            passages=elsewhere.absolute(passages),
+            vectors=elsewhere.absolute(workspace.location) / "vectors",
         )
         _encode_shards(shards, job, config, workspace)
         _summarise(shards, job, workspace)
@@ -181,7 +148,7 @@ def _count_rows(passages: Location) -> list[tuple[str, int]]:
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda name: read_footer(passages / name), names))
     for name, footer in zip(names, footers, strict=True):
-        missing = [column for column in _COLUMNS if column not in footer.schema.names]
+        missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
         if missing:
             raise CorpusError(
                 f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
@@ -214,7 +181,7 @@ def _id_hashes(doc_ids: Sequence[str | None]) -> np.ndarray:
     return np.fromiter(map(hash, doc_ids), np.int64, len(doc_ids))
 
 
-def _encode_shards(shards: Sequence[_Shard], job: _Job, config: EmbedConfig, workspace: Workspace) -> None:
+def _encode_shards(shards: Sequence[DataShard], job: EmbedJob, config: EmbedConfig, workspace: Workspace) -> None:
     """Encode what has no file yet, showing progress as shards come in; go on with what is left when an actor dies."""
     total = sum(shard.num_rows for shard in shards)
     vain = 0
@@ -235,7 +202,7 @@ def _encode_shards(shards: Sequence[_Shard], job: _Job, config: EmbedConfig, wor
             _check_written(shards, job)
 
 
-def _check_written(shards: Sequence[_Shard], job: _Job) -> None:
+def _check_written(shards: Sequence[DataShard], job: EmbedJob) -> None:
     lost = [shard.name for shard in _pending(shards, job)]
     if lost:
         raise CorruptFileError(
@@ -244,7 +211,7 @@ def _check_written(shards: Sequence[_Shard], job: _Job) -> None:
         )
 
 
-def _pending(shards: Sequence[_Shard], job: _Job) -> list[_Shard]:
+def _pending(shards: Sequence[DataShard], job: EmbedJob) -> list[DataShard]:
     """The shards whose file is not there, or is not one that this job would have written."""
     there = {name for name, _ in job.vectors.listing(".parquet")}
     found = [shard for shard in shards if shard.name in there]
@@ -253,7 +220,7 @@ def _pending(shards: Sequence[_Shard], job: _Job) -> list[_Shard]:
     return [shard for shard in shards if not whole.get(shard, False)]
 
 
-def _is_whole(shard: _Shard, job: _Job) -> bool:
+def _is_whole(shard: DataShard, job: EmbedJob) -> bool:
     try:
         footer = read_footer(job.vectors / shard.name)
     except CorruptFileError as error:
@@ -266,7 +233,7 @@ def _made_by(footer: Footer) -> str:
     return str(footer.metadata.get("encoder", {}).get("fingerprint", ""))
 
 
-def _results(pending: Sequence[_Shard], job: _Job, config: EmbedConfig) -> Iterator[int]:
+def _results(pending: Sequence[DataShard], job: EmbedJob, config: EmbedConfig) -> Iterator[int]:
     """The number of passages of each shard, as it is written."""
     num_nodes = cluster.connect().num_nodes
     num_workers, num_cpus, num_gpus = _placement(config, len(pending))
@@ -276,7 +243,7 @@ def _results(pending: Sequence[_Shard], job: _Job, config: EmbedConfig) -> Itera
     from ray.util.annotations import RayDeprecationWarning
 
     node_id = ray.get_runtime_context().get_node_id()
-    placed = _Job(**{**vars(job), "num_threads": num_cpus, "node_id": node_id})
+    placed = EmbedJob(**{**vars(job), "num_threads": num_cpus, "node_id": node_id})
     items = [
         {"number": shard.number, "ranges": json.dumps([asdict(each) for each in shard.ranges])} for shard in pending
     ]
@@ -288,7 +255,7 @@ def _results(pending: Sequence[_Shard], job: _Job, config: EmbedConfig) -> Itera
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.64 will need another way to say it
         written = dataset.map_batches(
-            _ShardEncoder,
+            ShardEncoder,
             fn_constructor_args=(placed,),
             batch_size=1,
             compute=ActorPoolStrategy(size=num_workers),
@@ -324,72 +291,7 @@ def _placement(config: EmbedConfig, num_pending: int) -> tuple[int, int, int]:
     return num_workers, num_cpus, 1 if total.num_gpus else 0
 
 
-class _ShardEncoder:
-    """An actor: holds the model, and turns one shard a call from passages into a file of vectors."""
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-        self._encoder: Any = None
-
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """An error is handed back as a value: raised here, Ray Data would bury its message in stack traces."""
-        rows = []
-        for number, ranges in zip(batch["number"].tolist(), batch["ranges"].tolist(), strict=True):
-            shard = _Shard(number, tuple(RowRange(**each) for each in json.loads(ranges)))
-            try:
-                self._encode(shard)
-                rows.append((shard.num_rows, "", ""))
-            except errors.ReadaptError as error:
-                rows.append((0, type(error).__name__, str(error)))
-            except Exception as error:
-                logger.exception("data shard %s failed", shard.name)
-                rows.append(
-                    (0, errors.WorkerError.__name__, f"data shard {shard.name}: {type(error).__name__}: {error}")
-                )
-        num_rows, kinds, messages = zip(*rows, strict=True)
-        return {"num_rows": np.array(num_rows), "error": np.array(kinds), "message": np.array(messages)}
-
-    def _encode(self, shard: _Shard) -> None:
-        import pyarrow as pa
-
-        job = self._job
-        tables = [read_rows(job.passages / each.name, each.start, each.num_rows, _COLUMNS) for each in shard.ranges]
-        columns = pa.concat_tables(tables).to_pydict()
-        doc_ids = columns["doc_id"]
-        self._encoder = self._encoder or _load_encoder(job)
-        for doc_id, text in zip(doc_ids, columns["text"], strict=True):
-            if text is None:
-                raise CorpusError(f"passage {doc_id!r} has no text; ingest the corpus again")
-        ids = self._encoder.tokenize(columns["text"], "passage", [title or "" for title in columns["title"]])
-        for doc_id, row in zip(doc_ids, ids, strict=True):
-            if not row:
-                raise CorpusError(f"passage {doc_id!r} gives no token, so it has no vector; leave it out of the corpus")
-        metadata = {
-            "encoder": {**job.encoder, "dimension": self._encoder.dimension},
-            "num_tokens": sum(map(len, ids)),
-        }
-        vectors = self._encoder.encode_ids(ids)
-        write_vectors(job.vectors / shard.name, doc_ids, vectors, dtype=job.vector_dtype, metadata=metadata)
-
-
-def _load_encoder(job: _Job) -> Any:
-    """The encoder, on this actor's device; on another node than the driver's, seen to have the same weights."""
-    import ray
-    import torch
-
-    from readapt_ray.retrieval.encoder import Encoder
-
-    torch.set_num_threads(job.num_threads)
-    model = find_model(job.model_name)
-    if ray.get_runtime_context().get_node_id() != job.node_id and model.fingerprint() != job.weights:
-        raise FingerprintMismatchError(
-            f"{job.model_name!r} has other weights on node {ray.util.get_node_ip_address()} than where the stage was started; "
-            f"put the same files on all nodes, or give a URI"
-        )
-    return Encoder.load(model, encoding=job.encoding, dtype=job.dtype, batch_tokens=job.batch_tokens)
-
-
-def _summarise(shards: Sequence[_Shard], job: _Job, workspace: Workspace) -> None:
+def _summarise(shards: Sequence[DataShard], job: EmbedJob, workspace: Workspace) -> None:
     """Verify what lies there, and put its counts into the manifest."""
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda shard: read_footer(job.vectors / shard.name), shards))

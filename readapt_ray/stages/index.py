@@ -15,7 +15,7 @@ from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors, read_footer
-from readapt_ray.stages import cluster
+from readapt_ray.stages import cluster, elsewhere
 from readapt_ray.storage import Location
 
 _SHARD_BYTES = 512 << 20
@@ -81,8 +81,8 @@ def index(config: IndexConfig) -> Artifact:
                 kind=config.kind,
                 dimension=int(encoder["dimension"]),
                 encoder=encoder["fingerprint"],
-                vectors=folder,
-                shards=workspace.location / "shards",
+                vectors=elsewhere.absolute(folder),
+                shards=elsewhere.absolute(workspace.location) / "shards",
             )
             for number, ranges in enumerate(cut(counts, rows_per_shard))
         ]

@@ -21,7 +21,7 @@ from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors, read_footer
-from readapt_ray.stages import cluster
+from readapt_ray.stages import cluster, elsewhere
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -205,7 +205,7 @@ def _encode_queries(
     workspace.progress(done, len(texts), unit="queries")
     stream = task.remote(
         texts,
-        retriever=config.retriever,
+        retriever=elsewhere.model_name(find_model(config.retriever)),
         encoding=encoding,
         dtype=source.encoder["dtype"],
         batch_tokens=config.batch_tokens,
@@ -244,7 +244,7 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
     try:
         while waiting or running:
             while waiting and len(running) < room:
-                running.append(task.remote(source.artifact.location, waiting.pop(0), shared, top_k))
+                running.append(task.remote(elsewhere.absolute(source.artifact.location), waiting.pop(0), shared, top_k))
             ready, running = ray.wait(running)
             yield from ray.get(ready)
     finally:

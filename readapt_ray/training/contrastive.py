@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 import torch.distributed.nn
@@ -68,6 +69,13 @@ class PairReader:
             epoch, in_epoch = divmod(step, self.steps_per_epoch)
             order = np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
             yield order[in_epoch * self.batch_size : (in_epoch + 1) * self.batch_size]
+
+    def count_tokens(self, numbers: Sequence[int] | np.ndarray) -> int:
+        """Tokens of the queries and passages of these pairs."""
+        at = pa.array(numbers)
+        return sum(
+            int(pc.sum(pc.list_value_length(column.take(at))).as_py()) for column in (self._queries, self._passages)
+        )
 
     def read(self, numbers: Sequence[int] | np.ndarray) -> Pairs:
         """The pairs of these numbers."""
@@ -232,7 +240,7 @@ def train_retriever(
                 learning_rate=rate * optimization.learning_rate,
                 gradient_norm=outcome.gradient_norm,
                 num_pairs=len(numbers),
-                num_tokens=sum(map(len, share.query_ids)) + sum(map(len, share.passage_ids)),
+                num_tokens=reader.count_tokens(numbers),
                 seconds=time.monotonic() - started_s,
             )
         )

@@ -108,7 +108,9 @@ def test_a_tokenizer_that_cuts_pads_and_adds_specials_by_itself_changes_nothing(
 def test_python_tokenizers_give_the_same_ids(decoder):
     class Slow:
         is_fast = False
-        bos_token_id, eos_token_id = 1, 2
+
+        def __getattr__(self, name):
+            return getattr(decoder, name)
 
         def __call__(self, texts, **options):
             return decoder(texts, **options)
@@ -117,21 +119,39 @@ def test_python_tokenizers_give_the_same_ids(decoder):
     assert TextTokenizer(Slow(), REPLLAMA).ids(texts, "query") == TextTokenizer(decoder, REPLLAMA).ids(texts, "query")
 
 
-def test_a_missing_special_is_refused_by_name(encoder):
-    encoder = factories.encoder_tokenizer()
-    encoder.sep_token = None
-    with pytest.raises(ModelError, match=r"EOS.*add_eos to false"):
-        TextTokenizer(encoder, MINILM)
+def test_a_missing_special_is_refused_by_name():
+    bare = factories.decoder_tokenizer()
+    bare.eos_token = None
+    with pytest.raises(ModelError, match=r"eos_token or sep_token.*add_eos to false"):
+        TextTokenizer(bare, REPLLAMA)
+
+
+def test_the_end_token_is_the_one_that_the_tokenizer_itself_adds():
+    """Qwen3-Embedding ends texts with <|endoftext|> though its eos_token is <|im_end|>."""
+    from tokenizers import processors
+
+    tokenizer = factories.decoder_tokenizer()
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    expected = tokenizer.eos_token_id
+    tokenizer.eos_token = bos
+    ids = TextTokenizer(tokenizer, _changed(REPLLAMA, add_bos=False)).ids(["array"], "query")[0]
+    assert ids[-1] == expected != tokenizer.eos_token_id
 
 
 def test_a_tokenizer_that_adds_its_specials_anyway_is_refused(decoder):
     class Stubborn:
         is_fast = False
-        bos_token_id, eos_token_id = 1, 2
+
+        def __getattr__(self, name):
+            return getattr(decoder, name)
 
         def __call__(self, texts, **options):
             ids = decoder(texts, add_special_tokens=False)["input_ids"]
-            return {"input_ids": [[*row, 2] for row in ids] if isinstance(texts, list) else [*ids, 2]}
+            eos = decoder.eos_token_id
+            return {"input_ids": [[*row, eos] for row in ids] if isinstance(texts, list) else [*ids, eos]}
 
     with pytest.raises(ModelError, match="told not to"):
         TextTokenizer(Stubborn(), REPLLAMA)

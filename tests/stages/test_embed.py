@@ -165,8 +165,10 @@ def test_a_killed_driver_is_gone_on_from(world, ray_session):
     assert artifact.manifest.counts["num_vectors"] == NUM_PASSAGES
 
 
-def test_a_killed_actor_is_started_again(world, ray_session, caplog):
+def test_a_killed_actor_is_started_again(world, ray_session, caplog, monkeypatch):
+    """With relative names too, which mean something else in the folder that the workers run in."""
     root, passages = world
+    monkeypatch.chdir(root)
     killed = []
 
     def kill() -> None:
@@ -179,7 +181,7 @@ def test_a_killed_actor_is_started_again(world, ray_session, caplog):
 
     thread = threading.Thread(target=kill, daemon=True)
     thread.start()
-    artifact = embed(_config(root, "actor", rows_per_shard=1))
+    artifact = embed(_config(Path(), "actor", rows_per_shard=2))
     thread.join()
     assert killed and "the actors are started again for what is left" in caplog.text
     found, table = _read(root, "actor")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -41,11 +42,10 @@ def world(tmp_path_factory, ray_session):
     (root / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq0003\td00001\t1\nq0001\td00002\t0\n")
     for name, seed in (("model", 0), ("other", 1)):
         factories.write_contract(factories.tiny_decoder(root / name, headless=True, seed=seed))
-    model = str(root / "model")
-    made = embed(
-        EmbedConfig(retriever=model, corpus=str(root / "corpus"), output=str(root / "vectors"), rows_per_shard=25)
-    )
-    index(IndexConfig(vectors=made.uri, output=str(root / "index"), rows_per_shard=40))
+    # Relative names mean something else in the folder that the workers run in.
+    with contextlib.chdir(root):
+        embed(EmbedConfig(retriever="model", corpus="corpus", output="vectors", rows_per_shard=25))
+        index(IndexConfig(vectors="vectors", output="index", rows_per_shard=40))
     return root, passages, queries
 
 
@@ -86,9 +86,10 @@ def test_the_run_is_what_numpy_finds(world, source):
         search(_config(root, f"{source}.trec", source, top_k=11))
 
 
-def test_more_than_the_corpus_gives_all_of_it_and_only_judged_queries_are_searched(world):
+def test_more_than_the_corpus_gives_all_of_it_and_only_judged_queries_are_searched(world, monkeypatch):
     root, passages, queries = world
-    found = read_run(search(_config(root, "all.trec", top_k=1000, qrels=str(root / "qrels.tsv"))).uri)
+    monkeypatch.chdir(root)
+    found = read_run(search(_config(Path(), "all.trec", "vectors", top_k=1000, qrels="qrels.tsv")).uri)
     chosen = [query for query in queries if query.query_id in ("q0001", "q0003")]
     _same(found, _by_hand(root, passages, chosen, 60))
 
