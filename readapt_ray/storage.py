@@ -42,7 +42,7 @@ class Location:
         return filesystem, path
 
     def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}
+        return {"uri": self.path if self.is_local else self.uri}  # a worker's current folder is another
 
     def __setstate__(self, state: dict[str, str]) -> None:
         object.__setattr__(self, "uri", state["uri"])

@@ -34,10 +34,12 @@ def connect() -> Resources:
     import ray
 
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
         ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
-            num_cpus=int(os.environ["READAPT_NUM_CPUS"]) if "READAPT_NUM_CPUS" in os.environ else None,
-            include_dashboard=None if os.environ.get("RAY_ADDRESS") else False,
+            address=address,
+            include_dashboard=None if address else False,
+            **({} if address else here),
             logging_level=logging.ERROR,
             log_to_driver=False,
             runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET}},
