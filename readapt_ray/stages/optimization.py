@@ -37,7 +37,8 @@ class OptimizationConfig(StageConfig):
     seed: int = Field(default=0, ge=0)
     """Of the order of blocks or pairs, the first weights and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products and frozen weights: auto is bfloat16 on a GPU and float32 elsewhere. What is trained is float32."""
+    """Of matrix products and frozen weights; auto is bfloat16 on a GPU and on a CPU with matrix units for it (AMX), float32
+    elsewhere. What is trained is always float32."""
     zero_stage: Literal[0, 1, 2] = 0
     """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer state, 2 also gradients."""
     num_workers: int | None = Field(default=None, ge=1)
@@ -88,5 +89,6 @@ def compute_dtype(config: OptimizationConfig, device: Any) -> Any:
     """The torch dtype of matrix products: as asked, or by the device."""
     import torch
 
-    is_low = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
+    is_fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    is_low = config.dtype == "bfloat16" or (config.dtype == "auto" and is_fast)
     return torch.bfloat16 if is_low else torch.float32

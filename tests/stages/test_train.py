@@ -49,7 +49,13 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def trained(packed: tuple[Path, Path], output: Path, **options: Any) -> Artifact:
     base, blocks = packed
-    values: dict[str, Any] = {"num_workers": 1, "num_cpus_per_worker": 1, "learning_rate": 5e-3, "lora_dropout": 0.0}
+    values: dict[str, Any] = {
+        "num_workers": 1,
+        "num_cpus_per_worker": 1,
+        "learning_rate": 5e-3,
+        "lora_dropout": 0.0,
+        "dtype": "float32",
+    }
     return train(TrainConfig(pretrained=str(base), corpus=str(blocks), output=str(output), **{**values, **options}))
 
 
@@ -192,6 +198,7 @@ def test_finetuning_learns_and_two_workers_equal_one(packed: tuple[Path, Path], 
                 num_epochs=6,
                 learning_rate=5e-3,
                 both_directions=True,
+                dtype="float32",
                 num_workers=count,
                 num_cpus_per_worker=1,
             )
