@@ -24,6 +24,7 @@ logger = logging.getLogger("readapt_ray")
 
 _POLL_S = 1.0
 _WRITE_S = 15.0
+_ABORT_TIMEOUT_S = 20.0
 
 
 def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
@@ -115,6 +116,7 @@ def run_workers(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     board = ray.remote(num_cpus=0)(_Board).remote()
+
     trainer = TorchTrainer(
         _entered,
         train_loop_config={"work": work, "job": {**job, "board": board}},
@@ -126,12 +128,19 @@ def run_workers(
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
     )
+    # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append
     metrics = _Metrics(workspace)
     try:
         with metrics.followed(board):
             trainer.fit()
     except TrainingFailedError as error:
         raise cluster.cause_of(error) from None
+    except KeyboardInterrupt:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get([each.abort.remote() for each in controllers], timeout=_ABORT_TIMEOUT_S)
+        raise
     finally:
         ray.kill(board)
     (workspace.location / "workers").delete()
