@@ -97,25 +97,9 @@ def content(root: Path) -> dict[str, object]:
         found[name] = {key: value.tobytes() for key, value in load_file(root / f"{name}.safetensors").items()}
     for name in ("corpus/passages", "blocks/blocks", "vectors/retriever/vectors", "vectors/adapted/vectors"):
         found[name] = pq.read_table(root / name).to_pydict()
+    for name in ("runs/retriever.trec", "runs/adapted.trec", "report/measures.json"):
+        found[name] = (root / name).read_text()
     return found
-
-
-def scores(root: Path) -> dict[tuple[str, ...], float]:
-    """The scores of both runs. Query vectors are not kept, and made again they may differ in the last bits."""
-    found = {}
-    for name in ("retriever", "adapted"):
-        for line in (root / "runs" / f"{name}.trec").read_text().splitlines():
-            query_id, _, doc_id, _, score, _ = line.split()
-            found[name, query_id, doc_id] = float(score)
-    return found
-
-
-def same_runs(one: Path, other: Path) -> None:
-    """Both runs alike to 1e-4 in every score; what only one lists stands at the end, where such a step decides."""
-    ours, theirs = scores(one), scores(other)
-    shared = ours.keys() & theirs.keys()
-    assert len(shared) > 0.99 * len(theirs)
-    assert max(abs(ours[each] - theirs[each]) for each in shared) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +120,6 @@ def test_ctrl_c_at_every_stage_and_then_the_same_command(experiment: Path, undis
             assert "Traceback" not in out, out
     finish(experiment, root)
     assert content(root) == undisturbed
-    same_runs(root, experiment / "undisturbed")
 
 
 def test_a_driver_killed_while_training_and_embedding(experiment: Path, undisturbed: dict[str, object]) -> None:
@@ -146,4 +129,3 @@ def test_a_driver_killed_while_training_and_embedding(experiment: Path, undistur
         assert code in (-signal.SIGKILL, 0), (stage, out)
     finish(experiment, root)
     assert content(root) == undisturbed
-    same_runs(root, experiment / "undisturbed")

@@ -111,7 +111,7 @@ def worker_processes() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("zero_stage", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("zero_stage", [0, 2])
 def test_a_worker_killed_in_mid_epoch_changes_nothing(
     packed: tuple[Path, Path], tmp_path: Path, zero_stage: int
 ) -> None:
