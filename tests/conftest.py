@@ -1,5 +1,6 @@
 """One Ray for the whole run: starting it is most of the time that a test takes."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -20,3 +21,12 @@ def ray_session() -> Iterator[None]:
     cluster.connect()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def package_logger() -> Iterator[None]:
+    """The command line sets the package's logger up for a terminal; afterwards it is as Python made it."""
+    logger = logging.getLogger("readapt_ray")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers, logger.level, logger.propagate = before

@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -70,16 +71,19 @@ def hit(experiment: Path, root: Path, stage: str, sent: signal.Signals, after_s:
     """Run, and send a signal some time after the stage began; exit code and output."""
     process = start(experiment, root)
     assert process.stdout is not None
-    said = []
+    said, ray_processes = [], []
+
+    def send() -> None:
+        ray_processes.extend(psutil.Process(process.pid).children(recursive=True))
+        os.kill(process.pid, sent)
+
     for line in process.stdout:
         said.append(line)
         if f"] {stage} ->" in line:
-            threading.Timer(after_s, lambda: os.kill(process.pid, sent)).start()
+            threading.Timer(after_s, send).start()
     code = process.wait(timeout=120)
-    if sent == signal.SIGKILL:
-        subprocess.run(
-            [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"], capture_output=True, check=False
-        )
+    for left in psutil.wait_procs(ray_processes, timeout=30)[1]:
+        left.kill()
     return code, "".join(said)
 
 

@@ -29,8 +29,6 @@ def test_the_line_has_share_rate_eta_and_note() -> None:
 
 
 def test_without_a_terminal_a_line_comes_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("readapt_ray")
-    logger.propagate = True
     with caplog.at_level(logging.INFO, logger="readapt_ray"), ProgressReporter("embed") as reporter:
         for done in range(1000):
             reporter.update(done, 1000, unit="passages")

@@ -78,10 +78,9 @@ class AdaptedLinear(nn.Module):
         """The layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
         base = functional.linear(x, self.base.weight)
         dropped = functional.dropout(x, self.dropout, self.training)
-        update = (
-            functional.linear(functional.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scaling
-        )
-        y = base + update.to(base.dtype)
+        low_rank = functional.linear(dropped, self.lora_A.to(x.dtype))
+        scaled_B = (self.lora_B * self.scaling).to(base.dtype)
+        y = torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), scaled_B.T).view_as(base)
         if self.magnitude is not None:
             y = y * (self.magnitude / self.norm).to(y.dtype)
         return y if self.base.bias is None else y + self.base.bias

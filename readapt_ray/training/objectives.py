@@ -26,11 +26,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_N), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             hidden, labels = hidden_NH[rows], labels_N[rows]
-            logits = (hidden @ weight_VH.T).float()
-            log_norm = torch.logsumexp(logits, dim=-1)
-            total += (log_norm - logits.gather(1, labels[:, None]).squeeze(1)).sum()
-            probabilities = logits.sub_(log_norm[:, None]).exp_()
-            probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+            log_probabilities = torch.log_softmax((hidden @ weight_VH.T).float(), dim=-1)
+            chosen = labels[:, None]
+            total -= log_probabilities.gather(1, chosen).sum()
+            probabilities = log_probabilities.exp_()
+            probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
             gradient = probabilities.to(hidden.dtype)
             hidden_grad[rows] = gradient @ weight_VH
             if weight_grad is not None:
