@@ -10,8 +10,7 @@ A stage calls `produce` with its config, the fingerprints of its inputs and the 
 An output that ends with `.trec` is an artifact of one file, its records beside it under its name
 (`base.trec.manifest.json`).
 
-While work goes on, `building.json` holds a heartbeat and the progress, so that `readapt status`
-can tell running from dead and two drivers do not write into one folder.
+While work goes on, `building.json` holds a lease (`leases.py`).
 """
 
 import dataclasses
@@ -20,17 +19,13 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
-import socket
-import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from readapt_ray import leases
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.progress import ProgressReporter, duration
@@ -42,8 +37,6 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BUILDING_NAME = "building.json"
 SINGLE_FILE_SUFFIX = ".trec"
-_HEARTBEAT_S = 5.0
-_STALE_S = 30.0
 _VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
 
 
@@ -186,7 +179,7 @@ def produce(
     lease = _take_lease(location, config, stage, identified, inputs)
     started_s = time.monotonic()
     try:
-        with ProgressReporter(stage) as reporter, _Heartbeat(location, lease, reporter):
+        with ProgressReporter(stage) as reporter, leases.Heartbeat(_record(location, BUILDING_NAME), lease, reporter):
             workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
             work(workspace)
     except InputError:
@@ -216,18 +209,7 @@ def _record(location: Location, name: str) -> Location:
 
 def read_building(uri: str | Location) -> dict[str, Any] | None:
     """What an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
-    location = _record(uri if isinstance(uri, Location) else Location(uri), BUILDING_NAME)
-    try:
-        return dict(json.loads(location.read_text()))
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def is_alive(building: Mapping[str, Any]) -> bool:
-    """Whether the process that an unfinished artifact names still works on it."""
-    if building["host"] == socket.gethostname() and building["boot"] == _boot_id():
-        return _process_exists(int(building["pid"]), float(building["process_started"]))
-    return bool(time.time() - float(building["heartbeat"]) < _STALE_S)
+    return leases.read_lease(_record(uri if isinstance(uri, Location) else Location(uri), BUILDING_NAME))
 
 
 def _take_lease(
@@ -236,7 +218,7 @@ def _take_lease(
     building = read_building(location)
     seconds_before = 0.0
     if building is not None:
-        _wait_until_dead(building, location)
+        leases.wait_until_dead(building, _record(location, BUILDING_NAME), location)
         if building["fingerprint"] == identified and not config.overwrite:
             logger.info("%s: goes on where it stopped in %s", stage, config.output)
             location.remove_temporary()
@@ -254,39 +236,9 @@ def _take_lease(
         "fingerprint": identified,
         "config": config.settings(),
         "inputs": dict(inputs),
-        "owner": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
-        "pid": os.getpid(),
-        "process_started": _process_started(os.getpid()),
-        "started": time.time(),
+        **leases.owner(),
         "seconds_before": seconds_before,
     }
-
-
-def _wait_until_dead(building: Mapping[str, Any], location: Location) -> None:
-    """Return once the owner's heartbeat has stopped.
-
-    Raises:
-        ArtifactConflictError: it goes on.
-    """
-    seen = building
-    while is_alive(seen):
-        same_host = seen["host"] == socket.gethostname()
-        if not same_host:
-            logger.info(
-                "%s was in use by %s %.0f s ago; waiting to see whether it still is",
-                location,
-                seen["host"],
-                time.time() - seen["heartbeat"],
-            )
-            time.sleep(_HEARTBEAT_S * 2)
-        latest = read_building(location) or {**seen, "heartbeat": 0.0}
-        if same_host or latest["heartbeat"] > building["heartbeat"]:
-            raise ArtifactConflictError(
-                f"process {seen['pid']} on {seen['host']} is writing {location}; wait for it to end, or give another output"
-            )
-        seen = latest
 
 
 def _refuse_or_clear(
@@ -328,67 +280,6 @@ def _clear(location: Location) -> None:
     location.delete()
     for name in (MANIFEST_NAME, BUILDING_NAME):
         _record(location, name).delete()
-
-
-class _Heartbeat:
-    """Writes `building.json` every few seconds until the block ends; leaves it there, as a mark to go on from."""
-
-    def __init__(self, location: Location, lease: dict[str, Any], reporter: ProgressReporter) -> None:
-        self._file = _record(location, BUILDING_NAME)
-        self._lease = lease
-        self._reporter = reporter
-        self._stop = threading.Event()
-        self._started_s = time.monotonic()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> None:
-        self._write()
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._write()
-
-    def _beat(self) -> None:
-        while not self._stop.wait(_HEARTBEAT_S):
-            try:
-                self._write()
-            except OSError as error:
-                logger.warning("cannot write %s: %s", self._file, error)
-
-    def _write(self) -> None:
-        seconds = self._lease["seconds_before"] + time.monotonic() - self._started_s
-        progress = {
-            "done": self._reporter.done,
-            "total": self._reporter.total,
-            "unit": self._reporter.unit,
-            "rate": self._reporter.rate(),
-        }
-        state = {**self._lease, "heartbeat": time.time(), "seconds": round(seconds, 3), "progress": progress}
-        self._file.write_text(json.dumps(state, default=str))
-
-
-def _boot_id() -> str:
-    try:
-        with Path("/proc/sys/kernel/random/boot_id").open() as file:
-            return file.read().strip()
-    except OSError:
-        return ""
-
-
-def _process_started(pid: int) -> float:
-    import psutil
-
-    try:
-        return float(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
-        return 0.0
-
-
-def _process_exists(pid: int, started: float) -> bool:
-    now = _process_started(pid)
-    return now != 0.0 and abs(now - started) < 2.0 and pid != os.getpid()
 
 
 def _versions() -> dict[str, str]:

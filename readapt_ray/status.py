@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, leases
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
 from readapt_ray.recipes import RUN_NAME
@@ -65,7 +65,7 @@ def _unfinished(location: Location) -> dict[str, str]:
     building: dict[str, Any] | None = artifacts.read_building(location)
     if building is None:
         return {"stage": "", "state": "missing", "what": ""}
-    alive = artifacts.is_alive(building)
+    alive = leases.is_alive(building)
     progress = building["progress"]
     what = (
         f"{progress['done']:,}" + (f" of {progress['total']:,}" if progress["total"] else "") + f" {progress['unit']}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, leases
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
@@ -159,13 +159,13 @@ def test_a_killed_writer_is_followed_and_a_living_one_is_not(tmp_path: Path) -> 
         assert writer.stdout.readline() == "working\n"
         building = artifacts.read_building(output)
         assert building is not None
-        assert artifacts.is_alive(building)
+        assert leases.is_alive(building)
         with pytest.raises(ArtifactConflictError, match=f"process {writer.pid}"):
             artifacts.produce("copy", CopyConfig(output=output), inputs={}, work=lambda w: None)
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-    assert not artifacts.is_alive(building)
+    assert not leases.is_alive(building)
     seen = []
     started = time.monotonic()
     artifacts.produce(
