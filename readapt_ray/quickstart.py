@@ -12,6 +12,7 @@ import socket
 import urllib.request
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -49,6 +50,7 @@ def recipe(root: str) -> RunConfig:
             "checkpoint_every_steps": 25,
         },
         merge={"readapter_scale": 1.0, "knowledge_scale": 0.5},
+        embed={"dtype": "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"},
         evaluate={"measures": "nDCG@10,R@100"},
     )
 
