@@ -1,17 +1,19 @@
 """Training objectives. The logits of a whole batch are never held at once.
 
 For a vocabulary of 32,000 and 8,192 tokens the logits alone would be 1 GB in float32; here the
-head and the cross entropy go over 512 tokens at a time, and the gradient is made on the way.
+head and the cross entropy go over 128 tokens at a time, and the gradient is made on the way. The last
+chunk is filled up, so that all have one shape (see packing.py on why).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from readapt_ray.training.packing import IGNORED, Batch
 
-_CHUNK_TOKENS = 512
+_CHUNK_TOKENS = 128
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -26,13 +28,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_N), _CHUNK_TOKENS):
             rows = slice(start, start + _CHUNK_TOKENS)
             hidden, labels = hidden_NH[rows], labels_N[rows]
+            num_real = len(labels)
+            hidden = functional.pad(hidden, (0, 0, 0, _CHUNK_TOKENS - num_real))
+            labels = functional.pad(labels, (0, _CHUNK_TOKENS - num_real))
             log_probabilities = torch.log_softmax((hidden @ weight_VH.T).float(), dim=-1)
             chosen = labels[:, None]
-            total -= log_probabilities.gather(1, chosen).sum()
+            total -= log_probabilities.gather(1, chosen)[:num_real].sum()
             probabilities = log_probabilities.exp_()
             probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
             gradient = probabilities.to(hidden.dtype)
-            hidden_grad[rows] = gradient @ weight_VH
+            gradient[num_real:] = 0
+            hidden_grad[rows] = (gradient @ weight_VH)[:num_real]
             if weight_grad is not None:
                 weight_grad += (gradient.T @ hidden).float()
         ctx.save_for_backward(hidden_grad, weight_grad)

@@ -1,7 +1,5 @@
 """train and finetune on real Ray Train workers under DeepSpeed, with real kills."""
 
-import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -118,15 +116,17 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(
     """SIGKILL after the first checkpoint; the rest is trained from there, with dropout, to the same adapter."""
     options = {"num_workers": 2, "checkpoint_every_steps": 5, "lora_dropout": 0.1, "zero_stage": zero_stage}
     trained(packed, tmp_path / "calm", **options)
+    calm = {process.pid for process in worker_processes()}
     killed = []
 
     def kill() -> None:
         checkpoints = tmp_path / "hit" / "checkpoints"
         while not (checkpoints.is_dir() and list(checkpoints.glob("step-*"))):
             time.sleep(0.02)
-        victim = worker_processes()[-1]
-        os.kill(victim.pid, signal.SIGKILL)
-        killed.append(victim.pid)
+        while not (victims := [process for process in worker_processes() if process.pid not in calm]):
+            time.sleep(0.02)
+        victims[-1].kill()
+        killed.append(victims[-1].pid)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()

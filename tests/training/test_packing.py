@@ -25,10 +25,12 @@ def test_the_worked_example_of_the_module() -> None:
     assert [block.input_ids.tolist() for block in blocks] == [[5, 6, 7, 8, 9], [4, 4, 4, 4]]
     assert [block.passage_numbers for block in blocks] == [(0, 1), (2,)]
     batch = packing.collate(blocks, pad_id=1)
-    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
-    assert batch.labels.tolist() == [[6, 7, IGNORED, 9, IGNORED], [4, 4, 4, IGNORED, IGNORED]]
+    assert batch.position_ids.shape == (2, 16), "widths are rounded up"
+    assert batch.position_ids[:, :5].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
+    assert batch.labels[:, :5].tolist() == [[6, 7, IGNORED, 9, IGNORED], [4, 4, 4, IGNORED, IGNORED]]
+    assert batch.labels[:, 5:].eq(IGNORED).all()
     assert batch.attention_mask is not None
-    assert batch.attention_mask[0, 0, 3].tolist() == [False, False, False, True, False]
+    assert batch.attention_mask[0, 0, 3].nonzero().flatten().tolist() == [3]
 
 
 def test_passage_mode_gives_a_block_a_passage() -> None:
