@@ -5,17 +5,17 @@ DoRA, the magnitude. Opening reads headers only and checks every module against 
 factors of one weight are read when asked for. What is not understood is refused, never left out.
 """
 
+import functools
 import json
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
+from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.terms import Factors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,48 +37,8 @@ _HARMLESS = {
 # These begin by taking the factors out of the base weights, so the factors alone say nothing.
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NUM_LISTED = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class Factors:
-    """What an adapter does to one weight W [O, I]."""
-
-    A_rI: torch.Tensor
-    """The inner factor [rank, I]."""
-    B_Or: torch.Tensor
-    """The outer factor [O, rank]."""
-    magnitude: torch.Tensor | None
-    """DoRA's norm of each output row [O]; None for LoRA."""
-    scaling: float
-    """What B A is multiplied by."""
-
-    def update(self, weight_OI: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """What is added to a weight: `tuned - pretrained`.
-
-        LoRA adds s B A. DoRA makes the tuned weight d (W + s B A), d = m / ||W + s B A|| by output row
-        (arXiv 2402.09353, section 4.1, as `peft` merges it), so it adds (d - 1) W + d s B A.
-
-        Args:
-            weight_OI: W, or its rows from `first_row` on, in the type to compute in.
-            first_row: which output row the first row of `weight_OI` is.
-
-        Returns:
-            The update of these rows [O, I], of the type and on the device of `weight_OI`.
-        """
-        rows = slice(first_row, first_row + weight_OI.shape[0])
-        low_rank_OI = (self.B_Or[rows].to(weight_OI) @ self.A_rI.to(weight_OI)).mul_(self.scaling)
-        if self.magnitude is None:
-            return low_rank_OI
-        norm_O1 = torch.linalg.vector_norm(weight_OI + low_rank_OI, dim=1, keepdim=True)
-        magnitude_O1 = self.magnitude[rows].to(weight_OI).unsqueeze(1)
-        # A row that is zero as a whole has no direction to scale: it stays zero.
-        d_O1 = torch.where(norm_O1 == 0, torch.ones_like(norm_O1), magnitude_O1 / norm_O1)
-        return low_rank_OI.mul_(d_O1).add_(weight_OI * (d_O1 - 1))
-
-    def to(self, device: torch.device) -> "Factors":
-        """The same factors on a device."""
-        magnitude = None if self.magnitude is None else self.magnitude.to(device)
-        return Factors(A_rI=self.A_rI.to(device), B_Or=self.B_Or.to(device), magnitude=magnitude, scaling=self.scaling)
+# The weight in hand, and the next one that another core has begun.
+_NUM_HELD = 2
 
 
 class Adapter:
@@ -101,10 +61,10 @@ class Adapter:
         self._config = _read_config(folder, self.name)
         self._modules: dict[str, dict[str, StoredTensor]] = {}
         self._paths: dict[str, str] = {}
-        dropped = []
+        heads = []
         for path, parts in _modules(folder, self.name).items():
             if is_head(path):
-                dropped.append(path)
+                heads.append(path)
                 continue
             weight = base.match(f"{path}.weight") or path
             if weight in self._modules:
@@ -112,9 +72,10 @@ class Adapter:
                     f"the adapter {self.name!r} holds {path!r} and {self._paths[weight]!r}, one weight twice"
                 )
             self._modules[weight], self._paths[weight] = parts, path
-        self.dropped = tuple(sorted(dropped))
+        self.heads = tuple(sorted(heads))
         """Modules of the LM head: they do not take part in a vector."""
         self._check(base)
+        self.factors = functools.lru_cache(maxsize=_NUM_HELD)(self._read_factors)
 
     def names(self) -> list[str]:
         """The weights that it changes, under the headless names of the model."""
@@ -128,8 +89,13 @@ class Adapter:
         """Whether it holds magnitudes."""
         return bool(self._config.get("use_dora"))
 
-    def factors(self, name: str) -> Factors:
-        """The factors of one weight, read from disk.
+    def term(self, name: str, start: int, stop: int, scratch: Scratch, role: str) -> Factors:
+        """What is added to rows of a weight: the factors of the whole; see `Factors.add_to`."""
+        del start, stop, scratch, role
+        return self.factors(name)
+
+    def _read_factors(self, name: str) -> Factors:
+        """The factors of one weight in float32, read from disk; `factors` keeps those of the last weights.
 
         Raises:
             ModelError: a factor holds NaN or infinity.
@@ -141,15 +107,11 @@ class Adapter:
                 raise ModelError(
                     f"tensor {stored.stored_name!r} of the adapter {self.name!r} holds NaN or infinity; train it again"
                 )
-            parts[kind] = tensor
+            parts[kind] = tensor.float()
         rank = parts["A"].shape[0]
         return Factors(
             A_rI=parts["A"], B_Or=parts["B"], magnitude=parts.get("magnitude"), scaling=self._scaling(name, rank)
         )
-
-    def update(self, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
-        """`tuned - pretrained` of one weight; see `Factors.update`."""
-        return self.factors(name).update(weight_OI)
 
     def _scaling(self, name: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; patterns are matched as PEFT does."""

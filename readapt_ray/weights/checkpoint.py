@@ -8,14 +8,17 @@ a merge does not grow with the model.
 
 import io
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from readapt_ray.errors import ModelError
+from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.terms import Whole
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -73,21 +76,28 @@ class StoredTensor:
     """Its first byte in the file."""
     num_bytes: int
 
-    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows `start` to `stop` along the first axis, or all; a new tensor on the CPU in the type on disk.
+    def read(
+        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None, role: str = ""
+    ) -> torch.Tensor:
+        """Rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
+
+        Args:
+            start: the first row.
+            stop: the row behind the last; all unless given.
+            scratch: where they are put, under `role`; in a new tensor without.
+            role: see `scratch`.
 
         Raises:
             ModelError: the file became shorter than its header says.
         """
         stop = (self.shape[0] if self.shape else 1) if stop is None else stop
         row_bytes = self.num_bytes // self.shape[0] if self.shape and self.shape[0] else self.num_bytes
-        num_bytes = row_bytes * (stop - start)
-        content = torch.empty(num_bytes, dtype=torch.uint8)
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        rows = (scratch or Scratch()).empty(role, shape, self.dtype, torch.device("cpu"))
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + row_bytes * start)
-            _fill(file, content, self.path)
-        shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        return content.view(self.dtype).reshape(shape)
+            _fill(file, rows.reshape(-1).view(torch.uint8), self.path)
+        return rows
 
 
 def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
@@ -132,6 +142,23 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     if end > num_file_bytes:
         raise ModelError(f"{path} is cut short: {num_file_bytes:,} bytes of {end:,}; fetch or copy it again")
     return found
+
+
+def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """What stands before the tensors of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
+
+    Args:
+        entries: name, type and shape of each tensor, in the order in which they follow.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 class Checkpoint:
@@ -190,9 +217,15 @@ class Checkpoint:
         """The type of a tensor on disk."""
         return self._tensors[name].dtype
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """A tensor, or its rows `start` to `stop`, in its type on disk; a new tensor on the CPU."""
-        return self._tensors[name].read(start, stop)
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, scratch: Scratch | None = None, role: str = ""
+    ) -> torch.Tensor:
+        """A tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
+        return self._tensors[name].read(start, stop, scratch, role)
+
+    def term(self, name: str, start: int, stop: int, scratch: Scratch, role: str) -> Whole:
+        """What a model of full weights adds to rows of the pretrained one."""
+        return Whole(rows=self.read(name, start, stop, scratch, role))
 
     def match(self, stored_name: str) -> str | None:
         """The headless name of a tensor that another file names with or without a base prefix; None if unknown."""

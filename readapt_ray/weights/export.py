@@ -1,23 +1,35 @@
 """A readapted model as a Hugging Face folder: shards of safetensors, written as they fill.
 
 In: a `Readapter` and scales. Out: `model.safetensors`, or `model-00001-of-0000N.safetensors` with
-their index, on any filesystem. The plan of shards follows from shapes alone, so a merge that was
-killed writes the missing shards and no other, and the bytes are the same. Memory: a slice of rows.
+their index, on any filesystem, and what the cast to the output type lost. All cores make slices of
+rows, one writes them in order, so the bytes are the same whatever the number of cores. The plan of
+shards follows from shapes alone, so a merge that was killed writes the missing shards and no other.
+Memory: some slices of rows for each core.
 """
 
+import contextlib
+import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+import queue
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import DTYPE_CODES, INDEX_NAME, SINGLE_NAME, is_finite
+from readapt_ray.weights.cast_loss import CastLoss
+from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header, is_finite
+from readapt_ray.weights.pipeline import in_order, num_cores
 from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.scratch import Scratch
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_LOSS_SUFFIX = ".cast.json"
+_SLICE_COPIES = 10
+"""Slices in float32 that a core holds at most: inputs, sums, and results that wait to be written."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,8 @@ def write_weights(
     target: Location,
     *,
     report: Callable[[int], None],
-) -> None:
+    num_threads: int | None = None,
+) -> CastLoss:
     """Write the shards that are not there, then the index.
 
     Args:
@@ -95,58 +108,112 @@ def write_weights(
         plan: from `plan_shards`.
         target: the folder.
         report: called with the bytes done so far, those of shards that were there included.
+        num_threads: how many cores work; all, or as many as three times the largest tensor has room for.
+
+    Returns:
+        What the cast lost, in all shards.
 
     Raises:
         ModelError: an input holds NaN or infinity, or a value is too large for the output type.
     """
-    done = 0
+    num_threads = num_threads or _affordable_threads(readapter)
+    losses, done = CastLoss(), 0
     for shard in plan.shards:
-        file = target / shard.file_name
         # A file appears under its name only when it is whole, so one that is there needs no second look.
-        if not file.is_file():
-            with file.open_output() as stream:
-                stream.write(_header(readapter, plan, shard))
-                for part in _contents(readapter, scales, plan, shard):
-                    stream.write(part.numpy().data)
-                    done += part.nbytes
-                    report(done)
-        else:
-            done += shard.num_bytes
-            report(done)
+        if not ((target / shard.file_name).is_file() and _loss_record(target, shard).is_file()):
+            _write_shard(
+                readapter,
+                scales,
+                plan,
+                shard,
+                target=target,
+                num_threads=num_threads,
+                report=functools.partial(_report_after, report, done),
+            )
+        done += shard.num_bytes
+        losses.add(CastLoss.from_json(_loss_record(target, shard).read_text()))
+        report(done)
     if len(plan.shards) > 1:
         weight_map = {name: shard.file_name for shard in plan.shards for name in sorted(shard.names)}
         index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
         (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return losses
 
 
-def _contents(readapter: Readapter, scales: Scales, plan: WeightPlan, shard: WeightShard) -> Iterator[torch.Tensor]:
-    """The bytes of a shard behind its header, a slice at a time."""
-    for name in shard.names:
-        for rows in readapter.rows(name, scales):
-            yield _cast(name, rows, plan.dtypes[name])
+def _report_after(report: Callable[[int], None], before: int, made: int) -> None:
+    report(before + made)
 
 
-def _header(readapter: Readapter, plan: WeightPlan, shard: WeightShard) -> bytes:
-    """The header of the safetensors format: its length in 8 bytes, then JSON padded to whole words."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in shard.names:
-        dtype, shape = plan.dtypes[name], readapter.shape(name)
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def forget_progress(plan: WeightPlan, target: Location) -> None:
+    """Remove the records that a merge needs to go on."""
+    for shard in plan.shards:
+        _loss_record(target, shard).delete()
 
 
-def _cast(name: str, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The bytes of a slice in the output type."""
-    cast = rows.to(dtype).contiguous()
+def _loss_record(target: Location, shard: WeightShard) -> Location:
+    return target / (shard.file_name + _LOSS_SUFFIX)
+
+
+def _affordable_threads(readapter: Readapter) -> int:
+    largest = max(math.prod(readapter.shape(name)) for name in readapter.names())
+    slice_elements = max(
+        (stop - start) * math.prod(readapter.shape(name)[1:])
+        for name in readapter.names()
+        for start, stop in readapter.slices(name)
+    )
+    return max(1, min(num_cores(), 2 * largest // (_SLICE_COPIES * slice_elements)))
+
+
+@dataclass(frozen=True)
+class _Slice:
+    name: str
+    start: int
+    stop: int
+
+
+def _write_shard(
+    readapter: Readapter,
+    scales: Scales,
+    plan: WeightPlan,
+    shard: WeightShard,
+    *,
+    target: Location,
+    num_threads: int,
+    report: Callable[[int], None],
+) -> None:
+    done, losses = 0, CastLoss()
+    slices = (_Slice(name, start, stop) for name in shard.names for start, stop in readapter.slices(name))
+    # One for each slice that is being made, plus one that is being written.
+    idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+    for _ in range(num_threads + 2):
+        idle.put(Scratch())
+
+    def make(each: _Slice) -> tuple[Scratch, torch.Tensor, CastLoss]:
+        scratch = idle.get()
+        rows = readapter.rows(each.name, each.start, each.stop, scales, scratch)
+        cast = _cast(each.name, rows.readapted, plan.dtypes[each.name], scratch)
+        return scratch, cast.reshape(-1).view(torch.uint8), CastLoss.of(each.name, rows, cast, scratch)
+
+    with (target / shard.file_name).open_output() as stream:
+        header = ((name, plan.dtypes[name], readapter.shape(name)) for name in shard.names)
+        stream.write(file_header(header))
+        with contextlib.closing(in_order(make, slices, num_threads=num_threads, num_waiting=1)) as made:
+            for scratch, content, loss in made:
+                stream.write(content.numpy().data)
+                idle.put(scratch)
+                losses.add(loss)
+                done += content.nbytes
+                report(done)
+        _loss_record(target, shard).write_text(losses.to_json())
+
+
+def _cast(name: str, rows: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
+    """A slice in the output type."""
+    cast = scratch.empty("cast", rows.shape, dtype, rows.device).copy_(rows)
     if not is_finite(cast):
         largest = rows.abs().max().item()
         raise ModelError(
             f"tensor {name!r} reaches {largest:.3g}, beyond {str(dtype).removeprefix('torch.')}; "
             f"give a wider dtype (float32), or smaller scales"
         )
-    return cast.reshape(-1).view(torch.uint8)
+    return cast

@@ -5,13 +5,19 @@ pretrained weights, of the retriever's (or its factors) and of the adapters' fac
 scales costs a pass over the weights that change.
 """
 
+import threading
 from collections.abc import Sequence
 
 import torch
 
 from readapt_ray.errors import InputError, WeightMismatchError
 from readapt_ray.weights.adapter import listed
+from readapt_ray.weights.pipeline import in_order, num_cores
 from readapt_ray.weights.readapter import Ingredients, Readapter, Scales
+from readapt_ray.weights.scratch import Scratch
+
+_DEVICE_SLICE_ELEMENTS = 1 << 24
+_NUM_WAITING = 8
 
 
 class LiveReadapter:
@@ -37,8 +43,8 @@ class LiveReadapter:
             if name in self._parameters
         }
         self._written: Scales | None = None
+        self._local = threading.local()
 
-    @torch.no_grad()
     def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
         """Write the weights of these scales, equal to what a merge writes in the module's type.
 
@@ -51,13 +57,32 @@ class LiveReadapter:
         """
         scales = Scales(readapter_scale, spread(knowledge_scale, len(self._readapter.knowledge)))
         before, self._written = self._written, None
-        for name, ingredients in self._ingredients.items():
-            if before is not None and not _changes(ingredients, before, scales):
-                continue
+        changed = [
+            name
+            for name, ingredients in self._ingredients.items()
+            if before is None or _changes(ingredients, before, scales)
+        ]
+        slices = (
+            (name, start, stop)
+            for name in changed
+            for start, stop in self._readapter.slices(name, _slice_elements(self._parameters[name].device))
+        )
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters.values())
+
+        @torch.no_grad()  # it does not reach into threads
+        def write(each: tuple[str, int, int]) -> None:
+            name, start, stop = each
+            scratch = _scratch(self._local)
+            rows = self._ingredients[name].cut(start, stop).rows(scales, start, scratch)
             parameter = self._parameters[name]
-            for start, stop in self._readapter.slices(name):
-                target = parameter[start:stop] if parameter.ndim else parameter
-                target.copy_(_slice(ingredients, start, stop).rows(scales, start))
+            (parameter[start:stop] if parameter.ndim else parameter).copy_(rows.readapted)
+
+        if on_cpu:
+            for _ in in_order(write, slices, num_threads=num_cores(), num_waiting=_NUM_WAITING):
+                pass
+        else:
+            for each in slices:
+                write(each)
         self._written = scales
 
 
@@ -76,27 +101,20 @@ def spread(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple
 
 
 def _changes(ingredients: Ingredients, before: Scales, now: Scales) -> bool:
-    if before.readapter != now.readapter and not (
-        ingredients.retriever is None and ingredients.retriever_factors is None
-    ):
-        return True
-    return any(
-        factors is not None and old != new
-        for factors, old, new in zip(ingredients.knowledge_factors, before.knowledge, now.knowledge, strict=True)
-    )
+    old, new = ((scales.readapter, *scales.knowledge) for scales in (before, now))
+    return any(term is not None and one != other for term, one, other in zip(ingredients.terms, old, new, strict=True))
 
 
-def _slice(whole: Ingredients, start: int, stop: int) -> Ingredients:
-    def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return tensor[start:stop] if tensor is not None and tensor.ndim else tensor
+def _scratch(local: threading.local) -> Scratch:
+    """The memory of this thread."""
+    if not hasattr(local, "scratch"):
+        local.scratch = Scratch()
+    return local.scratch  # type: ignore[no-any-return]
 
-    return Ingredients(
-        name=whole.name,
-        pretrained=cut(whole.pretrained),
-        retriever=cut(whole.retriever),
-        retriever_factors=whole.retriever_factors,
-        knowledge_factors=whole.knowledge_factors,
-    )
+
+def _slice_elements(device: torch.device) -> int | None:
+    """An accelerator is kept busy by large slices, a CPU by those that stay in its cache."""
+    return None if device.type == "cpu" else _DEVICE_SLICE_ELEMENTS
 
 
 def _check_module(parameters: dict[str, torch.nn.Parameter], readapter: Readapter) -> None:

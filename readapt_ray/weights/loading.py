@@ -82,7 +82,7 @@ def _lay_on(module: torch.nn.Module, checkpoint: Checkpoint, adapter: Adapter) -
     parameters = dict(module.named_parameters())
     for name in adapter.names():
         weight_OI = checkpoint.read(name).float()
-        parameters[name].copy_(weight_OI + adapter.update(name, weight_OI))
+        parameters[name].copy_(weight_OI + adapter.factors(name).update(weight_OI))
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """The files beside the weights: what transformers, sentence-transformers and readapt read to encode alike.
 
 In: the config of the model that gives the weights, and the encoding. Out: config.json, the
-tokenizer, the modules of sentence-transformers (as its releases since version 2 read them),
-readapt.json and a model card. A few kilobytes besides the tokenizer.
+tokenizer, the modules of sentence-transformers (as its releases since version 2 read them, and as
+vLLM and text-embeddings-inference do) and readapt.json. A few kilobytes besides the tokenizer.
 """
 
 import json
@@ -80,9 +80,8 @@ def write_model_files(
     tokenizer: Any,
     encoding: Encoding,
     contract: Mapping[str, Any],
-    card: str,
 ) -> None:
-    """Write everything but the weights.
+    """Write everything but the weights and the model card.
 
     Args:
         target: the model folder.
@@ -90,7 +89,6 @@ def write_model_files(
         tokenizer: the retriever's, as transformers loads it.
         encoding: how text becomes a vector.
         contract: what readapt.json holds besides the encoding.
-        card: README.md.
 
     Raises:
         ModelError: the tokenizer cannot be exported.
@@ -110,7 +108,6 @@ def write_model_files(
         width = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).hidden_size
         _write_sentence_transformers(folder, encoding, int(width))
         _write_json(folder / CONTRACT_NAME, {"encoding": encoding.model_dump(mode="json"), **contract})
-        (folder / "README.md").write_text(card, encoding="utf-8")
         Location(str(folder)).copy_to(target)
 
 
@@ -144,79 +141,3 @@ def _write_sentence_transformers(folder: Path, encoding: Encoding, dimension: in
 def _write_json(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def model_card(*, encoding: Encoding, scales: str, sources: Mapping[str, Mapping[str, str]], notes: list[str]) -> str:
-    """README.md of the model folder: what it was made from, and how to use it.
-
-    Args:
-        encoding: how text becomes a vector.
-        scales: the two scales in words.
-        sources: for each ingredient its name, its fingerprint and what else identifies it.
-        notes: what a reader has to know besides.
-    """
-    rows = [
-        f"| {role} | `{values['name']}` | `{values['fingerprint']}` | {values.get('sha256', '')} |"
-        for role, values in sources.items()
-    ]
-    prefixes = prompts(encoding)
-    usage = [
-        "from sentence_transformers import SentenceTransformer",
-        "",
-        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
-        'queries = model.encode(["..."], prompt_name="query")' if "query" in prefixes else "",
-        'passages = model.encode(["title text"], prompt_name="document")' if "document" in prefixes else "",
-    ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: sentence-transformers",
-            "pipeline_tag: feature-extraction",
-            "tags: [sentence-transformers, feature-extraction, retrieval, readapt-ray]",
-            "---",
-            "",
-            "# Readapted retriever",
-            "",
-            "Made by readapt_ray: `pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * "
-            "(tuned - pretrained)`, summed in float32 and cast once.",
-            "",
-            f"Scales: {scales}.",
-            "",
-            "| ingredient | name | fingerprint | SHA-256 of its weights |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "## Encoding",
-            "",
-            f"Pooling {encoding.pooling}, {'normalised' if encoding.normalize else 'not normalised'}, BOS {encoding.add_bos}, "
-            f"EOS {encoding.add_eos}, at most {encoding.max_query_tokens} tokens a query and {encoding.max_passage_tokens} a "
-            "passage.",
-            "",
-            f"- query: `{json.dumps(encoding.query_template, ensure_ascii=False)}`",
-            f"- passage: `{json.dumps(encoding.passage_template, ensure_ascii=False)}`",
-            *([f"- task: `{encoding.task}`"] if encoding.task else []),
-            "",
-            "```python",
-            *[line for number, line in enumerate(usage) if line or number == 1],
-            "```",
-            "",
-            *[f"- {note}" for note in [*_limits(encoding), *notes]],
-            "",
-        ]
-    )
-
-
-def _limits(encoding: Encoding) -> list[str]:
-    """What one limit and plain prompts cannot say."""
-    notes = []
-    if encoding.max_query_tokens != encoding.max_passage_tokens:
-        notes.append(
-            f"sentence-transformers has one limit for both ({max(encoding.max_query_tokens, encoding.max_passage_tokens)} "
-            f"tokens here); to cut longer queries as readapt_ray does, set model.max_seq_length = "
-            f"{encoding.max_query_tokens} before they are encoded."
-        )
-    for kind in sorted({"query", "document"} - prompts(encoding).keys()):
-        notes.append(
-            f"The template of a {kind} has words behind the text, which no prompt can hold: write them yourself."
-        )
-    return notes

@@ -2,70 +2,36 @@
 
     readapted = pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * (tuned - pretrained)
 
-In: the weights before retrieval training, the retriever (full weights or an adapter) and knowledge
-adapters. Out: float32 rows of every weight of the headless model; only who writes them casts. It
-costs one read of each input, and memory for a slice: no dense difference is ever stored.
+In: the weights before retrieval training, the retriever (full weights, an adapter or stored
+differences) and any number of knowledge adapters or tuned models. Out: float32 rows of every weight
+of the headless model; only who writes them casts. It costs one read of each input, and memory for a
+slice: no dense difference is ever stored.
 """
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
-from readapt_ray.weights.adapter import CONFIG_NAME, Adapter, Factors, listed
+from readapt_ray.weights.adapter import CONFIG_NAME, Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
+from readapt_ray.weights.low_rank import Source, StoredDifference
+from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.terms import Factors, Term, Whole
 
 logger = logging.getLogger("readapt_ray")
 
-_SLICE_ELEMENTS = 8 << 20
+# 1 MiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
+_SLICE_ELEMENTS = 1 << 18
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # BERT-like models carry a pooler that no pooling here reads: where one side lacks it, the other's is kept.
 _UNUSED_PREFIX = "pooler."
-
-
-def readapted_weight(
-    name: str,
-    pretrained_OI: torch.Tensor,
-    retriever_OI: torch.Tensor,
-    knowledge_OI: torch.Tensor | None,
-    *,
-    readapter_scale: float,
-    knowledge_scale: float,
-) -> torch.Tensor:
-    """Lay both adapters on one pretrained weight (RE-AdaptIR, section 2.2).
-
-    A scale of 0 leaves its term out, and a readapter_scale of 1 begins at the retriever, so that
-    (0, 0) is the pretrained weight and (1, 0) the retriever to the last bit.
-
-    Args:
-        name: tensor name; used only in the error.
-        pretrained_OI: before any tuning. O = output rows, I = input columns (any further axes too).
-        retriever_OI: the same weight in the published retriever.
-        knowledge_OI: tuned minus pretrained, dense, float32; None where the adapter leaves it alone.
-        readapter_scale: share of the retrieval skill kept; 1.0 keeps all.
-        knowledge_scale: share of the new domain added; the paper uses 0.5.
-
-    Returns:
-        float32 [O, I]; only the writer casts, so bf16 rounds once.
-
-    Raises:
-        WeightMismatchError: the shapes differ.
-    """
-    shapes = [list(each.shape) for each in (pretrained_OI, retriever_OI, knowledge_OI) if each is not None]
-    if any(shape != shapes[0] for shape in shapes):
-        raise WeightMismatchError(f"{name!r} has the shapes {shapes}; all must be those of the pretrained model")
-    start_OI = (retriever_OI if readapter_scale == 1 else pretrained_OI).float()
-    change_OI = None
-    if readapter_scale not in (0, 1):
-        change_OI = (retriever_OI.float() - start_OI).mul_(readapter_scale)
-    if knowledge_OI is not None and knowledge_scale != 0:
-        term_OI = knowledge_OI * knowledge_scale
-        change_OI = term_OI if change_OI is None else change_OI.add_(term_OI)
-    return start_OI if change_OI is None else start_OI + change_OI
+_VOCABULARY = re.compile(r"(embed_tokens|word_embeddings|wte|embed_in|tok_embeddings)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -82,46 +48,96 @@ class Scales:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of one readapted tensor in float32. They lie in a scratch: use them before the next are made."""
+
+    readapted: torch.Tensor
+    pretrained: torch.Tensor
+    """The same rows before any tuning."""
+    retrieval: torch.Tensor
+    """The same rows with a knowledge scale of 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ingredients:
-    """All that one readapted tensor is made of."""
+    """All that rows of one readapted tensor are made of."""
 
     name: str
-    pretrained: torch.Tensor | None
-    """None where only the retriever has the tensor (a pooler)."""
-    retriever: torch.Tensor | None
-    """None where the retriever is an adapter, or only the pretrained model has the tensor."""
-    retriever_factors: Factors | None
-    knowledge_factors: tuple[Factors | None, ...]
+    start: torch.Tensor
+    """The pretrained rows; the retriever's, where only it has the tensor (a pooler, new words)."""
+    terms: tuple[Term | None, ...]
+    """What the retriever and each knowledge adapter add; None where they leave the tensor alone."""
 
-    def rows(self, scales: Scales, first_row: int = 0) -> torch.Tensor:
-        """The readapted weight in float32; `first_row` says where these rows stand in the adapters' factors."""
-        pretrained = self.retriever if self.pretrained is None else self.pretrained
-        if pretrained is None:
-            raise WeightMismatchError(f"{self.name!r} is in neither model")
-        laid = list(zip(self.knowledge_factors, scales.knowledge, strict=True))
-        readapter_scale = scales.readapter
-        if self.retriever is None:
-            # The retriever is an adapter: one more term on pretrained, and no difference of full weights.
-            laid.insert(0, (self.retriever_factors, readapter_scale))
-            readapter_scale = 0.0
-        terms = [(factors, scale) for factors, scale in laid if factors is not None and scale != 0]
-        knowledge = None
-        for factors, scale in terms:
-            term = factors.update(pretrained.float(), first_row).mul_(scale)
-            knowledge = term if knowledge is None else knowledge.add_(term)
-        retriever = pretrained if self.retriever is None else self.retriever
-        return readapted_weight(
-            self.name, pretrained, retriever, knowledge, readapter_scale=readapter_scale, knowledge_scale=1.0
+    def rows(self, scales: Scales, first_row: int = 0, scratch: Scratch | None = None) -> Rows:
+        """Lay both adapters on the pretrained rows (RE-AdaptIR, section 2.2), in float32.
+
+        A scale of 0 leaves its term out, and a readapter_scale of 1 begins at a retriever of full
+        weights, so that (0, 0) is the pretrained weight and (1, 0) the retriever to the last bit.
+
+        Args:
+            scales: how much of each difference.
+            first_row: where these rows stand in the whole tensor.
+            scratch: where the rows are made; memory of their own without.
+
+        Raises:
+            WeightMismatchError: the shapes differ.
+        """
+        scratch = scratch or Scratch()
+        retriever, *knowledge = zip(self.terms, (scales.readapter, *scales.knowledge), strict=True)
+        for term, _ in (retriever, *knowledge):
+            if term is not None and not isinstance(term, Factors) and term.rows.shape != self.start.shape:
+                shapes = list(self.start.shape), list(term.rows.shape)
+                raise WeightMismatchError(f"{self.name!r} has the shapes {shapes[0]} and {shapes[1]}, not one")
+        pretrained = scratch.float32("pretrained", self.start)
+        if isinstance(retriever[0], Whole) and retriever[1] == 1:
+            total = scratch.float32("total", retriever[0].rows)
+        else:
+            total = scratch.float32("total", self.start)
+            _add(retriever, total, pretrained, first_row, scratch)
+        laid = [each for each in knowledge if each[0] is not None and each[1] != 0]
+        retrieval = scratch.float32("retrieval", total) if laid else total
+        for each in laid:
+            _add(each, total, pretrained, first_row, scratch)
+        return Rows(readapted=total, pretrained=pretrained, retrieval=retrieval)
+
+    def cut(self, start: int, stop: int) -> "Ingredients":
+        """The same of rows `start` to `stop`, given that these are those of a whole tensor."""
+        if not self.start.ndim:
+            return self
+        terms = tuple(
+            each if each is None or isinstance(each, Factors) else replace(each, rows=each.rows[start:stop])
+            for each in self.terms
         )
+        return Ingredients(name=self.name, start=self.start[start:stop], terms=terms)
+
+
+def _add(
+    scaled: tuple[Term | None, float], total: torch.Tensor, weight: torch.Tensor, first_row: int, scratch: Scratch
+) -> None:
+    term, scale = scaled
+    if term is not None and scale != 0:
+        term.add_to(total, weight, scale, first_row, scratch)
 
 
 class Readapter:
-    """Three models that fit each other, and every readapted tensor that can be made of them."""
+    """Models that fit each other, and every readapted tensor that can be made of them."""
 
     def __init__(
-        self, pretrained: Checkpoint, retriever: Checkpoint | Adapter, knowledge: Sequence[Adapter] = ()
+        self,
+        pretrained: Checkpoint,
+        retriever: Source,
+        knowledge: Sequence[Source] = (),
+        *,
+        accept_vocabulary: bool = False,
     ) -> None:
         """Check from the headers that all fit.
+
+        Args:
+            pretrained: the weights before any tuning.
+            retriever: full weights, or a difference from `pretrained`.
+            knowledge: the same of each corpus.
+            accept_vocabulary: take a retriever with more or fewer words: rows that only it has are kept as
+                they are, rows that it lacks are dropped.
 
         Raises:
             WeightMismatchError: a tensor of another shape or without a partner; all of them are listed.
@@ -130,19 +146,23 @@ class Readapter:
         self.pretrained = pretrained
         self.retriever = retriever
         self.knowledge = tuple(knowledge)
-        checkpoints = [pretrained, *([retriever] if isinstance(retriever, Checkpoint) else [])]
+        checkpoints = [each for each in (pretrained, retriever, *self.knowledge) if isinstance(each, Checkpoint)]
         for checkpoint in checkpoints:
             _check_floating(checkpoint)
-        self.carried = _check_partners(pretrained, retriever) if isinstance(retriever, Checkpoint) else ()
+        self.carried: tuple[str, ...] = ()
         """Tensors that only one side has and no vector depends on; they are kept as they are."""
-        adapters = [*([retriever] if isinstance(retriever, Adapter) else []), *self.knowledge]
-        self.dropped = tuple(
-            [f"{each.name}: {head}" for each in checkpoints for head in each.heads]
-            + [f"{each.name}: {module}" for each in adapters for module in each.dropped]
-        )
+        if isinstance(retriever, Checkpoint):
+            self.carried = _check_partners(pretrained, retriever, accept_vocabulary=accept_vocabulary)
+        for each in self.knowledge:
+            if isinstance(each, Checkpoint):
+                _check_partners(pretrained, each, accept_vocabulary=False)
+        self.dropped = tuple(f"{each.name}: {head}" for each in self._inputs() for head in each.heads)
         """Tensors of LM heads and classifiers, with the model that holds them."""
         if self.dropped:
             logger.info("language-model heads take no part in a vector and are left out: %s", ", ".join(self.dropped))
+
+    def _inputs(self) -> tuple[Source, ...]:
+        return (self.pretrained, self.retriever, *self.knowledge)
 
     def names(self) -> list[str]:
         """Every tensor of the readapted model."""
@@ -154,45 +174,50 @@ class Readapter:
 
     def dtype(self, name: str) -> torch.dtype:
         """The retriever's type of a tensor; where the retriever is an adapter, that of what it is laid on."""
+        if isinstance(self.retriever, StoredDifference) and name in self.retriever.dtypes:
+            return self.retriever.dtypes[name]
         return self._leading(name).dtype(name)
 
-    def slices(self, name: str) -> Iterator[tuple[int, int]]:
-        """First and last row of each slice that is made at once; the same wherever the tensor is made."""
+    def slices(self, name: str, num_elements: int | None = None) -> Iterator[tuple[int, int]]:
+        """First and last row of each slice that is made at once; the same wherever and by however many it is made.
+
+        Args:
+            name: the tensor.
+            num_elements: how large a slice may be; what fits a core's cache unless given.
+        """
         shape = self.shape(name)
         num_rows = shape[0] if shape else 1
-        step = max(1, _SLICE_ELEMENTS * num_rows // max(math.prod(shape), 1))
-        for start in range(0, num_rows, step):
-            yield start, min(start + step, num_rows)
+        step = max(1, (num_elements or _SLICE_ELEMENTS) * num_rows // max(math.prod(shape), 1))
+        # Words that only the retriever has are made apart: there is nothing to subtract from them.
+        shared = min(num_rows, self._shared_rows(name))
+        for first, last in ((0, shared), (shared, num_rows)):
+            for start in range(first, last, step):
+                yield start, min(start + step, last)
 
-    def rows(self, name: str, scales: Scales) -> Iterator[torch.Tensor]:
-        """A readapted tensor as float32 slices of rows.
+    def rows(self, name: str, start: int, stop: int, scales: Scales, scratch: Scratch | None = None) -> Rows:
+        """Rows `start` to `stop` of a readapted tensor: one of `slices`.
 
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
         """
-        factors = self.factors(name)
-        for start, stop in self.slices(name):
-            yield Ingredients(
-                name=name,
-                pretrained=_read(self.pretrained, name, start, stop),
-                retriever=_read(self.retriever, name, start, stop),
-                retriever_factors=factors[0],
-                knowledge_factors=factors[1:],
-            ).rows(scales, start)
+        scratch = scratch or Scratch()
+        ingredients = self._ingredients(name, start, stop, scratch)
+        rows = ingredients.rows(scales, start, scratch)
+        # NaN and infinity survive every sum that they enter, so a finite result speaks for its inputs.
+        all_entered = _all_enter(ingredients, scales)
+        if not all_entered or not is_finite(rows.readapted):
+            self._check_finite(ingredients)
+        return rows
 
     def weight(self, name: str, scales: Scales) -> torch.Tensor:
         """A whole readapted tensor in float32."""
-        return torch.cat(list(self.rows(name, scales))) if self.shape(name) else next(self.rows(name, scales))
+        parts = [self.rows(name, start, stop, scales).readapted for start, stop in self.slices(name)]
+        return torch.cat(parts) if self.shape(name) else parts[0]
 
     def walk(self, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
         """Every readapted tensor by name, float32, one at a time."""
         for name in self.names():
             yield name, self.weight(name, scales)
-
-    def factors(self, name: str) -> tuple[Factors | None, ...]:
-        """What the retriever (where it is an adapter) and each knowledge adapter do to a weight."""
-        adapters = (self.retriever if isinstance(self.retriever, Adapter) else None, *self.knowledge)
-        return tuple(each.factors(name) if each is not None and name in each else None for each in adapters)
 
     def ingredients(self, name: str, device: torch.device) -> Ingredients:
         """All that a whole tensor is made of, on a device.
@@ -200,19 +225,57 @@ class Readapter:
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
         """
-        sources = [_read(source, name, 0, None) for source in (self.pretrained, self.retriever)]
-        tensors = [None if each is None else each.to(device) for each in sources]
-        factors = [None if each is None else each.to(device) for each in self.factors(name)]
-        return Ingredients(
-            name=name,
-            pretrained=tensors[0],
-            retriever=tensors[1],
-            retriever_factors=factors[0],
-            knowledge_factors=tuple(factors[1:]),
+        whole = self._ingredients(name, 0, self.shape(name)[0] if self.shape(name) else 1, Scratch())
+        self._check_finite(whole)
+        terms = tuple(
+            each.to(device) if isinstance(each, Factors) else each and replace(each, rows=each.rows.to(device))
+            for each in whole.terms
         )
+        return Ingredients(name=name, start=whole.start.to(device), terms=terms)
+
+    def _ingredients(self, name: str, start: int, stop: int, scratch: Scratch) -> Ingredients:
+        terms = tuple(
+            source.term(name, start, stop, scratch, f"term {number}") if name in source else None
+            for number, source in enumerate((self.retriever, *self.knowledge))
+        )
+        if name in self.pretrained and start < self._shared_rows(name):
+            return Ingredients(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
+        alone = self._leading(name).read(name, start, stop, scratch, "start")
+        return Ingredients(name=name, start=alone, terms=(None,) * len(terms))
+
+    def _check_finite(self, ingredients: Ingredients) -> None:
+        tensors = [ingredients.start]
+        tensors += [each.rows for each in ingredients.terms if each is not None and not isinstance(each, Factors)]
+        holders = [self.pretrained if ingredients.name in self.pretrained else self.retriever]
+        holders += [
+            source
+            for source, each in zip((self.retriever, *self.knowledge), ingredients.terms, strict=True)
+            if each is not None and not isinstance(each, Factors)
+        ]
+        for tensor, holder in zip(tensors, holders, strict=True):
+            if not is_finite(tensor):
+                raise ModelError(
+                    f"tensor {ingredients.name!r} of {holder.name!r} holds NaN or infinity; fetch or train that model again"
+                )
+
+    def _shared_rows(self, name: str) -> int:
+        """How many rows the pretrained model has to offer."""
+        if name not in self.pretrained:
+            return 0
+        shape = self.pretrained.shape(name)
+        return shape[0] if shape else 1
 
     def _leading(self, name: str) -> Checkpoint:
         return self.retriever if isinstance(self.retriever, Checkpoint) and name in self.retriever else self.pretrained
+
+
+def _all_enter(ingredients: Ingredients, scales: Scales) -> bool:
+    """Whether every input has a part in the sum."""
+    laid = list(zip(ingredients.terms, (scales.readapter, *scales.knowledge), strict=True))
+    if any(term is not None and scale == 0 for term, scale in laid):
+        return False
+    begins_at_retriever = isinstance(ingredients.terms[0], Whole) and scales.readapter == 1
+    return not begins_at_retriever or any(term is not None and term.reads_weight for term in ingredients.terms[1:])
 
 
 def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:
@@ -220,15 +283,6 @@ def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = N
     if (folder / CONFIG_NAME).is_file():
         return Adapter(folder, pretrained, name=name)
     return Checkpoint(folder, name=name)
-
-
-def _read(source: Checkpoint | Adapter, name: str, start: int, stop: int | None) -> torch.Tensor | None:
-    if isinstance(source, Adapter) or name not in source:
-        return None
-    tensor = source.read(name, start, stop)
-    if not is_finite(tensor):
-        raise ModelError(f"tensor {name!r} of {source.name!r} holds NaN or infinity; fetch or train that model again")
-    return tensor
 
 
 def _check_floating(checkpoint: Checkpoint) -> None:
@@ -241,20 +295,31 @@ def _check_floating(checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_partners(pretrained: Checkpoint, retriever: Checkpoint) -> tuple[str, ...]:
+def _check_partners(pretrained: Checkpoint, tuned: Checkpoint, *, accept_vocabulary: bool) -> tuple[str, ...]:
     """The tensors that one side lacks and no vector depends on."""
-    only_one = {*pretrained.names()} ^ {*retriever.names()}
+    only_one = {*pretrained.names()} ^ {*tuned.names()}
     carried = {name for name in only_one if name.startswith(_UNUSED_PREFIX)}
     problems = [
-        f"{name}: only in {(pretrained if name in pretrained else retriever).name!r}"
+        f"{name}: only in {(pretrained if name in pretrained else tuned).name!r}"
         for name in sorted(only_one - carried, key=natural_order)
     ]
+    only_words = not problems
     for name in pretrained.names():
-        if name in retriever and pretrained.shape(name) != retriever.shape(name):
-            problems.append(f"{name}: {list(pretrained.shape(name))} before, {list(retriever.shape(name))} after")
-    if problems:
+        if name not in tuned or pretrained.shape(name) == tuned.shape(name):
+            continue
+        before, after = pretrained.shape(name), tuned.shape(name)
+        is_vocabulary = bool(_VOCABULARY.search(name)) and before[1:] == after[1:]
+        if not (is_vocabulary and accept_vocabulary):
+            problems.append(f"{name}: {list(before)} before, {list(after)} after")
+            only_words = only_words and is_vocabulary
+    if not problems:
+        return tuple(sorted(carried))
+    if only_words:
         raise WeightMismatchError(
-            f"{retriever.name!r} was not made from {pretrained.name!r}: {listed(problems)}. Give as pretrained the very "
-            f"model that the retriever was trained from (the base_model of its model card, with the same vocabulary)"
+            f"{tuned.name!r} has another number of words than {pretrained.name!r}: {listed(problems)}. If the words that "
+            f"both have are the same, --accept vocabulary keeps the new ones as they are and drops those that it lacks"
         )
-    return tuple(sorted(carried))
+    raise WeightMismatchError(
+        f"{tuned.name!r} was not made from {pretrained.name!r}: {listed(problems)}. Give as pretrained the very "
+        f"model that it was trained from (the base_model of its model card, with the same vocabulary)"
+    )

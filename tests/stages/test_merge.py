@@ -301,7 +301,7 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path, models):
     for error, said, changes in (
         (ModelError, "no model '/no/such'", {"pretrained": "/no/such"}),
         (ModelError, "is an adapter", {"pretrained": str(trio["adapter"])}),
-        (ModelError, "is a full model", {"adapter": str(wide)}),
+        (WeightMismatchError, "was not made from", {"adapter": str(wide)}),
         (ModelError, "is not a model", {"adapter": str(tmp_path)}),
         (ModelError, "unfinished", {"adapter": str(unfinished)}),
         (WeightMismatchError, "not one of", {"adapter": str(other)}),

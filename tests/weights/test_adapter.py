@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from readapt_ray.errors import ModelError, WeightMismatchError
-from readapt_ray.weights.adapter import Adapter, Factors
+from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.terms import Factors
 from tests import factories
 from tests.weights import oracles
 
@@ -42,7 +43,7 @@ def test_updates_are_those_of_pefts_merge(tmp_path, bases, kind, headless, optio
     before = oracles.as_float64(base)
     assert len(adapter.names()) == (10 if kind == "decoder" else 12)
     for name in checkpoint.names():
-        update = adapter.update(name, before[name]) if name in adapter else torch.zeros_like(before[name])
+        update = adapter.factors(name).update(before[name]) if name in adapter else torch.zeros_like(before[name])
         assert (before[name] + update - merged[name]).abs().max() < 1e-12
         assert name not in adapter or update.abs().max() > 1e-2
 
@@ -51,7 +52,7 @@ def test_a_slice_of_rows_has_the_update_of_its_rows(bases, tmp_path):
     adapter = Adapter(factories.dora_adapter(tmp_path, bases["decoder"]), Checkpoint(bases["decoder"]))
     name = adapter.names()[0]
     weight = oracles.as_float64(bases["decoder"])[name]
-    whole = adapter.update(name, weight)
+    whole = adapter.factors(name).update(weight)
     assert torch.allclose(adapter.factors(name).update(weight[5:9], 5), whole[5:9], rtol=0, atol=1e-14)
 
 
@@ -77,7 +78,7 @@ def test_modules_of_the_head_are_named_and_take_no_part(tmp_path):
     base = factories.tiny_decoder(tmp_path / "base", tie_word_embeddings=False)
     folder = factories.lora_adapter(tmp_path / "adapter", base, targets=["q_proj", "lm_head"])
     adapter = Adapter(folder, Checkpoint(base))
-    assert adapter.dropped == ("lm_head",)
+    assert adapter.heads == ("lm_head",)
     assert len(adapter.names()) == 2
 
 

@@ -177,7 +177,7 @@ def test_a_tokenizer_without_padding_gets_one(tmp_path):
     tokenizer.pad_token = None
     config = json.loads((source / "config.json").read_text()) | {"pad_token_id": None}
     out = Location(str(tmp_path / "out"))
-    write_model_files(out, config=config, tokenizer=tokenizer, encoding=_encoding(), contract={}, card="")
+    write_model_files(out, config=config, tokenizer=tokenizer, encoding=_encoding(), contract={})
     assert json.loads((tmp_path / "out/config.json").read_text())["pad_token_id"] == 2
     assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token == "</s>"
 
@@ -199,9 +199,7 @@ def test_the_encoding_is_read_back_from_both_contracts(tmp_path, pooling, normal
     model = find_model(str(source))
     config = headless_config(model.read_json("config.json"), dtype="float32", name="x")
     out = Location(str(tmp_path / "out"))
-    write_model_files(
-        out, config=config, tokenizer=load_tokenizer(model), encoding=encoding, contract={"a": 1}, card=""
-    )
+    write_model_files(out, config=config, tokenizer=load_tokenizer(model), encoding=encoding, contract={"a": 1})
     assert encoding_of(find_model(str(tmp_path / "out"))) == encoding
     (tmp_path / "out/readapt.json").unlink()
     changed = {"query_template": "Instruct: find it\nQuery: {text}", "task": ""}

@@ -8,7 +8,8 @@ from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.weights import readapter as readapter_module
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
-from readapt_ray.weights.readapter import Readapter, Scales, open_retriever, readapted_weight
+from readapt_ray.weights.readapter import Ingredients, Readapter, Scales, open_retriever
+from readapt_ray.weights.terms import Difference, Whole
 from tests import factories
 from tests.weights import oracles
 
@@ -126,18 +127,25 @@ def test_mixed_types_are_subtracted_in_float32(tmp_path, before, after):
         assert (tensor.double() - (p[name] + r[name]) / 2).abs().max() <= 1e-7 * p[name].abs().max()
 
 
+def _by_hand(p, r, u, a, k):
+    terms = (Whole(rows=r), Difference(rows=u))
+    return Ingredients(name="w", start=p, terms=terms).rows(Scales(a, (k,)))
+
+
 def test_one_weight_by_hand():
     p, r, u = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 2.0]]), torch.tensor([[0.5, -1.0]])
-    made = readapted_weight("w", p, r, u, readapter_scale=0.5, knowledge_scale=2.0)
-    assert made.tolist() == [[3.0, 0.0]]
+    rows = _by_hand(p, r, u, 0.5, 2.0)
+    assert rows.readapted.tolist() == [[3.0, 0.0]]
+    assert rows.retrieval.tolist() == [[2.0, 2.0]]
+    assert rows.pretrained.tolist() == [[1.0, 2.0]]
     with pytest.raises(WeightMismatchError, match="'w' has the shapes"):
-        readapted_weight("w", p, r[:, :1], u, readapter_scale=1, knowledge_scale=1)
+        _by_hand(p, r[:, :1], u, 1, 1)
 
 
 def test_inputs_are_left_alone():
     p, r, u = (torch.full((2, 2), float(number)) for number in (1, 2, 3))
     for a, k in itertools.product((0.0, 0.5, 1.0), repeat=2):
-        readapted_weight("w", p, r, u, readapter_scale=a, knowledge_scale=k)
+        _by_hand(p, r, u, a, k)
     assert [each[0, 0].item() for each in (p, r, u)] == [1, 2, 3]
 
 

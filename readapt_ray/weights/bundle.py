@@ -1,0 +1,185 @@
+"""A retriever and its knowledge as a small folder next to their base: the factors instead of the sums.
+
+    bundle.json            base (name, revision, SHA-256 of its files), scales, encoding, what the factors hold
+    readapter.safetensors  the retriever's difference (`low_rank`), or retriever/, the adapter that it is
+    knowledge-1/ ...       the knowledge adapters as plain PEFT folders, or difference.safetensors
+    config.json, tokenizer the retriever's
+
+In: checked models and scales. Out: such a folder, from which any pair of scales can be made again
+with the base alone. Memory: that of `low_rank`.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.storage import Location
+from readapt_ray.weights.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
+from readapt_ray.weights.low_rank import Source, Stored, StoredDifference, write_difference
+from readapt_ray.weights.readapter import Readapter, Scales
+
+BUNDLE_NAME = "bundle.json"
+
+_FORMAT = 1
+_READAPTER = "readapter.safetensors"
+_RETRIEVER = "retriever"
+_DIFFERENCE = "difference.safetensors"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
+)  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+
+
+def write_bundle(
+    target: Location,
+    readapter: Readapter,
+    *,
+    scales: Scales,
+    variance: float | None,
+    encoding: Encoding,
+    config_of: Model,
+    tokenizer_of: Model,
+    sources: Mapping[str, Mapping[str, Any]],
+    report: Callable[[int], None],
+) -> list[Stored]:
+    """Write the folder; what a killed call finished is not made again.
+
+    Args:
+        target: the folder.
+        readapter: the models.
+        scales: those that a merge of the bundle takes unless told otherwise.
+        variance: share of the retriever's squared difference that its factors hold; None keeps it whole.
+        encoding: how the retriever wants its text.
+        config_of: the model whose config.json is the retriever's.
+        tokenizer_of: the model whose tokenizer is the retriever's.
+        sources: what the models are, by role; `pretrained` is the base.
+        report: called with the elements of weights done so far.
+
+    Returns:
+        How the retriever's difference is kept; empty where the retriever is kept as the adapter that it is.
+    """
+    _copy(config_of.folder, ("config.json",), target)
+    _copy(tokenizer_of.folder, _TOKENIZER_FILES, target)
+    stored: list[Stored] = []
+    if isinstance(readapter.retriever, Adapter) and variance is None:
+        _copy(readapter.retriever.folder, (CONFIG_NAME, WEIGHTS_NAME), target / _RETRIEVER)
+    else:
+        stored = write_difference(
+            readapter.pretrained, readapter.retriever, target / _READAPTER, variance=variance, report=report
+        )
+    for number, source in enumerate(readapter.knowledge, start=1):
+        folder = target / f"knowledge-{number}"
+        if isinstance(source, Adapter):
+            _copy(source.folder, (CONFIG_NAME, WEIGHTS_NAME), folder)
+        else:
+            write_difference(readapter.pretrained, source, folder / _DIFFERENCE, variance=None, report=report)
+    content = {
+        "format": _FORMAT,
+        "sources": sources,
+        "readapter_scale": scales.readapter,
+        "knowledge_scale": list(scales.knowledge),
+        "low_rank": variance,
+        "encoding": encoding.model_dump(mode="json"),
+        "dtypes": {name: DTYPE_CODES[readapter.dtype(name)] for name in readapter.pretrained.names()},
+        "left_out": [*readapter.dropped, *readapter.carried],
+    }
+    (target / BUNDLE_NAME).write_text(json.dumps(content, indent=2) + "\n")
+    return stored
+
+
+def _copy(folder: Path, names: Sequence[str], target: Location) -> None:
+    for name in names:
+        if (folder / name).is_file():
+            Location(str(folder / name)).copy_to(target / name)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Such a folder on this machine's disk."""
+
+    model: Model
+    content: Mapping[str, Any]
+
+    @property
+    def scales(self) -> Scales:
+        """Those that it was written with."""
+        return Scales(self.content["readapter_scale"], tuple(self.content["knowledge_scale"]))
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the retriever wants its text."""
+        return Encoding.parse(self.content["encoding"], where=str(self.model.folder / BUNDLE_NAME))
+
+    @property
+    def base_name(self) -> str:
+        """What the base was called when the bundle was written."""
+        return str(self.content["sources"]["pretrained"]["name"])
+
+    def check_base(self, fingerprint: str, name: str) -> None:
+        """Refuse another base than the one that the factors were made of.
+
+        Raises:
+            WeightMismatchError: it is another.
+        """
+        due = self.content["sources"]["pretrained"]
+        if fingerprint != due["fingerprint"]:
+            revision = f", revision {due['revision']}" * bool(due["revision"])
+            raise WeightMismatchError(
+                f"the bundle {self.model.name!r} was made of {due['name']!r} (fingerprint {due['fingerprint']}{revision}), and "
+                f"{name!r} has {fingerprint}; give that very model with --pretrained"
+            )
+
+    def readapter(self, base: Checkpoint) -> Readapter:
+        """The models as differences from their base.
+
+        Raises:
+            WeightMismatchError: they do not fit it.
+        """
+        dtypes = {name: _DTYPES[code] for name, code in self.content["dtypes"].items()}
+        retriever = self._source(
+            self.model.folder / _RETRIEVER, _READAPTER, base, f"{self.model.name}/retriever", dtypes
+        )
+        knowledge = [
+            self._source(
+                self.model.folder / f"knowledge-{number}", _DIFFERENCE, base, f"{self.model.name}/knowledge-{number}"
+            )
+            for number in range(1, 1 + len(self.content["knowledge_scale"]))
+        ]
+        return Readapter(base, retriever, knowledge)
+
+    def _source(
+        self, folder: Path, file: str, base: Checkpoint, name: str, dtypes: dict[str, torch.dtype] | None = None
+    ) -> Source:
+        if (folder / CONFIG_NAME).is_file():
+            return Adapter(folder, base, name=name)
+        path = next((each for each in (folder / file, self.model.folder / file) if each.is_file()), None)
+        if path is None:
+            raise ModelError(f"the bundle {self.model.name!r} lacks {file}; fetch it again, or write it again")
+        return StoredDifference(path, base, name=name, dtypes=dtypes)
+
+
+def open_bundle(model: Model) -> Bundle:
+    """The bundle in a folder.
+
+    Raises:
+        ModelError: there is none, or it is of another format.
+    """
+    content = model.read_json(BUNDLE_NAME)
+    if not content:
+        raise ModelError(
+            f"{model.name!r} is no bundle: it has no {BUNDLE_NAME}; give what `readapt merge --factors` wrote"
+        )
+    if content.get("format") != _FORMAT:
+        raise ModelError(
+            f"the bundle {model.name!r} has the format {content.get('format')!r}, and this version reads {_FORMAT}; write it again"
+        )
+    return Bundle(model, content)

@@ -1,0 +1,324 @@
+"""Differences between two models as a small file: LoRE's truncated SVD of each weight, or the difference itself.
+
+In: the pretrained model and one made from it (full weights). Out: `NAME.safetensors` with, for each
+weight that changed, `W.lore_B` [O, r] and `W.lore_A` [r, I] (`tuned - pretrained` is about B A), or
+`W.difference` in float32 where the whole is kept (vectors, and matrices of which factors would take
+more than half the room). What did not change has no entry. Memory: under three times the largest
+matrix in float32, however many cores work.
+
+LoRE-Adapt (arXiv 2405.15007, section 3.2) truncates each layer at the same explained variance.
+"""
+
+import functools
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.storage import Location
+from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.checkpoint import Checkpoint, file_header, is_finite, read_header
+from readapt_ray.weights.pipeline import Budget, in_order, num_cores
+from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.terms import Difference, Factors
+
+FACTOR_DTYPE = torch.bfloat16
+"""Of stored factors: its rounding is part of the variance that is reported, and far below what truncation leaves out."""
+
+_A, _B, _WHOLE = ".lore_A", ".lore_B", ".difference"
+_EXACT_SIDE = 512
+_FIRST_SKETCH = 64
+_POWER_ITERATIONS = 2
+_LARGEST_SKETCH = 0.4
+"""Of the short side; a larger sketch would break the bound on memory, and its factors would hardly save room."""
+_TRUSTED_SHARE = 0.75
+"""Of a sketch: the rest is oversampling."""
+_ROWS = 1024
+_COST = 2.75
+"""What a decomposition holds at most, in times the matrix in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How the difference of one weight is kept."""
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int | None
+    """Columns of B; 0 where nothing changed; None where the whole difference is kept."""
+    variance: float
+    """Share of the squared difference that it holds."""
+
+    def entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """Name, type and shape of the tensors in the file."""
+        if self.rank is None:
+            return [(self.name + _WHOLE, torch.float32, self.shape)]
+        if self.rank == 0:
+            return []
+        return [
+            (self.name + _B, FACTOR_DTYPE, (self.shape[0], self.rank)),
+            (self.name + _A, FACTOR_DTYPE, (self.rank, self.shape[1])),
+        ]
+
+
+class StoredDifference:
+    """Such a file, as what a retriever or a tuned model adds to the pretrained one."""
+
+    def __init__(
+        self, path: Path, base: Checkpoint, *, name: str, dtypes: dict[str, torch.dtype] | None = None
+    ) -> None:
+        """Read the header and check it against the model that it is laid on.
+
+        Args:
+            path: the safetensors file.
+            base: the model that it is a difference from.
+            name: what the user calls it; used in errors.
+            dtypes: the types of the model that the differences lead to.
+
+        Raises:
+            WeightMismatchError: it was made of another model.
+            ModelError: it is not such a file.
+        """
+        self.name = name
+        self.dtypes = dtypes or {}
+        self.heads: tuple[str, ...] = ()
+        self._stored = read_header(path)
+        self._kinds: dict[str, str] = {}
+        problems = []
+        for entry, stored in self._stored.items():
+            suffix = next((each for each in (_A, _B, _WHOLE) if entry.endswith(each)), None)
+            if suffix is None:
+                raise ModelError(f"{path} holds {entry!r}, which is no difference; make it again with merge --factors")
+            weight = entry.removesuffix(suffix)
+            self._kinds[weight] = suffix
+            due = base.shape(weight) if weight in base else ()
+            axis = {_A: slice(1, 2), _B: slice(0, 1), _WHOLE: slice(None)}[suffix]
+            if weight not in base or stored.shape[axis] != due[axis]:
+                problems.append(f"{weight}: {list(stored.shape)} in {entry}, {list(due) or 'no such weight'}")
+        if problems:
+            raise WeightMismatchError(f"{name!r} was not made from {base.name!r}: {'; '.join(problems[:10])}")
+        self.factors = functools.lru_cache(maxsize=2)(self._read_factors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kinds
+
+    def term(self, name: str, start: int, stop: int, scratch: Scratch, role: str) -> Difference | Factors:
+        """What is added to rows of a weight."""
+        if self._kinds[name] == _WHOLE:
+            return Difference(rows=self._stored[name + _WHOLE].read(start, stop, scratch, role))
+        return self.factors(name)
+
+    def _read_factors(self, name: str) -> Factors:
+        A_rI, B_Or = (self._stored[name + suffix].read().float() for suffix in (_A, _B))
+        if not (is_finite(A_rI) and is_finite(B_Or)):
+            raise ModelError(f"the factors of {name!r} in {self.name!r} hold NaN or infinity; make them again")
+        return Factors(A_rI=A_rI, B_Or=B_Or)
+
+
+Source = Checkpoint | Adapter | StoredDifference
+"""What a difference from the pretrained model is read from."""
+
+
+def write_difference(
+    pretrained: Checkpoint,
+    tuned: Source,
+    target: Location,
+    *,
+    variance: float | None,
+    report: Callable[[int], None],
+) -> list[Stored]:
+    """Write `tuned - pretrained` into one file; what an earlier, killed call finished is not made again.
+
+    Args:
+        pretrained: the weights before.
+        tuned: what was made of them, checked to fit.
+        target: the file; beside it stand how each weight is kept (its name with .json), and parts until it is whole.
+        variance: share of the squared difference that the factors of a matrix hold at least; None keeps the whole.
+        report: called with the elements of weights done so far.
+
+    Returns:
+        How each weight is kept, and how much of the difference that is.
+
+    Raises:
+        ModelError: an input holds NaN or infinity; the tensor is named.
+    """
+    record = Location(f"{target.uri}.json")
+    if target.is_file() and record.is_file():
+        return [Stored(**{**each, "shape": tuple(each["shape"])}) for each in json.loads(record.read_text())]
+    parts = Location(f"{target.uri}.parts")
+    names = [name for name in pretrained.names() if name in tuned]
+    largest = max(4 * math.prod(pretrained.shape(name)) for name in names)
+    budget = Budget(3 * largest)
+
+    def decompose(name: str) -> Stored:
+        with budget.use(round(_COST * 4 * math.prod(pretrained.shape(name)))):
+            return _finished(parts, name) or _decomposed(pretrained, tuned, name, variance, parts)
+
+    stored, done = [], 0
+    for each in in_order(decompose, names, num_threads=num_cores()):
+        stored.append(each)
+        done += math.prod(each.shape)
+        report(done)
+    record.write_text(json.dumps([asdict(each) for each in stored], indent=1) + "\n")
+    with target.open_output() as stream:
+        stream.write(file_header(entry for each in stored for entry in each.entries()))
+        for each in stored:
+            if each.rank is None:
+                for rows in _difference(pretrained, tuned, each.name):
+                    stream.write(rows.reshape(-1).view(torch.uint8).numpy().data)
+            elif each.rank:
+                stream.write((parts / f"{each.name}.factors").read_bytes())
+    parts.delete()
+    return stored
+
+
+def _finished(parts: Location, name: str) -> Stored | None:
+    record = parts / f"{name}.json"
+    if not record.is_file():
+        return None
+    values = json.loads(record.read_text())
+    return Stored(**{**values, "shape": tuple(values["shape"])})
+
+
+def _decomposed(pretrained: Checkpoint, tuned: Source, name: str, variance: float | None, parts: Location) -> Stored:
+    """One weight, with its factors and its record written: the record last."""
+    shape = pretrained.shape(name)
+    changed = False
+    for rows in _difference(pretrained, tuned, name):  # all of it, so that NaN is found before hours are spent
+        changed = bool(rows.any()) or changed
+    if not changed:
+        stored = Stored(name=name, shape=shape, rank=0, variance=1.0)
+    elif variance is None or len(shape) != 2:
+        stored = Stored(name=name, shape=shape, rank=None, variance=1.0)
+    else:
+        difference_OI, first = torch.empty(shape), 0
+        for rows in _difference(pretrained, tuned, name):
+            difference_OI[first : first + len(rows)] = rows
+            first += len(rows)
+        found = truncated_svd(difference_OI, variance, seed=zlib.crc32(name.encode()))
+        if found is None:
+            stored = Stored(name=name, shape=shape, rank=None, variance=1.0)
+        else:
+            B_Or, A_rI, reached = found
+            content = b"".join(each.view(torch.uint8).numpy().tobytes() for each in (B_Or, A_rI))
+            (parts / f"{name}.factors").write_bytes(content)
+            stored = Stored(name=name, shape=shape, rank=A_rI.shape[0], variance=reached)
+    (parts / f"{name}.json").write_text(json.dumps(asdict(stored)))
+    return stored
+
+
+def _difference(pretrained: Checkpoint, tuned: Source, name: str) -> Iterator[torch.Tensor]:
+    """`tuned - pretrained` in float32, some rows at a time."""
+    shape = pretrained.shape(name)
+    num_rows = shape[0] if shape else 1
+    for start in range(0, num_rows, _ROWS):
+        scratch = Scratch()
+        stop = min(start + _ROWS, num_rows)
+        weight = pretrained.read(name, start, stop).float()
+        difference = torch.zeros_like(weight)
+        tuned.term(name, start, stop, scratch, "tuned").add_to(difference, weight, 1.0, start, scratch)
+        if not is_finite(difference):
+            holder = tuned if is_finite(weight) else pretrained
+            raise ModelError(
+                f"tensor {name!r} of {holder.name!r} holds NaN or infinity; fetch or train that model again"
+            )
+        yield difference
+
+
+def truncated_svd(
+    difference_OI: torch.Tensor, variance: float, *, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """The fewest singular directions that hold a share of the squared difference.
+
+    Matrices with a short side are decomposed as they are, large ones through a random sketch that grows until it holds enough
+    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
+
+    Args:
+        difference_OI: float32 [O, I], not all zero.
+        variance: the share, above 0, at most 1.
+        seed: of the random sketch.
+
+    Returns:
+        B [O, r] and A [r, I] in `FACTOR_DTYPE` with B A close to the difference, and the share that B A holds, which is
+        1 - ||D - B A||^2 / ||D||^2; None where factors would take more than half the room of the difference, or a large
+        sketch does not hold enough.
+    """
+    num_rows, num_columns = difference_OI.shape
+    side = min(num_rows, num_columns)
+    if side <= _EXACT_SIDE:
+        return _truncated(difference_OI, *_exact(difference_OI), variance)
+    total = difference_OI.square().sum(dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    size, largest = _FIRST_SKETCH, int(_LARGEST_SKETCH * side)
+    while True:
+        size = min(size, largest)
+        Q_OS = _range(difference_OI, size, generator)
+        S_SI = Q_OS.T @ difference_OI
+        squares_S, turn_SS = torch.linalg.eigh((S_SI @ S_SI.T).double())
+        squares_S, turn_SS = squares_S.flip(0), turn_SS.flip(1).float()
+        if squares_S[: int(_TRUSTED_SHARE * size)].sum() >= variance * total:
+            B_OS, A_SI = Q_OS @ turn_SS, turn_SS.T @ S_SI
+            del Q_OS, S_SI
+            return _truncated(difference_OI, B_OS, A_SI, squares_S, variance)
+        if size == largest:
+            return None
+        size *= 2
+
+
+def _exact(difference_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All directions of a matrix with a short side, by the eigenvectors of the square one: B, A, squared values."""
+    num_rows, num_columns = difference_OI.shape
+    tall = num_rows >= num_columns
+    short_LS = difference_OI if tall else difference_OI.T
+    squared_SS = torch.zeros(short_LS.shape[1], short_LS.shape[1], dtype=torch.float64)
+    for start in range(0, len(short_LS), _ROWS):
+        rows = short_LS[start : start + _ROWS].double()
+        squared_SS.addmm_(rows.T, rows)
+    squares_S, turn_SS = torch.linalg.eigh(squared_SS)
+    squares_S, turn_SS = squares_S.flip(0), turn_SS.flip(1).float()
+    if tall:
+        return difference_OI @ turn_SS, turn_SS.T, squares_S
+    return turn_SS, turn_SS.T @ difference_OI, squares_S
+
+
+def _range(difference_OI: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    """An orthonormal basis of about the leading `size` left singular directions [O, size]."""
+    sketch_IS = torch.randn(difference_OI.shape[1], size, generator=generator)
+    basis_OS: torch.Tensor = torch.linalg.qr(difference_OI @ sketch_IS).Q
+    del sketch_IS
+    for _ in range(_POWER_ITERATIONS):
+        back_IS = torch.linalg.qr(difference_OI.T @ basis_OS).Q
+        basis_OS = torch.linalg.qr(difference_OI @ back_IS).Q
+    return basis_OS
+
+
+def _truncated(
+    difference_OI: torch.Tensor,
+    B_OS: torch.Tensor,
+    A_SI: torch.Tensor,
+    squares_S: torch.Tensor,
+    variance: float,
+) -> tuple[torch.Tensor, torch.Tensor, float] | None:
+    """The leading directions, as few as hold the share after they were rounded."""
+    num_rows, num_columns = difference_OI.shape
+    most = num_rows * num_columns // (num_rows + num_columns)  # bfloat16 factors against a float32 difference
+    total = float(difference_OI.square().sum(dtype=torch.float64))
+    rank = 1 + int((squares_S.cumsum(0) < variance * total * (1 - 1e-9)).sum())
+    while rank <= min(most, len(squares_S)):
+        B_Or = B_OS[:, :rank].to(FACTOR_DTYPE).contiguous()
+        A_rI = A_SI[:rank].to(FACTOR_DTYPE).contiguous()
+        left = 0.0
+        for start in range(0, len(difference_OI), _ROWS):
+            rows = slice(start, start + _ROWS)
+            error = difference_OI[rows] - B_Or[rows].float() @ A_rI.float()
+            left += float(error.square_().sum(dtype=torch.float64))
+        reached = 1 - left / total
+        if reached >= variance:
+            return B_Or, A_rI, reached
+        rank += 1
+    return None

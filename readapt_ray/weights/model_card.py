@@ -1,0 +1,185 @@
+"""README.md of a merged model: what it was made from, how to use it, what the cast lost.
+
+In: the ingredients, the encoding, the scales. Out: Markdown with the metadata that the hub reads.
+The same models and options give the same text.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from readapt_ray.artifacts import read_manifest
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+from readapt_ray.weights.low_rank import Stored
+from readapt_ray.weights.model_files import prompts
+from readapt_ray.weights.provenance import Ingredient
+
+Share = float | None
+
+
+def model_card(
+    *,
+    encoding: Encoding,
+    scales: str,
+    command: str,
+    sources: Sequence[Ingredient],
+    survives: Mapping[str, Mapping[str, Share]],
+    dtype: str,
+    measures: Sequence[str],
+    notes: Sequence[str],
+) -> str:
+    """The text of README.md.
+
+    Args:
+        encoding: how text becomes a vector.
+        scales: the two scales in words.
+        command: what makes the same model again.
+        sources: what it was made from.
+        survives: by kind of tensor the shares of the update and of the knowledge that the cast left, see `CastLoss`.
+        dtype: what the weights were cast to.
+        measures: lines of Markdown on how good it is; empty where that is not known.
+        notes: what a reader has to know besides.
+    """
+    return "\n".join(
+        [
+            *_metadata(sources),
+            "# Readapted retriever",
+            "",
+            "Made by readapt_ray: `pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * "
+            "(tuned - pretrained)`, summed in float32 and cast once.",
+            "",
+            f"Scales: {scales}.",
+            "",
+            f"    {command}",
+            "",
+            *_provenance(sources),
+            *(["## Measures", "", *measures, ""] if measures else []),
+            *_usage(encoding),
+            *_loss(survives, dtype),
+            *[f"- {note}" for note in [*_limits(encoding), *notes]],
+            "",
+        ]
+    )
+
+
+def _metadata(sources: Sequence[Ingredient]) -> list[str]:
+    hub_ids = [each.name for each in sources if each.revision and each.role in ("pretrained", "retriever")]
+    return [
+        "---",
+        "library_name: sentence-transformers",
+        "pipeline_tag: feature-extraction",
+        "tags: [sentence-transformers, feature-extraction, retrieval, readapt-ray]",
+        *([f"base_model: [{', '.join(hub_ids)}]"] if hub_ids else []),
+        "---",
+        "",
+    ]
+
+
+def _provenance(sources: Sequence[Ingredient]) -> list[str]:
+    files = [
+        f"| {each.role} | `{name}` | `{digest}` |" for each in sources for name, digest in each.weight_files.items()
+    ]
+    return [
+        "| ingredient | name | revision | fingerprint |",
+        "|---|---|---|---|",
+        *[f"| {each.role} | `{each.name}` | {each.revision or '-'} | `{each.fingerprint}` |" for each in sources],
+        "",
+        "| ingredient | file of weights | SHA-256 |",
+        "|---|---|---|",
+        *files,
+        "",
+    ]
+
+
+def _usage(encoding: Encoding) -> list[str]:
+    prefixes = prompts(encoding)
+    return [
+        "## Encoding",
+        "",
+        f"Pooling {encoding.pooling}, {'normalised' if encoding.normalize else 'not normalised'}, BOS {encoding.add_bos}, "
+        f"EOS {encoding.add_eos}, at most {encoding.max_query_tokens} tokens a query and {encoding.max_passage_tokens} a "
+        "passage.",
+        "",
+        f"- query: `{json.dumps(encoding.query_template, ensure_ascii=False)}`",
+        f"- passage: `{json.dumps(encoding.passage_template, ensure_ascii=False)}`",
+        *([f"- task: `{encoding.task}`"] if encoding.task else []),
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer",
+        "",
+        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
+        *(['queries = model.encode(["..."], prompt_name="query")'] if "query" in prefixes else []),
+        *(['passages = model.encode(["title text"], prompt_name="document")'] if "document" in prefixes else []),
+        "```",
+        "",
+    ]
+
+
+def _loss(survives: Mapping[str, Mapping[str, Share]], dtype: str) -> list[str]:
+    rows = [
+        f"| `{kind}` | {_percent(shares['update'])} | {_percent(shares['knowledge'])} |"
+        for kind, shares in survives.items()
+    ]
+    return [
+        f"## What the cast to {dtype} left",
+        "",
+        "Share of the squared update that survives the cast: of all that was added to the pretrained weights, and of what "
+        "the knowledge adapters added.",
+        "",
+        "| tensors | update | knowledge |",
+        "|---|---|---|",
+        *rows,
+        "",
+    ]
+
+
+def _percent(share: Share) -> str:
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+def _limits(encoding: Encoding) -> list[str]:
+    """What one limit and plain prompts cannot say."""
+    notes = []
+    if encoding.max_query_tokens != encoding.max_passage_tokens:
+        notes.append(
+            f"sentence-transformers has one limit for both ({max(encoding.max_query_tokens, encoding.max_passage_tokens)} "
+            f"tokens here); to cut longer queries as readapt_ray does, set model.max_seq_length = "
+            f"{encoding.max_query_tokens} before they are encoded."
+        )
+    for kind in sorted({"query", "document"} - prompts(encoding).keys()):
+        notes.append(
+            f"The template of a {kind} has words behind the text, which no prompt can hold: write them yourself."
+        )
+    return notes
+
+
+def truncation_note(stored: Sequence[Stored]) -> list[str]:
+    """What was left of the retriever's difference, where it was truncated; no line where nothing was."""
+    factored = [each for each in stored if each.rank]
+    if not factored:
+        return []
+    least = min(each.variance for each in factored)
+    ranks = sorted(each.rank or 0 for each in factored)
+    return [
+        f"The retriever's difference is its truncated SVD in {len(factored)} matrices (rank {ranks[0]} to {ranks[-1]}, at "
+        f"least {least:.4f} of its variance), and whole in {sum(each.rank is None for each in stored)} tensors."
+    ]
+
+
+def measures_of(uri: str) -> list[str]:
+    """What `readapt tune` or `readapt evaluate` found, as lines of Markdown.
+
+    Raises:
+        InputError: there is no such output.
+    """
+    manifest = read_manifest(uri)
+    if manifest is None or manifest.stage not in ("tune", "evaluate"):
+        raise InputError(f"measures = {uri!r} is no output of `readapt tune` or `readapt evaluate`; give one's folder")
+    if manifest.stage == "evaluate":
+        return (Location(uri) / "report.md").read_text().strip().splitlines()
+    best, reported = manifest.details["best"], manifest.details["reported"]
+    return [
+        f"The scales were chosen by `readapt tune` ({manifest.details['queries']}): readapter {best['readapter_scale']}, "
+        f"knowledge {best['knowledge_scale']}. On the withheld half: `{json.dumps(reported)}`"
+    ]
