@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from readapt_ray import leases
+from readapt_ray import hardware, leases
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.progress import ProgressReporter, duration
@@ -57,6 +57,8 @@ class Manifest:
     seconds: float
     created: str
     versions: dict[str, str]
+    hardware: dict[str, Any] = field(default_factory=dict)
+    """The driver's machine and the cluster; empty in artifacts of releases that did not say."""
     format_version: int = FORMAT_VERSION
 
 
@@ -116,6 +118,28 @@ def read_manifest(uri: str | Location) -> Manifest | None:
         raise CorruptFileError(
             f"{location} is not a manifest: {error}; remove that folder and run its stage again"
         ) from error
+
+
+def names_under(root: Location) -> list[str]:
+    """The artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
+
+    What lies inside an artifact is not listed, so a root with millions of files takes a few requests.
+    """
+    found = []
+    pending = [(".", root)]
+    while pending:
+        name, folder = pending.pop()
+        files, folders = folder.children()
+        if {MANIFEST_NAME, BUILDING_NAME} & set(files):
+            found.append(name)
+            continue
+        prefix = "" if name == "." else f"{name}/"
+        for file in files:
+            artifact, mark, record = file.partition(f"{SINGLE_FILE_SUFFIX}.")
+            if mark and record in (MANIFEST_NAME, BUILDING_NAME):
+                found.append(f"{prefix}{artifact}{SINGLE_FILE_SUFFIX}")
+        pending += [(f"{prefix}{each}", folder / each) for each in folders]
+    return sorted(set(found))
 
 
 def open_artifact(uri: str, stage: str) -> Artifact:
@@ -195,6 +219,7 @@ def produce(
         seconds=round(lease["seconds_before"] + time.monotonic() - started_s, 3),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=_versions(),
+        hardware=hardware.described(),
     )
     _record(location, MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
     _record(location, BUILDING_NAME).delete()

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 from readapt_ray import recipes
 from readapt_ray.artifacts import Artifact
 from readapt_ray.config import Config
-from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.errors import InputError, PlacementError, ReadaptError
 from readapt_ray.storage import Location
 
 C = typing.TypeVar("C", bound=Config)
@@ -30,6 +30,7 @@ _COMMANDS: dict[str, str] = {
     "run": "run the main job as a YAML file says: corpus, pretrained model, retriever",
     **recipes.STAGES,
     "serve": "serve a retriever and its index over HTTP",
+    "plan": "say what a run would take on a cluster: hours, memory, bytes, money, and what breaks first",
     "status": "show what is done, running and missing under a root",
 }
 
@@ -96,8 +97,8 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
     print(artifact.uri)
 
 
-def _run_pipeline(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="readapt run", description=_COMMANDS["run"], allow_abbrev=False)
+def _run_parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"readapt {command}", description=_COMMANDS[command], allow_abbrev=False)
     parser.add_argument(
         "--config",
         required=True,
@@ -112,18 +113,44 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
         metavar="NAME=VALUE",
         help="change one option, such as train.lora_rank=16; may be repeated",
     )
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def _run_config(options: argparse.Namespace) -> recipes.RunConfig:
     values = _read_yaml(options.config)
     for change in options.set:
         _set_option(values, change)
     if options.root:
         values["root"] = options.root
-    made = recipes.run(recipes.RunConfig.parse(values, where=options.config))
+    return recipes.RunConfig.parse(values, where=options.config)
+
+
+def _run_pipeline(arguments: Sequence[str]) -> None:
+    made = recipes.run(_run_config(_run_parser("run").parse_args(list(arguments))))
     report = made.get("report")
     if report is not None:
         print((report.location / "report.md").read_text())
     for name, artifact in made.items():
         print(f"{name:20} {artifact.uri}")
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    import json
+
+    from readapt_ray import planner
+    from readapt_ray.planner import report
+
+    parser = _run_parser("plan")
+    _add_flags(parser, planner.PlanConfig)
+    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    options = parser.parse_args(list(arguments))
+    given = {name: getattr(options, name) for name in planner.PlanConfig.model_fields}
+    found = planner.plan(
+        _run_config(options), planner.PlanConfig.parse(_given(planner.PlanConfig, given), where="readapt plan")
+    )
+    print(json.dumps(report.values(found), indent=2) if options.json else report.text(found))
+    if found.problems:
+        raise PlacementError("; ".join(found.problems))
 
 
 def _serve(arguments: Sequence[str]) -> None:
@@ -155,6 +182,7 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "serve": _serve,
     "status": _status,
     "quickstart": _quickstart,
+    "plan": _plan,
 }
 
 
@@ -189,11 +217,17 @@ def _parse(command: str, config_class: type[C], arguments: Sequence[str]) -> C:
     given = vars(parser.parse_args(list(arguments)))
     file = given.pop("config")
     values = _read_yaml(file) if file else {}
-    for name, value in given.items():
-        if value is not None:
-            is_list = _is_list(config_class.model_fields[name].annotation)
-            values[name] = [part for part in value.split(",") if part] if is_list else value
-    return config_class.parse(values, where=f"readapt {command}")
+    return config_class.parse(values | _given(config_class, given), where=f"readapt {command}")
+
+
+def _given(config_class: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
+    """The options that were set, lists split at their commas."""
+    lists = {name for name, field in config_class.model_fields.items() if _is_list(field.annotation)}
+    return {
+        name: [part for part in value.split(",") if part] if name in lists else value
+        for name, value in flags.items()
+        if value is not None
+    }
 
 
 def _parser(command: str, config_class: type[Config]) -> argparse.ArgumentParser:
@@ -203,6 +237,11 @@ def _parser(command: str, config_class: type[Config]) -> argparse.ArgumentParser
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="options from a file, by name with underscores; flags go before it"
     )
+    _add_flags(parser, config_class)
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
     for name, field in config_class.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         text = (field.description or "").replace("%", "%%")
@@ -214,7 +253,6 @@ def _parser(command: str, config_class: type[Config]) -> argparse.ArgumentParser
             )
         else:
             parser.add_argument(flag, metavar=_metavar(field.annotation), help=f"{text} {_default(field)}")
-    return parser
 
 
 def _default(field: FieldInfo) -> str:

@@ -125,6 +125,14 @@ class Location:
                 found.append((relative, info))
         return sorted(found, key=lambda pair: pair[0])
 
+    def children(self) -> tuple[list[str], list[str]]:
+        """Names of the files and of the folders right under this folder, temporary ones left out."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        infos = [each for each in self.filesystem.get_file_info(selector) if not each.base_name.startswith(_TEMPORARY)]
+        files = [each.base_name for each in infos if each.type == pafs.FileType.File]
+        folders = [each.base_name for each in infos if each.type == pafs.FileType.Directory]
+        return sorted(files), sorted(folders)
+
     def read_bytes(self) -> bytes:
         """The whole file.
 

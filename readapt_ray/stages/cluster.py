@@ -3,8 +3,11 @@
 import contextlib
 import logging
 import os
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
+from readapt_ray import hardware
 from readapt_ray.errors import ReadaptError, WorkerError
 
 _QUIET = {
@@ -46,8 +49,21 @@ def connect() -> Resources:
         )
     _hush_ray_data()
     totals = ray.cluster_resources()
-    num_nodes = sum(node["Alive"] for node in ray.nodes())
-    return Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=num_nodes)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
+    hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
+    return found
+
+
+def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:
+    """Number of GPUs of each kind, by Ray's names of them."""
+    gpus: Counter[str] = Counter()
+    for node in nodes:
+        resources = node["Resources"]
+        kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+        if resources.get("GPU"):
+            gpus[kinds[0] if kinds else "GPU"] += int(resources["GPU"])
+    return dict(gpus)
 
 
 def _hush_ray_data() -> None:

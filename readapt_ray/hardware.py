@@ -1,0 +1,44 @@
+"""What the work was done on, for manifests and heartbeats: this machine, and the cluster once it was joined."""
+
+import functools
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+_cluster: dict[str, Any] = {}
+
+
+def note_cluster(*, num_nodes: int, num_cpus: int, gpus: dict[str, int]) -> None:
+    """Remember the cluster that this process joined.
+
+    Args:
+        gpus: number of GPUs by kind, such as `{"H100": 8}`.
+    """
+    _cluster.update(num_nodes=num_nodes, num_cpus=num_cpus, gpus=gpus)
+
+
+def described() -> dict[str, Any]:
+    """The driver's machine, and the cluster where there is one."""
+    found: dict[str, Any] = {"driver": _this_machine()}
+    return found | ({"cluster": dict(_cluster)} if _cluster else {})
+
+
+@functools.cache
+def _this_machine() -> dict[str, Any]:
+    import psutil
+
+    return {
+        "cpu": _cpu_name(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,134 @@
+"""`readapt plan`: hours, memory, bytes and money of a run before it starts, and how they grow.
+
+In: a run's config, a cluster's file, and whatever the root already measured. Out: a `Plan`, which `report.text` shows.
+It reads a sample of the corpus and configs of models; no weight is read and Ray is not started.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray import recipes
+from readapt_ray.config import Config
+from readapt_ray.planner import machines, rates, scaling
+from readapt_ray.planner.corpus import measure_corpus
+from readapt_ray.planner.machines import Cluster
+from readapt_ray.planner.prices import PriceTable, read_prices
+from readapt_ray.planner.rates import Rates
+from readapt_ray.planner.scaling import Cell, Limit
+from readapt_ray.planner.shapes import model_shape
+from readapt_ray.planner.stages import Setting, StageEstimate
+from readapt_ray.recipes import RunConfig, Step
+from readapt_ray.sources.source import Limits
+
+
+class PlanConfig(Config):
+    """The options of `readapt plan` besides the run's own."""
+
+    cluster: str
+    """The cluster: a Ray launcher file, a KubeRay manifest, a list of nodes, or `local`."""
+    prices: str | None = None
+    """Machines, GPUs and prices as a YAML file; by default the table that comes with the package."""
+    measured: tuple[str, ...] = ()
+    """Roots of finished runs whose rates are used; the run's own root always is."""
+    num_passages: int | None = None
+    """Passages of the corpus, where only a part of it is at hand."""
+    num_queries: int | None = None
+    """Queries to evaluate with, where they are not at hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run is expected to take."""
+
+    setting: Setting
+    prices: PriceTable
+    stages: list[StageEstimate]
+    grid: dict[int, dict[int, Cell]]
+    """Runs of other sizes: by passages, then by workers."""
+    passage_limits: list[Limit]
+    worker_limits: list[Limit]
+
+    @property
+    def seconds(self) -> tuple[float, float, float]:
+        """Low, expected and high, of all stages one after another."""
+        return (
+            sum(each.low_s for each in self.stages),
+            sum(each.seconds for each in self.stages),
+            sum(each.high_s for each in self.stages),
+        )
+
+    @property
+    def out_bytes(self) -> float:
+        """Of all artifacts."""
+        return sum(each.out_bytes for each in self.stages)
+
+    def usd(self, seconds: float) -> float:
+        """What the whole cluster costs for so long."""
+        return seconds / 3600 * self.setting.cluster.usd_per_hour
+
+    @property
+    def problems(self) -> list[str]:
+        """What cannot fit, each as one sentence."""
+        return [
+            f"{each.name} cannot run: a worker needs {each.memory.arithmetic()}; {each.memory.mend}"
+            for each in self.stages
+            if each.memory is not None and not each.memory.fits
+        ]
+
+
+def plan(run: RunConfig, options: PlanConfig) -> Plan:
+    """Plan a run.
+
+    Raises:
+        InputError: an option, the cluster or the price table cannot be used, or the corpus cannot be read.
+        ModelError: what a model costs cannot be told.
+    """
+    prices = read_prices(options.prices)
+    cluster = machines.read_cluster(options.cluster, prices)
+    steps = _named(run, recipes.plan_run(run))
+    setting = _setting(run, options, steps, cluster)
+    grid = {
+        size: {workers: scaling.cell(steps, setting, size, workers) for workers in scaling.WORKERS}
+        for size in scaling.PASSAGES
+    }
+    return Plan(
+        setting=setting,
+        prices=prices,
+        stages=scaling.estimates(steps, setting),
+        grid=grid,
+        passage_limits=scaling.passage_limits(steps, setting),
+        worker_limits=scaling.worker_limits(steps, setting),
+    )
+
+
+def _named(run: RunConfig, steps: Sequence[Step]) -> list[tuple[str, Step]]:
+    root = run.root.rstrip("/")
+    return [(step.config.output.removeprefix(f"{root}/"), step) for step in steps]
+
+
+def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]], cluster: Cluster) -> Setting:
+    configs: dict[str, Any] = {}
+    for _, step in steps:
+        configs.setdefault(step.stage, step.config)
+    ingest, pack, embed = configs["ingest"], configs["pack"], configs["embed"]
+    corpus = measure_corpus(
+        source=run.source,
+        format=ingest.format,
+        limits=Limits(max_text_bytes=ingest.max_text_bytes, max_passage_chars=ingest.max_passage_chars),
+        ingested=ingest.output,
+        pretrained=run.pretrained,
+        retriever=run.retriever,
+        encoding=embed.encoding,
+        block_tokens=pack.block_tokens,
+        num_passages=options.num_passages,
+        num_queries=options.num_queries,
+    )
+    measured: Rates = rates.measure([run.root, *options.measured], cluster)
+    return Setting(
+        corpus=corpus,
+        cluster=cluster,
+        rates=measured,
+        pretrained=model_shape(run.pretrained),
+        retriever=model_shape(run.retriever),
+    )

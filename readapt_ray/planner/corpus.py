@@ -1,0 +1,221 @@
+"""How much text there is: passages counted or estimated, tokens and bytes from a sample.
+
+What the root already holds is counted exactly (the manifests of ingest and pack); a source is read as ingest
+reads it, up to a bound. Some seconds; memory is the sample.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from readapt_ray import artifacts
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import CorpusError, ModelError
+from readapt_ray.retrieval.templates import fill_passage
+from readapt_ray.sources.cleaning import checked
+from readapt_ray.sources.opening import open_source
+from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.storage import Location
+
+SAMPLE_PASSAGES: Final = 2_000
+_COUNTED_ROWS: Final = 50_000
+_SAMPLED_GROUPS: Final = 16
+_BYTES_A_TOKEN: Final = 4.0
+_UNKNOWN_TOKENIZER_ERROR: Final = 0.3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What the stages will read. Means are per passage."""
+
+    num_passages: int
+    text_bytes: float
+    train_tokens: float
+    """Of the pretrained model's tokenizer, cut at block_tokens."""
+    embed_tokens: float
+    """Of the retriever's, with its template, cut at its longest passage."""
+    error: float
+    """Share by which the number of tokens may be off: two standard errors of the sample's mean."""
+    num_queries: int
+    note: str
+    """Where the figures are from."""
+
+    def of(self, num_passages: int) -> "Corpus":
+        """As many passages of this kind."""
+        return replace(self, num_passages=num_passages)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sample:
+    passages: list[tuple[str, str]]
+    num_passages: int
+    note: str
+    num_queries: int | None
+
+
+def measure_corpus(
+    *,
+    source: str,
+    format: Any,
+    limits: Limits,
+    ingested: str,
+    pretrained: str,
+    retriever: str,
+    encoding: Encoding | None,
+    block_tokens: int,
+    num_passages: int | None,
+    num_queries: int | None,
+) -> Corpus:
+    """Count and sample a corpus.
+
+    Args:
+        source, format, limits: as of ingest.
+        ingested: where ingest's output would lie; read instead of the source where it is complete.
+        pretrained, retriever, encoding: whose tokenizers count.
+        block_tokens: longest passage in training.
+        num_passages: instead of what is counted, for a corpus of which only a part is at hand.
+        num_queries: instead of what is counted.
+
+    Raises:
+        InputError: the source cannot be read.
+    """
+    manifest = artifacts.read_manifest(ingested)
+    if manifest is not None and manifest.stage == "ingest":
+        sample = _ingested_sample(artifacts.open_artifact(ingested, "ingest"))
+    else:
+        sample = _source_sample(source, format, limits)
+    if not sample.passages:
+        raise CorpusError(f"no passage of {source!r} could be read, so there is nothing to plan with")
+    trained, train_known = _counts(pretrained, [f"{title} {text}".strip() for title, text in sample.passages])
+    row = retrievers.find_retriever(retriever)
+    contract = encoding or (row.encoding if row else _contract(retriever))
+    embedded, embed_known = _counts(retriever, [fill_passage(contract, *each) for each in sample.passages])
+    train_lengths = [min(count + 2, block_tokens) for count in trained]
+    embed_lengths = [min(count + 2, contract.max_passage_tokens) for count in embedded]
+    error = max(_relative_error(train_lengths), _relative_error(embed_lengths))
+    note = f"{sample.note}; tokens from a sample of {len(sample.passages):,}"
+    if not (train_known and embed_known):
+        error = max(error, _UNKNOWN_TOKENIZER_ERROR)
+        note += f", at {_BYTES_A_TOKEN:.0f} bytes a token, since the tokenizer is not on this machine"
+    queries = num_queries if num_queries is not None else sample.num_queries
+    return Corpus(
+        num_passages=num_passages or sample.num_passages,
+        text_bytes=_mean([len(title.encode()) + len(text.encode()) for title, text in sample.passages]),
+        train_tokens=_mean(train_lengths),
+        embed_tokens=_mean(embed_lengths),
+        error=error,
+        num_queries=queries or 0,
+        note=note if num_passages is None else f"{num_passages:,} passages as given; {note}",
+    )
+
+
+def _ingested_sample(artifact: Artifact) -> _Sample:
+    """Rows spread over all files."""
+    import pyarrow.parquet as pq
+
+    files = (artifact.location / "passages").files(".parquet")
+    counts = artifact.manifest.counts
+    chosen = files[:: max(1, len(files) // _SAMPLED_GROUPS)]
+    rng = random.Random(0)
+    passages = []
+    for file in chosen:
+        with file.open_input() as stream:
+            parquet = pq.ParquetFile(stream)
+            num_groups = min(parquet.num_row_groups, max(1, _SAMPLED_GROUPS // len(chosen)))
+            groups = rng.sample(range(parquet.num_row_groups), num_groups)
+            table = parquet.read_row_groups(groups, columns=["title", "text"])
+        rows = list(zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True))
+        passages += rng.sample(rows, min(len(rows), SAMPLE_PASSAGES // len(chosen)))
+    num = counts["num_passages"]
+    return _Sample(
+        passages=passages,
+        num_passages=num,
+        note=f"{num:,} passages counted by ingest",
+        num_queries=counts.get("num_queries"),
+    )
+
+
+def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
+    """A sample drawn evenly from the first rows; what is behind them is estimated from the share that was read."""
+    source = open_source(name, format, limits)
+    source.check()
+    rng = random.Random(0)
+    kept: list[tuple[str, str]] = []
+    seen = 0
+    ended = True
+    for row in source.rows():
+        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=limits.max_text_bytes)
+        if isinstance(passage, BadRow):
+            continue
+        seen += 1
+        place = len(kept) if len(kept) < SAMPLE_PASSAGES else rng.randrange(seen)
+        if place == len(kept):
+            kept.append((passage.title, passage.text))
+        elif place < SAMPLE_PASSAGES:
+            kept[place] = (passage.title, passage.text)
+        if seen == _COUNTED_ROWS:
+            ended = False
+            break
+    if ended:
+        judged = source.has_qrels and not source.labels_from_passages
+        queries = sum(not isinstance(each, BadRow) for each in source.queries()) if judged else None
+        return _Sample(passages=kept, num_passages=seen, note=f"{seen:,} passages counted", num_queries=queries)
+    share = source.fraction_read
+    if share <= 0:
+        raise CorpusError(
+            f"{name!r} does not tell how large it is, and has more than {_COUNTED_ROWS:,} passages; say how many with "
+            f"--num-passages N, or ingest it first"
+        )
+    estimated = round(seen / share)
+    return _Sample(
+        passages=kept,
+        num_passages=estimated,
+        note=f"{estimated:,} passages, estimated from the first {seen:,} ({100 * share:.1f}% of the source)",
+        num_queries=None,
+    )
+
+
+def _contract(retriever: str) -> Encoding:
+    """How a retriever outside the catalog wants its text; its model folder must be at hand."""
+    return models.encoding_of(models.find_model(retriever))
+
+
+def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
+    """Tokens of each text without specials, and whether the model's own tokenizer counted them."""
+    tokenizer = _tokenizer(model)
+    if tokenizer is None:
+        return [round(len(text.encode()) / _BYTES_A_TOKEN) for text in texts], False
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]], True
+
+
+def _tokenizer(model: str) -> Any:
+    """The tokenizer, from a folder or from what the hub's cache holds; nothing is fetched."""
+    from transformers import AutoTokenizer
+
+    row = retrievers.find_retriever(model)
+    names = [retrievers.hub_id(model)] + ([row.pretrained] if row else [])
+    for name in names:
+        try:
+            if retrievers.hub_id(name).startswith("builtin:") or Location(name).is_folder():
+                return models.load_tokenizer(models.find_model(name))
+            return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ModelError):
+            continue
+    return None
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _relative_error(values: Sequence[float]) -> float:
+    mean = _mean(values)
+    if len(values) < 2 or mean == 0:
+        return 1.0
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return 2 * math.sqrt(variance / len(values)) / mean

@@ -1,0 +1,299 @@
+"""The cluster that a plan is for: node groups with their CPUs, memory, GPUs and price.
+
+Read from what a cluster is started with: a Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay
+manifest (`kind: RayCluster`, `RayJob` or `RayService`), a plain list (`nodes`), or `local`, this machine. Prices and what a
+machine type has come from a table that the user can replace.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from readapt_ray.config import Config
+from readapt_ray.errors import InputError
+from readapt_ray.planner.prices import PriceTable, read_mapping
+from readapt_ray.storage import Location
+
+_GB: Final = 1_000_000_000
+_KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), or a list of nodes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeGroup:
+    """Nodes of one kind."""
+
+    name: str
+    count: int
+    cpus: int
+    memory_bytes: float
+    gpu: str = ""
+    gpus: int = 0
+    gpu_flops: float = 0.0
+    gpu_memory_bytes: float = 0.0
+    usd_per_hour: float = 0.0
+    """Of one node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """All nodes."""
+
+    name: str
+    groups: tuple[NodeGroup, ...]
+
+    @property
+    def num_gpus(self) -> int:
+        """In all."""
+        return sum(group.count * group.gpus for group in self.groups)
+
+    @property
+    def num_cpus(self) -> int:
+        """In all."""
+        return sum(group.count * group.cpus for group in self.groups)
+
+    @property
+    def num_nodes(self) -> int:
+        """In all."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Of the whole cluster."""
+        return sum(group.count * group.usd_per_hour for group in self.groups)
+
+    @property
+    def gpu_groups(self) -> tuple[NodeGroup, ...]:
+        """The groups that have GPUs."""
+        return tuple(group for group in self.groups if group.gpus and group.count)
+
+    @property
+    def largest(self) -> NodeGroup:
+        """The group whose nodes have the most memory."""
+        return max(self.groups, key=lambda group: group.memory_bytes)
+
+    def describe(self) -> str:
+        """One line."""
+        parts = []
+        for group in self.groups:
+            gpus = f", {group.gpus} x {group.gpu}" if group.gpus else ""
+            parts.append(
+                f"{group.count} x {group.name} ({group.cpus} CPUs, {group.memory_bytes / _GB:.0f} GB{gpus}, {group.usd_per_hour:.2f} USD/h)"
+            )
+        return "; ".join(parts)
+
+
+def read_cluster(uri: str, prices: PriceTable) -> Cluster:
+    """The cluster of a file, or of this machine where the file is `local`.
+
+    Raises:
+        InputError: there is no such file, its kind is unknown, or a machine of it is not in the price table.
+    """
+    if uri == "local":
+        return Cluster(name="local", groups=(_this_machine(),))
+    location = Location(uri)
+    values = read_mapping(location, "a cluster")
+    if "nodes" in values:
+        groups = _plain(values, prices, uri)
+    elif "cluster_name" in values:
+        groups = _launcher(values, prices, uri)
+    elif str(values.get("kind", "")) in ("RayCluster", "RayJob", "RayService"):
+        groups = _kuberay(values, prices, uri)
+    else:
+        raise InputError(f"{uri!r} is of no kind of cluster that is known; give {_KINDS}, or `local` for this machine")
+    groups = tuple(group for group in groups if group.count)
+    if not groups:
+        raise InputError(f"{uri!r} has no node: all its groups count 0")
+    return Cluster(name=str(values.get("cluster_name") or location.name), groups=groups)
+
+
+def _this_machine() -> NodeGroup:
+    import os
+
+    import psutil
+
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return NodeGroup(name="this machine", count=1, cpus=cpus, memory_bytes=float(psutil.virtual_memory().total))
+
+
+class _PlainNode(Config):
+    """A group of a plain list."""
+
+    name: str
+    """What to call it."""
+    count: int = 1
+    """Nodes."""
+    machine: str = ""
+    """A machine type of the price table; or say cpus, memory_gb and usd_per_hour."""
+    spot: bool = False
+    """Whether the machine is a spot instance."""
+    cpus: int = 0
+    """Of one node."""
+    memory_gb: float = 0.0
+    """Of one node, in 10^9 bytes."""
+    gpu: str = ""
+    """Kind of GPU."""
+    gpus: int = 0
+    """GPUs of one node."""
+    usd_per_hour: float | None = None
+    """Of one node."""
+
+
+def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
+    if not isinstance(values["nodes"], list):
+        raise InputError(f"{where}: nodes must be a list of groups")
+    groups = []
+    for each in values["nodes"]:
+        node = _PlainNode.parse(each if isinstance(each, dict) else {"name": each}, where=f"{where}: nodes")
+        if node.machine:
+            groups.append(_of_machine(node.name, node.count, node.machine, prices, spot=node.spot, where=where))
+        else:
+            if node.cpus < 1 or node.memory_gb <= 0:
+                raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
+            groups.append(
+                _group(
+                    node.name,
+                    node.count,
+                    prices,
+                    cpus=node.cpus,
+                    memory_gb=node.memory_gb,
+                    gpu=node.gpu,
+                    gpus=node.gpus,
+                    usd_per_hour=node.usd_per_hour or 0.0,
+                    where=where,
+                )
+            )
+    return tuple(groups)
+
+
+def _group(
+    name: str,
+    count: int,
+    prices: PriceTable,
+    *,
+    cpus: int,
+    memory_gb: float,
+    gpu: str,
+    gpus: int,
+    usd_per_hour: float,
+    where: str,
+) -> NodeGroup:
+    device = None
+    if gpus:
+        device = prices.gpus.get(gpu)
+        if device is None:
+            raise InputError(
+                f"{where}: group {name!r} has the GPU {gpu!r}, which the price table does not know; it knows "
+                f"{', '.join(prices.gpus)}: name one of them, or give a table that has it with --prices"
+            )
+    return NodeGroup(
+        name=name,
+        count=count,
+        cpus=cpus,
+        memory_bytes=memory_gb * _GB,
+        gpu=gpu if gpus else "",
+        gpus=gpus,
+        gpu_flops=device.tflops * 1e12 if device else 0.0,
+        gpu_memory_bytes=device.memory_gb * _GB if device else 0.0,
+        usd_per_hour=usd_per_hour,
+    )
+
+
+def _of_machine(name: str, count: int, kind: str, prices: PriceTable, *, spot: bool, where: str) -> NodeGroup:
+    machine = prices.machines.get(kind)
+    if machine is None:
+        raise InputError(
+            f"{where}: the price table has no machine {kind!r}; it has {', '.join(sorted(prices.machines))}: give a table "
+            f"that has it with --prices FILE.yaml"
+        )
+    return _group(
+        name,
+        count,
+        prices,
+        cpus=machine.cpus,
+        memory_gb=machine.memory_gb,
+        gpu=machine.gpu,
+        gpus=machine.gpus,
+        usd_per_hour=machine.spot if spot else machine.on_demand,
+        where=where,
+    )
+
+
+def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
+    """Groups of a Ray cluster launcher file, each at the most workers that it may have."""
+    provider = str((values.get("provider") or {}).get("type", ""))
+    if provider not in ("aws", "gcp"):
+        raise InputError(
+            f"{where}: provider type {provider!r}; known are aws and gcp: write other clusters as {_KINDS}"
+        )
+    head = values.get("head_node_type")
+    groups = []
+    for name, kind in (values.get("available_node_types") or {}).items():
+        config = kind.get("node_config") or {}
+        if provider == "aws":
+            machine = str(config.get("InstanceType", ""))
+            spot = "spot" in str(config.get("InstanceMarketOptions", "")).lower()
+        else:
+            machine = str(config.get("machineType", "")).rsplit("/", 1)[-1]
+            scheduling = config.get("scheduling") or {}
+            spot = scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
+        count = 1 if name == head else int(kind.get("max_workers", values.get("max_workers", 0)))
+        groups.append(_of_machine(name, count, machine, prices, spot=spot, where=where))
+    return tuple(groups)
+
+
+def _kuberay(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
+    """Groups of a RayCluster, or of the one inside a RayJob or RayService, each at the most replicas that it may have."""
+    spec = values.get("spec") or {}
+    spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    head = {"groupName": "head", "replicas": 1, **(spec.get("headGroupSpec") or {})}
+    return tuple(_pods(group, prices, where) for group in (head, *(spec.get("workerGroupSpecs") or [])))
+
+
+def _pods(group: dict[str, Any], prices: PriceTable, where: str) -> NodeGroup:
+    name = str(group.get("groupName"))
+    pod = ((group.get("template") or {}).get("spec")) or {}
+    containers = pod.get("containers") or [{}]
+    resources = containers[0].get("resources") or {}
+    asked = {**(resources.get("requests") or {}), **(resources.get("limits") or {})}
+    if "cpu" not in asked or "memory" not in asked:
+        raise InputError(f"{where}: group {name!r} sets no limits for cpu and memory of its first container; set both")
+    count = int(group.get("maxReplicas", group.get("replicas", 1)))
+    gpus = int(asked.get("nvidia.com/gpu", 0))
+    annotations = (group.get("template") or {}).get("metadata", {}).get("annotations") or {}
+    price = float(annotations.get("readapt.dev/usd-per-hour", 0))
+    return _group(
+        name,
+        count,
+        prices,
+        cpus=max(1, math.floor(_quantity(asked["cpu"]))),
+        memory_gb=_quantity(asked["memory"]) / _GB,
+        gpu=str(annotations.get("readapt.dev/gpu", "")),
+        gpus=gpus,
+        usd_per_hour=price,
+        where=where,
+    )
+
+
+_SUFFIXES: Final = {
+    "m": 1e-3,
+    "k": 1e3,
+    "M": 1e6,
+    "G": 1e9,
+    "T": 1e12,
+    "Ki": 2**10,
+    "Mi": 2**20,
+    "Gi": 2**30,
+    "Ti": 2**40,
+}
+
+
+def _quantity(value: Any) -> float:
+    """A Kubernetes quantity (4, 500m, 16Gi) as a number."""
+    text = str(value).strip()
+    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
+        if text.endswith(suffix):
+            return float(text[: -len(suffix)]) * _SUFFIXES[suffix]
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{value!r} is not a Kubernetes quantity, such as 4, 500m or 16Gi") from None

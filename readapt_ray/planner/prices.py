@@ -1,0 +1,90 @@
+"""What machines, GPUs and storage have and cost: a YAML file, ours or the user's."""
+
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from readapt_ray.config import Config
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+PRICES_FILE: Final = Path(__file__).parent.parent / "data" / "prices.yaml"
+
+
+class Device(Config):
+    """A GPU: what one of it can do (its maker's data sheet)."""
+
+    tflops: float
+    """Dense bfloat16 (float16 before Ampere) TFLOP/s."""
+    memory_gb: float
+    """Of one GPU, in units of 10^9 bytes."""
+
+
+class Machine(Config):
+    """A machine type of a cloud."""
+
+    cpus: int
+    """Virtual CPUs."""
+    memory_gb: float
+    """In units of 10^9 bytes."""
+    gpu: str = ""
+    """Its kind of GPU; a name of the table's `gpus`."""
+    gpus: int = 0
+    """How many."""
+    on_demand: float
+    """USD an hour."""
+    spot: float
+    """USD an hour, usually; spot prices move."""
+
+
+class Storage(Config):
+    """What an object store costs."""
+
+    usd_per_gb_month: float
+    """A gigabyte kept for a month."""
+    usd_per_1000_writes: float
+    """A thousand PUT, COPY or LIST requests."""
+    usd_per_1000_reads: float
+    """A thousand GET requests."""
+
+
+class PriceTable(Config):
+    """Machines, GPUs and what they cost. Replace it with `--prices FILE.yaml`."""
+
+    source: str
+    """Where the prices are from, and of when."""
+    gpus: dict[str, Device]
+    """GPUs by name."""
+    machines: dict[str, Machine]
+    """Machine types by the cloud's name for them."""
+    storage: Storage
+    """The object store."""
+
+
+def read_prices(uri: str | None) -> PriceTable:
+    """The price table of a file, or the one that comes with the package.
+
+    Raises:
+        InputError: there is no such file, or it is not a price table.
+    """
+    location = Location(uri or str(PRICES_FILE))
+    return PriceTable.parse(read_mapping(location, "a price table"), where=location.uri)
+
+
+def read_mapping(location: Location, what: str) -> dict[str, Any]:
+    """The options of a YAML file; of several documents the first of Ray's, else the first.
+
+    Raises:
+        InputError: there is no such file, or it holds no options; `what` says what it should be.
+    """
+    if not location.is_file():
+        raise InputError(f"no file {location.uri!r}; give {what} as a YAML file")
+    try:
+        documents = [each for each in yaml.safe_load_all(location.read_text()) if isinstance(each, dict)]
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{location.uri!r} is not YAML: {error}") from error
+    ray = [each for each in documents if str(each.get("kind", "")).startswith("Ray")]
+    if not documents:
+        raise InputError(f"{location.uri!r} holds no options by name; it must be {what}")
+    return dict((ray or documents)[0])

@@ -1,0 +1,173 @@
+"""How fast a stage is, per GPU or per CPU: as measured in finished roots, else as a table says.
+
+The table's CPU rates were measured on a Xeon with AMX (2026-11-21, the quickstart); its GPU rates are the share of the
+data sheet's peak that such models are known to reach, and wide. A root that was measured narrows them.
+"""
+
+import json
+import logging
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Final
+
+from readapt_ray import artifacts
+from readapt_ray.artifacts import Manifest
+from readapt_ray.errors import ModelError
+from readapt_ray.planner import flops
+from readapt_ray.planner.machines import Cluster
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+CPU: Final = "CPU"
+_MEASURED_SPREAD: Final = 1.3
+_TELLING_TIMES: Final = 4.0
+"""A rate counts where the work took this many times what a stage takes without work; below, it says nothing."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Work a second of one GPU or CPU, and by what factor it may be slower or faster."""
+
+    value: float
+    slower: float
+    faster: float
+    source: str
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a finished root gave it."""
+        return self.source != "table"
+
+
+_GPU_SHARE: Final = {"train": (0.35, 2.5, 1.3), "embed": (0.45, 2.0, 1.25), "search": (0.05, 3.0, 2.0)}
+"""Share of a GPU's peak: usual, and the factors by which it may be slower or faster."""
+_CPU_RATES: Final = {
+    "ingest": (8e6, 2.0, 2.0),
+    "pack": (3e5, 2.0, 2.0),
+    "train": (5.5e10, 1.6, 1.3),
+    "embed": (7.0e10, 1.6, 1.3),
+    "merge": (2.5e8, 2.0, 3.0),
+    "index": (1.0e8, 2.0, 3.0),
+    "search": (1.5e10, 2.0, 2.5),
+    "evaluate": (1.1e4, 2.0, 2.0),
+}
+"""Units of work of `flops.WORK_UNITS` a second of one CPU."""
+FIXED_S: Final = {
+    "ingest": 1.0,
+    "pack": 8.0,
+    "train": 20.0,
+    "merge": 0.2,
+    "embed": 8.0,
+    "index": 2.0,
+    "search": 6.0,
+    "evaluate": 1.5,
+}
+"""Seconds before and after the work: processes start, models are loaded, results are committed."""
+
+
+class Rates:
+    """The rates of a plan."""
+
+    def __init__(self, measured: dict[tuple[str, str], tuple[float, str]]) -> None:
+        self._measured = measured
+
+    @property
+    def sources(self) -> list[str]:
+        """Every measured rate as a line."""
+        return [
+            f"{stage} on {device}: {value:.3g} {flops.WORK_UNITS[stage]}/s ({source})"
+            for (stage, device), (value, source) in sorted(self._measured.items())
+        ]
+
+    def of(self, stage: str, device: str, peak_flops: float, *, is_low: bool) -> Rate:
+        """The rate of one GPU (its name and peak) or CPU.
+
+        Args:
+            is_low: whether products are in bfloat16 or float16, which a CPU with matrix units does faster.
+        """
+        for (name, kind), (value, source) in self._measured.items():
+            if name == stage and (device == kind or (kind != CPU and device.startswith(kind))):
+                return Rate(value, _MEASURED_SPREAD, _MEASURED_SPREAD, source)
+        if device != CPU:
+            share, slower, faster = _GPU_SHARE[stage]
+            return Rate(peak_flops * share, slower, faster, "table")
+        value, slower, faster = _CPU_RATES[stage]
+        if stage in ("train", "embed") and not is_low:
+            value /= 2.5
+        return Rate(value, slower, faster, "table")
+
+
+def measure(roots: list[str], planned: Cluster) -> Rates:
+    """The rates of all complete artifacts under these roots.
+
+    Args:
+        roots: folders or URIs; one that is not there has no rates.
+        planned: stands for the cluster that an artifact was made on, where its manifest does not say.
+    """
+    work: dict[tuple[str, str], float] = defaultdict(float)
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    fixed: dict[tuple[str, str], float] = defaultdict(float)
+    where: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for root in roots:
+        location = Location(root)
+        for name in artifacts.names_under(location):
+            place = location if name == "." else location / name
+            manifest = artifacts.read_manifest(place)
+            if manifest is None or manifest.stage not in flops.WORK_UNITS:
+                continue
+            try:
+                done = flops.done(manifest)
+            except (ModelError, KeyError, TypeError) as error:
+                logger.info("plan: no rate from %s: %s", place, error)
+                continue
+            device, units = _units(manifest, planned)
+            key = manifest.stage, device
+            work[key] += done
+            seconds[key] += units * _working_s(manifest, place)
+            fixed[key] += units * FIXED_S[manifest.stage]
+            where[key].append(name)
+    telling = [key for key in work if seconds[key] >= _TELLING_TIMES * fixed[key]]
+    return Rates({key: (work[key] / seconds[key], f"measured in {', '.join(where[key])}") for key in telling})
+
+
+def _working_s(manifest: Manifest, place: Location) -> float:
+    """Seconds without what would also pass for an empty corpus; at least a third of all."""
+    steps = place / "metrics.jsonl"
+    if manifest.stage == "train" and steps.is_file():
+        lines = steps.read_text().splitlines()
+        counted = sum(json.loads(line)["seconds"] for line in lines)
+        if len(lines) == manifest.counts["num_steps"] and 0 < counted <= manifest.seconds:
+            return float(counted)
+    return max(manifest.seconds - FIXED_S[manifest.stage], manifest.seconds / 3)
+
+
+def _units(manifest: Manifest, planned: Cluster) -> tuple[str, float]:
+    """The kind of device that did the work, and how many of them."""
+    cluster: dict[str, Any] = manifest.hardware.get("cluster") or {
+        "num_cpus": planned.num_cpus,
+        "gpus": {group.gpu: group.count * group.gpus for group in planned.gpu_groups},
+    }
+    gpus = {str(name): int(count) for name, count in cluster["gpus"].items() if count}
+    if manifest.stage in ("ingest", "merge", "evaluate"):
+        return CPU, 1.0
+    if manifest.stage in ("train", "embed") and gpus:
+        device = max(gpus, key=lambda name: gpus[name])
+        return device, float(manifest.config.get("num_workers") or sum(gpus.values()))
+    cpus = float(cluster["num_cpus"])
+    each = manifest.config.get("num_cpus_per_worker")
+    asked = manifest.config.get("num_workers")
+    if manifest.stage == "train":
+        return CPU, min(cpus, float(asked or 1) * float(each or cpus / float(asked or 1)))
+    if manifest.stage == "embed":
+        return CPU, min(cpus, float(each or 1) * float(asked or cpus))
+    return CPU, min(cpus, _pieces(manifest))
+
+
+def _pieces(manifest: Manifest) -> float:
+    """How many tasks there were to share out."""
+    if manifest.stage == "pack":
+        return max(1.0, -(-manifest.counts["num_passages"] // flops.ROWS_PER_FILE))
+    if manifest.stage == "index":
+        return float(manifest.counts["num_shards"])
+    return 1.0

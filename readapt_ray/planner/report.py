@@ -1,0 +1,167 @@
+"""A plan as text for people, and as plain values for programs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from readapt_ray import progress
+from readapt_ray.planner import Plan, scaling
+
+
+def text(plan: Plan) -> str:
+    """The whole plan."""
+    parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _grid(plan), _limits(plan), _basis(plan)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def values(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values; seconds, bytes, USD."""
+    low, mid, high = plan.seconds
+    corpus, cluster = plan.setting.corpus, plan.setting.cluster
+    return {
+        "corpus": vars(corpus),
+        "cluster": {"name": cluster.name, "num_gpus": cluster.num_gpus, "usd_per_hour": cluster.usd_per_hour},
+        "seconds": {"low": low, "expected": mid, "high": high},
+        "usd": {"low": plan.usd(low), "expected": plan.usd(mid), "high": plan.usd(high)},
+        "out_bytes": plan.out_bytes,
+        "stages": [
+            {
+                "name": each.name,
+                "stage": each.stage,
+                "work": each.work,
+                "unit": each.unit,
+                "workers": each.workers,
+                "seconds": {"low": each.low_s, "expected": each.seconds, "high": each.high_s},
+                "out_bytes": each.out_bytes,
+                "worker_bytes": each.memory.needed if each.memory else None,
+                "measured": each.rate.is_measured,
+            }
+            for each in plan.stages
+        ],
+        "grid": {
+            str(size): {str(workers): vars(cell) for workers, cell in row.items()} for size, row in plan.grid.items()
+        },
+        "limits": {
+            "passages": [vars(limit) for limit in plan.passage_limits],
+            "workers": [vars(limit) for limit in plan.worker_limits],
+        },
+        "problems": plan.problems,
+    }
+
+
+def _heading(plan: Plan) -> str:
+    corpus, cluster = plan.setting.corpus, plan.setting.cluster
+    low, mid, high = plan.seconds
+    return "\n".join(
+        [
+            f"corpus   {corpus.note}",
+            f"         {corpus.text_bytes:,.0f} bytes, {corpus.train_tokens:.1f} tokens to train on and {corpus.embed_tokens:.1f} to "
+            f"embed a passage (+-{100 * corpus.error:.0f}%): {count(corpus.num_passages * corpus.train_tokens)} and "
+            f"{count(corpus.num_passages * corpus.embed_tokens)} tokens",
+            f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.retriever.hidden}",
+            f"cluster  {cluster.describe()}",
+            f"in all   {duration(mid)} ({duration(low)} to {duration(high)}), {_usd(plan.usd(mid))} ({_usd(plan.usd(low))} to "
+            f"{_usd(plan.usd(high))}), {size(plan.out_bytes)} on disk",
+        ]
+    )
+
+
+def _stages(plan: Plan) -> str:
+    rows = [("artifact", "work", "on", "time", "range", "USD", "leaves", "")]
+    for each in plan.stages:
+        note = "; ".join(filter(None, [each.note, "" if each.rate.is_measured else "rate not measured"]))
+        rows.append(
+            (
+                each.name,
+                f"{count(each.work)} {each.unit}",
+                f"{each.workers} x {each.device}",
+                duration(each.seconds),
+                f"{duration(each.low_s)} to {duration(each.high_s)}",
+                _usd(plan.usd(each.seconds)),
+                size(each.out_bytes),
+                note,
+            )
+        )
+    return table(rows)
+
+
+def _memory(plan: Plan) -> str:
+    lines = ["memory of a worker"]
+    for each in plan.stages:
+        if each.memory is not None:
+            lines.append(f"  {'fits  ' if each.memory.fits else 'TOO BIG'} {each.name}: {each.memory.arithmetic()}")
+    return "\n".join(lines)
+
+
+def _sizes(plan: Plan) -> str:
+    found = scaling.index_bytes(plan.setting.corpus.num_passages, plan.setting.retriever.hidden)
+    storage = plan.prices.storage
+    kinds = ", ".join(f"{name} {size(each)}" for name, each in found.items())
+    month = plan.out_bytes / 1e9 * storage.usd_per_gb_month
+    return f"an index in memory: {kinds}\nkeeping the artifacts: {_usd(month)} a month in an object store"
+
+
+def _grid(plan: Plan) -> str:
+    kind = "GPUs" if plan.setting.cluster.num_gpus else "nodes"
+    header = (
+        "passages",
+        *(f"{workers:,} {kind if workers > 1 else kind[:-1]}" for workers in scaling.WORKERS),
+        "first limit",
+    )
+    rows = [header]
+    for num_passages, cells in plan.grid.items():
+        broken = [limit for limit in plan.passage_limits if limit.at < num_passages]
+        shown = (f"{duration(cell.seconds)}" + (f", {_usd(cell.usd)}" if cell.usd else "") for cell in cells.values())
+        rows.append((count(num_passages), *shown, broken[0].what if broken else ""))
+    return "at other sizes\n" + table(rows)
+
+
+def _limits(plan: Plan) -> str:
+    kind = "GPUs" if plan.setting.cluster.num_gpus else "nodes"
+    lines = ["what breaks, in this order"]
+    lines += [f"  from {count(limit.at)} passages: {limit.what}; {limit.mend}" for limit in plan.passage_limits]
+    lines += [f"  from {limit.at:,.0f} {kind}: {limit.what}; {limit.mend}" for limit in plan.worker_limits]
+    return "\n".join(lines)
+
+
+def _basis(plan: Plan) -> str:
+    sources = plan.setting.rates.sources
+    measured = (
+        "\n".join(f"  {line}" for line in sources)
+        if sources
+        else "  none: run a part of the corpus first, and plan again"
+    )
+    return f"measured rates\n{measured}\nprices: {plan.prices.source}"
+
+
+def duration(seconds: float) -> str:
+    """As in progress; long ones in days and years."""
+    days = seconds / 86_400
+    if days < 3:
+        return progress.duration(seconds)
+    return f"{days:,.1f} days" if days < 100 else f"{days:,.0f} days" if days < 1000 else f"{days / 365:,.0f} years"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as aligned text, two blanks between columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def count(value: float) -> str:
+    """A number as people say it: 950, 12.9 K, 8.84 M, 1.2 G, 3 T, 29 P."""
+    for unit in ("", "K", "M", "G", "T", "P", "E"):
+        if abs(value) < 999.5 or unit == "E":
+            return f"{value:.3g} {unit}".strip()
+        value /= 1000
+    return str(value)
+
+
+def size(num_bytes: float) -> str:
+    """Bytes with a unit, in powers of 1,000."""
+    return f"{count(num_bytes)}B" if num_bytes >= 999.5 else f"{num_bytes:.0f} B"
+
+
+def _usd(value: float) -> str:
+    return f"{value:,.2f} USD" if value < 100 else f"{value:,.0f} USD"

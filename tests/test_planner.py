@@ -1,0 +1,285 @@
+"""Plans: what models cost, what clusters have, what a run takes, what cannot fit, and what breaks first."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from readapt_ray import artifacts, cli, planner
+from readapt_ray.errors import InputError
+from readapt_ray.planner import flops, rates, report, scaling
+from readapt_ray.planner.corpus import Corpus
+from readapt_ray.planner.machines import read_cluster
+from readapt_ray.planner.prices import PRICES_FILE, read_prices
+from readapt_ray.planner.shapes import model_shape
+from readapt_ray.recipes import RunConfig
+from tests import factories
+
+PRICES = read_prices(None)
+CLUSTER = {
+    "nodes": [
+        {"name": "gpu", "machine": "p5.48xlarge", "spot": True, "count": 2},
+        {"name": "head", "cpus": 8, "memory_gb": 32, "usd_per_hour": 0.4},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [  # what their model cards say, without the language-model head
+        ("mistralai/Mistral-7B-v0.1", 7.24 - 0.13),
+        ("repllama", 6.74 - 0.13),
+        ("qwen3-embedding-0.6b", 0.596),
+        ("qwen3-embedding-8b", 7.57),
+        ("m3e-base", 0.102),
+        ("all-minilm-l6-v2", 0.0227),
+    ],
+)
+def test_catalog_models_have_the_parameters_that_their_cards_say(name: str, billions: float) -> None:
+    assert model_shape(name).num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM
+
+    folder = factories.tiny_decoder(tmp_path / "model", hidden_size=64)
+    shape = model_shape(str(folder))
+    model = AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros((1, 48), dtype=torch.long))
+    forward = dataclasses.replace(shape, is_causal=False).forward_flops(
+        48
+    )  # eager attention computes what causality hides
+    assert 48 * (forward + shape.head_flops()) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_the_parameters_of_a_dora_adapter_are_those_that_are_trained(tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    folder = factories.dora_adapter(tmp_path / "adapter", base)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = factories.load_file(folder / "adapter_model.safetensors")
+    expected = model_shape(str(base)).adapter_parameters(tuple(config["target_modules"]), config["r"])
+    assert expected == sum(each.numel() for each in tensors.values())
+
+
+def write(folder: Path, values: Any, name: str = "cluster.yaml") -> str:
+    (folder / name).write_text(yaml.safe_dump(values))
+    return str(folder / name)
+
+
+def test_a_list_of_nodes_is_a_cluster(tmp_path: Path) -> None:
+    cluster = read_cluster(write(tmp_path, CLUSTER), PRICES)
+    assert (cluster.num_gpus, cluster.num_cpus, cluster.num_nodes) == (16, 2 * 192 + 8, 3)
+    assert cluster.usd_per_hour == pytest.approx(2 * PRICES.machines["p5.48xlarge"].spot + 0.4)
+    assert cluster.gpu_groups[0].gpu_flops == 989e12
+
+
+def test_kubernetes_quantities_are_read(tmp_path: Path) -> None:
+    def group(cpu: str, memory: str, gpus: int = 0) -> dict[str, Any]:
+        limits: dict[str, Any] = {"cpu": cpu, "memory": memory} | ({"nvidia.com/gpu": gpus} if gpus else {})
+        metadata = {"annotations": {"readapt.dev/gpu": "L4", "readapt.dev/usd-per-hour": "1.5"}}
+        return {"template": {"metadata": metadata, "spec": {"containers": [{"resources": {"limits": limits}}]}}}
+
+    workers = {"groupName": "gpu", "replicas": 1, "maxReplicas": 4, **group("7500m", "64Gi", 2)}
+    spec = {"headGroupSpec": group("4", "16G"), "workerGroupSpecs": [workers]}
+    for kind, field in (("RayCluster", None), ("RayJob", "rayClusterSpec"), ("RayService", "rayClusterConfig")):
+        values = {"kind": kind, "spec": {field: spec} if field else spec}
+        cluster = read_cluster(write(tmp_path, values), PRICES)
+        assert [(g.name, g.count, g.cpus, g.gpus) for g in cluster.groups] == [("head", 1, 4, 0), ("gpu", 4, 7, 2)]
+        assert cluster.groups[1].memory_bytes == 64 * 2**30
+        assert cluster.usd_per_hour == 5 * 1.5
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "Deployment"}, "of no kind of cluster that is known"),
+        ({"cluster_name": "x", "provider": {"type": "azure"}}, "provider type 'azure'; known are aws and gcp"),
+        ({"nodes": [{"name": "a", "machine": "m99.huge"}]}, "no machine 'm99.huge'; it has "),
+        ({"nodes": [{"name": "a", "cpus": 2, "memory_gb": 4, "gpu": "H1000", "gpus": 1}]}, "GPU 'H1000'"),
+        ({"nodes": [{"name": "a"}]}, "neither its machine nor its cpus"),
+        ({"nodes": [{"name": "a", "cpus": 2, "memory_gb": 4, "count": 0}]}, "has no node"),
+        ({"nodes": [{"name": "a", "cpuz": 2}]}, "unknown option 'cpuz'"),
+        ([1, 2], "holds no options by name"),
+    ],
+)
+def test_what_is_no_cluster_is_refused_by_name(tmp_path: Path, values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_cluster(write(tmp_path, values), PRICES)
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a tiny model over an ingested corpus of 300 passages, whose root holds nothing else yet."""
+    folder = tmp_path_factory.mktemp("plan")
+    base = factories.tiny_decoder(folder / "base")
+    factories.write_contract(factories.full_retriever(folder / "retriever", base))
+    passages = factories.small_corpus(300)
+    factories.ingest_artifact(folder / "root" / "corpus", passages, *factories.small_queries(passages, 20), num_files=3)
+    values = {
+        "source": str(folder / "absent"),
+        "root": str(folder / "root"),
+        "pretrained": str(base),
+        "retriever": str(folder / "retriever"),
+        "train": {"block_tokens": 64},
+        "evaluate": {"measures": "nDCG@10"},
+    }
+    write(folder, values, "run.yaml")
+    write(folder, CLUSTER)
+    return folder
+
+
+def make_plan(folder: Path, **options: Any) -> planner.Plan:
+    run = RunConfig.parse(yaml.safe_load((folder / "run.yaml").read_text()))
+    return planner.plan(run, planner.PlanConfig(**{"cluster": str(folder / "cluster.yaml"), **options}))
+
+
+def test_tokens_are_those_that_pack_and_embed_would_count(run_file: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(run_file / "base"))
+    tables = [pq.read_table(file) for file in sorted((run_file / "root/corpus/passages").iterdir())]
+    texts = [f"{row['title']} {row['text']}".strip() for table in tables for row in table.to_pylist()]
+    lengths = [min(64, 2 + len(ids)) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    corpus = make_plan(run_file).setting.corpus
+    assert (corpus.num_passages, corpus.num_queries) == (300, 20)
+    assert corpus.train_tokens == pytest.approx(sum(lengths) / 300, rel=0.02)
+    assert 0 < corpus.error < 0.1
+
+
+def test_each_stage_of_the_run_is_planned_and_the_sum_is_the_cost(run_file: Path) -> None:
+    found = make_plan(run_file)
+    assert [each.stage for each in found.stages] == [
+        *("ingest", "pack", "train", "merge", "embed", "index", "embed", "index", "search", "search", "evaluate")
+    ]
+    low, mid, high = found.seconds
+    assert low < mid < high
+    assert found.usd(3600) == pytest.approx(found.setting.cluster.usd_per_hour)
+    assert found.problems == []
+    shown = report.text(found)
+    assert "from 4 GPUs: train shares out batch_size = 4 blocks a step" in shown
+    assert "rate not measured" in shown
+
+
+def test_work_grows_linearly_and_gpus_divide_it(run_file: Path) -> None:
+    found = make_plan(run_file, num_passages=10_000_000)
+    embed = next(each for each in found.stages if each.stage == "embed")
+    assert embed.work == pytest.approx(
+        1e7
+        * found.setting.corpus.embed_tokens
+        * found.setting.retriever.forward_flops(found.setting.corpus.embed_tokens)
+    )
+    assert embed.workers == 16
+    eight, sixty_four = found.grid[10_000_000][8], found.grid[10_000_000][64]
+    assert sixty_four.seconds < eight.seconds
+    assert found.grid[100_000_000][8].seconds == pytest.approx(10 * eight.seconds, rel=0.05)
+
+
+def test_limits_come_in_the_order_in_which_they_are_met(run_file: Path) -> None:
+    found = make_plan(run_file, num_passages=1_000_000)
+    for limits in (found.passage_limits, found.worker_limits):
+        assert [limit.at for limit in limits] == sorted(limit.at for limit in limits)
+    files = next(limit for limit in found.passage_limits if "files of vectors" in limit.what)
+    assert files.at == 4096 * 100_000
+
+
+def test_what_cannot_fit_is_refused_with_the_arithmetic(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster = write(run_file, {"nodes": [{"name": "head", "cpus": 2, "memory_gb": 1}]}, "small.yaml")
+    assert cli.main(["plan", "--config", str(run_file / "run.yaml"), "--cluster", cluster]) == 2
+    said = capsys.readouterr()
+    assert "TOO BIG adapter" in said.out
+    assert "adapter cannot run: a worker needs frozen weights" in said.err
+    assert "lower train.micro_batch_tokens" in said.err
+
+
+def test_the_plan_is_json_on_request(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--config", str(run_file / "run.yaml"), "--cluster", str(run_file / "cluster.yaml"), "--json"]
+    assert cli.main(arguments) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["seconds"]["expected"] == pytest.approx(sum(each["seconds"]["expected"] for each in values["stages"]))
+    assert set(values["grid"]) == {str(size) for size in scaling.PASSAGES}
+
+
+def test_a_price_table_of_ones_own_replaces_ours(run_file: Path) -> None:
+    values = yaml.safe_load(PRICES_FILE.read_text())
+    values["machines"]["p5.48xlarge"]["spot"] = 1000.0
+    prices = write(run_file, values, "prices.yaml")
+    assert make_plan(run_file, prices=prices).setting.cluster.usd_per_hour == pytest.approx(2000.4)
+    with pytest.raises(InputError, match="option 'gpus' is required"):
+        make_plan(run_file, prices=str(run_file / "cluster.yaml"))
+
+
+def finished(folder: Path, run: Path, *, seconds: float, gpus: dict[str, int]) -> str:
+    """A root with the manifest of an embed stage that took so long."""
+    root = folder / f"measured-{seconds:.0f}"
+    manifest = artifacts.Manifest(
+        stage="embed",
+        fingerprint="0" * 32,
+        config={"retriever": str(run / "retriever"), "num_workers": None, "num_cpus_per_worker": None},
+        inputs={},
+        counts={"num_vectors": 1_000_000, "num_tokens": 80_000_000},
+        details={},
+        seconds=seconds,
+        created="2026-11-21T00:00:00+00:00",
+        versions={},
+        hardware={"cluster": {"num_nodes": 1, "num_cpus": 8, "gpus": gpus}},
+    )
+    (root / "vectors").mkdir(parents=True)
+    (root / "vectors" / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    return str(root)
+
+
+def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_file: Path, tmp_path: Path) -> None:
+    shape = model_shape(str(run_file / "retriever"))
+    root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4})
+    found = make_plan(run_file, measured=(root,))
+    expected = 80_000_000 * shape.forward_flops(80) / (4 * 1000)
+    assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
+    assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
+    assert "measured in vectors" in report.text(found)
+
+
+def test_work_of_seconds_says_nothing_about_a_rate(run_file: Path, tmp_path: Path) -> None:
+    root = finished(tmp_path, run_file, seconds=20.0, gpus={"H100": 4})
+    assert make_plan(run_file, measured=(root,)).setting.rates.sources == []
+
+
+def test_a_rate_measured_on_a_part_predicts_the_whole(run_file: Path, tmp_path: Path) -> None:
+    """What a run of 80 M tokens took, planned from one of a tenth of it that took a tenth of the working time."""
+    cluster = read_cluster("local", PRICES)
+    small = json.loads(
+        (Path(finished(tmp_path, run_file, seconds=108.0, gpus={})) / "vectors/manifest.json").read_text()
+    )
+    small["counts"] = {"num_vectors": 100_000, "num_tokens": 8_000_000}
+    (tmp_path / "measured-108/vectors/manifest.json").write_text(json.dumps(small))
+    measured = rates.measure([str(tmp_path / "measured-108")], cluster)
+    work = flops.done(artifacts.read_manifest(finished(tmp_path, run_file, seconds=1008.0, gpus={}) + "/vectors"))  # type: ignore[arg-type]
+    predicted = rates.FIXED_S["embed"] + work / (8 * measured.of("embed", rates.CPU, 0, is_low=False).value)
+    assert predicted == pytest.approx(1008.0, rel=0.3)
+
+
+def test_a_source_that_was_not_ingested_is_sampled(run_file: Path, tmp_path: Path) -> None:
+    rows = [{"_id": p.doc_id, "title": p.title, "text": p.text} for p in factories.small_corpus(120)]
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = RunConfig.parse(yaml.safe_load((run_file / "run.yaml").read_text())).model_copy(
+        update={"source": str(tmp_path / "corpus.jsonl"), "root": str(tmp_path / "new")}
+    )
+    found = planner.plan(run, planner.PlanConfig(cluster="local"))
+    assert found.setting.corpus.num_passages == 120
+    assert [each.stage for each in found.stages][-1] == "index"
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_corpus_without_its_tokenizer_is_estimated_from_its_bytes(run_file: Path) -> None:
+    run = RunConfig.parse(yaml.safe_load((run_file / "run.yaml").read_text())).model_copy(
+        update={"pretrained": "mistralai/Mistral-7B-v0.1", "retriever": "e5-mistral"}
+    )
+    corpus: Corpus = planner.plan(run, planner.PlanConfig(cluster=str(run_file / "cluster.yaml"))).setting.corpus
+    assert corpus.error >= 0.3
+    assert "the tokenizer is not on this machine" in corpus.note
