@@ -79,7 +79,7 @@ def train_steps(config: Any, corpus: Corpus) -> int:
     blocks = float(corpus.num_passages)
     if config.mode == "packed":
         blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
-    return max(1, math.ceil(blocks / config.batch_size)) * int(config.num_epochs)
+    return max(1, math.ceil(blocks / int(config.batch_size))) * int(config.num_epochs)
 
 
 def _device(cluster: Cluster) -> tuple[str, float]:
