@@ -29,6 +29,8 @@ _COMMANDS: dict[str, str] = {
     "quickstart": "run the main job on this machine's own docstrings, and show what it found",
     "run": "run the main job as a YAML file says: corpus, pretrained model, retriever",
     **recipes.STAGES,
+    "compare": "measure several retrievers on one corpus: quality, time, bytes; also finetuned and RE-adapted",
+    "paper": "repeat the paper's experiments, one or all, on one corpus or many",
     "serve": "serve a retriever and its index over HTTP",
     "plan": "say what a run would take on a cluster: hours, memory, bytes, money, and what breaks first",
     "status": "show what is done, running and missing under a root",
@@ -153,6 +155,19 @@ def _plan(arguments: Sequence[str]) -> None:
         raise PlacementError("; ".join(found.problems))
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    from readapt_ray import compare
+
+    print(compare.to_markdown(compare.compare(_parse("compare", compare.CompareConfig, arguments))))
+
+
+def _paper(arguments: Sequence[str]) -> None:
+    from readapt_ray.paper import experiments
+
+    for text in experiments.run(_parse("paper", experiments.PaperConfig, arguments)).values():
+        print(text)
+
+
 def _serve(arguments: Sequence[str]) -> None:
     from readapt_ray.serving.app import ServeConfig, serve
 
@@ -179,6 +194,8 @@ def _quickstart(arguments: Sequence[str]) -> None:
 
 _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "run": _run_pipeline,
+    "compare": _compare,
+    "paper": _paper,
     "serve": _serve,
     "status": _status,
     "quickstart": _quickstart,
@@ -245,6 +262,8 @@ def _add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> N
     for name, field in config_class.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         text = (field.description or "").replace("%", "%%")
+        if typing.get_origin(field.annotation) is dict:
+            continue  # a section of options, for the file
         if field.annotation is bool:
             parser.add_argument(
                 flag,

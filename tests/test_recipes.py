@@ -172,18 +172,26 @@ def test_tune_scores_the_retriever_as_the_run_does_and_reports_on_the_other_half
         queries=str(tmp_path / "corpus" / "queries"),
         qrels=str(tmp_path / "corpus" / "qrels"),
         knowledge_scales=(0.0, 0.5),
+        num_refinements=1,
         output=str(tmp_path / "tuned"),
     )
     artifact = tune(config)
     result = json.loads((artifact.location / "tune.json").read_text())
     assert result["queries"] == "judged queries"
-    assert [(cell["readapter_scale"], cell["knowledge_scale"]) for cell in result["grid"]] == [(1.0, 0.0), (1.0, 0.5)]
+    tried = [(cell["readapter_scale"], cell["knowledge_scale"]) for cell in result["grid"]]
+    assert tried == [(1.0, 0.0), (1.0, 0.25), (1.0, 0.5)]
     assert result["reported"]["num_queries"] == 6
     best = max(result["grid"], key=lambda cell: cell["tuning"])
-    assert result["best"] == {name: best[name] for name in ("readapter_scale", "knowledge_scale")}
+    if best["tuning"] > result["grid"][0]["tuning"]:
+        assert result["best"] == {name: best[name] for name in ("readapter_scale", "knowledge_scale")}
     cells = {path.name: json.loads(path.read_text()) for path in (tmp_path / "tuned" / "grid").iterdir()}
-    assert set(cells) == {"1_0.json", "1_0.5.json"}
+    assert set(cells) == {"1_0.json", "1_0.25.json", "1_0.5.json"}
     assert cells["1_0.json"] != cells["1_0.5.json"]
+    seconds = artifact.manifest.details["seconds"]
+    assert seconds.keys() == {"weights", "encoding", "measuring"}
+    assert all(spent > 0 for spent in seconds.values())
+    assert "judged queries" in (tmp_path / "tuned" / "tune.md").read_text()
+    assert "<svg" in (tmp_path / "tuned" / "tune.html").read_text()
 
 
 def test_tune_without_labels_says_that_its_queries_are_pseudo(ray_session: None, tiny: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ light and dark. Text from outside is escaped here.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
@@ -16,6 +17,15 @@ _LABEL_ROOM = 150
 _MAX_BARS = 400
 _LINE_GAP = 15
 NUM_SERIES_COLOURS = 6
+
+
+class Point(NamedTuple):
+    """A value with its interval, at a place on the axis."""
+
+    x: float
+    y: float
+    low: float
+    high: float
 
 
 def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> Markup:
@@ -88,6 +98,55 @@ def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, 
         label = name if len(name) <= 20 else name[:19] + "…"
         parts.append(
             f'<text x="{right + 10}" y="{height + 4:.1f}" style="fill:{colour}" class="name">{escape(label)}</text>'
+        )
+    return _svg(parts, description)
+
+
+def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description: str) -> Markup:
+    """Lines with error bars over a linear axis, each with its name at its end.
+
+    Args:
+        series: the points of each line, by name.
+        axis: what the axis is called.
+        description: what a screen reader says.
+    """
+    left, right, top, bottom = _LEFT + 14, _WIDTH - _LABEL_ROOM, _TOP, _HEIGHT - _BOTTOM
+    points = [point for each in series.values() for point in each]
+    first, last = min(point.x for point in points), max(point.x for point in points)
+    floor, ceiling = min(0.0, *(point.low for point in points)), max(0.0, *(point.high for point in points))
+    step = nice_ceiling((ceiling - floor) / 4 or 0.25)
+    lowest = math.floor(floor / step + 1e-9)
+    highest = max(math.ceil(ceiling / step - 1e-9), lowest + 1)
+
+    def x(value: float) -> float:
+        return left + (right - left) * ((value - first) / (last - first) if last > first else 0.5)
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value / step - lowest) / (highest - lowest)
+
+    parts = [
+        _grid(left, right, y(each * step), f"{each * step:+.3g}" if each else "0")
+        for each in range(lowest, highest + 1)
+    ]
+    parts += [_text(x(each), bottom + 16, f"{each:g}", "middle") for each in sorted({point.x for point in points})]
+    parts.append(_text((left + right) / 2, bottom + 30, axis, "middle"))
+    lines = [sorted(each) for each in series.values()]
+    heights = _spread([y(line[-1].y) for line in lines])
+    for place, (name, line, height) in enumerate(zip(series, lines, heights, strict=True)):
+        colour = f"var(--series-{(place + 1) % NUM_SERIES_COLOURS})"
+        track = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in line)
+        parts.append(f'<polyline points="{track}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for point in line:
+            at = x(point.x)
+            title = (
+                f"{escape(name)}, {escape(axis)} {point.x:g}: {point.y:+.4f} ({point.low:+.4f} to {point.high:+.4f})"
+            )
+            parts.append(
+                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point.low):.1f}" y2="{y(point.high):.1f}" stroke="{colour}"/>'
+                f'<circle cx="{at:.1f}" cy="{y(point.y):.1f}" r="3.5" fill="{colour}"><title>{title}</title></circle>'
+            )
+        parts.append(
+            f'<text x="{right + 10}" y="{height + 4:.1f}" style="fill:{colour}" class="name">{escape(name)}</text>'
         )
     return _svg(parts, description)
 

@@ -9,7 +9,6 @@ import html
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -74,7 +73,7 @@ def build_report(
         "measures": measures,
         "num_queries": len(query_ids),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
-        "verdicts": [_verdict(each) for each in comparisons if each.measure == measures[0]],
+        "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
         "runs": [
             {
                 "name": name,
@@ -100,13 +99,22 @@ def to_json(report: Mapping[str, Any]) -> str:
     return json.dumps({**report, "changes": changes}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def page_template(name: str) -> jinja2.Template:
+    """A page of this package with the filters that pages use."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(value=_value, signed=signed, p=_p, pretty=_pretty)
+    return environment.get_template(name)
+
+
 def to_html(report: Mapping[str, Any]) -> str:
     """The report as one self-contained page."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(value=_value, signed=_signed, p=_p, pretty=_pretty)
-    template = environment.from_string(resources.files(__package__).joinpath("report.html").read_text("utf-8"))
+    template = page_template("report.html")
     drawings = {
         each["run"]: plots.difference_plot(
             each["differences"],
@@ -129,7 +137,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Evaluation", ""]
     lines += [f"{_md(each['sentence'])}\n" for each in report["verdicts"]]
     lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
-    lines += _table(
+    lines += table(
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
     )
@@ -143,7 +151,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     if report["comparisons"]:
         lines += ["", f"## Against {_md(report['baseline'])}", ""]
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
-        lines += _table(header, [_comparison_row(each) for each in report["comparisons"]])
+        lines += table(header, [_comparison_row(each) for each in report["comparisons"]])
         lines += ["", _method(report["settings"])]
     for change in report["changes"]:
         for key in ("gained", "lost"):
@@ -154,7 +162,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
                 for each in change[key]
             ]
             header = ["query", "text", report["baseline"], change["run"], "top before", "top after"]
-            lines += _table(header, rows) if rows else ["none"]
+            lines += table(header, rows) if rows else ["none"]
     lines += ["", "## Where the runs are from", ""]
     for run in report["runs"]:
         lines += [f"### {_md(run['name'])}", "", "```json", _pretty(run["provenance"]).replace("```", "'''"), "```", ""]
@@ -178,10 +186,11 @@ def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, d
     return found
 
 
-def _verdict(comparison: Comparison) -> dict[str, str]:
+def verdict(comparison: Comparison) -> dict[str, str]:
+    """Whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
     figures = (
         f"{comparison.measure} {_value(comparison.mean)} against {_value(comparison.baseline_mean)}, "
-        f"{_signed(comparison.difference)}"
+        f"{signed(comparison.difference)}"
     )
     run, baseline = comparison.run, comparison.baseline
     if comparison.p_holm is None or comparison.interval is None:
@@ -189,7 +198,7 @@ def _verdict(comparison: Comparison) -> dict[str, str]:
     low, high = comparison.interval
     corrected = " after Holm's correction" if comparison.p_holm != comparison.p_value else ""
     figures += (
-        f" (95% interval {_signed(low)} to {_signed(high)}, p {_p(comparison.p_holm, relation=True)}{corrected}, "
+        f" (95% interval {signed(low)} to {signed(high)}, p {_p(comparison.p_holm, relation=True)}{corrected}, "
         f"{comparison.num_queries:,} queries)."
     )
     if comparison.p_holm >= ALPHA:
@@ -293,8 +302,8 @@ def _comparison_row(each: Mapping[str, Any]) -> list[str]:
     return [
         each["run"],
         each["measure"],
-        _signed(each["difference"]),
-        f"{_signed(interval[0])} to {_signed(interval[1])}" if interval else each["note"],
+        signed(each["difference"]),
+        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
         _p(each["p_value"]),
         _p(each["p_holm"]),
         *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),
@@ -313,7 +322,8 @@ def _with_interval(cell: Mapping[str, float | None]) -> str:
     return text if cell["low"] is None else f"{text} ({_value(cell['low'])} to {_value(cell['high'])})"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; what stands in a cell cannot end it."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(cell if cell == "---" else _md(cell) for cell in line) + " |" for line in lines]
 
@@ -328,7 +338,8 @@ def _value(number: float | None) -> str:
     return "" if number is None else f"{number:.4f}"
 
 
-def _signed(number: float) -> str:
+def signed(number: float) -> str:
+    """A difference with its sign, the minus as typographers set it."""
     return f"{number:+.4f}".replace("-", "−")
 
 

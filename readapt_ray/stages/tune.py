@@ -1,18 +1,23 @@
 """tune: the best pair of scales, found on withheld queries without writing a model.
 
-One actor holds the ingredients of the merge and writes each pair of scales into its live encoder. A
-pair is scored by retrieval over a sample of the corpus that keeps every judged passage. Half of the
-queries choose the pair; what is reported comes from the other half, which had no say.
+Actors hold the ingredients of the merge and write each pair of scales into a live encoder. A pair is
+scored by retrieval over a sample of the corpus that keeps every judged passage: first a coarse grid, then
+pairs half way between the best one and its neighbours. Half of the queries choose the pair; what is
+reported comes from the other half, which had no say. Leaves `grid/` (the value of every query with every
+pair), `tune.json`, `tune.md` and `tune.html`. A pair costs one pass over the weights and the encoding of
+the sample.
 
-Without judgements the corpus asks its own questions: the first sentence of a passage is the query, the
-rest of it the answer. Such figures are called pseudo-queries wherever they stand.
+Without judgements the corpus asks its own questions: the title of a passage, or its first sentence, is
+the query, the rest of it the answer. Such figures are called pseudo-queries wherever they stand.
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -24,16 +29,18 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Passage, Query, ScoredDoc
+from readapt_ray.retrieval import scales
+from readapt_ray.retrieval.scales import Pair
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.stages import cluster
+from readapt_ray.stages import cluster, elsewhere
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.retrieval.measures import Measured
 
-_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+")
-_MIN_QUERY_WORDS = 4
-_MIN_REST_CHARS = 80
+logger = logging.getLogger("readapt_ray")
+
+_TOP_K = 100
 
 
 class TuneConfig(StageConfig):
@@ -55,12 +62,18 @@ class TuneConfig(StageConfig):
     """Shares of the retrieval skill to try."""
     knowledge_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Shares of the new domain to try."""
+    num_refinements: int = Field(default=1, ge=0, le=6)
+    """Times that pairs half way between the best one and its neighbours are tried."""
     measure: str = "nDCG@10"
     """What is compared."""
     max_queries: int = Field(default=1000, ge=2)
     """Queries that are used at most, tuning and reporting together."""
     max_passages: int = Field(default=20_000, ge=1)
     """Passages of the sample at most; judged ones are always kept."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Type that the model computes in."""
+    num_workers: int | None = Field(default=None, ge=1)
+    """Actors, each with the model, that share the pairs; by default one a GPU, or one without GPUs."""
     seed: int = Field(default=0, ge=0)
     """Of the sample and of the halves."""
     encoding: EncodingOption = None
@@ -69,6 +82,7 @@ class TuneConfig(StageConfig):
     inputs: ClassVar[frozenset[str]] = frozenset(
         {"pretrained", "retriever", "adapter", "corpus", "queries", "qrels", "encoding"}
     )
+    operational: ClassVar[frozenset[str]] = frozenset({"num_workers"})
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
@@ -115,50 +129,109 @@ def tune(config: TuneConfig) -> Artifact:
 
 
 def _tune(config: TuneConfig, corpus: Artifact, encoding: Encoding, workspace: Workspace) -> None:
-    import ray
-
-    resources = cluster.connect()
     sample = _pseudo_sample(config, corpus) if config.queries is None else _judged_sample(config, corpus)
-    pairs = [(r, k) for r in config.readapter_scales for k in config.knowledge_scales]
-    if (1.0, 0.0) not in pairs:
-        pairs.insert(0, (1.0, 0.0))
-    grid = workspace.location / "grid"
-    pending = [pair for pair in pairs if not _cell(grid, pair).is_file()]
-    if pending:
-        names = {name: getattr(config, name) for name in ("pretrained", "retriever", "adapter")}
-        num_gpus = 1 if resources.num_gpus else 0
-        actor = ray.remote(num_cpus=1, num_gpus=num_gpus)(_Scorer).remote(names, encoding, sample, config.measure)
-        try:
-            for number, pair in enumerate(pending, len(pairs) - len(pending) + 1):
-                values = ray.get(actor.score.remote(*pair))
-                _cell(grid, pair).write_text(json.dumps(values))
-                workspace.progress(number, len(pairs), unit="pairs")
-        except ray.exceptions.RayError as error:
-            raise cluster.cause_of(error) from None
-        finally:
-            ray.kill(actor)
-    values = {pair: json.loads(_cell(grid, pair).read_text()) for pair in pairs}
-    result = _choose(config, values, is_pseudo=config.queries is None)
-    (workspace.location / "tune.json").write_text(json.dumps(result, indent=2) + "\n")
+    search = _Search(config, encoding, sample, workspace)
+    try:
+        search.score(scales.coarse_pairs(config.readapter_scales, config.knowledge_scales))
+        for _ in range(config.num_refinements):
+            search.score(scales.finer_pairs(search.values, scales.best_pair(search.values, config.seed)))
+    finally:
+        search.stop()
+    kind = "judged queries" if config.queries else "pseudo-queries made from the corpus"
+    result = scales.describe_search(search.values, measure=config.measure, seed=config.seed, queries=kind)
+    _write_report(workspace, result)
     workspace.counts = {
-        "num_pairs": len(pairs),
+        "num_pairs": len(search.values),
         "num_queries": len(sample.queries),
         "num_passages": len(sample.passages),
     }
     workspace.details = {name: result[name] for name in ("queries", "best", "reported")}
+    workspace.details["seconds"] = {name: round(spent, 2) for name, spent in search.seconds.items()}
 
 
-def _cell(grid: Location, pair: tuple[float, float]) -> Location:
-    return grid / f"{pair[0]:g}_{pair[1]:g}.json"
+def _write_report(workspace: Workspace, result: Mapping[str, Any]) -> None:
+    from readapt_ray.retrieval import scale_report
+
+    folder = workspace.location
+    (folder / "tune.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "tune.md").write_text(scale_report.to_markdown(result))
+    (folder / "tune.html").write_text(scale_report.to_html(result))
+    logger.info("tune: %s", scale_report.verdict(result))
+
+
+class _Search:
+    """Scores pairs on actors, which start with the first pair that is not there already."""
+
+    def __init__(self, config: TuneConfig, encoding: Encoding, sample: _Sample, workspace: Workspace) -> None:
+        self.values: dict[Pair, dict[str, float]] = {}
+        self.seconds: Counter[str] = Counter()
+        """What the pairs of this process took, in all actors."""
+        self._config, self._encoding, self._sample, self._workspace = config, encoding, sample, workspace
+        self._actors: list[Any] = []
+
+    def score(self, pairs: Sequence[Pair]) -> None:
+        """Score these pairs; what an earlier process scored is read."""
+        from ray.exceptions import RayError
+
+        waiting = []
+        for pair in pairs:
+            if self._cell(pair).is_file():
+                self.values[pair] = json.loads(self._cell(pair).read_text())
+            else:
+                waiting.append(pair)
+        total = len(self.values) + len(waiting)
+        try:
+            for pair, values, seconds in self._scored(waiting):
+                self._cell(pair).write_text(json.dumps(values))
+                self.values[pair] = values
+                self.seconds.update(seconds)
+                self._workspace.progress(len(self.values), total, unit="pairs")
+        except RayError as error:
+            raise cluster.cause_of(error) from None
+
+    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, dict[str, float], dict[str, float]]]:
+        if not pairs:
+            return
+        from ray.util import ActorPool
+
+        if not self._actors:
+            self._actors = self._started()
+        pool = ActorPool(self._actors)
+        yield from pool.map_unordered(lambda actor, pair: actor.score.remote(pair), list(pairs))
+
+    def _started(self) -> list[Any]:
+        import ray
+
+        resources = cluster.connect()
+        names = {
+            name: elsewhere.model_name(models.find_model(getattr(self._config, name)))
+            for name in ("pretrained", "retriever", "adapter")
+        }
+        count = self._config.num_workers or max(1, resources.num_gpus)
+        remote = ray.remote(num_cpus=1, num_gpus=1 if resources.num_gpus else 0)(_Scorer)
+        sample = ray.put(self._sample)
+        return [
+            remote.remote(names, self._encoding, sample, self._config.measure, self._config.dtype) for _ in range(count)
+        ]
+
+    def stop(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _cell(self, pair: Pair) -> Location:
+        return self._workspace.location / "grid" / f"{pair[0]:g}_{pair[1]:g}.json"
 
 
 class _Scorer:
     """Actor: a live encoder whose scales can be set, and what it has to find."""
 
-    def __init__(self, names: Mapping[str, str], encoding: Encoding, sample: _Sample, measure: str) -> None:
+    def __init__(self, names: Mapping[str, str], encoding: Encoding, sample: _Sample, measure: str, dtype: str) -> None:
         import torch
 
-        from readapt_ray.retrieval.encoder import Encoder
+        from readapt_ray.retrieval.encoder import DTYPES, Encoder
         from readapt_ray.weights.adapter import Adapter
         from readapt_ray.weights.checkpoint import Checkpoint
         from readapt_ray.weights.live import LiveReadapter
@@ -169,7 +242,7 @@ class _Scorer:
             models.find_model(names[name]) for name in ("pretrained", "retriever", "adapter")
         )
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = load_model(retriever, dtype=torch.float32, device=device)
+        network = load_model(retriever, dtype=DTYPES[dtype], device=device)
         before = Checkpoint(pretrained.folder, name=pretrained.name)
         after = open_retriever(retriever.folder, before, name=retriever.name)
         knowledge = [Adapter(adapter.folder, before, name=adapter.name)]
@@ -177,22 +250,29 @@ class _Scorer:
         self._encoder = Encoder(network, models.load_tokenizer(retriever), encoding, identify=str)
         self._sample = sample
         self._measure = measure
+        self._passage_ids = self._encoder.tokenize(
+            [each.text for each in sample.passages], "passage", [each.title for each in sample.passages]
+        )
+        self._query_ids = self._encoder.tokenize([each.text for each in sample.queries], "query")
 
-    def score(self, readapter_scale: float, knowledge_scale: float) -> dict[str, float]:
-        """The measure of every query with these scales."""
-        self._live.set_scales(readapter_scale, knowledge_scale)
-        sample = self._sample
-        vectors = self._encoder.encode([p.text for p in sample.passages], "passage", [p.title for p in sample.passages])
-        queries = self._encoder.encode([query.text for query in sample.queries], "query")
-        measured = _measured(sample, queries @ vectors.T, self._measure)
-        return dict(zip(measured.query_ids, measured.values[self._measure].tolist(), strict=True))
+    def score(self, pair: Pair) -> tuple[Pair, dict[str, float], dict[str, float]]:
+        """The pair, the measure of every query with these scales, and the seconds of each part."""
+        marks = [time.monotonic()]
+        self._live.set_scales(*pair)
+        marks.append(time.monotonic())
+        passages, queries = self._encoder.encode_ids(self._passage_ids), self._encoder.encode_ids(self._query_ids)
+        marks.append(time.monotonic())
+        measured = _measured(self._sample, queries @ passages.T, self._measure)
+        marks.append(time.monotonic())
+        values = dict(zip(measured.query_ids, measured.values[self._measure].tolist(), strict=True))
+        return pair, values, dict(zip(("weights", "encoding", "measuring"), np.diff(marks).tolist(), strict=True))
 
 
 def _measured(sample: _Sample, scores_QP: np.ndarray, measure: str) -> "Measured":
     from readapt_ray.retrieval.measures import measure_run, parse_measures
     from readapt_ray.retrieval.runs import Run
 
-    top_k = min(100, scores_QP.shape[1])
+    top_k = min(_TOP_K, scores_QP.shape[1])
     best = np.argpartition(-scores_QP, top_k - 1, axis=1)[:, :top_k]
     results = {
         query.query_id: [
@@ -201,40 +281,6 @@ def _measured(sample: _Sample, scores_QP: np.ndarray, measure: str) -> "Measured
         for query, row, columns in zip(sample.queries, scores_QP, best.tolist(), strict=True)
     }
     return measure_run(Run.of(results), sample.judgements, parse_measures([measure]))
-
-
-def _choose(
-    config: TuneConfig, values: Mapping[tuple[float, float], Mapping[str, float]], *, is_pseudo: bool
-) -> dict[str, Any]:
-    """The best pair by one half of the queries, and what it gives on the other half."""
-    from readapt_ray.retrieval.significance import compare
-
-    query_ids = sorted(next(iter(values.values())))
-    order = np.random.default_rng(config.seed).permutation(len(query_ids))
-    halves = {"tuning": order[: len(order) // 2], "reporting": order[len(order) // 2 :]}
-    table = {pair: np.array([each[query_id] for query_id in query_ids]) for pair, each in values.items()}
-    best = max(table, key=lambda pair: float(table[pair][halves["tuning"]].mean()))
-    held_out = {
-        name: {config.measure: table[pair][halves["reporting"]]}
-        for name, pair in (("retriever", (1.0, 0.0)), ("best", best))
-    }
-    return {
-        "queries": "pseudo-queries made from the corpus" if is_pseudo else "judged queries",
-        "measure": config.measure,
-        "grid": [
-            {
-                "readapter_scale": pair[0],
-                "knowledge_scale": pair[1],
-                **{name: float(row[half].mean()) for name, half in halves.items()},
-                "standard_error": float(row[halves["tuning"]].std(ddof=1) / np.sqrt(len(halves["tuning"])))
-                if len(row) > 3
-                else None,
-            }
-            for pair, row in table.items()
-        ],
-        "best": {"readapter_scale": best[0], "knowledge_scale": best[1]},
-        "reported": asdict(compare(held_out, seed=config.seed)[0]),
-    }
 
 
 def _passages(corpus: Artifact) -> Iterator[Passage]:
@@ -287,22 +333,15 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> _Sample:
 
 
 def _pseudo_sample(config: TuneConfig, corpus: Artifact) -> _Sample:
-    """Queries that the corpus asks itself: a first sentence, to be answered by the rest of its passage."""
+    from readapt_ray.retrieval.pseudo_queries import MIN_QUERY_WORDS, MIN_REST_CHARS, PREFIX, with_pseudo_queries
+
     passages = _sampled(corpus, {}, config.max_passages, config.seed)
-    order = np.random.default_rng(config.seed).permutation(len(passages))
-    queries: list[Query] = []
-    for index in order:
-        parts = _SENTENCE_END.split(passages[index].text, maxsplit=1)
-        if len(parts) < 2 or len(parts[0].split()) < _MIN_QUERY_WORDS or len(parts[1]) < _MIN_REST_CHARS:
-            continue
-        queries.append(Query(f"pseudo:{passages[index].doc_id}", parts[0]))
-        passages[index] = passages[index]._replace(text=parts[1])
-        if len(queries) == config.max_queries:
-            break
+    order = np.random.default_rng(config.seed).permutation(len(passages)).tolist()
+    passages, queries = with_pseudo_queries(passages, order, config.max_queries)
     if len(queries) < 2:
         raise CorpusError(
-            f"{config.corpus!r} gives {len(queries)} pseudo-queries (a first sentence of at least {_MIN_QUERY_WORDS} words "
-            f"and {_MIN_REST_CHARS} characters after it); at least 2 are needed: give queries and qrels"
+            f"{config.corpus!r} gives {len(queries)} pseudo-queries (a title or first sentence of at least "
+            f"{MIN_QUERY_WORDS} words and {MIN_REST_CHARS} characters after it); at least 2 are needed: give queries and qrels"
         )
-    judgements = {query.query_id: {query.query_id.removeprefix("pseudo:"): 1} for query in queries}
+    judgements = {query.query_id: {query.query_id.removeprefix(PREFIX): 1} for query in queries}
     return _Sample(passages, queries, judgements)

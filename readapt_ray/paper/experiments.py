@@ -1,0 +1,342 @@
+"""The paper's experiments over one corpus or many: which artifacts, in which order, under which root.
+
+    ROOT/CORPUS/corpus                  passages, queries, qrels
+    ROOT/CORPUS/subsets/PASSAGES-SEED   passages that an adapter is trained on, where these are not all
+    ROOT/CORPUS/adapters/NAME           knowledge adapters
+    ROOT/CORPUS/models/ARM              merged models
+    ROOT/CORPUS/vectors/ARM, runs/ARM.trec
+    ROOT/EXPERIMENT.json, EXPERIMENT.md what came out, beside the paper's figures
+
+Every artifact is made by its stage, so whatever is complete is not made again: a study that was
+killed goes on, and experiments share what they have in common. At 7 billion parameters an arm takes 14 GB
+for its model besides the vectors.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from pydantic import Field, field_validator
+
+from readapt_ray import recipes
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog import corpora, models, retrievers
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.config import Config
+from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.paper.arms import EXPERIMENTS, READAPTED, Arm, arms_of
+from readapt_ray.storage import Location
+from readapt_ray.weights.headed import add_head
+
+logger = logging.getLogger("readapt_ray")
+
+Section = dict[str, Any]
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+class PaperConfig(Config):
+    """Which experiments, with which retriever, on which corpora."""
+
+    root: str = "readapt-paper"
+    """Folder or URI under which every artifact lies."""
+    experiments: tuple[str, ...] = ("table1",)
+    """Experiments with commas between them: table1, table2, table3, figure2, baselines; or all."""
+    retriever: str = "e5-mistral"
+    """MODEL to adapt: catalog name, folder, URI or hub id."""
+    pretrained: str | None = None
+    """MODEL before retrieval training; default what the catalog says of the retriever."""
+    corpora: tuple[str, ...] = tuple(row.name for row in corpora.CORPORA)
+    """Corpora with commas between them: names of the catalog, or NAME=SOURCE for any source of `readapt ingest`; default the
+    paper's fourteen."""
+    general: str = "msmarco"
+    """Corpus whose adapter table3 uses on all others: a name of the catalog, or NAME=SOURCE."""
+    data: str | None = None
+    """Folder with a BEIR folder for each corpus under its name; default what ir_datasets downloads."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the adapters, with commas between them; values are averaged over them."""
+    sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    """Numbers of passages of figure2; those that a corpus does not have are left out of it."""
+    readapter_scale: float = 1.0
+    """Share of the retrieval skill kept; the paper's value."""
+    knowledge_scale: float = 0.5
+    """Share of the new domain added; the paper's value."""
+    measure: str = "nDCG@10"
+    """What is compared."""
+    train: Section = Field(default_factory=dict)
+    """Options of train and pack, by name (in a YAML file)."""
+    embed: Section = Field(default_factory=dict)
+    """Options of embed, by name (in a YAML file)."""
+    search: Section = Field(default_factory=dict)
+    """Options of search, by name (in a YAML file)."""
+
+    @field_validator("experiments", mode="after")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wanted = tuple(EXPERIMENTS) if value == ("all",) else value
+        unknown = [each for each in wanted if each not in EXPERIMENTS]
+        if unknown or not wanted:
+            raise ValueError(f"give some of {', '.join(EXPERIMENTS)}, or all")
+        return wanted
+
+    @field_validator("corpora", "seeds", mode="after")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("give at least one, and none twice")
+        return value
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A corpus of the study: where it comes from and how it is scored."""
+
+    name: str
+    source: str
+    split: str = "test"
+    task: str = ""
+    drops_self_hits: bool = False
+
+
+def collection(text: str, data: str | None) -> Collection:
+    """A corpus by its catalog name, or as NAME=SOURCE.
+
+    Raises:
+        CorpusError: neither.
+    """
+    name, mark, source = text.partition("=")
+    row = corpora.find_corpus(name)
+    if mark and row is None:
+        if not _NAME.fullmatch(name) or not source:
+            raise CorpusError(f"corpus {text!r} is not NAME=SOURCE; a name has letters, digits, '.', '_' and '-'")
+        return Collection(name, source)
+    row = row or corpora.corpus(name)
+    if not mark:
+        folder = Location(f"{data.rstrip('/')}/{row.name}") if data else None
+        source = folder.uri if folder is not None and folder.is_folder() else row.name
+    return Collection(row.name, source, row.split, row.task, row.drops_self_hits)
+
+
+class Study:
+    """One retriever on some corpora.
+
+    Raises:
+        InputError: a corpus, a model or an option is unknown or wrong; found before any stage starts.
+    """
+
+    def __init__(self, config: PaperConfig) -> None:
+        self.config = config
+        self.collections = {each.name: each for each in (collection(text, config.data) for text in config.corpora)}
+        self._general = collection(config.general, config.data) if "table3" in config.experiments else None
+        row = retrievers.find_retriever(config.retriever)
+        if config.pretrained is None and row is None:
+            raise InputError(f"the catalog does not know {config.retriever!r}; say what it was made from: pretrained")
+        self.pretrained = config.pretrained or str(row and row.pretrained)
+        self.encoding = models.encoding_of(models.find_model(config.retriever))
+        models.find_model(self.pretrained)
+
+    def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Arm]]:
+        """What is searched for an experiment with one seed, corpus after corpus."""
+        for each in self.collections.values():
+            for arm in arms_of(experiment, self.config.sizes):
+                if self._applies(each, arm) and (arm.has_seed or seed == self.config.seeds[0]):
+                    yield each, arm
+
+    def _applies(self, own: Collection, arm: Arm) -> bool:
+        if arm.passages.isdecimal():
+            return int(arm.passages) < self.corpus(own).manifest.counts["num_passages"]
+        return self._domain(own, arm) is not None
+
+    def _domain(self, own: Collection, arm: Arm) -> Collection | None:
+        """Whose passages an arm's adapter is trained on; None where there is no such corpus."""
+        if arm.domain == "own":
+            return own
+        if arm.domain == "general":
+            return None if self._general is None or self._general.name == own.name else self._general
+        names = list(self.collections)
+        return self.collections[names[(names.index(own.name) + 1) % len(names)]] if len(names) > 1 else None
+
+    def corpus(self, own: Collection) -> Artifact:
+        """The ingested corpus."""
+        return self._made("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
+
+    def run_file(self, own: Collection, arm: Arm, seed: int) -> str:
+        """Where the run of an arm lies."""
+        return f"{self._folder(own)}/runs/{_label(arm, seed)}.trec"
+
+    def search(self, own: Collection, arm: Arm, seed: int) -> Artifact:
+        """The run of an arm, made with all that it needs."""
+        model = self._model(own, arm, seed)
+        corpus = self.corpus(own)
+        encoding = _with_task(self.encoding, own.task)
+        vectors = self._made(
+            "embed",
+            self.config.embed,
+            retriever=model,
+            corpus=corpus.uri,
+            encoding=encoding,
+            output=f"{self._folder(own)}/vectors/{_label(arm, seed)}",
+        )
+        return self._made(
+            "search",
+            {"top_k": 100, **self.config.search},
+            retriever=model,
+            vectors=vectors.uri,
+            queries=f"{corpus.uri}/queries",
+            qrels=f"{corpus.uri}/qrels/{own.split}.parquet",
+            drop_self_hits=own.drops_self_hits,
+            encoding=encoding,
+            output=self.run_file(own, arm, seed),
+        )
+
+    def _model(self, own: Collection, arm: Arm, seed: int) -> str:
+        if arm.is_base:
+            return self.config.retriever
+        if arm.continues_retriever:
+            return self._continued(own, seed)
+        source = self._domain(own, arm)
+        assert source is not None
+        adapter = self._adapter(source, arm, seed)
+        scales = {
+            "readapter_scale": self.config.readapter_scale if arm.readapter_scale is None else arm.readapter_scale,
+            "knowledge_scale": self.config.knowledge_scale if arm.knowledge_scale is None else arm.knowledge_scale,
+        }
+        return self._merged(adapter, scales, f"{self._folder(own)}/models/{_label(arm, seed)}")
+
+    def _merged(self, adapter: str, scales: dict[str, float], output: str) -> str:
+        return self._made(
+            "merge",
+            {},
+            pretrained=self.pretrained,
+            retriever=self.config.retriever,
+            adapter=adapter,
+            encoding=self.encoding,
+            output=output,
+            **scales,
+        ).uri
+
+    def _adapter(self, source: Collection, arm: Arm, seed: int) -> str:
+        name = f"{arm.passages}-{arm.method}-seed{seed}"
+        return self._trained(
+            source, self._passages(source, arm, seed), self.pretrained, method=arm.method, seed=seed, name=name
+        )
+
+    def _continued(self, own: Collection, seed: int) -> str:
+        """An adapter that was trained on the retriever itself, with the language-model head of the pretrained one."""
+        folder = f"{self._folder(own)}/models/retriever"
+        merged = self._merged(
+            self._adapter(own, Arm(name=READAPTED), self.config.seeds[0]),
+            {"readapter_scale": 1.0, "knowledge_scale": 0.0},
+            folder,
+        )
+        body = models.find_model(merged).folder
+        whole = add_head(
+            Location(str(body)), models.find_model(self.pretrained).folder, Location(f"{folder}-with-head")
+        )
+        return self._trained(
+            own, self.corpus(own).uri, whole.uri, method="dora", seed=seed, name=f"continued-seed{seed}"
+        )
+
+    def _trained(self, source: Collection, passages: str, pretrained: str, *, method: str, seed: int, name: str) -> str:
+        packing: Section = {
+            each: self.config.train[each] for each in ("mode", "block_tokens") if each in self.config.train
+        }
+        blocks = self._made(
+            "pack", packing, pretrained=pretrained, corpus=passages, output=f"{self._folder(source)}/blocks/{name}"
+        )
+        return self._made(
+            "train",
+            {**self._targets(), **self.config.train},
+            pretrained=pretrained,
+            corpus=blocks.uri,
+            method=method,
+            seed=seed,
+            output=f"{self._folder(source)}/adapters/{name}",
+        ).uri
+
+    def _targets(self) -> Section:
+        row = retrievers.find_retriever(self.config.retriever)
+        return {} if row is None else {"target_modules": row.dora_targets}
+
+    def _passages(self, source: Collection, arm: Arm, seed: int) -> str:
+        """The passages that an adapter is trained on: the corpus, or a part of it ingested again."""
+        corpus = self.corpus(source)
+        if arm.passages == "all":
+            return corpus.uri
+        name = f"{arm.passages}-seed{seed}" if arm.passages.isdecimal() else arm.passages
+        folder = Location(f"{self._folder(source)}/subsets")
+        wanted = _wanted(corpus, source, arm.passages, seed)
+        file = folder / f"{name}.jsonl"
+        if not file.is_file():
+            with file.open_output() as stream:
+                for row in _rows(corpus):
+                    if row["doc_id"] in wanted:
+                        stream.write(json.dumps({"_id": row["doc_id"], **row}, ensure_ascii=False).encode() + b"\n")
+        return self._made("ingest", {"deduplicate": "none"}, source=file.uri, output=(folder / name).uri).uri
+
+    def _folder(self, own: Collection) -> str:
+        return f"{self.config.root.rstrip('/')}/{own.name}"
+
+    def _made(self, stage: str, options: Section, **wired: Any) -> Artifact:
+        """The artifact of a stage, made unless it is there."""
+        config_class, function = recipes.stage_parts(stage)
+        config = config_class.parse({**options, **wired}, where=f"section {stage!r}")
+        artifact: Artifact = function(config)
+        return artifact
+
+
+def run(config: PaperConfig) -> dict[str, str]:
+    """Run experiments; what is complete already is not done again.
+
+    Returns:
+        The Markdown of each experiment's outcome, which also lies under the root after each seed.
+
+    Raises:
+        InputError: a model or a corpus cannot be found or an option is wrong; found before any stage starts.
+    """
+    from readapt_ray.paper.outcome import write_outcome
+
+    study = Study(config)
+    said = {}
+    for experiment in config.experiments:
+        done: list[int] = []
+        for seed in config.seeds:
+            for own, arm in study.steps(experiment, seed):
+                logger.info("%s, seed %d: %s, %s", experiment, seed, own.name, arm.name)
+                study.search(own, arm, seed)
+            done.append(seed)
+            said[experiment] = write_outcome(study, experiment, tuple(done))
+    return said
+
+
+def _label(arm: Arm, seed: int) -> str:
+    name = arm.name.replace(" ", "-").replace(",", "")
+    return f"{name}-seed{seed}" if arm.has_seed else name
+
+
+def _with_task(encoding: Encoding, task: str) -> Encoding:
+    """The encoding with the corpus's own instruction, where the retriever takes one."""
+    return encoding.model_copy(update={"task": task}) if task and "{task}" in encoding.query_template else encoding
+
+
+def _rows(corpus: Artifact) -> Iterator[dict[str, Any]]:
+    for file in (corpus.location / "passages").files(".parquet"):
+        with file.open_input() as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(columns=["doc_id", "title", "text"]):
+                yield from batch.to_pylist()
+
+
+def _wanted(corpus: Artifact, source: Collection, passages: str, seed: int) -> set[str]:
+    """The doc_ids of a part: a larger number of passages of the same seed holds the smaller one."""
+    doc_ids = [row["doc_id"] for row in _rows(corpus)]
+    if passages.isdecimal():
+        order = np.random.default_rng(seed).permutation(len(doc_ids))
+        return {doc_ids[index] for index in order[: int(passages)].tolist()}
+    with (corpus.location / "qrels" / f"{source.split}.parquet").open_input() as stream:
+        judged = set(pq.read_table(stream, columns=["doc_id"])["doc_id"].to_pylist())
+    return judged & set(doc_ids) if passages == "judged" else set(doc_ids) - judged

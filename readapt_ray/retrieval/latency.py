@@ -1,0 +1,52 @@
+"""How long one query takes, asked alone: encoding it, and searching vectors in memory exactly.
+
+In: an encoder, queries and vectors. Out: medians in milliseconds. It costs a query's time for each
+query, twice for the first, which warms the model up.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.exact import search_exact
+
+
+class Latency(NamedTuple):
+    """Medians over queries, in milliseconds."""
+
+    encode_ms: float
+    search_ms: float
+
+
+def query_latency(
+    encoder: Encoder, queries: Sequence[str], doc_ids: Sequence[str], vectors: NDArray[np.float32], *, top_k: int = 10
+) -> Latency:
+    """Time queries one by one.
+
+    Args:
+        encoder: on its device.
+        queries: texts; at least one.
+        doc_ids: of the vectors.
+        vectors: float32 [N, D].
+        top_k: documents a query.
+
+    Raises:
+        InputError: no query was given.
+    """
+    if not queries:
+        raise InputError("no query to time; give at least one")
+    encoder.encode([queries[0]], "query")
+    spent = []
+    for text in queries:
+        started = time.perf_counter()
+        vector = encoder.encode([text], "query")
+        encoded = time.perf_counter()
+        search_exact(vector, [(doc_ids, vectors)], top_k)
+        spent.append((encoded - started, time.perf_counter() - encoded))
+    encode_ms, search_ms = (1000 * np.median(spent, axis=0)).tolist()
+    return Latency(encode_ms, search_ms)

@@ -1,0 +1,60 @@
+"""Queries that a corpus asks itself, for those who have no labels.
+
+In: passages. Out: queries, each with the one passage that answers it, and the passages without what was
+made a query: the title where it says enough, else the first sentence. A retriever that finds a text by its
+own title is not one that finds answers: figures of such queries compare models, and say nothing of how good
+one is.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from readapt_ray.records import Passage, Query
+
+PREFIX = "pseudo:"
+MIN_QUERY_WORDS = 4
+MIN_REST_CHARS = 80
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
+_CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+
+
+def with_pseudo_queries(
+    passages: Sequence[Passage], order: Iterable[int], max_queries: int
+) -> tuple[list[Passage], list[Query]]:
+    """Make queries of some passages.
+
+    Args:
+        passages: the sample of the corpus.
+        order: places of passages, in the order in which they are tried.
+        max_queries: how many queries are made at most.
+
+    Returns:
+        The passages, without what became a query, and the queries; the id of a query is that of its passage
+        behind `pseudo:`.
+    """
+    left = list(passages)
+    queries: list[Query] = []
+    for index in order:
+        if len(queries) == max_queries:
+            break
+        split = split_query(passages[index])
+        if split is not None:
+            text, left[index] = split
+            queries.append(Query(f"{PREFIX}{passages[index].doc_id}", text))
+    return left, queries
+
+
+def split_query(passage: Passage) -> tuple[str, Passage] | None:
+    """A passage as a query and the rest that answers it; None where it is too short for both."""
+    title, text = passage.title.strip(), passage.text.strip()
+    if _says_enough(title) and len(text) >= MIN_REST_CHARS and title not in text:
+        return title, passage._replace(title="", text=text)
+    sentence, *rest = _SENTENCE_END.split(text, maxsplit=1)
+    if _says_enough(sentence) and rest and len(rest[0]) >= MIN_REST_CHARS:
+        return sentence, passage._replace(text=rest[0])
+    return None
+
+
+def _says_enough(text: str) -> bool:
+    """Four words; Chinese and Japanese, which set none apart, are counted by two characters a word."""
+    return len(text.split()) + len(_CJK.findall(text)) // 2 >= MIN_QUERY_WORDS

@@ -1,0 +1,166 @@
+"""Which arms an experiment has, on which passages their adapters are trained, and a whole one on tiny models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray import cli
+from readapt_ray.catalog import corpora
+from readapt_ray.catalog.published import paper_gain, paper_scores
+from readapt_ray.errors import CorpusError, InputError, ModelError
+from readapt_ray.paper.arms import EXPERIMENTS, arms_of
+from readapt_ray.paper.experiments import PaperConfig, Study, collection, run
+
+TRAIN = {"block_tokens": 64, "batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
+
+
+def config(tiny: Path, **changes: Any) -> PaperConfig:
+    values = {
+        "root": str(tiny / "root"),
+        "retriever": str(tiny / "retriever"),
+        "pretrained": str(tiny / "base"),
+        "corpora": ["nfcorpus", "scifact"],
+        "general": "scifact",
+        "data": str(tiny / "data"),
+        "sizes": [20, 500],
+        "train": TRAIN,
+    }
+    return PaperConfig.parse(values | changes)
+
+
+def named(study: Study, experiment: str, seed: int = 0) -> list[tuple[str, str]]:
+    return [(own.name, arm.name) for own, arm in study.steps(experiment, seed)]
+
+
+def test_every_experiment_begins_with_the_retriever_as_it_is_and_readapted() -> None:
+    for experiment in EXPERIMENTS:
+        arms = arms_of(experiment, (10,))
+        assert [arm.name for arm in arms[:2]] == ["base", "readapted"]
+        assert len({arm.name for arm in arms}) == len(arms)
+        assert not arms[0].has_seed
+        assert arms[1].has_seed
+
+
+def test_arms_that_a_corpus_cannot_have_are_left_out(tiny: Path) -> None:
+    study = Study(config(tiny, experiments=["all"]))
+    both = [("nfcorpus", "base"), ("nfcorpus", "readapted")]
+    assert named(study, "table3") == [
+        *both,
+        ("nfcorpus", "general adapter"),
+        ("scifact", "base"),
+        ("scifact", "readapted"),
+    ]
+    assert named(study, "figure2")[:3] == [*both, ("nfcorpus", "20 passages")]
+    assert "500 passages" not in {arm for _, arm in named(study, "figure2")}
+    alone = Study(config(tiny, corpora=["nfcorpus"], experiments=["baselines"]))
+    assert "wrong domain" not in {arm for _, arm in named(alone, "baselines")}
+    assert "wrong domain" in {arm for _, arm in named(study, "baselines")}
+
+
+def test_only_what_a_seed_changes_is_made_again_for_another_seed(tiny: Path) -> None:
+    study = Study(config(tiny, seeds=[3, 4]))
+    first, second = (dict.fromkeys(arm for _, arm in named(study, "baselines", seed)) for seed in (3, 4))
+    assert first.keys() - second.keys() == {"base", "readapter 0.5", "readapter 1.5"}
+
+
+def test_parts_of_a_corpus_are_its_judged_its_unjudged_or_so_many_passages(tiny: Path) -> None:
+    study = Study(config(tiny))
+    own = study.collections["nfcorpus"]
+    arms = {arm.passages: arm for experiment in ("table2", "figure2") for arm in arms_of(experiment, (5, 20))}
+    ids = {
+        passages: set(pq.read_table(f"{study._passages(own, arm, 0)}/passages")["doc_id"].to_pylist())
+        for passages, arm in arms.items()
+    }
+    lines = (tiny / "data/nfcorpus/qrels/test.tsv").read_text().splitlines()[1:]
+    assert ids["judged"] == {line.split("\t")[1] for line in lines}
+    assert len(ids["all"]) == 60
+    assert ids["unjudged"] == ids["all"] - ids["judged"]
+    assert (len(ids["5"]), len(ids["20"])) == (5, 20)
+    assert ids["5"] < ids["20"] < ids["all"]
+    text = pq.read_table(f"{study._passages(own, arms['5'], 0)}/passages").to_pylist()[0]
+    whole = {row["doc_id"]: row for row in pq.read_table(f"{study.corpus(own).uri}/passages").to_pylist()}
+    assert text == whole[text["doc_id"]]
+
+
+def test_a_corpus_is_a_name_of_the_catalog_or_a_name_and_a_source(tiny: Path) -> None:
+    assert collection("nfcorpus", str(tiny / "data")).source == str(tiny / "data" / "nfcorpus")
+    assert collection("NFCorpus", None).source == "nfcorpus"
+    quora = collection("quora=/mine", None)
+    assert (quora.source, quora.drops_self_hits, quora.task) == ("/mine", True, corpora.corpus("quora").task)
+    own = collection("numpy=python-docs:numpy", None)
+    assert (own.name, own.source, own.split, own.drops_self_hits) == ("numpy", "python-docs:numpy", "test", False)
+    with pytest.raises(CorpusError, match="no corpus 'nosuch'"):
+        collection("nosuch", None)
+    with pytest.raises(CorpusError, match="NAME=SOURCE"):
+        collection("../x=y", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"experiments": ["table4"]}, InputError, "give some of table1"),
+        ({"corpora": []}, InputError, "at least one"),
+        ({"seeds": [1, 1]}, InputError, "none twice"),
+        ({"corpora": ["nosuch"]}, CorpusError, "no corpus 'nosuch'"),
+        ({"retriever": "absent-model"}, InputError, "absent-model"),
+        ({"pretrained": "absent-model"}, ModelError, "absent-model"),
+    ],
+)
+def test_bad_input_is_named_before_any_stage_starts(
+    tiny: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(config(tiny, root=str(tmp_path / "root"), **changes))
+    assert not (tmp_path / "root").exists()
+
+
+def test_the_papers_gains_agree_with_its_scores() -> None:
+    for retriever in ("repllama", "e5-mistral"):
+        rows = [paper_scores(retriever, row.name) for row in corpora.CORPORA]
+        means = [sum(getattr(row, side) for row in rows if row) / 14 for side in ("base", "readapted")]
+        expected = {"repllama": (53.7, 54.3), "e5-mistral": (53.5, 55.4)}[retriever]
+        assert [round(mean, 1) for mean in means] == pytest.approx(expected, abs=0.11)
+        assert paper_gain(retriever, "nfcorpus", "judged passages") == {"repllama": 0.5, "e5-mistral": 1.1}[retriever]
+        assert paper_gain(retriever, "quora", "readapted") == {"repllama": 2.7, "e5-mistral": 2.4}[retriever]
+    assert paper_scores("m3e-base", "nfcorpus") is None
+
+
+def test_one_command_makes_table_1_and_the_same_again_makes_nothing(
+    ray_session: None, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    (tmp_path / "paper.yaml").write_text(
+        yaml.safe_dump(config(tiny, corpora=["nfcorpus"]).model_dump(mode="json", exclude={"root"}))
+    )
+    arguments = ["paper", "--config", str(tmp_path / "paper.yaml"), "--root", str(tmp_path / "root")]
+    assert cli.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("# table1")
+    result = json.loads((tmp_path / "root" / "table1.json").read_text())
+    assert [(row["corpus"], row["arm"], row["num_queries"]) for row in result["rows"]] == [
+        ("nfcorpus", "base", 12),
+        ("nfcorpus", "readapted", 12),
+    ]
+    merged = json.loads((tmp_path / "root/nfcorpus/models/readapted-seed0/manifest.json").read_text())
+    assert (merged["details"]["readapter_scale"], merged["details"]["knowledge_scale"]) == (1.0, [0.5])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "root").rglob("manifest.json")}
+    assert cli.main(arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "root").rglob("manifest.json")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_experiment_is_one_command(ray_session: None, tiny: Path, tmp_path: Path) -> None:
+    said = run(config(tiny, root=str(tmp_path / "root"), experiments=["all"]))
+    assert list(said) == list(EXPERIMENTS)
+    for experiment in EXPERIMENTS:
+        rows = json.loads((tmp_path / "root" / f"{experiment}.json").read_text())["rows"]
+        base = {row["corpus"]: row["mean"] for row in rows if row["arm"] == "base"}
+        assert base.keys() == {"nfcorpus", "scifact"}
+        assert all(0 <= row["mean"] <= 1 for row in rows)
+    continued = tmp_path / "root/nfcorpus/adapters/continued-seed0/adapter_config.json"
+    assert json.loads(continued.read_text())["base_model_name_or_path"].endswith("retriever-with-head")
