@@ -21,7 +21,7 @@ from readapt_ray import quickstart
 from readapt_ray.retrieval.significance import compare
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-WRONG_DOMAIN = "python-docs:torch"
+WRONG_DOMAIN = "python-docs:ray"
 
 
 def main() -> None:
@@ -84,6 +84,9 @@ def grid(root: str, source: str, seed: int, corpus: str) -> dict[float, dict[str
             knowledge_scales=SCALES,
             max_queries=10**9,
             max_passages=10**9,
+            num_refinements=0,
+            dtype=recipe.embed["dtype"],
+            num_workers=2,
             output=f"{root}/grid-{name}-{seed}",
         )
     )
