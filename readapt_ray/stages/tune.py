@@ -14,7 +14,6 @@ the query, the rest of it the answer. Such figures are called pseudo-queries whe
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -164,7 +163,7 @@ class _Search:
 
     def __init__(self, config: TuneConfig, encoding: Encoding, sample: _Sample, workspace: Workspace) -> None:
         self.values: dict[Pair, dict[str, float]] = {}
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         """What the pairs of this process took, in all actors."""
         self._config, self._encoding, self._sample, self._workspace = config, encoding, sample, workspace
         self._actors: list[Any] = []
@@ -184,7 +183,7 @@ class _Search:
             for pair, values, seconds in self._scored(waiting):
                 self._cell(pair).write_text(json.dumps(values))
                 self.values[pair] = values
-                self.seconds.update(seconds)
+                self.seconds = {name: self.seconds.get(name, 0.0) + spent for name, spent in seconds.items()}
                 self._workspace.progress(len(self.values), total, unit="pairs")
         except RayError as error:
             raise cluster.cause_of(error) from None
