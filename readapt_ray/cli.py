@@ -127,7 +127,8 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
 
 
 def _serve(arguments: Sequence[str]) -> None:
-    from readapt_ray.serving.app import ServeConfig, serve
+    from readapt_ray.serving.options import ServeConfig
+    from readapt_ray.serving.server import serve
 
     serve(_parse("serve", ServeConfig, arguments))
 
