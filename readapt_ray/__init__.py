@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from readapt_ray.recipes import RunConfig, plan_run, run
     from readapt_ray.recipes import train_on_passages as train
     from readapt_ray.retrieval.encoder import Encoder
-    from readapt_ray.serving.app import ServeConfig, serve
+    from readapt_ray.serving.options import ServeConfig
+    from readapt_ray.serving.server import serve
     from readapt_ray.stages.embed import EmbedConfig, embed
     from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
     from readapt_ray.stages.finetune import FinetuneConfig, finetune
@@ -41,7 +42,8 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("InputError", "ReadaptError"), "errors"),
     **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes"),
     "Encoder": "retrieval.encoder",
-    **dict.fromkeys(("ServeConfig", "serve"), "serving.app"),
+    "ServeConfig": "serving.options",
+    "serve": "serving.server",
     "train": "recipes:train_on_passages",
     "TrainConfig": "stages.train",
     **{

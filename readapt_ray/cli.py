@@ -169,7 +169,8 @@ def _paper(arguments: Sequence[str]) -> None:
 
 
 def _serve(arguments: Sequence[str]) -> None:
-    from readapt_ray.serving.app import ServeConfig, serve
+    from readapt_ray.serving.options import ServeConfig
+    from readapt_ray.serving.server import serve
 
     serve(_parse("serve", ServeConfig, arguments))
 

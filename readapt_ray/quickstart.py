@@ -85,7 +85,8 @@ def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
 
 def _ask_over_http(root: str, question: str) -> dict[str, Any]:
     """Serve the adapted retriever with its index, ask it one question, and stop it."""
-    from readapt_ray.serving.app import ServeConfig, serve, stop
+    from readapt_ray.serving.options import ServeConfig
+    from readapt_ray.serving.server import serve, stop
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

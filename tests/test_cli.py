@@ -55,7 +55,7 @@ def test_each_option_has_a_help_text_and_a_default_or_is_required(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if command == "serve":
-        from readapt_ray.serving.app import ServeConfig
+        from readapt_ray.serving.options import ServeConfig
 
         config_class: type = ServeConfig
     else:

@@ -1,277 +1,243 @@
-"""`readapt serve`: a retriever, and its index where there is one, behind HTTP.
+"""From options to Ray Serve applications: one for each version, one for the gateway before them.
 
-Enter a retriever, an index of vectors that it made, and a corpus for titles and texts; leaves a Ray
-Serve app that speaks OpenAI's embeddings and a search. What does not fit together is refused before
-anything starts.
+An application of its own for each version lets Ray Serve add, replace and remove one without touching the others. The
+same builders serve `readapt serve`, and the config file that `serve deploy` and KubeRay's RayService read:
+`readapt_ray.serving.app:version` and `readapt_ray.serving.app:gateway`, whose args are `ServeConfig`'s
+options. What does not fit together is refused before anything starts.
 """
 
-import contextlib
-import logging
 import os
-import signal
-import socket
-import threading
-import time
-import urllib.error
-import urllib.request
-from types import FrameType
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
-
+from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.config import Config
-from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
-from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.stages import cluster
+from readapt_ray.errors import FingerprintMismatchError, InputError
+from readapt_ray.serving.options import ServeConfig, VersionConfig
+from readapt_ray.stages import elsewhere
 
-logger = logging.getLogger("readapt_ray")
+if TYPE_CHECKING:
+    from readapt_ray.serving.workers import VersionSpec
 
-APP_NAME = "readapt"
-_ANSWER_TIMEOUT_S = 30.0
-_STOP_TIMEOUT_S = 30.0
-_POLL_S = 0.1
-
-
-class ServeConfig(Config):
-    """Options of `readapt serve`."""
-
-    retriever: str
-    """The model to serve: catalog name, folder, URI or hub id."""
-    index: str | None = None
-    """Output folder of `readapt index`, made by this retriever. Without one there is no search."""
-    corpus: str | None = None
-    """Output folder of `readapt ingest`, for titles and texts in search results. Optional."""
-    name: str = ""
-    """What clients call the model; default: the last part of `retriever`."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all. There are no API keys: whoever reaches it may use it."""
-    port: int = Field(default=8000, ge=1, le=65535)
-    """Port to listen on."""
-    num_replicas: int = Field(default=1, ge=1)
-    """Processes that each hold the model and the index."""
-    num_cpus_per_replica: float = Field(default=0.5, ge=0)
-    """CPUs that Ray sets aside for a replica; how many it really uses is `num_threads`."""
-    num_gpus_per_replica: float | None = Field(default=None, ge=0)
-    """GPUs that Ray sets aside for a replica; default: 1 where the cluster has any, else 0."""
-    num_threads: int | None = Field(default=None, ge=1)
-    """Threads that a replica computes with; default: its share of this machine's CPUs."""
-    max_batch: int = Field(default=32, ge=1, le=1024)
-    """Requests that are encoded together at most."""
-    batch_wait_s: float = Field(default=0.002, ge=0, le=10)
-    """Seconds that a request waits for others at most."""
-    max_queued: int = Field(default=256, ge=1)
-    """Requests that wait at most; above that the answer is 429."""
-    max_body_bytes: int = Field(default=16 << 20, ge=1024)
-    """Bytes of a request at most."""
-    encoding: EncodingOption = None
-    """How the retriever wants its text, as a JSON file; default: as the index was made, or what its folder says."""
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Type that the model computes in; default: as the index was made, or float32."""
-    batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that go through the model at once at most, padding included; default: what suits the device."""
+GATEWAY_APP = "readapt"
+ENCODER_DEPLOYMENT = "encoder"
+_HEALTH_CHECK_PERIOD_S = 5
+_HEALTH_CHECK_TIMEOUT_S = 30
+_DRAIN_S = 20
 
 
-def build_app(config: ServeConfig) -> Any:
-    """The Ray Serve application of a config, for `serve.run` or a Serve config file.
+def version_app_name(name: str) -> str:
+    """The Ray Serve application of a version."""
+    return f"{GATEWAY_APP}-{name}"
+
+
+def version(args: dict[str, Any]) -> Any:
+    """The application of one version, from `ServeConfig`'s options for it and its `name`.
+
+    Raises:
+        InputError: an option is wrong; the index or the corpus is not complete.
+    """
+    values = dict(args)
+    name = str(values.pop("name", ""))
+    return bind_version(name, VersionConfig.parse(values, where=f"version {name!r}"))
+
+
+def gateway(args: dict[str, Any]) -> Any:
+    """The application that speaks HTTP, from `ServeConfig`'s options.
+
+    Raises:
+        InputError: an option is wrong, or the file of API keys is.
+    """
+    return bind_gateway(ServeConfig.parse(args, where="gateway"))
+
+
+def bind_version(name: str, config: VersionConfig) -> Any:
+    """An encoder and the slices of its index."""
+    from readapt_ray.serving.workers import VersionEncoder, VersionIndex
+
+    spec = version_spec(name, config)
+    names = spec.shards
+    dealt = [names[first :: config.index_actors] for first in range(min(config.index_actors, len(names)))]
+    slices = [
+        VersionIndex.options(  # type: ignore[attr-defined]
+            name=f"index-{number}",
+            num_replicas=config.index_replicas,
+            max_ongoing_requests=64,
+            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor},
+            **_LIFE,
+        ).bind(spec, mine, max(1, (os.cpu_count() or 1) // len(dealt)))
+        for number, mine in enumerate(dealt)
+    ]
+    encoder = VersionEncoder.options(  # type: ignore[attr-defined]
+        name=ENCODER_DEPLOYMENT,
+        # One batch in work and one on its way; batches are formed in the gateway.
+        max_ongoing_requests=2,
+        ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": _num_gpus(config)},
+        **_LIFE,
+        **_scale(config),
+    )
+    return encoder.bind(spec, *slices)
+
+
+def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
+    """What the processes of a version are started with, by names that mean the same on every node.
+
+    Raises:
+        InputError: there is no retriever.
+        ArtifactMissingError: the index or the corpus is not complete.
+    """
+    from readapt_ray.serving.workers import VersionSpec
+
+    if not config.retriever:
+        raise InputError(f"version {name!r} has no retriever; give it one")
+    num_replicas = max(config.num_replicas, config.max_replicas or 1)
+    index = open_artifact(config.index, "index") if config.index else None
+    corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
+    made_by = index.manifest.details["encoder"] if index else {}
+    recorded = Encoding.parse(made_by["encoding"], where=str(config.index)) if made_by else None
+    folder = Path(config.retriever).expanduser()
+    return VersionSpec(
+        name=name,
+        retriever=str(folder.resolve()) if folder.is_dir() else config.retriever,
+        encoding=config.encoding or recorded,
+        dtype=config.dtype or made_by.get("dtype", "float32"),
+        encoder_fingerprint=made_by.get("fingerprint"),
+        index=elsewhere.absolute(index.location).uri if index else None,
+        index_fingerprint=index.fingerprint if index else None,
+        shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
+        corpus=elsewhere.absolute(corpus.location).uri if corpus else None,
+        corpus_fingerprint=corpus.fingerprint if corpus else None,
+        batch_tokens=config.batch_tokens,
+        num_slots=num_replicas,
+        num_threads=config.num_threads or max(1, (os.cpu_count() or 1) // num_replicas),
+    )
+
+
+_LIFE: dict[str, Any] = {
+    "health_check_period_s": _HEALTH_CHECK_PERIOD_S,
+    "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
+    "graceful_shutdown_timeout_s": _DRAIN_S,
+    "graceful_shutdown_wait_loop_s": 0.2,
+}
+
+
+def _scale(config: VersionConfig) -> dict[str, Any]:
+    if config.max_replicas is None or config.max_replicas <= config.num_replicas:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            # The gateway sends a batch for each replica that there may be: where fewer work, batches wait for them.
+            "target_ongoing_requests": 1.0,
+            "upscale_delay_s": 10.0,
+            "downscale_delay_s": 300.0,
+        }
+    }
+
+
+def _num_gpus(config: VersionConfig) -> float:
+    import ray
+
+    if config.num_gpus_per_replica is not None:
+        return config.num_gpus_per_replica
+    return float(ray.cluster_resources().get("GPU", 0) > 0)
+
+
+def bind_gateway(config: ServeConfig) -> Any:
+    """What speaks HTTP for these versions."""
+    from ray.serve.config import BackpressureConfig
+    from ray.serve.schema import LoggingConfig
+
+    from readapt_ray.serving.engine import Limits
+    from readapt_ray.serving.gateway import Gateway, GatewayState
+    from readapt_ray.serving.keys import read_keys
+
+    limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
+    state = GatewayState(
+        versions={name: version_app_name(name) for name in config.pairs()},
+        routing=config.routing(),
+        lost_shards=config.lost_shards,
+        shard_timeout_s=config.shard_timeout_s,
+    )
+    # What a gateway refuses itself, in OpenAI's words, comes before Ray's own limit.
+    most = 2 * config.max_requests + 64
+    return Gateway.options(  # type: ignore[attr-defined]
+        name="gateway",
+        num_replicas=config.num_gateways,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        # A new gateway is up before an old one goes.
+        max_surge_percent=100,
+        user_config=state.model_dump(mode="json"),
+        ray_actor_options={"num_cpus": 0},
+        logging_config=LoggingConfig(encoding="JSON", enable_access_log=False).model_dump(),
+        **_LIFE,
+    ).bind(limits, read_keys(config.api_keys), allow_anonymous=config.allow_anonymous, num_gateways=config.num_gateways)
+
+
+def serve_config(config: ServeConfig) -> dict[str, Any]:
+    """The same applications as Ray Serve's config file has them, for `serve deploy` and KubeRay's RayService."""
+    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port"})
+    applications: list[dict[str, Any]] = [
+        {
+            "name": version_app_name(name),
+            "route_prefix": None,
+            "import_path": "readapt_ray.serving.app:version",
+            "args": {"name": name, **pair.model_dump(mode="json", exclude_defaults=True)},
+        }
+        for name, pair in config.pairs().items()
+    ]
+    applications.append(
+        {
+            "name": GATEWAY_APP,
+            "route_prefix": "/",
+            "import_path": "readapt_ray.serving.app:gateway",
+            "args": given,
+        }
+    )
+    return {"http_options": {"host": config.host, "port": config.port}, "applications": applications}
+
+
+def check_pair(name: str, config: VersionConfig) -> str:
+    """Find out before anything starts whether retriever, index and corpus can be used and fit together.
+
+    Returns:
+        The fingerprint of the version that they make.
 
     Raises:
         ModelError: the retriever is not a model, or nothing says how it wants its text.
         ArtifactMissingError: the index or the corpus is not complete.
         FingerprintMismatchError: the index was made by another model, or encoded otherwise.
     """
-    model = find_model(config.retriever)
-    recorded = _open_index(config.index)
-    encoding = config.encoding or (
-        Encoding.parse(recorded["encoding"], where=str(config.index)) if recorded else encoding_of(model)
-    )
-    dtype = config.dtype or (recorded["dtype"] if recorded else "float32")
-    fingerprint = _check_encoder(model, encoding, dtype, config, recorded)
-    if config.corpus:
-        from readapt_ray.artifacts import open_artifact
-
-        open_artifact(config.corpus, "ingest")
-    resources = cluster.connect()
-    from ray.serve.config import BackpressureConfig
-
-    from readapt_ray.serving.deployment import Replica, ReplicaOptions
-
-    has_gpus = resources.num_gpus > 0
-    num_gpus = config.num_gpus_per_replica if config.num_gpus_per_replica is not None else float(has_gpus)
-    options = ReplicaOptions(
-        retriever=config.retriever,
-        name=config.name or config.retriever.rstrip("/").rsplit("/", 1)[-1],
-        encoding=encoding,
-        dtype=dtype,
-        fingerprint=fingerprint,
-        index=config.index,
-        corpus=config.corpus,
-        batch_tokens=config.batch_tokens,
-        max_batch=config.max_batch,
-        batch_wait_s=config.batch_wait_s,
-        max_body_bytes=config.max_body_bytes,
-        num_threads=config.num_threads or max(1, (os.cpu_count() or 1) // config.num_replicas),
-    )
-    return Replica.options(  # type: ignore[attr-defined]
-        num_replicas=config.num_replicas,
-        # Ray's default of 5 would cap every batch at 5; a replica must also hold what waits for the next batch.
-        max_ongoing_requests=4 * config.max_batch,
-        max_queued_requests=config.max_queued,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": num_gpus},
-    ).bind(options)
-
-
-def serve(config: ServeConfig, *, blocking: bool = True) -> str:
-    """Serve until Ctrl-C, or, without `blocking`, return once the app answers.
-
-    Returns:
-        The base URL, such as `http://127.0.0.1:8000`.
-
-    Raises:
-        InputError: the port is taken, this Ray serves already, or the retriever, the index and the
-            corpus cannot be used or do not fit together; nothing was started.
-        ReadaptError: a replica could not start.
-    """
-    _check_port(config.host, config.port)
-    app = build_app(config)
-    from ray.serve.config import HTTPOptions
-
-    ray_serve = _ray_serve()
-    if ray_serve.status().applications:
-        raise InputError("this Ray cluster serves an app already; stop it first, or use another cluster")
-    url = f"http://{'127.0.0.1' if config.host in ('0.0.0.0', '::') else config.host}:{config.port}"
-    try:
-        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-        ray_serve.run(app, name=APP_NAME, route_prefix="/", logging_config={"enable_access_log": False})
-        _wait_for_answer(url)
-    except ReadaptError:
-        stop()
-        raise
-    except Exception as error:
-        reason = _deployment_message(ray_serve) or str(cluster.cause_of(error))
-        stop()
-        raise ReadaptError(f"the server could not start: {reason}") from None
-    except BaseException:
-        stop()
-        raise
-    logger.info("serving %s at %s", config.retriever, url)
-    if blocking:
-        _wait_for_signal()
-        stop()
-    return url
-
-
-def stop() -> None:
-    """Stop serving and free the port; nothing happens where nothing is served. Ray itself goes on."""
-    import ray
-
-    if not ray.is_initialized():
-        return
-    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
-
-    serve_quietly = _ray_serve()
-    # serve.shutdown() alone waits inside a task of the controller, which dies with that task still running: Ray then
-    # prints an error that nobody can act on. So the controller is told first, and gone before serve.shutdown() asks.
-    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
-        ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).graceful_shutdown.remote(wait=False))
-        while time.monotonic() < deadline_s:
-            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
-            time.sleep(_POLL_S)
-    serve_quietly.shutdown()
-
-
-def _ray_serve() -> Any:
-    """Ray Serve, which sets its logger to talk on the user's terminal when it is imported."""
-    from ray import serve as ray_serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    return ray_serve
-
-
-def _open_index(uri: str | None) -> dict[str, Any]:
-    """What made the vectors of an index; empty where there is no index."""
-    if uri is None:
-        return {}
-    from readapt_ray.retrieval.vector_index import VectorIndex
-
-    return VectorIndex.open(uri).encoder
-
-
-def _check_encoder(model: Model, encoding: Encoding, dtype: str, config: ServeConfig, recorded: dict[str, Any]) -> str:
-    """The fingerprint of the encoder, seen to be that of the index."""
     from readapt_ray.retrieval.encoder import encoder_fingerprint
     from readapt_ray.retrieval.templates import TextTokenizer
 
+    spec = version_spec(name, config)
+    model = find_model(config.retriever)
+    encoding = spec.encoding or encoding_of(model)
     TextTokenizer(load_tokenizer(model), encoding)
-    found = encoder_fingerprint(model, encoding, dtype)
-    if recorded and found != recorded["fingerprint"]:
-        wanted = {**encoding.model_dump(mode="json"), "dtype": dtype}
-        there = {**recorded["encoding"], "dtype": recorded["dtype"]}
-        differing = [
-            f"{key} is {there.get(key)!r} there and {value!r} here"
-            for key, value in wanted.items()
-            if there.get(key) != value
-        ]
-        what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
-        raise FingerprintMismatchError(
-            f"index {config.index!r} does not fit {config.retriever!r}: {what}; serve the model that made the index, or "
-            f"run `readapt embed` and `readapt index` with this one"
-        )
-    return found
+    encoder = encoder_fingerprint(model, encoding, spec.dtype)
+    if spec.encoder_fingerprint not in (None, encoder):
+        recorded = open_artifact(str(config.index), "index").manifest.details["encoder"]
+        raise _mismatch(model, encoding, spec.dtype, config, recorded)
+    return spec.fingerprint(encoder)
 
 
-def _check_port(host: str, port: int) -> None:
-    """Find out whether the port can be listened on; on a cluster that is elsewhere nobody here can know."""
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise InputError(
-                f"port {port} on {host} cannot be used: {error.strerror or error}; stop what listens there, or give another --port"
-            ) from None
-
-
-def _wait_for_answer(url: str) -> None:
-    deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/healthz", timeout=_ANSWER_TIMEOUT_S) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > deadline_s:
-                raise ReadaptError(f"the server runs, but {url}/healthz does not answer: {error}") from error
-        time.sleep(_POLL_S)
-
-
-def _wait_for_signal() -> None:
-    """Return on Ctrl-C or SIGTERM."""
-    told = threading.Event()
-
-    def tell(_: int, __: FrameType | None) -> None:
-        told.set()
-
-    before = {each: signal.signal(each, tell) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        while not told.wait(1.0):
-            continue
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-
-def _deployment_message(ray_serve: Any) -> str:
-    """The last line of what Ray Serve says of a replica that did not start."""
-    for application in ray_serve.status().applications.values():
-        for deployment in application.deployments.values():
-            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
-            if lines:
-                return str(lines[-1])
-    return ""
+def _mismatch(
+    model: Model, encoding: Encoding, dtype: str, config: VersionConfig, recorded: dict[str, Any]
+) -> FingerprintMismatchError:
+    wanted = {**encoding.model_dump(mode="json"), "dtype": dtype}
+    there = {**recorded["encoding"], "dtype": recorded["dtype"]}
+    differing = [
+        f"{key} is {there.get(key)!r} there and {value!r} here"
+        for key, value in wanted.items()
+        if there.get(key) != value
+    ]
+    what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
+    return FingerprintMismatchError(
+        f"index {config.index!r} does not fit {model.name!r}: {what}; serve the model that made the index, or "
+        f"run `readapt embed` and `readapt index` with this one"
+    )

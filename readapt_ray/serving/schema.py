@@ -1,53 +1,89 @@
-"""What goes over HTTP: OpenAI's embeddings and errors, and a search beside them."""
+"""What goes over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
 import base64
-from typing import Annotated, Any, Literal
+import json
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MAX_INPUTS = 2048
 """Texts in a request at most, as OpenAI has it."""
 MAX_TOP_K = 1000
+MAX_DOC_IDS = 10_000
+NOT_AN_OBJECT = "the body must be a JSON object, sent as application/json"
+DEFAULT_MODEL = "default"
+"""What a client may call the default version, whichever it is."""
 
 Text = Annotated[str, StringConstraints(strict=True)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Vector = Annotated[list[Number], Field(min_length=1)]
 Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
+Inputs = Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+Kind = Literal["query", "passage"]
 
 
 class _Request(BaseModel):
-    # Clients send options that mean nothing here (`user`); OpenAI's own server lets them pass too.
+    # Clients send options that mean nothing here; OpenAI's own server lets them pass too.
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+    model: Text | None = None
+    """The version that answers, as `GET /v1/models` names it; `default`, or nothing, takes the default."""
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Seconds after which no answer is wanted any more; the server's own limit holds as well. Not in OpenAI's API."""
 
 
 class EmbeddingsRequest(_Request):
     """`POST /v1/embeddings`."""
 
-    input: Texts
-    """A text, or a list of up to 2,048 texts."""
-    model: str | None = None
-    """The served model's name, as `GET /v1/models` gives it; may be left out."""
+    input: Inputs
+    """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer: they are decoded and
+    take the same road as text."""
     encoding_format: Literal["float", "base64"] = "float"
     """Numbers, or the bytes of little-endian float32 in base64."""
-    dimensions: int | None = None
-    """Length of the vectors; only the model's own is accepted."""
-    input_type: Literal["query", "passage"] = "query"
+    dimensions: int | None = Field(default=None, ge=1, strict=True)
+    """Length of the vectors: the first numbers are kept and, for a model of unit vectors, brought to length 1 again.
+    Worth having for models that were trained for it."""
+    input_type: Kind = "query"
     """Which of the model's templates the texts are put into. Not in OpenAI's API."""
     truncate: bool = False
     """Cut a text that is too long, instead of refusing it. Not in OpenAI's API."""
 
 
 class SearchRequest(_Request):
-    """`POST /v1/search`."""
+    """`POST /v1/search`: give `query`, or `vector` with `fingerprint`."""
 
-    query: Texts
+    query: Texts | None = None
     """A query, or a list of up to 2,048 queries."""
+    vector: Vector | Annotated[list[Vector], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
+    """A query's vector, or a list of them, instead of texts."""
+    fingerprint: Text | None = None
+    """The `encoder_fingerprint` of what made the vectors; they are searched in no other index."""
     top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, strict=True)
     """Passages for each query; over the number of passages it gives all of them."""
-    model: str | None = None
-    """The served model's name; may be left out."""
+    doc_id_prefix: Text | None = None
+    """Search only passages whose doc_id begins so."""
+    doc_ids: list[Text] | None = Field(default=None, min_length=1, max_length=MAX_DOC_IDS)
+    """Search only these passages, up to 10,000."""
+    with_text: bool = True
+    """Title and text of each passage, where the server has the corpus."""
     truncate: bool = True
     """Cut a query that is too long, as `readapt search` does; false refuses it."""
+    user: Text | None = None
+    """Where versions share the traffic, the same user gets the same version."""
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.query is None) == (self.vector is None):
+            raise ValueError("give either 'query' or 'vector'")
+        if self.vector is not None and self.fingerprint is None:
+            raise ValueError("a 'vector' needs the 'fingerprint' of what made it, as /v1/models has it")
+        if self.doc_ids is not None and self.doc_id_prefix is not None:
+            raise ValueError("give 'doc_ids' or 'doc_id_prefix', not both")
+        return self
 
 
 class Usage(BaseModel):
@@ -72,6 +108,8 @@ class EmbeddingsResponse(BaseModel):
     data: list[Embedding]
     model: str
     usage: Usage
+    fingerprint: str
+    """Of the encoder that made them."""
 
 
 class Hit(BaseModel):
@@ -99,19 +137,34 @@ class SearchResponse(BaseModel):
     data: list[SearchResult]
     model: str
     usage: Usage
+    fingerprint: str
+    """Of the version: encoder, index and corpus."""
+    partial: bool = False
+    """Whether a part of the index did not answer, so that passages may be missing."""
+    missing: list[str] = Field(default_factory=list)
+    """The parts that did not answer."""
 
 
 class ServedModel(BaseModel):
-    """The model that is served, in OpenAI's words."""
+    """A version that is served, in OpenAI's words."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "readapt_ray"
+    default: bool
+    """Whether it answers requests that name no model."""
     dimension: int
     fingerprint: str
+    """Of encoder, index and corpus together."""
+    encoder_fingerprint: str
+    """Of what makes the vectors."""
+    num_vectors: int
+    """Vectors in its index; 0 without one."""
     max_query_tokens: int
     max_passage_tokens: int
+    query_template: str
+    passage_template: str
 
 
 class ModelList(BaseModel):
@@ -122,40 +175,88 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """`GET /healthz`."""
+    """`GET /healthz`: this process answers."""
 
     status: Literal["ok"] = "ok"
-    model: str
-    fingerprint: str
-    num_vectors: int
+
+
+class VersionHealth(BaseModel):
+    """Whether a version encodes, and searches its whole index, right now."""
+
+    ready: bool
+    reason: str = ""
+    encode_s: float | None = None
+    num_vectors: int | None = None
+
+
+class Readiness(BaseModel):
+    """`GET /readyz`: whether every version can do its work."""
+
+    ready: bool
+    versions: dict[str, VersionHealth]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer from 400 up."""
+
+    error: ErrorBody
 
 
 class RequestError(Exception):
     """A request that cannot be answered, as an HTTP status and OpenAI's error."""
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after_s = retry_after_s
         self.body = error_body(message, status=status, param=param, code=code)
+
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 def error_body(
     message: str, *, status: int = 400, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
     """An error as OpenAI's clients read it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+_LISTED = f"a string, or a list of 1 to {MAX_INPUTS:,} strings"
 _EXPECTED = {
-    "input": f"must be a string, or a list of 1 to {MAX_INPUTS:,} strings",
-    "query": f"must be a string, or a list of 1 to {MAX_INPUTS:,} strings",
+    "input": f"must be {_LISTED}, or token ids in such a list",
+    "query": f"must be {_LISTED}",
+    "vector": f"must be a list of finite numbers, or 1 to {MAX_INPUTS:,} such lists",
+    "fingerprint": "must be a string",
     "encoding_format": "must be 'float' or 'base64'",
     "input_type": "must be 'query' or 'passage'",
     "top_k": f"must be a whole number from 1 to {MAX_TOP_K:,}",
-    "dimensions": "must be a whole number",
+    "dimensions": "must be a whole number from 1 to the model's own",
+    "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
+    "doc_id_prefix": "must be a string",
     "model": "must be a string",
+    "user": "must be a string",
     "truncate": "must be true or false",
+    "with_text": "must be true or false",
+    "timeout_s": "must be a number over 0",
 }
 
 
@@ -163,8 +264,10 @@ def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str
     """What pydantic found wrong with a body, as one error that names the first wrong field."""
     first = errors[0]
     place = [part for part in first["loc"] if part != "body"]
+    if first["type"] == "value_error":
+        return error_body(first["msg"].removeprefix("Value error, "), code="invalid_value")
     if first["type"] == "json_invalid" or not place or not isinstance(place[0], str):
-        return error_body("the body must be a JSON object")
+        return error_body(NOT_AN_OBJECT)
     param = place[0]
     if first["type"] == "missing":
         return error_body(
@@ -176,3 +279,16 @@ def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str
 def to_base64(vector: NDArray[np.float32]) -> str:
     """The bytes of little-endian float32, as OpenAI's clients decode them."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+
+
+def embeddings_json(
+    vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
+) -> bytes:
+    """An `EmbeddingsResponse` as JSON: written by hand, since validating millions of numbers costs more than making them."""
+    data = [
+        {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector.tolist()}
+        for index, vector in enumerate(vectors)
+    ]
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
+    return json.dumps(body, separators=(",", ":")).encode()

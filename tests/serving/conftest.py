@@ -1,17 +1,34 @@
+import asyncio
+import contextlib
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import faiss
 import httpx
+import numpy as np
 import pytest
+import torch
+import uvicorn
 
-from readapt_ray.artifacts import Workspace, produce
-from readapt_ray.catalog.models import find_model
+from readapt_ray.artifacts import Workspace, open_artifact, produce
+from readapt_ray.catalog.models import find_model, load_tokenizer
 from readapt_ray.config import StageConfig
 from readapt_ray.retrieval.encoder import Encoder
-from readapt_ray.retrieval.vector_index import build_shard, described, index_kind, write_shard
-from readapt_ray.serving.app import ServeConfig, serve, stop
+from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, described, index_kind, write_shard
+from readapt_ray.serving.api import build_api
+from readapt_ray.serving.engine import Engine, Limits
+from readapt_ray.serving.guard import Guard
+from readapt_ray.serving.index_slice import IndexSlice
+from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.options import ServeConfig
+from readapt_ray.serving.routing import Routing
+from readapt_ray.serving.server import serve, stop
+from readapt_ray.serving.telemetry import Telemetry
+from readapt_ray.serving.versions import DocFilter, Found, Ranked, VersionInfo, merged
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
 
 
@@ -23,33 +40,29 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class World:
-    """A tiny retriever, its index of a small corpus in two shards, and the same encoder without HTTP."""
+    """Two tiny retrievers, `retriever` and `other`, each with its index of a small corpus in two shards."""
 
     folder: Path
     encoder: Encoder
+    """That of `retriever`, without HTTP."""
+
+    def pair(self, name: str = "retriever") -> dict[str, str]:
+        index = "index" if name == "retriever" else f"index-{name}"
+        return {
+            "retriever": str(self.folder / name),
+            "index": str(self.folder / index),
+            "corpus": str(self.folder / "corpus"),
+        }
 
     def config(self, **changes) -> ServeConfig:
-        values = {
-            "retriever": str(self.folder / "retriever"),
-            "index": str(self.folder / "index"),
-            "corpus": str(self.folder / "corpus"),
-            "port": free_port(),
-        }
-        return ServeConfig.parse(values | changes)
+        pair = {} if "versions" in changes else self.pair()
+        return ServeConfig.parse(pair | {"port": free_port()} | changes)
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> World:
-    folder = tmp_path_factory.mktemp("serving")
-    retriever = full_retriever(folder / "retriever", tiny_decoder(folder / "pretrained"))
-    write_contract(retriever)
-    passages = small_corpus(40)
-    ingest_artifact(folder / "corpus", passages, num_files=2)
-    model = find_model(str(retriever))
-    encoder = Encoder.load(model)
+def _index(folder: Path, encoder: Encoder, name: str, passages) -> None:
     made_by = {
         "fingerprint": encoder.fingerprint,
-        "model": model.name,
+        "model": name,
         "dimension": encoder.dimension,
         "dtype": "float32",
         "encoding": encoder.encoding.model_dump(mode="json"),
@@ -68,14 +81,164 @@ def world(tmp_path_factory) -> World:
         workspace.counts |= {"num_vectors": len(passages)}
         workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records}
 
-    produce("index", StageConfig(output=str(folder / "index")), inputs={"vectors": "made here"}, work=work)
-    return World(folder, encoder)
+    produce("index", StageConfig(output=str(folder)), inputs={"vectors": encoder.fingerprint}, work=work)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    folder = tmp_path_factory.mktemp("serving")
+    pretrained = tiny_decoder(folder / "pretrained")
+    passages = small_corpus(40)
+    ingest_artifact(folder / "corpus", passages, num_files=2)
+    encoders = []
+    for seed, (name, index) in enumerate((("retriever", "index"), ("other", "index-other")), start=1):
+        write_contract(full_retriever(folder / name, pretrained, seed=seed))
+        encoders.append(Encoder.load(find_model(str(folder / name))))
+        _index(folder / index, encoders[-1], name, passages)
+    return World(folder, encoders[0])
+
+
+@dataclass
+class LocalVersion:
+    """A version in this process, which a test can slow down, break, and ask what it was given."""
+
+    info: VersionInfo
+    encoder: Encoder
+    slices: dict[str, IndexSlice]
+    delay_s: float = 0.0
+    encoded: list[list[Sequence[int]]] = field(default_factory=list)
+    broken: str = ""
+
+    @classmethod
+    def load(cls, world: World, name: str = "retriever", **changes) -> "LocalVersion":
+        pair = world.pair(name)
+        model = find_model(pair["retriever"])
+        encoder = Encoder.load(model)
+        index = VectorIndex.open(pair["index"])
+        slices = {f"index-{number}": IndexSlice(index.folder, [each]) for number, each in enumerate(index.records)}
+        values = {
+            "fingerprint": f"{encoder.fingerprint}+index",
+            "encoder_fingerprint": encoder.fingerprint,
+            "encoding": encoder.encoding,
+            "tokenizer": load_tokenizer(model),
+            "dimension": encoder.dimension,
+            "batch_tokens": encoder.batch_tokens,
+            "num_slots": 1,
+            "slices": {name: each.num_vectors for name, each in slices.items()},
+            "corpus": open_artifact(pair["corpus"], "ingest").uri,
+        }
+        return cls(VersionInfo(**(values | changes)), encoder, slices)
+
+    async def encode(self, rows):
+        self.encoded.append(rows)
+        await asyncio.sleep(self.delay_s)
+        if self.broken:
+            raise RuntimeError(self.broken)
+        return await asyncio.to_thread(self.encoder.encode_ids, rows)
+
+    async def search(self, vectors: np.ndarray, top_k: int, wanted: DocFilter | None) -> Found:
+        parts = []
+        for each in self.slices.values():
+            hits = each.search(vectors, top_k, wanted)
+            parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(q, "")] for q in range(len(vectors))])
+        return Found(merged(parts, len(vectors), top_k), [])
+
+    async def check(self) -> float:
+        await self.encode([[1, 2, 3]])
+        return 0.001
+
+
+@dataclass
+class Local:
+    """The whole server in this process, but for Ray: clients of `client` go through the guard, the API and the engine."""
+
+    engine: Engine
+    versions: dict[str, LocalVersion]
+    app: Guard
+
+    def client(self, **options) -> httpx.AsyncClient:
+        transport = httpx.ASGITransport(self.app, client=options.pop("peer", ("127.0.0.1", 40000)))
+        return httpx.AsyncClient(transport=transport, base_url=options.pop("url", "http://localhost"), **options)
+
+
+LIMITS = {
+    "batch_wait_s": 0.0,
+    "max_requests": 1000,
+    "max_queued_tokens": 1 << 20,
+    "max_body_bytes": 200_000,
+    "max_inputs": 2048,
+    "timeout_s": 30.0,
+}
+
+
+@contextlib.asynccontextmanager
+async def local_server(
+    versions: dict[str, LocalVersion],
+    *,
+    routing: Routing | None = None,
+    keys: Sequence[ApiKey] = (),
+    allow_anonymous: bool = False,
+    **limits,
+):
+    """A `Local` server of these versions; the first is the default."""
+    engine = Engine(Limits(**(LIMITS | limits)), Telemetry())
+    await engine.set_state(versions, routing or Routing(default=next(iter(versions))))
+
+    async def no_metrics() -> str:
+        return "# nothing\n"
+
+    app = Guard(
+        build_api(engine, no_metrics),
+        keys=KeyRing(keys),
+        allow_anonymous=allow_anonymous,
+        limits=engine.limits,
+        telemetry=Telemetry(),
+    )
+    yield Local(engine, versions, app)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def served(ray_session, world) -> Iterator[httpx.Client]:
-    """An HTTP client of a served app, which is gone after the module: it holds CPUs that other tests want."""
-    url = serve(world.config(name="tiny", max_body_bytes=200_000), blocking=False)
-    with httpx.Client(base_url=url, timeout=30) as client:
+    """An HTTP client of a server on Ray Serve, which is gone after the module: it holds CPUs that other tests want."""
+    url = serve(world.config(name="tiny", index_actors=2, max_body_bytes=200_000), blocking=False)
+    with httpx.Client(base_url=url, timeout=60) as client:
         yield client
     stop()
+
+
+@contextlib.contextmanager
+def serving_at(versions: dict[str, LocalVersion], **options) -> Iterator[str]:
+    """The URL of a `Local` server on a real port, in a thread of this process."""
+    port, stopped = free_port(), []
+
+    async def run() -> None:
+        async with local_server(versions, **options) as local:
+            settings = uvicorn.Config(local.app, host="127.0.0.1", port=port, log_level="error", lifespan="off")
+            server = uvicorn.Server(settings)
+            stopped.append(server)
+            await server.serve()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    deadline_s = time.monotonic() + 60
+    while True:
+        try:
+            httpx.get(f"{url}/healthz", timeout=60)
+            break
+        except httpx.TransportError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+    yield url
+    stopped[0].should_exit = True
+    thread.join(30)

@@ -1,176 +1,80 @@
-import base64
+"""The server on Ray Serve: what only real processes show."""
+
 import concurrent.futures
 import json
 import socket
+import time
+from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
+import ray
+import yaml
 
 from readapt_ray.errors import ArtifactMissingError, FingerprintMismatchError, InputError, ModelError
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.serving.app import serve
+from readapt_ray.serving.app import check_pair, serve_config
+from readapt_ray.serving.options import ServeConfig
+from readapt_ray.serving.server import serve
 from tests.factories import full_retriever, small_corpus, write_contract
 
 TEXTS = ["array shape", "lock a thread", "write the file", "ünï ☃ 文書"]
 
 
-def _vectors(answer):
-    assert answer.status_code == 200, answer.text
-    return np.array([each["embedding"] for each in answer.json()["data"]], np.float32)
+def test_vectors_over_http_equal_the_encoders_and_gather_in_batches(served, world):
+    texts = [f"array number {number}" for number in range(60)]
+    expected = world.encoder.encode(texts, "query")
 
+    def ask(number):
+        answer = served.post("/v1/embeddings", json={"input": texts[number]})
+        assert answer.status_code == 200, answer.text
+        return answer.json()["data"][0]["embedding"]
 
-@pytest.mark.parametrize("kind", ["query", "passage"])
-def test_vectors_over_http_equal_the_encoders(served, world, kind):
-    answer = served.post(
-        "/v1/embeddings", json={"input": TEXTS, "model": "tiny", "input_type": kind, "user": "someone"}
-    )
-    found = _vectors(answer)
-    expected = world.encoder.encode(TEXTS, kind)
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        found = np.array(list(pool.map(ask, range(60))), np.float32)
     assert ((found * expected).sum(axis=1) > 0.9999).all()
-    body = answer.json()
-    assert (body["object"], body["model"]) == ("list", "tiny")
-    assert [each["index"] for each in body["data"]] == [0, 1, 2, 3]
-    num_tokens = sum(map(len, world.encoder.tokenize(TEXTS, kind)))
-    assert body["usage"] == {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
 
 
-def test_the_default_is_a_query_and_one_string_is_a_list_of_one(served, world):
-    found = _vectors(served.post("/v1/embeddings", json={"input": TEXTS[0]}))
-    assert found.shape == (1, world.encoder.dimension)
-    np.testing.assert_allclose(found, world.encoder.encode(TEXTS[:1], "query"), atol=1e-5)
-
-
-def test_base64_holds_the_same_numbers(served):
-    as_floats = _vectors(served.post("/v1/embeddings", json={"input": TEXTS}))
-    answer = served.post("/v1/embeddings", json={"input": TEXTS, "encoding_format": "base64"}).json()
-    decoded = [np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in answer["data"]]
-    np.testing.assert_array_equal(np.stack(decoded), as_floats)
-
-
-def test_a_long_text_is_cut_when_asked_to(served, world):
-    long = "array " * 500
-    found = _vectors(served.post("/v1/embeddings", json={"input": long, "truncate": True}))
-    np.testing.assert_allclose(found, world.encoder.encode([long], "query"), atol=1e-5)
-
-
-def test_search_equals_exact_search(served, world):
+def test_search_over_two_actors_equals_exact_search(served, world):
     passages = small_corpus(40)
     vectors = world.encoder.encode([each.text for each in passages], "passage", [each.title for each in passages])
     expected = search_exact(world.encoder.encode(TEXTS, "query"), [([each.doc_id for each in passages], vectors)], 7)
     answer = served.post("/v1/search", json={"query": TEXTS, "top_k": 7})
     assert answer.status_code == 200, answer.text
-    texts = {each.doc_id: each for each in passages}
     for index, result in enumerate(answer.json()["data"]):
-        hits = result["hits"]
-        assert [hit["doc_id"] for hit in hits] == expected.doc_ids[index].tolist()
-        np.testing.assert_allclose([hit["score"] for hit in hits], expected.scores[index], atol=1e-5)
-        assert [hit["rank"] for hit in hits] == list(range(1, 8))
-        assert all((hit["title"], hit["text"]) == texts[hit["doc_id"]][1:] for hit in hits)
+        assert [hit["doc_id"] for hit in result["hits"]] == expected.doc_ids[index].tolist()
+        np.testing.assert_allclose([hit["score"] for hit in result["hits"]], expected.scores[index], atol=1e-5)
+    assert answer.headers["x-request-id"]
 
 
-def test_a_long_query_is_cut_as_the_search_stage_does_unless_told_otherwise(served, world):
-    long = "thread lock " * 200
-    [result] = served.post("/v1/search", json={"query": long, "top_k": 3}).json()["data"]
-    ids = world.encoder.tokenize([long], "query")
-    assert len(ids[0]) == world.encoder.encoding.max_query_tokens
-    [cut] = served.post("/v1/embeddings", json={"input": long, "truncate": True}).json()["data"]
-    np.testing.assert_allclose(cut["embedding"], world.encoder.encode_ids(ids)[0], atol=1e-5)
-    assert len(result["hits"]) == 3
-    answer = served.post("/v1/search", json={"query": long, "truncate": False})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["code"] == "context_length_exceeded"
-
-
-def test_one_query_and_more_results_than_passages(served):
-    [result] = served.post("/v1/search", json={"query": "array", "top_k": 1000}).json()["data"]
-    assert len({hit["doc_id"] for hit in result["hits"]}) == 40
-
-
-def test_many_clients_at_once_get_their_own_answers(served, world):
-    texts = [f"array number {number}" for number in range(60)]
-    expected = world.encoder.encode(texts, "query")
-
-    def ask(number):
-        return _vectors(served.post("/v1/embeddings", json={"input": texts[number : number + 1 + number % 3]}))[0]
-
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        found = np.stack(list(pool.map(ask, range(60))))
-    np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_models_and_health(served, world):
+def test_the_fingerprint_of_a_pair_is_known_before_it_is_served(served, world):
     [model] = served.get("/v1/models").json()["data"]
-    assert model["id"] == "tiny"
-    assert model["object"] == "model"
-    assert model["dimension"] == world.encoder.dimension
-    health = served.get("/healthz")
-    assert health.status_code == 200
-    assert health.json() == {
-        "status": "ok",
-        "model": "tiny",
-        "fingerprint": world.encoder.fingerprint,
-        "num_vectors": 40,
-    }
+    assert (model["id"], model["num_vectors"]) == ("tiny", 40)
+    assert model["fingerprint"] == check_pair("tiny", world.config())
+    ready = served.get("/readyz").json()
+    assert ready["versions"]["tiny"]["ready"] is True
 
 
-EMBEDDINGS, SEARCH = "/v1/embeddings", "/v1/search"
+def test_metrics_of_all_processes_and_a_line_in_the_log(served):
+    number = served.post("/v1/search", json={"query": "array"}, headers={"x-request-id": "known-number"})
+    assert number.headers["x-request-id"] == "known-number"
+    deadline_s = time.monotonic() + 60
+    wanted = ('path="/v1/search"', "ray_readapt_batch_fill_bucket", "ray_readapt_search_seconds_count")
+    page = ""
+    while not all(each in page for each in wanted) and time.monotonic() < deadline_s:
+        page = served.get("/metrics").text
+        time.sleep(1)
+    assert all(each in page for each in wanted)
+    assert all(line.startswith(("ray_readapt_", "# ")) for line in page.splitlines())
+    logs = list(_log_folder().glob("serve/replica_readapt_gateway_*.log"))
+    lines = [json.loads(line) for path in logs for line in path.read_text().splitlines() if "known-number" in line]
+    [line] = [each["http"] for each in lines if "http" in each]
+    assert (line["path"], line["status"], line["version"], line["items"]) == ("/v1/search", 200, "tiny", 1)
+    assert {"queue_ms", "encode_ms", "search_ms"} <= set(line)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "expected", "message"),
-    [
-        (EMBEDDINGS, {"input": ""}, (400, "input", "empty"), "'input' is empty"),
-        (EMBEDDINGS, {"input": ["a", " \n"]}, (400, "input", "empty"), "'input[1]' is empty"),
-        (EMBEDDINGS, {"input": []}, (400, "input", "invalid_value"), "1 to 2,048 strings"),
-        (EMBEDDINGS, {"input": ["a"] * 2049}, (400, "input", "invalid_value"), "1 to 2,048 strings"),
-        (EMBEDDINGS, {"input": 7}, (400, "input", "invalid_value"), "must be a string, or a list"),
-        (EMBEDDINGS, {"input": [1, 2, 3]}, (400, "input", "invalid_value"), "must be a string, or a list"),
-        (EMBEDDINGS, {"input": None}, (400, "input", "invalid_value"), "must be a string, or a list"),
-        (EMBEDDINGS, {"input": ["a", None]}, (400, "input", "invalid_value"), "must be a string, or a list"),
-        (EMBEDDINGS, {"input": "array " * 500}, (400, "input", "context_length_exceeded"), "a query may have 32"),
-        (EMBEDDINGS, {"input": "\ud800"}, (400, "input", "invalid_value"), "not valid Unicode"),
-        (EMBEDDINGS, {"input": "a " * 200_000}, (413, None, None), "over 200,000 bytes"),
-        (
-            EMBEDDINGS,
-            {"input": "a", "encoding_format": "int8"},
-            (400, "encoding_format", "invalid_value"),
-            "'float' or 'base64'",
-        ),
-        (EMBEDDINGS, {"input": "a", "input_type": "doc"}, (400, "input_type", "invalid_value"), "'query' or 'passage'"),
-        (EMBEDDINGS, {"input": "a", "dimensions": 3}, (400, "dimensions", "invalid_value"), "'dimensions' is 3"),
-        (EMBEDDINGS, {"input": "a", "model": "other"}, (404, "model", "model_not_found"), "this server has 'tiny'"),
-        (EMBEDDINGS, {}, (400, "input", "missing_required_parameter"), "'input' is required"),
-        (EMBEDDINGS, [1], (400, None, None), "must be a JSON object"),
-        (SEARCH, {"query": ""}, (400, "query", "empty"), "'query' is empty"),
-        (SEARCH, {"query": "a", "top_k": 0}, (400, "top_k", "invalid_value"), "from 1 to 1,000"),
-        (SEARCH, {"query": "a", "top_k": "many"}, (400, "top_k", "invalid_value"), "from 1 to 1,000"),
-        (SEARCH, {"query": "a", "top_k": 1001}, (400, "top_k", "invalid_value"), "from 1 to 1,000"),
-        (SEARCH, {"top_k": 3}, (400, "query", "missing_required_parameter"), "'query' is required"),
-    ],
-)
-def test_a_bad_request_is_an_openai_error(served, path, body, expected, message):
-    answer = served.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (answer.status_code, error["param"], error["code"]) == expected
-    assert error["type"] == "invalid_request_error"
-    assert message in error["message"]
-    assert len(error["message"]) < 300
-    assert not any(part in answer.text for part in ("Traceback", "site-packages", "/tmp"))
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'"text"', b"null"])
-def test_what_is_not_a_json_object_is_refused(served, content):
-    answer = served.post(EMBEDDINGS, content=content, headers={"content-type": "application/json"})
-    assert answer.status_code == 400
-    assert "JSON object" in answer.json()["error"]["message"]
-
-
-def test_an_unknown_path_and_a_wrong_method_are_openai_errors(served):
-    for answer, status in ((served.get("/v1/nothing"), 404), (served.get(EMBEDDINGS), 405)):
-        assert answer.status_code == status
-        assert answer.json()["error"]["type"] == "invalid_request_error"
+def _log_folder() -> Path:
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
 
 
 def test_a_second_server_and_a_port_in_use_are_refused(served, world):
@@ -180,13 +84,15 @@ def test_a_second_server_and_a_port_in_use_are_refused(served, world):
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"port {port} on 127\.0\.0\.1 cannot be used: .*give another --port"):
             serve(world.config(port=port), blocking=False)
-    with pytest.raises(InputError, match="serves an app already"):
+    with pytest.raises(InputError, match="serves an app already; change it with --update"):
         serve(world.config(), blocking=False)
+    with pytest.raises(InputError, match="'tiny' is served with another retriever, index or corpus"):
+        serve(world.config(name="tiny", **world.pair("other"), update=True), blocking=False)
     assert served.get("/healthz").status_code == 200
 
 
-def test_what_does_not_fit_together_is_refused(served, world, tmp_path):
-    other = full_retriever(tmp_path / "other", world.folder / "pretrained", seed=9)
+def test_what_does_not_fit_together_is_refused(world, tmp_path):
+    other = full_retriever(tmp_path / "new", world.folder / "pretrained", seed=9)
     write_contract(other)
     with pytest.raises(FingerprintMismatchError, match="other weights"):
         serve(world.config(retriever=str(other)), blocking=False)
@@ -202,4 +108,64 @@ def test_what_does_not_fit_together_is_refused(served, world, tmp_path):
         serve(world.config(retriever=str(tmp_path / "none")), blocking=False)
     with pytest.raises(InputError, match="port = 99999"):
         world.config(port=99999)
-    assert isinstance(served, httpx.Client)
+
+
+def test_an_open_address_needs_keys(world, monkeypatch):
+    monkeypatch.delenv("READAPT_API_KEYS", raising=False)
+    with pytest.raises(InputError, match=r"host = '0\.0\.0\.0' would answer other machines, and there are no API keys"):
+        serve(world.config(host="0.0.0.0"), blocking=False)
+
+
+def test_versions_take_what_they_do_not_say_from_above(world):
+    versions = {"base": world.pair("other") | {"num_replicas": 2}, "adapted": world.pair()}
+    config = world.config(versions=versions, index_replicas=3, split=["base=1", "adapted=9"], shadow="base")
+    pairs = config.pairs()
+    assert [(each.num_replicas, each.index_replicas) for each in pairs.values()] == [(2, 3), (1, 3)]
+    assert config.routing().model_dump() == {
+        "default": "base",
+        "split": {"base": 1.0, "adapted": 9.0},
+        "shadow": "base",
+        "shadow_share": 1.0,
+    }
+    assert list(world.config().pairs()) == ["retriever"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"versions": {"a": {"retriever": "r", "indices": "i"}}}, "version 'a': unknown option 'indices'"),
+        ({"versions": {"a": {"retriever": "r"}}, "default": "b"}, "default names 'b', which is not served"),
+        ({"versions": {"a": {"retriever": "r"}}, "retriever": "r"}, "give a retriever, or several versions"),
+        ({"versions": "none.yaml"}, "versions = 'none.yaml': no such file"),
+        ({"retriever": "r", "split": ["a"]}, "not NAME=WEIGHT"),
+        ({}, "give a retriever, or several versions"),
+    ],
+)
+def test_options_that_cannot_be_used_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        ServeConfig.parse(changes)
+
+
+def test_the_config_file_builds_the_same_applications(ray_session, world, tmp_path):
+    from ray.serve.schema import ServeDeploySchema
+
+    from readapt_ray.serving import app
+
+    versions = {"base": world.pair("other"), "adapted": world.pair()}
+    config = world.config(versions=versions, max_replicas=4, split=["base=1"], host="0.0.0.0", allow_anonymous=True)
+    path = str(tmp_path / "serve.yaml")
+    assert serve(config.model_copy(update={"write_config": path}), blocking=False) == path
+    written = ServeDeploySchema.model_validate(yaml.safe_load(Path(path).read_text()))
+    assert [each.name for each in written.applications] == ["readapt-base", "readapt-adapted", "readapt"]
+    assert written.http_options.host == "0.0.0.0"
+    for each in written.applications:
+        assert each.import_path.startswith("readapt_ray.serving.app:")
+        built = getattr(app, each.import_path.rsplit(":", 1)[1])(each.args)
+        assert type(built).__name__ == "Application"
+    built = app.gateway(written.applications[-1].args)
+    state = built._bound_deployment._deployment_config.user_config
+    assert state["versions"] == {"base": "readapt-base", "adapted": "readapt-adapted"}
+    assert state["routing"]["split"] == {"base": 1.0}
+    scaled = app.version(written.applications[0].args)._bound_deployment._deployment_config.autoscaling_config
+    assert (scaled.min_replicas, scaled.max_replicas) == (1, 4)
+    assert serve_config(config)["applications"][0]["route_prefix"] is None

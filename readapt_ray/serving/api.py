@@ -1,0 +1,155 @@
+"""The HTTP API of a gateway: paths, bodies and errors; what happens behind them is the engine's."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from readapt_ray.serving import schema
+from readapt_ray.serving.engine import Engine, Trace
+from readapt_ray.serving.schema import RequestError
+
+_FOLDER = Path(__file__).parent
+_ERRORS: dict[int | str, dict[str, object]] = {
+    400: {"model": schema.ErrorResponse, "description": "The request cannot be used; the message says what is wrong."},
+    401: {"model": schema.ErrorResponse, "description": "No valid API key."},
+    403: {"model": schema.ErrorResponse, "description": "Without API keys only this machine is answered."},
+    404: {"model": schema.ErrorResponse, "description": "No such model, or no index."},
+    413: {"model": schema.ErrorResponse, "description": "The body is too large."},
+    429: {"model": schema.ErrorResponse, "description": "Too much at once; Retry-After says when to come back."},
+    500: {"model": schema.ErrorResponse, "description": "A failure; the log has it under the request's number."},
+    503: {"model": schema.ErrorResponse, "description": "A part is down or being replaced; try again."},
+    504: {"model": schema.ErrorResponse, "description": "The time of the request was over."},
+}
+# Inline styles and scripts are the page's own; it can talk to nobody but this server.
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def build_api(engine: Engine, gather_metrics: Callable[[], Awaitable[str]]) -> FastAPI:
+    """The app.
+
+    Args:
+        engine: answers.
+        gather_metrics: gives what `GET /metrics` shows.
+    """
+    app = FastAPI(
+        title="readapt_ray",
+        description="OpenAI-compatible embeddings, and search, by a retriever that was adapted to a corpus.",
+        docs_url=None,
+        redoc_url=None,
+    )
+    _add_errors(app)
+    _add_work(app, engine)
+    _add_health(app, engine, gather_metrics)
+    _add_pages(app)
+    return app
+
+
+def _add_work(app: FastAPI, engine: Engine) -> None:
+    @app.post("/v1/embeddings", response_model=schema.EmbeddingsResponse, responses=_ERRORS)
+    async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:
+        """The vectors of texts, as OpenAI's API has it."""
+        return Response(await engine.embed(body, _trace(request)), media_type="application/json")
+
+    @app.post("/v1/search", response_model=schema.SearchResponse, responses=_ERRORS)
+    async def search(body: schema.SearchRequest, request: Request) -> Response:
+        """The best passages for queries, or for their vectors."""
+        found = await engine.search(body, _trace(request))
+        return Response(found.model_dump_json(), media_type="application/json")
+
+    @app.get("/v1/models", responses={each: _ERRORS[each] for each in (401, 403, 429)})
+    async def models() -> schema.ModelList:
+        """The versions that are served."""
+        return engine.models()
+
+    @app.get("/v1/models/{model}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
+    async def model(model: str) -> schema.ServedModel:
+        """One of the versions that are served."""
+        for each in engine.models().data:
+            if each.id == model or (each.default and model == schema.DEFAULT_MODEL):
+                return each
+        raise RequestError(f"no model {model[:200]!r} here", status=404, param="model", code="model_not_found")
+
+    @app.post("/v1/rerank", include_in_schema=False)
+    async def rerank() -> Response:
+        raise RequestError(
+            "this server retrieves and does not rerank; send what /v1/search found to a reranker's server",
+            status=404,
+            code="not_supported",
+        )
+
+
+def _add_health(app: FastAPI, engine: Engine, gather_metrics: Callable[[], Awaitable[str]]) -> None:
+    @app.get("/healthz", responses={403: _ERRORS[403]})
+    async def healthz() -> schema.Health:
+        """Whether this process answers; nothing else is looked at."""
+        return schema.Health()
+
+    @app.get(
+        "/readyz",
+        response_model=schema.Readiness,
+        responses={403: _ERRORS[403], 503: {"model": schema.Readiness, "description": "A version cannot work."}},
+    )
+    async def readyz() -> Response:
+        """Whether every version encodes, and searches its whole index; found out by doing it."""
+        readiness = await engine.readiness()
+        return JSONResponse(readiness.model_dump(exclude_none=True), status_code=200 if readiness.ready else 503)
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses={each: _ERRORS[each] for each in (401, 403, 429)})
+    async def metrics() -> str:
+        """Prometheus metrics of all replicas on all nodes."""
+        return await gather_metrics()
+
+
+def _add_pages(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def search_page() -> Response:
+        return _page("page.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return _page("docs.html")
+
+
+def _page(name: str) -> Response:
+    headers = {
+        "content-security-policy": _POLICY,
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    }
+    return HTMLResponse((_FOLDER / name).read_text(encoding="utf-8"), headers=headers)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestError)
+    async def refuse(_: Request, error: RequestError) -> JSONResponse:
+        headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+        return JSONResponse(error.body, status_code=error.status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
+        return JSONResponse(schema.describe_validation(list(error.errors())), status_code=400)
+
+    @app.exception_handler(Exception)
+    async def fail(request: Request, _: Exception) -> JSONResponse:
+        message = f"internal error; the server's log has it under {_trace(request).request_id}"
+        return JSONResponse(schema.error_body(message, status=500), status_code=500)
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:
+            return JSONResponse(schema.error_body(schema.NOT_AN_OBJECT), status_code=400)
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        body = schema.error_body(message, status=error.status_code)
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+
+def _trace(request: Request) -> Trace:
+    trace: Trace = request.state.trace
+    return trace

@@ -1,0 +1,232 @@
+"""Rows of many requests, encoded together: fair, bounded, and nothing for clients that went away.
+
+Enters: the token ids of a request. Leaves: their vectors. Whenever the encoder is free, it gets as many rows as fit a
+budget of tokens; while it is busy, rows wait. Whose rows go next is start-time fair queueing (Goyal, Vin and Cheng,
+1996) with tokens for bytes: among n requests that wait, each gets one n-th of the tokens, so a
+request of one row overtakes the rest of one with thousands, and the thousands still go on.
+"""
+
+import asyncio
+import heapq
+import itertools
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = Sequence[Sequence[int]]
+Encode = Callable[[list[Sequence[int]]], Awaitable[NDArray[np.float32]]]
+
+_RATE_SMOOTHING = 0.2
+
+
+class QueueFullError(Exception):
+    """Too much waits already. `retry_after_s`: when there should be room, by the rate of late."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(f"the queue is full; room in about {retry_after_s:.1f} s")
+        self.retry_after_s = retry_after_s
+
+
+@dataclass
+class Timing:
+    """Where the time of a request went, in seconds."""
+
+    queue_s: float = 0.0
+    """Until its first row was on the way to the encoder."""
+    encode_s: float = 0.0
+    """From then until its last row was back."""
+
+
+@dataclass(eq=False)
+class _Job:
+    rows: Rows
+    vectors: list[NDArray[np.float32] | None]
+    done: asyncio.Future[None]
+    left: int
+    """Rows that are not back yet."""
+    queued: int
+    """Rows that wait."""
+    came_s: float
+    started_s: float | None = None
+    batches: set[asyncio.Task[None]] = field(default_factory=set)
+
+
+class Batcher:
+    """One queue before the replicas of one encoder.
+
+    Args:
+        encode: gives the vectors [N, D] of N rows; called for several batches at once when there are several slots.
+        batch_tokens: tokens in a batch at most; a longer row goes alone.
+        wait_s: how long a batch that is not full waits for more rows although the encoder is free.
+        max_queued_tokens: tokens that wait at most. A request that finds the queue empty always gets in.
+        num_slots: batches under way at once: one for each replica.
+        on_batch: told the rows, tokens and seconds of each batch.
+    """
+
+    def __init__(
+        self,
+        encode: Encode,
+        *,
+        batch_tokens: int,
+        wait_s: float,
+        max_queued_tokens: int,
+        num_slots: int = 1,
+        on_batch: Callable[[int, int, float], None] | None = None,
+    ) -> None:
+        self._encode = encode
+        self._batch_tokens = batch_tokens
+        self._wait_s = wait_s
+        self._max_queued_tokens = max_queued_tokens
+        self._free_slots = num_slots
+        self._on_batch = on_batch
+        self._heap: list[tuple[float, int, _Job, int]] = []
+        self._numbers = itertools.count()
+        self._virtual = 0.0
+        self._waiting: set[_Job] = set()
+        self._queued_tokens = 0
+        self._tokens_per_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._owners: dict[asyncio.Task[None], list[_Job]] = {}
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens that wait now."""
+        return self._queued_tokens
+
+    async def submit(self, rows: Rows) -> tuple[NDArray[np.float32], Timing]:
+        """The vectors of a request's rows, [N, D].
+
+        When the caller is cancelled (its client went away, its deadline passed), the rows that wait are forgotten,
+        and a batch that was for nobody else is cancelled.
+
+        Raises:
+            QueueFullError: too many tokens wait.
+            Exception: whatever encoding these rows raised; requests in the same batch do not get it.
+        """
+        num_tokens = sum(map(len, rows))
+        if self._queued_tokens and self._queued_tokens + num_tokens > self._max_queued_tokens:
+            rate = self._tokens_per_s or self._batch_tokens
+            raise QueueFullError(self._queued_tokens / rate)
+        loop = asyncio.get_running_loop()
+        job = _Job(rows, [None] * len(rows), loop.create_future(), len(rows), len(rows), time.perf_counter())
+        tag = self._virtual
+        for place, row in enumerate(rows):
+            heapq.heappush(self._heap, (tag, next(self._numbers), job, place))
+            tag += len(row)
+        self._waiting.add(job)
+        self._queued_tokens += num_tokens
+        self._pump()
+        try:
+            await job.done
+        finally:
+            self._forget(job)
+        started_s = job.started_s or job.came_s
+        timing = Timing(started_s - job.came_s, time.perf_counter() - started_s)
+        return np.stack([vector for vector in job.vectors if vector is not None]), timing
+
+    def _forget(self, job: _Job) -> None:
+        """Drop what waits for a request that has its answer, or wants none any more."""
+        if not job.done.done():
+            job.done.cancel()
+        if job.queued:
+            self._queued_tokens -= sum(len(job.rows[place]) for _, _, owner, place in self._heap if owner is job)
+            self._heap = [entry for entry in self._heap if entry[2] is not job]
+            heapq.heapify(self._heap)
+            job.queued = 0
+        self._waiting.discard(job)
+        for batch in list(job.batches):
+            if all(other.done.done() for other in self._owners[batch]):
+                batch.cancel()
+
+    def _pump(self) -> None:
+        """Send batches while there are rows and a free slot."""
+        while self._heap and self._free_slots:
+            oldest_s = min(job.came_s for job in self._waiting)
+            remaining_s = self._wait_s - (time.perf_counter() - oldest_s)
+            if self._queued_tokens < self._batch_tokens and remaining_s > 0:
+                self._set_timer(remaining_s)
+                return
+            self._send(self._next_batch())
+
+    def _set_timer(self, seconds: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._pump)
+
+    def _next_batch(self) -> list[tuple[_Job, int]]:
+        """Rows by their turn, up to the budget."""
+        batch: list[tuple[_Job, int]] = []
+        num_jobs, num_tokens = len(self._waiting), 0
+        while self._heap:
+            _, _, job, place = self._heap[0]
+            length = len(job.rows[place])
+            if batch and num_tokens + length > self._batch_tokens:
+                break
+            heapq.heappop(self._heap)
+            batch.append((job, place))
+            num_tokens += length
+            job.queued -= 1
+            if not job.queued:
+                self._waiting.discard(job)
+        self._virtual += num_tokens / num_jobs
+        self._queued_tokens -= num_tokens
+        return batch
+
+    def _send(self, batch: list[tuple[_Job, int]]) -> None:
+        self._free_slots -= 1
+        now_s = time.perf_counter()
+        task = asyncio.get_running_loop().create_task(self._run(batch))
+        self._owners[task] = list(dict.fromkeys(job for job, _ in batch))
+        for job in self._owners[task]:
+            job.started_s = job.started_s or now_s
+            job.batches.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._free_slots += 1
+        for job in self._owners.pop(task):
+            job.batches.discard(task)
+        self._pump()
+
+    async def _run(self, batch: list[tuple[_Job, int]]) -> None:
+        try:
+            await self._encode_rows(batch)
+        except Exception as error:
+            by_job = [[pair for pair in batch if pair[0] is job] for job in dict.fromkeys(job for job, _ in batch)]
+            if len(by_job) == 1:
+                _fail(by_job[0][0][0], error)
+                return
+            # One of them is to blame; alone, each gets its own answer.
+            for pairs in by_job:
+                try:
+                    await self._encode_rows(pairs)
+                except Exception as alone:
+                    _fail(pairs[0][0], alone)
+
+    async def _encode_rows(self, batch: list[tuple[_Job, int]]) -> None:
+        wanted = [(job, place) for job, place in batch if not job.done.done()]
+        if not wanted:
+            return
+        rows = [job.rows[place] for job, place in wanted]
+        num_tokens = sum(map(len, rows))
+        before_s = time.perf_counter()
+        vectors = await self._encode(rows)
+        seconds = time.perf_counter() - before_s
+        rate = num_tokens / max(seconds, 1e-6)
+        self._tokens_per_s += (_RATE_SMOOTHING if self._tokens_per_s else 1.0) * (rate - self._tokens_per_s)
+        if self._on_batch:
+            self._on_batch(len(rows), num_tokens, seconds)
+        for (job, place), vector in zip(wanted, vectors, strict=True):
+            job.vectors[place] = vector
+            job.left -= 1
+            if not job.left and not job.done.done():
+                job.done.set_result(None)
+
+
+def _fail(job: _Job, error: Any) -> None:
+    if not job.done.done():
+        job.done.set_exception(error)

@@ -1,0 +1,138 @@
+"""The Ray Serve deployment that speaks HTTP: it looks after versions and hands requests to the engine.
+
+Which versions it serves, and how, is its `user_config`: Ray Serve changes it in place, without a restart, when
+`serve deploy` or KubeRay brings another; what is under way ends with the versions that it began with.
+"""
+
+import asyncio
+import logging
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from pydantic import Field
+from ray import serve
+
+from readapt_ray.config import Config
+from readapt_ray.serving.api import build_api
+from readapt_ray.serving.app import ENCODER_DEPLOYMENT
+from readapt_ray.serving.engine import Engine, Limits
+from readapt_ray.serving.guard import App, Guard
+from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.remote import RemoteVersion
+from readapt_ray.serving.routing import Routing
+from readapt_ray.serving.telemetry import PREFIX, Telemetry
+from readapt_ray.serving.versions import LostShards, VersionInfo
+
+logger = logging.getLogger("ray.serve")
+
+_POLL_S = 0.5
+_SCRAPE_S = 5.0
+
+
+class GatewayState(Config):
+    """What a gateway serves: its `user_config`."""
+
+    versions: dict[str, str]
+    """The Ray Serve application of each version, by the version's name."""
+    routing: Routing
+    """How requests that name no version reach them."""
+    lost_shards: LostShards = "wait"
+    """See `ServeConfig`."""
+    shard_timeout_s: float = Field(default=2.0, gt=0)
+    """See `ServeConfig`."""
+
+
+@serve.deployment
+@serve.ingress()
+class Gateway:
+    """Answers HTTP."""
+
+    def __init__(self, limits: Limits, keys: Sequence[ApiKey], *, allow_anonymous: bool, num_gateways: int) -> None:
+        self._limits = limits
+        self._keys = KeyRing(keys, share=1 / num_gateways)
+        self._allow_anonymous = allow_anonymous
+        self._telemetry = Telemetry()
+        self._engine = Engine(limits, self._telemetry)
+        self._versions: dict[str, RemoteVersion] = {}
+
+    def __serve_build_asgi_app__(self) -> App:
+        """The app, built in the replica."""
+        return Guard(
+            build_api(self._engine, gather_metrics),
+            keys=self._keys,
+            allow_anonymous=self._allow_anonymous,
+            limits=self._limits,
+            telemetry=self._telemetry,
+        )
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve what a `GatewayState` says, once every version in it is up."""
+        state = GatewayState.parse(user_config, where="user_config")
+        found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
+        versions = dict(zip(state.versions, found, strict=True))
+        await self._engine.set_state(versions, state.routing)
+        self._versions = versions
+        logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
+
+    async def _version(self, app: str, state: GatewayState) -> RemoteVersion:
+        encoder, info = await _description(app)
+        for known in self._versions.values():
+            if known.info.fingerprint == info.fingerprint and known.fits(state.lost_shards, state.shard_timeout_s):
+                return known
+        slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
+        return RemoteVersion(
+            info, encoder, slices, lost_shards=state.lost_shards, shard_timeout_s=state.shard_timeout_s
+        )
+
+
+async def _description(app: str) -> tuple[Any, VersionInfo]:
+    """The encoder of a version and what it says of itself, waiting until it is up."""
+    from ray.serve.exceptions import RayServeException
+
+    while True:
+        try:
+            encoder = serve.get_deployment_handle(ENCODER_DEPLOYMENT, app)
+            info: VersionInfo = await encoder.describe.remote()
+            return encoder, info
+        except (RayServeException, ray.exceptions.RayActorError) as error:
+            logger.info("waiting for %s: %s", app, error)
+            await asyncio.sleep(_POLL_S)
+
+
+async def gather_metrics() -> str:
+    """Our metrics of all nodes, in Prometheus' text format."""
+    urls = [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        for node in await asyncio.to_thread(ray.nodes)
+        if node["Alive"] and node["MetricsExportPort"]
+    ]
+    pages = await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls))
+    described: dict[str, None] = {}
+    samples = []
+    for line in (line for page in pages for line in page.splitlines()):
+        if line.startswith(("# HELP " + PREFIX, "# TYPE " + PREFIX)):
+            described[line] = None
+        elif line.startswith(PREFIX):
+            samples.append(line)
+    return _by_family(list(described), samples)
+
+
+def _read(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=_SCRAPE_S) as answer:
+            return str(answer.read().decode())
+    except OSError as error:
+        logger.warning("no metrics from %s: %s", url, error)
+        return ""
+
+
+def _by_family(described: Sequence[str], samples: Sequence[str]) -> str:
+    """Samples below what is said of their family, once, as the format asks."""
+    lines: list[str] = []
+    for family in dict.fromkeys(line.split(" ", 3)[2] for line in described):
+        lines += [line for line in described if line.split(" ", 3)[2] == family]
+        names = {family, *(f"{family}_{part}" for part in ("bucket", "sum", "count", "total"))}
+        lines += [line for line in samples if line.split("{", 1)[0].split(" ", 1)[0] in names]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,207 @@
+"""What stands before every request: who asks, how much, how often; and what stands after it: a line in the log.
+
+ASGI middleware. In: the keys and the limits. A request that it refuses has cost no parsing and no computation.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from readapt_ray.serving.engine import Limits, Trace
+from readapt_ray.serving.keys import KeyRing
+from readapt_ray.serving.options import is_loopback
+from readapt_ray.serving.schema import RequestError
+from readapt_ray.serving.telemetry import Telemetry
+
+logger = logging.getLogger("ray.serve")
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+CLIENT_WENT_AWAY = 499
+_OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs"})
+_KNOWN_PATHS = _OPEN_PATHS | {"/v1/embeddings", "/v1/search", "/v1/models", "/v1/rerank", "/metrics"}
+
+
+class Guard:
+    """Lets a request through to `app`, or answers it with an error of OpenAI's shape.
+
+    Args:
+        app: what answers.
+        keys: API keys; with none, only this machine is answered.
+        allow_anonymous: answer other machines without keys.
+        limits: body size and requests under way.
+    """
+
+    def __init__(self, app: App, *, keys: KeyRing, allow_anonymous: bool, limits: Limits, telemetry: Telemetry) -> None:
+        self._app = app
+        self._keys = keys
+        self._allow_anonymous = allow_anonymous
+        self._limits = limits
+        self._telemetry = telemetry
+        self._under_way = 0
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        trace = Trace(request_id=headers.get("x-request-id") or uuid.uuid4().hex)
+        scope.setdefault("state", {})["trace"] = trace
+        before_s = time.perf_counter()
+        status = CLIENT_WENT_AWAY
+        counted = scope["method"] == "POST"
+        self._under_way += counted
+
+        async def send_noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                if trace.seconds:
+                    parts = (f"{name};dur={1000 * seconds:.1f}" for name, seconds in trace.seconds.items())
+                    message["headers"] = [*message["headers"], (b"server-timing", ", ".join(parts).encode())]
+            await send(message)
+
+        try:
+            self._admit(scope, headers, trace)
+            body = await self._body(headers, receive)
+            if body is not None:
+                await self._app(scope, _replayed(body, receive), send_noting)
+        except RequestError as error:
+            await send_error(send_noting, error)
+        except asyncio.CancelledError:
+            status = CLIENT_WENT_AWAY
+            raise
+        except Exception:
+            # The API has answered with the number already; here the log gets the whole story.
+            logger.exception("request %s failed", trace.request_id)
+        finally:
+            self._under_way -= counted
+            self._record(scope, trace, status, time.perf_counter() - before_s)
+
+    def _admit(self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace) -> None:
+        """Refuse who may not ask, or asks too much.
+
+        Raises:
+            RequestError: with 401, 403 or 429.
+        """
+        path = scope["path"]
+        if self._keys:
+            if path not in _OPEN_PATHS:
+                self._check_key(headers.get("authorization"), trace)
+        elif not self._allow_anonymous:
+            self._check_loopback(scope, headers)
+        if self._under_way > self._limits.max_requests:
+            raise RequestError(
+                f"{self._limits.max_requests:,} requests are under way already; try again after the seconds in Retry-After",
+                status=429,
+                code="too_many_requests",
+                retry_after_s=1,
+            )
+
+    def _check_key(self, authorization: str | None, trace: Trace) -> None:
+        key = self._keys.find(authorization)
+        if key is None:
+            raise RequestError(
+                "no valid API key; send one as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
+            )
+        trace.key = key.name
+        wait_s = self._keys.wait_s(key)
+        if wait_s:
+            raise RequestError(
+                f"the key {key.name!r} may make {key.requests_per_minute:g} requests a minute",
+                status=429,
+                code="rate_limit_exceeded",
+                retry_after_s=math.ceil(wait_s),
+            )
+
+    def _check_loopback(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
+        """Without keys nobody but this machine is answered; nor is a web page that took this machine for its own host."""
+        client = scope.get("client")
+        try:
+            host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
+        except ValueError:
+            host = ""
+        if (client and not is_loopback(client[0])) or not is_loopback(host):
+            raise RequestError(
+                "this server has no API keys, so it answers only clients of its own machine at 127.0.0.1 or localhost; "
+                "start it with --api-keys",
+                status=403,
+                code="loopback_only",
+            )
+
+    async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
+        """The whole body; None where the client went away.
+
+        Raises:
+            RequestError: it is too large, with 413.
+        """
+        limit = self._limits.max_body_bytes
+        too_large = RequestError(
+            f"the body is over {limit:,} bytes; send fewer or shorter texts", status=413, code="body_too_large"
+        )
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > limit:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > limit:
+                raise too_large
+            if not message.get("more_body"):
+                return bytes(body)
+
+    def _record(self, scope: MutableMapping[str, Any], trace: Trace, status: int, seconds: float) -> None:
+        # Paths that do not exist are many; as labels they would fill the memory of Prometheus.
+        path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
+        self._telemetry.request(path, status, trace.version, trace.key, seconds)
+        entry = {
+            "request": trace.request_id,
+            "method": scope["method"],
+            "path": path,
+            "status": status,
+            "version": trace.version,
+            "key": trace.key,
+            "items": trace.num_items,
+            "tokens": trace.num_tokens,
+            "ms": round(1000 * seconds, 2),
+            **{f"{name}_ms": round(1000 * value, 2) for name, value in trace.seconds.items()},
+        }
+        shown = {name: value for name, value in entry.items() if value not in ("", 0)}
+        logger.info("%s %s %d", scope["method"], path, status, extra={"http": shown})
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once, and then what comes after it."""
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+async def send_error(send: Send, error: RequestError) -> None:
+    """Answer with an error."""
+    content = json.dumps(error.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

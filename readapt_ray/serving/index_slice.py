@@ -1,0 +1,93 @@
+"""Some shards of an index in memory: searched whole, or only among some doc_ids; without Ray.
+
+A filtered search is exact: it scores the vectors of the passages that pass, a block at a time, read back
+from the index.
+"""
+
+import bisect
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.exact import Hits, search_exact
+from readapt_ray.retrieval.vector_index import IndexShard, ShardRecord, read_shard, search_shards
+from readapt_ray.serving.versions import DocFilter
+from readapt_ray.storage import Location
+
+_BLOCK_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class _SearchableShard:
+    shard: IndexShard
+    order: NDArray[np.int64] = field(init=False)
+    """Rows by rising doc_id."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", np.argsort(self.shard.doc_ids, kind="stable"))
+
+    def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
+        """The rows that pass a filter."""
+        ids = self.shard.doc_ids
+        if wanted.prefix is not None:
+            size, every = len(wanted.prefix), range(len(self.order))
+            first = bisect.bisect_left(every, wanted.prefix, key=lambda at: ids[self.order[at]][:size])
+            last = bisect.bisect_right(every, wanted.prefix, key=lambda at: ids[self.order[at]][:size])
+            return np.sort(self.order[first:last])
+        names = np.array(wanted.doc_ids, dtype=object)
+        places = np.searchsorted(ids, names, sorter=self.order)
+        found = self.order[np.minimum(places, len(ids) - 1)]
+        return np.unique(found[ids[found] == names])
+
+    def chunks(self, wanted: DocFilter) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
+        """doc_ids and vectors [N, D] of the rows that pass, a block at a time."""
+        rows = self.rows(wanted)
+        for first in range(0, len(rows), _BLOCK_ROWS):
+            block = rows[first : first + _BLOCK_ROWS]
+            yield self.shard.doc_ids[block].tolist(), _vectors(self.shard.index, block)
+
+
+def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+    try:
+        vectors: NDArray[np.float32] = index.reconstruct_batch(rows)
+    except RuntimeError:
+        raise InputError(
+            f"an index of kind {type(index).__name__} does not give its vectors back, so it cannot be filtered by doc_id; "
+            f"serve a `flat` index"
+        ) from None
+    return vectors
+
+
+class IndexSlice:
+    """Shards that one process holds.
+
+    Args:
+        folder: where the shards lie.
+        records: those of this slice.
+
+    Raises:
+        CorruptFileError: a file of a shard is gone, cut short or altered.
+    """
+
+    def __init__(self, folder: Location, records: Sequence[ShardRecord]) -> None:
+        self._shards = [_SearchableShard(read_shard(folder, record)) for record in records if record.num_vectors]
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in all shards."""
+        return sum(each.shard.index.ntotal for each in self._shards)
+
+    def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
+        """The k best of each query [Q, D]; a filter leaves only what passes it.
+
+        Raises:
+            InputError: the dimensions differ, or this kind of index cannot be filtered.
+        """
+        if wanted is None:
+            return search_shards((each.shard for each in self._shards), queries, top_k)
+        return search_exact(queries, itertools.chain.from_iterable(each.chunks(wanted) for each in self._shards), top_k)

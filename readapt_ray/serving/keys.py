@@ -1,0 +1,138 @@
+"""API keys: who may ask, and how often.
+
+Enters: a YAML or JSON file (or the text of `READAPT_API_KEYS`) of names with their keys; what stays in memory
+and goes to other processes is the SHA-256 of each key. A check costs one hash and one comparison a key,
+in time that does not depend on how much of a key was right.
+"""
+
+import hashlib
+import hmac
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+ENVIRONMENT = "READAPT_API_KEYS"
+_HASHED = "sha256:"
+_MIN_CHARACTERS = 16
+_BURST_S = 10.0
+
+
+@dataclass(frozen=True)
+class ApiKey:
+    """Whom a key belongs to, and what may be done with it."""
+
+    name: str
+    sha256: str
+    """Hexadecimal digest of the key."""
+    requests_per_minute: float | None = None
+    """Requests a minute at most; None for no limit."""
+
+
+def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
+    """The keys of a file, or of the environment where no file is named; none where there is neither.
+
+    Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600}`; a key may be given as
+    `sha256:` and its digest.
+
+    Raises:
+        InputError: the file is not there, is not such a list, or a key is too short to be one.
+    """
+    if uri is None:
+        text, where = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
+        if not text.strip():
+            return ()
+    else:
+        location, where = Location(uri), repr(uri)
+        if not location.is_file():
+            raise InputError(f"api_keys = {uri!r}: no such file; give a YAML file of `name: key`")
+        text = location.read_text()
+    try:
+        entries = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"{where} is not YAML; it must hold one `name: key` a line") from None
+    if not isinstance(entries, dict) or not entries:
+        raise InputError(f"{where} holds no keys; it must hold one `name: key` a line")
+    return tuple(_parse(str(name), entry, where) for name, entry in entries.items())
+
+
+def _parse(name: str, entry: Any, where: str) -> ApiKey:
+    values = entry if isinstance(entry, dict) else {"key": entry}
+    key, rate = values.get("key"), values.get("requests_per_minute")
+    unknown = sorted(set(values) - {"key", "requests_per_minute"})
+    if unknown:
+        raise InputError(f"{where}: {name!r} has {unknown}; a key has `key` and `requests_per_minute`")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
+        raise InputError(f"{where}: requests_per_minute of {name!r} is {rate!r}; it must be a number over 0")
+    # No message shows a key.
+    if not isinstance(key, str) or len(key) < _MIN_CHARACTERS:
+        raise InputError(f"{where}: the key of {name!r} must be text of at least {_MIN_CHARACTERS} characters")
+    if key.startswith(_HASHED):
+        digest = key.removeprefix(_HASHED).lower()
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise InputError(f"{where}: the key of {name!r} begins with {_HASHED} but no SHA-256 follows")
+        return ApiKey(name, digest, rate)
+    return ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), rate)
+
+
+class KeyRing:
+    """Checks keys and counts requests.
+
+    Args:
+        keys: those that are allowed; with none, every request is anonymous.
+        share: the part of each key's rate that this process may use, 1 / number of gateways.
+        clock: seconds, rising.
+    """
+
+    def __init__(
+        self, keys: Sequence[ApiKey], *, share: float = 1.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._keys = tuple(keys)
+        self._buckets = {
+            key.name: _Bucket(key.requests_per_minute / 60 * share, clock) for key in keys if key.requests_per_minute
+        }
+
+    def __bool__(self) -> bool:
+        """Whether any key is configured."""
+        return bool(self._keys)
+
+    def find(self, authorization: str | None) -> ApiKey | None:
+        """Whose key stands in an `Authorization: Bearer ...` header; None for no key, or an unknown one."""
+        scheme, _, given = (authorization or "").partition(" ")
+        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.sha256):
+                found = key
+        return found if scheme.lower() == "bearer" else None
+
+    def wait_s(self, key: ApiKey) -> float:
+        """Count one request: 0 when it is within the key's rate, else the seconds until the next one is."""
+        bucket = self._buckets.get(key.name)
+        return bucket.take() if bucket else 0.0
+
+
+class _Bucket:
+    """A token bucket that holds the requests of ten seconds."""
+
+    def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
+        self._per_s = per_s
+        self._clock = clock
+        self._most = max(1.0, per_s * _BURST_S)
+        self._left = self._most
+        self._at_s = clock()
+
+    def take(self) -> float:
+        now_s = self._clock()
+        self._left = min(self._most, self._left + (now_s - self._at_s) * self._per_s)
+        self._at_s = now_s
+        if self._left >= 1.0:
+            self._left -= 1.0
+            return 0.0
+        return (1.0 - self._left) / self._per_s

@@ -1,0 +1,128 @@
+"""A version behind Ray Serve handles: calls go on over the death of a replica, and over a lost part of the index by policy."""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.errors import WorkerError
+from readapt_ray.serving.schema import RequestError
+from readapt_ray.serving.versions import DocFilter, Found, LostShards, Ranked, VersionInfo, merged
+
+logger = logging.getLogger("ray.serve")
+
+_RETRY_S = 0.1
+
+
+class RemoteVersion:
+    """The replicas of a version's encoder, and of the slices of its index.
+
+    Args:
+        info: what the encoder says of itself.
+        encoder: handle of `VersionEncoder`.
+        slices: handles of `VersionIndex` by name.
+        lost_shards: what to do about a slice that does not answer.
+        shard_timeout_s: after how long it counts as lost; not for `wait`.
+    """
+
+    def __init__(
+        self,
+        info: VersionInfo,
+        encoder: Any,
+        slices: Mapping[str, Any],
+        *,
+        lost_shards: LostShards,
+        shard_timeout_s: float,
+    ) -> None:
+        self.info = info
+        self._encoder = encoder
+        self._slices = dict(slices)
+        self._lost_shards = lost_shards
+        self._shard_timeout_s = shard_timeout_s
+
+    def fits(self, lost_shards: LostShards, shard_timeout_s: float) -> bool:
+        """Whether it follows this policy."""
+        return (self._lost_shards, self._shard_timeout_s) == (lost_shards, shard_timeout_s)
+
+    async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
+        """The vectors [N, D] of N rows of token ids, by whichever replica lives.
+
+        Raises:
+            FingerprintMismatchError: the replicas hold another version by now.
+        """
+        vectors: NDArray[np.float32] = await _persistently(self._encoder.encode, self.info.fingerprint, rows)
+        return vectors
+
+    async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
+        """The k best of each query [Q, D].
+
+        Raises:
+            FingerprintMismatchError: a slice holds another version by now.
+            InputError: the index cannot be filtered.
+            RequestError: a slice is lost, and the policy is an error, or all are.
+        """
+        names = list(self._slices)
+        answers = await asyncio.gather(*(self._search_slice(name, vectors, top_k, wanted) for name in names))
+        missing = [name for name, answer in zip(names, answers, strict=True) if answer is None]
+        if missing and (self._lost_shards == "error" or len(missing) == len(names)):
+            raise RequestError(
+                f"{len(missing)} of {len(names)} parts of the index do not answer; try again",
+                status=503,
+                code="index_incomplete",
+                retry_after_s=1,
+            )
+        return Found(merged([answer for answer in answers if answer is not None], len(vectors), top_k), missing)
+
+    async def _search_slice(
+        self, name: str, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None
+    ) -> list[list[Ranked]] | None:
+        """What a slice found; None where it is lost."""
+        limit_s = None if self._lost_shards == "wait" else self._shard_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                found: list[list[Ranked]] = await _persistently(
+                    self._slices[name].search, self.info.fingerprint, vectors, top_k, wanted
+                )
+                return found
+        except TimeoutError:
+            logger.warning("%s of version %s did not answer within %s s", name, self.info.fingerprint, limit_s)
+            return None
+
+    async def check(self) -> float:
+        """Encode and search for real; the seconds that the encoder took.
+
+        Raises:
+            WorkerError: a slice lost vectors.
+            Exception: whatever a replica raised.
+        """
+        before = [
+            self._encoder.check.remote(self.info.fingerprint),
+            *(each.check.remote(self.info.fingerprint) for each in self._slices.values()),
+        ]
+        seconds, *sizes = await asyncio.gather(*(_awaited(each) for each in before))
+        if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
+            raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
+        return float(seconds)
+
+
+async def _awaited(response: Any) -> Any:
+    return await response
+
+
+async def _persistently(method: Any, *given: Any) -> Any:
+    """Call a deployment until a replica that lives has answered: its work changes nothing, so it may be done twice.
+
+    The caller's deadline ends this.
+    """
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import ReplicaUnavailableError
+
+    while True:
+        try:
+            return await method.remote(*given)
+        except (RayActorError, ReplicaUnavailableError) as error:
+            logger.warning("a replica was lost under way, asking another: %s", type(error).__name__)
+            await asyncio.sleep(_RETRY_S)

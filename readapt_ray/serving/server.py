@@ -1,0 +1,233 @@
+"""`readapt serve`: start, change and stop the applications on this Ray.
+
+`serve` checks everything first, starts the versions, then the gateway, and returns once a real request would be answered.
+With `update` it brings a running server to another state: new versions come up beside the old ones, the
+gateway changes over between two requests, and only then do versions go that are served no more.
+"""
+
+import contextlib
+import http.client
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.serving import app
+from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.options import ServeConfig, is_loopback
+from readapt_ray.stages import cluster
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_ANSWER_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+_POLL_S = 0.1
+
+
+def serve(config: ServeConfig, *, blocking: bool = True) -> str:
+    """Serve until Ctrl-C, or, without `blocking`, return once the server is ready.
+
+    Returns:
+        The base URL, such as `http://127.0.0.1:8000`; with `write_config`, the file.
+
+    Raises:
+        InputError: the port is taken, this Ray serves already (or, for `update`, serves nothing), there are
+            no API keys for an open address, or a retriever, its index and its corpus cannot be used or do not fit
+            together; nothing was started.
+        ReadaptError: a replica could not start.
+    """
+    pairs = config.pairs()
+    keys = read_keys(config.api_keys)
+    if config.write_config:
+        Location(config.write_config).write_text(yaml.safe_dump(app.serve_config(config), sort_keys=False))
+        return config.write_config
+    if not (keys or config.allow_anonymous or is_loopback(config.host)):
+        raise InputError(
+            f"host = {config.host!r} would answer other machines, and there are no API keys; give --api-keys FILE, "
+            f"or --allow-anonymous where something else guards the door"
+        )
+    if not config.update:
+        _check_port(config.host, config.port)
+    fingerprints = {name: app.check_pair(name, pair) for name, pair in pairs.items()}
+    url = f"http://{_reachable(config.host)}:{config.port}"
+    _deploy(config, url, fingerprints)
+    who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
+    logger.info("serving %s at %s (%s)", ", ".join(pairs), url, "anybody" if config.allow_anonymous else who)
+    if blocking and not config.update:
+        _wait_for_signal()
+        stop()
+    return url
+
+
+def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:
+    cluster.connect()
+    ray_serve = _ray_serve()
+    running = set(ray_serve.status().applications)
+    if config.update:
+        _deploy_update(config, url, running, fingerprints)
+        return
+    if running:
+        raise InputError(
+            "this Ray cluster serves an app already; change it with --update, stop it, or use another cluster"
+        )
+    from ray.serve.config import HTTPOptions
+
+    try:
+        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        versions = {app.version_app_name(name): app.bind_version(name, pair) for name, pair in config.pairs().items()}
+        _run(versions | {app.GATEWAY_APP: app.bind_gateway(config)})
+        _wait_until_ready(url)
+    except BaseException as error:
+        found = _described(error)
+        stop()
+        raise found from None
+
+
+def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
+    if app.GATEWAY_APP not in running:
+        raise InputError("--update changes a server that runs, and this Ray runs none; start one without it")
+    wanted = {app.version_app_name(name): (name, pair) for name, pair in config.pairs().items()}
+    added = [each for each in wanted if each not in running]
+    for each in set(wanted) & running:
+        name, _ = wanted[each]
+        served = _ray_serve().get_deployment_handle(app.ENCODER_DEPLOYMENT, each).describe.remote().result().fingerprint
+        if served != fingerprints[name]:
+            raise InputError(
+                f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
+            )
+    try:
+        if added:
+            _run({each: app.bind_version(*wanted[each]) for each in added})
+    except BaseException as error:
+        found = _described(error)
+        for each in added:
+            _ray_serve().delete(each)
+        raise found from None
+    _run({app.GATEWAY_APP: app.bind_gateway(config)})
+    _wait_until_ready(url)
+    for each in running - set(wanted) - {app.GATEWAY_APP}:
+        _ray_serve().delete(each)
+
+
+def _run(applications: dict[str, Any]) -> None:
+    """Bring these applications up, all at once, and wait until they are."""
+    from ray.serve.api import RunTarget
+
+    targets = [
+        RunTarget(
+            target=each,
+            name=name,
+            route_prefix="/" if name == app.GATEWAY_APP else None,
+            logging_config={"enable_access_log": False},
+        )
+        for name, each in applications.items()
+    ]
+    _ray_serve().run_many(targets)
+
+
+def _described(error: BaseException) -> BaseException:
+    """What to tell the user of a start that failed."""
+    if not isinstance(error, Exception) or isinstance(error, ReadaptError):
+        return error
+    reason = _deployment_message(_ray_serve()) or str(cluster.cause_of(error))
+    return ReadaptError(f"the server could not start: {reason}")
+
+
+def stop() -> None:
+    """Stop serving and free the port; nothing happens where nothing is served. Ray itself goes on."""
+    import ray
+
+    if not ray.is_initialized():
+        return
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    serve_quietly = _ray_serve()
+    # serve.shutdown() alone waits inside a task of the controller, which dies with that task still running: Ray then
+    # prints an error that nobody can act on. So the controller is told first, and gone before serve.shutdown() asks.
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+        ray.get(ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE).graceful_shutdown.remote(wait=False))
+        while time.monotonic() < deadline_s:
+            ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
+            time.sleep(_POLL_S)
+    serve_quietly.shutdown()
+
+
+def _ray_serve() -> Any:
+    """Ray Serve, which sets its logger to talk on the user's terminal when it is imported."""
+    from ray import serve as ray_serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return ray_serve
+
+
+def _reachable(host: str) -> str:
+    if host in ("0.0.0.0", "::"):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _check_port(host: str, port: int) -> None:
+    """Find out whether the port can be listened on; on a cluster that is elsewhere nobody here can know."""
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(
+                f"port {port} on {host} cannot be used: {error.strerror or error}; stop what listens there, or give another --port"
+            ) from None
+
+
+def _wait_until_ready(url: str) -> None:
+    """Return once every version works."""
+    deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
+    while True:
+        try:
+            with urllib.request.urlopen(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
+                return
+        except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+            if time.monotonic() > deadline_s:
+                raise ReadaptError(
+                    f"the server runs, but {url}/readyz does not say that it is ready: {error}"
+                ) from error
+        time.sleep(_POLL_S)
+
+
+def _wait_for_signal() -> None:
+    """Return on Ctrl-C or SIGTERM."""
+    told = threading.Event()
+
+    def tell(_: int, __: FrameType | None) -> None:
+        told.set()
+
+    before = {each: signal.signal(each, tell) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while not told.wait(1.0):
+            continue
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _deployment_message(ray_serve: Any) -> str:
+    """The last line of what Ray Serve says of a replica that did not start."""
+    for application in ray_serve.status().applications.values():
+        for deployment in application.deployments.values():
+            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
+            if lines:
+                return str(lines[-1])
+    return ""

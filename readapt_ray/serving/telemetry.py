@@ -1,0 +1,74 @@
+"""What is measured of serving, as Prometheus metrics of Ray: `ray_readapt_...` at the metrics port of each node.
+
+`GET /metrics` of a gateway gathers them from all nodes, so one scrape of any gateway sees all replicas. Ray exports what
+was counted within some ten seconds.
+"""
+
+from ray.util.metrics import Counter, Histogram
+
+from readapt_ray.serving.batching import Timing
+
+PREFIX = "ray_readapt_"
+
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
+_SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
+_ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
+_DIFFERENCES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+
+
+class Telemetry:
+    """The metrics of one gateway."""
+
+    def __init__(self) -> None:
+        by_version = ("version",)
+        self._requests = Counter("readapt_requests", "Requests answered.", ("path", "status", "version", "key"))
+        self._seconds = Histogram("readapt_request_seconds", "From request to answer.", _SECONDS, ("path", "version"))
+        self._tokens = Counter("readapt_tokens", "Tokens of texts.", by_version)
+        self._queue = Histogram("readapt_queue_seconds", "Wait for the encoder.", _SECONDS, by_version)
+        self._encode = Histogram("readapt_encode_seconds", "Encoding of a request's texts.", _SECONDS, by_version)
+        self._search = Histogram("readapt_search_seconds", "Search of a request's queries.", _SECONDS, by_version)
+        self._batch_rows = Histogram("readapt_batch_rows", "Texts in a batch.", _ROWS, by_version)
+        self._batch_fill = Histogram("readapt_batch_fill", "Tokens in a batch over its budget.", _SHARES, by_version)
+        self._batch_seconds = Histogram("readapt_batch_seconds", "Encoding of a batch.", _SECONDS, by_version)
+        self._partial = Counter("readapt_partial_searches", "Searches without a part of the index.", by_version)
+        pair = ("version", "shadow")
+        self._overlap = Histogram("readapt_shadow_overlap", "Share of the first 10 that both found.", _SHARES, pair)
+        self._difference = Histogram(
+            "readapt_shadow_score_difference", "Between the best scores of the two, without sign.", _DIFFERENCES, pair
+        )
+
+    def request(self, path: str, status: int, version: str, key: str, seconds: float) -> None:
+        """A request was answered, or its client went away (status 499)."""
+        self._requests.inc(1, {"path": path, "status": str(status), "version": version, "key": key})
+        self._seconds.observe(seconds, {"path": path, "version": version})
+
+    def tokens(self, version: str, num_tokens: int) -> None:
+        """Texts were tokenised."""
+        if num_tokens:
+            self._tokens.inc(num_tokens, {"version": version})
+
+    def encoded(self, version: str, timing: Timing) -> None:
+        """The texts of a request were encoded."""
+        self._queue.observe(timing.queue_s, {"version": version})
+        self._encode.observe(timing.encode_s, {"version": version})
+
+    def searched(self, version: str, seconds: float) -> None:
+        """The queries of a request were searched for."""
+        self._search.observe(seconds, {"version": version})
+
+    def batch(self, version: str, budget: int, num_rows: int, num_tokens: int, seconds: float) -> None:
+        """A batch came back from the encoder."""
+        tags = {"version": version}
+        self._batch_rows.observe(num_rows, tags)
+        self._batch_fill.observe(num_tokens / budget, tags)
+        self._batch_seconds.observe(seconds, tags)
+
+    def partial(self, version: str) -> None:
+        """A search was answered without a part of the index."""
+        self._partial.inc(1, {"version": version})
+
+    def compared(self, version: str, shadow: str, overlap: float, score_difference: float) -> None:
+        """A shadow searched along."""
+        tags = {"version": version, "shadow": shadow}
+        self._overlap.observe(overlap, tags)
+        self._difference.observe(abs(score_difference), tags)

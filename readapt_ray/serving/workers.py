@@ -1,0 +1,219 @@
+"""What computes: the Ray Serve deployments of one version, an encoder and the slices of its index.
+
+Each proves its health by doing its work: the encoder encodes a sentence and compares the vector with the first one
+that it made of it, a slice searches for a vector. Where that fails three times, or hangs, Ray Serve replaces the process.
+"""
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from ray import serve
+
+from readapt_ray.artifacts import fingerprint
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
+
+_PROBE = "Is this encoder well?"
+_MIN_COSINE = 0.99
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSpec:
+    """What the processes of a version are started with."""
+
+    name: str
+    retriever: str
+    encoding: Encoding | None
+    dtype: str
+    encoder_fingerprint: str | None
+    """As the index has it: a node whose model folder differs is found out. None without an index."""
+    index: str | None
+    index_fingerprint: str | None
+    shards: tuple[str, ...]
+    """Names of the shards of the index."""
+    corpus: str | None
+    corpus_fingerprint: str | None
+    batch_tokens: int | None
+    num_slots: int
+    num_threads: int
+
+    def fingerprint(self, encoder: str) -> str:
+        """Of the pair."""
+        return fingerprint({"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint})
+
+
+class _Worker:
+    """One thread that computes, so that the event loop stays free to answer health checks."""
+
+    def __init__(self, set_up: Callable[[], None]) -> None:
+        # OpenMP keeps its number of threads by thread: it must be set in the one that computes.
+        self._pool = ThreadPoolExecutor(1, initializer=set_up)
+
+    async def __call__(self, function: Callable[..., R], *given: Any) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(function, *given))
+
+
+def _set_torch_threads(num_threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(num_threads)
+
+
+def _set_faiss_threads(num_threads: int) -> None:
+    import faiss
+    import torch
+
+    faiss.omp_set_num_threads(num_threads)
+    torch.set_num_threads(num_threads)
+
+
+@serve.deployment
+class VersionEncoder:
+    """Holds a retriever.
+
+    Args:
+        spec: the version.
+        slices: handles of the deployments that hold its index, in order.
+    """
+
+    def __init__(self, spec: VersionSpec, *slices: Any) -> None:
+        from readapt_ray.catalog.models import find_model
+        from readapt_ray.retrieval.encoder import Encoder
+
+        _set_torch_threads(spec.num_threads)
+        self._spec = spec
+        self._slices = slices
+        self._model = find_model(spec.retriever)
+        self._encoder = Encoder.load(
+            self._model, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens
+        )
+        if spec.encoder_fingerprint not in (None, self._encoder.fingerprint):
+            raise FingerprintMismatchError(
+                f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
+                f"put the same files on all nodes, or give a URI"
+            )
+        self._compute = _Worker(functools.partial(_set_torch_threads, spec.num_threads))
+        self._fingerprint = spec.fingerprint(self._encoder.fingerprint)
+        self._probe_ids = self._encoder.tokenize([_PROBE], "query")
+        self._probe_vector = self._encoder.encode_ids(self._probe_ids)[0]
+        self._check_probe(self._probe_vector)
+        self._created = int(time.time())
+
+    async def describe(self) -> VersionInfo:
+        """What this version is."""
+        from readapt_ray.catalog.models import load_tokenizer
+
+        sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
+        return VersionInfo(
+            fingerprint=self._fingerprint,
+            encoder_fingerprint=self._encoder.fingerprint,
+            encoding=self._encoder.encoding,
+            tokenizer=load_tokenizer(self._model),
+            dimension=self._encoder.dimension,
+            batch_tokens=self._encoder.batch_tokens,
+            num_slots=self._spec.num_slots,
+            slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
+            corpus=self._spec.corpus,
+            created=self._created,
+        )
+
+    async def encode(self, version: str, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """The vectors [N, D] of rows of token ids.
+
+        Raises:
+            FingerprintMismatchError: they are meant for another version.
+        """
+        _check_version(version, self._fingerprint)
+        return await self._compute(self._encoder.encode_ids, rows)
+
+    async def check(self, version: str) -> float:
+        """Encode a sentence; the seconds that it took, waiting for the batch before it included.
+
+        Raises:
+            FingerprintMismatchError: another version is meant.
+            WorkerError: the vector is not what it was at the start.
+        """
+        _check_version(version, self._fingerprint)
+        before_s = time.perf_counter()
+        self._check_probe((await self._compute(self._encoder.encode_ids, self._probe_ids))[0])
+        return time.perf_counter() - before_s
+
+    async def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces this process when it fails."""
+        await self.check(self._fingerprint)
+
+    def _check_probe(self, vector: NDArray[np.float32]) -> None:
+        norms = float(np.linalg.norm(vector)) * float(np.linalg.norm(self._probe_vector))
+        cosine = float(vector @ self._probe_vector) / norms if norms else 0.0
+        if not cosine >= _MIN_COSINE:
+            raise WorkerError(
+                f"the encoder's vector of a fixed sentence is off: cosine {cosine:.4f} with the first one"
+            )
+
+
+@serve.deployment
+class VersionIndex:
+    """Holds some shards of a version's index."""
+
+    def __init__(self, spec: VersionSpec, names: Sequence[str], num_threads: int) -> None:
+        from readapt_ray.retrieval.vector_index import VectorIndex
+        from readapt_ray.serving.index_slice import IndexSlice
+
+        _set_faiss_threads(num_threads)
+        index = VectorIndex.open(str(spec.index))
+        if (index.artifact.fingerprint, index.encoder["fingerprint"]) != (
+            spec.index_fingerprint,
+            spec.encoder_fingerprint,
+        ):
+            raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
+        self._slice = IndexSlice(index.folder, [record for record in index.records if record.name in names])
+        self._fingerprint = spec.fingerprint(index.encoder["fingerprint"])
+        self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
+        self._compute = _Worker(functools.partial(_set_faiss_threads, num_threads))
+
+    async def num_vectors(self) -> int:
+        """Vectors in this slice."""
+        return self._slice.num_vectors
+
+    async def search(
+        self, version: str, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None
+    ) -> list[list[Ranked]]:
+        """The k best of each query [Q, D], best first.
+
+        Raises:
+            FingerprintMismatchError: the queries are meant for another version.
+            InputError: the index cannot be filtered.
+        """
+        _check_version(version, self._fingerprint)
+        hits = await self._compute(self._slice.search, queries, top_k, wanted)
+        return [[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(len(queries))]
+
+    async def check(self, version: str) -> int:
+        """Search for a vector; the number of vectors.
+
+        Raises:
+            FingerprintMismatchError: another version is meant.
+        """
+        _check_version(version, self._fingerprint)
+        await self.check_health()
+        return self._slice.num_vectors
+
+    async def check_health(self) -> None:
+        """Asked by Ray Serve, which replaces this process when it fails."""
+        if self._slice.num_vectors:
+            await self._compute(self._slice.search, self._probe, 1, None)
+
+
+def _check_version(meant: str, held: str) -> None:
+    if meant != held:
+        raise FingerprintMismatchError(f"meant for version {meant}, but this process holds {held}")

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from readapt_ray.retrieval.exact import search_exact
+from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, index_kind, write_shard
+from readapt_ray.serving.index_slice import IndexSlice
+from readapt_ray.serving.versions import DocFilter, Ranked, merged
+from readapt_ray.storage import Location
+
+IDS = [
+    *(f"news/{number:03d}" for number in range(60)),
+    *(f"wiki/{number:03d}" for number in range(50)),
+    "wiki\U0010ffffz",
+]
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    made = np.random.default_rng(3).normal(size=(len(IDS), 8)).astype(np.float32)
+    made[5] = made[77]  # a tie
+    return made
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory, vectors):
+    folder = Location(str(tmp_path_factory.mktemp("slice")))
+    order = np.random.default_rng(4).permutation(len(IDS))
+    records = []
+    for number, part in enumerate(np.array_split(order, 3)):
+        shard = build_shard(index_kind("flat"), 8, [([IDS[row] for row in part], vectors[part])])
+        records.append(write_shard(folder, f"{number:05d}", shard, encoder="e"))
+    return IndexSlice(folder, records)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "keep"),
+    [
+        (None, lambda _: True),
+        (DocFilter(prefix="news/"), lambda doc_id: doc_id.startswith("news/")),
+        (DocFilter(prefix="wiki"), lambda doc_id: doc_id.startswith("wiki")),
+        (DocFilter(prefix=""), lambda _: True),
+        (DocFilter(prefix="none"), lambda _: False),
+        (DocFilter(doc_ids=("wiki/007", "news/005", "absent", "zzz")), {"wiki/007", "news/005"}.__contains__),
+    ],
+)
+def test_a_filtered_search_is_exact_among_what_passes(sliced, vectors, wanted, keep):
+    queries = vectors[[77, 3]]
+    rows = [row for row, doc_id in enumerate(IDS) if keep(doc_id)]
+    oracle = search_exact(queries, [([IDS[row] for row in rows], vectors[rows])], 7)
+    found = sliced.search(queries, 7, wanted)
+    for query in range(2):
+        mine, its = found.of_query(query, ""), oracle.of_query(query, "")
+        assert [doc.doc_id for doc in mine] == [doc.doc_id for doc in its]
+        np.testing.assert_allclose([doc.score for doc in mine], [doc.score for doc in its], rtol=1e-5)
+
+
+def test_a_slice_knows_its_size(sliced):
+    assert sliced.num_vectors == len(IDS)
+
+
+def test_parts_merge_to_what_one_index_finds(world):
+    index = VectorIndex.open(world.pair()["index"])
+    queries = world.encoder.encode(["array shape", "lock a thread"], "query")
+    parts = []
+    for record in index.records:
+        hits = IndexSlice(index.folder, [record]).search(queries, 9)
+        parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(2)])
+    whole = index.search(queries, 9)
+    for query, ranked in enumerate(merged(parts, 2, 9)):
+        assert [(hit.doc_id, hit.score) for hit in ranked] == [
+            (doc.doc_id, doc.score) for doc in whole.of_query(query, "")
+        ]
+
+
+def test_ties_between_parts_go_by_doc_id():
+    parts = [[[Ranked("b", 1.0), Ranked("d", 0.5)]], [[Ranked("a", 1.0), Ranked("c", 0.5)]]]
+    assert merged(parts, 1, 3) == [[Ranked("a", 1.0), Ranked("b", 1.0), Ranked("c", 0.5)]]

@@ -1,0 +1,200 @@
+"""What happens to requests under way when processes die, versions change, clients leave, and too much comes."""
+
+import collections
+import concurrent.futures
+import os
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+import ray
+
+from readapt_ray.serving.server import serve, stop
+from tests.serving.conftest import World
+
+pytestmark = pytest.mark.slow
+
+QUERY = {"query": "array shape", "top_k": 3}
+
+
+@pytest.fixture
+def started(ray_session):
+    """Starts a server on Ray Serve with a config; it is gone afterwards."""
+    yield lambda config: serve(config, blocking=False)
+    stop()
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """The processes that this run's own Ray started under a title."""
+    return [each for each in psutil.Process().children(recursive=True) if _title(each).startswith(title)]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+class Load:
+    """Clients that ask one search after the other, and count what they get."""
+
+    def __init__(self, url: str, num_clients: int, body: dict) -> None:
+        self.answers: list[tuple[float, int, str]] = []
+        self._ended = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(num_clients)
+        self._clients = [self._pool.submit(self._ask, url, body) for _ in range(num_clients)]
+
+    def _ask(self, url: str, body: dict) -> None:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            while not self._ended.is_set():
+                try:
+                    answer = client.post("/v1/search", json=body)
+                    name = answer.json().get("model", answer.text[:300])
+                    self.answers.append((time.monotonic(), answer.status_code, name))
+                except httpx.TransportError as error:
+                    self.answers.append((time.monotonic(), 0, type(error).__name__))
+
+    def wait_for(self, num_answers: int) -> None:
+        """Until so many more came."""
+        wanted = len(self.answers) + num_answers
+        deadline_s = time.monotonic() + 180
+        while len(self.answers) < wanted:
+            assert time.monotonic() < deadline_s, self.answers[-3:]
+            time.sleep(0.05)
+
+    def end(self) -> collections.Counter:
+        """Stop; how often each status came."""
+        self._ended.set()
+        for each in self._clients:
+            each.result()
+        return collections.Counter(status for _, status, _ in self.answers)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("which", ["readapt-tiny:encoder", "readapt-tiny:index-0"])
+def test_a_killed_replica_costs_no_request(started, world: World, which):
+    url = started(world.config(name="tiny", index_actors=2))
+    load = Load(url, 4, QUERY)
+    load.wait_for(50)
+    [victim] = processes(f"ray::ServeReplica:{which}")
+    os.kill(victim.pid, signal.SIGKILL)
+    not_ready = _ready_within(url, 20, wanted=503)
+    load.wait_for(50)
+    statuses = load.end()
+    # What was under way on it was asked again of its replacement.
+    assert set(statuses) == {200}, [each for each in load.answers if each[1] != 200]
+    assert not_ready, "/readyz never told that a replica was gone"
+    assert _ready_within(url, 120, wanted=200)
+    [replacement] = processes(f"ray::ServeReplica:{which}")
+    assert replacement.pid != victim.pid
+
+
+def _ready_within(url: str, seconds: float, wanted: int) -> bool:
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s:
+        if httpx.get(f"{url}/readyz", timeout=60).status_code == wanted:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.timeout(900)
+def test_a_lost_shard_by_policy(started, world: World):
+    versions = {"tiny": world.pair()}
+    config = world.config(versions=versions, index_actors=2, lost_shards="partial", shard_timeout_s=0.5)
+    url = started(config)
+    [victim] = processes("ray::ServeReplica:readapt-tiny:index-1")
+    os.kill(victim.pid, signal.SIGKILL)
+    body = httpx.post(f"{url}/v1/search", json=QUERY | {"top_k": 100}, timeout=60).json()
+    assert (body["partial"], body["missing"]) == (True, ["index-1"])
+    # Two shards of 25 and 15 vectors: the second is the one that is lost.
+    assert len(body["data"][0]["hits"]) == 25
+    assert _ready_within(url, 120, wanted=200)
+    whole = httpx.post(f"{url}/v1/search", json=QUERY | {"top_k": 100}, timeout=60).json()
+    assert (whole["partial"], len(whole["data"][0]["hits"])) == (False, 40)
+
+
+@pytest.mark.timeout(900)
+def test_the_default_changes_under_load_without_a_failed_request(started, world: World):
+    base = world.config(versions={"base": world.pair("other")})
+    url = started(base)
+    load = Load(url, 4, QUERY)
+    load.wait_for(50)
+    both = {"base": world.pair("other"), "adapted": world.pair()}
+    settings = base.model_dump(mode="json", exclude={"versions"}) | {"update": True}
+    serve(type(base).parse(settings | {"versions": both, "default": "adapted"}), blocking=False)
+    load.wait_for(50)
+    # The old version goes only when nobody needs it any more.
+    serve(type(base).parse(settings | {"versions": {"adapted": world.pair()}}), blocking=False)
+    load.wait_for(50)
+    statuses = load.end()
+    assert set(statuses) == {200}, [each for each in load.answers if each[1] != 200]
+    names = [name for _, _, name in sorted(load.answers)]
+    assert (names[0], names[-1]) == ("base", "adapted")
+    assert set(names) == {"base", "adapted"}
+    assert [each["id"] for each in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]] == ["adapted"]
+    assert set(ray.serve.status().applications) == {"readapt", "readapt-adapted"}
+
+
+@pytest.mark.timeout(900)
+def test_who_goes_away_costs_no_further_compute(started, world: World):
+    url = started(world.config(name="tiny"))
+    many = {"input": ["array shape " * 10] * 1500, "truncate": True, "input_type": "passage"}
+    # Distinct texts: equal ones are encoded once.
+    many["input"] = [f"{number} {text}" for number, text in enumerate(many["input"])]
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/embeddings", json=many, timeout=0.5)
+    assert httpx.post(f"{url}/v1/embeddings", json={"input": "a"}, timeout=60).status_code == 200
+    time.sleep(15)  # Ray exports metrics every ten seconds
+    page = httpx.get(f"{url}/metrics", timeout=60).text
+    encoded = sum(
+        float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith("ray_readapt_batch_rows_sum")
+    )
+    assert 0 < encoded < 1000
+    assert 'status="499"' in page
+
+
+@pytest.mark.timeout(1500)
+def test_ten_minutes_at_twice_the_capacity(started, world: World):
+    """$READAPT_SOAK_S seconds, ten minutes unless it says otherwise."""
+    seconds = float(os.environ.get("READAPT_SOAK_S", "600"))
+    url = started(world.config(name="tiny", max_requests=8, max_queued_tokens=2000))
+    ended, seen = threading.Event(), collections.Counter()
+
+    def ask(number: int) -> None:
+        with httpx.Client(base_url=url, timeout=120) as client:
+            step = number
+            while not ended.is_set():
+                step += 1
+                size = (1, 1, 1, 4, 16, 64)[step % 6]
+                texts = [f"{step} {number} {each} " + "array shape " * (step % 9) for each in range(size)]
+                answer = client.post("/v1/embeddings", json={"input": texts, "truncate": True})
+                seen[answer.status_code] += 1
+                if answer.status_code == 200:
+                    assert len(answer.json()["data"]) == size
+                else:
+                    assert int(answer.headers["retry-after"]) >= 1
+
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        clients = [pool.submit(ask, number) for number in range(16)]
+        time.sleep(seconds / 4)
+        early = _memory()
+        time.sleep(3 * seconds / 4)
+        late = _memory()
+        ended.set()
+        for each in clients:
+            each.result()
+    assert set(seen) == {200, 429}
+    assert seen[200] > 100
+    for title, before in early.items():
+        assert late[title] < 1.1 * before + 20e6, f"{title} grew from {before / 1e6:.0f} to {late[title] / 1e6:.0f} MB"
+
+
+def _memory() -> dict[str, int]:
+    """Private bytes of the server's processes."""
+    titles = ("ray::ServeReplica:readapt:gateway", "ray::ServeReplica:readapt-tiny:encoder", "ray::ProxyActor")
+    return {title: sum(each.memory_full_info().uss for each in processes(title)) for title in titles}
