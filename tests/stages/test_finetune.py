@@ -96,8 +96,8 @@ def test_judged_pairs_take_the_best_passages_of_a_run_that_are_not_right(
     assert [len(row["negative_ids"]) for row in rows] == [2] * 30 + [0] * 10, (
         "a doc_id that is not in the corpus is left out"
     )
-    assert texts["d00007"] in text_of(base, rows[0]["negative_ids"][0])
-    assert texts["d00008"] in text_of(base, rows[0]["negative_ids"][1])
+    for doc_id, ids in zip(("d00007", "d00008"), rows[0]["negative_ids"], strict=True):
+        assert texts[doc_id][:40] in text_of(base, ids), "cut at the longest passage of the contract"
     assert QUERIES[0].text in text_of(base, rows[0]["query_ids"])
     numbers = {row["doc_id"]: row["doc_number"] for row in rows}
     assert len(set(numbers.values())) == len(numbers)
