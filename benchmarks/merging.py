@@ -3,9 +3,9 @@
     python benchmarks/merging.py --work FOLDER [--mergekit PATH/mergekit-yaml] [--shapes 1b,7b] [--repeats 3]
 
 Makes models of random bfloat16 weights in FOLDER (1b: 12 GB with the outputs, 7b: 45 GB; removed
-afterwards), runs every program in a process of its own, in turn, and writes wall time and peak
-memory of each run to benchmarks/results/merging.json, with a table of errors against float64 on a
-small shape. mergekit lives in an environment of its own: `pip install mergekit` there.
+afterwards), runs every program in a process of its own, in turn, and writes wall time, processor
+time and peak memory of each run to benchmarks/results/merging.json, with a table of errors against
+float64 on a small shape. mergekit lives in an environment of its own: `pip install mergekit` there.
 
 The copy reads what the merge reads and writes what it writes, and waits for the disk as the merge
 does (`fsync`); the same without waiting is given besides. mergekit does not wait.
@@ -59,8 +59,9 @@ import os, resource, subprocess, sys, time
 started = time.perf_counter()
 code = subprocess.call(sys.argv[1:])
 seconds = time.perf_counter() - started
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
 print()
-print(seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e6)
+print(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024 / 1e6)
 sys.exit(code)
 """
 
@@ -158,7 +159,7 @@ def write_dora(folder: Path, shape: str, base: Path) -> Path:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall seconds and peak resident MB of a process.
+    """Wall seconds, processor seconds (all cores) and peak resident MB of a process.
 
     Raises:
         RuntimeError: it failed; the end of what it wrote is in the message.
@@ -166,8 +167,8 @@ def measure(command: list[str]) -> dict[str, float]:
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed: {(done.stdout + done.stderr)[-2000:]}")
-    seconds, peak_mb = done.stdout.splitlines()[-1].split()
-    return {"seconds": round(float(seconds), 2), "peak_mb": round(float(peak_mb))}
+    seconds, cpu_seconds, peak_mb = map(float, done.stdout.splitlines()[-1].split())
+    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu_seconds, 2), "peak_mb": round(peak_mb)}
 
 
 def mergekit_config(folder: Path, models: list[Path], dtype: str) -> Path:
@@ -242,7 +243,8 @@ def ratios(runs: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     found = {}
     for name in runs:
         if not name.startswith("readapt"):
-            found[f"seconds over {name}"] = median("readapt merge", "seconds") / median(name, "seconds")
+            for what in ("seconds", "cpu_seconds"):
+                found[f"{what} over {name}"] = median("readapt merge", what) / median(name, what)
         if name.startswith("mergekit"):
             found[f"peak over {name}"] = median("readapt merge", "peak_mb") / median(name, "peak_mb")
     return {name: round(value, 3) for name, value in found.items()}
@@ -263,7 +265,10 @@ def large(work: Path, shape: str) -> dict[str, Any]:
 
 
 def live(work: Path, shape: str) -> dict[str, Any]:
-    """A pair of scales set in a live encoder on the CPU, against loading the model again."""
+    """A pair of scales set in a live encoder on the CPU, against loading a model that was merged before.
+
+    transformers maps the file, and reads it when the weights are first used, so a copy of them is part of the loading.
+    """
     script = f"""
 import json, time, torch
 from pathlib import Path
@@ -279,7 +284,8 @@ seconds = []
 for _ in range(2):
     started = time.perf_counter()
     module = load_model(find_model({str(work / "retriever")!r}), dtype=torch.bfloat16, device="cpu")
-    sum(float(each.view(-1)[::1024].float().sum()) for each in module.parameters())
+    for each in module.parameters():
+        each.data = each.data.clone()
     seconds.append(time.perf_counter() - started)
 live = LiveReadapter(module, Readapter(before, after, [Adapter(Path({str(work / "dora")!r}), before)]))
 live.set_scales(1.0, 0.5)

@@ -204,10 +204,10 @@ class Location:
 
     def sha256(self) -> str:
         """Hex digest of the file's content."""
-        digest = hashlib.sha256()
+        digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
+            while count := stream.readinto(chunk):
+                digest.update(chunk[:count])
         return digest.hexdigest()
 
     def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:

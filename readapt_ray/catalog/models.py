@@ -1,7 +1,8 @@
 """From the name of a model to a folder on this machine's disk.
 
 A `MODEL` is a catalog name, a local folder, a URI, or a hub id, in this order. Only safetensors,
-configuration and tokenizer files are fetched; nothing in a model folder is ever executed.
+configuration and tokenizer files are fetched, and pickled weights where there are no others, which
+are converted (`pickled.py`); nothing in a model folder is ever executed.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import MANIFEST_NAME, fingerprint, read_manifest
-from readapt_ray.catalog import retrievers
+from readapt_ray.catalog import pickled, retrievers
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
@@ -101,7 +102,7 @@ def find_model(name: str) -> Model:
     else:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
-    model = Model(name=name, folder=folder)
+    model = Model(name=name, folder=pickled.safe_folder(folder, name))
     if not model.is_adapter and not (folder / "config.json").is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
     return model
@@ -112,7 +113,10 @@ def _fetch_hub(name: str, hub_id: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(_FETCHED)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(_FETCHED)))
+        if not pickled.has_safetensors(folder):
+            folder = Path(snapshot_download(hub_id, allow_patterns=[*_FETCHED, *pickled.PICKLED]))
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"cannot fetch {name!r} ({hub_id} on the hub): {_first_line(error)}; "
@@ -128,12 +132,14 @@ def _fetch_uri(uri: str) -> Path:
     key = fingerprint([uri, [(relative, info.size, info.mtime_ns) for relative, info in listing]])
     cache = Path(os.environ.get("READAPT_CACHE", "~/.cache/readapt")).expanduser() / "models"
     target = cache / key
+    has_safetensors = any(relative.endswith(".safetensors") for relative, _ in listing)
     with _locked(cache / f"{key}.lock"):
         if not target.is_dir():
             partial = Location(str(cache / f"{key}.partial"))
             partial.delete()
             for relative, _ in listing:
-                if relative.endswith(_MODEL_SUFFIXES):
+                is_pickled = any(Path(relative).match(pattern) for pattern in pickled.PICKLED)
+                if relative.endswith(_MODEL_SUFFIXES) or (is_pickled and not has_safetensors):
                     (source / relative).copy_to(partial / relative)
             partial.local_path.rename(target)
     return target

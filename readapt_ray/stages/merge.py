@@ -3,7 +3,8 @@
 In: three models (or a bundle and its base) and two scales. Out: a Hugging Face folder that plain
 transformers and sentence-transformers load and pool as the retriever asks; with --factors a small
 folder from which any pair of scales can be made again. It runs in the driver without Ray, on all
-cores; memory is some slices of rows, time is that of reading the inputs and writing the output.
+cores, or with --num-workers in tasks on the nodes of a cluster; memory is some slices of rows, time
+is that of reading the inputs twice (to recognise them, to merge them) and writing the output.
 """
 
 import contextlib
@@ -12,28 +13,25 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
 from readapt_ray.artifacts import (
-    BUILDING_NAME,
-    MANIFEST_NAME,
     Artifact,
     Workspace,
     fingerprint,
     produce,
 )
-from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.models import load_tokenizer
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import ModelError
 from readapt_ray.retrieval.templates import EncodingOption
+from readapt_ray.stages import merge_shards
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
-    from readapt_ray.weights.bundle import Bundle
+    from readapt_ray.weights.inputs import MergeInputs, MergeNames
     from readapt_ray.weights.low_rank import Stored
     from readapt_ray.weights.provenance import Ingredient
     from readapt_ray.weights.readapter import Readapter, Scales
@@ -62,18 +60,23 @@ class MergeConfig(StageConfig):
     """Replace `retriever - pretrained` by its truncated SVD per matrix at this explained variance (LoRE), such as 0.5."""
     factors: bool = False
     """Write a bundle of factors next to their base instead of a model: small, and good for any pair of scales."""
-    accept: tuple[Literal["config", "tokenizer", "vocabulary"], ...] = ()
-    """Differences between pretrained and retriever that are meant: config, tokenizer, vocabulary; the retriever's is taken."""
+    accept: tuple[Literal["config", "tokenizer", "vocabulary", "base"], ...] = ()
+    """Differences that are meant: config, tokenizer, vocabulary (the retriever's is taken), base (of an adapter)."""
     dtype: Literal["retriever", "float32", "float16", "bfloat16"] = "retriever"
     """Type of the written weights; `retriever` takes for each tensor what the retriever has."""
     max_shard_bytes: int = pydantic.Field(default=5_000_000_000, ge=1)
     """Bound of a weight file in bytes; a larger tensor has a file of its own."""
     encoding: EncodingOption = None
     """How text becomes a vector (a JSON file), for a retriever that nothing is known of; its own contract otherwise."""
+    num_workers: int = pydantic.Field(default=0, ge=0)
+    """Ray tasks that write weight files at once, on any node of the cluster; 0 writes them here, on all cores."""
+    num_cpus_per_worker: int = pydantic.Field(default=1, ge=1)
+    """Logical CPUs of such a task, and the threads that it computes with."""
     measures: str | None = None
     """Output folder of `readapt tune` or `readapt evaluate` whose result the model card shows."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
+    operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
 
     @pydantic.field_validator("accept", mode="before")
     @classmethod
@@ -92,6 +95,10 @@ class MergeConfig(StageConfig):
             )
         if self.bundle is not None and (self.factors or self.low_rank is not None):
             raise ValueError("factors and low_rank write what a bundle already is; give the three models instead")
+        if self.num_workers and (self.factors or self.low_rank is not None):
+            raise ValueError(
+                "num_workers spreads the weight files of a model; factors are made on one machine, so leave it 0"
+            )
         return self
 
     @pydantic.field_validator("adapter", mode="before")
@@ -127,18 +134,15 @@ class MergeConfig(StageConfig):
         return (self.adapter,) if isinstance(self.adapter, str) else self.adapter or ()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Resolved:
-    """What the names in the config stand for; all of it fits together."""
+@dataclass(frozen=True)
+class _Merge:
+    """What is merged: all of it fits together."""
 
-    models: tuple[tuple[str, Model], ...]
-    """Role and model of each input."""
-    readapter: "Readapter"
+    names: "MergeNames"
+    models: "MergeInputs"
     scales: "Scales"
-    encoding: Encoding
-    config_of: Model
-    tokenizer_of: Model
-    bundle: "Bundle | None" = None
+    sources: Sequence["Ingredient"]
+    """What the models are."""
 
 
 def merge(config: MergeConfig) -> Artifact:
@@ -150,13 +154,27 @@ def merge(config: MergeConfig) -> Artifact:
         InputError: as many scales as adapters, or one, are due.
         ArtifactConflictError: the output holds something else.
     """
+    from readapt_ray.weights.inputs import MergeNames
+    from readapt_ray.weights.low_rank import check_shapes
     from readapt_ray.weights.model_card import measures_of
-    from readapt_ray.weights.provenance import describe
+    from readapt_ray.weights.provenance import described
 
-    resolved = _resolve_bundle(config) if config.bundle is not None else _resolve(config)
-    sources = describe(resolved.models)
-    if resolved.bundle is not None:
-        resolved.bundle.check_base(sources[0].fingerprint, sources[0].name)
+    names = MergeNames(
+        pretrained=config.pretrained,
+        retriever=config.retriever,
+        adapters=config.adapters,
+        bundle=config.bundle,
+        accept=config.accept,
+        encoding=config.encoding,
+    )
+    roles = names.find()
+    with described(roles) as wait_for_sources:
+        models = names.open(roles)
+        if config.factors or config.low_rank is not None:
+            check_shapes(models.readapter.pretrained, models.readapter.retriever)
+        scales = _scales(config, models)
+        sources = wait_for_sources()
+    names.check(roles, sources)
     inputs: dict[str, str] = {}
     for source in sources:
         option = source.role.split(" ")[0]
@@ -164,129 +182,74 @@ def merge(config: MergeConfig) -> Artifact:
     measures = measures_of(config.measures) if config.measures is not None else []
     if measures:
         inputs["measures"] = fingerprint(measures)
+    merged = _Merge(names, models, scales, sources)
     work = _write_factors if config.factors else _write_model
     return produce(
         "merge",
         config,
         inputs=inputs,
-        work=lambda workspace: work(workspace, config, resolved, sources, measures),
+        work=lambda workspace: work(workspace, config, merged, measures),
         identity={
-            "encoding": resolved.encoding.model_dump(mode="json"),
-            "scales": [resolved.scales.readapter, *resolved.scales.knowledge],
+            "encoding": models.encoding.model_dump(mode="json"),
+            "scales": [scales.readapter, *scales.knowledge],
         },
     )
 
 
-def _resolve(config: MergeConfig) -> _Resolved:
-    """Everything that headers, configs and tokenizers can tell is checked here, before a weight is read."""
-    from readapt_ray.weights.adapter import Adapter
-    from readapt_ray.weights.agreement import check_configs, check_tokenizers
-    from readapt_ray.weights.checkpoint import Checkpoint
-    from readapt_ray.weights.live import spread
-    from readapt_ray.weights.readapter import Readapter, Scales, open_retriever
-
-    pretrained, retriever = _find("pretrained", config.pretrained), _find("retriever", config.retriever)
-    adapters = [_find("adapter", name) for name in config.adapters]
-    before = Checkpoint(pretrained.folder, name=pretrained.name)
-    knowledge = [open_retriever(adapter.folder, before, name=adapter.name) for adapter in adapters]
-    after = open_retriever(retriever.folder, before, name=retriever.name)
-    accept_vocabulary = "vocabulary" in config.accept
-    readapter = Readapter(before, after, knowledge, accept_vocabulary=accept_vocabulary)
-    for model, source in [(retriever, after), *zip(adapters, knowledge, strict=True)]:
-        if not isinstance(source, Adapter) and not (model is retriever and "config" in config.accept):
-            check_configs(pretrained, model)
-    if "tokenizer" not in config.accept:
-        check_tokenizers(pretrained, retriever, accept_vocabulary=accept_vocabulary)
-    config_of = pretrained if retriever.is_adapter else retriever
-    roles = [f"adapter {number}" for number in range(1, 1 + len(adapters))] if len(adapters) > 1 else ["adapter"]
-    return _Resolved(
-        models=(("pretrained", pretrained), ("retriever", retriever), *zip(roles, adapters, strict=True)),
-        readapter=readapter,
-        scales=Scales(config.readapter_scale, spread(config.knowledge_scale, len(adapters))),
-        encoding=config.encoding or encoding_of(retriever),
-        config_of=config_of,
-        tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
-    )
-
-
-def _resolve_bundle(config: MergeConfig) -> _Resolved:
-    from readapt_ray.weights.bundle import open_bundle
-    from readapt_ray.weights.checkpoint import Checkpoint
+def _scales(config: MergeConfig, inputs: "MergeInputs") -> "Scales":
+    """One knowledge scale for each adapter; those of a bundle unless others are given."""
     from readapt_ray.weights.live import spread
     from readapt_ray.weights.readapter import Scales
 
-    model = find_model(str(config.bundle))
-    bundle = open_bundle(model)
-    pretrained = _find("pretrained", config.pretrained or bundle.base_name)
-    readapter = bundle.readapter(Checkpoint(pretrained.folder, name=pretrained.name))
-    given = config.model_fields_set
-    readapter_scale = config.readapter_scale if "readapter_scale" in given else bundle.scales.readapter
-    knowledge_scale = config.knowledge_scale if "knowledge_scale" in given else bundle.scales.knowledge
-    return _Resolved(
-        models=(("pretrained", pretrained), ("bundle", model)),
-        readapter=readapter,
-        scales=Scales(readapter_scale, spread(knowledge_scale, len(readapter.knowledge))),
-        encoding=config.encoding or bundle.encoding,
-        config_of=model,
-        tokenizer_of=model,
-        bundle=bundle,
-    )
+    readapter_scale, knowledge_scale = config.readapter_scale, config.knowledge_scale
+    if inputs.scales is not None:
+        given = config.model_fields_set
+        readapter_scale = readapter_scale if "readapter_scale" in given else inputs.scales.readapter
+        knowledge_scale = knowledge_scale if "knowledge_scale" in given else inputs.scales.knowledge
+    return Scales(readapter_scale, spread(knowledge_scale, len(inputs.readapter.knowledge)))
 
 
-def _find(option: str, name: str | None) -> Model:
-    from readapt_ray.weights.pickled import safe_folder
-
-    model = find_model(str(name))
-    if (model.folder / BUILDING_NAME).is_file() and not (model.folder / MANIFEST_NAME).is_file():
-        raise ModelError(
-            f"{option} = {name!r} is unfinished; run the stage that makes it again, it goes on where it stopped"
-        )
-    if option == "pretrained" and model.is_adapter:
-        raise ModelError(f"pretrained = {name!r} is an adapter; give the full model that it was trained on")
-    return replace(model, folder=safe_folder(model.folder, model.name))
-
-
-def _has_tokenizer(model: Model) -> bool:
-    return any((model.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
-
-
-def _write_model(
-    workspace: Workspace,
-    config: MergeConfig,
-    resolved: _Resolved,
-    sources: Sequence["Ingredient"],
-    measures: list[str],
-) -> None:
+def _write_model(workspace: Workspace, config: MergeConfig, merged: _Merge, measures: list[str]) -> None:
     from readapt_ray.weights import export, model_files
     from readapt_ray.weights.model_card import model_card, truncation_note
 
-    scales = resolved.scales
-    with _low_rank(workspace, config, resolved) as (readapter, stored):
+    models, scales = merged.models, merged.scales
+    with _low_rank(workspace, config, models.readapter) as (readapter, stored):
         plan = export.plan_shards(readapter, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
         model_files.write_model_files(
             workspace.location,
             config=model_files.headless_config(
-                resolved.config_of.read_json("config.json"), dtype=plan.main_dtype, name=resolved.config_of.name
+                models.config_of.read_json("config.json"), dtype=plan.main_dtype, name=models.config_of.name
             ),
-            tokenizer=load_tokenizer(resolved.tokenizer_of),
-            encoding=resolved.encoding,
+            tokenizer=load_tokenizer(models.tokenizer_of),
+            encoding=models.encoding,
             contract={"fingerprint": workspace.fingerprint},
         )
         total = max(1, round(plan.num_bytes / _MB))
-        loss = export.write_weights(
-            readapter,
-            scales,
-            plan,
-            workspace.location,
-            report=lambda done: workspace.progress(round(done / _MB), total, unit="MB"),
-        )
-    left_out = [*readapter.dropped, *(resolved.bundle.content["left_out"] if resolved.bundle else ())]
+
+        def report(done: int) -> None:
+            workspace.progress(round(done / _MB), total, unit="MB")
+
+        if config.num_workers:
+            job = merge_shards.ShardJob(
+                names=merged.names,
+                fingerprints=tuple(each.fingerprint for each in merged.sources),
+                scales=scales,
+                plan=plan,
+                target=workspace.location,
+                num_threads=config.num_cpus_per_worker,
+            )
+            loss = merge_shards.write_on_cluster(job, num_workers=config.num_workers, report=report)
+        else:
+            loss = export.write_weights(readapter, scales, plan, workspace.location, report=report)
+    lost = sorted({*models.readapter.carried} - {*readapter.carried})
+    left_out = [*models.left_out, *models.readapter.dropped, *lost]
     notes = [f"Left out, since no vector depends on it: {each}" for each in left_out]
     card = model_card(
-        encoding=resolved.encoding,
+        encoding=models.encoding,
         scales=f"readapter {scales.readapter}, knowledge {', '.join(map(str, scales.knowledge))}",
         command=_command(config),
-        sources=sources,
+        sources=merged.sources,
         survives=loss.survives(),
         dtype=plan.main_dtype,
         measures=measures,
@@ -300,7 +263,7 @@ def _write_model(
         "num_shards": len(plan.shards),
         "num_bytes": plan.num_bytes,
     }
-    workspace.details |= _details(resolved, sources, left_out, stored) | {
+    workspace.details |= _details(merged, left_out, stored) | {
         "dtype": plan.main_dtype,
         "kept_from_one_side": list(readapter.carried),
         "survives_cast": loss.survives(),
@@ -309,16 +272,15 @@ def _write_model(
 
 @contextlib.contextmanager
 def _low_rank(
-    workspace: Workspace, config: MergeConfig, resolved: _Resolved
+    workspace: Workspace, config: MergeConfig, whole: "Readapter"
 ) -> Iterator[tuple["Readapter", list["Stored"]]]:
     """The models, with the retriever's difference truncated where that was asked for."""
     from readapt_ray.weights.low_rank import StoredDifference, write_difference
     from readapt_ray.weights.readapter import Readapter
 
     if config.low_rank is None:
-        yield resolved.readapter, []
+        yield whole, []
         return
-    whole = resolved.readapter
     with tempfile.TemporaryDirectory(prefix="readapt-low-rank-") as temporary:
         # On a disk the factors lie beside the output, where a killed merge finds those that it had made.
         folder = workspace.location if workspace.location.is_local else Location(temporary)
@@ -333,25 +295,19 @@ def _low_rank(
         Location(f"{file.uri}.json").delete()
 
 
-def _write_factors(
-    workspace: Workspace,
-    config: MergeConfig,
-    resolved: _Resolved,
-    sources: Sequence["Ingredient"],
-    measures: list[str],
-) -> None:
+def _write_factors(workspace: Workspace, config: MergeConfig, merged: _Merge, measures: list[str]) -> None:
     from readapt_ray.weights.bundle import write_bundle
 
-    readapter = resolved.readapter
+    models, readapter = merged.models, merged.models.readapter
     stored = write_bundle(
         workspace.location,
         readapter,
-        scales=resolved.scales,
+        scales=merged.scales,
         variance=config.low_rank,
-        encoding=resolved.encoding,
-        config_of=resolved.config_of,
-        tokenizer_of=resolved.tokenizer_of,
-        sources={each.role: each.to_json() for each in sources},
+        encoding=models.encoding,
+        config_of=models.config_of,
+        tokenizer_of=models.tokenizer_of,
+        sources={each.role: each.to_json() for each in merged.sources},
         report=_element_report(workspace, readapter),
     )
     num_bytes = sum(info.size for _, info in workspace.location.listing(".safetensors", recursive=True))
@@ -363,7 +319,7 @@ def _write_factors(
             model_bytes // _MB,
         )
     workspace.counts |= {"num_tensors": len(readapter.names()), "num_bytes": num_bytes}
-    workspace.details |= _details(resolved, sources, [*readapter.dropped, *readapter.carried], stored)
+    workspace.details |= _details(merged, [*readapter.dropped, *readapter.carried], stored)
     workspace.details |= {"measures": measures} if measures else {}
 
 
@@ -372,15 +328,13 @@ def _element_report(workspace: Workspace, readapter: "Readapter") -> Callable[[i
     return lambda done: workspace.progress(done // _MB, max(1, total), unit="M weights", note="factors")
 
 
-def _details(
-    resolved: _Resolved, sources: Sequence["Ingredient"], left_out: list[str], stored: list["Stored"]
-) -> dict[str, Any]:
+def _details(merged: _Merge, left_out: list[str], stored: list["Stored"]) -> dict[str, Any]:
     details = {
-        "readapter_scale": resolved.scales.readapter,
-        "knowledge_scale": list(resolved.scales.knowledge),
-        "sources": {each.role: each.to_json() for each in sources},
+        "readapter_scale": merged.scales.readapter,
+        "knowledge_scale": list(merged.scales.knowledge),
+        "sources": {each.role: each.to_json() for each in merged.sources},
         "left_out": left_out,
-        "encoding": resolved.encoding.model_dump(mode="json"),
+        "encoding": merged.models.encoding.model_dump(mode="json"),
     }
     if stored:
         details["low_rank"] = [dataclasses.asdict(each) for each in stored]
@@ -390,5 +344,7 @@ def _details(
 def _command(config: MergeConfig) -> str:
     from readapt_ray.weights.provenance import command_line
 
-    options = {name: value for name, value in config.settings().items() if name in config.model_fields_set}
-    return command_line("merge", {**options, "overwrite": None, "encoding": None, "output": "FOLDER"})
+    left_out = {"overwrite", "encoding", "num_workers", "num_cpus_per_worker"}
+    given = config.model_fields_set - left_out
+    options = {name: value for name, value in config.settings().items() if name in given}
+    return command_line("merge", {**options, "output": "FOLDER"})

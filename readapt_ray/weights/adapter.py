@@ -197,9 +197,9 @@ def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
     """The stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        pickled = folder / "adapter_model.bin"
-        hint = f"; {pickled.name} is a pickle and is not read: load it with PEFT and save it again" * pickled.is_file()
-        raise ModelError(f"the adapter {name!r} has no {WEIGHTS_NAME} in {folder}{hint}")
+        raise ModelError(
+            f"the adapter {name!r} has no {WEIGHTS_NAME} in {folder}; fetch it again, or save it again with PEFT"
+        )
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
     for stored_name, stored in read_header(path).items():

@@ -7,11 +7,14 @@ the option that settles it. Weights of equal shapes can belong to models that co
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from readapt_ray.artifacts import read_manifest
 from readapt_ray.catalog.models import Model, load_tokenizer
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.adapter import listed
+from readapt_ray.weights.provenance import Ingredient
 
 logger = logging.getLogger("readapt_ray")
 
@@ -101,6 +104,45 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
             f"the tokenizers of {pretrained.name!r} and {tuned.name!r} differ by {len(alone)} tokens: {listed(alone)}. "
             f"Give the model that it was made from, or --accept vocabulary to take the tokens of {tuned.name!r}"
         )
+
+
+def check_bases(pretrained: Ingredient, adapters: Sequence[Model], *, accept: bool) -> None:
+    """Compare the model that each adapter was trained on with the one that it is laid on.
+
+    What `readapt train` made says it by fingerprint; other adapters give a name, and another name is only a warning.
+
+    Args:
+        pretrained: what they are laid on.
+        adapters: models; those that are no adapters are left out.
+        accept: take an adapter that was trained on another model.
+
+    Raises:
+        WeightMismatchError: an adapter was trained on another model.
+    """
+    for adapter in adapters:
+        if not adapter.is_adapter:
+            continue
+        named = str(adapter.adapter_config.get("base_model_name_or_path") or "")
+        manifest = read_manifest(str(adapter.folder))
+        trained_on = manifest.inputs.get("pretrained") if manifest is not None else None
+        if trained_on is None:
+            if _last(named) not in ("", _last(pretrained.name)):
+                logger.warning(
+                    "%s says that it was trained on %s, and is laid on %s; make sure that they are the same model",
+                    adapter.name,
+                    named,
+                    pretrained.name,
+                )
+        elif trained_on != pretrained.fingerprint and not accept:
+            raise WeightMismatchError(
+                f"the adapter {adapter.name!r} was trained on {named!r} with the fingerprint {trained_on}, and "
+                f"{pretrained.name!r} has {pretrained.fingerprint}: a file of it changed, or it is another model. Give the "
+                f"model that it was trained on; if the change is meant, --accept base lays it on this one"
+            )
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def _same_file(one: Model, other: Model) -> bool:

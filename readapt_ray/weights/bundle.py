@@ -24,6 +24,7 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.low_rank import Source, Stored, StoredDifference, write_difference
+from readapt_ray.weights.provenance import Ingredient
 from readapt_ray.weights.readapter import Readapter, Scales
 
 BUNDLE_NAME = "bundle.json"
@@ -124,19 +125,10 @@ class Bundle:
         """What the base was called when the bundle was written."""
         return str(self.content["sources"]["pretrained"]["name"])
 
-    def check_base(self, fingerprint: str, name: str) -> None:
-        """Refuse another base than the one that the factors were made of.
-
-        Raises:
-            WeightMismatchError: it is another.
-        """
-        due = self.content["sources"]["pretrained"]
-        if fingerprint != due["fingerprint"]:
-            revision = f", revision {due['revision']}" * bool(due["revision"])
-            raise WeightMismatchError(
-                f"the bundle {self.model.name!r} was made of {due['name']!r} (fingerprint {due['fingerprint']}{revision}), and "
-                f"{name!r} has {fingerprint}; give that very model with --pretrained"
-            )
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What took no part in it, with the model that held it."""
+        return tuple(self.content["left_out"])
 
     def readapter(self, base: Checkpoint) -> Readapter:
         """The models as differences from their base.
@@ -183,3 +175,18 @@ def open_bundle(model: Model) -> Bundle:
             f"the bundle {model.name!r} has the format {content.get('format')!r}, and this version reads {_FORMAT}; write it again"
         )
     return Bundle(model, content)
+
+
+def check_base(model: Model, base: Ingredient) -> None:
+    """Refuse another base than the one that the factors of a bundle were made of.
+
+    Raises:
+        WeightMismatchError: it is another.
+    """
+    due = open_bundle(model).content["sources"]["pretrained"]
+    if base.fingerprint != due["fingerprint"]:
+        revision = f", revision {due['revision']}" * bool(due["revision"])
+        raise WeightMismatchError(
+            f"the bundle {model.name!r} was made of {due['name']!r} (fingerprint {due['fingerprint']}{revision}), and "
+            f"{base.name!r} has {base.fingerprint}; give that very model with --pretrained"
+        )

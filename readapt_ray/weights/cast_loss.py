@@ -46,8 +46,8 @@ class CastLoss:
         exact = rows.readapted
         knowledge = 0.0
         if rows.retrieval is not exact:
-            knowledge = _square(rows.retrieval.neg_().add_(exact))
-        update = _square(rows.pretrained.neg_().add_(exact))
+            knowledge = _square(rows.retrieval.sub_(exact))
+        update = _square(rows.pretrained.sub_(exact))
         error = _square(scratch.float32("term", cast).sub_(exact)) if cast.dtype != torch.float32 else 0.0
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         return cls({kind: _Squares(update, knowledge, error)})

@@ -100,7 +100,7 @@ def write_weights(
     report: Callable[[int], None],
     num_threads: int | None = None,
 ) -> CastLoss:
-    """Write the shards that are not there, then the index.
+    """Write the shards that are not there, then the index, on this machine.
 
     Args:
         readapter: what is written.
@@ -116,32 +116,45 @@ def write_weights(
     Raises:
         ModelError: an input holds NaN or infinity, or a value is too large for the output type.
     """
-    num_threads = num_threads or _affordable_threads(readapter)
-    losses, done = CastLoss(), 0
+    done = 0
     for shard in plan.shards:
-        # A file appears under its name only when it is whole, so one that is there needs no second look.
-        if not ((target / shard.file_name).is_file() and _loss_record(target, shard).is_file()):
-            _write_shard(
-                readapter,
-                scales,
-                plan,
-                shard,
-                target=target,
-                num_threads=num_threads,
-                report=functools.partial(_report_after, report, done),
-            )
+        write_shard(
+            readapter,
+            scales,
+            plan,
+            shard,
+            target,
+            report=functools.partial(_report_after, report, done),
+            num_threads=num_threads,
+        )
         done += shard.num_bytes
-        losses.add(CastLoss.from_json(_loss_record(target, shard).read_text()))
         report(done)
+    return finish_weights(plan, target)
+
+
+def _report_after(report: Callable[[int], None], before: int, made: int) -> None:
+    report(before + made)
+
+
+def is_written(shard: WeightShard, target: Location) -> bool:
+    """Whether a shard is there: a file appears under its name only when it is whole."""
+    return (target / shard.file_name).is_file() and _loss_record(target, shard).is_file()
+
+
+def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
+    """Write the index of shards that are all there.
+
+    Returns:
+        What the cast lost, in all shards.
+    """
+    losses = CastLoss()
+    for shard in plan.shards:
+        losses.add(CastLoss.from_json(_loss_record(target, shard).read_text()))
     if len(plan.shards) > 1:
         weight_map = {name: shard.file_name for shard in plan.shards for name in sorted(shard.names)}
         index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
         (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     return losses
-
-
-def _report_after(report: Callable[[int], None], before: int, made: int) -> None:
-    report(before + made)
 
 
 def forget_progress(plan: WeightPlan, target: Location) -> None:
@@ -171,16 +184,20 @@ class _Slice:
     stop: int
 
 
-def _write_shard(
+def write_shard(
     readapter: Readapter,
     scales: Scales,
     plan: WeightPlan,
     shard: WeightShard,
-    *,
     target: Location,
-    num_threads: int,
+    *,
     report: Callable[[int], None],
+    num_threads: int | None = None,
 ) -> None:
+    """Write one shard, unless it is there; the arguments are those of `write_weights`."""
+    if is_written(shard, target):
+        return
+    num_threads = num_threads or _affordable_threads(readapter)
     done, losses = 0, CastLoss()
     slices = (_Slice(name, start, stop) for name in shard.names for start, stop in readapter.slices(name))
     # One for each slice that is being made, plus one that is being written.

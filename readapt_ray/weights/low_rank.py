@@ -124,6 +124,22 @@ Source = Checkpoint | Adapter | StoredDifference
 """What a difference from the pretrained model is read from."""
 
 
+def check_shapes(pretrained: Checkpoint, tuned: Source) -> None:
+    """Refuse a vocabulary that grew or shrank: there is no difference of new words.
+
+    Raises:
+        WeightMismatchError: a tensor has another shape.
+    """
+    if not isinstance(tuned, Checkpoint):
+        return
+    for name in pretrained.names():
+        if name in tuned and tuned.shape(name) != pretrained.shape(name):
+            raise WeightMismatchError(
+                f"{name!r} is {list(pretrained.shape(name))} in {pretrained.name!r} and {list(tuned.shape(name))} in "
+                f"{tuned.name!r}: factors hold no new words; merge without --low-rank and --factors"
+            )
+
+
 def write_difference(
     pretrained: Checkpoint,
     tuned: Source,
@@ -136,7 +152,7 @@ def write_difference(
 
     Args:
         pretrained: the weights before.
-        tuned: what was made of them, checked to fit.
+        tuned: what was made of them, checked to fit, see `check_shapes`.
         target: the file; beside it stand how each weight is kept (its name with .json), and parts until it is whole.
         variance: share of the squared difference that the factors of a matrix hold at least; None keeps the whole.
         report: called with the elements of weights done so far.

@@ -113,6 +113,11 @@ def _usage(encoding: Encoding) -> list[str]:
         *(['passages = model.encode(["title text"], prompt_name="document")'] if "document" in prefixes else []),
         "```",
         "",
+        "Other servers pool as this folder says; what stands before a text is the client's to write, or an option:",
+        "",
+        "    vllm serve PATH_OF_THIS_FOLDER --runner pooling",
+        f"    text-embeddings-router --model-id PATH_OF_THIS_FOLDER{' --default-prompt-name query' * ('query' in prefixes)}",
+        "",
     ]
 
 

@@ -18,6 +18,10 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.tokenizer import write_tokenizer
 
 _POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
+# Not among our poolings, but text-embeddings-inference reads no pooling config that leaves them out.
+_OTHER_POOLING_KEYS = (
+    "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens",
+)  # fmt: skip
 _TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
 
 
@@ -45,11 +49,22 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
         key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "transformers_version")
     }
     return {
+        **_older_rope(config),
         **kept,
         "architectures": [known if isinstance(known, str) else known[0]],
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding as it was written before transformers 5, which is what other servers still read."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or "rope_theta" not in rope:  # none, or one for each kind of layer
+        return {}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    scales = scaling.get("rope_type", "default") != "default"
+    return {"rope_theta": rope["rope_theta"], **({"rope_scaling": scaling} if scales else {})}
 
 
 def prompts(encoding: Encoding) -> dict[str, str]:
@@ -124,6 +139,8 @@ def _write_sentence_transformers(folder: Path, encoding: Encoding, dimension: in
     ]
     _write_json(folder / "modules.json", modules)
     modes = {key: kind == encoding.pooling for kind, key in _POOLING_KEYS.items()}
+    modes |= dict.fromkeys(_OTHER_POOLING_KEYS, False)
+    # vLLM takes the first key that is true for the pooling, so include_prompt stands last.
     _write_json(
         folder / "1_Pooling/config.json", {"word_embedding_dimension": dimension, **modes, "include_prompt": True}
     )

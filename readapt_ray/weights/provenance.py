@@ -1,23 +1,29 @@
 """What a merged model was made from, so that it can be checked and made again.
 
 In: models on this machine's disk. Out: for each its name, revision, fingerprint and the SHA-256 of
-every file that decides its content. All cores hash, so this is faster than the disk.
+every file that decides its content. All cores hash, while the main thread checks the models: about
+a second for each gigabyte and core.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import contextlib
+import hashlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import fingerprint, read_manifest
 from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.pickled import RECORD_NAME
 from readapt_ray.storage import Location
-from readapt_ray.weights.pickled import RECORD_NAME
-from readapt_ray.weights.pipeline import in_order, num_cores
+from readapt_ray.weights.pipeline import num_cores
 
 _HASHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _WEIGHTS = (".safetensors", ".bin")
+# Large, so that a thread that hashes seldom waits for the interpreter.
+_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,34 +54,54 @@ class Ingredient:
         }
 
 
-def describe(models: Sequence[tuple[str, Model]]) -> list[Ingredient]:
-    """Describe the inputs of a merge, by role and model."""
+@contextlib.contextmanager
+def described(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list[Ingredient]]]:
+    """Describe the inputs of a merge, by role and model, while the block does something else.
+
+    Yields:
+        What waits for the descriptions and returns them. An error in the block ends the hashing.
+    """
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(_describe, models, stopped).result
+        finally:
+            stopped.set()
+
+
+def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> list[Ingredient]:
     jobs = [
         (number, file)
         for number, (_, model) in enumerate(models)
         for file, _ in Location(str(model.folder)).listing(recursive=True)
         if file.endswith(_HASHED)
     ]
-    hashes = in_order(lambda job: _sha256(models[job[0]][1].folder / job[1]), jobs, num_threads=num_cores())
+    paths = [models[number][1].folder / file for number, file in jobs]
+    with ThreadPoolExecutor(num_cores()) as pool:
+        hashes = list(pool.map(lambda path: _sha256(path, stopped), paths))
     files: list[dict[str, str]] = [{} for _ in models]
     for (number, file), digest in zip(jobs, hashes, strict=True):
         files[number][file] = digest
-    return [_describe(role, model, found) for (role, model), found in zip(models, files, strict=True)]
+    return [_ingredient(role, model, found) for (role, model), found in zip(models, files, strict=True)]
 
 
-def _describe(role: str, model: Model, files: dict[str, str]) -> Ingredient:
+def _ingredient(role: str, model: Model, files: dict[str, str]) -> Ingredient:
     manifest = read_manifest(str(model.folder))
     identified = manifest.fingerprint if manifest is not None else fingerprint(files)
-    origin = model.folder
-    if (model.folder / RECORD_NAME).is_file():
-        record = json.loads((model.folder / RECORD_NAME).read_text(encoding="utf-8"))
-        origin, files = Path(record["folder"]), {**files, **record["files"]}
-    revision = origin.name if origin.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
+    folder = model.folder
+    revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
+    converted = model.read_json(RECORD_NAME)
+    if converted:
+        revision, files = converted["revision"], {**files, **converted["files"]}
     return Ingredient(role=role, name=model.name, fingerprint=identified, revision=revision, files=files)
 
 
-def _sha256(path: Path) -> str:
-    return Location(str(path)).sha256()
+def _sha256(path: Path, stopped: threading.Event) -> str:
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while not stopped.is_set() and (count := file.readinto(chunk)):
+            digest.update(chunk[:count])
+    return digest.hexdigest()
 
 
 def command_line(stage: str, options: Mapping[str, Any]) -> str:

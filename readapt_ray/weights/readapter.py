@@ -26,8 +26,8 @@ from readapt_ray.weights.terms import Factors, Term, Whole
 
 logger = logging.getLogger("readapt_ray")
 
-# 1 MiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
-_SLICE_ELEMENTS = 1 << 18
+# 512 KiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
+_SLICE_ELEMENTS = 1 << 17
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # BERT-like models carry a pooler that no pooling here reads: where one side lacks it, the other's is kept.
 _UNUSED_PREFIX = "pooler."
@@ -149,6 +149,7 @@ class Readapter:
         checkpoints = [each for each in (pretrained, retriever, *self.knowledge) if isinstance(each, Checkpoint)]
         for checkpoint in checkpoints:
             _check_floating(checkpoint)
+            _check_embeddings(checkpoint)
         self.carried: tuple[str, ...] = ()
         """Tensors that only one side has and no vector depends on; they are kept as they are."""
         if isinstance(retriever, Checkpoint):
@@ -292,6 +293,15 @@ def _check_floating(checkpoint: Checkpoint) -> None:
     if wrong:
         raise ModelError(
             f"{checkpoint.name!r} is quantised ({listed(wrong)}); give its weights in float32, float16 or bfloat16"
+        )
+
+
+def _check_embeddings(checkpoint: Checkpoint) -> None:
+    """A tied embedding that is stored only as the head would be left out with it."""
+    if checkpoint.heads and not any(_VOCABULARY.search(name) for name in checkpoint.names()):
+        raise ModelError(
+            f"{checkpoint.name!r} holds a head ({checkpoint.heads[0]}) but no word embeddings; load it once with transformers "
+            f"and save_pretrained it, which stores tied embeddings under their own name"
         )
 
 

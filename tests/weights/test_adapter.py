@@ -118,10 +118,6 @@ def _edit_tensors(change):
     return spoil
 
 
-def _rename_to_bin(folder):
-    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-
-
 FIRST = "base_model.model.model.layers.0.mlp.down_proj."
 
 
@@ -134,7 +130,7 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj."
         (_edit_config(use_dora=False), "A, B are due"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "not an adapter"),
-        (_rename_to_bin, "adapter_model.bin is a pickle"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (_edit_tensors(lambda tensors: tensors.pop(FIRST + "lora_magnitude_vector")), "A, B, magnitude are due"),
         (_edit_tensors(lambda tensors: tensors.update(extra=torch.ones(1))), "extra"),
         (_edit_tensors(dict.clear), "changes no weight"),

@@ -77,10 +77,6 @@ def _index(folder, weight_map):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-def _pickled(folder):
-    (folder / "pytorch_model.bin").write_bytes(b"x")
-
-
 def _missing_shard(folder):
     _index(folder, {"a": "model-00001-of-00002.safetensors"})
 
@@ -91,6 +87,11 @@ def _climbing_shard(folder):
 
 def _broken_index(folder):
     (folder / "model.safetensors.index.json").write_text("[1]")
+
+
+def _lost_tensor(folder):
+    save_file({"a": torch.ones(1)}, folder / "model-00001-of-00001.safetensors")
+    _index(folder, dict.fromkeys(("a", "b", "c"), "model-00001-of-00001.safetensors"))
 
 
 def _cut_short(folder):
@@ -120,10 +121,10 @@ def _only_a_head(folder):
     ("spoil", "said"),
     [
         (lambda folder: None, "has no weights"),
-        (_pickled, "safetensors"),
         (_missing_shard, "lacks 1 of 1"),
         (_climbing_shard, "lacks 1 of 1"),
         (_broken_index, "not an index"),
+        (_lost_tensor, "lacks 2 tensors of its index, first 'b'"),
         (_cut_short, "cut short"),
         (_empty, "cut short"),
         (_not_safetensors, "header"),

@@ -10,6 +10,7 @@ from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
+from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.export import plan_shards, write_weights
 from readapt_ray.weights.model_files import headless_config, prompts, write_model_files
@@ -50,6 +51,23 @@ def test_shards_hold_every_tensor_once_within_the_bound(tmp_path, dtype, max_sha
         assert torch.equal(read[name], tensor.to(getattr(torch, dtype, torch.bfloat16)))
     assert Checkpoint(tmp_path / "out").names() == Checkpoint(source).names()
     assert (tmp_path / "out/model.safetensors.index.json").exists() == (len(files) > 1)
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_same_bytes_by_any_number_of_cores(tmp_path, monkeypatch, shards):
+    monkeypatch.setattr("readapt_ray.weights.readapter._SLICE_ELEMENTS", 1000)
+    pretrained = factories.tiny_decoder(tmp_path / "pre", dtype="bfloat16", shards=shards)
+    before = Checkpoint(pretrained)
+    retriever = Checkpoint(factories.full_retriever(tmp_path / "ret", pretrained, shards=shards))
+    made = Readapter(before, retriever, [Adapter(factories.dora_adapter(tmp_path / "ad", pretrained), before)])
+    plan = plan_shards(made, dtype="bfloat16", max_shard_bytes=20_000)
+    for num_threads in (1, 2, 5):
+        target = Location(str(tmp_path / f"out{num_threads}"))
+        write_weights(made, Scales(0.9, (0.5,)), plan, target, report=lambda done: None, num_threads=num_threads)
+    for file in (tmp_path / "out1").glob("*.safetensors"):
+        content = file.read_bytes()
+        assert content == (tmp_path / "out2" / file.name).read_bytes()
+        assert content == (tmp_path / "out5" / file.name).read_bytes()
 
 
 def test_the_same_bytes_whatever_the_shards_of_the_inputs(tmp_path):
@@ -239,6 +257,48 @@ def test_config_is_that_of_the_headless_class():
     assert headless_config({"model_type": "bert"}, dtype="float32", name="x")["architectures"] == ["BertModel"]
     with pytest.raises(ModelError, match="'nosuch'"):
         headless_config({"model_type": "nosuch"}, dtype="float32", name="x")
+
+
+@pytest.mark.parametrize("scaling", [{}, {"rope_type": "linear", "factor": 2.0}])
+def test_the_rope_is_written_as_older_libraries_read_it_too(tmp_path, scaling):
+    from transformers import AutoConfig, LlamaConfig
+
+    rope = {"rope_theta": 5e5, "rope_type": "default", **scaling}
+    config = LlamaConfig(rope_parameters=rope).to_dict()
+    made = headless_config(config, dtype="float32", name="x")
+    assert made["rope_theta"] == 5e5
+    assert made.get("rope_scaling") == (scaling or None)
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == rope
+    older = {"model_type": "llama", "rope_theta": 1e4}
+    assert headless_config(older, dtype="float32", name="x")["rope_theta"] == 1e4
+
+
+def test_the_pooling_is_written_as_other_servers_read_it(tmp_path):
+    source = factories.tiny_decoder(tmp_path / "in")
+    model = find_model(str(source))
+    write_model_files(
+        Location(str(tmp_path / "out")),
+        config=headless_config(model.read_json("config.json"), dtype="float32", name="x"),
+        tokenizer=load_tokenizer(model),
+        encoding=_encoding(),
+        contract={},
+    )
+    pooling = json.loads((tmp_path / "out/1_Pooling/config.json").read_text())
+    # text-embeddings-inference parses these four and stops where one is missing.
+    for mode in ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens"):
+        assert pooling[f"pooling_mode_{mode}"] is False
+    # vLLM takes the first key that is true.
+    assert next(key for key, value in pooling.items() if value is True) == "pooling_mode_lasttoken"
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert isinstance(config["pad_token_id"], int)
+    assert config["architectures"] == ["LlamaModel"]
+    types = [each["type"] for each in json.loads((tmp_path / "out/modules.json").read_text())]
+    assert types == [f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Normalize")]
+    assert json.loads((tmp_path / "out/sentence_bert_config.json").read_text()).keys() == {
+        "max_seq_length",
+        "do_lower_case",
+    }
 
 
 def test_bytes_in_the_plan_are_those_on_disk(tmp_path):

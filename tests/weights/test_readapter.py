@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 
 import pytest
@@ -14,14 +15,8 @@ from tests import factories
 from tests.weights import oracles
 
 CASES = [
-    ("decoder", "full", True, 1),
-    ("decoder", "full", False, 3),
-    ("decoder", "lora", True, 3),
-    ("decoder", "lora", False, 1),
-    ("decoder", "dora", True, 1),
-    ("encoder", "full", True, 1),
-    ("encoder", "full", True, 3),
-    ("encoder", "lora", True, 1),
+    *itertools.product(("decoder", "encoder"), ("full", "lora"), ("tied", "untied"), (1, 3)),
+    ("decoder", "dora", "tied", 1),
 ]
 
 
@@ -30,9 +25,11 @@ class Trio:
 
     def __init__(self, root, kind, retriever, tied, shards):
         if kind == "decoder":
-            self.pretrained = factories.tiny_decoder(root / "pre", tie_word_embeddings=tied, shards=shards)
+            self.pretrained = factories.tiny_decoder(root / "pre", tie_word_embeddings=tied == "tied", shards=shards)
         else:
             self.pretrained = factories.tiny_encoder(root / "pre", shards=shards)
+            if tied == "untied":
+                _untie(self.pretrained, shards)
         if retriever == "full":
             self.retriever = factories.full_retriever(root / "ret", self.pretrained, shards=shards)
         else:
@@ -50,6 +47,15 @@ class Trio:
         else:
             laid = oracles.merged_by_peft(self.pretrained, self.retriever, headless=True)
             self.r64 = {name: laid[name] for name in self.p64}
+
+
+def _untie(folder, shards):
+    """Give the masked-language head of an encoder a matrix of its own."""
+    tensors = factories.read_tensors(folder)
+    tensors["cls.predictions.decoder.weight"] = torch.randn(384, 32)
+    factories.write_tensors(folder, tensors, shards=shards)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
@@ -85,6 +91,8 @@ def test_any_scales_match_float64_from_pefts_own_merges(trio, a, k):
         p, r, t = trio.p64[name], trio.r64[name], trio.t64[name]
         wanted = p + a * (r - p) + k * (t - p)
         assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
+        rounding = 2**-8 * wanted.abs() + 1e-6 * wanted.abs().max()
+        assert ((tensor.bfloat16().double() - wanted).abs() <= rounding).all(), name
 
 
 def test_linear_in_each_scale(trio):
@@ -172,6 +180,43 @@ def test_what_has_no_partner_is_refused_by_name(tmp_path, change, said):
     _change(retriever, change)
     with pytest.raises(WeightMismatchError, match=said):
         Readapter(Checkpoint(pretrained, name="before"), Checkpoint(retriever, name="after"))
+
+
+def test_an_embedding_that_is_stored_only_as_the_head_is_refused(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre")
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    _change(pretrained, rename)
+    with pytest.raises(ModelError, match=r"holds a head \(lm_head\.weight\) but no word embeddings"):
+        Readapter(Checkpoint(pretrained), Checkpoint(pretrained))
+
+
+def test_words_that_only_the_retriever_has_are_kept_as_they_are(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre", headless=True)
+    retriever = factories.full_retriever(tmp_path / "ret", pretrained)
+    new = torch.randn(6, 32)
+    _change(retriever, lambda t: t.update({"embed_tokens.weight": torch.cat([t["embed_tokens.weight"], new])}))
+    before, after = Checkpoint(pretrained), Checkpoint(retriever)
+    with pytest.raises(WeightMismatchError, match=r"another number of words.*--accept vocabulary"):
+        Readapter(before, after)
+    made = Readapter(before, after, accept_vocabulary=True)
+    for scale in (0.0, 0.5, 1.0):
+        rows = made.weight("embed_tokens.weight", Scales(scale, ()))
+        p, r = before.read("embed_tokens.weight"), after.read("embed_tokens.weight")
+        assert torch.equal(rows[384:], new)
+        assert torch.allclose(rows[:384], p + scale * (r[:384] - p), rtol=0, atol=1e-7)
+
+
+def test_words_that_the_retriever_lacks_are_dropped(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre", headless=True)
+    retriever = factories.full_retriever(tmp_path / "ret", pretrained)
+    _change(retriever, lambda t: t.update({"embed_tokens.weight": t["embed_tokens.weight"][:380].clone()}))
+    made = Readapter(Checkpoint(pretrained), Checkpoint(retriever), accept_vocabulary=True)
+    assert made.shape("embed_tokens.weight") == (380, 32)
+    rows = made.weight("embed_tokens.weight", Scales(0.0, ()))
+    assert torch.equal(rows, Checkpoint(pretrained).read("embed_tokens.weight")[:380])
 
 
 def test_all_differences_are_counted(tmp_path):

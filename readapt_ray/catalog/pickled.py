@@ -2,10 +2,11 @@
 
 In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors.
 Out: a folder in the cache with the same tensors as safetensors and the small files beside them,
-under a name that stands for the content of the `.bin` files. Memory: one tensor, besides the file
-that torch maps. torch's weights-only loader takes tensors and nothing else.
+under a name that stands for the content of the `.bin` files. torch's weights-only loader takes
+tensors and nothing else; it maps the file, so memory is that of the page cache.
 """
 
+import collections
 import json
 import logging
 import os
@@ -14,20 +15,29 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("readapt_ray")
 
-RECORD_NAME = "converted_from.json"
+RECORD_NAME = "converted_from"
+"""JSON on where the weights come from; without a suffix, since it is no part of the content."""
+PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
+"""Names of pickled weights; other `.bin` files (optimizers, training arguments) are none."""
 
-_SINGLE, _INDEX, _ADAPTER = "pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
 _SMALL = (".json", ".txt", ".model", ".jinja")
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a folder holds weights that need no conversion."""
+    return any(folder.glob("*.safetensors"))
 
 
 def safe_folder(folder: Path, name: str) -> Path:
@@ -40,12 +50,19 @@ def safe_folder(folder: Path, name: str) -> Path:
     Raises:
         ModelError: a `.bin` file holds more than tensors, or cannot be read.
     """
-    files = _pickled_files(folder)
+    files = [] if has_safetensors(folder) else _pickled_files(folder)
     if not files:
         return folder
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise ModelError(
+            f"{name!r} lacks {len(missing)} of {len(files)} weight files, first {missing[0]!r}; fetch it again"
+        )
     digests = {file: Location(str(folder / file)).sha256() for file in files}
+    small = Location(str(folder)).content_fingerprint(_SMALL)
     cache = Path(os.environ.get("READAPT_CACHE", "~/.cache/readapt")).expanduser() / "converted"
-    target = cache / fingerprint(digests)
+    revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
+    target = cache / fingerprint([digests, small, revision])
     if target.is_dir():
         return target
     logger.warning(
@@ -57,7 +74,10 @@ def safe_folder(folder: Path, name: str) -> Path:
     partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
     try:
         _convert(folder, files, partial, name)
-        (partial / RECORD_NAME).write_text(json.dumps({"folder": str(folder), "files": digests}, indent=2) + "\n")
+        for file in small:
+            if file != _INDEX:
+                Location(str(folder / file)).copy_to(Location(str(partial / file)))
+        (partial / RECORD_NAME).write_text(json.dumps({"revision": revision, "files": digests}, indent=2) + "\n")
         try:
             partial.rename(target)
         except OSError:
@@ -69,37 +89,27 @@ def safe_folder(folder: Path, name: str) -> Path:
 
 
 def _pickled_files(folder: Path) -> list[str]:
-    """The `.bin` files that hold the weights; none where safetensors do."""
-    if (folder / _ADAPTER).is_file() and not (folder / "adapter_model.safetensors").is_file():
-        return [_ADAPTER]
-    if (folder / SINGLE_NAME).is_file() or (folder / INDEX_NAME).is_file():
-        return []
     if (folder / _INDEX).is_file():
         return sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    return [_SINGLE] if (folder / _SINGLE).is_file() else []
+    return [name for name in ("pytorch_model.bin", "adapter_model.bin") if (folder / name).is_file()]
 
 
 def _convert(folder: Path, files: list[str], target: Path, name: str) -> None:
-    renamed = {_ADAPTER: "adapter_model.safetensors", _SINGLE: SINGLE_NAME}
+    from safetensors.torch import save_file
+
     weight_map: dict[str, str] = {}
     for file in files:
         tensors = _load(folder / file, name)
-        written = renamed.get(file) or file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
+        written = file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
+        save_file(dict(tensors), target / written, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, written)
-        with (target / written).open("wb") as stream:
-            stream.write(file_header((each, tensor.dtype, tensor.shape) for each, tensor in tensors.items()))
-            for tensor in tensors.values():
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if len(files) > 1:
-        (target / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    for path in folder.iterdir():
-        if path.is_file() and path.name.endswith(_SMALL) and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
+        (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _load(path: Path, name: str) -> Mapping[str, torch.Tensor]:
-    if not path.is_file():
-        raise ModelError(f"{name!r} lacks the weight file {path.name!r}; fetch it again")
+def _load(path: Path, name: str) -> Mapping[str, "torch.Tensor"]:
+    import torch
+
     try:
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -113,4 +123,9 @@ def _load(path: Path, name: str) -> Mapping[str, torch.Tensor]:
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):
         raise ModelError(f"{path.name} of {name!r} is not a table of tensors by name; give the weights of a model")
-    return dict(sorted(tensors.items()))
+    # safetensors does not write what shares memory, as tied weights do.
+    users = collections.Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    return {
+        each: tensor.contiguous() if users[tensor.untyped_storage().data_ptr()] == 1 else tensor.clone()
+        for each, tensor in sorted(tensors.items())
+    }
