@@ -45,5 +45,5 @@ for _ in $(seq 60); do
   sleep 2
 done
 
-export RAY_ADDRESS="$head_ip:$port"
+export RAY_ADDRESS="$head_ip:$port" READAPT_NUM_NODES="$SLURM_JOB_NUM_NODES"
 srun --nodes=1 --ntasks=1 --nodelist="$head_node" --overlap "$python" jobs/pipeline.py "$@"

@@ -180,7 +180,18 @@ def _status(arguments: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="readapt status", description=_COMMANDS["status"], allow_abbrev=False)
     parser.add_argument("--root", required=True, metavar="URI", help="folder under which the artifacts lie")
-    print(status.table(Location(parser.parse_args(list(arguments)).root)))
+    parser.add_argument(
+        "--cluster", metavar="FILE", help="the cluster that runs it, as for plan: shows what it cost so far"
+    )
+    parser.add_argument("--prices", metavar="FILE.yaml", help="machines and prices; default: the table of the package")
+    options = parser.parse_args(list(arguments))
+    usd_per_hour = None
+    if options.cluster:
+        from readapt_ray.planner.machines import read_cluster
+        from readapt_ray.planner.prices import read_prices
+
+        usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour
+    print(status.table(Location(options.root), usd_per_hour))
 
 
 def _quickstart(arguments: Sequence[str]) -> None:

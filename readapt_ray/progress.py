@@ -58,7 +58,7 @@ class ProgressReporter:
         if self._first_done is None:
             self._first_done, self._started_s = done, now_s
         if self._bar is not None:
-            rate = f"{_figure(self.rate())} {self.unit}/s" if done > self._first_done else ""
+            rate = f"{figure(self.rate())} {self.unit}/s" if done > self._first_done else ""
             self._bar.update(self._task, completed=done, total=self.total, rate=rate, note=note)
         elif now_s - self._last_log_s >= _LOG_INTERVAL_S:
             self._last_log_s = now_s
@@ -77,13 +77,14 @@ class ProgressReporter:
         else:
             text += f" {self.unit}"
         if rate > 0:
-            text += f", {_figure(rate)} {self.unit}/s"
+            text += f", {figure(rate)} {self.unit}/s"
             if self.total:
                 text += f", ETA {duration((self.total - self.done) / rate)}"
         return f"{text}, {self.note}" if self.note else text
 
 
-def _figure(rate: float) -> str:
+def figure(rate: float) -> str:
+    """A rate in two figures below ten, whole above."""
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""What is done, running, stopped and missing under a root."""
+"""What is done, running, stopped and missing under a root, how fast it goes, and what it cost."""
 
 import json
 import time
@@ -6,72 +6,86 @@ from typing import Any
 
 from readapt_ray import artifacts, leases
 from readapt_ray.errors import InputError
-from readapt_ray.progress import duration
+from readapt_ray.progress import duration, figure
 from readapt_ray.recipes import RUN_NAME
 from readapt_ray.storage import Location
 
 
-def rows(root: Location) -> list[dict[str, str]]:
-    """One row an artifact: its folder, stage, state (done, running, stopped, missing) and what it says.
+def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, Any]]:
+    """One row an artifact: its folder, stage, state (done, running, stopped, missing), seconds and what it says.
+
+    Args:
+        usd_per_hour: of the cluster; then each row has `usd`, too.
 
     Raises:
         InputError: there is no such folder.
     """
     if not root.is_folder():
         raise InputError(f"no folder {root.uri!r}; give the root of a run, or a folder of artifacts")
-    found: dict[str, dict[str, str]] = {}
-    for relative, _ in root.listing(".json", recursive=True):
-        for name, describe in ((artifacts.MANIFEST_NAME, _done), (artifacts.BUILDING_NAME, _unfinished)):
-            if relative == name or relative.endswith((f"/{name}", f".{name}")):
-                folder = relative[: -len(name)].rstrip("/.") or "."
-                found[folder] = {"artifact": folder, **describe(root if folder == "." else root / folder)}
+    found: dict[str, dict[str, Any]] = {}
+    for name in artifacts.names_under(root):
+        location = root if name == "." else root / name
+        found[name] = {"artifact": name, **(_done(location) or _unfinished(location))}
     plan = root / RUN_NAME
     planned = json.loads(plan.read_text())["steps"] if plan.is_file() else []
     order = [step["output"] for step in planned]
     for step in planned:
-        missing = {"artifact": step["output"], "stage": step["stage"], "state": "missing", "what": ""}
+        missing = {"artifact": step["output"], "stage": step["stage"], "state": "missing", "seconds": 0.0, "what": ""}
         found.setdefault(step["output"], missing)
+    if usd_per_hour is not None:
+        for row in found.values():
+            row["usd"] = row["seconds"] / 3600 * usd_per_hour
     return sorted(
         found.values(),
         key=lambda row: (order.index(row["artifact"]) if row["artifact"] in order else len(order), row["artifact"]),
     )
 
 
-def table(root: Location) -> str:
-    """The rows as aligned text."""
-    lines = [("artifact", "stage", "state", "")] + [
-        (r["artifact"], r["stage"], r["state"], r["what"]) for r in rows(root)
-    ]
-    if len(lines) == 1:
+def table(root: Location, usd_per_hour: float | None = None) -> str:
+    """The rows as aligned text, and their sum."""
+    found = rows(root, usd_per_hour)
+    if not found:
         return f"no artifact under {root.uri}"
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
-        for line in lines
-    )
+    lines = [("artifact", "stage", "state", "time", "USD", "")]
+    for row in found:
+        cost = f"{row['usd']:,.2f}" if "usd" in row else ""
+        spent = duration(row["seconds"]) if row["seconds"] else ""
+        lines.append((row["artifact"], row["stage"], row["state"], spent, cost, row["what"]))
+    seconds = sum(row["seconds"] for row in found)
+    total = f"{sum(row['usd'] for row in found):,.2f}" if usd_per_hour is not None else ""
+    num_done = sum(row["state"] == "done" for row in found)
+    lines.append(("", "", f"{num_done} of {len(found)} done", duration(seconds), total, ""))
+    shown = range(6) if usd_per_hour is not None else (0, 1, 2, 3, 5)
+    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    return "\n".join("  ".join(line[column].ljust(widths[column]) for column in shown).rstrip() for line in lines)
 
 
-def _done(location: Location) -> dict[str, str]:
+def _done(location: Location) -> dict[str, Any] | None:
     manifest = artifacts.read_manifest(location)
     if manifest is None:
-        return {"stage": "", "state": "missing", "what": ""}
+        return None
     counts = ", ".join(
         f"{value:,} {name.removeprefix('num_').replace('_', ' ')}" for name, value in manifest.counts.items()
     )
-    return {"stage": manifest.stage, "state": "done", "what": f"{duration(manifest.seconds)}, {counts}".rstrip(", ")}
+    return {"stage": manifest.stage, "state": "done", "seconds": manifest.seconds, "what": counts}
 
 
-def _unfinished(location: Location) -> dict[str, str]:
+def _unfinished(location: Location) -> dict[str, Any]:
     building: dict[str, Any] | None = artifacts.read_building(location)
     if building is None:
-        return {"stage": "", "state": "missing", "what": ""}
+        return {"stage": "", "state": "missing", "seconds": 0.0, "what": ""}
     alive = leases.is_alive(building)
     progress = building["progress"]
-    what = (
-        f"{progress['done']:,}" + (f" of {progress['total']:,}" if progress["total"] else "") + f" {progress['unit']}"
-    )
-    if alive and progress["total"] and progress["rate"] > 0:
-        what += f", ETA {duration((progress['total'] - progress['done']) / progress['rate'])}"
+    done, total, rate = progress["done"], progress["total"], progress["rate"]
+    parts = [
+        f"{done:,}"
+        + (f" of {total:,} {progress['unit']} ({100 * done / total:.0f}%)" if total else f" {progress['unit']}")
+    ]
+    if alive and rate > 0:
+        parts.append(f"{figure(rate)} {progress['unit']}/s")
+        if total:
+            parts.append(f"ETA {duration((total - done) / rate)}")
     if not alive:
-        what += f", last sign {duration(time.time() - building['heartbeat'])} ago"
-    return {"stage": building["stage"], "state": "running" if alive else "stopped", "what": what}
+        parts.append(f"last sign {duration(time.time() - building['heartbeat'])} ago on {building['host']}")
+    state = "running" if alive else "stopped"
+    return {"stage": building["stage"], "state": state, "seconds": building["seconds"], "what": ", ".join(parts)}

@@ -1,14 +1,16 @@
 """Files and folders on any filesystem that `pyarrow.fs` opens by URI.
 
 A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Whole files only: a
-write is seen entirely or not at all (a temporary name and a rename on a disk, one upload on an
-object store), so a reader never meets half a file.
+write is seen entirely or not at all (a temporary name, then a rename on a disk, or a copy inside an
+object store), so a reader never meets half a file. A store that says "slow down" is asked again.
 """
 
 import contextlib
 import functools
 import hashlib
 import os
+import time
+import urllib.parse
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +23,13 @@ from readapt_ray.errors import InputError
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
+_S3_ATTEMPTS = 10
+"""With the SDK's exponential backoff about a minute of 503 or lost connections."""
+_READ_ATTEMPTS = 6
+_BACKOFF_S = 0.25
+_MAX_COPY_BYTES = 5 << 30
+"""S3 copies no larger object in one request."""
+_S3_OPTIONS = ("region", "scheme", "endpoint_override")
 
 
 @dataclass(frozen=True)
@@ -29,12 +38,24 @@ class Location:
 
     uri: str
 
+    def __post_init__(self) -> None:
+        """Refuse a URI that holds a password: it would stand in logs and manifests."""
+        if "@" in self.uri and "://" in self.uri:
+            parts = urllib.parse.urlsplit(self.uri)
+            if parts.password is not None:
+                raise InputError(
+                    f"a {parts.scheme}:// URI of {(parts.hostname or '')!r} holds credentials; give it without them, and set them in the "
+                    f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machine a role"
+                )
+
     @functools.cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         if "://" not in self.uri:
             return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.uri))
         try:
-            filesystem, path = pafs.FileSystem.from_uri(self.uri)
+            filesystem, path = (
+                _open_s3(self.uri) if self.uri.startswith("s3://") else pafs.FileSystem.from_uri(self.uri)
+            )
         except (ValueError, NotImplementedError, OSError) as error:
             raise InputError(
                 f"cannot open {self.uri!r}: {error}; give a local path or a URI that pyarrow opens, such as s3://bucket/folder"
@@ -139,8 +160,17 @@ class Location:
         Raises:
             FileNotFoundError: there is none.
         """
-        with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-            return bytes(stream.read())
+        attempt = 0
+        while True:
+            try:
+                with self.filesystem.open_input_stream(self.path, compression=None) as stream:
+                    return bytes(stream.read())
+            except OSError as error:
+                # A 503 whose body is longer than the object is not recognised by pyarrow, so not asked again by it.
+                attempt += 1
+                if self.is_local or isinstance(error, FileNotFoundError) or attempt == _READ_ATTEMPTS:
+                    raise
+                time.sleep(_BACKOFF_S * 2**attempt)
 
     def read_text(self) -> str:
         """The whole file as UTF-8."""
@@ -164,18 +194,41 @@ class Location:
         """A binary file to write; it appears under its name when the block ends without an error."""
         parent, _, name = self.path.rpartition("/")
         temporary = f"{parent}/{_TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
-        self.filesystem.create_dir(parent, recursive=True)
+        if self.is_local:
+            self.filesystem.create_dir(parent, recursive=True)
         try:
             with self.filesystem.open_output_stream(temporary, compression=None) as stream:
                 yield stream
-            if self.is_local:
-                with Path(temporary).open("rb") as written:
-                    os.fsync(written.fileno())
-            self.filesystem.move(temporary, self.path)
+            self._publish(temporary)
         except BaseException:
             with contextlib.suppress(OSError):
                 self.filesystem.delete_file(temporary)
             raise
+
+    def _publish(self, temporary: str) -> None:
+        """Give a written file its name."""
+        if self.is_local:
+            with Path(temporary).open("rb") as written:
+                os.fsync(written.fileno())
+        elif self.filesystem.get_file_info(temporary).size > _MAX_COPY_BYTES:
+            self._upload_again(temporary)
+            return
+        self.filesystem.move(temporary, self.path)
+
+    def _upload_again(self, temporary: str) -> None:
+        """Copy a large object through this machine; killed, it leaves nothing, since an upload ends with its last part."""
+        try:
+            with (
+                self.filesystem.open_input_stream(temporary, compression=None) as source,
+                self.filesystem.open_output_stream(self.path, compression=None) as sink,
+            ):
+                while chunk := source.read(_CHUNK_BYTES):
+                    sink.write(chunk)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.filesystem.delete_file(self.path)
+            raise
+        self.filesystem.delete_file(temporary)
 
     def delete(self) -> None:
         """Remove the file or the folder with all in it; nothing happens where there is none."""
@@ -225,3 +278,33 @@ class Location:
             name: location.sha256() if self.is_local else f"{info.size}:{info.mtime_ns}"
             for name, location, info in infos
         }
+
+
+def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of an `s3://` URI, which tries again for longer than pyarrow's own.
+
+    Raises:
+        ValueError: an option behind the `?` is unknown, or there is no bucket.
+    """
+    parts = urllib.parse.urlsplit(uri)
+    options = dict(urllib.parse.parse_qsl(parts.query))
+    unknown = sorted(options.keys() - set(_S3_OPTIONS))
+    if unknown or not parts.netloc:
+        raise ValueError(
+            f"unknown options {unknown}, known are {', '.join(_S3_OPTIONS)}" if unknown else "it names no bucket"
+        )
+    endpoint = options.get("endpoint_override") or _first_of("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    region = options.get("region") or _first_of("AWS_REGION", "AWS_DEFAULT_REGION")
+    if not region:
+        region = "us-east-1" if endpoint else pafs.resolve_s3_region(parts.netloc)
+    filesystem = pafs.S3FileSystem(
+        region=region,
+        scheme=options.get("scheme") or urllib.parse.urlsplit(endpoint or "").scheme or "https",
+        endpoint_override=endpoint,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
+    )
+    return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
+
+
+def _first_of(*variables: str) -> str | None:
+    return next((os.environ[name] for name in variables if os.environ.get(name)), None)

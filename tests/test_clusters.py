@@ -49,6 +49,7 @@ SPEC_FIELDS: dict[str, dict[str, Any]] = {
         "shutdownAfterJobFinishes": bool,
         "ttlSecondsAfterFinished": int,
         "submissionMode": str,
+        "runtimeEnvYAML": str,
         "rayClusterSpec": CLUSTER_FIELDS,
     },
     "RayService": {
@@ -80,7 +81,7 @@ def test_the_launcher_accepts_its_file(provider: str) -> None:
     types = config["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0}
     assert [name for name, each in types.items() if each["resources"].get("GPU")] == ["gpu"]
-    assert all(types[name]["min_workers"] == 0 for name in ("cpu", "gpu"))
+    assert all(types[name]["min_workers"] == types[name]["max_workers"] for name in ("cpu", "gpu"))
     assert "spot" in json.dumps(types["gpu"]).lower()
     assert "spot" not in json.dumps(types["head"]["node_config"]).lower()
     assert sum(types[name]["max_workers"] for name in ("cpu", "gpu")) <= config["max_workers"]
@@ -158,6 +159,12 @@ def test_the_service_is_what_serve_deploys() -> None:
     schema = ServeDeploySchema.model_validate(config)
     assert [each.route_prefix for each in schema.applications] == [None, "/"]
     assert {each.import_path.partition(":")[0] for each in schema.applications} == {"readapt_ray.serving.app"}
+
+
+def test_the_job_waits_for_all_of_its_nodes() -> None:
+    manifest = read("kuberay/rayjob.yaml")
+    wanted = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])["env_vars"]["READAPT_NUM_NODES"]
+    assert int(wanted) == 1 + sum(group["minReplicas"] for group in cluster_of(manifest)["workerGroupSpecs"])
 
 
 def test_the_entrypoint_of_the_job_is_a_job_of_ours() -> None:

@@ -1,15 +1,26 @@
-"""The one place that starts or joins Ray: quiet on the terminal, complete in the log files."""
+"""The one place that starts or joins Ray: quiet on the terminal, complete in the log files.
+
+On a cluster whose nodes come up one by one, READAPT_NUM_NODES says how many to wait for when it is joined (READAPT_WAIT_S
+seconds at most, 900 by default); without it, a minute for the first node that has a CPU. What cannot be placed is an error before anything starts; what has to wait for others says so.
+"""
 
 import contextlib
 import logging
 import os
+import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import hardware
-from readapt_ray.errors import ReadaptError, WorkerError
+from readapt_ray.errors import PlacementError, ReadaptError, WorkerError
 
+logger = logging.getLogger("readapt_ray")
+
+_WAIT_POLL_S = 1.0
+_WAIT_LOG_S = 20.0
+_FIRST_NODE_S = 50.0
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -36,7 +47,8 @@ def connect() -> Resources:
         os.environ.setdefault(name, value)
     import ray
 
-    if not ray.is_initialized():
+    joins = not ray.is_initialized()
+    if joins:
         address = os.environ.get("RAY_ADDRESS")
         here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
         ray.init(
@@ -48,11 +60,87 @@ def connect() -> Resources:
             runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET}},
         )
     _hush_ray_data()
+    nodes = _nodes_that_came(int(os.environ.get("READAPT_NUM_NODES", "1")) if joins else 1)
     totals = ray.cluster_resources()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
     hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
     return found
+
+
+def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
+    """The nodes that are up, once there are as many as are waited for.
+
+    Raises:
+        PlacementError: they did not come in time, or none of them has a CPU for tasks.
+    """
+    import ray
+
+    limit_s = float(os.environ.get("READAPT_WAIT_S", "900")) if wanted > 1 else _FIRST_NODE_S
+    deadline_s = time.monotonic() + limit_s
+    said_s = 0.0
+    while True:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        has_cpus = any(node["Resources"].get("CPU") for node in nodes)
+        if len(nodes) >= wanted and has_cpus:
+            return nodes
+        if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
+            raise PlacementError(
+                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {_described(nodes)}; start the others, "
+                f"or want fewer"
+            )
+        if time.monotonic() - said_s > _WAIT_LOG_S:
+            said_s = time.monotonic()
+            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, _described(nodes))
+        time.sleep(_WAIT_POLL_S)
+
+
+def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
+    """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
+
+    Args:
+        each: what a worker asks for, such as `{"CPU": 4, "GPU": 1}`.
+        who: what to call them.
+
+    Raises:
+        PlacementError: the nodes do not have that much, even when idle.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    room = sum(_room(node["Resources"], each) for node in nodes)
+    asked = f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+    if room < num_workers:
+        raise PlacementError(
+            f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
+            f"num_cpus_per_worker, or add nodes"
+        )
+    free = ray.available_resources()
+    short = [name for name, amount in each.items() if free.get(name, 0.0) < num_workers * amount]
+    if short:
+        have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in each)
+        logger.warning(
+            "%s each are asked for, and %s are free: waiting for what else runs on this cluster", asked, have
+        )
+
+
+def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How many of such workers a node holds."""
+    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
+
+
+def _described(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """The nodes by what they have, such as `2 nodes with 8 CPU and 1 GPU`."""
+    kinds = Counter(
+        " and ".join(
+            f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)
+        )
+        or "nothing for tasks"
+        for node in nodes
+    )
+    return (
+        ", ".join(f"{count} {'node' if count == 1 else 'nodes'} with {what}" for what, count in kinds.items())
+        or "no node"
+    )
 
 
 def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:

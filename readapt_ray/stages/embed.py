@@ -288,7 +288,9 @@ def _placement(config: EmbedConfig, num_pending: int) -> tuple[int, int, int]:
             f"{num_workers} actors of {num_cpus} CPUs{' and a GPU' if total.num_gpus else ''} each do not fit the cluster's "
             f"{total.num_cpus} CPUs and {total.num_gpus} GPUs; lower num_workers or num_cpus_per_worker"
         )
-    return num_workers, num_cpus, 1 if total.num_gpus else 0
+    num_gpus = 1 if total.num_gpus else 0
+    cluster.check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who="actors")
+    return num_workers, num_cpus, num_gpus
 
 
 def _summarise(shards: Sequence[DataShard], job: EmbedJob, workspace: Workspace) -> None:

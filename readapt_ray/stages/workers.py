@@ -53,6 +53,7 @@ def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple
             f"{count} workers of {resources['CPU']:.0f} CPUs want {count * resources['CPU']:.0f} CPUs and the cluster has "
             f"{total.num_cpus}; lower num_workers or num_cpus_per_worker"
         )
+    cluster.check_placement(count, resources, who="workers")
     return count, resources, bool(total.num_gpus)
 
 

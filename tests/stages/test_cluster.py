@@ -1,0 +1,93 @@
+"""Placement: what fits, what never will, what has to wait, and nodes that come late."""
+
+import logging
+import time
+from typing import Any
+
+import pytest
+import ray
+
+from readapt_ray.errors import PlacementError
+from readapt_ray.stages import cluster
+
+
+def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float], free: dict[str, float] | None = None) -> None:
+    """A cluster of these nodes, of whose resources so many are free."""
+    alive = [{"Alive": True, "Resources": each} for each in resources]
+    total: dict[str, float] = {}
+    for each in resources:
+        for name, amount in each.items():
+            total[name] = total.get(name, 0) + amount
+    monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
+    monkeypatch.setattr(ray, "available_resources", lambda: total if free is None else free)
+
+
+def test_workers_that_fit_are_placed_in_silence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes(monkeypatch, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {})
+    cluster.check_placement(4, {"CPU": 8, "GPU": 1}, who="workers")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "each", "room"),
+    [(3, {"CPU": 12, "GPU": 1}, 2), (5, {"CPU": 1, "GPU": 1}, 4), (1, {"CPU": 17}, 0), (1, {"CPU": 1, "TPU": 1}, 0)],
+)
+def test_workers_that_no_node_can_hold_are_refused_though_the_sum_would_do(
+    num_workers: int, each: dict[str, float], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes(monkeypatch, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0})
+    with pytest.raises(PlacementError) as refused:
+        cluster.check_placement(num_workers, each, who="workers")
+    said = str(refused.value)
+    assert f"{num_workers} workers of {each['CPU']:g} CPU" in said
+    assert f"room for {room} on 2 nodes with 16 CPU and 2 GPU" in said
+
+
+def test_workers_that_wait_for_another_job_say_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes(monkeypatch, {"CPU": 16.0, "GPU": 4.0}, free={"CPU": 15.0, "GPU": 1.0})
+    with caplog.at_level(logging.WARNING, "readapt_ray"):
+        cluster.check_placement(4, {"CPU": 1, "GPU": 1}, who="actors")
+    assert "4 actors of 1 CPU and 1 GPU each are asked for, and 15 CPU, 1 GPU are free" in caplog.text
+
+
+def test_nodes_that_come_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[list[dict[str, Any]]] = [[{"Alive": True, "Resources": {"CPU": 0.0}}]] * 2 + [
+        [{"Alive": True, "Resources": {"CPU": 8.0}}] * 2
+    ]
+    monkeypatch.setattr(cluster, "_WAIT_POLL_S", 0.01)
+    monkeypatch.setattr(ray, "nodes", lambda: seen.pop(0) if len(seen) > 1 else seen[0])
+    with caplog.at_level(logging.INFO, "readapt_ray"):
+        assert len(cluster._nodes_that_came(2)) == 2
+    assert "waiting for nodes: 2 are wanted, there is 1 node with nothing for tasks" in caplog.text
+
+
+def test_nodes_that_do_not_come_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, {"CPU": 4.0})
+    monkeypatch.setattr(cluster, "_WAIT_POLL_S", 0.01)
+    monkeypatch.setenv("READAPT_WAIT_S", "0.1")
+    started_s = time.monotonic()
+    with pytest.raises(PlacementError, match=r"3 nodes are wanted .* has 1 node with 4 CPU"):
+        cluster._nodes_that_came(3)
+    assert time.monotonic() - started_s < 5
+
+
+def test_a_cluster_of_a_head_without_cpus_is_an_error_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, {})
+    monkeypatch.setattr(cluster, "_WAIT_POLL_S", 0.01)
+    assert cluster._FIRST_NODE_S < 60
+    monkeypatch.setattr(cluster, "_FIRST_NODE_S", 0.1)
+    with pytest.raises(PlacementError, match="1 node with nothing for tasks"):
+        cluster._nodes_that_came(1)
+
+
+def test_a_real_cluster_says_what_it_has(ray_session: None) -> None:
+    from readapt_ray import hardware
+
+    found = cluster.connect()
+    assert hardware.described()["cluster"] == {"num_nodes": 1, "num_cpus": found.num_cpus, "gpus": {}}
+    with pytest.raises(PlacementError, match=r"room for 0 on 1 node with 2 CPU"):
+        cluster.check_placement(1, {"CPU": 3}, who="workers")

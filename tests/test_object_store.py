@@ -1,0 +1,219 @@
+"""Files, artifacts and a whole run on an S3 server: same promises as on a disk, busy or killed; no credentials anywhere."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from readapt_ray import artifacts, cli, status, storage
+from readapt_ray.artifacts import Workspace
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+from tests import factories, object_store
+from tests.object_store import BUCKET, KEYS, Store
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[Store]:
+    with object_store.running() as running:
+        yield running
+
+
+@pytest.fixture
+def folder(store: Store, request: pytest.FixtureRequest) -> Location:
+    store.busy = lambda method, path: False
+    store.refused.clear()
+    return Location(f"s3://{BUCKET}/{request.node.name}")
+
+
+def test_files_are_written_whole_and_listed(store: Store, folder: Location) -> None:
+    (folder / "a/b.txt").write_text("one")
+    (folder / "a/b.txt").write_text("two")
+    assert (folder / "a/b.txt").read_text() == "two"
+    assert [name for name, _ in folder.listing(recursive=True)] == ["a/b.txt"]
+    assert folder.children() == ([], ["a"])
+    assert folder.is_folder()
+    assert not any(".tmp-" in name for name in store.names())
+    folder.delete()
+    assert not folder.exists()
+
+
+def test_a_writer_that_fails_leaves_the_file_that_was_there(store: Store, folder: Location) -> None:
+    (folder / "x").write_text("good")
+    with pytest.raises(RuntimeError), (folder / "x").open_output() as stream:
+        stream.write(b"half")
+        raise RuntimeError
+    assert (folder / "x").read_text() == "good"
+    assert [name for name in store.names() if folder.name in name and not name.endswith("/")] == [f"{folder.name}/x"]
+
+
+def test_an_object_too_large_to_be_copied_is_uploaded_again(
+    store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_MAX_COPY_BYTES", 10)
+    (folder / "large").write_bytes(b"x" * 100)
+    assert (folder / "large").read_bytes() == b"x" * 100
+    assert not any(".tmp-" in name for name in store.names())
+
+
+def test_a_busy_store_is_asked_again(store: Store, folder: Location) -> None:
+    answers = iter([True, False, True, True, False] * 3)
+    store.busy = lambda method, path: next(answers, False)
+    (folder / "x").write_text("kept")
+    assert (folder / "x").read_text() == "kept"
+    assert len(store.refused) >= 3
+
+
+def test_more_refusals_than_pyarrow_alone_would_bear(store: Store, folder: Location) -> None:
+    (folder / "x").write_text("kept")
+    refusals = iter([True] * 5)
+    store.busy = lambda method, path: method == "GET" and next(refusals, False)
+    assert (folder / "x").read_text() == "kept"
+    assert len(store.refused) == 5
+
+
+def test_a_store_that_stays_busy_is_an_error_that_names_the_file(
+    store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_S3_ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "_READ_ATTEMPTS", 2)
+    (folder / "x").write_text("kept")
+    store.busy = lambda method, path: True
+    with pytest.raises(OSError, match=r"SLOW_DOWN|SlowDown|503"):
+        Location(f"{folder}/x").read_text()
+
+
+class _Config(StageConfig):
+    """Options of a stage that writes one file."""
+
+    word: str
+    """What it writes."""
+
+
+def test_an_artifact_on_a_store_keeps_its_promises(store: Store, folder: Location) -> None:
+    config = _Config(output=(folder / "made").uri, word="hello")
+    runs = []
+
+    def work(workspace: Workspace) -> None:
+        runs.append(1)
+        (workspace.location / "word.txt").write_text(config.word)
+        if len(runs) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.produce("merge", config, inputs={}, work=work)
+    assert artifacts.read_manifest(config.output) is None
+    assert {row["state"] for row in status.rows(folder)} <= {"running", "stopped"}
+    for _ in range(2):
+        artifacts.produce("merge", config, inputs={}, work=work)
+    assert len(runs) == 2
+    assert [row["state"] for row in status.rows(folder)] == ["done"]
+    assert artifacts.names_under(folder) == ["made"]
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIA123:very-secret@bucket/run", "gs://user:very-secret@bucket"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with pytest.raises(InputError, match="holds credentials") as refused:
+        Location(uri)
+    assert "secret" not in str(refused.value)
+    run = {"source": "x", "pretrained": "quickstart-pretrained", "retriever": "quickstart-retriever", "root": uri}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    for arguments in (
+        ["status", "--root", uri],
+        ["ingest", "--source", uri, "--output", str(tmp_path / "a")],
+        ["run", "--config", str(tmp_path / "run.yaml")],
+    ):
+        assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert "very-secret" not in said.out + said.err + caplog.text
+
+
+def test_an_unknown_option_of_a_uri_is_named() -> None:
+    with pytest.raises(InputError, match=r"unknown options \['acess_key'\]"):
+        Location(f"s3://{BUCKET}/x?acess_key=1").exists()
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run file on a tiny model, with judgements."""
+    folder = tmp_path_factory.mktemp("experiment")
+    base = factories.tiny_decoder(folder / "base")
+    factories.write_contract(factories.lora_adapter(folder / "retriever", base))
+    passages = factories.small_corpus(600)
+    artifact = factories.ingest_artifact(folder / "made", passages, *factories.small_queries(passages, 20))
+    (folder / "corpus").mkdir()
+    for name in ("passages", "queries", "qrels"):
+        (artifact.location.local_path / name).rename(folder / name)
+    values = {
+        "source": str(folder / "passages"),
+        "queries": str(folder / "queries"),
+        "qrels": str(folder / "qrels"),
+        "pretrained": str(base),
+        "retriever": str(folder / "retriever"),
+        "train": {"block_tokens": 64, "batch_size": 16, "num_workers": 1, "num_cpus_per_worker": 1},
+        "evaluate": {"measures": "nDCG@10"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_whole_run_on_a_store_killed_once_and_throttled_measures_what_one_on_a_disk_does(
+    store: Store, folder: Location, experiment: Path
+) -> None:
+    command = [sys.executable, "-m", "readapt_ray.cli", "run", "--config", str(experiment / "run.yaml"), "--root"]
+    environment = {**os.environ, "READAPT_NUM_CPUS": "2", "READAPT_LOG_LEVEL": "DEBUG"}
+    environment.pop("RAY_ADDRESS", None)
+    subprocess.run([*command, str(experiment / "disk")], cwd=REPOSITORY, env=environment, check=True, timeout=600)
+    calls = iter(range(10**9))
+    store.busy = lambda method, path: next(calls) % 20 == 0
+    process = subprocess.Popen(
+        [*command, folder.uri],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "] merge ->" in line:
+            process.kill()
+    process.wait(timeout=60)
+    done = subprocess.run(
+        [*command, folder.uri],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    means = [
+        json.loads((root / "report/measures.json").read_text()) for root in (Location(str(experiment / "disk")), folder)
+    ]
+    assert means[0] == means[1]
+    assert len(store.refused) > 10
+    everything = "".join(said) + done.stdout + done.stderr
+    for name in store.names():
+        if name.endswith(".json"):
+            everything += store.client.get_object(Bucket=BUCKET, Key=name)["Body"].read().decode()
+    assert not re.search(KEYS["AWS_SECRET_ACCESS_KEY"], everything)
+    assert not any(".tmp-" in name for name in store.names())
