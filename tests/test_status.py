@@ -31,7 +31,7 @@ def test_a_stage_of_another_live_host_is_running_with_rate_and_eta(tmp_path: Pat
     building(tmp_path / "vectors", host="elsewhere", boot="other")
     row = only(tmp_path)
     assert (row["state"], row["stage"], row["seconds"]) == ("running", "embed", 1800.0)
-    assert row["what"] == "250 of 1,000 passages (25%), 5.0 passages/s, ETA 2 min 30 s"
+    assert row["what"] == "250 of 1,000 passages (25%), 5 passages/s, ETA 2 min 30 s"
 
 
 def test_a_stage_whose_heartbeat_ended_is_stopped_and_says_where(tmp_path: Path) -> None:

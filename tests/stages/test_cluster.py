@@ -70,7 +70,7 @@ def test_nodes_that_do_not_come_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(cluster, "_WAIT_POLL_S", 0.01)
     monkeypatch.setenv("READAPT_WAIT_S", "0.1")
     started_s = time.monotonic()
-    with pytest.raises(PlacementError, match=r"3 nodes are wanted .* has 1 node with 4 CPU"):
+    with pytest.raises(PlacementError, match=r"3 nodes with CPUs are wanted .* has 1 node with 4 CPU"):
         cluster._nodes_that_came(3)
     assert time.monotonic() - started_s < 5
 
