@@ -3,8 +3,9 @@
 In: the pretrained model and one made from it (full weights). Out: `NAME.safetensors` with, for each
 weight that changed, `W.lore_B` [O, r] and `W.lore_A` [r, I] (`tuned - pretrained` is about B A), or
 `W.difference` in float32 where the whole is kept (vectors, and matrices of which factors would take
-more than half the room). What did not change has no entry. Memory: under three times the largest
-matrix in float32, however many cores work.
+more than half the room). What did not change has no entry. Memory: the matrices in work take
+three times the largest in float32, however many cores work; the allocator keeps about as much again
+for each thread where matrices are below 32 MB.
 
 LoRE-Adapt (arXiv 2405.15007, section 3.2) truncates each layer at the same explained variance.
 """
@@ -38,7 +39,7 @@ _LARGEST_SKETCH = 0.4
 """Of the short side; a larger sketch would break the bound on memory, and its factors would hardly save room."""
 _TRUSTED_SHARE = 0.75
 """Of a sketch: the rest is oversampling."""
-_ROWS = 1024
+_ROWS = 256
 _COST = 2.75
 """What a decomposition holds at most, in times the matrix in float32."""
 
@@ -268,7 +269,7 @@ def truncated_svd(
     side = min(num_rows, num_columns)
     if side <= _EXACT_SIDE:
         return _truncated(difference_OI, *_exact(difference_OI), variance)
-    total = difference_OI.square().sum(dtype=torch.float64)
+    total = _squared(difference_OI)
     generator = torch.Generator().manual_seed(seed)
     size, largest = _FIRST_SKETCH, int(_LARGEST_SKETCH * side)
     while True:
@@ -284,6 +285,14 @@ def truncated_svd(
         if size == largest:
             return None
         size *= 2
+
+
+def _squared(matrix: torch.Tensor) -> float:
+    """The squared norm, some rows at a time: no second matrix."""
+    total = 0.0
+    for start in range(0, len(matrix), _ROWS):
+        total += float(matrix[start : start + _ROWS].square().sum(dtype=torch.float64))
+    return total
 
 
 def _exact(difference_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -323,7 +332,7 @@ def _truncated(
     """The leading directions, as few as hold the share after they were rounded."""
     num_rows, num_columns = difference_OI.shape
     most = num_rows * num_columns // (num_rows + num_columns)  # bfloat16 factors against a float32 difference
-    total = float(difference_OI.square().sum(dtype=torch.float64))
+    total = _squared(difference_OI)
     rank = 1 + int((squares_S.cumsum(0) < variance * total * (1 - 1e-9)).sum())
     while rank <= min(most, len(squares_S)):
         B_Or = B_OS[:, :rank].to(FACTOR_DTYPE).contiguous()
