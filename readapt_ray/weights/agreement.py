@@ -73,7 +73,8 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
     """
     for model in (pretrained, tuned):
         if not any((model.folder / name).is_file() for name in _TOKENIZER_FILES):
-            logger.info("%s has no tokenizer of its own: there is nothing to compare", model.name)
+            if not model.is_adapter:
+                logger.info("%s has no tokenizer of its own: there is nothing to compare", model.name)
             return
     if _same_file(pretrained, tuned):
         return
