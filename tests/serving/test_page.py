@@ -91,7 +91,7 @@ def test_what_a_passage_says_is_shown_and_not_obeyed(world, tmp_path):
 def test_an_error_is_said(url, tmp_path):
     with chromium(tmp_path) as page:
         page.call("Page.navigate", url=f"{url}/?q=%20")
-        page.wait_for("document.getElementById('status').classList.contains('error')")
+        page.wait_for("document.getElementById('status')?.classList.contains('error')")
         assert "is empty" in page.value("document.getElementById('status').textContent")
 
 
