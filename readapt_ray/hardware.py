@@ -24,15 +24,28 @@ def described() -> dict[str, Any]:
     return found | ({"cluster": dict(_cluster)} if _cluster else {})
 
 
-@functools.cache
-def _this_machine() -> dict[str, Any]:
+def num_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU has matrix units for bfloat16 (AMX), which make it faster than float32."""
+    import torch
+
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def memory_bytes() -> int:
+    """Of this machine, free or not."""
     import psutil
 
-    return {
-        "cpu": _cpu_name(),
-        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": int(psutil.virtual_memory().total),
-    }
+    return int(psutil.virtual_memory().total)
+
+
+@functools.cache
+def _this_machine() -> dict[str, Any]:
+    return {"cpu": _cpu_name(), "num_cpus": num_cores(), "memory_bytes": memory_bytes()}
 
 
 def _cpu_name() -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from readapt_ray import artifacts
@@ -385,3 +386,24 @@ def lora_adapter(
 def dora_adapter(folder: Path, base: Path, *, seed: int = 3, **options: Any) -> Path:
     """As `lora_adapter`, with magnitudes that moved."""
     return lora_adapter(folder, base, seed=seed, use_dora=True, **options)
+
+
+def run_file(folder: Path, *, num_passages: int, num_queries: int, **sections: dict[str, Any]) -> Path:
+    """A run.yaml on a tiny pair and a small judged corpus, all in this folder; `sections` are those of stages."""
+    base = tiny_decoder(folder / "base")
+    write_contract(lora_adapter(folder / "retriever", base))
+    passages = small_corpus(num_passages)
+    artifact = ingest_artifact(folder / "made", passages, *small_queries(passages, num_queries))
+    for name in ("passages", "queries", "qrels"):
+        (artifact.location.local_path / name).rename(folder / name)
+    values = {
+        "source": str(folder / "passages"),
+        "queries": str(folder / "queries"),
+        "qrels": str(folder / "qrels"),
+        "pretrained": str(base),
+        "retriever": str(folder / "retriever"),
+        "evaluate": {"measures": "nDCG@10"},
+        **sections,
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    return folder / "run.yaml"

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
 from safetensors.numpy import load_file
 
 from tests import factories
@@ -24,32 +23,15 @@ STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evalu
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run file on a tiny model and a corpus with judgements."""
     folder = tmp_path_factory.mktemp("experiment")
-    base = factories.tiny_decoder(folder / "base")
-    factories.write_contract(factories.lora_adapter(folder / "retriever", base))
-    passages = factories.small_corpus(3000)
-    queries, qrels = factories.small_queries(passages, 40)
-    artifact = factories.ingest_artifact(folder / "made", passages, queries, qrels)
-    (folder / "corpus").mkdir()
-    for name in ("passages", "queries", "qrels"):
-        (artifact.location.local_path / name).rename(folder / name)
-    values = {
-        "source": str(folder / "passages"),
-        "queries": str(folder / "queries"),
-        "qrels": str(folder / "qrels"),
-        "pretrained": str(base),
-        "retriever": str(folder / "retriever"),
-        "ingest": {"rows_per_file": 1000},
-        "train": {
-            "mode": "packed",
-            "block_tokens": 128,
-            "batch_size": 16,
-            "num_workers": 1,
-            "num_cpus_per_worker": 1,
-            "checkpoint_every_steps": 10,
-        },
-        "evaluate": {"measures": "nDCG@10"},
+    train = {
+        "mode": "packed",
+        "block_tokens": 128,
+        "batch_size": 16,
+        "num_workers": 1,
+        "num_cpus_per_worker": 1,
+        "checkpoint_every_steps": 10,
     }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    factories.run_file(folder, num_passages=3000, num_queries=40, train=train, ingest={"rows_per_file": 1000})
     return folder
 
 

@@ -150,23 +150,8 @@ def test_an_unknown_option_of_a_uri_is_named() -> None:
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run file on a tiny model, with judgements."""
     folder = tmp_path_factory.mktemp("experiment")
-    base = factories.tiny_decoder(folder / "base")
-    factories.write_contract(factories.lora_adapter(folder / "retriever", base))
-    passages = factories.small_corpus(600)
-    artifact = factories.ingest_artifact(folder / "made", passages, *factories.small_queries(passages, 20))
-    (folder / "corpus").mkdir()
-    for name in ("passages", "queries", "qrels"):
-        (artifact.location.local_path / name).rename(folder / name)
-    values = {
-        "source": str(folder / "passages"),
-        "queries": str(folder / "queries"),
-        "qrels": str(folder / "qrels"),
-        "pretrained": str(base),
-        "retriever": str(folder / "retriever"),
-        "train": {"block_tokens": 64, "batch_size": 16, "num_workers": 1, "num_cpus_per_worker": 1},
-        "evaluate": {"measures": "nDCG@10"},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    train = {"block_tokens": 64, "batch_size": 16, "num_workers": 1, "num_cpus_per_worker": 1}
+    factories.run_file(folder, num_passages=600, num_queries=20, train=train)
     return folder
 
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from readapt_ray import hardware
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.planner.prices import PriceTable, read_mapping
@@ -107,12 +108,9 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
 
 
 def _this_machine() -> NodeGroup:
-    import os
-
-    import psutil
-
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return NodeGroup(name="this machine", count=1, cpus=cpus, memory_bytes=float(psutil.virtual_memory().total))
+    return NodeGroup(
+        name="this machine", count=1, cpus=hardware.num_cores(), memory_bytes=float(hardware.memory_bytes())
+    )
 
 
 class _PlainNode(Config):

@@ -1,7 +1,8 @@
 """The one place that starts or joins Ray: quiet on the terminal, complete in the log files.
 
-On a cluster whose nodes come up one by one, READAPT_NUM_NODES says how many to wait for when it is joined (READAPT_WAIT_S
-seconds at most, 900 by default); without it, a minute for the first node that has a CPU. What cannot be placed is an error before anything starts; what has to wait for others says so.
+On a cluster whose nodes come up one by one, READAPT_NUM_NODES says how many to wait for when it is joined
+(READAPT_WAIT_S seconds at most, 900 by default); without it, 50 seconds for the first node that has a CPU.
+What cannot be placed is an error before anything starts; what has to wait for others says so.
 """
 
 import contextlib

@@ -22,7 +22,7 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifac
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import CorpusError, CorruptFileError, PlacementError
+from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import Footer, cut, read_footer, read_rows
 from readapt_ray.stages import cluster, elsewhere
@@ -283,11 +283,6 @@ def _placement(config: EmbedConfig, num_pending: int) -> tuple[int, int, int]:
     num_cpus = config.num_cpus_per_worker or 1
     most = total.num_gpus or total.num_cpus // num_cpus
     num_workers = config.num_workers or max(1, min(most, num_pending))
-    if num_workers > most or num_workers * num_cpus > total.num_cpus:
-        raise PlacementError(
-            f"{num_workers} actors of {num_cpus} CPUs{' and a GPU' if total.num_gpus else ''} each do not fit the cluster's "
-            f"{total.num_cpus} CPUs and {total.num_gpus} GPUs; lower num_workers or num_cpus_per_worker"
-        )
     num_gpus = 1 if total.num_gpus else 0
     cluster.check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who="actors")
     return num_workers, num_cpus, num_gpus

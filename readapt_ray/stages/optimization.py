@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from readapt_ray import hardware
 from readapt_ray.config import StageConfig
 
 if TYPE_CHECKING:
@@ -89,6 +90,6 @@ def compute_dtype(config: OptimizationConfig, device: Any) -> Any:
     """The torch dtype of matrix products: as asked, or by the device."""
     import torch
 
-    is_fast = device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    is_fast = device.type == "cuda" or hardware.has_bfloat16_units()
     is_low = config.dtype == "bfloat16" or (config.dtype == "auto" and is_fast)
     return torch.bfloat16 if is_low else torch.float32

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from readapt_ray.artifacts import Workspace
-from readapt_ray.errors import PlacementError
 from readapt_ray.stages import cluster
 from readapt_ray.storage import Location
 
@@ -44,15 +43,6 @@ def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple
         cpus = num_cpus_per_worker or max(1, total.num_cpus // max(1, num_workers or total.num_nodes))
         count = num_workers or total.num_nodes
         resources = {"CPU": float(cpus)}
-    if total.num_gpus and count > total.num_gpus:
-        raise PlacementError(
-            f"num_workers = {count} wants {count} GPUs and the cluster has {total.num_gpus}; give at most that"
-        )
-    if count * resources["CPU"] > total.num_cpus:
-        raise PlacementError(
-            f"{count} workers of {resources['CPU']:.0f} CPUs want {count * resources['CPU']:.0f} CPUs and the cluster has "
-            f"{total.num_cpus}; lower num_workers or num_cpus_per_worker"
-        )
     cluster.check_placement(count, resources, who="workers")
     return count, resources, bool(total.num_gpus)
 

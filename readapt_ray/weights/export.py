@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 
 from readapt_ray.errors import ModelError
+from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
 from readapt_ray.weights.cast_loss import CastLoss
 from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header, is_finite
-from readapt_ray.weights.pipeline import in_order, num_cores
+from readapt_ray.weights.pipeline import in_order
 from readapt_ray.weights.readapter import Readapter, Scales
 from readapt_ray.weights.scratch import Scratch
 

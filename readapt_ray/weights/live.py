@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 
 from readapt_ray.errors import InputError, WeightMismatchError
+from readapt_ray.hardware import num_cores
 from readapt_ray.weights.adapter import listed
-from readapt_ray.weights.pipeline import in_order, num_cores
+from readapt_ray.weights.pipeline import in_order
 from readapt_ray.weights.readapter import Ingredients, Readapter, Scales
 from readapt_ray.weights.scratch import Scratch
 
@@ -43,7 +44,7 @@ class LiveReadapter:
             if name in self._parameters
         }
         self._written: Scales | None = None
-        self._local = threading.local()
+        self._of_thread = _OfThread()
 
     def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
         """Write the weights of these scales, equal to what a merge writes in the module's type.
@@ -72,7 +73,7 @@ class LiveReadapter:
         @torch.no_grad()  # it does not reach into threads
         def write(each: tuple[str, int, int]) -> None:
             name, start, stop = each
-            scratch = _scratch(self._local)
+            scratch = self._of_thread.scratch
             rows = self._ingredients[name].cut(start, stop).rows(scales, start, scratch)
             parameter = self._parameters[name]
             (parameter[start:stop] if parameter.ndim else parameter).copy_(rows.readapted)
@@ -84,6 +85,13 @@ class LiveReadapter:
             for each in slices:
                 write(each)
         self._written = scales
+
+
+class _OfThread(threading.local):
+    """What each thread has for itself."""
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
 
 
 def spread(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
@@ -103,13 +111,6 @@ def spread(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple
 def _changes(ingredients: Ingredients, before: Scales, now: Scales) -> bool:
     old, new = ((scales.readapter, *scales.knowledge) for scales in (before, now))
     return any(term is not None and one != other for term, one, other in zip(ingredients.terms, old, new, strict=True))
-
-
-def _scratch(local: threading.local) -> Scratch:
-    """The memory of this thread."""
-    if not hasattr(local, "scratch"):
-        local.scratch = Scratch()
-    return local.scratch  # type: ignore[no-any-return]
 
 
 def _slice_elements(device: torch.device) -> int | None:

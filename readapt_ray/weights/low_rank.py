@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 
 from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint, file_header, is_finite, read_header
-from readapt_ray.weights.pipeline import Budget, in_order, num_cores
+from readapt_ray.weights.pipeline import Budget, in_order
 from readapt_ray.weights.scratch import Scratch
 from readapt_ray.weights.terms import Difference, Factors
 

@@ -17,8 +17,8 @@ from typing import Any
 from readapt_ray.artifacts import fingerprint, read_manifest
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.pickled import RECORD_NAME
+from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
-from readapt_ray.weights.pipeline import num_cores
 
 _HASHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _WEIGHTS = (".safetensors", ".bin")

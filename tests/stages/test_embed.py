@@ -275,8 +275,11 @@ def test_a_model_that_cannot_encode_is_found_before_any_worker_starts(world, tmp
 
 def test_more_than_the_cluster_has_is_refused(world, ray_session, tmp_path):
     root, _ = world
-    for options in ({"num_workers": 50}, {"num_workers": 2, "num_cpus_per_worker": 2}):
-        with pytest.raises(PlacementError, match="do not fit the cluster's 2 CPUs and 0 GPUs; lower num_workers"):
+    for options, asked in (
+        ({"num_workers": 50}, "50 actors of 1 CPU each cannot be placed: there is room for 2"),
+        ({"num_workers": 2, "num_cpus_per_worker": 2}, "2 actors of 2 CPU each cannot be placed: there is room for 1"),
+    ):
+        with pytest.raises(PlacementError, match=f"{asked} on 1 node with 2 CPU; lower num_workers"):
             embed(_config(root, tmp_path / "out", **options))
 
 
