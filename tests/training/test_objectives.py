@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from readapt_ray import attention
 from readapt_ray.errors import ModelError
-from readapt_ray.training import attention, objectives, packing
+from readapt_ray.training import objectives, packing
 from readapt_ray.training.packing import IGNORED, Block, Masking
 from tests import factories
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from readapt_ray.training import attention
+from readapt_ray import attention
 
 LENGTHS = (5, 16, 40, 1, 130, 17, 33)
 

@@ -27,7 +27,7 @@ _MIN_WIDTH_STEP = 16
 
 
 def install(model: Any, name: str) -> None:
-    """Make a transformers model attend this way; its batches are then those of packing.py.
+    """Make a transformers model attend this way; its batches then say where passages end (cu_seq_lens_q, max_length_q).
 
     Args:
         model: its layers keep their weights.
@@ -42,7 +42,7 @@ def install(model: Any, name: str) -> None:
     if not model._can_set_attn_implementation():
         raise ModelError(
             f"{name} ({type(model).__name__}) does not take attention functions of transformers' AttentionInterface, which "
-            f"training here needs; give a model whose class does"
+            f"passages end to end need; give a model whose class does"
         )
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _no_mask)
@@ -93,7 +93,7 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     for name in _UNSUPPORTED:
         if others.get(name) is not None:
             raise ModelError(
-                f"{type(module).__name__} wants {name}, which training here does not do; give another model"
+                f"{type(module).__name__} wants {name}, which passages end to end do not get; give another model"
             )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
