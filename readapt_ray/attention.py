@@ -164,41 +164,37 @@ def _by_passage(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    rows = [each.to(value.dtype).squeeze(0).transpose(0, 1) for each in (query, key, value)]
+    states = [layout.spread(each.to(value.dtype).squeeze(0).transpose(0, 1)) for each in (query, key, value)]
     outputs = []
-    for group in layout.groups:
-        query_NHTD, key_NHTD, value_NHTD = (group.laid_out(each_THD) for each_THD in rows)
+    for group, query_NHTD, key_NHTD, value_NHTD in zip(layout.groups, *states, strict=True):
         mask = group.mask(causal=causal, window=window)
-        output_NHTD = functional.scaled_dot_product_attention(
-            query_NHTD,
-            key_NHTD,
-            value_NHTD,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=causal and mask is None,
-            scale=scaling,
-        )
+        with torch.autocast(value.device.type, enabled=False):
+            output_NHTD = functional.scaled_dot_product_attention(
+                query_NHTD,
+                key_NHTD,
+                value_NHTD,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal and mask is None,
+                scale=scaling,
+            )
         outputs.append(output_NHTD.transpose(1, 2).flatten(0, 1))
-    return _Taken.apply(torch.cat(outputs), layout.slot_of_token, layout.token_of_slot).unsqueeze(0)  # type: ignore[no-untyped-call, no-any-return]
+    return layout.gather(torch.cat(outputs)).to(value.dtype).unsqueeze(0)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Passages of about one length, each in as many slots: the first hold its tokens, the rest nothing."""
+    """Passages of about one length, each in as many slots: the first hold its tokens, the rest are empty."""
 
     lengths: Tensor
     """int64 [N]"""
     width: int
     """Slots of a passage."""
-    token_of_slot: Tensor
-    """int64 [N * width]; the number of tokens in the row where the slot is empty."""
-    slot_of_token: Tensor
-    """int64 [tokens of the row]; N * width for tokens of other groups."""
 
-    def laid_out(self, row_THD: Tensor) -> Tensor:
-        """[T, H, D] to [N, H, width, D], zero where a slot is empty."""
-        slots = _Taken.apply(row_THD, self.token_of_slot, self.slot_of_token)  # type: ignore[no-untyped-call]
-        return slots.unflatten(0, (len(self.lengths), self.width)).transpose(1, 2)  # type: ignore[no-any-return]
+    @property
+    def num_slots(self) -> int:
+        """Of all its passages."""
+        return len(self.lengths) * self.width
 
     def mask(self, *, causal: bool, window: int | None) -> Tensor | None:
         """What a slot sees: bool, broadcast to [N, heads, width, width]. None is all of them, or all before.
@@ -207,84 +203,97 @@ class Group:
         """
         places = torch.arange(self.width, device=self.lengths.device)
         back = places[:, None] - places[None, :]
-        if window is not None and window < self.width:
-            band = (back < window) & (back >= 0 if causal else back > -window)
-        elif causal:
-            return None
-        else:
-            band = torch.ones_like(back, dtype=torch.bool)
         if causal:
-            return band
-        if bool((self.lengths == self.width).all()):
-            return band if window is not None else None
-        is_filled = places < self.lengths[:, None]
+            return None if window is None or window >= self.width else (back < window) & (back >= 0)
+        if window is None and bool((self.lengths == self.width).all()):
+            return None
+        is_filled = (places < self.lengths[:, None])[:, None, None, :]
+        near = back.abs() < (window or self.width)
         # An empty slot sees itself, else its softmax has no term.
-        return (band & is_filled[:, None, None, :]) | (back == 0)
+        return (near & is_filled) | (back == 0)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of a row go."""
+    """Where the tokens of a row go: the slots of all groups, one after the other."""
 
     groups: tuple[Group, ...]
     token_of_slot: Tensor
-    """Of all groups one after the other."""
+    """int64 [S]; some token's where the slot is empty, which changes nothing: nobody looks there."""
     slot_of_token: Tensor
+    """int64 [T]"""
+    empty_slots: Tensor
+    """int64"""
+
+    def spread(self, row_THD: Tensor) -> list[Tensor]:
+        """[T, H, D] to [N, H, width, D] of each group; on a CPU in float32, where torch's attention is fastest."""
+        slots_SHD: Tensor = _Spread.apply(row_THD, self)  # type: ignore[no-untyped-call]
+        parts = torch.split(slots_SHD, [group.num_slots for group in self.groups])
+        dtype = torch.float32 if slots_SHD.device.type == "cpu" and slots_SHD.dtype.itemsize < 4 else slots_SHD.dtype
+        return [
+            part.view(-1, group.width, *part.shape[1:]).transpose(1, 2).to(dtype)
+            for part, group in zip(parts, self.groups, strict=True)
+        ]
+
+    def gather(self, slots_SHD: Tensor) -> Tensor:
+        """[S, H, D] to [T, H, D]."""
+        return _Gather.apply(slots_SHD, self)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Spread(torch.autograd.Function):
+    """Each token to its slot. Torch's own gradient of indexing adds row by row, ten times slower."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return row.index_select(0, layout.token_of_slot)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0].index_select(0, ctx.layout.slot_of_token), None
+
+
+class _Gather(torch.autograd.Function):
+    """The inverse of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, layout: Layout) -> Tensor:
+        ctx.layout = layout
+        return slots.index_select(0, layout.slot_of_token)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        layout = ctx.layout
+        spread = gradients[0].index_select(0, layout.token_of_slot)
+        spread[layout.empty_slots] = 0
+        return spread, None
 
 
 @functools.lru_cache(maxsize=8)  # every layer asks for the same
 def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
     """Passages sorted into few widths."""
-    ends = np.cumsum((0, *lengths))
-    widths = np.array([_slots(length) for length in lengths])
-    groups, tokens_of_slots = [], []
+    starts = np.cumsum((0, *lengths))
+    widths = np.array([_width(length) for length in lengths])
+    groups, tokens = [], []
     for width in np.unique(widths):
         mine = np.flatnonzero(widths == width)
-        token_of_slot = np.full((len(mine), width), ends[-1])
-        for row, number in enumerate(mine):
-            token_of_slot[row, : lengths[number]] = np.arange(ends[number], ends[number + 1])
-        tokens_of_slots.append(token_of_slot.ravel())
-        groups.append(
-            Group(
-                torch.tensor([lengths[number] for number in mine], device=device),
-                int(width),
-                *_both_ways(token_of_slot.ravel(), ends[-1], device),
-            )
-        )
-    return Layout(tuple(groups), *_both_ways(np.concatenate(tokens_of_slots), ends[-1], device))
+        filled = np.array([lengths[number] for number in mine])
+        places = np.arange(width)
+        tokens.append(np.where(places < filled[:, None], starts[mine, None] + places, -1).ravel())
+        groups.append(Group(torch.from_numpy(filled).to(device), int(width)))
+    token_of_slot = np.concatenate(tokens)
+    is_empty = token_of_slot < 0
+    slot_of_token = np.empty(starts[-1], np.int64)
+    slot_of_token[token_of_slot[~is_empty]] = np.flatnonzero(~is_empty)
+    numbers = (np.where(is_empty, 0, token_of_slot), slot_of_token, np.flatnonzero(is_empty))
+    return Layout(tuple(groups), *(torch.from_numpy(each).to(device) for each in numbers))
 
 
-def _both_ways(token_of_slot: np.ndarray, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    slot_of_token = np.full(num_tokens + 1, len(token_of_slot))
-    slot_of_token[token_of_slot] = np.arange(len(token_of_slot))
-    return torch.from_numpy(token_of_slot).to(device), torch.from_numpy(slot_of_token[:-1].copy()).to(device)
-
-
-def _slots(length: int) -> int:
-    """A passage's width: its length and up to a quarter more, 15 where that is more.
+def _width(length: int) -> int:
+    """A passage's slots: its length and up to a quarter more, 15 where that is more.
 
     A CPU's matrix library compiles and keeps a program for each shape that it meets: with passages at their
     own lengths a worker grew by 18 MB a step and took half as many steps a second.
     """
     step = max(_MIN_WIDTH_STEP, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step
-
-
-class _Taken(torch.autograd.Function):
-    """Rows of a matrix by number, zero where the number is one too many; its gradient takes them back the other way."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, numbers: Tensor, back: Tensor) -> Tensor:
-        ctx.save_for_backward(numbers, back)
-        return _taken(rows, numbers)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        _, back = ctx.saved_tensors
-        return _taken(gradients[0], back), None, None
-
-
-def _taken(rows: Tensor, numbers: Tensor) -> Tensor:
-    is_none = numbers == len(rows)
-    taken = rows.index_select(0, numbers.clamp(max=len(rows) - 1))
-    return taken.index_fill_(0, is_none.nonzero()[:, 0], 0) if bool(is_none.any()) else taken

@@ -51,6 +51,6 @@ def test_passages_attend_to_themselves_alone(causal: bool, window: int | None, n
 
 def test_few_shapes_for_many_lengths() -> None:
     """A CPU's matrix library keeps a program for each."""
-    widths = {attention._slots(length) for length in range(1, 4097)}
+    widths = {attention._width(length) for length in range(1, 4097)}
     assert len(widths) <= 32
-    assert all(length <= attention._slots(length) <= max(length + 15, 1.25 * length) for length in range(1, 4097))
+    assert all(length <= attention._width(length) <= max(length + 15, 1.25 * length) for length in range(1, 4097))
