@@ -117,6 +117,8 @@ def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> lis
         texts: one text a passage.
         max_tokens: longest passage, specials included.
     """
+    if not texts:
+        return []
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     last = end_id(tokenizer)
     start, end = ([] if each is None else [each] for each in (first, last))

@@ -79,6 +79,7 @@ def test_text_is_wrapped_in_specials_and_cut(tmp_path: Path) -> None:
     assert (whole[0], whole[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert len(cut) == 12
     assert cut[-1] != tokenizer.eos_token_id
+    assert packing.passage_ids(tokenizer, [], max_tokens=12) == []
 
 
 def write_blocks(folder: Path, num_files: int = 3) -> list[int]:
