@@ -4,11 +4,13 @@ python -m tests.stages.killed_node FOLDER replaced|lost
 """
 
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.cluster_utils import Cluster
 
 from readapt_ray.stages.pack import PackConfig, pack
@@ -58,15 +60,31 @@ def main(folder: Path, then: str) -> None:
         cluster.remove_node(victims[1], allow_graceful=False)
         (folder / "killed").touch()
         if then == "replaced":
-            cluster.add_node(**_NODE)
+            replacements.append(_started_node(cluster.address))
 
+    replacements: list[subprocess.Popen[bytes]] = []
     done = threading.Event()
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     train(TrainConfig(**options, output=str(folder / "hit"), min_workers=1 if then == "lost" else None))
     done.set()
     killer.join(timeout=60)
+    for node in replacements:
+        node.terminate()
+        node.wait(timeout=60)
+    ray.shutdown()
     cluster.shutdown()
+
+
+def _started_node(address: str) -> "subprocess.Popen[bytes]":
+    """A node in a process of its own: Cluster.add_node sets signal handlers, which a thread may not."""
+    command = ["ray", "start", "--block", "--address", address, "--num-cpus", str(_NODE["num_cpus"])]
+    command += ["--object-store-memory", str(_NODE["object_store_memory"])]
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 if __name__ == "__main__":
