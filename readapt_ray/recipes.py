@@ -75,7 +75,7 @@ class RunConfig(Config):
     ingest: Section = Field(default_factory=dict)
     """Options of ingest."""
     train: Section = Field(default_factory=dict)
-    """Options of train; `mode` and `block_tokens` say how passages are packed."""
+    """Options of train; `mode`, `block_tokens`, `exclude` and `only` say which passages are packed, and how."""
     merge: Section = Field(default_factory=dict)
     """Options of merge: readapter_scale, knowledge_scale, dtype."""
     embed: Section = Field(default_factory=dict)
@@ -107,6 +107,8 @@ def plan_run(config: RunConfig) -> list[Step]:
 
 
 def _steps(config: RunConfig) -> Iterator[Step]:
+    from readapt_ray.stages.train import PACK_OPTIONS
+
     root = config.root.rstrip("/")
     corpus, blocks, adapter, adapted = (f"{root}/{name}" for name in ("corpus", "blocks", "adapter", ADAPTED))
     queries = config.queries or f"{corpus}/queries"
@@ -122,7 +124,7 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         return Step(stage, config_class.parse({**options, **wired}, where=f"section {stage!r}"), needs_judgements)
 
     yield step("ingest", config.ingest, source=config.source, output=corpus)
-    packing: Section = {name: config.train[name] for name in ("mode", "block_tokens") if name in config.train}
+    packing: Section = {name: config.train[name] for name in PACK_OPTIONS if name in config.train}
     yield step("pack", packing, pretrained=config.pretrained, corpus=corpus, output=blocks)
     yield step("train", config.train, pretrained=config.pretrained, corpus=blocks, output=adapter)
     yield step(
@@ -216,7 +218,7 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
     """
     from readapt_ray.stages.pack import PackConfig, pack
-    from readapt_ray.stages.train import train
+    from readapt_ray.stages.train import PACK_OPTIONS, train
 
     manifest = artifacts.read_manifest(config.corpus)
     if manifest is not None and manifest.stage == "pack":
@@ -225,8 +227,7 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         PackConfig(
             pretrained=config.pretrained,
             corpus=config.corpus,
-            mode=config.mode,
-            block_tokens=config.block_tokens,
+            **{name: getattr(config, name) for name in PACK_OPTIONS},
             output=f"{config.output.rstrip('/')}-blocks",
             overwrite=config.overwrite,
         )

@@ -45,7 +45,8 @@ def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> N
     assert (merge.readapter_scale, merge.knowledge_scale) == (1.0, 0.5)
     row = retrievers.retriever(config.retriever)
     assert row.pretrained == config.pretrained
-    assert set(train.target_modules) == set(row.dora_targets)
+    assert train.target_modules == (), "those of the model's family"
+    assert row.dora_targets in retrievers.TARGETS_BY_FAMILY.values()
     embed: Any = steps["vectors/adapted"].config
     assert embed.retriever == "readapt-run/adapted"
 

@@ -233,6 +233,13 @@ def _adds(model: Model, which: str) -> bool:
     return edge is not None and edge in specials
 
 
+def tokenizer_fingerprint(model: Model) -> str:
+    """Stands for every byte of the tokenizer."""
+    folder = Location(str(model.folder))
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "special_tokens_map.json")
+    return fingerprint({name: (folder / name).sha256() for name in names if (folder / name).is_file()})
+
+
 def load_tokenizer(model: Model) -> Any:
     """The tokenizer of a model, or of the model that an adapter was trained on.
 

@@ -60,6 +60,14 @@ class Retriever(Config):
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 BERT_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
+_PHI_TARGETS = ("qkv_proj", "gate_up_proj", "down_proj")
+
+TARGETS_BY_FAMILY: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "smollm3"), LLAMA_TARGETS),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT_TARGETS),
+    "phi3": _PHI_TARGETS,
+}
+"""Query, key, value, up and down projections by the `model_type` of transformers' configs."""
 
 _WEB_TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
@@ -185,6 +193,20 @@ RETRIEVERS: tuple[Retriever, ...] = (
 
 PRETRAINED: dict[str, str] = {"quickstart-pretrained": "builtin:quickstart/pretrained"}
 """Pretrained models that have a name of their own; all others go by hub id."""
+
+
+def target_modules(model_type: str) -> tuple[str, ...]:
+    """The layers of a family that get a knowledge adapter.
+
+    Raises:
+        ModelError: the family is not known here.
+    """
+    if model_type not in TARGETS_BY_FAMILY:
+        raise ModelError(
+            f"no target modules are known for models of the type {model_type!r}; give --target-modules, the last parts of the "
+            f"names of its query, key, value, up and down projections (known: {', '.join(TARGETS_BY_FAMILY)})"
+        )
+    return TARGETS_BY_FAMILY[model_type]
 
 
 def find_retriever(name: str) -> Retriever | None:

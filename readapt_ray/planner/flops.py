@@ -3,7 +3,6 @@
 from typing import Any, Final
 
 from readapt_ray.artifacts import Manifest
-from readapt_ray.catalog import retrievers
 from readapt_ray.planner.shapes import ModelShape, model_shape
 
 ROWS_PER_FILE: Final = 65_536
@@ -56,7 +55,7 @@ def trained(config: Any, shape: ModelShape, *, num_tokens: float, num_passages: 
         num_tokens / max(1.0, num_passages),
         method=config.method,
         rank=config.lora_rank,
-        targets=tuple(config.target_modules) or retrievers.LLAMA_TARGETS,
+        targets=tuple(config.target_modules),
         steps_per_token=num_steps / max(1.0, num_tokens),
         recomputes=bool(getattr(config, "gradient_checkpointing", False)),
     )

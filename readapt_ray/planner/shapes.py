@@ -80,6 +80,8 @@ class ModelShape:
     num_embedding_parameters: int
     linears: tuple[tuple[str, int, int], ...]
     """Every linear layer: the last part of its name, inputs, outputs."""
+    targets: tuple[str, ...]
+    """The layers that get an adapter where the options name none."""
 
     @property
     def matrix_parameters(self) -> int:
@@ -99,8 +101,8 @@ class ModelShape:
         return 2.0 * self.hidden * self.vocabulary
 
     def adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Inputs and outputs of the linear layers whose names end with one of the targets."""
-        return [(inputs, outputs) for name, inputs, outputs in self.linears if name.endswith(targets)]
+        """Inputs and outputs of the linear layers whose names end with one of the targets; of the family's where there are none."""
+        return [(inputs, outputs) for name, inputs, outputs in self.linears if name.endswith(targets or self.targets)]
 
     def adapter_parameters(self, targets: tuple[str, ...], rank: int) -> int:
         """Trained numbers of a DoRA adapter: A, B and the magnitudes."""
@@ -185,4 +187,5 @@ def _shape(name: str, values: dict[str, Any]) -> ModelShape:
         num_parameters=sum(each.numel() for each in model.parameters()),
         num_embedding_parameters=sum(layer.weight.numel() for layer in embeddings),
         linears=linears,
+        targets=retrievers.TARGETS_BY_FAMILY.get(config.model_type, ()),
     )

@@ -1,7 +1,8 @@
-"""finetune: passages, queries and judgements to a retriever (the supervised way, for those who have labels).
+"""finetune: queries and the passages that answer them to a retriever (the supervised way, for those who have labels).
 
-InfoNCE with in-batch negatives on Ray Train workers under DeepSpeed. Leaves a PEFT adapter folder with
-its encoding contract in `readapt.json`, or a Hugging Face model folder where all weights are trained.
+InfoNCE with in-batch negatives of all workers and given hard negatives, on Ray Train workers under
+DeepSpeed. Leaves a PEFT adapter folder with its encoding contract in `readapt.json`, or a Hugging Face
+model folder where all weights are trained.
 """
 
 import json
@@ -11,15 +12,13 @@ from pydantic import Field
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
-from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog import models
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.errors import CorpusError, ModelError
+from readapt_ray.errors import ModelError
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.stages import workers
-from readapt_ray.stages.optimization import OptimizationConfig, adapter_shape, compute_dtype, optimization
+from readapt_ray.stages import elsewhere, labelled_pairs, workers
+from readapt_ray.stages.optimization import OptimizationConfig
 from readapt_ray.storage import Location
-
-_TEXTS_PER_CALL = 1024
 
 
 class FinetuneConfig(OptimizationConfig):
@@ -28,19 +27,24 @@ class FinetuneConfig(OptimizationConfig):
     model: str
     """MODEL to start from: catalog name, folder, URI or hub id."""
     corpus: str
-    """Passages with queries and qrels: the output of `readapt ingest`."""
+    """Passages with queries and qrels (the output of `readapt ingest`), or a JSONL file of pairs with `query`, `positive`
+    and where there are some `negatives` (texts)."""
     split: str = "train"
     """The qrels of the corpus that name the right passages: train, dev, test ..."""
+    negatives: str | None = None
+    """Hard negatives: a TREC run (the output of `readapt search`); its best passages that are not judged relevant are taken."""
+    num_negatives: int = Field(default=1, ge=1)
+    """Hard negatives a query, where `negatives` is given."""
     encoding: EncodingOption = None
     """How the retriever shall want its text: a JSON file; default what the model's folder or the catalog says."""
     method: Literal["dora", "lora", "full"] = "lora"
     """What is trained: DoRA or LoRA adapters, or all weights."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Probability that an adapter's input is dropped."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Linear layers that get an adapter, by the last part of their names."""
     batch_size: int = Field(default=128, ge=2)
     """Pairs a step, over all workers; the other passages of the batch are the negatives."""
+    micro_batch_tokens: int = Field(default=16384, ge=8)
+    """Padded tokens of one forward and backward pass; bounds the memory, not the batch nor the result (GradCache)."""
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of AdamW; falls linearly to 0."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -52,156 +56,90 @@ class FinetuneConfig(OptimizationConfig):
     both_directions: bool = False
     """Also tell each passage's query from the batch's other queries."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"model", "corpus"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"model", "corpus", "negatives"})
+    operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {"micro_batch_tokens"}
 
 
 def finetune(config: FinetuneConfig) -> Artifact:
     """Train a retriever on (query, passage) pairs.
 
     Raises:
-        ArtifactMissingError: the corpus is not a complete output of ingest.
-        CorpusError: it has no qrels of that split, or none that names a query and a passage it holds.
+        ArtifactMissingError: the corpus is neither a complete output of ingest nor a file of pairs.
+        CorpusError: it has no qrels of that split, or fewer than two that name a query and a passage it holds.
         ModelError: the model cannot be found, is an adapter, or nothing says how it wants its text.
+        PlacementError: the cluster does not have the workers asked for, or not the memory.
+        TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
-    corpus = artifacts.open_artifact(config.corpus, "ingest")
+    source = labelled_pairs.open_source(config.corpus, config.split, config.negatives)
     model = models.find_model(config.model)
     if model.is_adapter:
         raise ModelError(
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
         )
     encoding = config.encoding or models.encoding_of(model)
-    qrels = corpus.location / "qrels" / f"{config.split}.parquet"
-    if not qrels.is_file():
-        there = [file.name.removesuffix(".parquet") for file in (corpus.location / "qrels").files(".parquet")]
-        raise CorpusError(
-            f"{config.corpus!r} has no qrels of the split {config.split!r}; it has {there or 'no qrels at all'}"
-        )
-    inputs = {"corpus": corpus.fingerprint, "model": model.fingerprint()}
+    config = config.model_copy(update={"target_modules": workers.target_modules(config, model)})
     return artifacts.produce(
         "finetune",
         config,
-        inputs=inputs,
+        inputs={**source.fingerprints, "model": model.fingerprint()},
         identity={"encoding": encoding.model_dump(mode="json")},
-        work=lambda workspace: _finetune(config, corpus, encoding, workspace),
+        work=lambda workspace: _finetune(config, model, source, encoding, workspace),
     )
 
 
-def _finetune(config: FinetuneConfig, corpus: Artifact, encoding: Encoding, workspace: Workspace) -> None:
-    num_workers, resources, use_gpu = workers.placement(config.num_workers, config.num_cpus_per_worker)
-    pairs = workspace.location / "pairs" / "part-00000.parquet"
-    if not pairs.is_file():
-        _write_pairs(config, corpus, encoding, pairs)
-    job = {
-        "config": config.settings(),
-        "encoding": encoding.model_dump(mode="json"),
-        "pairs": (workspace.location / "pairs").uri,
-        "output": workspace.location.uri,
-    }
-    workers.run_workers(
-        _work,
-        job,
-        workspace,
-        num_workers=num_workers,
-        resources=resources,
-        use_gpu=use_gpu,
-        max_failures=config.max_failures,
-    )
+def _finetune(
+    config: FinetuneConfig,
+    model: models.Model,
+    source: labelled_pairs.PairSource,
+    encoding: Encoding,
+    workspace: Workspace,
+) -> None:
     import pyarrow.parquet as pq
 
+    pairs = workspace.location / "pairs" / "part-00000.parquet"
+    if not pairs.is_file():
+        labelled_pairs.write_pairs(source, model, encoding, pairs, num_negatives=config.num_negatives)
     with pairs.open_input() as stream:
         num_pairs = pq.ParquetFile(stream).metadata.num_rows
-    rows = workers.read_metrics(workspace.location)
+    job = {
+        "config": {**config.settings(), "model": elsewhere.model_name(model)},
+        "encoding": encoding.model_dump(mode="json"),
+        "pairs": elsewhere.absolute(workspace.location / "pairs").uri,
+        "output": elsewhere.absolute(workspace.location).uri,
+    }
+    outcome = workers.run_workers("finetune", _work, job, workspace, config)
     workspace.counts = {
         "num_pairs": num_pairs * config.num_epochs,
         "num_steps": -(-num_pairs // config.batch_size) * config.num_epochs,
     }
-    workspace.details = {"num_workers": num_workers, "last_loss": rows[-1]["loss"] if rows else None}
-
-
-def _write_pairs(config: FinetuneConfig, corpus: Artifact, encoding: Encoding, target: Location) -> None:
-    """Tokenise every judged pair, in the order of the qrels."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from readapt_ray.retrieval.templates import TextTokenizer
-    from readapt_ray.sources.judgements import read_qrels, read_queries
-    from readapt_ray.training.contrastive import PAIR_SCHEMA
-
-    queries = {query.query_id: query.text for query in read_queries((corpus.location / "queries").uri)}
-    relevant = [
-        qrel
-        for qrel in read_qrels((corpus.location / "qrels" / f"{config.split}.parquet").uri)
-        if qrel.relevance > 0 and qrel.query_id in queries
-    ]
-    wanted = {qrel.doc_id for qrel in relevant}
-    passages: dict[str, tuple[int, str, str]] = {}
-    for file in (corpus.location / "passages").files(".parquet"):
-        with file.open_input() as stream:
-            for batch in pq.ParquetFile(stream).iter_batches():
-                for row in batch.to_pylist():
-                    if row["doc_id"] in wanted:
-                        passages[row["doc_id"]] = (len(passages), row["title"] or "", row["text"])
-    relevant = [qrel for qrel in relevant if qrel.doc_id in passages]
-    if len(relevant) < 2:
-        raise CorpusError(
-            f"{config.corpus!r} has {len(relevant)} pairs of the split {config.split!r} whose query and passage it holds; at least 2 are needed"
-        )
-    text_tokenizer = TextTokenizer(models.load_tokenizer(models.find_model(config.model)), encoding)
-    tables = []
-    for start in range(0, len(relevant), _TEXTS_PER_CALL):
-        part = relevant[start : start + _TEXTS_PER_CALL]
-        found = [passages[qrel.doc_id] for qrel in part]
-        tables.append(
-            pa.table(
-                {
-                    "query_ids": text_tokenizer.ids([queries[qrel.query_id] for qrel in part], "query"),
-                    "passage_ids": text_tokenizer.ids(
-                        [text for _, _, text in found], "passage", [title for _, title, _ in found]
-                    ),
-                    "doc_number": [number for number, _, _ in found],
-                },
-                schema=PAIR_SCHEMA,
-            )
-        )
-    with target.open_output() as stream:
-        pq.write_table(pa.concat_tables(tables), stream, compression="zstd")
+    workspace.details = outcome.details()
 
 
 def _work(job: dict[str, Any]) -> None:
-    """One worker's part; the first worker writes the result."""
+    """One worker's part."""
     import torch
 
-    from readapt_ray.training import contrastive, dora, language_model
-    from readapt_ray.weights.loading import load_model
+    from readapt_ray.training.contrastive import Contrast
+    from readapt_ray.training.pairs import PairReader
 
     config = FinetuneConfig.model_validate(job["config"])
     encoding = Encoding.model_validate(job["encoding"])
-    output = Location(job["output"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = models.find_model(config.model)
-    model = load_model(source, dtype=torch.float32, device=str(device)).train()
-    torch.manual_seed(config.seed)
-    shape = adapter_shape(config)
-    language_model.make_trainable(model, shape)
-    reader = contrastive.PairReader(
+    trainee = workers.Trainee(job, config, config.model, objective=None, micro_batch_tokens=config.micro_batch_tokens)
+    reader = PairReader(
         Location(job["pairs"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
-    stepper = contrastive.train_retriever(
-        model,
-        reader,
-        encoding,
-        optimization=optimization(config),
+    objective = Contrast(
+        model=trainee.model,
+        reader=reader,
+        encoding=encoding,
         temperature=config.temperature,
         both_directions=config.both_directions,
-        dtype=compute_dtype(config, device),
-        checkpoints=output / "checkpoints",
-        on_step=workers.StepPoster(job["board"], torch.distributed.get_rank()),
+        micro_batch_tokens=config.micro_batch_tokens,
+        dtype=trainee.dtype,
+        seed=config.seed,
     )
-    if stepper.worker_rank != 0:
-        return
-    (output / models.CONTRACT_NAME).write_text(json.dumps({"encoding": job["encoding"]}, indent=2) + "\n")
-    if shape is None:
-        language_model.save_model(model, Location(str(source.folder)), output)
-        return
-    state = dora.adapter_state(model)
-    dora.save_adapter(output, state, shape, base=retrievers.base_name(config.model), task_type="FEATURE_EXTRACTION")
+    trainee.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
+    if torch.distributed.get_rank() == 0:
+        contract = json.dumps({"encoding": job["encoding"]}, indent=2)
+        (trainee.output / models.CONTRACT_NAME).write_text(contract + "\n")
+    trainee.save(trained_on=config.model, task_type="FEATURE_EXTRACTION")

@@ -15,7 +15,7 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, ModelError
-from readapt_ray.stages import cluster
+from readapt_ray.stages import cluster, elsewhere
 from readapt_ray.storage import Location
 
 _BLOCKS_PER_ROW_GROUP = 256
@@ -35,7 +35,12 @@ class PackConfig(StageConfig):
     block_tokens: int = Field(default=1024, ge=8)
     """Longest passage, and in packed mode the length of a block, in tokens."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus"})
+    exclude: str | None = None
+    """Passages to leave out: a file with a doc_id a line, a Parquet file with the column doc_id, or qrels (TSV)."""
+    only: str | None = None
+    """Passages to take, and no others: a file as for exclude."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "exclude", "only"})
 
 
 def pack(config: PackConfig) -> Artifact:
@@ -43,32 +48,72 @@ def pack(config: PackConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the corpus is not a complete output of ingest.
+        CorpusError: `exclude` or `only` cannot be read, or leave no passage.
         ModelError: the tokenizer cannot be read, has no end token, or the block is longer than the model's positions.
     """
+    from readapt_ray.training import packing
+
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     model = models.find_model(config.pretrained)
     tokenizer = models.load_tokenizer(model)
-    if tokenizer.eos_token_id is None:
+    if packing.end_id(tokenizer) is None:
         raise ModelError(
-            f"the tokenizer of {config.pretrained!r} has no end token (eos_token); set one in its tokenizer_config.json"
+            f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
         )
-    positions = model.read_json("config.json").get("max_position_embeddings")
+    positions = _usable_positions(model)
     if positions and config.block_tokens > positions:
         raise ModelError(
             f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
         )
-    inputs = {"corpus": corpus.fingerprint, "pretrained": _tokenizer_fingerprint(model)}
-    return artifacts.produce("pack", config, inputs=inputs, work=lambda workspace: _pack(config, corpus, workspace))
+    inputs = {"corpus": corpus.fingerprint, "pretrained": models.tokenizer_fingerprint(model)}
+    lists = {name: _read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
+    inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
+    return artifacts.produce(
+        "pack", config, inputs=inputs, work=lambda workspace: _pack(config, model, corpus, lists, workspace)
+    )
 
 
-def _tokenizer_fingerprint(model: models.Model) -> str:
-    folder = Location(str(model.folder))
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "special_tokens_map.json")
-    return artifacts.fingerprint({name: (folder / name).sha256() for name in names if (folder / name).is_file()})
+def _read_doc_ids(uri: str) -> frozenset[str]:
+    """The doc_ids that a file lists, or that its judgements name.
+
+    Raises:
+        CorpusError: there is no such file, or it lists none.
+    """
+    from readapt_ray.sources.judgements import read_qrels
+
+    file = Location(uri)
+    if not file.is_file():
+        raise CorpusError(f"no file {uri!r}; give a list of doc_ids, one a line, or qrels")
+    if file.name.endswith(".parquet"):
+        with file.open_input() as stream:
+            opened = pq.ParquetFile(stream)
+            if "doc_id" not in opened.schema_arrow.names:
+                raise CorpusError(f"{uri!r} has no column doc_id; it has {', '.join(opened.schema_arrow.names)}")
+            found = frozenset(opened.read(columns=["doc_id"])["doc_id"].to_pylist())
+    elif file.name.endswith((".tsv", ".qrels", ".jsonl")):
+        found = frozenset(qrel.doc_id for qrel in read_qrels(uri))
+    else:
+        found = frozenset(line.strip() for line in file.read_text().splitlines() if line.strip())
+    if not found:
+        raise CorpusError(f"{uri!r} lists no doc_id; give one a line")
+    return found
 
 
-def _pack(config: PackConfig, corpus: Artifact, workspace: Workspace) -> None:
+def _usable_positions(model: models.Model) -> int | None:
+    """Longest text that the model has positions for; RoBERTa and its kin begin to count behind the padding's."""
+    config = model.read_json("config.json")
+    positions = config.get("max_position_embeddings")
+    if positions is None:
+        return None
+    behind = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
+    return int(positions) - (int(config.get("pad_token_id", 1)) + 1 if behind else 0)
+
+
+def _pack(
+    config: PackConfig, model: models.Model, corpus: Artifact, lists: dict[str, frozenset[str]], workspace: Workspace
+) -> None:
     cluster.connect()
+    import ray
     import ray.data
 
     files = (corpus.location / "passages").files(".parquet")
@@ -78,20 +123,30 @@ def _pack(config: PackConfig, corpus: Artifact, workspace: Workspace) -> None:
     for index, file in enumerate(files):
         with file.open_input() as stream:
             rows = pq.ParquetFile(stream).metadata.num_rows
-        parts.append({"index": index, "file": file.uri, "first_number": first_number})
+        parts.append({"index": index, "file": elsewhere.absolute(file).uri, "first_number": first_number})
         first_number += rows
-    job = {"pretrained": config.pretrained, "mode": config.mode, "block_tokens": config.block_tokens}
-    blocks = workspace.location / "blocks"
+    job = {"pretrained": elsewhere.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
+    blocks = elsewhere.absolute(workspace.location) / "blocks"
+    shared_lists = ray.put(lists)
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
-    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job))
+    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared_lists)))
     counts = {"num_blocks": 0, "num_passages": 0, "num_tokens": 0, "num_cut_passages": 0}
     for row in dataset.iter_rows():
         counts = {name: counts[name] + row[name] for name in counts}
         workspace.progress(counts["num_passages"], first_number, unit="passages")
+    if lists:
+        counts["num_withheld_passages"] = first_number - counts["num_passages"]
+        if not counts["num_passages"]:
+            raise CorpusError(
+                f"exclude = {config.exclude!r} and only = {config.only!r} leave none of the {first_number:,} passages of "
+                f"{config.corpus!r}; check that they name its doc_ids"
+            )
     workspace.counts = counts
 
 
-def _pack_file(part: dict[str, Any], blocks_uri: str, job: dict[str, Any]) -> dict[str, int]:
+def _pack_file(
+    part: dict[str, Any], blocks_uri: str, job: dict[str, Any], lists: dict[str, frozenset[str]]
+) -> dict[str, int]:
     """Tokenise and pack one passages file, unless its blocks are there; the counts of it."""
     from readapt_ray.training import packing
 
@@ -99,15 +154,19 @@ def _pack_file(part: dict[str, Any], blocks_uri: str, job: dict[str, Any]) -> di
     if not target.is_file():
         tokenizer = models.load_tokenizer(models.find_model(job["pretrained"]))
         with Location(part["file"]).open_input() as stream:
-            passages = pq.read_table(stream, columns=["title", "text"])
+            passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 
         def numbered() -> Any:
             for start in range(0, passages.num_rows, _TEXTS_PER_CALL):
                 rows = passages.slice(start, _TEXTS_PER_CALL)
-                pairs = zip(rows["title"].to_pylist(), rows["text"].to_pylist(), strict=True)
-                texts = [f"{title} {text}".strip() for title, text in pairs]
-                ids = packing.passage_ids(tokenizer, texts, max_tokens=job["block_tokens"])
-                yield from ((part["first_number"] + start + offset, tokens) for offset, tokens in enumerate(ids))
+                columns = (rows[name].to_pylist() for name in ("doc_id", "title", "text"))
+                taken = [
+                    (part["first_number"] + start + offset, f"{title} {text}".strip())
+                    for offset, (doc_id, title, text) in enumerate(zip(*columns, strict=True))
+                    if doc_id not in lists.get("exclude", ()) and doc_id in lists.get("only", (doc_id,))
+                ]
+                ids = packing.passage_ids(tokenizer, [text for _, text in taken], max_tokens=job["block_tokens"])
+                yield from zip((number for number, _ in taken), ids, strict=True)
 
         made = list(packing.pack(numbered(), mode=job["mode"], block_tokens=job["block_tokens"]))
         table = packing.blocks_to_table(made, part["index"] << _FILE_NUMBER_SHIFT)

@@ -1,24 +1,28 @@
 """train: token blocks and a pretrained model to a knowledge adapter (RE-AdaptIR, section 3).
 
-Runs on Ray Train workers under DeepSpeed. Leaves a plain PEFT adapter folder, or a Hugging Face model
-folder where all weights are trained. Killed at any moment, it goes on from the newest checkpoint:
-every block bears loss once an epoch.
-
-ZeRO stage 0 is the default: adapters are small, a frozen 7B base fits one 80 GB GPU, and with stage 3
-DoRA's norms gather half as many elements again as LoRA.
+Runs on Ray Train workers under DeepSpeed: the next token for decoders, masked tokens for encoders. Leaves a
+plain PEFT adapter folder, or a Hugging Face model folder where all weights are trained. Killed at any
+moment, it goes on from the newest checkpoint, on as many workers as there are then: every block bears
+loss once an epoch.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
-from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog import models
+from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import CorpusError, ModelError
-from readapt_ray.stages import workers
-from readapt_ray.stages.optimization import OptimizationConfig, adapter_shape, compute_dtype, optimization
+from readapt_ray.stages import elsewhere, workers
+from readapt_ray.stages.optimization import OptimizationConfig
 from readapt_ray.storage import Location
+
+PACK_OPTIONS = ("mode", "block_tokens", "exclude", "only")
+"""What train hands on to pack, where it is given passages."""
 
 
 class TrainConfig(OptimizationConfig):
@@ -32,19 +36,22 @@ class TrainConfig(OptimizationConfig):
     """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
     block_tokens: int = Field(default=1024, ge=8)
     """Longest passage, and in packed mode the length of a block, in tokens."""
+    exclude: str | None = None
+    """Passages to leave out: a file with a doc_id a line, a Parquet file with the column doc_id, or qrels (TSV)."""
+    only: str | None = None
+    """Passages to take, and no others: a file as for exclude."""
+    objective: Objective | None = None
+    """causal_lm: the next token, for decoders; masked_lm: masked tokens, for encoders; default what the model has a head for."""
     batch_size: int = Field(default=4, ge=1)
     """Blocks a step, over all workers."""
-    target_modules: tuple[str, ...] = retrievers.LLAMA_TARGETS
-    """Linear layers that get an adapter: query, key, value, up and down projections."""
     micro_batch_tokens: int = Field(default=4096, ge=8)
-    """Padded tokens of one forward and backward pass; bounds the memory, not the result."""
+    """Tokens of one forward and backward pass; bounds the memory, not the result."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus"})
-    # What mode and block_tokens did is in the fingerprint of the blocks.
+    # What the options of pack did is in the fingerprint of the blocks.
     operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {
         "micro_batch_tokens",
-        "mode",
-        "block_tokens",
+        *PACK_OPTIONS,
     }
 
 
@@ -56,88 +63,132 @@ def train(config: TrainConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the blocks are not complete.
-        ModelError: the pretrained model is none, or has no layer of the names in `target_modules`.
-        PlacementError: the cluster does not have the workers asked for.
+        CorpusError: there are no blocks, or they hold other passages than `exclude` and `only` say.
+        ModelError: the pretrained model is none, is not of the kind that the objective asks for, has no layer of
+            the names in `target_modules`, or its tokenizer is not the one that made the blocks.
+        PlacementError: the cluster does not have the workers asked for, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
     blocks = artifacts.open_artifact(config.corpus, "pack")
     if not blocks.manifest.counts["num_blocks"]:
         raise CorpusError(f"{config.corpus!r} holds no blocks; pack a corpus that has text")
+    for name in ("exclude", "only"):
+        wanted, packed = getattr(config, name), blocks.manifest.config.get(name)
+        if wanted is not None and wanted != packed:
+            raise CorpusError(
+                f"{name} = {wanted!r}, but {config.corpus!r} was packed with {name} = {packed!r}; pack again"
+            )
     model = models.find_model(config.pretrained)
     if model.is_adapter:
         raise ModelError(
             f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base().name!r}"
         )
-    inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint()}
-    return artifacts.produce("train", config, inputs=inputs, work=lambda workspace: _train(config, blocks, workspace))
-
-
-def _train(config: TrainConfig, blocks: Artifact, workspace: Workspace) -> None:
-    num_workers, resources, use_gpu = workers.placement(config.num_workers, config.num_cpus_per_worker)
-    job = {
-        "config": config.settings(),
-        "blocks": (blocks.location / "blocks").uri,
-        "output": workspace.location.uri,
-    }
-    workers.run_workers(
-        _work,
-        job,
-        workspace,
-        num_workers=num_workers,
-        resources=resources,
-        use_gpu=use_gpu,
-        max_failures=config.max_failures,
+    if blocks.manifest.inputs["pretrained"] != models.tokenizer_fingerprint(model):
+        raise ModelError(
+            f"{config.corpus!r} was packed with the tokenizer of {blocks.manifest.config['pretrained']!r}, which is not that "
+            f"of {config.pretrained!r}; pack the passages again with this model"
+        )
+    config = config.model_copy(
+        update={
+            "objective": config.objective or objective_of(model),
+            "target_modules": workers.target_modules(config, model),
+        }
     )
-    rows = workers.read_metrics(workspace.location)
+    inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint()}
+    return artifacts.produce(
+        "train", config, inputs=inputs, work=lambda workspace: _train(config, model, blocks, workspace)
+    )
+
+
+def objective_of(model: Model) -> Objective:
+    """What a pretrained model has a head for.
+
+    Raises:
+        ModelError: its config does not say, or names a model without a head.
+    """
+    architectures = model.read_json("config.json").get("architectures") or []
+    for name in architectures:
+        if name.endswith(("ForMaskedLM", "ForPreTraining")):
+            return "masked_lm"
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal_lm"
+    raise ModelError(
+        f"{model.name!r} has no language-model head (architectures: {architectures}); give the pretrained model, before "
+        f"retrieval training, or say --objective causal_lm or masked_lm where its config.json is wrong"
+    )
+
+
+def _train(config: TrainConfig, model: Model, blocks: Artifact, workspace: Workspace) -> None:
+    job = {
+        "config": {**config.settings(), "pretrained": elsewhere.model_name(model)},
+        "blocks": elsewhere.absolute(blocks.location / "blocks").uri,
+        "passages": elsewhere.absolute(Location(blocks.manifest.config["corpus"]) / "passages").uri,
+        "block_tokens": blocks.manifest.config["block_tokens"],
+        "mean_tokens": blocks.manifest.counts["num_tokens"] / max(1, blocks.manifest.counts["num_passages"]),
+        "output": elsewhere.absolute(workspace.location).uri,
+    }
+    outcome = workers.run_workers("train", _work, job, workspace, config)
     packed = blocks.manifest.counts
     workspace.counts = {
         "num_steps": -(-packed["num_blocks"] // config.batch_size) * config.num_epochs,
         "num_passages": packed["num_passages"] * config.num_epochs,
         "num_tokens": packed["num_tokens"] * config.num_epochs,
     }
-    tail = rows[-max(1, len(rows) // 20) :]
-    workspace.details = {
-        "num_workers": num_workers,
-        "first_loss": rows[0]["loss"] if rows else None,
-        "last_loss": sum(row["loss"] for row in tail) / len(tail) if tail else None,
-    }
+    workspace.details = outcome.details()
 
 
 def _work(job: dict[str, Any]) -> None:
-    """One worker's part; the first worker writes the result."""
-    import torch
-
-    from readapt_ray.training import dora, language_model
+    """One worker's part."""
     from readapt_ray.training.blocks import BlockReader
+    from readapt_ray.training.language_model import LanguageModelling
+    from readapt_ray.training.packing import Masking, end_id
 
     config = TrainConfig.model_validate(job["config"])
-    output = Location(job["output"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(config, device)
-    source = models.find_model(config.pretrained)
-    stored = torch.float32 if config.method == "full" else dtype
-    model = language_model.load_causal_lm(str(source.folder), dtype=stored, device=device)
-    torch.manual_seed(config.seed)
-    shape = adapter_shape(config)
-    language_model.make_trainable(model, shape)
+    assert config.objective is not None
+    longest_pass = max(config.micro_batch_tokens, job["block_tokens"])
+    trainee = workers.Trainee(
+        job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
+    )
+    tokenizer = models.load_tokenizer(trainee.source)
+    masking = None
+    if config.objective == "masked_lm":
+        masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), seed=config.seed)
     reader = BlockReader(
         Location(job["blocks"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
-    tokenizer = models.load_tokenizer(source)
-    stepper = language_model.train_language_model(
-        model,
-        reader,
-        optimization=optimization(config),
-        pad_id=tokenizer.eos_token_id,
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
+    assert pad_id is not None  # pack refuses a tokenizer without an end token
+    objective = LanguageModelling(
+        model=trainee.model,
+        reader=reader,
+        pad_id=pad_id,
         micro_batch_tokens=config.micro_batch_tokens,
-        dtype=dtype,
-        checkpoints=output / "checkpoints",
-        on_step=workers.StepPoster(job["board"], torch.distributed.get_rank()),
+        dtype=trainee.dtype,
+        masking=masking,
     )
-    if stepper.worker_rank != 0:
-        return
-    if shape is None:
-        language_model.save_model(model, Location(str(source.folder)), output)
-        return
-    state = dora.adapter_state(model)
-    dora.save_adapter(output, state, shape, base=retrievers.base_name(config.pretrained), task_type="CAUSAL_LM")
+    seen = 0.5 if config.objective == "causal_lm" else 1.0
+    trainee.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(Location(job["passages"])))
+    task_type = "CAUSAL_LM" if config.objective == "causal_lm" else "FEATURE_EXTRACTION"
+    trainee.save(trained_on=job["config"]["pretrained"], task_type=task_type)
+
+
+def _doc_ids(passages: Location) -> Callable[[Sequence[int]], list[str]]:
+    """The ids of passages by their numbers, which count the rows of the files in order."""
+
+    def find(numbers: Sequence[int]) -> list[str]:
+        import pyarrow.parquet as pq
+
+        found: dict[int, str] = {}
+        first = 0
+        for file in passages.files(".parquet"):
+            with file.open_input() as stream:
+                opened = pq.ParquetFile(stream)
+                end = first + opened.metadata.num_rows
+                wanted = [number for number in numbers if first <= number < end]
+                if wanted:
+                    ids = opened.read(columns=["doc_id"])["doc_id"]
+                    found |= {number: repr(ids[number - first].as_py()) for number in wanted}
+            first = end
+        return [found.get(number, f"number {number}") for number in numbers]
+
+    return find

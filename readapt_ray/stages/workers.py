@@ -1,29 +1,31 @@
-"""Running a function on Ray Train workers, with its step metrics shown while it runs.
+"""Running a function on Ray Train workers, and what train and finetune do on them alike.
 
-State lives in our own checkpoints under the artifact (see training/engine.py), not in Ray Train's, so
+State lives in our own checkpoints under the artifact (see training/checkpoints.py), not in Ray Train's, so
 what counts as done is what was really committed. Ray Train starts the workers, forms their process
-group, and starts them again after a failure.
+group, and starts them again after a failure, with fewer where nodes were lost and the options allow it.
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray.artifacts import Workspace
-from readapt_ray.stages import cluster
+from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.errors import PlacementError, ReadaptError
+from readapt_ray.stages import cluster, step_metrics
+from readapt_ray.stages.optimization import OptimizationConfig, adapter_shape, compute_dtype, optimization
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_POLL_S = 1.0
-_WRITE_S = 15.0
 _ABORT_TIMEOUT_S = 20.0
+_MEMORY_NAME = "memory.json"
 
 
 def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
@@ -47,56 +49,41 @@ def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple
     return count, resources, bool(total.num_gpus)
 
 
-class _Board:
-    """An actor that collects the metrics of worker 0, for whoever asks."""
+@dataclass(frozen=True)
+class Outcome:
+    """What a run on workers tells the stage."""
 
-    def __init__(self) -> None:
-        self._rows: list[dict[str, Any]] = []
+    num_workers: int
+    rows: list[dict[str, Any]]
+    """Step metrics, each step once."""
 
-    def post(self, rows: list[dict[str, Any]]) -> None:
-        self._rows.extend(rows)
-
-    def take(self) -> list[dict[str, Any]]:
-        rows, self._rows = self._rows, []
-        return rows
-
-
-class StepPoster:
-    """Sends step reports of worker 0 to the driver, a second's worth at a time."""
-
-    def __init__(self, board: Any, worker_rank: int) -> None:
-        self._board = board
-        self._rows: list[dict[str, Any]] | None = [] if worker_rank == 0 else None
-        self._last = 0.0
-
-    def __call__(self, report: Any) -> None:
-        """Take a step report (a dataclass)."""
-        if self._rows is None:
-            return
-        self._rows.append(dataclasses.asdict(report))
-        if time.monotonic() - self._last > _POLL_S or report.step == report.num_steps:
-            self._last = time.monotonic()
-            self._board.post.remote(self._rows)
-            self._rows = []
+    def details(self) -> dict[str, Any]:
+        """For the manifest."""
+        rows = self.rows
+        tail = rows[-max(1, len(rows) // 20) :]
+        return {
+            "num_workers": self.num_workers,
+            "first_loss": rows[0]["loss"] if rows else None,
+            "last_loss": sum(row["loss"] for row in tail) / len(tail) if tail else None,
+            "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+        }
 
 
 def run_workers(
+    stage: str,
     work: Callable[[dict[str, Any]], None],
     job: dict[str, Any],
     workspace: Workspace,
-    *,
-    num_workers: int,
-    resources: dict[str, float],
-    use_gpu: bool,
-    max_failures: int,
-) -> None:
+    config: OptimizationConfig,
+) -> Outcome:
     """Run `work(job)` on Ray Train workers until all of them end.
 
     Args:
+        stage: names Ray's metrics.
         work: runs on every worker inside a process group; finds the driver's board in `job["board"]`.
         job: plain values.
         workspace: progress goes there, step metrics into its `metrics.jsonl`.
-        max_failures: times that the workers are started again after one of them died.
+        config: how many workers, and how often they are started again after one of them died.
 
     Raises:
         ReadaptError: the workers' own, with its message; or one that says how they died.
@@ -105,27 +92,39 @@ def run_workers(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(num_cpus=0)(_Board).remote()
-
+    num_workers, resources, use_gpu = placement(config.num_workers, config.num_cpus_per_worker)
+    if config.min_workers is not None and config.min_workers > num_workers:
+        raise PlacementError(f"min_workers = {config.min_workers} is more than num_workers = {num_workers}; lower it")
+    elastic = config.min_workers is not None and config.min_workers < num_workers
+    # Where the driver is: a board on a node that dies would take the run with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(step_metrics.Board).remote(stage)
     trainer = TorchTrainer(
         _entered,
         train_loop_config={"work": work, "job": {**job, "board": board}},
-        scaling_config=ScalingConfig(num_workers=num_workers, resources_per_worker=resources, use_gpu=use_gpu),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, num_workers) if elastic else num_workers,
+            resources_per_worker=resources,
+            use_gpu=use_gpu,
+        ),
         run_config=RunConfig(
             name="workers",
             storage_path=_train_storage(workspace.location),
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures=config.max_failures),
         ),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
     )
     # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
     controllers: list[Any] = []
     trainer._register_sigint_handler = controllers.append
-    metrics = _Metrics(workspace)
     try:
-        with metrics.followed(board):
+        with step_metrics.followed(board, workspace, config.trackers):
             trainer.fit()
+        ended = ray.get(board.error.remote())
+        if ended is not None:
+            raise ended
     except TrainingFailedError as error:
         raise cluster.cause_of(error) from None
     except KeyboardInterrupt:
@@ -135,81 +134,153 @@ def run_workers(
     finally:
         ray.kill(board)
     (workspace.location / "workers").delete()
+    return Outcome(num_workers, step_metrics.join(workspace.location))
 
 
 def _entered(config: dict[str, Any]) -> None:
-    """On the worker: as many threads as it has CPUs, then the work."""
+    """On the worker: as many threads as it has CPUs, then the work.
+
+    An error of ours would come again at every new start: it is left on the board, and a worker that finds
+    one there ends at once.
+    """
     import ray
     import torch
 
+    board = config["job"]["board"]
+    if ray.get(board.error.remote()) is not None:
+        return
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
-    config["work"](config["job"])
+    try:
+        config["work"](config["job"])
+    except ReadaptError as error:
+        ray.get(board.fail.remote(error))
+        raise
 
 
 def _train_storage(location: Location) -> str:
     return str(location.local_path) if location.is_local else location.uri
 
 
-class _Metrics:
-    """The step metrics as they come: progress for the user, and lines of JSON beside the artifact."""
+def target_modules(config: OptimizationConfig, model: Model) -> tuple[str, ...]:
+    """The layers that get an adapter: those asked for, or those of the model's family; none where all is trained."""
+    if config.target_modules or config.method == "full":
+        return config.target_modules
+    return retrievers.target_modules(str(model.read_json("config.json").get("model_type")))
 
-    def __init__(self, workspace: Workspace) -> None:
-        self._workspace = workspace
-        self._file = workspace.location / "metrics.jsonl"
-        self._lines: dict[int, str] = {}
-        self._written_s = time.monotonic()
-        if self._file.is_file():
-            for line in self._file.read_text().splitlines():
-                self._lines[json.loads(line)["step"]] = line
 
-    @contextlib.contextmanager
-    def followed(self, board: Any) -> Iterator[None]:
-        """While the block runs, take what the board has, once a second."""
-        stop = threading.Event()
+class Trainee:
+    """One worker's model, from the check of its memory to the files of the result.
 
-        def follow() -> None:
-            while not stop.wait(_POLL_S):
-                self._take(board)
-                if time.monotonic() - self._written_s > _WRITE_S:
-                    self._write()
+    Args:
+        job: holds `output` and `board`.
+        config: the stage's.
+        name: MODEL that is trained.
+        objective: loads the model with its head; None headless.
+        micro_batch_tokens: of one pass, for the estimate of memory.
+    """
 
-        thread = threading.Thread(target=follow, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
-            self._take(board)
-            self._write()
+    def __init__(
+        self,
+        job: dict[str, Any],
+        config: OptimizationConfig,
+        name: str,
+        *,
+        objective: Objective | None,
+        micro_batch_tokens: int,
+    ) -> None:
+        import torch
 
-    def _write(self) -> None:
-        self._written_s = time.monotonic()
-        if self._lines:
-            self._file.write_text("\n".join(self._lines[step] for step in sorted(self._lines)) + "\n")
+        from readapt_ray.training import models as trained_models
 
-    def _take(self, board: Any) -> None:
-        import ray
+        self._config = config
+        self._board = job["board"]
+        self.output = Location(job["output"])
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = compute_dtype(config, self.device)
+        self.source = models.find_model(name)
+        self.shape = adapter_shape(config, target_modules(config, self.source))
+        if config.check_memory:
+            self._check_memory(objective, micro_batch_tokens)
+        self.model = trained_models.load_for_training(
+            self.source,
+            objective=objective,
+            dtype=torch.float32 if self.shape is None else self.dtype,
+            device=self.device,
+            zero_stage=config.zero_stage,
+        )
+        torch.manual_seed(config.seed)
+        trained_models.make_trainable(self.model, self.shape)
+        trained_models.spend_less(
+            self.model,
+            gradient_checkpointing=config.gradient_checkpointing,
+            compile_layers=config.torch_compile,
+            zero_stage=config.zero_stage,
+        )
 
-        try:
-            rows = ray.get(board.take.remote(), timeout=10)
-        except ray.exceptions.RayError as error:
-            logger.debug("no metrics: %s", error)
+    def _check_memory(self, objective: Objective | None, micro_batch_tokens: int) -> None:
+        """Refuse what does not fit. What an earlier start in this folder measured corrects the estimate."""
+        import ray.train
+        import torch
+        from transformers import AutoConfig
+
+        from readapt_ray.training import memory
+        from readapt_ray.training.models import auto_class
+
+        architecture = AutoConfig.from_pretrained(str(self.source.folder), trust_remote_code=False)
+        demand = memory.Demand(
+            num_workers=torch.distributed.get_world_size(),
+            zero_stage=self._config.zero_stage,
+            micro_batch_tokens=micro_batch_tokens,
+            dtype=self.dtype,
+            gradient_checkpointing=self._config.gradient_checkpointing,
+            device_type=self.device.type,
+        )
+        meta = memory.on_meta(auto_class(objective), architecture, self.shape)
+        plain = memory.estimate(meta, architecture, demand)
+        file = self.output / _MEMORY_NAME
+        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"correction": 1.0}
+        measured = step_metrics.kept_peak_bytes(self.output, after_step=before.get("step", 0))
+        correction = before["correction"]
+        if measured and "parts" in before:
+            correction = memory.Estimate(before["parts"], {}).corrected(measured)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            step = step_metrics.kept_steps(self.output)
+            file.write_text(json.dumps({"parts": plain.parts, "correction": correction, "step": step}) + "\n")
+        found = memory.estimate(meta, architecture, demand, correction=correction)
+        here = ray.train.get_context().get_local_world_size()
+        memory.check_fits(found, free_bytes=memory.free_bytes(self.device, here))
+
+    def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
+        """Take all steps."""
+        from readapt_ray.training.engine import Engine
+        from readapt_ray.training.speed import flops_per_token
+        from readapt_ray.training.steps import run_steps
+
+        descent = optimization(self._config)
+        run_steps(
+            Engine(self.model, descent),
+            objective,
+            descent,
+            checkpoints=self.output / "checkpoints",
+            reporter=step_metrics.StepPoster(self._board, self.output),
+            flops_per_token=flops_per_token(self.model, mean_attended=mean_attended),
+            doc_ids_of=doc_ids_of,
+        )
+
+    def save(self, *, trained_on: str, task_type: str) -> None:
+        """Write the adapter, or all weights; all workers call it, the first one writes."""
+        import torch
+
+        from readapt_ray.training import dora
+        from readapt_ray.training import models as trained_models
+
+        if self.shape is None:
+            trained_models.save_model(self.model, Location(str(self.source.folder)), self.output)
             return
-        for row in rows:
-            self._lines[row["step"]] = json.dumps(row)
-        if rows:
-            last = rows[-1]
-            self._workspace.progress(last["step"], last["num_steps"], unit="steps", note=_note(last))
-
-
-def _note(row: dict[str, Any]) -> str:
-    return f"loss {row['loss']:.3f}, {row['num_tokens'] / max(row['seconds'], 1e-9):,.0f} tokens/s"
-
-
-def read_metrics(location: Location) -> list[dict[str, Any]]:
-    """The step metrics of a run, in order; empty where there are none."""
-    file = location / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        state = dora.adapter_state(self.model)
+        if torch.distributed.get_rank() == 0:
+            base = retrievers.base_name(trained_on)
+            dora.save_adapter(self.output, state, self.shape, base=base, task_type=task_type)

@@ -1,167 +1,207 @@
 """Supervised training of a retriever: InfoNCE over the passages of the whole batch of all workers.
 
-Pairs are tokenised once and lie in memory on every worker: 0.6 GB a million pairs of 150 tokens.
+The batch is not bound by memory (GradCache; Gao et al., 2021): all texts are encoded in micro-batches
+without a graph, the loss and its gradient with respect to each vector are computed, then each micro-batch
+is encoded again, with the same dropout, and the gradient sent through it. That costs one more forward
+pass; a batch that fits one micro-batch is encoded once.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 import torch.distributed.nn
 from torch import Tensor, nn
 
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.retrieval.pooling import normalized, pool
-from readapt_ray.storage import Location
-from readapt_ray.training import engine, language_model
-from readapt_ray.training.language_model import Optimization
-
-PAIR_SCHEMA = pa.schema(
-    [("query_ids", pa.list_(pa.int32())), ("passage_ids", pa.list_(pa.int32())), ("doc_number", pa.int64())]
-)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A batch: token ids of queries and of the passages that answer them.
-
-    `doc_numbers` names the passages, so that one that stands twice in a batch is no negative to itself.
-    """
-
-    query_ids: list[np.ndarray]
-    passage_ids: list[np.ndarray]
-    doc_numbers: np.ndarray
-
-
-class PairReader:
-    """All pairs in training order: a seeded shuffle an epoch, the same on every worker.
-
-    Args:
-        folder: Parquet files of PAIR_SCHEMA.
-        batch_size: pairs a step over all workers; the last batch of an epoch may be smaller.
-        num_epochs: times that each pair is trained on.
-        seed: of the shuffle.
-    """
-
-    def __init__(self, folder: Location, *, batch_size: int, num_epochs: int, seed: int) -> None:
-        tables = []
-        for file in folder.files(".parquet"):
-            with file.open_input() as stream:
-                tables.append(pq.read_table(stream, schema=PAIR_SCHEMA))
-        table = pa.concat_tables(tables).combine_chunks()
-        self._queries, self._passages = table["query_ids"].combine_chunks(), table["passage_ids"].combine_chunks()
-        self._doc_numbers = table["doc_number"].to_numpy()
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_pairs = table.num_rows
-        self.steps_per_epoch = -(-self.num_pairs // batch_size)
-        self.num_steps = self.steps_per_epoch * num_epochs
-
-    def steps(self, first_step: int) -> Iterator[np.ndarray]:
-        """The pair numbers of every step from `first_step` on."""
-        for step in range(first_step, self.num_steps):
-            epoch, in_epoch = divmod(step, self.steps_per_epoch)
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
-            yield order[in_epoch * self.batch_size : (in_epoch + 1) * self.batch_size]
-
-    def count_tokens(self, numbers: Sequence[int] | np.ndarray) -> int:
-        """Tokens of the queries and passages of these pairs."""
-        at = pa.array(numbers)
-        return sum(
-            int(pc.sum(pc.list_value_length(column.take(at))).as_py()) for column in (self._queries, self._passages)
-        )
-
-    def read(self, numbers: Sequence[int] | np.ndarray) -> Pairs:
-        """The pairs of these numbers."""
-        return Pairs(
-            [self._queries[int(number)].values.to_numpy() for number in numbers],
-            [self._passages[int(number)].values.to_numpy() for number in numbers],
-            self._doc_numbers[np.asarray(numbers, dtype=np.int64)],
-        )
+from readapt_ray.training.checkpoints import Course
+from readapt_ray.training.engine import Engine, seed_part
+from readapt_ray.training.language_model import weighted
+from readapt_ray.training.packing import padded_width
+from readapt_ray.training.pairs import PairReader, Texts
+from readapt_ray.training.steps import Work
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairReport:
-    """What one step of supervised training tells."""
+class Contrast:
+    """Tell each query's passage from all others of the batch.
 
-    step: int
-    num_steps: int
-    loss: float
-    """Mean over the queries of all workers, in nats."""
-    learning_rate: float
-    gradient_norm: float
-    num_pairs: int
-    num_tokens: int
-    seconds: float
+    Args:
+        model: headless, on the worker's device.
+        reader: the pairs in training order.
+        encoding: pooling and normalisation.
+        temperature: divides the inner product.
+        both_directions: also tell each passage's query from all queries, at equal weight.
+        micro_batch_tokens: padded tokens of one forward and backward pass, at most; a longer text goes alone.
+        dtype: of matrix products; below float32 they run under autocast.
+        seed: of dropout.
+    """
+
+    model: nn.Module
+    reader: PairReader
+    encoding: Encoding
+    temperature: float
+    both_directions: bool
+    micro_batch_tokens: int
+    dtype: torch.dtype
+    seed: int
+
+    @property
+    def course(self) -> Course:
+        """Which pairs, in which order."""
+        return self.reader.course
+
+    def batches(self, first_step: int) -> Iterator[np.ndarray]:
+        """The pair numbers of every step from `first_step` on."""
+        return self.reader.steps(first_step)
+
+    def work(self, engine: Engine, batch: np.ndarray, step: int) -> Work[Any]:
+        """This worker's micro-batches, after the vectors of all workers met where there are several."""
+        shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
+        # A worker without a pair encodes a text that counts for nothing, since passes are collective.
+        shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
+        groups = [_groups(share, self.micro_batch_tokens) for share in shares]
+        num_parts = max(map(len, groups))
+        texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
+        parts = weighted(own, num_parts, filler=own[0])
+        if num_parts > 1:
+            loss_of = self._cached(engine, texts, parts, num_pairs_all=len(batch), seed=self.seed + step)
+        else:
+
+            def loss_of(part: Sequence[int]) -> Tensor:
+                vectors = self._encode(engine, texts, part)
+                in_order = torch.empty_like(vectors).index_copy(0, torch.tensor(part, device=vectors.device), vectors)
+                return self.loss_share(in_order, texts, num_pairs_all=len(batch))
+
+        lengths = [[len(ids) for ids in share.token_ids] for share in shares]
+        return Work(
+            parts=parts,
+            loss_of=loss_of,
+            num_tokens=sum(map(sum, lengths)),
+            num_slots=sum(
+                len(group) * padded_width(max(lengths[rank][index] for index in group))
+                for rank, each in enumerate(groups)
+                for group in each
+            ),
+            passages=self.reader.doc_numbers(batch).tolist(),
+        )
+
+    def _cached(
+        self,
+        engine: Engine,
+        texts: Texts,
+        parts: Sequence[tuple[Sequence[int], float]],
+        *,
+        num_pairs_all: int,
+        seed: int,
+    ) -> Any:
+        """The gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
+        vectors_TD: Tensor | None = None
+        with torch.no_grad():
+            for index, (part, weight) in enumerate(parts):
+                seed_part(seed, engine.worker_rank, index)
+                encoded = self._encode(engine, texts, part)
+                if vectors_TD is None:
+                    vectors_TD = encoded.new_zeros(len(texts.token_ids), encoded.shape[1])
+                if weight:
+                    vectors_TD[torch.tensor(part, device=encoded.device)] = encoded
+        assert vectors_TD is not None
+        with torch.enable_grad():
+            vectors_TD.requires_grad_()
+            loss = self.loss_share(vectors_TD, texts, num_pairs_all=num_pairs_all)
+            (gradient_TD,) = torch.autograd.grad(loss, vectors_TD)
+        num_real = sum(weight > 0 for _, weight in parts)
+        value = loss.detach() / max(1, num_real)
+
+        def loss_of(part: Sequence[int]) -> Tensor:
+            rows = torch.tensor(part, device=gradient_TD.device)
+            carried = (self._encode(engine, texts, part) * gradient_TD[rows]).sum()
+            return carried - carried.detach() + value
+
+        return loss_of
+
+    def _encode(self, engine: Engine, texts: Texts, part: Sequence[int]) -> Tensor:
+        with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
+
+    def loss_share(self, vectors_TD: Tensor, texts: Texts, *, num_pairs_all: int) -> Tensor:
+        """This worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all workers.
+
+        Each query is told from the passages and hard negatives of all workers. Passages of the same number
+        as the right one are left out of the negatives.
+
+        Args:
+            vectors_TD: of this worker's texts, in their order.
+            texts: this worker's.
+            num_pairs_all: pairs of all workers; the shares of all add up to the mean over them.
+        """
+        num = texts.num_pairs
+        query_BD, passage_BD = vectors_TD[:num], vectors_TD[num : 2 * num]
+        negative_ND = vectors_TD[2 * num : 2 * num + len(texts.negative_numbers)]
+        device = vectors_TD.device
+        numbers_B = torch.from_numpy(texts.passage_numbers).to(device)
+        passages, passage_numbers, first = _gathered(passage_BD, numbers_B)
+        negatives, negative_numbers, _ = _gathered(negative_ND, torch.from_numpy(texts.negative_numbers).to(device))
+        candidates_CD, numbers_C = torch.cat([passages, negatives]), torch.cat([passage_numbers, negative_numbers])
+        targets_B = torch.arange(first, first + num, device=device)
+        total = self._cross_entropy_sum(query_BD, candidates_CD, targets_B, numbers_B, numbers_C)
+        if self.both_directions:
+            queries, _, _ = _gathered(query_BD, numbers_B)
+            total = (total + self._cross_entropy_sum(passage_BD, queries, targets_B, numbers_B, passage_numbers)) / 2
+        return total / num_pairs_all
+
+    def _cross_entropy_sum(
+        self, anchors_BD: Tensor, candidates_CD: Tensor, targets_B: Tensor, numbers_B: Tensor, numbers_C: Tensor
+    ) -> Tensor:
+        same_BC = numbers_B[:, None] == numbers_C[None, :]
+        same_BC[torch.arange(len(targets_B), device=same_BC.device), targets_B] = False
+        scores_BC = (anchors_BD @ candidates_CD.T).float() / self.temperature
+        return nn.functional.cross_entropy(scores_BC.masked_fill(same_BC, -torch.inf), targets_B, reduction="sum")
 
 
 def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
     """Vectors of tokenised texts with gradients, float32 [B, D]; texts are padded on the right."""
-    longest = max(len(ids) for ids in token_ids)
-    input_ids = np.zeros((len(token_ids), longest), np.int64)
-    mask = np.zeros((len(token_ids), longest), np.int64)
+    width = padded_width(max(len(ids) for ids in token_ids))
+    input_ids = np.zeros((len(token_ids), width), np.int64)
+    mask = np.zeros((len(token_ids), width), np.int64)
     for row, ids in enumerate(token_ids):
         input_ids[row, : len(ids)] = ids
         mask[row, : len(ids)] = 1
     attention_mask = torch.from_numpy(mask).to(device)
-    hidden = model(input_ids=torch.from_numpy(input_ids).to(device), attention_mask=attention_mask).last_hidden_state
+    hidden = model(
+        input_ids=torch.from_numpy(input_ids).to(device), attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
     vectors = pool(hidden, attention_mask, encoding.pooling)
     return normalized(vectors) if encoding.normalize else vectors.float()
 
 
-def loss_share(
-    model: nn.Module,
-    pairs: Pairs,
-    encoding: Encoding,
-    *,
-    temperature: float,
-    both_directions: bool,
-    num_pairs_all: int,
-    device: torch.device,
-) -> Tensor:
-    """This worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all workers.
-
-    Each query is told from the passages of all workers; with `both_directions` each passage also from all
-    queries, at equal weight. Passages of the same number as the right one are left out of the negatives.
-
-    Args:
-        pairs: this worker's; the shares of all workers add up to the mean over `num_pairs_all`.
-        temperature: divides the inner product.
-    """
-    query_BD = encode(model, pairs.query_ids, encoding, device=device)
-    passage_BD = encode(model, pairs.passage_ids, encoding, device=device)
-    numbers_B = torch.from_numpy(pairs.doc_numbers).to(device)
-    passages_ND, numbers_N, first = _gathered(passage_BD, numbers_B)
-    targets_B = torch.arange(first, first + len(query_BD), device=device)
-    same_BN = numbers_B[:, None] == numbers_N[None, :]
-    same_BN[torch.arange(len(query_BD)), targets_B] = False
-    total = _cross_entropy_sum(query_BD @ passages_ND.T / temperature, targets_B, same_BN)
-    if both_directions:
-        queries_ND, _, _ = _gathered(query_BD, numbers_B)
-        total = (total + _cross_entropy_sum(passage_BD @ queries_ND.T / temperature, targets_B, same_BN)) / 2
-    return total / num_pairs_all
-
-
-def _cross_entropy_sum(scores_BN: Tensor, targets_B: Tensor, left_out_BN: Tensor) -> Tensor:
-    scores_BN = scores_BN.float().masked_fill(left_out_BN, -torch.inf)
-    return nn.functional.cross_entropy(scores_BN, targets_B, reduction="sum")
+def _groups(texts: Texts, max_tokens: int) -> list[list[int]]:
+    """The indexes of texts that are encoded together, longest first: at most `max_tokens` with padding, or one text."""
+    lengths = [len(ids) for ids in texts.token_ids]
+    groups: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+        if not groups or width * (len(groups[-1]) + 1) > max_tokens:
+            groups.append([])
+            width = padded_width(lengths[index])
+        groups[-1].append(index)
+    return groups
 
 
 def _gathered(vectors_BD: Tensor, numbers_B: Tensor) -> tuple[Tensor, Tensor, int]:
     """Vectors and numbers of all workers with gradients to each, and the row of this worker's first."""
-    size = torch.distributed.get_world_size()
+    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if size == 1:
         return vectors_BD, numbers_B, 0
     counts = [torch.zeros(1, dtype=torch.int64, device=vectors_BD.device) for _ in range(size)]
     torch.distributed.all_gather(counts, torch.tensor([len(vectors_BD)], device=vectors_BD.device))
     lengths = [int(count) for count in counts]
     longest = max(lengths)
+    if longest == 0:
+        return vectors_BD, numbers_B, 0
     padded = nn.functional.pad(vectors_BD, (0, 0, 0, longest - len(vectors_BD)))
     vectors: list[Tensor] = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
     padded_numbers = nn.functional.pad(numbers_B, (0, longest - len(numbers_B)))
@@ -173,75 +213,3 @@ def _gathered(vectors_BD: Tensor, numbers_B: Tensor) -> tuple[Tensor, Tensor, in
         torch.cat([each[:length] for each, length in zip(numbers, lengths, strict=True)]),
         sum(lengths[:rank]),
     )
-
-
-def train_retriever(
-    model: nn.Module,
-    reader: PairReader,
-    encoding: Encoding,
-    *,
-    optimization: Optimization,
-    temperature: float,
-    both_directions: bool,
-    dtype: torch.dtype,
-    checkpoints: Location,
-    on_step: Callable[[Any], None],
-) -> engine.Engine:
-    """Train what is trainable in `model` with InfoNCE, from the newest checkpoint on.
-
-    Args:
-        model: headless, on the worker's device.
-        reader: the pairs in training order; batches of at least as many pairs as there are workers.
-        encoding: pooling and normalisation.
-        dtype: of matrix products; below float32 they run under autocast.
-        on_step: called on every worker after each step with a PairReport.
-
-    Raises:
-        TrainingDivergedError: the loss became NaN or infinite.
-    """
-    stepper = engine.Engine(
-        model,
-        learning_rate=optimization.learning_rate,
-        weight_decay=optimization.weight_decay,
-        zero_stage=optimization.zero_stage,
-        max_gradient_norm=optimization.max_gradient_norm,
-    )
-    first_step = language_model.resume(stepper, checkpoints)
-    for step, numbers in enumerate(reader.steps(first_step), start=first_step):
-        started_s = time.monotonic()
-        if len(numbers) < max(2, stepper.num_workers):
-            continue
-        share = reader.read(numbers[stepper.worker_rank :: stepper.num_workers])
-
-        def loss_of(pairs: Pairs, num_pairs_all: int = len(numbers)) -> Tensor:
-            with torch.autocast(stepper.device_type, dtype, enabled=dtype != torch.float32):
-                return loss_share(
-                    model,
-                    pairs,
-                    encoding,
-                    temperature=temperature,
-                    both_directions=both_directions,
-                    num_pairs_all=num_pairs_all,
-                    device=stepper.device,
-                )
-
-        rate = engine.linear_schedule(
-            step, num_steps=reader.num_steps, warmup_steps=int(optimization.warmup_fraction * reader.num_steps)
-        )
-        outcome = stepper.step([share], num_parts=1, loss_of=loss_of, rate=rate, seed=optimization.seed + step)
-        done = step + 1
-        if done % optimization.checkpoint_every_steps == 0 or done == reader.num_steps:
-            language_model.checkpoint(stepper, checkpoints, done)
-        on_step(
-            PairReport(
-                step=done,
-                num_steps=reader.num_steps,
-                loss=outcome.loss,
-                learning_rate=rate * optimization.learning_rate,
-                gradient_norm=outcome.gradient_norm,
-                num_pairs=len(numbers),
-                num_tokens=reader.count_tokens(numbers),
-                seconds=time.monotonic() - started_s,
-            )
-        )
-    return stepper

@@ -7,13 +7,17 @@ comes from factors (arXiv 2603.22276), r^2 instead of O * I work, and once an op
     ||W + s B A||^2 = ||W||^2 + 2 s sum(W A^T * B) + s^2 sum(B (A A^T) * B)      row by row
 
 Dropout acts on the input of A alone: the mean of the output is PEFT's, without its second matmul of W.
+
+Under ZeRO-3 a worker holds a part of each weight: the base layer is called as a module, so that
+DeepSpeed's hooks fetch it, and the norm gathers one layer's weight at a time.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -25,6 +29,7 @@ from readapt_ray.storage import Location
 
 AdapterMethod = Literal["dora", "lora"]
 _KEY_PREFIX = "base_model.model."
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,7 @@ class AdaptedLinear(nn.Module):
     """A frozen linear layer with a trained low-rank update; with a magnitude it is DoRA, without LoRA.
 
     Factors and magnitude are float32 whatever the base is: a magnitude in bfloat16 stops moving.
+    `base` has given its bias away: it is added after the magnitude.
     """
 
     base_norm_squared: Tensor
@@ -50,6 +56,8 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear, shape: AdapterShape) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
+        self.bias = base.bias
+        base.register_parameter("bias", None)
         rank = shape.rank
         self.scaling = shape.alpha / rank
         self.dropout = shape.dropout
@@ -59,31 +67,100 @@ class AdaptedLinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude: nn.Parameter | None = None
         if shape.method == "dora":
-            norm = torch.linalg.vector_norm(base.weight.detach().float(), dim=1)
+            with gathered([base.weight]):
+                norm = torch.linalg.vector_norm(base.weight.detach().float(), dim=1)
             self.magnitude = nn.Parameter(norm.clone())
             self.register_buffer("base_norm_squared", norm**2, persistent=False)
             self.register_buffer("norm", norm, persistent=False)
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
-        """Compute ||W + s B A|| anew; to be called after every change of the factors."""
+        """Compute ||W + s B A|| anew; to be called after every change of the factors. Collective under ZeRO-3."""
         if self.magnitude is None:
             return
         weight_OI, A, B, s = self.base.weight, self.lora_A, self.lora_B, self.scaling
-        cross_O = ((weight_OI @ A.T.to(weight_OI.dtype)).to(B.dtype) * B).sum(1)
-        square_O = ((B @ (A @ A.T)) * B).sum(1)
+        with gathered([weight_OI, A, B]):
+            cross_O = ((weight_OI @ A.T.to(weight_OI.dtype)).to(B.dtype) * B).sum(1)
+            square_O = ((B @ (A @ A.T)) * B).sum(1)
         self.norm.copy_((self.base_norm_squared + 2 * s * cross_O + s * s * square_O).clamp_min(0).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
-        base = functional.linear(x, self.base.weight)
-        dropped = functional.dropout(x, self.dropout, self.training)
+        base = self.base(x)
+        dropped, kept = dropout(x, self.dropout if self.training else 0.0)
         low_rank = functional.linear(dropped, self.lora_A.to(x.dtype))
-        scaled_B = (self.lora_B * self.scaling).to(base.dtype)
-        y = torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), scaled_B.T).view_as(base)
-        if self.magnitude is not None:
-            y = y * (self.magnitude / self.norm).to(y.dtype)
-        return y if self.base.bias is None else y + self.base.bias
+        scaling = self.scaling / kept
+        if self.magnitude is None:
+            scaled_B = (self.lora_B * scaling).to(base.dtype)
+            y = torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), scaled_B.T)
+        else:
+            y = _DoraOutput.apply(  # type: ignore[no-untyped-call]
+                base.flatten(0, -2), low_rank.flatten(0, -2), self.lora_B, self.magnitude, self.norm, scaling
+            )
+        y = y.view_as(base)
+        return y if self.bias is None else y + self.bias
+
+
+class _DoraOutput(torch.autograd.Function):
+    """(base + s low_rank B^T) * m / norm, row-wise, in place of `base`; the norm is constant."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 -- autograd passes them by place
+        ctx: Any, base_NO: Tensor, low_rank_NR: Tensor, B_OR: Tensor, magnitude_O: Tensor, norm_O: Tensor, s: float
+    ) -> Tensor:
+        share_O = (magnitude_O / norm_O.clamp_min(_TINY)).to(base_NO.dtype)
+        scaled_OR = (B_OR * s).to(base_NO.dtype)
+        ctx.mark_dirty(base_NO)
+        base_NO.addmm_(low_rank_NR, scaled_OR.T).mul_(share_O)
+        ctx.save_for_backward(base_NO, low_rank_NR, scaled_OR, share_O, magnitude_O)
+        ctx.scaling = s
+        return base_NO
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        y_NO, low_rank_NR, scaled_OR, share_O, magnitude_O = ctx.saved_tensors
+        gradient_NO = gradients[0]
+        along_O = (gradient_NO * y_NO).sum(0, dtype=magnitude_O.dtype)
+        magnitude_grad = along_O / torch.where(magnitude_O == 0, 1.0, magnitude_O)
+        shared_NO = gradient_NO * share_O
+        B_grad = (shared_NO.T @ low_rank_NR).to(magnitude_O.dtype) * ctx.scaling
+        return shared_NO, shared_NO @ scaled_OR, B_grad, magnitude_grad, None, None
+
+
+def dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
+    """Zero elements at random, without the scaling that keeps the mean.
+
+    On a CPU a mask from 16-bit pieces of 64-bit random numbers takes 0.65 of the time of Bernoulli draws;
+    the probability is then the nearest multiple of 2^-16.
+
+    Returns:
+        The input with zeros, and the share of elements that is kept in the mean: divide by it.
+    """
+    if probability == 0:
+        return x, 1.0
+    if x.device.type != "cpu":
+        return functional.dropout(x, probability), 1.0
+    dropped_of_65536 = round(probability * 65536)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
+    pieces = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    return x * (pieces >= dropped_of_65536 - 32768), 1 - dropped_of_65536 / 65536
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
+    """Whole parameters inside the block, where ZeRO-3 partitions them; elsewhere they are whole already.
+
+    Args:
+        changed_by_rank: the worker whose changes all others take over.
+    """
+    partitioned = [each for each in parameters if hasattr(each, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=changed_by_rank):
+        yield
 
 
 def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
@@ -123,14 +200,16 @@ def refresh_norms(model: nn.Module) -> None:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under the names that PEFT gives them, float32 on the CPU."""
+    """The trained tensors under the names that PEFT gives them, float32 on the CPU. Collective under ZeRO-3."""
     state = {}
     for name, layer in adapted_layers(model):
-        state[f"{_KEY_PREFIX}{name}.lora_A.weight"] = layer.lora_A
-        state[f"{_KEY_PREFIX}{name}.lora_B.weight"] = layer.lora_B
+        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
         if layer.magnitude is not None:
-            state[f"{_KEY_PREFIX}{name}.lora_magnitude_vector"] = layer.magnitude
-    return {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+            parts["lora_magnitude_vector"] = layer.magnitude
+        with gathered(list(parts.values())):
+            for part, tensor in parts.items():
+                state[f"{_KEY_PREFIX}{name}.{part}"] = tensor.detach().float().cpu().clone()
+    return state
 
 
 def save_adapter(

@@ -1,72 +1,159 @@
 """Training objectives. The logits of a whole batch are never held at once.
 
-For a vocabulary of 32,000 and 8,192 tokens the logits alone would be 1 GB in float32; here the
-head and the cross entropy go over 128 tokens at a time, and the gradient is made on the way. The last
-chunk is filled up, so that all have one shape (see packing.py on why).
+For a vocabulary of 32,000 and 8,192 tokens the logits alone would be 1 GB in float32; here the head and
+the cross entropy go over some tokens at a time (a CPU's cache, or 256 MB on a GPU), and the gradient is
+made on the way. On a CPU the last chunk is filled up, so that all have one shape (packing.py says why).
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from readapt_ray import attention
+from readapt_ray.errors import ModelError
 from readapt_ray.training.packing import IGNORED, Batch
 
-_CHUNK_TOKENS = 128
+_CPU_CHUNK_TOKENS = 128
+_MIN_CHUNK_TOKENS = 32
+_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def _chunk_tokens(device_type: str, vocab_size: int) -> int:
+    tokens = max(_MIN_CHUNK_TOKENS, _CHUNK_LOGITS.get(device_type, _CHUNK_LOGITS["cuda"]) // vocab_size)
+    return min(tokens, _CPU_CHUNK_TOKENS) if device_type == "cpu" else tokens
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[label]; gradients are made in the forward pass, chunk by chunk."""
+    """Sum of -log softmax(hidden @ weight.T + bias)[label]; gradients are made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, labels_N: Tensor) -> Tensor:
-        needs_weight = ctx.needs_input_grad[1]
+    def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
         hidden_grad = torch.empty_like(hidden_NH)
         weight_grad = torch.zeros_like(weight_VH, dtype=torch.float32) if needs_weight else None
+        bias_grad = torch.zeros_like(bias_V, dtype=torch.float32) if needs_bias and bias_V is not None else None
         total = hidden_NH.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(labels_N), _CHUNK_TOKENS):
-            rows = slice(start, start + _CHUNK_TOKENS)
+        num_tokens = _chunk_tokens(hidden_NH.device.type, len(weight_VH))
+        for start in range(0, len(labels_N), num_tokens):
+            rows = slice(start, start + num_tokens)
             hidden, labels = hidden_NH[rows], labels_N[rows]
             num_real = len(labels)
-            hidden = functional.pad(hidden, (0, 0, 0, _CHUNK_TOKENS - num_real))
-            labels = functional.pad(labels, (0, _CHUNK_TOKENS - num_real))
-            log_probabilities = torch.log_softmax((hidden @ weight_VH.T).float(), dim=-1)
+            if hidden.device.type == "cpu":
+                hidden = functional.pad(hidden, (0, 0, 0, num_tokens - num_real))
+                labels = functional.pad(labels, (0, num_tokens - num_real))
+            logits = (hidden @ weight_VH.T).float()
+            if bias_V is not None:
+                logits += bias_V
+            log_probabilities = torch.log_softmax(logits, dim=-1)
             chosen = labels[:, None]
             total -= log_probabilities.gather(1, chosen)[:num_real].sum()
-            probabilities = log_probabilities.exp_()
-            probabilities.scatter_add_(1, chosen, probabilities.new_full(chosen.shape, -1.0))
-            gradient = probabilities.to(hidden.dtype)
-            gradient[num_real:] = 0
+            logits_grad = log_probabilities.exp_()
+            logits_grad.scatter_add_(1, chosen, logits_grad.new_full(chosen.shape, -1.0))
+            logits_grad[num_real:] = 0
+            gradient = logits_grad.to(hidden.dtype)
             hidden_grad[rows] = (gradient @ weight_VH)[:num_real]
             if weight_grad is not None:
                 weight_grad += (gradient.T @ hidden).float()
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight_VH.dtype
+            if bias_grad is not None:
+                bias_grad += logits_grad.sum(0)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad)
+        ctx.dtypes = weight_VH.dtype, None if bias_V is None else bias_V.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        hidden_grad, weight_grad = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         scale = gradients[0]
-        scaled_weight = None if weight_grad is None else (weight_grad * scale).to(ctx.weight_dtype)
-        return hidden_grad * scale.to(hidden_grad.dtype), scaled_weight, None
+        weight_dtype, bias_dtype = ctx.dtypes
+        scaled_weight = None if weight_grad is None else (weight_grad * scale).to(weight_dtype)
+        scaled_bias = None if bias_grad is None else (bias_grad * scale).to(bias_dtype)
+        return hidden_grad * scale.to(hidden_grad.dtype), scaled_weight, scaled_bias, None
 
 
-def causal_lm_loss_sum(model: Any, batch: Batch) -> Tensor:
-    """Sum over all labelled tokens of the next-token cross entropy, float32 scalar.
+class LossHead(nn.Module):
+    """A linear output layer that gives the sum of the cross entropy in place of logits, where labels are set.
+
+    It holds the layer's own parameters under their own names, so checkpoints, tied weights and DeepSpeed's
+    hooks (which fetch a partitioned weight when a module is called) see no difference.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self._labels_BT: Tensor | None = None
+
+    @contextlib.contextmanager
+    def predicting(self, labels_BT: Tensor) -> Iterator[None]:
+        """Inside, the layer gives the loss of these labels, int64 [B, T], IGNORED where there is none."""
+        self._labels_BT = labels_BT
+        try:
+            yield
+        finally:
+            self._labels_BT = None
+
+    def forward(self, hidden_BTH: Tensor) -> Tensor:
+        """Logits [B, T, V], or a float32 scalar."""
+        if self._labels_BT is None:
+            return functional.linear(hidden_BTH, self.weight, self.bias)
+        chosen = self._labels_BT != IGNORED
+        hidden_NH = hidden_BTH[chosen]
+        weight_VH = self.weight.to(hidden_NH.dtype)
+        return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, self.bias, self._labels_BT[chosen])  # type: ignore[no-untyped-call,no-any-return]
+
+
+def prepare(model: Any, name: str) -> None:
+    """Put a LossHead in place of a language model's output layer, and the attention of attention.py into its layers.
 
     Args:
-        model: a transformers `*ForCausalLM` with a plain linear head.
+        model: a transformers `*ForCausalLM` or `*ForMaskedLM`.
+        name: what the user calls it.
+
+    Raises:
+        ModelError: its head is not linear, its logits are scaled or capped behind it, or its attention is its own.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"{name} has no linear output layer ({type(head).__name__}); give the pretrained model with its language-model head"
+        )
+    for option in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(model.config, option, None) not in (None, 1, 1.0):
+            raise ModelError(
+                f"{name} changes its logits ({option} = {getattr(model.config, option)}), which training here does not do; "
+                f"give a model without"
+            )
+    model.set_output_embeddings(LossHead(head))
+    attention.install(model, name)
+
+
+def loss_sum(model: Any, batch: Batch) -> Tensor:
+    """Sum over all labelled tokens of the cross entropy of a language model, float32 scalar.
+
+    Args:
+        model: a language model that `prepare` made ready.
         batch: as `collate` makes it, on the model's device.
     """
-    hidden_BTH = model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-    ).last_hidden_state
-    chosen = batch.labels != IGNORED
-    head_VH = model.get_output_embeddings().weight
-    hidden_NH = hidden_BTH[chosen]
-    return _ChunkedCrossEntropy.apply(hidden_NH, head_VH.to(hidden_NH.dtype), batch.labels[chosen])  # type: ignore[no-untyped-call,no-any-return]
+    with model.get_output_embeddings().predicting(batch.labels):
+        return model(  # type: ignore[no-any-return]
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids + first_position(model),
+            use_cache=False,
+            cu_seq_lens_q=batch.passage_ends,
+            cu_seq_lens_k=batch.passage_ends,
+            max_length_q=batch.longest_passage,
+            max_length_k=batch.longest_passage,
+        ).logits
+
+
+def first_position(model: Any) -> int:
+    """The position of a text's first token: RoBERTa and its kin count from behind the padding's."""
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1

@@ -6,13 +6,18 @@ Two modes. `passage`: a block is one passage, cut at the maximum length (RE-Adap
     passages   [5 6 7] [8 9] [4 4 4 4]         block length 6
     blocks     [5 6 7 8 9] [4 4 4 4]
     positions  [0 1 2 0 1] [0 1 2 3]           restart with every passage
-    labels     [. 6 7 . 9] [. 4 4 4]           none on a passage's first token
+    labels     [6 7 . 9 .] [4 4 4 .]           the next token; none from one passage to the next
 
-In both, attention never leaves a passage, so both give the same loss for the same passages.
+Attention never leaves a passage (attention.py), so both give the same loss for the same passages. In both
+the passages of a forward pass are laid end to end in one row and none is padded; with `packed` all steps
+have about as many tokens.
+
+For an encoder 15% of each passage's tokens bear loss instead (Devlin et al., 2019): of these 80% become
+the mask token, 10% a random one, 10% stay. Which ones is a function of seed, step and passage alone.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +27,8 @@ import torch
 Mode = Literal["passage", "packed"]
 IGNORED = -100
 """Label of a token that bears no loss."""
-_WIDTH_STEP = 16
-"""Batches are a multiple of this wide: a CPU's matrix library keeps a program for each shape that it has met, and with
-a new width every step a worker grew by 20 MB a step."""
+_MIN_WIDTH_STEP = 16
+_WIDTHS_PER_OCTAVE = 16
 
 BLOCK_SCHEMA = pa.schema(
     [
@@ -36,6 +40,16 @@ BLOCK_SCHEMA = pa.schema(
 )
 
 
+def padded_width(num_tokens: int) -> int:
+    """The length of a row that holds so many tokens: up to a sixteenth more, so that few lengths occur.
+
+    A CPU's matrix library keeps a program for each shape that it has met; with a new length every step a
+    worker grew by 20 MB a step.
+    """
+    step = max(_MIN_WIDTH_STEP, (1 << num_tokens.bit_length()) // (2 * _WIDTHS_PER_OCTAVE))
+    return -(-num_tokens // step) * step
+
+
 @dataclass(frozen=True)
 class Block:
     """Tokens of one or more passages. `input_ids` is int32 [sum of passage_lengths]."""
@@ -44,24 +58,74 @@ class Block:
     passage_lengths: tuple[int, ...]
     passage_numbers: tuple[int, ...]
 
-    @property
-    def num_labels(self) -> int:
-        """Tokens that bear loss: all but the first of each passage."""
-        return len(self.input_ids) - len(self.passage_lengths)
+    def num_labels(self, masking: "Masking | None" = None) -> int:
+        """Tokens that bear loss: all but the first of each passage, or those that are masked."""
+        if masking is None:
+            return len(self.input_ids) - len(self.passage_lengths)
+        return sum(masking.num_masked(length) for length in self.passage_lengths)
+
+    def passages(self) -> Iterator["Block"]:
+        """Each passage as a block of its own."""
+        start = 0
+        for length, number in zip(self.passage_lengths, self.passage_numbers, strict=True):
+            yield Block(self.input_ids[start : start + length], (length,), (number,))
+            start += length
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking:
+    """Which tokens an encoder has to guess."""
+
+    mask_id: int
+    vocab_size: int
+    seed: int
+    share: float = 0.15
+
+    def num_masked(self, length: int) -> int:
+        """Guessed tokens of a passage of this length, its first and last (CLS and SEP) left out; at least one."""
+        inner = length - 2
+        return max(1, round(self.share * inner)) if inner > 0 else 0
+
+    def apply(self, ids: np.ndarray, *, step: int, passage_number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A passage with masks, and its labels: the token that stood there, or IGNORED. int64 [T] each."""
+        random = np.random.default_rng([self.seed, step, passage_number])
+        chosen = 1 + random.permutation(len(ids) - 2)[: self.num_masked(len(ids))] if len(ids) > 2 else np.empty(0, int)
+        labels = np.full(len(ids), IGNORED, np.int64)
+        labels[chosen] = ids[chosen]
+        kind = random.random(len(chosen))
+        masked = ids.astype(np.int64)
+        masked[chosen[kind < 0.8]] = self.mask_id
+        changed = chosen[kind >= 0.9]
+        masked[changed] = random.integers(0, self.vocab_size, len(changed))
+        return masked, labels
+
+
+def end_id(tokenizer: Any) -> int | None:
+    """The token that ends a text: EOS, or an encoder's SEP; None where the tokenizer has neither."""
+    found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return None if found is None else int(found)
 
 
 def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-    """Token ids of whole passages: BOS where the tokenizer has one, the text, EOS where it was not cut.
+    """Token ids of whole passages.
+
+    A decoder's: BOS where the tokenizer has one, the text, EOS where it was not cut. An encoder's (its
+    tokenizer has a mask token): CLS, the text, SEP always.
 
     Args:
         tokenizer: a fast transformers tokenizer.
         texts: one text a passage.
         max_tokens: longest passage, specials included.
     """
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not texts:
+        return []
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    last = end_id(tokenizer)
+    start, end = ([] if each is None else [each] for each in (first, last))
     encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens, verbose=False)
-    return [(bos + ids + eos)[:max_tokens] for ids in encoded["input_ids"]]
+    if tokenizer.mask_token_id is not None:
+        return [start + ids[: max_tokens - len(start) - len(end)] + end for ids in encoded["input_ids"]]
+    return [(start + ids + end)[:max_tokens] for ids in encoded["input_ids"]]
 
 
 def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens: int) -> Iterator[Block]:
@@ -110,58 +174,71 @@ def table_to_blocks(table: pa.Table) -> list[Block]:
 
 @dataclass(frozen=True)
 class Batch:
-    """The tensors of one forward pass, on the CPU. B blocks, T tokens in the longest."""
+    """The tensors of one forward pass: passages end to end in one row of T tokens, then some padding."""
 
     input_ids: torch.Tensor
-    """int64 [B, T]"""
+    """int64 [1, T]"""
     position_ids: torch.Tensor
-    """int64 [B, T]"""
+    """int64 [1, T]; from 0 in each passage."""
     labels: torch.Tensor
-    """int64 [B, T]: the next token of the same passage, or IGNORED."""
-    attention_mask: torch.Tensor | None
-    """bool [B, 1, T, T], true where a query sees a key; None where plain causal attention is right."""
+    """int64 [1, T]: the token to predict at this position, or IGNORED."""
+    passage_ends: torch.Tensor
+    """int32 [passages + 1]: 0, then where each passage ends; the padding counts as a passage."""
+    longest_passage: int
+    """Tokens."""
 
     def to(self, device: str | torch.device) -> "Batch":
         """The same on another device."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.position_ids.to(device), self.labels.to(device), mask)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **moved)
 
 
-def collate(blocks: Sequence[Block], *, pad_id: int) -> Batch:
-    """Blocks side by side, padded on the right to the longest, rounded up to a multiple of 16 tokens.
+def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Batch:
+    """Passages end to end, then as much padding as makes a length that occurs often.
 
-    Where every block holds one passage, causal attention cannot reach the padding from a real token
-    and no mask is needed. `labels[b, t]` is the token that position t has to predict.
+    Args:
+        passages: blocks of one passage each, at least one.
+        pad_id: fills the row; bears no loss.
+        masking: an encoder's; without it the objective is the next token.
+        step: which step of training it is; masks differ by it.
     """
-    longest = max(len(block.input_ids) for block in blocks)
-    shape = (len(blocks), -(-longest // _WIDTH_STEP) * _WIDTH_STEP)
-    input_ids = np.full(shape, pad_id, np.int64)
-    position_ids = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    passage_of = np.full(shape, -1, np.int64)
-    for row, block in enumerate(blocks):
-        start = 0
-        input_ids[row, : len(block.input_ids)] = block.input_ids
-        for index, length in enumerate(block.passage_lengths):
-            end = start + length
-            position_ids[row, start:end] = np.arange(length)
-            labels[row, start : end - 1] = block.input_ids[start + 1 : end]
-            passage_of[row, start:end] = index
-            start = end
-    mask = None
-    if any(len(block.passage_lengths) > 1 for block in blocks):
-        of = torch.from_numpy(passage_of)
-        mask = (of[:, :, None] == of[:, None, :]).tril_().unsqueeze(1)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(position_ids), torch.from_numpy(labels), mask)
+    lengths = [len(each.input_ids) for each in passages]
+    ends = np.cumsum([0, *lengths])
+    width = padded_width(int(ends[-1]))
+    input_ids = np.full(width, pad_id, np.int64)
+    position_ids = np.zeros(width, np.int64)
+    labels = np.full(width, IGNORED, np.int64)
+    for passage, start, end in zip(passages, ends, ends[1:], strict=False):
+        position_ids[start:end] = np.arange(end - start)
+        if masking is None:
+            input_ids[start:end] = passage.input_ids
+            labels[start : end - 1] = passage.input_ids[1:]
+        else:
+            (number,) = passage.passage_numbers
+            input_ids[start:end], labels[start:end] = masking.apply(passage.input_ids, step=step, passage_number=number)
+    if width > ends[-1]:
+        ends = np.append(ends, width)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids)[None],
+        position_ids=torch.from_numpy(position_ids)[None],
+        labels=torch.from_numpy(labels)[None],
+        passage_ends=torch.from_numpy(ends).int(),
+        longest_passage=int(np.diff(ends).max()),
+    )
 
 
-def micro_batches(blocks: Sequence[Block], *, max_tokens: int) -> list[list[Block]]:
-    """Split blocks into groups of at most `max_tokens` padded tokens, alike in length, so that little is padded."""
+def micro_batches(passages: Sequence[Block], *, max_tokens: int) -> list[list[Block]]:
+    """Split passages, in order, into rows of at most `max_tokens` tokens; a longer one goes alone."""
     groups: list[list[Block]] = []
-    longest = 0
-    for block in sorted(blocks, key=lambda each: len(each.input_ids), reverse=True):
-        if not groups or longest * (len(groups[-1]) + 1) > max_tokens:
+    total = 0
+    for passage in passages:
+        total += len(passage.input_ids)
+        if not groups or total > max_tokens:
             groups.append([])
-            longest = len(block.input_ids)
-        groups[-1].append(block)
+            total = len(passage.input_ids)
+        groups[-1].append(passage)
     return groups

@@ -1,14 +1,14 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.storage import Location
-from readapt_ray.training import objectives, packing
+from readapt_ray.training import packing
 from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.packing import IGNORED, Block
 from tests import factories
@@ -24,19 +24,25 @@ def test_the_worked_example_of_the_module() -> None:
     blocks = list(packing.pack(rows, mode="packed", block_tokens=6))
     assert [block.input_ids.tolist() for block in blocks] == [[5, 6, 7, 8, 9], [4, 4, 4, 4]]
     assert [block.passage_numbers for block in blocks] == [(0, 1), (2,)]
-    batch = packing.collate(blocks, pad_id=1)
-    assert batch.position_ids.shape == (2, 16), "widths are rounded up"
-    assert batch.position_ids[:, :5].tolist() == [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
-    assert batch.labels[:, :5].tolist() == [[6, 7, IGNORED, 9, IGNORED], [4, 4, 4, IGNORED, IGNORED]]
-    assert batch.labels[:, 5:].eq(IGNORED).all()
-    assert batch.attention_mask is not None
-    assert batch.attention_mask[0, 0, 3].nonzero().flatten().tolist() == [3]
+    batch = packing.collate([each for block in blocks for each in block.passages()], pad_id=1)
+    assert batch.input_ids.shape == (1, 16), "lengths are rounded up"
+    assert batch.input_ids[0, :10].tolist() == [5, 6, 7, 8, 9, 4, 4, 4, 4, 1]
+    assert batch.position_ids[0, :9].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
+    assert batch.labels[0, :9].tolist() == [6, 7, IGNORED, 9, IGNORED, 4, 4, 4, IGNORED]
+    assert batch.labels[0, 9:].eq(IGNORED).all()
+    assert (batch.passage_ends.tolist(), batch.longest_passage) == ([0, 3, 5, 9, 16], 7)
+
+
+def test_few_lengths_occur_and_little_is_padded() -> None:
+    widths = [packing.padded_width(num_tokens) for num_tokens in range(1, 4097)]
+    assert all(0 <= width - num_tokens < max(16, num_tokens / 16 + 1) for num_tokens, width in enumerate(widths, 1))
+    assert len(set(widths[255:])) <= 4 * 16 + 1
 
 
 def test_passage_mode_gives_a_block_a_passage() -> None:
     blocks = list(packing.pack(passages(), mode="passage", block_tokens=64))
     assert [block.passage_numbers for block in blocks] == [(number,) for number in range(30)]
-    assert packing.collate(blocks[:3], pad_id=1).attention_mask is None
+    assert [each.passage_numbers for block in blocks for each in block.passages()] == [(n,) for n in range(30)]
 
 
 def test_packing_loses_and_repeats_nothing() -> None:
@@ -57,14 +63,14 @@ def test_blocks_survive_parquet() -> None:
         assert (one.passage_lengths, one.passage_numbers) == (other.passage_lengths, other.passage_numbers)
 
 
-def test_micro_batches_hold_every_block_once_within_the_budget() -> None:
+def test_micro_batches_hold_every_passage_once_in_order_within_the_budget() -> None:
     blocks = list(packing.pack(passages(100), mode="passage", block_tokens=64))
     groups = packing.micro_batches(blocks, max_tokens=60)
-    assert sorted(block.passage_numbers for group in groups for block in group) == [(n,) for n in range(100)]
-    for group in groups:
-        assert max(len(block.input_ids) for block in group) * len(group) <= 60
-    alone = packing.micro_batches([Block(np.arange(100, dtype=np.int32), (100,), (0,))], max_tokens=60)
-    assert len(alone) == 1
+    assert [block.passage_numbers for group in groups for block in group] == [(n,) for n in range(100)]
+    totals = [sum(len(block.input_ids) for block in group) for group in groups]
+    assert max(totals) <= 60 < min(map(sum, itertools.pairwise(totals)))
+    alone = packing.micro_batches([Block(np.arange(100, dtype=np.int32), (100,), (0,))] * 2, max_tokens=60)
+    assert [len(group) for group in alone] == [1, 1]
 
 
 def test_text_is_wrapped_in_specials_and_cut(tmp_path: Path) -> None:
@@ -73,38 +79,7 @@ def test_text_is_wrapped_in_specials_and_cut(tmp_path: Path) -> None:
     assert (whole[0], whole[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert len(cut) == 12
     assert cut[-1] != tokenizer.eos_token_id
-
-
-def test_packed_and_passage_mode_give_the_same_loss_and_gradients(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(factories.tiny_decoder(tmp_path / "m"), dtype=torch.float32)
-    rows = passages(12)
-    found = {}
-    for mode in ("passage", "packed"):
-        model.zero_grad()
-        blocks = list(packing.pack(rows, mode=mode, block_tokens=48))  # type: ignore[arg-type]
-        loss = objectives.causal_lm_loss_sum(model, packing.collate(blocks, pad_id=1))
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        found[mode] = (loss.item() / sum(block.num_labels for block in blocks), gradients)
-    assert found["passage"][0] == pytest.approx(found["packed"][0], abs=1e-5)
-    assert torch.allclose(found["passage"][1], found["packed"][1], atol=1e-3, rtol=1e-3)
-
-
-def test_the_chunked_loss_equals_transformers_own(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        factories.tiny_decoder(tmp_path / "m", tie_word_embeddings=False), dtype=torch.float32
-    )
-    ids = torch.randint(2, 300, (3, 700))
-    theirs = model(input_ids=ids, labels=ids).loss
-    theirs.backward()
-    expected = {name: tensor.grad.clone() for name, tensor in model.named_parameters()}
-    model.zero_grad()
-    blocks = [Block(row.numpy().astype(np.int32), (700,), (0,)) for row in ids]
-    ours = objectives.causal_lm_loss_sum(model, packing.collate(blocks, pad_id=1)) / (3 * 699)
-    ours.backward()  # type: ignore[no-untyped-call]
-    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
-    for name, tensor in model.named_parameters():
-        assert torch.allclose(tensor.grad, expected[name], atol=1e-6), name
+    assert packing.passage_ids(tokenizer, [], max_tokens=12) == []
 
 
 def write_blocks(folder: Path, num_files: int = 3) -> list[int]:

@@ -1,0 +1,266 @@
+"""The step metrics of a run: to the driver's terminal, JSONL, Ray's metrics, and trackers by option.
+
+Worker 0 writes the lines of all steps up to a checkpoint before the checkpoint itself, a file each
+(`metrics/step-N.jsonl`), so that whatever dies, every step that counts has its line, once; the end of the
+run joins them into `metrics.jsonl`. What it posts to the board meanwhile is for the eye.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from readapt_ray.artifacts import Workspace
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.training.steps import StepReport
+
+logger = logging.getLogger("readapt_ray")
+
+METRICS_NAME = "metrics.jsonl"
+_PARTS_NAME = "metrics"
+_POLL_S = 1.0
+_PROJECT = "readapt_ray"
+_MEASURED = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_s",
+    "mfu",
+    "padding_share",
+    "seconds",
+    "data_wait_s",
+    "peak_memory_bytes",
+)
+
+
+class Board:
+    """An actor between the workers and the driver: step metrics, and the error that ends a run.
+
+    It also sets Ray's own metrics (`ray_readapt_train_loss` and the like for Prometheus).
+    """
+
+    def __init__(self, stage: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._rows: list[dict[str, Any]] = []
+        self._error: Exception | None = None
+        self._gauges = {
+            name: Gauge(f"readapt_{stage}_{name}", description=f"{name} of the last step of readapt {stage}")
+            for name in ("step", *_MEASURED)
+        }
+
+    def post(self, rows: list[dict[str, Any]]) -> None:
+        """Take rows of worker 0."""
+        self._rows.extend(rows)
+        for name, gauge in self._gauges.items():
+            if rows and rows[-1][name] is not None:
+                gauge.set(float(rows[-1][name]))
+
+    def take(self) -> list[dict[str, Any]]:
+        """The rows since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def fail(self, error: Exception) -> None:
+        """Keep an error that no new start would mend; the first one counts."""
+        self._error = self._error or error
+
+    def error(self) -> Exception | None:
+        """What ends the run."""
+        return self._error
+
+
+class StepPoster:
+    """Worker 0's reporter (training/steps.py): to the board a second's worth at a time, to files for good."""
+
+    def __init__(self, board: Any, output: Location) -> None:
+        self._board = board
+        self._folder = output / _PARTS_NAME
+        self._unposted: list[dict[str, Any]] = []
+        self._unkept: list[dict[str, Any]] = []
+        self._last_s = 0.0
+
+    def __call__(self, report: "StepReport") -> None:
+        """Take a report."""
+        row = dataclasses.asdict(report)
+        self._unposted.append(row)
+        self._unkept.append(row)
+        if time.monotonic() - self._last_s > _POLL_S or report.step == report.num_steps:
+            self._last_s = time.monotonic()
+            self._board.post.remote(self._unposted)
+            self._unposted = []
+
+    def keep(self, step: int) -> None:
+        """Write the lines of all steps since the last call."""
+        if self._unkept:
+            first = self._unkept[0]["step"]
+            (self._folder / f"step-{first:09d}-{step:09d}.jsonl").write_text(_lines(self._unkept))
+            self._unkept = []
+
+
+@contextlib.contextmanager
+def followed(board: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
+    """While the block runs, show what the board has, once a second; afterwards join the lines.
+
+    Raises:
+        InputError: a tracker's package is not installed.
+    """
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(_TRACKERS[name](workspace)) for name in trackers]
+        stop = threading.Event()
+        thread = threading.Thread(target=_follow, args=(board, workspace, logs, stop), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            _show(board, workspace, logs)
+
+
+def _follow(board: Any, workspace: Workspace, logs: list[Any], stop: threading.Event) -> None:
+    while not stop.wait(_POLL_S):
+        _show(board, workspace, logs)
+
+
+def _show(board: Any, workspace: Workspace, logs: list[Any]) -> None:
+    import ray
+
+    try:
+        rows = ray.get(board.take.remote(), timeout=10)
+    except ray.exceptions.RayError as error:
+        logger.debug("no metrics: %s", error)
+        return
+    for row in rows:
+        for log in logs:
+            log.log(row["step"], {name: row[name] for name in _MEASURED if row[name] is not None})
+    if rows:
+        last = rows[-1]
+        workspace.progress(last["step"], last["num_steps"], unit="steps", note=note(last))
+
+
+def note(row: dict[str, Any]) -> str:
+    """A step in a few words for the terminal."""
+    mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.0%}"
+    waited = row["data_wait_s"] / max(row["seconds"], 1e-9)
+    return (
+        f"loss {row['loss']:.3f}, lr {row['learning_rate']:.1e}, gradient {row['gradient_norm']:.2g}, "
+        f"{row['tokens_per_s']:,.0f} tokens/s{mfu}, padding {row['padding_share']:.0%}, waited {waited:.0%}, "
+        f"{row['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+
+
+def join(location: Location) -> list[dict[str, Any]]:
+    """Make `metrics.jsonl` of the lines that workers kept; the rows in order, each step once."""
+    rows = {row["step"]: row for row in read_metrics(location)}
+    for file in (location / _PARTS_NAME).files(".jsonl"):
+        rows |= {row["step"]: row for row in map(json.loads, file.read_text().splitlines())}
+    ordered = [rows[step] for step in sorted(rows)]
+    if ordered:
+        (location / METRICS_NAME).write_text(_lines(ordered))
+    (location / _PARTS_NAME).delete()
+    return ordered
+
+
+def kept_steps(location: Location) -> int:
+    """The last step whose line workers kept so far."""
+    files = (location / _PARTS_NAME).files(".jsonl")
+    return int(files[-1].name.removesuffix(".jsonl").rsplit("-", 1)[-1]) if files else 0
+
+
+def kept_peak_bytes(location: Location, *, after_step: int) -> int:
+    """The most memory that worker 0 reported after a step; 0 where it kept no line since."""
+    files = (location / _PARTS_NAME).files(".jsonl")
+    rows = [json.loads(line) for file in files[-1:] for line in file.read_text().splitlines()]
+    return max((int(row["peak_memory_bytes"]) for row in rows if row["step"] > after_step), default=0)
+
+
+def read_metrics(location: Location) -> list[dict[str, Any]]:
+    """The step metrics of a finished run, in order; empty where there are none."""
+    file = location / METRICS_NAME
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class _TensorBoard:
+    """Event files in `tensorboard/` of the artifact."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        SummaryWriter = _installed("tensorboardX").SummaryWriter
+        self._target = workspace.location / "tensorboard"
+        self._temporary = None if self._target.is_local else tempfile.TemporaryDirectory()
+        folder = str(self._target.local_path) if self._temporary is None else self._temporary.name
+        self._writer = SummaryWriter(folder)
+
+    def __enter__(self) -> "_TensorBoard":
+        return self
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+        if self._temporary is not None:
+            for path in Path(self._temporary.name).iterdir():
+                (self._target / path.name).write_bytes(path.read_bytes())
+            self._temporary.cleanup()
+
+
+class _WandB:
+    """A run of Weights & Biases; its own environment variables say where and who."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._run = _installed("wandb").init(
+            project=_PROJECT, name=workspace.location.name, id=workspace.fingerprint, resume="allow"
+        )
+
+    def __enter__(self) -> "_WandB":
+        return self
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def __exit__(self, *_: object) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    """A run of MLflow; MLFLOW_TRACKING_URI says where."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._mlflow = _installed("mlflow")
+        self._mlflow.set_experiment(_PROJECT)
+        self._mlflow.start_run(run_name=workspace.location.name)
+
+    def __enter__(self) -> "_MLflow":
+        return self
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._mlflow.log_metrics(values, step=step)
+
+    def __exit__(self, *_: object) -> None:
+        self._mlflow.end_run()
+
+
+_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+
+
+def _installed(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"trackers names {package!r}, which is not installed; pip install {package}") from error

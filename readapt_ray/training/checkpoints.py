@@ -1,0 +1,138 @@
+"""Checkpoints of a training run: one file each, whole or not there, written beside the work.
+
+A file holds the trained tensors and Adam's moments under the parameters' names, so it does not depend on
+the number of workers. Schedule and random states are functions of the step, and which blocks or pairs
+were consumed follows from the step, the batch size and the seed (blocks.py): these stand in its header,
+and a checkpoint of another course is refused. Written by a thread of worker 0 while the next steps run;
+at most one write is under way, which costs the memory of two states.
+"""
+
+import json
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from readapt_ray.errors import CorruptFileError
+from readapt_ray.storage import Location
+
+_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Course:
+    """What, with the number of steps done, says which units (blocks or pairs) were consumed."""
+
+    num_units: int
+    """In an epoch."""
+    batch_size: int
+    """Units a step, over all workers."""
+    num_epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every unit is consumed once; the last may take fewer."""
+        return -(-self.num_units // self.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all."""
+        return self.steps_per_epoch * self.num_epochs
+
+    def consumed(self, step: int) -> tuple[int, int]:
+        """The epoch after `step` steps, and the units of it that were consumed, counted in its shuffled order."""
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, in_epoch * self.batch_size
+
+
+class CheckpointWriter:
+    """Writes states in order, one at a time, and keeps the newest.
+
+    Args:
+        folder: on any filesystem that pyarrow opens.
+        course: of the run.
+        keep: checkpoints that stay; older ones are removed after a newer one is whole.
+    """
+
+    def __init__(self, folder: Location, course: Course, *, keep: int) -> None:
+        self._folder = folder
+        self._course = course
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Begin to write the state after `step` steps, once the one before it is whole.
+
+        Args:
+            state: tensors on the CPU that nobody changes any more.
+
+        Raises:
+            OSError: the checkpoint before this one could not be written.
+        """
+        self.wait()
+        self._pending = self._thread.submit(self._write, step, state)
+
+    def wait(self) -> None:
+        """Until all that was saved is whole; raises what went wrong."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        epoch, num_consumed = self._course.consumed(step)
+        header = {
+            "step": step,
+            "epoch": epoch,
+            "num_consumed": num_consumed,
+            "num_units": self._course.num_units,
+            "batch_size": self._course.batch_size,
+            "seed": self._course.seed,
+        }
+        metadata = {name: json.dumps(value) for name, value in header.items()}
+        (self._folder / f"step-{step:09d}{_SUFFIX}").write_bytes(to_safetensors(state, metadata=metadata))
+        for old in self._folder.files(_SUFFIX)[: -self._keep]:
+            old.delete()
+
+
+def newest_checkpoint(folder: Location, course: Course) -> tuple[int, dict[str, Tensor]] | None:
+    """The step and state of the newest whole checkpoint; None where there is none.
+
+    Raises:
+        CorruptFileError: checkpoints are there and none can be read, or the newest is of another course.
+    """
+    problems = []
+    for file in reversed(folder.files(_SUFFIX)):
+        try:
+            header, state = _read(file)
+        except (SafetensorError, KeyError, ValueError) as error:
+            problems.append(f"{file}: {error}")
+            continue
+        for name in ("num_units", "batch_size", "seed"):
+            if header.get(name, getattr(course, name)) != getattr(course, name):
+                raise CorruptFileError(
+                    f"{file} is of another run: {name} is {header[name]} there and {getattr(course, name)} now; "
+                    f"remove {folder} to start from the beginning"
+                )
+        return header["step"], state
+    if problems:
+        raise CorruptFileError(
+            "no checkpoint can be read: " + "; ".join(problems) + "; remove them to start from the beginning"
+        )
+    return None
+
+
+def _read(file: Location) -> tuple[dict[str, int], dict[str, Tensor]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = file.local_path if file.is_local else Path(folder) / file.name
+        if not file.is_local:
+            path.write_bytes(file.read_bytes())
+        with safe_open(str(path), framework="pt") as opened:
+            names = list(opened.keys())
+            header = {name: json.loads(value) for name, value in opened.metadata().items()}
+            return {**header, "step": int(header["step"])}, {name: opened.get_tensor(name) for name in names}

@@ -1,0 +1,215 @@
+"""Models to train: loaded whole, or under ZeRO-3 a tensor at a time into every worker's part; and written again.
+
+Loading under ZeRO-3 holds a worker's part of the model and one tensor: worker 0 reads each from disk and
+hands it out, so that no worker ever needs room for the whole.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.storage import Location
+from readapt_ray.training import dora, objectives
+from readapt_ray.training.dora import gathered
+from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
+from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header
+from readapt_ray.weights.loading import load_model
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+_SHARD_BYTES = 2 << 30
+
+
+def load_for_training(
+    source: Model, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
+) -> Any:
+    """A model in train mode.
+
+    Args:
+        source: full weights.
+        objective: loads the model with its language-model head; None loads it headless.
+        dtype: of the weights.
+        zero_stage: at 3 each worker holds its part of every weight, and all workers call this together.
+
+    Raises:
+        ModelError: the folder holds no such model, or its weights lack some that the architecture has.
+    """
+    if zero_stage == 3:
+        model = _load_partitioned(source, objective, dtype=dtype, device=device)
+    elif objective is None:
+        model = load_model(source, dtype=dtype, device=str(device))
+    else:
+        model = _load_with_head(source, objective, dtype=dtype).to(device)
+    if objective is not None:
+        objectives.prepare(model, source.name)
+    return model.train()
+
+
+def auto_class(objective: Objective | None) -> Any:
+    """transformers' class of an objective: with its head, or headless."""
+    import transformers
+
+    names = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
+    return getattr(transformers, names[objective])
+
+
+def _load_with_head(source: Model, objective: Objective, *, dtype: torch.dtype) -> Any:
+    try:
+        model, loading = auto_class(objective).from_pretrained(
+            str(source.folder),
+            dtype=dtype,
+            trust_remote_code=False,
+            output_loading_info=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
+    _refuse_missing(source, objective, loading["missing_keys"])
+    return model
+
+
+def _refuse_missing(source: Model, objective: Objective | None, missing: Any) -> None:
+    if missing:
+        need = "its files are incomplete" if objective is None else "give the pretrained model, with its head"
+        raise ModelError(f"{source.name!r} lacks the weights {sorted(missing)[:5]}; {need}")
+
+
+def _load_partitioned(source: Model, objective: Objective | None, *, dtype: torch.dtype, device: torch.device) -> Any:
+    import deepspeed
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
+
+    prepare_deepspeed()
+    try:
+        config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+        settings = deepspeed_config(zero_stage=3, max_gradient_norm=0.0)
+        with (
+            deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, remote_device=str(device)),
+            no_init_weights(),
+        ):
+            model = auto_class(objective).from_config(config, attn_implementation="sdpa", dtype=dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
+    model.tie_weights()
+    stored = {tensor.stored_name: tensor for tensor in _stored_tensors(source)}
+    found = {name: _find(name, stored, model.base_model_prefix) for name, _ in model.named_parameters()}
+    _refuse_missing(source, objective, [name for name, tensor in found.items() if tensor is None])
+    for name, parameter in model.named_parameters():
+        with gathered([parameter], changed_by_rank=0), torch.no_grad():
+            if torch.distributed.get_rank() == 0:
+                parameter.copy_(found[name].read())  # type: ignore[union-attr]
+    return model
+
+
+def _stored_tensors(source: Model) -> Iterator[StoredTensor]:
+    index = source.read_json(INDEX_NAME)
+    for name in sorted(set(index["weight_map"].values())) if index else [SINGLE_NAME]:
+        path = source.folder / name
+        if not path.is_file():
+            raise ModelError(f"{source.name!r} lacks the weight file {name!r}; fetch it again")
+        yield from read_header(path).values()
+
+
+def _find(name: str, stored: dict[str, StoredTensor], prefix: str) -> StoredTensor | None:
+    """A parameter among the files' tensors, which may name it with or without the model's prefix, or as of old."""
+    bare = name.removeprefix(f"{prefix}.")
+    for each in (name, f"{prefix}.{name}", bare):
+        old = each.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        if each in stored or old in stored:
+            return stored.get(each) or stored[old]
+    return None
+
+
+def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:
+    """Train adapters of this shape on frozen weights; all weights where there is none."""
+    if shape is None:
+        model.requires_grad_(True)
+    else:
+        dora.add_adapters(model, shape)
+
+
+def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool, zero_stage: int) -> None:
+    """Trade arithmetic for memory, or a slow start for speed.
+
+    Args:
+        gradient_checkpointing: compute a layer's activations again in the backward pass; DoRA's norms are not
+            computed again, they change with the optimizer step alone.
+        compile_layers: torch.compile each layer, one graph for all lengths.
+
+    Raises:
+        InputError: torch.compile with ZeRO-3, whose hooks it cannot trace.
+    """
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not compile_layers:
+        return
+    if zero_stage == 3:
+        raise InputError("torch_compile does not go with zero_stage = 3; choose a lower stage, or leave it off")
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for layer in max(stacks, key=len):
+        layer.compile(dynamic=True)
+
+
+def save_model(model: Any, source: Location, output: Location) -> None:
+    """Write all weights as a Hugging Face folder, with the tokenizer files of the folder that they came from.
+
+    Collective under ZeRO-3: all workers call it, the first one writes. Memory: one shard of 2 GB, twice.
+    """
+    is_writer = torch.distributed.get_rank() == 0
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    shards: list[tuple[str, list[str]]] = []
+    shard: dict[str, Tensor] = {}
+    total_bytes = held_bytes = 0
+
+    def flush() -> None:
+        name = f"model-{len(shards) + 1:05d}.safetensors"
+        (output / name).write_bytes(to_safetensors(shard, metadata={"format": "pt"}))
+        shards.append((name, list(shard)))
+        shard.clear()
+
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in tied:
+            continue
+        with gathered([tensor]):
+            if not is_writer:
+                continue
+            shard[name] = tensor.detach().cpu().clone().contiguous()
+        total_bytes += shard[name].nbytes
+        held_bytes += shard[name].nbytes
+        if held_bytes >= _SHARD_BYTES:
+            flush()
+            held_bytes = 0
+    if not is_writer:
+        return
+    if shard:
+        flush()
+    for file in _TOKENIZER_FILES:
+        if (source / file).is_file():
+            (source / file).copy_to(output / file)
+    config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if len(shards) == 1:
+        (output / shards[0][0]).filesystem.move((output / shards[0][0]).path, (output / SINGLE_NAME).path)
+        return
+    index = {
+        "metadata": {"total_size": total_bytes},
+        "weight_map": {name: file for file, names in shards for name in names},
+    }
+    (output / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")

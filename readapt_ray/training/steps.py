@@ -1,0 +1,200 @@
+"""The driver of steps: what training on blocks and training on pairs have in common.
+
+Resume from the newest checkpoint, take every step once, save as it goes, report each step.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from readapt_ray.errors import TrainingDivergedError
+from readapt_ray.storage import Location
+from readapt_ray.training.checkpoints import CheckpointWriter, Course, newest_checkpoint
+from readapt_ray.training.engine import Engine, Optimization, linear_schedule
+from readapt_ray.training.speed import peak_flops
+
+T = TypeVar("T")
+B = TypeVar("B")
+_NAMED_PASSAGES = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work(Generic[T]):
+    """One step, as one worker sees it."""
+
+    parts: Sequence[tuple[T, float]]
+    """Micro-batches with their weights, as many on every worker."""
+    loss_of: Callable[[T], Tensor]
+    """A part's share of the mean loss over all workers."""
+    num_tokens: int
+    """Of text, over all workers."""
+    num_slots: int
+    """Tokens and padding together, over all workers."""
+    passages: Sequence[int]
+    """The numbers of the passages of the step."""
+
+
+class Objective(Protocol[B, T]):
+    """What is trained on: a course of batches, and what to do with each."""
+
+    @property
+    def course(self) -> Course:
+        """Which units, in which order."""
+
+    def batches(self, first_step: int) -> Iterator[B]:
+        """The batch of every step from `first_step` on; the same on every worker."""
+
+    def work(self, engine: Engine, batch: B, step: int) -> Work[T]:
+        """What this worker does with a batch; `step` counts from 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one step tells."""
+
+    step: int
+    """Steps done, this one included."""
+    num_steps: int
+    loss: float
+    """Mean over the loss-bearing tokens, or over the queries, of all workers, in nats."""
+    learning_rate: float
+    gradient_norm: float
+    """Before clipping."""
+    num_tokens: int
+    """Tokens of text in the step over all workers; padding does not count."""
+    num_passages: int
+    tokens_per_s: float
+    """Over all workers."""
+    mfu: float | None
+    """Share of the workers' peak that the model's own arithmetic takes; None where the peak is unknown."""
+    padding_share: float
+    """Share of the computed tokens that is padding."""
+    seconds: float
+    data_wait_s: float
+    """Of `seconds`, how long the step waited for its batch."""
+    peak_memory_bytes: int
+    """Of worker 0: allocated on its GPU, or resident in its process."""
+
+
+class Reporter(Protocol):
+    """Takes the reports of worker 0."""
+
+    def __call__(self, report: StepReport) -> None:
+        """Take one, soon."""
+
+    def keep(self, step: int) -> None:
+        """Store all reports up to this step for good; called before the checkpoint of the step is written."""
+
+
+def run_steps(
+    engine: Engine,
+    objective: Objective[Any, Any],
+    optimization: Optimization,
+    *,
+    checkpoints: Location,
+    reporter: Reporter,
+    flops_per_token: float,
+    doc_ids_of: Callable[[Sequence[int]], list[str]],
+) -> None:
+    """Take all steps that no checkpoint holds.
+
+    Args:
+        checkpoints: their folder.
+        reporter: called on worker 0.
+        flops_per_token: of one forward and backward pass, for the MFU.
+        doc_ids_of: the ids of passages by number, for the message of a loss that is no number.
+
+    Raises:
+        TrainingDivergedError: loss or gradient is no number; the message names step and passages, the newest
+            checkpoint is the last good one.
+    """
+    course = objective.course
+    warmup_steps = int(optimization.warmup_fraction * course.num_steps)
+    peak = peak_flops(engine.device)
+    first_step = _resume(engine, checkpoints, course)
+    writer = CheckpointWriter(checkpoints, course, keep=optimization.keep_checkpoints)
+    try:
+        for step, (batch, waited_s) in enumerate(_timed(objective.batches(first_step)), start=first_step):
+            started_s = time.monotonic()
+            rate = linear_schedule(step, num_steps=course.num_steps, warmup_steps=warmup_steps)
+            work = objective.work(engine, batch, step)
+            try:
+                outcome = engine.step(work.parts, loss_of=work.loss_of, rate=rate, seed=optimization.seed + step)
+            except TrainingDivergedError as error:
+                raise _named(error, step + 1, work.passages, doc_ids_of) from None
+            seconds = time.monotonic() - started_s + waited_s
+            tokens_per_s = work.num_tokens / max(seconds, 1e-9)
+            if engine.worker_rank == 0:
+                reporter(
+                    StepReport(
+                        step=step + 1,
+                        num_steps=course.num_steps,
+                        loss=outcome.loss,
+                        learning_rate=rate * optimization.learning_rate,
+                        gradient_norm=outcome.gradient_norm,
+                        num_tokens=work.num_tokens,
+                        num_passages=len(work.passages),
+                        tokens_per_s=tokens_per_s,
+                        mfu=None if peak is None else tokens_per_s * flops_per_token / (peak * engine.num_workers),
+                        padding_share=1 - work.num_tokens / work.num_slots,
+                        seconds=seconds,
+                        data_wait_s=waited_s,
+                        peak_memory_bytes=peak_memory_bytes(engine.device),
+                    )
+                )
+            if (step + 1) % optimization.checkpoint_every_steps == 0 or step + 1 == course.num_steps:
+                state = engine.state()
+                if engine.worker_rank == 0:
+                    reporter.keep(step + 1)
+                    writer.save(step + 1, state)
+    finally:
+        writer.wait()
+    torch.distributed.barrier()
+
+
+def _resume(engine: Engine, checkpoints: Location, course: Course) -> int:
+    """Load the newest checkpoint, the same on all workers; the number of steps done."""
+    found = newest_checkpoint(checkpoints, course)
+    step = torch.tensor([found[0] if found else 0], device=engine.device)
+    torch.distributed.broadcast(step, src=0)
+    done = int(step)
+    if (found[0] if found else 0) != done:
+        raise RuntimeError(
+            f"worker {engine.worker_rank} sees step {found[0] if found else 0} in {checkpoints}, worker 0 step {done}"
+        )
+    if found is not None:
+        engine.load_state(found[1], step=done)
+    return done
+
+
+def _named(
+    error: TrainingDivergedError, step: int, passages: Sequence[int], doc_ids_of: Callable[[Sequence[int]], list[str]]
+) -> TrainingDivergedError:
+    named = doc_ids_of(passages[:_NAMED_PASSAGES])
+    more = f" and {len(passages) - _NAMED_PASSAGES} more" if len(passages) > _NAMED_PASSAGES else ""
+    return TrainingDivergedError(
+        f"step {step}: {error}; passages of the step: {', '.join(named)}{more}. The checkpoint before it is kept: lower "
+        f"learning_rate, or look for broken passages, and run again with another output or --overwrite"
+    )
+
+
+def _timed(batches: Iterator[B]) -> Iterator[tuple[B, float]]:
+    while True:
+        started_s = time.monotonic()
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        yield batch, time.monotonic() - started_s
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory held so far: on the GPU by torch, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,91 @@
+"""Trains on a Ray cluster of its own, one of whose nodes is killed; for test_train_nodes.py.
+
+python -m tests.stages.killed_node FOLDER replaced|lost
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from readapt_ray.stages.pack import PackConfig, pack
+from readapt_ray.stages.train import TrainConfig, train
+from tests import factories
+
+_NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
+
+
+def main(folder: Path, then: str) -> None:
+    """Train undisturbed into `calm`, and into `hit` with a node killed after the first checkpoint."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False},
+    )
+    victims = [cluster.add_node(**_NODE) for _ in range(2)]
+    cluster.wait_for_nodes()
+    os.environ["RAY_ADDRESS"] = cluster.address
+    base = factories.tiny_decoder(folder / "base")
+    factories.ingest_artifact(folder / "corpus", factories.small_corpus(160))
+    pack(
+        PackConfig(
+            pretrained=str(base),
+            corpus=str(folder / "corpus"),
+            output=str(folder / "blocks"),
+            mode="packed",
+            block_tokens=64,
+        )
+    )
+    options: dict[str, Any] = {
+        "pretrained": str(base),
+        "corpus": str(folder / "blocks"),
+        "num_workers": 2,
+        "num_cpus_per_worker": 1,
+        "checkpoint_every_steps": 5,
+        "lora_dropout": 0.1,
+        "learning_rate": 5e-3,
+        "dtype": "float32",
+        "num_epochs": 3,
+    }
+    train(TrainConfig(**options, output=str(folder / "calm")))
+
+    def kill() -> None:
+        while not list((folder / "hit" / "checkpoints").glob("step-*")):
+            if done.wait(0.02):
+                return
+        cluster.remove_node(victims[1], allow_graceful=False)
+        (folder / "killed").touch()
+        if then == "replaced":
+            replacements.append(_started_node(cluster.address))
+
+    replacements: list[subprocess.Popen[bytes]] = []
+    done = threading.Event()
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    train(TrainConfig(**options, output=str(folder / "hit"), min_workers=1 if then == "lost" else None))
+    done.set()
+    killer.join(timeout=60)
+    for node in replacements:
+        node.terminate()
+        node.wait(timeout=60)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def _started_node(address: str) -> "subprocess.Popen[bytes]":
+    """A node in a process of its own: Cluster.add_node sets signal handlers, which a thread may not."""
+    command = ["ray", "start", "--block", "--address", address, "--num-cpus", str(_NODE["num_cpus"])]
+    command += ["--object-store-memory", str(_NODE["object_store_memory"])]
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,36 @@
+"""train on a cluster one of whose nodes is really killed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from readapt_ray.stages.step_metrics import read_metrics
+from readapt_ray.storage import Location
+
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("then", "tolerance"), [("replaced", 0.0), ("lost", 0.1)])
+def test_a_killed_node(tmp_path: Path, then: str, tolerance: float) -> None:
+    """With a node in its place the adapter is the same bit for bit; with one worker less every passage still counts once."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "tests.stages.killed_node", str(tmp_path), then]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=1400, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    calm, hit = (read_metrics(Location(str(tmp_path / name))) for name in ("calm", "hit"))
+    assert [row["step"] for row in hit] == [row["step"] for row in calm]
+    assert sum(row["num_passages"] for row in hit) == 3 * 160
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("calm", "hit"))
+    difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    assert difference <= tolerance
+    assert (difference > 0) == (then == "lost"), "with one worker dropout is another one's"

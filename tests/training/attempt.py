@@ -1,0 +1,145 @@
+"""One worker of one attempt at a training run, in a process of its own that may kill itself; for test_steps.py."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401 -- loaded once, in the server that forks the workers
+import torch
+from transformers import AutoModelForCausalLM
+
+from readapt_ray.storage import Location
+from readapt_ray.training import dora, objectives
+from readapt_ray.training.blocks import BlockReader
+from readapt_ray.training.engine import Engine, Optimization
+from readapt_ray.training.language_model import LanguageModelling
+from readapt_ray.training.packing import Block
+from readapt_ray.training.steps import StepReport, Work, run_steps
+
+OPTIMIZATION = Optimization(
+    learning_rate=5e-3,
+    weight_decay=0.0,
+    warmup_fraction=0.1,
+    max_gradient_norm=1.0,
+    zero_stage=0,
+    seed=3,
+    checkpoint_every_steps=4,
+)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What every worker of it is told. `kill`: (worker rank, step from 0, where) of a SIGKILL."""
+
+    number: int
+    num_workers: int
+    kill: tuple[int, int, str] | None = None
+    zero_stage: int = 0
+    num_epochs: int = 2
+
+
+def worker(folder: Path, base: Path, attempt: Attempt, rank: int) -> None:
+    """Go on with the run in `folder` until it ends, or until it is this worker's time to die."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet-{attempt.number}", rank=rank, world_size=attempt.num_workers
+    )
+    os.environ["LOCAL_RANK"] = str(rank)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
+    objectives.prepare(model, "base")
+    torch.manual_seed(OPTIMIZATION.seed)
+    shape = dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "up_proj"))
+    dora.add_adapters(model, shape)
+    reader = BlockReader(Location(str(folder / "blocks")), batch_size=12, num_epochs=attempt.num_epochs, seed=3)
+    objective = _Recorded(
+        LanguageModelling(model=model, reader=reader, pad_id=0, micro_batch_tokens=64, dtype=torch.float32),
+        folder,
+        attempt,
+    )
+    if attempt.kill is not None and attempt.kill[0] == rank and attempt.kill[2] == "writing":
+        _die_while_writing(attempt.kill[1])
+    run_steps(
+        Engine(model, replace(OPTIMIZATION, zero_stage=attempt.zero_stage)),
+        objective,
+        OPTIMIZATION,
+        checkpoints=Location(str(folder / "checkpoints")),
+        reporter=_Reporter(folder),
+        flops_per_token=1.0,
+        doc_ids_of=lambda numbers: [str(number) for number in numbers],
+    )
+    state = dora.adapter_state(model)
+    if rank == 0:
+        torch.save(state, folder / "state.pt")
+    torch.distributed.destroy_process_group()
+
+
+class _Recorded:
+    """The objective; what a worker is about to train on is written down before it does."""
+
+    def __init__(self, inner: LanguageModelling, folder: Path, attempt: Attempt) -> None:
+        self.course = inner.course
+        self.batches = inner.batches
+        self._inner = inner
+        self._folder = folder
+        self._attempt = attempt
+
+    def work(self, engine: Engine, batch: list[Block], step: int) -> Work[list[Block]]:
+        work = self._inner.work(engine, batch, step)
+        rank = engine.worker_rank
+        passages = [
+            number for part, weight in work.parts if weight for block in part for number in block.passage_numbers
+        ]
+        row = {"attempt": self._attempt.number, "step": step, "passages": passages}
+        with (self._folder / f"history-{self._attempt.number}-{rank}.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self._attempt.kill == (rank, step, "training"):
+            work = replace(work, loss_of=_die)
+        return work
+
+
+def _die(*_: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_while_writing(step: int) -> None:
+    """Let half of the bytes of a checkpoint reach the disk, then die."""
+    write = Location.write_bytes
+
+    def cut(location: Location, data: bytes) -> None:
+        if location.name != f"step-{step:09d}.safetensors":
+            write(location, data)
+            return
+        with location.open_output() as stream:
+            stream.write(data[: len(data) // 2])
+            stream.flush()
+            _die()
+
+    Location.write_bytes = cut  # type: ignore[method-assign]
+
+
+@dataclass
+class _Reporter:
+    folder: Path
+
+    def __call__(self, report: StepReport) -> None:
+        with (self.folder / "losses.jsonl").open("a") as file:
+            file.write(json.dumps({"step": report.step, "loss": report.loss}) + "\n")
+
+    def keep(self, step: int) -> None:
+        pass
+
+
+def surviving_history(folder: Path) -> Iterator[Sequence[int]]:
+    """The passages of every step, of all workers of the attempt that came last to this step."""
+    rows = [json.loads(line) for file in folder.glob("history-*.jsonl") for line in file.read_text().splitlines()]
+    last = {row["step"]: 0 for row in rows}
+    for row in rows:
+        last[row["step"]] = max(last[row["step"]], row["attempt"])
+    for step in sorted(last):
+        yield [
+            number for row in rows if (row["step"], row["attempt"]) == (step, last[step]) for number in row["passages"]
+        ]

@@ -1,0 +1,92 @@
+"""The estimate of memory against a hand count, and against a process that is measured."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from readapt_ray.errors import PlacementError
+from readapt_ray.training import memory, speed
+from readapt_ray.training.dora import AdapterShape
+from readapt_ray.training.memory import Demand
+
+H, F, V, L, R = 64, 160, 1000, 3, 8
+CONFIG = LlamaConfig(
+    hidden_size=H,
+    intermediate_size=F,
+    vocab_size=V,
+    num_hidden_layers=L,
+    num_attention_heads=4,
+    tie_word_embeddings=False,
+)
+SHAPE = AdapterShape(method="dora", rank=R, alpha=16.0, dropout=0.0, targets=("q_proj", "down_proj"))
+FROZEN = 2 * V * H + L * (4 * H * H + 3 * H * F + 2 * H) + H
+TRAINED = L * ((R * H + R * H + H) + (R * F + R * H + H))
+
+
+def demand(zero_stage: int = 0, num_workers: int = 4, *, recompute: bool = False) -> Demand:
+    return Demand(
+        num_workers=num_workers,
+        zero_stage=zero_stage,
+        micro_batch_tokens=512,
+        dtype=torch.bfloat16,
+        gradient_checkpointing=recompute,
+        device_type="cuda",
+    )
+
+
+def test_weights_gradients_and_moments_are_counted_exactly() -> None:
+    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
+    assert all(each.device.type == "meta" for each in model.parameters())
+    whole = memory.estimate(model, CONFIG, demand()).parts
+    assert whole["frozen weights"] == 2 * FROZEN
+    assert whole["trained weights"] == whole["gradients"] == 4 * TRAINED
+    assert whole["optimizer"] == 8 * TRAINED
+    by_stage = {stage: memory.estimate(model, CONFIG, demand(stage)).parts for stage in (1, 2, 3)}
+    assert [by_stage[stage]["optimizer"] for stage in (1, 2, 3)] == [3 * TRAINED] * 3
+    assert [by_stage[stage]["gradients"] for stage in (1, 2, 3)] == [4 * TRAINED, TRAINED, TRAINED]
+    assert [by_stage[stage]["frozen weights"] for stage in (1, 2, 3)] == [2 * FROZEN, 2 * FROZEN, FROZEN // 2]
+
+
+def test_checkpointed_activations_are_one_layers() -> None:
+    model = memory.on_meta(AutoModelForCausalLM, CONFIG, None)
+    plain = memory.estimate(model, CONFIG, demand()).parts["activations"]
+    recomputed = memory.estimate(model, CONFIG, demand(recompute=True)).parts["activations"]
+    assert recomputed == plain // L + L * 512 * H * 2
+
+
+def test_a_measured_run_corrects_the_next_start() -> None:
+    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
+    first = memory.estimate(model, CONFIG, demand())
+    measured = first.total_bytes + 2 * first.parts["activations"]
+    correction = first.corrected(measured)
+    second = memory.estimate(model, CONFIG, demand(), correction=correction)
+    assert correction == pytest.approx(3.0)
+    assert second.total_bytes == pytest.approx(measured, rel=1e-6)
+    assert "times 3.00 as measured before" in second.arithmetic()
+
+
+def test_what_does_not_fit_is_refused_with_the_sum() -> None:
+    found = memory.estimate(memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE), CONFIG, demand(3))
+    memory.check_fits(found, free_bytes=found.total_bytes)
+    with pytest.raises(PlacementError, match=r"has 0\.00 GB: frozen weights .* over 4 workers\) \+ .* = \d") as refused:
+        memory.check_fits(found, free_bytes=1000)
+    assert "zero_stage" in str(refused.value)
+
+
+def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "memory.max").write_text("3000000000\n")
+    (tmp_path / "memory.current").write_text("1000000000\n")
+    (tmp_path / "memory.stat").write_text("anon 5\ninactive_file 400000000\n")
+    assert memory.free_bytes(torch.device("cpu"), 1) > 0
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.free_bytes(torch.device("cpu"), 2) <= 1_200_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu"), 2) > 0
+
+
+def test_flops_are_four_a_frozen_and_six_a_trained_weight() -> None:
+    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
+    matrices = V * H + L * (4 * H * H + 3 * H * F)
+    low_rank = L * R * (H + H + F + H)
+    attention = 12 * L * H * 10
+    assert speed.flops_per_token(model, mean_attended=10) == 4 * matrices + 6 * low_rank + attention

@@ -1,0 +1,113 @@
+"""The driver of steps under real SIGKILLs: every passage bears loss once an epoch in the history that survives."""
+
+import json
+import multiprocessing
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from readapt_ray.training import packing
+from tests import factories
+from tests.training import attempt as attempts
+from tests.training.attempt import Attempt
+
+pytestmark = pytest.mark.timeout(400)
+NUM_PASSAGES = 150
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.attempt"])
+
+
+def run(folder: Path, base: Path, attempt: Attempt) -> list[int | None]:
+    """The workers' exit codes."""
+    workers = [
+        CONTEXT.Process(target=attempts.worker, args=(folder, base, attempt, rank))
+        for rank in range(attempt.num_workers)
+    ]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join(timeout=300)
+    return [each.exitcode for each in workers]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return factories.tiny_decoder(tmp_path_factory.mktemp("base"))
+
+
+def new_run(folder: Path) -> Path:
+    """A folder with the blocks of numbered passages."""
+    (folder / "blocks").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 20, (NUM_PASSAGES,), generator=generator).tolist()
+    rows = [
+        (number, torch.randint(3, 300, (length,), generator=generator).tolist())
+        for number, length in enumerate(lengths)
+    ]
+    blocks = list(packing.pack(rows, mode="packed", block_tokens=24))
+    pq.write_table(packing.blocks_to_table(blocks, 0), folder / "blocks" / "part-00000.parquet", row_group_size=8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calm(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of two workers."""
+    folder = new_run(tmp_path_factory.mktemp("calm") / "run")
+    assert run(folder, base, Attempt(0, 2)) == [0, 0]
+    return folder
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    ours, theirs = torch.load(one / "state.pt"), torch.load(other / "state.pt")
+    assert ours.keys() == theirs.keys()
+    assert max(float(value.abs().max()) for name, value in ours.items() if "lora_B" in name) > 0.01
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in map(json.loads, (folder / "losses.jsonl").read_text().splitlines())}
+
+
+def assert_each_passage_bore_loss_twice(folder: Path) -> None:
+    """Once in each of two epochs."""
+    steps = list(attempts.surviving_history(folder))
+    half = len(steps) // 2
+    for epoch in (steps[:half], steps[half:]):
+        assert Counter(number for step in epoch for number in step) == Counter(range(NUM_PASSAGES))
+
+
+@pytest.mark.parametrize(
+    "zero_stage", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_killed_workers_and_a_write_cut_short_change_nothing(
+    base: Path, tmp_path: Path, calm: Path, zero_stage: int
+) -> None:
+    """Worker 1 dies in a step, then worker 0 in the midst of a checkpoint, then each in the second epoch."""
+    if zero_stage:
+        calm = new_run(tmp_path / "calm")
+        assert run(calm, base, Attempt(0, 2, zero_stage=zero_stage)) == [0, 0]
+    hit = new_run(tmp_path / "hit")
+    kills = [(1, 5, "training"), (0, 8, "writing"), (0, 9, "training"), (1, 13, "training")]
+    for number, kill in enumerate(kills):
+        codes = run(hit, base, Attempt(number, 2, kill, zero_stage=zero_stage))
+        assert codes[kill[0]] == -signal.SIGKILL, codes
+        assert codes[1 - kill[0]] != 0, "the other worker cannot have ended well"
+    assert run(hit, base, Attempt(9, 2, zero_stage=zero_stage)) == [0, 0]
+    assert_each_passage_bore_loss_twice(hit)
+    assert largest_difference(calm, hit) == 0
+    assert losses(calm) == losses(hit)
+
+
+def test_every_attempt_may_have_another_number_of_workers(base: Path, tmp_path: Path, calm: Path) -> None:
+    hit = new_run(tmp_path / "hit")
+    for number, (num_workers, kill) in enumerate([(3, (2, 5, "training")), (1, (0, 11, "training"))]):
+        assert -signal.SIGKILL in run(hit, base, Attempt(number, num_workers, kill))
+    assert run(hit, base, Attempt(9, 2)) == [0, 0]
+    assert_each_passage_bore_loss_twice(hit)
+    assert losses(hit).keys() == losses(calm).keys()
+    # Dropout differs by worker, so the adapters are near and not equal.
+    assert 0 < largest_difference(calm, hit) < 0.05
