@@ -22,6 +22,8 @@ logger = logging.getLogger("readapt_ray")
 _WAIT_POLL_S = 1.0
 _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
+_SETTLE_S = 3.0
+"""What a stage held is free again a second or two after it ends."""
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -115,13 +117,16 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
             f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
             f"num_cpus_per_worker, or add nodes"
         )
-    free = ray.available_resources()
-    short = [name for name, amount in each.items() if free.get(name, 0.0) < num_workers * amount]
-    if short:
-        have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in each)
-        logger.warning(
-            "%s each are asked for, and %s are free: waiting for what else runs on this cluster", asked, have
-        )
+    wanted = {name: num_workers * amount for name, amount in each.items() if amount}
+    settled_s = time.monotonic() + _SETTLE_S
+    while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
+        if time.monotonic() > settled_s:
+            have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
+            logger.warning(
+                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
+            )
+            return
+        time.sleep(_SETTLE_S / 10)
 
 
 def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:

@@ -49,9 +49,20 @@ def test_workers_that_wait_for_another_job_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes(monkeypatch, {"CPU": 16.0, "GPU": 4.0}, free={"CPU": 15.0, "GPU": 1.0})
+    monkeypatch.setattr(cluster, "_SETTLE_S", 0.1)
     with caplog.at_level(logging.WARNING, "readapt_ray"):
         cluster.check_placement(4, {"CPU": 1, "GPU": 1}, who="actors")
-    assert "4 actors of 1 CPU and 1 GPU each are asked for, and 15 CPU, 1 GPU are free" in caplog.text
+    assert "4 actors of 1 CPU and 1 GPU each are asked for, and 15 CPU and 1 GPU free: waiting" in caplog.text
+
+
+def test_what_the_stage_before_held_a_moment_ago_is_not_worth_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes(monkeypatch, {"CPU": 2.0})
+    free = iter([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}])
+    monkeypatch.setattr(ray, "available_resources", lambda: next(free))
+    cluster.check_placement(2, {"CPU": 1, "GPU": 0}, who="actors")
+    assert not caplog.records
 
 
 def test_nodes_that_come_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
