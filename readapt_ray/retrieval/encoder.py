@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from readapt_ray import hardware
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.models import Model, encoding_of, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
@@ -242,7 +243,7 @@ def suitable_dtype(device: str | None = None) -> str:
     """
     if (device or _device()).startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if torch.cpu.get_capabilities().get("amx_bf16") else "float32"
+    return "bfloat16" if hardware.has_bfloat16_units() else "float32"
 
 
 def _device() -> str:
