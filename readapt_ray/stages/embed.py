@@ -273,7 +273,7 @@ def _encode(job: EmbedJob, rows_per_shard: int, config: EmbedConfig, workspace: 
 
 def summed(footers: list[Footer], name: str) -> float:
     """A figure of all files together."""
-    return float(sum(footer.metadata.get(name, 0) for footer in footers))
+    return sum(float(footer.metadata.get(name, 0)) for footer in footers)
 
 
 def _tell_work(footers: list[Footer]) -> dict[str, float]:

@@ -95,7 +95,7 @@ def _forecast(footers: Sequence[Footer], num_to_encode: int, num_passages: int, 
     """Each a mean over strata times what is to be encoded, with the half-width of its 95% interval."""
 
     def scaled(name: str, factor: float) -> dict[str, float]:
-        means = np.array([footer.metadata[name] / footer.num_rows for footer in footers])
+        means = np.array([float(footer.metadata[name]) / footer.num_rows for footer in footers])
         weights = np.array([footer.num_rows for footer in footers]) / sum(footer.num_rows for footer in footers)
         spread = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else float("nan")
         return {

@@ -121,7 +121,7 @@ class ShardEncoder:
     def _encoded(self, shard: DataShard, places: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
         """The stored vectors of the passages at these places of a shard, and what making them took."""
         metadata: dict[str, Any] = {"num_encoded": len(places), "num_tokens": 0, "num_positions": 0}
-        metadata |= {"encode_s": 0.0, "wait_s": 0.0}
+        metadata |= {"encode_s": _seconds(0.0), "wait_s": _seconds(0.0)}
         if not len(places):
             return [], metadata
         columns = self._passages.take(shard.rows[places], PASSAGE_COLUMNS).to_pydict()
@@ -144,8 +144,8 @@ class ShardEncoder:
             metadata |= {
                 "num_tokens": encoder.work.num_tokens - before.num_tokens,
                 "num_positions": encoder.work.num_positions - before.num_positions,
-                "encode_s": ended_s - started_s,
-                "wait_s": started_s - self._idle_since_s if self._idle_since_s else 0.0,
+                "encode_s": _seconds(ended_s - started_s),
+                "wait_s": _seconds(started_s - self._idle_since_s if self._idle_since_s else 0.0),
             }
             self._idle_since_s = ended_s
         return [stored_vectors(doc_ids, vectors, self._job.vector_dtype)], metadata
@@ -154,6 +154,11 @@ class ShardEncoder:
         with self._computing:
             self._encoder = self._encoder or _load_encoder(self._job)
             return self._encoder
+
+
+def _seconds(value: float) -> str:
+    """At one width, so that the size of a file does not depend on the clock."""
+    return f"{value:012.3f}"
 
 
 def described(shards: Sequence[DataShard]) -> list[dict[str, bytes]]:

@@ -24,9 +24,10 @@ from readapt_ray.stages.index import IndexConfig, index
 ENCODER = {"fingerprint": "f" * 32, "model": "m", "dimension": 8, "dtype": "float32", "encoding": {}}
 
 
-def vectors_artifact(folder, vectors, *, num_files=3, encoder=ENCODER, ids=None):
+def vectors_artifact(folder, vectors, *, num_files=3, encoder=None, ids=None):
     """What `readapt embed` would write of these vectors [N, D]; the content of a passage is its vector."""
     names = ids or [f"d{row:05d}" for row in range(len(vectors))]
+    encoder = encoder or {**ENCODER, "dimension": vectors.shape[1]}
 
     def write(workspace):
         for number, rows in enumerate(np.array_split(np.arange(len(vectors)), num_files)):
@@ -130,8 +131,8 @@ def test_bad_input_is_found_before_any_worker_starts(world, built, tmp_path, mon
     output = tmp_path / "out"
     with pytest.raises(InputError, match="kind = \"lsh\": input should be 'auto', 'flat', 'ivf-flat'"):
         index(_config(root, output, kind="lsh"))
-    with pytest.raises(InputError, match="memory_gb = 1e-06 is too little for 100 vectors"):
-        index(_config(root, output, kind="auto", memory_gb=1e-6))
+    with pytest.raises(InputError, match="memory_gb = 1e-07 is too little for 100 vectors"):
+        index(_config(root, output, kind="auto", memory_gb=1e-7))
     vectors_artifact(tmp_path / "of-another", vectors, encoder=ENCODER | {"fingerprint": "g" * 32})
     with pytest.raises(FingerprintMismatchError, match="is an index of vectors of another encoder"):
         index(_config(root, output, vectors=str(tmp_path / "of-another"), previous=built.uri))
