@@ -282,7 +282,7 @@ def test_a_sample_says_what_a_full_run_takes_and_changes(world, vectors, tmp_pat
     assert 0 < details["tokens"]["plus_minus"] < details["tokens"]["estimate"]
     encoder_s = details["hours"]["estimate"] * 3600
     found = [json.loads(pq.read_schema(path).metadata[b"readapt"]) for path in Path(made.uri).glob("vectors/*")]
-    assert encoder_s == pytest.approx(sum(each["encode_s"] for each in found))
+    assert encoder_s == pytest.approx(sum(float(each["encode_s"]) for each in found))
     written = sum(path.stat().st_size for path in Path(made.uri).glob("vectors/*"))
     assert details["bytes"] == pytest.approx(written * 200 / 199, abs=1)
     assert "a full run would encode 199 of 200 passages" in caplog.text
