@@ -231,6 +231,7 @@ def _results(pending: Sequence[_Shard | _Carried]) -> Iterator[dict[str, Any]]:
     from ray.exceptions import RayError
 
     room = max(1, cluster.connect().num_cpus)
+    cluster.check_seen_by_all(pending[0].shards)
     task = ray.remote(num_cpus=1)(_make)
     waiting = list(pending)
     running: list[Any] = []

@@ -102,6 +102,7 @@ def _is_whole(shard: DataShard, job: EmbedJob) -> bool:
 def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[int]:
     """The number of passages of each shard, as it is written."""
     num_nodes = cluster.connect().num_nodes
+    cluster.check_seen_by_all(job.vectors)
     num_workers, num_cpus, num_gpus = place(placement, len(pending))
     import ray
     from ray.data import ActorPoolStrategy
