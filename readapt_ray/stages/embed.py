@@ -104,7 +104,7 @@ def embed(config: EmbedConfig) -> Artifact:
         raise CorpusError(f"{config.corpus!r} has no passages; ingest a corpus that has some")
     if config.sample is not None:
         sample_rows(config.sample, num_passages)
-        config = config.model_copy(update={"output": f"{config.output.rstrip('/')}-sample"})
+        config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})
     config = config.model_copy(update={"dtype": _dtype(config)})
     encoder = describe_encoder(model, encoding, config.dtype)
     previous, other = _open_previous(config, encoder)

@@ -59,7 +59,7 @@ class SearchConfig(StageConfig):
     def _one_source(self) -> Self:
         if (self.index is None) == (self.vectors is None):
             raise ValueError("give exactly one of index and vectors")
-        if not self.output.endswith(".trec"):
+        if not self.output.partition("?")[0].endswith(".trec"):
             raise ValueError(f"output = {self.output!r}: the run is one file; its name must end with .trec")
         return self
 
