@@ -4,7 +4,6 @@ In: a run's config, a cluster's file, and whatever the root already measured. Ou
 It reads a sample of the corpus and configs of models; no weight is read and Ray is not started.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
