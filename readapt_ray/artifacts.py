@@ -229,7 +229,7 @@ def produce(
 
 def _record(location: Location, name: str) -> Location:
     """Where the manifest or the heartbeat of an artifact lies."""
-    return Location(f"{location.uri}.{name}") if location.name.endswith(SINGLE_FILE_SUFFIX) else location / name
+    return location.beside(f".{name}") if location.name.endswith(SINGLE_FILE_SUFFIX) else location / name
 
 
 def read_building(uri: str | Location) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from readapt_ray import hardware, recipes
+from readapt_ray import recipes
 from readapt_ray.artifacts import Artifact
 from readapt_ray.progress import duration
 from readapt_ray.recipes import RunConfig
@@ -49,7 +49,6 @@ def recipe(root: str) -> RunConfig:
             "checkpoint_every_steps": 25,
         },
         merge={"readapter_scale": 1.0, "knowledge_scale": 0.5},
-        embed={"dtype": "bfloat16" if hardware.has_bfloat16_units() else "float32"},
         evaluate={"measures": "nDCG@10,R@100"},
     )
 

@@ -92,6 +92,8 @@ class RunConfig(Config):
 class Step:
     """A stage with its options, ready to run. `needs_judgements`: only where queries and qrels are there."""
 
+    name: str
+    """Of its output under the root: corpus, vectors/adapted ..."""
     stage: str
     config: StageConfig
     needs_judgements: bool = False
@@ -109,50 +111,58 @@ def plan_run(config: RunConfig) -> list[Step]:
 def _steps(config: RunConfig) -> Iterator[Step]:
     from readapt_ray.stages.train import PACK_OPTIONS
 
-    root = config.root.rstrip("/")
-    corpus, blocks, adapter, adapted = (f"{root}/{name}" for name in ("corpus", "blocks", "adapter", ADAPTED))
-    queries = config.queries or f"{corpus}/queries"
-    qrels = config.qrels or f"{corpus}/qrels/{config.split}.parquet"
+    def at(name: str) -> str:
+        return (Location(config.root) / name).uri
 
-    def step(stage: str, options: dict[str, Any], *, needs_judgements: bool = False, **wired: Any) -> Step:
+    queries = config.queries or at("corpus/queries")
+    qrels = config.qrels or at(f"corpus/qrels/{config.split}.parquet")
+
+    def step(name: str, stage: str, options: dict[str, Any], *, needs_judgements: bool = False, **wired: Any) -> Step:
+        wired["output"] = at(name)
         twice = sorted(options.keys() & wired.keys())
         if twice:
             raise InputError(
                 f"section {stage!r} sets {', '.join(twice)}, which the run itself sets; remove it from the section"
             )
         config_class, _ = stage_parts(stage)
-        return Step(stage, config_class.parse({**options, **wired}, where=f"section {stage!r}"), needs_judgements)
+        parsed = config_class.parse({**options, **wired}, where=f"section {stage!r}")
+        return Step(name, stage, parsed, needs_judgements)
 
-    yield step("ingest", config.ingest, source=config.source, output=corpus)
+    yield step("corpus", "ingest", config.ingest, source=config.source)
     packing: Section = {name: config.train[name] for name in PACK_OPTIONS if name in config.train}
-    yield step("pack", packing, pretrained=config.pretrained, corpus=corpus, output=blocks)
-    yield step("train", config.train, pretrained=config.pretrained, corpus=blocks, output=adapter)
+    yield step("blocks", "pack", packing, pretrained=config.pretrained, corpus=at("corpus"))
+    yield step("adapter", "train", config.train, pretrained=config.pretrained, corpus=at("blocks"))
     yield step(
-        "merge", config.merge, pretrained=config.pretrained, retriever=config.retriever, adapter=adapter, output=adapted
+        ADAPTED,
+        "merge",
+        config.merge,
+        pretrained=config.pretrained,
+        retriever=config.retriever,
+        adapter=at("adapter"),
     )
-    arms = {BASE: config.retriever, ADAPTED: adapted}
-    for name, model in arms.items():
-        yield step("embed", config.embed, retriever=model, corpus=corpus, output=f"{root}/vectors/{name}")
-        yield step("index", config.index, vectors=f"{root}/vectors/{name}", output=f"{root}/index/{name}")
-    for name, model in arms.items():
+    arms = {BASE: config.retriever, ADAPTED: at(ADAPTED)}
+    for arm, model in arms.items():
+        yield step(f"vectors/{arm}", "embed", config.embed, retriever=model, corpus=at("corpus"))
+        yield step(f"index/{arm}", "index", config.index, vectors=at(f"vectors/{arm}"))
+    for arm, model in arms.items():
         yield step(
+            f"runs/{arm}.trec",
             "search",
             config.search,
             needs_judgements=True,
             retriever=model,
-            index=f"{root}/index/{name}",
+            index=at(f"index/{arm}"),
             queries=queries,
-            output=f"{root}/runs/{name}.trec",
         )
     yield step(
+        "report",
         "evaluate",
         config.evaluate,
         needs_judgements=True,
-        runs=[f"{root}/runs/{name}.trec" for name in arms],
+        runs=[at(f"runs/{arm}.trec") for arm in arms],
         qrels=qrels,
         queries=queries,
-        corpus=corpus,
-        output=f"{root}/report",
+        corpus=at("corpus"),
     )
 
 
@@ -170,8 +180,8 @@ def run(config: RunConfig) -> dict[str, Artifact]:
     if config.embed.get("encoding") is None:
         models.encoding_of(retriever)
     models.find_model(config.pretrained)
-    root = Location(config.root.rstrip("/"))
-    outputs = [{"stage": step.stage, "output": _under(root, step.config.output)} for step in steps]
+    root = Location(config.root)
+    outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
     judged = True
     for number, step in enumerate(steps, 1):
@@ -179,17 +189,13 @@ def run(config: RunConfig) -> dict[str, Artifact]:
             continue
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
         _, stage = stage_parts(step.stage)
-        made[_under(root, step.config.output)] = stage(step.config)
+        made[step.name] = stage(step.config)
         if step.stage == "ingest":
             judged = _has_judgements(config, steps)
             (root / RUN_NAME).write_text(
                 json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
             )
     return made
-
-
-def _under(root: Location, output: str) -> str:
-    return output.removeprefix(f"{root.uri}/")
 
 
 def _has_judgements(config: RunConfig, steps: list[Step]) -> bool:
@@ -228,7 +234,7 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
             pretrained=config.pretrained,
             corpus=config.corpus,
             **{name: getattr(config, name) for name in PACK_OPTIONS},
-            output=f"{config.output.rstrip('/')}-blocks",
+            output=Location(config.output).beside("-blocks").uri,
             overwrite=config.overwrite,
         )
     )

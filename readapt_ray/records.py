@@ -42,6 +42,12 @@ QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("r
 
 
 def vector_schema(dimension: int, dtype: str) -> pa.Schema:
-    """Vectors as plain Arrow: `dtype` is float32 or float16, `dimension` numbers a row."""
-    element = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
-    return pa.schema([("doc_id", pa.string()), ("vector", pa.list_(element, dimension))])
+    """Vectors as plain Arrow: `dtype` is float32, float16 or int8, `dimension` numbers a row.
+
+    int8 vectors have a `scale`: a number times it is what was encoded. `content_hash` is of title and text.
+    """
+    element = {"float32": pa.float32(), "float16": pa.float16(), "int8": pa.int8()}[dtype]
+    scale = [("scale", pa.float32())] if dtype == "int8" else []
+    return pa.schema(
+        [("doc_id", pa.string()), ("vector", pa.list_(element, dimension)), *scale, ("content_hash", pa.binary(16))]
+    )

@@ -106,6 +106,11 @@ class Location:
         head, mark, query = self.uri.partition("?")
         return Location(f"{head.rstrip('/')}/{part}{mark}{query}")
 
+    def beside(self, suffix: str) -> "Location":
+        """The place whose name has this suffix after this one's."""
+        head, mark, query = self.uri.partition("?")
+        return Location(f"{head.rstrip('/')}{suffix}{mark}{query}")
+
     def exists(self) -> bool:
         """Whether there is a file or folder here."""
         return bool(self._info().type != pafs.FileType.NotFound)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import yaml
 
 from readapt_ray import planner
 from readapt_ray.recipes import RunConfig
+from readapt_ray.serving import server
+from readapt_ray.stages import step_metrics
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent
@@ -262,14 +265,25 @@ def test_container_files_copy_what_is_there_and_do_not_end_as_root(file: Path) -
     assert [rest for word, rest in instructions if word == "USER"] == ["readapt"]
 
 
+def _our_metrics() -> Iterator[str]:
+    """As Ray's agent names them to Prometheus."""
+    telemetry = (Path(server.__file__).parent / "telemetry.py").read_text()
+    for kind, name in re.findall(r'(Counter|Histogram)\(\s*"(\w+)"', telemetry):
+        yield from (f"ray_{name}_{end}" for end in (["total"] if kind == "Counter" else ["bucket", "sum", "count"]))
+    for stage in ("train", "finetune"):
+        yield from (f"ray_readapt_{stage}_{name}" for name in step_metrics.MEASURED)
+
+
 def test_grafana_asks_for_metrics_that_ray_exports() -> None:
     dashboard = json.loads((CLUSTERS / "grafana.json").read_text())
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     asked = {name for expression in expressions for name in re.findall(r"\bray_[a-z_]+", expression)}
     folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
     exported = set(re.findall(r"\bray_[a-z_]+", "".join(file.read_text() for file in folder.glob("*_panels.py"))))
-    assert len(asked) > 15
-    assert asked <= exported, asked - exported
+    ours = {name for name in asked if name.startswith("ray_readapt_")}
+    assert len(asked) > 25
+    assert asked - ours <= exported, asked - ours - exported
+    assert ours <= set(_our_metrics()), ours - set(_our_metrics())
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
 

@@ -22,7 +22,7 @@ FILES = sorted(JOBS.glob("*.yaml"))
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> None:
     config = RunConfig.parse(yaml.safe_load(file.read_text()), where=file.name)
-    steps = {step.config.output.removeprefix("readapt-run/"): step for step in recipes.plan_run(config)}
+    steps = {step.name: step for step in recipes.plan_run(config)}
     assert list(steps) == [
         "corpus",
         "blocks",
@@ -67,6 +67,15 @@ def test_a_wrong_section_is_named() -> None:
 
 def test_the_quickstarts_recipe_is_a_plan() -> None:
     assert len(recipes.plan_run(quickstart.recipe("root"))) == 11
+
+
+@pytest.mark.parametrize(
+    ("root", "corpus"),
+    [("a/", "a/corpus"), ("s3://b/r?endpoint_override=127.0.0.1:1", "s3://b/r/corpus?endpoint_override=127.0.0.1:1")],
+)
+def test_outputs_lie_under_the_root_whatever_its_uri(root: str, corpus: str) -> None:
+    ingest, pack, train, *_ = (step.config for step in recipes.plan_run(quickstart.recipe(root)))
+    assert (ingest.output, pack.corpus, train.corpus) == (corpus, corpus, corpus.replace("corpus", "blocks"))
 
 
 @pytest.fixture(scope="module")

@@ -190,15 +190,13 @@ def _sentence_transformers_encoding(model: Model) -> Encoding:
     if len(chosen) != 1 or chosen[0] not in names:
         raise ModelError(f"{model.name!r} pools by {chosen}; understood is one of {sorted(names)}")
     settings = model.read_json("sentence_bert_config.json")
-    prompts = model.read_json("config_sentence_transformers.json").get("prompts") or {}
-    limit = int(settings.get("max_seq_length") or model.read_json("config.json").get("max_position_embeddings") or 512)
+    encoder = model.read_json("config_sentence_transformers.json")
+    _refuse_what_is_not_done(model, encoder, pooling)
+    limit = int(settings.get("max_seq_length") or _longest_text(model))
     return Encoding.parse(
         {
-            "query_template": str(prompts.get("query", "")).replace("{", "{{").replace("}", "}}") + "{text}",
-            "passage_template": str(prompts.get("document") or prompts.get("passage") or "")
-            .replace("{", "{{")
-            .replace("}", "}}")
-            + "{title} {text}",
+            "query_template": _prompt(encoder, ("query",)) + "{text}",
+            "passage_template": _prompt(encoder, ("document", "passage", "corpus")) + "{title} {text}",
             "pooling": names[chosen[0]],
             "normalize": "Normalize" in kinds,
             "add_bos": _adds(model, "bos"),
@@ -209,6 +207,30 @@ def _sentence_transformers_encoding(model: Model) -> Encoding:
         },
         where=str(model.folder),
     )
+
+
+def _prompt(encoder: dict[str, Any], names: tuple[str, ...]) -> str:
+    """What sentence-transformers puts before a text: the first of these prompts that there is, else the default one."""
+    prompts = encoder.get("prompts") or {}
+    name = next((each for each in names if each in prompts), encoder.get("default_prompt_name"))
+    return str(prompts.get(name) or "").replace("{", "{{").replace("}", "}}")
+
+
+def _refuse_what_is_not_done(model: Model, encoder: dict[str, Any], pooling: dict[str, Any]) -> None:
+    prompts = encoder.get("prompts") or {}
+    if pooling.get("include_prompt") is False and any(prompts.values()):
+        raise ModelError(
+            f"{model.name!r} pools without the tokens of its prompt (include_prompt); that is not understood"
+        )
+    similarity = encoder.get("similarity_fn_name") or "cosine"
+    if similarity not in ("cosine", "dot"):
+        raise ModelError(f"{model.name!r} compares vectors by {similarity!r}; understood are cosine and dot")
+
+
+def _longest_text(model: Model) -> int:
+    """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
+    positions = model.read_json("config.json").get("max_position_embeddings") or 512
+    return min(int(load_tokenizer(model).model_max_length), int(positions))
 
 
 def _pooling_modes(config: dict[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ own folder (`readapt.json`, or the files of sentence-transformers), or by option
 
 from typing import Literal
 
+from pydantic import Field
+
 from readapt_ray.config import Config
 from readapt_ray.errors import ModelError
 
@@ -37,6 +39,8 @@ class Encoding(Config):
     """Longest passage in tokens, specials included; what is longer is cut before the EOS."""
     lower_case: bool = False
     """Whether text is lower-cased before it is tokenised (a sentence-transformers setting)."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Numbers of a vector that are kept, the first ones, before it is normalised; all by default."""
 
 
 class Retriever(Config):

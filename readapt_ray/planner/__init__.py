@@ -4,7 +4,6 @@ In: a run's config, a cluster's file, and whatever the root already measured. Ou
 It reads a sample of the corpus and configs of models; no weight is read and Ray is not started.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +85,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
     """
     prices = read_prices(options.prices)
     cluster = machines.read_cluster(options.cluster, prices)
-    steps = _named(run, recipes.plan_run(run))
+    steps = [(step.name, step) for step in recipes.plan_run(run)]
     setting = _setting(run, options, steps, cluster)
     grid = {
         size: {workers: scaling.cell(steps, setting, size, workers) for workers in scaling.WORKERS}
@@ -100,11 +99,6 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
     )
-
-
-def _named(run: RunConfig, steps: Sequence[Step]) -> list[tuple[str, Step]]:
-    root = run.root.rstrip("/")
-    return [(step.config.output.removeprefix(f"{root}/"), step) for step in steps]
 
 
 def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]], cluster: Cluster) -> Setting:

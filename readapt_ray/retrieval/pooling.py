@@ -4,6 +4,8 @@ Padding may stand on either side, or on both: only the mask says which tokens ar
 norms are made in float32 whatever the type of the hidden states.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from readapt_ray.catalog.retrievers import Pooling
@@ -38,6 +40,26 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
     else:
         raise ValueError(f"pooling {pooling!r} is unknown; it must be one of last, mean, cls")
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen].float()
+
+
+def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], pooling: Pooling) -> torch.Tensor:
+    """One vector a text, of texts laid end to end.
+
+    Args:
+        hidden: hidden states [T, H] of all tokens.
+        lengths: tokens of each of the B texts, at least 1; their sum is T.
+        pooling: as `pool`.
+
+    Returns:
+        float32 [B, H].
+    """
+    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
+    starts = ends - torch.tensor(lengths, device=hidden.device)
+    if pooling == "mean":
+        texts = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), ends - starts)
+        sums = torch.zeros(len(lengths), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        return sums.index_add_(0, texts, hidden.float()) / (ends - starts).unsqueeze(-1)
+    return hidden[starts if pooling == "cls" else ends - 1].float()
 
 
 def normalized(vectors: torch.Tensor) -> torch.Tensor:

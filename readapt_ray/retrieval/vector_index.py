@@ -1,16 +1,18 @@
 """FAISS indexes in shards: build one, write and verify it, search many as if they were one.
 
 A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and
-`shards/00000.ids.parquet` (column doc_id, in the order of the index). Their checksums stand in the
-artifact's manifest. Memory is a shard; for `flat` that is 4 bytes a number, twice while it is read.
+`shards/00000.ids.parquet` (columns doc_id and content_hash, in the order of the index; no doc_id where a
+passage was deleted). Their checksums stand in the artifact's manifest. Memory is a shard; for `flat` that is
+4 bytes a number, twice while it is read.
 """
 
+import functools
 import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
@@ -19,37 +21,17 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact, open_artifact
-from readapt_ray.errors import CorruptFileError, InputError
+from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.embed_plan import packed_hashes
 from readapt_ray.retrieval.exact import Hits, TopK, check_dimension
+from readapt_ray.retrieval.index_kinds import index_kind  # noqa: F401 -- who builds a shard names its kind
 from readapt_ray.storage import Location
 
+DELETED = ""
+"""Stands for the doc_id of a vector that is no longer found."""
 _METADATA_KEY = b"readapt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexKind:
-    """One kind of index that can be asked for."""
-
-    name: str
-    factory: str
-    """FAISS factory string; the metric is always the inner product."""
-    is_exact: bool
-    """Whether it finds what exact search finds."""
-
-
-KINDS: tuple[IndexKind, ...] = (IndexKind(name="flat", factory="Flat", is_exact=True),)
-
-
-def index_kind(name: str) -> IndexKind:
-    """The row of a kind.
-
-    Raises:
-        InputError: there is none of that name.
-    """
-    for kind in KINDS:
-        if kind.name == name:
-            return kind
-    raise InputError(f"kind = {name!r}; it must be one of {', '.join(kind.name for kind in KINDS)}")
+_TRAINING_ROWS = 65_536
+_TRAINING_ROWS_PER_LIST = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +43,12 @@ class ShardRecord:
     num_bytes: int
     index_sha256: str
     ids_sha256: str
+    num_deleted: int = 0
+    """Vectors that are no longer found."""
+    factory: str = "Flat"
+    """FAISS factory string."""
+    measured: dict[str, float] | None = None
+    """Recall and time of a query; None for an exact shard."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +57,19 @@ class IndexShard:
 
     index: Any
     doc_ids: NDArray[np.object_]
+    """[N]; empty where a passage was deleted."""
+    hashes: bytes = b""
+    """16 bytes a vector, of the content of its passage; empty where nothing is known of any."""
+
+    @functools.cached_property
+    def _deleted(self) -> NDArray[np.bool_]:
+        return np.asarray(self.doc_ids == DELETED)
 
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
         """The k best of this shard, ties by doc_id.
 
-        FAISS breaks ties as it likes, so one more than k is asked for, and where the last place is
-        tied with the one after it, more, until the tie has an end.
+        FAISS breaks ties as it likes, so one more than k is asked for, and where the last place may be
+        tied with the one after it, or deleted vectors took places, more, until k have an end.
 
         Raises:
             InputError: the dimensions differ, or top_k is under 1.
@@ -88,13 +83,13 @@ class IndexShard:
         while len(pending):
             depth = min(wanted, self.index.ntotal)
             found, rows = self.index.search(np.ascontiguousarray(queries[pending], np.float32), depth)
-            found = np.where(rows >= 0, found, -np.inf).astype(np.float32)
+            kept = np.where((rows < 0) | self._deleted[rows], -np.inf, found).astype(np.float32)
             scores, doc_ids = _widened(scores, doc_ids, depth)
-            scores[pending], doc_ids[pending] = found, self.doc_ids[rows]
+            scores[pending], doc_ids[pending] = kept, self.doc_ids[rows]
             if depth == self.index.ntotal:
                 break
-            tied = (found[:, top_k - 1] == found[:, -1]) & np.isfinite(found[:, -1])
-            pending = pending[tied]
+            kth = -np.partition(-kept, top_k - 1, axis=1)[:, top_k - 1]
+            pending = pending[(rows[:, -1] >= 0) & (kth <= found[:, -1])]
             wanted *= 2
         best.add(scores, doc_ids)
         return best.hits()
@@ -110,33 +105,118 @@ def _widened(
     )
 
 
-def build_shard(kind: IndexKind, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]) -> IndexShard:
-    """An index of the vectors [N, D] that come in chunks with their doc_ids."""
-    index = faiss.index_factory(dimension, kind.factory, faiss.METRIC_INNER_PRODUCT)
+class HasFactory(Protocol):
+    """What says how FAISS makes an index: a kind, or a recipe."""
+
+    @property
+    def factory(self) -> str:
+        """FAISS factory string."""
+
+
+def build_shard(
+    recipe: HasFactory, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]
+) -> IndexShard:
+    """An index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them all."""
+    index = faiss.index_factory(dimension, recipe.factory, faiss.METRIC_INNER_PRODUCT)
     doc_ids: list[str] = []
+    parts: list[NDArray[np.float32]] = []
     for names, vectors in chunks:
-        index.add(np.ascontiguousarray(vectors, np.float32))
+        parts.append(np.ascontiguousarray(vectors, np.float32))
         doc_ids.extend(names)
+        if index.is_trained:
+            index.add(parts.pop())
+    if parts:
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        index.train(training_sample(whole, index))
+        index.add(whole)
     return IndexShard(index, np.array(doc_ids, dtype=object))
 
 
-def write_shard(folder: Location, name: str, shard: IndexShard, *, encoder: str) -> ShardRecord:
+def training_sample(vectors: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
+    """What an index is trained on: 64 vectors a list, and 65,536 at least, where there are so many."""
+    try:
+        num_lists = faiss.extract_index_ivf(index).nlist
+    except RuntimeError:
+        num_lists = 0
+    size = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
+    if len(vectors) <= size:
+        return vectors
+    return vectors[np.sort(np.random.default_rng(0).choice(len(vectors), size, replace=False))]
+
+
+def write_shard(
+    folder: Location,
+    name: str,
+    shard: IndexShard,
+    *,
+    encoder: str,
+    factory: str = "Flat",
+    measured: dict[str, float] | None = None,
+) -> ShardRecord:
     """Write a shard, the ids last: where they are, the shard is whole.
 
     Args:
         folder: the `shards` folder of the artifact.
         name: 00000, 00001, ...
         encoder: fingerprint of what made the vectors, kept beside the ids.
+        factory: how FAISS made it.
+        measured: what was measured of it.
     """
     content = faiss.serialize_index(shard.index).tobytes()
     (folder / f"{name}.faiss").write_bytes(content)
-    digest = hashlib.sha256(content).hexdigest()
-    metadata = {"index_sha256": digest, "index_bytes": len(content), "encoder": encoder}
-    schema = pa.schema([("doc_id", pa.string())], metadata={_METADATA_KEY: json.dumps(metadata)})
+    metadata = {
+        "index_sha256": hashlib.sha256(content).hexdigest(),
+        "index_bytes": len(content),
+        "encoder": encoder,
+        "factory": factory,
+        "measured": measured,
+    }
+    return _write_ids(folder, name, shard.doc_ids, shard.hashes, metadata)
+
+
+def _write_ids(
+    folder: Location, name: str, doc_ids: NDArray[np.object_], hashes: bytes, metadata: dict[str, Any]
+) -> ShardRecord:
+    digests: list[bytes | None] = [hashes[start : start + 16] for start in range(0, len(hashes), 16)]
+    schema = pa.schema(
+        [("doc_id", pa.string()), ("content_hash", pa.binary(16))], metadata={_METADATA_KEY: json.dumps(metadata)}
+    )
+    columns = [
+        pa.array([doc_id or None for doc_id in doc_ids], pa.string()),
+        pa.array(digests or [None] * len(doc_ids), pa.binary(16)),
+    ]
     sink = io.BytesIO()
-    pq.write_table(pa.table([pa.array(shard.doc_ids, pa.string())], schema=schema), sink, use_dictionary=False)
+    pq.write_table(pa.table(columns, schema=schema), sink, use_dictionary=False)
     (folder / f"{name}.ids.parquet").write_bytes(sink.getvalue())
-    return _record(name, len(shard.doc_ids), metadata, sink.getvalue())
+    return _record(name, columns[0], metadata, sink.getvalue())
+
+
+def carry_over(
+    source: Location, record: ShardRecord, kept: NDArray[np.bool_], target: Location, *, encoder: str
+) -> ShardRecord:
+    """Copy a shard into another index, without the vectors that are no longer kept; FAISS's file stays as it is.
+
+    Args:
+        source: the `shards` folder that the shard lies in.
+        record: what its manifest says of it.
+        kept: [N], whether a vector is still found.
+        target: the `shards` folder that it goes to, under the same name.
+        encoder: fingerprint of what made the vectors.
+
+    Raises:
+        CorruptFileError: a file of it is gone, or is not the one that was written.
+    """
+    doc_ids, hashes = read_ids(source, record)
+    content = _verified(source / f"{record.name}.faiss", record.index_sha256)
+    (target / f"{record.name}.faiss").write_bytes(content)
+    metadata = {
+        "index_sha256": record.index_sha256,
+        "index_bytes": len(content),
+        "encoder": encoder,
+        "factory": record.factory,
+        "measured": record.measured,
+    }
+    return _write_ids(target, record.name, np.where(kept, doc_ids, DELETED), hashes, metadata)
 
 
 def find_shard(folder: Location, name: str, *, encoder: str) -> ShardRecord | None:
@@ -148,22 +228,37 @@ def find_shard(folder: Location, name: str, *, encoder: str) -> ShardRecord | No
     try:
         with pq.ParquetFile(io.BytesIO(content)) as file:
             metadata = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
-            num_vectors = file.metadata.num_rows
+            doc_ids = file.read(columns=["doc_id"])["doc_id"]
     except (pa.ArrowInvalid, OSError):
         return None
     if metadata.get("encoder") != encoder or metadata.get("index_bytes") != index.size_bytes():
         return None
-    return _record(name, num_vectors, metadata, content)
+    return _record(name, doc_ids, metadata, content)
 
 
-def _record(name: str, num_vectors: int, metadata: dict[str, Any], ids: bytes) -> ShardRecord:
+def _record(name: str, doc_ids: Any, metadata: dict[str, Any], ids: bytes) -> ShardRecord:
     return ShardRecord(
         name=name,
-        num_vectors=num_vectors,
+        num_vectors=len(doc_ids),
         num_bytes=metadata["index_bytes"] + len(ids),
         index_sha256=metadata["index_sha256"],
         ids_sha256=hashlib.sha256(ids).hexdigest(),
+        num_deleted=doc_ids.null_count,
+        factory=metadata["factory"],
+        measured=metadata["measured"],
     )
+
+
+def read_ids(folder: Location, record: ShardRecord) -> tuple[NDArray[np.object_], bytes]:
+    """The doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
+
+    Raises:
+        CorruptFileError: the file is gone, or is not the one that was written.
+    """
+    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256)
+    table = pq.read_table(io.BytesIO(content))
+    doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
+    return doc_ids, packed_hashes(table["content_hash"].to_pylist())
 
 
 def read_shard(folder: Location, record: ShardRecord) -> IndexShard:
@@ -174,14 +269,13 @@ def read_shard(folder: Location, record: ShardRecord) -> IndexShard:
     """
     content = _verified(folder / f"{record.name}.faiss", record.index_sha256)
     index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
-    ids = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256)
-    doc_ids = np.array(pq.read_table(io.BytesIO(ids))["doc_id"].to_pylist(), dtype=object)
+    doc_ids, hashes = read_ids(folder, record)
     if not index.ntotal == len(doc_ids) == record.num_vectors:
         raise CorruptFileError(
             f"{folder / record.name}: {index.ntotal} vectors, {len(doc_ids)} ids, {record.num_vectors} in the manifest; "
             f"run `readapt index` again"
         )
-    return IndexShard(index, doc_ids)
+    return IndexShard(index, doc_ids, hashes)
 
 
 def _verified(location: Location, sha256: str) -> bytes:
@@ -235,8 +329,8 @@ class VectorIndex:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in all shards."""
-        return sum(record.num_vectors for record in self.records)
+        """Vectors in all shards that are found."""
+        return sum(record.num_vectors - record.num_deleted for record in self.records)
 
     @property
     def folder(self) -> Location:

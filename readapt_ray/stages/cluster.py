@@ -9,19 +9,25 @@ import contextlib
 import logging
 import os
 import time
+import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import hardware
 from readapt_ray.errors import PlacementError, ReadaptError, WorkerError
+from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 _WAIT_POLL_S = 1.0
 _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
+_NODE_ANSWERS_S = 120.0
+_UNINSTALLED = "from a folder"
+_SETTLE_S = 3.0
+"""What a stage held is free again a second or two after it ends."""
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -62,6 +68,8 @@ def connect() -> Resources:
         )
     _hush_ray_data()
     nodes = _nodes_that_came(int(os.environ.get("READAPT_NUM_NODES", "1")) if joins else 1)
+    if joins and len(nodes) > 1:
+        _check_alike(nodes)
     totals = ray.cluster_resources()
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
     hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
@@ -95,6 +103,88 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
         time.sleep(_WAIT_POLL_S)
 
 
+def _check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """See that all nodes run this package and this torch.
+
+    Raises:
+        PlacementError: some do not; it names them.
+    """
+
+    def installed() -> dict[str, str]:  # nested, so that it travels to nodes without the package
+        import importlib.metadata
+        import importlib.util
+
+        found = {}
+        for module, package in (("readapt_ray", "readapt-ray"), ("torch", "torch")):
+            try:
+                found[module] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                found[module] = _UNINSTALLED if importlib.util.find_spec(module) else "missing"
+        return found
+
+    here = installed()
+    other = {where: found for where, found in _on_each(nodes, installed).items() if not _is_alike(here, found)}
+    if other:
+        raise PlacementError(
+            f"nodes differ: the driver has {_named(here)}, but "
+            + "; ".join(f"{where} has {_named(found)}" for where, found in sorted(other.items()))
+            + "; install the same on all of them, or leave those nodes out"
+        )
+
+
+def _is_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether versions are the same; code that came in a job's working directory has none, and is the driver's own."""
+    pairs = [(one[name], other[name]) for name in one]
+    return all(a == b or (_UNINSTALLED in (a, b) and "missing" not in (a, b)) for a, b in pairs)
+
+
+def _named(versions: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def check_seen_by_all(folder: Location) -> None:
+    """See before workers start that every node sees a folder: a local one on the head's disk alone is lost work.
+
+    Raises:
+        PlacementError: some node does not see it; it names them.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not folder.is_local or len(nodes) < 2:
+        return
+    probe = folder / f".seen-{uuid.uuid4().hex}"
+
+    def sees(path: str) -> bool:
+        import pathlib
+
+        return pathlib.Path(path).is_file()
+
+    probe.write_bytes(b"")
+    try:
+        blind = sorted(where for where, seen in _on_each(nodes, sees, probe.path).items() if not seen)
+    finally:
+        probe.delete()
+    if blind:
+        raise PlacementError(
+            f"{folder} is not on a disk that all nodes share: {', '.join(blind)} cannot see it; give a URI (s3://, gs://), or "
+            f"a folder of a shared filesystem"
+        )
+
+
+def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """What a function gives on each node, by the node's address."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    started = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+        started[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = task.remote(*args)
+    return {where: ray.get(reference, timeout=_NODE_ANSWERS_S) for where, reference in started.items()}
+
+
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
     """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
 
@@ -115,13 +205,16 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
             f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
             f"num_cpus_per_worker, or add nodes"
         )
-    free = ray.available_resources()
-    short = [name for name, amount in each.items() if free.get(name, 0.0) < num_workers * amount]
-    if short:
-        have = ", ".join(f"{free.get(name, 0.0):g} {name}" for name in each)
-        logger.warning(
-            "%s each are asked for, and %s are free: waiting for what else runs on this cluster", asked, have
-        )
+    wanted = {name: num_workers * amount for name, amount in each.items() if amount}
+    settled_s = time.monotonic() + _SETTLE_S
+    while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
+        if time.monotonic() > settled_s:
+            have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
+            logger.warning(
+                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
+            )
+            return
+        time.sleep(_SETTLE_S / 10)
 
 
 def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:

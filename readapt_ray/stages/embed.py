@@ -1,40 +1,49 @@
 """The embed stage: passages become vectors, a numbered data shard at a time.
 
-In: a corpus and a retriever. Out: `vectors/part-00000.parquet` and so on. A shard is read, encoded
-and written whole by one actor, so what was committed before a kill is not computed again, and every
-passage stands once. Two CPU cores encode some 120 passages of 85 tokens a second with
-all-MiniLM-L6-v2; memory is a shard and the model an actor.
+In: a corpus and a retriever, and the vectors of an earlier corpus where there are any. Out:
+`vectors/part-00000.parquet` and so on. A shard is read, encoded and written whole by one actor, so what was
+committed before a kill is not computed again, and every passage stands once. Identical texts are encoded
+once, and those that an earlier artifact holds are copied. Two CPU cores with AMX encode some 230 passages of
+89 tokens a second with all-MiniLM-L6-v2; memory is the model and two shards an actor, 48 bytes a passage in
+the driver.
 """
 
-import json
 import logging
-import warnings
-from collections.abc import Iterator, Sequence
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 from pydantic import Field
 
-from readapt_ray import errors
-from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_building, read_manifest
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import CorpusError, CorruptFileError
+from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.retrieval.embed_plan import (
+    PASSAGE_COLUMNS,
+    Contents,
+    compare,
+    cut_shards,
+    matching_rows,
+    scan_passages,
+    scan_vectors,
+)
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.retrieval.vector_files import Footer, cut, read_footer, read_rows
+from readapt_ray.retrieval.vector_files import Footer, read_footer
 from readapt_ray.stages import cluster, elsewhere
-from readapt_ray.stages.shard_encoder import PASSAGE_COLUMNS, DataShard, EmbedJob, ShardEncoder
+from readapt_ray.stages.embed_sample import estimate, sample_rows
+from readapt_ray.stages.shard_encoder import EmbedJob, Rows
+from readapt_ray.stages.shard_runner import Placement, encode_shards
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 _MIN_SHARD_ROWS = 256
 _MAX_SHARD_ROWS = 4096
+_SHARDS = 32
 _FOOTER_THREADS = 16
-_MAX_VAIN_STARTS = 3
 
 
 class EmbedConfig(StageConfig):
@@ -44,14 +53,20 @@ class EmbedConfig(StageConfig):
     """The model that makes the vectors: catalog name, folder, URI or hub id."""
     corpus: str
     """The output folder of `readapt ingest`."""
+    previous: str | None = None
+    """Vectors of an earlier state of the corpus by the same model: only what is new or changed is encoded."""
+    sample: str | None = None
+    """Encode only a share (1%) or a number of passages, and say what a full run takes; written to OUTPUT-sample."""
     encoding: EncodingOption = None
     """How the retriever wants its text, as a JSON file; by default what its folder or the catalog says."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type that the model computes in."""
-    vector_dtype: Literal["float32", "float16"] = "float32"
-    """Type that the vectors are stored in."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, float32 on other CPUs."""
+    vector_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Type that the vectors are stored in; int8 with a scale for each vector."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Numbers of a vector that are kept, the first ones, then normalised again; by default what the encoding says."""
     rows_per_shard: int | None = Field(default=None, ge=1)
-    """Passages in a data shard, the unit of work; by default a sixteenth of the corpus, from 256 to 4,096."""
+    """Passages in a data shard, the unit of work; by default a 32nd of the corpus, from 256 to 4,096."""
     num_workers: int | None = Field(default=None, ge=1)
     """Actors that encode; by default one a GPU, and on a cluster without GPUs one for each `num_cpus_per_worker`."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
@@ -60,15 +75,18 @@ class EmbedConfig(StageConfig):
     """Tokens in a batch at most, padding included; by default 1,024 on a CPU and 16,384 on a GPU."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
-    operational: ClassVar[frozenset[str]] = frozenset({"num_workers", "num_cpus_per_worker", "batch_tokens"})
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous"}
+    )
 
 
 def embed(config: EmbedConfig) -> Artifact:
     """Encode a corpus.
 
     Raises:
-        ArtifactMissingError: the corpus is not the output of `readapt ingest`.
+        ArtifactMissingError: the corpus is not the output of `readapt ingest`, or `previous` not that of `readapt embed`.
         CorpusError: it is empty, lacks a column, or a doc_id stands in it twice; or a passage gives no vector.
+        FingerprintMismatchError: `previous` was made by another model, or is stored otherwise.
         ModelError: the retriever is not a model, or cannot be used with its encoding.
         CorruptFileError: a file of the corpus was cut short or altered.
         PlacementError: the cluster does not have what the actors ask for.
@@ -77,19 +95,22 @@ def embed(config: EmbedConfig) -> Artifact:
     corpus = open_artifact(config.corpus, "ingest")
     model = find_model(config.retriever)
     encoding = config.encoding or encoding_of(model)
+    if config.dimensions is not None:
+        encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     _check_model(model, encoding)
-    passages = corpus.location / "passages"
-    counts = _count_rows(passages)
-    num_passages = sum(count for _, count in counts)
+    passages = Rows(elsewhere.absolute(corpus.location / "passages"), _count_rows(corpus.location / "passages"))
+    num_passages = sum(count for _, count in passages.counts)
     if num_passages == 0:
         raise CorpusError(f"{config.corpus!r} has no passages; ingest a corpus that has some")
-    rows_per_shard = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // 16))
+    if config.sample is not None:
+        sample_rows(config.sample, num_passages)
+        config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})
+    config = config.model_copy(update={"dtype": _dtype(config)})
     encoder = describe_encoder(model, encoding, config.dtype)
+    previous, other = _open_previous(config, encoder)
+    rows_per_shard = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
 
     def work(workspace: Workspace) -> None:
-        ranges = cut(counts, rows_per_shard)
-        shards = [DataShard(number, tuple(each)) for number, each in enumerate(ranges)]
-        _check_unique_ids(passages, counts)
         job = EmbedJob(
             model_name=elsewhere.model_name(model),
             weights=model.fingerprint(),
@@ -100,19 +121,25 @@ def embed(config: EmbedConfig) -> Artifact:
             vector_dtype=config.vector_dtype,
             batch_tokens=config.batch_tokens,
             num_threads=1,
-            passages=elsewhere.absolute(passages),
+            passages=passages,
+            earlier=previous,
             vectors=elsewhere.absolute(workspace.location) / "vectors",
         )
-        _encode_shards(shards, job, config, workspace)
-        _summarise(shards, job, workspace)
+        if config.sample is not None:
+            estimate(config.sample, job, _placement(config), other, workspace)
+        else:
+            _encode(job, rows_per_shard, config, workspace)
+        if open_artifact(config.corpus, "ingest").fingerprint != corpus.fingerprint:
+            raise CorpusError(f"{config.corpus!r} was replaced while it was embedded; embed it with --overwrite")
 
     return produce(
-        "embed",
+        "embed" if config.sample is None else "embed-sample",
         config,
         inputs={
             "retriever": model.fingerprint(),
             "encoding": fingerprint(encoding.model_dump(mode="json")),
             "corpus": corpus.fingerprint,
+            **_sampled_against(config),
         },
         identity={"rows_per_shard": rows_per_shard, "encoder": encoder["fingerprint"]},
         work=work,
@@ -142,7 +169,30 @@ def _check_model(model: Model, encoding: Encoding) -> None:
     TextTokenizer(load_tokenizer(model), encoding)
 
 
-def _count_rows(passages: Location) -> list[tuple[str, int]]:
+def _dtype(config: EmbedConfig) -> str:
+    """What `auto` stands for: what the output was begun with, else what suits the devices that will encode."""
+    from readapt_ray.retrieval.encoder import suitable_dtype
+
+    if config.dtype != "auto":
+        return config.dtype
+    if not config.overwrite:
+        manifest, building = read_manifest(config.output), read_building(config.output)
+        begun = (manifest.config if manifest else (building or {}).get("config", {})).get("dtype")
+        if begun in ("float32", "float16", "bfloat16"):
+            return str(begun)
+    import ray
+
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return suitable_dtype()
+    total = cluster.connect()
+    if total.num_nodes == 1:
+        return suitable_dtype("cuda" if total.num_gpus else "cpu")
+    device = "cuda" if total.num_gpus else "cpu"
+    there = ray.remote(num_cpus=1, num_gpus=1 if total.num_gpus else 0)(suitable_dtype)
+    return str(ray.get(there.remote(device)))
+
+
+def _count_rows(passages: Location) -> tuple[tuple[str, int], ...]:
     """Name and number of rows of each passages file; their ends are read, so a truncated one is found here."""
     names = [name for name, _ in passages.listing(".parquet")]
     with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
@@ -153,151 +203,101 @@ def _count_rows(passages: Location) -> list[tuple[str, int]]:
             raise CorpusError(
                 f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
             )
-    return [(name, footer.num_rows) for name, footer in zip(names, footers, strict=True)]
+    return tuple((name, footer.num_rows) for name, footer in zip(names, footers, strict=True))
 
 
-def _check_unique_ids(passages: Location, counts: Sequence[tuple[str, int]]) -> None:
-    """Refuse a corpus where a doc_id stands twice: 8 bytes a passage, some seconds for ten million."""
-    hashes = np.concatenate([_id_hashes(_ids(passages, name, count)) for name, count in counts if count])
-    ordered = np.sort(hashes)
-    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not suspects:
-        return
-    seen: dict[str, str] = {}
-    for name, count in counts:
-        for doc_id in _ids(passages, name, count):
-            if doc_id is None or hash(doc_id) in suspects:
-                if doc_id is None or doc_id in seen:
-                    first = f"stands in {seen.get(str(doc_id), name)} and again in {name}" if doc_id else "is missing"
-                    raise CorpusError(f"doc_id {doc_id!r} {first} of {passages}; ingest the corpus again")
-                seen[doc_id] = name
+def _sampled_against(config: EmbedConfig) -> dict[str, str]:
+    """A sample's report depends on `previous`; vectors do not."""
+    if config.sample is None or config.previous is None:
+        return {}
+    return {"previous": open_artifact(config.previous, "embed").fingerprint}
 
 
-def _ids(passages: Location, name: str, count: int) -> list[str | None]:
-    return list(read_rows(passages / name, 0, count, ("doc_id",))["doc_id"].to_pylist())
-
-
-def _id_hashes(doc_ids: Sequence[str | None]) -> np.ndarray:
-    return np.fromiter(map(hash, doc_ids), np.int64, len(doc_ids))
-
-
-def _encode_shards(shards: Sequence[DataShard], job: EmbedJob, config: EmbedConfig, workspace: Workspace) -> None:
-    """Encode what has no file yet, showing progress as shards come in; go on with what is left when an actor dies."""
-    total = sum(shard.num_rows for shard in shards)
-    vain = 0
-    while pending := _pending(shards, job):
-        done = total - sum(shard.num_rows for shard in pending)
-        workspace.progress(done, total, unit="passages")
-        vain += 1
-        try:
-            for num_rows in _results(pending, job, config):
-                vain = 0
-                done += num_rows
-                workspace.progress(done, total, unit="passages")
-        except errors.WorkerError as error:
-            if vain >= _MAX_VAIN_STARTS:
-                raise
-            logger.warning("%s; the actors are started again for what is left", error)
-        else:
-            _check_written(shards, job)
-
-
-def _check_written(shards: Sequence[DataShard], job: EmbedJob) -> None:
-    lost = [shard.name for shard in _pending(shards, job)]
-    if lost:
-        raise CorruptFileError(
-            f"{len(lost)} files were written to {job.vectors} and are not there, {lost[0]} first; see what removes them, "
-            f"and run `readapt embed` again"
-        )
-
-
-def _pending(shards: Sequence[DataShard], job: EmbedJob) -> list[DataShard]:
-    """The shards whose file is not there, or is not one that this job would have written."""
-    there = {name for name, _ in job.vectors.listing(".parquet")}
-    found = [shard for shard in shards if shard.name in there]
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        whole = dict(zip(found, pool.map(lambda shard: _is_whole(shard, job), found), strict=True))
-    return [shard for shard in shards if not whole.get(shard, False)]
-
-
-def _is_whole(shard: DataShard, job: EmbedJob) -> bool:
-    try:
-        footer = read_footer(job.vectors / shard.name)
-    except CorruptFileError as error:
-        logger.warning("%s; it is computed again", error)
-        return False
-    return footer.num_rows == shard.num_rows and _made_by(footer) == job.encoder["fingerprint"]
-
-
-def _made_by(footer: Footer) -> str:
-    return str(footer.metadata.get("encoder", {}).get("fingerprint", ""))
-
-
-def _results(pending: Sequence[DataShard], job: EmbedJob, config: EmbedConfig) -> Iterator[int]:
-    """The number of passages of each shard, as it is written."""
-    num_nodes = cluster.connect().num_nodes
-    num_workers, num_cpus, num_gpus = _placement(config, len(pending))
-    import ray
-    from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayError
-    from ray.util.annotations import RayDeprecationWarning
-
-    node_id = ray.get_runtime_context().get_node_id()
-    placed = EmbedJob(**{**vars(job), "num_threads": num_cpus, "node_id": node_id})
-    items = [
-        {"number": shard.number, "ranges": json.dumps([asdict(each) for each in shard.ranges])} for shard in pending
-    ]
-    dataset = ray.data.from_items(items, override_num_blocks=len(items))
-    dataset.context.execution_no_progress_timeout_s = -1
-    # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
-    # `_encode_shards` starts again; on several, one lost node must not stop the actors of the others.
-    restarts = {} if num_nodes > 1 else {"max_restarts": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.64 will need another way to say it
-        written = dataset.map_batches(
-            ShardEncoder,
-            fn_constructor_args=(placed,),
-            batch_size=1,
-            compute=ActorPoolStrategy(size=num_workers),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            **restarts,
-        )
-    try:
-        for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
-            for kind, message in zip(batch["error"].tolist(), batch["message"].tolist(), strict=True):
-                if kind:
-                    raise getattr(errors, kind)(message)
-            yield int(batch["num_rows"].sum())
-    except RayError as error:
-        raise cluster.cause_of(error) from None
-
-
-def _placement(config: EmbedConfig, num_pending: int) -> tuple[int, int, int]:
-    """Actors, CPUs of each and GPUs of each.
+def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Rows | None, Rows | None]:
+    """The earlier vectors that may be copied, or those that a sample may only be compared with.
 
     Raises:
-        PlacementError: the cluster does not have that much.
+        FingerprintMismatchError: they are not what this run would make, and it is not a sample.
     """
-    total = cluster.connect()
-    num_cpus = config.num_cpus_per_worker or 1
-    most = total.num_gpus or total.num_cpus // num_cpus
-    num_workers = config.num_workers or max(1, min(most, num_pending))
-    num_gpus = 1 if total.num_gpus else 0
-    cluster.check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who="actors")
-    return num_workers, num_cpus, num_gpus
+    if config.previous is None:
+        return None, None
+    artifact = open_artifact(config.previous, "embed")
+    there, vector_dtype = artifact.manifest.details["encoder"], artifact.manifest.details["vector_dtype"]
+    folder = elsewhere.absolute(artifact.location / "vectors")
+    rows = Rows(folder, tuple((name, read_footer(folder / name).num_rows) for name, _ in folder.listing(".parquet")))
+    same_encoder = there["fingerprint"] == encoder["fingerprint"]
+    if same_encoder and vector_dtype == config.vector_dtype:
+        return rows, None
+    if config.sample is not None:
+        return None, rows
+    if not same_encoder:
+        raise FingerprintMismatchError(
+            f"previous = {config.previous!r} was made by another encoder ({there['model']!r} in {there['dtype']}, "
+            f"{there['fingerprint']}) than {config.retriever!r} in {config.dtype} ({encoder['fingerprint']}); "
+            f"leave it out to encode the whole corpus"
+        )
+    raise FingerprintMismatchError(
+        f"previous = {config.previous!r} stores its vectors in {vector_dtype}; give --vector-dtype {vector_dtype}, "
+        f"or leave it out to encode the whole corpus"
+    )
 
 
-def _summarise(shards: Sequence[DataShard], job: EmbedJob, workspace: Workspace) -> None:
-    """Verify what lies there, and put its counts into the manifest."""
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda shard: read_footer(job.vectors / shard.name), shards))
+def _placement(config: EmbedConfig) -> Placement:
+    return Placement(config.num_workers, config.num_cpus_per_worker)
+
+
+def _encode(job: EmbedJob, rows_per_shard: int, config: EmbedConfig, workspace: Workspace) -> None:
+    """Plan, encode what is missing, and put what came of it into the manifest."""
+    contents = scan_passages(job.passages.folder, job.passages.counts)
+    earlier = scan_vectors(job.earlier.folder, job.earlier.counts) if job.earlier else None
+    matches = None if earlier is None else matching_rows(contents.hashes, earlier.hashes)
+    footers = encode_shards(
+        list(cut_shards(contents, rows_per_shard, matches)),
+        job,
+        _placement(config),
+        lambda done, total: workspace.progress(done, total, unit="passages"),
+    )
     workspace.counts |= {
         "num_vectors": sum(footer.num_rows for footer in footers),
-        "num_tokens": sum(int(footer.metadata["num_tokens"]) for footer in footers),
+        "num_tokens": int(summed(footers, "num_tokens")),
         "num_bytes": sum(footer.num_bytes for footer in footers),
     }
     workspace.details |= {
         "encoder": {**job.encoder, "dimension": footers[0].dimension},
         "vector_dtype": job.vector_dtype,
+        "work": _tell_work(footers),
     }
+    if earlier is not None:
+        workspace.details["changes"] = _tell_changes(contents, earlier, str(config.previous))
+
+
+def summed(footers: list[Footer], name: str) -> float:
+    """A figure of all files together."""
+    return sum(float(footer.metadata.get(name, 0)) for footer in footers)
+
+
+def _tell_work(footers: list[Footer]) -> dict[str, float]:
+    """How the encoders spent their time, all runs that made these files together."""
+    busy_s, waited_s = summed(footers, "encode_s"), summed(footers, "wait_s")
+    tokens, positions = summed(footers, "num_tokens"), summed(footers, "num_positions")
+    work = {
+        "num_encoded": int(summed(footers, "num_encoded")),
+        "num_copied": int(summed(footers, "num_copied")),
+        "encoder_seconds": round(busy_s, 3),
+        "waiting_share": round(waited_s / max(busy_s + waited_s, 1e-9), 4),
+        "padding_share": round(1 - tokens / max(positions, 1), 4),
+    }
+    logger.info(
+        "embed: %s texts encoded; the encoders waited %.1f%% of their time for input, %.1f%% of what they computed was padding",
+        f"{work['num_encoded']:,}",
+        100 * work["waiting_share"],
+        100 * work["padding_share"],
+    )
+    return work
+
+
+def _tell_changes(contents: Contents, earlier: Contents, previous: str) -> dict[str, int]:
+    changes = asdict(compare(contents, earlier))
+    counted = ", ".join(f"{count:,} {name.removeprefix('num_')}" for name, count in changes.items())
+    logger.info("embed: passages against %s: %s", previous, counted)
+    return changes

@@ -51,6 +51,7 @@ def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int],
     from readapt_ray.weights import export
 
     cluster.connect()
+    cluster.check_seen_by_all(job.target)
     pending = [number for number, shard in enumerate(job.plan.shards) if not export.is_written(shard, job.target)]
     done = job.plan.num_bytes - sum(job.plan.shards[number].num_bytes for number in pending)
     write = ray.remote(num_cpus=job.num_threads, scheduling_strategy="SPREAD")(_write)

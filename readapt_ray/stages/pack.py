@@ -127,6 +127,7 @@ def _pack(
         first_number += rows
     job = {"pretrained": elsewhere.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
     blocks = elsewhere.absolute(workspace.location) / "blocks"
+    cluster.check_seen_by_all(blocks)
     shared_lists = ray.put(lists)
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared_lists)))

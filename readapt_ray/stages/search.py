@@ -59,7 +59,7 @@ class SearchConfig(StageConfig):
     def _one_source(self) -> Self:
         if (self.index is None) == (self.vectors is None):
             raise ValueError("give exactly one of index and vectors")
-        if not self.output.endswith(".trec"):
+        if not self.output.partition("?")[0].endswith(".trec"):
             raise ValueError(f"output = {self.output!r}: the run is one file; its name must end with .trec")
         return self
 
@@ -236,15 +236,19 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
     """What each task found: scores and doc_ids [Q, K], in the order in which tasks end."""
     import ray
 
-    room = max(1, cluster.connect().num_cpus)
+    total = cluster.connect()
+    on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
+    room = max(1, total.num_gpus if on_gpus else total.num_cpus)
     shared = ray.put(queries)
-    task = ray.remote(num_cpus=1)(_search_piece)
+    task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0)(_search_piece)
+    place = elsewhere.absolute(source.artifact.location)
+    device = "cuda" if on_gpus else "cpu"
     waiting = source.pieces(room)
     running: list[Any] = []
     try:
         while waiting or running:
             while waiting and len(running) < room:
-                running.append(task.remote(elsewhere.absolute(source.artifact.location), waiting.pop(0), shared, top_k))
+                running.append(task.remote(place, waiting.pop(0), shared, top_k, device))
             ready, running = ray.wait(running)
             yield from ray.get(ready)
     finally:
@@ -253,14 +257,13 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
 
 
 def _search_piece(
-    artifact: Location, piece: tuple[RowRange, ...] | dict[str, Any], queries: np.ndarray, top_k: int
+    artifact: Location, piece: tuple[RowRange, ...] | dict[str, Any], queries: np.ndarray, top_k: int, device: str
 ) -> tuple[np.ndarray, np.ndarray]:
+    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device."""
     if isinstance(piece, dict):
-        import faiss
-
+        elsewhere.faiss_on_one_thread()
         from readapt_ray.retrieval.vector_index import ShardRecord, read_shard
 
-        faiss.omp_set_num_threads(1)
         hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)
     else:
         import torch
@@ -268,5 +271,5 @@ def _search_piece(
         from readapt_ray.retrieval.exact import search_exact
 
         torch.set_num_threads(1)
-        hits = search_exact(queries, iterate_vectors(artifact / "vectors", piece), top_k)
+        hits = search_exact(queries, iterate_vectors(artifact / "vectors", piece), top_k, device=device)
     return hits.scores, hits.doc_ids

@@ -30,7 +30,7 @@ METRICS_NAME = "metrics.jsonl"
 _PARTS_NAME = "metrics"
 _POLL_S = 1.0
 _PROJECT = "readapt_ray"
-_MEASURED = (
+MEASURED = (
     "loss",
     "learning_rate",
     "gradient_norm",
@@ -41,6 +41,7 @@ _MEASURED = (
     "data_wait_s",
     "peak_memory_bytes",
 )
+"""What Ray's metrics and the trackers get of a step."""
 
 
 class Board:
@@ -56,7 +57,7 @@ class Board:
         self._error: Exception | None = None
         self._gauges = {
             name: Gauge(f"readapt_{stage}_{name}", description=f"{name} of the last step of readapt {stage}")
-            for name in ("step", *_MEASURED)
+            for name in ("step", *MEASURED)
         }
 
     def post(self, rows: list[dict[str, Any]]) -> None:
@@ -143,7 +144,7 @@ def _show(board: Any, workspace: Workspace, logs: list[Any]) -> None:
         return
     for row in rows:
         for log in logs:
-            log.log(row["step"], {name: row[name] for name in _MEASURED if row[name] is not None})
+            log.log(row["step"], {name: row[name] for name in MEASURED if row[name] is not None})
     if rows:
         last = rows[-1]
         workspace.progress(last["step"], last["num_steps"], unit="steps", note=note(last))

@@ -18,7 +18,7 @@ from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import PlacementError, ReadaptError
-from readapt_ray.stages import cluster, step_metrics
+from readapt_ray.stages import cluster, elsewhere, step_metrics
 from readapt_ray.stages.optimization import OptimizationConfig, adapter_shape, compute_dtype, optimization
 from readapt_ray.storage import Location
 
@@ -95,6 +95,7 @@ def run_workers(
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     num_workers, resources, use_gpu = placement(config.num_workers, config.num_cpus_per_worker)
+    cluster.check_seen_by_all(elsewhere.absolute(workspace.location))
     if config.min_workers is not None and config.min_workers > num_workers:
         raise PlacementError(f"min_workers = {config.min_workers} is more than num_workers = {num_workers}; lower it")
     elastic = config.min_workers is not None and config.min_workers < num_workers

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from readapt_ray import attention
 from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
@@ -81,6 +82,100 @@ def test_left_padding_gives_the_same_vectors(models, passages, name, pooling):
     ours = _encode(encoder, passages)
     assert np.abs(ours - by_hand).max() < 1e-4
     assert _cosines(ours, by_hand).min() > 0.999999
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", ["decoder", "encoder", "adapter"])
+def test_texts_end_to_end_give_the_same_vectors(models, passages, name, pooling):
+    encoding = Encoding.model_validate(encoding_of(models[name]).model_dump() | {"pooling": pooling})
+    padded = Encoder.load(models[name], encoding=encoding)
+    packed = Encoder.load(models[name], encoding=encoding, packed=True)
+    assert packed.is_packed and not padded.is_packed
+    for batch_tokens in (1, 100, 100_000):
+        packed.batch_tokens = batch_tokens
+        assert _cosines(_encode(packed, passages), _encode(padded, passages)).min() > 0.999999
+    assert packed.work.num_positions == packed.work.num_tokens > 0
+    assert padded.work.num_positions > padded.work.num_tokens
+
+
+@pytest.mark.parametrize("family", ["roberta", "mistral"])
+def test_families_with_positions_or_windows_of_their_own_are_packed_alike(tmp_path, passages, family):
+    """Positions after the padding's own, and a window shorter than the texts."""
+    from transformers import MistralConfig, MistralModel, RobertaConfig, RobertaModel
+
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 130, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if family == "roberta":
+        network = RobertaModel(RobertaConfig(**sizes), add_pooling_layer=False)
+        factories.encoder_tokenizer().save_pretrained(tmp_path)
+    else:
+        network = MistralModel(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=6))
+        factories.decoder_tokenizer().save_pretrained(tmp_path)
+    network.save_pretrained(tmp_path)
+    factories.write_contract(tmp_path, pooling="mean")
+    padded, packed = (Encoder.load(find_model(str(tmp_path)), packed=each) for each in (False, True))
+    assert packed.is_packed
+    assert max(map(len, packed.tokenize([each.text for each in passages], "passage"))) > 4 * 6
+    assert _cosines(_encode(packed, passages), _encode(padded, passages)).min() > 0.999999
+
+
+def test_a_model_that_cannot_be_packed_is_padded(models, passages, monkeypatch):
+    """Here one whose attention mixes the texts up."""
+
+    def mixed_up(*states, **options):
+        return torch.nn.functional.scaled_dot_product_attention(*states[:2], states[2]).transpose(1, 2)
+
+    expected = _encode(Encoder.load(models["encoder"]), passages)
+    monkeypatch.setattr(attention, "_by_passage", mixed_up)
+    encoder = Encoder.load(models["encoder"], packed=True)
+    assert not encoder.is_packed
+    np.testing.assert_array_equal(_encode(encoder, passages), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decoder", "encoder", "adapter"])
+def test_the_flash_kernel_gives_the_same_vectors(models, passages, name):
+    packed = Encoder.load(models[name], dtype="bfloat16", device="cuda")
+    assert packed.is_packed
+    exact = _encode(Encoder.load(models[name], device="cpu"), passages)
+    assert _cosines(_encode(packed, passages), exact).min() > 0.999
+
+
+def test_too_little_memory_halves_the_budget(models, passages, caplog):
+    expected = _encode(Encoder.load(models["encoder"]), passages)
+    encoder = Encoder.load(models["encoder"], batch_tokens=1000)
+    forward, sizes = encoder.network.forward, []
+
+    def small(**given):
+        sizes.append(given["input_ids"].numel())
+        if sizes[-1] > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(**given)
+
+    encoder.network.forward = small
+    assert _cosines(_encode(encoder, passages), expected).min() > 0.999999
+    assert 100 < encoder.batch_tokens <= 300 and sum(size > 300 for size in sizes) == 2
+    assert "out of memory with" in caplog.text and f"going on with {encoder.batch_tokens}" in caplog.text
+    encoder.network.forward = lambda **_: (_ for _ in ()).throw(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    )
+    with pytest.raises(ModelError, match=r"a text of \d+ tokens does not fit the memory of cpu"):
+        _encode(encoder, passages)
+    encoder.network.forward = lambda **_: (_ for _ in ()).throw(RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        _encode(encoder, passages)
+
+
+def test_dimensions_cut_and_normalise_again(models, passages):
+    whole = _encode(Encoder.load(models["encoder"]), passages)
+    encoding = encoding_of(models["encoder"]).model_copy(update={"dimensions": 8})
+    encoder = Encoder.load(models["encoder"], encoding=encoding)
+    cut = _encode(encoder, passages)
+    assert cut.shape == (64, 8) and encoder.dimension == 8
+    np.testing.assert_allclose(cut, whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True), atol=1e-6)
+    with pytest.raises(ModelError, match="dimensions = 33, but the model's vectors have 32 numbers"):
+        Encoder.load(models["encoder"], encoding=encoding.model_copy(update={"dimensions": 33}))
 
 
 def test_an_adapter_gives_the_vectors_that_peft_gives(models, passages):

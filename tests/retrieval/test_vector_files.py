@@ -4,13 +4,21 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import CorpusError, CorruptFileError
-from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors, read_footer, read_rows, write_vectors
+from readapt_ray.retrieval.vector_files import (
+    RowRange,
+    RowReader,
+    cut,
+    iterate_vectors,
+    read_footer,
+    read_rows,
+    write_vectors,
+)
 from readapt_ray.storage import Location
 
 
 def _written(folder, num_rows=2500, dimension=6, dtype="float32"):
     rng = np.random.default_rng(0)
-    doc_ids = [f"d{number}" for number in range(num_rows)]
+    doc_ids = [f"d{number:05d}" for number in range(num_rows)]
     vectors = rng.normal(size=(num_rows, dimension)).astype(np.float32)
     location = Location(str(folder)) / "part-00000.parquet"
     write_vectors(location, doc_ids, vectors, dtype=dtype, metadata={"encoder": {"fingerprint": "f"}, "num_tokens": 7})
@@ -27,6 +35,49 @@ def test_a_file_is_plain_arrow_and_says_what_made_it(tmp_path, dtype):
     np.testing.assert_array_equal(np.array(table["vector"].to_pylist(), dtype), vectors.astype(dtype))
     footer = read_footer(location)
     assert (footer.num_rows, footer.dimension, footer.metadata["num_tokens"]) == (2500, 6, 7)
+
+
+def test_int8_is_symmetric_with_a_scale_a_vector(tmp_path):
+    location, doc_ids, vectors = _written(tmp_path, dtype="int8")
+    table = pq.read_table(location.path)
+    assert table.schema.field("vector").type == pa.list_(pa.int8(), 6)
+    numbers, scales = np.array(table["vector"].to_pylist()), table["scale"].to_numpy()
+    assert (np.abs(numbers).max(axis=1) == 127).all() and numbers.min() == -127
+    np.testing.assert_allclose(numbers * scales[:, None], vectors, atol=np.abs(vectors).max() / 250)
+    ((names, read),) = iterate_vectors(Location(str(tmp_path)), [RowRange(location.name, 0, 2500)])
+    assert names == doc_ids
+    np.testing.assert_array_equal(read, numbers.astype(np.float32) * scales[:, None])
+    with pytest.raises(CorpusError, match="'b' is zero"):
+        write_vectors(location, ["a", "b"], np.eye(2, 3) * [[1], [0]], dtype="int8", metadata={})
+
+
+def test_a_doc_id_is_found_by_the_statistics(tmp_path):
+    vectors = np.ones((2500, 3), np.float32)
+    location = Location(str(tmp_path)) / "x.parquet"
+    doc_ids = [f"d{number:05d}" for number in np.random.default_rng(0).permutation(2500)]
+    vectors[:, 0] = [int(doc_id[1:]) for doc_id in doc_ids]
+    write_vectors(location, doc_ids, vectors, dtype="float32", metadata={})
+    footer = pq.ParquetFile(location.path).metadata
+    bounds = [footer.row_group(group).column(0).statistics for group in range(footer.num_row_groups)]
+    assert [each.min for each in bounds] == ["d00000", "d01024", "d02048"]
+    assert [each.max for each in bounds] == ["d01023", "d02047", "d02499"]
+    found = pq.read_table(location.path, filters=[("doc_id", "=", "d01500")])
+    assert found["vector"].to_pylist() == [[1500.0, 1.0, 1.0]]
+
+
+def test_rows_of_many_files_by_number(tmp_path):
+    folder = Location(str(tmp_path))
+    for name, start in (("a", 0), ("b", 1500), ("c", 1500)):
+        count = {"a": 1500, "b": 0, "c": 1100}[name]
+        ids = pa.array([f"d{number}" for number in range(start, start + count)])
+        pq.write_table(pa.table({"doc_id": ids}), tmp_path / name, row_group_size=100)
+    reader = RowReader(folder, [("a", 1500), ("b", 0), ("c", 1100)])
+    assert len(reader) == 2600
+    for rows in ([2599, 0, 1499, 1500, 7, 7], list(range(1490, 1510)), [1500], [3, 1], []):
+        table = reader.take(np.array(rows, np.int64), ("doc_id", "scale"))
+        assert (table["doc_id"].to_pylist() if rows else []) == [f"d{row}" for row in rows]
+    with pytest.raises(CorruptFileError, match="has 1100 rows, but 1200 were expected"):
+        RowReader(folder, [("c", 1200)]).take(np.array([3, 1199]), ("doc_id",))
 
 
 @pytest.mark.parametrize(("start", "num_rows"), [(0, 1), (1023, 2), (1024, 1024), (700, 1800), (2499, 1), (0, 2500)])

@@ -6,9 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
+from readapt_ray.retrieval.index_kinds import Recipe
 from readapt_ray.retrieval.vector_index import (
     VectorIndex,
     build_shard,
+    carry_over,
     find_shard,
     index_kind,
     read_shard,
@@ -118,6 +120,37 @@ def test_a_half_written_shard_is_not_found(tmp_path):
     assert find_shard(folder, "00000", encoder="f") is None
 
 
+@pytest.mark.parametrize("top_k", [1, 5, 40, 300])
+def test_deleted_vectors_are_not_found_and_take_no_place(tmp_path, top_k):
+    queries, doc_ids, vectors = _made()
+    (shard,) = _shards(doc_ids, vectors, 300)
+    folder, target = Location(str(tmp_path / "a")), Location(str(tmp_path / "b"))
+    record = write_shard(folder, "00000", shard, encoder="f")
+    kept = np.random.default_rng(1).random(300) < 0.4
+    carried = carry_over(folder, record, kept, target, encoder="f")
+    assert (carried.num_vectors, carried.num_deleted) == (300, int((~kept).sum()))
+    assert carried.index_sha256 == record.index_sha256
+    assert find_shard(target, "00000", encoder="f") == carried
+    ids = pq.read_table(tmp_path / "b/00000.ids.parquet")["doc_id"].to_pylist()
+    assert ids == [doc_id if keep else None for doc_id, keep in zip(doc_ids, kept, strict=True)]
+    hits = read_shard(target, carried).search(queries, top_k)
+    left = [doc_id for doc_id, keep in zip(doc_ids, kept, strict=True) if keep]
+    for index, expected in enumerate(by_hand(queries, left, vectors[kept], top_k)):
+        assert [doc.doc_id for doc in hits.of_query(index, "q")] == [doc_id for doc_id, _ in expected]
+    again = carry_over(target, carried, np.zeros(300, bool), Location(str(tmp_path / "c")), encoder="f")
+    assert read_shard(Location(str(tmp_path / "c")), again).search(queries, 5).of_query(0, "q") == []
+
+
+def test_an_index_that_finds_less_than_k_is_not_asked_for_ever():
+    queries, doc_ids, vectors = _made()
+    recipe = Recipe(factory="IVF7,Flat", depth="nprobe", is_exact=False)
+    shard = build_shard(recipe, 16, [(doc_ids[:150], vectors[:150]), (doc_ids[150:], vectors[150:])])
+    assert shard.index.ntotal == 300 and shard.index.nprobe == 1
+    found = shard.search(queries, 200)
+    counts = [len(found.of_query(index, "q")) for index in range(len(queries))]
+    assert 0 < max(counts) < 200
+
+
 def test_edges(tmp_path):
     queries, doc_ids, vectors = _made()
     (shard,) = _shards(doc_ids, vectors, 300)
@@ -127,7 +160,5 @@ def test_edges(tmp_path):
         shard.search(queries[:, :8], 5)
     with pytest.raises(InputError, match="top_k = 0"):
         shard.search(queries, 0)
-    with pytest.raises(InputError, match=r"kind = 'ivf'.*flat"):
-        index_kind("ivf")
     with pytest.raises(ArtifactMissingError, match="does not exist"):
         VectorIndex.open(str(tmp_path / "absent"))

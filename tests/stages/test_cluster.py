@@ -2,6 +2,7 @@
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import ray
 
 from readapt_ray.errors import PlacementError
 from readapt_ray.stages import cluster
+from readapt_ray.storage import Location
 
 
 def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float], free: dict[str, float] | None = None) -> None:
@@ -49,9 +51,58 @@ def test_workers_that_wait_for_another_job_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes(monkeypatch, {"CPU": 16.0, "GPU": 4.0}, free={"CPU": 15.0, "GPU": 1.0})
+    monkeypatch.setattr(cluster, "_SETTLE_S", 0.1)
     with caplog.at_level(logging.WARNING, "readapt_ray"):
         cluster.check_placement(4, {"CPU": 1, "GPU": 1}, who="actors")
-    assert "4 actors of 1 CPU and 1 GPU each are asked for, and 15 CPU, 1 GPU are free" in caplog.text
+    assert "4 actors of 1 CPU and 1 GPU each are asked for, and 15 CPU and 1 GPU free: waiting" in caplog.text
+
+
+def test_what_the_stage_before_held_a_moment_ago_is_not_worth_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes(monkeypatch, {"CPU": 2.0})
+    free = iter([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}])
+    monkeypatch.setattr(ray, "available_resources", lambda: next(free))
+    cluster.check_placement(2, {"CPU": 1, "GPU": 0}, who="actors")
+    assert not caplog.records
+
+
+VERSIONS = {"readapt_ray": "0.1.0", "torch": "2.13.0"}
+
+
+@pytest.mark.parametrize(
+    "other", [{"readapt_ray": "missing"}, {"readapt_ray": "0.0.9"}, {"torch": "2.12.0"}, {"torch": "missing"}]
+)
+def test_a_node_with_other_versions_is_named(monkeypatch: pytest.MonkeyPatch, other: dict[str, str]) -> None:
+    def answers(_: Any, function: Any) -> dict[str, Any]:
+        return {"10.0.0.1": function(), "10.0.0.2": {**function(), **other}}
+
+    monkeypatch.setattr(cluster, "_on_each", answers)
+    ((name, version),) = other.items()
+    with pytest.raises(PlacementError, match=rf"10\.0\.0\.2 has .*{name} {version}.*; install the same") as refused:
+        cluster._check_alike([])
+    assert "10.0.0.1" not in str(refused.value)
+
+
+def test_code_from_a_working_directory_has_no_version_and_is_the_drivers() -> None:
+    assert cluster._is_alike(VERSIONS, {**VERSIONS, "readapt_ray": "from a folder"})
+    assert not cluster._is_alike({**VERSIONS, "readapt_ray": "from a folder"}, {**VERSIONS, "readapt_ray": "missing"})
+
+
+def test_a_folder_that_some_node_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nodes(monkeypatch, {"CPU": 4.0}, {"CPU": 4.0})
+    seen: list[bool] = []
+
+    def answers(_: Any, function: Any, path: str) -> dict[str, bool]:
+        seen.append(function(path))
+        return {"10.0.0.1": function(path), "10.0.0.2": function(path + "-elsewhere")}
+
+    monkeypatch.setattr(cluster, "_on_each", answers)
+    with pytest.raises(
+        PlacementError, match=r"not on a disk that all nodes share: 10\.0\.0\.2 cannot see it; give a URI"
+    ):
+        cluster.check_seen_by_all(Location(str(tmp_path)))
+    assert seen == [True] and not list(tmp_path.iterdir())
 
 
 def test_nodes_that_come_late_are_waited_for(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

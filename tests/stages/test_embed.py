@@ -20,13 +20,16 @@ from readapt_ray.errors import (
     ArtifactMissingError,
     CorpusError,
     CorruptFileError,
+    FingerprintMismatchError,
     InputError,
     ModelError,
     PlacementError,
 )
 from readapt_ray.records import vector_schema
-from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
+from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, suitable_dtype
+from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
 from readapt_ray.stages.embed import EmbedConfig, embed
+from readapt_ray.storage import Location
 from tests import factories
 
 NUM_PASSAGES = 200
@@ -53,7 +56,8 @@ def vectors(world, ray_session):
 
 def _config(root, output, **options):
     values = {"retriever": str(root / "model"), "corpus": str(root / "corpus"), "output": str(root / output)}
-    return EmbedConfig.parse(values | {"rows_per_shard": ROWS_PER_SHARD, "num_workers": 1} | options)
+    values |= {"rows_per_shard": ROWS_PER_SHARD, "num_workers": 1, "dtype": "float32"}
+    return EmbedConfig.parse(values | options)
 
 
 def _files(root, output):
@@ -76,7 +80,11 @@ def test_every_passage_stands_once_with_its_vector(world, vectors):
     np.testing.assert_allclose([found[each.doc_id] for each in passages], expected, atol=1e-5)
     manifest = vectors.manifest
     assert manifest.counts["num_vectors"] == NUM_PASSAGES
-    assert manifest.counts["num_tokens"] == sum(map(len, encoder.tokenize(texts, "passage", titles)))
+    lengths = list(map(len, encoder.tokenize(texts, "passage", titles)))
+    assert manifest.counts["num_tokens"] == sum(lengths) - lengths[7]
+    work = manifest.details["work"]
+    assert (work["num_encoded"], work["num_copied"]) == (NUM_PASSAGES - 1, 0)
+    assert 0 <= work["waiting_share"] < 1 and 0 <= work["padding_share"] < 0.2 and work["encoder_seconds"] > 0
     files = sorted((root / "vectors/vectors").iterdir())
     assert manifest.counts["num_bytes"] == sum(path.stat().st_size for path in files)
     assert [path.name for path in files] == [f"part-{number:05d}.parquet" for number in range(7)]
@@ -132,7 +140,10 @@ def _leave_unfinished(folder, manifest):
 _DRIVER = """
 import sys
 from readapt_ray.stages.embed import EmbedConfig, embed
-embed(EmbedConfig(retriever=sys.argv[1], corpus=sys.argv[2], output=sys.argv[3], rows_per_shard=2, num_workers=1))
+from readapt_ray.storage import Location
+embed(EmbedConfig(
+    retriever=sys.argv[1], corpus=sys.argv[2], output=sys.argv[3], dtype="float32", rows_per_shard=2, num_workers=1
+))
 """
 
 
@@ -187,6 +198,187 @@ def test_a_killed_actor_is_started_again(world, ray_session, caplog, monkeypatch
     found, table = _read(root, "actor")
     assert table.num_rows == NUM_PASSAGES and found.keys() == {each.doc_id for each in passages}
     assert artifact.manifest.counts["num_vectors"] == NUM_PASSAGES
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_node_costs_nothing_but_time(world, tmp_path):
+    """A Ray cluster of its own in another process, since this one has its session."""
+    root, passages = world
+    config = _config(root, tmp_path / "node", rows_per_shard=1)
+    values = {"config": config.model_dump(mode="json") | {"num_workers": 2}, "done": 20}
+    environment = {name: value for name, value in os.environ.items() if name not in ("READAPT_NUM_CPUS", "RAY_ADDRESS")}
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.stages.node_killer", json.dumps(values)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    told = json.loads(finished.stdout.splitlines()[-1])
+    after = _files(tmp_path, "node")
+    assert 20 <= len(told["before"]) < len(after)
+    assert {name: after[name] for name in told["before"]} == told["before"]
+    found, table = _read(tmp_path, "node")
+    assert table.num_rows == NUM_PASSAGES and found.keys() == {each.doc_id for each in passages}
+
+
+def test_only_new_and_changed_passages_are_encoded(world, vectors, tmp_path, caplog):
+    root, passages = world
+    caplog.set_level("INFO", "readapt_ray")
+    now = [each for each in passages if each.doc_id not in ("d00001", "d00002")]
+    now[10] = now[10]._replace(text="a thread waits for the lock")
+    now[20] = now[20]._replace(doc_id="renamed")
+    now += [factories.small_corpus(3, seed=9)[number]._replace(doc_id=f"new{number}") for number in range(3)]
+    factories.ingest_artifact(tmp_path / "corpus", now[::-1], num_files=2)
+    options = {"corpus": str(tmp_path / "corpus"), "rows_per_shard": 50}
+    made = embed(_config(root, tmp_path / "incremental", previous=str(root / "vectors"), **options))
+    assert made.manifest.details["changes"] == {
+        "num_unchanged": 196,
+        "num_changed": 1,
+        "num_new": 4,
+        "num_deleted": 3,
+    }
+    assert "196 unchanged, 1 changed, 4 new, 3 deleted" in caplog.text
+    assert made.manifest.details["work"]["num_encoded"] == 4
+    assert made.manifest.details["work"]["num_copied"] == 197
+    found, table = _read(tmp_path, "incremental")
+    earlier, _ = _read(root, "vectors")
+    assert table.num_rows == len(found) == 201 and found.keys() == {each.doc_id for each in now}
+    copied = [each.doc_id for each in now if each.doc_id in earlier and each.doc_id != now[10].doc_id]
+    np.testing.assert_array_equal([found[each] for each in copied], [earlier[each] for each in copied])
+    encoder = Encoder.load(find_model(str(root / "model")))
+    expected = encoder.encode([each.text for each in now], "passage", [each.title for each in now])
+    np.testing.assert_allclose([found[each.doc_id] for each in now], expected, atol=1e-5)
+
+
+def test_vectors_of_another_encoder_are_not_copied_from(world, vectors, tmp_path):
+    root, _ = world
+    previous = str(root / "vectors")
+    for options, named in (
+        ({"retriever": str(root / "other")}, "was made by another encoder"),
+        ({"dtype": "bfloat16"}, "in float32, .* in bfloat16"),
+        ({"dimensions": 8}, "was made by another encoder"),
+        ({"vector_dtype": "int8"}, "stores its vectors in float32"),
+    ):
+        with pytest.raises(FingerprintMismatchError, match=named):
+            embed(_config(root, tmp_path / "out", previous=previous, **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sample_says_what_a_full_run_takes_and_changes(world, vectors, tmp_path, caplog):
+    caplog.set_level("INFO", "readapt_ray")
+    root, passages = world
+    shutil.copytree(root / "vectors", tmp_path / "earlier")
+    options = {"sample": "100%"}
+    made = embed(_config(root, tmp_path / "out", **options))
+    assert made.uri == f"{tmp_path}/out-sample" and not (tmp_path / "out").exists()
+    details = made.manifest.details
+    assert (details["num_passages"], details["num_to_encode"]) == (NUM_PASSAGES, NUM_PASSAGES - 1)
+    assert details["tokens"]["estimate"] == pytest.approx(vectors.manifest.counts["num_tokens"])
+    assert 0 < details["tokens"]["plus_minus"] < details["tokens"]["estimate"]
+    encoder_s = details["hours"]["estimate"] * 3600
+    found = [json.loads(pq.read_schema(path).metadata[b"readapt"]) for path in Path(made.uri).glob("vectors/*")]
+    assert encoder_s == pytest.approx(sum(float(each["encode_s"]) for each in found))
+    written = sum(path.stat().st_size for path in Path(made.uri).glob("vectors/*"))
+    assert details["bytes"] == pytest.approx(written * 200 / 199, abs=1)
+    assert "a full run would encode 199 of 200 passages" in caplog.text
+    same = embed(_config(root, tmp_path / "same", previous=str(tmp_path / "earlier"), **options))
+    assert same.manifest.details["num_to_encode"] == 0 and "every passage has its vector already" in caplog.text
+    other = _config(root, tmp_path / "x", retriever=str(root / "other"), previous=str(tmp_path / "earlier"), **options)
+    neighbours = embed(other).manifest.details["neighbours"]
+    assert neighbours["num_compared"] == 199
+    assert neighbours["overlap_at_10"] == pytest.approx(_overlap_by_hand(root, passages), abs=0.01)
+    assert f"{100 * neighbours['overlap_at_10']:.1f}% (+- " in caplog.text
+    for spec in ("0%", "101%", "-3", "1.5", "some"):
+        with pytest.raises(InputError, match="give a share such as 1%"):
+            embed(_config(root, tmp_path / "bad", sample=spec))
+
+
+def _overlap_by_hand(root, passages):
+    """Of the ten nearest of each passage but the one that stands twice, the mean share that both models agree on."""
+    once = [each for each in passages if each.doc_id != "d00007"]
+    nearest = []
+    for name in ("model", "other"):
+        encoder = Encoder.load(find_model(str(root / name)))
+        vectors = encoder.encode([each.text for each in once], "passage", [each.title for each in once])
+        scores = vectors @ vectors.T
+        np.fill_diagonal(scores, -np.inf)
+        nearest.append([set(row[:10]) for row in np.argsort(-scores, axis=1)])
+    return np.mean([len(one & other) / 10 for one, other in zip(*nearest, strict=True)])
+
+
+def test_a_text_is_encoded_once_in_the_whole_corpus(world, ray_session, tmp_path):
+    root, _ = world
+    passages = factories.small_corpus(90)
+    for place in (40, 41, 80, 89):
+        passages[place] = passages[3]._replace(doc_id=f"twin{place}")
+    factories.ingest_artifact(tmp_path / "corpus", passages, num_files=1)
+    made = embed(_config(root, tmp_path / "out", corpus=str(tmp_path / "corpus"), vector_dtype="int8", dimensions=8))
+    assert made.manifest.details["work"]["num_encoded"] == 86
+    assert made.manifest.details["encoder"]["dimension"] == 8
+    parts = [pq.read_table(path) for path in sorted((tmp_path / "out/vectors").iterdir())]
+    assert [part.num_rows for part in parts] == [34, 28, 28]
+    assert all(part["doc_id"].to_pylist() == sorted(part["doc_id"].to_pylist()) for part in parts)
+    folder = Location(str(tmp_path / "out/vectors"))
+    read = [each for path in sorted((tmp_path / "out/vectors").iterdir()) for each in _pairs(folder, path)]
+    found = dict(read)
+    assert len(read) == len(found) == 90
+    whole = Encoder.load(find_model(str(root / "model"))).encode(
+        [each.text for each in passages], "passage", [each.title for each in passages]
+    )
+    cut = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
+    stored = np.stack([found[each.doc_id] for each in passages])
+    assert np.abs(stored - cut).max() <= np.abs(cut).max() / 254 + 1e-6
+    np.testing.assert_array_equal(found["twin89"], found[passages[3].doc_id])
+
+
+def _pairs(folder, path):
+    rows = RowRange(path.name, 0, read_footer(folder / path.name).num_rows)
+    return [pair for doc_ids, part in iterate_vectors(folder, [rows]) for pair in zip(doc_ids, part, strict=True)]
+
+
+def test_auto_is_what_suits_the_device_and_what_the_output_was_begun_with(world, vectors, tmp_path, monkeypatch):
+    root, _ = world
+    assert embed(_config(root, "vectors", dtype="auto")).fingerprint == vectors.fingerprint
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True})
+    assert suitable_dtype("cpu") == "bfloat16"
+    shutil.copytree(root / "vectors", tmp_path / "begun")
+    state = json.loads((tmp_path / "begun/manifest.json").read_text())
+    assert state["config"]["dtype"] == "float32"
+    (tmp_path / "begun/manifest.json").unlink()
+    _leave_unfinished(tmp_path / "begun", state)
+    made = embed(_config(root, tmp_path / "begun", dtype="auto"))
+    assert made.fingerprint == vectors.fingerprint
+    assert made.manifest.details["encoder"]["dtype"] == "float32"
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    assert suitable_dtype("cpu") == "float32"
+
+
+def test_a_corpus_that_changes_meanwhile_is_found_out(world, ray_session, tmp_path, monkeypatch):
+    """Its files are replaced after they were read for the plan, by ones of as many rows."""
+    from readapt_ray.stages import embed as stage
+
+    root, _ = world
+    passages = factories.small_corpus(40)
+    factories.ingest_artifact(tmp_path / "corpus", passages)
+    whole = stage.scan_passages
+
+    def scan_then_replace(folder, counts):
+        contents = whole(folder, counts)
+        path = tmp_path / "corpus/passages/part-00000.parquet"
+        table = pq.read_table(path)
+        texts = [f"{text} again" if place == 33 else text for place, text in enumerate(table["text"].to_pylist())]
+        pq.write_table(table.set_column(2, "text", [texts]), path)
+        return contents
+
+    monkeypatch.setattr(stage, "scan_passages", scan_then_replace)
+    with pytest.raises(CorpusError, match="passage 'd00033' changed while the corpus was embedded"):
+        embed(_config(root, tmp_path / "out", corpus=str(tmp_path / "corpus")))
+    assert read_manifest(str(tmp_path / "out")) is None
 
 
 def test_errors_of_actors_come_out_as_our_own(world, ray_session, tmp_path):

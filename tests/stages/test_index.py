@@ -3,31 +3,43 @@ import shutil
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray import artifacts
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
-from readapt_ray.retrieval.vector_files import write_vectors
+from readapt_ray.errors import (
+    ArtifactConflictError,
+    ArtifactMissingError,
+    CorruptFileError,
+    FingerprintMismatchError,
+    InputError,
+)
+from readapt_ray.retrieval.embed_plan import content_hash
+from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.index import IndexConfig, index
 
 ENCODER = {"fingerprint": "f" * 32, "model": "m", "dimension": 8, "dtype": "float32", "encoding": {}}
 
 
-def vectors_artifact(folder, vectors, *, num_files=3, encoder=ENCODER):
-    """What `readapt embed` would write of these vectors [N, D]."""
+def vectors_artifact(folder, vectors, *, num_files=3, encoder=None, ids=None):
+    """What `readapt embed` would write of these vectors [N, D]; the content of a passage is its vector."""
+    names = ids or [f"d{row:05d}" for row in range(len(vectors))]
+    encoder = encoder or {**ENCODER, "dimension": vectors.shape[1]}
 
     def write(workspace):
         for number, rows in enumerate(np.array_split(np.arange(len(vectors)), num_files)):
             location = workspace.location / "vectors" / f"part-{number:05d}.parquet"
-            ids = [f"d{row:05d}" for row in rows]
-            write_vectors(location, ids, vectors[rows], dtype="float32", metadata={"encoder": encoder, "num_tokens": 0})
+            doc_ids = [names[row] for row in rows]
+            hashes = pa.array([content_hash("", str(vectors[row].tolist())) for row in rows], pa.binary(16))
+            stored = stored_vectors(doc_ids, vectors[rows], "float32")
+            write_stored(location, doc_ids, stored, hashes, metadata={"encoder": encoder, "num_tokens": 0})
         workspace.counts["num_vectors"] = len(vectors)
         workspace.details |= {"encoder": encoder, "vector_dtype": "float32"}
 
-    content = artifacts.fingerprint([vectors.tolist(), encoder])
+    content = artifacts.fingerprint([vectors.tolist(), encoder, names])
     return artifacts.produce("embed", StageConfig(output=str(folder)), inputs={"corpus": content}, work=write)
 
 
@@ -111,14 +123,19 @@ def test_only_missing_shards_are_built_again(world, built):
     assert again.manifest.details == built.manifest.details
 
 
-def test_bad_input_is_found_before_any_worker_starts(world, tmp_path, monkeypatch):
+def test_bad_input_is_found_before_any_worker_starts(world, built, tmp_path, monkeypatch):
     from readapt_ray.stages import cluster
 
     monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
     root, vectors = world
     output = tmp_path / "out"
-    with pytest.raises(InputError, match="kind = 'ivf-pq'; it must be one of flat"):
-        index(_config(root, output, kind="ivf-pq"))
+    with pytest.raises(InputError, match="kind = \"lsh\": input should be 'auto', 'flat', 'ivf-flat'"):
+        index(_config(root, output, kind="lsh"))
+    with pytest.raises(InputError, match="memory_gb = 1e-07 is too little for 100 vectors"):
+        index(_config(root, output, kind="auto", memory_gb=1e-7))
+    vectors_artifact(tmp_path / "of-another", vectors, encoder=ENCODER | {"fingerprint": "g" * 32})
+    with pytest.raises(FingerprintMismatchError, match="is an index of vectors of another encoder"):
+        index(_config(root, output, vectors=str(tmp_path / "of-another"), previous=built.uri))
     with pytest.raises(ArtifactMissingError, match="does not exist"):
         index(_config(root, output, vectors=str(tmp_path / "absent")))
     for change, named in ((_cut, "cut short"), (_of_another, "another encoder"), (_gone, "66 vectors.*says 100")):
@@ -149,10 +166,61 @@ def test_a_vector_that_became_nan_is_named(world, ray_session, tmp_path):
     path = tmp_path / "vectors/vectors/part-00000.parquet"
     metadata, altered = pq.read_schema(path).metadata, vectors.copy()
     altered[42, 3] = np.nan
-    import pyarrow as pa
-
     column = pa.FixedSizeListArray.from_arrays(pa.array(altered.reshape(-1)), 8)
     table = pa.table({"doc_id": [f"d{row:05d}" for row in range(100)], "vector": column})
     pq.write_table(table.replace_schema_metadata(metadata), path)
     with pytest.raises(CorruptFileError, match="the vector of 'd00042' holds NaN"):
         index(_config(tmp_path, tmp_path / "out"))
+
+
+def test_an_earlier_index_is_gone_on_from_without_a_rebuild(world, built, tmp_path, caplog):
+    """A week later: 10 passages left, 5 changed, 20 came."""
+    caplog.set_level("INFO", "readapt_ray")
+    root, vectors = world
+    rng = np.random.default_rng(1)
+    now = np.concatenate([vectors[10:], rng.normal(size=(20, 8)).astype(np.float32)])
+    now[:5] += 1
+    ids = [f"d{row:05d}" for row in range(10, 120)]
+    vectors_artifact(tmp_path / "now", now, ids=ids)
+    options = {"vectors": str(tmp_path / "now"), "previous": built.uri}
+    made = index(_config(root, tmp_path / "delta", **options))
+    assert made.manifest.counts["num_vectors"] == 110 and made.manifest.counts["num_shards"] == 5
+    assert made.manifest.details["changes"] == {"num_deleted": 15, "num_added": 25}
+    assert "25 vectors added, 15 deleted" in caplog.text and "without --previous to compact" in caplog.text
+    for number in range(4):
+        name = f"shards/{number:05d}.faiss"
+        assert (tmp_path / "delta" / name).read_bytes() == (root / "index" / name).read_bytes()
+    fresh = index(_config(root, tmp_path / "fresh", vectors=options["vectors"]))
+    queries = rng.normal(size=(30, 8)).astype(np.float32)
+    opened = VectorIndex.open(made.uri)
+    assert opened.num_vectors == 110
+    for top_k in (1, 10, 110):
+        hits, expected = opened.search(queries, top_k), VectorIndex.open(fresh.uri).search(queries, top_k)
+        assert hits.doc_ids[:, :110].tolist() == expected.doc_ids.tolist()
+    vectors_artifact(tmp_path / "same", vectors)
+    back = index(_config(root, tmp_path / "back", vectors=str(tmp_path / "same"), previous=made.uri))
+    assert back.manifest.counts["num_vectors"] == 100
+    expected = VectorIndex.open(built.uri).search(queries, 10)
+    assert VectorIndex.open(back.uri).search(queries, 10).doc_ids.tolist() == expected.doc_ids.tolist()
+
+
+def test_an_approximate_index_is_measured_and_refused_where_it_finds_too_little(ray_session, tmp_path):
+    vectors = np.random.default_rng(2).normal(size=(4000, 16)).astype(np.float32)
+    vectors_artifact(tmp_path / "vectors", vectors)
+    options = {"kind": "ivf-flat", "rows_per_shard": 2000, "min_recall": 0.9}
+    made = index(_config(tmp_path, "ivf", **options))
+    measured = made.manifest.details["measured"]
+    assert 0.9 <= measured["recall_at_10"] <= 1 and 0.8 < measured["recall_at_100"] <= 1
+    assert 64 <= measured["bytes_per_vector"] < 130 and measured["query_ms"] > 0
+    records = made.manifest.details["shards"]
+    assert [record["factory"] for record in records] == ["IVF51,Flat"] * 2
+    plain = faiss.read_index(str(tmp_path / "ivf/shards/00000.faiss"))
+    assert plain.nprobe == records[0]["measured"]["depth"] > 1
+    hits = VectorIndex.open(made.uri).search(vectors[:200], 10)
+    scores = vectors[:200] @ vectors.T
+    exact = [{f"d{row:05d}" for row in rows} for rows in np.argsort(-scores, axis=1)[:, :10]]
+    found = np.mean([len(set(each) & due) / 10 for each, due in zip(hits.doc_ids.tolist(), exact, strict=True)])
+    assert found >= measured["recall_at_10"] - 0.04
+    with pytest.raises(InputError, match=r"'IVF51,Flat' finds 0.* raise --depth \(nprobe, 1 now\)"):
+        index(_config(tmp_path, "refused", depth=1, **options))
+    assert artifacts.read_manifest(str(tmp_path / "refused")) is None

@@ -44,7 +44,7 @@ def world(tmp_path_factory, ray_session):
         factories.write_contract(factories.tiny_decoder(root / name, headless=True, seed=seed))
     # Relative names mean something else in the folder that the workers run in.
     with contextlib.chdir(root):
-        embed(EmbedConfig(retriever="model", corpus="corpus", output="vectors", rows_per_shard=25))
+        embed(EmbedConfig(retriever="model", corpus="corpus", output="vectors", rows_per_shard=25, dtype="float32"))
         index(IndexConfig(vectors="vectors", output="index", rows_per_shard=40))
     return root, passages, queries
 

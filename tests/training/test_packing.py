@@ -52,6 +52,8 @@ def test_packing_loses_and_repeats_nothing() -> None:
     assert np.concatenate([block.input_ids for block in blocks]).tolist() == [t for _, ids in rows for t in ids]
     assert [number for block in blocks for number in block.passage_numbers] == list(range(200))
     assert list(packing.pack([], mode="packed", block_tokens=40)) == []
+    (full,) = packing.pack([(0, [1, 2, 3]), (1, [4, 5])], mode="packed", block_tokens=5)
+    assert full.passage_lengths == (3, 2)
 
 
 def test_blocks_survive_parquet() -> None:

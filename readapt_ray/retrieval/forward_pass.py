@@ -1,0 +1,114 @@
+"""From token ids to one pooled vector a text: a batch through the model, padded or packed.
+
+Padded, each text is a row with padding on its right. Packed, all texts lie end to end in one row, and
+attention keeps them apart (attention.py); no position is computed in vain.
+"""
+
+import inspect
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from readapt_ray import attention
+from readapt_ray.catalog.retrievers import Pooling
+from readapt_ray.errors import ModelError
+from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
+
+logger = logging.getLogger("readapt_ray")
+
+_ALIKE = 0.995
+"""Least cosine of a packed vector and a padded one in bfloat16; mixed-up texts give far less."""
+
+
+class ForwardPass:
+    """A model and how its hidden states become a vector.
+
+    Args:
+        network: headless transformers model in eval mode, on its device.
+        pooling: which hidden states become the vector.
+    """
+
+    def __init__(self, network: Any, pooling: Pooling) -> None:
+        self.network = network
+        self.device = next(network.parameters()).device
+        self.first_position = _first_position(network)
+        self.is_packed = False
+        self._pooling = pooling
+        self._accepted = frozenset(inspect.signature(network.forward).parameters)
+        self._num_embeddings = int(network.get_input_embeddings().num_embeddings)
+
+    def pooled(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The vectors of B texts' token ids, on the device: float32 [B, H].
+
+        Raises:
+            ModelError: an id is over the model's token embeddings.
+        """
+        return (self._packed if self.is_packed else self._padded)(rows)
+
+    def pack(self) -> bool:
+        """Lay texts end to end from now on; False, and nothing changed, where that gives other vectors: it is tried."""
+        if "position_ids" not in self._accepted:
+            return False
+        rows = [[1, 2, 3], [3, 2, 1, 2, 3, 1, 2], [2], [3, 1, 2, 2, 1]]
+        before = self.network.config._attn_implementation
+        with torch.inference_mode():
+            padded = normalized(self._padded(rows))
+            try:
+                attention.install(self.network, "this model")
+                alike = bool((normalized(self._packed(rows)) * padded).sum(dim=1).min() > _ALIKE)
+            except (ModelError, TypeError, ValueError, RuntimeError, ImportError) as error:
+                logger.info("this model is not packed: %s", error)
+                alike = False
+        if not alike:
+            self.network.set_attn_implementation(before)
+        self.is_packed = alike
+        return alike
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Pooled, [B, H]: each text a row, padded on the right."""
+        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+        ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[: len(tokens)] = tokens
+        positions = np.arange(ids.shape[1])
+        mask = torch.from_numpy((positions < lengths[:, None]).astype(np.int64)).to(self.device)
+        hidden = self._hidden(ids, np.broadcast_to(positions, ids.shape), attention_mask=mask)
+        return pool(hidden, mask, self._pooling)
+
+    def _packed(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Pooled, [B, H]: all texts in one row."""
+        lengths = [len(row) for row in rows]
+        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
+        positions = np.concatenate([np.arange(length) for length in lengths])[None]
+        ends = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
+        hidden = self._hidden(ids, positions, cu_seq_lens_q=ends, max_length_q=max(lengths))
+        return pool_packed(hidden[0], lengths, self._pooling)
+
+    def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:
+        """The last hidden states [B, T, H]; `more` goes to the attention."""
+        self._check_ids(ids)
+        given = {
+            "input_ids": torch.from_numpy(ids).to(self.device),
+            "position_ids": torch.from_numpy(positions + self.first_position).to(self.device),
+            "use_cache": False,
+        }
+        output = self.network(**{name: value for name, value in given.items() if name in self._accepted}, **more)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        highest = int(ids.max())
+        if highest >= self._num_embeddings:
+            raise ModelError(
+                f"the tokenizer gives the id {highest}, but the model has {self._num_embeddings} token embeddings; "
+                f"take the tokenizer that belongs to the model"
+            )
+
+
+def _first_position(network: torch.nn.Module) -> int:
+    """The position id of the first token: 0, but after the padding's own for the RoBERTa family."""
+    embeddings = getattr(network, "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1

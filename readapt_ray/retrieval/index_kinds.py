@@ -1,0 +1,174 @@
+"""Kinds of FAISS index: which there are, what each costs, and which suits a corpus.
+
+Enters: a kind, the number of vectors and their dimension, and what the user wants of memory and recall.
+Leaves: a recipe, that is a FAISS factory string and the search parameter that trades time for recall.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from readapt_ray.errors import InputError
+
+Storage = Literal["float32", "float16", "int8"]
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_QUANTIZERS = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}
+
+_FLAT_BELOW = 1_000
+"""Vectors of a shard under which every kind is flat: there is nothing to win."""
+_EXACT_UP_TO = 200_000
+"""Vectors up to which `auto` is exact: some 10 ms a query on one core."""
+_GRAPH_UP_TO = 5_000_000
+"""Vectors up to which `auto` builds graphs; beyond, building them takes too long."""
+_HNSW_LINKS = 32
+_RERANKED = 8
+"""Candidates a result that are ranked again by the finer vectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexKind:
+    """One kind of index that can be asked for."""
+
+    name: str
+    factory: str
+    """FAISS factory string; {vectors} is how vectors are stored, {lists} and {codes} are chosen by size."""
+    is_exact: bool
+    """Whether it finds what exact search finds, when vectors are stored in float32."""
+    depth: str | None = None
+    """FAISS search parameter that buys recall with time."""
+    refined: bool = False
+    """Whether finer vectors are kept beside the codes to rank again, unless asked otherwise."""
+
+
+KINDS: tuple[IndexKind, ...] = (
+    IndexKind(name="flat", factory="Flat", is_exact=True),
+    IndexKind(name="ivf-flat", factory="IVF{lists},{vectors}", is_exact=False, depth="nprobe"),
+    IndexKind(name="ivf-pq", factory="IVF{lists},PQ{codes}x8", is_exact=False, depth="nprobe", refined=True),
+    IndexKind(name="hnsw", factory="HNSW{links},{vectors}", is_exact=False, depth="efSearch"),
+    IndexKind(name="rabitq", factory="IVF{lists},RaBitQ", is_exact=False, depth="nprobe", refined=True),
+)
+
+
+def index_kind(name: str) -> IndexKind:
+    """The row of a kind.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    for kind in KINDS:
+        if kind.name == name:
+            return kind
+    raise InputError(f"kind = {name!r}; it must be one of auto, {', '.join(kind.name for kind in KINDS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What the user asked for."""
+
+    kind: str = "flat"
+    storage: Storage = "float32"
+    """How vectors are stored in flat, ivf-flat and hnsw, and what ivf-pq and rabitq rank again by."""
+    refine: bool = True
+    """Whether ivf-pq and rabitq keep vectors to rank again by."""
+    code_bytes: int | None = None
+    """Bytes of a code of ivf-pq; by default a quarter of the dimension."""
+    factory: str | None = None
+    """A FAISS factory string to take as it is."""
+    depth: int | None = None
+    """nprobe or efSearch; by default the least that reaches the recall."""
+    min_recall: float = 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a shard is made."""
+
+    factory: str
+    depth: str | None
+    """nprobe, efSearch or none."""
+    is_exact: bool
+    """Whether it needs no measuring."""
+    reranked: int = 1
+    """Candidates a result that a refined index ranks again."""
+
+
+def recipe(wanted: Wanted, num_vectors: int, dimension: int) -> Recipe:
+    """How to make a shard of so many vectors.
+
+    Raises:
+        InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
+    """
+    if wanted.factory is not None:
+        depth = "nprobe" if "IVF" in wanted.factory else "efSearch" if "HNSW" in wanted.factory else None
+        reranked = _RERANKED if "Refine" in wanted.factory or "RFlat" in wanted.factory else 1
+        return Recipe(factory=wanted.factory, depth=depth, is_exact=wanted.factory == "Flat", reranked=reranked)
+    kind = index_kind(wanted.kind)
+    vectors = _QUANTIZERS[wanted.storage]
+    if kind.is_exact or num_vectors < _FLAT_BELOW:
+        return Recipe(factory=vectors, depth=None, is_exact=wanted.storage == "float32")
+    codes = wanted.code_bytes or _default_codes(dimension)
+    if kind.name == "ivf-pq" and dimension % codes:
+        raise InputError(
+            f"code_bytes = {codes} does not divide the {dimension} numbers of a vector; give one that does"
+        )
+    factory = kind.factory.format(lists=_lists(num_vectors), codes=codes, links=_HNSW_LINKS, vectors=vectors)
+    if kind.refined and wanted.refine:
+        return Recipe(factory=f"{factory},Refine({vectors})", depth=kind.depth, is_exact=False, reranked=_RERANKED)
+    return Recipe(factory=factory, depth=kind.depth, is_exact=False)
+
+
+def _lists(num_vectors: int) -> int:
+    """FAISS's guidance: some four square roots, and 39 vectors a list to train on."""
+    return max(1, min(int(4 * math.sqrt(num_vectors)), num_vectors // 39))
+
+
+def _default_codes(dimension: int) -> int:
+    return next(size for size in range(max(1, dimension // 4), 0, -1) if dimension % size == 0)
+
+
+def vector_bytes(wanted: Wanted, dimension: int) -> float:
+    """Bytes that a vector takes in memory, ids aside."""
+    stored = _ELEMENT_BYTES[wanted.storage] * dimension
+    refined = stored if wanted.refine else 0
+    return {
+        "flat": stored,
+        "ivf-flat": stored + 8,
+        "hnsw": stored + 8 * _HNSW_LINKS,
+        "ivf-pq": (wanted.code_bytes or _default_codes(dimension)) + 8 + refined,
+        "rabitq": dimension / 8 + 16 + refined,
+    }[wanted.kind]
+
+
+def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_recall: float) -> Wanted:
+    """What `auto` stands for: the quickest kind, as the field knows them, that fits the memory.
+
+    Exact up to 200,000 vectors or where recall 1 is asked for; then graphs, up to 5 million; then inverted
+    lists, and codes where memory is short. What is chosen is still measured.
+
+    Raises:
+        InputError: nothing fits the memory; the message says what would.
+    """
+    candidates = list(_candidates(num_vectors, min_recall))
+    for wanted in candidates:
+        if memory_bytes is None or vector_bytes(wanted, dimension) * num_vectors <= memory_bytes:
+            return wanted
+    least = min(vector_bytes(wanted, dimension) for wanted in candidates) * num_vectors
+    raise InputError(
+        f"memory_gb = {(memory_bytes or 0) / 1e9:g} is too little for {num_vectors:,} vectors of {dimension} numbers at recall "
+        f"{min_recall:g}: the smallest index takes {least / 1e9:.3g} GB; raise it, or embed with fewer --dimensions"
+    )
+
+
+def _candidates(num_vectors: int, min_recall: float) -> Iterator[Wanted]:
+    storages: tuple[Storage, ...] = ("float32", "float16", "int8")
+    if num_vectors <= _EXACT_UP_TO or min_recall >= 1:
+        yield Wanted(kind="flat", min_recall=min_recall)
+    if min_recall >= 1:
+        return
+    kinds = ["hnsw", "ivf-flat"] if num_vectors <= _GRAPH_UP_TO else ["ivf-flat"]
+    for kind in kinds:
+        for storage in storages:
+            yield Wanted(kind=kind, storage=storage, min_recall=min_recall)
+    yield Wanted(kind="ivf-pq", refine=False, min_recall=min_recall)
+    yield Wanted(kind="rabitq", refine=False, min_recall=min_recall)

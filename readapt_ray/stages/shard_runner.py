@@ -1,0 +1,166 @@
+"""Data shards through embedding actors until each has its file of vectors.
+
+In: shards and a job. Out: a file a shard, in the job's folder. A file appears whole or not at all, with what
+made it in its own footer, so the files are their own ledger: what is there is done, and a kill at any moment
+costs the shards in flight.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+from readapt_ray import errors
+from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.embed_plan import DataShard
+from readapt_ray.retrieval.vector_files import Footer, read_footer
+from readapt_ray.stages import cluster
+from readapt_ray.stages.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, described
+
+logger = logging.getLogger("readapt_ray")
+
+_FOOTER_THREADS = 16
+_MAX_VAIN_STARTS = 3
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the user asked for; None is for us to choose."""
+
+    num_workers: int | None
+    num_cpus_per_worker: int | None
+
+
+def encode_shards(
+    shards: Sequence[DataShard], job: EmbedJob, placement: Placement, progress: Callable[[int, int], None]
+) -> list[Footer]:
+    """Encode what has no file yet; go on with what is left when an actor dies.
+
+    Args:
+        progress: is told the passages done, and all.
+
+    Returns:
+        What each file says of itself, in the order of the shards.
+
+    Raises:
+        PlacementError: the cluster does not have what the actors ask for.
+        CorruptFileError: files that were written are gone.
+        ReadaptError: what an actor ran into.
+    """
+    total = sum(map(len, shards))
+    vain = 0
+    while pending := _pending(shards, job):
+        done = total - sum(map(len, pending))
+        progress(done, total)
+        vain += 1
+        try:
+            for num_rows in _results(pending, job, placement):
+                vain = 0
+                done += num_rows
+                progress(done, total)
+        except errors.WorkerError as error:
+            if vain >= _MAX_VAIN_STARTS:
+                raise
+            logger.warning("%s; the actors are started again for what is left", error)
+        else:
+            _check_written(shards, job)
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        return list(pool.map(lambda shard: read_footer(job.vectors / shard.name), shards))
+
+
+def _check_written(shards: Sequence[DataShard], job: EmbedJob) -> None:
+    lost = [shard.name for shard in _pending(shards, job)]
+    if lost:
+        raise CorruptFileError(
+            f"{len(lost)} files were written to {job.vectors} and are not there, {lost[0]} first; see what removes them, "
+            f"and run `readapt embed` again"
+        )
+
+
+def _pending(shards: Sequence[DataShard], job: EmbedJob) -> list[DataShard]:
+    """The shards whose file is not there, or is not one that this job would have written."""
+    there = {name for name, _ in job.vectors.listing(".parquet")}
+    found = [shard for shard in shards if shard.name in there]
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        whole = dict(
+            zip((each.name for each in found), pool.map(lambda shard: _is_whole(shard, job), found), strict=True)
+        )
+    return [shard for shard in shards if not whole.get(shard.name, False)]
+
+
+def _is_whole(shard: DataShard, job: EmbedJob) -> bool:
+    try:
+        footer = read_footer(job.vectors / shard.name)
+    except CorruptFileError as error:
+        logger.warning("%s; it is computed again", error)
+        return False
+    made_by = footer.metadata.get("encoder", {}).get("fingerprint")
+    return footer.num_rows == len(shard) and made_by == job.encoder["fingerprint"]
+
+
+def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[int]:
+    """The number of passages of each shard, as it is written."""
+    num_nodes = cluster.connect().num_nodes
+    cluster.check_seen_by_all(job.vectors)
+    num_workers, num_cpus, num_gpus = place(placement, len(pending))
+    import ray
+    from ray.data import ActorPoolStrategy
+    from ray.exceptions import RayError
+    from ray.util.annotations import RayDeprecationWarning
+
+    placed = replace(job, num_threads=num_cpus, node_id=ray.get_runtime_context().get_node_id())
+    dataset = ray.data.from_items(described(pending), override_num_blocks=len(pending))
+    dataset.context.execution_no_progress_timeout_s = -1
+    # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
+    # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
+    restarts = {} if num_nodes > 1 else {"max_restarts": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.64 will need another way to say it
+        written = dataset.map_batches(
+            ShardEncoder,
+            fn_constructor_args=(placed,),
+            batch_size=1,
+            compute=ActorPoolStrategy(
+                size=num_workers,
+                max_tasks_in_flight_per_actor=SHARDS_AT_A_TIME,
+                max_concurrent_calls_per_actor=SHARDS_AT_A_TIME,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            **restarts,
+        )
+    budgets: set[int] = set()
+    try:
+        for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
+            for kind, message in zip(batch["error"].tolist(), batch["message"].tolist(), strict=True):
+                if kind:
+                    raise getattr(errors, kind)(message)
+            _tell_lowered(set(batch["batch_tokens"].tolist()) - {0}, budgets)
+            yield int(batch["num_rows"].sum())
+    except RayError as error:
+        raise cluster.cause_of(error) from None
+
+
+def _tell_lowered(found: set[int], told: set[int]) -> None:
+    for tokens in sorted(found - told):
+        logger.warning(
+            "out of memory: an encoder went on with %d tokens a batch; give --batch-tokens %d next time", tokens, tokens
+        )
+    told |= found
+
+
+def place(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
+    """Actors, CPUs of each and GPUs of each.
+
+    Raises:
+        PlacementError: the cluster does not have that much.
+    """
+    total = cluster.connect()
+    num_cpus = wanted.num_cpus_per_worker or 1
+    most = total.num_gpus or total.num_cpus // num_cpus
+    num_workers = wanted.num_workers or max(1, min(most, num_pending))
+    num_gpus = 1 if total.num_gpus else 0
+    cluster.check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who="actors")
+    return num_workers, num_cpus, num_gpus
