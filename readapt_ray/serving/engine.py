@@ -8,7 +8,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ logger = logging.getLogger("ray.serve")
 _INLINE_CHARACTERS = 20_000
 _CHECK_S = 10.0
 _OVERLAP_DEPTH = 10
+_EVERY_PASSAGE = DocFilter(prefix="")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Engine:
         self._telemetry = telemetry
         self._registry = Registry()
         self._background: set[asyncio.Task[None]] = set()
+        self._probing = False
 
     async def set_state(self, versions: Mapping[str, Version], routing: Routing) -> None:
         """Serve these versions, by this routing, from the next request on.
@@ -148,6 +150,7 @@ class Engine:
             found = await self._found(served, vectors, body, trace)
             passages = await self._passages(served, found) if body.with_text else {}
         self._shadow(name, body, found)
+        self._probe(name, served, vectors, body, found)
         if found.missing:
             self._telemetry.partial(name)
         return schema.SearchResponse(
@@ -282,9 +285,40 @@ class Engine:
         shadow = registry.routing.shadow_of(name)
         if shadow is None or body.query is None or registry.served[shadow].batcher.queued_tokens:
             return
-        task = asyncio.get_running_loop().create_task(self._compare(name, shadow, registry.served[shadow], body, found))
+        self._later(self._compare(name, shadow, registry.served[shadow], body, found))
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do this after the answer."""
+        task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+    def _probe(
+        self, name: str, served: Served, vectors: NDArray[np.float32], body: schema.SearchRequest, found: Found
+    ) -> None:
+        """Search exactly too, where that is asked for and no other probe is under way. What is filtered is exact already."""
+        is_filtered = body.doc_ids is not None or body.doc_id_prefix is not None
+        if is_filtered or found.missing or self._probing or not self._registry.routing.probes():
+            return
+        self._probing = True
+        self._later(self._measure_recall(name, served, vectors, found, min(body.top_k, _OVERLAP_DEPTH)))
+
+    async def _measure_recall(
+        self, name: str, served: Served, vectors: NDArray[np.float32], answered: Found, depth: int
+    ) -> None:
+        try:
+            async with self._deadline(None):
+                exact = await served.version.search(vectors, depth, _EVERY_PASSAGE)
+        except Exception as error:
+            # Whatever ails a probe, the client has its answer already.
+            logger.warning("recall of %s was not probed: %s", name, error)
+            return
+        finally:
+            self._probing = False
+        for mine, best in zip(answered.ranked, exact.ranked, strict=True):
+            due = {hit.doc_id for hit in best}
+            if due and not exact.missing:
+                self._telemetry.probed(name, len(due & {hit.doc_id for hit in mine[:depth]}) / len(due))
 
     async def _compare(
         self, name: str, shadow: str, served: Served, body: schema.SearchRequest, answered: Found

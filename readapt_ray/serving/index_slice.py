@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.exact import Hits, search_exact
-from readapt_ray.retrieval.vector_index import IndexShard, ShardRecord, read_shard, search_shards
+from readapt_ray.retrieval.vector_index import DELETED, IndexShard, ShardRecord, read_shard, search_shards
 from readapt_ray.serving.versions import DocFilter
 from readapt_ray.storage import Location
 
@@ -26,23 +27,29 @@ _BLOCK_ROWS = 16384
 class _SearchableShard:
     shard: IndexShard
     order: NDArray[np.int64] = field(init=False)
-    """Rows by rising doc_id."""
+    """Rows that are not deleted, by rising doc_id."""
+    ids: NDArray[np.object_] = field(init=False)
+    """Their doc_ids, in that order."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "order", np.argsort(self.shard.doc_ids, kind="stable"))
+        """Order the ids; and let inverted lists say where each vector lies (8 bytes each), to give it back."""
+        order = np.argsort(self.shard.doc_ids, kind="stable")
+        object.__setattr__(self, "order", order[np.count_nonzero(self.shard.doc_ids == DELETED) :])
+        object.__setattr__(self, "ids", self.shard.doc_ids[self.order])
+        lists = faiss.try_extract_index_ivf(self.shard.index)
+        if lists is not None:
+            lists.make_direct_map()
 
     def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
         """The rows that pass a filter."""
-        ids = self.shard.doc_ids
         if wanted.prefix is not None:
-            size, every = len(wanted.prefix), range(len(self.order))
-            first = bisect.bisect_left(every, wanted.prefix, key=lambda at: ids[self.order[at]][:size])
-            last = bisect.bisect_right(every, wanted.prefix, key=lambda at: ids[self.order[at]][:size])
+            size = len(wanted.prefix)
+            first = bisect.bisect_left(self.ids, wanted.prefix, key=lambda doc_id: doc_id[:size])
+            last = bisect.bisect_right(self.ids, wanted.prefix, key=lambda doc_id: doc_id[:size])
             return np.sort(self.order[first:last])
         names = np.array(wanted.doc_ids, dtype=object)
-        places = np.searchsorted(ids, names, sorter=self.order)
-        found = self.order[np.minimum(places, len(ids) - 1)]
-        return np.unique(found[ids[found] == names])
+        places = np.minimum(np.searchsorted(self.ids, names), len(self.ids) - 1)
+        return np.unique(self.order[places[self.ids[places] == names]]) if len(self.ids) else self.order
 
     def chunks(self, wanted: DocFilter) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
         """doc_ids and vectors [N, D] of the rows that pass, a block at a time."""
@@ -58,7 +65,7 @@ def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     except RuntimeError:
         raise InputError(
             f"an index of kind {type(index).__name__} does not give its vectors back, so it cannot be filtered by doc_id; "
-            f"serve a `flat` index"
+            f"serve another kind"
         ) from None
     return vectors
 

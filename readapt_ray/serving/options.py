@@ -71,6 +71,8 @@ class ServeConfig(VersionConfig):
     """A version that searches along, unseen by clients; how far it agrees is in the metrics."""
     shadow_share: float = Field(default=1.0, ge=0, le=1)
     """Share of searches that the shadow gets too."""
+    recall_probe: float = Field(default=0.0, ge=0, le=1)
+    """Share of searches that are made again exactly after the answer, one at a time; what the index found of the 10 best is in the metrics."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all, which needs API keys."""
     port: int = Field(default=8000, ge=1, le=65535)
@@ -132,6 +134,7 @@ class ServeConfig(VersionConfig):
                 "split": parse_split(self.split),
                 "shadow": self.shadow,
                 "shadow_share": self.shadow_share,
+                "recall_probe": self.recall_probe,
             }
         )
 

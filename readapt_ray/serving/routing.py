@@ -22,6 +22,8 @@ class Routing(Config):
     """A version that searches along, unseen by clients, to be compared with what they got."""
     shadow_share: float = Field(default=0.0, ge=0, le=1)
     """Share of searches that the shadow gets too."""
+    recall_probe: float = Field(default=0.0, ge=0, le=1)
+    """Share of searches that are made again exactly, to see what the index misses."""
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> Self:
@@ -54,6 +56,10 @@ class Routing(Config):
             if place < 0:
                 return name
         return max(self.split, key=self.split.__getitem__)
+
+    def probes(self) -> bool:
+        """Whether this search is to be made again exactly."""
+        return random.random() < self.recall_probe
 
     def shadow_of(self, answered_by: str) -> str | None:
         """The version that is to search along with this one, this time; None for none."""

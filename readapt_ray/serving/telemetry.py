@@ -31,6 +31,7 @@ class Telemetry:
         self._batch_fill = Histogram("readapt_batch_fill", "Tokens in a batch over its budget.", _SHARES, by_version)
         self._batch_seconds = Histogram("readapt_batch_seconds", "Encoding of a batch.", _SECONDS, by_version)
         self._partial = Counter("readapt_partial_searches", "Searches without a part of the index.", by_version)
+        self._recall = Histogram("readapt_recall", "Share of the 10 best that the index found.", _SHARES, by_version)
         pair = ("version", "shadow")
         self._overlap = Histogram("readapt_shadow_overlap", "Share of the first 10 that both found.", _SHARES, pair)
         self._difference = Histogram(
@@ -66,6 +67,10 @@ class Telemetry:
     def partial(self, version: str) -> None:
         """A search was answered without a part of the index."""
         self._partial.inc(1, {"version": version})
+
+    def probed(self, version: str, recall: float) -> None:
+        """A search was made again exactly."""
+        self._recall.observe(recall, {"version": version})
 
     def compared(self, version: str, shadow: str, overlap: float, score_difference: float) -> None:
         """A shadow searched along."""

@@ -12,6 +12,7 @@ import pytest
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.routing import Routing
+from readapt_ray.serving.versions import DocFilter, Found
 from tests.factories import small_corpus
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -457,6 +458,31 @@ def test_a_shadow_searches_along_and_is_compared(fresh, world):
         assert (base, shadow) == ("base", "adapted")
         assert overlap == pytest.approx(len(ids[0] & ids[1]) / 10)
         assert difference == pytest.approx(right["hits"][0]["score"] - left["hits"][0]["score"], abs=1e-6)
+
+
+def test_what_the_index_misses_is_probed(fresh, world):
+    probed = []
+
+    async def run():
+        routing = Routing(default="base", recall_probe=1.0)
+        async with local_server({"base": fresh}, routing=routing) as server, server.client() as client:
+            server.engine._telemetry.probed = lambda *values: probed.append(values)
+            searched, search = [], fresh.search
+
+            async def missing_its_best(vectors, top_k, wanted):
+                searched.append(wanted)
+                found = await search(vectors, top_k, wanted)
+                return found if wanted else Found([ranked[1:] for ranked in found.ranked], [])
+
+            fresh.search = missing_its_best
+            for body in ({"query": "array", "top_k": 4}, {"query": "array", "doc_id_prefix": "d"}):
+                assert (await client.post(SEARCH, json=body)).status_code == 200
+                await asyncio.wait_for(asyncio.gather(*server.engine._background), 10)
+            return searched
+
+    searched = asyncio.run(run())
+    assert probed == [("base", 0.75)]
+    assert searched == [None, DocFilter(prefix=""), DocFilter(prefix="d")], "a filtered search is exact and not probed"
 
 
 def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):

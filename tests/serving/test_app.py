@@ -126,6 +126,7 @@ def test_versions_take_what_they_do_not_say_from_above(world):
         "split": {"base": 1.0, "adapted": 9.0},
         "shadow": "base",
         "shadow_share": 1.0,
+        "recall_probe": 0.0,
     }
     assert list(world.config().pairs()) == ["retriever"]
 

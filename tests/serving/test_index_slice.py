@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, index_kind, write_shard
+from readapt_ray.retrieval.index_kinds import Wanted, recipe
+from readapt_ray.retrieval.vector_index import DELETED, VectorIndex, build_shard, index_kind, write_shard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.versions import DocFilter, Ranked, merged
 from readapt_ray.storage import Location
@@ -75,3 +76,24 @@ def test_parts_merge_to_what_one_index_finds(world):
 def test_ties_between_parts_go_by_doc_id():
     parts = [[[Ranked("b", 1.0), Ranked("d", 0.5)]], [[Ranked("a", 1.0), Ranked("c", 0.5)]]]
     assert merged(parts, 1, 3) == [[Ranked("a", 1.0), Ranked("b", 1.0), Ranked("c", 0.5)]]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf-flat", "hnsw", "ivf-pq", "rabitq"])
+def test_every_kind_is_filtered_and_what_is_deleted_is_not_found(tmp_path, kind):
+    ids = [f"{number:05d}" for number in range(1200)]
+    vectors = np.random.default_rng(5).normal(size=(len(ids), 16)).astype(np.float32)
+    shard = build_shard(recipe(Wanted(kind=kind), len(ids), 16), 16, [(ids, vectors)])
+    shard.doc_ids[[3, 700]] = DELETED
+    folder = Location(str(tmp_path))
+    searchable = IndexSlice(folder, [write_shard(folder, "00000", shard, encoder="e")])
+    queries = vectors[[3, 700, 9]]
+    for wanted, there in (
+        (DocFilter(prefix=""), [row for row in range(1200) if row not in (3, 700)]),
+        (DocFilter(prefix="007"), list(range(701, 800))),
+        (DocFilter(doc_ids=("00003", "00009", "")), [9]),
+    ):
+        oracle = search_exact(queries, [([ids[row] for row in there], vectors[there])], 5)
+        found = searchable.search(queries, 5, wanted)
+        for query in range(3):
+            mine, its = found.of_query(query, ""), oracle.of_query(query, "")
+            assert [doc.doc_id for doc in mine] == [doc.doc_id for doc in its]
