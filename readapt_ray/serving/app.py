@@ -175,7 +175,13 @@ def bind_gateway(config: ServeConfig) -> Any:
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False).model_dump(),
         **_LIFE,
-    ).bind(limits, read_keys(config.api_keys), allow_anonymous=config.allow_anonymous, num_gateways=config.num_gateways)
+    ).bind(
+        limits,
+        read_keys(config.api_keys),
+        allow_anonymous=config.allow_anonymous,
+        num_gateways=config.num_gateways,
+        traces=config.traces,
+    )
 
 
 def serve_config(config: ServeConfig) -> dict[str, Any]:

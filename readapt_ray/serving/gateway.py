@@ -49,22 +49,31 @@ class GatewayState(Config):
 class Gateway:
     """Answers HTTP."""
 
-    def __init__(self, limits: Limits, keys: Sequence[ApiKey], *, allow_anonymous: bool, num_gateways: int) -> None:
+    def __init__(
+        self, limits: Limits, keys: Sequence[ApiKey], *, allow_anonymous: bool, num_gateways: int, traces: bool
+    ) -> None:
         self._limits = limits
         self._keys = KeyRing(keys, share=1 / num_gateways)
         self._allow_anonymous = allow_anonymous
+        self._traces = traces
         self._telemetry = Telemetry()
         self._engine = Engine(limits, self._telemetry)
         self._versions: dict[str, RemoteVersion] = {}
 
     def __serve_build_asgi_app__(self) -> App:
         """The app, built in the replica."""
+        spans = None
+        if self._traces:
+            from readapt_ray.serving.spans import RequestSpans
+
+            spans = RequestSpans()
         return Guard(
             build_api(self._engine, gather_metrics),
             keys=self._keys,
             allow_anonymous=self._allow_anonymous,
             limits=self._limits,
             telemetry=self._telemetry,
+            spans=spans,
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from readapt_ray.serving.engine import Limits, Trace
@@ -18,6 +18,9 @@ from readapt_ray.serving.keys import KeyRing
 from readapt_ray.serving.options import is_loopback
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from readapt_ray.serving.spans import RequestSpans
 
 logger = logging.getLogger("ray.serve")
 
@@ -39,14 +42,25 @@ class Guard:
         keys: API keys; with none, only this machine is answered.
         allow_anonymous: answer other machines without keys.
         limits: body size and requests under way.
+        spans: where traces are wanted.
     """
 
-    def __init__(self, app: App, *, keys: KeyRing, allow_anonymous: bool, limits: Limits, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        keys: KeyRing,
+        allow_anonymous: bool,
+        limits: Limits,
+        telemetry: Telemetry,
+        spans: "RequestSpans | None" = None,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._allow_anonymous = allow_anonymous
         self._limits = limits
         self._telemetry = telemetry
+        self._spans = spans
         self._under_way = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
@@ -86,7 +100,7 @@ class Guard:
             logger.exception("request %s failed", trace.request_id)
         finally:
             self._under_way -= counted
-            self._record(scope, trace, status, time.perf_counter() - before_s)
+            self._record(scope, headers, trace, status, time.perf_counter() - before_s)
 
     def _admit(self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace) -> None:
         """Refuse who may not ask, or asks too much.
@@ -163,10 +177,16 @@ class Guard:
             if not message.get("more_body"):
                 return bytes(body)
 
-    def _record(self, scope: MutableMapping[str, Any], trace: Trace, status: int, seconds: float) -> None:
+    def _record(
+        self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace, status: int, seconds: float
+    ) -> None:
         # Paths that do not exist are many; as labels they would fill the memory of Prometheus.
         path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
         self._telemetry.request(path, status, trace.version, trace.key, seconds)
+        if self._spans:
+            self._spans.record(
+                trace, method=scope["method"], path=path, status=status, seconds=seconds, headers=headers
+            )
         entry = {
             "request": trace.request_id,
             "method": scope["method"],

@@ -100,6 +100,8 @@ class ServeConfig(VersionConfig):
     """When a part of the index does not answer: wait for its replacement until the request's time is up, answer without it and say so, or refuse."""
     shard_timeout_s: float = Field(default=2.0, gt=0)
     """Seconds that a part of the index has to answer before it counts as lost, unless the policy is to wait."""
+    traces: bool = False
+    """Send OpenTelemetry traces of requests over OTLP, to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `traces`."""
     update: bool = False
     """Bring the server that this Ray already runs to this state, without a dropped request, instead of starting one."""
     write_config: str | None = None

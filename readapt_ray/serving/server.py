@@ -42,7 +42,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
 
     Raises:
         InputError: the port is taken, this Ray serves already (or, for `update`, serves nothing), there are
-            no API keys for an open address, or a retriever, its index and its corpus cannot be used or do not fit
+            no API keys for an open address, nothing that sends the traces, or a retriever, its index and its corpus cannot be used or do not fit
             together; nothing was started.
         ReadaptError: a replica could not start.
     """
@@ -56,6 +56,10 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
             f"host = {config.host!r} would answer other machines, and there are no API keys; give --api-keys FILE, "
             f"or --allow-anonymous where something else guards the door"
         )
+    if config.traces:
+        from readapt_ray.serving.spans import check_exporter
+
+        check_exporter()
     if not config.update:
         _check_port(config.host, config.port)
     fingerprints = {name: app.check_pair(name, pair) for name, pair in pairs.items()}

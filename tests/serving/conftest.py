@@ -27,6 +27,7 @@ from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.routing import Routing
 from readapt_ray.serving.server import serve, stop
+from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
 from readapt_ray.serving.versions import DocFilter, Found, Ranked, VersionInfo, merged
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
@@ -178,6 +179,7 @@ async def local_server(
     routing: Routing | None = None,
     keys: Sequence[ApiKey] = (),
     allow_anonymous: bool = False,
+    spans: RequestSpans | None = None,
     **limits,
 ):
     """A `Local` server of these versions; the first is the default."""
@@ -193,6 +195,7 @@ async def local_server(
         allow_anonymous=allow_anonymous,
         limits=engine.limits,
         telemetry=Telemetry(),
+        spans=spans,
     )
     yield Local(engine, versions, app)
 
