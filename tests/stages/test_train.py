@@ -96,7 +96,7 @@ def test_the_adapter_learns_and_loads_in_plain_peft(packed: tuple[Path, Path], r
         assert not torch.allclose(model(ids).logits, without, atol=1e-3)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 3])
 def test_two_workers_equal_one(packed: tuple[Path, Path], reference: Path, tmp_path: Path, zero_stage: int) -> None:
     trained(packed, tmp_path / "a", num_workers=2, zero_stage=zero_stage)
     assert largest_difference(reference, tmp_path / "a") < 2e-3
@@ -151,7 +151,8 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(
     assert [(row["step"], row["loss"]) for row in rows] == [(row["step"], row["loss"]) for row in expected]
 
 
-@pytest.mark.parametrize("second", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [1, 2])
 def test_a_run_goes_on_with_another_number_of_workers(
     packed: tuple[Path, Path], reference: Path, tmp_path: Path, second: int
 ) -> None:
