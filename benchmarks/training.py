@@ -44,6 +44,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.blocks import BlockReader
+from readapt_ray.training.checkpoints import Course
 from readapt_ray.training.engine import Engine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
@@ -141,7 +142,7 @@ class Baseline:
             output_dir=str(self._folder), per_device_train_batch_size=4, max_steps=num_steps, learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
             dataloader_num_workers=0, bf16=self._dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
-            remove_unused_columns=False, log_level="error", logging_strategy="steps",
+            train_sampling_strategy="sequential", remove_unused_columns=False, log_level="error", logging_strategy="steps",
         )  # fmt: skip
         trainer = transformers.Trainer(
             self.model,
@@ -152,12 +153,11 @@ class Baseline:
             callbacks=[_Collected(rows, found)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)  # type: ignore[arg-type]
         trainer.train()
         yield from found
 
 
-class _Collected(transformers.TrainerCallback):  # type: ignore[misc]
+class _Collected(transformers.TrainerCallback):
     """Keeps the tokens and the loss of each step."""
 
     def __init__(self, rows: list[list[int]], found: list[tuple[int, float]]) -> None:
@@ -182,14 +182,14 @@ class _Sequential(BlockReader):
     """Blocks in the order in which they were made, from memory."""
 
     def __init__(self, blocks: list[Block], batch_size: int) -> None:
-        self.batch_size, self.num_epochs, self.seed = batch_size, 1, 0
-        self.num_blocks = len(blocks)
-        self.num_steps = self.steps_per_epoch = len(blocks) // batch_size
+        whole = len(blocks) - len(blocks) % batch_size
+        self.course = Course(num_units=whole, batch_size=batch_size, num_epochs=1, seed=0)
         self._made = blocks
 
     def steps(self, first_step: int) -> Iterator[list[Block]]:
-        for step in range(first_step, self.num_steps):
-            yield self._made[step * self.batch_size : (step + 1) * self.batch_size]
+        size = self.course.batch_size
+        for step in range(first_step, self.course.num_steps):
+            yield self._made[step * size : (step + 1) * size]
 
 
 class Ours:

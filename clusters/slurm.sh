@@ -19,8 +19,11 @@ python="${READAPT_PYTHON:-.venv/bin/python}"
 ray="${READAPT_RAY:-$(dirname "$python")/ray}"
 port="${READAPT_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 
-head_node="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-head_ip="$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address | awk '{print $1}')"
+# Not by a pipe: one whose reader is done early ends the writer, and with pipefail this script.
+nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+head_node="${nodes%%$'\n'*}"
+addresses="$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address)"
+head_ip="${addresses%% *}"
 
 # Ray runs what reaches its ports: a token that only this user can read, gone with the job.
 umask 077

@@ -97,7 +97,7 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
             )
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
-    if _kernel_runs(value, dropout):
+    if dropout == 0 and has_kernel(value.device, value.dtype):
         output = _by_kernel(query, key, value, scaling, cu_seq_lens_q, max_length_q, causal=causal, window=window)
     else:
         layout = _layout(tuple(cu_seq_lens_q.diff().tolist()), query.device)
@@ -105,13 +105,14 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     return output, None
 
 
-def _kernel_runs(value: Tensor, dropout: float) -> bool:
+@functools.cache
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the flash kernel runs there, in this type."""
     return (
-        value.device.type == "cuda"
-        and value.dtype in _KERNEL_DTYPES
-        and dropout == 0
+        device.type == "cuda"
+        and dtype in _KERNEL_DTYPES
         and importlib.util.find_spec("torch.nn.attention.varlen") is not None
-        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 
@@ -126,10 +127,12 @@ def _by_kernel(  # noqa: PLR0917
     causal: bool,
     window: int | None,
 ) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
     query_THD, key_THD, value_THD = (each.squeeze(0).transpose(0, 1).to(value.dtype) for each in (query, key, value))
     left = -1 if window is None else window - 1
     right = 0 if causal else -1 if window is None else window - 1
-    output_THD = _kernel()(
+    output_THD: Any = varlen_attn(
         query_THD,
         key_THD,
         value_THD,
@@ -141,13 +144,8 @@ def _by_kernel(  # noqa: PLR0917
         window_size=(left, right),
         enable_gqa=query_THD.shape[1] != key_THD.shape[1],
     )
-    return output_THD.unsqueeze(0)  # type: ignore[no-any-return]
-
-
-def _kernel() -> Any:
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn
+    output: Tensor = output_THD.unsqueeze(0)
+    return output
 
 
 def _by_passage(

@@ -407,3 +407,14 @@ def run_file(folder: Path, *, num_passages: int, num_queries: int, **sections: d
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     return folder / "run.yaml"
+
+
+def packed_corpus(folder: Path) -> tuple[Path, Path]:
+    """A tiny pretrained model, and 160 passages in blocks of 64 tokens; Ray packs them."""
+    from readapt_ray.stages.pack import PackConfig, pack
+
+    base = tiny_decoder(folder / "base")
+    ingest_artifact(folder / "corpus", small_corpus(160))
+    blocks = str(folder / "blocks")
+    pack(PackConfig(pretrained=str(base), corpus=str(folder / "corpus"), output=blocks, mode="packed", block_tokens=64))
+    return base, folder / "blocks"

@@ -212,10 +212,11 @@ def test_the_slurm_script_starts_a_head_and_workers_and_runs_the_pipeline(tmp_pa
     """Slurm and Ray are stand-ins that write down how they were called."""
     said = tmp_path / "said"
     tools = {
-        "scontrol": "echo node1; echo node2; echo node3",
+        "scontrol": "echo node1; sleep 0.1; echo node2; echo node3",  # slow: a reader that left would end it
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
         "hostname": "echo 10.0.0.1 fe80::1",
-        "ray": f'echo "ray $* mode=$RAY_AUTH_MODE token=$(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> {said}',
+        "ray": f'[ "$1" = status ] && exec test "$(grep -c "ray start" {said})" = 2\n'
+        f'echo "ray $* mode=$RAY_AUTH_MODE token=$(wc -c < "$RAY_AUTH_TOKEN_PATH")" >> {said}',
         "python": f'[ "$1" = -c ] && exec {sys.executable} "$@"; echo "python $* at $RAY_ADDRESS" >> {said}; exit 3',
     }
     for name, body in tools.items():

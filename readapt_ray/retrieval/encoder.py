@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from readapt_ray import hardware
+from readapt_ray import attention, hardware
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.models import Model, encoding_of, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
@@ -59,7 +59,7 @@ class Encoder:
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: Any,
         tokenizer: Any,
         encoding: Encoding,
         *,
@@ -76,7 +76,7 @@ class Encoder:
         self._identify = identify
         self._tokenizer = TextTokenizer(tokenizer, encoding)
         self._forward_pass = ForwardPass(network, encoding.pooling)
-        self._hidden_size = int(network.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        self._hidden_size = int(network.config.hidden_size)
         self._check_sizes(network.config)
         self.is_packed = packed and self._forward_pass.pack()
         """Whether texts are laid end to end, without padding."""
@@ -119,7 +119,7 @@ class Encoder:
             encoding,
             identify=functools.partial(encoder_fingerprint, model, encoding, dtype),
             batch_tokens=batch_tokens,
-            packed=_has_packed_kernel(device, dtype) if packed is None else packed,
+            packed=attention.has_kernel(torch.device(device), DTYPES[dtype]) if packed is None else packed,
         )
 
     @property
@@ -248,10 +248,6 @@ def suitable_dtype(device: str | None = None) -> str:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _has_packed_kernel(device: str, dtype: str) -> bool:
-    return device.startswith("cuda") and dtype != "float32" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import faiss
 import numpy as np
@@ -24,7 +24,6 @@ from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.embed_plan import packed_hashes
 from readapt_ray.retrieval.exact import Hits, TopK, check_dimension
-from readapt_ray.retrieval.index_kinds import index_kind  # noqa: F401 -- who builds a shard names its kind
 from readapt_ray.storage import Location
 
 DELETED = ""
@@ -105,19 +104,15 @@ def _widened(
     )
 
 
-class HasFactory(Protocol):
-    """What says how FAISS makes an index: a kind, or a recipe."""
+def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]) -> IndexShard:
+    """An index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them all.
 
-    @property
-    def factory(self) -> str:
-        """FAISS factory string."""
-
-
-def build_shard(
-    recipe: HasFactory, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]
-) -> IndexShard:
-    """An index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them all."""
-    index = faiss.index_factory(dimension, recipe.factory, faiss.METRIC_INNER_PRODUCT)
+    Args:
+        factory: FAISS factory string.
+        dimension: D.
+        chunks: doc_ids and vectors.
+    """
+    index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     doc_ids: list[str] = []
     parts: list[NDArray[np.float32]] = []
     for names, vectors in chunks:

@@ -173,7 +173,7 @@ def check_seen_by_all(folder: Location) -> None:
 
 
 def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """What a function gives on each node, by the node's address."""
+    """What a function gives on each node, by the node's address; a node that dies meanwhile is Ray's to replace."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -182,7 +182,16 @@ def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
         started[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = task.remote(*args)
-    return {where: ray.get(reference, timeout=_NODE_ANSWERS_S) for where, reference in started.items()}
+    ray.wait(list(started.values()), num_returns=len(started), timeout=_NODE_ANSWERS_S)
+    answers = {}
+    for where, reference in started.items():
+        try:
+            answers[where] = ray.get(reference, timeout=0)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            logger.warning("node %s did not answer: %s", where, str(error).splitlines()[0])
+    return answers
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:

@@ -273,10 +273,10 @@ def _build_shard(shard: _Shard) -> dict[str, Any]:
 
     measured = None
     if shard.recipe.is_exact:
-        built = build_shard(shard.recipe, shard.dimension, chunks())
+        built = build_shard(shard.recipe.factory, shard.dimension, chunks())
     else:
         doc_ids, vectors = _gathered(chunks(), len(shard.rows), shard.dimension)
-        built = build_shard(shard.recipe, shard.dimension, [(doc_ids, vectors)])
+        built = build_shard(shard.recipe.factory, shard.dimension, [(doc_ids, vectors)])
         measured = asdict(tune(built.index, vectors, shard.recipe, shard.wanted))
     record = write_shard(
         shard.shards,

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.storage import Location
+from readapt_ray.training.checkpoints import Course
 from readapt_ray.training.packing import Block, table_to_blocks
 
 WINDOW_ROW_GROUPS = 16
@@ -46,13 +47,9 @@ class BlockReader:
     """
 
     def __init__(self, folder: Location, *, batch_size: int, num_epochs: int, seed: int) -> None:
-        self.batch_size = batch_size
-        self.num_epochs = num_epochs
-        self.seed = seed
         self._row_groups = [group for file in folder.files(".parquet") for group in _row_groups(file)]
-        self.num_blocks = sum(group.num_blocks for group in self._row_groups)
-        self.steps_per_epoch = -(-self.num_blocks // batch_size)
-        self.num_steps = self.steps_per_epoch * num_epochs
+        num_blocks = sum(group.num_blocks for group in self._row_groups)
+        self.course = Course(num_units=num_blocks, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[list[Block]]:
         """The global batch of every step from `first_step` on, read ahead in a thread."""
@@ -87,13 +84,13 @@ class BlockReader:
             stopped.set()
 
     def _batches(self, first_step: int) -> Iterator[list[Block]]:
-        first_epoch, first_in_epoch = divmod(first_step, self.steps_per_epoch)
-        for epoch in range(first_epoch, self.num_epochs):
-            skipped = first_in_epoch * self.batch_size if epoch == first_epoch else 0
+        first_epoch, consumed = self.course.consumed(first_step)
+        for epoch in range(first_epoch, self.course.num_epochs):
+            skipped = consumed if epoch == first_epoch else 0
             batch: list[Block] = []
             for block in self._epoch(epoch, skipped):
                 batch.append(block)
-                if len(batch) == self.batch_size:
+                if len(batch) == self.course.batch_size:
                     yield batch
                     batch = []
             if batch:
@@ -101,7 +98,7 @@ class BlockReader:
 
     def _epoch(self, epoch: int, skipped: int) -> Iterator[Block]:
         """The blocks of an epoch in order, without the first `skipped`; skipped windows are not read."""
-        random = np.random.default_rng([self.seed, epoch])
+        random = np.random.default_rng([self.course.seed, epoch])
         groups = [self._row_groups[index] for index in random.permutation(len(self._row_groups))]
         for start in range(0, len(groups), WINDOW_ROW_GROUPS):
             window = groups[start : start + WINDOW_ROW_GROUPS]

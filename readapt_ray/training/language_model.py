@@ -39,10 +39,7 @@ class LanguageModelling:
     @property
     def course(self) -> Course:
         """Which blocks, in which order."""
-        reader = self.reader
-        return Course(
-            num_units=reader.num_blocks, batch_size=reader.batch_size, num_epochs=reader.num_epochs, seed=reader.seed
-        )
+        return self.reader.course
 
     def batches(self, first_step: int) -> Iterator[list[Block]]:
         """The blocks of every step from `first_step` on."""

@@ -18,7 +18,7 @@ def _vectors(num_vectors=2000, dimension=24):
 def _made(wanted, vectors):
     made = recipe(wanted, len(vectors), vectors.shape[1])
     doc_ids = [str(row) for row in range(len(vectors))]
-    return made, build_shard(made, vectors.shape[1], [(doc_ids, vectors)]).index
+    return made, build_shard(made.factory, vectors.shape[1], [(doc_ids, vectors)]).index
 
 
 def _recall_by_hand(index, vectors, rank):
@@ -76,5 +76,5 @@ def test_what_finds_too_little_is_refused_and_says_what_to_raise(wanted, named):
 def test_few_vectors():
     vectors = _vectors(3)
     exact = Recipe(factory="Flat", depth=None, is_exact=True)
-    index = build_shard(exact, 24, [(["a", "b", "c"], vectors)]).index
+    index = build_shard(exact.factory, 24, [(["a", "b", "c"], vectors)]).index
     assert tune(index, vectors, exact, Wanted()).recall_at_10 == 1.0

@@ -6,13 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
-from readapt_ray.retrieval.index_kinds import Recipe
 from readapt_ray.retrieval.vector_index import (
     VectorIndex,
     build_shard,
     carry_over,
     find_shard,
-    index_kind,
     read_shard,
     search_shards,
     write_shard,
@@ -20,7 +18,7 @@ from readapt_ray.retrieval.vector_index import (
 from readapt_ray.storage import Location
 from tests.retrieval.test_exact import by_hand
 
-FLAT = index_kind("flat")
+FLAT = "Flat"
 
 
 def _made(num_docs=300, dimension=16):
@@ -143,8 +141,7 @@ def test_deleted_vectors_are_not_found_and_take_no_place(tmp_path, top_k):
 
 def test_an_index_that_finds_less_than_k_is_not_asked_for_ever():
     queries, doc_ids, vectors = _made()
-    recipe = Recipe(factory="IVF7,Flat", depth="nprobe", is_exact=False)
-    shard = build_shard(recipe, 16, [(doc_ids[:150], vectors[:150]), (doc_ids[150:], vectors[150:])])
+    shard = build_shard("IVF7,Flat", 16, [(doc_ids[:150], vectors[:150]), (doc_ids[150:], vectors[150:])])
     assert shard.index.ntotal == 300 and shard.index.nprobe == 1
     found = shard.search(queries, 200)
     counts = [len(found.of_query(index, "q")) for index in range(len(queries))]

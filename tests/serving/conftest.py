@@ -18,7 +18,7 @@ from readapt_ray.artifacts import Workspace, open_artifact, produce
 from readapt_ray.catalog.models import find_model, load_tokenizer
 from readapt_ray.config import StageConfig
 from readapt_ray.retrieval.encoder import Encoder
-from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, described, index_kind, write_shard
+from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, described, write_shard
 from readapt_ray.serving.api import build_api
 from readapt_ray.serving.engine import Engine, Limits
 from readapt_ray.serving.guard import Guard
@@ -73,7 +73,7 @@ def _index(folder: Path, encoder: Encoder, name: str, passages) -> None:
         records = []
         for number, part in enumerate((passages[:25], passages[25:])):
             vectors = encoder.encode([each.text for each in part], "passage", [each.title for each in part])
-            shard = build_shard(index_kind("flat"), encoder.dimension, [([each.doc_id for each in part], vectors)])
+            shard = build_shard("Flat", encoder.dimension, [([each.doc_id for each in part], vectors)])
             records.append(
                 described(
                     write_shard(workspace.location / "shards", f"{number:05d}", shard, encoder=encoder.fingerprint)
@@ -170,6 +170,17 @@ LIMITS = {
     "max_inputs": 2048,
     "timeout_s": 30.0,
 }
+
+
+@pytest.fixture(scope="module")
+def version(world) -> LocalVersion:
+    return LocalVersion.load(world)
+
+
+@pytest.fixture
+def fresh(world) -> LocalVersion:
+    """A version of its own, to slow down or break."""
+    return LocalVersion.load(world)
 
 
 @contextlib.asynccontextmanager

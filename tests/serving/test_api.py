@@ -12,23 +12,11 @@ import pytest
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.routing import Routing
-from readapt_ray.serving.versions import DocFilter, Found
 from tests.factories import small_corpus
 from tests.serving.conftest import LocalVersion, local_server
 
 TEXTS = ["array shape", "lock a thread", "write the file", "ünï ☃ 文書"]
 EMBEDDINGS, SEARCH = "/v1/embeddings", "/v1/search"
-
-
-@pytest.fixture(scope="module")
-def version(world) -> LocalVersion:
-    return LocalVersion.load(world)
-
-
-@pytest.fixture
-def fresh(world) -> LocalVersion:
-    """A version of its own, to slow down or break."""
-    return LocalVersion.load(world)
 
 
 def ask(version, *calls, versions=None, **options):
@@ -384,116 +372,3 @@ def test_a_web_page_cannot_post_without_saying_json(version):
             return await client.post(EMBEDDINGS, content=b'{"input": "a"}', headers={"content-type": "text/plain"})
 
     assert asyncio.run(run()).status_code == 400
-
-
-def test_a_request_names_its_version_or_gets_the_default(version, world):
-    versions = {"base": LocalVersion.load(world, "other"), "adapted": version}
-
-    async def run():
-        async with local_server(versions) as server, server.client() as client:
-
-            async def model(path, **body):
-                field = "input" if path == EMBEDDINGS else "query"
-                return (await client.post(path, json={field: "array", **body})).json()["model"]
-
-            assert await model(EMBEDDINGS) == await model(EMBEDDINGS, model="default") == "base"
-            assert await model(EMBEDDINGS, model="adapted") == "adapted"
-            assert await model(SEARCH) == "base"
-            await server.engine.set_state(versions, Routing(default="base", split={"adapted": 1.0}))
-            assert await model(SEARCH) == await model(SEARCH, model="default") == "adapted"
-            assert await model(SEARCH, model="base") == "base"
-            # Vectors of two encoders do not go together: a split is for searches alone.
-            assert await model(EMBEDDINGS) == "base"
-
-    asyncio.run(run())
-
-
-def test_the_default_changes_between_two_requests_and_none_fails(fresh, world):
-    base, fresh.delay_s = LocalVersion.load(world, "other"), 0.01
-    base.delay_s = 0.01
-
-    async def run():
-        async with local_server({"base": base}) as server, server.client() as client:
-            answers, changed = [], asyncio.Event()
-
-            async def ask_on():
-                while not changed.is_set() or answers[-1]["model"] == "base":
-                    answer = await client.post(SEARCH, json={"query": "array shape", "top_k": 3})
-                    assert answer.status_code == 200, answer.text
-                    answers.append(answer.json())
-
-            clients = [asyncio.create_task(ask_on()) for _ in range(8)]
-            await asyncio.sleep(0.1)
-            await server.engine.set_state({"base": base, "adapted": fresh}, Routing(default="adapted"))
-            changed.set()
-            await asyncio.wait_for(asyncio.gather(*clients), 20)
-            return answers
-
-    answers = asyncio.run(run())
-    assert {answer["model"] for answer in answers} == {"base", "adapted"}
-    # Each answer is of one unit: the hits are those that its own encoder and index give.
-    for name, version in (("base", base), ("adapted", fresh)):
-        assert {each["fingerprint"] for each in answers if each["model"] == name} == {version.info.fingerprint}
-        assert len({str(each["data"]) for each in answers if each["model"] == name}) == 1
-
-
-def test_a_shadow_searches_along_and_is_compared(fresh, world):
-    other, compared = LocalVersion.load(world, "other"), []
-
-    async def run():
-        routing = Routing(default="base", shadow="adapted", shadow_share=1.0)
-        versions = {"base": other, "adapted": fresh}
-        async with local_server(versions, routing=routing) as server, server.client() as client:
-            server.engine._telemetry.compared = lambda *values: compared.append(values)
-            answer = await client.post(SEARCH, json={"query": TEXTS, "top_k": 10, "with_text": False})
-            assert answer.json()["model"] == "base"
-            await asyncio.wait_for(asyncio.gather(*server.engine._background), 10)
-            named = await client.post(SEARCH, json={"query": TEXTS, "model": "adapted", "with_text": False})
-            return answer.json()["data"], named.json()["data"]
-
-    mine, its = asyncio.run(run())
-    assert len(compared) == len(TEXTS)
-    for left, right, (base, shadow, overlap, difference) in zip(mine, its, compared, strict=True):
-        ids = [{hit["doc_id"] for hit in each["hits"]} for each in (left, right)]
-        assert (base, shadow) == ("base", "adapted")
-        assert overlap == pytest.approx(len(ids[0] & ids[1]) / 10)
-        assert difference == pytest.approx(right["hits"][0]["score"] - left["hits"][0]["score"], abs=1e-6)
-
-
-def test_what_the_index_misses_is_probed(fresh, world):
-    probed = []
-
-    async def run():
-        routing = Routing(default="base", recall_probe=1.0)
-        async with local_server({"base": fresh}, routing=routing) as server, server.client() as client:
-            server.engine._telemetry.probed = lambda *values: probed.append(values)
-            searched, search = [], fresh.search
-
-            async def missing_its_best(vectors, top_k, wanted):
-                searched.append(wanted)
-                found = await search(vectors, top_k, wanted)
-                return found if wanted else Found([ranked[1:] for ranked in found.ranked], [])
-
-            fresh.search = missing_its_best
-            for body in ({"query": "array", "top_k": 4}, {"query": "array", "doc_id_prefix": "d"}):
-                assert (await client.post(SEARCH, json=body)).status_code == 200
-                await asyncio.wait_for(asyncio.gather(*server.engine._background), 10)
-            return searched
-
-    searched = asyncio.run(run())
-    assert probed == [("base", 0.75)]
-    assert searched == [None, DocFilter(prefix=""), DocFilter(prefix="d")], "a filtered search is exact and not probed"
-
-
-def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):
-    fresh.broken = "out of memory"
-
-    async def run():
-        routing = Routing(default="base", shadow="adapted", shadow_share=1.0)
-        versions = {"base": LocalVersion.load(world, "other"), "adapted": fresh}
-        async with local_server(versions, routing=routing) as server, server.client() as client:
-            answer = await client.post(SEARCH, json={"query": "array"})
-            await asyncio.gather(*server.engine._background)
-            return answer
-
-    assert asyncio.run(run()).status_code == 200

@@ -3,7 +3,7 @@ import pytest
 
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.retrieval.index_kinds import Wanted, recipe
-from readapt_ray.retrieval.vector_index import DELETED, VectorIndex, build_shard, index_kind, write_shard
+from readapt_ray.retrieval.vector_index import DELETED, VectorIndex, build_shard, write_shard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.versions import DocFilter, Ranked, merged
 from readapt_ray.storage import Location
@@ -28,7 +28,7 @@ def sliced(tmp_path_factory, vectors):
     order = np.random.default_rng(4).permutation(len(IDS))
     records = []
     for number, part in enumerate(np.array_split(order, 3)):
-        shard = build_shard(index_kind("flat"), 8, [([IDS[row] for row in part], vectors[part])])
+        shard = build_shard("Flat", 8, [([IDS[row] for row in part], vectors[part])])
         records.append(write_shard(folder, f"{number:05d}", shard, encoder="e"))
     return IndexSlice(folder, records)
 
@@ -82,7 +82,7 @@ def test_ties_between_parts_go_by_doc_id():
 def test_every_kind_is_filtered_and_what_is_deleted_is_not_found(tmp_path, kind):
     ids = [f"{number:05d}" for number in range(1200)]
     vectors = np.random.default_rng(5).normal(size=(len(ids), 16)).astype(np.float32)
-    shard = build_shard(recipe(Wanted(kind=kind), len(ids), 16), 16, [(ids, vectors)])
+    shard = build_shard(recipe(Wanted(kind=kind), len(ids), 16).factory, 16, [(ids, vectors)])
     shard.doc_ids[[3, 700]] = DELETED
     folder = Location(str(tmp_path))
     searchable = IndexSlice(folder, [write_shard(folder, "00000", shard, encoder="e")])

@@ -13,7 +13,6 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from readapt_ray.stages.pack import PackConfig, pack
 from readapt_ray.stages.train import TrainConfig, train
 from tests import factories
 
@@ -29,20 +28,10 @@ def main(folder: Path, then: str) -> None:
     victims = [cluster.add_node(**_NODE) for _ in range(2)]
     cluster.wait_for_nodes()
     os.environ["RAY_ADDRESS"] = cluster.address
-    base = factories.tiny_decoder(folder / "base")
-    factories.ingest_artifact(folder / "corpus", factories.small_corpus(160))
-    pack(
-        PackConfig(
-            pretrained=str(base),
-            corpus=str(folder / "corpus"),
-            output=str(folder / "blocks"),
-            mode="packed",
-            block_tokens=64,
-        )
-    )
+    base, blocks = factories.packed_corpus(folder)
     options: dict[str, Any] = {
         "pretrained": str(base),
-        "corpus": str(folder / "blocks"),
+        "corpus": str(blocks),
         "num_workers": 2,
         "num_cpus_per_worker": 1,
         "checkpoint_every_steps": 5,

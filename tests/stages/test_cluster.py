@@ -1,6 +1,7 @@
 """Placement: what fits, what never will, what has to wait, and nodes that come late."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ def test_a_cluster_of_a_head_without_cpus_is_an_error_within_a_minute(monkeypatc
     monkeypatch.setattr(cluster, "_FIRST_NODE_S", 0.1)
     with pytest.raises(PlacementError, match="1 node with nothing for tasks"):
         cluster._nodes_that_came(1)
+
+
+def test_a_node_that_does_not_answer_is_named_and_the_others_are_heard(
+    ray_session: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here,) = ray.nodes()
+    gone = {"NodeID": "ab" * 28, "NodeManagerAddress": "10.0.0.9"}
+    with caplog.at_level(logging.WARNING, "readapt_ray"):
+        answers = cluster._on_each([gone, here], os.path.basename, "folder/yes")
+    assert list(answers.values()) == ["yes"]
+    assert "node 10.0.0.9 (abababab) did not answer" in caplog.text
+    with pytest.raises(TypeError):
+        cluster._on_each([here], os.path.basename, 1)
 
 
 def test_a_real_cluster_says_what_it_has(ray_session: None) -> None:

@@ -31,19 +31,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     from readapt_ray.stages import cluster
 
     cluster.connect()
-    folder = tmp_path_factory.mktemp("train")
-    base = factories.tiny_decoder(folder / "base")
-    factories.ingest_artifact(folder / "corpus", factories.small_corpus(160))
-    pack(
-        PackConfig(
-            pretrained=str(base),
-            corpus=str(folder / "corpus"),
-            output=str(folder / "blocks"),
-            mode="packed",
-            block_tokens=64,
-        )
-    )
-    return base, folder / "blocks"
+    return factories.packed_corpus(tmp_path_factory.mktemp("train"))
 
 
 def trained(packed: tuple[Path, Path], output: Path, **options: Any) -> Artifact:

@@ -138,8 +138,8 @@ def reference_kernel(
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of attention; the kernel itself needs CUDA, here it is a reference of it."""
     if request.param == "by kernel":
-        monkeypatch.setattr(attention, "_kernel_runs", lambda *_: True)
-        monkeypatch.setattr(attention, "_kernel", lambda: reference_kernel)
+        monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference_kernel)
     return str(request.param)
 
 
