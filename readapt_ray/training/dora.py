@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
@@ -130,8 +131,8 @@ class _DoraOutput(torch.autograd.Function):
 def dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
     """Zero elements at random, without the scaling that keeps the mean.
 
-    On a CPU a mask from 16-bit pieces of 64-bit random numbers takes 0.65 of the time of Bernoulli draws;
-    the probability is then the nearest multiple of 2^-16.
+    On a CPU a mask of 16-bit pieces of NumPy's fastest generator, seeded by torch's, takes a third of the time of
+    torch's Bernoulli draws; the probability is then the nearest multiple of 2^-16.
 
     Returns:
         The input with zeros, and the share of elements that is kept in the mean: divide by it.
@@ -141,9 +142,12 @@ def dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
     if x.device.type != "cpu":
         return functional.dropout(x, probability), 1.0
     dropped_of_65536 = round(probability * 65536)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
-    pieces = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * (pieces >= dropped_of_65536 - 32768), 1 - dropped_of_65536 / 65536
+    generator = np.random.SFC64(int(torch.randint(2**62, ())))
+    pieces = torch.from_numpy(generator.random_raw(-(-x.numel() // 4)).view(np.int16))[: x.numel()].view(x.shape)
+    is_kept = (pieces >= dropped_of_65536 - 32768).to(
+        x.dtype
+    )  # a product with booleans converts them in both directions
+    return x * is_kept, 1 - dropped_of_65536 / 65536
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ whole update and once for what the knowledge adapters add. Sums in float64, in a
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -51,6 +52,10 @@ class CastLoss:
         error = _square(scratch.float32("term", cast).sub_(exact)) if cast.dtype != torch.float32 else 0.0
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
         return cls({kind: _Squares(update, knowledge, error)})
+
+    def is_finite(self) -> bool:
+        """Whether all sums are; then so is every value that entered them."""
+        return all(math.isfinite(value) for each in self.squares.values() for value in dataclasses.astuple(each))
 
     def add(self, other: "CastLoss") -> None:
         """Add what other slices lost."""

@@ -23,7 +23,7 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.cast_loss import CastLoss
 from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header, is_finite
 from readapt_ray.weights.pipeline import in_order
-from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.readapter import Readapter, Rows, Scales
 from readapt_ray.weights.scratch import Scratch
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -209,8 +209,8 @@ def write_shard(
     def make(each: _Slice) -> tuple[Scratch, torch.Tensor, CastLoss]:
         scratch = idle.get()
         rows = readapter.rows(each.name, each.start, each.stop, scales, scratch)
-        cast = _cast(each.name, rows.readapted, plan.dtypes[each.name], scratch)
-        return scratch, cast.reshape(-1).view(torch.uint8), CastLoss.of(each.name, rows, cast, scratch)
+        cast, loss = _cast(each.name, rows, plan.dtypes[each.name], scratch)
+        return scratch, cast.reshape(-1).view(torch.uint8), loss
 
     with (target / shard.file_name).open_output() as stream:
         header = ((name, plan.dtypes[name], readapter.shape(name)) for name in shard.names)
@@ -225,13 +225,16 @@ def write_shard(
         _loss_record(target, shard).write_text(losses.to_json())
 
 
-def _cast(name: str, rows: torch.Tensor, dtype: torch.dtype, scratch: Scratch) -> torch.Tensor:
-    """A slice in the output type."""
-    cast = scratch.empty("cast", rows.shape, dtype, rows.device).copy_(rows)
-    if not is_finite(cast):
-        largest = rows.abs().max().item()
+def _cast(name: str, rows: Rows, dtype: torch.dtype, scratch: Scratch) -> tuple[torch.Tensor, CastLoss]:
+    """A slice in the output type, and what that lost; it uses up `rows.pretrained`."""
+    exact = rows.readapted
+    cast = scratch.empty("cast", exact.shape, dtype, exact.device).copy_(exact)
+    loss = CastLoss.of(name, rows, cast, scratch)
+    # Sums that are finite speak for every value; others may come of values whose squares alone are too large.
+    if not loss.is_finite() and not is_finite(cast):
+        largest = exact.abs().max().item()
         raise ModelError(
             f"tensor {name!r} reaches {largest:.3g}, beyond {str(dtype).removeprefix('torch.')}; "
             f"give a wider dtype (float32), or smaller scales"
         )
-    return cast
+    return cast, loss

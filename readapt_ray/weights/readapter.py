@@ -26,8 +26,8 @@ from readapt_ray.weights.terms import Factors, Term, Whole
 
 logger = logging.getLogger("readapt_ray")
 
-# 512 KiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
-_SLICE_ELEMENTS = 1 << 17
+# 1 MiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
+_SLICE_ELEMENTS = 1 << 18
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # BERT-like models carry a pooler that no pooling here reads: where one side lacks it, the other's is kept.
 _UNUSED_PREFIX = "pooler."
