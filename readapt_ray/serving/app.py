@@ -111,6 +111,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         batch_tokens=config.batch_tokens,
         num_slots=num_replicas,
         num_threads=config.num_threads or max(1, hardware.num_cores() // num_replicas),
+        processes=config.processes(),
     )
 
 

@@ -32,7 +32,7 @@ R = TypeVar("R")
 logger = logging.getLogger("ray.serve")
 
 _INLINE_CHARACTERS = 20_000
-_CHECK_S = 10.0
+_CHECK_S = 3.0
 _OVERLAP_DEPTH = 10
 _EVERY_PASSAGE = DocFilter(prefix="")
 

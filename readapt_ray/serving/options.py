@@ -44,6 +44,11 @@ class VersionConfig(Config):
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray sets aside for a process that holds shards."""
 
+    def processes(self) -> dict[str, Any]:
+        """The options that say how many processes there are, and with what; not what they serve."""
+        served = {"retriever", "index", "corpus", "encoding", "dtype"}
+        return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
+
 
 def _from_file(value: object) -> object:
     if not isinstance(value, str):

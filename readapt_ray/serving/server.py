@@ -103,11 +103,22 @@ def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprint
     wanted = {app.version_app_name(name): (name, pair) for name, pair in config.pairs().items()}
     added = [each for each in wanted if each not in running]
     for each in set(wanted) & running:
-        name, _ = wanted[each]
-        served = _ray_serve().get_deployment_handle(app.ENCODER_DEPLOYMENT, each).describe.remote().result().fingerprint
-        if served != fingerprints[name]:
+        name, pair = wanted[each]
+        served = _ray_serve().get_deployment_handle(app.ENCODER_DEPLOYMENT, each).describe.remote().result()
+        if served.fingerprint != fingerprints[name]:
             raise InputError(
                 f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
+            )
+        asked = pair.processes()
+        other = [
+            f"{option} = {served.processes[option]}, not {value}"
+            for option, value in asked.items()
+            if served.processes[option] != value
+        ]
+        if other:
+            raise InputError(
+                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
+                f"leave that as it is, or give the same pair under another name and let this one go"
             )
     try:
         if added:

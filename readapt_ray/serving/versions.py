@@ -51,6 +51,8 @@ class VersionInfo:
     corpus: str | None = None
     created: int = 0
     """Seconds since 1970."""
+    processes: Mapping[str, Any] = field(default_factory=dict)
+    """The options of its processes."""
 
     @property
     def num_vectors(self) -> int:

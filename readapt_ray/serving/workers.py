@@ -7,7 +7,7 @@ that it made of it, a slice searches for a vector. Where that fails three times,
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -46,6 +46,8 @@ class VersionSpec:
     batch_tokens: int | None
     num_slots: int
     num_threads: int
+    processes: Mapping[str, Any]
+    """The options of its processes: how many, with what."""
 
     def fingerprint(self, encoder: str) -> str:
         """Of the pair."""
@@ -125,6 +127,7 @@ class VersionEncoder:
             slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
             corpus=self._spec.corpus,
             created=self._created,
+            processes=self._spec.processes,
         )
 
     async def encode(self, version: str, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:

@@ -176,14 +176,11 @@ class Engine:
 
     def load_state(self, state: dict[str, Tensor], *, step: int) -> None:
         """Go on from a state after `step` steps. Collective where ZeRO partitions."""
-        if self._zero_stage in (1, 2):
+        if self._zero_stage:
             self._allocate_moments(step)
         for name, tensor in self.trained.items():
             moments = {moment: state[f"{name}@{moment}"].to(self.device) for moment in _MOMENTS}
             self._set(tensor, state[name].to(self.device), moments, step)
-        if self._zero_stage == 3:
-            for group_state in self._optimizer.optimizer.state.values():
-                group_state["step"] = torch.tensor(float(step))
         refresh_norms(self.model)
 
     @torch.no_grad()
@@ -219,7 +216,10 @@ class Engine:
     def _allocate_moments(self, step: int) -> None:
         """Make DeepSpeed's partitioned moments, which it otherwise makes in the first step, so that they can be set."""
         optimizer = self._optimizer
-        for partition in optimizer.single_partition_of_fp32_groups:
+        is_whole = self._zero_stage < 3
+        partitions = optimizer.single_partition_of_fp32_groups if is_whole else optimizer.fp32_partitioned_groups_flat
+        for partition in partitions:
             moments = {moment: torch.zeros_like(partition) for moment in _MOMENTS}
             optimizer.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
-        optimizer._lazy_init_hp_params_optimizer_state()
+        if is_whole:
+            optimizer._lazy_init_hp_params_optimizer_state()

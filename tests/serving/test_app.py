@@ -88,6 +88,8 @@ def test_a_second_server_and_a_port_in_use_are_refused(served, world):
         serve(world.config(), blocking=False)
     with pytest.raises(InputError, match="'tiny' is served with another retriever, index or corpus"):
         serve(world.config(name="tiny", **world.pair("other"), update=True), blocking=False)
+    with pytest.raises(InputError, match="'tiny' runs with num_replicas = 1, not 2, and its processes"):
+        serve(world.config(name="tiny", index_actors=2, num_replicas=2, update=True), blocking=False)
     assert served.get("/healthz").status_code == 200
 
 

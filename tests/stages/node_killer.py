@@ -9,6 +9,7 @@ from pathlib import Path
 
 def main() -> None:
     """Print, as JSON, which files of vectors were there when the node was killed, and their times."""
+    import ray
     from ray.cluster_utils import Cluster
 
     from readapt_ray.stages.embed import EmbedConfig, embed
@@ -35,7 +36,10 @@ def main() -> None:
     thread.start()
     embed(EmbedConfig.parse(values["config"]))
     thread.join()
-    print(json.dumps({"before": before}))
+    print(json.dumps({"before": before}), flush=True)
+    # In this order, before Python ends: the driver's Ray would end it with 1 where it finds its node gone.
+    ray.shutdown()
+    cluster.shutdown()
 
 
 if __name__ == "__main__":
