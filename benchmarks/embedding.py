@@ -82,7 +82,7 @@ def candidates(file: Path | None) -> set[str]:
     from readapt_ray.sources.python_docs import read_docstrings
 
     if file is not None:
-        return {json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()}
+        return {json.loads(line)["text"] for line in file.open(encoding="utf-8")}
     return {f"{doc.summary} {doc.rest[:_MAX_CHARACTERS]}" for package in PACKAGES for doc in read_docstrings(package)}
 
 

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    texts = [json.loads(line)["text"] for line in options.queries.read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in options.queries.open(encoding="utf-8")]
     if options.load:
         print(json.dumps(asyncio.run(generate(options.load, texts, options.clients, options.seconds))))
     elif options.peer:

@@ -9,7 +9,8 @@ stand beside it, which no neighbour changes. The baseline is the paper's setting
 
 Tokens come from a seeded random source in which each token has a few likely successors, so there is something to
 learn; passages are as long as MS MARCO's (log-normal, mean 80 tokens). Weights are random. All arms start from the
-same weights and see the same passages in the same order, so the losses after the same number of tokens compare.
+same weights and see the same passages in the same order. An adapter of random weights learns little, so the losses after
+the same number of tokens are compared on the quickstart's pretrained model and torch's docstrings.
 
 The peak memory is that of one step of 8,192 tokens with a vocabulary of 32,000, in a process of its own for each arm.
 """
@@ -42,6 +43,8 @@ import torch
 import transformers
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from readapt_ray.catalog.models import find_model, load_tokenizer
+from readapt_ray.sources.python_docs import read_docstrings
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.checkpoints import Course
@@ -58,8 +61,9 @@ SHAPES = {
 VOCABULARY = {"small": 8_000, "7b": 32_000}
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 RANK, ALPHA, DROPOUT = 32, 64.0, 0.05
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-3
 """High, so that the loss falls visibly within the few tokens of a benchmark."""
+QUICKSTART = "quickstart-pretrained"
 BASELINE = "PEFT DoRA, HF Trainer, batch 4 padded"
 STEP_TOKENS = 8192
 
@@ -113,6 +117,15 @@ def new_model(shape: str, vocab_size: int, dtype: torch.dtype, device: torch.dev
     torch.manual_seed(0)
     with device:
         return transformers.LlamaForCausalLM(config).to(dtype).train()
+
+
+def docstrings(num_steps: int) -> list[list[int]]:
+    """Token ids of as many docstrings of torch as so many steps of 4 take, at most 128 each, for the quickstart's model."""
+    texts = [f"{doc.summary} {doc.rest}" for doc in read_docstrings("torch")]
+    tokenizer = load_tokenizer(find_model(QUICKSTART))
+    chosen = np.random.default_rng(0).permutation(len(texts))[: 4 * num_steps]
+    rows = tokenizer([texts[number] for number in chosen], truncation=True, max_length=128)["input_ids"]
+    return [row for row in rows if len(row) >= 16]
 
 
 class Baseline:
@@ -246,8 +259,12 @@ def stepper(name: str, options: argparse.Namespace, vocab_size: int, num_passage
     """What takes the steps of an arm, from fresh weights."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
-    model = new_model(options.shape, vocab_size, dtype, device)
-    rows = passages(num_passages, vocab_size)
+    if options.shape == QUICKSTART:
+        model = transformers.AutoModelForCausalLM.from_pretrained(find_model(QUICKSTART).folder, dtype=dtype).train()
+        rows = docstrings(num_passages // 4)
+    else:
+        model = new_model(options.shape, vocab_size, dtype, device)
+        rows = passages(num_passages, vocab_size)
     if name == BASELINE:
         return Baseline(model, rows, dtype, folder)
     mean = round(sum(map(len, rows)) / len(rows))
@@ -275,7 +292,7 @@ def serve(name: str, options: argparse.Namespace, num_passages: int, pipe: Conne
     else:
         join()
     with tempfile.TemporaryDirectory() as folder:
-        taker = stepper(name, options, VOCABULARY[options.shape], num_passages, Path(folder))
+        taker = stepper(name, options, VOCABULARY.get(options.shape, 0), num_passages, Path(folder))
         while num_steps := pipe.recv():
             marks: list[tuple[float, float]] = []
             hook = register_optimizer_step_post_hook(functools.partial(_note, marks))
@@ -329,7 +346,6 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
             "times the baseline, by CPU seconds": round(
                 (base.cpu_seconds / base.tokens) / (arm.cpu_seconds / arm.tokens), 2
             ),
-            "mean loss after so many tokens": _thinned(arm.curve),
         }
     packed_dora, packed_lora = arms[3][0], arms[4][0]
     found["DoRA step / LoRA step"] = {
@@ -339,6 +355,22 @@ def rates(options: argparse.Namespace) -> dict[str, Any]:
         ),
     }
     found["MFU"] = _mfu(options, packed_dora)
+    return found
+
+
+def curves(options: argparse.Namespace) -> dict[str, list[tuple[int, float]]]:
+    """The loss after so many tokens of arms that take alike many tokens a step, one after the other."""
+    given = argparse.Namespace(**{**vars(options), "shape": QUICKSTART, "dtype": "float32"})
+    context = multiprocessing.get_context("forkserver")
+    found = {}
+    for name, _ in ARMS[:3]:
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(name, given, 4 * options.curve_steps, theirs), daemon=True).start()
+        ours.send(options.curve_steps - options.curve_steps // 10)  # packed rows are fewer
+        steps, _ = ours.recv()
+        ours.send(0)
+        found[name] = _thinned(steps)
+        print(f"curve of {name}", file=sys.stderr)
     return found
 
 
@@ -425,6 +457,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all arms")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=24, help="of the baseline a round")
+    parser.add_argument("--curve-steps", type=int, default=200, help="of the baseline, for the curve of the loss")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of our arms")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
@@ -444,6 +477,9 @@ def main() -> None:
         "shape": {**SHAPES[options.shape], "vocab_size": VOCABULARY[options.shape]},
         "dtype": options.dtype,
         "rates": measured,
+        "mean loss since the point before, after so many tokens of torch's docstrings, quickstart-pretrained": curves(
+            options
+        ),
         "peak memory, vocabulary of 32,000": peak_memory(options),
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
