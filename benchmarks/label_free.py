@@ -3,10 +3,11 @@
     python benchmarks/label_free.py --root /tmp/label-free --data DIR
 
 DIR holds the BEIR folders `nfcorpus` and `scifact`. The quickstart's pair, an adapter of each corpus and seed, every
-passage, every judged test query, and as many pseudo-queries as `tune` makes by default. Half of the judged queries choose
-the labelled pair of scales, half of the pseudo-queries the label-free one, both as `tune` does; both choices are then
-measured on the other half of the judged queries. Half an hour on two idle cores; killed, it goes on where it stopped. A root of
-`benchmarks/recipes.py` spares the training: the artifacts lie there under the same names.
+passage, every judged query of every split (nothing here is trained on them), and as many pseudo-queries as `tune` makes by
+default; readapter_scale 1. Half of the judged queries choose the labelled knowledge_scale, half of the pseudo-queries the
+label-free one, both as `tune` does; both choices are then measured on the other half of the judged queries. Half an hour on
+two idle cores; killed, it goes on where it stopped. A root of `benchmarks/recipes.py` with the same learning rate spares the
+training: the artifacts have the same names there.
 """
 
 import argparse
@@ -30,8 +31,10 @@ from readapt_ray.retrieval.scales import RETRIEVER, Pair, best_pair, halves
 from readapt_ray.retrieval.significance import compare
 
 CORPORA = ("nfcorpus", "scifact")
-READAPTER_SCALES = (0.75, 1.0, 1.25)
 KNOWLEDGE_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""As `tune` has them by default."""
+OPTIONS = TRAIN | {"learning_rate": 3e-4}
+"""Those of `benchmarks/recipes.py`; the rate is the quickstart's."""
 MEASURE = "nDCG@10"
 NUM_SPLITS = 200
 
@@ -67,14 +70,14 @@ def adapter(root: str, corpus: Artifact, seed: int) -> Artifact:
         ra.PackConfig(
             pretrained=str(row.pretrained),
             corpus=corpus.uri,
-            mode=TRAIN["mode"],
-            block_tokens=TRAIN["block_tokens"],
+            mode=OPTIONS["mode"],
+            block_tokens=OPTIONS["block_tokens"],
             output=f"{root}/blocks/{name}",
         )
     )
     return ra.train(
         ra.TrainConfig(
-            **{**TRAIN, "target_modules": row.dora_targets, "seed": seed},
+            **{**OPTIONS, "target_modules": row.dora_targets, "seed": seed},
             pretrained=str(row.pretrained),
             corpus=blocks.uri,
             output=f"{root}/adapters/{name}",
@@ -84,25 +87,24 @@ def adapter(root: str, corpus: Artifact, seed: int) -> Artifact:
 
 def grid(root: str, corpus: Artifact, knowledge: Artifact, seed: int, *, by_labels: bool) -> Values:
     """The measure of every query with every pair of scales, by `tune`."""
-    labels = {"queries": f"{corpus.uri}/queries", "qrels": f"{corpus.uri}/qrels/test.parquet"} if by_labels else {}
+    every = {"queries": f"{corpus.uri}/queries", "qrels": f"{corpus.uri}/qrels", "max_queries": 10**9}
     tuned = ra.tune(
         ra.TuneConfig(
             pretrained="quickstart-pretrained",
             retriever="quickstart-retriever",
             adapter=knowledge.uri,
             corpus=corpus.uri,
-            readapter_scales=READAPTER_SCALES,
             knowledge_scales=KNOWLEDGE_SCALES,
             num_refinements=0,
             measure=MEASURE,
             dtype="bfloat16",
             num_workers=1,
             output=f"{root}/tuned/{'labelled' if by_labels else 'label-free'}-seed{seed}",
-            **labels,
+            **(every if by_labels else {}),
         )
     )
-    pairs = [(readapter, knowledge) for readapter in READAPTER_SCALES for knowledge in KNOWLEDGE_SCALES]
-    return {pair: json.loads((tuned.location / "grid" / f"{pair[0]:g}_{pair[1]:g}.json").read_text()) for pair in pairs}
+    cells = {scale: tuned.location / "grid" / f"1_{scale:g}.json" for scale in KNOWLEDGE_SCALES}
+    return {(1.0, scale): json.loads(cell.read_text()) for scale, cell in cells.items()}
 
 
 def agreement(labelled: Values, label_free: Values) -> dict[str, Any]:
@@ -128,10 +130,7 @@ def agreement(labelled: Values, label_free: Values) -> dict[str, Any]:
         "num_judged_queries": len(labelled[RETRIEVER]),
         "num_pseudo_queries": len(label_free[RETRIEVER]),
         "grid": curves,
-        "rank_correlation": {
-            "all_pairs": correlation(labelled, label_free, list(labelled)),
-            "readapter_scale_1": correlation(labelled, label_free, [pair for pair in labelled if pair[0] == 1.0]),
-        },
+        "rank_correlation": correlation(labelled, label_free),
         "chosen": chosen,
         "regret": -against_labelled["difference"],
         "label_free_against_labelled": against_labelled,
@@ -158,9 +157,9 @@ def compared(values: Values, baseline: Pair, pair: Pair) -> list[dict[str, Any]]
     return [asdict(each) for each in compare({n: {MEASURE: in_half(values, p, 0)[1]} for n, p in names.items()})]
 
 
-def correlation(labelled: Values, label_free: Values, pairs: list[Pair]) -> float:
+def correlation(labelled: Values, label_free: Values) -> float:
     """Spearman's rank correlation of the two curves, each over all of its queries."""
-    curves = [[float(np.mean(list(values[pair].values()))) for pair in pairs] for values in (labelled, label_free)]
+    curves = [[float(np.mean(list(values[pair].values()))) for pair in labelled] for values in (labelled, label_free)]
     return float(spearmanr(*curves).statistic)
 
 
