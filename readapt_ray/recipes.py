@@ -61,7 +61,7 @@ class RunConfig(Config):
     root: str = "readapt-run"
     """Folder or URI under which every artifact lies."""
     source: str
-    """The corpus: a folder, a file, a URI, `ir_datasets:NAME` or `python-docs:PACKAGE,...`."""
+    """The corpus: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or `python-docs:PACKAGE,...`."""
     pretrained: str
     """MODEL before retrieval training: catalog name, folder, URI or hub id."""
     retriever: str

@@ -167,12 +167,14 @@ def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny
 
 
 def test_tune_scores_the_retriever_as_the_run_does_and_reports_on_the_other_half(
-    ray_session: None, tiny: Path, tmp_path: Path
+    ray_session: None, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    from readapt_ray.records import Qrel
     from readapt_ray.stages.tune import TuneConfig, tune
 
     passages = factories.small_corpus(60)
-    factories.ingest_artifact(tmp_path / "corpus", passages, *factories.small_queries(passages, 12))
+    queries, qrels = factories.small_queries(passages, 12)
+    factories.ingest_artifact(tmp_path / "corpus", passages, queries, [*qrels, Qrel(queries[0].query_id, "gone", 1)])
     factories.dora_adapter(tmp_path / "adapter", tiny / "base")
     config = TuneConfig(
         pretrained=str(tiny / "base"),
@@ -186,6 +188,8 @@ def test_tune_scores_the_retriever_as_the_run_does_and_reports_on_the_other_half
         output=str(tmp_path / "tuned"),
     )
     artifact = tune(config)
+    corpus = tmp_path / "corpus"
+    assert f"tune: 1 of 13 judged passages are not in {corpus}, so no pair can find them: gone" in caplog.messages
     result = json.loads((artifact.location / "tune.json").read_text())
     assert result["queries"] == "judged queries"
     tried = [(cell["readapter_scale"], cell["knowledge_scale"]) for cell in result["grid"]]

@@ -132,6 +132,7 @@ class Study:
     def __init__(self, config: PaperConfig) -> None:
         self.config = config
         self.collections = {each.name: each for each in (collection(text, config.data) for text in config.corpora)}
+        self._has_some: dict[tuple[str, str], bool] = {}
         self._general = collection(config.general, config.data) if "table3" in config.experiments else None
         row = retrievers.find_retriever(config.retriever)
         if config.pretrained is None and row is None:
@@ -150,7 +151,27 @@ class Study:
     def _applies(self, own: Collection, arm: Arm) -> bool:
         if arm.passages.isdecimal():
             return int(arm.passages) < self.corpus(own).manifest.counts["num_passages"]
+        if arm.passages != "all":
+            return self._has_passages(own, arm)
         return self._domain(own, arm) is not None
+
+    def _has_passages(self, own: Collection, arm: Arm) -> bool:
+        """Whether the corpus has such passages at all; where it has none, this is said once."""
+        key = (own.name, arm.name)
+        if key not in self._has_some:
+            self._has_some[key] = bool(_wanted(self.corpus(own), own, arm.passages, 0))
+            if not self._has_some[key]:
+                logger.warning(
+                    "%s: no passage is %s in the split %s (every one is %s), so the arm %r is left out",
+                    *(
+                        own.name,
+                        arm.passages,
+                        own.split,
+                        "judged" if arm.passages == "unjudged" else "unjudged",
+                        arm.name,
+                    ),
+                )
+        return self._has_some[key]
 
     def _domain(self, own: Collection, arm: Arm) -> Collection | None:
         """Whose passages an arm's adapter is trained on; None where there is no such corpus."""

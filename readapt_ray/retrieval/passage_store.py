@@ -70,6 +70,11 @@ class PassageStore:
                 found[doc_id] = Passage(doc_id, columns["title"][at].as_py() or "", columns["text"][at].as_py() or "")
         return found
 
+    def missing(self, doc_ids: Iterable[str]) -> list[str]:
+        """Those of the doc_ids that the corpus has no passage for, each once, in their order."""
+        wanted = pa.array(dict.fromkeys(doc_ids), pa.large_string())
+        return [str(each) for each in wanted.filter(pc.invert(pc.is_in(wanted, self._sorted))).to_pylist()]
+
     def _read_row_group(self, index: int) -> pa.Table:
         file, group = self._groups[index]
         with file.open_input() as stream:

@@ -16,6 +16,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 12, 34
 _LABEL_ROOM = 150
 _MAX_BARS = 400
 _LINE_GAP = 15
+_BAR_SPREAD = 10
 NUM_SERIES_COLOURS = 6
 
 
@@ -134,10 +135,12 @@ def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description:
     heights = _spread([y(line[-1].y) for line in lines])
     for place, (name, line, height) in enumerate(zip(series, lines, heights, strict=True)):
         colour = f"var(--series-{(place + 1) % NUM_SERIES_COLOURS})"
-        track = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in line)
+        # error bars at one place stand beside each other
+        aside = (place / max(1, len(lines) - 1) - (len(lines) > 1) / 2) * _BAR_SPREAD
+        track = " ".join(f"{x(point.x) + aside:.1f},{y(point.y):.1f}" for point in line)
         parts.append(f'<polyline points="{track}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for point in line:
-            at = x(point.x)
+            at = x(point.x) + aside
             title = (
                 f"{escape(name)}, {escape(axis)} {point.x:g}: {point.y:+.4f} ({point.low:+.4f} to {point.high:+.4f})"
             )
@@ -185,7 +188,7 @@ def _region_labels(labels: Sequence[tuple[float, str]]) -> list[str]:
 
 def _grid(left: float, right: float, y: float, label: str) -> str:
     line = f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>'
-    return line + _text(left - 8, y + 4, label, "end")
+    return line + _text(left - 8, y + 4, label.replace("-", "−"), "end")
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

@@ -4,7 +4,7 @@ from typing import Final, Literal, get_args
 
 from readapt_ray.catalog import corpora
 from readapt_ray.errors import CorpusError, InputError
-from readapt_ray.sources import named, python_docs
+from readapt_ray.sources import hub, named, python_docs
 from readapt_ray.sources.lines import plain_name
 from readapt_ray.sources.source import Limits, Source
 from readapt_ray.sources.table_sources import BeirSource, LabelledTableSource, TableSource, beir_file, data_files
@@ -12,7 +12,7 @@ from readapt_ray.sources.tables import FORMATS, Parquet
 from readapt_ray.sources.text_files import TEXT_SUFFIXES, TextSource
 from readapt_ray.storage import Location
 
-Format = Literal["auto", "beir", "jsonl", "tsv", "parquet", "text", "ir_datasets", "python-docs"]
+Format = Literal["auto", "beir", "jsonl", "tsv", "parquet", "text", "ir_datasets", "hub", "python-docs"]
 _SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
     **{name: each.suffixes for name, each in FORMATS.items()},
     "text": TEXT_SUFFIXES,
@@ -23,7 +23,8 @@ _DETECTED: Final = "corpus.jsonl, passages/*.parquet, or files that end with " +
 
 
 def open_source(name: str, format: Format, limits: Limits) -> Source:
-    """The source of a name: a URI or path, `ir_datasets:NAME`, `python-docs:PACKAGE,...`, or a corpus of the catalog.
+    """The source of a name: a URI or path, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a corpus of
+    the catalog: by its name from ir_datasets, by its hub id from the hub.
 
     Raises:
         InputError: nothing is there, its format cannot be told or is another, or a package is not installed.
@@ -32,14 +33,17 @@ def open_source(name: str, format: Format, limits: Limits) -> Source:
         raise InputError(f"no format {format!r}; the formats are {', '.join(get_args(Format))}")
     row = None if Location(name).exists() else corpora.find_corpus(name)
     if row is not None:
-        name = f"{named.PREFIX}{row.ir_datasets_id}"
-    for prefix, kind in ((named.PREFIX, "ir_datasets"), (python_docs.PREFIX, "python-docs")):
+        by_hub_id = name.lower() == row.hub_id.lower()
+        name = f"{hub.PREFIX}{row.hub_id}" if by_hub_id else f"{named.PREFIX}{row.ir_datasets_id}"
+    for prefix, kind in ((named.PREFIX, "ir_datasets"), (hub.PREFIX, "hub"), (python_docs.PREFIX, "python-docs")):
         if name.startswith(prefix):
             if format not in ("auto", kind):
                 raise InputError(f"{name!r} is of the format {kind!r}, not {format!r}; leave --format out")
             rest = name.removeprefix(prefix)
+            if kind == "hub":
+                return hub.open_hub(rest, limits)
             return named.NamedSource(rest) if kind == "ir_datasets" else python_docs.PythonDocsSource(rest)
-    if format in ("ir_datasets", "python-docs"):
+    if format in ("ir_datasets", "hub", "python-docs"):
         raise InputError(f"{name!r} is not of the format {format!r}; write {format}:NAME")
     return _open_location(Location(name), format, limits)
 
@@ -48,7 +52,7 @@ def _open_location(location: Location, format: Format, limits: Limits) -> Source
     if not location.exists():
         raise CorpusError(
             f"no corpus at {location.uri!r}: there is no such file or folder; give one, or {named.PREFIX}NAME, or "
-            f"{python_docs.PREFIX}PACKAGE, or a name of the catalog ({', '.join(row.name for row in corpora.CORPORA)})"
+            f"{hub.PREFIX}OWNER/NAME, or {python_docs.PREFIX}PACKAGE, or a name of the catalog ({', '.join(row.name for row in corpora.CORPORA)})"
         )
     kind = detected_format(location) if format == "auto" else format
     if kind == "beir":

@@ -68,6 +68,9 @@ class _Loaded:
     measured: dict[str, measuring.Measured]
     judgements: dict[str, dict[str, int]]
     query_texts: dict[str, str]
+    corpus: PassageStore | None
+    num_unknown: int
+    """Judgements of passages that the corpus does not have."""
 
 
 def evaluate(config: EvaluateConfig) -> Artifact:
@@ -136,7 +139,26 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
         runs[name] = load_run(uri)
         measured[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
         _warn(name, measured[name])
-    return _Loaded(runs, measured, judgements, texts)
+    corpus = PassageStore.open(config.corpus) if config.corpus else None
+    num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
+    return _Loaded(runs, measured, judgements, texts, corpus, num_unknown)
+
+
+def _num_unknown(judgements: measuring.Judgements, corpus: PassageStore, name: str) -> int:
+    """How many judgements speak of passages that the corpus does not have; they are named."""
+    missing = corpus.missing(doc_id for judged in judgements.values() for doc_id in judged)
+    lost = set(missing)
+    count = sum(doc_id in lost for judged in judgements.values() for doc_id in judged)
+    if count:
+        logger.warning(
+            "%d of %d judgements are of %d passages that %s does not have, so no run can find them: %s",
+            count,
+            sum(map(len, judgements.values())),
+            len(missing),
+            name,
+            reporting.named(missing),
+        )
+    return count
 
 
 def _warn(name: str, measured: measuring.Measured) -> None:
@@ -168,7 +190,7 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
         comparisons,
         loaded.judgements,
         query_texts=loaded.query_texts,
-        find_passages=PassageStore.open(config.corpus).find if config.corpus else lambda _: {},
+        find_passages=loaded.corpus.find if loaded.corpus is not None else lambda _: {},
         provenance={name: _provenance(uri) for name, uri in files.items()},
         num_permutations=config.num_permutations,
         seed=config.seed,
@@ -182,6 +204,8 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
     (folder / "report.html").write_text(reporting.to_html(report))
     workspace.counts = {"num_runs": len(files), "num_queries": summary["num_queries"]}
     workspace.details = {**summary, "verdicts": [each["sentence"] for each in report["verdicts"]]}
+    if loaded.corpus is not None:
+        workspace.details["qrels_of_unknown_passages"] = loaded.num_unknown
 
 
 def _summary(measured: Mapping[str, measuring.Measured], comparisons: list[Comparison]) -> dict[str, Any]:

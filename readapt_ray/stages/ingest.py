@@ -48,7 +48,7 @@ class IngestConfig(StageConfig):
     """The options of `ingest`."""
 
     source: str
-    """A path or URI, ir_datasets:NAME, python-docs:PACKAGE,..., or a corpus of the catalog."""
+    """A path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,..., or a corpus of the catalog."""
     format: Format = "auto"
     """How the source lies there: auto tells it by the names of the files."""
     bad_rows: Literal["skip", "fail"] = "skip"
@@ -233,12 +233,22 @@ class _Ingestion:
 
     def _unknown(self, queries: list[Query], splits: dict[str, list[Qrel]]) -> dict[str, int]:
         """How many judgements speak of a passage or a query that is not there."""
+        from readapt_ray.retrieval.report import named
+
         query_ids = {query.query_id for query in queries}
         qrels = [qrel for split in splits.values() for qrel in split]
-        return {
-            "qrels_of_unknown_passages": sum(not self._is_kept(qrel.doc_id) for qrel in qrels),
-            "qrels_of_unknown_queries": sum(qrel.query_id not in query_ids for qrel in qrels),
+        lost = {
+            "passages": [qrel.doc_id for qrel in qrels if not self._is_kept(qrel.doc_id)],
+            "queries": [qrel.query_id for qrel in qrels if qrel.query_id not in query_ids],
         }
+        for what, ids in lost.items():
+            if ids:
+                distinct = list(dict.fromkeys(ids))
+                logger.warning(
+                    "ingest: %d of %d judgements are of unknown %s (%d): %s",
+                    *(len(ids), len(qrels), what, len(distinct), named(distinct)),
+                )
+        return {f"qrels_of_unknown_{what}": len(ids) for what, ids in lost.items()}
 
     def _write(self, name: str, records: list[Query] | list[Qrel], schema: pa.Schema) -> None:
         columns = [list(column) for column in zip(*records, strict=True)]

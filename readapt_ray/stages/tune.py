@@ -312,6 +312,7 @@ def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) ->
 
 def _judged_sample(config: TuneConfig, corpus: Artifact) -> _Sample:
     from readapt_ray.retrieval.measures import group_judgements
+    from readapt_ray.retrieval.report import named
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     judgements = group_judgements(read_qrels(str(config.qrels)))
@@ -328,7 +329,13 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> _Sample:
     queries = [queries[index] for index in sorted(order)]
     judgements = {query.query_id: judgements[query.query_id] for query in queries}
     keep = {doc_id: None for judged in judgements.values() for doc_id in judged}
-    return _Sample(_sampled(corpus, keep, config.max_passages, config.seed), queries, judgements)
+    passages = _sampled(corpus, keep, config.max_passages, config.seed)
+    if missing := list(keep.keys() - {passage.doc_id for passage in passages}):
+        logger.warning(
+            "tune: %d of %d judged passages are not in %s, so no pair can find them: %s",
+            *(len(missing), len(keep), config.corpus, named(sorted(missing))),
+        )
+    return _Sample(passages, queries, judgements)
 
 
 def _pseudo_sample(config: TuneConfig, corpus: Artifact) -> _Sample:

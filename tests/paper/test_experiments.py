@@ -1,6 +1,7 @@
 """Which arms an experiment has, on which passages their adapters are trained, and a whole one on tiny models."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,24 @@ def test_parts_of_a_corpus_are_its_judged_its_unjudged_or_so_many_passages(tiny:
     text = pq.read_table(f"{study._passages(own, arms['5'], 0)}/passages").to_pylist()[0]
     whole = {row["doc_id"]: row for row in pq.read_table(f"{study.corpus(own).uri}/passages").to_pylist()}
     assert text == whole[text["doc_id"]]
+
+
+def test_a_part_that_has_no_passage_is_left_out_and_said_once(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    beir = tiny / "all-judged"
+    shutil.copytree(tiny / "data" / "nfcorpus", beir)
+    doc_ids = [json.loads(line)["_id"] for line in (beir / "corpus.jsonl").read_text().splitlines()]
+    query_id = json.loads((beir / "queries.jsonl").read_text().splitlines()[0])["_id"]
+    lines = ["query-id\tcorpus-id\tscore", *(f"{query_id}\t{doc_id}\t1" for doc_id in doc_ids)]
+    (beir / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    study = Study(config(tiny, experiments=["table2"], corpora=[f"whole={beir}", "scifact"]))
+    for _ in range(2):
+        arms = named(study, "table2")
+        assert ("whole", "unjudged passages") not in arms
+        assert {("whole", "judged passages"), ("scifact", "unjudged passages")} < set(arms)
+    said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert said == [
+        "whole: no passage is unjudged in the split test (every one is judged), so the arm 'unjudged passages' is left out"
+    ]
 
 
 def test_a_corpus_is_a_name_of_the_catalog_or_a_name_and_a_source(tiny: Path) -> None:

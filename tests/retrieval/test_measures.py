@@ -151,6 +151,7 @@ def test_looking_only_at_the_top_changes_nothing(ties):
 def test_the_recall_curve_equals_recall_at_each_cutoff():
     run, judgements = _random_case(seed=3)
     judgements |= {"without results": {"d1": 1}, "without relevant": {"d1": 0}}
+    judgements[run.query_ids[0]] |= {"nowhere in the run": 1}
     cutoffs = [1, 2, 5, 10, 60, 100]
     means = measure_run(run, judgements, parse_measures([f"R@{cutoff}" for cutoff in cutoffs])).means
     np.testing.assert_allclose(recall_curve(run, judgements, cutoffs), list(means.values()), rtol=1e-12)

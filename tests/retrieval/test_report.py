@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from readapt_ray.records import Passage, ScoredDoc
-from readapt_ray.retrieval import plots
+from readapt_ray.retrieval import plots, scale_report
 from readapt_ray.retrieval.measures import measure_run, parse_measures
 from readapt_ray.retrieval.report import build_report, named, to_html, to_json, to_markdown
 from readapt_ray.retrieval.runs import Run
+from readapt_ray.retrieval.scales import describe_search
 from readapt_ray.retrieval.significance import compare
+from tests.serving.browser import chromium
 
 NASTY = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -178,6 +180,39 @@ def test_plots_stay_inside_their_frame():
 
 def test_a_nice_ceiling():
     assert [plots.nice_ceiling(value) for value in (1.0, 0.3, 0.011, 7, 0.8)] == pytest.approx([1.0, 0.4, 0.02, 8, 0.8])
+
+
+@pytest.mark.parametrize("kind", ["report", "tune"])
+def test_at_every_width_the_page_fits_and_plots_can_be_read(tmp_path, kind):
+    if kind == "report":
+        text = to_html(
+            _report(text="a_name.without_any_space_that_goes_on_and_on_and_on", runs=("base", "one", "two"))[0]
+        )
+    else:
+        values = {
+            (readapter, knowledge): {f"q{number}": (number % 7 + knowledge) / 10 for number in range(40)}
+            for readapter in (0.75, 1.0, 1.25)
+            for knowledge in (0.0, 0.5, 1.0)
+        }
+        text = scale_report.to_html(describe_search(values, measure="nDCG@10", seed=0, queries="judged queries"))
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    with chromium(tmp_path / "profile") as page:
+        page.call("Page.navigate", url=(tmp_path / "page.html").as_uri())
+        page.wait_for("document.readyState === 'complete'")
+        for width in (360, 1400):
+            page.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+            )
+            assert page.value("document.documentElement.scrollWidth") <= width
+            letters = page.value(
+                "[...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect().height)"
+            )
+            assert min(letters) > 9, "of a plot shrunk to the width of a telephone one reads nothing"
+            assert page.value(
+                "[...document.querySelectorAll('.figures')].every(e => e.getBoundingClientRect().height < 30)"
+            ), "figures stay on one line"
+        assert [url for url in page.requested if not url.startswith("file:")] == []
+        assert page.complaints == []
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")

@@ -88,6 +88,12 @@ def test_a_comparison_says_means_and_wins():
     assert found.p_value == found.p_holm == 1.0
 
 
+def test_what_rounding_alone_tells_apart_is_the_same():
+    values = np.linspace(0.1, 0.9, 20)
+    [found] = compare(_values(values, values + 1e-12))
+    assert (found.ties, found.difference, found.interval, found.p_value) == (20, 0.0, (0.0, 0.0), 1.0)
+
+
 def test_several_runs_are_corrected_per_measure():
     rng = np.random.default_rng(1)
     base = rng.random(60)

@@ -7,7 +7,7 @@ import pytest
 from readapt_ray.artifacts import open_artifact, produce
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, InputError
-from readapt_ray.records import ScoredDoc
+from readapt_ray.records import Qrel, ScoredDoc
 from readapt_ray.retrieval.runs import write_run
 from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
 from tests.factories import ingest_artifact, small_corpus, small_queries
@@ -74,6 +74,27 @@ def test_files_and_manifest_hold_the_same_figures(world):
     assert table.num_rows == 8 * 2 * 3
     rows = [row["value"] for row in table.to_pylist() if row["run"] == "base" and row["measure"] == "RR@10"]
     assert sorted(rows) == pytest.approx(sorted([1, 1 / 2, 1 / 3, 1 / 4] * 2))
+
+
+def test_judgements_of_passages_that_the_corpus_lacks_are_counted_and_named(world, caplog):
+    queries, qrels = small_queries(small_corpus(40))
+    more = [
+        Qrel(queries[0].query_id, "gone", 1),
+        Qrel(queries[1].query_id, "gone", 0),
+        Qrel(queries[1].query_id, "lost", 2),
+    ]
+    lines = [f"{qrel.query_id}\t{qrel.doc_id}\t{qrel.relevance}" for qrel in [*qrels, *more]]
+    (world / "more.tsv").write_text("\n".join(lines) + "\n")
+    artifact = evaluate(_config(world, corpus=f"{world}/corpus", qrels=f"{world}/more.tsv"))
+    said = [record.getMessage() for record in caplog.records if "no run can find" in record.getMessage()]
+    assert said == [
+        f"3 of {len(qrels) + 3} judgements are of 2 passages that {world}/corpus does not have, so no run can find them: gone, lost"
+    ]
+    assert artifact.manifest.details["qrels_of_unknown_passages"] == 3
+    caplog.clear()
+    artifact = evaluate(_config(world, corpus=f"{world}/corpus", overwrite=True))
+    assert artifact.manifest.details["qrels_of_unknown_passages"] == 0
+    assert not caplog.records
 
 
 def test_the_same_again_does_nothing_and_another_is_refused(world):

@@ -158,11 +158,13 @@ def _labelled(folder):
     return folder
 
 
-def test_with_judgements_duplicates_stay(tmp_path):
+def test_with_judgements_duplicates_stay(tmp_path, caplog):
     manifest = _run(_labelled(tmp_path / "c"), tmp_path / "out").manifest
     assert manifest.config["deduplicate"] == "none"
     assert manifest.counts == {"num_passages": 4, "num_bytes": 39, "num_queries": 1, "num_qrels": 5}
     assert manifest.details["labels"] == {"qrels_of_unknown_passages": 1, "qrels_of_unknown_queries": 1}
+    assert "ingest: 1 of 5 judgements are of unknown passages (1): gone" in caplog.messages
+    assert "ingest: 1 of 5 judgements are of unknown queries (1): x" in caplog.messages
     assert manifest.details["bad_rows"]["first"] == [{"place": "queries.jsonl:2", "reason": "null_text"}]
     assert pq.read_schema(tmp_path / "out" / "queries" / "part-00000.parquet").equals(QUERY_SCHEMA)
     assert pq.read_schema(tmp_path / "out" / "qrels" / "test.parquet").equals(QREL_SCHEMA)

@@ -1,0 +1,153 @@
+import gzip
+from unittest.mock import Mock
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.opening import open_source
+from readapt_ray.sources.source import Limits
+
+PASSAGES = '{"_id": "a", "title": "t", "text": "x"}\n{"_id": "b", "text": "y"}\n'
+QUERIES = '{"_id": "q", "text": "ask"}\n'
+QRELS = "query-id\tcorpus-id\tscore\nq\ta\t1\n"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose data sets are folders here; what it gives lies as in its cache, as links to blobs."""
+    served = tmp_path / "hub"
+
+    def snapshot_download(repo_id, *, repo_type, allow_patterns):
+        assert repo_type == "dataset"
+        if not (served / repo_id).is_dir():
+            raise RepositoryNotFoundError(f"404 for {repo_id}\nmore", response=Mock(headers={}))
+        snapshot = tmp_path / "cache" / repo_id
+        for file in (path for path in (served / repo_id).rglob("*") if path.is_file()):
+            if any(file.match(pattern) for pattern in allow_patterns):
+                link = snapshot / file.relative_to(served / repo_id)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.unlink(missing_ok=True)
+                link.symlink_to(file)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+    def put(name, content):
+        (served / name).parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, dict):
+            pq.write_table(pa.table(content), served / name)
+        else:
+            (served / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return put
+
+
+def read(name):
+    source = open_source(name, "auto", Limits())
+    source.check()
+    passages = [(row.doc_id, row.title or "", row.text) for row in source.rows()]
+    return passages, list(source.queries()), {split: list(qrels) for split, qrels in source.qrels().items()}
+
+
+def put_beir(hub):
+    hub("BeIR/scifact/corpus.jsonl.gz", gzip.compress(PASSAGES.encode()))
+    hub("BeIR/scifact/queries.jsonl.gz", gzip.compress(QUERIES.encode()))
+    hub("BeIR/scifact-qrels/test.tsv", QRELS)
+    hub("BeIR/scifact-qrels/validation.tsv", QRELS.replace("\ta\t", "\tb\t"))
+
+
+def put_mteb(hub):
+    hub("mteb/scifact/corpus.jsonl", PASSAGES)
+    hub("mteb/scifact/queries.jsonl", QUERIES)
+    hub("mteb/scifact/qrels/test.jsonl", '{"query-id": "q", "corpus-id": "a", "score": 1}\n')
+    hub("mteb/scifact/qrels/dev.jsonl", '{"query-id": "q", "corpus-id": "b", "score": 1}\n')
+
+
+def put_parquet(hub):
+    rows = {"_id": ["a", "b"], "title": ["t", ""], "text": ["x", "y"]}
+    for part in range(2):
+        name = f"corpus-0000{part}-of-00002.parquet"
+        hub(f"own/scifact/corpus/{name}", {key: values[part : part + 1] for key, values in rows.items()})
+    hub("own/scifact/queries/queries-00000-of-00001.parquet", {"_id": ["q"], "text": ["ask"]})
+    hub("own/scifact/data/test-00000-of-00001.parquet", {"query-id": ["q"], "corpus-id": ["a"], "score": [1]})
+    hub("own/scifact/data/dev-00000-of-00001.parquet", {"query-id": ["q"], "corpus-id": ["b"], "score": [1]})
+
+
+@pytest.mark.parametrize(
+    ("put", "name"),
+    [
+        (put_beir, "hub:BeIR/scifact"),
+        (put_beir, "beir/SciFact"),
+        (put_mteb, "hub:mteb/scifact"),
+        (put_parquet, "hub:own/scifact"),
+    ],
+)
+def test_every_layout_gives_the_same(hub, put, name):
+    put(hub)
+    assert read(name) == (
+        [("a", "t", "x"), ("b", "", "y")],
+        [Query("q", "ask")],
+        {"test": [Qrel("q", "a", 1)], "dev": [Qrel("q", "b", 1)]},
+    )
+    assert open_source(name, "auto", Limits()).has_qrels
+
+
+def test_judgements_of_a_split_in_several_files(hub):
+    hub("some/scifact/corpus.jsonl", PASSAGES)
+    hub("some/scifact-qrels/train-00000-of-00002.jsonl", '{"query-id": "q", "corpus-id": "a", "score": 1}\n')
+    hub("some/scifact-qrels/train-00001-of-00002.jsonl", '{"query-id": "q", "corpus-id": "b", "score": 2}\n')
+    assert read("hub:some/scifact")[2] == {"train": [Qrel("q", "a", 1), Qrel("q", "b", 2)]}
+
+
+def test_passages_alone_and_rows_of_any_data_set(hub):
+    hub("my/notes/corpus.jsonl", PASSAGES)
+    assert read("hub:my/notes") == ([("a", "t", "x"), ("b", "", "y")], [], {})
+    hub("my/rows/data/train-00000-of-00001.parquet", {"id": ["1"], "text": ["z"]})
+    assert read("hub:my/rows") == ([("1", "", "z")], [], {})
+
+
+def test_other_judgements_are_another_source(hub):
+    put_beir(hub)
+    before = open_source("hub:BeIR/scifact", "auto", Limits()).fingerprint()
+    assert open_source("hub:BeIR/scifact", "hub", Limits()).fingerprint() == before
+    hub("BeIR/scifact-qrels/test.tsv", QRELS.replace("\ta\t", "\tb\t"))
+    assert open_source("hub:BeIR/scifact", "auto", Limits()).fingerprint() != before
+
+
+def test_what_cannot_be_fetched_is_named(hub, monkeypatch):
+    with pytest.raises(CorpusError, match=r"cannot fetch the data set 'no/such' from the hub: 404 for no/such; check"):
+        open_source("hub:no/such", "auto", Limits())
+    with pytest.raises(CorpusError, match=r"hub:scifact is not a hub id; write hub:OWNER/NAME"):
+        open_source("hub:scifact", "auto", Limits())
+    with pytest.raises(InputError, match="is of the format 'hub', not 'tsv'"):
+        open_source("hub:my/notes", "tsv", Limits())
+    hub("my/odd/a.tsv", "a\tx\n")
+    hub("my/odd/b.jsonl", PASSAGES)
+    with pytest.raises(CorpusError, match=r"hub:my/odd has no corpus.jsonl.*several formats \(jsonl, tsv\)"):
+        open_source("hub:my/odd", "auto", Limits())
+
+    def no_network(*args, **kwargs):
+        raise LocalEntryNotFoundError("no network, and not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
+    with pytest.raises(CorpusError, match="no network, and not in the cache"):
+        open_source("BeIR/scifact", "auto", Limits())
+
+
+def test_a_hub_that_fails_for_the_judgements_is_not_one_without_them(hub, monkeypatch):
+    put_beir(hub)
+    whole = huggingface_hub.snapshot_download
+
+    def half(repo_id, **options):
+        if repo_id.endswith("-qrels"):
+            raise LocalEntryNotFoundError("no network")
+        return whole(repo_id, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", half)
+    with pytest.raises(CorpusError, match="cannot fetch the data set 'BeIR/scifact-qrels'"):
+        open_source("hub:BeIR/scifact", "auto", Limits())
