@@ -26,7 +26,7 @@ TRAIN = {
     "mode": "packed",
     "block_tokens": 128,
     "batch_size": 32,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "micro_batch_tokens": 2048,
     "num_workers": 1,
     "num_cpus_per_worker": 1,

@@ -5,8 +5,7 @@
     judgements  files named by split under `qrels` or `data`; else in the data set of the same name with `-qrels` behind it, as
                 BEIR's own data sets have them
 
-A data set without such a corpus is read as a folder of rows, as any other. The layouts are those of BEIR and of mteb, from
-memory.
+A data set without such a corpus is read as a folder of rows, as any other. The layouts are those of BEIR and of mteb.
 """
 
 import itertools
