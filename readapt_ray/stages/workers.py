@@ -42,9 +42,8 @@ def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple
         count = num_workers or total.num_gpus
         resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
     else:
-        cpus = num_cpus_per_worker or max(1, total.num_cpus // max(1, num_workers or total.num_nodes))
-        count = num_workers or total.num_nodes
-        resources = {"CPU": float(cpus)}
+        count, share = cluster.largest_share(num_workers)
+        resources = {"CPU": float(num_cpus_per_worker or share)}
     cluster.check_placement(count, resources, who="workers")
     return count, resources, bool(total.num_gpus)
 
@@ -121,7 +120,10 @@ def run_workers(
     controllers: list[Any] = []
     trainer._register_sigint_handler = controllers.append
     try:
-        with step_metrics.followed(board, workspace, config.trackers):
+        with (
+            step_metrics.followed(board, workspace, config.trackers),
+            cluster.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
+        ):
             trainer.fit()
         ended = ray.get(board.error.remote())
         if ended is not None:
