@@ -64,7 +64,7 @@ def connect() -> Resources:
         address = os.environ.get("RAY_ADDRESS")
         here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
         ray.init(
-            address=address,
+            address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not
             include_dashboard=None if address else False,
             **({} if address else here),
             logging_level=logging.ERROR,

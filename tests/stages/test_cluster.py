@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -116,6 +119,17 @@ def test_what_the_stage_before_held_a_moment_ago_is_not_worth_a_word(
     monkeypatch.setattr(ray, "available_resources", lambda: next(free))
     cluster.check_placement(2, {"CPU": 1, "GPU": 0}, who="actors")
     assert not caplog.records
+
+
+def test_a_cluster_that_died_on_this_machine_is_not_joined() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path may have some 100 characters
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        environment = {**os.environ, "RAY_TMPDIR": folder, "READAPT_NUM_CPUS": "1"}
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-c", "from readapt_ray.stages import cluster; print(cluster.connect().num_cpus)"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["1"], done.stderr
 
 
 VERSIONS = {"readapt_ray": "0.1.0", "torch": "2.13.0"}
