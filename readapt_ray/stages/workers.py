@@ -100,7 +100,9 @@ def run_workers(
     elastic = config.min_workers is not None and config.min_workers < num_workers
     # Where the driver is: a board on a node that dies would take the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(step_metrics.Board).remote(stage)
+    # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    board = ray.remote(**options)(step_metrics.Board).remote(stage)
     trainer = TorchTrainer(
         _entered,
         train_loop_config={"work": work, "job": {**job, "board": board}},
@@ -128,7 +130,7 @@ def run_workers(
         ended = ray.get(board.error.remote())
         if ended is not None:
             raise ended
-    except TrainingFailedError as error:
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise cluster.cause_of(error) from None
     except KeyboardInterrupt:
         with contextlib.suppress(ray.exceptions.RayError):
