@@ -46,6 +46,10 @@ class PlacementError(InputError):
     """The cluster cannot give what a stage asks for."""
 
 
+class StorageError(InputError):
+    """A disk is full, or a folder may not be written; what was written before stays, and the work can go on."""
+
+
 class CorruptFileError(ReadaptError):
     """A file of an artifact was cut short or altered."""
 

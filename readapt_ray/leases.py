@@ -13,9 +13,10 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from readapt_ray.errors import ArtifactConflictError
+from readapt_ray.errors import ArtifactConflictError, StorageError
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
@@ -92,16 +93,23 @@ class Heartbeat:
         self._write()
         self._thread.start()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
-        self._write()
+        try:
+            self._write()
+        except (OSError, StorageError) as refused:
+            if error is None:
+                raise
+            logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
                 self._write()
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 logger.warning("cannot write %s: %s", self._file, error)
 
     def _write(self) -> None:

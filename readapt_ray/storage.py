@@ -2,10 +2,12 @@
 
 A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Whole files only: a
 write is seen entirely or not at all (a temporary name, then a rename on a disk, or a copy inside an
-object store), so a reader never meets half a file. A store that says "slow down" is asked again.
+object store), so a reader never meets half a file. A store that says "slow down" is asked again; a
+disk that is full or may not be written is an error that names the folder.
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -19,7 +21,7 @@ from typing import IO
 
 import pyarrow.fs as pafs
 
-from readapt_ray.errors import InputError
+from readapt_ray.errors import InputError, StorageError
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
@@ -29,6 +31,12 @@ _READ_ATTEMPTS = 6
 _BACKOFF_S = 0.25
 _MAX_COPY_BYTES = 5 << 30
 """S3 copies no larger object in one request."""
+_FULL = {errno.ENOSPC: "no space is left on its disk", errno.EDQUOT: "the quota of its disk is used up"}
+_FORBIDDEN = {
+    errno.EACCES: "this user may not write there",
+    errno.EPERM: "this user may not change it",
+    errno.EROFS: "its disk is mounted read-only",
+}
 _S3_OPTIONS = ("region", "scheme", "endpoint_override")
 
 
@@ -186,7 +194,11 @@ class Location:
         return self.filesystem.open_input_file(self.path)  # type: ignore[no-any-return]
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the whole file, replacing one that is there."""
+        """Write the whole file, replacing one that is there.
+
+        Raises:
+            StorageError: the disk is full, or the folder may not be written.
+        """
         with self.open_output() as stream:
             stream.write(data)
 
@@ -196,19 +208,41 @@ class Location:
 
     @contextlib.contextmanager
     def open_output(self) -> Iterator[IO[bytes]]:
-        """A binary file to write; it appears under its name when the block ends without an error."""
+        """A binary file to write; it appears under its name when the block ends without an error.
+
+        Raises:
+            StorageError: the disk is full, or the folder may not be written.
+        """
         parent, _, name = self.path.rpartition("/")
         temporary = f"{parent}/{_TEMPORARY}{uuid.uuid4().hex[:12]}-{name}"
-        if self.is_local:
-            self.filesystem.create_dir(parent, recursive=True)
+        with self._refusals_named(_FULL | _FORBIDDEN):
+            if self.is_local:
+                self.filesystem.create_dir(parent, recursive=True)
+            opened = self.filesystem.open_output_stream(temporary, compression=None)
         try:
-            with self.filesystem.open_output_stream(temporary, compression=None) as stream:
+            # What the block reads may be forbidden, too; but only a write finds a disk full.
+            with self._refusals_named(_FULL), opened as stream:
                 yield stream
-            self._publish(temporary)
+            with self._refusals_named(_FULL | _FORBIDDEN):
+                self._publish(temporary)
         except BaseException:
             with contextlib.suppress(OSError):
                 self.filesystem.delete_file(temporary)
             raise
+
+    @contextlib.contextmanager
+    def _refusals_named(self, refusals: dict[int, str]) -> Iterator[None]:
+        """Turn these errors of the operating system into one that names the folder."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in refusals:
+                raise
+            full = error.errno in _FULL
+            mend = "free some, or give another output" if full else "give a folder that can be written"
+            again = "; run the same command again, it goes on where it stopped" if full else ""
+            folder = self.uri.rpartition("/")[0]
+            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {mend}{again}") from error
 
     def _publish(self, temporary: str) -> None:
         """Give a written file its name."""
@@ -236,19 +270,25 @@ class Location:
         self.filesystem.delete_file(temporary)
 
     def delete(self) -> None:
-        """Remove the file or the folder with all in it; nothing happens where there is none."""
+        """Remove the file or the folder with all in it; nothing happens where there is none.
+
+        Raises:
+            StorageError: it may not be removed.
+        """
         kind = self._info().type
-        if kind == pafs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
-        elif kind == pafs.FileType.File:
-            self.filesystem.delete_file(self.path)
+        with self._refusals_named(_FORBIDDEN):
+            if kind == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path)
+            elif kind == pafs.FileType.File:
+                self.filesystem.delete_file(self.path)
 
     def remove_temporary(self) -> None:
         """Remove what killed writers left in this folder and below: files that never got their name."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
         for info in self.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File and info.base_name.startswith(_TEMPORARY):
-                self.filesystem.delete_file(info.path)
+                with self._refusals_named(_FORBIDDEN):
+                    self.filesystem.delete_file(info.path)
 
     def copy_to(self, target: "Location") -> None:
         """Copy the file, or the folder with all in it, through this machine."""

@@ -5,18 +5,14 @@ configuration and tokenizer files are fetched, and pickled weights where there a
 are converted (`pickled.py`); nothing in a model folder is ever executed.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import MANIFEST_NAME, fingerprint, read_manifest
-from readapt_ray.catalog import pickled, retrievers
+from readapt_ray.catalog import model_cache, pickled, retrievers
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
@@ -116,6 +112,7 @@ def _fetch_hub(name: str, hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=list(_FETCHED)))
         if not pickled.has_safetensors(folder):
             folder = Path(snapshot_download(hub_id, allow_patterns=[*_FETCHED, *pickled.PICKLED]))
+        model_cache.checked_snapshot(folder, lambda file: snapshot_download(hub_id, allow_patterns=[file]))
         return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
@@ -129,28 +126,15 @@ def _fetch_uri(uri: str) -> Path:
     listing = source.listing(recursive=True)
     if not listing:
         raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")
-    key = fingerprint([uri, [(relative, info.size, info.mtime_ns) for relative, info in listing]])
-    cache = Path(os.environ.get("READAPT_CACHE", "~/.cache/readapt")).expanduser() / "models"
-    target = cache / key
     has_safetensors = any(relative.endswith(".safetensors") for relative, _ in listing)
-    with _locked(cache / f"{key}.lock"):
-        if not target.is_dir():
-            partial = Location(str(cache / f"{key}.partial"))
-            partial.delete()
-            for relative, _ in listing:
-                is_pickled = any(Path(relative).match(pattern) for pattern in pickled.PICKLED)
-                if relative.endswith(_MODEL_SUFFIXES) or (is_pickled and not has_safetensors):
-                    (source / relative).copy_to(partial / relative)
-            partial.local_path.rename(target)
-    return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    sizes_bytes = {
+        relative: int(info.size)
+        for relative, info in listing
+        if relative.endswith(_MODEL_SUFFIXES)
+        or (not has_safetensors and any(Path(relative).match(pattern) for pattern in pickled.PICKLED))
+    }
+    key = fingerprint([uri, [(relative, info.size, info.mtime_ns) for relative, info in listing]])
+    return model_cache.fetched(source, sizes_bytes, key)
 
 
 def _first_line(error: Exception) -> str:

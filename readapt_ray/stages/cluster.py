@@ -8,10 +8,11 @@ What cannot be placed is an error before anything starts; what has to wait for o
 import contextlib
 import logging
 import os
+import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,10 @@ _WAIT_POLL_S = 1.0
 _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
 _NODE_ANSWERS_S = 120.0
+_REPLACEMENT_S = 45.0
+_ROOM_POLL_S = 5.0
+_ROOM_SAID_S = 20.0
+_ROOM_LOG_S = 60.0
 _UNINSTALLED = "from a folder"
 _SETTLE_S = 3.0
 """What a stage held is free again a second or two after it ends."""
@@ -59,7 +64,7 @@ def connect() -> Resources:
         address = os.environ.get("RAY_ADDRESS")
         here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
         ray.init(
-            address=address,
+            address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not
             include_dashboard=None if address else False,
             **({} if address else here),
             logging_level=logging.ERROR,
@@ -197,6 +202,8 @@ def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
     """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
 
+    Where nodes were lost it waits 45 seconds for others in their place.
+
     Args:
         each: what a worker asks for, such as `{"CPU": 4, "GPU": 1}`.
         who: what to call them.
@@ -206,14 +213,21 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
     """
     import ray
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    room = sum(_room(node["Resources"], each) for node in nodes)
-    asked = f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-    if room < num_workers:
-        raise PlacementError(
-            f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
-            f"num_cpus_per_worker, or add nodes"
-        )
+    asked = _asked(num_workers, each, who)
+    lost_s: float | None = None
+    while True:
+        known = ray.nodes()
+        nodes = [node for node in known if node["Alive"]]
+        room = sum(_room(node["Resources"], each) for node in nodes)
+        if room >= num_workers:
+            break
+        lost_s = lost_s or time.monotonic()
+        if len(nodes) == len(known) or time.monotonic() - lost_s > _REPLACEMENT_S:
+            raise PlacementError(
+                f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
+                f"num_cpus_per_worker, or add nodes"
+            )
+        time.sleep(_WAIT_POLL_S)
     wanted = {name: num_workers * amount for name, amount in each.items() if amount}
     settled_s = time.monotonic() + _SETTLE_S
     while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
@@ -226,9 +240,63 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
         time.sleep(_SETTLE_S / 10)
 
 
+@contextlib.contextmanager
+def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
+    """While the block runs, say every minute what is waited for where the nodes that are left have no room for so many.
+
+    Args:
+        num_workers: how many the block cannot do without.
+        each: what a worker asks for.
+        who: what to call them.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch_room, args=(num_workers, each, who, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: threading.Event) -> None:
+    import ray
+
+    small_s = 0.0
+    while not stop.wait(_ROOM_POLL_S):
+        try:
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            logger.debug("no answer about nodes: %s", error)
+            continue
+        room = sum(_room(node["Resources"], each) for node in nodes)
+        small_s = small_s + _ROOM_POLL_S if room < num_workers else 0.0
+        if small_s and small_s % _ROOM_LOG_S == _ROOM_SAID_S:
+            logger.warning(
+                "%s each are needed and nodes were lost: there is room for %d on %s; waiting for others in their place",
+                _asked(num_workers, each, who),
+                room,
+                _described(nodes),
+            )
+
+
+def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
+    return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+
+
 def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
     """How many of such workers a node holds."""
     return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
+
+
+def largest_share(num_workers: int | None) -> tuple[int, int]:
+    """Number of workers, one a node that has CPUs unless given, and the most CPUs that each of so many can have."""
+    import ray
+
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    count = num_workers or max(1, sum(each > 0 for each in cpus))
+    fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)
+    return count, next(fits, 1)
 
 
 def _described(nodes: Sequence[Mapping[str, Any]]) -> str:

@@ -132,9 +132,12 @@ def _pack(
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared_lists)))
     counts = {"num_blocks": 0, "num_passages": 0, "num_tokens": 0, "num_cut_passages": 0}
-    for row in dataset.iter_rows():
-        counts = {name: counts[name] + row[name] for name in counts}
-        workspace.progress(counts["num_passages"], first_number, unit="passages")
+    try:
+        for row in dataset.iter_rows():
+            counts = {name: counts[name] + row[name] for name in counts}
+            workspace.progress(counts["num_passages"], first_number, unit="passages")
+    except ray.exceptions.RayError as error:
+        raise cluster.cause_of(error) from None
     if lists:
         counts["num_withheld_passages"] = first_number - counts["num_passages"]
         if not counts["num_passages"]:

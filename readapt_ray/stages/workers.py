@@ -42,9 +42,8 @@ def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple
         count = num_workers or total.num_gpus
         resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
     else:
-        cpus = num_cpus_per_worker or max(1, total.num_cpus // max(1, num_workers or total.num_nodes))
-        count = num_workers or total.num_nodes
-        resources = {"CPU": float(cpus)}
+        count, share = cluster.largest_share(num_workers)
+        resources = {"CPU": float(num_cpus_per_worker or share)}
     cluster.check_placement(count, resources, who="workers")
     return count, resources, bool(total.num_gpus)
 
@@ -101,7 +100,9 @@ def run_workers(
     elastic = config.min_workers is not None and config.min_workers < num_workers
     # Where the driver is: a board on a node that dies would take the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(step_metrics.Board).remote(stage)
+    # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    board = ray.remote(**options)(step_metrics.Board).remote(stage)
     trainer = TorchTrainer(
         _entered,
         train_loop_config={"work": work, "job": {**job, "board": board}},
@@ -121,12 +122,15 @@ def run_workers(
     controllers: list[Any] = []
     trainer._register_sigint_handler = controllers.append
     try:
-        with step_metrics.followed(board, workspace, config.trackers):
+        with (
+            step_metrics.followed(board, workspace, config.trackers),
+            cluster.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
+        ):
             trainer.fit()
         ended = ray.get(board.error.remote())
         if ended is not None:
             raise ended
-    except TrainingFailedError as error:
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise cluster.cause_of(error) from None
     except KeyboardInterrupt:
         with contextlib.suppress(ray.exceptions.RayError):

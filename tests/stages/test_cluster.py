@@ -2,6 +2,9 @@
 
 import logging
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float], free: d
             total[name] = total.get(name, 0) + amount
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
     monkeypatch.setattr(ray, "available_resources", lambda: total if free is None else free)
+    monkeypatch.setattr(cluster, "_REPLACEMENT_S", 0.0)
 
 
 def test_workers_that_fit_are_placed_in_silence(
@@ -48,6 +52,55 @@ def test_workers_that_no_node_can_hold_are_refused_though_the_sum_would_do(
     assert f"room for {room} on 2 nodes with 16 CPU and 2 GPU" in said
 
 
+def test_a_node_in_the_place_of_a_lost_one_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, here = {"Alive": False, "Resources": {"CPU": 1.0}}, {"Alive": True, "Resources": {"CPU": 1.0}}
+    times = iter([[lost, here]] * 4)
+    monkeypatch.setattr(ray, "nodes", lambda: next(times, [lost, here, here]))
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(cluster, "_WAIT_POLL_S", 0.01)
+    cluster.check_placement(2, {"CPU": 1}, who="workers")
+    monkeypatch.setattr(ray, "nodes", lambda: [here])
+    with pytest.raises(PlacementError):
+        cluster.check_placement(2, {"CPU": 1}, who="workers")
+
+
+def test_what_a_run_waits_for_after_a_node_was_lost_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes(monkeypatch, {"CPU": 1.0})
+    monkeypatch.setattr(cluster, "_ROOM_POLL_S", 0.02)
+    monkeypatch.setattr(cluster, "_ROOM_SAID_S", 0.04)
+    monkeypatch.setattr(cluster, "_ROOM_LOG_S", 60.0)
+    with caplog.at_level(logging.WARNING, "readapt_ray"):
+        with cluster.said_when_too_small(1, {"CPU": 1}, who="workers"):
+            time.sleep(0.2)
+        assert not caplog.records
+        with cluster.said_when_too_small(2, {"CPU": 1}, who="workers"):
+            time.sleep(0.2)
+    (record,) = caplog.records
+    assert (
+        "2 workers of 1 CPU each are needed and nodes were lost: there is room for 1 on 1 node with 1 CPU"
+        in record.getMessage()
+    )
+
+
+@pytest.mark.parametrize(
+    ("cpus", "num_workers", "expected"),
+    [
+        ([0.0, 8.0, 8.0], None, (2, 8)),  # a head without CPUs has no worker
+        ([8.0, 8.0, 8.0], 2, (2, 8)),  # not 12, which no node has
+        ([16.0, 64.0], None, (2, 32)),
+        ([16.0], 4, (4, 4)),
+        ([2.0], 4, (4, 1)),  # refused afterwards, by check_placement
+    ],
+)
+def test_workers_get_the_most_cpus_that_so_many_can_have(
+    monkeypatch: pytest.MonkeyPatch, cpus: list[float], num_workers: int | None, expected: tuple[int, int]
+) -> None:
+    nodes(monkeypatch, *({"CPU": each} for each in cpus))
+    assert cluster.largest_share(num_workers) == expected
+
+
 def test_workers_that_wait_for_another_job_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -66,6 +119,17 @@ def test_what_the_stage_before_held_a_moment_ago_is_not_worth_a_word(
     monkeypatch.setattr(ray, "available_resources", lambda: next(free))
     cluster.check_placement(2, {"CPU": 1, "GPU": 0}, who="actors")
     assert not caplog.records
+
+
+def test_a_cluster_that_died_on_this_machine_is_not_joined() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path may have some 100 characters
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        environment = {**os.environ, "RAY_TMPDIR": folder, "READAPT_NUM_CPUS": "1"}
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-c", "from readapt_ray.stages import cluster; print(cluster.connect().num_cpus)"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["1"], done.stderr
 
 
 VERSIONS = {"readapt_ray": "0.1.0", "torch": "2.13.0"}

@@ -1,0 +1,157 @@
+"""Model files on this machine's disk, fetched once a node and seen to be whole each time they are found.
+
+In: files of a folder on an object store, or a snapshot of the hub's own cache. Out: a local folder with the same bytes.
+A record beside it says of each file its size, its SHA-256 and the times that the disk gave it; a file of another size, or
+of other times and another hash, was cut short or altered, and is fetched again. One process at a time fetches, the others
+of the node wait for it; a fetch that was killed goes on behind the last whole file. Reading a file whose times
+changed costs a second a gigabyte.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.errors import ModelError
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_CHUNK_BYTES = 8 << 20
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
+
+
+def cache_folder() -> Path:
+    """Where this machine keeps models: READAPT_CACHE, or ~/.cache/readapt."""
+    return Path(os.environ.get("READAPT_CACHE", "~/.cache/readapt")).expanduser() / "models"
+
+
+def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
+    """The local copy of a folder's files, whole.
+
+    Args:
+        source: the folder.
+        sizes_bytes: the files to have, by relative name.
+        key: stands for the folder's content.
+
+    Raises:
+        ModelError: a file did not arrive whole.
+    """
+    target = cache_folder() / key
+    with _locked(cache_folder() / f"{key}.lock"):
+        record = _Record(cache_folder() / f"{key}.json")
+        for name, size_bytes in sizes_bytes.items():
+            if record.says_whole(target / name, name):
+                continue
+            if name in record:
+                _say_broken(target / name)
+            (source / name).copy_to(Location(str(target / name)))
+            if (target / name).stat().st_size != size_bytes:
+                raise ModelError(
+                    f"{source / name} has {size_bytes:,} bytes and {(target / name).stat().st_size:,} arrived; it is being "
+                    f"written, or the connection broke: run again"
+                )
+            record.note(target / name, name, _sha256(target / name))
+    return target
+
+
+def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None:
+    """See that the files of a snapshot of the hub hold what their names in the hub's cache say.
+
+    The hub's cache names a file by its content: SHA-256 of a large file, git's hash of a small one.
+
+    Args:
+        folder: a snapshot of links to such files.
+        fetch_again: fetches the file of this name; what was there is gone.
+
+    Raises:
+        ModelError: what was fetched again is no better.
+    """
+    key = f"hub-{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}"
+    with _locked(cache_folder() / f"{key}.lock"):
+        record = _Record(cache_folder() / f"{key}.json")
+        for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
+            name = str(link.relative_to(folder))
+            if record.says_whole(link, name) or _is_its_name(link, name, record):
+                continue
+            _say_broken(link)
+            link.resolve().unlink(missing_ok=True)
+            link.unlink()
+            fetch_again(name)
+            if not _is_its_name(link, name, record):
+                raise ModelError(f"{link} is not what the hub has of it, fetched twice; check the disk and HF_ENDPOINT")
+
+
+def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
+    """Whether a file of the hub's cache has the hash that it is named by; one that is not named so is taken as it is."""
+    path = link.resolve()
+    if not path.is_file():
+        return False
+    if _SHA256.fullmatch(path.name):
+        found = _sha256(path)
+    elif _GIT_SHA1.fullmatch(path.name):
+        content = path.read_bytes()
+        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+    else:
+        found = path.name
+    if found == path.name:
+        record.note(link, name, _sha256(path))
+    return found == path.name
+
+
+class _Record:
+    """What is known of a folder's files: `size_bytes`, `sha256`, `times` (modified and changed, ns) by name; on disk at once."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = Location(str(file))
+        self._entries: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self._entries = dict(json.loads(self._file.read_text()))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def says_whole(self, path: Path, name: str) -> bool:
+        """Whether a file is what was noted of it; False also where nothing was."""
+        entry = self._entries.get(name)
+        if entry is None or not path.is_file() or path.stat().st_size != entry["size_bytes"]:
+            return False
+        if _times(path) == entry["times"]:
+            return True
+        if _sha256(path) != entry["sha256"]:
+            return False
+        self.note(path, name, entry["sha256"])
+        return True
+
+    def note(self, path: Path, name: str, sha256: str) -> None:
+        """Keep what a whole file is known by."""
+        self._entries[name] = {"size_bytes": path.stat().st_size, "sha256": sha256, "times": _times(path)}
+        self._file.write_text(json.dumps(self._entries, indent=2) + "\n")
+
+
+def _say_broken(path: Path) -> None:
+    logger.warning("%s was cut short, altered or removed; it is fetched again", path)
+
+
+def _times(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _sha256(path: Path) -> str:
+    return Location(str(path)).sha256()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
