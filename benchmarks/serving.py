@@ -70,9 +70,9 @@ def measure_all(options: argparse.Namespace, texts: Sequence[str]) -> None:
         ],
     }
     if options.infinity_python:
-        theirs = ["-m", "infinity_emb", "v2", "--model-id", folder, "--engine", "torch", "--device", "cpu"]
+        theirs = ["v2", "--model-id", folder, "--engine", "torch", "--device", "cpu"]
         theirs += ["--port", str(port), "--url-prefix", "/v1", "--served-model-name", "minilm"]
-        servers["infinity"] = [options.infinity_python, *theirs]
+        servers["infinity"] = [str(Path(options.infinity_python).with_name("infinity_emb")), *theirs]
     results: dict[str, Any] = {"bare encoder": bare_encoder(folder, texts)}
     print(json.dumps(results), flush=True)
     for name, command in servers.items():
@@ -122,7 +122,8 @@ def running(command: Sequence[str], url: str) -> Iterator[None]:
             time.sleep(0.5)
         yield
     finally:
-        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from multiprocessing.connection import Connection
@@ -122,10 +122,10 @@ def new_model(shape: str, vocab_size: int, dtype: torch.dtype, device: torch.dev
 def docstrings(num_steps: int) -> list[list[int]]:
     """Token ids of as many docstrings of torch as so many steps of 4 take, at most 128 each, for the quickstart's model."""
     texts = [f"{doc.summary} {doc.rest}" for doc in read_docstrings("torch")]
+    np.random.default_rng(0).shuffle(texts)
     tokenizer = load_tokenizer(find_model(QUICKSTART))
-    chosen = np.random.default_rng(0).permutation(len(texts))[: 4 * num_steps]
-    rows = tokenizer([texts[number] for number in chosen], truncation=True, max_length=128)["input_ids"]
-    return [row for row in rows if len(row) >= 16]
+    rows = tokenizer(texts[: 8 * num_steps], truncation=True, max_length=128)["input_ids"]
+    return [row for row in rows if len(row) >= 16][: 4 * num_steps]
 
 
 class Baseline:
@@ -450,6 +450,16 @@ def join() -> None:
     torch.distributed.init_process_group(backend, init_method=meeting, rank=0, world_size=1)
 
 
+PARTS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "rates": ("rates", rates),
+    "curves": (
+        "mean loss since the point before, after so many tokens of torch's docstrings, quickstart-pretrained",
+        curves,
+    ),
+    "memory": ("peak memory, vocabulary of 32,000", peak_memory),
+}
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -459,6 +469,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="of the baseline a round")
     parser.add_argument("--curve-steps", type=int, default=200, help="of the baseline, for the curve of the loss")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of our arms")
+    parser.add_argument("--parts", default=",".join(PARTS), help="those left out stay as they are in --output")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training.json"))
     options = parser.parse_args()
@@ -466,21 +477,19 @@ def main() -> None:
     if options.memory_of:
         print_memory(options.memory_of, options)
         return
-    measured = rates(options)
+    measured = {title: measure(options) for part, (title, measure) in PARTS.items() if part in options.parts.split(",")}
     packages = ("torch", "transformers", "peft", "deepspeed", "accelerate")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    before = json.loads(options.output.read_text()) if len(measured) < len(PARTS) else {}
     result = {
+        **before,
         "command": " ".join(["python", "benchmarks/training.py", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{device}, {len(os.sched_getaffinity(0))} cores, {num_threads()} threads",
         "versions": {name: version(name) for name in packages},
         "shape": {**SHAPES[options.shape], "vocab_size": VOCABULARY[options.shape]},
         "dtype": options.dtype,
-        "rates": measured,
-        "mean loss since the point before, after so many tokens of torch's docstrings, quickstart-pretrained": curves(
-            options
-        ),
-        "peak memory, vocabulary of 32,000": peak_memory(options),
+        **measured,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
