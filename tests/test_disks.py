@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import load_file
 
 from readapt_ray import cli, leases
 from readapt_ray.artifacts import Workspace, produce
@@ -103,8 +104,10 @@ def content(root: Path) -> dict[str, Any]:
         name = str(path.relative_to(root))
         if path.suffix == ".parquet":
             found[name] = pq.read_table(path).to_pydict()
+        elif path.suffix == ".safetensors":
+            found[name] = {key: tensor.tobytes() for key, tensor in load_file(path).items()}
         elif path.is_file():
-            found[name] = path.read_bytes() if path.suffix == ".safetensors" else ""
+            found[name] = ""
     return found
 
 
