@@ -13,8 +13,6 @@ on a small tmpfs where mounting is permitted.
 import argparse
 import datetime
 import json
-import os
-import platform
 import signal
 import sys
 import time
@@ -24,6 +22,8 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from readapt_ray import hardware
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -111,7 +111,7 @@ def write(output: Path, recorded: dict[str, Any], calm: dict[str, Any]) -> None:
     result = {
         "command": "python benchmarks/chaos.py --seeds 30 --work DIR",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "versions": {name: version(name) for name in ("ray", "torch", "deepspeed")},
         "undisturbed_s": calm["seconds"],
         "num_seeds": len(recorded),

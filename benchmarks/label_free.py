@@ -6,7 +6,7 @@ DIR holds the BEIR folders `nfcorpus` and `scifact`. The quickstart's pair, an a
 passage, every judged query of every split (nothing here is trained on them), and as many pseudo-queries as `tune` makes by
 default; readapter_scale 1. Half of the judged queries choose the labelled knowledge_scale, half of the pseudo-queries the
 label-free one, both as `tune` does; both choices are then measured on the other half of the judged queries. Half an hour on
-two idle cores; killed, it goes on where it stopped. A root of `benchmarks/recipes.py` with the same learning rate spares the
+two idle cores; killed, it goes on where it stopped. A root of `benchmarks/recipes.py` spares the
 training: the artifacts have the same names there.
 """
 
@@ -14,8 +14,6 @@ import argparse
 import datetime
 import json
 import logging
-import os
-import platform
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from recipes import TRAIN
 from scipy.stats import spearmanr
 
 import readapt_ray as ra
+from readapt_ray import hardware
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import retrievers
 from readapt_ray.retrieval.scales import RETRIEVER, Pair, best_pair, halves
@@ -33,8 +32,6 @@ from readapt_ray.retrieval.significance import compare
 CORPORA = ("nfcorpus", "scifact")
 KNOWLEDGE_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """As `tune` has them by default."""
-OPTIONS = TRAIN | {"learning_rate": 3e-4}
-"""Those of `benchmarks/recipes.py`; the rate is the quickstart's."""
 MEASURE = "nDCG@10"
 NUM_SPLITS = 200
 
@@ -70,14 +67,14 @@ def adapter(root: str, corpus: Artifact, seed: int) -> Artifact:
         ra.PackConfig(
             pretrained=str(row.pretrained),
             corpus=corpus.uri,
-            mode=OPTIONS["mode"],
-            block_tokens=OPTIONS["block_tokens"],
+            mode=TRAIN["mode"],
+            block_tokens=TRAIN["block_tokens"],
             output=f"{root}/blocks/{name}",
         )
     )
     return ra.train(
         ra.TrainConfig(
-            **{**OPTIONS, "target_modules": row.dora_targets, "seed": seed},
+            **{**TRAIN, "target_modules": row.dora_targets, "seed": seed},
             pretrained=str(row.pretrained),
             corpus=blocks.uri,
             output=f"{root}/adapters/{name}",
@@ -168,7 +165,7 @@ def write(options: argparse.Namespace, found: list[dict[str, Any]], versions: di
     result = {
         "command": f"python benchmarks/label_free.py --seeds {options.seeds}",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "versions": versions,
         "measure": MEASURE,
         "found": found,

@@ -9,8 +9,6 @@ started, Ray's own processes among them, sampled twice a second. Writes JSON to 
 import argparse
 import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -18,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from readapt_ray import hardware
 
 _SAMPLE_S = 0.5
 
@@ -38,7 +38,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/quickstart_cost.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "first": first,
         "second": second,
         "seconds of the stages": stages,

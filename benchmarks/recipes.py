@@ -12,12 +12,10 @@ is written to --output after each experiment.
 import argparse
 import json
 import logging
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, hardware
 from readapt_ray.paper import experiments
 from readapt_ray.paper.arms import EXPERIMENTS
 from readapt_ray.paper.experiments import PaperConfig
@@ -73,7 +71,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     manifest = artifacts.read_manifest(f"{options.root}/nfcorpus/corpus")
     result = {
         "command": f"python benchmarks/recipes.py --seeds {options.seeds}",
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "versions": manifest.versions if manifest else {},
         "experiments": found,
     }

@@ -15,7 +15,6 @@ import datetime
 import importlib.metadata
 import json
 import os
-import platform
 import signal
 import socket
 import subprocess
@@ -26,6 +25,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from readapt_ray import hardware
 
 CLIENTS = (1, 8, 64)
 _START_S = 240.0
@@ -85,7 +86,7 @@ def measure_all(options: argparse.Namespace, texts: Sequence[str]) -> None:
     written = {
         "command": "python benchmarks/serving.py --queries QUERIES --infinity-python PYTHON",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "load average before": round(os.getloadavg()[2], 1),
         "versions": {name: importlib.metadata.version(name) for name in ("ray", "torch", "sentence-transformers")},
         "queries": len(texts),

@@ -23,7 +23,6 @@ from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_CHUNK_BYTES = 8 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 
@@ -94,16 +93,15 @@ def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
     path = link.resolve()
     if not path.is_file():
         return False
-    if _SHA256.fullmatch(path.name):
-        found = _sha256(path)
-    elif _GIT_SHA1.fullmatch(path.name):
+    sha256 = _sha256(path)
+    if _SHA256.fullmatch(path.name) and sha256 != path.name:
+        return False
+    if _GIT_SHA1.fullmatch(path.name):  # a small file
         content = path.read_bytes()
-        found = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
-    else:
-        found = path.name
-    if found == path.name:
-        record.note(link, name, _sha256(path))
-    return found == path.name
+        if hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest() != path.name:
+            return False
+    record.note(link, name, sha256)
+    return True
 
 
 class _Record:

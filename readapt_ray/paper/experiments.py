@@ -163,13 +163,11 @@ class Study:
             if not self._has_some[key]:
                 logger.warning(
                     "%s: no passage is %s in the split %s (every one is %s), so the arm %r is left out",
-                    *(
-                        own.name,
-                        arm.passages,
-                        own.split,
-                        "judged" if arm.passages == "unjudged" else "unjudged",
-                        arm.name,
-                    ),
+                    own.name,
+                    arm.passages,
+                    own.split,
+                    "judged" if arm.passages == "unjudged" else "unjudged",
+                    arm.name,
                 )
         return self._has_some[key]
 

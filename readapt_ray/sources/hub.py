@@ -11,7 +11,6 @@ A data set without such a corpus is read as a folder of rows, as any other. The 
 import itertools
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel
@@ -114,7 +113,7 @@ def _fetch(hub_id: str, *, may_be_absent: bool = False) -> Location | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Location(str(Path(snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(_FETCHED)))))
+        return Location(snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(_FETCHED)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if may_be_absent and isinstance(error, RepositoryNotFoundError):
             return None

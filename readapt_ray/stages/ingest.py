@@ -246,7 +246,11 @@ class _Ingestion:
                 distinct = list(dict.fromkeys(ids))
                 logger.warning(
                     "ingest: %d of %d judgements are of unknown %s (%d): %s",
-                    *(len(ids), len(qrels), what, len(distinct), named(distinct)),
+                    len(ids),
+                    len(qrels),
+                    what,
+                    len(distinct),
+                    named(distinct),
                 )
         return {f"qrels_of_unknown_{what}": len(ids) for what, ids in lost.items()}
 

@@ -333,7 +333,10 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> _Sample:
     if missing := list(keep.keys() - {passage.doc_id for passage in passages}):
         logger.warning(
             "tune: %d of %d judged passages are not in %s, so no pair can find them: %s",
-            *(len(missing), len(keep), config.corpus, named(sorted(missing))),
+            len(missing),
+            len(keep),
+            config.corpus,
+            named(sorted(missing)),
         )
     return _Sample(passages, queries, judgements)
 

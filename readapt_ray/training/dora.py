@@ -144,9 +144,8 @@ def dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
     dropped_of_65536 = round(probability * 65536)
     generator = np.random.SFC64(int(torch.randint(2**62, ())))
     pieces = torch.from_numpy(generator.random_raw(-(-x.numel() // 4)).view(np.int16))[: x.numel()].view(x.shape)
-    is_kept = (pieces >= dropped_of_65536 - 32768).to(
-        x.dtype
-    )  # a product with booleans converts them in both directions
+    # Compared into the type of x: a product with booleans converts them, forward and backward.
+    is_kept = torch.ge(pieces, dropped_of_65536 - 32768, out=torch.empty(x.shape, dtype=x.dtype))
     return x * is_kept, 1 - dropped_of_65536 / 65536
 
 

@@ -102,6 +102,15 @@ def test_killed_workers_and_a_write_cut_short_change_nothing(
     assert losses(calm) == losses(hit)
 
 
+def test_partitioned_parameters_go_on_from_a_checkpoint(base: Path, tmp_path: Path) -> None:
+    """The same at ZeRO 3 in short: what the slow cases above do with more kills."""
+    calm, hit = new_run(tmp_path / "calm"), new_run(tmp_path / "hit")
+    assert run(calm, base, Attempt(0, 1, zero_stage=3, num_epochs=1)) == [0]
+    assert run(hit, base, Attempt(0, 1, (0, 5, "training"), zero_stage=3, num_epochs=1)) == [-signal.SIGKILL]
+    assert run(hit, base, Attempt(1, 1, zero_stage=3, num_epochs=1)) == [0]
+    assert largest_difference(calm, hit) == 0
+
+
 def test_every_attempt_may_have_another_number_of_workers(base: Path, tmp_path: Path, calm: Path) -> None:
     hit = new_run(tmp_path / "hit")
     for number, (num_workers, kill) in enumerate([(3, (2, 5, "training")), (1, (0, 11, "training"))]):
