@@ -175,6 +175,9 @@ async def generate(port: str, texts: Sequence[str], clients: int, seconds: float
             await reader.readexactly(length)
             latencies_ms.append(1000 * (time.perf_counter() - before_s))
             failures += b" 200 " not in head.split(b"\r\n")[0]
+            if b"connection: close" in head.lower():  # as a server says whose configuration has changed
+                writer.close()
+                reader, writer = await asyncio.open_connection("127.0.0.1", int(port))
         writer.close()
 
     before_s = time.perf_counter()

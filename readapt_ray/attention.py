@@ -99,6 +99,8 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     window = sliding_window if sliding_window and sliding_window < max_length_q else None
     if dropout == 0 and has_kernel(value.device, value.dtype):
         output = _by_kernel(query, key, value, scaling, cu_seq_lens_q, max_length_q, causal=causal, window=window)
+    elif len(cu_seq_lens_q) == 2 and not torch.is_grad_enabled():  # one alone, such as a query that is served
+        output = _alone(query, key, value, scaling, causal=causal, window=window, dropout=dropout)
     else:
         layout = _layout(tuple(cu_seq_lens_q.diff().tolist()), query.device)
         output = _by_passage(query, key, value, scaling, layout, causal=causal, window=window, dropout=dropout)
@@ -148,6 +150,31 @@ def _by_kernel(  # noqa: PLR0917
     return output
 
 
+def _alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    *,
+    causal: bool,
+    window: int | None,
+    dropout: float,
+) -> Tensor:
+    length = query.shape[2]
+    mask = Group(torch.tensor([length], device=query.device), length).mask(causal=causal, window=window)
+    output: Tensor = functional.scaled_dot_product_attention(
+        query.to(value.dtype),
+        key.to(value.dtype),
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return output.transpose(1, 2)
+
+
 def _by_passage(
     query: Tensor,
     key: Tensor,
@@ -164,8 +191,8 @@ def _by_passage(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     states = [layout.spread(each.to(value.dtype).squeeze(0).transpose(0, 1)) for each in (query, key, value)]
     outputs = []
-    for group, query_NHTD, key_NHTD, value_NHTD in zip(layout.groups, *states, strict=True):
-        mask = group.mask(causal=causal, window=window)
+    masks = _masks(layout, causal=causal, window=window)
+    for mask, query_NHTD, key_NHTD, value_NHTD in zip(masks, *states, strict=True):
         with torch.autocast(value.device.type, enabled=False):
             output_NHTD = functional.scaled_dot_product_attention(
                 query_NHTD,
@@ -211,7 +238,7 @@ class Group:
         return (near & is_filled) | (back == 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Where the tokens of a row go: the slots of all groups, one after the other."""
 
@@ -285,6 +312,11 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
     slot_of_token[token_of_slot[~is_empty]] = np.flatnonzero(~is_empty)
     numbers = (np.where(is_empty, 0, token_of_slot), slot_of_token, np.flatnonzero(is_empty))
     return Layout(tuple(groups), *(torch.from_numpy(each).to(device) for each in numbers))
+
+
+@functools.lru_cache(maxsize=8)  # as above
+def _masks(layout: Layout, *, causal: bool, window: int | None) -> list[Tensor | None]:
+    return [group.mask(causal=causal, window=window) for group in layout.groups]
 
 
 def _width(length: int) -> int:

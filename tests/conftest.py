@@ -13,13 +13,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray on this machine with two logical CPUs."""
+    """Ray on this machine with two logical CPUs, as `serve` starts it."""
     import ray
 
+    from readapt_ray.serving import haproxy
     from readapt_ray.stages import cluster
 
     os.environ["READAPT_NUM_CPUS"] = "2"
-    cluster.connect()
+    with haproxy.preferred("127.0.0.1"):
+        cluster.connect()
     yield
     ray.shutdown()
 

@@ -20,6 +20,7 @@ from readapt_ray.serving.app import ENCODER_DEPLOYMENT
 from readapt_ray.serving.engine import Engine, Limits
 from readapt_ray.serving.guard import App, Guard
 from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.options import is_loopback
 from readapt_ray.serving.remote import RemoteVersion
 from readapt_ray.serving.routing import Routing
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
@@ -71,6 +72,7 @@ class Gateway:
             build_api(self._engine, gather_metrics),
             keys=self._keys,
             allow_anonymous=self._allow_anonymous,
+            sees_clients=_sees_clients(),
             limits=self._limits,
             telemetry=self._telemetry,
             spans=spans,
@@ -94,6 +96,16 @@ class Gateway:
         return RemoteVersion(
             info, encoder, slices, lost_shards=state.lost_shards, shard_timeout_s=state.shard_timeout_s
         )
+
+
+def _sees_clients() -> bool:
+    """Whether requests say where they come from. Behind HAProxy all seem to come from it: if they may come from other machines,
+    nothing tells those apart.
+    """
+    from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
+    from ray.serve.context import _get_global_client
+
+    return not RAY_SERVE_ENABLE_HA_PROXY or is_loopback(str(_get_global_client().http_config.host))
 
 
 async def _description(app: str) -> tuple[Any, VersionInfo]:

@@ -41,6 +41,7 @@ class Guard:
         app: what answers.
         keys: API keys; with none, only this machine is answered.
         allow_anonymous: answer other machines without keys.
+        sees_clients: whether a request says where it comes from; if not, nobody is answered without keys.
         limits: body size and requests under way.
         spans: where traces are wanted.
     """
@@ -51,6 +52,7 @@ class Guard:
         *,
         keys: KeyRing,
         allow_anonymous: bool,
+        sees_clients: bool = True,
         limits: Limits,
         telemetry: Telemetry,
         spans: "RequestSpans | None" = None,
@@ -58,6 +60,7 @@ class Guard:
         self._app = app
         self._keys = keys
         self._allow_anonymous = allow_anonymous
+        self._sees_clients = sees_clients
         self._limits = limits
         self._telemetry = telemetry
         self._spans = spans
@@ -145,7 +148,7 @@ class Guard:
             host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         except ValueError:
             host = ""
-        if (client and not is_loopback(client[0])) or not is_loopback(host):
+        if not self._sees_clients or (client and not is_loopback(client[0])) or not is_loopback(host):
             raise RequestError(
                 "this server has no API keys, so it answers only clients of its own machine at 127.0.0.1 or localhost; "
                 "start it with --api-keys",

@@ -1,10 +1,10 @@
 """What goes over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
 import base64
-import json
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -286,9 +286,9 @@ def embeddings_json(
 ) -> bytes:
     """An `EmbeddingsResponse` as JSON: written by hand, since validating millions of numbers costs more than making them."""
     data = [
-        {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector.tolist()}
+        {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)
     ]
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
-    return json.dumps(body, separators=(",", ":")).encode()
+    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from readapt_ray.errors import InputError, ReadaptError
-from readapt_ray.serving import app
+from readapt_ray.serving import app, haproxy
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.options import ServeConfig, is_loopback
 from readapt_ray.stages import cluster
@@ -74,7 +74,8 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
 
 
 def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:
-    cluster.connect()
+    with haproxy.preferred(config.host):
+        cluster.connect()
     ray_serve = _ray_serve()
     running = set(ray_serve.status().applications)
     if config.update:

@@ -190,6 +190,7 @@ async def local_server(
     routing: Routing | None = None,
     keys: Sequence[ApiKey] = (),
     allow_anonymous: bool = False,
+    sees_clients: bool = True,
     spans: RequestSpans | None = None,
     **limits,
 ):
@@ -204,6 +205,7 @@ async def local_server(
         build_api(engine, no_metrics),
         keys=KeyRing(keys),
         allow_anonymous=allow_anonymous,
+        sees_clients=sees_clients,
         limits=engine.limits,
         telemetry=Telemetry(),
         spans=spans,

