@@ -1,92 +1,27 @@
 """The whole run through a real job server: submitted, watched, stopped, killed, submitted again."""
 
 import os
-import re
-import secrets
-import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from readapt_ray import artifacts
 from tests import factories
-from tests.chaos import nodes
+from tests.job_server import JobServer, job_server
 
 REPOSITORY = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
 NUM_PASSAGES, NUM_EPOCHS = 1200, 4
 MAX_PACKAGE_BYTES = 30_000_000
 """The quickstart's pair of models is most of it."""
 
 
-class JobServer:
-    """A head node with a job server that asks for a token, and Ray's own command line to it."""
-
-    def __init__(self, folder: Path) -> None:
-        port, self._port = nodes.free_port(), nodes.free_port()
-        self.folder = folder
-        self._environment = {
-            **os.environ,
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "OMP_NUM_THREADS": "1",
-        }
-        self._environment.pop("RAY_ADDRESS", None)
-        self._environment.pop("PYTHONPATH", None)
-        command = [BIN / "ray", "start", "--head", "--block", f"--port={port}", f"--temp-dir={folder}", "--num-cpus=2"]
-        command += [
-            "--node-ip-address=127.0.0.1",
-            f"--dashboard-port={self._port}",
-            f"--object-store-memory={100 << 20}",
-        ]
-        with (folder / "head.log").open("wb") as log:
-            self._head = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=self._environment)
-        nodes.wait_for(self._port)
-
-    def job(self, command: str, *arguments: str, **environment: str) -> str:
-        """What `ray job COMMAND` says."""
-        done = subprocess.run(
-            [BIN / "ray", "job", command, "--address", f"http://127.0.0.1:{self._port}", *arguments],
-            env={**self._environment, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        return done.stdout
-
-    def ended(self, name: str) -> str:
-        """What became of a job, once it has ended."""
-        deadline_s = time.monotonic() + 300
-        while time.monotonic() < deadline_s:
-            found = re.search(rf"Job '{name}' (succeeded|failed|was stopped)", self.job("status", name))
-            if found:
-                return found[1]
-            time.sleep(1)
-        raise TimeoutError(self.job("logs", name))
-
-    def close(self) -> None:
-        nodes.kill([*nodes.family(self._head), psutil.Process(self._head.pid)])
-        self._head.wait()
-
-
 @pytest.fixture
 def server() -> Iterator[JobServer]:
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path may have some 100 characters
-    running = JobServer(folder)
-    yield running
-    running.close()
-    shutil.rmtree(folder, ignore_errors=True)
+    with job_server() as running:
+        yield running
 
 
 def wait_until(happened: Callable[[], bool], what: str) -> None:

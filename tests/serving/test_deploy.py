@@ -1,0 +1,44 @@
+"""The file that `--write-config` writes, deployed by Ray's own program on a cluster that runs already, as KubeRay does it."""
+
+import contextlib
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from readapt_ray.serving.server import serve
+from tests.job_server import job_server
+from tests.serving.conftest import World
+
+REPOSITORY = Path(__file__).parent.parent.parent
+HAPROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1", "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("environment", [{}, HAPROXY], ids=["python proxy", "haproxy"])
+def test_serve_deploy(world: World, tmp_path: Path, environment: dict[str, str]) -> None:
+    config = world.config(name="tiny", index_actors=2)
+    file = str(tmp_path / "serve.yaml")
+    serve(config.model_copy(update={"write_config": file}), blocking=False)
+    with job_server(PYTHONPATH=str(REPOSITORY), **environment) as server:
+        said = server.said("serve", "deploy", file, "--address", server.address)
+        assert "successfully" in said, said
+        url = f"http://127.0.0.1:{config.port}"
+        _wait_until_ready(url, lambda: server.said("serve", "status", "--address", server.address))
+        found = httpx.post(f"{url}/v1/search", json={"query": "array shape", "top_k": 3}, timeout=60).json()
+        vectors = httpx.post(f"{url}/v1/embeddings", json={"input": "array shape"}, timeout=60).json()
+    assert len(found["data"][0]["hits"]) == 3
+    expected = world.encoder.encode(["array shape"], "query")[0]
+    assert vectors["data"][0]["embedding"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def _wait_until_ready(url: str, status) -> None:
+    deadline_s = time.monotonic() + 300
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz", timeout=30).status_code == 200:
+                return
+        time.sleep(1)
+    raise TimeoutError(status())
