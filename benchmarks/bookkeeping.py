@@ -124,7 +124,9 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
             ra.IngestConfig(source=str(folder / "source"), deduplicate="exact", output=output["ingest"])
         ),
         "pack": lambda: ra.pack(
-            ra.PackConfig(pretrained=model, corpus=output["ingest"], mode="packed", output=output["pack"])
+            ra.PackConfig(
+                pretrained=model, corpus=output["ingest"], mode="packed", block_tokens=256, output=output["pack"]
+            )
         ),
         "embed": lambda: ra.embed(ra.EmbedConfig(retriever=model, corpus=output["ingest"], output=output["embed"])),
         "index": lambda: ra.index(ra.IndexConfig(vectors=output["embed"], output=output["index"])),
