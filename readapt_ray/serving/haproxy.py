@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import importlib.util
 import os
+import random
 import shutil
 import socket
 import tempfile
@@ -33,6 +34,7 @@ _PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
 )
+_PORT_RANGE = range(20_000, 30_000)
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 """Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
 _START = """#!/bin/sh
@@ -85,9 +87,12 @@ def _binary() -> str | None:
 
 
 def _free_ports(number: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    try:
-        return [int(probe.getsockname()[1]) for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
+    """Ports that nobody listens on, below those that systems hand out: Ray's own processes, which start first, take of these."""
+    free = []
+    for port in random.sample(_PORT_RANGE, len(_PORT_RANGE)):
+        with contextlib.suppress(OSError):
+            socket.create_server(("127.0.0.1", port)).close()
+            free.append(port)
+        if len(free) == number:
+            break
+    return free
