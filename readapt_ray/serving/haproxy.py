@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import random
+import shlex
 import shutil
 import socket
 import tempfile
@@ -53,23 +54,23 @@ def preferred(host: str) -> Iterator[None]:
     """
     fits = host in _HOSTS and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
     binary = _binary() if fits else None
-    added = _environment(binary) if binary else {}
-    before = {name: os.environ[name] for name in added.keys() & os.environ.keys()}
+    wanted = _environment(binary) if binary else {}
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
     os.environ.update(added)
     try:
         yield
     finally:
         for name in added:
             del os.environ[name]
-        os.environ.update(before)
 
 
 def _environment(binary: str) -> dict[str, str]:
     # Who may write to its control socket may stop it: the folder is this user's alone, and each server has its own.
-    folder = Path(tempfile.mkdtemp(prefix="readapt-serve-"))
+    # A socket's path may have some 100 characters, and the id of Ray's node is 56 of them.
+    folder = Path(tempfile.mkdtemp(prefix="readapt-", dir="/tmp"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     start = folder / "start"
-    start.write_text(_START.format(binary=binary))
+    start.write_text(_START.format(binary=shlex.quote(binary)))
     start.chmod(0o700)
     files = {f"RAY_SERVE_HAPROXY_{name}": f"{folder}/{file}" for name, file in _FILES.items()}
     ports = dict(zip(_PORTS, map(str, _free_ports(len(_PORTS))), strict=True))

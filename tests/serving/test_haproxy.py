@@ -49,10 +49,23 @@ def test_its_files_are_this_users_alone():
     files = [value for value in found.values() if "/" in value]
     assert len(files) == 6
     assert all(Path(value).is_relative_to(folder) for value in files)
-    assert len({value for name, value in found.items() if name.endswith("PORT")}) == 3
+    ports = {int(value) for name, value in found.items() if name.endswith("PORT")}
+    assert len(ports) == 3
+    assert max(ports) < 32_768, "Linux hands these out to whoever connects"
 
 
-def test_its_statistics_are_this_machines_alone(tmp_path):
+def test_what_somebody_set_stays(monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_HAPROXY_METRICS_PORT", "9101")
+    found = settings("127.0.0.1")
+    assert "RAY_SERVE_HAPROXY_METRICS_PORT" not in found
+    assert found["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+
+
+def test_its_statistics_are_this_machines_alone(tmp_path, monkeypatch):
+    linked = tmp_path / "a folder" / "haproxy"  # a path with a space
+    linked.parent.mkdir()
+    linked.symlink_to(str(haproxy._binary()))
+    monkeypatch.setattr(haproxy, "_binary", lambda: str(linked))
     config = tmp_path / "haproxy.cfg"
     ports = haproxy._free_ports(3)
     config.write_text(CONFIG.format(ports=ports))
