@@ -93,6 +93,8 @@ def run_workers(
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from readapt_ray.stages.gloo import GlooConfig
+
     num_workers, resources, use_gpu = placement(config.num_workers, config.num_cpus_per_worker)
     cluster.check_seen_by_all(elsewhere.absolute(workspace.location))
     if config.min_workers is not None and config.min_workers > num_workers:
@@ -116,7 +118,7 @@ def run_workers(
             storage_path=_train_storage(workspace.location),
             failure_config=FailureConfig(max_failures=config.max_failures),
         ),
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl") if use_gpu else GlooConfig(),
     )
     # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
     controllers: list[Any] = []

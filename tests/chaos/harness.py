@@ -20,15 +20,17 @@ import yaml
 from safetensors.numpy import load_file
 
 from tests import factories, small_disk
+from tests.chaos.network import Network
 from tests.chaos.nodes import REPOSITORY, Cluster
 
 KINDS = ("worker", "raylet", "node", "driver", "disk", "cluster")
+"""What is drawn; `cut-off` is for a network only."""
 STEPS = ("corpus", "blocks", "adapter", "adapted", "vectors/retriever", "index/retriever", "vectors/adapted", "index/adapted")  # fmt: skip
 _WEIGHTS = (1, 1, 4, 1, 2, 1, 2, 1)
 NUM_PASSAGES, NUM_EPOCHS = 480, 2
 EVERY_PASSAGE = Counter(dict.fromkeys(range(NUM_PASSAGES), NUM_EPOCHS))
 """What must have borne loss."""
-_HANG_S = 200.0
+_HANG_S = 400.0
 _FULL_S = 8.0
 _MAX_SUBMISSIONS = 8
 _POLL_S = 0.05
@@ -77,9 +79,10 @@ class Harness:
 
     Args:
         work: folder for all of it; the roots lie in `work/disk`.
+        network: gives the nodes networks of their own, so that one can be cut off.
     """
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, network: Network | None = None) -> None:
         self.disk, self._ledger, self._calm = work / "disk", work / "ledger", work / "calm"
         self.root = self.disk
         self.disk.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ class Harness:
             "CHAOS_LEDGER": str(self._ledger),
             "OMP_NUM_THREADS": "1",
         }
-        self._cluster = Cluster(work / "logs", environment)
+        self._cluster = Cluster(work / "logs", environment, network)
 
     def close(self) -> None:
         """End the cluster."""
@@ -192,6 +195,8 @@ class Harness:
             return self._cluster.kill_raylet(rng)
         if kind == "node":
             return self._cluster.kill_node(rng)
+        if kind == "cut-off":
+            return self._cluster.cut_off(rng)
         if kind == "disk":
             small_disk.fill(self.disk)
             return "no byte left"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.chaos.network import HEAD_ADDRESS, Network
+
 _Process = subprocess.Popen[bytes]
 
 LOOPBACK = "127.0.0.1"
@@ -26,10 +28,11 @@ class Cluster:
     Args:
         logs: folder for what `ray start` says.
         environment: of all processes.
+        network: gives each node but the head a network of its own.
     """
 
-    def __init__(self, logs: Path, environment: dict[str, str]) -> None:
-        self._logs = logs
+    def __init__(self, logs: Path, environment: dict[str, str], network: Network | None = None) -> None:
+        self._logs, self._network = logs, network
         self.environment = {
             **environment,
             "RAY_AUTH_MODE": "token",
@@ -39,17 +42,17 @@ class Cluster:
         """What nodes and drivers run with."""
         self._num_started = 0
         self._head: _Process
-        self._nodes: list[_Process] = []
+        self._nodes: list[tuple[_Process, str]] = []
         self._left: list[_Process] = []
         self.address = ""
         self.start()
 
     def start(self) -> None:
         """All three nodes, afresh."""
-        port = free_port()
-        self.address = f"{LOOPBACK}:{port}"
-        self._head = self._started("--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0")
-        wait_for(port)
+        host, port = HEAD_ADDRESS if self._network else LOOPBACK, free_port()
+        self.address = f"{host}:{port}"
+        self._head = self._started([], host, "--head", f"--port={port}", "--include-dashboard=false", "--num-cpus=0")
+        wait_for(port, host)
         self._nodes = []
         for _ in range(2):  # one after the other: two that start together on one machine can stop each other
             self._nodes.append(self._joined())
@@ -64,12 +67,13 @@ class Cluster:
     def _log(self, number: int) -> Path:
         return self._logs / f"node-{number}.log"
 
-    def _joined(self) -> _Process:
-        return self._started(f"--address={self.address}", "--num-cpus=1")
+    def _joined(self) -> tuple[_Process, str]:
+        prefix, host = self._network.add() if self._network else ([], LOOPBACK)
+        return self._started(prefix, host, f"--address={self.address}", "--num-cpus=1"), host
 
-    def _started(self, *options: str) -> _Process:
+    def _started(self, prefix: list[str], host: str, *options: str) -> _Process:
         self._num_started += 1
-        command = [str(Path(sys.executable).parent / "ray"), "start", "--block", f"--node-ip-address={LOOPBACK}"]
+        command = [*prefix, str(Path(sys.executable).parent / "ray"), "start", "--block", f"--node-ip-address={host}"]
         with self._log(self._num_started).open("wb") as log:
             return subprocess.Popen(
                 [*command, *options, f"--object-store-memory={_STORE_BYTES}"],
@@ -94,21 +98,31 @@ class Cluster:
     def kill_raylet(self, rng: random.Random) -> str:
         """The raylet of a node, whose workers find out by themselves; another node takes its place."""
         place = rng.randrange(2)
-        kill([each for each in family(self._nodes[place]) if each.name() == "raylet"])
-        self._left.append(self._nodes[place])
+        kill([each for each in family(self._nodes[place][0]) if each.name() == "raylet"])
+        self._left.append(self._nodes[place][0])
         self._nodes[place] = self._joined()
         return f"raylet of node {place}"
 
     def kill_node(self, rng: random.Random) -> str:
         """All processes of a node at once; another node takes its place."""
         place = rng.randrange(2)
-        _end(self._nodes[place])
+        _end(self._nodes[place][0])
         self._nodes[place] = self._joined()
         return f"all of node {place}"
 
+    def cut_off(self, rng: random.Random) -> str:
+        """No packet reaches or leaves a node, whose processes run on; another node takes its place."""
+        assert self._network is not None
+        place = rng.randrange(2)
+        process, host = self._nodes[place]
+        self._network.cut(host)
+        self._left.append(process)
+        self._nodes[place] = self._joined()
+        return f"node {place} at {host}"
+
     def mend(self) -> None:
         """Another node in the place of one that ended by itself, as one does that could not start in half a minute."""
-        for place, process in enumerate(self._nodes):
+        for place, (process, _) in enumerate(self._nodes):
             if process.poll() is not None:
                 self._left.append(process)
                 self._nodes[place] = self._joined()
@@ -122,11 +136,16 @@ class Cluster:
             time.sleep(0.2)
 
     def _workers(self) -> list[psutil.Process]:
-        return [each for node in [self._head, *self._nodes] for each in family(node) if _is_worker(each)]
+        return [
+            each
+            for node in [self._head, *(node for node, _ in self._nodes)]
+            for each in family(node)
+            if _is_worker(each)
+        ]
 
     def stop(self) -> None:
         """Kill all of it."""
-        for process in [*self._left, *self._nodes, self._head]:
+        for process in [*self._left, *(node for node, _ in self._nodes), self._head]:
             _end(process)
 
 
@@ -169,11 +188,11 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(port: int) -> None:
-    """Return once something listens on a port of loopback."""
+def wait_for(port: int, host: str = LOOPBACK) -> None:
+    """Return once something listens on a port."""
     deadline_s = time.monotonic() + _START_S
     while time.monotonic() < deadline_s:
-        with contextlib.suppress(OSError), socket.create_connection((LOOPBACK, port), timeout=1):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
             return
         time.sleep(0.1)
     raise TimeoutError(f"nothing listens on port {port}")
