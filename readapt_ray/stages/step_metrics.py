@@ -45,7 +45,7 @@ MEASURED = (
 
 
 class Board:
-    """An actor between the workers and the driver: step metrics, and the error that ends a run.
+    """An actor between the workers and the driver: step metrics, the error that ends a run, and what the workers hold.
 
     It also sets Ray's own metrics (`ray_readapt_train_loss` and the like for Prometheus).
     """
@@ -55,6 +55,7 @@ class Board:
 
         self._rows: list[dict[str, Any]] = []
         self._error: Exception | None = None
+        self._held: Any = None
         self._gauges = {
             name: Gauge(f"readapt_{stage}_{name}", description=f"{name} of the last step of readapt {stage}")
             for name in ("step", *MEASURED)
@@ -79,6 +80,14 @@ class Board:
     def error(self) -> Exception | None:
         """What ends the run."""
         return self._error
+
+    def hold(self, placement_group: Any) -> None:
+        """Keep the placement group of the workers that start."""
+        self._held = placement_group
+
+    def held(self) -> Any:
+        """That of the last start; None where none was."""
+        return self._held
 
 
 class StepPoster:

@@ -6,6 +6,7 @@ group, and starts them again after a failure, with fewer where nodes were lost a
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -89,11 +90,11 @@ def run_workers(
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from readapt_ray.stages.gloo import GlooConfig
+    from readapt_ray.stages.process_group import ProcessGroupConfig
 
     num_workers, resources, use_gpu = placement(config.num_workers, config.num_cpus_per_worker)
     cluster.check_seen_by_all(elsewhere.absolute(workspace.location))
@@ -105,30 +106,35 @@ def run_workers(
     # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     board = ray.remote(**options)(step_metrics.Board).remote(stage)
-    trainer = TorchTrainer(
-        _entered,
-        train_loop_config={"work": work, "job": {**job, "board": board}},
-        scaling_config=ScalingConfig(
-            num_workers=(config.min_workers, num_workers) if elastic else num_workers,
-            resources_per_worker=resources,
-            use_gpu=use_gpu,
-        ),
-        run_config=RunConfig(
-            name="workers",
-            storage_path=_train_storage(workspace.location),
-            failure_config=FailureConfig(max_failures=config.max_failures),
-        ),
-        torch_config=TorchConfig(backend="nccl") if use_gpu else GlooConfig(),
-    )
-    # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
     controllers: list[Any] = []
-    trainer._register_sigint_handler = controllers.append
+
+    def trainer() -> Any:
+        controllers.clear()
+        made = TorchTrainer(
+            _entered,
+            train_loop_config={"work": work, "job": {**job, "board": board}},
+            scaling_config=ScalingConfig(
+                num_workers=(config.min_workers, num_workers) if elastic else num_workers,
+                resources_per_worker=resources,
+                use_gpu=use_gpu,
+            ),
+            run_config=RunConfig(
+                name="workers",
+                storage_path=_train_storage(workspace.location),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+            ),
+            torch_config=ProcessGroupConfig(backend="nccl" if use_gpu else "gloo", board=board),
+        )
+        # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
+        made._register_sigint_handler = controllers.append
+        return made
+
     try:
         with (
             step_metrics.followed(board, workspace, config.trackers),
             cluster.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
         ):
-            trainer.fit()
+            _fit(trainer, board, config.max_failures)
         ended = ray.get(board.error.remote())
         if ended is not None:
             raise ended
@@ -142,6 +148,33 @@ def run_workers(
         ray.kill(board)
     (workspace.location / "workers").delete()
     return Outcome(num_workers, step_metrics.join(workspace.location))
+
+
+def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
+    """Train; workers that are lost while they start are started again, as Ray Train does with those lost later.
+
+    Ray Train (2.60) gives up where that happens between the forming of the process group and the first line of the
+    work, and keeps the placement group until the driver ends.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+    from ray.train.v2.api.exceptions import ControllerError
+    from ray.util import remove_placement_group
+
+    from readapt_ray.stages.process_group import StartError
+
+    for num_failures in itertools.count(1):
+        try:
+            trainer().fit()
+        except ControllerError as error:
+            was_lost = isinstance(error.controller_failure, (RayActorError, StartError))
+            if not was_lost or 0 <= max_failures < num_failures:
+                raise
+            logger.warning("workers were lost while they started; they are started again (%d)", num_failures)
+        else:
+            return
+        if (held := ray.get(board.held.remote())) is not None:
+            remove_placement_group(held)
 
 
 def _entered(config: dict[str, Any]) -> None:
