@@ -54,7 +54,8 @@ def main() -> None:
             calm = known(options.work / "calm.json", lambda: undisturbed(runner))
             for seed in range(options.first, options.first + options.seeds):
                 if str(seed) not in recorded and time.monotonic() < until_s:
-                    recorded[str(seed)] = disturbed(runner, seed, calm, can_fill=can_fill)
+                    record = json.dumps(disturbed(runner, seed, calm, can_fill=can_fill))
+                    recorded[str(seed)] = json.loads(record.replace(str(options.work), "DIR"))
                     write(options.output, recorded, calm)
         finally:
             runner.close()

@@ -7,6 +7,7 @@ a passage.
 """
 
 import hashlib
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ def scan_passages(folder: Location, counts: Sequence[tuple[str, int]]) -> Conten
         CorpusError: a passage has no doc_id or text, or a doc_id stands twice.
         CorruptFileError: a file was cut short or altered.
     """
-    ids: list[int] = []
+    ids = array("q")  # 8 bytes a row, where a list has 40
     hashes = bytearray()
     for name, columns in _columns(folder, counts, PASSAGE_COLUMNS):
         for doc_id, title, text in zip(*columns, strict=True):
@@ -96,20 +97,24 @@ def scan_passages(folder: Location, counts: Sequence[tuple[str, int]]) -> Conten
                 )
             ids.append(hash(doc_id))
             hashes += content_hash(title, text)
-    contents = Contents(np.array(ids, np.int64), np.frombuffer(bytes(hashes), np.uint64).reshape(-1, 2))
+    contents = _contents(ids, hashes)
     _check_unique_ids(contents.ids, folder, counts)
     return contents
 
 
 def scan_vectors(folder: Location, counts: Sequence[tuple[str, int]]) -> Contents:
     """Which passages have vectors; a file that does not say has none that can be used again."""
-    ids: list[int] = []
+    ids = array("q")
     hashes = bytearray()
     for _, columns in _columns(folder, counts, ("doc_id", "content_hash")):
         ids.extend(map(hash, columns[0]))
         digests = columns[1] if len(columns) > 1 else [None] * len(columns[0])
         hashes += packed_hashes(digests)
-    return Contents(np.array(ids, np.int64), np.frombuffer(bytes(hashes), np.uint64).reshape(-1, 2))
+    return _contents(ids, hashes)
+
+
+def _contents(ids: "array[int]", hashes: bytearray) -> Contents:
+    return Contents(np.frombuffer(ids, np.int64), np.frombuffer(hashes, np.uint64).reshape(-1, 2))
 
 
 def packed_hashes(digests: Iterable[bytes | None]) -> bytes:

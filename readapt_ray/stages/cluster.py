@@ -31,6 +31,7 @@ _ROOM_POLL_S = 5.0
 _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
 _UNINSTALLED = "from a folder"
+_PROBE = ".seen-"
 _SETTLE_S = 3.0
 """What a stage held is free again a second or two after it ends."""
 _QUIET = {
@@ -158,7 +159,9 @@ def check_seen_by_all(folder: Location) -> None:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     if not folder.is_local or len(nodes) < 2:
         return
-    probe = folder / f".seen-{uuid.uuid4().hex}"
+    for left_by_a_killed_run in folder.local_path.glob(f"{_PROBE}*"):
+        left_by_a_killed_run.unlink(missing_ok=True)
+    probe = folder / f"{_PROBE}{uuid.uuid4().hex}"
 
     def sees(path: str) -> bool:
         import pathlib

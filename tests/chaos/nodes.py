@@ -17,7 +17,7 @@ _Process = subprocess.Popen[bytes]
 
 LOOPBACK = "127.0.0.1"
 REPOSITORY = Path(__file__).parent.parent.parent
-_NOT_OF_A_DRIVER = ("ray::IDLE", "ray::_", "ray::ActorLocationTracker")
+_NOT_OF_A_DRIVER = ("ray::IDLE", "ray::_", "ray::ActorLocationTracker", "ray::PlacementGroupCleaner")
 _STORE_BYTES = 100 << 20
 _START_S = 60.0
 

@@ -162,6 +162,7 @@ def test_a_folder_that_some_node_cannot_see_is_refused(monkeypatch: pytest.Monke
         seen.append(function(path))
         return {"10.0.0.1": function(path), "10.0.0.2": function(path + "-elsewhere")}
 
+    (tmp_path / ".seen-of-a-killed-run").touch()
     monkeypatch.setattr(cluster, "_on_each", answers)
     with pytest.raises(
         PlacementError, match=r"not on a disk that all nodes share: 10\.0\.0\.2 cannot see it; give a URI"
