@@ -215,7 +215,9 @@ def test_a_price_table_of_ones_own_replaces_ours(run_file: Path) -> None:
         make_plan(run_file, prices=str(run_file / "cluster.yaml"))
 
 
-def finished(folder: Path, run: Path, *, seconds: float, gpus: dict[str, int]) -> str:
+def finished(
+    folder: Path, run: Path, *, seconds: float, gpus: dict[str, int], work: dict[str, float] | None = None
+) -> str:
     """A root with the manifest of an embed stage that took so long."""
     root = folder / f"measured-{seconds:.0f}"
     manifest = artifacts.Manifest(
@@ -224,7 +226,7 @@ def finished(folder: Path, run: Path, *, seconds: float, gpus: dict[str, int]) -
         config={"retriever": str(run / "retriever"), "num_workers": None, "num_cpus_per_worker": None},
         inputs={},
         counts={"num_vectors": 1_000_000, "num_tokens": 80_000_000},
-        details={},
+        details={} if work is None else {"work": work},
         seconds=seconds,
         created="2026-11-21T00:00:00+00:00",
         versions={},
@@ -243,6 +245,22 @@ def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_f
     assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
     assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
     assert "measured in vectors" in report.text(found)
+
+
+@pytest.mark.parametrize("gpus", [{"H100": 4}, {}])
+def test_a_short_stage_that_counted_its_work_tells_a_rate(run_file: Path, tmp_path: Path, gpus: dict[str, int]) -> None:
+    encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 0}
+    root = finished(tmp_path, run_file, seconds=20.0, gpus=gpus, work=encoders)
+    measured = rates.measure([root], read_cluster("local", PRICES))
+    device = "H100" if gpus else rates.CPU
+    expected = 80_000_000 * model_shape(str(run_file / "retriever")).forward_flops(80) / 40
+    assert measured.of("embed", device, 989e12, is_low=True).value == pytest.approx(expected)
+
+
+def test_vectors_that_were_copied_tell_no_rate(run_file: Path, tmp_path: Path) -> None:
+    encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 1}
+    root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4}, work=encoders)
+    assert make_plan(run_file, measured=(root,)).setting.rates.sources == []
 
 
 def test_work_of_seconds_says_nothing_about_a_rate(run_file: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """How fast a stage is, per GPU or per CPU: as measured in finished roots, else as a table says.
 
-The table's CPU rates were measured on a Xeon with AMX (2026-11-21, the quickstart); its GPU rates are the share of the
+The table's CPU rates were measured on a Xeon with AMX (2026-11-22, the quickstart); its GPU rates are the share of the
 data sheet's peak that such models are known to reach, and wide. A root that was measured narrows them.
 """
 
@@ -45,8 +45,8 @@ _GPU_SHARE: Final = {"train": (0.35, 2.5, 1.3), "embed": (0.45, 2.0, 1.25), "sea
 _CPU_RATES: Final = {
     "ingest": (8e6, 2.0, 2.0),
     "pack": (3e5, 2.0, 2.0),
-    "train": (5.5e10, 1.6, 1.3),
-    "embed": (7.0e10, 1.6, 1.3),
+    "train": (8.0e10, 2.0, 1.3),
+    "embed": (1.6e11, 2.0, 1.3),
     "merge": (2.5e8, 2.0, 3.0),
     "index": (1.0e8, 2.0, 3.0),
     "search": (1.5e10, 2.0, 2.5),
@@ -56,7 +56,7 @@ _CPU_RATES: Final = {
 FIXED_S: Final = {
     "ingest": 1.0,
     "pack": 8.0,
-    "train": 20.0,
+    "train": 15.0,
     "merge": 0.2,
     "embed": 8.0,
     "index": 2.0,
@@ -114,7 +114,7 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
         for name in artifacts.names_under(location):
             place = location if name == "." else location / name
             manifest = artifacts.read_manifest(place)
-            if manifest is None or manifest.stage not in flops.WORK_UNITS:
+            if manifest is None or manifest.stage not in flops.WORK_UNITS or _is_copied(manifest):
                 continue
             try:
                 done = flops.done(manifest)
@@ -123,22 +123,40 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
                 continue
             device, units = _units(manifest, planned)
             key = manifest.stage, device
+            counted_s = _counted_s(manifest, place, units)
             work[key] += done
-            seconds[key] += units * _working_s(manifest, place)
-            fixed[key] += units * FIXED_S[manifest.stage]
             where[key].append(name)
+            if counted_s is not None:
+                seconds[key] += counted_s
+            else:
+                seconds[key] += units * _working_s(manifest)
+                fixed[key] += units * FIXED_S[manifest.stage]
     telling = [key for key in work if seconds[key] >= _TELLING_TIMES * fixed[key]]
     return Rates({key: (work[key] / seconds[key], f"measured in {', '.join(where[key])}") for key in telling})
 
 
-def _working_s(manifest: Manifest, place: Location) -> float:
-    """Seconds without what would also pass for an empty corpus; at least a third of all."""
+def _counted_s(manifest: Manifest, place: Location, units: float) -> float | None:
+    """Seconds of all devices together that the work itself took, where the stage counted them."""
     steps = place / "metrics.jsonl"
     if manifest.stage == "train" and steps.is_file():
         lines = steps.read_text().splitlines()
         counted = sum(json.loads(line)["seconds"] for line in lines)
         if len(lines) == manifest.counts["num_steps"] and 0 < counted <= manifest.seconds:
-            return float(counted)
+            return units * float(counted)
+    if manifest.stage == "embed" and "work" in manifest.details:
+        encoders = manifest.details["work"]
+        cpus = 1 if manifest.hardware.get("cluster", {}).get("gpus") else manifest.config.get("num_cpus_per_worker") or 1
+        return float(encoders["encoder_seconds"] / (1 - encoders["waiting_share"]) * cpus)
+    return None
+
+
+def _is_copied(manifest: Manifest) -> bool:
+    """Whether vectors came from an earlier corpus: their tokens cost nothing, and tell no rate."""
+    return bool(manifest.details.get("work", {}).get("num_copied"))
+
+
+def _working_s(manifest: Manifest) -> float:
+    """Seconds without what would also pass for an empty corpus; at least a third of all."""
     return max(manifest.seconds - FIXED_S[manifest.stage], manifest.seconds / 3)
 
 

@@ -311,7 +311,9 @@ def content(root: Path) -> dict[str, str]:
     found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
-        if path.is_file() and path.suffix == ".parquet":
+        if ".tmp-" in path.name:  # half written when its driver was killed
+            found[name] = ""
+        elif path.is_file() and path.suffix == ".parquet":
             found[name] = _digest(repr(pq.read_table(path).to_pydict()).encode())
         elif path.is_file() and path.suffix == ".safetensors":
             tensors = load_file(path)
