@@ -145,8 +145,9 @@ def _counted_s(manifest: Manifest, place: Location, units: float) -> float | Non
             return units * float(counted)
     if manifest.stage == "embed" and "work" in manifest.details:
         encoders = manifest.details["work"]
-        cpus = 1 if manifest.hardware.get("cluster", {}).get("gpus") else manifest.config.get("num_cpus_per_worker") or 1
-        return float(encoders["encoder_seconds"] / (1 - encoders["waiting_share"]) * cpus)
+        gpus = manifest.hardware.get("cluster", {}).get("gpus")
+        cpus_each = 1 if gpus else manifest.config.get("num_cpus_per_worker") or 1
+        return float(encoders["encoder_seconds"] / (1 - encoders["waiting_share"]) * cpus_each)
     return None
 
 
