@@ -146,6 +146,7 @@ def _trec_qrels(file: Path) -> list[str]:
     return [f"{query_id} 0 {doc_id} {relevance}" for query_id, doc_id, relevance in rows]
 
 
+@pytest.mark.slow
 def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "plain.jsonl"
     source.write_text((tiny / "beir" / "corpus.jsonl").read_text())

@@ -93,7 +93,7 @@ class Work:
         Path(job["output"]).touch()
 
 
-@pytest.mark.parametrize("moment", ["forming", "launching"])
+@pytest.mark.parametrize("moment", ["forming", pytest.param("launching", marks=pytest.mark.slow)])
 @pytest.mark.timeout(150)
 def test_workers_lost_while_they_start_are_started_again(ray_session, tmp_path, monkeypatch, moment) -> None:
     markers = {each: tmp_path / each for each in ("forming", "launching")}

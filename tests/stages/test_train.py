@@ -178,6 +178,7 @@ def test_every_step_tells_what_it_cost(reference: Path) -> None:
     assert rows[-1]["learning_rate"] == pytest.approx(5e-3 / len(rows))
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_and_trackers_change_nothing(
     packed: tuple[Path, Path], reference: Path, tmp_path: Path
 ) -> None:
