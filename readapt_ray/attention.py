@@ -160,8 +160,10 @@ def _alone(
     window: int | None,
     dropout: float,
 ) -> Tensor:
-    alone = Group(torch.tensor([query.shape[2]], device=query.device), query.shape[2])
-    mask = None if window is None else alone.mask(causal=causal, window=window)
+    mask = None
+    if window is not None:
+        length = query.shape[2]
+        mask = Group(torch.tensor([length], device=query.device), length).mask(causal=causal, window=window)
     output: Tensor = functional.scaled_dot_product_attention(
         query.to(value.dtype),
         key.to(value.dtype),

@@ -216,14 +216,20 @@ def test_a_price_table_of_ones_own_replaces_ours(run_file: Path) -> None:
 
 
 def finished(
-    folder: Path, run: Path, *, seconds: float, gpus: dict[str, int], work: dict[str, float] | None = None
+    folder: Path,
+    run: Path,
+    *,
+    seconds: float,
+    gpus: dict[str, int],
+    work: dict[str, float] | None = None,
+    cpus_each: int | None = None,
 ) -> str:
     """A root with the manifest of an embed stage that took so long."""
     root = folder / f"measured-{seconds:.0f}"
     manifest = artifacts.Manifest(
         stage="embed",
         fingerprint="0" * 32,
-        config={"retriever": str(run / "retriever"), "num_workers": None, "num_cpus_per_worker": None},
+        config={"retriever": str(run / "retriever"), "num_workers": None, "num_cpus_per_worker": cpus_each},
         inputs={},
         counts={"num_vectors": 1_000_000, "num_tokens": 80_000_000},
         details={} if work is None else {"work": work},
@@ -250,11 +256,18 @@ def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_f
 @pytest.mark.parametrize("gpus", [{"H100": 4}, {}])
 def test_a_short_stage_that_counted_its_work_tells_a_rate(run_file: Path, tmp_path: Path, gpus: dict[str, int]) -> None:
     encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 0}
-    root = finished(tmp_path, run_file, seconds=20.0, gpus=gpus, work=encoders)
+    root = finished(tmp_path, run_file, seconds=20.0, gpus=gpus, work=encoders, cpus_each=2)
     measured = rates.measure([root], read_cluster("local", PRICES))
     device = "H100" if gpus else rates.CPU
-    expected = 80_000_000 * model_shape(str(run_file / "retriever")).forward_flops(80) / 40
+    expected = 80_000_000 * model_shape(str(run_file / "retriever")).forward_flops(80) / (40 if gpus else 80)
     assert measured.of("embed", device, 989e12, is_low=True).value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("counted", "waiting"), [(0.0, 0.0), (7.9, 0.0), (0.1, 1.0)])
+def test_a_first_batch_alone_tells_no_rate(run_file: Path, tmp_path: Path, counted: float, waiting: float) -> None:
+    encoders = {"encoder_seconds": counted, "waiting_share": waiting, "num_copied": 0}
+    root = finished(tmp_path, run_file, seconds=20.0, gpus={"H100": 4}, work=encoders)
+    assert rates.measure([root], read_cluster("local", PRICES)).sources == []
 
 
 def test_vectors_that_were_copied_tell_no_rate(run_file: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ CPU: Final = "CPU"
 _MEASURED_SPREAD: Final = 1.3
 _TELLING_TIMES: Final = 4.0
 """A rate counts where the work took this many times what a stage takes without work; below, it says nothing."""
+_WARM_UP_S: Final = 0.5
+"""What the first step or batch of a device takes more than others, where seconds are counted from there on."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,8 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
             counted_s = _counted_s(manifest, place, units)
             work[key] += done
             where[key].append(name)
-            if counted_s is not None:
-                seconds[key] += counted_s
-            else:
-                seconds[key] += units * _working_s(manifest)
-                fixed[key] += units * FIXED_S[manifest.stage]
+            seconds[key] += units * _working_s(manifest) if counted_s is None else counted_s
+            fixed[key] += units * (FIXED_S[manifest.stage] if counted_s is None else _WARM_UP_S)
     telling = [key for key in work if seconds[key] >= _TELLING_TIMES * fixed[key]]
     return Rates({key: (work[key] / seconds[key], f"measured in {', '.join(where[key])}") for key in telling})
 
@@ -143,8 +142,8 @@ def _counted_s(manifest: Manifest, place: Location, units: float) -> float | Non
         counted = sum(json.loads(line)["seconds"] for line in lines)
         if len(lines) == manifest.counts["num_steps"] and 0 < counted <= manifest.seconds:
             return units * float(counted)
-    if manifest.stage == "embed" and "work" in manifest.details:
-        encoders = manifest.details["work"]
+    encoders = manifest.details.get("work")
+    if manifest.stage == "embed" and encoders and encoders["waiting_share"] < 1:
         gpus = manifest.hardware.get("cluster", {}).get("gpus")
         cpus_each = 1 if gpus else manifest.config.get("num_cpus_per_worker") or 1
         return float(encoders["encoder_seconds"] / (1 - encoders["waiting_share"]) * cpus_each)

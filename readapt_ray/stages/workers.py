@@ -167,14 +167,15 @@ def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
         try:
             trainer().fit()
         except ControllerError as error:
-            was_lost = isinstance(error.controller_failure, (RayActorError, StartError))
-            if not was_lost or 0 <= max_failures < num_failures:
+            if not isinstance(error.controller_failure, (RayActorError, StartError)):
+                raise
+            if (held := ray.get(board.held.remote())) is not None:
+                remove_placement_group(held)
+            if 0 <= max_failures < num_failures:
                 raise
             logger.warning("workers were lost while they started; they are started again (%d)", num_failures)
         else:
             return
-        if (held := ray.get(board.held.remote())) is not None:
-            remove_placement_group(held)
 
 
 def _entered(config: dict[str, Any]) -> None:
