@@ -50,6 +50,7 @@ from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.checkpoints import Course
 from readapt_ray.training.engine import Engine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
+from readapt_ray.training.models import spend_less
 from readapt_ray.training.packing import Block
 from readapt_ray.training.speed import flops_per_token, peak_flops
 
@@ -219,12 +220,17 @@ class Ours:
         method: Any,
         dtype: torch.dtype,
         micro_batch_tokens: int,
+        gradient_checkpointing: bool = False,
+        compile_layers: bool = False,
     ) -> None:
         objectives.prepare(model, "benchmark")
         torch.manual_seed(0)
         dora.add_adapters(
             model, dora.AdapterShape(method=method, rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
         )
+        spend_less(
+            model, gradient_checkpointing=gradient_checkpointing, compile_layers=compile_layers, zero_stage=0
+        )  # fmt: skip
         self.model = model
         self._objective = LanguageModelling(
             model=model, reader=_Sequential(blocks, batch_size), pad_id=0, micro_batch_tokens=micro_batch_tokens,
@@ -295,13 +301,13 @@ def serve(name: str, options: argparse.Namespace, num_passages: int, pipe: Conne
         taker = stepper(name, options, VOCABULARY.get(options.shape, 0), num_passages, Path(folder))
         while num_steps := pipe.recv():
             marks: list[tuple[float, float]] = []
-            hook = register_optimizer_step_post_hook(functools.partial(_note, marks))
+            hook = register_optimizer_step_post_hook(functools.partial(note, marks))
             steps = list(taker.take(num_steps))
             hook.remove()
             pipe.send((steps, marks))
 
 
-def _note(marks: list[tuple[float, float]], *_: Any) -> None:
+def note(marks: list[tuple[float, float]], *_: Any) -> None:
     """Wall and CPU seconds after an optimizer step, whoever takes it."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -383,12 +389,17 @@ def _mfu(options: argparse.Namespace, arm: Arm) -> float | None:
     peak = peak_flops(device)
     if peak is None:
         return None
+    return round(statistics.median(arm.rates) * flops_of(options.shape) / peak, 3)
+
+
+def flops_of(shape: str) -> float:
+    """Model FLOPs of a token of text, forward and backward, with an adapter in every target."""
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32_000, **SHAPES[options.shape]))
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY[shape], **SHAPES[shape]))
         dora.add_adapters(
             model, dora.AdapterShape(method="lora", rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
         )
-    return round(statistics.median(arm.rates) * flops_per_token(model, mean_attended=40) / peak, 3)
+    return flops_per_token(model, mean_attended=40)
 
 
 def _thinned(curve: list[tuple[int, float]], points: int = 12) -> list[tuple[int, float]]:

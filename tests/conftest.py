@@ -3,12 +3,21 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+HAS_GPU = Path("/dev/nvidia0").exists()
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if HAS_GPU else "cpu")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of CUDA are skipped where there is none."""
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,13 @@ from readapt_ray import attention
 LENGTHS = (5, 16, 40, 1, 130, 17, 33)
 
 
-def drawn(num_heads: int, num_tokens: int, seed: int) -> torch.Tensor:
+def drawn(num_heads: int, num_tokens: int, seed: int, *, head_dim: int = 8) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, num_heads, num_tokens, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    return torch.randn(1, num_heads, num_tokens, head_dim, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
 def attend(states, lengths, *, causal: bool, window: int | None) -> torch.Tensor:
-    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    ends = torch.tensor([0, *lengths]).cumsum(0).int().to(states[0].device)
     options = {"cu_seq_lens_q": ends, "max_length_q": max(lengths), "is_causal": causal, "sliding_window": window}
     return attention.attend(nn.Identity(), *states, None, **options)[0]
 
@@ -29,7 +29,7 @@ def expected_of(states, lengths, *, causal: bool, window: int | None) -> torch.T
     if window is not None:
         seen &= back.abs() < window
     groups = query.shape[1] // key.shape[1]
-    scores = query @ key.repeat_interleave(groups, 1).mT / 8**0.5
+    scores = query @ key.repeat_interleave(groups, 1).mT / query.shape[-1] ** 0.5
     weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
     return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2)
 
@@ -61,6 +61,28 @@ def test_a_passage_alone(causal: bool, window: int | None, num_key_heads: int) -
     with torch.inference_mode():
         output = attend(states, (40,), causal=causal, window=window)
     torch.testing.assert_close(output, expected.detach(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("num_key_heads", [4, 2])
+def test_the_flash_kernel_attends_as_written_out(causal: bool, window: int | None, num_key_heads: int) -> None:
+    """Forward and backward in bfloat16, against float64."""
+    lengths = (*LENGTHS, 700)
+    drawn_states = [
+        drawn(heads, sum(lengths), seed, head_dim=64) for seed, heads in enumerate((4, *2 * (num_key_heads,)))
+    ]
+    states = [each.detach().to("cuda", torch.bfloat16).requires_grad_() for each in drawn_states]
+    exact = [each.detach().double().cpu().requires_grad_() for each in states]
+    assert attention.has_kernel(states[0].device, states[0].dtype)
+    output = attend(states, lengths, causal=causal, window=window)
+    expected = expected_of(exact, lengths, causal=causal, window=window)
+    direction = torch.randn(expected.shape, dtype=torch.float64)
+    ours = torch.autograd.grad((output * direction.to(output)).sum(), states)
+    theirs = torch.autograd.grad((expected * direction).sum(), exact)
+    for one, other in zip((output, *ours), (expected, *theirs), strict=True):
+        assert (one.double().cpu() - other).norm() / other.norm() < 1e-2
 
 
 def test_few_shapes_for_many_lengths() -> None:

@@ -262,6 +262,8 @@ class Study:
         )
 
     def _trained(self, source: Collection, passages: str, pretrained: str, *, method: str, seed: int, name: str) -> str:
+        from readapt_ray.stages.train import objective_of
+
         packing: Section = {
             each: self.config.train[each] for each in ("mode", "block_tokens") if each in self.config.train
         }
@@ -270,7 +272,8 @@ class Study:
         )
         return self._made(
             "train",
-            {**self._targets(), **self.config.train},
+            # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
+            {**self._targets(), "objective": objective_of(models.find_model(self.pretrained)), **self.config.train},
             pretrained=pretrained,
             corpus=blocks.uri,
             method=method,

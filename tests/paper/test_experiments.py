@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from readapt_ray import cli
 from readapt_ray.catalog import corpora
@@ -14,6 +15,7 @@ from readapt_ray.catalog.published import paper_gain, paper_scores
 from readapt_ray.errors import CorpusError, InputError, ModelError
 from readapt_ray.paper.arms import EXPERIMENTS, arms_of
 from readapt_ray.paper.experiments import PaperConfig, Study, collection, run
+from tests import factories
 
 TRAIN = {"block_tokens": 64, "batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
 
@@ -183,3 +185,14 @@ def test_every_experiment_is_one_command(ray_session: None, tiny: Path, tmp_path
         assert all(0 <= row["mean"] <= 1 for row in rows)
     continued = tmp_path / "root/nfcorpus/adapters/continued-seed0/adapter_config.json"
     assert json.loads(continued.read_text())["base_model_name_or_path"].endswith("retriever-with-head")
+
+
+@pytest.mark.slow
+def test_a_retriever_with_tied_embeddings_is_trained_on_as_it_is(ray_session: None, tiny: Path, tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base", tie_word_embeddings=True)
+    retriever = factories.write_contract(factories.full_retriever(tmp_path / "retriever", base))
+    study = Study(config(tiny, root=str(tmp_path / "root"), pretrained=str(base), retriever=str(retriever)))
+    folder = Path(study._continued(study.collections["nfcorpus"], 0))
+    trained_on = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(trained_on).name == "retriever"
+    assert all(map(torch.equal, *(factories.read_tensors(each).values() for each in (Path(trained_on), retriever))))

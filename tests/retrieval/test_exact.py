@@ -41,6 +41,16 @@ def test_search_is_brute_force(size, top_k):
         assert [(doc.doc_id, doc.score) for doc in hits.of_query(index, "q")] == expected
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [7, 10_000])
+@pytest.mark.parametrize("top_k", [1, 10, 501])
+def test_search_on_a_gpu_is_brute_force(size, top_k):
+    queries, doc_ids, vectors = _made()
+    hits = search_exact(queries, _chunks(doc_ids, vectors, size), top_k, device="cuda")
+    for index, expected in enumerate(by_hand(queries, doc_ids, vectors, top_k)):
+        assert [(doc.doc_id, doc.score) for doc in hits.of_query(index, "q")] == expected
+
+
 @pytest.mark.parametrize("size", [1, 5, 64, 200])
 @pytest.mark.parametrize("top_k", [1, 3, 50, 150])
 def test_ties_go_by_doc_id_whatever_the_chunks_and_their_order(size, top_k):

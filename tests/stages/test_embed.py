@@ -95,6 +95,21 @@ def test_every_passage_stands_once_with_its_vector(world, vectors):
         assert json.loads(pq.read_schema(path).metadata[b"readapt"])["encoder"] == described
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("ray_session")
+def test_an_actor_on_a_gpu_makes_the_cpus_vectors_in_bfloat16(world):
+    root, passages = world
+    made = embed(_config(root, "on-gpu", dtype="auto", num_workers=None))
+    assert (
+        made.manifest.details["encoder"]["dtype"] == "bfloat16" and made.manifest.details["work"]["padding_share"] == 0
+    )
+    encoder = Encoder.load(find_model(str(root / "model")), device="cpu")
+    expected = encoder.encode([each.text for each in passages], "passage", [each.title for each in passages])
+    found, _ = _read(root, "on-gpu")
+    ours = np.stack([found[each.doc_id] for each in passages])
+    assert (ours * expected).sum(axis=1).min() > 0.999
+
+
 def test_embedding_again_does_nothing_and_another_model_is_refused(world, vectors):
     root, _ = world
     before = _files(root, "vectors")

@@ -90,6 +90,22 @@ def test_two_workers_equal_one(packed: tuple[Path, Path], reference: Path, tmp_p
     assert largest_difference(reference, tmp_path / "a") < 2e-3
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_every_zero_stage_trains_the_same_adapter(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    from readapt_ray.storage import Location
+
+    for zero_stage in (0, 2, 3):
+        made = trained(packed, tmp_path / str(zero_stage), zero_stage=zero_stage)
+        assert made.manifest.hardware["cluster"]["gpus"]
+        rows = read_metrics(Location(str(tmp_path / str(zero_stage))))
+        assert sum(row["loss"] for row in rows[-5:]) < sum(row["loss"] for row in rows[:5]) - 1
+        assert rows[-1]["mfu"] > 0
+        assert largest_difference(tmp_path / "0", tmp_path / str(zero_stage)) < 2e-3
+    trained(packed, tmp_path / "low", dtype="auto", torch_compile=True, gradient_checkpointing=True)
+    losses = [[row["loss"] for row in read_metrics(Location(str(tmp_path / name)))] for name in ("0", "low")]
+    assert max(abs(one - other) for one, other in zip(*losses, strict=True)) < 0.05
+
+
 def worker_processes() -> set[int]:
     """The Ray Train workers that this test's own Ray runs now; other Rays of the machine are left alone."""
     found = set()

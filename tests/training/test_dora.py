@@ -68,6 +68,30 @@ def test_outputs_and_gradients_equal_pefts(method: str) -> None:
             assert our.grad.abs().max() > 1e-3
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_on_a_gpu_outputs_gradients_and_norms_equal_the_cpus(dtype: torch.dtype, tolerance: float) -> None:
+    on_cpu, _ = pair("dora")
+    on_gpu = copy.deepcopy(on_cpu).float().to("cuda")
+    for _, layer in dora.adapted_layers(on_gpu):
+        layer.base.to(dtype)
+    x = torch.randn(64, 24, dtype=torch.float64)
+    dora.refresh_norms(on_gpu)
+    on_cpu(x).square().sum().backward()
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        output = on_gpu(x.to("cuda", dtype))
+    output.float().square().sum().backward()
+
+    def off(one: torch.Tensor, other: torch.Tensor) -> float:
+        return float((one.double().cpu() - other).norm() / other.norm())
+
+    assert off(output, on_cpu(x)) < tolerance
+    for (_, one), (_, other) in zip(dora.adapted_layers(on_gpu), dora.adapted_layers(on_cpu), strict=True):
+        assert off(one.norm, other.norm) < tolerance
+        for name in ("lora_A", "lora_B", "magnitude"):
+            assert off(getattr(one, name).grad, getattr(other, name).grad) < tolerance, name
+
+
 def test_with_dropout_the_mean_output_equals_pefts() -> None:
     ours, theirs = pair("dora", dropout=0.3)
     x = torch.randn(1, 24, dtype=torch.float64)

@@ -1,0 +1,357 @@
+"""What one GPU does, in parts of under nine minutes: training, embedding, exact search, weights.
+
+    python benchmarks/gpu.py training --work /dev/shm/gpu          # also embedding, search, weights
+    bash benchmarks/gpu.sh                                         # all of them, and the tests of CUDA
+
+Models have the shape of Mistral 7B and random weights; passages are as long as MS MARCO's (log-normal, mean 80 tokens).
+Peers run in the same call on the same model and the same texts: plain PEFT DoRA in a Hugging Face Trainer at the paper's
+batches of 4, and sentence-transformers at the best of several batch sizes. Floors are measured too: a copy on the device
+gives its bandwidth. What does not fit the memory says so in place of its rate. `--shape small` runs anywhere, to try the script.
+
+--work holds models: 45 GB for `weights`, 15 for `embedding`.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import merging
+import numpy as np
+import torch
+import training
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from readapt_ray.training.speed import peak_flops
+
+TRAINING: dict[str, dict[str, Any]] = {
+    training.BASELINE: {},
+    "passage, 4 a step": {"block_tokens": None, "batch_size": 4},
+    "passage, 64 a step": {"block_tokens": None, "batch_size": 64},
+    "packed, 8k tokens a pass": {"tokens": 8_192},
+    "packed, 16k": {"tokens": 16_384},
+    "packed, 16k, compiled": {"tokens": 16_384, "compile_layers": True},
+    "packed, 16k, checkpointed": {"tokens": 16_384, "gradient_checkpointing": True},
+    "packed, 32k, checkpointed": {"tokens": 32_768, "gradient_checkpointing": True},
+    "packed, 32k, checkpointed, compiled": {"tokens": 32_768, "gradient_checkpointing": True, "compile_layers": True},
+}
+"""The baseline, and our arms: passages one by one, or blocks of 1,024 tokens."""
+PEER_BATCH_SIZES = (16, 32, 64, 128, 256)
+NUM_QUERIES = (1, 16, 256, 4096)
+NO_ROOM = "out of memory"
+
+
+def main() -> None:
+    """Run one part, print and write what it found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, of the fastest disk; emptied")
+    parser.add_argument("--shape", choices=training.SHAPES, default="7b")
+    parser.add_argument("--num-passages", type=int, default=20_000, help="to embed")
+    parser.add_argument("--num-vectors", type=int, default=1_000_000, help="to search")
+    parser.add_argument("--steps", type=int, default=10, help="of an arm of training")
+    parser.add_argument("--arm", help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help="default benchmarks/results/gpu_PART.json")
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(take(options.arm, options)))
+        return
+    output = options.output or Path(f"benchmarks/results/gpu_{options.part}.json")
+    result = {
+        "command": f"python benchmarks/gpu.py {options.part}",
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if has_gpu() else "no GPU",
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "sentence-transformers")},
+        "shape": training.SHAPES[options.shape],
+        "copy_bytes_per_s": bandwidth(),
+        "peak_flops": peak_flops(device()),
+        **PARTS[options.part](options),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+def device() -> torch.device:
+    """The GPU, where there is one."""
+    return torch.device("cuda" if has_gpu() else "cpu")
+
+
+def has_gpu() -> bool:
+    """Whether there is a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def wait() -> None:
+    """Until the device is done."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], object], *, repeats: int) -> float:
+    """Median seconds, the device's work included, after one call that does not count."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        wait()
+        started_s = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - started_s)
+    return statistics.median(seconds)
+
+
+def bandwidth() -> float:
+    """Bytes a second of a copy on the device, read and written."""
+    one = torch.empty((4 << 30) if has_gpu() else (1 << 26), dtype=torch.uint8, device=device()).random_()
+    other = torch.empty_like(one)
+    return 2 * one.numel() / timed(lambda: other.copy_(one), repeats=10)
+
+
+def share_of_peak(flops_per_s: float) -> float | None:
+    """MFU; None where the peak is unknown."""
+    peak = peak_flops(device())
+    return None if peak is None else round(flops_per_s / peak, 3)
+
+
+def emptied(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def train(options: argparse.Namespace) -> dict[str, Any]:
+    """Every arm in a process of its own, which nobody else's memory disturbs."""
+    found = {}
+    for name in TRAINING:
+        command = [sys.executable, __file__, "training", "--arm", name, "--work", str(options.work)]
+        command += ["--shape", options.shape, "--steps", str(options.steps)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        found[name] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.returncode}
+        print(name, found[name], file=sys.stderr, flush=True)
+    rate = found[training.BASELINE].get("tokens_per_s")
+    for each in found.values():
+        each["times_the_baseline"] = round(each["tokens_per_s"] / rate, 2) if rate and "tokens_per_s" in each else None
+    return {"goals": {"mfu packed": 0.55, "times the baseline": 3}, "arms": found}
+
+
+def take(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The child of `train`: text tokens a second, MFU and peak memory of one arm."""
+    settings = TRAINING[name]
+    vocab_size = training.VOCABULARY[options.shape]
+    tokens = settings.get("tokens", 16_384) // (1 if options.shape == "7b" else 8)
+    rows = training.passages((options.steps + 4) * max(64, tokens // 64), vocab_size)
+    dtype = torch.bfloat16
+    try:
+        model = training.new_model(options.shape, vocab_size, dtype, device())
+        if name == training.BASELINE:
+            taker: Any = training.Baseline(model, rows, dtype, emptied(options.work / "trainer"))
+        else:
+            training.join()
+            blocks = training.blocks_of(rows, settings.get("block_tokens", 1024))
+            size = settings.get("batch_size", tokens // 1024)
+            taker = training.Ours(
+                model,
+                blocks,
+                batch_size=size,
+                method="dora",
+                dtype=dtype,
+                micro_batch_tokens=tokens,
+                gradient_checkpointing=settings.get("gradient_checkpointing", False),
+                compile_layers=settings.get("compile_layers", False),
+            )
+        marks: list[tuple[float, float]] = []
+        list(taker.take(3))
+        hook = register_optimizer_step_post_hook(functools.partial(training.note, marks))
+        steps = list(taker.take(options.steps))
+        hook.remove()
+    except torch.OutOfMemoryError:
+        return {"failed": NO_ROOM}
+    num_tokens = sum(count for count, _ in steps[1:])
+    rate = num_tokens / (marks[-1][0] - marks[0][0])
+    return {
+        "tokens_per_s": round(rate, 1),
+        "mfu": share_of_peak(rate * training.flops_of(options.shape)),
+        "peak_bytes": torch.cuda.max_memory_allocated() if has_gpu() else None,
+        "tokens_a_step": round(num_tokens / (len(steps) - 1)),
+        "losses": [round(loss, 3) for _, loss in steps],
+    }
+
+
+def embed(options: argparse.Namespace) -> dict[str, Any]:
+    """Our encoder and sentence-transformers on the same texts and weights."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    from readapt_ray.catalog.models import find_model
+    from readapt_ray.catalog.retrievers import Encoding
+    from readapt_ray.retrieval.encoder import Encoder
+
+    folder = merging.write_model(emptied(options.work) / "retriever", options.shape, 1)
+    random = np.random.default_rng(0)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    lengths = np.clip(random.lognormal(np.log(75), 0.36, options.num_passages), 16, 250).astype(int)
+    texts = ["".join(random.choice(letters, length)) for length in lengths]
+    num_tokens = int(lengths.sum())
+
+    modules = [
+        Transformer(str(folder), model_kwargs={"dtype": torch.bfloat16}, max_seq_length=256),
+        Pooling(training.SHAPES[options.shape]["hidden_size"], "lasttoken"),
+        Normalize(),
+    ]
+    peer = SentenceTransformer(modules=modules, device=str(device()))
+    few = texts[: options.num_passages // 10]
+
+    def theirs(these: list[str], size: int) -> np.ndarray:
+        return np.asarray(peer.encode(these, batch_size=size, show_progress_bar=False), np.float32)
+
+    tried = {size: len(few) / timed(functools.partial(theirs, few, size), repeats=1) for size in PEER_BATCH_SIZES}
+    best = max(tried, key=lambda size: tried[size])
+    started_s = time.perf_counter()
+    expected = theirs(texts, best)
+    theirs_s = time.perf_counter() - started_s
+    peer.to("cpu")
+
+    encoding = Encoding(pooling="last", add_bos=False, add_eos=False)
+    encoder = Encoder.load(find_model(str(folder)), encoding=encoding, dtype="bfloat16", device=str(device()))
+    encoder.encode(few, "passage")
+    started_s = time.perf_counter()
+    ours = encoder.encode(texts, "passage")
+    ours_s = time.perf_counter() - started_s
+    flops = sum(2 * each.numel() for name, each in encoder.network.named_parameters() if "embed_tokens" not in name)
+    shutil.rmtree(options.work)
+
+    def rates(seconds: float) -> dict[str, Any]:
+        return {
+            "passages_per_s": round(len(texts) / seconds, 1),
+            "tokens_per_s": round(num_tokens / seconds, 1),
+            "mfu": share_of_peak(flops * num_tokens / seconds),
+        }
+
+    return {
+        "goals": {"mfu": 0.6, "times sentence-transformers": 3},
+        "passages": f"{len(texts)}, {num_tokens / len(texts):.0f} tokens each in the mean",
+        "sentence-transformers": {**rates(theirs_s), "batch_size": best, "passages_per_s_tried": tried},
+        "ours": {
+            **rates(ours_s),
+            "packed": encoder.is_packed,
+            "batch_tokens": encoder.batch_tokens,
+            "hours for 8.84M passages": round(8_841_823 / len(texts) * ours_s / 3600, 2),
+        },
+        "times sentence-transformers": round(theirs_s / ours_s, 2),
+        "cosine": {"least": float((ours * expected).sum(1).min()), "mean": float((ours * expected).sum(1).mean())},
+    }
+
+
+def search(options: argparse.Namespace) -> dict[str, Any]:
+    """The 100 best of float16 vectors on the device, and how far the scores are from those of float32 queries.
+
+    A query in float16 loses 11 bits; as the sum of two float16 vectors it loses none, and costs a second column.
+    """
+    dimension, top_k = training.SHAPES[options.shape]["hidden_size"], 100
+    generator = torch.Generator(device()).manual_seed(0)
+    vectors = torch.empty(options.num_vectors, dimension, dtype=torch.float16, device=device())
+    for part in vectors.split(50_000):
+        part.copy_(torch.nn.functional.normalize(torch.randn(part.shape, generator=generator, device=device()), dim=1))
+    floor_s = vectors.nbytes / bandwidth()
+    found = {}
+    for count in NUM_QUERIES:
+        queries = torch.nn.functional.normalize(torch.randn(count, dimension, generator=generator, device=device()))
+        exact = queries @ vectors[:10_000].float().T
+        for name, scoring in (("one half", one_half), ("two halves", two_halves)):
+            size = min(count, 512)
+
+            def best(scoring: Any = scoring, queries: torch.Tensor = queries, size: int = size) -> None:
+                for block in queries.split(size):
+                    torch.topk(scoring(block, vectors), top_k, dim=1)
+
+            seconds = timed(best, repeats=5)
+            found[f"{count} queries, {name}"] = {
+                "ms": round(1e3 * seconds, 3),
+                "times the floor": round(seconds / floor_s, 2),
+                "products_ms": round(
+                    1e3 * timed(functools.partial(scoring, queries[:size], vectors), repeats=5) * count / size, 3
+                ),
+                "largest error": float((scoring(queries, vectors[:10_000]) - exact).abs().max()),
+            }
+    return {
+        "goals": {"one query, times the floor": 1.3},
+        "vectors": list(vectors.shape),
+        "top_k": top_k,
+        "floor_ms": 1e3 * floor_s,
+        "found": found,
+    }
+
+
+def one_half(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Inner products, [Q, N] float32, with the queries rounded to float16."""
+    return product(queries.half(), vectors)
+
+
+def two_halves(queries: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Inner products, [Q, N] float32, with the queries as the sum of two float16 vectors."""
+    high = queries.half()
+    low = ((queries - high.float()) * 2048).half()
+    above, below = product(torch.cat([high, low]), vectors).split(len(queries))
+    return above.add_(below, alpha=1 / 2048)
+
+
+def product(half_QD: torch.Tensor, vectors_ND: torch.Tensor) -> torch.Tensor:
+    """float16 factors, float32 sums."""
+    if not has_gpu():
+        return half_QD.float() @ vectors_ND.float().T
+    return torch.mm(half_QD, vectors_ND.T, out_dtype=torch.float32)
+
+
+def weights(options: argparse.Namespace) -> dict[str, Any]:
+    """`readapt merge` as a command, and a change of scales in a live model."""
+    from readapt_ray.catalog.models import find_model
+    from readapt_ray.weights.adapter import Adapter
+    from readapt_ray.weights.checkpoint import Checkpoint
+    from readapt_ray.weights.live import LiveReadapter
+    from readapt_ray.weights.loading import load_model
+    from readapt_ray.weights.readapter import Readapter
+
+    work = emptied(options.work)
+    models = [merging.write_model(work / name, options.shape, seed) for seed, name in enumerate(("pre", "retriever"))]
+    dora = merging.write_dora(work / "dora", options.shape, models[0])
+    merged = merging.measure(merging.ours([*models, dora], work / "output"))
+    num_bytes = sum(file.stat().st_size for file in work.glob("*/*.safetensors"))
+    shutil.rmtree(work / "output")
+    before, after = map(Checkpoint, models)
+    network = load_model(find_model(str(models[1])), dtype=torch.bfloat16, device=str(device()))
+    live = LiveReadapter(network, Readapter(before, after, [Adapter(dora, before)]))
+    scales = iter([(1.0, 0.5), (0.9, 0.4), (1.1, 0.6), (0.8, 0.3), (1.2, 0.7), (1.0, 0.2)])
+    in_place_s = timed(lambda: live.set_scales(*next(scales)), repeats=5)
+    moved = 3 * sum(each.nbytes for each in network.parameters())
+    shutil.rmtree(work)
+    return {
+        "goals": {"in place, seconds": 0.5},
+        "merge": {**merged, "bytes_read_and_written": num_bytes},
+        "in_place": {"seconds": in_place_s, "bytes_read_and_written": moved, "floor_s": moved / bandwidth()},
+        "peak_bytes": torch.cuda.max_memory_allocated() if has_gpu() else None,
+    }
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "training": train,
+    "embedding": embed,
+    "search": search,
+    "weights": weights,
+}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    main()

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The tests and benchmarks of one GPU, each part under nine minutes; results in benchmarks/results/gpu_PART.json.
+#   bash benchmarks/gpu.sh [tests|training|embedding|search|weights ...]
+# PYTHON names the interpreter, WORK a folder with room for 45 GB (default in memory).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python3}
+work=${WORK:-/dev/shm/readapt-gpu}
+parts=("$@")
+[ ${#parts[@]} -gt 0 ] || parts=(tests training embedding search weights)
+failed=0
+for part in "${parts[@]}"; do
+  echo "== $part"
+  case $part in
+    tests) timeout 540 "$python" -m pytest -m gpu tests || failed=1 ;;
+    *) timeout 540 "$python" benchmarks/gpu.py "$part" --work "$work" || failed=1 ;;
+  esac
+done
+exit $failed
