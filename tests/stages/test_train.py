@@ -311,6 +311,7 @@ def test_bad_input_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_p
         pack(PackConfig(pretrained=str(base), corpus=corpus, output=str(tmp_path / "c"), block_tokens=100_000))
 
 
+@pytest.mark.slow
 def test_target_modules_that_match_nothing_come_out_as_our_error(packed: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\['nothing'\] match no linear layer; the model has"):
         trained(packed, tmp_path / "a", target_modules=("nothing",), max_failures=0)
