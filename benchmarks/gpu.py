@@ -55,7 +55,7 @@ def main() -> None:
     """Run one part, print and write what it found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--work", type=Path, required=True, help="folder for models, of the fastest disk; emptied")
+    parser.add_argument("--work", type=Path, required=True, help="folder for models, on the fastest disk")
     parser.add_argument("--shape", choices=training.SHAPES, default="7b")
     parser.add_argument("--num-passages", type=int, default=20_000, help="to embed")
     parser.add_argument("--num-vectors", type=int, default=1_000_000, help="to search")
@@ -198,7 +198,8 @@ def embed(options: argparse.Namespace) -> dict[str, Any]:
     from readapt_ray.catalog.retrievers import Encoding
     from readapt_ray.retrieval.encoder import Encoder
 
-    folder = merging.write_model(emptied(options.work) / "retriever", options.shape, 1)
+    work = emptied(options.work / "models")
+    folder = merging.write_model(work / "retriever", options.shape, 1)
     random = np.random.default_rng(0)
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     lengths = np.clip(random.lognormal(np.log(75), 0.36, options.num_passages), 16, 250).astype(int)
@@ -230,7 +231,7 @@ def embed(options: argparse.Namespace) -> dict[str, Any]:
     ours = encoder.encode(texts, "passage")
     ours_s = time.perf_counter() - started_s
     flops = sum(2 * each.numel() for name, each in encoder.network.named_parameters() if "embed_tokens" not in name)
-    shutil.rmtree(options.work)
+    shutil.rmtree(work)
 
     def rates(seconds: float) -> dict[str, Any]:
         return {
@@ -323,7 +324,7 @@ def weights(options: argparse.Namespace) -> dict[str, Any]:
     from readapt_ray.weights.loading import load_model
     from readapt_ray.weights.readapter import Readapter
 
-    work = emptied(options.work)
+    work = emptied(options.work / "models")
     models = [merging.write_model(work / name, options.shape, seed) for seed, name in enumerate(("pre", "retriever"))]
     dora = merging.write_dora(work / "dora", options.shape, models[0])
     merged = merging.measure(merging.ours([*models, dora], work / "output"))
