@@ -228,9 +228,7 @@ class Ours:
         dora.add_adapters(
             model, dora.AdapterShape(method=method, rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
         )
-        spend_less(
-            model, gradient_checkpointing=gradient_checkpointing, compile_layers=compile_layers, zero_stage=0
-        )  # fmt: skip
+        spend_less(model, gradient_checkpointing=gradient_checkpointing, compile_layers=compile_layers, zero_stage=0)
         self.model = model
         self._objective = LanguageModelling(
             model=model, reader=_Sequential(blocks, batch_size), pad_id=0, micro_batch_tokens=micro_batch_tokens,

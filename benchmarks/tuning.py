@@ -12,8 +12,6 @@ import argparse
 import datetime
 import json
 import logging
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +21,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 import readapt_ray as ra
+from readapt_ray import hardware
 from readapt_ray.stages import cluster
 
 PRETRAINED, RETRIEVER = "quickstart-pretrained", "quickstart-retriever"
@@ -72,7 +71,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/tuning.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "hardware": hardware.described()["driver"],
         "versions": corpus.manifest.versions,
         "counts": tuned.manifest.counts,
         "a_pair": floor,

@@ -314,3 +314,12 @@ def test_a_corpus_without_its_tokenizer_is_estimated_from_its_bytes(run_file: Pa
     corpus: Corpus = planner.plan(run, planner.PlanConfig(cluster=str(run_file / "cluster.yaml"))).setting.corpus
     assert corpus.error >= 0.3
     assert "the tokenizer is not on this machine" in corpus.note
+
+
+def test_what_drivers_hold_is_what_was_measured() -> None:
+    file = Path(__file__).parent.parent / "benchmarks" / "results" / "bookkeeping.json"
+    sizes = json.loads(file.read_text())["sizes"]
+    small, large = (sizes[size] for size in ("100000", "10000000"))
+    for stage, assumed in (("ingest", scaling._ID_BYTES["exact"]), ("embed", scaling._EMBED_DRIVER_BYTES)):
+        measured = (large[stage]["driver_GB"] - small[stage]["driver_GB"]) * 1e9 / (10_000_000 - 100_000)
+        assert assumed == pytest.approx(measured, rel=0.15), stage

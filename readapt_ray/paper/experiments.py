@@ -270,10 +270,11 @@ class Study:
         blocks = self._made(
             "pack", packing, pretrained=pretrained, corpus=passages, output=f"{self._folder(source)}/blocks/{name}"
         )
+        # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
+        objective = self.config.train.get("objective") or objective_of(models.find_model(self.pretrained))
         return self._made(
             "train",
-            # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
-            {**self._targets(), "objective": objective_of(models.find_model(self.pretrained)), **self.config.train},
+            {**self._targets(), **self.config.train, "objective": objective},
             pretrained=pretrained,
             corpus=blocks.uri,
             method=method,

@@ -19,7 +19,7 @@ WORKERS: Final = (1, 8, 64, 256, 1000)
 _DAY_S: Final = 86_400
 _ID_BYTES: Final = {"none": 48, "exact": 96, "auto": 96, "near": 4096}
 """Bytes a passage that ingest holds, by `deduplicate` (stages/ingest.py)."""
-_EMBED_DRIVER_BYTES: Final = 90
+_EMBED_DRIVER_BYTES: Final = 142
 """Bytes a passage in embed's driver: hashes of the ids, sorted, and a file's ids as text; measured over 10M passages
 (benchmarks/results/bookkeeping.json)."""
 _MAX_FILES: Final = 100_000

@@ -34,19 +34,10 @@ def _made(num_docs=500, num_queries=30, dimension=24, seed=0):
 
 @pytest.mark.parametrize("size", [1, 7, 128, 10_000])
 @pytest.mark.parametrize("top_k", [1, 10, 499, 500, 501])
-def test_search_is_brute_force(size, top_k):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_search_is_brute_force(size, top_k, device):
     queries, doc_ids, vectors = _made()
-    hits = search_exact(queries, _chunks(doc_ids, vectors, size), top_k)
-    for index, expected in enumerate(by_hand(queries, doc_ids, vectors, top_k)):
-        assert [(doc.doc_id, doc.score) for doc in hits.of_query(index, "q")] == expected
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("size", [7, 10_000])
-@pytest.mark.parametrize("top_k", [1, 10, 501])
-def test_search_on_a_gpu_is_brute_force(size, top_k):
-    queries, doc_ids, vectors = _made()
-    hits = search_exact(queries, _chunks(doc_ids, vectors, size), top_k, device="cuda")
+    hits = search_exact(queries, _chunks(doc_ids, vectors, size), top_k, device=device)
     for index, expected in enumerate(by_hand(queries, doc_ids, vectors, top_k)):
         assert [(doc.doc_id, doc.score) for doc in hits.of_query(index, "q")] == expected
 
