@@ -1,14 +1,14 @@
 """Attention over passages laid end to end in one row: none sees another, and nothing is padded.
 
 Put into transformers' models through its AttentionInterface. On CUDA it is the flash kernel of
-`torch.nn.attention.varlen` (torch 2.10 and newer, bfloat16 or float16, no flash-attn package); elsewhere,
+`torch.nn.attention.varlen` (torch 2.11 and newer, bfloat16 or float16, no flash-attn package); elsewhere,
 and where attention has dropout, torch's own attention over the passages one below the other, those of about
 one length together. Either costs about the sum of the squared passage lengths, where a mask over the row
 would cost its length squared.
 """
 
 import functools
-import importlib.util
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from readapt_ray.errors import ModelError
 
 NAME = "readapt_passages"
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+_KERNEL_OPTIONS = frozenset({"scale", "window_size"})
+"""What torch 2.10 had not yet."""
 _UNSUPPORTED = ("softcap", "s_aux")
 """What some models' attention adds to the common one: capped scores, sinks."""
 _MIN_WIDTH_STEP = 16
@@ -107,15 +109,26 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     return output, None
 
 
-@functools.cache
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the flash kernel runs there, in this type."""
-    return (
-        device.type == "cuda"
-        and dtype in _KERNEL_DTYPES
-        and importlib.util.find_spec("torch.nn.attention.varlen") is not None
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    return device.type == "cuda" and dtype in _KERNEL_DTYPES and _has_kernel(device)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _has_kernel(device: torch.device) -> bool:
+    return _kernel_options() >= _KERNEL_OPTIONS and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _kernel_options() -> frozenset[str]:
+    """What this torch's kernel takes by name; nothing where there is none."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _by_kernel(  # noqa: PLR0917
@@ -134,6 +147,9 @@ def _by_kernel(  # noqa: PLR0917
     query_THD, key_THD, value_THD = (each.squeeze(0).transpose(0, 1).to(value.dtype) for each in (query, key, value))
     left = -1 if window is None else window - 1
     right = 0 if causal else -1 if window is None else window - 1
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _kernel_options():  # older ones take fewer key heads unasked
+        grouped["enable_gqa"] = query_THD.shape[1] != key_THD.shape[1]
     output_THD: Any = varlen_attn(
         query_THD,
         key_THD,
@@ -144,7 +160,7 @@ def _by_kernel(  # noqa: PLR0917
         longest,
         scale=scaling,
         window_size=(left, right),
-        enable_gqa=query_THD.shape[1] != key_THD.shape[1],
+        **grouped,
     )
     output: Tensor = output_THD.unsqueeze(0)
     return output

@@ -42,3 +42,15 @@ def package_logger() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])
+def kernel_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where attention goes by the flash kernel: a GPU, or the CPU with a stand-in behind torch's operator."""
+    from tests import flash_kernel
+
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    with flash_kernel.installed(monkeypatch):
+        yield "cpu"

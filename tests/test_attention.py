@@ -63,17 +63,18 @@ def test_a_passage_alone(causal: bool, window: int | None, num_key_heads: int) -
     torch.testing.assert_close(output, expected.detach(), atol=1e-12, rtol=0)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_key_heads", [4, 2])
-def test_the_flash_kernel_attends_as_written_out(causal: bool, window: int | None, num_key_heads: int) -> None:
+def test_the_flash_kernel_attends_as_written_out(
+    kernel_device: str, causal: bool, window: int | None, num_key_heads: int
+) -> None:
     """Forward and backward in bfloat16, against float64."""
     lengths = (*LENGTHS, 700)
     drawn_states = [
         drawn(heads, sum(lengths), seed, head_dim=64) for seed, heads in enumerate((4, *2 * (num_key_heads,)))
     ]
-    states = [each.detach().to("cuda", torch.bfloat16).requires_grad_() for each in drawn_states]
+    states = [each.detach().to(kernel_device, torch.bfloat16).requires_grad_() for each in drawn_states]
     exact = [each.detach().double().cpu().requires_grad_() for each in states]
     assert attention.has_kernel(states[0].device, states[0].dtype)
     output = attend(states, lengths, causal=causal, window=window)
@@ -83,6 +84,17 @@ def test_the_flash_kernel_attends_as_written_out(causal: bool, window: int | Non
     theirs = torch.autograd.grad((expected * direction).sum(), exact)
     for one, other in zip((output, *ours), (expected, *theirs), strict=True):
         assert (one.double().cpu() - other).norm() / other.norm() < 1e-2
+
+
+def test_torch_without_the_kernels_options_goes_without_it(monkeypatch) -> None:
+    """As torch 2.10 has it; `auto` pads there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device = torch.device("cuda", 7)
+    assert attention._has_kernel(device)
+    attention._has_kernel.cache_clear()
+    monkeypatch.setattr(attention, "_kernel_options", lambda: frozenset({"is_causal", "return_aux"}))
+    assert not attention._has_kernel(device)
+    attention._has_kernel.cache_clear()
 
 
 def test_few_shapes_for_many_lengths() -> None:

@@ -1,7 +1,8 @@
 """Losses of passages in one row against transformers' own model, loss and attention, a passage at a time."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from readapt_ray import attention
 from readapt_ray.errors import ModelError
 from readapt_ray.training import objectives, packing
 from readapt_ray.training.packing import IGNORED, Block, Masking
-from tests import factories
+from tests import factories, flash_kernel
 
 VOCAB = 150
 DECODERS: dict[str, dict[str, Any]] = {
@@ -102,45 +103,11 @@ def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         assert torch.allclose(each, theirs[name], rtol=1e-4, atol=1e-5 * max(1.0, scale)), name
 
 
-def reference_kernel(
-    query: Any,
-    key: Any,
-    value: Any,
-    ends: Any,
-    _: Any,
-    longest: int,
-    __: int,
-    *,
-    scale: Any,
-    window_size: Any,
-    enable_gqa: bool,
-) -> Any:
-    """`torch.nn.attention.varlen.varlen_attn` by its documentation, in plain products."""
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    assert longest == int(ends.diff().max())
-    left, right = window_size
-    outputs = []
-    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        groups = query.shape[1] // key.shape[1]
-        q, k, v = query[start:end], *(each[start:end].repeat_interleave(groups, 1) for each in (key, value))
-        scores = torch.einsum("qhd,khd->hqk", q, k) * (scale if scale is not None else q.shape[-1] ** -0.5)
-        back = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
-        hidden = torch.zeros_like(back, dtype=torch.bool)
-        if left >= 0:
-            hidden |= back > left
-        if right >= 0:
-            hidden |= -back > right
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v))
-    return torch.cat(outputs)
-
-
 @pytest.fixture(params=["by passage", "by kernel"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of attention; the kernel itself needs CUDA, here it is a reference of it."""
-    if request.param == "by kernel":
-        monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
-        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", reference_kernel)
-    return str(request.param)
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both ways of attention; the kernel itself needs CUDA, here a stand-in is behind its operator."""
+    with flash_kernel.installed(monkeypatch) if request.param == "by kernel" else contextlib.nullcontext():
+        yield str(request.param)
 
 
 @pytest.mark.parametrize("family", DECODERS)
