@@ -201,7 +201,7 @@ class Engine:
             return
         tensor.copy_(value)
         if self._zero_stage == 0:
-            self._optimizer.state[tensor] = {"step": torch.tensor(float(step)), **moments}
+            self._optimizer.state[tensor] = {"step": torch.tensor(float(step), device=tensor.device), **moments}
             return
         safe_set_full_fp32_param(tensor, value)
         for moment, each in moments.items():
@@ -220,6 +220,9 @@ class Engine:
         partitions = optimizer.single_partition_of_fp32_groups if is_whole else optimizer.fp32_partitioned_groups_flat
         for partition in partitions:
             moments = {moment: torch.zeros_like(partition) for moment in _MOMENTS}
-            optimizer.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
+            optimizer.optimizer.state[partition] = {
+                "step": torch.tensor(float(step), device=partition.device),
+                **moments,
+            }
         if is_whole:
             optimizer._lazy_init_hp_params_optimizer_state()

@@ -93,15 +93,22 @@ def _refuse_missing(source: Model, objective: Objective | None, missing: Any) ->
 
 def _load_partitioned(source: Model, objective: Objective | None, *, dtype: torch.dtype, device: torch.device) -> Any:
     import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
     from transformers import AutoConfig
     from transformers.initialization import no_init_weights
 
     prepare_deepspeed()
     try:
         config = AutoConfig.from_pretrained(str(source.folder), trust_remote_code=False)
+        # Init's option dtype gives bfloat16 on devices without float16 (DeepSpeed 0.19.8), and would round buffers too.
         settings = deepspeed_config(zero_stage=3, max_gradient_norm=0.0)
+        settings |= {"bf16": {"enabled": dtype == torch.bfloat16}, "fp16": {"enabled": dtype == torch.float16}}
         with (
-            deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype, remote_device=str(device)),
+            deepspeed.zero.Init(
+                config_dict_or_path=settings,
+                remote_device=str(device),
+                tensor_overrides=[DeepSpeedTensorOverride.device],
+            ),
             no_init_weights(),
         ):
             model = auto_class(objective).from_config(config, attn_implementation="sdpa", dtype=dtype)

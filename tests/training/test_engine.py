@@ -1,0 +1,102 @@
+"""The engine's state, and what ZeRO-3 loads, in processes of their own."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from readapt_ray.catalog.models import find_model
+from readapt_ray.training import dora
+from readapt_ray.training.engine import Engine, Optimization
+from readapt_ray.training.models import load_for_training
+from tests import factories
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.training.attempt"])
+OPTIMIZATION = {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup_fraction": 0.0, "max_gradient_norm": 1.0, "seed": 0}
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_loaded_state_takes_the_next_step_as_if_nothing_had_been(
+    tmp_path: Path, device: str, zero_stage: int
+) -> None:
+    in_a_process(step_twice_and_once, tmp_path, device, zero_stage)
+    calm, resumed = torch.load(tmp_path / "calm.pt"), torch.load(tmp_path / "resumed.pt")
+    assert calm.keys() == resumed.keys() and len(calm) == 9
+    assert all(torch.equal(calm[name], resumed[name]) for name in calm)
+    assert all(calm[name].abs().max() > 0 for name in calm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_partitioned_weights_and_buffers_are_those_of_a_model_loaded_whole(
+    tmp_path: Path, device: str, dtype: torch.dtype
+) -> None:
+    factories.tiny_decoder(tmp_path / "base")
+    in_a_process(load_whole_and_partitioned, tmp_path, device, dtype)
+    whole, partitioned = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "partitioned.pt")
+    assert whole.keys() == partitioned.keys() and any("inv_freq" in name for name in whole)
+    for name, tensor in whole.items():
+        assert partitioned[name].dtype == tensor.dtype, name
+        assert torch.equal(partitioned[name], tensor), name
+
+
+def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype) -> None:
+    join(folder, device)
+    source = find_model(str(folder / "base"))
+    for name, zero_stage in (("whole", 0), ("partitioned", 3)):
+        model = load_for_training(
+            source, objective="causal_lm", dtype=dtype, device=torch.device(device), zero_stage=zero_stage
+        )
+        parameters = dict(model.named_parameters())
+        with dora.gathered(list(parameters.values())):
+            state = {each: tensor.detach().cpu().clone() for each, tensor in parameters.items()}
+        state |= {each: tensor.cpu() for each, tensor in model.named_buffers()}
+        torch.save(state, folder / f"{name}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def in_a_process(work: Callable[..., None], *given: Any) -> None:
+    process = CONTEXT.Process(target=work, args=given)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == 0
+
+
+def join(folder: Path, device: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": device}
+    backend = "nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
+
+
+def step_twice_and_once(folder: Path, device: str, zero_stage: int) -> None:
+    """Two steps of one engine; one step, and the next of another engine that took over its state."""
+    join(folder, device)
+    inputs = torch.randn(4, 8, 24, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def taken(engine: Engine, steps: list[int]) -> dict[str, Any]:
+        for step in steps:
+            engine.step([(inputs[step], 1.0)], loss_of=lambda x: engine.model(x).square().mean(), rate=1.0, seed=step)
+        return engine.state()
+
+    first = taken(new_engine(device, zero_stage), [0])
+    torch.save(taken(new_engine(device, zero_stage), [0, 1]), folder / "calm.pt")
+    other = new_engine(device, zero_stage)
+    other.load_state(first, step=1)
+    torch.save(taken(other, [1]), folder / "resumed.pt")
+    torch.distributed.destroy_process_group()
+
+
+def new_engine(device: str, zero_stage: int) -> Engine:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16))
+    dora.add_adapters(model, dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.1, targets=("0",)))
+    optimization: Any = OPTIMIZATION
+    return Engine(model.to(device), Optimization(**optimization, zero_stage=zero_stage, checkpoint_every_steps=1))
