@@ -20,6 +20,7 @@ from torch.nn import functional
 from readapt_ray.errors import ModelError
 
 NAME = "readapt_passages"
+_KERNEL_DEVICE = "cuda"
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 _KERNEL_OPTIONS = frozenset({"scale", "window_size"})
 """What torch 2.10 had not yet."""
@@ -111,7 +112,7 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the flash kernel runs there, in this type."""
-    return device.type == "cuda" and dtype in _KERNEL_DTYPES and _has_kernel(device)
+    return device.type == _KERNEL_DEVICE and dtype in _KERNEL_DTYPES and _has_kernel(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -20,8 +20,12 @@ def installed(patch: pytest.MonkeyPatch) -> Iterator[None]:
     library = torch.library.Library("aten", "IMPL")
     library.impl("_flash_attention_forward", _forward, "CPU")
     library.impl("_flash_attention_backward", _backward, "CPU")
-    patch.setattr(attention, "has_kernel", lambda *_: True)
+    patch.setattr(attention, "_KERNEL_DEVICE", "cpu")
+    patch.setattr(attention, "_KERNEL_DTYPES", (torch.bfloat16, torch.float16, torch.float32))
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    attention._has_kernel.cache_clear()
     yield
+    attention._has_kernel.cache_clear()
     library._destroy()
 
 

@@ -30,7 +30,6 @@ from readapt_ray.storage import Location
 
 AdapterMethod = Literal["dora", "lora"]
 _KEY_PREFIX = "base_model.model."
-_TINY = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,42 +89,42 @@ class AdaptedLinear(nn.Module):
         base = self.base(x)
         dropped, kept = dropout(x, self.dropout if self.training else 0.0)
         low_rank = functional.linear(dropped, self.lora_A.to(x.dtype))
-        scaling = self.scaling / kept
+        scaled_B = (self.lora_B * (self.scaling / kept)).to(base.dtype)
+        base_NO, low_rank_NR = base.flatten(0, -2), low_rank.flatten(0, -2)
         if self.magnitude is None:
-            scaled_B = (self.lora_B * scaling).to(base.dtype)
-            y = torch.addmm(base.flatten(0, -2), low_rank.flatten(0, -2), scaled_B.T)
+            y = torch.addmm(base_NO, low_rank_NR, scaled_B.T)
         else:
-            y = _DoraOutput.apply(  # type: ignore[no-untyped-call]
-                base.flatten(0, -2), low_rank.flatten(0, -2), self.lora_B, self.magnitude, self.norm, scaling
-            )
+            share_O = self.magnitude / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)
+            if torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
+                y = torch.addmm(base_NO, low_rank_NR, scaled_B.T) * share_O.to(base.dtype)
+            else:
+                y = _DoraOutput.apply(  # type: ignore[no-untyped-call]
+                    base_NO, low_rank_NR, scaled_B, self.magnitude, share_O.detach().to(base.dtype)
+                )
         y = y.view_as(base)
         return y if self.bias is None else y + self.bias
 
 
 class _DoraOutput(torch.autograd.Function):
-    """(base + s low_rank B^T) * m / norm, row-wise, in place of `base`; the norm is constant."""
+    """(base + low_rank scaled_B^T) * share, row-wise, in place of `base`; share is m / norm, the norm constant."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 -- autograd passes them by place
-        ctx: Any, base_NO: Tensor, low_rank_NR: Tensor, B_OR: Tensor, magnitude_O: Tensor, norm_O: Tensor, s: float
+        ctx: Any, base_NO: Tensor, low_rank_NR: Tensor, scaled_B_OR: Tensor, magnitude_O: Tensor, share_O: Tensor
     ) -> Tensor:
-        share_O = (magnitude_O / norm_O.clamp_min(_TINY)).to(base_NO.dtype)
-        scaled_OR = (B_OR * s).to(base_NO.dtype)
         ctx.mark_dirty(base_NO)
-        base_NO.addmm_(low_rank_NR, scaled_OR.T).mul_(share_O)
-        ctx.save_for_backward(base_NO, low_rank_NR, scaled_OR, share_O, magnitude_O)
-        ctx.scaling = s
+        base_NO.addmm_(low_rank_NR, scaled_B_OR.T).mul_(share_O)
+        ctx.save_for_backward(base_NO, low_rank_NR, scaled_B_OR, share_O, magnitude_O)
         return base_NO
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        y_NO, low_rank_NR, scaled_OR, share_O, magnitude_O = ctx.saved_tensors
+        y_NO, low_rank_NR, scaled_B_OR, share_O, magnitude_O = ctx.saved_tensors
         gradient_NO = gradients[0]
         along_O = (gradient_NO * y_NO).sum(0, dtype=magnitude_O.dtype)
         magnitude_grad = along_O / torch.where(magnitude_O == 0, 1.0, magnitude_O)
         shared_NO = gradient_NO * share_O
-        B_grad = (shared_NO.T @ low_rank_NR).to(magnitude_O.dtype) * ctx.scaling
-        return shared_NO, shared_NO @ scaled_OR, B_grad, magnitude_grad, None, None
+        return shared_NO, shared_NO @ scaled_B_OR, shared_NO.T @ low_rank_NR, magnitude_grad, None
 
 
 def dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:

@@ -1,6 +1,7 @@
 """Losses of passages in one row against transformers' own model, loss and attention, a passage at a time."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from readapt_ray import attention
 from readapt_ray.errors import ModelError
-from readapt_ray.training import objectives, packing
+from readapt_ray.training import dora, objectives, packing
+from readapt_ray.training.models import spend_less
 from readapt_ray.training.packing import IGNORED, Block, Masking
 from tests import factories, flash_kernel
 
@@ -126,6 +129,57 @@ def test_next_tokens_of_passages_in_a_row(family: str, path: str) -> None:
     num_labels = sum(each.num_labels() for each in passages)
     assert loss.item() / num_labels == pytest.approx(expected / num_labels, abs=1e-5)
     assert_alike(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_layers_have_graphs_for_all_lengths_and_no_breaks(
+    recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the kernel, bfloat16, and dropout by torch."""
+    model = decoder("mistral").bfloat16()
+    objectives.prepare(model, "mistral")
+    shape = dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.05, targets=("q_proj", "v_proj", "down_proj"))
+    dora.add_adapters(model, shape)
+    random_weights_of_adapters(model)
+    monkeypatch.setattr(dora, "dropout", lambda x, share: (torch.nn.functional.dropout(x, share), 1.0))
+    batches = [packing.collate(some_passages(num), pad_id=0) for num in (7, 12, 4)]
+    num_graphs = []
+    compiled = CompileCounterWithBackend("aot_eager")
+
+    def taken() -> list[tuple[float, dict[str, torch.Tensor]]]:
+        found = []
+        for batch in batches:
+            torch.manual_seed(0)
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = objectives.loss_sum(model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            found.append((loss.item(), gradients(model)))
+            num_graphs.append(compiled.frame_count)
+        return found
+
+    with flash_kernel.installed(monkeypatch):
+        expected = taken()
+        torch.compiler.reset()
+        monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_by, compiled))
+        spend_less(model, gradient_checkpointing=recompute, compile_layers=True, zero_stage=0)
+        ours = taken()
+    assert num_graphs[-1] == num_graphs[-3] <= 3  # the first layer's input needs no gradient, that of the others does
+    assert not torch._dynamo.utils.counters["graph_break"]
+    for (loss, grads), (expected_loss, expected_grads) in zip(ours, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-2)
+        assert all((grads[name] - each).norm() < 0.05 * each.norm() for name, each in expected_grads.items())
+
+
+def compile_by(module: torch.nn.Module, backend: Any, **options: Any) -> None:
+    """`Module.compile` with another backend."""
+    module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, **options)
+
+
+def random_weights_of_adapters(model: Any) -> None:
+    with torch.no_grad():
+        for _, layer in dora.adapted_layers(model):
+            layer.lora_B.normal_(std=0.1)
+    dora.refresh_norms(model)
 
 
 @pytest.mark.parametrize("family", ENCODERS)
