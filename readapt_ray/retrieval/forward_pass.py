@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from readapt_ray import attention
+from readapt_ray import attention, norms
 from readapt_ray.catalog.retrievers import Pooling
 from readapt_ray.errors import ModelError
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
@@ -34,6 +34,8 @@ class ForwardPass:
     def __init__(self, network: Any, pooling: Pooling) -> None:
         self.network = network
         self.device = next(network.parameters()).device
+        if self.device.type == "cuda":
+            norms.fuse(network)
         self.first_position = _first_position(network)
         self.is_packed = False
         self._pooling = pooling

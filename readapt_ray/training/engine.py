@@ -7,6 +7,7 @@ gradients or parameters are partitioned: a worker short of one repeats a part at
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -139,20 +140,21 @@ class Engine:
             total += loss.detach()
             self._engine.backward(loss * self.num_workers)
         torch.distributed.all_reduce(total)
-        if not torch.isfinite(total):
-            raise TrainingDivergedError(f"the loss became {total.item()}")
-        # At stage 0 DeepSpeed clips but does not tell the norm, so it is done here.
-        norm = self._clipped_norm() if self._zero_stage == 0 else 0.0
-        if norm < float("inf"):
+        # At stage 0 DeepSpeed clips but does not tell the norm, so it is done here. A device is waited for once.
+        norms = [self._clipped_norm()] if self._zero_stage == 0 else []
+        loss, *told = torch.stack([total, *norms]).tolist()
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(f"the loss became {loss}")
+        if all(map(math.isfinite, told)):
             self._engine.step()
-            norm = norm if self._zero_stage == 0 else float(self._engine.get_global_grad_norm())
-        if not norm < float("inf"):
+        norm = told[0] if told else float(self._engine.get_global_grad_norm())
+        if not math.isfinite(norm):
             raise TrainingDivergedError(f"the gradient's norm became {norm}")
         refresh_norms(self.model)
-        return StepOutcome(loss=float(total), gradient_norm=norm)
+        return StepOutcome(loss=loss, gradient_norm=norm)
 
-    def _clipped_norm(self) -> float:
-        return float(nn.utils.clip_grad_norm_(self.trained.values(), self._max_gradient_norm))
+    def _clipped_norm(self) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.trained.values(), self._max_gradient_norm)
 
     def state(self) -> dict[str, Tensor]:
         """Trained tensors and Adam's moments, whole, on the CPU. Collective where ZeRO partitions."""

@@ -17,10 +17,9 @@ from readapt_ray.training import dora
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
-_HIDDEN_KEPT = 16
-"""Tensors of the hidden size that autograd keeps in a layer: norms, projections, attention, dropped inputs."""
-_INTERMEDIATE_KEPT = 6
-"""Tensors of the intermediate size: gate, up, activation, product, dropped input."""
+_KEPT = {"cpu": (16, 6), "cuda": (15, 5), "compiled": (9, 3)}
+"""Tensors of the hidden and of the intermediate size that autograd keeps in a layer, in the type of the products, counted on
+Llama layers with DoRA and dropout; a compiler keeps what the backward pass cannot make again."""
 _CGROUP = Path("/sys/fs/cgroup")
 """Of the container (version 2); what the kernel could drop of the file cache counts as free."""
 
@@ -35,6 +34,7 @@ class Demand:
     dtype: torch.dtype
     gradient_checkpointing: bool
     device_type: str
+    compile_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,9 @@ def estimate(model: nn.Module, config: Any, demand: Demand, *, correction: float
     width = demand.dtype.itemsize
     hidden = config.hidden_size
     intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    a_layer = demand.micro_batch_tokens * width * (_HIDDEN_KEPT * hidden + _INTERMEDIATE_KEPT * intermediate)
+    is_compiled = demand.compile_layers and demand.device_type == "cuda"
+    kept_hidden, kept_intermediate = _KEPT["compiled" if is_compiled else demand.device_type]
+    a_layer = demand.micro_batch_tokens * width * (kept_hidden * hidden + kept_intermediate * intermediate)
     layers = config.num_hidden_layers
     if demand.gradient_checkpointing:
         activations = layers * demand.micro_batch_tokens * hidden * width + a_layer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from readapt_ray import attention
+from readapt_ray import attention, norms
 from readapt_ray.errors import ModelError
 from readapt_ray.training.packing import IGNORED, Batch
 
@@ -109,7 +109,7 @@ class LossHead(nn.Module):
 
 
 def prepare(model: Any, name: str) -> None:
-    """Put a LossHead in place of a language model's output layer, and the attention of attention.py into its layers.
+    """Put a LossHead in place of a language model's output layer, and attention.py's and norms.py's kernels into its layers.
 
     Args:
         model: a transformers `*ForCausalLM` or `*ForMaskedLM`.
@@ -131,6 +131,8 @@ def prepare(model: Any, name: str) -> None:
             )
     model.set_output_embeddings(LossHead(head))
     attention.install(model, name)
+    if head.weight.device.type == "cuda":
+        norms.fuse(model)
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:

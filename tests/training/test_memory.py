@@ -1,5 +1,7 @@
 """The estimate of memory against a hand count, and against a process that is measured."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -52,6 +54,17 @@ def test_checkpointed_activations_are_one_layers() -> None:
     plain = memory.estimate(model, CONFIG, demand()).parts["activations"]
     recomputed = memory.estimate(model, CONFIG, demand(recompute=True)).parts["activations"]
     assert recomputed == plain // L + L * 512 * H * 2
+
+
+def test_a_compiler_keeps_less_of_a_gpus_memory() -> None:
+    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
+    found = [
+        memory.estimate(model, CONFIG, replace(demand(), device_type=device, compile_layers=compiled)).parts[
+            "activations"
+        ]
+        for device, compiled in (("cuda", True), ("cuda", False), ("cpu", False), ("cpu", True))
+    ]
+    assert found == [L * 512 * 2 * (h * H + f * F) for h, f in ((9, 3), (15, 5), (16, 6), (16, 6))]
 
 
 def test_a_measured_run_corrects_the_next_start() -> None:
