@@ -95,11 +95,11 @@ def main() -> None:
     print(json.dumps({"wall_s": round(time.monotonic() - started_s), **seconds}))
 
 
-def write_whole_docstrings(file: Path) -> None:
+def write_whole_docstrings(file: Path, packages: str = SOURCE_PACKAGES) -> None:
     """One line a docstring, summary and rest together."""
     seen: dict[str, int] = {}
     with file.with_suffix(".tmp").open("w") as lines:
-        for package in SOURCE_PACKAGES.split(","):
+        for package in packages.split(","):
             for each in read_docstrings(package):
                 seen[each.name] = seen.get(each.name, 0) + 1
                 row = {
@@ -111,7 +111,9 @@ def write_whole_docstrings(file: Path) -> None:
     file.with_suffix(".tmp").rename(file)
 
 
-def make_fresh_model(corpus: Path, folder: Path) -> None:
+def make_fresh_model(
+    corpus: Path, folder: Path, *, layers: int = LAYERS, width: int = WIDTH, inner: int = INNER, heads: int = HEADS
+) -> None:
     """A tokenizer trained on the passages, and a model of random weights."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -132,11 +134,11 @@ def make_fresh_model(corpus: Path, folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=0,

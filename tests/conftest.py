@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HAS_GPU = Path("/dev/nvidia0").exists()
+HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
