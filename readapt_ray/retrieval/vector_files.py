@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray.damage import READ_ERRORS, is_damage
 from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.records import vector_schema
 from readapt_ray.storage import Location
@@ -303,16 +304,10 @@ def _whole(location: Location) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise CorruptFileError(f"{location} is gone; make it again with the stage that wrote it") from error
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, EOFError, ValueError) as error:
-        raise _corrupt(location, error) from error
-    except OSError as error:
-        if error.errno is not None or "AWS Error" in str(error):
+    except READ_ERRORS as error:
+        if not is_damage(error):
             raise
-        raise _corrupt(location, error) from error
-
-
-def _corrupt(location: Location, error: Exception) -> CorruptFileError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CorruptFileError(
-        f"{location} was cut short or altered ({first}); remove it and run the stage that wrote it again"
-    )
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorruptFileError(
+            f"{location} was cut short or altered ({first}); remove it and run the stage that wrote it again"
+        ) from error

@@ -74,7 +74,7 @@ def _labelled_part(folder: Location, name: str) -> Location | None:
 
 def _format(location: Location) -> str:
     names = (
-        [location.name] if location.is_file() else [name for name, _ in data_files(location, (".jsonl", ".parquet"))]
+        [location.name] if location.is_file() else [name for name, *_ in data_files(location, (".jsonl", ".parquet"))]
     )
     return "jsonl" if any(plain_name(name).endswith(".jsonl") for name in names) else "parquet"
 
@@ -82,7 +82,8 @@ def _format(location: Location) -> str:
 def _qrel_files(folder: Location) -> dict[str, Location]:
     """The files of judgements by relative name: under `qrels` or `data`, or beside nothing else at the top."""
     for part in (folder / "qrels", folder / "data", folder):
-        files = dict(data_files(part, _QREL_SUFFIXES)) if part.is_folder() else {}
+        found = data_files(part, _QREL_SUFFIXES) if part.is_folder() else []
+        files = {file.label: file.location for file in found}
         if part is folder:
             files = {name: file for name, file in files.items() if not name.startswith(("corpus", "queries"))}
         if files:

@@ -4,20 +4,20 @@
     qrels       BEIR .tsv (query-id, corpus-id, score); TREC (query, 0, document, relevance);
                 .jsonl and .parquet with columns of those names
 
-or a folder of such files, as an ingest artifact has. Text files may be gzipped.
+or a folder of such files, as an ingest artifact has. Text files may be gzipped. Lists of doc_ids, too: one a line,
+or the doc_ids of qrels. Ids are as those of passages (`cleaning.clean_id`), so that they meet.
 """
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-import pyarrow as pa
-
+from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
-from readapt_ray.sources.cleaning import clean_text, is_unicode, text_fault
+from readapt_ray.sources.cleaning import clean_id, clean_text, is_unicode, text_fault
 from readapt_ray.sources.columns import QUERY_ID_NAMES, QUERY_TEXT_NAMES, first_of
-from readapt_ray.sources.lines import Line, plain_name, read_lines, unreadable
+from readapt_ray.sources.lines import Line, plain_name, read_lines, refuse_damaged
 from readapt_ray.sources.parquet import cells, open_parquet
 from readapt_ray.sources.source import MISSING, REASONS, BadRow
 from readapt_ray.sources.tables import parsed_object
@@ -28,6 +28,7 @@ _QREL_NAMES = (
     ("doc_id", "corpus-id", "docid", "corpus_id"),
     ("relevance", "score", "label"),
 )
+_DOC_ID_NAMES = (_QREL_NAMES[1],)
 _QUERY_NAMES = (QUERY_ID_NAMES, QUERY_TEXT_NAMES)
 _TABLE_SUFFIXES = (".jsonl", ".ndjson", ".tsv", ".parquet")
 _TREC_SUFFIXES = (".txt", ".qrels", ".qrel", ".trec")
@@ -62,6 +63,49 @@ def read_qrels(uri: str) -> list[Qrel]:
             )
         location = location / "qrels" / splits[0]
     return _all_good(iter_qrels(location), uri, "judgement")
+
+
+def read_doc_ids(uri: str) -> frozenset[str]:
+    """The doc_ids of a file: one a line, the column doc_id of a table, or those that qrels judge, whatever the relevance.
+
+    Raises:
+        CorpusError: there is no such file, it has no doc_id, or a row without one (by file and line).
+    """
+    file = Location(uri)
+    if not file.is_file():
+        raise CorpusError(f"no file {uri!r}; give a list of doc_ids, one a line, or qrels")
+    found = set()
+    for row in _doc_ids(file):
+        if isinstance(row, BadRow):
+            raise CorpusError(f"{row.place} is not a doc_id: {REASONS[row.reason]}; mend or remove that line")
+        found.add(row)
+    if not found:
+        raise CorpusError(f"{uri!r} lists no doc_id; give one a line")
+    return frozenset(found)
+
+
+def _doc_ids(file: Location) -> Iterator[str | BadRow]:
+    name, label = plain_name(file.name), file.name
+    if name.endswith((".jsonl", ".ndjson", ".parquet")):
+        for row in _file_rows(file, label, _DOC_ID_NAMES, "doc_ids"):
+            yield row if isinstance(row, BadRow) else _identifier(row[1][0]) or BadRow(row[0], "missing_id")
+    elif _holds_qrels(file, label):
+        for row in _text_rows(file, label, _QREL_NAMES):
+            yield row if isinstance(row, BadRow) else _identifier(row[1][1]) or BadRow(row[0], "missing_id")
+    else:
+        for line in read_lines(file, label):
+            yield line if isinstance(line, BadRow) else clean_id(line.text)
+
+
+def _holds_qrels(file: Location, label: str) -> bool:
+    """Whether a text file is one of qrels, not of one id a line: by its name, or by the fields of its first line."""
+    first = next((line for line in read_lines(file, label) if isinstance(line, Line)), None)
+    fields = [] if first is None else first.text.split()
+    if len(fields) < 2:
+        return False
+    named = plain_name(file.name).endswith((".tsv", ".qrels", ".qrel"))
+    is_header = any(field.lower() in _QREL_NAMES[0] for field in fields)
+    return named or is_header or (len(fields) in (3, 4) and _whole_number(fields[-1]) is not None)
 
 
 def keep_judged(queries: Iterable[Query], qrels: Iterable[Qrel]) -> list[Query]:
@@ -130,7 +174,7 @@ def iter_qrels(location: Location) -> Iterator[Qrel | BadRow]:
 def _identifier(value: object) -> str | None:
     if isinstance(value, bool) or not isinstance(value, (str, int)):
         return None
-    return str(value).strip() or None
+    return clean_id(str(value)) or None
 
 
 def _whole_number(value: object) -> int | None:
@@ -215,8 +259,9 @@ def _parquet_rows(file: Location, label: str, names: Sequence[Collection[str]]) 
                         yield f"{label}:{number}", tuple(v.decode() if isinstance(v, bytes) else v for v in values)
                     except UnicodeDecodeError:
                         yield BadRow(f"{label}:{number}", "not_utf8")
-        except (pa.ArrowException, OSError) as error:
-            raise unreadable(label, f"after row {number}", error) from error
+        except READ_ERRORS as error:
+            refuse_damaged(label, f"after row {number}", error)
+            raise
 
 
 def _json_rows(file: Location, label: str, names: Sequence[Collection[str]]) -> Iterator[_Values | BadRow]:

@@ -10,6 +10,7 @@ from typing import IO, NamedTuple, cast
 
 import pyarrow as pa
 
+from readapt_ray.damage import READ_ERRORS, is_damage
 from readapt_ray.errors import CorpusError
 from readapt_ray.sources.source import BadRow, Limits
 from readapt_ray.storage import Location
@@ -66,8 +67,9 @@ def read_lines(
                     yield BadRow(f"{label}:{number}", "long_text")
                     continue
                 yield from _decoded(data, number, label)
-    except OSError as error:
-        raise unreadable(label, f"after line {number}", error) from error
+    except READ_ERRORS as error:
+        refuse_damaged(label, f"after line {number}", error)
+        raise
 
 
 def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
@@ -79,14 +81,22 @@ def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
     try:
         with contextlib.closing(location.open_input()) as raw:
             return io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES).read(max_bytes)
-    except OSError as error:
-        raise unreadable(label, "to its end", error) from error
+    except READ_ERRORS as error:
+        refuse_damaged(label, "to its end", error)
+        raise
 
 
-def unreadable(label: str, where: str, error: Exception) -> CorpusError:
-    """A file that cannot be read to its end."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CorpusError(f"{label} cannot be read {where}: {reason}; it may be cut short: fetch or write that file again")
+def refuse_damaged(label: str, where: str, error: Exception) -> None:
+    """Say of a file that could not be read that it must be mended; nothing where the disk or the network failed.
+
+    Raises:
+        CorpusError: the file is gone or damaged.
+    """
+    if isinstance(error, FileNotFoundError) or is_damage(error):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CorpusError(
+            f"{label} cannot be read {where}: {reason}; it may be cut short: fetch or write that file again"
+        ) from error
 
 
 def _decompressed(raw: IO[bytes], name: str) -> io.RawIOBase:

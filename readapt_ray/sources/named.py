@@ -10,6 +10,7 @@ from typing import Any
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.cleaning import clean_id
 from readapt_ray.sources.columns import QUERY_TEXT_NAMES, TEXT_NAMES
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
 
@@ -73,7 +74,7 @@ class NamedSource(Source):
                 text = _text(query, QUERY_TEXT_NAMES)
                 place = f"{self._name} query {number}"
                 yield (
-                    Query(query.query_id, text.strip())
+                    Query(clean_id(query.query_id), text.strip())
                     if isinstance(text, str) and text.strip()
                     else BadRow(place, "empty_text")
                 )
@@ -83,7 +84,8 @@ class NamedSource(Source):
         if not self.has_qrels:
             return {}
         split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")
-        return {split: (Qrel(each.query_id, each.doc_id, int(each.relevance)) for each in self._dataset.qrels_iter())}
+        qrels = self._dataset.qrels_iter()
+        return {split: (Qrel(clean_id(q.query_id), clean_id(q.doc_id), int(q.relevance)) for q in qrels)}
 
     def fingerprint(self) -> str:
         """By name: a published collection does not change."""

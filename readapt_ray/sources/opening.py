@@ -7,9 +7,9 @@ from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.sources import hub, named, python_docs
 from readapt_ray.sources.lines import plain_name
 from readapt_ray.sources.source import Limits, Source
-from readapt_ray.sources.table_sources import BeirSource, LabelledTableSource, TableSource, beir_file, data_files
+from readapt_ray.sources.table_sources import BeirSource, LabelledTableSource, TableSource, beir_file, is_data
 from readapt_ray.sources.tables import FORMATS, Parquet
-from readapt_ray.sources.text_files import TEXT_SUFFIXES, TextSource
+from readapt_ray.sources.text_files import TEXT_HIDDEN, TEXT_SUFFIXES, TextSource
 from readapt_ray.storage import Location
 
 Format = Literal["auto", "beir", "jsonl", "tsv", "parquet", "text", "ir_datasets", "hub", "python-docs"]
@@ -90,13 +90,16 @@ def detected_format(location: Location) -> str:
     elif (location / "passages").is_folder():
         return "parquet"
     else:
-        found = [kind for kind, suffixes in _SUFFIXES.items() if data_files(location, suffixes)]
+        names = [name for name, _ in location.listing(recursive=True)]
+        found = [kind for kind, suffixes in _SUFFIXES.items() if any(is_data(name, suffixes) for name in names)]
+        if not found and any(is_data(name, TEXT_SUFFIXES, TEXT_HIDDEN) for name in names):
+            found = ["text"]
+        if not names:
+            raise CorpusError(f"{location.uri!r} is an empty folder; give one that holds {_DETECTED}")
     if len(found) == 1:
         return found[0]
     if found:
         raise CorpusError(
             f"{location.uri!r} holds files of several formats ({', '.join(found)}); choose one by --format"
         )
-    if location.is_folder() and not location.listing(recursive=True):
-        raise CorpusError(f"{location.uri!r} is an empty folder; give one that holds {_DETECTED}")
     raise CorpusError(f"the format of {location.uri!r} cannot be told: it has no {_DETECTED}; choose one by --format")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from readapt_ray.sources.lines import unreadable
+from readapt_ray.damage import READ_ERRORS
+from readapt_ray.sources.lines import refuse_damaged
 from readapt_ray.storage import Location
 
 
@@ -28,7 +29,8 @@ def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
     """
     try:
         parquet = pq.ParquetFile(file.open_input())
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(label, "as Parquet", error) from error
+    except READ_ERRORS as error:
+        refuse_damaged(label, "as Parquet", error)
+        raise
     with parquet:
         yield parquet

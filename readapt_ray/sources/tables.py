@@ -8,11 +8,10 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-import pyarrow as pa
-
+from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.sources.columns import ID_NAMES, TEXT_NAMES, Columns, passage_columns
-from readapt_ray.sources.lines import Line, read_lines, unreadable
+from readapt_ray.sources.lines import Line, read_lines, refuse_damaged
 from readapt_ray.sources.parquet import cells, open_parquet
 from readapt_ray.sources.source import MISSING, BadRow, Limits, Row
 from readapt_ray.storage import Location
@@ -160,8 +159,9 @@ class Parquet:
                         number += 1
                         yield _row(f"{label}:{number}", doc_id, title, text)
                     advance(number / parquet.metadata.num_rows)
-            except (pa.ArrowException, OSError) as error:
-                raise unreadable(label, f"after row {number}", error) from error
+            except READ_ERRORS as error:
+                refuse_damaged(label, f"after row {number}", error)
+                raise
 
 
 def _row(place: str, doc_id: object, title: object, text: object) -> Row | BadRow:

@@ -3,24 +3,32 @@
 Enters: a file, or a folder of .txt, .text, .md, .markdown and .rst files, at any depth. Leaves: a
 passage a file, or several where it is long. The doc_id is the path relative to the folder, white
 space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the file was split. The
-title is the first Markdown heading, else the name without its suffix. One file is in memory.
+title is the first Markdown heading, else the name without its suffix. 17 files are in memory, read ahead
+for stores that answer slowly.
 """
 
+import collections
+import functools
+import itertools
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.sources.cleaning import encoded_white_space
 from readapt_ray.sources.lines import plain_name, read_lines, read_whole
 from readapt_ray.sources.source import BadRow, Limits, Row, Source
-from readapt_ray.sources.table_sources import data_files, files_fingerprint
+from readapt_ray.sources.table_sources import DataFile, files_fingerprint, source_files
 from readapt_ray.storage import Location
 
 MARKDOWN_SUFFIXES = (".md", ".markdown")
 TEXT_SUFFIXES = (".txt", ".text", ".rst", *MARKDOWN_SUFFIXES)
+TEXT_HIDDEN = (".",)
+"""How a name begins that is not of data here: `_posts` and `_index.md` are."""
+_READERS = 16
 _HEADING = re.compile(r" {0,3}#{1,6}\s+(.*?)\s*#*\s*")
 _FENCE = re.compile(r" {0,3}(```|~~~)")
 _PARAGRAPH = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
-_WHITE_SPACE = re.compile(r"\s")
 
 
 class TextSource(Source):
@@ -31,28 +39,36 @@ class TextSource(Source):
     def __init__(self, location: Location, limits: Limits) -> None:
         self._location, self._limits = location, limits
 
-    def _files(self) -> list[tuple[str, Location]]:
-        if self._location.is_file():
-            return [(self._location.name, self._location)]
-        return data_files(self._location, TEXT_SUFFIXES)
+    @functools.cached_property
+    def _files(self) -> list[DataFile]:
+        return source_files(self._location, TEXT_SUFFIXES, hidden=TEXT_HIDDEN)
 
     def check(self) -> None:
         """There is a file with something in it."""
-        files = self._files()
+        files = self._files
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
-        if not any(next(read_lines(file, label), None) for label, file in files):
+        if not any(next(read_lines(file, label), None) for label, file, _ in files):
             raise CorpusError(f"{self._location} holds no text: {len(files)} files, all empty")
 
     def rows(self) -> Iterator[Row | BadRow]:
         """File after file."""
-        files = self._files()
-        for number, (label, file) in enumerate(files):
-            yield from self._file_rows(label, file)
-            self.fraction_read = (number + 1) / len(files)
+        for number, (label, data) in enumerate(self._contents()):
+            yield from self._file_rows(label, data)
+            self.fraction_read = (number + 1) / len(self._files)
 
-    def _file_rows(self, label: str, file: Location) -> Iterator[Row | BadRow]:
-        data = read_whole(file, label, max_bytes=self._limits.max_text_bytes)
+    def _contents(self) -> Iterator[tuple[str, bytes]]:
+        """The content of each file, in order, while the next ones are read."""
+        read = functools.partial(read_whole, max_bytes=self._limits.max_text_bytes)
+        with ThreadPoolExecutor(_READERS) as pool:
+            reads = ((file.label, pool.submit(read, file.location, file.label)) for file in self._files)
+            ahead = collections.deque(itertools.islice(reads, _READERS))
+            while ahead:
+                label, content = ahead.popleft()
+                ahead.extend(itertools.islice(reads, 1))
+                yield label, content.result()
+
+    def _file_rows(self, label: str, data: bytes) -> Iterator[Row | BadRow]:
         if len(data) == self._limits.max_text_bytes:
             yield BadRow(label, "long_text")
             return
@@ -65,7 +81,7 @@ class TextSource(Source):
         stem = label[: name.rindex(".")].rsplit("/", 1)[-1]
         title, text = split_heading(text) if name.endswith(MARKDOWN_SUFFIXES) else ("", text)
         pieces = split_text(text, self._limits.max_passage_chars)
-        doc_id = _WHITE_SPACE.sub("%20", label)
+        doc_id = encoded_white_space(label)
         if len(pieces) < 2:
             yield Row(label, doc_id, title or stem, "".join(pieces))
             return
@@ -74,7 +90,7 @@ class TextSource(Source):
 
     def fingerprint(self) -> str:
         """By the content of the files and their names."""
-        return files_fingerprint(self._files())
+        return files_fingerprint(self._files)
 
 
 def split_heading(text: str) -> tuple[str, str]:

@@ -82,7 +82,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
         "finetune",
         config,
         inputs={**source.fingerprints, "model": model.fingerprint()},
-        identity={"encoding": encoding.model_dump(mode="json")},
+        identity={"encoding": encoding.model_dump(mode="json"), "negatives": "none that is relevant"},
         work=lambda workspace: _finetune(config, model, source, encoding, workspace),
     )
 

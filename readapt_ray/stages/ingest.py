@@ -32,6 +32,7 @@ from readapt_ray.sources.source import (
     REASONS,
     BadRow,
     Limits,
+    Row,
     Source,
 )
 from readapt_ray.storage import Location
@@ -80,6 +81,10 @@ def ingest(config: IngestConfig) -> Artifact:
     source.check()
     deduplicate = _resolved(config.deduplicate, source)
     resolved = config.model_copy(update={"format": source.format, "deduplicate": deduplicate})
+    # An option that changes nothing here has its default, so that its value makes no other artifact.
+    idle = {"near_threshold": deduplicate != "near", "max_passage_chars": source.format != "text"}
+    defaults = {name: IngestConfig.model_fields[name].default for name, is_idle in idle.items() if is_idle}
+    resolved = resolved.model_copy(update=defaults)
 
     def work(workspace: Workspace) -> None:
         _Ingestion(workspace, resolved, source, deduplicate).run()
@@ -141,6 +146,7 @@ class _Ingestion:
         self._ids = RowTable()
         self._first_dropped: list[tuple[str, int]] = []
         self._num_dropped = 0
+        self._num_changed_ids = 0
 
     def run(self) -> None:
         """Passages first, then what points at them."""
@@ -156,7 +162,7 @@ class _Ingestion:
         )
         total_bytes = 0
         for row in self._source.rows():
-            passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=self._config.max_text_bytes)
+            passage = row if isinstance(row, BadRow) else self._checked(row)
             if isinstance(passage, BadRow):
                 self._bad_rows.add(passage)
                 continue
@@ -180,7 +186,19 @@ class _Ingestion:
                 f"no passages are left of {self._config.source!r}: every row is bad ({self._bad_rows.summary()['by_reason']}); "
                 f"the log names the first of them"
             )
+        if self._num_changed_ids:
+            logger.info(
+                "ingest: %d doc_ids had white space, which TREC files cannot hold: it is cut off at the ends and encoded "
+                "inside, a space as %%20; so it is in queries and judgements",
+                self._num_changed_ids,
+            )
         self._workspace.counts |= {"num_passages": self._writer.num_rows, "num_bytes": total_bytes}
+
+    def _checked(self, row: Row) -> Passage | BadRow:
+        passage = checked(row, max_text_bytes=self._config.max_text_bytes)
+        if isinstance(passage, Passage):
+            self._num_changed_ids += str(row.doc_id) != passage.doc_id
+        return passage
 
     def _drop(self, passage: Passage, key: bytes, kept_row: int) -> None:
         self._num_dropped += 1

@@ -1,12 +1,17 @@
 """What finetune trains on: judged pairs of a corpus or a file of pairs, tokenised as the retriever wants its text.
 
-The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters.
+The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters. A file of pairs is
+streamed, with some 100 bytes in memory for each of its texts.
 """
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
@@ -20,9 +25,8 @@ _TEXTS_PER_CALL = 1024
 
 
 class Document(NamedTuple):
-    """A passage that stands in pairs; its number tells it from all others."""
+    """A passage that stands in pairs."""
 
-    number: int
     doc_id: str
     title: str
     text: str
@@ -82,6 +86,8 @@ def open_source(corpus: str, split: str, negatives: str | None) -> PairSource:
 def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Location, *, num_negatives: int) -> None:
     """Tokenise every pair, in the order of the qrels or of the file.
 
+    Texts that are one to the model have one number: what it reads is what can be told apart.
+
     Args:
         target: a Parquet file of PAIR_SCHEMA.
         num_negatives: hard negatives a query, where there is a run.
@@ -95,14 +101,7 @@ def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Lo
     from readapt_ray.retrieval.templates import TextTokenizer
     from readapt_ray.training.pairs import PAIR_SCHEMA
 
-    pairs = list(_file_pairs(source.file)) if source.file is not None else _judged_pairs(source, num_negatives)
-    if len(pairs) < 2:
-        where = (
-            f"of the split {source.split!r} whose query and passage it holds"
-            if source.split
-            else "of query and positive"
-        )
-        raise CorpusError(f"{source.name!r} has {len(pairs)} pairs {where}; at least 2 are needed")
+    pairs = _file_pairs(source.file) if source.file is not None else iter(_judged_pairs(source, num_negatives))
     tokenizer = TextTokenizer(models.load_tokenizer(model), encoding)
 
     def passage_ids(documents: list[Document]) -> Any:
@@ -110,21 +109,43 @@ def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Lo
             return []
         return tokenizer.ids([each.text for each in documents], "passage", [each.title for each in documents])
 
-    tables = []
-    for start in range(0, len(pairs), _TEXTS_PER_CALL):
-        part = pairs[start : start + _TEXTS_PER_CALL]
-        negatives = iter(passage_ids([each for pair in part for each in pair.negatives]))
-        columns = {
-            "query_ids": tokenizer.ids([pair.query for pair in part], "query"),
-            "passage_ids": passage_ids([pair.passage for pair in part]),
-            "doc_number": [pair.passage.number for pair in part],
-            "doc_id": [pair.passage.doc_id for pair in part],
-            "negative_ids": [[next(negatives) for _ in pair.negatives] for pair in part],
-            "negative_numbers": [[each.number for each in pair.negatives] for pair in part],
-        }
-        tables.append(pa.table(columns, schema=PAIR_SCHEMA))
-    with target.open_output() as stream:
-        pq.write_table(pa.concat_tables(tables), stream, compression="zstd")
+    queries, passages = _Numbers(), _Numbers()
+    num_pairs = 0
+    with target.open_output() as stream, pq.ParquetWriter(stream, PAIR_SCHEMA, compression="zstd") as writer:
+        while part := list(itertools.islice(pairs, _TEXTS_PER_CALL)):
+            found = iter(passage_ids([each for pair in part for each in pair.negatives]))
+            query_ids = tokenizer.ids([pair.query for pair in part], "query")
+            right_ids = passage_ids([pair.passage for pair in part])
+            negative_ids = [[next(found) for _ in pair.negatives] for pair in part]
+            columns = {
+                "query_ids": query_ids,
+                "query_number": queries.of(query_ids),
+                "passage_ids": right_ids,
+                "doc_number": passages.of(right_ids),
+                "doc_id": [pair.passage.doc_id for pair in part],
+                "negative_ids": negative_ids,
+                "negative_numbers": [passages.of(ids) for ids in negative_ids],
+            }
+            writer.write_table(pa.table(columns, schema=PAIR_SCHEMA))
+            num_pairs += len(part)
+        if num_pairs < 2:
+            of_split = f"of the split {source.split!r} whose query and passage it holds"
+            raise CorpusError(
+                f"{source.name!r} has {num_pairs} pairs {of_split if source.split else 'of query and positive'}; at least "
+                f"2 are needed"
+            )
+
+
+class _Numbers:
+    """Numbers texts from 0 on, equal ones alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, int] = {}
+
+    def of(self, texts: Iterable[Sequence[int]]) -> list[int]:
+        """The number of each tokenised text."""
+        digests = (hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest() for ids in texts)
+        return [self._known.setdefault(digest, len(self._known)) for digest in digests]
 
 
 def _judged_pairs(source: PairSource, num_negatives: int) -> list[Pair]:
@@ -172,36 +193,34 @@ def _documents(folder: Location, wanted: set[str]) -> dict[str, Document]:
             for batch in pq.ParquetFile(stream).iter_batches(columns=["doc_id", "title", "text"]):
                 for row in batch.to_pylist():
                     if row["doc_id"] in wanted:
-                        found[row["doc_id"]] = Document(len(found), row["doc_id"], row["title"] or "", row["text"])
+                        found[row["doc_id"]] = Document(row["doc_id"], row["title"] or "", row["text"])
     return found
 
 
 def _file_pairs(file: Location) -> Iterator[Pair]:
-    """The pairs of a JSONL file; the same text is the same document."""
-    seen: dict[tuple[str, str], Document] = {}
+    """The pairs of a JSONL file; its documents are named by their lines."""
+    from readapt_ray.sources.lines import read_lines
+    from readapt_ray.sources.source import REASONS, BadRow
 
-    def document(text: str, title: str, where: str) -> Document:
-        return seen.setdefault((title, text), Document(len(seen), where, title, text))
-
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
+    for line in read_lines(file, str(file)):
+        if isinstance(line, BadRow):
+            raise CorpusError(f"{line.place} is no pair: {REASONS[line.reason]}; mend or remove that line")
+        where = f"line {line.number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line.text)
             query, positive = row["query"], row["positive"]
             negatives = row.get("negatives") or []
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorpusError(
-                f'{file}, line {number} is no pair ({error!r}); a line is {{"query": "...", "positive": "..."}}, with '
+                f'{file}, {where} is no pair ({error!r}); a line is {{"query": "...", "positive": "..."}}, with '
                 f'"negatives": ["...", ...] where there are some'
             ) from error
         if not isinstance(negatives, list):
-            raise CorpusError(f"{file}, line {number}: negatives must be a list of texts, not {negatives!r}")
+            raise CorpusError(f"{file}, {where}: negatives must be a list of texts, not {negatives!r}")
         if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
-            raise CorpusError(f"{file}, line {number}: query, positive and negatives must be texts that are not empty")
-        title = str(row.get("title") or "")
+            raise CorpusError(f"{file}, {where}: query, positive and negatives must be texts that are not empty")
         yield Pair(
             query,
-            document(positive, title, f"line {number}"),
-            [document(text, "", f"line {number}, negative {place}") for place, text in enumerate(negatives, 1)],
+            Document(where, str(row.get("title") or ""), positive),
+            [Document(f"{where}, negative {place}", "", text) for place, text in enumerate(negatives, 1)],
         )

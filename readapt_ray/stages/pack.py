@@ -1,12 +1,15 @@
 """pack: passages to numbered token blocks.
 
 Each passages file becomes one blocks file, tokenised in a Ray Data task of its own and written whole;
-after a kill only the files that are missing are made. Memory is that of one file's tokens a task.
+after a kill only the files that are missing are made. Memory is that of one file's tokens a task, and
+everywhere that of the ids to leave out or to take.
 """
 
+import logging
 from typing import Any, ClassVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -14,9 +17,11 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import CorpusError, ModelError
+from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
 from readapt_ray.stages import cluster, elsewhere
 from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
 
 _BLOCKS_PER_ROW_GROUP = 256
 _TEXTS_PER_CALL = 1024
@@ -36,7 +41,7 @@ class PackConfig(StageConfig):
     """Longest passage, and in packed mode the length of a block, in tokens."""
 
     exclude: str | None = None
-    """Passages to leave out: a file with a doc_id a line, a Parquet file with the column doc_id, or qrels (TSV)."""
+    """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
     only: str | None = None
     """Passages to take, and no others: a file as for exclude."""
 
@@ -48,9 +53,12 @@ def pack(config: PackConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the corpus is not a complete output of ingest.
-        CorpusError: `exclude` or `only` cannot be read, or leave no passage.
+        CorpusError: `exclude` or `only` cannot be read, names no passage of the corpus, or leaves none.
+        CorruptFileError: the corpus does not have all its passages.
+        PlacementError: no node of the cluster has a CPU.
         ModelError: the tokenizer cannot be read, has no end token, or the block is longer than the model's positions.
     """
+    from readapt_ray.sources.judgements import read_doc_ids
     from readapt_ray.training import packing
 
     corpus = artifacts.open_artifact(config.corpus, "ingest")
@@ -66,37 +74,11 @@ def pack(config: PackConfig) -> Artifact:
             f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
         )
     inputs = {"corpus": corpus.fingerprint, "pretrained": models.tokenizer_fingerprint(model)}
-    lists = {name: _read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
+    lists = {name: read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
     inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
     return artifacts.produce(
         "pack", config, inputs=inputs, work=lambda workspace: _pack(config, model, corpus, lists, workspace)
     )
-
-
-def _read_doc_ids(uri: str) -> frozenset[str]:
-    """The doc_ids that a file lists, or that its judgements name.
-
-    Raises:
-        CorpusError: there is no such file, or it lists none.
-    """
-    from readapt_ray.sources.judgements import read_qrels
-
-    file = Location(uri)
-    if not file.is_file():
-        raise CorpusError(f"no file {uri!r}; give a list of doc_ids, one a line, or qrels")
-    if file.name.endswith(".parquet"):
-        with file.open_input() as stream:
-            opened = pq.ParquetFile(stream)
-            if "doc_id" not in opened.schema_arrow.names:
-                raise CorpusError(f"{uri!r} has no column doc_id; it has {', '.join(opened.schema_arrow.names)}")
-            found = frozenset(opened.read(columns=["doc_id"])["doc_id"].to_pylist())
-    elif file.name.endswith((".tsv", ".qrels", ".jsonl")):
-        found = frozenset(qrel.doc_id for qrel in read_qrels(uri))
-    else:
-        found = frozenset(line.strip() for line in file.read_text().splitlines() if line.strip())
-    if not found:
-        raise CorpusError(f"{uri!r} lists no doc_id; give one a line")
-    return found
 
 
 def _usable_positions(model: models.Model) -> int | None:
@@ -116,36 +98,65 @@ def _pack(
     import ray
     import ray.data
 
-    files = (corpus.location / "passages").files(".parquet")
-    if not files:
-        raise CorpusError(f"{config.corpus!r} holds no passages")
-    parts, first_number = [], 0
-    for index, file in enumerate(files):
-        with file.open_input() as stream:
-            rows = pq.ParquetFile(stream).metadata.num_rows
-        parts.append({"index": index, "file": elsewhere.absolute(file).uri, "first_number": first_number})
-        first_number += rows
+    cluster.check_placement(1, {"CPU": 1}, who="tasks")
+    parts, num_passages = _parts(corpus, lists)
     job = {"pretrained": elsewhere.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
     blocks = elsewhere.absolute(workspace.location) / "blocks"
     cluster.check_seen_by_all(blocks)
     shared_lists = ray.put(lists)
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    dataset.context.execution_no_progress_timeout_s = -1
     dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared_lists)))
     counts = {"num_blocks": 0, "num_passages": 0, "num_tokens": 0, "num_cut_passages": 0}
     try:
         for row in dataset.iter_rows():
             counts = {name: counts[name] + row[name] for name in counts}
-            workspace.progress(counts["num_passages"], first_number, unit="passages")
+            workspace.progress(counts["num_passages"], num_passages, unit="passages")
     except ray.exceptions.RayError as error:
         raise cluster.cause_of(error) from None
     if lists:
-        counts["num_withheld_passages"] = first_number - counts["num_passages"]
+        counts["num_withheld_passages"] = num_passages - counts["num_passages"]
         if not counts["num_passages"]:
             raise CorpusError(
-                f"exclude = {config.exclude!r} and only = {config.only!r} leave none of the {first_number:,} passages of "
+                f"exclude = {config.exclude!r} and only = {config.only!r} leave none of the {num_passages:,} passages of "
                 f"{config.corpus!r}; check that they name its doc_ids"
             )
     workspace.counts = counts
+
+
+def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dict[str, Any]], int]:
+    """The passages files, each with the number of its first passage, and how many passages there are."""
+    parts, num_passages = [], 0
+    wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
+    num_found = dict.fromkeys(lists, 0)
+    for index, file in enumerate((corpus.location / "passages").files(".parquet")):
+        parts.append({"index": index, "file": elsewhere.absolute(file).uri, "first_number": num_passages})
+        with file.open_input() as stream, pq.ParquetFile(stream) as opened:
+            num_passages += opened.metadata.num_rows
+            for batch in opened.iter_batches(columns=["doc_id"]) if lists else ():
+                for name, ids in wanted.items():
+                    num_found[name] += pc.sum(pc.is_in(batch["doc_id"], value_set=ids)).as_py() or 0
+    expected = corpus.manifest.counts["num_passages"]
+    if num_passages != expected:
+        raise CorruptFileError(
+            f"{corpus.uri!r} holds {num_passages:,} passages in {len(parts)} files, but its manifest counts {expected:,}; "
+            f"copy the whole folder again, or remove it and run `readapt ingest` again"
+        )
+    for name, found in num_found.items():
+        _check_found(name, found, len(lists[name]), corpus)
+    return parts, num_passages
+
+
+def _check_found(name: str, num_found: int, num_listed: int, corpus: Artifact) -> None:
+    if not num_found:
+        raise CorpusError(
+            f"{name} lists {num_listed:,} doc_ids, and {corpus.uri!r} has none of them; give doc_ids of its passages, or "
+            f"leave --{name} out"
+        )
+    if num_found < num_listed:
+        logger.warning(
+            "pack: %d of the %d doc_ids of %s are not in the corpus", num_listed - num_found, num_listed, name
+        )
 
 
 def _pack_file(
@@ -180,8 +191,6 @@ def _pack_file(
 
 
 def _counts(target: Location, block_tokens: int) -> dict[str, int]:
-    import pyarrow.compute as pc
-
     with target.open_input() as stream:
         lengths: pa.Array = pq.read_table(stream, columns=["passage_lengths"])["passage_lengths"]
     flat = pc.list_flatten(lengths)

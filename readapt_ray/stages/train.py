@@ -37,7 +37,7 @@ class TrainConfig(OptimizationConfig):
     block_tokens: int = Field(default=1024, ge=8)
     """Longest passage, and in packed mode the length of a block, in tokens."""
     exclude: str | None = None
-    """Passages to leave out: a file with a doc_id a line, a Parquet file with the column doc_id, or qrels (TSV)."""
+    """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
     only: str | None = None
     """Passages to take, and no others: a file as for exclude."""
     objective: Objective | None = None
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the blocks are not complete.
-        CorpusError: there are no blocks, or they hold other passages than `exclude` and `only` say.
+        CorpusError: there are no blocks, or they were packed with other options than those that are given.
         ModelError: the pretrained model is none, is not of the kind that the objective asks for, has no layer of
             the names in `target_modules`, or its tokenizer is not the one that made the blocks.
         PlacementError: the cluster does not have the workers asked for, or not the memory.
@@ -72,7 +72,7 @@ def train(config: TrainConfig) -> Artifact:
     blocks = artifacts.open_artifact(config.corpus, "pack")
     if not blocks.manifest.counts["num_blocks"]:
         raise CorpusError(f"{config.corpus!r} holds no blocks; pack a corpus that has text")
-    for name in ("exclude", "only"):
+    for name in (each for each in PACK_OPTIONS if each in config.model_fields_set):
         wanted, packed = getattr(config, name), blocks.manifest.config.get(name)
         if wanted is not None and wanted != packed:
             raise CorpusError(

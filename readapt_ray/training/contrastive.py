@@ -4,8 +4,12 @@ The batch is not bound by memory (GradCache; Gao et al., 2021): all texts are en
 without a graph, the loss and its gradient with respect to each vector are computed, then each micro-batch
 is encoded again, with the same dropout, and the gradient sent through it. That costs one more forward
 pass; a batch that fits one micro-batch is encoded once.
+
+What answers a query is never its negative, though it stands in the batch as the passage of another pair or as a
+hard negative of another query.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,13 +72,13 @@ class Contrast:
         texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
         parts = weighted(own, num_parts, filler=own[0])
         if num_parts > 1:
-            loss_of = self._cached(engine, texts, parts, num_pairs_all=len(batch), seed=self.seed + step)
+            loss_of = self._cached(engine, shares, parts, seed=self.seed + step)
         else:
 
             def loss_of(part: Sequence[int]) -> Tensor:
                 vectors = self._encode(engine, texts, part)
                 in_order = torch.empty_like(vectors).index_copy(0, torch.tensor(part, device=vectors.device), vectors)
-                return self.loss_share(in_order, texts, num_pairs_all=len(batch))
+                return self.loss_share(in_order, shares, engine.worker_rank)
 
         lengths = [[len(ids) for ids in share.token_ids] for share in shares]
         return Work(
@@ -92,13 +96,13 @@ class Contrast:
     def _cached(
         self,
         engine: Engine,
-        texts: Texts,
+        shares: Sequence[Texts],
         parts: Sequence[tuple[Sequence[int], float]],
         *,
-        num_pairs_all: int,
         seed: int,
     ) -> Any:
         """The gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
+        texts = shares[engine.worker_rank]
         vectors_TD: Tensor | None = None
         with torch.no_grad():
             for index, (part, weight) in enumerate(parts):
@@ -111,7 +115,7 @@ class Contrast:
         assert vectors_TD is not None
         with torch.enable_grad():
             vectors_TD.requires_grad_()
-            loss = self.loss_share(vectors_TD, texts, num_pairs_all=num_pairs_all)
+            loss = self.loss_share(vectors_TD, shares, engine.worker_rank)
             (gradient_TD,) = torch.autograd.grad(loss, vectors_TD)
         num_real = sum(weight > 0 for _, weight in parts)
         value = loss.detach() / max(1, num_real)
@@ -127,39 +131,46 @@ class Contrast:
         with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 
-    def loss_share(self, vectors_TD: Tensor, texts: Texts, *, num_pairs_all: int) -> Tensor:
+    def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:
         """This worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all workers.
 
-        Each query is told from the passages and hard negatives of all workers. Passages of the same number
-        as the right one are left out of the negatives.
+        Each query is told from the passages and hard negatives of all workers, but for those that answer it, too; in
+        the other direction each passage's query from the queries that it does not answer.
 
         Args:
             vectors_TD: of this worker's texts, in their order.
-            texts: this worker's.
-            num_pairs_all: pairs of all workers; the shares of all add up to the mean over them.
+            shares: the texts of every worker, by rank.
+            worker_rank: of this worker.
+
+        Returns:
+            float32; the shares of all workers add up to the mean over all pairs.
         """
-        num = texts.num_pairs
+        texts = shares[worker_rank]
+        num_pairs = [share.num_pairs for share in shares]
+        num, first = texts.num_pairs, sum(num_pairs[:worker_rank])
         query_BD, passage_BD = vectors_TD[:num], vectors_TD[num : 2 * num]
         negative_ND = vectors_TD[2 * num : 2 * num + len(texts.negative_numbers)]
-        device = vectors_TD.device
-        numbers_B = torch.from_numpy(texts.passage_numbers).to(device)
-        passages, passage_numbers, first = _gathered(passage_BD, numbers_B)
-        negatives, negative_numbers, _ = _gathered(negative_ND, torch.from_numpy(texts.negative_numbers).to(device))
-        candidates_CD, numbers_C = torch.cat([passages, negatives]), torch.cat([passage_numbers, negative_numbers])
-        targets_B = torch.arange(first, first + num, device=device)
-        total = self._cross_entropy_sum(query_BD, candidates_CD, targets_B, numbers_B, numbers_C)
+        passages_PD = _gathered(passage_BD, num_pairs)
+        negatives_ND = _gathered(negative_ND, [len(share.negative_numbers) for share in shares])
+        numbers = [*(share.passage_numbers for share in shares), *(share.negative_numbers for share in shares)]
+        answers = _meetings(texts.relevant, np.concatenate(numbers))
+        total = self._cross_entropy_sum(query_BD, torch.cat([passages_PD, negatives_ND]), first, answers)
         if self.both_directions:
-            queries, _, _ = _gathered(query_BD, numbers_B)
-            total = (total + self._cross_entropy_sum(passage_BD, queries, targets_B, numbers_B, passage_numbers)) / 2
-        return total / num_pairs_all
+            asked = _meetings([each for share in shares for each in share.relevant], texts.passage_numbers)
+            answered = [(passage, query) for query, passage in asked]
+            total = (total + self._cross_entropy_sum(passage_BD, _gathered(query_BD, num_pairs), first, answered)) / 2
+        return total / sum(num_pairs)
 
     def _cross_entropy_sum(
-        self, anchors_BD: Tensor, candidates_CD: Tensor, targets_B: Tensor, numbers_B: Tensor, numbers_C: Tensor
+        self, anchors_BD: Tensor, candidates_CD: Tensor, first: int, right: Sequence[tuple[int, int]]
     ) -> Tensor:
-        same_BC = numbers_B[:, None] == numbers_C[None, :]
-        same_BC[torch.arange(len(targets_B), device=same_BC.device), targets_B] = False
+        """Candidate `first + i` is the target of anchor i; of the other (anchor, candidate) in `right` none is told apart."""
         scores_BC = (anchors_BD @ candidates_CD.T).float() / self.temperature
-        return nn.functional.cross_entropy(scores_BC.masked_fill(same_BC, -torch.inf), targets_B, reduction="sum")
+        others = [(anchor, candidate) for anchor, candidate in right if candidate != first + anchor]
+        at = torch.tensor(others, dtype=torch.int64, device=scores_BC.device).reshape(-1, 2)
+        scores_BC = scores_BC.index_put((at[:, 0], at[:, 1]), scores_BC.new_tensor(-torch.inf))
+        targets_B = torch.arange(first, first + len(anchors_BD), device=scores_BC.device)
+        return nn.functional.cross_entropy(scores_BC, targets_B, reduction="sum")
 
 
 def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
@@ -174,7 +185,7 @@ def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding
     hidden = model(
         input_ids=torch.from_numpy(input_ids).to(device), attention_mask=attention_mask, use_cache=False
     ).last_hidden_state
-    vectors = pool(hidden, attention_mask, encoding.pooling)
+    vectors = pool(hidden, attention_mask, encoding.pooling)[:, : encoding.dimensions]
     return normalized(vectors) if encoding.normalize else vectors.float()
 
 
@@ -191,25 +202,25 @@ def _groups(texts: Texts, max_tokens: int) -> list[list[int]]:
     return groups
 
 
-def _gathered(vectors_BD: Tensor, numbers_B: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Vectors and numbers of all workers with gradients to each, and the row of this worker's first."""
-    size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    if size == 1:
-        return vectors_BD, numbers_B, 0
-    counts = [torch.zeros(1, dtype=torch.int64, device=vectors_BD.device) for _ in range(size)]
-    torch.distributed.all_gather(counts, torch.tensor([len(vectors_BD)], device=vectors_BD.device))
-    lengths = [int(count) for count in counts]
+def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:
+    """Every (i, j) where the passage numbers[j] is in relevant[i]."""
+    places = defaultdict(list)
+    for place, number in enumerate(numbers.tolist()):
+        places[number].append(place)
+    return [
+        (index, place)
+        for index, each in enumerate(relevant)
+        for number in each.tolist()
+        if number in places
+        for place in places[number]
+    ]
+
+
+def _gathered(vectors_BD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The vectors of all workers, with gradients to each; `lengths` says how many each has, by rank."""
     longest = max(lengths)
-    if longest == 0:
-        return vectors_BD, numbers_B, 0
+    if len(lengths) == 1 or longest == 0:
+        return vectors_BD
     padded = nn.functional.pad(vectors_BD, (0, 0, 0, longest - len(vectors_BD)))
     vectors: list[Tensor] = torch.distributed.nn.functional.all_gather(padded)  # type: ignore[no-untyped-call]
-    padded_numbers = nn.functional.pad(numbers_B, (0, longest - len(numbers_B)))
-    numbers = [torch.empty_like(padded_numbers) for _ in range(size)]
-    torch.distributed.all_gather(numbers, padded_numbers)
-    rank = torch.distributed.get_rank()
-    return (
-        torch.cat([each[:length] for each, length in zip(vectors, lengths, strict=True)]),
-        torch.cat([each[:length] for each, length in zip(numbers, lengths, strict=True)]),
-        sum(lengths[:rank]),
-    )
+    return torch.cat([each[:length] for each, length in zip(vectors, lengths, strict=True)])

@@ -4,7 +4,7 @@ Pairs lie in memory on every worker: 0.6 GB a million pairs of 150 tokens; each 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +15,11 @@ from readapt_ray.storage import Location
 from readapt_ray.training.checkpoints import Course
 
 _IDS = pa.list_(pa.int32())
+_SIDES: Final = ("left", "right")
 PAIR_SCHEMA = pa.schema(
     [
         ("query_ids", _IDS),
+        ("query_number", pa.int64()),
         ("passage_ids", _IDS),
         ("doc_number", pa.int64()),
         ("doc_id", pa.string()),
@@ -30,7 +32,8 @@ PAIR_SCHEMA = pa.schema(
 class Texts(NamedTuple):
     """The texts of some pairs: queries, the passages that answer them, then their hard negatives.
 
-    Numbers name passages, so that one that stands twice in a batch is no negative to itself.
+    Numbers name passages: equal numbers, equal texts. What is relevant to a query is no negative to it, wherever in the
+    batch it stands.
     """
 
     token_ids: list[np.ndarray]
@@ -39,6 +42,8 @@ class Texts(NamedTuple):
     """int64 [pairs]"""
     negative_numbers: np.ndarray
     """int64 [negatives]"""
+    relevant: list[np.ndarray]
+    """For each pair int64 numbers: every passage that answers its query, its own and those of the query's other pairs."""
 
 
 class PairReader:
@@ -59,6 +64,10 @@ class PairReader:
         table = pa.concat_tables(tables).combine_chunks()
         self._columns = {name: table[name].combine_chunks() for name in table.column_names}
         self._doc_numbers = table["doc_number"].to_numpy()
+        queries = table["query_number"].to_numpy()
+        order = np.argsort(queries, kind="stable")
+        self._by_query = self._doc_numbers[order]
+        self._query_starts, self._query_ends = (np.searchsorted(queries[order], queries, side) for side in _SIDES)
         self.course = Course(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[np.ndarray]:
@@ -95,4 +104,5 @@ class PairReader:
             num_pairs=len(at),
             passage_numbers=self._doc_numbers[pairs],
             negative_numbers=np.concatenate([np.empty(0, np.int64), *numbers]),
+            relevant=[np.unique(self._by_query[self._query_starts[pair] : self._query_ends[pair]]) for pair in at],
         )

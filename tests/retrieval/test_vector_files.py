@@ -118,6 +118,17 @@ def test_a_number_too_large_for_float16_is_refused(tmp_path):
         write_vectors(Location(str(tmp_path)) / "x", ["a"], np.full((1, 2), 1e6), dtype="float16", metadata={})
 
 
+def test_a_store_that_is_busy_is_not_called_a_damaged_file(tmp_path, monkeypatch):
+    location, _, _ = _written(tmp_path)
+
+    def failing(*_, **__):
+        raise pa.ArrowException("google::cloud::Status(UNAVAILABLE: try again)")
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", failing)
+    with pytest.raises(pa.ArrowException, match="UNAVAILABLE"):
+        read_rows(location, 0, 1, ("doc_id",))
+
+
 def test_damaged_files_are_named(tmp_path):
     location, _, _ = _written(tmp_path)
     content = location.read_bytes()

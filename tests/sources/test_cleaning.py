@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from readapt_ray.records import Passage
-from readapt_ray.sources.cleaning import checked, clean_text
+from readapt_ray.sources.cleaning import checked, clean_id, clean_text
 from readapt_ray.sources.source import MISSING, BadRow, Row
 
 
@@ -55,6 +55,7 @@ def _row(doc_id="a", title="t", text="x"):
         (_row(doc_id=MISSING), "missing_id"),
         (_row(doc_id=None), "missing_id"),
         (_row(doc_id=""), "missing_id"),
+        (_row(doc_id=" \t"), "missing_id"),
         (_row(doc_id=1.5), "id_not_string"),
         (_row(doc_id=True), "id_not_string"),
         (_row(title={"a": 1}), "title_not_string"),
@@ -67,5 +68,18 @@ def test_a_bad_row_has_its_reason(row, reason):
 
 def test_a_good_row_keeps_its_id_and_may_lack_a_title():
     assert checked(_row(doc_id=7, title=None), max_text_bytes=100) == Passage("7", "", "x")
-    assert checked(_row(doc_id=" 7 ", title=" a\nb "), max_text_bytes=100) == Passage(" 7 ", "a b", "x")
+    assert checked(_row(doc_id="d%207", title=" a\nb "), max_text_bytes=100) == Passage("d%207", "a b", "x")
     assert checked(_row(text="x" * 98), max_text_bytes=100) == Passage("a", "t", "x" * 98)
+
+
+def test_an_id_has_no_white_space():
+    ids = [" doc 12\n", "a\u00a0b", "a\tb", "plain", "\u00e9"]
+    assert [clean_id(each) for each in ids] == ["doc%2012", "a%C2%A0b", "a%09b", "plain", "\u00e9"]
+    assert checked(_row(doc_id=" doc 12"), max_text_bytes=100) == Passage("doc%2012", "t", "x")
+
+
+@given(st.text())
+def test_any_id_is_one_field_of_a_trec_file(text):
+    found = clean_id(text)
+    assert found.split() == ([found] if text.strip() else [])
+    assert clean_id(found) == found

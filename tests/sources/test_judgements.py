@@ -6,7 +6,7 @@ import pytest
 
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
-from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
+from readapt_ray.sources.judgements import keep_judged, read_doc_ids, read_qrels, read_queries
 from tests.data import collection
 
 QUERIES = [Query("q1", "one thing"), Query("q2", "another")]
@@ -135,6 +135,57 @@ def test_what_is_not_there(tmp_path):
         read_queries(str(tmp_path / "nosuch.tsv"))
     with pytest.raises(CorpusError, match="no judgements in the folder"):
         read_qrels(str(tmp_path))
+
+
+def test_ids_are_as_those_of_passages(tmp_path):
+    (tmp_path / "q.tsv").write_text(" q 1\tone\n")
+    (tmp_path / "r.tsv").write_text("q 1 \t doc 12\t1\n")
+    assert read_queries(str(tmp_path / "q.tsv")) == [Query("q%201", "one")]
+    assert read_qrels(str(tmp_path / "r.tsv")) == [Qrel("q%201", "doc%2012", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"\xef\xbb\xbfd1\r\nd 2\r\n\n"),
+        ("a", b"d1\nd 2"),
+        ("a.txt.gz", gzip.compress(b"d1\nd 2")),
+        ("a.tsv", b"d1\nd%202\n"),
+        ("a.txt", b"q1 0 d1 1\nq1 0 d%202 0\n"),
+        ("a.list", b"q1\td1\t1\nq1\td 2\t0\n"),
+        ("a.txt", b"query-id corpus-id score\nq1 d1 1\nq1 d%202 0\n"),
+        ("a.qrels", b"q1 Q0 d1 1\nq1 Q0 d%202 1\n"),
+        ("a.jsonl", b'{"doc_id": "d1"}\n{"doc_id": "d 2"}\n'),
+        ("a.jsonl", b'{"query-id": "q", "corpus-id": "d1", "score": 1}\n{"corpus-id": "d 2"}\n'),
+    ],
+)
+def test_lists_of_doc_ids(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_doc_ids(str(tmp_path / name)) == {"d1", "d%202"}
+
+
+def test_doc_ids_of_parquet_are_strings(tmp_path):
+    for number, column in enumerate((pa.array([1, 2]), pa.array(["1", "2"]), pa.array([b"1", b"2"]))):
+        _table(tmp_path / f"{number}.parquet", doc_id=column, other=[0, 0])
+        assert read_doc_ids(str(tmp_path / f"{number}.parquet")) == {"1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b" \n", "lists no doc_id; give one a line"),
+        ("a.txt", b"d1\n\xff\n", "a.txt:2 is not a doc_id: it is not UTF-8"),
+        ("a.jsonl", b'{"doc_id": "d1"}\n{"doc_id": null}\n', "a.jsonl:2 is not a doc_id: it has no id"),
+        ("a.jsonl", b'{"text": "x"}\n', "no column doc_id or corpus-id"),
+        ("a.tsv", b"d1\tx\n", "has 2 columns; give query, document and relevance"),
+    ],
+)
+def test_bad_lists_of_doc_ids_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message):
+        read_doc_ids(str(tmp_path / name))
+    with pytest.raises(CorpusError, match=r"no file .*give a list of doc_ids, one a line, or qrels"):
+        read_doc_ids(str(tmp_path / "absent"))
 
 
 def test_keep_judged_keeps_the_order_and_any_relevance():

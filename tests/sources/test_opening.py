@@ -1,13 +1,17 @@
 import gzip
+import io
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.opening import open_source
 from readapt_ray.sources.source import BadRow, Limits, Row
+from readapt_ray.storage import Location
+from tests import object_store
 
 LINES = '{"_id": "a", "title": "t", "text": "x"}\n{"_id": "b", "text": "y"}\n'
 
@@ -72,6 +76,85 @@ def test_files_of_a_folder_in_order_and_by_name(tmp_path):
     _table(tmp_path / "a.parquet", id=[1], text=["x"])
     _table(tmp_path / "_temporary" / "c.parquet", id=[3], text=["z"])
     assert list(_open(tmp_path).rows()) == [Row("a.parquet:1", 1, None, "x"), Row("b.parquet:1", 2, None, "y")]
+
+
+def test_how_many_files_of_a_folder_are_hidden_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "readapt_ray")
+    for name in ("b.jsonl", "_temporary/c.jsonl", ".d.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    (tmp_path / "_README.md").write_text("not a corpus of text")
+    assert _ids_and_texts(tmp_path) == ("jsonl", WANTED)
+    assert "left out 2 files with a part in their path that begins with . or _, .d.jsonl first" in caplog.text
+
+
+def test_a_folder_of_hidden_names_alone_may_be_text(tmp_path):
+    (tmp_path / "_posts").mkdir()
+    (tmp_path / "_posts" / "a.md").write_text("x")
+    assert _ids_and_texts(tmp_path) == ("text", [("_posts/a.md", "a", "x")])
+
+
+class _Failing(io.RawIOBase):
+    """A file of 1000 bytes, none of which can be read."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *_):
+        return 1000
+
+    def tell(self):
+        return 1000
+
+    def readinto(self, _):
+        raise self.error
+
+
+_SLOW = "When reading information: AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate."
+
+
+@pytest.mark.parametrize("error", [OSError(_SLOW), OSError(5, "Input/output error"), TimeoutError(110, "timed out")])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.tsv", "a.txt", "a.jsonl.gz", "a.parquet"])
+def test_what_may_pass_is_not_called_bad_input(tmp_path, monkeypatch, name, error):
+    (tmp_path / name).write_text(LINES)
+    source = _open(tmp_path / name)
+    monkeypatch.setattr("readapt_ray.storage.Location.open_input", lambda _: _Failing(error))
+    with pytest.raises(OSError, match=error.args[-1]):
+        list(source.rows())
+
+
+def test_what_may_pass_is_not_called_bad_input_in_the_middle_of_parquet(tmp_path, monkeypatch):
+    _table(tmp_path / "a.parquet", id=["a"], text=["x"])
+
+    def failing(*_, **__):
+        yield from ()
+        raise pa.ArrowException("google::cloud::Status(UNAVAILABLE: try again)")
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", failing)
+    with pytest.raises(pa.ArrowException, match="UNAVAILABLE"):
+        list(_open(tmp_path / "a.parquet").rows())
+
+
+def test_a_folder_in_a_store_is_known_by_one_listing(tmp_path):
+    with object_store.running() as store:
+        for number in range(30):
+            store.client.put_object(Bucket=object_store.BUCKET, Key=f"c/{number:02}.txt", Body=b"x")
+        whole = Location(f"s3://{object_store.BUCKET}/c").content_fingerprint()
+        source = _open(f"s3://{object_store.BUCKET}/c")
+        asked = []
+        store.busy = lambda method, path: bool(asked.append((method, path)))
+        found = source.fingerprint()
+        assert found == fingerprint({name: [each] for name, each in whole.items()})
+        assert len(asked) < 5
+        assert [row.doc_id for row in source.rows()] == [f"{number:02}.txt" for number in range(30)]
+        store.client.put_object(Bucket=object_store.BUCKET, Key="c/07.txt", Body=b"xy")
+        assert _open(f"s3://{object_store.BUCKET}/c").fingerprint() != found
 
 
 def test_beir_folder_with_labels(tmp_path):

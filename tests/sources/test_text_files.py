@@ -1,6 +1,10 @@
+import threading
+
 import pytest
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.sources import text_files
+from readapt_ray.sources.lines import read_whole
 from readapt_ray.sources.source import BadRow, Limits, Row
 from readapt_ray.sources.text_files import TextSource, split_heading, split_text
 from readapt_ray.storage import Location
@@ -59,3 +63,45 @@ def test_nothing_to_read_is_refused(tmp_path, content):
         (tmp_path / "a.txt").write_text(content)
     with pytest.raises(CorpusError, match="holds no text"):
         TextSource(Location(str(tmp_path)), Limits()).check()
+
+
+def test_names_that_begin_with_an_underscore_are_text(tmp_path, caplog):
+    caplog.set_level("INFO", "readapt_ray")
+    for name in ("_posts/a.md", "_index.md", "b.md", ".hidden.md", ".git/x.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert [row.doc_id for row in _rows(tmp_path)] == ["_index.md", "_posts/a.md", "b.md"]
+    assert "left out 2 files with a part in their path that begins with ., .git/x.md first" in caplog.text
+
+
+def test_many_files_come_in_order_and_a_bad_one_is_met_in_its_place(tmp_path):
+    for number in range(60):
+        (tmp_path / f"{number:02}.txt").write_text(f"text {number}")
+    source = TextSource(Location(str(tmp_path)), Limits())
+    assert [row.text for row in source.rows()] == [f"text {number}" for number in range(60)]
+    assert source.fraction_read == 1.0
+    (tmp_path / "40.txt").unlink()
+    rows = source.rows()
+    assert [next(rows).text for _ in range(40)] == [f"text {number}" for number in range(40)]
+    with pytest.raises(CorpusError, match=r"40.txt cannot be read to its end: .*No such file"):
+        next(rows)
+
+
+def test_files_are_read_at_the_same_time(tmp_path, monkeypatch):
+    for number in range(20):
+        (tmp_path / f"{number:02}.txt").write_text("text")
+    together = threading.Barrier(8, timeout=10)
+
+    def read(location, label, *, max_bytes):
+        if label < "08.txt":
+            together.wait()
+        return read_whole(location, label, max_bytes=max_bytes)
+
+    monkeypatch.setattr(text_files, "read_whole", read)
+    assert len(_rows(tmp_path)) == 20
+
+
+def test_a_name_may_begin_with_white_space(tmp_path):
+    for name in (" a.txt", "a.txt"):
+        (tmp_path / name).write_text("text")
+    assert [row.doc_id for row in _rows(tmp_path)] == ["%20a.txt", "a.txt"]

@@ -12,7 +12,7 @@ from transformers import AutoModel
 
 from readapt_ray.catalog import models
 from readapt_ray.errors import ArtifactMissingError, CorpusError
-from readapt_ray.records import ScoredDoc
+from readapt_ray.records import Qrel, ScoredDoc
 from readapt_ray.retrieval.runs import write_run
 from readapt_ray.stages import labelled_pairs
 from readapt_ray.stages.finetune import FinetuneConfig, finetune
@@ -22,6 +22,8 @@ from tests import factories
 
 PASSAGES = factories.small_corpus(120)
 QUERIES, QRELS = factories.small_queries(PASSAGES, 40)
+SEVERAL = [Qrel(qrel.query_id, PASSAGES[number].doc_id, 1) for number, qrel in enumerate(QRELS[:5], 60)]
+"""Second answers: one is that of another query, too."""
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +39,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune-several") / "corpus"
+    factories.ingest_artifact(folder, PASSAGES, QUERIES, [*QRELS, *SEVERAL], split="train")
+    return folder
+
+
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.timeout(400)
 def test_it_learns_and_two_workers_with_cached_gradients_equal_one_with_none(
-    base: Path, corpus: Path, tmp_path: Path
+    base: Path, several: Path, tmp_path: Path
 ) -> None:
     for count, micro_batch_tokens in ((1, 16384), (2, 100)):
         artifact = finetune(
             FinetuneConfig(
                 model=str(base),
-                corpus=str(corpus),
+                corpus=str(several),
                 output=str(tmp_path / f"r{count}"),
                 batch_size=10,
                 micro_batch_tokens=micro_batch_tokens,
@@ -58,7 +67,7 @@ def test_it_learns_and_two_workers_with_cached_gradients_equal_one_with_none(
                 num_cpus_per_worker=1,
             )
         )
-        assert artifact.manifest.counts["num_pairs"] == 240
+        assert artifact.manifest.counts["num_pairs"] == 270
     losses = [row["loss"] for row in read_metrics(artifact.location)]
     assert sum(losses[-4:]) / 4 < sum(losses[:4]) / 4 - 0.3
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r1", "r2"))
@@ -104,6 +113,16 @@ def test_judged_pairs_take_the_best_passages_of_a_run_that_are_not_right(
     assert not set(rows[0]["negative_numbers"]) & {rows[0]["doc_number"]}
 
 
+def test_pairs_of_one_query_have_one_number(base: Path, several: Path, tmp_path: Path) -> None:
+    rows = pairs_of(labelled_pairs.open_source(str(several), "train", None), base, tmp_path / "pairs.parquet")
+    texts = {query.query_id: query.text for query in QUERIES}
+    by_text: dict[str, set[int]] = {}
+    for qrel, row in zip([*QRELS, *SEVERAL], rows, strict=True):
+        by_text.setdefault(texts[qrel.query_id], set()).add(row["query_number"])
+    assert all(len(numbers) == 1 for numbers in by_text.values())
+    assert len({row["query_number"] for row in rows}) == len(by_text)
+
+
 def jsonl(path: Path, *rows: Any) -> str:
     path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows))
     return str(path)
@@ -121,8 +140,34 @@ def test_a_file_of_pairs_with_negatives(base: Path, tmp_path: Path) -> None:
     rows = pairs_of(labelled_pairs.open_source(file, "train", None), base, tmp_path / "pairs.parquet")
     assert [len(row["negative_ids"]) for row in rows] == [2, 0, 1]
     assert rows[0]["doc_number"] == rows[1]["doc_number"] == rows[2]["negative_numbers"][0] != rows[2]["doc_number"]
-    assert [row["doc_id"] for row in rows] == ["line 1", "line 1", "line 4"]
+    assert [row["doc_id"] for row in rows] == ["line 1", "line 3", "line 4"]
     assert "nor this" in text_of(base, rows[0]["negative_ids"][1])
+
+
+def test_texts_that_are_one_to_the_model_have_one_number(base: Path, tmp_path: Path) -> None:
+    file = jsonl(
+        tmp_path / "pairs.jsonl",
+        {"query": "what is it", "positive": "array", "title": "numpy"},
+        {"query": "what is it", "positive": "numpy array"},
+        {"query": "and this", "positive": "array", "negatives": ["numpy array"]},
+    )
+    rows = pairs_of(labelled_pairs.open_source(file, "train", None), base, tmp_path / "pairs.parquet")
+    assert text_of(base, rows[0]["passage_ids"]) == text_of(base, rows[1]["passage_ids"])
+    assert rows[0]["doc_number"] == rows[1]["doc_number"] == rows[2]["negative_numbers"][0] != rows[2]["doc_number"]
+    assert rows[0]["query_number"] == rows[1]["query_number"] != rows[2]["query_number"]
+
+
+def test_lines_end_at_newlines_alone(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    odd = "a\u2028b\x85c\u2029d"
+    lines = [json.dumps({"query": odd, "positive": "x"}, ensure_ascii=False), '{"query": "q", "positive": "p"}']
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+    rows = pairs_of(labelled_pairs.open_source(str(file), "train", None), base, tmp_path / "pairs.parquet")
+    assert len(rows) == 2
+    assert odd in text_of(base, rows[0]["query_ids"])
+    file.write_bytes(b'{"query": "q", "positive": "\xff"}\n')
+    with pytest.raises(CorpusError, match=r"pairs\.jsonl:1 is no pair: it is not UTF-8"):
+        pairs_of(labelled_pairs.open_source(str(file), "train", None), base, tmp_path / "pairs.parquet")
 
 
 @pytest.mark.parametrize(

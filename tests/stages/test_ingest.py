@@ -106,6 +106,34 @@ def test_bad_rows_are_left_out_counted_and_named(tmp_path, caplog):
     assert read_manifest(str(tmp_path / "out")) == manifest
 
 
+def test_ids_with_white_space_meet_and_fit_into_trec_files(tmp_path, caplog):
+    caplog.set_level("INFO", "readapt_ray")
+    folder = tmp_path / "c"
+    _corpus(folder / "corpus.jsonl", [{"_id": "doc 12 ", "text": "one"}, {"_id": 7, "text": "two"}])
+    _corpus(folder / "queries.jsonl", [{"_id": "q 1", "text": "ask"}])
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq 1\tdoc 12\t1\n")
+    manifest = _run(folder, tmp_path / "out").manifest
+    assert [doc_id for doc_id, _, _ in _passages(tmp_path / "out")] == ["doc%2012", "7"]
+    assert manifest.details["labels"] == {"qrels_of_unknown_passages": 0, "qrels_of_unknown_queries": 0}
+    assert [query.query_id for query in read_queries(str(tmp_path / "out"))] == ["q%201"]
+    assert caplog.text.count("ingest: 1 doc_ids had white space") == 1
+
+
+def test_options_that_change_nothing_make_no_other_artifact(tmp_path):
+    source = _corpus(tmp_path / "c.jsonl", GOOD)
+    first = _run(source, tmp_path / "out")
+    assert _run(source, tmp_path / "out", near_threshold=0.5, max_passage_chars=10).fingerprint == first.fingerprint
+    near = _run(source, tmp_path / "near", deduplicate="near")
+    with pytest.raises(ArtifactConflictError, match="near_threshold"):
+        _run(source, tmp_path / "near", deduplicate="near", near_threshold=0.5)
+    assert near.fingerprint != first.fingerprint
+    (tmp_path / "a.md").write_text("text")
+    _run(tmp_path / "a.md", tmp_path / "text")
+    with pytest.raises(ArtifactConflictError, match="max_passage_chars"):
+        _run(tmp_path / "a.md", tmp_path / "text", max_passage_chars=10)
+
+
 def test_only_the_first_bad_rows_are_named(tmp_path, caplog):
     rows = [*GOOD, *({"_id": f"n{number}", "text": None} for number in range(50))]
     found = _run(_corpus(tmp_path / "c.jsonl", rows), tmp_path / "out").manifest.details["bad_rows"]

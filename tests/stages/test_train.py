@@ -265,9 +265,10 @@ def test_withheld_passages_bear_no_loss(packed: tuple[Path, Path], tmp_path: Pat
     assert numbers(without) == [number for number in range(160) if number not in (3, 7)]
     with pytest.raises(CorpusError, match=r"only = 'other.txt', but .* was packed with only = .*some.txt"):
         trained((base, tmp_path / "o"), tmp_path / "a", only="other.txt")
-    (tmp_path / "none.txt").write_text("absent\n")
-    with pytest.raises(CorpusError, match="leave none of the 160 passages"):
-        pack(PackConfig(output=str(tmp_path / "n"), only=str(tmp_path / "none.txt"), **common))
+    with pytest.raises(CorpusError, match=r"mode = 'packed', but .* was packed with mode = 'passage'; pack again"):
+        trained((base, tmp_path / "o"), tmp_path / "a", mode="packed", block_tokens=64)
+    with pytest.raises(CorpusError, match=r"block_tokens = 128, but .* was packed with block_tokens = 64"):
+        trained((base, tmp_path / "o"), tmp_path / "a", mode="passage", block_tokens=128)
 
 
 def test_all_weights_can_be_trained(packed: tuple[Path, Path], tmp_path: Path) -> None:

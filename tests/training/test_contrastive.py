@@ -15,9 +15,10 @@ from sentence_transformers.models import Normalize, Pooling, Transformer
 
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.storage import Location
-from readapt_ray.training.contrastive import Contrast
+from readapt_ray.training import contrastive
+from readapt_ray.training.contrastive import Contrast, encode
 from readapt_ray.training.engine import seed_part
-from readapt_ray.training.pairs import PAIR_SCHEMA, PairReader
+from readapt_ray.training.pairs import PAIR_SCHEMA, PairReader, Texts
 from tests import factories
 
 NUM_PAIRS = 6
@@ -32,6 +33,7 @@ def reader(folder: Path, num_negatives: int) -> PairReader:
     numbers = range(NUM_PAIRS)
     columns = {
         "query_ids": [text() for _ in numbers],
+        "query_number": list(numbers),
         "passage_ids": [text() for _ in numbers],
         "doc_number": list(numbers),
         "doc_id": [f"d{number}" for number in numbers],
@@ -115,3 +117,112 @@ def test_cached_gradients_replay_dropout(tmp_path: Path) -> None:
     assert num_parts > 2
     assert first == again
     assert all(torch.equal(each, kept[name]) for name, each in gradients(model).items())
+
+
+def contrast_of_vectors(*, both_directions: bool) -> Contrast:
+    nothing: Any = None
+    return Contrast(
+        model=nothing,
+        reader=nothing,
+        encoding=nothing,
+        temperature=0.05,
+        both_directions=both_directions,
+        micro_batch_tokens=1,
+        dtype=torch.float32,
+        seed=0,
+    )
+
+
+def numbered(passages: list[int], relevant: list[list[int]], negatives: list[int]) -> Texts:
+    return Texts(
+        token_ids=[],
+        num_pairs=len(passages),
+        passage_numbers=np.array(passages, np.int64),
+        negative_numbers=np.array(negatives, np.int64),
+        relevant=[np.array(each, np.int64) for each in relevant],
+    )
+
+
+@pytest.mark.parametrize("both_directions", [False, True])
+def test_a_perfect_model_has_no_loss_on_two_passages_that_answer_one_query(both_directions: bool) -> None:
+    query = torch.nn.functional.normalize(torch.ones(1, 8), dim=1)
+    other = torch.nn.functional.normalize(torch.tensor([[1.0, -1.0] * 4]), dim=1)
+    vectors_TD = torch.cat([query, query, other, query, query, other, query])  # queries, passages, a hard negative
+    texts = numbered([0, 1, 2], [[0, 1], [0, 1], [2]], negatives=[1])
+    loss = contrast_of_vectors(both_directions=both_directions).loss_share(vectors_TD, [texts], 0)
+    assert float(loss) == pytest.approx(0, abs=1e-6)
+
+
+def info_nce(anchors: np.ndarray, candidates: np.ndarray, is_negative: np.ndarray) -> float:
+    """The sum over anchors, by its definition: the candidate of the same place against the negatives."""
+    scores = np.exp(anchors @ candidates.T / 0.05)
+    return -sum(np.log(row[at] / (row[at] + row[is_negative[at]].sum())) for at, row in enumerate(scores))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("both_directions", [False, True])
+def test_what_answers_a_query_is_no_negative_on_any_worker(
+    num_workers: int, both_directions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(4)
+    pairs = [(0, 0), (0, 1), (1, 1), (2, 3), (3, 2), (3, 4), (0, 1)]
+    answers = {query: sorted({number for each, number in pairs if each == query}) for query, _ in pairs}
+    negatives = [1, 2, 9, 4, 0, 8, 3]
+    size = (len(pairs), 8)
+    query_BD, passage_BD, negative_BD = (random.normal(size=size) / 8 for _ in range(3))
+    is_right = np.array([[number in answers[query] for _, number in pairs] for query, _ in pairs])
+    hard = np.array([[number in answers[query] for number in negatives] for query, _ in pairs])
+    candidates = np.concatenate([passage_BD, negative_BD])
+    expected = info_nce(query_BD, candidates, ~np.concatenate([is_right, hard], axis=1))
+    if both_directions:
+        expected = (expected + info_nce(passage_BD, query_BD, ~is_right.T)) / 2
+
+    mine = [list(range(rank, len(pairs), num_workers)) for rank in range(num_workers)]
+    shares = [
+        numbered([pairs[at][1] for at in own], [answers[pairs[at][0]] for at in own], [negatives[at] for at in own])
+        for own in mine
+    ]
+    total = 0.0
+    for rank, own in enumerate(mine):
+        order = [at for each in mine for at in each]
+        gathered = [torch.from_numpy(each[order]) for each in (passage_BD, negative_BD, query_BD)]
+
+        def gather(_: torch.Tensor, lengths: list[int], met: list[torch.Tensor] = gathered) -> torch.Tensor:
+            assert lengths == [len(each) for each in mine]
+            return met.pop(0)
+
+        monkeypatch.setattr(contrastive, "_gathered", gather)
+        vectors_TD = torch.from_numpy(np.concatenate([each[own] for each in (query_BD, passage_BD, negative_BD)]))
+        total += float(contrast_of_vectors(both_directions=both_directions).loss_share(vectors_TD, shares, rank))
+    assert total == pytest.approx(expected / len(pairs), rel=1e-6)
+
+
+def test_the_reader_knows_all_passages_that_answer_a_query(tmp_path: Path) -> None:
+    columns = {
+        "query_ids": [[1]] * 5,
+        "query_number": [7, 2, 7, 7, 0],
+        "passage_ids": [[1]] * 5,
+        "doc_number": [3, 3, 1, 1, 9],
+        "doc_id": ["d"] * 5,
+        "negative_ids": [[]] * 5,
+        "negative_numbers": [[]] * 5,
+    }
+    pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), tmp_path / "part-0.parquet")
+    texts = PairReader(Location(str(tmp_path)), batch_size=2, num_epochs=1, seed=0).read(np.array([2, 4, 1]))
+    assert [each.tolist() for each in texts.relevant] == [[1, 3], [9], [3]]
+
+
+def test_vectors_are_cut_before_they_are_normalised(tmp_path: Path) -> None:
+    model = Transformer(str(factories.tiny_encoder(tmp_path / "m"))).auto_model.eval()
+    ids = [np.array([2, 5, 7, 3]), np.array([2, 9, 3])]
+    whole, cut = (
+        encode(
+            model,
+            ids,
+            Encoding(pooling="mean", add_bos=True, add_eos=True, dimensions=dimensions),
+            device=torch.device("cpu"),
+        )
+        for dimensions in (None, 8)
+    )
+    assert cut.shape == (2, 8)
+    torch.testing.assert_close(cut, torch.nn.functional.normalize(whole[:, :8], dim=1))
