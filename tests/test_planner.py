@@ -11,12 +11,14 @@ import torch
 import yaml
 
 from readapt_ray import artifacts, cli, planner
+from readapt_ray.catalog.models import encoding_of, find_model
 from readapt_ray.errors import InputError
 from readapt_ray.planner import flops, rates, report, scaling
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import read_cluster
 from readapt_ray.planner.prices import PRICES_FILE, read_prices
 from readapt_ray.planner.shapes import model_shape
+from readapt_ray.planner.stages import StageEstimate
 from readapt_ray.recipes import RunConfig
 from tests import factories
 
@@ -96,6 +98,40 @@ def test_kubernetes_quantities_are_read(tmp_path: Path) -> None:
         assert cluster.usd_per_hour == 5 * 1.5
 
 
+def launcher(**values: Any) -> dict[str, Any]:
+    """A launcher file with a head, workers without GPUs and workers with one."""
+    types = {name: {"node_config": {"InstanceType": kind}} for name, kind in MACHINES.items()}
+    for name in ("cpu", "gpu"):
+        types[name]["max_workers"] = values.pop(name, None)
+    kept = {name: {key: value for key, value in each.items() if value is not None} for name, each in types.items()}
+    return {
+        "cluster_name": "x",
+        "provider": {"type": "aws"},
+        "head_node_type": "head",
+        "available_node_types": kept,
+    } | values
+
+
+MACHINES = {"head": "m7i.xlarge", "cpu": "m7i.4xlarge", "gpu": "g6.xlarge"}
+
+
+@pytest.mark.parametrize(
+    ("values", "counts"),
+    [
+        ({"max_workers": 10, "cpu": 4, "gpu": 4}, {"head": 1, "cpu": 4, "gpu": 4}),
+        ({"max_workers": 6, "cpu": 4, "gpu": 4}, {"head": 1, "cpu": 2, "gpu": 4}),
+        ({"max_workers": 4, "cpu": 4, "gpu": 4}, {"head": 1, "gpu": 4}),
+        ({"max_workers": 3, "cpu": 1}, {"head": 1, "gpu": 3}),
+        ({}, {"head": 1, "gpu": 2}),
+    ],
+)
+def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
+    tmp_path: Path, values: dict[str, Any], counts: dict[str, int]
+) -> None:
+    cluster = read_cluster(write(tmp_path, launcher(**values)), PRICES)
+    assert {group.name: group.count for group in cluster.groups} == counts
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -135,8 +171,8 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_plan(folder: Path, **options: Any) -> planner.Plan:
-    run = RunConfig.parse(yaml.safe_load((folder / "run.yaml").read_text()))
+def make_plan(folder: Path, sections: dict[str, Any] | None = None, **options: Any) -> planner.Plan:
+    run = RunConfig.parse(yaml.safe_load((folder / "run.yaml").read_text()) | (sections or {}))
     return planner.plan(run, planner.PlanConfig(**{"cluster": str(folder / "cluster.yaml"), **options}))
 
 
@@ -179,6 +215,72 @@ def test_work_grows_linearly_and_gpus_divide_it(run_file: Path) -> None:
     eight, sixty_four = found.grid[10_000_000][8], found.grid[10_000_000][64]
     assert sixty_four.seconds < eight.seconds
     assert found.grid[100_000_000][8].seconds == pytest.approx(10 * eight.seconds, rel=0.05)
+
+
+def stage(found: planner.Plan, name: str) -> StageEstimate:
+    return next(each for each in found.stages if each.stage == name)
+
+
+def test_embed_has_as_many_shards_as_the_stage_cuts(run_file: Path) -> None:
+    cluster = write(run_file, {"nodes": [{"name": "head", "cpus": 64, "memory_gb": 256}]}, "wide.yaml")
+    assert stage(make_plan(run_file, cluster=cluster, num_passages=32 * 1000), "embed").workers == 32
+    assert stage(make_plan(run_file, cluster=cluster, num_passages=10 * 256), "embed").workers == 10
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4 * 24), ("float16", 2 * 24), ("int8", 24 + 4)])
+@pytest.mark.parametrize("by", ["option", "encoding"])
+def test_vectors_take_the_bytes_of_their_type_and_of_the_numbers_that_are_kept(
+    run_file: Path, dtype: str, each: int, by: str
+) -> None:
+    embed: dict[str, Any] = {"vector_dtype": dtype}
+    if by == "option":
+        embed["dimensions"] = 24
+    else:
+        encoding = encoding_of(find_model(str(run_file / "retriever"))).model_copy(update={"dimensions": 24})
+        (run_file / "encoding.json").write_text(encoding.model_dump_json())
+        embed["encoding"] = str(run_file / "encoding.json")
+    found = make_plan(run_file, {"embed": embed}, num_passages=1_000_000, num_queries=100)
+    assert stage(found, "embed").out_bytes == 1e6 * (each + 30)
+    assert stage(found, "index").work == stage(found, "index").out_bytes == 4e6 * 24
+    assert stage(found, "search").work == 2 * 100 * 1e6 * 24
+    whole = make_plan(run_file, num_passages=1_000_000)
+    hidden = whole.setting.retriever.hidden
+    ours, theirs = ([limit.at for limit in each.passage_limits if "flat scan" in limit.what] for each in (found, whole))
+    assert ours[0] == pytest.approx(theirs[0] * hidden / 24)
+
+
+def test_bytes_of_indexes_are_those_of_the_options(run_file: Path) -> None:
+    options = {"kind": "ivf-pq", "code_bytes": 8, "storage": "float16"}
+    found = make_plan(run_file, {"index": options, "embed": {"dimensions": 32}}, num_passages=1_000_000)
+    codes, stored = 8 + 8, 2 * 32  # a code and an id; a float16 vector to rank again by
+    assert found.index_bytes["ivf-pq"] == stage(found, "index").out_bytes == 1e6 * (codes + stored)
+    assert found.index_bytes["flat"] == 1e6 * stored
+    assert "rabitq 84 MB" in report.text(found)
+    small = make_plan(run_file, {"index": options | {"refine": False}}, num_passages=1_000_000)
+    assert small.index_bytes["ivf-pq"] == 1e6 * codes
+    assert "time and bytes of a flat index" in stage(make_plan(run_file, {"index": {"kind": "auto"}}), "index").note
+
+
+def test_auto_is_float32_on_cpus_that_may_lack_units_for_less(run_file: Path) -> None:
+    cluster = write(run_file, {"nodes": [{"name": "head", "cpus": 8, "memory_gb": 32}]}, "cpus.yaml")
+    plans = {
+        dtype: make_plan(
+            run_file, {"train": {"block_tokens": 64, "dtype": dtype}, "embed": {"dtype": dtype}}, cluster=cluster
+        )
+        for dtype in ("auto", "float32", "bfloat16")
+    }
+    for name in ("train", "embed"):
+        auto, float32, bfloat16 = (stage(each, name) for each in plans.values())
+        assert auto.rate == float32.rate and auto.rate.value == pytest.approx(bfloat16.rate.value / 2.5)
+        assert auto.memory == float32.memory != bfloat16.memory
+        assert "in float32, as dtype auto is on CPUs without bfloat16 units" in auto.note
+        assert "float32" not in float32.note + bfloat16.note + stage(make_plan(run_file), name).note
+
+
+@pytest.mark.parametrize("has_units", [False, True])
+def test_of_this_machine_it_is_known(monkeypatch: pytest.MonkeyPatch, has_units: bool) -> None:
+    monkeypatch.setattr("readapt_ray.hardware.has_bfloat16_units", lambda: has_units)
+    assert read_cluster("local", PRICES).computes_low("auto") is has_units
 
 
 def test_limits_come_in_the_order_in_which_they_are_met(run_file: Path) -> None:
@@ -251,6 +353,16 @@ def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_f
     assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
     assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
     assert "measured in vectors" in report.text(found)
+
+
+def test_a_rate_is_not_that_of_a_gpu_whose_name_only_begins_alike() -> None:
+    measured = rates.Rates(
+        {("embed", "L4"): (1.0, "l4"), ("embed", "A100"): (2.0, "a"), ("embed", "A100-80GB"): (3.0, "b")}
+    )
+    sources = {name: measured.of("embed", name, 1e14, is_low=True).source for name in ("L4", "L40S", rates.CPU)}
+    assert sources == {"L4": "l4", "L40S": "table", rates.CPU: "table"}
+    assert measured.of("embed", "A100-80GB", 1e14, is_low=True).source == "b"
+    assert measured.of("embed", "A100-40GB", 1e14, is_low=True).source == "a"
 
 
 @pytest.mark.parametrize("gpus", [{"H100": 4}, {}])

@@ -9,8 +9,8 @@ from typing import Any
 
 from readapt_ray import recipes
 from readapt_ray.config import Config
-from readapt_ray.planner import machines, rates, scaling
-from readapt_ray.planner.corpus import measure_corpus
+from readapt_ray.planner import machines, rates, scaling, stages
+from readapt_ray.planner.corpus import encoding_of, measure_corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
 from readapt_ray.planner.rates import Rates
@@ -45,6 +45,8 @@ class Plan:
     stages: list[StageEstimate]
     grid: dict[int, dict[int, Cell]]
     """Runs of other sizes: by passages, then by workers."""
+    index_bytes: dict[str, float]
+    """Of each kind of index, as the run's options have it."""
     passage_limits: list[Limit]
     worker_limits: list[Limit]
 
@@ -96,16 +98,16 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         prices=prices,
         stages=scaling.estimates(steps, setting),
         grid=grid,
+        index_bytes=stages.index_bytes(_first(steps, "index"), setting.corpus.num_passages, setting.dimension),
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
     )
 
 
 def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]], cluster: Cluster) -> Setting:
-    configs: dict[str, Any] = {}
-    for _, step in steps:
-        configs.setdefault(step.stage, step.config)
-    ingest, pack, embed = configs["ingest"], configs["pack"], configs["embed"]
+    ingest, pack, embed = (_first(steps, stage) for stage in ("ingest", "pack", "embed"))
+    encoding = embed.encoding or encoding_of(run.retriever)
+    retriever = model_shape(run.retriever)
     corpus = measure_corpus(
         source=run.source,
         format=ingest.format,
@@ -113,7 +115,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         ingested=ingest.output,
         pretrained=run.pretrained,
         retriever=run.retriever,
-        encoding=embed.encoding,
+        encoding=encoding,
         block_tokens=pack.block_tokens,
         num_passages=options.num_passages,
         num_queries=options.num_queries,
@@ -124,5 +126,11 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         cluster=cluster,
         rates=measured,
         pretrained=model_shape(run.pretrained),
-        retriever=model_shape(run.retriever),
+        retriever=retriever,
+        dimension=embed.dimensions or encoding.dimensions or retriever.hidden,
     )
+
+
+def _first(steps: list[tuple[str, Step]], stage: str) -> Any:
+    """The options of the first step of a stage."""
+    return next(step.config for _, step in steps if step.stage == stage)

@@ -65,7 +65,7 @@ def measure_corpus(
     ingested: str,
     pretrained: str,
     retriever: str,
-    encoding: Encoding | None,
+    encoding: Encoding,
     block_tokens: int,
     num_passages: int | None,
     num_queries: int | None,
@@ -75,7 +75,8 @@ def measure_corpus(
     Args:
         source, format, limits: as of ingest.
         ingested: where ingest's output would lie; read instead of the source where it is complete.
-        pretrained, retriever, encoding: whose tokenizers count.
+        pretrained, retriever: whose tokenizers count.
+        encoding: how the retriever wants its text.
         block_tokens: longest passage in training.
         num_passages: instead of what is counted, for a corpus of which only a part is at hand.
         num_queries: instead of what is counted.
@@ -91,11 +92,9 @@ def measure_corpus(
     if not sample.passages:
         raise CorpusError(f"no passage of {source!r} could be read, so there is nothing to plan with")
     trained, train_known = _counts(pretrained, [f"{title} {text}".strip() for title, text in sample.passages])
-    row = retrievers.find_retriever(retriever)
-    contract = encoding or (row.encoding if row else _contract(retriever))
-    embedded, embed_known = _counts(retriever, [fill_passage(contract, *each) for each in sample.passages])
+    embedded, embed_known = _counts(retriever, [fill_passage(encoding, *each) for each in sample.passages])
     train_lengths = [min(count + 2, block_tokens) for count in trained]
-    embed_lengths = [min(count + 2, contract.max_passage_tokens) for count in embedded]
+    embed_lengths = [min(count + 2, encoding.max_passage_tokens) for count in embedded]
     error = max(_relative_error(train_lengths), _relative_error(embed_lengths))
     note = f"{sample.note}; tokens from a sample of {len(sample.passages):,}"
     if not (train_known and embed_known):
@@ -179,9 +178,14 @@ def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
     )
 
 
-def _contract(retriever: str) -> Encoding:
-    """How a retriever outside the catalog wants its text; its model folder must be at hand."""
-    return models.encoding_of(models.find_model(retriever))
+def encoding_of(retriever: str) -> Encoding:
+    """How a retriever wants its text; the folder of one outside the catalog must be at hand.
+
+    Raises:
+        ModelError: it is not at hand, or nothing says.
+    """
+    row = retrievers.find_retriever(retriever)
+    return row.encoding if row else models.encoding_of(models.find_model(retriever))
 
 
 def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:

@@ -6,7 +6,7 @@ machine type has come from a table that the user can replace.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from readapt_ray import hardware
@@ -16,6 +16,8 @@ from readapt_ray.planner.prices import PriceTable, read_mapping
 from readapt_ray.storage import Location
 
 _GB: Final = 1_000_000_000
+_RAY_MAX_WORKERS: Final = 2
+"""What Ray takes where a launcher file does not say."""
 _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), or a list of nodes"
 
 
@@ -33,6 +35,8 @@ class NodeGroup:
     gpu_memory_bytes: float = 0.0
     usd_per_hour: float = 0.0
     """Of one node."""
+    has_bfloat16_units: bool = False
+    """Whether its CPUs are known to have matrix units for bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,12 @@ class Cluster:
         """The group whose nodes have the most memory."""
         return max(self.groups, key=lambda group: group.memory_bytes)
 
+    def computes_low(self, dtype: str) -> bool:
+        """Whether a model computes in bfloat16 or float16; `auto` means float32 on CPUs that may lack units for it."""
+        if dtype == "auto":
+            return bool(self.num_gpus) or all(group.has_bfloat16_units for group in self.groups)
+        return dtype != "float32"
+
     def describe(self) -> str:
         """One line."""
         parts = []
@@ -109,7 +119,11 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
 
 def _this_machine() -> NodeGroup:
     return NodeGroup(
-        name="this machine", count=1, cpus=hardware.num_cores(), memory_bytes=float(hardware.memory_bytes())
+        name="this machine",
+        count=1,
+        cpus=hardware.num_cores(),
+        memory_bytes=float(hardware.memory_bytes()),
+        has_bfloat16_units=hardware.has_bfloat16_units(),
     )
 
 
@@ -217,14 +231,16 @@ def _of_machine(name: str, count: int, kind: str, prices: PriceTable, *, spot: b
 
 
 def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
-    """Groups of a Ray cluster launcher file, each at the most workers that it may have."""
+    """Groups of a Ray cluster launcher file, each at the most workers that it may have within what all together may."""
     provider = str((values.get("provider") or {}).get("type", ""))
     if provider not in ("aws", "gcp"):
         raise InputError(
             f"{where}: provider type {provider!r}; known are aws and gcp: write other clusters as {_KINDS}"
         )
     head = values.get("head_node_type")
-    groups = []
+    most = int(values.get("max_workers", _RAY_MAX_WORKERS))
+    heads: list[NodeGroup] = []
+    workers: list[NodeGroup] = []
     for name, kind in (values.get("available_node_types") or {}).items():
         config = kind.get("node_config") or {}
         if provider == "aws":
@@ -234,9 +250,18 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
             machine = str(config.get("machineType", "")).rsplit("/", 1)[-1]
             scheduling = config.get("scheduling") or {}
             spot = scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
-        count = 1 if name == head else int(kind.get("max_workers", values.get("max_workers", 0)))
-        groups.append(_of_machine(name, count, machine, prices, spot=spot, where=where))
-    return tuple(groups)
+        count = 1 if name == head else int(kind.get("max_workers", most))
+        group = _of_machine(name, count, machine, prices, spot=spot, where=where)
+        (heads if name == head else workers).append(group)
+    return (*heads, *_within(most, workers))
+
+
+def _within(most: int, groups: list[NodeGroup]) -> list[NodeGroup]:
+    """The groups with so many nodes in all at most; those with GPUs get theirs first, since the long stages ask for them."""
+    counts: dict[str, int] = {}
+    for group in sorted(groups, key=lambda each: -each.gpus):
+        counts[group.name] = min(group.count, most - sum(counts.values()))
+    return [replace(group, count=counts[group.name]) for group in groups]
 
 
 def _kuberay(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:

@@ -48,7 +48,7 @@ class Memory:
 
 def of_embedding(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     """Of an embedding actor: weights, a batch's activations, a data shard."""
-    width = 4 if config.dtype == "float32" else 2
+    width = 2 if cluster.computes_low(config.dtype) else 4
     tokens = config.batch_tokens or (16_384 if cluster.num_gpus else 1_024)
     available, where, kind = _room(cluster, config.num_cpus_per_worker or 1, config.num_workers)
     return Memory(
@@ -72,7 +72,7 @@ def of_training(config: Any, shape: ModelShape, cluster: Cluster, num_workers: i
     everything = shape.num_parameters + head
     trained = everything if is_full else shape.adapter_parameters(tuple(config.target_modules), config.lora_rank)
     frozen = 0 if is_full else everything
-    width = 4 if config.dtype == "float32" else 2
+    width = 2 if cluster.computes_low(config.dtype) else 4
     stage = config.zero_stage
     tokens = max(config.micro_batch_tokens, config.block_tokens)
     layer = tokens * width * (_HIDDEN_KEPT * shape.hidden + _INTERMEDIATE_KEPT * shape.intermediate)

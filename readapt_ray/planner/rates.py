@@ -83,13 +83,15 @@ class Rates:
         ]
 
     def of(self, stage: str, device: str, peak_flops: float, *, is_low: bool) -> Rate:
-        """The rate of one GPU (its name and peak) or CPU.
+        """The rate of one GPU (its name and peak) or CPU; one measured on an A100 is also that of an A100-80GB.
 
         Args:
             is_low: whether products are in bfloat16 or float16, which a CPU with matrix units does faster.
         """
-        for (name, kind), (value, source) in self._measured.items():
-            if name == stage and (device == kind or (kind != CPU and device.startswith(kind))):
+        parts = device.split("-")
+        for kind in ("-".join(parts[:length]) for length in range(len(parts), 0, -1)):
+            if (stage, kind) in self._measured:
+                value, source = self._measured[stage, kind]
                 return Rate(value, _MEASURED_SPREAD, _MEASURED_SPREAD, source)
         if device != CPU:
             share, slower, faster = _GPU_SHARE[stage]

@@ -57,7 +57,7 @@ def _heading(plan: Plan) -> str:
             f"         {corpus.text_bytes:,.0f} bytes, {corpus.train_tokens:.1f} tokens to train on and {corpus.embed_tokens:.1f} to "
             f"embed a passage (+-{100 * corpus.error:.0f}%): {count(corpus.num_passages * corpus.train_tokens)} and "
             f"{count(corpus.num_passages * corpus.embed_tokens)} tokens",
-            f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.retriever.hidden}",
+            f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.dimension}",
             f"cluster  {cluster.describe()}",
             f"in all   {duration(mid)} ({duration(low)} to {duration(high)}), {_usd(plan.usd(mid))} ({_usd(plan.usd(low))} to "
             f"{_usd(plan.usd(high))}), {size(plan.out_bytes)} on disk",
@@ -93,9 +93,8 @@ def _memory(plan: Plan) -> str:
 
 
 def _sizes(plan: Plan) -> str:
-    found = scaling.index_bytes(plan.setting.corpus.num_passages, plan.setting.retriever.hidden)
     storage = plan.prices.storage
-    kinds = ", ".join(f"{name} {size(each)}" for name, each in found.items())
+    kinds = ", ".join(f"{name} {size(each)}" for name, each in plan.index_bytes.items())
     month = plan.out_bytes / 1e9 * storage.usd_per_gb_month
     return f"an index in memory: {kinds}\nkeeping the artifacts: {_usd(month)} a month in an object store"
 

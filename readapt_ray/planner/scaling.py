@@ -80,11 +80,10 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
     ingest, train, embed = (configs[stage] for stage in ("ingest", "train", "embed"))
     corpus, head, largest = setting.corpus, _head(setting.cluster), setting.cluster.largest
-    dimension = setting.retriever.hidden
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     ids = _ID_BYTES[ingest.deduplicate]
     room = _SHARE_OF_MEMORY * head.memory_bytes
-    flat = 4.0 * dimension
+    flat = 4.0 * setting.dimension
     scanned = _SCAN_BYTES_A_SECOND * max(1, setting.cluster.num_cpus / 8)
     rows = embed.rows_per_shard or 4096
     trained = stages.estimate(*_named(steps, "train"), setting)
@@ -178,20 +177,3 @@ def _named(steps: Sequence[tuple[str, Step]], stage: str) -> tuple[Step, str]:
 def _head(cluster: Cluster) -> NodeGroup:
     heads = [group for group in cluster.groups if "head" in group.name]
     return heads[0] if heads else cluster.largest
-
-
-def index_bytes(num_vectors: float, dimension: int) -> dict[str, float]:
-    """Bytes of each kind of index in memory, its ids left out.
-
-    flat float32 4D, float16 2D, scalar-quantised D; PQ a byte for eight numbers; IVF adds 8 for the id and its centroids (4
-    sqrt(N)); HNSW 32 links a level of 4 bytes, twice on the lowest.
-    """
-    centroids = 4.0 * num_vectors**0.5 * 4 * dimension
-    return {
-        "flat float32": 4.0 * dimension * num_vectors,
-        "flat float16": 2.0 * dimension * num_vectors,
-        "scalar int8": 1.0 * dimension * num_vectors,
-        "IVF flat": (4.0 * dimension + 8) * num_vectors + centroids,
-        "IVF PQ": (dimension / 8 + 8) * num_vectors + centroids,
-        "HNSW float32": (4.0 * dimension + 2 * 32 * 4 + 8) * num_vectors,
-    }

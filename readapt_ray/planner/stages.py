@@ -12,13 +12,16 @@ from readapt_ray.planner.memory import Memory
 from readapt_ray.planner.rates import CPU, FIXED_S, Rate, Rates
 from readapt_ray.planner.shapes import ModelShape
 from readapt_ray.recipes import Step
+from readapt_ray.retrieval.index_kinds import KINDS, Wanted, vector_bytes
+from readapt_ray.stages.embed import _MAX_SHARD_ROWS, _MIN_SHARD_ROWS, _SHARDS
 
 _LOAD_BYTES_A_SECOND: Final = 5e8
 """Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
 _INDEX_SHARD_BYTES: Final = 512 << 20
-_MAX_SHARD_ROWS: Final = 4096
+_VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
+"""Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,8 @@ class Setting:
     rates: Rates
     pretrained: ModelShape
     retriever: ModelShape
+    dimension: int
+    """Numbers of a vector that are kept."""
 
 
 def estimate(step: Step, name: str, setting: Setting) -> StageEstimate | None:
@@ -61,10 +66,16 @@ def estimate(step: Step, name: str, setting: Setting) -> StageEstimate | None:
 
 def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
     """Actors that have something to do."""
-    rows = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(256, corpus.num_passages // 16))
+    rows = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, corpus.num_passages // _SHARDS))
     shards = math.ceil(corpus.num_passages / rows)
     most = cluster.num_gpus or max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
     return max(1, min(config.num_workers or most, most, shards))
+
+
+def index_bytes(config: Any, num_vectors: float, dimension: int) -> dict[str, float]:
+    """Bytes in memory of each kind of index with the run's own options, ids aside."""
+    options = {name: getattr(config, name) for name in ("storage", "refine", "code_bytes")}
+    return {kind.name: num_vectors * vector_bytes(Wanted(kind=kind.name, **options), dimension) for kind in KINDS}
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:
@@ -167,11 +178,12 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     )
     each = config.num_cpus_per_worker or max(1, cluster.num_cpus // max(1, workers))
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
-    rate = setting.rates.of("train", device, peak, is_low=config.dtype != "float32")
+    rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
-    idle = f"; {workers - busy} of {workers} workers have nothing to do" if busy < workers else ""
+    idle = f"{workers - busy} of {workers} workers have nothing to do" if busy < workers else ""
     is_floor = floor > work / (units * rate.value)
     bound = ", so short that what a step costs at least decides" if is_floor else ""
+    slow = _taken_as_float32(config, cluster)
     parameters = shape.adapter_parameters(tuple(config.target_modules), config.lora_rank)
     return _timed(
         name,
@@ -186,7 +198,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         fixed_s=2 * shape.num_parameters / _LOAD_BYTES_A_SECOND,
         floor_s=floor,
         needs=memory.of_training(config, shape, cluster, workers),
-        note=f"{steps:,} steps of {config.batch_size} blocks{bound}{idle}",
+        note="; ".join(filter(None, [f"{steps:,} steps of {config.batch_size} blocks{bound}", idle, slow])),
     )
 
 
@@ -201,7 +213,7 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     workers = embed_workers(config, corpus, cluster)
     work = corpus.num_passages * corpus.embed_tokens * shape.forward_flops(corpus.embed_tokens)
-    is_low = config.dtype != "float32"
+    is_low = cluster.computes_low(config.dtype)
     device, peak = _device(cluster)
     rate = setting.rates.of("embed", device, peak if is_low else peak / 8, is_low=is_low)
     units = float(workers)
@@ -219,7 +231,7 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
         units = sum(speeds[:workers]) / rate.value
     else:
         units = min(cluster.num_cpus, workers * (config.num_cpus_per_worker or 1))
-    width = 2 if config.vector_dtype == "float16" else 4
+    number_bytes, more_bytes = _VECTOR_BYTES[config.vector_dtype]
     return _timed(
         name,
         "embed",
@@ -229,18 +241,28 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=device,
         rate=rate,
         error=corpus.error,
-        out_bytes=corpus.num_passages * (width * shape.hidden + 30.0),
+        out_bytes=corpus.num_passages * (number_bytes * setting.dimension + more_bytes + 30.0),
         fixed_s=shape.num_parameters * (2 if is_low else 4) / _LOAD_BYTES_A_SECOND,
         needs=memory.of_embedding(config, shape, cluster),
+        note=_taken_as_float32(config, cluster),
     )
+
+
+def _taken_as_float32(config: Any, cluster: Cluster) -> str:
+    """Says where `auto` was taken for the slower of what it may mean."""
+    if config.dtype != "auto" or cluster.computes_low("auto"):
+        return ""
+    return "in float32, as dtype auto is on CPUs without bfloat16 units"
 
 
 def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster = setting.corpus, setting.cluster
-    size = 4.0 * corpus.num_passages * setting.retriever.hidden
-    shard = 4.0 * config.rows_per_shard * setting.retriever.hidden if config.rows_per_shard else _INDEX_SHARD_BYTES
+    size = 4.0 * corpus.num_passages * setting.dimension
+    shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else _INDEX_SHARD_BYTES
     workers = max(1, min(cluster.num_cpus, math.ceil(size / shard)))
     rate = setting.rates.of("index", CPU, 0, is_low=False)
+    known = {} if config.factory else index_bytes(config, corpus.num_passages, setting.dimension)
+    taken = "time" if config.kind in known else "time and bytes"
     return _timed(
         name,
         "index",
@@ -250,16 +272,16 @@ def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=CPU,
         rate=rate,
         error=0.0,
-        out_bytes=size,
+        out_bytes=known.get(config.kind, size),
         needs=memory.of_indexing(shard, cluster, size),
-        note="" if config.kind == "flat" else f"time and bytes of a flat index; see the bytes of {config.kind!r} below",
+        note="" if known and config.kind == "flat" else f"{taken} of a flat index; see the bytes of each kind below",
     )
 
 
 def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster = setting.corpus, setting.cluster
-    work = 2.0 * corpus.num_queries * corpus.num_passages * setting.retriever.hidden
-    pieces = math.ceil(4.0 * corpus.num_passages * setting.retriever.hidden / _INDEX_SHARD_BYTES)
+    work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
+    pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / _INDEX_SHARD_BYTES)
     workers = max(1, min(cluster.num_cpus, pieces))
     rate = setting.rates.of("search", CPU, 0, is_low=False)
     return _timed(

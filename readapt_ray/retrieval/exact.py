@@ -58,7 +58,7 @@ class TopK:
             scores: [Q, N]; -inf stands for no document.
             doc_ids: [Q, N], or [N] where they are the same for every query.
         """
-        columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k)
+        columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k).numpy()
         self.merge(np.take_along_axis(scores, columns, axis=1), _taken(doc_ids, columns))
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
@@ -66,7 +66,7 @@ class TopK:
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
         if scores.shape[1] > self._top_k:
-            columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k)
+            columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k).numpy()
             scores, doc_ids = np.take_along_axis(scores, columns, axis=1), np.take_along_axis(doc_ids, columns, axis=1)
         self._scores, self._doc_ids = scores, doc_ids
 
@@ -81,34 +81,36 @@ class TopK:
         return Hits(scores, doc_ids)
 
 
-def best_columns(scores: torch.Tensor, doc_ids: NDArray[np.object_], top_k: int) -> NDArray[np.int64]:
+def best_columns(scores: torch.Tensor, doc_ids: NDArray[np.object_], top_k: int) -> torch.Tensor:
     """The columns of the k best scores of each row, in no order; at the last place the lower doc_id wins a tie.
 
+    Only rows that have such a tie are looked at one by one.
+
     Args:
-        scores: [Q, N].
+        scores: [Q, N], on any device.
         doc_ids: [N] or [Q, N].
 
     Returns:
-        int64 [Q, min(k, N)].
+        int64 [Q, min(k, N)], on the device of the scores.
     """
-    top_k = min(top_k, scores.shape[1])
-    if top_k == 0:
-        return np.empty((scores.shape[0], 0), np.int64)
-    values, columns = torch.topk(scores, top_k, dim=1, sorted=False)
-    worst = values.min(dim=1, keepdim=True).values
-    crowded = ((scores >= worst).sum(dim=1) > top_k) & torch.isfinite(worst[:, 0])
-    chosen: NDArray[np.int64] = columns.cpu().numpy()
+    num_columns = scores.shape[1]
+    if top_k >= num_columns:
+        return torch.arange(num_columns, device=scores.device).expand(len(scores), -1)
+    values, columns = torch.topk(scores, top_k + 1, dim=1)
+    worst, chosen = values[:, top_k - 1], columns[:, :top_k].contiguous()
+    crowded = (worst == values[:, top_k]) & torch.isfinite(worst)
     for row in torch.nonzero(crowded)[:, 0].tolist():
-        values_of, ids_of = scores[row].cpu().numpy(), doc_ids[row] if doc_ids.ndim == 2 else doc_ids
-        candidates = np.flatnonzero(values_of >= values_of[chosen[row]].min())
-        ranked = sorted(zip((-values_of[candidates]).tolist(), ids_of[candidates].tolist(), candidates, strict=True))
-        chosen[row] = [column for _, _, column in ranked[:top_k]]
+        candidates = torch.nonzero(scores[row] >= worst[row])[:, 0]
+        falling, places = (-scores[row, candidates]).tolist(), candidates.tolist()
+        names = (doc_ids[row] if doc_ids.ndim == 2 else doc_ids)[places]
+        ranked = sorted(zip(falling, names.tolist(), places, strict=True))
+        chosen[row] = torch.tensor([place for _, _, place in ranked[:top_k]])
     return chosen
 
 
 def search_exact(
     queries: NDArray[np.float32],
-    chunks: Iterable[tuple[Sequence[str], NDArray[np.float32]]],
+    chunks: Iterable[tuple[Sequence[str], NDArray[np.float32] | NDArray[np.float16]]],
     top_k: int,
     *,
     device: str = "cpu",
@@ -117,7 +119,7 @@ def search_exact(
 
     Args:
         queries: [Q, D].
-        chunks: doc_ids and vectors [N, D], a chunk at a time.
+        chunks: doc_ids and vectors [N, D], a chunk at a time; float16 ones travel as they are and count in float32.
         top_k: documents a query; over the number of documents it gives all of them.
         device: torch device that the scores are computed on.
 
@@ -130,12 +132,12 @@ def search_exact(
     for names, vectors in chunks:
         check_dimension(queries, vectors.shape[1])
         doc_ids = np.array(names, dtype=object)
-        documents = torch.from_numpy(np.ascontiguousarray(vectors)).to(device)
+        documents = torch.from_numpy(np.ascontiguousarray(vectors)).to(device).float()
         for block, kept in zip(placed, best, strict=True):
             scores = block @ documents.T
             columns = best_columns(scores, doc_ids, top_k)
-            found = torch.gather(scores, 1, torch.from_numpy(columns).to(device)).cpu().numpy()
-            kept.merge(found, _taken(doc_ids, columns))
+            found = torch.gather(scores, 1, columns).cpu().numpy()
+            kept.merge(found, _taken(doc_ids, columns.cpu().numpy()))
     found_hits = [kept.hits() for kept in best]
     if not found_hits:
         return TopK(0, top_k).hits()

@@ -78,6 +78,7 @@ class Wanted:
     depth: int | None = None
     """nprobe or efSearch; by default the least that reaches the recall."""
     min_recall: float = 0.95
+    """Share of the 10 best, and of the 100 best, that must be found."""
 
 
 @dataclass(frozen=True, kw_only=True)

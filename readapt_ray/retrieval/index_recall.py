@@ -1,7 +1,7 @@
 """How much of the truth an index finds: measured on vectors of its own, each without itself.
 
 Enters: an index with its vectors. Leaves: recall at 10 and 100 against exact search, the time of a query,
-and the least search depth that reaches the recall that is asked for. 100 queries over a million vectors of
+and the least search depth at which both reach the recall that is asked for. 100 queries over a million vectors of
 384 numbers take some 10 s on one core.
 """
 
@@ -36,9 +36,14 @@ class Measured:
     depth: int | None
     """nprobe or efSearch that it is set to."""
 
+    @property
+    def least_recall(self) -> float:
+        """The lower of both."""
+        return min(self.recall_at_10, self.recall_at_100)
+
 
 def tune(index: Any, vectors: NDArray[np.float32], recipe: Recipe, wanted: Wanted) -> Measured:
-    """Set an index to the least depth that reaches the recall, and measure it.
+    """Set an index to the least depth that reaches the recall at 10 and at 100, and measure it.
 
     Args:
         index: holds `vectors` [N, D], in their order.
@@ -58,7 +63,7 @@ def tune(index: Any, vectors: NDArray[np.float32], recipe: Recipe, wanted: Wante
         if depth is not None:
             faiss.ParameterSpace().set_index_parameter(index, str(recipe.depth), depth)
         measured = _measure(index, vectors, rows, bounds, depth)
-        if measured.recall_at_10 >= wanted.min_recall:
+        if measured.least_recall >= wanted.min_recall:
             return measured
     assert measured is not None
     raise InputError(_too_low(measured, recipe, wanted))
@@ -118,6 +123,6 @@ def _too_low(measured: Measured, recipe: Recipe, wanted: Wanted) -> str:
     else:
         mend = "give another --kind (flat is exact)"
     return (
-        f"the index {recipe.factory!r} finds {measured.recall_at_10:.3f} of the 10 best, and min_recall = {wanted.min_recall:g} "
-        f"is asked for; {mend}, or lower --min-recall"
+        f"the index {recipe.factory!r} finds {measured.recall_at_10:.3f} of the 10 best and {measured.recall_at_100:.3f} of the "
+        f"100 best, and min_recall = {wanted.min_recall:g} is asked for of both; {mend}, or lower --min-recall"
     )

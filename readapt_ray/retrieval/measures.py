@@ -3,7 +3,7 @@
 Enter a run and judgements; leaves the value of each measure for each judged query, and the mean.
 A judged query without results counts as zero; a query without judgements is named, never averaged
 in. Ten million results take some seconds where every measure has a cutoff: what lies below the
-deepest one is not looked at.
+deepest one is not looked at. Ties are in trec_eval's order for every measure, whichever tool computes it.
 """
 
 import functools
@@ -151,7 +151,7 @@ def recall_curve(run: Run, judgements: Judgements, cutoffs: Sequence[int]) -> li
     for query_id, judged in judgements.items():
         relevant = [doc_id for doc_id, relevance in judged.items() if relevance > 0]
         found = [doc_codes[doc_id] for doc_id in relevant if doc_id in doc_codes]
-        if query_id in query_codes:
+        if relevant and query_id in query_codes:
             wanted += [query_codes[query_id] * len(doc_codes) + code for code in found]
             weights += [1 / len(relevant)] * len(found)
     order = np.argsort(wanted)
@@ -202,17 +202,16 @@ def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
 
 
 def _nested(run: Run, wanted: Mapping[str, int], cutoff: int | None) -> dict[str, dict[str, float]]:
-    """The wanted queries as nested dicts; at the cutoff all of a tie are kept, as each tool breaks ties its own way."""
+    """The wanted queries as nested dicts, cut; places stand for scores, since each tool breaks ties its own way."""
     nested = {}
     for index, query_id in enumerate(run.query_ids):
         if query_id not in wanted:
             continue
         first, last = int(run.offsets[index]), int(run.offsets[index + 1])
-        if cutoff is not None and last - first > cutoff:
-            scores = run.scores[first:last]
-            last = first + int(np.searchsorted(-scores, -scores[cutoff - 1], side="right"))
-        codes, scores = run.codes[first:last].tolist(), run.scores[first:last].tolist()
-        nested[query_id] = dict(zip([run.doc_ids[code] for code in codes], scores, strict=True))
+        if cutoff is not None:
+            last = min(last, first + cutoff)
+        doc_ids = [run.doc_ids[code] for code in run.codes[first:last].tolist()]
+        nested[query_id] = dict(zip(doc_ids, map(float, range(len(doc_ids), 0, -1)), strict=True))
     return nested
 
 

@@ -2,6 +2,9 @@
 
 Enters and leaves: text files that trec_eval, ir-measures and pyserini read. In memory a run lies in
 columns, so that ten million lines take some seconds to read; `read_run` gives plain records.
+
+The order is trec_eval's everywhere, in files too: by falling score as float32, ties by falling doc_id. So what
+stands first in a list is what was measured first.
 """
 
 import io
@@ -28,7 +31,7 @@ _Row = tuple[str, str, str, float]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """Ranked results of many queries, best first: by falling score, ties by doc_id."""
+    """Ranked results of many queries, best first, in trec_eval's order."""
 
     query_ids: list[str]
     """The queries, in the order in which they came."""
@@ -71,7 +74,7 @@ class Run:
 
 
 def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
-    """Write a run, each query's results by falling score, ties by doc_id.
+    """Write a run, each query's results in trec_eval's order.
 
     Args:
         uri: the file.
@@ -97,7 +100,7 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
 
 
 def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
-    """The results of each query of a run file, by falling score, ties by doc_id.
+    """The results of each query of a run file, in trec_eval's order.
 
     The rank in the file is not believed, as trec_eval does not believe it.
 
@@ -206,17 +209,19 @@ def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
 
 
 def _ranked(table: pa.Table) -> Run:
-    """Group by query and order, without moving what is in order already."""
+    """Group by query and put into trec_eval's order, without moving what is in it already."""
     queries, docs = _encoded(table["query_id"]), _encoded(table["doc_id"])
     query_codes, codes = queries.indices.to_numpy().astype(np.int64), docs.indices.to_numpy().astype(np.int64)
     scores = table["score"].to_numpy()
+    with np.errstate(over="ignore"):
+        falling = scores.astype(np.float32)
     alphabetical = np.empty(len(docs.dictionary), np.int64)
     alphabetical[pc.sort_indices(docs.dictionary).to_numpy()] = np.arange(len(docs.dictionary))
     ties = alphabetical[codes]
-    steps, falls = np.diff(query_codes), np.diff(scores)
-    in_order = (steps > 0) | ((steps == 0) & ((falls < 0) | ((falls == 0) & (np.diff(ties) > 0))))
+    steps, before, after = np.diff(query_codes), falling[:-1], falling[1:]
+    in_order = (steps > 0) | ((steps == 0) & ((before > after) | ((before == after) & (np.diff(ties) < 0))))
     if not in_order.all():
-        order = np.lexsort((ties, -scores, query_codes))
+        order = np.lexsort((-ties, -falling, query_codes))
         query_codes, codes, scores = query_codes[order], codes[order], scores[order]
     counts = np.bincount(query_codes, minlength=len(queries.dictionary))
     return Run(

@@ -67,13 +67,29 @@ class IndexShard:
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
         """The k best of this shard, ties by doc_id.
 
-        FAISS breaks ties as it likes, so one more than k is asked for, and where the last place may be
-        tied with the one after it, or deleted vectors took places, more, until k have an end.
+        A query that finds less than k, because it looked at too little of the index or deleted vectors took
+        places, is asked again and looks further, until it has k or all that there are.
 
         Raises:
             InputError: the dimensions differ, or top_k is under 1.
         """
         check_dimension(queries, self.index.d)
+        hits = self._best(self.index, None, queries, top_k)
+        num_due = min(top_k, len(self.doc_ids) - np.count_nonzero(self._deleted))
+        for index, parameters in _ever_further(self.index):
+            lacking = np.flatnonzero(np.count_nonzero(hits.scores > -np.inf, axis=1) < num_due)
+            if not len(lacking):
+                break
+            found = self._best(index, parameters, queries[lacking], top_k)
+            hits.scores[lacking], hits.doc_ids[lacking] = found.scores, found.doc_ids
+        return hits
+
+    def _best(self, index: Any, parameters: Any, queries: NDArray[np.float32], top_k: int) -> Hits:
+        """The k best of what one search looks at.
+
+        FAISS breaks ties as it likes, so one more than k is asked for, and where the last place may be
+        tied with the one after it, or deleted vectors took places, more, until k have an end.
+        """
         best = TopK(len(queries), top_k)
         pending = np.arange(len(queries))
         wanted = top_k + 1
@@ -81,7 +97,8 @@ class IndexShard:
         doc_ids = np.empty((len(queries), 0), object)
         while len(pending):
             depth = min(wanted, self.index.ntotal)
-            found, rows = self.index.search(np.ascontiguousarray(queries[pending], np.float32), depth)
+            asked = np.ascontiguousarray(queries[pending], np.float32)
+            found, rows = index.search(asked, depth, params=parameters)
             kept = np.where((rows < 0) | self._deleted[rows], -np.inf, found).astype(np.float32)
             scores, doc_ids = _widened(scores, doc_ids, depth)
             scores[pending], doc_ids[pending] = kept, self.doc_ids[rows]
@@ -92,6 +109,33 @@ class IndexShard:
             wanted *= 2
         best.add(scores, doc_ids)
         return best.hits()
+
+
+def _ever_further(index: Any) -> Iterator[tuple[Any, Any]]:
+    """What to search and with which parameters, to look at more of an index than it is set to, and ever more.
+
+    Inverted lists are probed twice as many, up to all. A graph takes efSearch = k at least by itself, but may
+    have parts that no link leads to: its vectors are scanned.
+    """
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        num_probed = lists.nprobe
+        while num_probed < lists.nlist:
+            num_probed = min(2 * num_probed, lists.nlist)
+            yield index, _probing(index, num_probed)
+    elif isinstance(index, faiss.IndexHNSW):
+        yield index.storage, None
+
+
+def _probing(index: Any, num_lists: int) -> Any:
+    """Parameters of one search that probes so many lists; the index itself, which others search too, stays as it is."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        below = _probing(index.base_index, num_lists)
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)  # type: ignore[call-arg]
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_probing(index.index, num_lists))  # type: ignore[call-arg]
+    return faiss.SearchParametersIVF(nprobe=num_lists)  # type: ignore[call-arg]
 
 
 def _widened(

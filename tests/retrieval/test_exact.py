@@ -42,16 +42,29 @@ def test_search_is_brute_force(size, top_k, device):
         assert [(doc.doc_id, doc.score) for doc in hits.of_query(index, "q")] == expected
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_vectors_in_float16_are_searched_as_the_numbers_that_they_are(device):
+    queries, doc_ids, vectors = _made()
+    halves = vectors.astype(np.float16)
+    assert (halves == vectors).all()
+    found = search_exact(queries / 3, _chunks(doc_ids, halves, 128), 10, device=device)
+    expected = search_exact(queries / 3, _chunks(doc_ids, vectors, 128), 10, device=device)
+    assert found.scores.dtype == np.float32 and found.doc_ids.tolist() == expected.doc_ids.tolist()
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
 @pytest.mark.parametrize("size", [1, 5, 64, 200])
 @pytest.mark.parametrize("top_k", [1, 3, 50, 150])
-def test_ties_go_by_doc_id_whatever_the_chunks_and_their_order(size, top_k):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_ties_go_by_doc_id_whatever_the_chunks_and_their_order(size, top_k, device):
     rng = np.random.default_rng(1)
     doc_ids = [f"d{number:04d}" for number in rng.permutation(200)]
     # Whole numbers multiply exactly, so equal scores are equal bit for bit.
     vectors = rng.integers(-1, 2, size=(200, 4)).astype(np.float32)
     queries = np.concatenate([rng.integers(-2, 3, size=(20, 4)), np.zeros((1, 4))]).astype(np.float32)
     chunks = list(_chunks(doc_ids, vectors, size))
-    forward, backward = search_exact(queries, chunks, top_k), search_exact(queries, reversed(chunks), top_k)
+    forward = search_exact(queries, chunks, top_k, device=device)
+    backward = search_exact(queries, reversed(chunks), top_k, device=device)
     for index, expected in enumerate(by_hand(queries, doc_ids, vectors, top_k)):
         assert [(doc.doc_id, doc.score) for doc in forward.of_query(index, "q")] == expected
         assert [(doc.doc_id, doc.score) for doc in backward.of_query(index, "q")] == expected

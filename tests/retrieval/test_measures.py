@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+import pytrec_eval
 
 from readapt_ray.errors import InputError
 from readapt_ray.records import Qrel, ScoredDoc
@@ -117,40 +118,62 @@ def test_judgements_that_contradict_or_are_none_are_refused():
         group_judgements([])
 
 
-def _random_case(seed=0, num_queries=30, depth=60, ties=False):
+def _random_case(seed=0, num_queries=30, depth=60, scores="distinct"):
+    """Judgements from -1 to 2; scores that are distinct, tied, or distinct and tied where trec_eval compares them."""
     rng = np.random.default_rng(seed)
     results, judgements = {}, {}
     for number in range(num_queries):
         docs = rng.permutation(200)[:depth]
-        scores = rng.integers(0, 8, depth) if ties else rng.normal(size=depth)
+        drawn = rng.normal(size=depth) if scores == "distinct" else 1.0 + rng.integers(0, 8, depth)
+        drawn = drawn + 1e-10 * rng.random(depth) if scores == "tied in float32" else drawn
         query_id = f"q{number}"
         results[query_id] = [
-            ScoredDoc(query_id, f"d{doc}", float(score)) for doc, score in zip(docs, scores, strict=True)
+            ScoredDoc(query_id, f"d{doc}", float(score)) for doc, score in zip(docs, drawn, strict=True)
         ]
-        judgements[query_id] = {f"d{doc}": int(rng.integers(0, 3)) for doc in rng.permutation(200)[:40]}
+        judgements[query_id] = {f"d{doc}": int(rng.integers(-1, 3)) for doc in rng.permutation(200)[:40]}
     return Run.of(results), judgements
 
 
-@pytest.mark.parametrize("ties", [False, True])
-def test_looking_only_at_the_top_changes_nothing(ties):
-    import ir_measures
-
-    run, judgements = _random_case(ties=ties)
-    names = "nDCG@3,R@5,P@5,Success@2,AP@7,RR@4,AP,nDCG"
+def _by_trec_eval(run, judgements, names):
+    """What pytrec_eval gives for each judged query of the run, by its own names."""
     nested = {
         query_id: {doc.doc_id: doc.score for doc in run.top(index)} for index, query_id in enumerate(run.query_ids)
     }
-    whole = ir_measures.calc_aggregate(
-        [ir_measures.parse_measure(name) for name in names.split(",")], judgements, nested
+    return pytrec_eval.RelevanceEvaluator(judgements, names).evaluate(nested)
+
+
+@pytest.mark.parametrize("scores", ["distinct", "tied", "tied in float32"])
+def test_every_value_is_trec_evals_and_looking_only_at_the_top_changes_nothing(scores):
+    run, judgements = _random_case(scores=scores)
+    same = {"nDCG@3": "ndcg_cut_3", "R@5": "recall_5", "P@5": "P_5", "Success@2": "success_2", "AP@7": "map_cut_7"}
+    same |= {"nDCG": "ndcg", "AP": "map", "RR": "recip_rank"}
+    expected = _by_trec_eval(
+        run, judgements, {"ndcg_cut.3", "recall.5", "P.5", "success.2", "map_cut.7", "ndcg", "map"}
     )
-    means = measure_run(run, judgements, parse_measures(names)).means
-    for measure, value in whole.items():
-        assert means[str(measure)] == pytest.approx(value, rel=1e-12), measure
+    first_hits = _by_trec_eval(run, judgements, {"recip_rank"})
+    values = measure_run(run, judgements, parse_measures([*same, "RR@4"])).values
+    for place, query_id in enumerate(judgements):
+        theirs = expected[query_id] | first_hits[query_id]
+        for ours, name in same.items():
+            assert values[ours][place] == pytest.approx(theirs[name], rel=1e-12), (query_id, ours)
+        assert values["RR@4"][place] == pytest.approx(theirs["recip_rank"] if theirs["recip_rank"] >= 1 / 4 else 0)
+
+
+@pytest.mark.parametrize("found", ["d00", "d19"])
+def test_all_measures_and_the_curve_break_a_tie_alike(found):
+    """trec_eval puts the last doc_id first: of 20 documents of one score, d19 comes first and d00 last."""
+    run = Run.of({"q": [ScoredDoc("q", f"d{number:02d}", 1.0) for number in range(20)]})
+    judgements = {"q": {found: 1}}
+    values = measure_run(run, judgements, parse_measures("R@5,nDCG@5,RR@5,AP@5,Success@5,Judged@5,RR")).values
+    first = found == "d19"
+    expected = {"R@5": first, "nDCG@5": first, "RR@5": first, "AP@5": first, "Success@5": first, "Judged@5": first / 5}
+    assert {name: value[0] for name, value in values.items()} == expected | {"RR": 1 if first else 1 / 20}
+    assert recall_curve(run, judgements, [1, 5, 20]) == [first, first, 1]
 
 
 def test_the_recall_curve_equals_recall_at_each_cutoff():
     run, judgements = _random_case(seed=3)
-    judgements |= {"without results": {"d1": 1}, "without relevant": {"d1": 0}}
+    judgements |= {"without results": {"d1": 1}, "without either": {"d1": 0}, run.query_ids[1]: {"d1": 0, "d2": -1}}
     judgements[run.query_ids[0]] |= {"nowhere in the run": 1}
     cutoffs = [1, 2, 5, 10, 60, 100]
     means = measure_run(run, judgements, parse_measures([f"R@{cutoff}" for cutoff in cutoffs])).means

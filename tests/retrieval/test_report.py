@@ -100,6 +100,32 @@ def test_the_changed_queries_stand_with_both_lists():
     assert len(first["results"]["run"][0]["text"]) <= 280
 
 
+def test_ties_and_queries_without_a_relevant_document_are_shown_as_they_were_measured():
+    judgements = {"tied": {"d19": 1}, "none": {"d19": 0, "d18": -1}}
+    made = {
+        name: Run.of({query_id: [ScoredDoc(query_id, f"d{number:02d}", score * number) for number in range(20)]})
+        for name, query_id, score in (("base", "none", 1), ("adapted", "tied", 0))
+    }
+    measured = {name: measure_run(run, judgements, parse_measures("RR@1,R@1")) for name, run in made.items()}
+    report = build_report(
+        made,
+        measured,
+        compare({name: each.values for name, each in measured.items()}, num_permutations=100),
+        judgements,
+        query_texts={},
+        find_passages=lambda doc_ids: {},
+        provenance={name: {} for name in made},
+        num_permutations=100,
+        seed=0,
+    )
+    assert report["num_without_relevant"] == 1
+    assert [run["means"]["R@1"]["mean"] for run in report["runs"]] == [0, 0.5]
+    assert {name: curve[0] for name, curve in report["recall"]["runs"].items()} == {"base": 0, "adapted": 0.5}
+    [gained] = report["changes"][0]["gained"]
+    shown = [(doc["doc_id"], doc["relevance"]) for doc in gained["results"]["run"][:2]]
+    assert (gained["query_id"], gained["value"], shown) == ("tied", 1, [("d19", 1), ("d18", None)])
+
+
 def test_json_holds_the_figures():
     report, _ = _report()
     values = json.loads(to_json(report))

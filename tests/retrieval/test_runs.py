@@ -11,7 +11,7 @@ def _scored(*rows):
     return [ScoredDoc(*row) for row in rows]
 
 
-def test_a_run_comes_back_ordered_by_score_and_then_by_doc_id(tmp_path):
+def test_a_run_comes_back_in_the_order_of_trec_eval(tmp_path):
     uri = str(tmp_path / "a.trec")
     write_run(
         uri,
@@ -20,13 +20,13 @@ def test_a_run_comes_back_ordered_by_score_and_then_by_doc_id(tmp_path):
     )
     assert (tmp_path / "a.trec").read_text().splitlines() == [
         "q2 Q0 z 1 2.0 my-model",
-        "q2 Q0 a 2 0.5 my-model",
-        "q2 Q0 b 3 0.5 my-model",
+        "q2 Q0 b 2 0.5 my-model",
+        "q2 Q0 a 3 0.5 my-model",
         "q1 Q0 c 1 0.1 my-model",
         "q1 Q0 d 2 1e-30 my-model",
     ]
     assert read_run(uri) == {
-        "q2": _scored(("q2", "z", 2.0), ("q2", "a", 0.5), ("q2", "b", 0.5)),
+        "q2": _scored(("q2", "z", 2.0), ("q2", "b", 0.5), ("q2", "a", 0.5)),
         "q1": _scored(("q1", "c", 0.1), ("q1", "d", 1e-30)),
     }
 
@@ -71,8 +71,16 @@ def test_queries_may_be_interleaved(tmp_path):
 
 
 def test_a_tie_in_the_wrong_order_is_put_right(tmp_path):
-    (tmp_path / "a.trec").write_text("q1 Q0 b 1 1 t\nq1 Q0 a 2 1 t\n")
-    assert [doc.doc_id for doc in read_run(str(tmp_path / "a.trec"))["q1"]] == ["a", "b"]
+    (tmp_path / "a.trec").write_text("q1 Q0 a 1 1 t\nq1 Q0 b 2 1 t\n")
+    assert [doc.doc_id for doc in read_run(str(tmp_path / "a.trec"))["q1"]] == ["b", "a"]
+
+
+def test_scores_that_are_one_as_float32_are_tied(tmp_path):
+    (tmp_path / "a.trec").write_text(
+        "q1 Q0 a 1 1.0000000001 t\nq1 Q0 b 2 1 t\nq1 Q0 y 3 -1e200 t\nq1 Q0 z 4 -1e300 t\n"
+    )
+    found = read_run(str(tmp_path / "a.trec"))["q1"]
+    assert found == _scored(("q1", "b", 1.0), ("q1", "a", 1.0000000001), ("q1", "z", -1e300), ("q1", "y", -1e200))
 
 
 def test_an_empty_file_is_an_empty_run(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 
 import faiss
 import numpy as np
@@ -7,6 +8,8 @@ import pytest
 
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.retrieval.vector_index import (
+    DELETED,
+    IndexShard,
     VectorIndex,
     build_shard,
     carry_over,
@@ -139,13 +142,54 @@ def test_deleted_vectors_are_not_found_and_take_no_place(tmp_path, top_k):
     assert read_shard(Location(str(tmp_path / "c")), again).search(queries, 5).of_query(0, "q") == []
 
 
-def test_an_index_that_finds_less_than_k_is_not_asked_for_ever():
-    queries, doc_ids, vectors = _made()
-    shard = build_shard("IVF7,Flat", 16, [(doc_ids[:150], vectors[:150]), (doc_ids[150:], vectors[150:])])
-    assert shard.index.ntotal == 300 and shard.index.nprobe == 1
-    found = shard.search(queries, 200)
-    counts = [len(found.of_query(index, "q")) for index in range(len(queries))]
-    assert 0 < max(counts) < 200
+def _clustered(num_docs=1000, dimension=16):
+    """Vectors in tight groups of some 20, so that an inverted list or a part of a graph holds few."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(num_docs // 20, dimension))
+    vectors = centres[rng.integers(0, len(centres), num_docs)] + 0.05 * rng.normal(size=(num_docs, dimension))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return [f"d{number:04d}" for number in range(num_docs)], vectors.astype(np.float32)
+
+
+FACTORIES = (
+    *("IVF25,Flat", "IVF25,SQ8", "IVF25,PQ4x4,Refine(Flat)", "IVF25,RaBitQ,RFlat", "PCA8,IVF25,SQfp16"),
+    *("HNSW4,Flat", "HNSW4,SQ8"),
+)
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+@pytest.mark.parametrize("share_kept", [1.0, 0.3])
+def test_an_index_that_looks_at_little_finds_k_all_the_same(factory, share_kept):
+    doc_ids, vectors = _clustered()
+    built = build_shard(factory, vectors.shape[1], [(doc_ids, vectors)])
+    kept = np.random.default_rng(1).random(len(doc_ids)) < share_kept
+    shard = IndexShard(built.index, np.where(kept, built.doc_ids, DELETED))
+    queries = vectors[:20]
+    assert (shard.index.search(queries, 101)[1][:, -1] < 0).any()
+    for top_k in (10, 100, len(doc_ids)):
+        hits = shard.search(queries, top_k)
+        for index in range(len(queries)):
+            found = hits.of_query(index, "q")
+            assert len({doc.doc_id for doc in found} - {DELETED}) == len(found) == min(top_k, kept.sum())
+            assert all(before.score >= after.score for before, after in itertools.pairwise(found))
+
+
+def test_what_a_query_finds_does_not_hang_on_the_queries_beside_it():
+    doc_ids, vectors = _clustered()
+    shard = build_shard("IVF25,Flat", vectors.shape[1], [(doc_ids, vectors)])
+    together = shard.search(vectors[:20], 60)
+    assert shard.index.nprobe == 1
+    for index in range(20):
+        alone = shard.search(vectors[index : index + 1], 60)
+        assert alone.doc_ids[0].tolist() == together.doc_ids[index].tolist()
+
+
+def test_all_lists_together_find_what_exact_search_finds():
+    doc_ids, vectors = _clustered()
+    shard = build_shard("IVF25,Flat", vectors.shape[1], [(doc_ids, vectors)])
+    found = shard.search(vectors[:20], 1000)
+    for index, expected in enumerate(by_hand(vectors[:20], doc_ids, vectors, 1000)):
+        assert found.doc_ids[index].tolist() == [doc_id for doc_id, _ in expected]
 
 
 def test_edges(tmp_path):
