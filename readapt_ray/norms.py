@@ -4,6 +4,8 @@ Bound by memory, those take a tenth of a 7B model's forward pass on an H100, and
 hidden states for each. Elsewhere than on CUDA nothing changes: torch has no such kernel there.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,10 +23,12 @@ class FusedRMSNorm(nn.Module):
         norm: transformers' own; its weight is shared, so names and checkpoints stay as they are.
     """
 
-    def __init__(self, norm: nn.Module) -> None:
+    weight: nn.Parameter
+
+    def __init__(self, norm: Any) -> None:
         super().__init__()
         self.weight = norm.weight
-        self.eps: float = norm.variance_epsilon  # type: ignore[assignment]
+        self.eps = float(norm.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] to the same, in the type of `x`."""
