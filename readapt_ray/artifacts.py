@@ -6,6 +6,7 @@ A stage calls `produce` with its config, the fingerprints of its inputs and the 
     manifest there, other fingerprint     refused, unless told to overwrite
     `building.json` there, same           an earlier process was killed: the work goes on
     `building.json` there, other          refused, unless told to overwrite
+    other files there                     refused; told to overwrite, it leaves them, but replaces no manifest of theirs
 
 An output that ends with `.trec` is an artifact of one file, its records beside it under its name
 (`base.trec.manifest.json`).
@@ -20,7 +21,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +37,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BUILDING_NAME = "building.json"
 SINGLE_FILE_SUFFIX = ".trec"
+_LEFTOVERS = ""
+"""The fingerprint in the lease of an artifact that is being emptied: equal to none, so nobody goes on with what is left."""
 _VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
 
 
@@ -104,6 +106,8 @@ def fingerprint(content: Any) -> str:
 def read_manifest(uri: str | Location) -> Manifest | None:
     """The manifest of the artifact in a folder; None where there is none, so no complete artifact.
 
+    A `manifest.json` of another program is none.
+
     Raises:
         CorruptFileError: the manifest cannot be read.
     """
@@ -112,11 +116,13 @@ def read_manifest(uri: str | Location) -> Manifest | None:
         return None
     try:
         values = json.loads(location.read_text())
+        if not isinstance(values, dict) or not {"stage", "fingerprint"} <= values.keys():
+            return None
         known = {each.name for each in dataclasses.fields(Manifest)}
         return Manifest(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         raise CorruptFileError(
-            f"{location} is not a manifest: {error}; remove that folder and run its stage again"
+            f"{location} is not a manifest: {error}; if a stage of readapt made that folder, remove it and run the stage again"
         ) from error
 
 
@@ -155,7 +161,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
             raise ArtifactMissingError(
                 f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
             )
-        state = "holds no manifest.json" if location.exists() else "does not exist"
+        state = f"holds no {MANIFEST_NAME} of a stage" if location.exists() else "does not exist"
         raise ArtifactMissingError(f"{uri!r} {state}; give the output folder of `readapt {stage}`")
     if manifest.stage != stage:
         raise ArtifactMissingError(
@@ -194,37 +200,67 @@ def produce(
             "also": dict(identity or {}),
         }
     )
-    present = read_manifest(location)
-    if present is not None:
-        if present.fingerprint == identified:
-            logger.info("%s: already complete in %s", stage, config.output)
-            return Artifact(location, present)
-        _refuse_or_clear(location, config, stage, dataclasses.asdict(present), inputs)
-    lease = _take_lease(location, config, stage, identified, inputs)
-    started_s = time.monotonic()
-    try:
-        with ProgressReporter(stage) as reporter, leases.Heartbeat(_record(location, BUILDING_NAME), lease, reporter):
-            workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
-            work(workspace)
-    except InputError:
-        _forget_if_empty(location)
-        raise
-    manifest = Manifest(
-        stage=stage,
-        fingerprint=identified,
-        config=config.settings(),
-        inputs=dict(inputs),
-        counts=workspace.counts,
-        details=workspace.details,
-        seconds=round(lease["seconds_before"] + time.monotonic() - started_s, 3),
-        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions=_versions(),
-        hardware=hardware.described(),
-    )
-    _record(location, MANIFEST_NAME).write_text(json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n")
-    _record(location, BUILDING_NAME).delete()
+    present, before = read_manifest(location), None
+    if present is None or present.fingerprint != identified:
+        before = leases.wait_until_dead(_record(location, BUILDING_NAME), location)
+        present = read_manifest(location)  # a process that was waited for may have finished
+    if present is not None and present.fingerprint == identified:
+        logger.info("%s: already complete in %s", stage, config.output)
+        return Artifact(location, present)
+    there = dataclasses.asdict(present) if present is not None else before
+    ours = {"stage": stage, "fingerprint": identified, "config": config.settings(), "inputs": dict(inputs)}
+    _refuse_what_is_there(location, config, ours, there)
+    manifest = _fill(location, ours, work, there=there, before=before)
     logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
     return Artifact(location, manifest)
+
+
+def _fill(
+    location: Location,
+    ours: Mapping[str, Any],
+    work: Callable[[Workspace], None],
+    *,
+    there: Mapping[str, Any] | None,
+    before: Mapping[str, Any] | None,
+) -> Manifest:
+    """Do the work under a lease, on what is there if it is the same, on nothing if it is not."""
+    stage, identified = ours["stage"], ours["fingerprint"]
+    goes_on = there is not None and there["fingerprint"] == identified
+    replaces = there is not None and not goes_on
+    says = {**ours, "seconds_before": float(there["seconds"]) if there is not None and goes_on else 0.0}
+    if replaces:
+        says["fingerprint"] = _LEFTOVERS
+    reporter = ProgressReporter(stage)
+    building = _record(location, BUILDING_NAME)
+    lease = leases.Lease(building, location, reporter, before=before, says=says)
+    try:
+        with reporter, lease:
+            if replaces:
+                _clear(location)
+                lease.say(fingerprint=identified)
+            elif goes_on:
+                logger.info("%s: goes on where it stopped in %s", stage, location)
+                location.remove_temporary()
+            workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
+            work(workspace)
+            manifest = Manifest(
+                **ours,
+                counts=workspace.counts,
+                details=workspace.details,
+                seconds=lease.seconds(),
+                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                versions=_versions(),
+                hardware=hardware.described(),
+            )
+            text = json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n"
+            lease.confirm()
+            _record(location, MANIFEST_NAME).write_text(text)
+    except InputError:
+        if lease.is_held:
+            _forget_if_empty(location)
+        raise
+    building.delete()
+    return manifest
 
 
 def _record(location: Location, name: str) -> Location:
@@ -237,74 +273,73 @@ def read_building(uri: str | Location) -> dict[str, Any] | None:
     return leases.read_lease(_record(uri if isinstance(uri, Location) else Location(uri), BUILDING_NAME))
 
 
-def _take_lease(
-    location: Location, config: StageConfig, stage: str, identified: str, inputs: Mapping[str, str]
-) -> dict[str, Any]:
-    building = read_building(location)
-    seconds_before = 0.0
-    if building is not None:
-        leases.wait_until_dead(building, _record(location, BUILDING_NAME), location)
-        if building["fingerprint"] == identified and not config.overwrite:
-            logger.info("%s: goes on where it stopped in %s", stage, config.output)
-            location.remove_temporary()
-            seconds_before = float(building["seconds"])
-        elif building["fingerprint"] != identified:
-            _refuse_or_clear(location, config, stage, building, inputs)
-        else:
-            _clear(location)
-    elif not config.overwrite and location.is_folder() and location.listing():
+def _refuse_what_is_there(
+    location: Location, config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any] | None
+) -> None:
+    """Say what stands in the way. `there` is a manifest or a lease.
+
+    Raises:
+        ArtifactConflictError: another artifact that may not be replaced, or files that no stage made.
+    """
+    if there is None:
+        _refuse_foreign_files(location, config)
+    elif there["fingerprint"] != ours["fingerprint"] and not config.overwrite:
+        raise ArtifactConflictError(
+            f"{config.output!r} already holds something else ({_difference(config, ours, there)}); give another "
+            f"output, or --overwrite to replace it"
+        )
+
+
+def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
+    if _record(location, MANIFEST_NAME).is_file():
+        raise ArtifactConflictError(
+            f"{config.output!r} has a {MANIFEST_NAME} that no stage of readapt made; give an empty or new folder as the output"
+        )
+    if config.overwrite or not location.is_folder():
+        return
+    if [name for name, _ in location.listing() if name != BUILDING_NAME]:
         raise ArtifactConflictError(
             f"{config.output!r} holds files that no stage of readapt made; give an empty or new folder as the output"
         )
-    return {
-        "stage": stage,
-        "fingerprint": identified,
-        "config": config.settings(),
-        "inputs": dict(inputs),
-        **leases.owner(),
-        "seconds_before": seconds_before,
-    }
 
 
-def _refuse_or_clear(
-    location: Location, config: StageConfig, stage: str, present: Mapping[str, Any], inputs: Mapping[str, str]
-) -> None:
-    """Empty the folder where the user said so; else say what differs. `present` is a manifest or a heartbeat."""
-    if config.overwrite:
-        _clear(location)
-        return
-    if present["stage"] != stage:
-        differs = f"it is the output of {present['stage']!r}"
-    else:
-        there, wanted = present["config"], config.settings()
-        names = sorted(config.identity().keys() | inputs.keys())
-        changes = [
-            f"{name}: {there.get(name)!r} there, {wanted[name]!r} now"
-            for name in names
-            if name in wanted and there.get(name) != wanted[name]
-        ]
-        changes += [
-            f"{name}: its content changed"
-            for name in sorted(inputs)
-            if present["inputs"].get(name) != inputs[name] and there.get(name) == wanted.get(name)
-        ]
-        differs = "; ".join(changes) or "it was made by another version"
-    raise ArtifactConflictError(
-        f"{config.output!r} already holds something else ({differs}); give another output, or --overwrite to replace it"
-    )
+def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    if there["fingerprint"] == _LEFTOVERS:
+        return "what is left of an artifact that was being replaced"
+    if there["stage"] != ours["stage"]:
+        return f"it is the output of {there['stage']!r}"
+    before, wanted, inputs = there["config"], ours["config"], ours["inputs"]
+    changes = [
+        f"{name}: {before.get(name)!r} there, {wanted[name]!r} now"
+        for name in sorted(config.identity().keys() | inputs.keys())
+        if name in wanted and before.get(name) != wanted[name]
+    ]
+    changes += [
+        f"{name}: its content changed"
+        for name in sorted(inputs)
+        if there["inputs"].get(name) != inputs[name] and before.get(name) == wanted.get(name)
+    ]
+    return "; ".join(changes) or "it was made by another version"
 
 
 def _forget_if_empty(location: Location) -> None:
     """Leave no trace of work that was refused before it wrote anything, so that mended input is not another artifact."""
-    written = [name for name, _ in location.listing(recursive=True) if name != BUILDING_NAME]
-    if not written and not location.is_file():
-        _record(location, BUILDING_NAME).delete()
+    if location.is_file() or [name for name, _ in location.listing(recursive=True) if name != BUILDING_NAME]:
+        return
+    _record(location, BUILDING_NAME).delete()
 
 
 def _clear(location: Location) -> None:
-    location.delete()
-    for name in (MANIFEST_NAME, BUILDING_NAME):
-        _record(location, name).delete()
+    """Empty an artifact but for its lease; the manifest first, so that it never stands over a part of the data."""
+    _record(location, MANIFEST_NAME).delete()
+    if location.is_file():
+        location.delete()
+        return
+    files, folders = location.children()
+    for name in [*files, *folders]:
+        if name != BUILDING_NAME:
+            (location / name).delete()
+    location.remove_temporary()
 
 
 def _versions() -> dict[str, str]:

@@ -2,11 +2,16 @@
 
 While a stage works, its `building.json` holds the process, a heartbeat (unix seconds) and the progress,
 so that `readapt status` can tell running from dead, and two drivers do not write into one folder.
+
+A process of this machine is looked up by its pid. Another is watched: it lives if its heartbeat changes,
+whatever the clocks say. Each reads its own lease before it writes it, and stops where another's lies
+there, so of two that began at once, or took each other for dead, one goes on.
 """
 
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -14,7 +19,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from readapt_ray.errors import ArtifactConflictError, StorageError
 from readapt_ray.progress import ProgressReporter
@@ -24,14 +29,15 @@ logger = logging.getLogger("readapt_ray")
 
 _HEARTBEAT_S = 5.0
 _STALE_S = 30.0
+_SETTLE_S = 0.5
+"""What another driver may take from reading a lease to writing its own; who takes longer is found out at a beat."""
 
 
 def owner() -> dict[str, Any]:
     """What stands for this process in a lease."""
     return {
         "owner": uuid.uuid4().hex,
-        "host": socket.gethostname(),
-        "boot": _boot_id(),
+        **_machine(),
         "pid": os.getpid(),
         "process_started": _process_started(os.getpid()),
         "started": time.time(),
@@ -39,95 +45,210 @@ def owner() -> dict[str, Any]:
 
 
 def read_lease(file: Location) -> dict[str, Any] | None:
-    """What a `building.json` says; None where there is none."""
+    """What a `building.json` says; None where there is none of ours."""
     try:
-        return dict(json.loads(file.read_text()))
+        values = json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
         return None
+    return values if isinstance(values, dict) and "owner" in values else None
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:
-    """Whether the process that a lease names still works."""
-    if lease["host"] == socket.gethostname() and lease["boot"] == _boot_id():
-        return _process_exists(int(lease["pid"]), float(lease["process_started"]))
-    return bool(time.time() - float(lease["heartbeat"]) < _STALE_S)
+    """Whether the process that a lease names seems to work, at one look: the clock of another machine is believed."""
+    known = _is_alive_here(lease)
+    return abs(time.time() - float(lease["heartbeat"])) < _STALE_S if known is None else known
 
 
-def wait_until_dead(lease: Mapping[str, Any], file: Location, location: Location) -> None:
-    """Return once the owner of the artifact at `location` has stopped.
+def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None:
+    """The lease of the process that worked on the artifact at `location` and has stopped; None where there is none.
 
     Raises:
         ArtifactConflictError: it goes on.
     """
-    seen = lease
-    while is_alive(seen):
-        same_host = seen["host"] == socket.gethostname()
-        if not same_host:
-            logger.info(
-                "%s was in use by %s %.0f s ago; waiting to see whether it still is",
-                location,
-                seen["host"],
-                time.time() - seen["heartbeat"],
-            )
-            time.sleep(_HEARTBEAT_S * 2)
-        latest = read_lease(file) or {**seen, "heartbeat": 0.0}
-        if same_host or latest["heartbeat"] > lease["heartbeat"]:
-            raise ArtifactConflictError(
-                f"process {seen['pid']} on {seen['host']} is writing {location}; wait for it to end, or give another output"
-            )
-        seen = latest
+    lease = read_lease(file)
+    if lease is None:
+        return None
+    known = _is_alive_here(lease)
+    if known is None:
+        logger.info("%s was in use by %s; watching %.0f s whether it still is", location, _process(lease), _STALE_S)
+        known = _beats(file, lease)
+    if known:
+        raise _in_use(lease, location)
+    return read_lease(file)
 
 
-class Heartbeat:
-    """Writes `building.json` every few seconds until the block ends; leaves it there, as a mark to go on from."""
+def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
+    """Whether a lease changes while it is watched."""
+    end_s = time.monotonic() + _STALE_S
+    while time.monotonic() < end_s:
+        time.sleep(_HEARTBEAT_S)
+        latest = read_lease(file)
+        if latest is None:
+            return False
+        if (latest["owner"], latest["heartbeat"]) != (lease["owner"], lease["heartbeat"]):
+            return True
+    return False
 
-    def __init__(self, file: Location, lease: dict[str, Any], reporter: ProgressReporter) -> None:
+
+class Lease:
+    """Holds the artifact at `location` for this process until the block ends.
+
+    After an error `building.json` stays, as a mark to go on from; after success it is the caller's to delete.
+    A main thread that works while another process takes the artifact over is interrupted, as by Ctrl-C.
+
+    Args:
+        file: the artifact's `building.json`.
+        location: the artifact.
+        reporter: knows how far the work is.
+        before: the lease of a process that stopped, as `wait_until_dead` returned it.
+        says: what the lease says beside its owner and the progress.
+    """
+
+    def __init__(
+        self,
+        file: Location,
+        location: Location,
+        reporter: ProgressReporter,
+        *,
+        before: Mapping[str, Any] | None,
+        says: Mapping[str, Any],
+    ) -> None:
+        self.is_held = False
         self._file = file
-        self._lease = lease
+        self._location = location
         self._reporter = reporter
+        self._before = before
+        self._says = {**says, **owner()}
+        self._writing = threading.Lock()
         self._stop = threading.Event()
         self._started_s = time.monotonic()
         self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._is_on_main_thread = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> None:
-        self._write()
+    def __enter__(self) -> Self:
+        self._take()
+        self.is_held = True
         self._thread.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop.set()
         self._thread.join()
+        if error is None:
+            return
         try:
-            self._write()
+            self.confirm()
+            self.say(is_over=True)
         except (OSError, StorageError) as refused:
-            if error is None:
-                raise
             logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
+
+    def seconds(self) -> float:
+        """How long the work has taken, by earlier processes, too."""
+        return float(round(self._says["seconds_before"] + time.monotonic() - self._started_s, 3))
+
+    def say(self, **changes: Any) -> None:
+        """Change what the lease says."""
+        self._says = {**self._says, **changes}
+        self._write()
+
+    def confirm(self) -> None:
+        """Return if the artifact is still this process's.
+
+        Raises:
+            ArtifactConflictError: another process took it over, or removed it.
+        """
+        latest = read_lease(self._file)
+        if latest is not None and latest["owner"] == self._says["owner"]:
+            return
+        self.is_held = False
+        if latest is not None:
+            raise _in_use(latest, self._location)
+        raise ArtifactConflictError(
+            f"another process finished or removed {self._location} while this one was writing it ({self._file} is gone); "
+            f"run the same command again"
+        )
+
+    def _take(self) -> None:
+        """Become the owner, unless another process was first."""
+        if self._before is None and self._file.is_local:
+            if self._file.create_text(self._text()):
+                return
+            time.sleep(_SETTLE_S)  # of what is created so, half may be seen
+        latest = read_lease(self._file)
+        if latest is not None and latest["owner"] != (self._before or {}).get("owner"):
+            raise _in_use(latest, self._location)
+        self._write()
+        time.sleep(_SETTLE_S)
+        self.confirm()
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
+                self.confirm()
                 self._write()
+            except ArtifactConflictError as lost:
+                logger.error("%s", lost)
+                self._interrupt()
+                return
             except (OSError, StorageError) as error:
                 logger.warning("cannot write %s: %s", self._file, error)
 
+    def _interrupt(self) -> None:
+        main = threading.main_thread().ident
+        is_handled = callable(signal.getsignal(signal.SIGINT))
+        if self._is_on_main_thread and is_handled and main is not None and not self._stop.is_set():
+            signal.pthread_kill(main, signal.SIGINT)
+
     def _write(self) -> None:
-        seconds = self._lease["seconds_before"] + time.monotonic() - self._started_s
+        with self._writing:
+            self._file.write_text(self._text())
+
+    def _text(self) -> str:
         progress = {
             "done": self._reporter.done,
             "total": self._reporter.total,
             "unit": self._reporter.unit,
             "rate": self._reporter.rate(),
         }
-        state = {**self._lease, "heartbeat": time.time(), "seconds": round(seconds, 3), "progress": progress}
-        self._file.write_text(json.dumps(state, default=str))
+        state = {**self._says, "heartbeat": time.time(), "seconds": self.seconds(), "progress": progress}
+        return json.dumps(state, default=str)
+
+
+def _process(lease: Mapping[str, Any]) -> str:
+    return f"process {lease['pid']} on {lease['host']}"
+
+
+def _in_use(lease: Mapping[str, Any], location: Location) -> ArtifactConflictError:
+    return ArtifactConflictError(f"{_process(lease)} is writing {location}; wait for it to end, or give another output")
+
+
+def _machine() -> dict[str, str]:
+    """Where a pid means the same process: containers may share the name of a host and its boot, and not their pids."""
+    return {"host": socket.gethostname(), "boot": _boot_id(), "pid_namespace": _pid_namespace()}
+
+
+def _is_alive_here(lease: Mapping[str, Any]) -> bool | None:
+    """Whether the process that a lease names works; None where it runs elsewhere, so that its pid says nothing."""
+    if lease.get("is_over"):
+        return False
+    if any(lease.get(name) != value for name, value in _machine().items()):
+        return None
+    now = _process_started(int(lease["pid"]))
+    return now != 0.0 and abs(now - float(lease["process_started"])) < 2.0 and int(lease["pid"]) != os.getpid()
 
 
 def _boot_id() -> str:
     try:
-        with Path("/proc/sys/kernel/random/boot_id").open() as file:
-            return file.read().strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
     except OSError:
         return ""
 
@@ -139,8 +260,3 @@ def _process_started(pid: int) -> float:
         return float(psutil.Process(pid).create_time())
     except psutil.NoSuchProcess:
         return 0.0
-
-
-def _process_exists(pid: int, started: float) -> bool:
-    now = _process_started(pid)
-    return now != 0.0 and abs(now - started) < 2.0 and pid != os.getpid()

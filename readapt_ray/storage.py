@@ -11,6 +11,7 @@ import errno
 import functools
 import hashlib
 import os
+import re
 import time
 import urllib.parse
 import uuid
@@ -38,6 +39,12 @@ _FORBIDDEN = {
     errno.EROFS: "its disk is mounted read-only",
 }
 _S3_OPTIONS = ("region", "scheme", "endpoint_override")
+_QUERY = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
+"""The options at the end of a URI. Any other `?`, as any `#`, belongs to a name."""
+_CREDENTIALS = re.compile(r"secret|password|token|signature|access_key|account_key|\bsig\b", re.IGNORECASE)
+_S3_SILENT_S = 120
+"""A store may say nothing while it copies an object: 5 GiB at 45 MB/s. The SDK would give up after 3 s."""
+_S3_CONNECT_S = 10
 
 
 @dataclass(frozen=True)
@@ -47,26 +54,27 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        """Refuse a URI that holds a password: it would stand in logs and manifests."""
-        if "@" in self.uri and "://" in self.uri:
-            parts = urllib.parse.urlsplit(self.uri)
-            if parts.password is not None:
-                raise InputError(
-                    f"a {parts.scheme}:// URI of {(parts.hostname or '')!r} holds credentials; give it without them, and set them in the "
-                    f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machine a role"
-                )
+        """Refuse a URI that holds credentials: they would stand in logs and manifests."""
+        if "://" in self.uri and _holds_credentials(self.uri):
+            raise InputError(
+                f"a URI that begins with {self.uri.partition('://')[0]}:// holds credentials; give it without them, and set them in the "
+                f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machine a role"
+            )
 
     @functools.cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         if "://" not in self.uri:
             return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.uri))
         try:
-            filesystem, path = (
-                _open_s3(self.uri) if self.uri.startswith("s3://") else pafs.FileSystem.from_uri(self.uri)
-            )
+            if self.uri.startswith("s3://"):
+                return _open_s3(self.uri)
+            head, query = _split(self.uri)
+            escaped = head.replace("#", "%23").replace("?", "%3F")
+            filesystem, path = pafs.FileSystem.from_uri(f"{escaped}?{query}" if query else escaped)
         except (ValueError, NotImplementedError, OSError) as error:
             raise InputError(
-                f"cannot open {self.uri!r}: {error}; give a local path or a URI that pyarrow opens, such as s3://bucket/folder"
+                f"cannot open {_split(self.uri)[0]!r}: {error}; give a local path or a URI that pyarrow opens, such as "
+                f"s3://bucket/folder"
             ) from error
         return filesystem, path
 
@@ -111,13 +119,22 @@ class Location:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
     def __truediv__(self, part: str) -> "Location":
-        head, mark, query = self.uri.partition("?")
-        return Location(f"{head.rstrip('/')}/{part}{mark}{query}")
+        return self._extended(f"/{part}")
 
     def beside(self, suffix: str) -> "Location":
         """The place whose name has this suffix after this one's."""
-        head, mark, query = self.uri.partition("?")
-        return Location(f"{head.rstrip('/')}{suffix}{mark}{query}")
+        return self._extended(suffix)
+
+    def _extended(self, tail: str) -> "Location":
+        if "://" not in self.uri:
+            return Location(f"{self.uri.rstrip('/')}{tail}")
+        head, query = _split(self.uri)
+        if not self.uri.startswith("s3://"):
+            tail = urllib.parse.quote(tail)
+        uri = f"{head.rstrip('/')}{tail}"
+        if query:
+            return Location(f"{uri}?{query}")
+        return Location(uri if _split(uri) == (uri, "") else f"{uri}?")
 
     def exists(self) -> bool:
         """Whether there is a file or folder here."""
@@ -206,6 +223,29 @@ class Location:
         """Write the whole file as UTF-8, replacing one that is there."""
         self.write_bytes(text.encode("utf-8"))
 
+    def create_text(self, text: str) -> bool:
+        """Write the file on a local disk unless there is one; of several processes only one is told True.
+
+        Unlike other writes this one may be seen half.
+
+        Raises:
+            StorageError: the disk is full, or the folder may not be written.
+        """
+        file = self.local_path
+        with self._refusals_named(_FULL | _FORBIDDEN):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stream = file.open("x", encoding="utf-8")
+            except FileExistsError:
+                return False
+            try:
+                with stream:
+                    stream.write(text)
+            except BaseException:
+                file.unlink()
+                raise
+        return True
+
     @contextlib.contextmanager
     def open_output(self) -> Iterator[IO[bytes]]:
         """A binary file to write; it appears under its name when the block ends without an error.
@@ -284,7 +324,9 @@ class Location:
 
     def remove_temporary(self) -> None:
         """Remove what killed writers left in this folder and below: files that never got their name."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=True)
+        if not self.is_folder():
+            return
+        selector = pafs.FileSelector(self.path, recursive=True)
         for info in self.filesystem.get_file_info(selector):
             if info.type == pafs.FileType.File and info.base_name.startswith(_TEMPORARY):
                 with self._refusals_named(_FORBIDDEN):
@@ -331,24 +373,45 @@ def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
     Raises:
         ValueError: an option behind the `?` is unknown, or there is no bucket.
     """
-    parts = urllib.parse.urlsplit(uri)
-    options = dict(urllib.parse.parse_qsl(parts.query))
+    head, query = _split(uri)
+    path = head.removeprefix("s3://").rstrip("/")
+    bucket = path.partition("/")[0]
+    options = dict(urllib.parse.parse_qsl(query))
     unknown = sorted(options.keys() - set(_S3_OPTIONS))
-    if unknown or not parts.netloc:
+    if unknown or not bucket:
         raise ValueError(
             f"unknown options {unknown}, known are {', '.join(_S3_OPTIONS)}" if unknown else "it names no bucket"
         )
     endpoint = options.get("endpoint_override") or _first_of("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     region = options.get("region") or _first_of("AWS_REGION", "AWS_DEFAULT_REGION")
     if not region:
-        region = "us-east-1" if endpoint else pafs.resolve_s3_region(parts.netloc)
+        region = "us-east-1" if endpoint else pafs.resolve_s3_region(bucket)
     filesystem = pafs.S3FileSystem(
         region=region,
         scheme=options.get("scheme") or urllib.parse.urlsplit(endpoint or "").scheme or "https",
         endpoint_override=endpoint,
+        request_timeout=_S3_SILENT_S,
+        connect_timeout=_S3_CONNECT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
     )
-    return filesystem, f"{parts.netloc}{parts.path}".rstrip("/")
+    return filesystem, path
+
+
+def _holds_credentials(uri: str) -> bool:
+    head, query = _split(uri)
+    scheme, _, rest = head.partition("://")
+    authority = rest.partition("/")[0]
+    if ":" in authority.rpartition("@")[0] or (scheme == "s3" and ":" in authority and "@" in rest):
+        return True  # the second: a secret key with a slash in it
+    return any(_CREDENTIALS.search(option.partition("=")[0]) for option in query.split("&"))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """A URI without its options, and they. A `?` at its end says that what looks like options is a name."""
+    if uri.endswith("?") and _QUERY.search(uri.rstrip("?")):
+        return uri[:-1], ""
+    found = _QUERY.search(uri)
+    return (uri[: found.start()], found[1]) if found else (uri, "")
 
 
 def _first_of(*variables: str) -> str | None:

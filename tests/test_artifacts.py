@@ -14,6 +14,7 @@ from readapt_ray import artifacts, leases
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
+from readapt_ray.storage import Location
 
 
 class CopyConfig(StageConfig):
@@ -98,6 +99,103 @@ def test_an_unfinished_artifact_of_other_options_is_refused(tmp_path: Path) -> N
         artifacts.produce("copy", CopyConfig(output=str(tmp_path / "a"), factor=1), inputs={}, work=fail)
     with pytest.raises(ArtifactConflictError, match="factor: 1 there, 2 now"):
         artifacts.produce("copy", CopyConfig(output=str(tmp_path / "a"), factor=2), inputs={}, work=fail)
+
+
+def fill(workspace: Workspace, num_files: int = 3) -> None:
+    for number in range(num_files):
+        (workspace.location / "passages" / f"part-{number}").write_text("old")
+        (workspace.location / f"state-{number}").write_text("old")
+
+
+def test_replacing_that_is_killed_at_any_moment_leaves_no_manifest_over_a_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delete = Location.delete
+    for moment in range(5):  # the manifest, three files and a folder
+        output = tmp_path / str(moment)
+        old, new = CopyConfig(output=str(output), factor=1), CopyConfig(output=str(output), factor=2, overwrite=True)
+        artifacts.produce("copy", old, inputs={}, work=fill)
+        left = [moment]
+
+        def cut_off(location: Location, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            delete(location)
+
+        monkeypatch.setattr(Location, "delete", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            artifacts.produce("copy", new, inputs={}, work=lambda w: None)
+        monkeypatch.setattr(Location, "delete", delete)
+        assert (artifacts.read_manifest(str(output)) is not None) == (moment == 0)
+        if moment:
+            with pytest.raises(ArtifactMissingError, match="unfinished"):
+                artifacts.open_artifact(str(output), "copy")
+            with pytest.raises(ArtifactConflictError, match="what is left of an artifact that was being replaced"):
+                artifacts.produce("copy", old, inputs={}, work=fill)
+        made = artifacts.produce("copy", new, inputs={}, work=lambda w: (w.location / "data").write_text("new"))
+        assert made.manifest.config["factor"] == 2
+        assert sorted(path.name for path in output.iterdir()) == ["data", "manifest.json"]
+
+
+@pytest.mark.parametrize("is_replaced", [True, False])
+def test_preempted_work_that_may_replace_goes_on_at_each_start(is_replaced: bool, tmp_path: Path) -> None:
+    config = CopyConfig(output=str(tmp_path / "a"), factor=2, overwrite=True)
+    if is_replaced:
+        make(CopyConfig(output=str(tmp_path / "a"), factor=1), [])
+    found = []
+
+    def work(workspace: Workspace) -> None:
+        number = len(workspace.location.files("part"))
+        found.append(number)
+        (workspace.location / f"{number}.part").write_text("kept")
+        if number < 2:
+            raise RuntimeError("preempted")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="preempted"):
+            artifacts.produce("copy", config, inputs={}, work=work)
+    for _ in range(2):
+        artifacts.produce("copy", config, inputs={}, work=work)
+    assert found == [0, 1, 2]
+    assert not (tmp_path / "a" / "data.txt").exists()
+
+
+def test_a_manifest_of_another_program_is_none_and_is_not_replaced(tmp_path: Path) -> None:
+    for content in ('{"name": "app", "icons": []}', "[1]", "3"):
+        (tmp_path / "manifest.json").write_text(content)
+        assert artifacts.read_manifest(str(tmp_path)) is None
+        with pytest.raises(ArtifactMissingError, match=r"holds no manifest\.json of a stage"):
+            artifacts.open_artifact(str(tmp_path), "copy")
+        for overwrite in (True, False):
+            with pytest.raises(ArtifactConflictError, match=r"manifest\.json that no stage of readapt made"):
+                make(CopyConfig(output=str(tmp_path), overwrite=overwrite), [])
+        assert (tmp_path / "manifest.json").read_text() == content
+
+
+def test_a_single_file_artifact_is_replaced_and_gone_on_with(tmp_path: Path) -> None:
+    output = tmp_path / "base.trec"
+
+    def write(workspace: Workspace) -> None:
+        workspace.location.write_text(str(workspace.fingerprint))
+
+    def fail(workspace: Workspace) -> None:
+        write(workspace)
+        raise RuntimeError("power cut")
+
+    def refuse(workspace: Workspace) -> None:
+        raise InputError("no such query")
+
+    artifacts.produce("search", CopyConfig(output=str(output)), inputs={}, work=write)
+    config = CopyConfig(output=str(output), factor=2, overwrite=True)
+    with pytest.raises(RuntimeError):
+        artifacts.produce("search", config, inputs={}, work=fail)
+    with pytest.raises(InputError, match="no such query"):
+        artifacts.produce("search", config, inputs={}, work=refuse)
+    assert artifacts.read_manifest(str(output)) is None
+    made = artifacts.produce("search", config, inputs={}, work=write)
+    assert output.read_text() == made.fingerprint
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.trec", "base.trec.manifest.json"]
 
 
 def test_a_folder_of_foreign_files_is_refused(tmp_path: Path) -> None:

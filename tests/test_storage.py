@@ -1,4 +1,5 @@
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,51 @@ def test_a_location_is_joined_pickled_and_copied(tmp_path: Path) -> None:
 def test_a_scheme_that_nothing_opens_is_named() -> None:
     with pytest.raises(InputError, match="gopher://x"):
         Location("gopher://x/y").exists()
+
+
+_NAMES = [
+    "C# guide.md",
+    "What is X?.md",
+    "What is X?",
+    "page?id=3",
+    "page?id=3?",
+    "a?b=c&d=e.md",
+    "100%25 é.md",
+    "x?region=y",
+    "a??",
+]
+
+
+@pytest.mark.parametrize("root", ["s3://b/docs", "s3://b/docs?region=eu&scheme=http", "file:///tmp/d", "/tmp/what?/d#"])
+@pytest.mark.parametrize("name", _NAMES)
+def test_a_name_with_marks_of_uris_in_it_stays_one(root: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    path = f"{Location(root).path}/{name}"
+    made = Location(root) / name
+    again = Location(made.uri)
+    assert made.path == again.path == path
+    assert made.name == name
+    assert (again / "part").path == f"{path}/part"
+    assert again.beside(".json").path == f"{path}.json"
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("s3://b/docs/C# guide.md", "b/docs/C# guide.md"),
+        ("s3://b/docs/What is X?.md", "b/docs/What is X?.md"),
+        ("s3://b/docs/C#?region=eu", "b/docs/C#"),
+        ("file:///tmp/C#.md", "/tmp/C#.md"),
+    ],
+)
+def test_only_options_end_the_path_of_a_uri(uri: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    assert Location(uri).path == path
+
+
+def test_of_several_processes_one_creates_a_file(tmp_path: Path) -> None:
+    file = Location(str(tmp_path / "new" / "a"))
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(file.create_text, [str(number) for number in range(8)]))
+    assert made.count(True) == 1
+    assert file.read_text() == str(made.index(True))
