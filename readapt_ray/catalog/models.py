@@ -1,29 +1,36 @@
 """From the name of a model to a folder on this machine's disk.
 
-A `MODEL` is a catalog name, a local folder, a URI, or a hub id, in this order. Only safetensors,
-configuration and tokenizer files are fetched, and pickled weights where there are no others, which
-are converted (`pickled.py`); nothing in a model folder is ever executed.
+A `MODEL` is a catalog name, a local folder, a URI, or a hub id (`owner/name`, `owner/name@commit`), in this order. Only
+safetensors, configuration and tokenizer files are fetched (`fetching.py`), and pickled weights where there are no
+others, which are converted (`pickled.py`); nothing in a model folder is ever executed.
 """
 
 import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from readapt_ray.artifacts import MANIFEST_NAME, fingerprint, read_manifest
-from readapt_ray.catalog import model_cache, pickled, retrievers
+from readapt_ray.artifacts import BUILDING_NAME, MANIFEST_NAME, fingerprint, read_building, read_manifest
+from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
+logger = logging.getLogger("readapt_ray")
+
 CONTRACT_NAME = "readapt.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
+)  # fmt: skip
+"""All that a tokenizer may be read from."""
+
 _BUILTIN = "builtin:"
 _BUILTIN_FOLDER = Path(__file__).parent.parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-_MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
 
 @dataclass(frozen=True)
@@ -68,77 +75,97 @@ class Model:
             raise ModelError(f"{self.name!r} is an adapter that does not name its base model in {ADAPTER_CONFIG_NAME}")
         return find_model(str(name))
 
+    @property
+    def revision(self) -> str:
+        """The commit on the hub; empty for a model that is not from there."""
+        converted = self.read_json(pickled.RECORD_NAME)
+        if converted:
+            return str(converted["revision"])
+        return self.folder.name if self.folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
+
+    @property
+    def pinned_name(self) -> str:
+        """A name by which another machine finds this very model, though the hub has a newer commit by then."""
+        target = retrievers.hub_id(self.name)
+        is_of_hub = bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
+        return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
+
+    def content_files(self) -> list[str]:
+        """The files that decide what the model is, by their names in the folder."""
+        listing = Location(str(self.folder)).listing(recursive=True)
+        return [
+            name
+            for name, _ in listing
+            if name.endswith(fetching.MODEL_SUFFIXES) and name.rsplit("/", 1)[-1] != BUILDING_NAME
+        ]
+
     def fingerprint(self) -> str:
         """Stands for every byte of weights, configuration and tokenizer."""
         if (self.folder / MANIFEST_NAME).is_file():
             manifest = read_manifest(str(self.folder))
             if manifest is not None:
                 return manifest.fingerprint
-        return fingerprint(Location(str(self.folder)).content_fingerprint(_MODEL_SUFFIXES))
+        folder = Location(str(self.folder))
+        return fingerprint({name: (folder / name).sha256() for name in self.content_files()})
 
 
 def find_model(name: str) -> Model:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
-        name: a catalog name, a local folder, a URI, or a hub id.
+        name: a catalog name, a local folder, a URI, or a hub id; the two from the hub may end with `@` and a commit.
 
     Raises:
-        ModelError: nothing of that name, or what is there is not a model.
+        ModelError: nothing of that name, or what is there is not a model, unfinished, or computed by code of its own.
+        ReadaptError: the hub could not be reached, or went on failing.
     """
+    revision = None
+    if not Path(name).exists():
+        name, revision = retrievers.split_commit(name)
     target = retrievers.hub_id(name)
     if target.startswith(_BUILTIN):
         folder = _BUILTIN_FOLDER / target.removeprefix(_BUILTIN)
     elif "://" in target:
-        folder = _fetch_uri(target)
+        _check_finished(Location(target), name)
+        folder = fetching.from_uri(target)
     elif Path(target).expanduser().is_dir():
         folder = Path(target).expanduser().resolve()
+        _check_finished(Location(str(folder)), name)
     elif _HUB_ID.fullmatch(target) and not Path(target).exists():
-        folder = _fetch_hub(name, target)
+        folder = fetching.from_hub(name, target, revision)
     else:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
     model = Model(name=name, folder=pickled.safe_folder(folder, name))
     if not model.is_adapter and not (folder / "config.json").is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
+    _check_own_code(model)
     return model
 
 
-def _fetch_hub(name: str, hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(_FETCHED)))
-        if not pickled.has_safetensors(folder):
-            folder = Path(snapshot_download(hub_id, allow_patterns=[*_FETCHED, *pickled.PICKLED]))
-        model_cache.checked_snapshot(folder, lambda file: snapshot_download(hub_id, allow_patterns=[file]))
-        return folder
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"cannot fetch {name!r} ({hub_id} on the hub): {_first_line(error)}; "
-            f"check the name and the network, set HF_TOKEN for a gated model, or give a local folder"
-        ) from error
+def _check_finished(location: Location, name: str) -> None:
+    """Refuse what a stage has not finished: some of its weights may be there, and not all."""
+    if not (location / BUILDING_NAME).is_file() or (location / MANIFEST_NAME).is_file():
+        return
+    stage = (read_building(location) or {}).get("stage")
+    made_by = f"`readapt {stage}`" if stage else "the stage that makes it"
+    raise ModelError(
+        f"{name!r} is unfinished; run {made_by} with this output again, it goes on where it stopped, or wait for its end"
+    )
 
 
-def _fetch_uri(uri: str) -> Path:
-    source = Location(uri)
-    listing = source.listing(recursive=True)
-    if not listing:
-        raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")
-    has_safetensors = any(relative.endswith(".safetensors") for relative, _ in listing)
-    sizes_bytes = {
-        relative: int(info.size)
-        for relative, info in listing
-        if relative.endswith(_MODEL_SUFFIXES)
-        or (not has_safetensors and any(Path(relative).match(pattern) for pattern in pickled.PICKLED))
-    }
-    key = fingerprint([uri, [(relative, info.size, info.mtime_ns) for relative, info in listing]])
-    return model_cache.fetched(source, sizes_bytes, key)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _check_own_code(model: Model) -> None:
+    """Refuse a model that transformers' own class of its type would load without a word, and compute otherwise."""
+    config = model.read_json("config.json")
+    code = dict(config.get("auto_map") or {}).get("AutoModel")
+    if code is None:
+        return
+    raise ModelError(
+        f"{model.name!r} brings code of its own (auto_map in config.json: {code}), which changes how it computes and is never "
+        f"executed here. Where transformers' own {config.get('model_type')!r} computes the same, drop auto_map from the "
+        f"config.json of a copy; where the code only makes attention bidirectional, also write "
+        f'"is_causal": false there; else give another model'
+    )
 
 
 def encoding_of(model: Model) -> Encoding:
@@ -150,100 +177,37 @@ def encoding_of(model: Model) -> Encoding:
     contract = model.read_json(CONTRACT_NAME)
     if contract:
         return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME))
-    row = retrievers.find_retriever(model.name)
+    row = retrievers.find_retriever(model.name) or _row_of_copy(model)
     if row is not None:
         return row.encoding
-    if (model.folder / "modules.json").is_file():
-        return _sentence_transformers_encoding(model)
+    if (model.folder / sentence_transformers_folder.MODULES_NAME).is_file():
+        options = _tokenizer_holder(model).read_json("tokenizer_config.json")
+        return sentence_transformers_folder.read_encoding(model, load_tokenizer(model), options)
     raise ModelError(
         f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor modules.json, and it "
         f"is not in the catalog; pass --encoding FILE.json with pooling, templates and specials, or a catalog name"
     )
 
 
-def _sentence_transformers_encoding(model: Model) -> Encoding:
-    modules = json.loads((model.folder / "modules.json").read_text(encoding="utf-8"))
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
-        raise ModelError(
-            f"{model.name!r} has the modules {kinds}; understood are Transformer, Pooling and Normalize, in this order"
-        )
-    pooling = model.read_json(f"{modules[1]['path']}/config.json")
-    chosen = _pooling_modes(pooling)
-    names = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
-    if len(chosen) != 1 or chosen[0] not in names:
-        raise ModelError(f"{model.name!r} pools by {chosen}; understood is one of {sorted(names)}")
-    settings = model.read_json("sentence_bert_config.json")
-    encoder = model.read_json("config_sentence_transformers.json")
-    _refuse_what_is_not_done(model, encoder, pooling)
-    limit = int(settings.get("max_seq_length") or _longest_text(model))
-    return Encoding.parse(
-        {
-            "query_template": _prompt(encoder, ("query",)) + "{text}",
-            "passage_template": _prompt(encoder, ("document", "passage", "corpus")) + "{title} {text}",
-            "pooling": names[chosen[0]],
-            "normalize": "Normalize" in kinds,
-            "add_bos": _adds(model, "bos"),
-            "add_eos": _adds(model, "eos"),
-            "max_query_tokens": limit,
-            "max_passage_tokens": limit,
-            "lower_case": bool(settings.get("do_lower_case")),
-        },
-        where=str(model.folder),
-    )
+def _row_of_copy(model: Model) -> retrievers.Retriever | None:
+    """The row of a copy in a folder or an object store that still has the name it has on the hub."""
+    named = Path(model.name).expanduser()
+    place = model.name if "://" in model.name else str(named.resolve() if named.is_dir() else model.folder)
+    row = retrievers.find_copied(place)
+    if row is not None:
+        logger.info("%s is taken for a copy of %s, and its text is encoded so", model.name, row.hub_id)
+    return row
 
 
-def _prompt(encoder: dict[str, Any], names: tuple[str, ...]) -> str:
-    """What sentence-transformers puts before a text: the first of these prompts that there is, else the default one."""
-    prompts = encoder.get("prompts") or {}
-    name = next((each for each in names if each in prompts), encoder.get("default_prompt_name"))
-    return str(prompts.get(name) or "").replace("{", "{{").replace("}", "}}")
-
-
-def _refuse_what_is_not_done(model: Model, encoder: dict[str, Any], pooling: dict[str, Any]) -> None:
-    prompts = encoder.get("prompts") or {}
-    if pooling.get("include_prompt") is False and any(prompts.values()):
-        raise ModelError(
-            f"{model.name!r} pools without the tokens of its prompt (include_prompt); that is not understood"
-        )
-    similarity = encoder.get("similarity_fn_name") or "cosine"
-    if similarity not in ("cosine", "dot"):
-        raise ModelError(f"{model.name!r} compares vectors by {similarity!r}; understood are cosine and dot")
-
-
-def _longest_text(model: Model) -> int:
-    """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
-    positions = model.read_json("config.json").get("max_position_embeddings") or 512
-    return min(int(load_tokenizer(model).model_max_length), int(positions))
-
-
-def _pooling_modes(config: dict[str, Any]) -> list[str]:
-    if "pooling_mode" in config:
-        mode = config["pooling_mode"]
-        return [mode] if isinstance(mode, str) else list(mode)
-    prefix = "pooling_mode_"
-    return [
-        name.removeprefix(prefix).removesuffix("_tokens").removesuffix("_token")
-        for name, on in config.items()
-        if name.startswith(prefix) and on
-    ]
-
-
-def _adds(model: Model, which: str) -> bool:
-    """Whether the tokenizer of a folder puts its BOS (CLS) or EOS (SEP) around a text: asked, not assumed."""
-    tokenizer = load_tokenizer(model)
-    ids = tokenizer("a")["input_ids"]
-    first = (tokenizer.bos_token_id, tokenizer.cls_token_id)
-    last = (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    edge, specials = (ids[0], first) if which == "bos" else (ids[-1], last)
-    return edge is not None and edge in specials
+def _tokenizer_holder(model: Model) -> Model:
+    """The model itself, or the one that an adapter without a tokenizer was trained on."""
+    return model.base() if model.is_adapter and not (model.folder / "tokenizer_config.json").is_file() else model
 
 
 def tokenizer_fingerprint(model: Model) -> str:
-    """Stands for every byte of the tokenizer."""
-    folder = Location(str(model.folder))
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model", "special_tokens_map.json")
-    return fingerprint({name: (folder / name).sha256() for name in names if (folder / name).is_file()})
+    """Stands for every byte of the tokenizer that `load_tokenizer` loads."""
+    folder = Location(str(_tokenizer_holder(model).folder))
+    return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
 
 
 def load_tokenizer(model: Model) -> Any:
@@ -254,10 +218,9 @@ def load_tokenizer(model: Model) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = model.folder
-    if model.is_adapter and not (folder / "tokenizer_config.json").is_file():
-        folder = model.base().folder
+    folder = _tokenizer_holder(model).folder
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{model.name!r} has no tokenizer that can be read: {_first_line(error)}") from error
+        said = fetching.first_line(error)
+        raise ModelError(f"{model.name!r} has no tokenizer that can be read: {said}") from error

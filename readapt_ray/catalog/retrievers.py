@@ -4,6 +4,7 @@ A row is all that the package knows of a model; a model that is not here brings 
 own folder (`readapt.json`, or the files of sentence-transformers), or by options.
 """
 
+import re
 from typing import Literal
 
 from pydantic import Field
@@ -73,6 +74,8 @@ TARGETS_BY_FAMILY: dict[str, tuple[str, ...]] = {
 }
 """Query, key, value, up and down projections by the `model_type` of transformers' configs."""
 
+_PINNED = re.compile(r"([^:@]+)@([0-9a-f]{40})")
+_HUB_CACHE = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/[^/]+/?$")
 _WEB_TASK = "Given a web search query, retrieve relevant passages that answer the query"
 
 
@@ -215,10 +218,28 @@ def target_modules(model_type: str) -> tuple[str, ...]:
 
 def find_retriever(name: str) -> Retriever | None:
     """The row of a catalog name or hub id; None for a model that is not in the catalog."""
-    for row in RETRIEVERS:
-        if name.lower() in (row.name, row.hub_id.lower()):
-            return row
-    return None
+    plain = split_commit(name)[0].lower()
+    return next((row for row in RETRIEVERS if plain in (row.name, row.hub_id.lower())), None)
+
+
+def split_commit(name: str) -> tuple[str, str | None]:
+    """`owner/name@commit` in its two parts; None for a name without a commit."""
+    found = _PINNED.fullmatch(name)
+    return (found[1], found[2]) if found else (name, None)
+
+
+def find_copied(place: str) -> Retriever | None:
+    """The row of a model that was copied under its name on the hub, or that lies in the hub's cache.
+
+    Args:
+        place: path or URI of its folder.
+    """
+    cached = _HUB_CACHE.search(place)
+    if cached:
+        return find_retriever(f"{cached[1]}/{cached[2]}")
+    last = place.rstrip("/").rsplit("/", 1)[-1].lower()
+    on_hub = (row for row in RETRIEVERS if not row.hub_id.startswith("builtin:"))
+    return next((row for row in on_hub if row.hub_id.lower().rsplit("/", 1)[-1] == last), None)
 
 
 def hub_id(name: str) -> str:
@@ -229,7 +250,7 @@ def hub_id(name: str) -> str:
 
 def base_name(name: str) -> str:
     """What an adapter says of the model that it was trained on: a hub id, a folder, or a name of this catalog."""
-    target = hub_id(name)
+    target = hub_id(split_commit(name)[0])
     return name if target.startswith("builtin:") else target
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from readapt_ray.artifacts import read_manifest
-from readapt_ray.catalog.models import Model, load_tokenizer
+from readapt_ray.catalog.models import TOKENIZER_FILES, Model, load_tokenizer
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.provenance import Ingredient
@@ -26,7 +26,6 @@ _MATTERS = re.compile(
 # Options of those names that do not: rules of training, and what a head that is dropped reads.
 _MATTERS_NOT = re.compile(r"dropout|loss|_coef|router_jitter|classifier|normalize_logits|id2label|pruned_heads")
 _PROBES = ("Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  and   spaces", "CamelCase_and-dashes")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json")
 
 
 def check_configs(pretrained: Model, tuned: Model) -> None:
@@ -72,7 +71,7 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
         ModelError: a tokenizer cannot be read.
     """
     for model in (pretrained, tuned):
-        if not any((model.folder / name).is_file() for name in _TOKENIZER_FILES):
+        if not any((model.folder / name).is_file() for name in TOKENIZER_FILES):
             if not model.is_adapter:
                 logger.info("%s has no tokenizer of its own: there is nothing to compare", model.name)
             return
@@ -110,7 +109,7 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
 def check_bases(pretrained: Ingredient, adapters: Sequence[Model], *, accept: bool) -> None:
     """Compare the model that each adapter was trained on with the one that it is laid on.
 
-    What `readapt train` made says it by fingerprint; other adapters give a name, and another name is only a warning.
+    What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is only a warning.
 
     Args:
         pretrained: what they are laid on.
@@ -125,7 +124,8 @@ def check_bases(pretrained: Ingredient, adapters: Sequence[Model], *, accept: bo
             continue
         named = str(adapter.adapter_config.get("base_model_name_or_path") or "")
         manifest = read_manifest(str(adapter.folder))
-        trained_on = manifest.inputs.get("pretrained") if manifest is not None else None
+        inputs = manifest.inputs if manifest is not None else {}
+        trained_on = inputs.get("pretrained") or inputs.get("model")
         if trained_on is None:
             if _last(named) not in ("", _last(pretrained.name)):
                 logger.warning(

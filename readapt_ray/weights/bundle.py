@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import TOKENIZER_FILES, Model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.storage import Location
@@ -33,10 +33,6 @@ _FORMAT = 1
 _READAPTER = "readapter.safetensors"
 _RETRIEVER = "retriever"
 _DIFFERENCE = "difference.safetensors"
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
-)  # fmt: skip
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
@@ -69,7 +65,7 @@ def write_bundle(
         How the retriever's difference is kept; empty where the retriever is kept as the adapter that it is.
     """
     _copy(config_of.folder, ("config.json",), target)
-    _copy(tokenizer_of.folder, _TOKENIZER_FILES, target)
+    _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
     stored: list[Stored] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
         _copy(readapter.retriever.folder, (CONFIG_NAME, WEIGHTS_NAME), target / _RETRIEVER)

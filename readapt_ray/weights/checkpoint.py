@@ -89,8 +89,12 @@ class StoredTensor:
 
         Raises:
             ModelError: the file became shorter than its header says.
+            IndexError: there are fewer rows.
         """
-        stop = (self.shape[0] if self.shape else 1) if stop is None else stop
+        num_rows = self.shape[0] if self.shape else 1
+        stop = num_rows if stop is None else stop
+        if stop > num_rows:
+            raise IndexError(f"rows {start} to {stop} of {self.stored_name!r}, which has {num_rows}")
         row_bytes = self.num_bytes // self.shape[0] if self.shape and self.shape[0] else self.num_bytes
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
         rows = (scratch or Scratch()).empty(role, shape, self.dtype, torch.device("cpu"))
@@ -281,6 +285,11 @@ def _stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not an index of weights: {error!r}") from error
+    if (folder / SINGLE_NAME).is_file() and SINGLE_NAME not in shards:
+        raise ModelError(
+            f"{name!r} has its weights twice, in {SINGLE_NAME} and in the files of {INDEX_NAME}, and libraries differ in which "
+            f"they read; remove one of the two from {folder}"
+        )
     missing = [shard for shard in shards if "/" in shard or not (folder / shard).is_file()]
     if missing:
         raise ModelError(

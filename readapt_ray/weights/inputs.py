@@ -7,7 +7,6 @@ configs and tokenizers are read: kilobytes, besides the tokenizers.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from readapt_ray.artifacts import BUILDING_NAME, MANIFEST_NAME
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError
@@ -100,10 +99,6 @@ def _find_bundle(bundle: str, pretrained: str | None) -> Roles:
 
 def _find(option: str, name: str) -> Model:
     model = find_model(name)
-    if (model.folder / BUILDING_NAME).is_file() and not (model.folder / MANIFEST_NAME).is_file():
-        raise ModelError(
-            f"{option} = {name!r} is unfinished; run the stage that makes it again, it goes on where it stopped"
-        )
     if option == "pretrained" and model.is_adapter:
         raise ModelError(f"pretrained = {name!r} is an adapter; give the full model that it was trained on")
     return model

@@ -6,8 +6,10 @@ float32 besides.
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +28,7 @@ def load_model(model: Model, *, dtype: torch.dtype, device: str) -> torch.nn.Mod
         device: where to put it: cpu, cuda, cuda:1.
 
     Returns:
-        The transformers module in eval mode, without gradients, with sdpa attention.
+        The transformers module in eval mode, without gradients, with sdpa attention where its class has it.
 
     Raises:
         ModelError: no safetensors, an architecture that transformers does not have, or an adapter of another kind.
@@ -42,20 +44,9 @@ def load_model(model: Model, *, dtype: torch.dtype, device: str) -> torch.nn.Mod
 
 
 def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import AutoModel
-
     with _quiet():
         try:
-            module, report = AutoModel.from_pretrained(
-                str(folder),
-                dtype=dtype,
-                attn_implementation="sdpa",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            module, report = _from_pretrained(folder, dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
@@ -75,6 +66,28 @@ def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch
             f"{listed(problems)}; fetch the model again, or mend its config.json"
         )
     return module  # type: ignore[no-any-return]
+
+
+def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+    """The module, and the report on which tensors it found."""
+    from transformers import AutoModel
+
+    load = functools.partial(
+        AutoModel.from_pretrained,
+        str(folder),
+        dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    try:
+        return load(attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return load(attn_implementation="eager")  # MPNet, Gemma 2, DeBERTa: their classes have no other
 
 
 @torch.no_grad()

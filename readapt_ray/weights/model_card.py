@@ -94,6 +94,9 @@ def _provenance(sources: Sequence[Ingredient]) -> list[str]:
 
 def _usage(encoding: Encoding) -> list[str]:
     prefixes = prompts(encoding)
+    cut = f", truncate_dim={encoding.dimensions}" * (encoding.dimensions is not None)
+    # It cuts after its Normalize module, so the length has to be made 1 again.
+    again = ", normalize_embeddings=True" * (encoding.dimensions is not None and encoding.normalize)
     return [
         "## Encoding",
         "",
@@ -108,9 +111,13 @@ def _usage(encoding: Encoding) -> list[str]:
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        'model = SentenceTransformer("PATH_OF_THIS_FOLDER")',
-        *(['queries = model.encode(["..."], prompt_name="query")'] if "query" in prefixes else []),
-        *(['passages = model.encode(["title text"], prompt_name="document")'] if "document" in prefixes else []),
+        f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{cut})',
+        *([f'queries = model.encode(["..."], prompt_name="query"{again})'] if "query" in prefixes else []),
+        *(
+            [f'passages = model.encode(["title text"], prompt_name="document"{again})']
+            if "document" in prefixes
+            else []
+        ),
         "```",
         "",
         "Other servers pool as this folder says; what stands before a text is the client's to write, or an option:",
@@ -151,6 +158,11 @@ def _limits(encoding: Encoding) -> list[str]:
             f"sentence-transformers has one limit for both ({max(encoding.max_query_tokens, encoding.max_passage_tokens)} "
             f"tokens here); to cut longer queries as readapt_ray does, set model.max_seq_length = "
             f"{encoding.max_query_tokens} before they are encoded."
+        )
+    if encoding.dimensions is not None:
+        notes.append(
+            f"Vectors are the first {encoding.dimensions} numbers of the model's. No file of a model says so to other "
+            f"libraries and servers: cut theirs, then normalise, as above."
         )
     for kind in sorted({"query", "document"} - prompts(encoding).keys()):
         notes.append(

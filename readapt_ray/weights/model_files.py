@@ -6,6 +6,7 @@ vLLM and text-embeddings-inference do) and readapt.json. A few kilobytes besides
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
 from readapt_ray.weights.tokenizer import write_tokenizer
+
+logger = logging.getLogger("readapt_ray")
 
 _POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 # Not among our poolings, but text-embeddings-inference reads no pooling config that leaves them out.
@@ -110,6 +113,12 @@ def write_model_files(
     """
     from transformers import AutoConfig
 
+    if encoding.dimensions is not None:
+        logger.warning(
+            "no file of a model says that its vectors are cut: sentence-transformers gives all their numbers unless it is "
+            "loaded with truncate_dim=%d, and so do other servers",
+            encoding.dimensions,
+        )
     with tempfile.TemporaryDirectory(prefix="readapt-export-") as name:
         folder = Path(name)
         _write_json(folder / "config.json", config)

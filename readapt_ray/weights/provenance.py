@@ -18,9 +18,7 @@ from readapt_ray.artifacts import fingerprint, read_manifest
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.pickled import RECORD_NAME
 from readapt_ray.hardware import num_cores
-from readapt_ray.storage import Location
 
-_HASHED = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _WEIGHTS = (".safetensors", ".bin")
 # Large, so that a thread that hashes seldom waits for the interpreter.
 _CHUNK_BYTES = 4 << 20
@@ -70,12 +68,7 @@ def described(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list
 
 
 def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> list[Ingredient]:
-    jobs = [
-        (number, file)
-        for number, (_, model) in enumerate(models)
-        for file, _ in Location(str(model.folder)).listing(recursive=True)
-        if file.endswith(_HASHED)
-    ]
+    jobs = [(number, file) for number, (_, model) in enumerate(models) for file in model.content_files()]
     paths = [models[number][1].folder / file for number, file in jobs]
     with ThreadPoolExecutor(num_cores()) as pool:
         hashes = list(pool.map(lambda path: _sha256(path, stopped), paths))
@@ -88,12 +81,10 @@ def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> 
 def _ingredient(role: str, model: Model, files: dict[str, str]) -> Ingredient:
     manifest = read_manifest(str(model.folder))
     identified = manifest.fingerprint if manifest is not None else fingerprint(files)
-    folder = model.folder
-    revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
-    converted = model.read_json(RECORD_NAME)
-    if converted:
-        revision, files = converted["revision"], {**files, **converted["files"]}
-    return Ingredient(role=role, name=model.name, fingerprint=identified, revision=revision, files=files)
+    pickles = model.read_json(RECORD_NAME).get("files", {})
+    return Ingredient(
+        role=role, name=model.name, fingerprint=identified, revision=model.revision, files={**files, **pickles}
+    )
 
 
 def _sha256(path: Path, stopped: threading.Event) -> str:

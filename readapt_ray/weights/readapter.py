@@ -110,6 +110,17 @@ class Ingredients:
         )
         return Ingredients(name=self.name, start=self.start[start:stop], terms=terms)
 
+    def with_unchanged(self, rows: torch.Tensor) -> "Ingredients":
+        """The same and, behind it, rows that no scale changes: nothing is added to them."""
+        terms: list[Term | None] = []
+        for each in self.terms:
+            if each is None or isinstance(each, Factors):
+                terms.append(each)
+            else:
+                more = rows if isinstance(each, Whole) else torch.zeros_like(rows)
+                terms.append(replace(each, rows=torch.cat([each.rows, more])))
+        return Ingredients(name=self.name, start=torch.cat([self.start, rows]), terms=tuple(terms))
+
 
 def _add(
     scaled: tuple[Term | None, float], total: torch.Tensor, weight: torch.Tensor, first_row: int, scratch: Scratch
@@ -226,8 +237,14 @@ class Readapter:
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
         """
-        whole = self._ingredients(name, 0, self.shape(name)[0] if self.shape(name) else 1, Scratch())
+        num_rows = self.shape(name)[0] if self.shape(name) else 1
+        shared = min(num_rows, self._shared_rows(name))
+        whole = self._ingredients(name, 0, shared or num_rows, Scratch())
         self._check_finite(whole)
+        if 0 < shared < num_rows:
+            alone = self._ingredients(name, shared, num_rows, Scratch())
+            self._check_finite(alone)
+            whole = whole.with_unchanged(alone.start)
         terms = tuple(
             each.to(device) if isinstance(each, Factors) else each and replace(each, rows=each.rows.to(device))
             for each in whole.terms
@@ -235,14 +252,16 @@ class Readapter:
         return Ingredients(name=name, start=whole.start.to(device), terms=terms)
 
     def _ingredients(self, name: str, start: int, stop: int, scratch: Scratch) -> Ingredients:
+        """Of rows that the pretrained model has, or of rows that it lacks, not of both."""
+        sources = (self.retriever, *self.knowledge)
+        if start >= self._shared_rows(name):
+            alone = self._leading(name).read(name, start, stop, scratch, "start")
+            return Ingredients(name=name, start=alone, terms=(None,) * len(sources))
         terms = tuple(
             source.term(name, start, stop, scratch, f"term {number}") if name in source else None
-            for number, source in enumerate((self.retriever, *self.knowledge))
+            for number, source in enumerate(sources)
         )
-        if name in self.pretrained and start < self._shared_rows(name):
-            return Ingredients(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
-        alone = self._leading(name).read(name, start, stop, scratch, "start")
-        return Ingredients(name=name, start=alone, terms=(None,) * len(terms))
+        return Ingredients(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
 
     def _check_finite(self, ingredients: Ingredients) -> None:
         tensors = [ingredients.start]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
 
 _PROBES = ("", "a", "Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  and   spaces")
@@ -23,35 +24,27 @@ def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | N
     `eos_token`); else it is BOS or CLS in front, EOS or SEP behind.
 
     Raises:
-        ModelError: the encoding asks for a token that the tokenizer does not have.
+        ModelError: the encoding asks for a token that the tokenizer does not have, or where it puts several.
     """
-    edges = []
-    for asked, option, own, roles in (
-        (encoding.add_bos, "add_bos", _added_by_itself(tokenizer)[0], ("bos_token", "cls_token")),
-        (encoding.add_eos, "add_eos", _added_by_itself(tokenizer)[1], ("eos_token", "sep_token")),
+    edges: list[str | None] = []
+    for asked, option, own, roles in zip(
+        (encoding.add_bos, encoding.add_eos),
+        ("add_bos", "add_eos"),
+        added_by_itself(tokenizer),
+        (("bos_token", "cls_token"), ("eos_token", "sep_token")),
+        strict=True,
     ):
-        token = own or next((getattr(tokenizer, role) for role in roles if getattr(tokenizer, role)), None)
-        if asked and token is None:
+        if not asked:
+            edges.append(None)
+            continue
+        token = only_token(own) or next((getattr(tokenizer, role) for role in roles if getattr(tokenizer, role)), None)
+        if token is None:
             raise ModelError(
                 f"the encoding asks for a special token that the tokenizer lacks ({' or '.join(roles)}); set it in "
                 f"tokenizer_config.json, or set {option} to false in the encoding"
             )
-        edges.append(token if asked else None)
+        edges.append(token)
     return edges[0], edges[1]
-
-
-def _added_by_itself(tokenizer: Any) -> tuple[str | None, str | None]:
-    """First and last token that the tokenizer puts around a text: seen, not believed."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    for start in range(len(ids) - len(plain) + 1):
-        if ids[start : start + len(plain)] == plain:
-            before, after = ids[:start], ids[start + len(plain) :]
-            return (
-                tokenizer.convert_ids_to_tokens(before[0]) if before else None,
-                tokenizer.convert_ids_to_tokens(after[-1]) if after else None,
-            )
-    return None, None
 
 
 def write_tokenizer(tokenizer: Any, encoding: Encoding, folder: Path) -> None:

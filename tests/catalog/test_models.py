@@ -94,3 +94,91 @@ def test_modules_that_are_not_understood_are_refused(
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     with pytest.raises(ModelError, match=named):
         models.encoding_of(models.find_model(str(folder)))
+
+
+@pytest.mark.parametrize("by", ["folder", "uri"])
+@pytest.mark.parametrize(
+    ("content", "said"), [('{"owner": "1", "stage": "merge"}', "run `readapt merge`"), ("", "run the stage that")]
+)
+def test_an_unfinished_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, content: str, said: str
+) -> None:
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "cache"))
+    folder = factories.tiny_decoder(tmp_path / "m")
+    (folder / "building.json").write_text(content)
+    with pytest.raises(ModelError, match=f"is unfinished; {said}"):
+        models.find_model(str(folder) if by == "folder" else f"file://{folder}")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_heartbeat_is_no_part_of_a_model(tmp_path: Path) -> None:
+    model = models.find_model(str(factories.tiny_decoder(tmp_path / "m")))
+    before = model.fingerprint()
+    (tmp_path / "m/run").mkdir()
+    for name in ("building.json", "run/building.json"):
+        (model.folder / name).write_text("{}")
+    assert model.fingerprint() == before
+    (tmp_path / "m/run/more.json").write_text("{}")
+    assert model.fingerprint() != before
+
+
+def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    folder = factories.tiny_decoder(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for auto_map in ({}, {"AutoModelForCausalLM": "modeling.M", "AutoConfig": "configuration.C"}):
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+        models.find_model(str(folder))
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Bidirectional"}}))
+    with pytest.raises(ModelError, match=r"modeling_own\.Bidirectional.*never executed.*'llama'.*\"is_causal\": false"):
+        models.find_model(str(folder))
+
+
+def test_every_file_of_a_tokenizer_counts(tmp_path: Path) -> None:
+    folder = factories.tiny_decoder(tmp_path / "m")
+    seen = {models.tokenizer_fingerprint(models.find_model(str(folder)))}
+    for name in models.TOKENIZER_FILES:
+        with (folder / name).open("a") as file:
+            file.write(" ")
+        seen.add(models.tokenizer_fingerprint(models.find_model(str(folder))))
+    assert len(seen) == 1 + len(models.TOKENIZER_FILES)
+
+
+def test_the_tokenizer_of_an_adapter_is_that_of_its_base_unless_it_has_one(tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    adapter = models.find_model(str(factories.lora_adapter(tmp_path / "ad", base)))
+    own = models.tokenizer_fingerprint(models.find_model(str(base)))
+    assert models.tokenizer_fingerprint(adapter) == own
+    factories.decoder_tokenizer(padding_side="left").save_pretrained(adapter.folder)
+    assert models.tokenizer_fingerprint(adapter) != own
+
+
+@pytest.mark.parametrize(
+    ("place", "row"),
+    [
+        ("e5-mistral-7b-instruct", "e5-mistral"),
+        ("copies/Bge-Base-ZH", "bge-base-zh"),
+        ("models--Qwen--Qwen3-Embedding-0.6B/snapshots/0123abcd", "qwen3-embedding-0.6b"),
+        ("models--other--bge-base-zh/snapshots/0123abcd", None),
+        ("retriever", None),
+        ("m3e", None),
+    ],
+)
+def test_a_copy_is_known_by_its_name(tmp_path: Path, place: str, row: str | None) -> None:
+    model = models.find_model(str(factories.tiny_decoder(tmp_path / place)))
+    if row is None:
+        with pytest.raises(ModelError, match="nothing says how"):
+            models.encoding_of(model)
+    else:
+        assert models.encoding_of(model) == retrievers.retriever(row).encoding
+    assert retrievers.find_copied(f"s3://bucket/{place}/") is (retrievers.retriever(row) if row else None)
+    factories.write_contract(model.folder, pooling="mean")
+    assert models.encoding_of(model).query_template == "query: {text}"
+
+
+def test_a_commit_behind_a_name_names_the_same_row() -> None:
+    pinned = f"e5-mistral@{'a' * 40}"
+    assert retrievers.find_retriever(pinned) is retrievers.retriever("e5-mistral")
+    assert retrievers.base_name(pinned) == "intfloat/e5-mistral-7b-instruct"
+    assert retrievers.split_commit(f"me/it@{'0' * 40}") == ("me/it", "0" * 40)
+    for name in ("me/it", "me/it@main", f"s3://bucket/m@{'0' * 40}"):
+        assert retrievers.split_commit(name) == (name, None)

@@ -118,7 +118,7 @@ def test_by_uri_and_from_the_hub_pickles_are_fetched_only_where_there_is_nothing
     assert len(factories.read_tensors(models.find_model(f"file://{old}").folder)) == 20
     fetched: list[list[str]] = []
 
-    def snapshot(hub_id: str, *, allow_patterns: list[str]) -> str:
+    def snapshot(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         fetched.append(allow_patterns)
         target = tmp_path / "hub" / hub_id / "snapshots" / "0123abcd"
         target.mkdir(parents=True, exist_ok=True)

@@ -122,14 +122,15 @@ def test_words_that_only_one_has_are_an_option(tmp_path, decoder):
 
 
 class _Trained(StageConfig):
-    """Stands for the options of train."""
+    """Stands for the options of train and finetune."""
 
 
-def _trained_adapter(folder, base, fingerprint):
+def _trained_adapter(folder, base, fingerprint, *, stage="train"):
     def write(workspace):
         factories.dora_adapter(workspace.location.local_path, base)
 
-    produce("train", _Trained(output=str(folder)), inputs={"pretrained": fingerprint}, work=write)
+    option = {"train": "pretrained", "finetune": "model"}[stage]
+    produce(stage, _Trained(output=str(folder)), inputs={"corpus": "89ab", option: fingerprint}, work=write)
     return find_model(str(folder))
 
 
@@ -138,10 +139,11 @@ def _ingredient(folder):
         return wait()[0]
 
 
-def test_an_adapter_of_another_base_is_refused_by_fingerprint(tmp_path, decoder):
+@pytest.mark.parametrize("stage", ["train", "finetune"])
+def test_an_adapter_of_another_base_is_refused_by_fingerprint(tmp_path, decoder, stage):
     base = find_model(str(decoder))
-    own = _trained_adapter(tmp_path / "own", decoder, base.fingerprint())
-    other = _trained_adapter(tmp_path / "other", decoder, "0123")
+    own = _trained_adapter(tmp_path / "own", decoder, base.fingerprint(), stage=stage)
+    other = _trained_adapter(tmp_path / "other", decoder, "0123", stage=stage)
     check_bases(_ingredient(decoder), [base, own], accept=False)
     with pytest.raises(WeightMismatchError, match=r"fingerprint 0123.*--accept base"):
         check_bases(_ingredient(decoder), [own, other], accept=False)

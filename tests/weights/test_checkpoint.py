@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -148,3 +149,20 @@ def test_one_bad_number_anywhere_is_seen(dtype, value):
         assert not is_finite(tensor)
     assert is_finite(torch.full((8,), torch.finfo(dtype).max, dtype=dtype))
     assert is_finite(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("stop", [385, 1000])
+def test_no_row_is_read_behind_the_last(tmp_path, stop):
+    checkpoint = Checkpoint(factories.tiny_decoder(tmp_path))
+    with pytest.raises(IndexError, match=rf"rows 380 to {stop} of 'model\.embed_tokens\.weight', which has 384"):
+        checkpoint.read("embed_tokens.weight", 380, stop)
+
+
+def test_weights_that_are_there_twice_are_refused(tmp_path):
+    folder = factories.tiny_decoder(tmp_path, shards=2)
+    shutil.copyfile(folder / "model-00001-of-00002.safetensors", folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"twice, in model\.safetensors and in the files of model\.safetensors\.index"):
+        Checkpoint(folder)
+    tensors = factories.read_tensors(factories.tiny_decoder(tmp_path / "one"))
+    _index(tmp_path / "one", dict.fromkeys(tensors, "model.safetensors"))
+    assert Checkpoint(tmp_path / "one").names() == Checkpoint(factories.tiny_decoder(tmp_path / "same")).names()

@@ -13,6 +13,7 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.export import plan_shards, write_weights
+from readapt_ray.weights.model_card import model_card
 from readapt_ray.weights.model_files import headless_config, prompts, write_model_files
 from readapt_ray.weights.readapter import Readapter, Scales
 from readapt_ray.weights.tokenizer import edge_tokens, write_tokenizer
@@ -180,6 +181,17 @@ def test_the_end_that_a_tokenizer_adds_by_itself_is_kept():
     assert edge_tokens(tokenizer, _encoding(add_bos=False)) == (None, "<pad>")
 
 
+def test_several_ends_are_refused_only_where_one_is_asked_for():
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = factories.decoder_tokenizer()
+    specials = [("<pad>", 0), ("</s>", 2)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s> <pad>", special_tokens=specials)
+    with pytest.raises(ModelError, match="</s> <pad> on one side"):
+        edge_tokens(tokenizer, _encoding())
+    assert edge_tokens(tokenizer, _encoding(add_eos=False)) == ("<s>", None)
+
+
 def test_an_unknown_word_is_not_taken_for_a_special_token():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -222,6 +234,26 @@ def test_the_encoding_is_read_back_from_both_contracts(tmp_path, pooling, normal
     (tmp_path / "out/readapt.json").unlink()
     changed = {"query_template": "Instruct: find it\nQuery: {text}", "task": ""}
     assert encoding_of(find_model(str(tmp_path / "out"))) == encoding.model_copy(update=changed)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_vectors_that_are_cut_are_said_to_be_so(tmp_path, caplog, normalize):
+    source = factories.tiny_encoder(tmp_path / "in")
+    model = find_model(str(source))
+    config = headless_config(model.read_json("config.json"), dtype="float32", name="x")
+    written = {"config": config, "tokenizer": load_tokenizer(model), "contract": {}}
+    cards = {}
+    for dimensions in (None, 16):
+        encoding = _encoding(normalize=normalize, dimensions=dimensions)
+        with caplog.at_level("WARNING", logger="readapt_ray"):
+            write_model_files(Location(str(tmp_path / f"out{dimensions}")), encoding=encoding, **written)
+        cards[dimensions] = model_card(
+            encoding=encoding, scales="", command="", sources=[], survives={}, dtype="float32", measures=[], notes=[]
+        )
+    assert [record.args for record in caplog.records] == [(16,)]
+    assert "truncate_dim" not in cards[None]
+    assert 'SentenceTransformer("PATH_OF_THIS_FOLDER", truncate_dim=16)' in cards[16]
+    assert ('prompt_name="query", normalize_embeddings=True)' in cards[16]) == normalize
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -87,3 +89,31 @@ def test_nan_is_refused_before_a_scale_is_set(tmp_path):
     factories.write_tensors(pretrained, tensors)
     with pytest.raises(ModelError, match=r"norm\.weight"):
         LiveReadapter(module, _readapter(pretrained, pretrained))
+
+
+@pytest.mark.parametrize("num_words", [379, 384, 390])
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_a_retriever_with_more_or_fewer_words_is_what_a_merge_writes(tmp_path, monkeypatch, num_words, kind):
+    monkeypatch.setattr(readapter_module, "_SLICE_ELEMENTS", 1000)
+    pretrained = factories.tiny_decoder(tmp_path / "pre", headless=True)
+    retriever = factories.full_retriever(tmp_path / "ret", pretrained)
+    tensors = factories.read_tensors(retriever)
+    words = tensors["embed_tokens.weight"]
+    tensors["embed_tokens.weight"] = torch.cat([words, torch.full((6, 32), 7.0)])[:num_words].clone()
+    factories.write_tensors(retriever, tensors)
+    config = json.loads((retriever / "config.json").read_text())
+    (retriever / "config.json").write_text(json.dumps(config | {"vocab_size": num_words}))
+    before = Checkpoint(pretrained)
+    if kind == "adapter":
+        knowledge = Adapter(factories.dora_adapter(tmp_path / "ad", pretrained, headless=True), before)
+    else:
+        knowledge = Checkpoint(factories.full_retriever(tmp_path / "tuned", pretrained, seed=5, dtype="bfloat16"))
+    made = Readapter(before, Checkpoint(retriever), [knowledge], accept_vocabulary=True)
+    module = load_model(find_model(str(retriever)), dtype=torch.float32, device="cpu")
+    live = LiveReadapter(module, made)
+    for a, k in SCALES:
+        live.set_scales(a, k)
+        assert torch.equal(module.embed_tokens.weight[384:], torch.full((max(0, num_words - 384), 32), 7.0))
+        parameters = dict(module.named_parameters())
+        for name, tensor in made.walk(Scales(a, (k,))):
+            assert torch.equal(parameters[name], tensor), (name, a, k)

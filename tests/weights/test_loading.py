@@ -90,3 +90,16 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
 def test_nothing_is_printed(tmp_path, capfd):
     _load(factories.tiny_encoder(tmp_path))
     assert capfd.readouterr() == ("", "")
+
+
+def test_an_architecture_without_sdpa_is_loaded_with_plain_attention(tmp_path):
+    config = transformers.MPNetConfig(
+        vocab_size=384, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    model = transformers.MPNetModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    loaded = _load(tmp_path)
+    assert loaded.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).last_hidden_state, model(IDS).last_hidden_state)

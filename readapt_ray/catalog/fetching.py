@@ -1,0 +1,130 @@
+"""The files of a model, brought from the hub or an object store onto this machine's disk.
+
+In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer: safetensors, and pickled weights
+only where there are no others. What else a folder of ours holds (checkpoints, pairs, logs) stays where it is. A hub
+that is busy is asked again for half a minute, one that cannot be reached for six seconds.
+"""
+
+import errno
+import logging
+import re
+import time
+from pathlib import Path
+
+from readapt_ray.artifacts import fingerprint
+from readapt_ray.catalog import model_cache, pickled
+from readapt_ray.errors import InputError, ModelError, ReadaptError
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+
+_PATTERNS = tuple(f"*{suffix}" for suffix in MODEL_SUFFIXES)
+# The folder's own files, the modules of sentence-transformers (1_Pooling), and the parts of a bundle.
+_OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
+_ATTEMPTS = 5
+_ATTEMPTS_UNANSWERED = 3
+"""Where nobody answers, the machine may well have no network, and the name be that of a folder, mistyped."""
+_UNANSWERED = ("ConnectError", "ConnectTimeout")
+"""Of the HTTP library, whichever the hub's client uses."""
+_FIRST_WAIT_S = 2.0
+"""Doubled after each attempt."""
+_REFUSED = (401, 403, 404)
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+def from_hub(name: str, hub_id: str, revision: str | None = None) -> Path:
+    """A snapshot in the hub's cache.
+
+    Args:
+        name: what the user calls the model; used in errors.
+        hub_id: owner and name.
+        revision: a commit; the newest unless given.
+
+    Raises:
+        ModelError: the hub has no such model or does not give it, or offline it is not in the cache.
+        ReadaptError: the hub could not be reached, or went on failing.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The error of the HTTP library (httpx, httpx2 in later releases) and OSError; hf_xet raises RuntimeError.
+    client_errors = (*HfHubHTTPError.__bases__, RuntimeError)
+    attempt = 0
+    while True:
+        try:
+            return _snapshot(hub_id, revision)
+        except InputError:
+            raise
+        except Exception as error:
+            if not isinstance(error, (*client_errors, HFValidationError)):
+                raise
+            said = f"cannot fetch {name!r} ({hub_id} on the hub; no folder here): {first_line(error)}"
+            cause = _cause(error)
+            if isinstance(error, HFValidationError) or _is_final(cause):
+                raise ModelError(
+                    f"{said}; check the name and the network, set HF_TOKEN for a gated model, or give a local folder"
+                ) from error
+            attempt += 1
+            if attempt == (_ATTEMPTS_UNANSWERED if type(cause).__name__ in _UNANSWERED else _ATTEMPTS):
+                raise ReadaptError(f"{said}; tried {attempt} times: run again later, or give a local folder") from error
+            wait_s = _FIRST_WAIT_S * 2 ** (attempt - 1)
+            logger.warning("%s; trying again in %.0f s", said, wait_s)
+            time.sleep(wait_s)
+
+
+def _snapshot(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    def fetch(*patterns: str) -> Path:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+
+    folder = fetch(*_PATTERNS)
+    if not pickled.has_safetensors(folder):
+        folder = fetch(*_PATTERNS, *pickled.PICKLED)
+    model_cache.checked_snapshot(folder, fetch)
+    return folder
+
+
+def _cause(error: Exception) -> BaseException:
+    """What the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
+
+
+def _is_final(cause: BaseException) -> bool:
+    """Whether asking again would end the same: refused, unknown, offline with nothing cached, a disk that takes nothing."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    if isinstance(cause, HfHubHTTPError):
+        return cause.response.status_code in _REFUSED
+    if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return True
+    return isinstance(cause, OSError) and cause.errno in _DISK
+
+
+def from_uri(uri: str) -> Path:
+    """The local copy of a model in an object store.
+
+    Raises:
+        ModelError: the folder is empty or does not exist, or a file did not arrive whole.
+    """
+    source = Location(uri)
+    listing = [(name, info) for name, info in source.listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
+    if not listing:
+        raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")
+    has_safetensors = any(name.endswith(".safetensors") for name, _ in listing)
+    sizes_bytes = {
+        name: int(info.size)
+        for name, info in listing
+        if name.endswith(MODEL_SUFFIXES)
+        or (not has_safetensors and any(Path(name).match(pattern) for pattern in pickled.PICKLED))
+    }
+    key = fingerprint([uri, [(name, info.size, info.mtime_ns) for name, info in listing]])
+    return model_cache.fetched(source, sizes_bytes, key)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,140 @@
+"""How a retriever wants its text, from the files that sentence-transformers keeps in its folder.
+
+In: a folder with `modules.json`, and its tokenizer. Out: the `Encoding` that gives the vectors, and the ranking, that
+sentence-transformers gives; what has no such form is refused by name.
+"""
+
+import functools
+import json
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.special_tokens import added_by_itself, only_token
+from readapt_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from readapt_ray.catalog.models import Model
+
+logger = logging.getLogger("readapt_ray")
+
+MODULES_NAME = "modules.json"
+
+_POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
+_QUERY_PROMPTS = ("query",)
+_PASSAGE_PROMPTS = ("document", "passage", "corpus")
+# Names that releases before 3 wrote by the kind of model; the first that is there is read.
+_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+
+
+def read_encoding(model: "Model", tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
+    """The encoding that the folder describes.
+
+    Args:
+        model: it holds `modules.json`.
+        tokenizer: the model's, as transformers loads it.
+        tokenizer_config: its tokenizer_config.json. Some releases of transformers drop the BOS or EOS that it asks for.
+
+    Raises:
+        ModelError: it has modules, poolings, prompts or special tokens that no encoding can say.
+    """
+    modules = json.loads((model.folder / MODULES_NAME).read_text(encoding="utf-8"))
+    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+        raise ModelError(
+            f"{model.name!r} has the modules {kinds}; understood are Transformer, Pooling and Normalize, in this order"
+        )
+    pooling = model.read_json(f"{modules[1]['path']}/config.json")
+    settings = next((found for found in map(model.read_json, _SETTINGS) if found), {})
+    encoder = model.read_json("config_sentence_transformers.json")
+    limit = int(settings.get("max_seq_length") or _longest_text(model, tokenizer))
+    before, after = (only_token(tokens) for tokens in added_by_itself(tokenizer))
+    query, passage = _prompts(model, encoder, pooling)
+    similarity = _similarity(model, encoder)
+    encoding = Encoding.parse(
+        {
+            "query_template": _braced(query) + "{text}",
+            "passage_template": _braced(passage) + "{title} {text}",
+            "pooling": _pooling(model, pooling),
+            "normalize": "Normalize" in kinds or similarity != "dot",
+            "add_bos": before is not None or tokenizer_config.get("add_bos_token") is True,
+            "add_eos": after is not None or tokenizer_config.get("add_eos_token") is True,
+            "max_query_tokens": limit,
+            "max_passage_tokens": limit,
+            "lower_case": bool(settings.get("do_lower_case")),
+        },
+        where=str(model.folder),
+    )
+    if encoding.pooling == "last" and not encoding.add_eos:
+        _warn_of_no_end(model.name)
+    return encoding
+
+
+@functools.cache
+def _warn_of_no_end(name: str) -> None:
+    """Once a process: what a model asks for is looked up in several places."""
+    logger.warning(
+        "%s pools the last token, and its tokenizer puts no special token behind a text; if it was trained with one, give "
+        "--encoding FILE.json with add_eos true",
+        name,
+    )
+
+
+def _prompts(model: "Model", encoder: Mapping[str, Any], pooling: Mapping[str, Any]) -> tuple[str, str]:
+    """What sentence-transformers puts before a query and before a passage."""
+    given = {name: prompt for name, prompt in (encoder.get("prompts") or {}).items() if prompt is not None}
+    default = encoder.get("default_prompt_name")
+    if pooling.get("include_prompt") is False and any(given.values()):
+        raise ModelError(
+            f"{model.name!r} pools without the tokens of its prompt (include_prompt); that is not understood"
+        )
+    if any(given.values()) and default is None and not given.keys() & {*_QUERY_PROMPTS, *_PASSAGE_PROMPTS}:
+        raise ModelError(
+            f"{model.name!r} has the prompts {', '.join(given)}, and nothing says which of them is for queries and which "
+            f"for passages; give --encoding FILE.json with query_template and passage_template"
+        )
+    query, passage = (
+        str(given.get(next((each for each in names if each in given), default), ""))
+        for names in (_QUERY_PROMPTS, _PASSAGE_PROMPTS)
+    )
+    return query, passage
+
+
+def _braced(prompt: str) -> str:
+    return prompt.replace("{", "{{").replace("}", "}}")
+
+
+def _similarity(model: "Model", encoder: Mapping[str, Any]) -> str:
+    similarity = encoder.get("similarity_fn_name") or "cosine"
+    if similarity not in ("cosine", "dot"):
+        raise ModelError(f"{model.name!r} compares vectors by {similarity!r}; understood are cosine and dot")
+    return str(similarity)
+
+
+def _longest_text(model: "Model", tokenizer: Any) -> int:
+    """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
+    positions = model.read_json("config.json").get("max_position_embeddings") or 512
+    return min(int(tokenizer.model_max_length), int(positions))
+
+
+def _pooling(model: "Model", config: Mapping[str, Any]) -> str:
+    chosen = _pooling_modes(config)
+    if len(chosen) != 1 or chosen[0] not in _POOLINGS:
+        raise ModelError(f"{model.name!r} pools by {chosen}; understood is one of {sorted(_POOLINGS)}")
+    return _POOLINGS[chosen[0]]
+
+
+def _pooling_modes(config: Mapping[str, Any]) -> list[str]:
+    if "pooling_mode" in config:
+        mode = config["pooling_mode"]
+        return [mode] if isinstance(mode, str) else list(mode)
+    prefix = "pooling_mode_"
+    return [
+        name.removeprefix(prefix).removesuffix("_tokens").removesuffix("_token")
+        for name, on in config.items()
+        if name.startswith(prefix) and on
+    ]

@@ -1,0 +1,34 @@
+"""What a tokenizer puts around a text by itself: seen, not believed.
+
+Which special token ends a text is not always `eos_token` (Qwen3-Embedding ends with <|endoftext|>, and its
+`eos_token` is <|im_end|>), and options that say so are not always honoured.
+"""
+
+from typing import Any
+
+from readapt_ray.errors import ModelError
+
+
+def added_by_itself(tokenizer: Any) -> tuple[list[str], list[str]]:
+    """The tokens before and after a text that the tokenizer makes of it unasked."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ids = tokenizer("a")["input_ids"]
+    for start in range(len(ids) - len(plain) + 1):
+        if ids[start : start + len(plain)] == plain:
+            around = ids[:start], ids[start + len(plain) :]
+            return tokenizer.convert_ids_to_tokens(around[0]), tokenizer.convert_ids_to_tokens(around[1])
+    return [], []
+
+
+def only_token(tokens: list[str]) -> str | None:
+    """The one token of a side; None where there is none.
+
+    Raises:
+        ModelError: there are several, which no encoding can ask for.
+    """
+    if len(tokens) > 1:
+        raise ModelError(
+            f"the tokenizer puts the special tokens {' '.join(tokens)} on one side of a text; understood is one on each "
+            f"side: give a model that has one, or --encoding FILE.json with add_bos or add_eos false there"
+        )
+    return tokens[0] if tokens else None
