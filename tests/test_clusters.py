@@ -17,7 +17,7 @@ import yaml
 
 from readapt_ray import planner
 from readapt_ray.recipes import RunConfig
-from readapt_ray.serving import server
+from readapt_ray.serving import keys, server
 from readapt_ray.stages import step_metrics
 from tests import factories
 
@@ -162,6 +162,16 @@ def test_the_service_is_what_serve_deploys() -> None:
     schema = ServeDeploySchema.model_validate(config)
     assert [each.route_prefix for each in schema.applications] == [None, "/"]
     assert {each.import_path.partition(":")[0] for each in schema.applications} == {"readapt_ray.serving.app"}
+
+
+def test_every_container_of_the_service_has_the_api_keys_that_its_page_names() -> None:
+    cluster = cluster_of(read("kuberay/rayservice.yaml"))
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        [container] = group["template"]["spec"]["containers"]
+        given = {each["name"]: each["valueFrom"]["secretKeyRef"] for each in container["env"]}
+        assert given == {keys.ENVIRONMENT: {"name": "readapt-api-keys", "key": "api_keys"}}
+    page = (CLUSTERS / "kuberay/rayservice.yaml").read_text()
+    assert "kubectl create secret generic readapt-api-keys --from-file=api_keys=" in page
 
 
 def test_the_job_waits_for_all_of_its_nodes() -> None:

@@ -6,6 +6,7 @@ asked for, and the row groups of late are kept.
 
 import bisect
 import functools
+import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,9 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import open_artifact
-from readapt_ray.errors import CorruptFileError
+from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.records import PASSAGE_SCHEMA, Passage
 from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
 
 _KEPT_ROW_GROUPS = 64
 
@@ -45,29 +48,44 @@ class PassageStore:
         self._row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(self._read_row_group)
 
     @classmethod
-    def open(cls, corpus: str) -> "PassageStore":
+    def open(cls, corpus: str, fingerprint: str | None = None) -> "PassageStore":
         """The passages of an `ingest` artifact.
+
+        Args:
+            corpus: its folder.
+            fingerprint: of the one that is meant; None takes what lies there.
 
         Raises:
             ArtifactMissingError: `corpus` is not one, or it is unfinished.
+            FingerprintMismatchError: it is another one.
         """
-        return cls((open_artifact(corpus, "ingest").location / "passages").files(".parquet"))
+        artifact = open_artifact(corpus, "ingest")
+        if fingerprint not in (None, artifact.fingerprint):
+            raise FingerprintMismatchError(
+                f"corpus {corpus!r} has the fingerprint {artifact.fingerprint}, and {fingerprint} is meant: it was made "
+                f"again; start what reads it again"
+            )
+        return cls((artifact.location / "passages").files(".parquet"))
 
     def __len__(self) -> int:
         """The number of passages."""
         return len(self._sorted)
 
     def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
-        """Those of the passages that the corpus has."""
+        """Those of the passages that the corpus has; none whose file has other rows by now, because it was made again."""
         found = {}
         for doc_id in doc_ids:
             place = bisect.bisect_left(range(len(self)), doc_id, key=lambda at: self._sorted[at].as_py())
             if place < len(self) and self._sorted[place].as_py() == doc_id:
                 row = int(self._order[place])
                 group = int(np.searchsorted(self._starts, row, side="right")) - 1
-                columns = self._row_group(group)
-                at = row - int(self._starts[group])
-                found[doc_id] = Passage(doc_id, columns["title"][at].as_py() or "", columns["text"][at].as_py() or "")
+                passage = _passage(self._row_group(group), row - int(self._starts[group]))
+                if passage is None or passage.doc_id != doc_id:
+                    logger.warning(
+                        "%s no longer has %r where it was: it was made again", self._groups[group][0], doc_id
+                    )
+                else:
+                    found[doc_id] = passage
         return found
 
     def missing(self, doc_ids: Iterable[str]) -> list[str]:
@@ -78,7 +96,15 @@ class PassageStore:
     def _read_row_group(self, index: int) -> pa.Table:
         file, group = self._groups[index]
         with file.open_input() as stream:
-            return pq.ParquetFile(stream).read_row_group(group, columns=["title", "text"])
+            return pq.ParquetFile(stream).read_row_group(group, columns=["doc_id", "title", "text"])
+
+
+def _passage(rows: pa.Table, at: int) -> Passage | None:
+    """That of a row; None where there are fewer."""
+    if at >= len(rows):
+        return None
+    doc_id, title, text = (rows[name][at].as_py() for name in ("doc_id", "title", "text"))
+    return Passage(doc_id, title or "", text or "")
 
 
 def _read_ids(file: Location) -> list[pa.Array]:

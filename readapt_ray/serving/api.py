@@ -18,6 +18,7 @@ _ERRORS: dict[int | str, dict[str, object]] = {
     401: {"model": schema.ErrorResponse, "description": "No valid API key."},
     403: {"model": schema.ErrorResponse, "description": "Without API keys only this machine is answered."},
     404: {"model": schema.ErrorResponse, "description": "No such model, or no index."},
+    408: {"model": schema.ErrorResponse, "description": "The body did not come in time."},
     413: {"model": schema.ErrorResponse, "description": "The body is too large."},
     429: {"model": schema.ErrorResponse, "description": "Too much at once; Retry-After says when to come back."},
     500: {"model": schema.ErrorResponse, "description": "A failure; the log has it under the request's number."},
@@ -60,8 +61,7 @@ def _add_work(app: FastAPI, engine: Engine) -> None:
     @app.post("/v1/search", response_model=schema.SearchResponse, responses=_ERRORS)
     async def search(body: schema.SearchRequest, request: Request) -> Response:
         """The best passages for queries, or for their vectors."""
-        found = await engine.search(body, _trace(request))
-        return Response(found.model_dump_json(), media_type="application/json")
+        return Response(await engine.search(body, _trace(request)), media_type="application/json")
 
     @app.get("/v1/models", responses={each: _ERRORS[each] for each in (401, 403, 429)})
     async def models() -> schema.ModelList:
@@ -97,7 +97,7 @@ def _add_health(app: FastAPI, engine: Engine, gather_metrics: Callable[[], Await
         responses={403: _ERRORS[403], 503: {"model": schema.Readiness, "description": "A version cannot work."}},
     )
     async def readyz() -> Response:
-        """Whether every version encodes, and searches its whole index; found out by doing it."""
+        """Whether every version encodes, and searches its whole index; found out by doing it, once a second at most."""
         readiness = await engine.readiness()
         return JSONResponse(readiness.model_dump(exclude_none=True), status_code=200 if readiness.ready else 503)
 

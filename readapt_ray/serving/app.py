@@ -47,7 +47,7 @@ def gateway(args: dict[str, Any]) -> Any:
     """The application that speaks HTTP, from `ServeConfig`'s options.
 
     Raises:
-        InputError: an option is wrong, or the file of API keys is.
+        InputError: an option is wrong, the file of API keys is, or recall cannot be probed.
     """
     return bind_gateway(ServeConfig.parse(args, where="gateway"))
 
@@ -155,6 +155,7 @@ def bind_gateway(config: ServeConfig) -> Any:
     from readapt_ray.serving.gateway import Gateway, GatewayState
     from readapt_ray.serving.keys import read_keys
 
+    check_probe(config)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
     state = GatewayState(
         versions={name: version_app_name(name) for name in config.pairs()},
@@ -231,6 +232,26 @@ def check_pair(name: str, config: VersionConfig) -> str:
         recorded = open_artifact(str(config.index), "index").manifest.details["encoder"]
         raise _mismatch(model, encoding, spec.dtype, config, recorded)
     return spec.fingerprint(encoder)
+
+
+def check_probe(config: ServeConfig) -> None:
+    """Find out before anything starts whether recall can be measured where that is asked for.
+
+    Raises:
+        InputError: an index does not hold its vectors as they were.
+        ArtifactMissingError: an index is not complete.
+    """
+    from readapt_ray.retrieval.vector_index import VectorIndex
+    from readapt_ray.serving.index_slice import holds_vectors_whole
+
+    for name, pair in config.pairs().items() if config.recall_probe else ():
+        for record in VectorIndex.open(pair.index).records if pair.index else ():
+            if not holds_vectors_whole(record.factory):
+                raise InputError(
+                    f"recall_probe = {config.recall_probe:g}, but the index of version {name!r} ({record.factory}) does not hold "
+                    f"its vectors as they were, so what it misses cannot be told; leave recall_probe out, or serve an index of "
+                    f"--storage float32 (for ivf-pq and rabitq with --refine)"
+                )
 
 
 def _mismatch(

@@ -6,9 +6,11 @@ its first to its last step by the version that it began with.
 
 import asyncio
 import functools
+import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,18 +23,25 @@ from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import schema
 from readapt_ray.serving.batching import Batcher, QueueFullError, Timing
+from readapt_ray.serving.inputs import InputTokenizer
 from readapt_ray.serving.registry import Registry, Served
 from readapt_ray.serving.routing import Routing
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.telemetry import Telemetry
-from readapt_ray.serving.versions import DocFilter, Found, InputTokenizer, Ranked, Version
+from readapt_ray.serving.versions import DocFilter, Found, Version
 
 R = TypeVar("R")
 
 logger = logging.getLogger("ray.serve")
 
 _INLINE_CHARACTERS = 20_000
+_INLINE_NUMBERS = 50_000
+_INLINE_HITS = 500
+_TOKENIZING_THREADS = 2
 _CHECK_S = 3.0
+_CHECKED_FOR_S = 1.0
+_ALONGSIDE = 4
+"""Searches under way that no client waits for, at most."""
 _OVERLAP_DEPTH = 10
 _EVERY_PASSAGE = DocFilter(prefix="")
 
@@ -70,6 +79,10 @@ class Engine:
         self._registry = Registry()
         self._background: set[asyncio.Task[None]] = set()
         self._probing = False
+        # Of its own, and small: long texts must not hold up what reads passages and metrics.
+        self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
+        self._readiness: asyncio.Task[schema.Readiness] | None = None
+        self._checked_s = 0.0
 
     async def set_state(self, versions: Mapping[str, Version], routing: Routing) -> None:
         """Serve these versions, by this routing, from the next request on.
@@ -84,11 +97,14 @@ class Engine:
             is_same = kept is not None and kept.version is version
             served[name] = kept if is_same and kept else await asyncio.to_thread(self._prepare, name, version)
         self._registry = Registry(served, routing)
+        self._readiness = None
 
     def _prepare(self, name: str, version: Version) -> Served:
         info = version.info
-        stores = {each.version.info.corpus: each.store for each in self._registry.served.values()}
-        store = stores.get(info.corpus) or (PassageStore.open(info.corpus) if info.corpus else None)
+        stores = {_corpus(each.version): each.store for each in self._registry.served.values()}
+        store = stores.get(_corpus(version))
+        if store is None and info.corpus:
+            store = PassageStore.open(info.corpus, info.corpus_fingerprint)
         batcher = Batcher(
             version.encode,
             batch_tokens=info.batch_tokens,
@@ -126,7 +142,9 @@ class Engine:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return schema.embeddings_json(
+        return await _written(
+            vectors.size <= _INLINE_NUMBERS,
+            schema.embeddings_json,
             vectors,
             as_base64=body.encoding_format == "base64",
             model=name,
@@ -134,8 +152,8 @@ class Engine:
             num_tokens=trace.num_tokens,
         )
 
-    async def search(self, body: schema.SearchRequest, trace: Trace) -> schema.SearchResponse:
-        """What a search found.
+    async def search(self, body: schema.SearchRequest, trace: Trace) -> bytes:
+        """A `SearchResponse` as JSON.
 
         Raises:
             RequestError: the request cannot be answered.
@@ -153,24 +171,30 @@ class Engine:
         self._probe(name, served, vectors, body, found)
         if found.missing:
             self._telemetry.partial(name)
-        return schema.SearchResponse(
-            data=[
-                schema.SearchResult(index=index, hits=_hits(ranked, passages))
-                for index, ranked in enumerate(found.ranked)
-            ],
+        return await _written(
+            sum(map(len, found.ranked)) <= _INLINE_HITS,
+            schema.search_json,
+            found.ranked,
+            passages,
             model=name,
-            usage=schema.Usage(prompt_tokens=trace.num_tokens, total_tokens=trace.num_tokens),
             fingerprint=info.fingerprint,
-            partial=bool(found.missing),
+            num_tokens=trace.num_tokens,
             missing=found.missing,
         )
 
     async def readiness(self) -> schema.Readiness:
-        """Whether every version encodes and searches, found out by doing it."""
+        """Whether every version encodes and searches, found out by doing it: once for all who ask within a second."""
+        now_s = time.monotonic()
+        if self._readiness is None or (self._readiness.done() and now_s > self._checked_s + _CHECKED_FOR_S):
+            self._readiness = asyncio.get_running_loop().create_task(self._check_all())
+        return await asyncio.shield(self._readiness)
+
+    async def _check_all(self) -> schema.Readiness:
         served = self._registry.served
         names = list(served)
         found = await asyncio.gather(*(self._check(served[name]) for name in names))
         versions = dict(zip(names, found, strict=True))
+        self._checked_s = time.monotonic()
         return schema.Readiness(ready=bool(names) and all(each.ready for each in found), versions=versions)
 
     async def _check(self, served: Served) -> schema.VersionHealth:
@@ -206,20 +230,28 @@ class Engine:
             given, kind, param = body.query, "query", "query"
         else:
             given, kind, param = body.input, body.input_type, "input"
-        work = functools.partial(
-            served.tokenizer.rows,
+        blocks = served.tokenizer.blocks(
             given,
             kind,
             param=param,
             truncate=body.truncate,
             max_inputs=self.limits.max_inputs,
         )
-        num_characters = (
-            len(given) if isinstance(given, str) else sum(len(each) for each in given if not isinstance(each, int))
-        )
-        rows = work() if num_characters < _INLINE_CHARACTERS else await asyncio.to_thread(work)
+        is_one = isinstance(given, str) or isinstance(given[0], int)
+        if (len(given) if is_one else sum(map(len, given))) < _INLINE_CHARACTERS:
+            rows = list(itertools.chain.from_iterable(blocks))
+        else:
+            rows = await self._tokenized_in_turns(blocks)
         trace.num_items, trace.num_tokens = len(rows), sum(map(len, rows))
         self._telemetry.tokens(trace.version, trace.num_tokens)
+        return rows
+
+    async def _tokenized_in_turns(self, blocks: Iterator[list[list[int]]]) -> list[list[int]]:
+        """The rows of all blocks; other requests have their turn between two, and a deadline ends it there."""
+        rows: list[list[int]] = []
+        loop = asyncio.get_running_loop()
+        while (block := await loop.run_in_executor(self._tokenizing, next, blocks, None)) is not None:
+            rows += block
         return rows
 
     async def _encoded(self, served: Served, rows: list[list[int]], trace: Trace) -> NDArray[np.float32]:
@@ -233,7 +265,22 @@ class Engine:
                 retry_after_s=max(1, round(error.retry_after_s)),
             ) from None
         self._note(trace, timing)
+        self._check_finite(vectors, trace)
         return vectors
+
+    def _check_finite(self, vectors: NDArray[np.float32], trace: Trace) -> None:
+        """Refuse vectors that can be neither sent nor searched: a model that overflows gives NaN for some texts."""
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if not len(broken):
+            return
+        self._telemetry.not_finite(trace.version, len(broken))
+        logger.error("request %s: %d of %d vectors have NaN or infinity", trace.request_id, len(broken), len(vectors))
+        raise RequestError(
+            f"the model gave NaN or infinity for {len(broken):,} of {len(vectors):,} texts, the first at place {broken[0]}; "
+            f"leave them out; a model served with dtype float16 may need bfloat16 or float32",
+            status=500,
+            code="not_finite",
+        )
 
     def _note(self, trace: Trace, timing: Timing) -> None:
         trace.seconds |= {"queue": timing.queue_s, "encode": timing.encode_s}
@@ -280,10 +327,12 @@ class Engine:
         return await asyncio.to_thread(served.store.find, wanted) if served.store else {}
 
     def _shadow(self, name: str, body: schema.SearchRequest, found: Found) -> None:
-        """Let another version search along, where there is one and it has nothing better to do."""
+        """Let another version search along, where there is one and it keeps up."""
         registry = self._registry
         shadow = registry.routing.shadow_of(name)
-        if shadow is None or body.query is None or registry.served[shadow].batcher.queued_tokens:
+        if shadow is None or body.query is None or len(self._background) >= _ALONGSIDE:
+            return
+        if registry.served[shadow].batcher.queued_tokens:
             return
         self._later(self._compare(name, shadow, registry.served[shadow], body, found))
 
@@ -350,15 +399,10 @@ async def _served_by(call: Awaitable[R]) -> R:
         ) from None
 
 
-def _hits(ranked: Sequence[Ranked], passages: Mapping[str, Passage]) -> list[schema.Hit]:
-    nothing = Passage("", "", "")
-    return [
-        schema.Hit(
-            rank=rank,
-            doc_id=hit.doc_id,
-            score=hit.score,
-            title=passages.get(hit.doc_id, nothing).title if hit.doc_id in passages else None,
-            text=passages.get(hit.doc_id, nothing).text if hit.doc_id in passages else None,
-        )
-        for rank, hit in enumerate(ranked, start=1)
-    ]
+async def _written(is_small: bool, write: Callable[..., bytes], *given: Any, **named: Any) -> bytes:
+    """An answer as JSON, made in a thread unless it is small: megabytes would hold up everybody."""
+    return write(*given, **named) if is_small else await asyncio.to_thread(write, *given, **named)
+
+
+def _corpus(version: Version) -> tuple[str | None, str | None]:
+    return version.info.corpus, version.info.corpus_fingerprint

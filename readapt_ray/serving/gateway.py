@@ -60,6 +60,7 @@ class Gateway:
         self._telemetry = Telemetry()
         self._engine = Engine(limits, self._telemetry)
         self._versions: dict[str, RemoteVersion] = {}
+        """By their applications, whose handles they hold."""
 
     def __serve_build_asgi_app__(self) -> App:
         """The app, built in the replica."""
@@ -84,14 +85,18 @@ class Gateway:
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
         await self._engine.set_state(versions, state.routing)
-        self._versions = versions
+        self._versions = dict(zip(state.versions.values(), found, strict=True))
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 
     async def _version(self, app: str, state: GatewayState) -> RemoteVersion:
         encoder, info = await _description(app)
-        for known in self._versions.values():
-            if known.info.fingerprint == info.fingerprint and known.fits(state.lost_shards, state.shard_timeout_s):
-                return known
+        known = self._versions.get(app)
+        if (
+            known
+            and known.info.fingerprint == info.fingerprint
+            and known.fits(state.lost_shards, state.shard_timeout_s)
+        ):
+            return known
         slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
         return RemoteVersion(
             info, encoder, slices, lost_shards=state.lost_shards, shard_timeout_s=state.shard_timeout_s

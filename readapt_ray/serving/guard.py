@@ -30,6 +30,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 CLIENT_WENT_AWAY = 499
+_BUFFERED_BYTES = 256 << 20
+"""Of bodies that a gateway holds at once."""
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs"})
 _KNOWN_PATHS = _OPEN_PATHS | {"/v1/embeddings", "/v1/search", "/v1/models", "/v1/rerank", "/metrics"}
 
@@ -65,6 +67,7 @@ class Guard:
         self._telemetry = telemetry
         self._spans = spans
         self._under_way = 0
+        self._buffered_bytes = 0
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -78,6 +81,7 @@ class Guard:
         status = CLIENT_WENT_AWAY
         counted = scope["method"] == "POST"
         self._under_way += counted
+        body = None
 
         async def send_noting(message: Message) -> None:
             nonlocal status
@@ -103,6 +107,7 @@ class Guard:
             logger.exception("request %s failed", trace.request_id)
         finally:
             self._under_way -= counted
+            self._buffered_bytes -= len(body or b"")
             self._record(scope, headers, trace, status, time.perf_counter() - before_s)
 
     def _admit(self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace) -> None:
@@ -157,28 +162,51 @@ class Guard:
             )
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The whole body; None where the client went away.
+        """The whole body, counted among those that are held; None where the client went away.
 
         Raises:
-            RequestError: it is too large, with 413.
+            RequestError: it does not come, with 408; it is too large, with 413; others fill the memory, with 429.
         """
-        limit = self._limits.max_body_bytes
-        too_large = RequestError(
-            f"the body is over {limit:,} bytes; send fewer or shorter texts", status=413, code="body_too_large"
-        )
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length) > limit:
-            raise too_large
-        body = bytearray()
+        length, seconds = headers.get("content-length", ""), self._limits.timeout_s
+        body, is_whole = bytearray(), False
+        try:
+            self._check_size(int(length) if length.isdecimal() else 0)
+            async with asyncio.timeout(seconds):
+                is_whole = await self._fill(body, receive)
+            return bytes(body) if is_whole else None
+        except TimeoutError:
+            raise RequestError(f"the body did not come within {seconds:g} s", status=408, code="body_timeout") from None
+        finally:
+            if not is_whole:
+                self._buffered_bytes -= len(body)
+
+    async def _fill(self, body: bytearray, receive: Receive) -> bool:
+        """Whether the body came whole: false where the client went away."""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > limit:
-                raise too_large
+                return False
+            part = message.get("body", b"")
+            self._check_size(len(body) + len(part))
+            # One body alone always fits.
+            if self._buffered_bytes + len(part) > max(_BUFFERED_BYTES, len(body) + len(part)):
+                raise RequestError(
+                    f"requests under way hold {_BUFFERED_BYTES:,} bytes already; try again after the seconds in Retry-After",
+                    status=429,
+                    code="too_many_bytes",
+                    retry_after_s=1,
+                )
+            body += part
+            self._buffered_bytes += len(part)
             if not message.get("more_body"):
-                return bytes(body)
+                return True
+
+    def _check_size(self, num_bytes: int) -> None:
+        limit = self._limits.max_body_bytes
+        if num_bytes > limit:
+            raise RequestError(
+                f"the body is over {limit:,} bytes; send fewer or shorter texts", status=413, code="body_too_large"
+            )
 
     def _record(
         self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace, status: int, seconds: float

@@ -1,11 +1,12 @@
 """Some shards of an index in memory: searched whole, or only among some doc_ids; without Ray.
 
-A filtered search is exact: it scores the vectors of the passages that pass, a block at a time, read back
-from the index.
+A filtered search is exact among the vectors that the index holds: it scores those of the passages that pass, a block at
+a time, read back from the index.
 """
 
 import bisect
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.exact import Hits, search_exact
+from readapt_ray.retrieval.exact import Hits, TopK, search_exact
 from readapt_ray.retrieval.vector_index import DELETED, IndexShard, ShardRecord, read_shard, search_shards
 from readapt_ray.serving.versions import DocFilter
 from readapt_ray.storage import Location
 
 _BLOCK_ROWS = 16384
+_WHOLE = re.compile(r"((IVF|HNSW|NSG)\w*,)?Flat|HNSW\d*|.+,(RFlat|Refine\(Flat\))")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
     return vectors
 
 
+def holds_vectors_whole(factory: str) -> bool:
+    """Whether an index that FAISS made by this string gives back the very vectors that went in.
+
+    Lists and graphs over flat vectors do, and what ranks again by flat vectors. What is given back of codes, of
+    quantised numbers or of a projection is what the index already searches by: it misses nothing of that.
+    """
+    return _WHOLE.fullmatch(factory) is not None
+
+
 class IndexSlice:
     """Shards that one process holds.
 
@@ -86,8 +97,8 @@ class IndexSlice:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in all shards."""
-        return sum(each.shard.index.ntotal for each in self._shards)
+        """Vectors in all shards that are found."""
+        return sum(len(each.ids) for each in self._shards)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
         """The k best of each query [Q, D]; a filter leaves only what passes it.
@@ -97,4 +108,19 @@ class IndexSlice:
         """
         if wanted is None:
             return search_shards((each.shard for each in self._shards), queries, top_k)
-        return search_exact(queries, itertools.chain.from_iterable(each.chunks(wanted) for each in self._shards), top_k)
+        return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
+
+    def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
+        """As `search` with a filter, with a pause after each block but the last: None stands for a pause.
+
+        Raises:
+            InputError: the dimensions differ, or this kind of index cannot be filtered.
+        """
+        best = TopK(len(queries), top_k)
+        chunks = itertools.chain.from_iterable(each.chunks(wanted) for each in self._shards)
+        for number, chunk in enumerate(chunks):
+            if number:
+                yield None
+            found = search_exact(queries, [chunk], top_k)
+            best.merge(found.scores, found.doc_ids)
+        yield best.hits()

@@ -103,9 +103,12 @@ class KeyRing:
         return bool(self._keys)
 
     def find(self, authorization: str | None) -> ApiKey | None:
-        """Whose key stands in an `Authorization: Bearer ...` header; None for no key, or an unknown one."""
+        """Whose key stands in an `Authorization: Bearer ...` header; None for no key, or an unknown one.
+
+        The header is as ASGI has it: bytes, of UTF-8 where the key is, each decoded as a character of Latin-1.
+        """
         scheme, _, given = (authorization or "").partition(" ")
-        digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).hexdigest()
+        digest = hashlib.sha256(given.encode("latin-1").strip()).hexdigest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(digest, key.sha256):

@@ -77,7 +77,8 @@ class ServeConfig(VersionConfig):
     shadow_share: float = Field(default=1.0, ge=0, le=1)
     """Share of searches that the shadow gets too."""
     recall_probe: float = Field(default=0.0, ge=0, le=1)
-    """Share of searches that are made again exactly after the answer, one at a time; what the index found of the 10 best is in the metrics."""
+    """Share of searches that are made again exactly after the answer, one at a time; what the index found of the 10 best is in the metrics.
+    For an index that holds its vectors as they were: of storage float32, with refine where it has codes."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for all, which needs API keys."""
     port: int = Field(default=8000, ge=1, le=65535)

@@ -1,6 +1,7 @@
 """What goes over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
 import base64
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -8,9 +9,17 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from readapt_ray.records import Passage
+
 MAX_INPUTS = 2048
 """Texts in a request at most, as OpenAI has it."""
+MAX_TOKEN_IDS = 1 << 17
+"""Token ids of a text at most; no model of ours reads more."""
+MAX_DIMENSION = 1 << 16
+"""Numbers of a vector at most."""
 MAX_TOP_K = 1000
+MAX_HITS = 50_000
+"""Passages that a request may ask for, over all of its queries."""
 MAX_DOC_IDS = 10_000
 NOT_AN_OBJECT = "the body must be a JSON object, sent as application/json"
 DEFAULT_MODEL = "default"
@@ -18,11 +27,14 @@ DEFAULT_MODEL = "default"
 
 Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+# Without fail_fast, pydantic makes an error of every wrong element: a body of a million takes half a minute.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
-Vector = Annotated[list[Number], Field(min_length=1)]
-Texts = Text | Annotated[list[Text], Field(min_length=1, max_length=MAX_INPUTS)]
-Inputs = Texts | TokenIds | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_INPUTS)]
+Vector = Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=MAX_DIMENSION)]
+Texts = Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+Inputs = Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+Vectors = Vector | Annotated[list[Vector], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+DocIds = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_DOC_IDS)]
 Kind = Literal["query", "passage"]
 
 
@@ -42,8 +54,8 @@ class EmbeddingsRequest(_Request):
     input: Inputs
     """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer: they are decoded and
     take the same road as text."""
-    encoding_format: Literal["float", "base64"] = "float"
-    """Numbers, or the bytes of little-endian float32 in base64."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """Numbers, which is the default, or the bytes of little-endian float32 in base64."""
     dimensions: int | None = Field(default=None, ge=1, strict=True)
     """Length of the vectors: the first numbers are kept and, for a model of unit vectors, brought to length 1 again.
     Worth having for models that were trained for it."""
@@ -58,15 +70,15 @@ class SearchRequest(_Request):
 
     query: Texts | None = None
     """A query, or a list of up to 2,048 queries."""
-    vector: Vector | Annotated[list[Vector], Field(min_length=1, max_length=MAX_INPUTS)] | None = None
+    vector: Vectors | None = None
     """A query's vector, or a list of them, instead of texts."""
     fingerprint: Text | None = None
     """The `encoder_fingerprint` of what made the vectors; they are searched in no other index."""
     top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, strict=True)
-    """Passages for each query; over the number of passages it gives all of them."""
+    """Passages for each query; over the number of passages it gives all of them. All queries together may ask for 50,000."""
     doc_id_prefix: Text | None = None
     """Search only passages whose doc_id begins so."""
-    doc_ids: list[Text] | None = Field(default=None, min_length=1, max_length=MAX_DOC_IDS)
+    doc_ids: DocIds | None = None
     """Search only these passages, up to 10,000."""
     with_text: bool = True
     """Title and text of each passage, where the server has the corpus."""
@@ -83,6 +95,17 @@ class SearchRequest(_Request):
             raise ValueError("a 'vector' needs the 'fingerprint' of what made it, as /v1/models has it")
         if self.doc_ids is not None and self.doc_id_prefix is not None:
             raise ValueError("give 'doc_ids' or 'doc_id_prefix', not both")
+        return self
+
+    @model_validator(mode="after")
+    def _answer_is_bounded(self) -> Self:
+        given = self.query if self.vector is None else self.vector
+        num_queries = len(given) if isinstance(given, list) and not isinstance(given[0], float) else 1
+        if num_queries * self.top_k > MAX_HITS:
+            raise ValueError(
+                f"{num_queries:,} queries with 'top_k' {self.top_k:,} ask for {num_queries * self.top_k:,} passages; a request may "
+                f"ask for {MAX_HITS:,}: send fewer queries at a time, or a lower 'top_k'"
+            )
         return self
 
 
@@ -242,9 +265,9 @@ def error_body(
 
 _LISTED = f"a string, or a list of 1 to {MAX_INPUTS:,} strings"
 _EXPECTED = {
-    "input": f"must be {_LISTED}, or token ids in such a list",
+    "input": f"must be {_LISTED}, or up to {MAX_TOKEN_IDS:,} token ids in place of a string",
     "query": f"must be {_LISTED}",
-    "vector": f"must be a list of finite numbers, or 1 to {MAX_INPUTS:,} such lists",
+    "vector": f"must be a list of up to {MAX_DIMENSION:,} finite numbers, or 1 to {MAX_INPUTS:,} such lists",
     "fingerprint": "must be a string",
     "encoding_format": "must be 'float' or 'base64'",
     "input_type": "must be 'query' or 'passage'",
@@ -292,3 +315,31 @@ def embeddings_json(
     usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
     body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
     return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def search_json(
+    ranked: Sequence[Sequence[tuple[str, float]]],
+    passages: Mapping[str, Passage],
+    *,
+    model: str,
+    fingerprint: str,
+    num_tokens: int,
+    missing: Sequence[str],
+) -> bytes:
+    """A `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there is a text of."""
+    data = [
+        {
+            "object": "search_result",
+            "index": index,
+            "hits": [_hit(rank, *hit, passages.get(hit[0])) for rank, hit in enumerate(hits, start=1)],
+        }
+        for index, hits in enumerate(ranked)
+    ]
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
+    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
+
+
+def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:
+    title, text = (passage.title, passage.text) if passage else (None, None)
+    return {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text}

@@ -42,8 +42,8 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
 
     Raises:
         InputError: the port is taken, this Ray serves already (or, for `update`, serves nothing), there are
-            no API keys for an open address, nothing that sends the traces, or a retriever, its index and its corpus cannot be used or do not fit
-            together; nothing was started.
+            no API keys for an open address, nothing that sends the traces, a retriever, its index and its corpus cannot be used or do not fit
+            together, or recall cannot be probed; nothing was started.
         ReadaptError: a replica could not start.
     """
     pairs = config.pairs()
@@ -63,6 +63,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     if not config.update:
         _check_port(config.host, config.port)
     fingerprints = {name: app.check_pair(name, pair) for name, pair in pairs.items()}
+    app.check_probe(config)
     url = f"http://{_reachable(config.host)}:{config.port}"
     _deploy(config, url, fingerprints)
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"

@@ -31,6 +31,7 @@ class Telemetry:
         self._batch_fill = Histogram("readapt_batch_fill", "Tokens in a batch over its budget.", _SHARES, by_version)
         self._batch_seconds = Histogram("readapt_batch_seconds", "Encoding of a batch.", _SECONDS, by_version)
         self._partial = Counter("readapt_partial_searches", "Searches without a part of the index.", by_version)
+        self._not_finite = Counter("readapt_not_finite", "Texts whose vectors had NaN or infinity.", by_version)
         self._recall = Histogram("readapt_recall", "Share of the 10 best that the index found.", _SHARES, by_version)
         pair = ("version", "shadow")
         self._overlap = Histogram("readapt_shadow_overlap", "Share of the first 10 that both found.", _SHARES, pair)
@@ -63,6 +64,10 @@ class Telemetry:
         self._batch_rows.observe(num_rows, tags)
         self._batch_fill.observe(num_tokens / budget, tags)
         self._batch_seconds.observe(seconds, tags)
+
+    def not_finite(self, version: str, num_texts: int) -> None:
+        """The encoder gave vectors that are none."""
+        self._not_finite.inc(num_texts, {"version": version})
 
     def partial(self, version: str) -> None:
         """A search was answered without a part of the index."""

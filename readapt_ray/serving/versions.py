@@ -1,4 +1,4 @@
-"""One version as the gateway sees it: what it is, how to have texts tokenised, encoded and searched.
+"""One version as the gateway sees it: what it is, how to have texts encoded and searched.
 
 A version is an encoder with the index of its own vectors: one unit with one fingerprint. Every call carries the
 fingerprint that it was meant for, and whoever holds another refuses it, so a query is never searched in the index
@@ -15,11 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.errors import InputError
-from readapt_ray.retrieval.templates import Kind, TextTokenizer
-from readapt_ray.serving.schema import RequestError
-
-_NO_LIMIT_TOKENS = 1 << 40
 
 LostShards = Literal["wait", "partial", "error"]
 
@@ -49,6 +44,9 @@ class VersionInfo:
     slices: Mapping[str, int] = field(default_factory=dict)
     """The parts of its index, each with the number of its vectors; empty without an index."""
     corpus: str | None = None
+    """Where the titles and texts of its passages lie."""
+    corpus_fingerprint: str | None = None
+    """Of that corpus; another one at the same place has other texts."""
     created: int = 0
     """Seconds since 1970."""
     processes: Mapping[str, Any] = field(default_factory=dict)
@@ -104,69 +102,3 @@ def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k:
 
 def _best_first(each: Ranked) -> tuple[float, str]:
     return -each.score, each.doc_id
-
-
-class InputTokenizer:
-    """Makes rows of token ids from what a request gives, or says what is wrong with it."""
-
-    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
-        self._tokenizer = tokenizer
-        self._limits = {"query": encoding.max_query_tokens, "passage": encoding.max_passage_tokens}
-        unlimited = {"max_query_tokens": _NO_LIMIT_TOKENS, "max_passage_tokens": _NO_LIMIT_TOKENS}
-        self._whole = TextTokenizer(tokenizer, encoding.model_copy(update=unlimited))
-        self._cut = TextTokenizer(tokenizer, encoding)
-
-    def rows(self, given: Any, kind: Kind, *, param: str, truncate: bool, max_inputs: int) -> list[list[int]]:
-        """Token ids of each text, template and specials included.
-
-        Args:
-            given: a text, a list of texts, or token ids in either form.
-            kind: query or passage.
-            param: the request's name for it, for errors.
-            truncate: cut what is too long, instead of refusing it.
-            max_inputs: texts at most.
-
-        Raises:
-            RequestError: a text is empty, too long, or not Unicode; an id is not in the vocabulary; too many texts.
-        """
-        is_one = isinstance(given, str) or isinstance(given[0], int)
-        items = [given] if is_one else list(given)
-        if len(items) > max_inputs:
-            raise RequestError(
-                f"'{param}' has {len(items):,} texts; this server takes {max_inputs:,} in a request",
-                param=param,
-                code="invalid_value",
-            )
-        names = [f"'{param}'" if is_one else f"'{param}[{place}]'" for place in range(len(items))]
-        texts = [
-            item if isinstance(item, str) else self._decoded(item, name, param)
-            for item, name in zip(items, names, strict=True)
-        ]
-        for text, name in zip(texts, names, strict=True):
-            if not text.strip():
-                raise RequestError(f"{name} is empty; leave it out", param=param, code="empty")
-        try:
-            rows = (self._cut if truncate else self._whole).ids(texts, kind)
-        except InputError:
-            raise RequestError(
-                f"'{param}' holds text that is not valid Unicode", param=param, code="invalid_value"
-            ) from None
-        for row, name in zip(rows, names, strict=True):
-            if len(row) > self._limits[kind]:
-                raise RequestError(
-                    f"{name} has {len(row):,} tokens; a {kind} may have {self._limits[kind]:,}; "
-                    f'shorten it, or send "truncate": true to have it cut',
-                    param=param,
-                    code="context_length_exceeded",
-                )
-        return rows
-
-    def _decoded(self, ids: list[int], name: str, param: str) -> str:
-        if max(ids) >= len(self._tokenizer):
-            raise RequestError(
-                f"{name} has the token id {max(ids)}; this model's tokenizer has {len(self._tokenizer):,} tokens: "
-                f"send text, or ids of its own tokenizer",
-                param=param,
-                code="invalid_value",
-            )
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

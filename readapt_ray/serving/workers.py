@@ -1,16 +1,18 @@
 """What computes: the Ray Serve deployments of one version, an encoder and the slices of its index.
 
 Each proves its health by doing its work: the encoder encodes a sentence and compares the vector with the first one
-that it made of it, a slice searches for a vector. Where that fails three times, or hangs, Ray Serve replaces the process.
+that it made of it, a slice searches for a vector. Where that fails three times, Ray Serve replaces the process. Where the
+proof waits behind other work, that the work goes on is proof enough, unless one piece of it takes longer than
+five minutes.
 """
 
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +23,13 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
 from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
 
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.exact import Hits
+
 _PROBE = "Is this encoder well?"
 _MIN_COSINE = 0.99
+_PROOF_WAIT_S = 10.0
+_MAX_WORK_S = 300.0
 
 R = TypeVar("R")
 
@@ -65,13 +72,34 @@ class _Worker:
     def __init__(self, set_up: Callable[[], None]) -> None:
         # OpenMP keeps its number of threads by thread: it must be set in the one that computes.
         self._pool = ThreadPoolExecutor(1, initializer=set_up)
+        self._began_s = time.monotonic()
+        self._proof: asyncio.Task[Any] | None = None
 
     def wait_for(self, function: Callable[..., R], *given: Any) -> R:
         """What a function returns, blocking."""
         return self._pool.submit(function, *given).result()
 
     async def __call__(self, function: Callable[..., R], *given: Any) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, functools.partial(function, *given))
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, function, *given)
+
+    def _timed(self, function: Callable[..., R], *given: Any) -> R:
+        self._began_s = time.monotonic()
+        return function(*given)
+
+    async def check(self, prove: Callable[[], Awaitable[object]]) -> None:
+        """Let work be proven, or see that what goes before it is under way; a proof that still waits is the next check's too.
+
+        Raises:
+            WorkerError: what is under way takes too long.
+            Exception: whatever the proof raised.
+        """
+        proof = self._proof = self._proof or asyncio.ensure_future(prove())
+        done, _ = await asyncio.wait({proof}, timeout=_PROOF_WAIT_S)
+        if done:
+            self._proof = None
+            proof.result()
+        elif time.monotonic() - self._began_s > _MAX_WORK_S:
+            raise WorkerError(f"one piece of work has been under way for more than {_MAX_WORK_S:.0f} s")
 
 
 def _set_torch_threads(num_threads: int) -> None:
@@ -136,6 +164,7 @@ class VersionEncoder:
             num_slots=self._spec.num_slots,
             slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
             corpus=self._spec.corpus,
+            corpus_fingerprint=self._spec.corpus_fingerprint,
             created=self._created,
             processes=self._spec.processes,
         )
@@ -163,7 +192,7 @@ class VersionEncoder:
 
     async def check_health(self) -> None:
         """Asked by Ray Serve, which replaces this process when it fails."""
-        await self.check(self._fingerprint)
+        await self._compute.check(functools.partial(self.check, self._fingerprint))
 
     def _check_probe(self, vector: NDArray[np.float32]) -> None:
         norms = float(np.linalg.norm(vector)) * float(np.linalg.norm(self._probe_vector))
@@ -208,8 +237,19 @@ class VersionIndex:
             InputError: the index cannot be filtered.
         """
         _check_version(version, self._fingerprint)
-        hits = await self._compute(self._slice.search, queries, top_k, wanted)
+        if wanted is None:
+            hits = await self._compute(self._slice.search, queries, top_k)
+        else:
+            hits = await self._scan(queries, top_k, wanted)
         return [[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(len(queries))]
+
+    async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
+        """A filtered search; others have their turn between two blocks of it, and it ends with its request."""
+        steps = self._slice.scan(queries, top_k, wanted)
+        hits: Hits | None = None
+        while hits is None:
+            hits = await self._compute(next, steps)
+        return hits
 
     async def check(self, version: str) -> int:
         """Search for a vector; the number of vectors.
@@ -218,13 +258,13 @@ class VersionIndex:
             FingerprintMismatchError: another version is meant.
         """
         _check_version(version, self._fingerprint)
-        await self.check_health()
+        if self._slice.num_vectors:
+            await self._compute(self._slice.search, self._probe, 1, None)
         return self._slice.num_vectors
 
     async def check_health(self) -> None:
         """Asked by Ray Serve, which replaces this process when it fails."""
-        if self._slice.num_vectors:
-            await self._compute(self._slice.search, self._probe, 1, None)
+        await self._compute.check(functools.partial(self.check, self._fingerprint))
 
 
 def _check_version(meant: str, held: str) -> None:

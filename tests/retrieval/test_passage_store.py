@@ -1,8 +1,10 @@
+import shutil
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray.errors import ArtifactMissingError, CorruptFileError
+from readapt_ray.errors import ArtifactMissingError, CorruptFileError, FingerprintMismatchError
 from readapt_ray.records import PASSAGE_SCHEMA, Passage
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.storage import Location
@@ -33,6 +35,25 @@ def test_a_corpus_without_passages_and_no_corpus(tmp_path):
     assert PassageStore.open(str(tmp_path / "corpus")).find(["d00000"]) == {}
     with pytest.raises(ArtifactMissingError):
         PassageStore.open(str(tmp_path / "none"))
+
+
+def test_another_corpus_at_the_same_place_is_refused(tmp_path):
+    made = ingest_artifact(tmp_path / "corpus", small_corpus(10))
+    assert len(PassageStore.open(made.uri, made.fingerprint)) == 10
+    shutil.rmtree(tmp_path / "corpus")
+    again = ingest_artifact(tmp_path / "corpus", small_corpus(11))
+    with pytest.raises(FingerprintMismatchError, match=rf"{again.fingerprint}, and {made.fingerprint} is meant"):
+        PassageStore.open(made.uri, made.fingerprint)
+
+
+def test_no_passage_gets_the_text_of_another_when_its_corpus_is_made_again(tmp_path):
+    passages = small_corpus(12)
+    ingest_artifact(tmp_path / "corpus", passages[:10])
+    store = PassageStore.open(str(tmp_path / "corpus"))
+    shutil.rmtree(tmp_path / "corpus")
+    # The rows move, the third stays where it was, and there are fewer.
+    ingest_artifact(tmp_path / "corpus", [passages[11], passages[0], passages[2], passages[9]])
+    assert store.find(each.doc_id for each in passages) == {passages[2].doc_id: passages[2]}
 
 
 def test_a_file_cut_short_or_without_a_column_is_named(tmp_path):

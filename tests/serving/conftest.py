@@ -60,7 +60,7 @@ class World:
         return ServeConfig.parse(pair | {"port": free_port()} | changes)
 
 
-def _index(folder: Path, encoder: Encoder, name: str, passages) -> None:
+def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory: str = "Flat") -> None:
     made_by = {
         "fingerprint": encoder.fingerprint,
         "model": name,
@@ -73,12 +73,10 @@ def _index(folder: Path, encoder: Encoder, name: str, passages) -> None:
         records = []
         for number, part in enumerate((passages[:25], passages[25:])):
             vectors = encoder.encode([each.text for each in part], "passage", [each.title for each in part])
-            shard = build_shard("Flat", encoder.dimension, [([each.doc_id for each in part], vectors)])
-            records.append(
-                described(
-                    write_shard(workspace.location / "shards", f"{number:05d}", shard, encoder=encoder.fingerprint)
-                )
-            )
+            shard = build_shard(factory, encoder.dimension, [([each.doc_id for each in part], vectors)])
+            shards = workspace.location / "shards"
+            written = write_shard(shards, f"{number:05d}", shard, encoder=encoder.fingerprint, factory=factory)
+            records.append(described(written))
         workspace.counts |= {"num_vectors": len(passages)}
         workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records}
 
@@ -95,7 +93,7 @@ def world(tmp_path_factory) -> World:
     for seed, (name, index) in enumerate((("retriever", "index"), ("other", "index-other")), start=1):
         write_contract(full_retriever(folder / name, pretrained, seed=seed))
         encoders.append(Encoder.load(find_model(str(folder / name))))
-        _index(folder / index, encoders[-1], name, passages)
+        index_artifact(folder / index, encoders[-1], name, passages)
     return World(folder, encoders[0])
 
 
@@ -116,6 +114,7 @@ class LocalVersion:
         model = find_model(pair["retriever"])
         encoder = Encoder.load(model)
         index = VectorIndex.open(pair["index"])
+        corpus = open_artifact(pair["corpus"], "ingest")
         slices = {f"index-{number}": IndexSlice(index.folder, [each]) for number, each in enumerate(index.records)}
         values = {
             "fingerprint": f"{encoder.fingerprint}+index",
@@ -126,7 +125,8 @@ class LocalVersion:
             "batch_tokens": encoder.batch_tokens,
             "num_slots": 1,
             "slices": {name: each.num_vectors for name, each in slices.items()},
-            "corpus": open_artifact(pair["corpus"], "ingest").uri,
+            "corpus": corpus.uri,
+            "corpus_fingerprint": corpus.fingerprint,
         }
         return cls(VersionInfo(**(values | changes)), encoder, slices)
 

@@ -9,9 +9,11 @@ import httpx
 import numpy as np
 import pytest
 
+from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.routing import Routing
+from readapt_ray.serving.telemetry import Telemetry
 from tests.factories import small_corpus
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -76,6 +78,12 @@ def test_base64_holds_the_same_numbers(version):
     answer = post(version, EMBEDDINGS, {"input": TEXTS, "encoding_format": "base64"}).json()
     decoded = [np.frombuffer(base64.b64decode(each["embedding"]), "<f4") for each in answer["data"]]
     np.testing.assert_array_equal(np.stack(decoded), as_floats)
+
+
+def test_a_format_of_null_is_none_given(version):
+    as_floats = vectors_of(post(version, EMBEDDINGS, {"input": TEXTS}))
+    answer = post(version, EMBEDDINGS, {"input": TEXTS, "encoding_format": None})
+    np.testing.assert_array_equal(vectors_of(answer), as_floats)
 
 
 def test_fewer_dimensions_are_cut_and_brought_to_length_one(version, world):
@@ -197,6 +205,40 @@ def test_a_failure_says_nothing_of_the_server(fresh):
     assert "secret" not in answer.text
 
 
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_vectors_that_are_no_numbers_are_a_failure_and_counted(fresh, monkeypatch, number):
+    counted = []
+    encode = fresh.encode
+
+    async def overflowing(rows):
+        vectors = await encode(rows)
+        vectors[[len(row) > 20 for row in rows], 3] = number
+        return vectors
+
+    fresh.encode = overflowing
+    monkeypatch.setattr(Telemetry, "not_finite", lambda self, *values: counted.append(values))
+    texts = ["array", "array " * 50, "lock"]
+    for path, body in ((EMBEDDINGS, {"input": texts, "truncate": True}), (SEARCH, {"query": texts})):
+        answer = post(fresh, path, body)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["code"]) == (500, "server_error", "not_finite")
+        assert "NaN or infinity for 1 of 3 texts, the first at place 1;" in error["message"]
+    assert counted == [("tiny", 1)] * 2
+    assert post(fresh, EMBEDDINGS, {"input": "array"}).status_code == 200
+
+
+def test_texts_of_another_corpus_at_the_same_place_are_not_served(version, world):
+    other = LocalVersion.load(world, "other", corpus_fingerprint="0" * 32)
+
+    async def run():
+        async with local_server({"tiny": version}) as server, server.client() as client:
+            with pytest.raises(FingerprintMismatchError, match="0 is meant: it was made again"):
+                await server.engine.set_state({"tiny": version, "other": other}, Routing(default="tiny"))
+            assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("path", "body", "expected", "message"),
     [
@@ -232,6 +274,7 @@ def test_a_failure_says_nothing_of_the_server(fresh):
         (SEARCH, {"query": "a", "top_k": 0}, (400, "top_k", "invalid_value"), "from 1 to 1,000"),
         (SEARCH, {"query": "a", "top_k": "many"}, (400, "top_k", "invalid_value"), "from 1 to 1,000"),
         (SEARCH, {"query": "a", "top_k": 1001}, (400, "top_k", "invalid_value"), "from 1 to 1,000"),
+        (SEARCH, {"query": ["a"] * 51, "top_k": 1000}, (400, None, "invalid_value"), "ask for 51,000 passages"),
         (SEARCH, {"query": "a" * 500, "truncate": False}, (400, "query", "context_length_exceeded"), "may have 32"),
         (SEARCH, {"top_k": 3}, (400, None, "invalid_value"), "give either 'query' or 'vector'"),
         (SEARCH, {"query": "a", "vector": [1.0], "fingerprint": "f"}, (400, None, "invalid_value"), "give either"),

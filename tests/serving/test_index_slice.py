@@ -4,7 +4,8 @@ import pytest
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.retrieval.index_kinds import Wanted, recipe
 from readapt_ray.retrieval.vector_index import DELETED, VectorIndex, build_shard, write_shard
-from readapt_ray.serving.index_slice import IndexSlice
+from readapt_ray.serving import index_slice
+from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole
 from readapt_ray.serving.versions import DocFilter, Ranked, merged
 from readapt_ray.storage import Location
 
@@ -86,6 +87,7 @@ def test_every_kind_is_filtered_and_what_is_deleted_is_not_found(tmp_path, kind)
     shard.doc_ids[[3, 700]] = DELETED
     folder = Location(str(tmp_path))
     searchable = IndexSlice(folder, [write_shard(folder, "00000", shard, encoder="e")])
+    assert searchable.num_vectors == 1198
     queries = vectors[[3, 700, 9]]
     for wanted, there in (
         (DocFilter(prefix=""), [row for row in range(1200) if row not in (3, 700)]),
@@ -97,3 +99,40 @@ def test_every_kind_is_filtered_and_what_is_deleted_is_not_found(tmp_path, kind)
         for query in range(3):
             mine, its = found.of_query(query, ""), oracle.of_query(query, "")
             assert [doc.doc_id for doc in mine] == [doc.doc_id for doc in its]
+
+
+def test_a_scan_pauses_between_its_blocks_and_finds_the_same(sliced, vectors, monkeypatch):
+    wanted = DocFilter(prefix="")
+    whole = sliced.search(vectors[:4], 9, wanted)
+    monkeypatch.setattr(index_slice, "_BLOCK_ROWS", 10)
+    *pauses, found = sliced.scan(vectors[:4], 9, wanted)
+    assert pauses == [None] * (3 * 4 - 1)  # three shards of 37 vectors
+    assert found.doc_ids.tolist() == whole.doc_ids.tolist()
+    assert len(list(sliced.scan(vectors[:4], 9, DocFilter(prefix="none")))) == 1
+
+
+@pytest.mark.parametrize(
+    ("factory", "is_whole"),
+    [
+        ("Flat", True),
+        ("IVF8,Flat", True),
+        ("IVF8_HNSW8,Flat", True),
+        ("HNSW8,Flat", True),
+        ("HNSW8", True),
+        ("IVF8,PQ4x4,Refine(Flat)", True),
+        ("PCA8,IVF8,RaBitQ,RFlat", True),
+        ("SQ8", False),
+        ("HNSW8,SQfp16", False),
+        ("HNSW8_SQ8", False),
+        ("IVF8,PQ4x4", False),
+        ("IVF8,RaBitQ", False),
+        ("IVF8,PQ4x4,Refine(SQ8)", False),
+        ("PCA8,Flat", False),
+    ],
+)
+def test_which_index_gives_its_vectors_back_as_they_were(factory, is_whole):
+    vectors = np.random.default_rng(6).normal(size=(500, 16)).astype(np.float32)
+    shard = build_shard(factory, 16, [([str(row) for row in range(500)], vectors)])
+    given_back = index_slice._vectors(index_slice._SearchableShard(shard).shard.index, np.arange(500))
+    assert np.array_equal(given_back, vectors) == is_whole
+    assert holds_vectors_whole(factory) == is_whole

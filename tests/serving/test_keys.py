@@ -9,6 +9,7 @@ from readapt_ray.serving import keys as keys_module
 from readapt_ray.serving.keys import ApiKey, KeyRing, read_keys
 
 SECRET = "a-secret-of-some-length"
+ACCENTED = "schlüssel-der-endet-à"
 OTHER = "another-secret-of-some-length"
 
 
@@ -66,6 +67,7 @@ def read_ring() -> tuple[ApiKey, ...]:
     return (
         ApiKey("alice", hashlib.sha256(SECRET.encode()).hexdigest()),
         ApiKey("bob", hashlib.sha256(OTHER.encode()).hexdigest()),
+        ApiKey("carol", hashlib.sha256(ACCENTED.encode()).hexdigest()),
     )
 
 
@@ -81,6 +83,8 @@ def read_ring() -> tuple[ApiKey, ...]:
         (SECRET, None),
         ("Bearer ", None),
         ("Bearer ünï", None),
+        (f"Bearer {ACCENTED.encode().decode('latin-1')}", "carol"),
+        (f"Bearer {ACCENTED}", None),
         ("", None),
         (None, None),
     ],

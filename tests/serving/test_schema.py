@@ -4,7 +4,10 @@ import signal
 import threading
 
 import numpy as np
+import pydantic
+import pytest
 
+from readapt_ray.records import Passage
 from readapt_ray.serving import schema, server
 
 
@@ -12,6 +15,63 @@ def test_base64_is_little_endian_float32():
     vector = np.array([1.5, -2.0, 3e-5], np.float32)
     assert np.frombuffer(base64.b64decode(schema.to_base64(vector)), "<f4").tolist() == vector.tolist()
     assert schema.to_base64(vector.astype(">f4")) == schema.to_base64(vector)
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"input": each} for each in ([-1] * MANY, ["a"] * MANY, [[]] * MANY, [[-1] * MANY] * 3, [None] * MANY)),
+        {"input": [5] * (schema.MAX_TOKEN_IDS + 1)},
+        {"input": [5] * MANY + ["a"] * MANY},
+        *({"vector": each, "fingerprint": "f"} for each in (["a"] * MANY, [["a"] * MANY] * 3, [1.0] * MANY)),
+        {"query": [1] * MANY},
+        {"query": "a", "doc_ids": [1] * MANY},
+    ],
+    ids=lambda given: str(given)[:20],
+)
+def test_a_body_of_wrong_elements_is_refused_at_the_first(given):
+    body = schema.EmbeddingsRequest if "input" in given else schema.SearchRequest
+    with pytest.raises(pydantic.ValidationError) as caught:
+        body.model_validate(given)
+    assert caught.value.error_count() < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_queries"),
+    [
+        ({"query": ["a"] * 51, "top_k": 1000}, 51),
+        ({"vector": [[1.0]] * 51, "fingerprint": "f", "top_k": 1000}, 51),
+        ({"query": ["a"] * 2048, "top_k": 25}, 2048),
+    ],
+)
+def test_no_search_asks_for_more_than_an_answer_holds(changes, num_queries):
+    with pytest.raises(pydantic.ValidationError, match=f"{num_queries:,} queries with 'top_k' .* may ask for 50,000"):
+        schema.SearchRequest.model_validate(changes)
+    schema.SearchRequest.model_validate(changes | {"top_k": 50_000 // num_queries})
+    schema.SearchRequest.model_validate({"vector": [1.0] * 4096, "fingerprint": "f", "top_k": 1000})
+
+
+def test_a_search_is_written_as_its_model_says():
+    ranked = [[("a", 0.5), ("b", -1.25)], []]
+    written = schema.search_json(
+        ranked, {"a": Passage("a", "", "text")}, model="m", fingerprint="f", num_tokens=3, missing=["index-1"]
+    )
+    hits = [
+        schema.Hit(rank=1, doc_id="a", score=0.5, title="", text="text"),
+        schema.Hit(rank=2, doc_id="b", score=-1.25),
+    ]
+    response = schema.SearchResponse(
+        data=[schema.SearchResult(index=0, hits=hits), schema.SearchResult(index=1, hits=[])],
+        model="m",
+        usage=schema.Usage(prompt_tokens=3, total_tokens=3),
+        fingerprint="f",
+        partial=True,
+        missing=["index-1"],
+    )
+    assert written.decode() == response.model_dump_json()
 
 
 def test_the_kind_of_an_error_follows_its_status():

@@ -1,0 +1,138 @@
+"""From what a request gives to rows of token ids, a bounded piece of work after the other.
+
+Enters: texts, or token ids of them. Leaves: blocks of rows, so that whoever gave up in the meantime costs no more than
+the block under way. A text costs no more than the longest that could be within the limit: what lies further
+behind is cut off, or refused, before it is tokenised.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.templates import Kind, TextTokenizer
+from readapt_ray.serving.schema import RequestError
+
+_NO_LIMIT_TOKENS = 1 << 40
+_CHARACTERS_PER_TOKEN = 32
+"""Far more than a token has in any text that means something; prose has 4 to 5."""
+_SPARE_CHARACTERS = 4096
+_LAST_WORD_CHARACTERS = 1024
+_CUT_TOKENS = 16
+"""Tokens before a cut that it may have changed."""
+_BLOCK_CHARACTERS = 200_000
+"""Tokenised at once: some tenth of a second."""
+
+Item = str | list[int]
+
+
+class InputTokenizer:
+    """Makes rows of token ids from what a request gives, or says what is wrong with it."""
+
+    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+        self._tokenizer = tokenizer
+        self._limits = {"query": encoding.max_query_tokens, "passage": encoding.max_passage_tokens}
+        self._most = {kind: _CHARACTERS_PER_TOKEN * limit + _SPARE_CHARACTERS for kind, limit in self._limits.items()}
+        unlimited = {"max_query_tokens": _NO_LIMIT_TOKENS, "max_passage_tokens": _NO_LIMIT_TOKENS}
+        self._whole = TextTokenizer(tokenizer, encoding.model_copy(update=unlimited))
+        self._cut = TextTokenizer(tokenizer, encoding)
+
+    def blocks(
+        self, given: str | Sequence[Any], kind: Kind, *, param: str, truncate: bool, max_inputs: int
+    ) -> Iterator[list[list[int]]]:
+        """Token ids of each text, template and specials included, some texts at a time, in their order.
+
+        Args:
+            given: a text, a list of texts, or token ids in either form.
+            kind: query or passage.
+            param: the request's name for it, for errors.
+            truncate: cut what is too long, instead of refusing it.
+            max_inputs: texts at most.
+
+        Raises:
+            RequestError: a text is empty, too long, or not Unicode; an id is not in the vocabulary; too many texts.
+        """
+        is_one = isinstance(given, str) or isinstance(given[0], int)
+        items: list[Any] = [given] if is_one else list(given)
+        if len(items) > max_inputs:
+            raise RequestError(
+                f"'{param}' has {len(items):,} texts; this server takes {max_inputs:,} in a request",
+                param=param,
+                code="invalid_value",
+            )
+        names = [f"'{param}'" if is_one else f"'{param}[{place}]'" for place in range(len(items))]
+        first, size = 0, 0
+        for place, item in enumerate(items, start=1):
+            size += min(len(item), self._most[kind])
+            if size >= _BLOCK_CHARACTERS or place == len(items):
+                yield self._rows(items[first:place], names[first:place], kind, param, truncate=truncate)
+                first, size = place, 0
+
+    def _rows(
+        self, items: Sequence[Item], names: Sequence[str], kind: Kind, param: str, *, truncate: bool
+    ) -> list[list[int]]:
+        texts, cut = [], []
+        for item, name in zip(items, names, strict=True):
+            text = item if isinstance(item, str) else self._decoded(item, kind, name, param)
+            if len(item) > self._most[kind] or len(text) > self._most[kind]:
+                if not truncate:
+                    raise self._too_long(f"{name} has {_size(item)}", kind, param)
+                text = _cut_between_words(text, self._most[kind])
+                cut.append((name, item, text))
+            elif not text.strip():
+                raise RequestError(f"{name} is empty; leave it out", param=param, code="empty")
+            texts.append(text)
+        try:
+            rows = (self._cut if truncate else self._whole).ids(texts, kind)
+            for name, item, text in cut:
+                self._check_cut(name, item, text, kind, param)
+        except InputError:
+            raise RequestError(
+                f"'{param}' holds text that is not valid Unicode", param=param, code="invalid_value"
+            ) from None
+        for row, name in zip(rows, names, strict=True):
+            if len(row) > self._limits[kind]:
+                raise self._too_long(f"{name} has {len(row):,} tokens", kind, param)
+        return rows
+
+    def _check_cut(self, name: str, item: Item, text: str, kind: Kind, param: str) -> None:
+        """Refuse what was cut where a token within the limit might be another one by that."""
+        whole, template = self._whole.ids([text, ""], kind)
+        num_tokens = len(whole) - len(template)
+        if num_tokens < self._limits[kind] + _CUT_TOKENS:
+            raise RequestError(
+                f"{name} has {_size(item)}, and the first {self._most[kind]:,} make only {num_tokens:,} tokens; "
+                f"leave out what is no text",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def _too_long(self, what: str, kind: Kind, param: str) -> RequestError:
+        return RequestError(
+            f'{what}; a {kind} may have {self._limits[kind]:,} tokens; shorten it, or send "truncate": true to have it cut',
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    def _decoded(self, ids: list[int], kind: Kind, name: str, param: str) -> str:
+        """The text of token ids, or of as many as can matter."""
+        if max(ids) >= len(self._tokenizer):
+            raise RequestError(
+                f"{name} has the token id {max(ids)}; this model's tokenizer has {len(self._tokenizer):,} tokens: "
+                f"send text, or ids of its own tokenizer",
+                param=param,
+                code="invalid_value",
+            )
+        ids = ids[: self._most[kind]]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def _cut_between_words(text: str, num_characters: int) -> str:
+    """The beginning of a text, up to a space where there is one near."""
+    last_word = text[num_characters - _LAST_WORD_CHARACTERS : num_characters]
+    kept = last_word.rsplit(maxsplit=1)
+    return text[: num_characters - len(kept[1])] if len(kept) == 2 else text[:num_characters]
+
+
+def _size(item: Item) -> str:
+    return f"{len(item):,} {'characters' if isinstance(item, str) else 'token ids'}"

@@ -1,0 +1,148 @@
+"""What one client costs the others: checks without a key, bodies that do not come, searches that nobody waits for."""
+
+import asyncio
+
+import pytest
+
+from readapt_ray.serving import engine as engine_module
+from readapt_ray.serving import guard as guard_module
+from readapt_ray.serving.routing import Routing
+from tests.serving.conftest import LocalVersion, local_server
+
+EMBEDDINGS, SEARCH = "/v1/embeddings", "/v1/search"
+
+
+def test_one_check_answers_all_who_ask_whether_the_server_is_ready(fresh, monkeypatch):
+    fresh.delay_s = 0.05
+
+    async def run():
+        async with local_server({"tiny": fresh}) as server, server.client() as client:
+
+            async def statuses(number):
+                answers = await asyncio.gather(*(client.get("/readyz") for _ in range(number)))
+                return {answer.status_code for answer in answers}
+
+            assert await statuses(50) == {200}
+            assert await statuses(1) == {200}
+            assert len(fresh.encoded) == 1
+            fresh.broken = "out of memory"
+            monkeypatch.setattr(engine_module, "_CHECKED_FOR_S", 0.0)
+            assert await statuses(50) == {503}
+            assert len(fresh.encoded) == 2
+            monkeypatch.setattr(engine_module, "_CHECKED_FOR_S", 1000.0)
+            fresh.broken = ""
+            assert await statuses(1) == {503}
+            await server.engine.set_state({"tiny": fresh}, Routing(default="tiny"))
+            assert await statuses(1) == {200}, "what was found of the versions before says nothing of these"
+
+    asyncio.run(run())
+
+
+class SlowClient:
+    """A POST whose body comes a part at a time, when a test says so."""
+
+    def __init__(self, app) -> None:
+        self._parts: asyncio.Queue[dict] = asyncio.Queue()
+        self._sent: list[dict] = []
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": EMBEDDINGS,
+            "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
+            "client": ("127.0.0.1", 1),
+            "query_string": b"",
+        }
+        self._task = asyncio.create_task(app(scope, self._parts.get, self._send))
+
+    async def _send(self, message) -> None:
+        self._sent.append(message)
+
+    def gives(self, body: bytes) -> None:
+        self._parts.put_nowait({"type": "http.request", "body": body, "more_body": True})
+
+    def leaves(self) -> None:
+        self._parts.put_nowait({"type": "http.disconnect"})
+
+    async def status(self) -> int:
+        """Of the answer; 0 where there is none."""
+        await asyncio.wait_for(self._task, 10)
+        return self._sent[0]["status"] if self._sent else 0
+
+
+def test_a_body_that_does_not_come_gives_its_place_back(version):
+    async def run():
+        async with local_server({"tiny": version}, max_requests=2, timeout_s=0.3) as server, server.client() as client:
+            slow = [SlowClient(server.app) for _ in range(2)]
+            for each in slow:
+                each.gives(b'{"input"')
+            await asyncio.sleep(0.05)
+            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 429
+            assert [await each.status() for each in slow] == [408, 408]
+            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
+            assert server.app._buffered_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_bodies_together_are_bounded_and_one_alone_is_not(version, monkeypatch):
+    monkeypatch.setattr(guard_module, "_BUFFERED_BYTES", 100)
+
+    async def run():
+        async with local_server({"tiny": version}) as server, server.client() as client:
+            first = SlowClient(server.app)
+            first.gives(b" " * 90)
+            await asyncio.sleep(0.05)
+            refused = await client.post(EMBEDDINGS, json={"input": "array " * 10})
+            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "too_many_bytes")
+            assert int(refused.headers["retry-after"]) >= 1
+            first.leaves()
+            assert await first.status() == 0
+            alone = await client.post(EMBEDDINGS, json={"input": "array " * 50, "truncate": True})
+            assert alone.status_code == 200
+            assert server.app._buffered_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_shadow_searches_do_not_pile_up(fresh, world):
+    over = asyncio.Event()
+    begun = []
+
+    async def run():
+        routing = Routing(default="base", shadow="adapted", shadow_share=1.0)
+        versions = {"base": LocalVersion.load(world, "other"), "adapted": fresh}
+        search = fresh.search
+
+        async def slow(*given):
+            begun.append(given)
+            await over.wait()
+            return await search(*given)
+
+        fresh.search = slow
+        async with local_server(versions, routing=routing) as server, server.client() as client:
+            for _ in range(20):
+                assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
+            await asyncio.sleep(0.1)
+            assert len(begun) == len(server.engine._background) == engine_module._ALONGSIDE
+            over.set()
+            await asyncio.gather(*server.engine._background)
+            await client.post(SEARCH, json={"query": "array"})
+            await asyncio.gather(*server.engine._background)
+            assert len(begun) == engine_module._ALONGSIDE + 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("body", [{"query": ["array", "lock"] * 10, "top_k": 40}])
+def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(version, monkeypatch, body):
+    async def run():
+        async with local_server({"tiny": version}) as server, server.client() as client:
+            found = []
+            for inline in (0, 10_000):
+                monkeypatch.setattr(engine_module, "_INLINE_HITS", inline)
+                found.append((await client.post(SEARCH, json=body)).json())
+            return found
+
+    in_a_thread, inline = asyncio.run(run())
+    assert in_a_thread == inline
+    assert sum(len(each["hits"]) for each in inline["data"]) == 20 * 40
