@@ -22,8 +22,8 @@ from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError, ModelError
-from readapt_ray.retrieval.measures import parse_measures
 from readapt_ray.retrieval.report import table
+from readapt_ray.stages.measure_options import depth_of, drops_self_hits
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -48,6 +48,8 @@ class CompareConfig(Config):
     """Folder or URI that everything is written under."""
     measures: tuple[str, ...] = ("nDCG@10", "R@10", "R@100")
     """Measures by their usual names, with commas between them; the first is compared."""
+    drop_self_hits: bool | None = None
+    """Leave out a passage whose doc_id is the query_id; default as the catalog says of the corpus's source, else not."""
     finetune: bool = False
     """Also each retriever after `finetune` on the corpus's split train."""
     readapt: bool = False
@@ -88,7 +90,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         InputError: a retriever cannot be found or used, or a measure is unknown; found before anything is encoded.
         ArtifactMissingError: the corpus is not the output of ingest.
     """
-    parse_measures(config.measures)
+    depth_of(config.measures)
     corpus = open_artifact(config.corpus, "ingest")
     for name in config.retrievers:
         _check(config, name)
@@ -214,6 +216,9 @@ def _searched(
         encoding=contender.encoding,
         output=f"{config.output}/vectors/{name}",
     )
+    drop_self_hits = config.drop_self_hits
+    if drop_self_hits is None:
+        drop_self_hits = drops_self_hits(corpus.manifest.config.get("source"))
     run = _stage(
         "search",
         {},
@@ -221,6 +226,8 @@ def _searched(
         vectors=vectors.uri,
         queries=queries,
         qrels=qrels,
+        top_k=depth_of(config.measures),
+        drop_self_hits=drop_self_hits,
         encoding=contender.encoding,
         output=f"{config.output}/runs/{name}.trec",
     )
@@ -255,9 +262,10 @@ def _in_memory(vectors: Artifact) -> tuple[list[str], NDArray[np.float32]]:
     folder = vectors.location / "vectors"
     ranges, room = [], _MAX_TIMED_ROWS
     for name, _ in folder.listing(".parquet"):
+        if not room:
+            break
         num_rows = min(room, read_footer(folder / name).num_rows)
-        if num_rows:
-            ranges.append(RowRange(name, 0, num_rows))
+        ranges.append(RowRange(name, 0, num_rows))
         room -= num_rows
     chunks = list(iterate_vectors(folder, ranges))
     return [each for doc_ids, _ in chunks for each in doc_ids], np.concatenate([matrix for _, matrix in chunks])

@@ -83,7 +83,8 @@ class RunConfig(Config):
     index: Section = Field(default_factory=dict)
     """Options of index."""
     search: Section = Field(default_factory=dict)
-    """Options of search: top_k, drop_self_hits."""
+    """Options of search: top_k, default what the measures look at and at least 100; drop_self_hits, default what the catalog
+    says of the source."""
     evaluate: Section = Field(default_factory=dict)
     """Options of evaluate: measures."""
 
@@ -109,6 +110,7 @@ def plan_run(config: RunConfig) -> list[Step]:
 
 
 def _steps(config: RunConfig) -> Iterator[Step]:
+    from readapt_ray.stages.measure_options import depth_of, drops_self_hits
     from readapt_ray.stages.train import PACK_OPTIONS
 
     def at(name: str) -> str:
@@ -141,20 +143,7 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         adapter=at("adapter"),
     )
     arms = {BASE: config.retriever, ADAPTED: at(ADAPTED)}
-    for arm, model in arms.items():
-        yield step(f"vectors/{arm}", "embed", config.embed, retriever=model, corpus=at("corpus"))
-        yield step(f"index/{arm}", "index", config.index, vectors=at(f"vectors/{arm}"))
-    for arm, model in arms.items():
-        yield step(
-            f"runs/{arm}.trec",
-            "search",
-            config.search,
-            needs_judgements=True,
-            retriever=model,
-            index=at(f"index/{arm}"),
-            queries=queries,
-        )
-    yield step(
+    report = step(
         "report",
         "evaluate",
         config.evaluate,
@@ -164,6 +153,24 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         queries=queries,
         corpus=at("corpus"),
     )
+    searching = {
+        "top_k": depth_of(report.config.settings()["measures"]),
+        "drop_self_hits": drops_self_hits(config.source),
+    }
+    for arm, model in arms.items():
+        yield step(f"vectors/{arm}", "embed", config.embed, retriever=model, corpus=at("corpus"))
+        yield step(f"index/{arm}", "index", config.index, vectors=at(f"vectors/{arm}"))
+    for arm, model in arms.items():
+        yield step(
+            f"runs/{arm}.trec",
+            "search",
+            {**searching, **config.search},
+            needs_judgements=True,
+            retriever=model,
+            index=at(f"index/{arm}"),
+            queries=queries,
+        )
+    yield report
 
 
 def run(config: RunConfig) -> dict[str, Artifact]:
@@ -233,7 +240,7 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         PackConfig(
             pretrained=config.pretrained,
             corpus=config.corpus,
-            **{name: getattr(config, name) for name in PACK_OPTIONS},
+            **{name: getattr(config, name) for name in PACK_OPTIONS if name in config.model_fields_set},
             output=Location(config.output).beside("-blocks").uri,
             overwrite=config.overwrite,
         )

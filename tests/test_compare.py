@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from readapt_ray import cli, compare
+from readapt_ray.catalog import models
 from readapt_ray.compare import CompareConfig, to_markdown
 from readapt_ray.errors import InputError, ModelError
 from tests import factories
@@ -58,6 +60,26 @@ def test_bad_input_is_named_before_anything_is_encoded(
     with pytest.raises(error, match=message):
         compare.compare(config(pieces, **filled, output=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "asked", "drops"), [("arguana", None, True), ("/x", None, False), ("/x", True, True)]
+)
+def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus_wants_it(
+    pieces: Path, monkeypatch: pytest.MonkeyPatch, source: str, asked: bool | None, drops: bool
+) -> None:
+    made: dict[str, dict[str, Any]] = {}
+
+    def stage(name: str, options: dict[str, Any], **wired: Any) -> Any:
+        made[name] = options | wired
+        return SimpleNamespace(uri=name)
+
+    monkeypatch.setattr(compare, "_stage", stage)
+    corpus: Any = SimpleNamespace(uri="corpus", manifest=SimpleNamespace(config={"source": source}))
+    wanted = config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked)
+    encoding = models.encoding_of(models.find_model(str(pieces / "first")))
+    compare._searched(wanted, compare.Contender("first", "first", encoding), corpus, "queries", "qrels")
+    assert (made["search"]["top_k"], made["search"]["drop_self_hits"]) == (200, drops)
 
 
 def test_the_table_says_quality_time_and_bytes() -> None:

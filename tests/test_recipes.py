@@ -51,6 +51,20 @@ def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> N
     assert embed.retriever == "readapt-run/adapted"
 
 
+def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus_wants_it() -> None:
+    def searched(**options: Any) -> tuple[int, bool]:
+        values = {"source": "x", "pretrained": "a", "retriever": "b", **options}
+        steps = {step.name: step.config for step in recipes.plan_run(RunConfig.parse(values))}
+        both: Any = [steps[f"runs/{arm}.trec"] for arm in ("retriever", "adapted")]
+        ((depth, drops),) = {(each.top_k, each.drop_self_hits) for each in both}
+        return depth, drops
+
+    assert searched() == (100, False)
+    assert searched(source="arguana", evaluate={"measures": "nDCG@10,R@1000"}) == (1000, True)
+    own = {"top_k": 30, "drop_self_hits": False}
+    assert searched(source="arguana", evaluate={"measures": ["R@1000"]}, search=own) == (30, False)
+
+
 def test_there_is_a_file_for_each_promised_model() -> None:
     assert [file.stem for file in FILES] == ["e5-mistral", "qwen3-embedding-0.6b", "repllama"]
 

@@ -30,6 +30,7 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.paper.arms import EXPERIMENTS, READAPTED, Arm, arms_of
+from readapt_ray.stages.measure_options import MeasureOption, depth_of
 from readapt_ray.storage import Location
 from readapt_ray.weights.headed import add_head
 
@@ -66,7 +67,7 @@ class PaperConfig(Config):
     """Share of the retrieval skill kept; the paper's value."""
     knowledge_scale: float = 0.5
     """Share of the new domain added; the paper's value."""
-    measure: str = "nDCG@10"
+    measure: MeasureOption = "nDCG@10"
     """What is compared."""
     train: Section = Field(default_factory=dict)
     """Options of train and pack, by name (in a YAML file)."""
@@ -203,7 +204,7 @@ class Study:
         )
         return self._made(
             "search",
-            {"top_k": 100, **self.config.search},
+            {"top_k": depth_of(self.config.measure), **self.config.search},
             retriever=model,
             vectors=vectors.uri,
             queries=f"{corpus.uri}/queries",

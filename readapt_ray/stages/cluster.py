@@ -6,6 +6,7 @@ What cannot be placed is an error before anything starts; what has to wait for o
 """
 
 import contextlib
+import json
 import logging
 import os
 import threading
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import hardware
-from readapt_ray.errors import PlacementError, ReadaptError, WorkerError
+from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -32,6 +33,9 @@ _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
 _UNINSTALLED = "from a folder"
 _PROBE = ".seen-"
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_UNPACKED = "working_dir_files"
+"""Folder of Ray's that holds the working directories of jobs."""
 _SETTLE_S = 3.0
 """What a stage held is free again a second or two after it ends."""
 _QUIET = {
@@ -55,7 +59,12 @@ class Resources:
 
 
 def connect() -> Resources:
-    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; nothing happens where it runs already."""
+    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; nothing happens where it runs already.
+
+    Raises:
+        InputError: `RAY_ADDRESS` is where jobs are submitted to.
+        PlacementError: the nodes did not come, or differ.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     import ray
@@ -63,6 +72,11 @@ def connect() -> Resources:
     joins = not ray.is_initialized()
     if joins:
         address = os.environ.get("RAY_ADDRESS")
+        if address and address.startswith(("http://", "https://")):
+            raise InputError(
+                f"RAY_ADDRESS = {address!r} is where jobs are submitted to, and no cluster can be joined there; submit this with "
+                f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
+            )
         here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
         ray.init(
             address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not
@@ -70,7 +84,7 @@ def connect() -> Resources:
             **({} if address else here),
             logging_level=logging.ERROR,
             log_to_driver=False,
-            runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET}},
+            runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}},
         )
     _hush_ray_data()
     nodes = _nodes_that_came(int(os.environ.get("READAPT_NUM_NODES", "1")) if joins else 1)
@@ -80,6 +94,12 @@ def connect() -> Resources:
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
     hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
     return found
+
+
+def _of_the_job() -> dict[str, str]:
+    """The variables that the runtime environment of a submitted job sets for all workers; Ray lets none be set twice."""
+    environment = json.loads(os.environ.get(_JOB_VARIABLE, "{}")).get("runtime_env") or {}
+    return dict(environment.get("env_vars") or {})
 
 
 def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
@@ -151,12 +171,17 @@ def _named(versions: Mapping[str, str]) -> str:
 def check_seen_by_all(folder: Location) -> None:
     """See before workers start that every node sees a folder: a local one on the head's disk alone is lost work.
 
+    A folder in the place to which Ray unpacked a job's working directory is warned of: Ray removes it.
+
     Raises:
         PlacementError: some node does not see it; it names them.
     """
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if folder.is_local and _UNPACKED in folder.local_path.parts:
+        logger.warning(
+            "%s lies where Ray unpacked the job's working directory, and is removed with it: give an absolute path or a URI",
+            folder,
+        )
+    nodes = _alive()
     if not folder.is_local or len(nodes) < 2:
         return
     for left_by_a_killed_run in folder.local_path.glob(f"{_PROBE}*"):
@@ -200,6 +225,26 @@ def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *
         except ray.exceptions.RayError as error:
             logger.warning("node %s did not answer: %s", where, str(error).splitlines()[0])
     return answers
+
+
+def all_have_bfloat16_units() -> bool:
+    """Whether every node with CPUs computes fast in bfloat16."""
+    nodes = _alive()
+    if len(nodes) == 1:
+        return hardware.has_bfloat16_units()
+    with_cpus = [node for node in nodes if node["Resources"].get("CPU")]
+    return all(_on_each(with_cpus, hardware.has_bfloat16_units).values())
+
+
+def room_for(each: Mapping[str, float]) -> int:
+    """How many workers that ask for so much the nodes hold when they are idle."""
+    return sum(_room(node["Resources"], each) for node in _alive())
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
@@ -268,7 +313,7 @@ def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: thr
     small_s = 0.0
     while not stop.wait(_ROOM_POLL_S):
         try:
-            nodes = [node for node in ray.nodes() if node["Alive"]]
+            nodes = _alive()
         except (ray.exceptions.RayError, ConnectionError) as error:
             logger.debug("no answer about nodes: %s", error)
             continue
@@ -294,9 +339,7 @@ def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
 
 def largest_share(num_workers: int | None) -> tuple[int, int]:
     """Number of workers, one a node that has CPUs unless given, and the most CPUs that each of so many can have."""
-    import ray
-
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in _alive()]
     count = num_workers or max(1, sum(each > 0 for each in cpus))
     fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)
     return count, next(fits, 1)

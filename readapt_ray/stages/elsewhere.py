@@ -1,11 +1,17 @@
-"""What differs on a worker: its current folder, and so what names mean; and how many cores are its own."""
+"""What differs on a worker: its current folder, and so what names mean; its models; and how many cores are its own."""
 
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import Model, find_model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.encoder import Encoder
 
 
 def absolute(location: Location) -> Location:
@@ -14,9 +20,65 @@ def absolute(location: Location) -> Location:
 
 
 def model_name(model: Model) -> str:
-    """A name by which a worker finds the same model: its folder where the user named one, else what the user called it."""
+    """A name by which a worker finds the same model: its folder where the user named one, else what the user called it, at this commit."""
     named = Path(model.name).expanduser()
-    return str(model.folder) if named.is_dir() and named.resolve() == model.folder else model.name
+    return str(model.folder) if named.is_dir() and named.resolve() == model.folder else model.pinned_name
+
+
+def this_node() -> str:
+    """The node that this process runs on, by Ray's id."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
+    """On another node than the driver's: see that a model is the one that the driver found under this name.
+
+    Args:
+        name: of the model.
+        fingerprint: of what is found here; reading all weights takes a while.
+        due: what the driver found.
+        driver_node: `this_node` where the driver runs, and where there is nothing to see.
+
+    Raises:
+        FingerprintMismatchError: it is another one.
+    """
+    if this_node() != driver_node and fingerprint() not in due:
+        import ray
+
+        raise FingerprintMismatchError(
+            f"{name!r} has other weights on node {ray.util.get_node_ip_address()} than where the stage was started; "
+            f"put the same files on all nodes, or give a URI"
+        )
+
+
+def load_encoder(
+    name: str,
+    encoding: Encoding,
+    dtype: str,
+    *,
+    due: str,
+    driver_node: str,
+    num_threads: int,
+    batch_tokens: int | None,
+) -> "Encoder":
+    """A worker's encoder, seen to be the driver's.
+
+    Args:
+        due: the fingerprint of the encoder, as the driver found it.
+
+    Raises:
+        FingerprintMismatchError: there are other weights on this node.
+    """
+    import torch
+
+    from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
+
+    torch.set_num_threads(num_threads)
+    model = find_model(name)
+    check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {due}, driver_node=driver_node)
+    return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
 
 
 def faiss_on_one_thread() -> Any:

@@ -10,7 +10,6 @@ the driver.
 
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
@@ -31,9 +30,10 @@ from readapt_ray.retrieval.embed_plan import (
     scan_vectors,
 )
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.retrieval.vector_files import Footer, read_footer
+from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.stages import cluster, elsewhere
 from readapt_ray.stages.embed_sample import estimate, sample_rows
+from readapt_ray.stages.footers import RowCounts, check_complete, named_footers, row_counts
 from readapt_ray.stages.shard_encoder import EmbedJob, Rows
 from readapt_ray.stages.shard_runner import Placement, encode_shards
 from readapt_ray.storage import Location
@@ -43,7 +43,6 @@ logger = logging.getLogger("readapt_ray")
 _MIN_SHARD_ROWS = 256
 _MAX_SHARD_ROWS = 4096
 _SHARDS = 32
-_FOOTER_THREADS = 16
 
 
 class EmbedConfig(StageConfig):
@@ -88,7 +87,7 @@ def embed(config: EmbedConfig) -> Artifact:
         CorpusError: it is empty, lacks a column, or a doc_id stands in it twice; or a passage gives no vector.
         FingerprintMismatchError: `previous` was made by another model, or is stored otherwise.
         ModelError: the retriever is not a model, or cannot be used with its encoding.
-        CorruptFileError: a file of the corpus was cut short or altered.
+        CorruptFileError: a file of the corpus was cut short or altered, or is gone.
         PlacementError: the cluster does not have what the actors ask for.
         ArtifactConflictError: the output holds vectors of another model or corpus.
     """
@@ -100,6 +99,7 @@ def embed(config: EmbedConfig) -> Artifact:
     _check_model(model, encoding)
     passages = Rows(elsewhere.absolute(corpus.location / "passages"), _count_rows(corpus.location / "passages"))
     num_passages = sum(count for _, count in passages.counts)
+    check_complete(corpus, num_passages, "passages")
     if num_passages == 0:
         raise CorpusError(f"{config.corpus!r} has no passages; ingest a corpus that has some")
     if config.sample is not None:
@@ -113,8 +113,7 @@ def embed(config: EmbedConfig) -> Artifact:
     def work(workspace: Workspace) -> None:
         job = EmbedJob(
             model_name=elsewhere.model_name(model),
-            weights=model.fingerprint(),
-            node_id="",
+            driver_node="",
             encoder=encoder,
             encoding=encoding,
             dtype=config.dtype,
@@ -192,18 +191,16 @@ def _dtype(config: EmbedConfig) -> str:
     return str(ray.get(there.remote(device)))
 
 
-def _count_rows(passages: Location) -> tuple[tuple[str, int], ...]:
+def _count_rows(passages: Location) -> RowCounts:
     """Name and number of rows of each passages file; their ends are read, so a truncated one is found here."""
-    names = [name for name, _ in passages.listing(".parquet")]
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        footers = list(pool.map(lambda name: read_footer(passages / name), names))
-    for name, footer in zip(names, footers, strict=True):
+    footers = named_footers(passages)
+    for name, footer in footers.items():
         missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
         if missing:
             raise CorpusError(
                 f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
             )
-    return tuple((name, footer.num_rows) for name, footer in zip(names, footers, strict=True))
+    return row_counts(footers)
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
@@ -224,7 +221,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Rows |
     artifact = open_artifact(config.previous, "embed")
     there, vector_dtype = artifact.manifest.details["encoder"], artifact.manifest.details["vector_dtype"]
     folder = elsewhere.absolute(artifact.location / "vectors")
-    rows = Rows(folder, tuple((name, read_footer(folder / name).num_rows) for name, _ in folder.listing(".parquet")))
+    rows = Rows(folder, row_counts(named_footers(folder)))
     same_encoder = there["fingerprint"] == encoder["fingerprint"]
     if same_encoder and vector_dtype == config.vector_dtype:
         return rows, None

@@ -21,8 +21,9 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.embed_plan import packed_hashes, scan_vectors
 from readapt_ray.retrieval.index_kinds import Recipe, Wanted, choose, recipe
-from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of, read_footer
+from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
 from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.footers import RowCounts, check_complete, named_footers, row_counts
 from readapt_ray.stages.shard_encoder import Rows
 from readapt_ray.storage import Location
 
@@ -101,7 +102,7 @@ def index(config: IndexConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the vectors are not the output of `readapt embed`, or `previous` not that of `readapt index`.
-        FingerprintMismatchError: `previous` is an index of vectors of another model.
+        FingerprintMismatchError: `previous` is an index of vectors of another model, or of another kind.
         CorruptFileError: a file of vectors was cut short, altered, or made by another model.
         InputError: the kind does not fit, or finds less than `min_recall`; the message says what to raise.
         ArtifactConflictError: the output holds another index.
@@ -116,11 +117,14 @@ def index(config: IndexConfig) -> Artifact:
             f"leave it out to build afresh"
         )
     folder = elsewhere.absolute(source.location / "vectors")
-    vectors = Rows(folder, tuple(_count_rows(folder, encoder, source.manifest.counts["num_vectors"])))
+    vectors = Rows(folder, _count_rows(folder, encoder))
+    check_complete(source, sum(count for _, count in vectors.counts), "vectors")
     num_vectors = source.manifest.counts["num_vectors"]
     rows_per_shard = config.rows_per_shard or max(1, _SHARD_BYTES // (4 * int(encoder["dimension"])))
     wanted = _wanted(config, num_vectors, int(encoder["dimension"]))
     recipe(wanted, min(rows_per_shard, num_vectors), int(encoder["dimension"]))
+    if previous is not None:
+        _check_kind(previous, wanted)
 
     def work(workspace: Workspace) -> None:
         shards = elsewhere.absolute(workspace.location) / "shards"
@@ -162,25 +166,33 @@ def _wanted(config: IndexConfig, num_vectors: int, dimension: int) -> Wanted:
     return Wanted(**{name: getattr(config, name) for name in names})
 
 
-def _count_rows(folder: Location, encoder: dict[str, Any], num_vectors: int) -> list[tuple[str, int]]:
-    """Name and rows of each file of vectors, seen to be by one encoder and as many as the manifest says."""
-    counts = []
-    for name, _ in folder.listing(".parquet"):
-        footer = read_footer(folder / name)
+def _check_kind(previous: Artifact, wanted: Wanted) -> None:
+    """Refuse an earlier index whose shards are not what new ones would be."""
+    details, options = previous.manifest.details, previous.manifest.config
+    there = (options.get("factory"), details["kind"], details.get("storage", options["storage"]))
+    now = (wanted.factory, wanted.kind, wanted.storage)
+    if there != now:
+        raise FingerprintMismatchError(
+            f"previous = {options['output']!r} is {_described(*there)}, and this index would be {_described(*now)}; "
+            f"ask for what it is, or leave it out to build afresh"
+        )
+
+
+def _described(factory: str | None, kind: str, storage: str) -> str:
+    return repr(factory) if factory is not None else f"{kind} in {storage}"
+
+
+def _count_rows(folder: Location, encoder: dict[str, Any]) -> RowCounts:
+    """Name and rows of each file of vectors, seen to be by one encoder."""
+    footers = named_footers(folder)
+    for name, footer in footers.items():
         made_by = footer.metadata.get("encoder", {}).get("fingerprint")
         if made_by != encoder["fingerprint"] or footer.dimension != encoder["dimension"]:
             raise CorruptFileError(
                 f"{folder / name} was made by another encoder ({made_by}) than its manifest says "
                 f"({encoder['fingerprint']}); remove that folder and run `readapt embed` again"
             )
-        counts.append((name, footer.num_rows))
-    total = sum(count for _, count in counts)
-    if total != num_vectors:
-        raise CorruptFileError(
-            f"{folder} holds {total} vectors, and its manifest says {num_vectors}; "
-            f"remove that folder and run `readapt embed` again"
-        )
-    return counts
+    return row_counts(footers)
 
 
 def _carried(
@@ -321,7 +333,7 @@ def _summarise(
         "num_shards": len(records),
         "num_bytes": num_bytes,
     }
-    workspace.details |= {"encoder": encoder, "kind": wanted.kind, "shards": records}
+    workspace.details |= {"encoder": encoder, "kind": wanted.kind, "storage": wanted.storage, "shards": records}
     measured = [(record["num_vectors"], record["measured"]) for record in records if record["measured"]]
     if measured:
         weight = sum(count for count, _ in measured)

@@ -1,10 +1,9 @@
 """Options that training a language model and training a retriever share, and what they stand for."""
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from readapt_ray import hardware
 from readapt_ray.config import StageConfig
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ class OptimizationConfig(StageConfig):
     seed: int = Field(default=0, ge=0)
     """Of the order of blocks or pairs, the first weights and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products and frozen weights; auto is bfloat16 on a GPU and on a CPU with matrix units for it (AMX), float32
-    elsewhere. What is trained is always float32."""
+    """Of matrix products and frozen weights; auto is bfloat16 on GPUs and where all CPUs have matrix units for it (AMX), float32
+    elsewhere, and stays what the output was begun with. What is trained is always float32."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: a third more arithmetic, and memory for one layer's in place of all."""
     torch_compile: bool = False
@@ -114,12 +113,3 @@ def optimization(config: OptimizationConfig) -> "Optimization":
         checkpoint_every_steps=config.checkpoint_every_steps,
         keep_checkpoints=config.keep_checkpoints,
     )
-
-
-def compute_dtype(config: OptimizationConfig, device: Any) -> Any:
-    """The torch dtype of matrix products: as asked, or by the device."""
-    import torch
-
-    is_fast = device.type == "cuda" or hardware.has_bfloat16_units()
-    is_low = config.dtype == "bfloat16" or (config.dtype == "auto" and is_fast)
-    return torch.bfloat16 if is_low else torch.float32

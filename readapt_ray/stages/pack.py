@@ -38,7 +38,7 @@ class PackConfig(StageConfig):
     mode: str = Field(default="passage", pattern="^(passage|packed)$")
     """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
     block_tokens: int = Field(default=1024, ge=8)
-    """Longest passage, and in packed mode the length of a block, in tokens."""
+    """Longest passage, and in packed mode the length of a block, in tokens; unless given no more than the model's positions."""
 
     exclude: str | None = None
     """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
@@ -69,6 +69,8 @@ def pack(config: PackConfig) -> Artifact:
             f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
         )
     positions = _usable_positions(model)
+    if positions and "block_tokens" not in config.model_fields_set:
+        config = config.model_copy(update={"block_tokens": min(config.block_tokens, positions)})
     if positions and config.block_tokens > positions:
         raise ModelError(
             f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"

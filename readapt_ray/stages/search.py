@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
@@ -20,8 +21,9 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors, read_footer
+from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors
 from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.footers import check_complete, named_footers, row_counts
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -79,11 +81,15 @@ class _Source:
         return int(self.artifact.manifest.counts["num_vectors"])
 
     def pieces(self, num_cpus: int) -> list[tuple[RowRange, ...] | dict[str, Any]]:
-        """What each task searches: the record of an index shard, or ranges of rows."""
+        """What each task searches: the record of an index shard, or ranges of rows.
+
+        Raises:
+            CorruptFileError: a file of vectors was cut short or altered, or is gone.
+        """
         if self.artifact.manifest.stage == "index":
             return list(self.artifact.manifest.details["shards"])
-        folder = self.artifact.location / "vectors"
-        counts = [(name, read_footer(folder / name).num_rows) for name, _ in folder.listing(".parquet")]
+        counts = row_counts(named_footers(self.artifact.location / "vectors"))
+        check_complete(self.artifact, sum(count for _, count in counts), "vectors")
         most = max(1, _TASK_BYTES // (4 * int(self.encoder["dimension"])))
         even = -(-self.num_vectors // num_cpus)
         return [tuple(each) for each in cut(counts, min(most, even))]
@@ -207,7 +213,8 @@ def _encode_queries(
         texts,
         retriever=elsewhere.model_name(find_model(config.retriever)),
         encoding=encoding,
-        dtype=source.encoder["dtype"],
+        encoder=source.encoder,
+        driver_node=elsewhere.this_node(),
         batch_tokens=config.batch_tokens,
         num_threads=num_cpus,
     )
@@ -219,17 +226,27 @@ def _encode_queries(
 
 
 def _encoded(
-    texts: Sequence[str], *, retriever: str, encoding: Encoding, dtype: str, batch_tokens: int | None, num_threads: int
+    texts: Sequence[str],
+    *,
+    retriever: str,
+    encoding: Encoding,
+    encoder: dict[str, Any],
+    driver_node: str,
+    batch_tokens: int | None,
+    num_threads: int,
 ) -> Iterator[np.ndarray]:
     """On a worker: the vectors of the queries, some hundred at a time."""
-    import torch
-
-    from readapt_ray.retrieval.encoder import Encoder
-
-    torch.set_num_threads(num_threads)
-    encoder = Encoder.load(find_model(retriever), encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
+    loaded = elsewhere.load_encoder(
+        retriever,
+        encoding,
+        encoder["dtype"],
+        due=encoder["fingerprint"],
+        driver_node=driver_node,
+        num_threads=num_threads,
+        batch_tokens=batch_tokens,
+    )
     for first in range(0, len(texts), _QUERIES_A_PIECE):
-        yield encoder.encode(texts[first : first + _QUERIES_A_PIECE], "query")
+        yield loaded.encode(texts[first : first + _QUERIES_A_PIECE], "query")
 
 
 def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -250,7 +267,8 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
             while waiting and len(running) < room:
                 running.append(task.remote(place, waiting.pop(0), shared, top_k, device))
             ready, running = ray.wait(running)
-            yield from ray.get(ready)
+            for scores, codes, doc_ids in ray.get(ready):
+                yield scores, np.array(doc_ids.to_pylist(), object)[codes]
     finally:
         for each in running:
             ray.cancel(each)
@@ -258,8 +276,13 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
 
 def _search_piece(
     artifact: Location, piece: tuple[RowRange, ...] | dict[str, Any], queries: np.ndarray, top_k: int, device: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device."""
+) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device.
+
+    Returns:
+        Scores [Q, K], and for each the place of its doc_id among the distinct ones: 8 bytes a hit travel, however long
+        the ids are.
+    """
     if isinstance(piece, dict):
         elsewhere.faiss_on_one_thread()
         from readapt_ray.retrieval.vector_index import ShardRecord, read_shard
@@ -272,4 +295,5 @@ def _search_piece(
 
         torch.set_num_threads(1)
         hits = search_exact(queries, iterate_vectors(artifact / "vectors", piece), top_k, device=device)
-    return hits.scores, hits.doc_ids
+    distinct = pa.array(hits.doc_ids.ravel(), pa.string()).dictionary_encode(null_encoding="encode")
+    return hits.scores, distinct.indices.to_numpy().reshape(hits.doc_ids.shape), distinct.dictionary

@@ -18,11 +18,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray import errors
-from readapt_ray.catalog.models import find_model
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.embed_plan import PASSAGE_COLUMNS, DataShard, content_hash
 from readapt_ray.retrieval.vector_files import RowReader, stored_vectors, write_stored
+from readapt_ray.stages import elsewhere
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -48,10 +48,7 @@ class EmbedJob:
     """What an actor must know: the same for all of them."""
 
     model_name: str
-    weights: str
-    """Fingerprint of the model's files where the driver runs."""
-    node_id: str
-    """The driver's node."""
+    driver_node: str
     encoder: dict[str, Any]
     """What the metadata of the files say of the encoder."""
     encoding: Encoding
@@ -152,7 +149,15 @@ class ShardEncoder:
 
     def _loaded(self) -> Any:
         with self._computing:
-            self._encoder = self._encoder or _load_encoder(self._job)
+            self._encoder = self._encoder or elsewhere.load_encoder(
+                self._job.model_name,
+                self._job.encoding,
+                self._job.dtype,
+                due=self._job.encoder["fingerprint"],
+                driver_node=self._job.driver_node,
+                num_threads=self._job.num_threads,
+                batch_tokens=self._job.batch_tokens,
+            )
             return self._encoder
 
 
@@ -164,20 +169,3 @@ def _seconds(value: float) -> str:
 def described(shards: Sequence[DataShard]) -> list[dict[str, bytes]]:
     """What an actor gets of each shard."""
     return [{"shard": pickle.dumps(shard)} for shard in shards]
-
-
-def _load_encoder(job: EmbedJob) -> Any:
-    """The encoder, on this actor's device; on another node than the driver's, seen to have the same weights."""
-    import ray
-    import torch
-
-    from readapt_ray.retrieval.encoder import Encoder
-
-    torch.set_num_threads(job.num_threads)
-    model = find_model(job.model_name)
-    if ray.get_runtime_context().get_node_id() != job.node_id and model.fingerprint() != job.weights:
-        raise FingerprintMismatchError(
-            f"{job.model_name!r} has other weights on node {ray.util.get_node_ip_address()} than where the stage was started; "
-            f"put the same files on all nodes, or give a URI"
-        )
-    return Encoder.load(model, encoding=job.encoding, dtype=job.dtype, batch_tokens=job.batch_tokens)

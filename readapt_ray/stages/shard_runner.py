@@ -8,19 +8,18 @@ costs the shards in flight.
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from readapt_ray import errors
-from readapt_ray.errors import CorruptFileError
+from readapt_ray.errors import CorruptFileError, PlacementError, WorkerError
 from readapt_ray.retrieval.embed_plan import DataShard
 from readapt_ray.retrieval.vector_files import Footer, read_footer
-from readapt_ray.stages import cluster
+from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.footers import at_once, read_footers
 from readapt_ray.stages.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, described
 
 logger = logging.getLogger("readapt_ray")
 
-_FOOTER_THREADS = 16
 _MAX_VAIN_STARTS = 3
 
 
@@ -45,11 +44,13 @@ def encode_shards(
 
     Raises:
         PlacementError: the cluster does not have what the actors ask for.
+        WorkerError: it had that at first, and nodes were lost; or actors died again and again.
         CorruptFileError: files that were written are gone.
         ReadaptError: what an actor ran into.
     """
     total = sum(map(len, shards))
     vain = 0
+    has_started = False
     while pending := _pending(shards, job):
         done = total - sum(map(len, pending))
         progress(done, total)
@@ -59,14 +60,18 @@ def encode_shards(
                 vain = 0
                 done += num_rows
                 progress(done, total)
-        except errors.WorkerError as error:
+        except WorkerError as error:
             if vain >= _MAX_VAIN_STARTS:
                 raise
             logger.warning("%s; the actors are started again for what is left", error)
+        except PlacementError as error:
+            if not has_started:
+                raise
+            raise WorkerError(f"nodes were lost, and what is written stays: {error}") from None
         else:
             _check_written(shards, job)
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        return list(pool.map(lambda shard: read_footer(job.vectors / shard.name), shards))
+        has_started = True
+    return read_footers(job.vectors, [shard.name for shard in shards])
 
 
 def _check_written(shards: Sequence[DataShard], job: EmbedJob) -> None:
@@ -82,11 +87,12 @@ def _pending(shards: Sequence[DataShard], job: EmbedJob) -> list[DataShard]:
     """The shards whose file is not there, or is not one that this job would have written."""
     there = {name for name, _ in job.vectors.listing(".parquet")}
     found = [shard for shard in shards if shard.name in there]
-    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-        whole = dict(
-            zip((each.name for each in found), pool.map(lambda shard: _is_whole(shard, job), found), strict=True)
-        )
-    return [shard for shard in shards if not whole.get(shard.name, False)]
+    whole = {
+        shard.name
+        for shard, is_whole in zip(found, at_once(lambda shard: _is_whole(shard, job), found), strict=True)
+        if is_whole
+    }
+    return [shard for shard in shards if shard.name not in whole]
 
 
 def _is_whole(shard: DataShard, job: EmbedJob) -> bool:
@@ -109,7 +115,7 @@ def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) 
     from ray.exceptions import RayError
     from ray.util.annotations import RayDeprecationWarning
 
-    placed = replace(job, num_threads=num_cpus, node_id=ray.get_runtime_context().get_node_id())
+    placed = replace(job, num_threads=num_cpus, driver_node=elsewhere.this_node())
     dataset = ray.data.from_items(described(pending), override_num_blocks=len(pending))
     dataset.context.execution_no_progress_timeout_s = -1
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
@@ -159,8 +165,8 @@ def place(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
     """
     total = cluster.connect()
     num_cpus = wanted.num_cpus_per_worker or 1
-    most = total.num_gpus or total.num_cpus // num_cpus
-    num_workers = wanted.num_workers or max(1, min(most, num_pending))
     num_gpus = 1 if total.num_gpus else 0
-    cluster.check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who="actors")
+    each = {"CPU": num_cpus, "GPU": num_gpus}
+    num_workers = wanted.num_workers or max(1, min(cluster.room_for(each), num_pending))
+    cluster.check_placement(num_workers, each, who="actors")
     return num_workers, num_cpus, num_gpus

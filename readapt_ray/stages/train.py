@@ -35,7 +35,7 @@ class TrainConfig(OptimizationConfig):
     mode: Literal["passage", "packed"] = "passage"
     """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
     block_tokens: int = Field(default=1024, ge=8)
-    """Longest passage, and in packed mode the length of a block, in tokens."""
+    """Longest passage, and in packed mode the length of a block, in tokens; unless given no more than the model's positions."""
     exclude: str | None = None
     """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
     only: str | None = None

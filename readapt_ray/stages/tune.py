@@ -14,12 +14,12 @@ the query, the rest of it the answer. Such figures are called pseudo-queries whe
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
@@ -32,6 +32,8 @@ from readapt_ray.retrieval import scales
 from readapt_ray.retrieval.scales import Pair
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.footers import check_complete
+from readapt_ray.stages.measure_options import MeasureOption, depth_of, drops_self_hits
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("readapt_ray")
 
-_TOP_K = 100
+_MODELS = ("pretrained", "retriever", "adapter")
+_MAX_VAIN_LOSSES = 3
 
 
 class TuneConfig(StageConfig):
@@ -63,8 +66,10 @@ class TuneConfig(StageConfig):
     """Shares of the new domain to try."""
     num_refinements: int = Field(default=1, ge=0, le=6)
     """Times that pairs half way between the best one and its neighbours are tried."""
-    measure: str = "nDCG@10"
+    measure: MeasureOption = "nDCG@10"
     """What is compared."""
+    drop_self_hits: bool | None = None
+    """Leave out a passage whose doc_id is the query_id; default as the catalog says of the corpus's source, else not."""
     max_queries: int = Field(default=1000, ge=2)
     """Queries that are used at most, tuning and reporting together."""
     max_passages: int = Field(default=20_000, ge=1)
@@ -77,11 +82,18 @@ class TuneConfig(StageConfig):
     """Of the sample and of the halves."""
     encoding: EncodingOption = None
     """How the retriever wants its text, as a JSON file; default what its folder or the catalog says."""
+    accept: tuple[Literal["vocabulary"], ...] = ()
+    """Differences of the retriever from pretrained that are meant: vocabulary (words that only one of them has)."""
 
     inputs: ClassVar[frozenset[str]] = frozenset(
         {"pretrained", "retriever", "adapter", "corpus", "queries", "qrels", "encoding"}
     )
-    operational: ClassVar[frozenset[str]] = frozenset({"num_workers"})
+    operational: ClassVar[frozenset[str]] = frozenset({"num_workers", "accept"})
+
+    @field_validator("accept", mode="before")
+    @classmethod
+    def _split_accept(cls, value: Any) -> Any:
+        return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
@@ -103,13 +115,15 @@ def tune(config: TuneConfig) -> Artifact:
     """Find the pair of scales that retrieves best.
 
     Raises:
-        InputError: a model, the corpus, the queries or the measure cannot be used.
+        InputError: a model, the corpus or the queries cannot be used.
+        CorruptFileError: a file of the corpus is gone.
+        PlacementError: the cluster does not have what the actors ask for.
+        WorkerError: actors died again and again.
     """
-    from readapt_ray.retrieval.measures import parse_measures
-
-    parse_measures([config.measure])
     corpus = artifacts.open_artifact(config.corpus, "ingest")
-    found = {name: models.find_model(getattr(config, name)) for name in ("pretrained", "retriever", "adapter")}
+    if config.drop_self_hits is None:
+        config = config.model_copy(update={"drop_self_hits": drops_self_hits(corpus.manifest.config.get("source"))})
+    found = {name: models.find_model(getattr(config, name)) for name in _MODELS}
     encoding = config.encoding or models.encoding_of(found["retriever"])
     inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint() for name, model in found.items()}}
     for name in ("queries", "qrels"):
@@ -118,18 +132,27 @@ def tune(config: TuneConfig) -> Artifact:
             if not Location(uri).exists():
                 raise InputError(f"{name} = {uri!r} does not exist; give a file, or a folder of them")
             inputs[name] = artifacts.fingerprint(Location(uri).content_fingerprint())
+    job = _Job(
+        models={name: elsewhere.model_name(model) for name, model in found.items()},
+        fingerprints=inputs,
+        encoding=encoding,
+        measure=config.measure,
+        drop_self_hits=bool(config.drop_self_hits),
+        dtype=config.dtype,
+        accept_vocabulary="vocabulary" in config.accept,
+    )
     return artifacts.produce(
         "tune",
         config,
         inputs=inputs,
         identity={"encoding": encoding.model_dump(mode="json")},
-        work=lambda workspace: _tune(config, corpus, encoding, workspace),
+        work=lambda workspace: _tune(config, corpus, job, workspace),
     )
 
 
-def _tune(config: TuneConfig, corpus: Artifact, encoding: Encoding, workspace: Workspace) -> None:
+def _tune(config: TuneConfig, corpus: Artifact, job: "_Job", workspace: Workspace) -> None:
     sample = _pseudo_sample(config, corpus) if config.queries is None else _judged_sample(config, corpus)
-    search = _Search(config, encoding, sample, workspace)
+    search = _Search(config.num_workers, job, sample, workspace)
     try:
         search.score(scales.coarse_pairs(config.readapter_scales, config.knowledge_scales))
         for _ in range(config.num_refinements):
@@ -158,15 +181,40 @@ def _write_report(workspace: Workspace, result: Mapping[str, Any]) -> None:
     logger.info("tune: %s", scale_report.verdict(result))
 
 
-class _Search:
-    """Scores pairs on actors, which start with the first pair that is not there already."""
+@dataclass(frozen=True)
+class _Job:
+    """What every actor must know, beside the sample."""
 
-    def __init__(self, config: TuneConfig, encoding: Encoding, sample: _Sample, workspace: Workspace) -> None:
+    models: dict[str, str]
+    """MODEL of each role, as a worker finds it."""
+    fingerprints: Mapping[str, str]
+    """Of each of them, as the driver found it."""
+    encoding: Encoding
+    measure: str
+    drop_self_hits: bool
+    dtype: str
+    accept_vocabulary: bool
+    driver_node: str = ""
+
+
+class _Search:
+    """Scores pairs on actors, which start with the first pair that is not there already.
+
+    An actor gets a pair once it has loaded the models, so one that must wait for room keeps nobody waiting. The pair
+    of an actor that died is another's.
+    """
+
+    def __init__(self, num_workers: int | None, job: _Job, sample: _Sample, workspace: Workspace) -> None:
         self.values: dict[Pair, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
         """What the pairs of this process took, in all actors."""
-        self._config, self._encoding, self._sample, self._workspace = config, encoding, sample, workspace
-        self._actors: list[Any] = []
+        self._num_workers, self._job, self._sample, self._workspace = num_workers, job, sample, workspace
+        self._each: dict[str, float] = {}
+        """What an actor asks for."""
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[Any, Pair | None]] = {}
+        """The other actors by the answer that is due, and the pair that it is of; None while the models are loaded."""
+        self._new_actor: Callable[[], Any] | None = None
 
     def score(self, pairs: Sequence[Pair]) -> None:
         """Score these pairs; what an earlier process scored is read."""
@@ -191,33 +239,59 @@ class _Search:
     def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, dict[str, float], dict[str, float]]]:
         if not pairs:
             return
-        from ray.util import ActorPool
+        import ray
+        from ray.exceptions import RayActorError
 
-        if not self._actors:
-            self._actors = self._started()
-        pool = ActorPool(self._actors)
-        yield from pool.map_unordered(lambda actor, pair: actor.score.remote(pair), list(pairs))
+        if self._new_actor is None:
+            self._start_all()
+        waiting = list(pairs)
+        num_left, num_vain_losses = len(pairs), 0
+        with cluster.said_when_too_small(1, self._each, who="actors"):
+            while num_left:
+                while waiting and self._idle:
+                    actor, pair = self._idle.pop(), waiting.pop(0)
+                    self._busy[actor.score.remote(pair)] = actor, pair
+                (answer,), _ = ray.wait(list(self._busy))
+                actor, due = self._busy.pop(answer)
+                try:
+                    found = ray.get(answer)
+                except RayActorError as error:
+                    num_vain_losses += 1
+                    if num_vain_losses >= _MAX_VAIN_LOSSES:
+                        raise
+                    logger.warning("tune: %s; another actor takes its place", cluster.cause_of(error))
+                    ray.kill(actor)
+                    self._start()
+                    waiting += [] if due is None else [due]
+                    continue
+                self._idle.append(actor)
+                if due is not None:
+                    num_left, num_vain_losses = num_left - 1, 0
+                    yield found
 
-    def _started(self) -> list[Any]:
+    def _start_all(self) -> None:
         import ray
 
-        resources = cluster.connect()
-        names = {
-            name: elsewhere.model_name(models.find_model(getattr(self._config, name)))
-            for name in ("pretrained", "retriever", "adapter")
-        }
-        count = self._config.num_workers or max(1, resources.num_gpus)
-        remote = ray.remote(num_cpus=1, num_gpus=1 if resources.num_gpus else 0)(_Scorer)
-        sample = ray.put(self._sample)
-        return [
-            remote.remote(names, self._encoding, sample, self._config.measure, self._config.dtype) for _ in range(count)
-        ]
+        on_gpus = bool(cluster.connect().num_gpus)
+        self._each = {"CPU": 1, "GPU": int(on_gpus)}
+        count = self._num_workers or (max(1, cluster.room_for(self._each)) if on_gpus else 1)
+        cluster.check_placement(count, self._each, who="actors")
+        remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_Scorer)
+        job, sample = replace(self._job, driver_node=elsewhere.this_node()), ray.put(self._sample)
+        self._new_actor = lambda: remote.remote(job, sample)
+        for _ in range(count):
+            self._start()
+
+    def _start(self) -> None:
+        assert self._new_actor is not None
+        actor = self._new_actor()
+        self._busy[actor.load.remote()] = actor, None
 
     def stop(self) -> None:
         """End the actors."""
         import ray
 
-        for actor in self._actors:
+        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
             ray.kill(actor)
 
     def _cell(self, pair: Pair) -> Location:
@@ -227,7 +301,16 @@ class _Search:
 class _Scorer:
     """Actor: a live encoder whose scales can be set, and what it has to find."""
 
-    def __init__(self, names: Mapping[str, str], encoding: Encoding, sample: _Sample, measure: str, dtype: str) -> None:
+    def __init__(self, job: _Job, sample: _Sample) -> None:
+        self._job, self._sample = job, sample
+
+    def load(self) -> None:
+        """Read the models, and tokenise the sample.
+
+        Raises:
+            FingerprintMismatchError: a model is another one than where the stage was started.
+            ModelError: they do not fit each other, or hold NaN.
+        """
         import torch
 
         from readapt_ray.retrieval.encoder import DTYPES, Encoder
@@ -237,22 +320,26 @@ class _Scorer:
         from readapt_ray.weights.loading import load_model
         from readapt_ray.weights.readapter import Readapter, open_retriever
 
-        pretrained, retriever, adapter = (
-            models.find_model(names[name]) for name in ("pretrained", "retriever", "adapter")
-        )
+        job = self._job
+        pretrained, retriever, adapter = (self._same_model(name) for name in _MODELS)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = load_model(retriever, dtype=DTYPES[dtype], device=device)
+        network = load_model(retriever, dtype=DTYPES[job.dtype], device=device)
         before = Checkpoint(pretrained.folder, name=pretrained.name)
         after = open_retriever(retriever.folder, before, name=retriever.name)
         knowledge = [Adapter(adapter.folder, before, name=adapter.name)]
-        self._live = LiveReadapter(network, Readapter(before, after, knowledge))
-        self._encoder = Encoder(network, models.load_tokenizer(retriever), encoding, identify=str)
-        self._sample = sample
-        self._measure = measure
+        readapter = Readapter(before, after, knowledge, accept_vocabulary=job.accept_vocabulary)
+        self._live = LiveReadapter(network, readapter)
+        self._encoder = Encoder(network, models.load_tokenizer(retriever), job.encoding, identify=str)
+        passages, queries = self._sample.passages, self._sample.queries
         self._passage_ids = self._encoder.tokenize(
-            [each.text for each in sample.passages], "passage", [each.title for each in sample.passages]
+            [each.text for each in passages], "passage", [each.title for each in passages]
         )
-        self._query_ids = self._encoder.tokenize([each.text for each in sample.queries], "query")
+        self._query_ids = self._encoder.tokenize([each.text for each in queries], "query")
+
+    def _same_model(self, name: str) -> models.Model:
+        model, due = models.find_model(self._job.models[name]), {self._job.fingerprints[name]}
+        elsewhere.check_same_model(model.name, model.fingerprint, due, driver_node=self._job.driver_node)
+        return model
 
     def score(self, pair: Pair) -> tuple[Pair, dict[str, float], dict[str, float]]:
         """The pair, the measure of every query with these scales, and the seconds of each part."""
@@ -261,21 +348,31 @@ class _Scorer:
         marks.append(time.monotonic())
         passages, queries = self._encoder.encode_ids(self._passage_ids), self._encoder.encode_ids(self._query_ids)
         marks.append(time.monotonic())
-        measured = _measured(self._sample, queries @ passages.T, self._measure)
+        measure = self._job.measure
+        measured = _measured(self._sample, queries @ passages.T, measure, drop_self_hits=self._job.drop_self_hits)
         marks.append(time.monotonic())
-        values = dict(zip(measured.query_ids, measured.values[self._measure].tolist(), strict=True))
+        values = dict(zip(measured.query_ids, measured.values[measure].tolist(), strict=True))
         return pair, values, dict(zip(("weights", "encoding", "measuring"), np.diff(marks).tolist(), strict=True))
 
 
-def _measured(sample: _Sample, scores_QP: np.ndarray, measure: str) -> "Measured":
+def _measured(sample: _Sample, scores_QP: np.ndarray, measure: str, *, drop_self_hits: bool = False) -> "Measured":
     from readapt_ray.retrieval.measures import measure_run, parse_measures
     from readapt_ray.retrieval.runs import Run
 
-    top_k = min(_TOP_K, scores_QP.shape[1])
+    if drop_self_hits:
+        columns_of = {each.doc_id: column for column, each in enumerate(sample.passages)}
+        themselves = [
+            (row, columns_of[each.query_id]) for row, each in enumerate(sample.queries) if each.query_id in columns_of
+        ]
+        scores_QP = scores_QP.copy()
+        scores_QP[tuple(np.array(themselves, np.int64).reshape(-1, 2).T)] = -np.inf
+    top_k = min(depth_of(measure), scores_QP.shape[1])
     best = np.argpartition(-scores_QP, top_k - 1, axis=1)[:, :top_k]
     results = {
         query.query_id: [
-            ScoredDoc(query.query_id, sample.passages[column].doc_id, float(row[column])) for column in columns
+            ScoredDoc(query.query_id, sample.passages[column].doc_id, float(row[column]))
+            for column in columns
+            if row[column] != -np.inf
         ]
         for query, row, columns in zip(sample.queries, scores_QP, best.tolist(), strict=True)
     }
@@ -285,10 +382,13 @@ def _measured(sample: _Sample, scores_QP: np.ndarray, measure: str) -> "Measured
 def _passages(corpus: Artifact) -> Iterator[Passage]:
     import pyarrow.parquet as pq
 
+    num_rows = 0
     for file in (corpus.location / "passages").files(".parquet"):
         with file.open_input() as stream:
             for batch in pq.ParquetFile(stream).iter_batches():
+                num_rows += batch.num_rows
                 yield from (Passage(row["doc_id"], row["title"] or "", row["text"]) for row in batch.to_pylist())
+    check_complete(corpus, num_rows, "passages")
 
 
 def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) -> list[Passage]:

@@ -14,19 +14,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from readapt_ray.artifacts import Workspace
+from readapt_ray.artifacts import Workspace, read_building
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.stages import cluster, elsewhere, step_metrics
-from readapt_ray.stages.optimization import OptimizationConfig, adapter_shape, compute_dtype, optimization
+from readapt_ray.stages.optimization import OptimizationConfig, adapter_shape, optimization
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 _ABORT_TIMEOUT_S = 20.0
 _MEMORY_NAME = "memory.json"
+_DTYPE_NAME = "dtype"
 
 
 def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
@@ -40,11 +41,12 @@ def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple
     """
     total = cluster.connect()
     if total.num_gpus:
-        count = num_workers or total.num_gpus
         resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
+        count = num_workers or max(1, cluster.room_for(resources))
     else:
-        count, share = cluster.largest_share(num_workers)
+        most, share = cluster.largest_share(num_workers)
         resources = {"CPU": float(num_cpus_per_worker or share)}
+        count = num_workers or max(1, min(most, cluster.room_for(resources)))
     cluster.check_placement(count, resources, who="workers")
     return count, resources, bool(total.num_gpus)
 
@@ -54,6 +56,8 @@ class Outcome:
     """What a run on workers tells the stage."""
 
     num_workers: int
+    dtype: str
+    """What was computed in."""
     rows: list[dict[str, Any]]
     """Step metrics, each step once."""
 
@@ -63,6 +67,7 @@ class Outcome:
         tail = rows[-max(1, len(rows) // 20) :]
         return {
             "num_workers": self.num_workers,
+            "dtype": self.dtype,
             "first_loss": rows[0]["loss"] if rows else None,
             "last_loss": sum(row["loss"] for row in tail) / len(tail) if tail else None,
             "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
@@ -80,7 +85,7 @@ def run_workers(
 
     Args:
         stage: names Ray's metrics.
-        work: runs on every worker inside a process group; finds the driver's board in `job["board"]`.
+        work: runs on every worker inside a process group; a `Trainee` finds in its job what the driver adds to it.
         job: plain values.
         workspace: progress goes there, step metrics into its `metrics.jsonl`.
         config: how many workers, and how often they are started again after one of them died.
@@ -105,14 +110,22 @@ def run_workers(
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    dtype = _dtype(config, workspace.location, on_gpus=use_gpu)
     board = ray.remote(**options)(step_metrics.Board).remote(stage)
+    job = {
+        **job,
+        "board": board,
+        "dtype": dtype,
+        "inputs": (read_building(workspace.location) or {}).get("inputs", {}),
+        "driver_node": elsewhere.this_node(),
+    }
     controllers: list[Any] = []
 
     def trainer() -> Any:
         controllers.clear()
         made = TorchTrainer(
             _entered,
-            train_loop_config={"work": work, "job": {**job, "board": board}},
+            train_loop_config={"work": work, "job": job},
             scaling_config=ScalingConfig(
                 num_workers=(config.min_workers, num_workers) if elastic else num_workers,
                 resources_per_worker=resources,
@@ -147,7 +160,17 @@ def run_workers(
     finally:
         ray.kill(board)
     (workspace.location / "workers").delete()
-    return Outcome(num_workers, step_metrics.join(workspace.location))
+    return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
+
+
+def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> str:
+    """What all workers compute in, at every start: as asked, else what the output was begun with, else what suits them."""
+    if config.dtype != "auto":
+        return config.dtype
+    begun = output / _DTYPE_NAME
+    if begun.is_file():
+        return begun.read_text()
+    return "bfloat16" if on_gpus or cluster.all_have_bfloat16_units() else "float32"
 
 
 def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
@@ -215,11 +238,14 @@ class Trainee:
     """One worker's model, from the check of its memory to the files of the result.
 
     Args:
-        job: holds `output` and `board`.
+        job: holds `output` and what `run_workers` adds.
         config: the stage's.
         name: MODEL that is trained.
         objective: loads the model with its head; None headless.
         micro_batch_tokens: of one pass, for the estimate of memory.
+
+    Raises:
+        FingerprintMismatchError: there are other weights on this node.
     """
 
     def __init__(
@@ -239,8 +265,11 @@ class Trainee:
         self._board = job["board"]
         self.output = Location(job["output"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = compute_dtype(config, self.device)
+        self._dtype_name = job["dtype"]
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self._dtype_name]
         self.source = models.find_model(name)
+        due = job["inputs"].values()
+        elsewhere.check_same_model(name, self.source.fingerprint, due, driver_node=job["driver_node"])
         self.shape = adapter_shape(config, target_modules(config, self.source))
         if config.check_memory:
             self._check_memory(objective, micro_batch_tokens)
@@ -296,10 +325,14 @@ class Trainee:
 
     def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
         """Take all steps."""
+        import torch
+
         from readapt_ray.training.engine import Engine
         from readapt_ray.training.speed import flops_per_token
         from readapt_ray.training.steps import run_steps
 
+        if torch.distributed.get_rank() == 0:
+            (self.output / _DTYPE_NAME).write_text(self._dtype_name)
         descent = optimization(self._config)
         run_steps(
             Engine(self.model, descent),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import TOKENIZER_FILES, Model
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
@@ -22,17 +22,6 @@ from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header
 from readapt_ray.weights.loading import load_model
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-)
 _SHARD_BYTES = 2 << 30
 
 
@@ -207,7 +196,7 @@ def save_model(model: Any, source: Location, output: Location) -> None:
         return
     if shard:
         flush()
-    for file in _TOKENIZER_FILES:
+    for file in (*TOKENIZER_FILES, "chat_template.jinja"):
         if (source / file).is_file():
             (source / file).copy_to(output / file)
     config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}

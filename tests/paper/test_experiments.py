@@ -125,6 +125,7 @@ def test_a_corpus_is_a_name_of_the_catalog_or_a_name_and_a_source(tiny: Path) ->
         ({"experiments": ["table4"]}, InputError, "give some of table1"),
         ({"corpora": []}, InputError, "at least one"),
         ({"seeds": [1, 1]}, InputError, "none twice"),
+        ({"measure": "nDCG@10,R@5"}, InputError, "give one measure"),
         ({"corpora": ["nosuch"]}, CorpusError, "no corpus 'nosuch'"),
         ({"retriever": "absent-model"}, InputError, "absent-model"),
         ({"pretrained": "absent-model"}, ModelError, "absent-model"),

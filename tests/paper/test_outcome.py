@@ -31,11 +31,12 @@ def _write(study: Study, ranks: dict[tuple[str, int], int]) -> None:
 
 
 def test_a_table_has_means_over_seeds_tests_and_the_published_figures(tiny: Path, tmp_path: Path) -> None:
-    study = Study(config(tiny, root=str(tmp_path), measure="RR@10", seeds=[0, 1]))
+    study = Study(config(tiny, root=str(tmp_path), measure="MRR@10", seeds=[0, 1]))
     _write(study, {("base", 0): 4, ("readapted", 0): 1, ("readapted", 1): 2})
     text = write_outcome(study, "table1", (0, 1))
     result = json.loads((tmp_path / "table1.json").read_text())
     base, readapted, *_ = result["rows"]
+    assert result["measure"] == "RR@10"
     assert base["mean"] == 0.25
     assert base["difference"] is None
     assert readapted["by_seed"] == [1.0, 0.5]

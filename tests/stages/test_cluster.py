@@ -1,5 +1,6 @@
 """Placement: what fits, what never will, what has to wait, and nodes that come late."""
 
+import json
 import logging
 import os
 import subprocess
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import ray
 
-from readapt_ray.errors import PlacementError
-from readapt_ray.stages import cluster
+from readapt_ray.errors import InputError, PlacementError
+from readapt_ray.stages import cluster, shard_runner, workers
+from readapt_ray.stages.shard_runner import Placement
 from readapt_ray.storage import Location
 
 
@@ -26,6 +28,8 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float], free: d
             total[name] = total.get(name, 0) + amount
     monkeypatch.setattr(ray, "nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
     monkeypatch.setattr(ray, "available_resources", lambda: total if free is None else free)
+    found = cluster.Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(alive))
+    monkeypatch.setattr(cluster, "connect", lambda: found)
     monkeypatch.setattr(cluster, "_REPLACEMENT_S", 0.0)
 
 
@@ -101,6 +105,42 @@ def test_workers_get_the_most_cpus_that_so_many_can_have(
     assert cluster.largest_share(num_workers) == expected
 
 
+FOUR_SMALL = [{"CPU": 4.0}] * 4
+GPU_HEAD = [{"CPU": 0.0, "GPU": 1.0}, *[{"CPU": 8.0, "GPU": 1.0}] * 3]
+
+
+@pytest.mark.parametrize(
+    ("resources", "num_cpus", "num_actors", "num_workers"),
+    [
+        (FOUR_SMALL, 3, 4, 4),  # not the 5 that 16 CPUs would do for
+        (GPU_HEAD, None, 3, 3),  # a head without CPUs has no worker, though it has a GPU
+        ([{"CPU": 4.0}, {"CPU": 16.0}], 8, 2, 2),
+        ([{"CPU": 4.0}, {"CPU": 8.0}], 8, 1, 1),
+        ([{"CPU": 16.0, "GPU": 4.0}], 8, 2, 2),
+    ],
+)
+def test_as_many_as_fit_are_placed_where_no_number_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+    resources: list[dict[str, float]],
+    num_cpus: int | None,
+    num_actors: int,
+    num_workers: int,
+) -> None:
+    nodes(monkeypatch, *resources)
+    assert shard_runner.place(Placement(None, num_cpus), 100)[0] == num_actors
+    assert shard_runner.place(Placement(None, num_cpus), 1)[0] == 1
+    assert workers.placement(None, num_cpus)[0] == num_workers
+
+
+def test_a_default_that_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, *FOUR_SMALL)
+    for place in (lambda: shard_runner.place(Placement(None, 5), 100), lambda: workers.placement(None, 5)):
+        with pytest.raises(
+            PlacementError, match=r"1 (actors|workers) of 5 CPU each cannot be placed: there is room for 0"
+        ):
+            place()
+
+
 def test_workers_that_wait_for_another_job_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -121,15 +161,43 @@ def test_what_the_stage_before_held_a_moment_ago_is_not_worth_a_word(
     assert not caplog.records
 
 
-def test_a_cluster_that_died_on_this_machine_is_not_joined() -> None:
+def test_a_cluster_that_died_on_this_machine_is_not_joined_and_a_jobs_own_variables_stand() -> None:
+    job = {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "true"}}}
+    program = """
+import os, ray
+from readapt_ray.stages import cluster
+print(cluster.connect().num_cpus)
+print(*ray.get(ray.remote(lambda: [os.environ[name] for name in ("TOKENIZERS_PARALLELISM", "RAY_DEDUP_LOGS")]).remote()))
+"""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path may have some 100 characters
         (Path(folder) / "ray").mkdir()
         (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
         environment = {**os.environ, "RAY_TMPDIR": folder, "READAPT_NUM_CPUS": "1"}
+        environment |= {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps(job), **job["runtime_env"]["env_vars"]}
         environment.pop("RAY_ADDRESS", None)
-        command = [sys.executable, "-c", "from readapt_ray.stages import cluster; print(cluster.connect().num_cpus)"]
+        command = [sys.executable, "-c", program]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.split() == ["1"], done.stderr
+    assert done.stdout.split() == ["1", "true", "1"], done.stderr
+
+
+def test_the_address_for_submitting_jobs_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("tried to join it"))
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with pytest.raises(
+        InputError, match=r"'http://127\.0\.0\.1:8265' is where jobs are submitted .* set RAY_ADDRESS to auto"
+    ):
+        cluster.connect()
+
+
+def test_a_folder_that_ray_will_remove_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes(monkeypatch, {"CPU": 4.0})
+    cluster.check_seen_by_all(Location(str(tmp_path)))
+    assert not caplog.records
+    cluster.check_seen_by_all(Location(str(tmp_path / "working_dir_files" / "_ray_pkg_1" / "out")))
+    assert "_ray_pkg_1/out lies where Ray unpacked the job's working directory" in caplog.text
 
 
 VERSIONS = {"readapt_ray": "0.1.0", "torch": "2.13.0"}

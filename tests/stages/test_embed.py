@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import shutil
@@ -24,11 +25,14 @@ from readapt_ray.errors import (
     InputError,
     ModelError,
     PlacementError,
+    WorkerError,
 )
 from readapt_ray.records import vector_schema
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, suitable_dtype
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
+from readapt_ray.stages import elsewhere, shard_runner
 from readapt_ray.stages.embed import EmbedConfig, embed
+from readapt_ray.stages.shard_runner import Placement
 from readapt_ray.storage import Location
 from tests import factories
 
@@ -147,7 +151,16 @@ def test_only_missing_and_damaged_shards_are_computed_again(world, vectors):
 def _leave_unfinished(folder, manifest):
     """What a process that was killed leaves: its building.json."""
     state = {name: manifest[name] for name in ("stage", "fingerprint", "config", "inputs", "seconds")}
-    state |= {"host": "", "boot": "", "pid": 0, "process_started": 0, "started": 0, "heartbeat": 0, "owner": ""}
+    state |= {
+        "host": "",
+        "boot": "",
+        "pid": 0,
+        "process_started": 0,
+        "started": 0,
+        "heartbeat": 0,
+        "owner": "",
+        "is_over": True,
+    }
     (folder / "building.json").write_text(json.dumps(state | {"seconds_before": 0}))
 
 
@@ -432,7 +445,7 @@ def _without_title(path):
 
 
 def _twice(path):
-    shutil.copy(path, path.with_name("part-00009.parquet"))
+    shutil.copy(path, path.with_name("part-00001.parquet"))
 
 
 @pytest.mark.parametrize(
@@ -450,7 +463,16 @@ def _twice(path):
             CorpusError,
             "'d00000' stands in part-00000.parquet and again in",
         ),
-        (lambda root, new: _damaged(root, new, lambda path: shutil.rmtree(path.parent)), CorpusError, "no passages"),
+        (
+            lambda root, new: _damaged(root, new, lambda path: path.unlink()),
+            CorruptFileError,
+            "passages holds 133 passages, and its manifest says 200; copy the folder again and whole",
+        ),
+        (
+            lambda root, new: {"corpus": factories.ingest_artifact(new, []).uri},
+            CorpusError,
+            "has no passages",
+        ),
     ],
 )
 @pytest.mark.usefixtures("no_ray")
@@ -487,6 +509,38 @@ def test_more_than_the_cluster_has_is_refused(world, ray_session, tmp_path):
     ):
         with pytest.raises(PlacementError, match=f"{asked} on 1 node with 2 CPU; lower num_workers"):
             embed(_config(root, tmp_path / "out", **options))
+
+
+def test_a_cluster_that_shrinks_under_a_run_is_a_failure_and_not_bad_input(monkeypatch):
+    shards = [np.zeros(1)]
+    starts = iter([WorkerError("an actor died"), PlacementError("4 actors cannot be placed")])
+
+    def results(*_):
+        raise next(starts)
+        yield
+
+    monkeypatch.setattr(shard_runner, "_pending", lambda shards, job: shards)
+    monkeypatch.setattr(shard_runner, "_results", results)
+    encode = functools.partial(shard_runner.encode_shards, shards, None, Placement(4, 1), lambda done, total: None)
+    with pytest.raises(WorkerError, match="nodes were lost, and what is written stays: 4 actors cannot be placed"):
+        encode()
+    starts = iter([PlacementError("4 actors cannot be placed")])
+    with pytest.raises(PlacementError):
+        encode()
+
+
+def test_another_node_must_have_the_models_own_weights(world, ray_session):
+    root, _ = world
+    model = find_model(str(root / "model"))
+    encoding = encoding_of(model)
+    due = encoder_fingerprint(model, encoding, "float32")
+    load = functools.partial(
+        elsewhere.load_encoder, encoding=encoding, dtype="float32", due=due, num_threads=1, batch_tokens=None
+    )
+    assert load(str(root / "model"), driver_node="another").fingerprint == due
+    with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):
+        load(str(root / "other"), driver_node="another")
+    load(str(root / "other"), driver_node=elsewhere.this_node())  # where the driver looked itself
 
 
 def test_the_manifest_knows_the_fingerprint_that_the_encoder_has(world, vectors):

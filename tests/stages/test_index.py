@@ -112,7 +112,16 @@ def test_only_missing_shards_are_built_again(world, built):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").unlink()
     state = {name: manifest[name] for name in ("stage", "fingerprint", "config", "inputs", "seconds")}
-    state |= {"host": "", "boot": "", "pid": 0, "process_started": 0, "started": 0, "heartbeat": 0, "owner": ""}
+    state |= {
+        "host": "",
+        "boot": "",
+        "pid": 0,
+        "process_started": 0,
+        "started": 0,
+        "heartbeat": 0,
+        "owner": "",
+        "is_over": True,
+    }
     (folder / "building.json").write_text(json.dumps(state | {"seconds_before": 0}))
     (folder / "shards/00000.faiss").unlink()
     (folder / "shards/00002.ids.parquet").unlink()
@@ -129,13 +138,20 @@ def test_bad_input_is_found_before_any_worker_starts(world, built, tmp_path, mon
     monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
     root, vectors = world
     output = tmp_path / "out"
-    with pytest.raises(InputError, match="kind = \"lsh\": input should be 'auto', 'flat', 'ivf-flat'"):
+    with pytest.raises(InputError, match='kind = "lsh": must be one of auto, flat, ivf-flat'):
         index(_config(root, output, kind="lsh"))
     with pytest.raises(InputError, match="memory_gb = 1e-07 is too little for 100 vectors"):
         index(_config(root, output, kind="auto", memory_gb=1e-7))
     vectors_artifact(tmp_path / "of-another", vectors, encoder=ENCODER | {"fingerprint": "g" * 32})
     with pytest.raises(FingerprintMismatchError, match="is an index of vectors of another encoder"):
         index(_config(root, output, vectors=str(tmp_path / "of-another"), previous=built.uri))
+    for options, there, now in (
+        ({"kind": "hnsw"}, "flat in float32", "hnsw in float32"),
+        ({"storage": "int8"}, "flat in float32", "flat in int8"),
+        ({"factory": "SQ8"}, "flat in float32", "'SQ8'"),
+    ):
+        with pytest.raises(FingerprintMismatchError, match=f"is {there}, and this index would be {now}; ask for"):
+            index(_config(root, output, previous=built.uri, **options))
     with pytest.raises(ArtifactMissingError, match="does not exist"):
         index(_config(root, output, vectors=str(tmp_path / "absent")))
     for change, named in ((_cut, "cut short"), (_of_another, "another encoder"), (_gone, "66 vectors.*says 100")):

@@ -1,5 +1,6 @@
 """Which passages pack takes, and what it refuses; the blocks themselves are in tests/training/test_packing.py."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.errors import CorpusError, CorruptFileError, PlacementError
+from readapt_ray.errors import CorpusError, CorruptFileError, ModelError, PlacementError
 from readapt_ray.stages import cluster
 from readapt_ray.stages.pack import PackConfig, pack
 from tests import factories
@@ -89,3 +90,12 @@ def test_it_waits_for_others_as_long_as_it_takes(base: Path, corpus: Path, monke
     monkeypatch.setattr(cluster, "check_placement", full)
     with pytest.raises(PlacementError, match=r"1 tasks of \{'CPU': 1\}"):
         packed(base, corpus, mode="packed", overwrite=True)
+
+
+def test_blocks_are_no_longer_than_the_model_has_positions_unless_asked(base: Path, corpus: Path) -> None:
+    options = {"pretrained": str(base), "corpus": str(corpus), "output": f"{corpus}-blocks"}
+    positions = json.loads((base / "config.json").read_text())["max_position_embeddings"]
+    assert positions < PackConfig(**options).block_tokens
+    assert pack(PackConfig(**options)).manifest.config["block_tokens"] == positions
+    with pytest.raises(ModelError, match=f"block_tokens = 1024 is more than the {positions} positions"):
+        pack(PackConfig(**options, block_tokens=1024))

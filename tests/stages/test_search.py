@@ -21,6 +21,8 @@ from readapt_ray.errors import (
 from readapt_ray.records import Passage, Query
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.runs import read_run
+from readapt_ray.stages import elsewhere
+from readapt_ray.stages import search as search_stage
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.stages.search import SearchConfig, search
@@ -157,6 +159,23 @@ def test_an_altered_index_is_refused_and_queries_of_any_length_are_not(world, tm
     with pytest.raises(CorruptFileError, match=r"00001.faiss was cut short or altered"):
         search(_config(root, tmp_path / "y.trec", index=str(tmp_path / "index")))
     assert not (tmp_path / "y.trec").exists()
+
+
+def test_queries_are_encoded_on_no_node_that_has_other_weights(world, monkeypatch):
+    root, passages, queries = world
+    monkeypatch.setattr(elsewhere, "this_node", lambda: "another")
+    _same(read_run(search(_config(root, "far.trec")).uri), _by_hand(root, passages, queries, 10))
+    monkeypatch.setattr(search_stage, "_check_encoder", lambda *_: None)  # what the driver saw was right
+    with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):
+        search(_config(root, "far-other.trec", retriever=str(root / "other")))
+
+
+def test_vectors_that_were_copied_in_part_are_not_searched(world, tmp_path):
+    root, _, _ = world
+    shutil.copytree(root / "vectors", tmp_path / "vectors")
+    (tmp_path / "vectors/vectors/part-00001.parquet").unlink()
+    with pytest.raises(CorruptFileError, match="vectors holds 35 vectors, and its manifest says 60; copy the folder"):
+        search(_config(root, tmp_path / "x.trec", "vectors", vectors=str(tmp_path / "vectors")))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What tune measures on: a sample that keeps what is judged, and queries that can be measured."""
+"""What tune measures on: a sample that keeps what is judged, and queries that can be measured; and its actors."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,10 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.artifacts import Workspace
+from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.errors import CorpusError, CorruptFileError, InputError, ModelError, PlacementError, WorkerError
+from readapt_ray.progress import ProgressReporter
 from readapt_ray.records import Passage, Qrel, Query
 from readapt_ray.stages import tune
 from readapt_ray.stages.tune import TuneConfig
+from readapt_ray.storage import Location
 from tests import factories
 
 
@@ -95,3 +99,132 @@ def test_a_pair_is_measured_on_the_best_hundred(tmp_path: Path) -> None:
     few = tune._Sample(passages[:2], sample.queries[:1], {"a": {passages[1].doc_id: 1}})
     two = tune._measured(few, scores[:1, :2], "RR")
     assert two.values["RR"].tolist() == [0.5]
+
+
+def test_a_measure_is_one_and_known_by_its_canonical_name(tmp_path: Path) -> None:
+    for alias, name in (("MRR@10", "RR@10"), ("Recall@10", "R@10"), ("MAP", "AP"), ("nDCG@10", "nDCG@10")):
+        assert config(tmp_path, measure=alias).measure == name
+    with pytest.raises(InputError, match=r'measure = "nDCG@10,R@5": give one measure'):
+        config(tmp_path, measure="nDCG@10,R@5")
+    with pytest.raises(InputError, match="unknown measure 'nDGC@10'"):
+        config(tmp_path, measure="nDGC@10")
+
+
+def test_a_measure_is_taken_as_deep_as_it_says() -> None:
+    passages = factories.small_corpus(300)
+    sample = tune._Sample(passages, [Query("a", "x")], {"a": {passages[150].doc_id: 1}})
+    scores = -np.arange(300.0)[None]
+    assert tune._measured(sample, scores, "R@200").values["R@200"].tolist() == [1.0]
+    assert tune._measured(sample, scores, "R@150").values["R@150"].tolist() == [0.0]
+
+
+def test_a_query_does_not_find_itself_where_that_is_asked() -> None:
+    passages = [Passage("q", "", "the argument itself"), *factories.small_corpus(20)]
+    sample = tune._Sample(passages, [Query("q", "x"), Query("p", "x")], {each: {"d00000": 1} for each in "qp"})
+    scores = -np.arange(21.0)[None].repeat(2, axis=0)
+    assert tune._measured(sample, scores, "RR").values["RR"].tolist() == [0.5, 0.5]
+    assert tune._measured(sample, scores, "RR", drop_self_hits=True).values["RR"].tolist() == [1.0, 0.5]
+    assert scores[0, 0] == 0, "what is given stays as it is"
+
+
+def test_a_corpus_that_was_copied_in_part_is_refused(tmp_path: Path) -> None:
+    corpus = factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(40), num_files=4)
+    (tmp_path / "corpus/passages/part-00002.parquet").unlink()
+    with pytest.raises(CorruptFileError, match="passages holds 30 passages, and its manifest says 40"):
+        tune._pseudo_sample(config(tmp_path), corpus)
+
+
+def search(folder: Path, num_workers: int | None = None) -> tune._Search:
+    job = tune._Job(
+        models=dict.fromkeys(tune._MODELS, "x"),
+        fingerprints={},
+        encoding=encoding_of(find_model(str(factories.write_contract(factories.tiny_decoder(folder / "m"))))),
+        measure="RR",
+        drop_self_hits=False,
+        dtype="float32",
+        accept_vocabulary=False,
+    )
+    workspace = Workspace(Location(str(folder / "out")), "", ProgressReporter("tune"))
+    return tune._Search(num_workers, job, tune._Sample([], [], {}), workspace)
+
+
+def scorer(folder: Path, *, dies: int) -> type:
+    """An actor that scores nothing, and dies when it is told of a pair, so many times."""
+    marks = folder / "marks"
+    marks.mkdir()
+
+    class Scorer:
+        def __init__(self, job: object, sample: object) -> None: ...
+
+        def load(self) -> None: ...
+
+        def score(self, pair: tuple[float, float]) -> tuple[object, dict[str, float], dict[str, float]]:
+            import os
+
+            died = len(list(marks.iterdir()))
+            if died < dies:
+                (marks / str(died)).touch()
+                os._exit(1)
+            return pair, {"q": pair[1]}, {"weights": 0.5}
+
+    return Scorer
+
+
+PAIRS = [(1.0, number / 10) for number in range(6)]
+
+
+def test_more_actors_than_there_is_room_for_are_refused(ray_session: None, tmp_path: Path) -> None:
+    with pytest.raises(PlacementError, match="3 actors of 1 CPU each cannot be placed: there is room for 2"):
+        search(tmp_path, num_workers=3).score(PAIRS)
+
+
+def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "_Scorer", scorer(tmp_path, dies=0))
+    monkeypatch.setattr(tune.cluster, "check_placement", lambda *_, **__: None)  # as where another job has the room
+    tried = search(tmp_path, num_workers=3)
+    tried.score(PAIRS)
+    tried.score([*PAIRS, (0.5, 0.5)])
+    tried.stop()
+    assert tried.values == {pair: {"q": pair[1]} for pair in [*PAIRS, (0.5, 0.5)]}
+    assert tried.seconds == {"weights": 3.5}
+
+
+def test_the_pair_of_an_actor_that_died_is_anothers_and_not_for_ever(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tune, "_Scorer", scorer(tmp_path, dies=2))
+    tried = search(tmp_path)
+    tried.score(PAIRS)
+    tried.stop()
+    assert tried.values.keys() == set(PAIRS)
+    assert caplog.text.count("another actor takes its place") == 2
+    (tmp_path / "again").mkdir()
+    monkeypatch.setattr(tune, "_Scorer", scorer(tmp_path / "again", dies=99))
+    with pytest.raises(WorkerError):
+        search(tmp_path / "again").score(PAIRS)
+    assert len(list((tmp_path / "again/marks").iterdir())) == 3
+
+
+def test_a_retriever_with_more_words_is_tuned_where_that_is_accepted(ray_session: None, tmp_path: Path) -> None:
+    import json
+
+    import torch
+
+    base = factories.tiny_decoder(tmp_path / "base")
+    retriever = factories.write_contract(factories.full_retriever(tmp_path / "retriever", base))
+    tensors = factories.read_tensors(retriever)
+    words = tensors["embed_tokens.weight"]
+    factories.write_tensors(retriever, tensors | {"embed_tokens.weight": torch.cat([words, words[:6]])})
+    settings = json.loads((retriever / "config.json").read_text())
+    (retriever / "config.json").write_text(json.dumps(settings | {"vocab_size": len(words) + 6}))
+    passages = factories.small_corpus(20)
+    factories.ingest_artifact(tmp_path / "corpus", passages, *factories.small_queries(passages, 6))
+    models = {"pretrained": str(base), "retriever": str(retriever)}
+    models["adapter"] = str(factories.dora_adapter(tmp_path / "adapter", base))
+    options = {**models, "knowledge_scales": [0.5], "num_refinements": 0}
+    with pytest.raises(ModelError, match="--accept vocabulary"):
+        tune.tune(judged(tmp_path, **options))
+    made = tune.tune(judged(tmp_path, **options, accept="vocabulary"))
+    assert made.manifest.counts["num_pairs"] == 2
