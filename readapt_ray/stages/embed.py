@@ -9,13 +9,12 @@ the driver.
 """
 
 import logging
-import os
 from dataclasses import asdict
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_building, read_manifest
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import StageConfig
@@ -31,8 +30,9 @@ from readapt_ray.retrieval.embed_plan import (
 )
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import Footer
-from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages import elsewhere
 from readapt_ray.stages.embed_sample import estimate, sample_rows
+from readapt_ray.stages.encoding_dtype import encoding_dtype
 from readapt_ray.stages.footers import RowCounts, check_complete, named_footers, row_counts
 from readapt_ray.stages.shard_encoder import EmbedJob, Rows
 from readapt_ray.stages.shard_runner import Placement, encode_shards
@@ -105,7 +105,7 @@ def embed(config: EmbedConfig) -> Artifact:
     if config.sample is not None:
         sample_rows(config.sample, num_passages)
         config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})
-    config = config.model_copy(update={"dtype": _dtype(config)})
+    config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     encoder = describe_encoder(model, encoding, config.dtype)
     previous, other = _open_previous(config, encoder)
     rows_per_shard = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
@@ -166,29 +166,6 @@ def _check_model(model: Model, encoding: Encoding) -> None:
     holder = model.base() if model.is_adapter else model
     Checkpoint(holder.folder, name=holder.name)
     TextTokenizer(load_tokenizer(model), encoding)
-
-
-def _dtype(config: EmbedConfig) -> str:
-    """What `auto` stands for: what the output was begun with, else what suits the devices that will encode."""
-    from readapt_ray.retrieval.encoder import suitable_dtype
-
-    if config.dtype != "auto":
-        return config.dtype
-    if not config.overwrite:
-        manifest, building = read_manifest(config.output), read_building(config.output)
-        begun = (manifest.config if manifest else (building or {}).get("config", {})).get("dtype")
-        if begun in ("float32", "float16", "bfloat16"):
-            return str(begun)
-    import ray
-
-    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
-        return suitable_dtype()
-    total = cluster.connect()
-    if total.num_nodes == 1:
-        return suitable_dtype("cuda" if total.num_gpus else "cpu")
-    device = "cuda" if total.num_gpus else "cpu"
-    there = ray.remote(num_cpus=1, num_gpus=1 if total.num_gpus else 0)(suitable_dtype)
-    return str(ray.get(there.remote(device)))
 
 
 def _count_rows(passages: Location) -> RowCounts:

@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import InputError
+from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.retrieval import measures as measuring
 from readapt_ray.retrieval import report as reporting
 from readapt_ray.retrieval.passage_store import PassageStore
@@ -78,6 +78,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
     Raises:
         InputError: a run, the judgements, a measure or a name cannot be used.
+        CorpusError: the runs and the judgements are of different corpora.
     """
     measures = measuring.parse_measures(config.measures)
     files = dict(zip(_names(config), config.runs, strict=True))
@@ -141,7 +142,26 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
         _warn(name, measured[name])
     corpus = PassageStore.open(config.corpus) if config.corpus else None
     num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
+    is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
+    if not is_of_corpus:
+        _check_one_corpus(judgements, runs, config)
     return _Loaded(runs, measured, judgements, texts, corpus, num_unknown)
+
+
+def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:
+    """Refuse judgements of another corpus than the runs', which would measure as all zeros.
+
+    Raises:
+        CorpusError: no run has a single document that is judged.
+    """
+    judged = {doc_id for each in judgements.values() for doc_id in each}
+    if any(not judged.isdisjoint(run.doc_ids) for run in runs.values()):
+        return
+    found = next((run.doc_ids for run in runs.values() if run.doc_ids), ())
+    raise CorpusError(
+        f"no document that {config.qrels!r} judges occurs in any of the runs (it judges {reporting.named(sorted(judged)[:3])}; "
+        f"they have {reporting.named(list(found)[:3])}); do they belong to one corpus?"
+    )
 
 
 def _num_unknown(judgements: measuring.Judgements, corpus: PassageStore, name: str) -> int:

@@ -13,6 +13,7 @@ import logging
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ logger = logging.getLogger("readapt_ray")
 METRICS_NAME = "metrics.jsonl"
 _PARTS_NAME = "metrics"
 _POLL_S = 1.0
+_AVERAGED_STEPS = 50
 _PROJECT = "readapt_ray"
 MEASURED = (
     "loss",
@@ -127,23 +129,27 @@ def followed(board: Any, workspace: Workspace, trackers: Sequence[str]) -> Itera
     """
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(_TRACKERS[name](workspace)) for name in trackers]
+        latest: deque[dict[str, Any]] = deque(maxlen=_AVERAGED_STEPS)
         stop = threading.Event()
-        thread = threading.Thread(target=_follow, args=(board, workspace, logs, stop), daemon=True)
+        thread = threading.Thread(target=_follow, args=(board, workspace, logs, latest, stop), daemon=True)
+        logger.info("%s: waiting for the workers to start", workspace.reporter.label)
         thread.start()
         try:
             yield
         finally:
             stop.set()
             thread.join()
-            _show(board, workspace, logs)
+            _show(board, workspace, logs, latest)
 
 
-def _follow(board: Any, workspace: Workspace, logs: list[Any], stop: threading.Event) -> None:
+def _follow(
+    board: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]], stop: threading.Event
+) -> None:
     while not stop.wait(_POLL_S):
-        _show(board, workspace, logs)
+        _show(board, workspace, logs, latest)
 
 
-def _show(board: Any, workspace: Workspace, logs: list[Any]) -> None:
+def _show(board: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]]) -> None:
     import ray
 
     try:
@@ -155,18 +161,25 @@ def _show(board: Any, workspace: Workspace, logs: list[Any]) -> None:
         for log in logs:
             log.log(row["step"], {name: row[name] for name in MEASURED if row[name] is not None})
     if rows:
+        latest.extend(rows)
         last = rows[-1]
-        workspace.progress(last["step"], last["num_steps"], unit="steps", note=note(last))
+        workspace.progress(last["step"], last["num_steps"], unit="steps", note=note(latest))
 
 
-def note(row: dict[str, Any]) -> str:
-    """A step in a few words for the terminal."""
-    mfu = "" if row["mfu"] is None else f", MFU {row['mfu']:.0%}"
-    waited = row["data_wait_s"] / max(row["seconds"], 1e-9)
+def note(rows: Sequence[dict[str, Any]]) -> str:
+    """The latest steps in a few words for the terminal: of the last one, and speeds over all of them."""
+    last = rows[-1]
+    seconds = max(sum(row["seconds"] for row in rows), 1e-9)
+
+    def mean(name: str) -> float:
+        return float(sum(row[name] * row["seconds"] for row in rows) / seconds)
+
+    mfu = "" if last["mfu"] is None else f", MFU {mean('mfu'):.0%}"
+    waited = sum(row["data_wait_s"] for row in rows) / seconds
     return (
-        f"loss {row['loss']:.3f}, lr {row['learning_rate']:.1e}, gradient {row['gradient_norm']:.2g}, "
-        f"{row['tokens_per_s']:,.0f} tokens/s{mfu}, padding {row['padding_share']:.0%}, waited {waited:.0%}, "
-        f"{row['peak_memory_bytes'] / 1e9:.1f} GB"
+        f"loss {last['loss']:.3f}, lr {last['learning_rate']:.1e}, gradient {last['gradient_norm']:.2g}, "
+        f"{mean('tokens_per_s'):,.0f} tokens/s{mfu}, padding {last['padding_share']:.0%}, waited {waited:.0%}, "
+        f"{last['peak_memory_bytes'] / 1e9:.1f} GB"
     )
 
 

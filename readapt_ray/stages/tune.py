@@ -32,6 +32,7 @@ from readapt_ray.retrieval import scales
 from readapt_ray.retrieval.scales import Pair
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.encoding_dtype import encoding_dtype
 from readapt_ray.stages.footers import check_complete
 from readapt_ray.stages.measure_options import MeasureOption, depth_of, drops_self_hits
 from readapt_ray.storage import Location
@@ -74,8 +75,8 @@ class TuneConfig(StageConfig):
     """Queries that are used at most, tuning and reporting together."""
     max_passages: int = Field(default=20_000, ge=1)
     """Passages of the sample at most; judged ones are always kept."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Type that the model computes in."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Type that the model computes in, as embed's: auto takes bfloat16 where the device has units for it, else float32."""
     num_workers: int | None = Field(default=None, ge=1)
     """Actors, each with the model, that share the pairs; by default one a GPU, or one without GPUs."""
     seed: int = Field(default=0, ge=0)
@@ -123,6 +124,7 @@ def tune(config: TuneConfig) -> Artifact:
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     if config.drop_self_hits is None:
         config = config.model_copy(update={"drop_self_hits": drops_self_hits(corpus.manifest.config.get("source"))})
+    config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     found = {name: models.find_model(getattr(config, name)) for name in _MODELS}
     encoding = config.encoding or models.encoding_of(found["retriever"])
     inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint() for name, model in found.items()}}
@@ -313,6 +315,7 @@ class _Scorer:
         """
         import torch
 
+        from readapt_ray import attention
         from readapt_ray.retrieval.encoder import DTYPES, Encoder
         from readapt_ray.weights.adapter import Adapter
         from readapt_ray.weights.checkpoint import Checkpoint
@@ -329,7 +332,13 @@ class _Scorer:
         knowledge = [Adapter(adapter.folder, before, name=adapter.name)]
         readapter = Readapter(before, after, knowledge, accept_vocabulary=job.accept_vocabulary)
         self._live = LiveReadapter(network, readapter)
-        self._encoder = Encoder(network, models.load_tokenizer(retriever), job.encoding, identify=str)
+        self._encoder = Encoder(
+            network,
+            models.load_tokenizer(retriever),
+            job.encoding,
+            identify=str,
+            packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
+        )
         passages, queries = self._sample.passages, self._sample.queries
         self._passage_ids = self._encoder.tokenize(
             [each.text for each in passages], "passage", [each.title for each in passages]

@@ -306,6 +306,7 @@ class Trainee:
             dtype=self.dtype,
             gradient_checkpointing=self._config.gradient_checkpointing,
             device_type=self.device.type,
+            compile_layers=self._config.torch_compile,
         )
         meta = memory.on_meta(auto_class(objective), architecture, self.shape)
         plain = memory.estimate(meta, architecture, demand)
