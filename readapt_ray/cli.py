@@ -1,29 +1,31 @@
 """The command `readapt`: every stage with its options as flags, and what ties stages together.
 
 Flags, types, defaults and help come from the stages' configs. Exit code 0 on success, 2 on bad input,
-1 on a failure, 130 after Ctrl-C.
+1 on a failure, 130 after Ctrl-C; a server that is told to stop ends with 0.
 """
 
 import argparse
+import itertools
 import logging
 import os
 import sys
-import types
-import typing
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import yaml
-from pydantic.fields import FieldInfo
 
-from readapt_ray import recipes
+from readapt_ray import flags, recipes
 from readapt_ray.artifacts import Artifact
-from readapt_ray.config import Config
-from readapt_ray.errors import InputError, PlacementError, ReadaptError
+from readapt_ray.config import meant
+from readapt_ray.errors import ArtifactConflictError, InputError, PlacementError, ReadaptError
 from readapt_ray.storage import Location
 
-C = typing.TypeVar("C", bound=Config)
+logger = logging.getLogger("readapt_ray")
+
+_PROVENANCE = "## Where the runs are from"
+"""The part of a report (retrieval/report.py) that is for the file, not for the terminal."""
 
 _COMMANDS: dict[str, str] = {
     "quickstart": "run the main job on this machine's own docstrings, and show what it found",
@@ -52,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(version("readapt-ray"))
             return 0
         if command not in _COMMANDS:
-            raise InputError(f"no command {command!r}; the commands are {', '.join(_COMMANDS)}")
+            raise InputError(
+                f"no command {command!r}; {meant(command, _COMMANDS) or 'the commands are ' + ', '.join(_COMMANDS)}"
+            )
         if command in _RUNNERS:
             _RUNNERS[command](given[1:])
         else:
@@ -61,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nreadapt: interrupted; run the same command again and it goes on where it stopped", file=sys.stderr)
+        goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
+        print(f"\nreadapt: interrupted{goes_on}", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("READAPT_DEBUG"):
@@ -87,7 +92,8 @@ def _overview() -> str:
     return (
         "usage: readapt COMMAND [OPTIONS]\n\n"
         + "\n".join(lines)
-        + "\n\n`readapt COMMAND --help` shows the options of a command."
+        + "\n\n`readapt COMMAND --help` shows the options of a command. Exit code 0 on success, 2 on bad input, 1 on a "
+        "failure,\n130 after Ctrl-C; a server that is told to stop ends with 0."
     )
 
 
@@ -95,12 +101,41 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
     config_class, stage = recipes.stage_parts(command)
     if command == "train":
         stage = recipes.train_on_passages
-    artifact: Artifact = stage(_parse(command, config_class, arguments))
+    artifact: Artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
+    _tell(artifact)
     print(artifact.uri)
 
 
-def _run_parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"readapt {command}", description=_COMMANDS[command], allow_abbrev=False)
+def _tell(artifact: Artifact) -> None:
+    """What an artifact has to say beyond its counts: a report its verdicts and tables, a corpus what was left out."""
+    if artifact.manifest.stage == "evaluate":
+        lines = (artifact.location / "report.md").read_text().splitlines()
+        print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
+    elif artifact.manifest.stage == "ingest":
+        _tell_left_out(artifact.manifest.details)
+
+
+def _tell_left_out(details: dict[str, Any]) -> None:
+    from readapt_ray.sources.source import REASONS
+
+    duplicates, bad = details["duplicates"]["dropped"], details["bad_rows"]
+    reasons = "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in bad["by_reason"].items())
+    if duplicates or reasons:
+        logger.info(
+            "ingest: left out as duplicates: %s; as bad rows: %s%s",
+            f"{duplicates:,}",
+            f"{bad['total']:,}",
+            f" ({reasons})" if reasons else "",
+        )
+
+
+def _run_parser(command: str) -> flags.Parser:
+    parser = flags.Parser(
+        command,
+        _COMMANDS[command],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_sections(),
+    )
     parser.add_argument(
         "--config",
         required=True,
@@ -119,7 +154,7 @@ def _run_parser(command: str) -> argparse.ArgumentParser:
 
 
 def _run_config(options: argparse.Namespace) -> recipes.RunConfig:
-    values = _read_yaml(options.config)
+    values = flags.read_yaml(options.config)
     for change in options.set:
         _set_option(values, change)
     if options.root:
@@ -128,12 +163,48 @@ def _run_config(options: argparse.Namespace) -> recipes.RunConfig:
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
-    made = recipes.run(_run_config(_run_parser("run").parse_args(list(arguments))))
-    report = made.get("report")
-    if report is not None:
-        print((report.location / "report.md").read_text())
+    config = _run_config(_run_parser("run").parsed(arguments))
+    try:
+        made = recipes.run(config)
+    except ArtifactConflictError as error:
+        raise _with_options_of_run(error, config) from None
+    for artifact in made.values():
+        _tell(artifact)
     for name, artifact in made.items():
         print(f"{name:20} {artifact.uri}")
+
+
+def _with_options_of_run(error: ArtifactConflictError, config: recipes.RunConfig) -> ArtifactConflictError:
+    """A stage that refused to overwrite, with what `run` can do about it."""
+    found, mark, _ = str(error).rpartition("; give another output, or --overwrite")
+    for step in recipes.plan_run(config):
+        if mark and found.startswith(f"{step.config.output!r} "):
+            has_section = step.stage in recipes.RunConfig.model_fields
+            way = f"--set {step.stage}.overwrite=true to replace it" if has_section else "remove that folder"
+            return ArtifactConflictError(
+                f"{found}; give another --root, or {way}; the stages after it may then say the same"
+            )
+    return error
+
+
+def _sections() -> str:
+    """What a run's YAML file holds, from the configs."""
+    fields = recipes.RunConfig.model_fields
+    steps = recipes.plan_run(recipes.RunConfig(source="-", pretrained="-", retriever="-"))
+    configs = {step.stage: step.config for step in steps}
+    lines = ["options of the file:"]
+    for name, field in fields.items():
+        if name not in configs:
+            lines += _entry(f"{name}: {field.description} {flags.default(field)}")
+    lines.append("its sections, and the options in each, as in `readapt STAGE --help`:")
+    for name in (name for name in fields if name in configs):
+        wired = configs[name].model_fields_set & ({"output"} | configs[name].inputs)
+        lines += _entry(f"{name}: {', '.join(each for each in type(configs[name]).model_fields if each not in wired)}")
+    return "\n".join(lines)
+
+
+def _entry(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 110, initial_indent="  ", subsequent_indent="    ")
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -143,13 +214,11 @@ def _plan(arguments: Sequence[str]) -> None:
     from readapt_ray.planner import report
 
     parser = _run_parser("plan")
-    _add_flags(parser, planner.PlanConfig)
+    flags.add_flags(parser, planner.PlanConfig)
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
-    options = parser.parse_args(list(arguments))
-    given = {name: getattr(options, name) for name in planner.PlanConfig.model_fields}
-    found = planner.plan(
-        _run_config(options), planner.PlanConfig.parse(_given(planner.PlanConfig, given), where="readapt plan")
-    )
+    options = parser.parsed(arguments)
+    plan_options = flags.given(planner.PlanConfig, options)
+    found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
     print(json.dumps(report.values(found), indent=2) if options.json else report.text(found))
     if found.problems:
         raise PlacementError("; ".join(found.problems))
@@ -158,13 +227,17 @@ def _plan(arguments: Sequence[str]) -> None:
 def _compare(arguments: Sequence[str]) -> None:
     from readapt_ray import compare
 
-    print(compare.to_markdown(compare.compare(_parse("compare", compare.CompareConfig, arguments))))
+    print(
+        compare.to_markdown(
+            compare.compare(flags.parse("compare", _COMMANDS["compare"], compare.CompareConfig, arguments))
+        )
+    )
 
 
 def _paper(arguments: Sequence[str]) -> None:
     from readapt_ray.paper import experiments
 
-    for text in experiments.run(_parse("paper", experiments.PaperConfig, arguments)).values():
+    for text in experiments.run(flags.parse("paper", _COMMANDS["paper"], experiments.PaperConfig, arguments)).values():
         print(text)
 
 
@@ -172,19 +245,19 @@ def _serve(arguments: Sequence[str]) -> None:
     from readapt_ray.serving.options import ServeConfig
     from readapt_ray.serving.server import serve
 
-    serve(_parse("serve", ServeConfig, arguments))
+    serve(flags.parse("serve", _COMMANDS["serve"], ServeConfig, arguments))
 
 
 def _status(arguments: Sequence[str]) -> None:
     from readapt_ray import status
 
-    parser = argparse.ArgumentParser(prog="readapt status", description=_COMMANDS["status"], allow_abbrev=False)
+    parser = flags.Parser("status", _COMMANDS["status"])
     parser.add_argument("--root", required=True, metavar="URI", help="folder under which the artifacts lie")
     parser.add_argument(
         "--cluster", metavar="FILE", help="the cluster that runs it, as for plan: shows what it cost so far"
     )
     parser.add_argument("--prices", metavar="FILE.yaml", help="machines and prices; default: the table of the package")
-    options = parser.parse_args(list(arguments))
+    options = parser.parsed(arguments)
     usd_per_hour = None
     if options.cluster:
         from readapt_ray.planner.machines import read_cluster
@@ -197,11 +270,11 @@ def _status(arguments: Sequence[str]) -> None:
 def _quickstart(arguments: Sequence[str]) -> None:
     from readapt_ray import quickstart
 
-    parser = argparse.ArgumentParser(prog="readapt quickstart", description=_COMMANDS["quickstart"], allow_abbrev=False)
+    parser = flags.Parser("quickstart", _COMMANDS["quickstart"])
     parser.add_argument(
         "--root", default="readapt-quickstart", metavar="DIR", help="folder of the artifacts (default: %(default)s)"
     )
-    quickstart.run(parser.parse_args(list(arguments)).root)
+    quickstart.run(parser.parsed(arguments).root)
 
 
 _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -213,19 +286,7 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _quickstart,
     "plan": _plan,
 }
-
-
-def _read_yaml(uri: str) -> dict[str, Any]:
-    location = Location(uri)
-    if not location.is_file():
-        raise InputError(f"no file {uri!r}; give a YAML file")
-    try:
-        values = yaml.safe_load(location.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{uri!r} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{uri!r} holds {type(values).__name__}; it must hold options by name")
-    return values
+_WITHOUT_STATE = ("serve", "plan", "status")
 
 
 def _set_option(values: dict[str, Any], change: str) -> None:
@@ -238,78 +299,6 @@ def _set_option(values: dict[str, Any], change: str) -> None:
         if not isinstance(values, dict):
             raise InputError(f"--set {change!r}: {section!r} is not a section")
     values[option] = yaml.safe_load(text)
-
-
-def _parse(command: str, config_class: type[C], arguments: Sequence[str]) -> C:
-    """Flags, and a YAML file under them where `--config` names one, as a config."""
-    parser = _parser(command, config_class)
-    given = vars(parser.parse_args(list(arguments)))
-    file = given.pop("config")
-    values = _read_yaml(file) if file else {}
-    return config_class.parse(values | _given(config_class, given), where=f"readapt {command}")
-
-
-def _given(config_class: type[Config], flags: dict[str, Any]) -> dict[str, Any]:
-    """The options that were set, lists split at their commas."""
-    lists = {name for name, field in config_class.model_fields.items() if _is_list(field.annotation)}
-    return {
-        name: [part for part in value.split(",") if part] if name in lists else value
-        for name, value in flags.items()
-        if value is not None
-    }
-
-
-def _parser(command: str, config_class: type[Config]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"readapt {command}", description=_COMMANDS.get(command), allow_abbrev=False, argument_default=None
-    )
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="options from a file, by name with underscores; flags go before it"
-    )
-    _add_flags(parser, config_class)
-    return parser
-
-
-def _add_flags(parser: argparse.ArgumentParser, config_class: type[Config]) -> None:
-    for name, field in config_class.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        text = (field.description or "").replace("%", "%%")
-        if typing.get_origin(field.annotation) is dict:
-            continue  # a section of options, for the file
-        if field.annotation is bool:
-            parser.add_argument(
-                flag,
-                action=argparse.BooleanOptionalAction,
-                help=f"{text} (default: {'yes' if field.default else 'no'})",
-            )
-        else:
-            parser.add_argument(flag, metavar=_metavar(field.annotation), help=f"{text} {_default(field)}")
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "(required)"
-    if field.default is None or field.default == "":
-        return ""
-    value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    return f"(default: {value})"
-
-
-def _metavar(annotation: Any) -> str:
-    arguments = [each for each in typing.get_args(annotation) if each is not type(None)]
-    if typing.get_origin(annotation) is typing.Literal:
-        return "{" + ",".join(map(str, arguments)) + "}"
-    if _is_list(annotation):
-        return "A,B,..."
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType) and arguments:
-        return _metavar(arguments[0])
-    return {int: "N", float: "X", str: "TEXT"}.get(annotation, "FILE")
-
-
-def _is_list(annotation: Any) -> bool:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_is_list(each) for each in typing.get_args(annotation))
-    return typing.get_origin(annotation) in (tuple, list)
 
 
 if __name__ == "__main__":

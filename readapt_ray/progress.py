@@ -7,15 +7,21 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 logger = logging.getLogger("readapt_ray")
 
 _LOG_INTERVAL_S = 5.0
+_MIN_RATED_S = 2.0
+"""Before that a rate says more of how many workers ended at once than of how fast they are."""
 
 
 class ProgressReporter:
-    """Shows how far a piece of work is. Use as a context manager; call `update` as often as you like."""
+    """Shows how far a piece of work is. Use as a context manager; call `update` as often as you like.
+
+    The rate counts from the first unit that this process saw finished: what an earlier process did is not in it,
+    nor is the time until workers are up. There is none in the two seconds after that unit.
+    """
 
     def __init__(self, label: str) -> None:
         self.label = label
@@ -23,9 +29,8 @@ class ProgressReporter:
         self.total: int | None = None
         self.unit = ""
         self.note = ""
-        self._started_s = time.monotonic()
-        self._first_done: int | None = None
-        self._last_log_s = self._started_s
+        self._rated_from: tuple[int, float] | None = None
+        self._last_log_s: float | None = None
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -34,14 +39,12 @@ class ProgressReporter:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=28),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[rate]}"),
+                TextColumn("{task.fields[pace]}"),
                 TimeElapsedColumn(),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self.label, total=None, rate="", note="")
+            self._task = self._bar.add_task(self.label, total=None, pace="", note="")
             self._bar.start()
         return self
 
@@ -53,34 +56,43 @@ class ProgressReporter:
 
     def update(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
         """Say that `done` of `total` units are done; `note` is shown beside them (a loss, a count)."""
-        self.done, self.total, self.unit, self.note = done, total or self.total, unit or self.unit, note
         now_s = time.monotonic()
-        if self._first_done is None:
-            self._first_done, self._started_s = done, now_s
-        if self._bar is not None:
-            rate = f"{figure(self.rate())} {self.unit}/s" if done > self._first_done else ""
-            self._bar.update(self._task, completed=done, total=self.total, rate=rate, note=note)
-        elif now_s - self._last_log_s >= _LOG_INTERVAL_S:
+        if self._last_log_s is None or done < self.done or (unit and unit != self.unit):
+            self._rated_from = None
+        elif self._rated_from is None and done > self.done:
+            self._rated_from = done, now_s
+        self.done, self.total, self.unit, self.note = done, total or self.total, unit or self.unit, note
+        if self._last_log_s is None or now_s - self._last_log_s >= _LOG_INTERVAL_S:
             self._last_log_s = now_s
-            logger.info("%s", self.line())
+            if self._bar is None:
+                logger.info("%s", self.line())
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=self.total, pace=", ".join(self._pace()), note=note)
 
     def rate(self) -> float:
-        """Units a second since the first update; work that an earlier process did does not count."""
-        return (self.done - (self._first_done or 0)) / max(time.monotonic() - self._started_s, 1e-9)
+        """Units a second; 0 where nothing can be said yet."""
+        if self._rated_from is None:
+            return 0.0
+        first, since_s = self._rated_from
+        seconds = time.monotonic() - since_s
+        return (self.done - first) / seconds if seconds >= _MIN_RATED_S else 0.0
 
     def line(self) -> str:
         """The state as one line of text."""
-        rate = self.rate()
         text = f"{self.label}: {self.done:,}"
         if self.total:
             text += f" of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f}%)"
         else:
             text += f" {self.unit}"
-        if rate > 0:
-            text += f", {figure(rate)} {self.unit}/s"
-            if self.total:
-                text += f", ETA {duration((self.total - self.done) / rate)}"
-        return f"{text}, {self.note}" if self.note else text
+        return ", ".join([text, *self._pace(), *([self.note] if self.note else [])])
+
+    def _pace(self) -> list[str]:
+        """Rate and ETA, where they are known."""
+        rate = self.rate()
+        if rate <= 0:
+            return []
+        pace = [f"{figure(rate)} {self.unit}/s"]
+        return [*pace, f"ETA {duration((self.total - self.done) / rate)}"] if self.total else pace
 
 
 def figure(rate: float) -> str:

@@ -126,7 +126,7 @@ def _print_measures(console: Console, made: dict[str, Artifact]) -> None:
             f"{after[measure]:.4f}",
             f"{comparison['difference']:+.4f}",
             f"{low:+.4f} to {high:+.4f}",
-            f"{comparison['p_value']:.4f}",
+            f"{comparison['p_value']:.4f}" if comparison["p_value"] >= 0.0001 else "< 0.0001",
         )
     console.print()
     console.print(table)

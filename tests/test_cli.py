@@ -1,5 +1,6 @@
 """The command line as a user meets it: messages, exit codes, help."""
 
+import json
 import socket
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from readapt_ray import cli, recipes
+from readapt_ray.artifacts import open_artifact
+from readapt_ray.records import ScoredDoc
+from readapt_ray.retrieval.runs import write_run
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent
@@ -48,6 +52,7 @@ def test_help_names_every_command_and_every_option() -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert all(f"\n  {name}" in out for name in (*recipes.STAGES, "run", "serve", "status", "quickstart"))
+    assert "130 after Ctrl-C" in out
 
 
 @pytest.mark.parametrize("command", [*recipes.STAGES, "serve"])
@@ -70,12 +75,48 @@ def test_each_option_has_a_help_text_and_a_default_or_is_required(
         assert " ".join(field.description.split()[:4]) in text, name
 
 
-def test_an_unknown_command_and_option_are_named(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no command 'embedd'; the commands are quickstart, run, ingest" in refused(capsys, "embedd")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["embed", "--corpsu", "x"])
-    assert stopped.value.code == 2
-    assert "--corpsu" in capsys.readouterr().err
+def test_help_of_run_names_the_sections_of_the_file_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    entries = " ".join(capsys.readouterr().out.split("options of the file:")[1].split())
+    assert "source: The corpus:" in entries
+    assert "train: overwrite, method, lora_rank" in entries
+    search = entries.partition(" search: ")[2].partition(" evaluate: ")[0].split(", ")
+    assert {"top_k", "drop_self_hits"} <= set(search)
+    assert not {"retriever", "index", "queries", "output"} & set(search)
+
+
+def test_what_is_mistyped_is_named_with_what_was_meant(
+    pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, "embedd").endswith("no command 'embedd'; did you mean 'embed'?")
+    assert "no command 'frobnicate'; the commands are quickstart, run, ingest" in refused(capsys, "frobnicate")
+    assert refused(capsys, "embed", "--ouput", "x").endswith("unknown option '--ouput'; did you mean '--output'?")
+    assert refused(capsys, "embed", "--zzz=1").endswith("'--zzz'; `readapt embed --help` shows the options")
+    assert "--output: expected one argument" in refused(capsys, "embed", "--output")
+    vectors = refused(capsys, "index", "--vectors", "v", "--output", "o", "--kind", "hsnw")
+    assert vectors.endswith("did you mean 'hnsw'?")
+    file = tmp_path / "run.yaml"
+    file.write_text("source: a\npretrained: b\nretriever: c\ntrain: {lora_rnk: 4}\n")
+    assert "section 'train': unknown option 'lora_rnk'; did you mean 'lora_rank'?" in refused(
+        capsys, "run", "--config", str(file)
+    )
+    assert "'trian'; did you mean 'train'?" in refused(
+        capsys, "run", "--config", str(file), "--set", "trian.lora_rank=4"
+    )
+
+
+def test_what_is_wrong_is_said_in_a_sentence_with_the_names_of_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    search = ("search", "--retriever", "r", "--queries", "q", "--output", "o.trec")
+    assert refused(capsys, *search).endswith("readapt search: give exactly one of --index and --vectors")
+    tune = ("tune", "--pretrained", "p", "--retriever", "r", "--adapter", "a", "--corpus", "c", "--output", "o")
+    assert refused(capsys, *tune, "--queries", "q").endswith(
+        "readapt tune: give both --queries and --qrels, or none of them"
+    )
+    assert refused(capsys, *search, "--index", "i", "--top-k", "0").endswith('--top-k = "0": must be 1 or more')
+    assert refused(capsys, *search, "--index", "i", "--top-k", "ten").endswith('"ten": must be a whole number')
+    assert "option --output is required" in refused(capsys, "ingest", "--source", "s")
+    assert refused(capsys, "serve").endswith("give a --retriever, or several --versions with one each")
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +169,10 @@ def test_bad_input_gives_one_message_and_exit_code_2(
     other = refused(capsys, *merge_arguments(pieces, tmp_path / "e", adapter=str(pieces / "other-adapter")))
     assert "other-adapter" in other
     scales = refused(capsys, *merge_arguments(pieces, tmp_path / "f", knowledge_scale="much"))
-    assert "knowledge_scale" in scales
+    assert "--knowledge-scale" in scales
     assert "much" in scales
     infinite = refused(capsys, *merge_arguments(pieces, tmp_path / "g", readapter_scale="nan"))
-    assert "readapter_scale" in infinite
+    assert "--readapter-scale" in infinite
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -156,26 +197,91 @@ def test_no_worker_starts_on_bad_input() -> None:
 def test_options_come_from_a_file_and_flags_go_before_it(
     pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import json
-
     file = tmp_path / "merge.yaml"
     file.write_text("knowledge_scale: 0.25\nreadapter_scale: 0.75\n")
     assert cli.main([*merge_arguments(pieces, tmp_path / "m", readapter_scale="1.0"), "--config", str(file)]) == 0
     config = json.loads((tmp_path / "m" / "manifest.json").read_text())["config"]
     assert (config["readapter_scale"], config["knowledge_scale"]) == (1.0, 0.25)
     file.write_text("knowlege_scale: 0.25\n")
-    assert "unknown option 'knowlege_scale'" in refused(
+    assert "unknown option 'knowlege_scale'; did you mean 'knowledge_scale'?" in refused(
         capsys, *merge_arguments(pieces, tmp_path / "n"), "--config", str(file)
     )
 
 
-def test_an_interruption_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("command", "goes_on"), [("run", True), ("serve", False), ("status", False)])
+def test_an_interruption_says_how_to_go_on_where_one_can(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, goes_on: bool
+) -> None:
     def interrupt(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli._RUNNERS, "status", interrupt)
-    assert cli.main(["status"]) == 130
-    assert "run the same command again" in capsys.readouterr().err
+    monkeypatch.setitem(cli._RUNNERS, command, interrupt)
+    assert cli.main([command]) == 130
+    said = capsys.readouterr().err
+    assert "interrupted" in said
+    assert ("run the same command again" in said) == goes_on
+
+
+@pytest.fixture
+def evaluation(pieces: Path, tmp_path: Path) -> list[str]:
+    """The arguments that measure two runs."""
+    _, qrels = factories.small_queries(factories.small_corpus(30))
+    for name, score in (("base", 1.0), ("adapted", 3.0)):
+        docs = [ScoredDoc(qrel.query_id, doc, s) for qrel in qrels for doc, s in ((qrel.doc_id, score), ("other", 2.0))]
+        write_run(str(tmp_path / f"{name}.trec"), docs, tag=name)
+    runs, qrels_file = f"{tmp_path}/base.trec,{tmp_path}/adapted.trec", f"{pieces}/corpus/qrels/test.parquet"
+    return ["evaluate", "--runs", runs, "--qrels", qrels_file, "--output", f"{tmp_path}/report"]
+
+
+def test_evaluate_and_run_print_verdict_and_tables_and_not_where_the_runs_are_from(
+    evaluation: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(evaluation) == 0
+    out = capsys.readouterr().out
+    assert "## Where the runs are from" in (tmp_path / "report" / "report.md").read_text()
+    assert "Where the runs are from" not in out
+    assert "adapted is better than base: nDCG@10 1.0000 against 0.6309" in out
+    assert "| adapted | 1.0000 (1.0000 to 1.0000) |" in out
+    assert out.splitlines()[-1] == str(tmp_path / "report")
+    file = tmp_path / "run.yaml"
+    file.write_text("source: a\npretrained: b\nretriever: c\n")
+    monkeypatch.setattr(recipes, "run", lambda _: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
+    assert cli.main(["run", "--config", str(file)]) == 0
+    of_run = capsys.readouterr().out
+    assert of_run.splitlines()[:-1] == out.splitlines()[:-1]
+    assert of_run.splitlines()[-1].split() == ["report", str(tmp_path / "report")]
+
+
+def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("1", "one"), ("2", "two"), ("3", "one"), ("4", ""), ("5", " "), ("1", "three")]
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"_id": doc_id, "text": text}) + "\n" for doc_id, text in rows))
+    assert cli.main(["ingest", "--source", str(source), "--output", str(tmp_path / "corpus")]) == 0
+    assert (
+        "ingest: left out as duplicates: 1; as bad rows: 3 (an earlier row has its id: 1; its text is empty: 2)"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_run_into_the_root_of_another_says_what_run_can_do(
+    pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factories.ingest_artifact(tmp_path / "root" / "corpus", factories.small_corpus(3))
+    (tmp_path / "other.jsonl").write_text('{"_id": "1", "text": "one"}\n')
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"source: {tmp_path}/other.jsonl\npretrained: {pieces}/base\nretriever: {pieces}/retriever\n"
+        f"root: {tmp_path}/root\n"
+    )
+    said = refused(capsys, "run", "--config", str(file))
+    assert f"'{tmp_path}/root/corpus' already holds something else" in said
+    assert said.endswith(
+        "give another --root, or --set ingest.overwrite=true to replace it; the stages after it may then say the same"
+    )
+    options = cli._run_parser("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])
+    ingest, *others = recipes.plan_run(cli._run_config(options))
+    assert ingest.config.overwrite
+    assert not any(step.config.overwrite for step in others)
 
 
 def test_status_tells_done_from_missing(pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

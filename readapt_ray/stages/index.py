@@ -55,7 +55,7 @@ class IndexConfig(StageConfig):
     depth: int | None = Field(default=None, ge=1)
     """nprobe or efSearch; by default the least that reaches `min_recall`."""
     min_recall: float = Field(default=0.95, gt=0, le=1)
-    """Share of the 10 best that an index which is not exact must find, or it is refused."""
+    """Share of the 10 best, and of the 100 best, that an index which is not exact must find, or it is refused."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Memory in GB that the whole index may take when it is searched; for `auto`. By default any."""
     rows_per_shard: int | None = Field(default=None, ge=1)

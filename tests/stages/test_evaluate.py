@@ -6,7 +6,7 @@ import pytest
 
 from readapt_ray.artifacts import open_artifact, produce
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, InputError
+from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorpusError, InputError
 from readapt_ray.records import Qrel, ScoredDoc
 from readapt_ray.retrieval.runs import write_run
 from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
@@ -190,6 +190,28 @@ def test_bad_input_is_named_and_leaves_nothing(world, changes, message):
     with pytest.raises(InputError, match=message):
         evaluate(_config(world, **changes))
     assert not (world / "evaluation").exists()
+
+
+def test_judgements_of_another_corpus_are_refused(world):
+    (world / "other.tsv").write_text("".join(f"q{number:04d}\tMED-{number}\t1\n" for number in range(8)))
+    with pytest.raises(
+        CorpusError, match=r"no document that .*other\.tsv' judges occurs .* MED-0, MED-1, MED-2; they have"
+    ):
+        evaluate(_config(world, qrels=f"{world}/other.tsv"))
+    with pytest.raises(CorpusError, match="do they belong to one corpus"):
+        evaluate(_config(world, qrels=f"{world}/other.tsv", corpus=f"{world}/corpus"))
+    assert not (world / "evaluation").exists()
+
+
+def test_runs_that_found_nothing_are_measured_where_the_corpus_has_what_is_judged(world):
+    (world / "lost.tsv").write_text("q0000\td00039\t1\nq0001\td00038\t1\n")
+    for name in ("base", "adapted"):
+        lines = (world / f"{name}.trec").read_text().splitlines(keepends=True)
+        (world / f"{name}.trec").write_text(
+            "".join(line for line in lines if "d00039" not in line and "d00038" not in line)
+        )
+    artifact = evaluate(_config(world, qrels=f"{world}/lost.tsv", corpus=f"{world}/corpus"))
+    assert artifact.manifest.details["means"]["adapted"]["R@100"] == 0.0
 
 
 def test_bad_content_is_named_and_leaves_nothing(world):

@@ -1,0 +1,131 @@
+"""Flags of a command, from its config: types, defaults and help, and a YAML file under them."""
+
+import argparse
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+from pydantic.fields import FieldInfo
+
+from readapt_ray.config import Config, flag, meant
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+C = typing.TypeVar("C", bound=Config)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, as everything here does."""
+
+    def __init__(self, command: str, description: str, **options: Any) -> None:
+        super().__init__(prog=f"readapt {command}", description=description, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls where something does not fit.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(f"{self.prog}: {message}; `{self.prog} --help` shows the options")
+
+    def parsed(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The options of a command line.
+
+        Raises:
+            InputError: an option is unknown or lacks its value; the message says which was meant.
+        """
+        known = [name for action in self._actions for name in action.option_strings]
+        for name in (each.partition("=")[0] for each in arguments):
+            if name.startswith("--") and name not in known:
+                hint = meant(name, known) or f"`{self.prog} --help` shows the options"
+                raise InputError(f"{self.prog}: unknown option {name!r}; {hint}")
+        return self.parse_args(list(arguments))
+
+
+def parse(command: str, description: str, config_class: type[C], arguments: Sequence[str]) -> C:
+    """Flags, and a YAML file under them where `--config` names one, as a config.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong.
+    """
+    parser = Parser(command, description)
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="options from a file, by name with underscores; flags go before it"
+    )
+    add_flags(parser, config_class)
+    options = parser.parsed(arguments)
+    values = read_yaml(options.config) if options.config else {}
+    return config_class.parse(values | given(config_class, options), where=f"readapt {command}", flags=True)
+
+
+def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, Any]:
+    """The options of a config that were set, lists split at their commas."""
+    found = {}
+    for name, field in config_class.model_fields.items():
+        value = getattr(options, name, None)
+        if value is not None:
+            found[name] = [part for part in value.split(",") if part] if _is_list(field.annotation) else value
+    return found
+
+
+def add_flags(parser: Parser, config_class: type[Config]) -> None:
+    """A flag for each option of a config."""
+    for name, field in config_class.model_fields.items():
+        text = (field.description or "").replace("%", "%%")
+        if typing.get_origin(field.annotation) is dict:
+            continue  # a section of options, for the file
+        if field.annotation is bool:
+            parser.add_argument(
+                flag(name),
+                action=argparse.BooleanOptionalAction,
+                help=f"{text} (default: {'yes' if field.default else 'no'})",
+            )
+        else:
+            parser.add_argument(flag(name), metavar=_metavar(field.annotation), help=f"{text} {default(field)}")
+
+
+def default(field: FieldInfo) -> str:
+    """The default of an option in brackets, or that it is required."""
+    if field.is_required():
+        return "(required)"
+    if field.default is None or field.default == "":
+        return ""
+    value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    return f"(default: {value})"
+
+
+def _metavar(annotation: Any) -> str:
+    arguments = [each for each in typing.get_args(annotation) if each is not type(None)]
+    if typing.get_origin(annotation) is typing.Literal:
+        return "{" + ",".join(map(str, arguments)) + "}"
+    if _is_list(annotation):
+        return "A,B,..."
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType) and arguments:
+        return _metavar(arguments[0])
+    return {int: "N", float: "X", str: "TEXT"}.get(annotation, "FILE")
+
+
+def _is_list(annotation: Any) -> bool:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return any(_is_list(each) for each in typing.get_args(annotation))
+    return typing.get_origin(annotation) in (tuple, list)
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """The options of a YAML file.
+
+    Raises:
+        InputError: there is none, or it holds something else.
+    """
+    location = Location(uri)
+    if not location.is_file():
+        raise InputError(f"no file {uri!r}; give a YAML file")
+    try:
+        values = yaml.safe_load(location.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{uri!r} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{uri!r} holds {type(values).__name__}; it must hold options by name")
+    return values
