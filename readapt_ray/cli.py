@@ -179,10 +179,10 @@ def _with_options_of_run(error: ArtifactConflictError, config: recipes.RunConfig
     found, mark, _ = str(error).rpartition("; give another output, or --overwrite")
     for step in recipes.plan_run(config):
         if mark and found.startswith(f"{step.config.output!r} "):
-            has_section = step.stage in recipes.RunConfig.model_fields
-            way = f"--set {step.stage}.overwrite=true to replace it" if has_section else "remove that folder"
+            section = "train" if step.stage == "pack" else step.stage
             return ArtifactConflictError(
-                f"{found}; give another --root, or {way}; the stages after it may then say the same"
+                f"{found}; give another --root, or --set {section}.overwrite=true to replace it; the stages after it may then "
+                f"say the same"
             )
     return error
 

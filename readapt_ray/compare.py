@@ -96,9 +96,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         _check(config, name)
     queries = config.queries or f"{corpus.uri}/queries"
     qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
-    for what, uri in (("queries", queries), ("qrels", qrels)):
-        if not Location(uri).exists():
-            raise InputError(f"no {what} at {uri!r}; give --{what}")
+    missing = {what: uri for what, uri in (("queries", queries), ("qrels", qrels)) if not Location(uri).exists()}
+    if missing:
+        raise InputError(
+            f"no {' and no '.join(f'{what} at {uri!r}' for what, uri in missing.items())}; give "
+            f"{' and '.join(f'--{what}' for what in missing)}"
+        )
     rows, runs = [], {}
     for contender in _contenders(config, corpus):
         logger.info("compare: %s", contender.name)

@@ -66,7 +66,7 @@ class StageConfig(Config):
     output: str
     """Folder or URI that the artifact is written to."""
     overwrite: bool = False
-    """Replace an artifact there that was made otherwise, or left unfinished, instead of refusing."""
+    """Replace an artifact there that was made or begun with other options, instead of refusing."""
 
     inputs: ClassVar[frozenset[str]] = frozenset()
     """Fields that name inputs: known by what they hold, not by where they lie."""

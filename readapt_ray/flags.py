@@ -76,12 +76,9 @@ def add_flags(parser: Parser, config_class: type[Config]) -> None:
         text = (field.description or "").replace("%", "%%")
         if typing.get_origin(field.annotation) is dict:
             continue  # a section of options, for the file
-        if field.annotation is bool:
-            parser.add_argument(
-                flag(name),
-                action=argparse.BooleanOptionalAction,
-                help=f"{text} (default: {'yes' if field.default else 'no'})",
-            )
+        if field.annotation is bool or bool in typing.get_args(field.annotation):
+            known = "" if field.default is None else f" (default: {'yes' if field.default else 'no'})"
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text + known)
         else:
             parser.add_argument(flag(name), metavar=_metavar(field.annotation), help=f"{text} {default(field)}")
 

@@ -131,7 +131,7 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         return Step(name, stage, parsed, needs_judgements)
 
     yield step("corpus", "ingest", config.ingest, source=config.source)
-    packing: Section = {name: config.train[name] for name in PACK_OPTIONS if name in config.train}
+    packing: Section = {name: config.train[name] for name in (*PACK_OPTIONS, "overwrite") if name in config.train}
     yield step("blocks", "pack", packing, pretrained=config.pretrained, corpus=at("corpus"))
     yield step("adapter", "train", config.train, pretrained=config.pretrained, corpus=at("blocks"))
     yield step(
@@ -198,10 +198,10 @@ def run(config: RunConfig) -> dict[str, Artifact]:
         _, stage = stage_parts(step.stage)
         made[step.name] = stage(step.config)
         if step.stage == "ingest":
-            judged = _has_judgements(config, steps)
             (root / RUN_NAME).write_text(
                 json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
             )
+            judged = _has_judgements(config, steps)
     return made
 
 

@@ -49,7 +49,12 @@ def config(pieces: Path, **changes: Any) -> CompareConfig:
         ({"retrievers": ["{}/absent"]}, InputError, "absent"),
         ({"corpus": "{}/base"}, InputError, "base"),
         ({"measures": ["nDGC@10"]}, InputError, "unknown measure"),
-        ({"queries": "{}/absent.tsv"}, InputError, "no queries at"),
+        ({"queries": "{}/absent.tsv"}, InputError, "no queries at .*absent.tsv'; give --queries$"),
+        (
+            {"queries": "{}/absent.tsv", "qrels": "{}/none.tsv"},
+            InputError,
+            "no queries at .* and no qrels at .*; give --queries and --qrels$",
+        ),
         ({"retrievers": ["{}/lora"], "finetune": True}, ModelError, "is an adapter, and finetune starts from whole"),
     ],
 )

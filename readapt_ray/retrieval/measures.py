@@ -166,6 +166,9 @@ def recall_curve(run: Run, judgements: Judgements, cutoffs: Sequence[int]) -> li
 
 def _parse(text: str) -> Any:
     family = text.partition("@")[0].partition("(")[0].strip()
+    alike = [name for name in known_measures() if name.casefold() == family.casefold()]
+    if len(alike) == 1:  # ndcg@10 is nDCG@10
+        text, family = text.strip().replace(family, alike[0], 1), alike[0]
     try:
         measure = parse_measure(text)
         measure.validate_params()
@@ -174,10 +177,8 @@ def _parse(text: str) -> Any:
     known = known_measures()
     examples = f"for example {', '.join(_EXAMPLES)}"
     if family not in known and (measure is None or measure.NAME not in known):
-        close = next((name for name in known if name.casefold() == family.casefold()), None)
-        hint = f"did you mean {close!r}? " if close else ""
         raise InputError(
-            f"unknown measure {text!r}; {hint}known are {', '.join(known)}, with a cutoff where they take one; {examples}"
+            f"unknown measure {text!r}; known are {', '.join(known)}, with a cutoff where they take one; {examples}"
         )
     if measure is None or measure.params.get("cutoff", 1) < 1 or not _provider().supports(measure):
         raise InputError(

@@ -70,6 +70,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     logger.info("serving %s at %s (%s)", ", ".join(pairs), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
         _wait_for_signal()
+        _end_where_ray_ends()
         stop()
     return url
 
@@ -238,6 +239,25 @@ def _wait_for_signal() -> None:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+def _end_where_ray_ends() -> None:
+    """End this process once Ray's own processes here have.
+
+    A signal to all of a process group, or of a service, is theirs too; then nobody is left to ask for an orderly stop.
+    """
+    import ray
+
+    node = ray._private.worker._global_node
+
+    def watch() -> None:
+        while not {kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"}:
+            time.sleep(_POLL_S)
+        node.kill_all_processes(check_alive=False)
+        os._exit(0)
+
+    if node is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _deployment_message(ray_serve: Any) -> str:

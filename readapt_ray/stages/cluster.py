@@ -77,6 +77,7 @@ def connect() -> Resources:
                 f"RAY_ADDRESS = {address!r} is where jobs are submitted to, and no cluster can be joined there; submit this with "
                 f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
             )
+        logger.info("joining Ray at %s" if address else "starting Ray on this machine", *filter(None, [address]))
         here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
         ray.init(
             address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not

@@ -115,19 +115,28 @@ def _forecast(footers: Sequence[Footer], num_to_encode: int, num_passages: int, 
 def _tell_forecast(details: dict[str, Any], size: int) -> None:
     tokens, hours = details["tokens"], details["hours"]
     logger.info(
-        "embed: a full run would encode %s of %s passages: %.3g tokens (+- %.2g), %s (+- %s) on %d encoders in %s, %.3g GB "
-        "of vectors; from %s passages",
+        "embed: a full run would encode %s of %s passages: %s tokens (+- %s), %s (+- %s) on %d encoders in %s, besides "
+        "their start, and leave %s of vectors; from %s passages%s",
         f"{details['num_to_encode']:,}",
         f"{details['num_passages']:,}",
-        tokens["estimate"],
-        tokens["plus_minus"],
+        f"{tokens['estimate']:,.0f}",
+        f"{tokens['plus_minus']:,.0f}",
         duration(3600 * hours["estimate"]),
         duration(3600 * hours["plus_minus"]) if math.isfinite(hours["plus_minus"]) else "unknown",
         details["num_workers"],
         details["dtype"],
-        details["bytes"] / 1e9,
+        _size(details["bytes"]),
         f"{size:,}",
+        f", the fewest that a sample has ({_LEAST_ROWS})" if size == _LEAST_ROWS else "",
     )
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} GB"
 
 
 def _compare(

@@ -125,11 +125,8 @@ class _BadRows:
         return found
 
     def summary(self) -> dict[str, Any]:
-        total = self._reasons.total()
-        if total > len(self._first):
-            logger.warning("ingest: left out %d bad rows in all: %s", total, dict(self._reasons))
         return {
-            "total": total,
+            "total": self._reasons.total(),
             "by_reason": dict(sorted(self._reasons.items())),
             "first": [row._asdict() for row in self._first],
         }

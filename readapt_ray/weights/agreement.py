@@ -47,6 +47,23 @@ def check_configs(pretrained: Model, tuned: Model) -> None:
         )
 
 
+def check_knowledge(retriever: Ingredient, knowledge: Sequence[tuple[Model, Ingredient]]) -> None:
+    """Refuse as knowledge what holds retrieval skill: that would be laid on twice.
+
+    Raises:
+        ModelError: it is the retriever itself, or the output of a merge.
+    """
+    for model, source in knowledge:
+        manifest = read_manifest(str(model.folder))
+        is_merged = manifest is not None and manifest.stage == "merge"
+        if is_merged or source.fingerprint == retriever.fingerprint:
+            what = "a model that merge made" if is_merged else "the retriever"
+            raise ModelError(
+                f"the adapter {model.name!r} is {what}, and its retrieval skill would be laid on twice; give the output of "
+                f"`readapt train`"
+            )
+
+
 def _options(model: Model) -> dict[str, Any]:
     from transformers import AutoConfig
 

@@ -11,7 +11,7 @@ from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.agreement import check_bases, check_configs, check_tokenizers
+from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.bundle import check_base, open_bundle
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.provenance import Ingredient
@@ -57,9 +57,14 @@ class MergeNames:
 
         Raises:
             WeightMismatchError: it is another.
+            ModelError: what is given as knowledge is a retriever.
         """
         if self.bundle is not None:
             check_base(roles[1][1], sources[0])
+        else:
+            check_knowledge(
+                sources[1], [(model, source) for (_, model), source in zip(roles[2:], sources[2:], strict=True)]
+            )
         check_bases(sources[0], [model for _, model in roles[1:]], accept="base" in self.accept)
 
 

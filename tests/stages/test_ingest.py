@@ -134,11 +134,10 @@ def test_options_that_change_nothing_make_no_other_artifact(tmp_path):
         _run(tmp_path / "a.md", tmp_path / "text", max_passage_chars=10)
 
 
-def test_only_the_first_bad_rows_are_named(tmp_path, caplog):
+def test_only_the_first_bad_rows_are_named(tmp_path):
     rows = [*GOOD, *({"_id": f"n{number}", "text": None} for number in range(50))]
     found = _run(_corpus(tmp_path / "c.jsonl", rows), tmp_path / "out").manifest.details["bad_rows"]
     assert (found["total"], found["by_reason"], len(found["first"])) == (50, {"null_text": 50}, 20)
-    assert "left out 50 bad rows in all" in caplog.text
 
 
 @pytest.mark.parametrize("number", range(1, 8))

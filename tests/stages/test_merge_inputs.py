@@ -91,6 +91,13 @@ def test_a_tuned_model_of_full_weights_stands_for_an_adapter(tmp_path, models):
         assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
 
 
+def test_a_retriever_is_not_taken_for_knowledge(tmp_path, models):
+    _merge(models, tmp_path / "adapted")
+    for given, what in ((models["retriever"], "the retriever"), (tmp_path / "adapted", "a model that merge made")):
+        said = f"the adapter .* is {what}, and its retrieval skill would be laid on twice"
+        _refused(models | {"adapter": given}, tmp_path / "out", said, ModelError)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("which", ["pretrained", "retriever", "adapter"])
 def test_nan_in_any_input_is_refused_by_name(tmp_path, models, which, value):
