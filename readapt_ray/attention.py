@@ -112,16 +112,24 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the flash kernel runs there, in this type."""
-    return device.type == _KERNEL_DEVICE and dtype in _KERNEL_DTYPES and _has_kernel(device)
+    return device.type == _KERNEL_DEVICE and dtype in _KERNEL_DTYPES and _is_able(device)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_able(device: torch.device) -> bool:
+    return _capability(device) >= (8, 0) and _kernel_options() >= _KERNEL_OPTIONS
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _takes(option: str) -> bool:
+    return option in _kernel_options()
+
+
 @functools.cache
-def _has_kernel(device: torch.device) -> bool:
-    return _kernel_options() >= _KERNEL_OPTIONS and torch.cuda.get_device_capability(device) >= (8, 0)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 @functools.cache
 def _kernel_options() -> frozenset[str]:
     """What this torch's kernel takes by name; nothing where there is none."""
@@ -149,7 +157,7 @@ def _by_kernel(  # noqa: PLR0917
     left = -1 if window is None else window - 1
     right = 0 if causal else -1 if window is None else window - 1
     grouped: dict[str, Any] = {}
-    if "enable_gqa" in _kernel_options():  # older ones take fewer key heads unasked
+    if _takes("enable_gqa"):  # older ones take fewer key heads unasked
         grouped["enable_gqa"] = query_THD.shape[1] != key_THD.shape[1]
     output_THD: Any = varlen_attn(
         query_THD,

@@ -22,10 +22,8 @@ def installed(patch: pytest.MonkeyPatch) -> Iterator[None]:
     library.impl("_flash_attention_backward", _backward, "CPU")
     patch.setattr(attention, "_KERNEL_DEVICE", "cpu")
     patch.setattr(attention, "_KERNEL_DTYPES", (torch.bfloat16, torch.float16, torch.float32))
-    patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    attention._has_kernel.cache_clear()
+    patch.setattr(attention, "_capability", lambda device: (9, 0))
     yield
-    attention._has_kernel.cache_clear()
     library._destroy()
 
 

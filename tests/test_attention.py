@@ -87,14 +87,15 @@ def test_the_flash_kernel_attends_as_written_out(
 
 
 def test_torch_without_the_kernels_options_goes_without_it(monkeypatch) -> None:
-    """As torch 2.10 has it; `auto` pads there."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    device = torch.device("cuda", 7)
-    assert attention._has_kernel(device)
-    attention._has_kernel.cache_clear()
+    """As torch 2.10 has it, whose GPUs pad."""
+    monkeypatch.setattr(attention, "_capability", lambda device: (9, 0))
+    device = torch.device("cuda")
+    assert attention.has_kernel(device, torch.bfloat16) and not attention.has_kernel(device, torch.float32)
     monkeypatch.setattr(attention, "_kernel_options", lambda: frozenset({"is_causal", "return_aux"}))
-    assert not attention._has_kernel(device)
-    attention._has_kernel.cache_clear()
+    assert not attention.has_kernel(device, torch.bfloat16)
+    monkeypatch.undo()
+    monkeypatch.setattr(attention, "_capability", lambda device: (7, 5))
+    assert not attention.has_kernel(device, torch.float16)
 
 
 def test_few_shapes_for_many_lengths() -> None:

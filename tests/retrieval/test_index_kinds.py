@@ -6,7 +6,7 @@ from readapt_ray.errors import InputError
 from readapt_ray.retrieval.index_kinds import KINDS, Wanted, choose, recipe, vector_bytes
 
 
-@pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("storage", [pytest.param("float32", marks=pytest.mark.slow), "float16", "int8"])
 @pytest.mark.parametrize("kind", [each.name for each in KINDS])
 def test_every_kind_is_one_that_faiss_makes_and_takes_the_bytes_that_are_said(kind, storage):
     wanted = Wanted(kind=kind, storage=storage)

@@ -59,6 +59,7 @@ def test_a_worker_of_another_node_must_find_the_drivers_model(ray_session: None,
         )
 
 
+@pytest.mark.slow
 def test_the_manifest_and_the_output_say_what_auto_was(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

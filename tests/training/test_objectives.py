@@ -131,6 +131,7 @@ def test_next_tokens_of_passages_in_a_row(family: str, path: str) -> None:
     assert_alike(gradients(model), expected_gradients)
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected a call to")
 @pytest.mark.parametrize("recompute", [False, True])
 def test_compiled_layers_have_graphs_for_all_lengths_and_no_breaks(
     recompute: bool, monkeypatch: pytest.MonkeyPatch
