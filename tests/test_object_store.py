@@ -75,6 +75,7 @@ def test_a_busy_store_is_asked_again(store: Store, folder: Location) -> None:
     assert len(store.refused) >= 3
 
 
+@pytest.mark.slow
 def test_more_refusals_than_pyarrow_alone_would_bear(store: Store, folder: Location) -> None:
     (folder / "x").write_text("kept")
     refusals = iter([True] * 5)
