@@ -182,7 +182,8 @@ def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pair_scoring, "_PairScorer", scorer(tmp_path, dies=0))
-    monkeypatch.setattr(pair_scoring.cluster, "check_placement", lambda *_, **__: None)  # as where another job has the room
+    # As where another job has the room.
+    monkeypatch.setattr(pair_scoring.cluster, "check_placement", lambda *_, **__: None)
     tried = search(tmp_path, num_workers=3)
     tried.score(PAIRS)
     tried.score([*PAIRS, (0.5, 0.5)])
