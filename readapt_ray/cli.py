@@ -198,7 +198,10 @@ def _sections() -> str:
             lines += _entry(f"{name}: {field.description} {flags.default(field)}")
     lines.append("its sections, and the options in each, as in `readapt STAGE --help`:")
     for name in (name for name in fields if name in configs):
-        wired = configs[name].model_fields_set & ({"output"} | configs[name].inputs)
+        wired = (
+            configs[name].model_fields_set & ({"output"} | configs[name].inputs)
+            | recipes.NOT_IN_A_RUN.get(name, {}).keys()
+        )
         lines += _entry(f"{name}: {', '.join(each for each in type(configs[name]).model_fields if each not in wired)}")
     return "\n".join(lines)
 

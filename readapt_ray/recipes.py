@@ -7,8 +7,8 @@ starts. `train_on_passages` is the one pair of stages that the command line join
 import importlib
 import json
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -17,7 +17,7 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
 from readapt_ray.config import Config, StageConfig
-from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.errors import CorpusError, InputError, ModelError
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -50,6 +50,59 @@ def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
 
 
 Section = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionRules:
+    """What the option sections of a recipe may hold."""
+
+    recipe: str
+    """What errors call the recipe: "the run"."""
+    where: str = "section {stage!r}"
+    """What errors call the section of a stage."""
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Options that the recipe cannot honour, by stage and name, each with the reason and what to do instead."""
+
+
+NOT_IN_A_RUN: dict[str, dict[str, str]] = {
+    "merge": {
+        "bundle": "the run trains its own adapter; merge a bundle with `readapt merge --bundle`",
+        "factors": "the run embeds with a whole model; write factors with `readapt merge --factors` after the run",
+    },
+    "embed": {
+        "sample": "the run needs vectors of all passages; estimate time and size with `readapt embed --sample` first",
+        "previous": "the run embeds with two models and older vectors fit only one; use `readapt embed --previous`",
+    },
+    "index": {
+        "previous": "the run builds two indexes and an older one fits only one; use `readapt index --previous`",
+    },
+    "search": {
+        "vectors": "the run searches its own indexes; search vectors with `readapt search --vectors`",
+        "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",
+    },
+}
+"""Options of stages that a run refuses: they would fail, or be ignored, hours after the start."""
+
+RUN_RULES = SectionRules(recipe="the run", refused=NOT_IN_A_RUN)
+
+
+def stage_config(stage: str, options: Section, rules: SectionRules, **wired: Any) -> StageConfig:
+    """Make the config of a stage from a user's section of options and the options that a recipe sets itself.
+
+    Raises:
+        InputError: the section sets what the recipe sets, or an option that the recipe refuses, is unknown or wrong.
+    """
+    where = rules.where.format(stage=stage)
+    twice = sorted(options.keys() & wired.keys())
+    if twice:
+        raise InputError(
+            f"{where} sets {', '.join(twice)}, which {rules.recipe} itself sets; remove it from the section"
+        )
+    config_class, _ = stage_parts(stage)
+    for name, reason in rules.refused.get(stage, {}).items():
+        if name in options and options[name] != config_class.model_fields[name].default:
+            raise InputError(f"{where}: {name} = {options[name]!r} is refused: {reason}")
+    return config_class.parse({**options, **wired}, where=where)
 
 
 class RunConfig(Config):
@@ -106,7 +159,24 @@ def plan_run(config: RunConfig) -> list[Step]:
     Raises:
         InputError: an option of a section is unknown or wrong; the section is named.
     """
-    return list(_steps(config))
+    steps = list(_steps(config))
+    _check_values(steps)
+    return steps
+
+
+def _check_values(steps: Sequence[Step]) -> None:
+    """Refuse values that a stage takes by itself, but that do not fit two retrievers and one adapter."""
+    merge: Any = next(step.config for step in steps if step.stage == "merge")
+    if isinstance(merge.knowledge_scale, tuple):
+        raise InputError(
+            f"section 'merge': knowledge_scale = {list(merge.knowledge_scale)}: the run trains one adapter; give one number"
+        )
+    evaluate: Any = steps[-1].config
+    if evaluate.names and (len(evaluate.names) != len(evaluate.runs) or len(set(evaluate.names)) < len(evaluate.names)):
+        raise InputError(
+            f"section 'evaluate': names = {list(evaluate.names)}: the run compares {len(evaluate.runs)} retrievers; give "
+            f"two different names, or none"
+        )
 
 
 def _steps(config: RunConfig) -> Iterator[Step]:
@@ -119,16 +189,8 @@ def _steps(config: RunConfig) -> Iterator[Step]:
     queries = config.queries or at("corpus/queries")
     qrels = config.qrels or at(f"corpus/qrels/{config.split}.parquet")
 
-    def step(name: str, stage: str, options: dict[str, Any], *, needs_judgements: bool = False, **wired: Any) -> Step:
-        wired["output"] = at(name)
-        twice = sorted(options.keys() & wired.keys())
-        if twice:
-            raise InputError(
-                f"section {stage!r} sets {', '.join(twice)}, which the run itself sets; remove it from the section"
-            )
-        config_class, _ = stage_parts(stage)
-        parsed = config_class.parse({**options, **wired}, where=f"section {stage!r}")
-        return Step(name, stage, parsed, needs_judgements)
+    def step(name: str, stage: str, options: Section, *, needs_judgements: bool = False, **wired: Any) -> Step:
+        return Step(name, stage, stage_config(stage, options, RUN_RULES, **wired, output=at(name)), needs_judgements)
 
     yield step("corpus", "ingest", config.ingest, source=config.source)
     packing: Section = {name: config.train[name] for name in (*PACK_OPTIONS, "overwrite") if name in config.train}
@@ -183,10 +245,8 @@ def run(config: RunConfig) -> dict[str, Artifact]:
         InputError: a model cannot be found or an option is wrong; found before any stage starts.
     """
     steps = plan_run(config)
-    retriever = models.find_model(config.retriever)
-    if config.embed.get("encoding") is None:
-        models.encoding_of(retriever)
-    models.find_model(config.pretrained)
+    _check_models(config)
+    _check_files(config, steps)
     root = Location(config.root)
     outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
@@ -203,6 +263,39 @@ def run(config: RunConfig) -> dict[str, Artifact]:
             )
             judged = _has_judgements(config, steps)
     return made
+
+
+def _check_models(config: RunConfig) -> None:
+    """Find the models, and how the retriever encodes, before anything is trained.
+
+    Raises:
+        ModelError: a model cannot be found, or a stage would not know the retriever's encoding.
+    """
+    retriever = models.find_model(config.retriever)
+    models.find_model(config.pretrained)
+    unknown = [stage for stage in ("merge", "embed") if getattr(config, stage).get("encoding") is None]
+    if unknown:
+        try:
+            models.encoding_of(retriever)
+        except ModelError as error:
+            sections = " and ".join(repr(stage) for stage in unknown)
+            raise ModelError(f"{error}; in a run, encoding is an option of section {sections}") from None
+
+
+def _check_files(config: RunConfig, steps: Sequence[Step]) -> None:
+    """See that the files which the user's sections name are there.
+
+    Raises:
+        InputError: one is not there.
+    """
+    for step in steps:
+        section = "train" if step.stage == "pack" else step.stage
+        for name in sorted(type(step.config).inputs & getattr(config, section).keys()):
+            value = getattr(step.config, name)
+            if isinstance(value, str) and not Location(value).exists():
+                raise InputError(
+                    f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists"
+                )
 
 
 def _has_judgements(config: RunConfig, steps: list[Step]) -> bool:

@@ -79,6 +79,94 @@ def test_a_wrong_section_is_named() -> None:
         RunConfig.parse({**values, "retreiver": "x"})
 
 
+VALUES = {"source": "x", "pretrained": "a", "retriever": "b"}
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [
+        ("merge", "bundle", "y"),
+        ("merge", "factors", True),
+        ("merge", "knowledge_scale", [0.5, 0.25]),
+        ("embed", "previous", "y"),
+        ("embed", "sample", "1%"),
+        ("index", "previous", "y"),
+        ("search", "vectors", "y"),
+        ("search", "encoding", "y.json"),
+        ("evaluate", "names", ["only one"]),
+        ("evaluate", "names", "same,same"),
+        ("train", "torch_compile", True),
+    ],
+)
+def test_what_a_run_cannot_honour_is_refused_before_anything_starts(section: str, option: str, value: Any) -> None:
+    options = {option: value} | ({"zero_stage": 3} if option == "torch_compile" else {})
+    with pytest.raises(InputError, match=f"section '{section}': {option}.*;") as refused:
+        recipes.plan_run(RunConfig(**VALUES, **{section: options}))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_run_cannot_honour_does_not_stand_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    entries = " ".join(capsys.readouterr().out.split("options of the file:")[1].split())
+    offered = {section: entries.partition(f" {section}: ")[2].partition(":")[0] for section in recipes.NOT_IN_A_RUN}
+    for section, refused in recipes.NOT_IN_A_RUN.items():
+        assert "overwrite" in offered[section]
+        assert not set(refused) & set(offered[section].replace(",", "").split())
+
+
+def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_purpose() -> None:
+    """A new option of a stage is looked at here: what names a file, a folder or another output needs a decision."""
+    steps = {step.stage: step.config for step in recipes.plan_run(RunConfig(**VALUES))}
+    places = {
+        stage: sorted(
+            name
+            for name, field in type(config).model_fields.items()
+            if "str" in str(field.annotation) and "Literal" not in str(field.annotation)
+            if name not in config.model_fields_set and name not in recipes.NOT_IN_A_RUN.get(stage, {})
+        )
+        for stage, config in steps.items()
+    }
+    assert places == {
+        "ingest": [],
+        "pack": ["exclude", "mode", "only"],
+        "train": ["exclude", "only", "target_modules"],
+        "merge": ["measures"],
+        "embed": [],
+        "index": ["factory"],
+        "search": ["qrels"],
+        "evaluate": ["measures", "names"],
+    }
+
+
+def test_a_run_looks_for_the_files_that_its_sections_name(tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    factories.write_contract(factories.full_retriever(tmp_path / "retriever", base))
+    models = {"source": str(tmp_path), "pretrained": str(base), "retriever": str(tmp_path / "retriever")}
+    for section, option in (("train", "exclude"), ("train", "only"), ("merge", "measures"), ("search", "qrels")):
+        config = RunConfig(**models, root=str(tmp_path / "root"), **{section: {option: str(tmp_path / "absent")}})
+        with pytest.raises(InputError, match=rf"section '{section}': {option} = .*absent'.* is not there"):
+            recipes.run(config)
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_run_asks_for_the_encoding_of_each_stage_that_needs_it_before_it_trains(tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    retriever = factories.full_retriever(tmp_path / "retriever", base)
+    contract = tmp_path / "encoding.json"
+    contract.write_text(json.dumps({"pooling": "mean", "add_bos": True, "add_eos": True}))
+    values = {
+        "source": str(tmp_path),
+        "pretrained": str(base),
+        "retriever": str(retriever),
+        "root": str(tmp_path / "r"),
+    }
+    for section in ("embed", "merge"):
+        with pytest.raises(InputError, match="encoding"):
+            recipes.run(RunConfig(**values, **{section: {"encoding": str(contract)}}))
+    assert not (tmp_path / "r").exists()
+
+
 def test_the_quickstarts_recipe_is_a_plan() -> None:
     assert len(recipes.plan_run(quickstart.recipe("root"))) == 11
 

@@ -1,8 +1,8 @@
 """Options that training a language model and training a retriever share, and what they stand for."""
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from readapt_ray.config import StageConfig
 
@@ -66,6 +66,12 @@ class OptimizationConfig(StageConfig):
     trackers: tuple[Tracker, ...] = ()
     """Where steps are reported beside the terminal, metrics.jsonl and Ray's metrics: tensorboard, and wandb and mlflow where
     they are installed."""
+
+    @model_validator(mode="after")
+    def _can_compile(self) -> Self:
+        if self.torch_compile and self.zero_stage == 3:
+            raise ValueError("torch_compile does not go with zero_stage = 3; choose a lower stage, or leave it off")
+        return self
 
     operational: ClassVar[frozenset[str]] = frozenset(
         {
