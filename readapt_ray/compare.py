@@ -9,7 +9,7 @@ was killed goes on, and a retriever more costs only itself.
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +17,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
-from readapt_ray import recipes
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.recipes import Section, SectionRules, Step, pack_options, run_stage, stage_config
 from readapt_ray.retrieval.report import table
 from readapt_ray.stages.measure_options import depth_of, drops_self_hits
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
-
-Section = dict[str, Any]
 
 _MAX_TIMED_ROWS = 1_000_000
 
@@ -74,52 +73,59 @@ class CompareConfig(Config):
         return value
 
 
+NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
+    "embed": {
+        "sample": "a comparison needs vectors of all passages; estimate with `readapt embed --sample` first",
+        "previous": "older vectors fit only one of the models; a comparison that is run again encodes nothing twice",
+    },
+    "merge": {
+        "bundle": "the comparison trains its own adapters; merge a bundle with `readapt merge --bundle` and compare the output",
+        "factors": "the comparison embeds with whole models; leave it out",
+        "encoding": "each model is encoded as its retriever is; leave it out",
+    },
+    "finetune": {"encoding": "each model is encoded as its retriever is; leave it out"},
+}
+"""Options of stages that a comparison refuses, each with the reason and what to do instead."""
+
+RULES = SectionRules(recipe="the comparison", where="{stage}_options", refused=NOT_IN_A_COMPARISON)
+
+
 @dataclass(frozen=True)
-class Contender:
-    """A model that is compared: how the table calls it, where it lies, and how it wants its text."""
+class Candidate:
+    """A model that is compared, and the stages that make it, embed with it and search with it."""
 
     name: str
+    """What the table calls it."""
     model: str
-    encoding: retrievers.Encoding
+    """MODEL: the retriever, or the folder that is made from it."""
+    making: tuple[Step, ...]
+    """The stages that make the model; a candidate before this one may have made some of what they need."""
+    embed: Step
+    search: Step
 
 
 def compare(config: CompareConfig) -> dict[str, Any]:
     """Compare retrievers; the content of `compare.json`.
 
     Raises:
-        InputError: a retriever cannot be found or used, or a measure is unknown; found before anything is encoded.
+        InputError: a retriever cannot be found or used, a measure is unknown, or an option is wrong; found before
+            anything is encoded.
         ArtifactMissingError: the corpus is not the output of ingest.
     """
-    depth_of(config.measures)
     corpus = open_artifact(config.corpus, "ingest")
-    for name in config.retrievers:
-        _check(config, name)
-    queries = config.queries or f"{corpus.uri}/queries"
-    qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
-    missing = {what: uri for what, uri in (("queries", queries), ("qrels", qrels)) if not Location(uri).exists()}
-    if missing:
-        raise InputError(
-            f"no {' and no '.join(f'{what} at {uri!r}' for what, uri in missing.items())}; give "
-            f"{' and '.join(f'--{what}' for what in missing)}"
-        )
-    rows, runs = [], {}
-    for contender in _contenders(config, corpus):
-        logger.info("compare: %s", contender.name)
-        vectors, run = _searched(config, contender, corpus, queries, qrels)
-        runs[contender.name] = run.uri
-        rows.append({"retriever": contender.name, **_costs(config, contender, vectors, queries)})
-    report = _stage(
-        "evaluate",
-        {},
-        runs=list(runs.values()),
-        names=list(runs),
-        qrels=qrels,
-        queries=queries,
-        corpus=corpus.uri,
-        measures=config.measures,
-        output=f"{config.output}/report",
-        overwrite=True,
-    ).manifest.details
+    plan = _Plan(config, corpus)
+    candidates = list(plan.candidates())
+    evaluate = plan.evaluate(candidates)
+    plan.check_files()
+    rows = []
+    for candidate in candidates:
+        logger.info("compare: %s", candidate.name)
+        for step in candidate.making:
+            run_stage(step.stage, step.config)
+        vectors = run_stage("embed", candidate.embed.config)
+        run_stage("search", candidate.search.config)
+        rows.append({"retriever": candidate.name, **_costs(config, candidate, vectors, plan.queries)})
+    report = run_stage("evaluate", evaluate.config).manifest.details
     for row in rows:
         row["means"] = report["means"][row["retriever"]]
         row["comparison"] = next(
@@ -138,113 +144,174 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     return result
 
 
-def _check(config: CompareConfig, name: str) -> None:
-    model = models.find_model(name)
-    models.encoding_of(model)
-    if config.finetune and model.is_adapter and not config.readapt:
-        raise ModelError(
-            f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
-            f"the output of `readapt merge`"
-        )
+class _Plan:
+    """Every stage of a comparison, with its options checked before the first one starts."""
 
+    def __init__(self, config: CompareConfig, corpus: Artifact) -> None:
+        self._config = config
+        self._corpus = corpus
+        self._depth = depth_of(config.measures)
+        self.queries = config.queries or f"{corpus.uri}/queries"
+        self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
+        for stage in ("embed", "train", "merge", "finetune"):
+            self._check_section(stage)
 
-def _contenders(config: CompareConfig, corpus: Artifact) -> Iterator[Contender]:
-    """Each retriever as it is, and what is made of it."""
-    for name in config.retrievers:
-        label, model = _label(name), models.find_model(name)
-        encoding = models.encoding_of(model)
-        yield Contender(label, name, encoding)
-        row = retrievers.find_retriever(name)
-        readapted = _readapted(config, corpus, row) if config.readapt and row is not None else None
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield each retriever as it is, and what is made of it."""
+        for name in self._config.retrievers:
+            model = models.find_model(name)
+            yield from self._of_retriever(name, model, models.encoding_of(model))
+
+    def _of_retriever(self, name: str, model: models.Model, encoding: Encoding) -> Iterator[Candidate]:
+        config, label, row = self._config, _label(name), retrievers.find_retriever(name)
+        if config.finetune and model.is_adapter and not config.readapt:
+            raise ModelError(
+                f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
+                f"the output of `readapt merge`"
+            )
+        yield self._candidate(label, name, encoding)
+        readapted = self._readapted(row) if config.readapt and row is not None else ()
         if config.readapt and row is None:
             logger.warning(
                 "%s is not in the catalog, so what it was made from is not known: it is not RE-adapted", name
             )
-        if readapted is not None:
-            yield Contender(f"{label} + RE-AdaptIR", readapted[1], encoding)
-        if config.finetune:
-            start = readapted[0] if readapted is not None and model.is_adapter else name
-            if models.find_model(start).is_adapter:
-                continue
-            yield Contender(f"{label} + finetune", _finetuned(config, corpus, start, row, label), encoding)
-            if readapted is not None:
-                both = f"{label} + RE-AdaptIR + finetune"
-                yield Contender(both, _finetuned(config, corpus, readapted[1], row, f"{label}-readapted"), encoding)
+        if readapted:
+            yield self._candidate(f"{label} + RE-AdaptIR", readapted[-1].config.output, encoding, *readapted)
+        if not config.finetune or (model.is_adapter and not readapted):
+            return
+        start = readapted[-2].config.output if model.is_adapter else name
+        tuned = self._finetuned(start, row, label)
+        yield self._candidate(f"{label} + finetune", tuned.config.output, encoding, tuned)
+        if readapted:
+            both = self._finetuned(readapted[-1].config.output, row, f"{label}-readapted")
+            yield self._candidate(f"{label} + RE-AdaptIR + finetune", both.config.output, encoding, both)
+
+    def _candidate(self, label: str, model: str, encoding: Encoding, *making: Step) -> Candidate:
+        config, name = self._config, label.replace(" + ", "-")
+        drop_self_hits = config.drop_self_hits
+        if drop_self_hits is None:
+            drop_self_hits = drops_self_hits(self._corpus.manifest.config.get("source"))
+        embed = self._step(
+            f"vectors/{name}",
+            "embed",
+            config.embed_options,
+            retriever=model,
+            corpus=self._corpus.uri,
+            encoding=encoding,
+        )
+        search = self._step(
+            f"runs/{name}.trec",
+            "search",
+            {},
+            retriever=model,
+            vectors=embed.config.output,
+            queries=self.queries,
+            qrels=self._qrels,
+            top_k=self._depth,
+            drop_self_hits=drop_self_hits,
+        )
+        return Candidate(label, model, making, embed, search)
+
+    def _readapted(self, row: retrievers.Retriever) -> tuple[Step, ...]:
+        """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""
+        config = self._config
+        blocks = self._step(
+            f"blocks/{row.name}",
+            "pack",
+            pack_options(config.train_options),
+            pretrained=row.pretrained,
+            corpus=self._corpus.uri,
+        )
+        adapter = self._step(
+            f"adapters/{row.name}",
+            "train",
+            {"target_modules": row.dora_targets, **config.train_options},
+            pretrained=row.pretrained,
+            corpus=blocks.config.output,
+        )
+        wired = {"pretrained": row.pretrained, "retriever": row.name, "adapter": adapter.config.output}
+        whole = self._step(f"models/{row.name}-whole", "merge", {}, **wired, readapter_scale=1.0, knowledge_scale=0.0)
+        readapted = self._step(f"models/{row.name}-readapted", "merge", config.merge_options, **wired)
+        return blocks, adapter, whole, readapted
+
+    def _finetuned(self, start: str, row: retrievers.Retriever | None, label: str) -> Step:
+        targets = {} if row is None else {"target_modules": row.dora_targets}
+        options = {**targets, **self._config.finetune_options}
+        return self._step(f"models/{label}-finetuned", "finetune", options, model=start, corpus=self._corpus.uri)
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> Step:
+        """Plan the measurement of all runs against the first."""
+        return self._step(
+            "report",
+            "evaluate",
+            {},
+            runs=[each.search.config.output for each in candidates],
+            names=[each.name for each in candidates],
+            qrels=self._qrels,
+            queries=self.queries,
+            corpus=self._corpus.uri,
+            measures=self._config.measures,
+            overwrite=True,
+        )
+
+    def check_files(self) -> None:
+        """See that queries, judgements and the labels for finetune are there.
+
+        Raises:
+            InputError: some are not.
+        """
+        places = {"queries": self.queries, "qrels": self._qrels}
+        missing = {what: uri for what, uri in places.items() if not Location(uri).exists()}
+        if missing:
+            raise InputError(
+                f"no {' and no '.join(f'{what} at {uri!r}' for what, uri in missing.items())}; give "
+                f"{' and '.join(f'--{what}' for what in missing)}"
+            )
+        split = self._config.finetune_options.get("split", "train")
+        labels = self._corpus.location / "qrels" / f"{split}.parquet"
+        if self._config.finetune and not labels.is_file():
+            raise InputError(
+                f"no judgements at {labels.uri!r} to finetune with; set split in finetune_options, or leave it out"
+            )
+        for section, options in (("train", self._config.train_options), ("finetune", self._config.finetune_options)):
+            for name in ("exclude", "only", "negatives"):
+                uri = options.get(name)
+                if uri is not None and not Location(uri).exists():
+                    raise InputError(f"{section}_options: {name} = {uri!r} is not there; give a file that exists")
+
+    def _check_section(self, stage: str) -> None:
+        """Refuse wrong options also where this comparison does not need the stage."""
+        options = getattr(self._config, f"{stage}_options")
+        names = {
+            "embed": ("retriever", "corpus"),
+            "train": ("pretrained", "corpus"),
+            "merge": ("pretrained", "retriever", "adapter"),
+            "finetune": ("model", "corpus"),
+        }[stage]
+        inputs: Section = dict.fromkeys(names, "-")
+        if stage == "embed":
+            inputs["encoding"] = None
+        made: Any = stage_config(stage, options, RULES, **inputs, output="-")
+        if stage == "merge" and isinstance(made.knowledge_scale, tuple):
+            raise InputError(
+                f"merge_options: knowledge_scale = {list(made.knowledge_scale)}: each comparison trains one adapter; give one "
+                f"number"
+            )
+
+    def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step:
+        output = (Location(self._config.output) / name).uri
+        return Step(name, stage, stage_config(stage, options, RULES, **wired, output=output))
 
 
-def _readapted(config: CompareConfig, corpus: Artifact, row: retrievers.Retriever) -> tuple[str, str]:
-    """The retriever as whole weights, and RE-adapted."""
-    packing: Section = {
-        each: config.train_options[each] for each in ("mode", "block_tokens") if each in config.train_options
-    }
-    blocks = _stage(
-        "pack", packing, pretrained=row.pretrained, corpus=corpus.uri, output=f"{config.output}/blocks/{row.name}"
-    )
-    adapter = _stage(
-        "train",
-        {"target_modules": row.dora_targets, **config.train_options},
-        pretrained=row.pretrained,
-        corpus=blocks.uri,
-        output=f"{config.output}/adapters/{row.name}",
-    )
-    wired = {"pretrained": row.pretrained, "retriever": row.name, "adapter": adapter.uri}
-    folder = f"{config.output}/models/{row.name}"
-    whole = _stage("merge", {}, **wired, readapter_scale=1.0, knowledge_scale=0.0, output=f"{folder}-whole")
-    return whole.uri, _stage("merge", config.merge_options, **wired, output=f"{folder}-readapted").uri
-
-
-def _finetuned(
-    config: CompareConfig, corpus: Artifact, start: str, row: retrievers.Retriever | None, label: str
-) -> str:
-    targets = {} if row is None else {"target_modules": row.dora_targets}
-    return _stage(
-        "finetune",
-        {**targets, **config.finetune_options},
-        model=start,
-        corpus=corpus.uri,
-        output=f"{config.output}/models/{label}-finetuned",
-    ).uri
-
-
-def _searched(
-    config: CompareConfig, contender: Contender, corpus: Artifact, queries: str, qrels: str
-) -> tuple[Artifact, Artifact]:
-    """Vectors and run of a contender."""
-    name = contender.name.replace(" + ", "-")
-    vectors = _stage(
-        "embed",
-        config.embed_options,
-        retriever=contender.model,
-        corpus=corpus.uri,
-        encoding=contender.encoding,
-        output=f"{config.output}/vectors/{name}",
-    )
-    drop_self_hits = config.drop_self_hits
-    if drop_self_hits is None:
-        drop_self_hits = drops_self_hits(corpus.manifest.config.get("source"))
-    run = _stage(
-        "search",
-        {},
-        retriever=contender.model,
-        vectors=vectors.uri,
-        queries=queries,
-        qrels=qrels,
-        top_k=depth_of(config.measures),
-        drop_self_hits=drop_self_hits,
-        encoding=contender.encoding,
-        output=f"{config.output}/runs/{name}.trec",
-    )
-    return vectors, run
-
-
-def _costs(config: CompareConfig, contender: Contender, vectors: Artifact, queries: str) -> dict[str, Any]:
-    """What a contender costs: time of a query, bytes, dimension."""
+def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queries: str) -> dict[str, Any]:
+    """What a candidate costs: time of a query, bytes, dimension."""
     from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.retrieval.latency import query_latency
     from readapt_ray.sources.judgements import read_queries
 
     details, counts = vectors.manifest.details["encoder"], vectors.manifest.counts
-    encoder = Encoder.load(models.find_model(contender.model), encoding=contender.encoding, dtype=details["dtype"])
+    encoding = Encoding.parse(details["encoding"], where=vectors.uri)
+    encoder = Encoder.load(models.find_model(candidate.model), encoding=encoding, dtype=details["dtype"])
     doc_ids, matrix = _in_memory(vectors)
     texts = [query.text for query in read_queries(queries)[: config.num_timed_queries]]
     latency = query_latency(encoder, texts, doc_ids, matrix)
@@ -312,10 +379,3 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def _label(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1]
-
-
-def _stage(stage: str, options: Section, **wired: Any) -> Artifact:
-    """The artifact of a stage, made unless it is there."""
-    config_class, function = recipes.stage_parts(stage)
-    artifact: Artifact = function(config_class.parse({**options, **wired}, where=f"{stage}_options"))
-    return artifact

@@ -105,6 +105,25 @@ def stage_config(stage: str, options: Section, rules: SectionRules, **wired: Any
     return config_class.parse({**options, **wired}, where=where)
 
 
+def run_stage(stage: str, config: StageConfig) -> Artifact:
+    """Run a stage: the artifact is made unless it is there."""
+    _, function = stage_parts(stage)
+    artifact: Artifact = function(config)
+    return artifact
+
+
+def make(stage: str, options: Section, rules: SectionRules, **wired: Any) -> Artifact:
+    """Make the artifact of a stage from a section of options; see `stage_config`."""
+    return run_stage(stage, stage_config(stage, options, rules, **wired))
+
+
+def pack_options(train_options: Section) -> Section:
+    """Return the options of train that pack takes as well."""
+    from readapt_ray.stages.train import PACK_OPTIONS
+
+    return {name: train_options[name] for name in (*PACK_OPTIONS, "overwrite") if name in train_options}
+
+
 class RunConfig(Config):
     """The main job: from a corpus to an adapted retriever, its index and, with judgements, a report.
 
@@ -181,7 +200,6 @@ def _check_values(steps: Sequence[Step]) -> None:
 
 def _steps(config: RunConfig) -> Iterator[Step]:
     from readapt_ray.stages.measure_options import depth_of, drops_self_hits
-    from readapt_ray.stages.train import PACK_OPTIONS
 
     def at(name: str) -> str:
         return (Location(config.root) / name).uri
@@ -193,8 +211,7 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         return Step(name, stage, stage_config(stage, options, RUN_RULES, **wired, output=at(name)), needs_judgements)
 
     yield step("corpus", "ingest", config.ingest, source=config.source)
-    packing: Section = {name: config.train[name] for name in (*PACK_OPTIONS, "overwrite") if name in config.train}
-    yield step("blocks", "pack", packing, pretrained=config.pretrained, corpus=at("corpus"))
+    yield step("blocks", "pack", pack_options(config.train), pretrained=config.pretrained, corpus=at("corpus"))
     yield step("adapter", "train", config.train, pretrained=config.pretrained, corpus=at("blocks"))
     yield step(
         ADAPTED,
@@ -255,8 +272,7 @@ def run(config: RunConfig) -> dict[str, Artifact]:
         if step.needs_judgements and not judged:
             continue
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
-        _, stage = stage_parts(step.stage)
-        made[step.name] = stage(step.config)
+        made[step.name] = run_stage(step.stage, step.config)
         if step.stage == "ingest":
             (root / RUN_NAME).write_text(
                 json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
@@ -324,18 +340,18 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
     """
     from readapt_ray.stages.pack import PackConfig, pack
-    from readapt_ray.stages.train import PACK_OPTIONS, train
+    from readapt_ray.stages.train import train
 
     manifest = artifacts.read_manifest(config.corpus)
     if manifest is not None and manifest.stage == "pack":
         return train(config)
+    given = {name: getattr(config, name) for name in config.model_fields_set}
     packed = pack(
         PackConfig(
+            **pack_options(given),
             pretrained=config.pretrained,
             corpus=config.corpus,
-            **{name: getattr(config, name) for name in PACK_OPTIONS if name in config.model_fields_set},
             output=Location(config.output).beside("-blocks").uri,
-            overwrite=config.overwrite,
         )
     )
     return train(config.model_copy(update={"corpus": packed.uri}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from readapt_ray import cli, compare
-from readapt_ray.catalog import models
+from readapt_ray.artifacts import open_artifact
 from readapt_ray.compare import CompareConfig, to_markdown
 from readapt_ray.errors import InputError, ModelError
 from tests import factories
@@ -56,6 +56,16 @@ def config(pieces: Path, **changes: Any) -> CompareConfig:
             "no queries at .* and no qrels at .*; give --queries and --qrels$",
         ),
         ({"retrievers": ["{}/lora"], "finetune": True}, ModelError, "is an adapter, and finetune starts from whole"),
+        ({"embed_options": {"sample": "1%"}}, InputError, "embed_options: sample = '1%' is refused: .*;"),
+        ({"embed_options": {"previous": "x"}}, InputError, "embed_options: previous = 'x' is refused: .*;"),
+        ({"embed_options": {"encoding": "x"}}, InputError, "embed_options sets encoding, which the comparison itself"),
+        ({"embed_options": {"dtyp": "x"}}, InputError, "embed_options: unknown option 'dtyp'"),
+        ({"train_options": {"pretrained": "x"}}, InputError, "train_options sets pretrained, which"),
+        ({"train_options": {"only": "{}/absent"}}, InputError, "train_options: only = .*absent' is not there"),
+        ({"merge_options": {"factors": True}}, InputError, "merge_options: factors = True is refused: .*;"),
+        ({"merge_options": {"knowledge_scale": [0.5, 1]}}, InputError, "merge_options: knowledge_scale = .*one number"),
+        ({"finetune_options": {"encoding": "x"}}, InputError, "finetune_options: encoding = 'x' is refused: .*;"),
+        ({"finetune": True, "finetune_options": {"split": "dev"}}, InputError, "no judgements at .*dev.parquet'"),
     ],
 )
 def test_bad_input_is_named_before_anything_is_encoded(
@@ -71,20 +81,32 @@ def test_bad_input_is_named_before_anything_is_encoded(
     ("source", "asked", "drops"), [("arguana", None, True), ("/x", None, False), ("/x", True, True)]
 )
 def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus_wants_it(
-    pieces: Path, monkeypatch: pytest.MonkeyPatch, source: str, asked: bool | None, drops: bool
+    pieces: Path, source: str, asked: bool | None, drops: bool
 ) -> None:
-    made: dict[str, dict[str, Any]] = {}
-
-    def stage(name: str, options: dict[str, Any], **wired: Any) -> Any:
-        made[name] = options | wired
-        return SimpleNamespace(uri=name)
-
-    monkeypatch.setattr(compare, "_stage", stage)
     corpus: Any = SimpleNamespace(uri="corpus", manifest=SimpleNamespace(config={"source": source}))
-    wanted = config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked)
-    encoding = models.encoding_of(models.find_model(str(pieces / "first")))
-    compare._searched(wanted, compare.Contender("first", "first", encoding), corpus, "queries", "qrels")
-    assert (made["search"]["top_k"], made["search"]["drop_self_hits"]) == (200, drops)
+    plan = compare._Plan(config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked), corpus)
+    searches: Any = [each.search.config for each in plan.candidates()]
+    assert [(each.top_k, each.drop_self_hits) for each in searches] == [(200, drops)] * 2
+
+
+def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from readapt_ray.catalog import retrievers
+    from readapt_ray.recipes import stage_parts
+
+    folder = pieces / "first"
+    row = retrievers.retriever("repllama").model_copy(
+        update={"hub_id": str(folder), "pretrained": str(pieces / "base")}
+    )
+    monkeypatch.setattr(retrievers, "find_retriever", lambda _: row)
+    listed = str(pieces / "corpus/qrels/test.parquet")
+    options = {"mode": "packed", "block_tokens": 64, "exclude": listed, "only": listed, "overwrite": True}
+    plan = compare._Plan(
+        config(pieces, readapt=True, train_options=options), open_artifact(f"{pieces}/corpus", "ingest")
+    )
+    made: Any = {step.stage: step.config for each in plan.candidates() for step in each.making}
+    for stage in ("pack", "train"):
+        assert {name: getattr(made[stage], name) for name in options} == options
+        assert isinstance(made[stage], stage_parts(stage)[0])
 
 
 def test_the_table_says_quality_time_and_bytes() -> None:
@@ -111,7 +133,8 @@ def test_one_command_compares_and_the_same_again_encodes_nothing(
     ray_session: None, pieces: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["compare", "--retrievers", f"{pieces}/first,{pieces}/second", "--corpus", f"{pieces}/corpus"]
-    arguments += ["--output", f"{pieces}/out", "--measures", "nDCG@10,R@10"]
+    arguments += ["--output", f"{pieces}/out", "--measures", "nDCG@10,R@10", "--config", f"{pieces}/compare.yaml"]
+    (pieces / "compare.yaml").write_text("embed_options: {dimensions: 16}")  # search must ask for as many
     assert cli.main(arguments) == 0
     assert "| second |" in capsys.readouterr().out
     result = json.loads((pieces / "out" / "compare.json").read_text())
@@ -119,8 +142,8 @@ def test_one_command_compares_and_the_same_again_encodes_nothing(
     measures = json.loads((pieces / "out" / "report" / "measures.json").read_text())
     for row in result["rows"]:
         assert row["means"] == measures["means"][row["retriever"]]
-        assert row["dimension"] == 32
-        assert row["vector_bytes"] > 60 * 32 * 4
+        assert row["dimension"] == 16
+        assert row["vector_bytes"] > 60 * 16 * 4
         assert row["encode_ms"] > 0
         assert row["search_ms"] > 0
     assert result["rows"][1]["comparison"]["measure"] == "nDCG@10"

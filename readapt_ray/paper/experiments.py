@@ -23,21 +23,35 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from readapt_ray import recipes
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import corpora, models, retrievers
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.paper.arms import EXPERIMENTS, READAPTED, Arm, arms_of
+from readapt_ray.recipes import Section, SectionRules, make, pack_options, stage_config
 from readapt_ray.stages.measure_options import MeasureOption, depth_of
 from readapt_ray.storage import Location
 from readapt_ray.weights.headed import add_head
 
 logger = logging.getLogger("readapt_ray")
 
-Section = dict[str, Any]
+NOT_IN_A_STUDY: dict[str, dict[str, str]] = {
+    "embed": {
+        "sample": "the study needs vectors of all passages; estimate with `readapt embed --sample` first",
+        "previous": "older vectors fit only one model; a study that is run again encodes nothing twice",
+    },
+    "search": {
+        "index": "the study searches vectors exactly, as the paper does; leave it out",
+        "encoding": "queries are encoded as the vectors were; leave it out",
+    },
+}
+"""Options of stages that a study refuses, each with the reason and what to do instead."""
 
+RULES = SectionRules(recipe="the study", refused=NOT_IN_A_STUDY)
+
+_WHOLE_CORPUS = frozenset({"table1", "baselines"})
+"""Experiments whose adapters are trained on all passages of their corpus."""
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -141,6 +155,30 @@ class Study:
         self.pretrained = config.pretrained or str(row and row.pretrained)
         self.encoding = models.encoding_of(models.find_model(config.retriever))
         models.find_model(self.pretrained)
+        self._check_sections()
+
+    def _check_sections(self) -> None:
+        """Refuse wrong options before any stage starts.
+
+        Raises:
+            InputError: an option is unknown, wrong, or one that the study sets or refuses.
+        """
+        config = self.config
+        stage_config("train", config.train, RULES, pretrained="-", corpus="-", method="dora", seed=0, output="-")
+        stage_config("embed", config.embed, RULES, retriever="-", corpus="-", encoding=None, output="-")
+        wired = {"retriever": "-", "vectors": "-", "queries": "-", "qrels": "-", "drop_self_hits": False}
+        stage_config("search", config.search, RULES, **wired, output="-.trec")
+        lists = [name for name in ("exclude", "only") if config.train.get(name) is not None]
+        if lists and (len(self.collections) > 1 or not _WHOLE_CORPUS.issuperset(config.experiments)):
+            raise InputError(
+                f"section 'train': {lists[0]} = {config.train[lists[0]]!r} is refused: it names passages of one corpus, and "
+                f"the other experiments choose passages themselves; give one corpus, and only {' or '.join(sorted(_WHOLE_CORPUS))}"
+            )
+        for name in lists:
+            if not Location(config.train[name]).is_file():
+                raise InputError(
+                    f"section 'train': {name} = {config.train[name]!r} is not there; give a file that exists"
+                )
 
     def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Arm]]:
         """What is searched for an experiment with one seed, corpus after corpus."""
@@ -183,7 +221,7 @@ class Study:
 
     def corpus(self, own: Collection) -> Artifact:
         """The ingested corpus."""
-        return self._made("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
+        return self._make("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
 
     def run_file(self, own: Collection, arm: Arm, seed: int) -> str:
         """Where the run of an arm lies."""
@@ -193,16 +231,15 @@ class Study:
         """The run of an arm, made with all that it needs."""
         model = self._model(own, arm, seed)
         corpus = self.corpus(own)
-        encoding = _with_task(self.encoding, own.task)
-        vectors = self._made(
+        vectors = self._make(
             "embed",
             self.config.embed,
             retriever=model,
             corpus=corpus.uri,
-            encoding=encoding,
+            encoding=_with_task(self.encoding, own.task),
             output=f"{self._folder(own)}/vectors/{_label(arm, seed)}",
         )
-        return self._made(
+        return self._make(
             "search",
             {"top_k": depth_of(self.config.measure), **self.config.search},
             retriever=model,
@@ -210,7 +247,6 @@ class Study:
             queries=f"{corpus.uri}/queries",
             qrels=f"{corpus.uri}/qrels/{own.split}.parquet",
             drop_self_hits=own.drops_self_hits,
-            encoding=encoding,
             output=self.run_file(own, arm, seed),
         )
 
@@ -229,7 +265,7 @@ class Study:
         return self._merged(adapter, scales, f"{self._folder(own)}/models/{_label(arm, seed)}")
 
     def _merged(self, adapter: str, scales: dict[str, float], output: str) -> str:
-        return self._made(
+        return self._make(
             "merge",
             {},
             pretrained=self.pretrained,
@@ -265,15 +301,16 @@ class Study:
     def _trained(self, source: Collection, passages: str, pretrained: str, *, method: str, seed: int, name: str) -> str:
         from readapt_ray.stages.train import objective_of
 
-        packing: Section = {
-            each: self.config.train[each] for each in ("mode", "block_tokens") if each in self.config.train
-        }
-        blocks = self._made(
-            "pack", packing, pretrained=pretrained, corpus=passages, output=f"{self._folder(source)}/blocks/{name}"
+        blocks = self._make(
+            "pack",
+            pack_options(self.config.train),
+            pretrained=pretrained,
+            corpus=passages,
+            output=f"{self._folder(source)}/blocks/{name}",
         )
         # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
         objective = self.config.train.get("objective") or objective_of(models.find_model(self.pretrained))
-        return self._made(
+        return self._make(
             "train",
             {**self._targets(), **self.config.train, "objective": objective},
             pretrained=pretrained,
@@ -301,17 +338,13 @@ class Study:
                 for row in _rows(corpus):
                     if row["doc_id"] in wanted:
                         stream.write(json.dumps({"_id": row["doc_id"], **row}, ensure_ascii=False).encode() + b"\n")
-        return self._made("ingest", {"deduplicate": "none"}, source=file.uri, output=(folder / name).uri).uri
+        return self._make("ingest", {"deduplicate": "none"}, source=file.uri, output=(folder / name).uri).uri
+
+    def _make(self, stage: str, options: Section, **wired: Any) -> Artifact:
+        return make(stage, options, RULES, **wired)
 
     def _folder(self, own: Collection) -> str:
         return f"{self.config.root.rstrip('/')}/{own.name}"
-
-    def _made(self, stage: str, options: Section, **wired: Any) -> Artifact:
-        """The artifact of a stage, made unless it is there."""
-        config_class, function = recipes.stage_parts(stage)
-        config = config_class.parse({**options, **wired}, where=f"section {stage!r}")
-        artifact: Artifact = function(config)
-        return artifact
 
 
 def run(config: PaperConfig) -> dict[str, str]:

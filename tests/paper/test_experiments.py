@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -30,6 +31,7 @@ def config(tiny: Path, **changes: Any) -> PaperConfig:
         "data": str(tiny / "data"),
         "sizes": [20, 500],
         "train": TRAIN,
+        "embed": {"dimensions": 16},
     }
     return PaperConfig.parse(values | changes)
 
@@ -129,6 +131,15 @@ def test_a_corpus_is_a_name_of_the_catalog_or_a_name_and_a_source(tiny: Path) ->
         ({"corpora": ["nosuch"]}, CorpusError, "no corpus 'nosuch'"),
         ({"retriever": "absent-model"}, InputError, "absent-model"),
         ({"pretrained": "absent-model"}, ModelError, "absent-model"),
+        ({"train": {"lora_rnak": 3}}, InputError, "section 'train': unknown option 'lora_rnak'"),
+        ({"train": {"seed": 3}}, InputError, "section 'train' sets seed, which the study itself sets"),
+        ({"train": {"exclude": "x"}}, InputError, "section 'train': exclude = 'x' is refused: .*; give one corpus"),
+        ({"train": {"only": "x"}, "corpora": ["nfcorpus"]}, InputError, "section 'train': only = 'x' is not there"),
+        ({"embed": {"sample": "1%"}}, InputError, "section 'embed': sample = '1%' is refused: .*;"),
+        ({"embed": {"previous": "x"}}, InputError, "section 'embed': previous = 'x' is refused: .*;"),
+        ({"search": {"index": "x"}}, InputError, "section 'search': index = 'x' is refused: .*;"),
+        ({"search": {"encoding": "x.json"}}, InputError, "section 'search': encoding = 'x.json' is refused: .*;"),
+        ({"search": {"qrels": "x"}}, InputError, "section 'search' sets qrels, which the study itself sets"),
     ],
 )
 def test_bad_input_is_named_before_any_stage_starts(
@@ -137,6 +148,22 @@ def test_bad_input_is_named_before_any_stage_starts(
     with pytest.raises(error, match=message):
         run(config(tiny, root=str(tmp_path / "root"), **changes))
     assert not (tmp_path / "root").exists()
+
+
+def test_every_option_of_pack_reaches_pack_and_train(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, dict[str, Any]] = {}
+
+    def stage(name: str, options: dict[str, Any], **wired: Any) -> SimpleNamespace:
+        made[name] = options | wired
+        return SimpleNamespace(uri=wired["output"])
+
+    listed = str(tiny / "data/nfcorpus/qrels/test.tsv")
+    options = {"mode": "packed", "block_tokens": 64, "exclude": listed, "only": listed, "overwrite": True}
+    study = Study(config(tiny, train=options, corpora=["nfcorpus"]))
+    monkeypatch.setattr(study, "_make", stage)
+    study._adapter(study.collections["nfcorpus"], arms_of("table1")[1], 0)
+    assert options.items() <= made["pack"].items()
+    assert options.items() <= made["train"].items()
 
 
 def test_the_papers_gains_agree_with_its_scores() -> None:
