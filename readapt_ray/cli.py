@@ -301,7 +301,12 @@ def _set_option(values: dict[str, Any], change: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise InputError(f"--set {change!r}: {section!r} is not a section")
-    values[option] = yaml.safe_load(text)
+    try:
+        values[option] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        if text.lstrip().startswith(("[", "{")):
+            raise InputError(f"--set {change!r}: {text!r} is not a whole YAML list or section") from None
+        values[option] = text  # such as "a,b",c, which is a list of two
 
 
 if __name__ == "__main__":

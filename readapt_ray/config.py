@@ -7,6 +7,8 @@ field; the command line, the YAML file and a notebook all make the same object.
 import difflib
 import json
 import re
+import types
+import typing
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
@@ -40,6 +42,24 @@ class Config(BaseModel):
     """A frozen set of options. Unknown options and wrong values are refused by name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _split_lists(cls, values: Any) -> Any:
+        """Split the text of each list option, whether it comes from a flag, a file or Python."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: cls._split_text(name, value) if isinstance(value, str) else value for name, value in values.items()
+        }
+
+    @classmethod
+    def _split_text(cls, name: str, text: str) -> str | list[str]:
+        field = cls.model_fields.get(name)
+        if field is None or not is_list(field.annotation):
+            return text
+        parts = split_list(text)
+        return parts[0] if len(parts) == 1 and not is_only_list(field.annotation) else parts
 
     @classmethod
     def parse(cls, values: dict[str, Any], *, where: str = "", flags: bool = False) -> Self:
@@ -81,6 +101,62 @@ class StageConfig(Config):
         """The options that decide what comes out."""
         left_out = {"output", "overwrite"} | self.inputs | self.operational
         return {name: value for name, value in self.settings().items() if name not in left_out}
+
+
+_CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def split_list(text: str) -> list[str]:
+    """Split a text at its commas, except those in brackets or in double quotes.
+
+    `nDCG(gains={0:0,1:1})@10,R@100` has two items, and so has `"my,run.trec",other.trec`. Quotes count at the beginning of
+    an item or behind its `=`, and are removed; a bracket or a quote that is not closed is an ordinary character.
+    """
+    items, item, at = [], "", 0
+    while at < len(text):
+        character = text[at]
+        end = text.find('"', at + 1) if character == '"' and (not item.strip() or item.endswith("=")) else -1
+        if end > 0:
+            item += text[at + 1 : end]
+            at = end + 1
+        elif character == ",":
+            items.append(item)
+            item, at = "", at + 1
+        else:
+            end = _closing(text, at)
+            item += text[at:end]
+            at = end
+    return [each.strip() for each in (*items, item) if each.strip()]
+
+
+def _closing(text: str, at: int) -> int:
+    """Where to go on after the character at `at`: behind its closing bracket, if it is a bracket that is closed."""
+    expected = []
+    for place in range(at, len(text)):
+        if text[place] in _CLOSING:
+            expected.append(_CLOSING[text[place]])
+        elif expected and text[place] == expected[-1]:
+            expected.pop()
+        if not expected:
+            return place + 1
+    return at + 1
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether an option takes several values."""
+    return any(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
+
+
+def is_only_list(annotation: Any) -> bool:
+    """Whether an option takes several values, and never one that is not in a list."""
+    return all(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """The types of an option; `None` is left out."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return [annotation]
+    return [each for each in typing.get_args(annotation) if each is not type(None)]
 
 
 def flag(option: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import yaml
 from pydantic.fields import FieldInfo
 
-from readapt_ray.config import Config, flag, meant
+from readapt_ray.config import Config, flag, is_list, meant
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 
@@ -61,13 +61,9 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
 
 
 def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, Any]:
-    """The options of a config that were set, lists split at their commas."""
-    found = {}
-    for name, field in config_class.model_fields.items():
-        value = getattr(options, name, None)
-        if value is not None:
-            found[name] = [part for part in value.split(",") if part] if _is_list(field.annotation) else value
-    return found
+    """The options of a config that were set."""
+    found = {name: getattr(options, name, None) for name in config_class.model_fields}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def add_flags(parser: Parser, config_class: type[Config]) -> None:
@@ -97,17 +93,11 @@ def _metavar(annotation: Any) -> str:
     arguments = [each for each in typing.get_args(annotation) if each is not type(None)]
     if typing.get_origin(annotation) is typing.Literal:
         return "{" + ",".join(map(str, arguments)) + "}"
-    if _is_list(annotation):
+    if is_list(annotation):
         return "A,B,..."
     if typing.get_origin(annotation) in (typing.Union, types.UnionType) and arguments:
         return _metavar(arguments[0])
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "FILE")
-
-
-def _is_list(annotation: Any) -> bool:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return any(_is_list(each) for each in typing.get_args(annotation))
-    return typing.get_origin(annotation) in (tuple, list)
 
 
 def read_yaml(uri: str) -> dict[str, Any]:

@@ -99,6 +99,19 @@ class PaperConfig(Config):
             raise ValueError(f"give some of {', '.join(EXPERIMENTS)}, or all")
         return wanted
 
+    @field_validator("corpora", mode="after")
+    @classmethod
+    def _joined(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Put the packages of `NAME=python-docs:A,B` together again."""
+        joined: list[str] = []
+        for each in value:
+            is_package = joined and "=python-docs:" in joined[-1] and "=" not in each
+            if is_package and corpora.find_corpus(each) is None:
+                joined[-1] += f",{each}"
+            else:
+                joined.append(each)
+        return tuple(joined)
+
     @field_validator("corpora", "seeds", mode="after")
     @classmethod
     def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:

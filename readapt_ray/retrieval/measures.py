@@ -15,6 +15,7 @@ import numpy as np
 from ir_measures import parse_measure, providers
 from numpy.typing import NDArray
 
+from readapt_ray.config import split_list
 from readapt_ray.errors import InputError
 from readapt_ray.records import Qrel
 from readapt_ray.retrieval.runs import Run
@@ -60,23 +61,11 @@ def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: a name is not known, or its cutoff makes no sense; the message lists what is known.
     """
-    texts = split_names(names) if isinstance(names, str) else [part for name in names for part in split_names(name)]
+    texts = split_list(names) if isinstance(names, str) else [part for name in names for part in split_list(name)]
     if not texts:
         raise InputError(f"no measure given; for example {','.join(_EXAMPLES[:3])}")
     found = [_parse(text) for text in texts]
     return {str(measure): measure for measure in found}
-
-
-def split_names(text: str) -> list[str]:
-    """Split at the commas that stand outside brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        if character == "," and depth <= 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return [part.strip() for part in parts if part.strip()]
 
 
 @functools.cache

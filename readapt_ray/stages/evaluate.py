@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.config import StageConfig
@@ -53,11 +53,6 @@ class EvaluateConfig(StageConfig):
     """Seed of the test and of the intervals."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"runs", "qrels", "queries", "corpus"})
-
-    @field_validator("runs", "names", "measures", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return tuple(measuring.split_names(value)) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

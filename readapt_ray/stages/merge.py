@@ -78,11 +78,6 @@ class MergeConfig(StageConfig):
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
 
-    @pydantic.field_validator("accept", mode="before")
-    @classmethod
-    def _split_accept(cls, value: Any) -> Any:
-        return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
-
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> "MergeConfig":
         given = {name for name in ("pretrained", "retriever", "adapter") if getattr(self, name) is not None}
@@ -103,19 +98,17 @@ class MergeConfig(StageConfig):
 
     @pydantic.field_validator("adapter", mode="before")
     @classmethod
-    def _split_adapters(cls, value: Any) -> Any:
-        names = value.split(",") if isinstance(value, str) else value
-        if isinstance(names, list | tuple):
-            if not names or not all(isinstance(each, str) and each.strip() for each in names):
+    def _adapters_or_one(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            if not value or not all(isinstance(each, str) and each.strip() for each in value):
                 raise ValueError("give the folder or URI of one adapter, or several with commas between them")
-            return names[0].strip() if len(names) == 1 else tuple(each.strip() for each in names)
+            return value[0].strip() if len(value) == 1 else tuple(each.strip() for each in value)
         return value
 
     @pydantic.field_validator("knowledge_scale", mode="before")
     @classmethod
-    def _split_scales(cls, value: Any) -> Any:
-        given = value.split(",") if isinstance(value, str) else value
-        given = list(given) if isinstance(given, list | tuple) else [given]
+    def _scales_or_one(cls, value: Any) -> Any:
+        given = list(value) if isinstance(value, list | tuple) else [value]
         try:
             scales = [float(each) for each in given]
         except (TypeError, ValueError):

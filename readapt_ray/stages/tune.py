@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
@@ -81,11 +81,6 @@ class TuneConfig(StageConfig):
         {"pretrained", "retriever", "adapter", "corpus", "queries", "qrels", "encoding"}
     )
     operational: ClassVar[frozenset[str]] = frozenset({"num_workers", "accept"})
-
-    @field_validator("accept", mode="before")
-    @classmethod
-    def _split_accept(cls, value: Any) -> Any:
-        return tuple(each for each in value.split(",") if each) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:

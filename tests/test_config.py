@@ -1,0 +1,104 @@
+"""What configs take: lists in one text, whichever way they come in."""
+
+import pytest
+import yaml
+
+from readapt_ray import cli, flags, recipes
+from readapt_ray.compare import CompareConfig
+from readapt_ray.config import Config, split_list
+from readapt_ray.errors import InputError
+from readapt_ray.paper.experiments import PaperConfig
+from readapt_ray.stages.evaluate import EvaluateConfig
+from readapt_ray.stages.merge import MergeConfig
+from readapt_ray.stages.tune import TuneConfig
+
+GAINS = "nDCG(gains={0:0,1:1,2:5})@10"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", []),
+        (" , ,", []),
+        ("a", ["a"]),
+        (" a , b,", ["a", "b"]),
+        (f"{GAINS},R@5", [GAINS, "R@5"]),
+        ("a(b=[1,{2,3}],c=2)@3,d", ["a(b=[1,{2,3}],c=2)@3", "d"]),
+        ('"my,run.trec",other.trec', ["my,run.trec", "other.trec"]),
+        ('docs="python-docs:a,b",c', ["docs=python-docs:a,b", "c"]),
+        ("it's/a.trec,b's.trec", ["it's/a.trec", "b's.trec"]),
+        ('5" disk,b', ['5" disk', "b"]),
+        ('"a,b', ['"a', "b"]),
+        ("run(1.trec,b).trec", ["run(1.trec,b).trec"]),
+        ("run(1.trec,b.trec", ["run(1.trec", "b.trec"]),
+        ("a],b", ["a]", "b"]),
+        ("a),(b,c),d", ["a)", "(b,c)", "d"]),
+    ],
+)
+def test_a_list_is_split_outside_brackets_and_quotes(text: str, parts: list[str]) -> None:
+    assert split_list(text) == parts
+
+
+def test_a_list_is_split_alike_on_the_command_line_in_a_file_and_in_python() -> None:
+    wanted = (GAINS, "R@5")
+    text = ",".join(wanted)
+    shared = {"runs": '"a,b.trec",c.trec', "qrels": "q", "output": "o"}
+    given = [part for name, value in {**shared, "measures": text}.items() for part in (f"--{name}", value)]
+    from_flags = flags.parse("evaluate", "", EvaluateConfig, given)
+    from_file = EvaluateConfig.parse(yaml.safe_load(yaml.safe_dump({**shared, "measures": text})))
+    in_python = EvaluateConfig(**shared, measures=text)
+    assert from_flags == from_file == in_python
+    assert (in_python.measures, in_python.runs) == (wanted, ("a,b.trec", "c.trec"))
+
+
+def test_items_of_a_list_are_taken_as_they_are() -> None:
+    assert EvaluateConfig(runs=["a,b.trec"], qrels="q", output="o").runs == ("a,b.trec",)
+    assert CompareConfig(retrievers=["x/a,b"], corpus="c", output="o").retrievers == ("x/a,b",)
+
+
+def test_set_takes_lists_as_flags_do(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("source: a\npretrained: b\nretriever: c\n")
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--set", f"evaluate.measures={GAINS},R@500"]
+    arguments += ["--set", 'evaluate.names="a,b",c', "--set", "train.target_modules=[q_proj, k_proj]"]
+    steps = {step.name: step.config for step in recipes.plan_run(_run_config(arguments))}
+    assert steps["report"].measures == (GAINS, "R@500")
+    assert steps["report"].names == ("a,b", "c")
+    assert steps["runs/adapted.trec"].top_k == 500
+    assert steps["adapter"].target_modules == ("q_proj", "k_proj")
+
+
+def _run_config(arguments: list[str]) -> recipes.RunConfig:
+    return cli._run_config(cli._run_parser("run").parsed(arguments))
+
+
+def test_several_adapters_and_scales_are_lists_too() -> None:
+    shared = {"pretrained": "p", "retriever": "r", "output": "o"}
+    one = MergeConfig(**shared, adapter="a", knowledge_scale="0.25")
+    assert (one.adapters, one.knowledge_scale) == (("a",), 0.25)
+    quoted = MergeConfig(**shared, adapter='"a,b",c', knowledge_scale="0.25,1", accept="config,base")
+    assert (quoted.adapters, quoted.knowledge_scale, quoted.accept) == (("a,b", "c"), (0.25, 1.0), ("config", "base"))
+    with pytest.raises(InputError, match="one adapter"):
+        MergeConfig.parse({**shared, "adapter": ","})
+    tune = TuneConfig(**shared, adapter="a", corpus="c", accept="vocabulary", knowledge_scales="0,0.5")
+    assert (tune.accept, tune.knowledge_scales) == (("vocabulary",), (0.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "corpora"),
+    [
+        ("docs=python-docs:deepspeed,huggingface_hub", ("docs=python-docs:deepspeed,huggingface_hub",)),
+        ("docs=python-docs:a,b,nfcorpus,own=/x", ("docs=python-docs:a,b", "nfcorpus", "own=/x")),
+        ('docs="python-docs:a,nfcorpus",scifact', ("docs=python-docs:a,nfcorpus", "scifact")),
+        ("own=/x,nosuch", ("own=/x", "nosuch")),
+    ],
+)
+def test_the_packages_of_a_corpus_stay_together(text: str, corpora: tuple[str, ...]) -> None:
+    assert PaperConfig.parse({"corpora": text}).corpora == corpora
+
+
+def test_text_options_are_not_split() -> None:
+    class Plain(Config):
+        text: str = ""
+        words: tuple[str, ...] | None = None
+
+    assert Plain(text="a,b", words="a,b") == Plain(text="a,b", words=("a", "b"))
