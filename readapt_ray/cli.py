@@ -7,7 +7,6 @@ Flags, types, defaults and help come from the stages' configs. Exit code 0 on su
 import argparse
 import itertools
 import logging
-import os
 import sys
 import textwrap
 import warnings
@@ -16,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from readapt_ray import flags, recipes
+from readapt_ray import environment, flags, recipes
 from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
 from readapt_ray.errors import ArtifactConflictError, InputError, PlacementError, ReadaptError
@@ -42,25 +41,10 @@ _COMMANDS: dict[str, str] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `readapt` with these arguments; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    _set_up_output()
     command = given[0] if given else "--help"
     try:
-        if command in ("-h", "--help"):
-            print(_overview())
-            return 0
-        if command == "--version":
-            from importlib.metadata import version
-
-            print(version("readapt-ray"))
-            return 0
-        if command not in _COMMANDS:
-            raise InputError(
-                f"no command {command!r}; {meant(command, _COMMANDS) or 'the commands are ' + ', '.join(_COMMANDS)}"
-            )
-        if command in _RUNNERS:
-            _RUNNERS[command](given[1:])
-        else:
-            _run_stage(command, given[1:])
+        _set_up_output()
+        _run_command(command, given[1:])
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -68,12 +52,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
         print(f"\nreadapt: interrupted{goes_on}", file=sys.stderr)
         return 130
+    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"readapt: error: {' '.join(str(error).split())}; give a path that may be read", file=sys.stderr)
+        return InputError.exit_code
     except Exception as error:
-        if os.environ.get("READAPT_DEBUG"):
+        if environment.shows_tracebacks():
             raise
         print(f"readapt: failed: {type(error).__name__}: {error} (READAPT_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _run_command(command: str, arguments: Sequence[str]) -> None:
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command == "--version":
+        from importlib.metadata import version
+
+        print(version("readapt-ray"))
+    elif command not in _COMMANDS:
+        raise InputError(
+            f"no command {command!r}; {meant(command, _COMMANDS) or 'the commands are ' + ', '.join(_COMMANDS)}"
+        )
+    elif command in _RUNNERS:
+        _RUNNERS[command](arguments)
+    else:
+        _run_stage(command, arguments)
 
 
 def _set_up_output() -> None:
@@ -82,7 +86,7 @@ def _set_up_output() -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logger = logging.getLogger("readapt_ray")
     logger.handlers = [handler]
-    logger.setLevel(os.environ.get("READAPT_LOG_LEVEL", "INFO").upper())
+    logger.setLevel(environment.log_level())
     logger.propagate = False
 
 
@@ -154,7 +158,7 @@ def _run_parser(command: str) -> flags.Parser:
 
 
 def _run_config(options: argparse.Namespace) -> recipes.RunConfig:
-    values = flags.read_yaml(options.config)
+    values = flags.read_options(options.config)
     for change in options.set:
         _set_option(values, change)
     if options.root:

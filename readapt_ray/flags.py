@@ -6,12 +6,12 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-import yaml
 from pydantic.fields import FieldInfo
 
 from readapt_ray.config import Config, flag, is_list, meant
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
+from readapt_ray.yaml_files import options_of, read_yaml
 
 C = typing.TypeVar("C", bound=Config)
 
@@ -56,7 +56,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
     )
     add_flags(parser, config_class)
     options = parser.parsed(arguments)
-    values = read_yaml(options.config) if options.config else {}
+    values = read_options(options.config) if options.config else {}
     return config_class.parse(values | given(config_class, options), where=f"readapt {command}", flags=True)
 
 
@@ -100,19 +100,11 @@ def _metavar(annotation: Any) -> str:
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "FILE")
 
 
-def read_yaml(uri: str) -> dict[str, Any]:
-    """The options of a YAML file.
+def read_options(uri: str) -> dict[str, Any]:
+    """Return the options of a YAML file.
 
     Raises:
         InputError: there is none, or it holds something else.
     """
-    location = Location(uri)
-    if not location.is_file():
-        raise InputError(f"no file {uri!r}; give a YAML file")
-    try:
-        values = yaml.safe_load(location.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{uri!r} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{uri!r} holds {type(values).__name__}; it must hold options by name")
-    return values
+    what = "options by name"
+    return options_of(read_yaml(Location(uri), what), repr(uri), what)

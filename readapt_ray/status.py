@@ -27,7 +27,7 @@ def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, An
         location = root if name == "." else root / name
         found[name] = {"artifact": name, **(_done(location) or _unfinished(location))}
     plan = root / RUN_NAME
-    planned = json.loads(plan.read_text())["steps"] if plan.is_file() else []
+    planned = _planned(plan) if plan.is_file() else []
     order = [step["output"] for step in planned]
     for step in planned:
         missing = {"artifact": step["output"], "stage": step["stage"], "state": "missing", "seconds": 0.0, "what": ""}
@@ -39,6 +39,15 @@ def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, An
         found.values(),
         key=lambda row: (order.index(row["artifact"]) if row["artifact"] in order else len(order), row["artifact"]),
     )
+
+
+def _planned(file: Location) -> list[dict[str, str]]:
+    """Return stage and output of each step of the run that wrote this file."""
+    try:
+        steps = json.loads(file.read_text())["steps"]
+        return [{"stage": step["stage"], "output": step["output"]} for step in steps]
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{file.uri!r} is damaged; start the run again, which writes it, or remove it") from None
 
 
 def table(root: Location, usd_per_hour: float | None = None) -> str:

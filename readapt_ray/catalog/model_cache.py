@@ -12,12 +12,12 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from readapt_ray import environment
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
@@ -29,7 +29,7 @@ _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 
 def cache_folder() -> Path:
     """Where this machine keeps models: READAPT_CACHE, or ~/.cache/readapt."""
-    return Path(os.environ.get("READAPT_CACHE", "~/.cache/readapt")).expanduser() / "models"
+    return environment.cache_folder() / "models"
 
 
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:

@@ -56,8 +56,8 @@ class Model:
             return {}
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ModelError(f"{path} is not JSON: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{path} is not a JSON object: {error}") from error
 
     @property
     def adapter_config(self) -> dict[str, Any]:

@@ -9,7 +9,6 @@ tensors and nothing else; it maps the file, so memory is that of the page cache.
 import collections
 import json
 import logging
-import os
 import pickle
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
@@ -60,7 +60,7 @@ def safe_folder(folder: Path, name: str) -> Path:
         )
     digests = {file: Location(str(folder / file)).sha256() for file in files}
     small = Location(str(folder)).content_fingerprint(_SMALL)
-    cache = Path(os.environ.get("READAPT_CACHE", "~/.cache/readapt")).expanduser() / "converted"
+    cache = environment.cache_folder() / "converted"
     revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
     target = cache / fingerprint([digests, small, revision])
     if target.is_dir():

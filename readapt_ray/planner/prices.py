@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
+from readapt_ray.yaml_files import read_yaml
 
 PRICES_FILE: Final = Path(__file__).parent.parent / "data" / "prices.yaml"
 
@@ -78,12 +77,7 @@ def read_mapping(location: Location, what: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such file, or it holds no options; `what` says what it should be.
     """
-    if not location.is_file():
-        raise InputError(f"no file {location.uri!r}; give {what} as a YAML file")
-    try:
-        documents = [each for each in yaml.safe_load_all(location.read_text()) if isinstance(each, dict)]
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{location.uri!r} is not YAML: {error}") from error
+    documents = [each for each in read_yaml(location, what) if isinstance(each, dict)]
     ray = [each for each in documents if str(each.get("kind", "")).startswith("Ray")]
     if not documents:
         raise InputError(f"{location.uri!r} holds no options by name; it must be {what}")

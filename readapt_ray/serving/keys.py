@@ -52,11 +52,10 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
         location, where = Location(uri), repr(uri)
         if not location.is_file():
             raise InputError(f"api_keys = {uri!r}: no such file; give a YAML file of `name: key`")
-        text = location.read_text()
-    try:
-        entries = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"{where} is not YAML; it must hold one `name: key` a line") from None
+    try:  # no message of a parser, since it may show a key
+        entries = yaml.safe_load(text if uri is None else location.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(f"{where} is not YAML in UTF-8; it must hold one `name: key` a line") from None
     if not isinstance(entries, dict) or not entries:
         raise InputError(f"{where} holds no keys; it must hold one `name: key` a line")
     return tuple(_parse(str(name), entry, where) for name, entry in entries.items())

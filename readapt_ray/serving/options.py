@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from readapt_ray.config import Config
-from readapt_ray.errors import InputError
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.serving.routing import Routing, parse_split
 from readapt_ray.storage import Location
+from readapt_ray.yaml_files import options_of, read_yaml
 
 
 class VersionConfig(Config):
@@ -53,12 +53,7 @@ class VersionConfig(Config):
 def _from_file(value: object) -> object:
     if not isinstance(value, str):
         return value
-    import yaml
-
-    location = Location(value)
-    if not location.is_file():
-        raise InputError(f"versions = {value!r}: no such file; give a YAML file of versions by name")
-    return yaml.safe_load(location.read_text())
+    return options_of(read_yaml(Location(value), "versions by name"), repr(value), "versions by name")
 
 
 class ServeConfig(VersionConfig):

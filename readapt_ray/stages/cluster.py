@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from readapt_ray import hardware
+from readapt_ray import environment, hardware
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError
 from readapt_ray.storage import Location
 
@@ -70,6 +70,7 @@ def connect() -> Resources:
     import ray
 
     joins = not ray.is_initialized()
+    num_nodes, _ = environment.num_nodes(), environment.wait_s()  # wrong ones are refused before Ray starts
     if joins:
         address = os.environ.get("RAY_ADDRESS")
         if address and address.startswith(("http://", "https://")):
@@ -78,7 +79,7 @@ def connect() -> Resources:
                 f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
             )
         logger.info("joining Ray at %s" if address else "starting Ray on this machine", *filter(None, [address]))
-        here = {"num_cpus": int(os.environ["READAPT_NUM_CPUS"])} if "READAPT_NUM_CPUS" in os.environ else {}
+        here = {} if (num_cpus := environment.num_cpus()) is None else {"num_cpus": num_cpus}
         ray.init(
             address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not
             include_dashboard=None if address else False,
@@ -88,7 +89,7 @@ def connect() -> Resources:
             runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}},
         )
     _hush_ray_data()
-    nodes = _nodes_that_came(int(os.environ.get("READAPT_NUM_NODES", "1")) if joins else 1)
+    nodes = _nodes_that_came(num_nodes if joins else 1)
     if joins and len(nodes) > 1:
         _check_alike(nodes)
     totals = ray.cluster_resources()
@@ -99,8 +100,8 @@ def connect() -> Resources:
 
 def _of_the_job() -> dict[str, str]:
     """The variables that the runtime environment of a submitted job sets for all workers; Ray lets none be set twice."""
-    environment = json.loads(os.environ.get(_JOB_VARIABLE, "{}")).get("runtime_env") or {}
-    return dict(environment.get("env_vars") or {})
+    of_job = json.loads(os.environ.get(_JOB_VARIABLE, "{}")).get("runtime_env") or {}
+    return dict(of_job.get("env_vars") or {})
 
 
 def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
@@ -111,7 +112,7 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
     """
     import ray
 
-    limit_s = float(os.environ.get("READAPT_WAIT_S", "900")) if wanted > 1 else _FIRST_NODE_S
+    limit_s = environment.wait_s() if wanted > 1 else _FIRST_NODE_S
     deadline_s = time.monotonic() + limit_s
     said_s = 0.0
     while True:

@@ -1,0 +1,91 @@
+"""The environment variables of readapt_ray: where each is read, and what it may hold.
+
+READAPT_API_KEYS, which is a small file in itself, is read in `serving/keys.py`.
+"""
+
+import math
+import os
+from pathlib import Path
+
+from readapt_ray.errors import InputError
+
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+_WAIT_S = 900.0
+
+
+def log_level() -> str:
+    """Return READAPT_LOG_LEVEL: how much is logged; INFO unless it is set.
+
+    Raises:
+        InputError: it is not a level.
+    """
+    level = os.environ.get("READAPT_LOG_LEVEL", "").upper() or "INFO"
+    if level not in _LOG_LEVELS:
+        raise _wrong("READAPT_LOG_LEVEL", f"one of {', '.join(_LOG_LEVELS)}")
+    return level
+
+
+def shows_tracebacks() -> bool:
+    """Return whether READAPT_DEBUG is set: an unexpected error then shows where it was raised."""
+    return bool(os.environ.get("READAPT_DEBUG"))
+
+
+def cache_folder() -> Path:
+    """Return READAPT_CACHE: the folder for models that are fetched; ~/.cache/readapt unless it is set.
+
+    Raises:
+        InputError: it is not a folder.
+    """
+    folder = Path(os.environ.get("READAPT_CACHE") or "~/.cache/readapt").expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise _wrong("READAPT_CACHE", "a folder, or a path where one can be made")
+    return folder
+
+
+def num_cpus() -> int | None:
+    """Return READAPT_NUM_CPUS: the CPUs of a Ray that is started here; all of them unless it is set.
+
+    Raises:
+        InputError: it is not a whole number from 1.
+    """
+    return _whole_number("READAPT_NUM_CPUS")
+
+
+def num_nodes() -> int:
+    """Return READAPT_NUM_NODES: how many nodes a cluster must have before work starts; 1 unless it is set.
+
+    Raises:
+        InputError: it is not a whole number from 1.
+    """
+    return _whole_number("READAPT_NUM_NODES") or 1
+
+
+def wait_s() -> float:
+    """Return READAPT_WAIT_S: the seconds to wait for the nodes of a cluster; 900 unless it is set.
+
+    Raises:
+        InputError: it is not a number of 0 or more.
+    """
+    text = os.environ.get("READAPT_WAIT_S")
+    if not text:
+        return _WAIT_S
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0 or math.isinf(seconds):
+        raise _wrong("READAPT_WAIT_S", "a number of 0 or more, in seconds")
+    return seconds
+
+
+def _whole_number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if not text:
+        return None
+    if not text.strip().isascii() or not text.strip().isdecimal() or int(text) < 1:
+        raise _wrong(name, "a whole number from 1 on")
+    return int(text)
+
+
+def _wrong(name: str, allowed: str) -> InputError:
+    return InputError(f"{name} = {os.environ[name]!r}: must be {allowed}; set it so, or unset it")

@@ -1,0 +1,58 @@
+"""YAML that users wrote: every mistake in it is one line that names the file and the place."""
+
+from typing import Any
+
+import yaml
+
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+
+def read_yaml(location: Location, what: str) -> list[Any]:
+    """Return the documents of a YAML file.
+
+    Args:
+        location: the file.
+        what: what it should be, for the error: "a price table".
+
+    Raises:
+        InputError: there is no such file, or it is not YAML in UTF-8.
+    """
+    if not location.is_file():
+        problem = f"{location.uri!r} is a folder" if location.is_folder() else f"no file {location.uri!r}"
+        raise InputError(f"{problem}; give {what} as a YAML file")
+    try:
+        text = location.read_text()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{location.uri!r} is not YAML: byte {error.start:,} is not UTF-8; save it as UTF-8") from None
+    return parse_yaml(text, repr(location.uri))
+
+
+def parse_yaml(text: str, where: str) -> list[Any]:
+    """Return the documents of a YAML text; `where` is what the error calls it.
+
+    Raises:
+        InputError: it is not YAML.
+    """
+    try:
+        return list(yaml.safe_load_all(text))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise InputError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
+
+
+def options_of(documents: list[Any], where: str, what: str) -> dict[str, Any]:
+    """Return the one document that holds options by name.
+
+    Raises:
+        InputError: there are several, or none that holds options by name.
+    """
+    found = documents[0] if documents else None
+    if len(documents) > 1:
+        raise InputError(f"{where} holds {len(documents)} YAML documents; it must be {what}, in one")
+    if not isinstance(found, dict):
+        raise InputError(f"{where} holds {'nothing' if found is None else type(found).__name__}; it must be {what}")
+    return found
