@@ -30,6 +30,7 @@ _MEANING = {
     "tuple_type": "must be a list",
     "list_type": "must be a list",
     "dict_type": "must be a section of options by name",
+    "model_type": "must be a file, or a section of options by name",
     "greater_than": "must be more than {gt}",
     "greater_than_equal": "must be {ge} or more",
     "less_than": "must be less than {lt}",
@@ -76,8 +77,10 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
-            lines = [_describe(problem, sorted(cls.model_fields), flags) for problem in error.errors(include_url=False)]
-            raise InputError(f"{where or cls.__name__}: {'; '.join(lines)}") from None
+            problems = [
+                _describe(problem, sorted(cls.model_fields), flags) for problem in error.errors(include_url=False)
+            ]
+            raise InputError(f"{where or cls.__name__}: {'; '.join(_join(problems))}") from None
 
 
 class StageConfig(Config):
@@ -171,16 +174,32 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
-def _describe(problem: Any, known: list[str], flags: bool) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+def _join(problems: list[tuple[str, str]]) -> list[str]:
+    """One line for each value: an option that may be text or a list has a problem for each."""
+    lines: dict[str, str] = {}
+    for option, message in problems:
+        if option in lines:
+            lines[option] += f" or {message.removeprefix('must be ')}"
+        else:
+            lines[option or message] = f"{option}{message}"
+    return list(lines.values())
+
+
+def _describe(problem: Any, known: list[str], flags: bool) -> tuple[str, str]:
+    """The option with its value, where one is to blame, and what is wrong."""
+    # pydantic puts the type that it tried last into the place of a value that may have several
+    path = ".".join(str(part) for part in problem["loc"] if part in known or not _TYPE_NAME.fullmatch(str(part)))
     if problem["type"] == "extra_forbidden":
-        return f"unknown option {path!r}; {meant(path, known) or 'the options are ' + ', '.join(known)}"
+        return "", f"unknown option {path!r}; {meant(path, known) or 'the options are ' + ', '.join(known)}"
     if problem["type"] == "missing":
-        return f"option {flag(path) if flags else repr(path)} is required and was not given"
+        return "", f"option {flag(path) if flags else repr(path)} is required and was not given"
     message = _meaning(problem)
     if path:
-        return f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: {message}"
-    return re.sub(rf"\b({'|'.join(known)})\b", lambda name: flag(name[0]), message) if flags else message
+        return f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: ", message
+    return "", re.sub(rf"\b({'|'.join(known)})\b", lambda name: flag(name[0]), message) if flags else message
+
+
+_TYPE_NAME = re.compile(r"str|int|float|bool|(tuple|list|dict|function-\w+)\[.*\]")
 
 
 def _meaning(problem: Any) -> str:

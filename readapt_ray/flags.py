@@ -83,7 +83,7 @@ def default(field: FieldInfo) -> str:
     """The default of an option in brackets, or that it is required."""
     if field.is_required():
         return "(required)"
-    if field.default is None or field.default == "":
+    if field.default is None or field.default in ("", ()):
         return ""
     value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
     return f"(default: {value})"

@@ -1,5 +1,7 @@
 """What configs take: lists in one text, whichever way they come in."""
 
+import re
+
 import pytest
 import yaml
 
@@ -8,8 +10,11 @@ from readapt_ray.compare import CompareConfig
 from readapt_ray.config import Config, split_list
 from readapt_ray.errors import InputError
 from readapt_ray.paper.experiments import PaperConfig
+from readapt_ray.planner import PlanConfig
+from readapt_ray.serving.options import ServeConfig
 from readapt_ray.stages.evaluate import EvaluateConfig
 from readapt_ray.stages.merge import MergeConfig
+from readapt_ray.stages.pack import PackConfig
 from readapt_ray.stages.tune import TuneConfig
 
 GAINS = "nDCG(gains={0:0,1:1,2:5})@10"
@@ -102,3 +107,60 @@ def test_text_options_are_not_split() -> None:
         words: tuple[str, ...] | None = None
 
     assert Plain(text="a,b", words="a,b") == Plain(text="a,b", words=("a", "b"))
+
+
+CONFIGS = [*(recipes.stage_parts(stage)[0] for stage in recipes.STAGES), CompareConfig, PaperConfig, PlanConfig]
+CONFIGS += [ServeConfig, recipes.RunConfig]
+ODD = [
+    "",
+    "foo",
+    "-1",
+    "1e400",
+    "nan",
+    -1,
+    0,
+    1.5,
+    1e30,
+    [],
+    ["a", "a"],
+    [1],
+    [None],
+    [["a"]],
+    {},
+    {"a": 1},
+    None,
+    True,
+    b"x",
+]
+
+
+@pytest.mark.parametrize("config_class", CONFIGS, ids=lambda each: each.__name__)
+def test_no_message_shows_the_words_of_the_validator(config_class: type[Config]) -> None:
+    required = {name: "x" for name, field in config_class.model_fields.items() if field.is_required()}
+    for name in config_class.model_fields:
+        for value in ODD:
+            try:
+                config_class.parse({**required, name: value}, flags=True)
+            except InputError as error:
+                assert not re.search(r"[Ii]nput should|valid |pattern|tuple\[|\.str\b|function-|validator", str(error))
+                assert "\n" not in str(error)
+
+
+def test_what_is_allowed_is_said() -> None:
+    with pytest.raises(InputError, match='--mode = "foo": must be one of passage, packed'):
+        PackConfig.parse({"pretrained": "p", "corpus": "c", "output": "o", "mode": "foo"}, flags=True)
+    with pytest.raises(InputError, match="PackConfig: mode = 3: must be one of passage, packed"):
+        PackConfig.parse({"pretrained": "p", "corpus": "c", "output": "o", "mode": 3})
+    with pytest.raises(InputError, match=r"^MergeConfig: adapter = 3: must be text or a list$"):
+        MergeConfig.parse({"pretrained": "p", "retriever": "r", "adapter": 3, "output": "o"})
+    with pytest.raises(InputError, match=r"unknown option 'a'; .*; unknown option 'b'; .*"):
+        EvaluateConfig.parse({"runs": "a", "qrels": "q", "output": "o", "a": 1, "b": 1})
+    with pytest.raises(InputError, match="encoding = 3: must be a file, or a section of options by name"):
+        MergeConfig.parse({"pretrained": "p", "retriever": "r", "adapter": "a", "output": "o", "encoding": 3})
+
+
+@pytest.mark.parametrize("command", [*recipes.STAGES, "serve", "compare", "paper", "plan"])
+def test_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert "(default: )" not in capsys.readouterr().out

@@ -129,7 +129,7 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
     }
     assert places == {
         "ingest": [],
-        "pack": ["exclude", "mode", "only"],
+        "pack": ["exclude", "only"],
         "train": ["exclude", "only", "target_modules"],
         "merge": ["measures"],
         "embed": [],

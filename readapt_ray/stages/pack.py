@@ -6,7 +6,7 @@ everywhere that of the ids to leave out or to take.
 """
 
 import logging
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -35,7 +35,7 @@ class PackConfig(StageConfig):
     """MODEL whose tokenizer is used: catalog name, folder, URI or hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
-    mode: str = Field(default="passage", pattern="^(passage|packed)$")
+    mode: Literal["passage", "packed"] = "passage"
     """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
     block_tokens: int = Field(default=1024, ge=8)
     """Longest passage, and in packed mode the length of a block, in tokens; unless given no more than the model's positions."""
