@@ -284,9 +284,11 @@ def _refuse_what_is_there(
     if there is None:
         _refuse_foreign_files(location, config)
     elif there["fingerprint"] != ours["fingerprint"] and not config.overwrite:
+        difference = _difference(config, ours, there)
         raise ArtifactConflictError(
-            f"{config.output!r} already holds something else ({_difference(config, ours, there)}); give another "
-            f"output, or --overwrite to replace it"
+            f"{config.output!r} already holds something else ({difference}); give another output, or --overwrite to replace it",
+            output=config.output,
+            difference=difference,
         )
 
 

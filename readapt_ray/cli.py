@@ -11,15 +11,15 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from readapt_ray import environment, flags, recipes
-from readapt_ray.artifacts import Artifact
-from readapt_ray.config import meant
+from readapt_ray import environment
 from readapt_ray.errors import ArtifactConflictError, InputError, PlacementError, ReadaptError
-from readapt_ray.storage import Location
+from readapt_ray.stages import STAGES
+
+if TYPE_CHECKING:
+    from readapt_ray import flags, recipes
+    from readapt_ray.artifacts import Artifact
 
 logger = logging.getLogger("readapt_ray")
 
@@ -29,7 +29,7 @@ _PROVENANCE = "## Where the runs are from"
 _COMMANDS: dict[str, str] = {
     "quickstart": "run the main job on this machine's own docstrings, and show what it found",
     "run": "run the main job as a YAML file says: corpus, pretrained model, retriever",
-    **recipes.STAGES,
+    **STAGES,
     "compare": "measure several retrievers on one corpus: quality, time, bytes; also finetuned and RE-adapted",
     "paper": "repeat the paper's experiments, one or all, on one corpus or many",
     "serve": "serve a retriever and its index over HTTP",
@@ -71,6 +71,8 @@ def _run_command(command: str, arguments: Sequence[str]) -> None:
 
         print(version("readapt-ray"))
     elif command not in _COMMANDS:
+        from readapt_ray.config import meant
+
         raise InputError(
             f"no command {command!r}; {meant(command, _COMMANDS) or 'the commands are ' + ', '.join(_COMMANDS)}"
         )
@@ -102,15 +104,17 @@ def _overview() -> str:
 
 
 def _run_stage(command: str, arguments: Sequence[str]) -> None:
+    from readapt_ray import flags, recipes
+
     config_class, stage = recipes.stage_parts(command)
     if command == "train":
         stage = recipes.train_on_passages
-    artifact: Artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
+    artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
     _tell(artifact)
     print(artifact.uri)
 
 
-def _tell(artifact: Artifact) -> None:
+def _tell(artifact: "Artifact") -> None:
     """What an artifact has to say beyond its counts: a report its verdicts and tables, a corpus what was left out."""
     if artifact.manifest.stage == "evaluate":
         lines = (artifact.location / "report.md").read_text().splitlines()
@@ -133,7 +137,9 @@ def _tell_left_out(details: dict[str, Any]) -> None:
         )
 
 
-def _run_parser(command: str) -> flags.Parser:
+def _run_parser(command: str) -> "flags.Parser":
+    from readapt_ray import flags
+
     parser = flags.Parser(
         command,
         _COMMANDS[command],
@@ -157,7 +163,9 @@ def _run_parser(command: str) -> flags.Parser:
     return parser
 
 
-def _run_config(options: argparse.Namespace) -> recipes.RunConfig:
+def _run_config(options: argparse.Namespace) -> "recipes.RunConfig":
+    from readapt_ray import flags, recipes
+
     values = flags.read_options(options.config)
     for change in options.set:
         _set_option(values, change)
@@ -167,6 +175,8 @@ def _run_config(options: argparse.Namespace) -> recipes.RunConfig:
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
+    from readapt_ray import recipes
+
     config = _run_config(_run_parser("run").parsed(arguments))
     try:
         made = recipes.run(config)
@@ -178,21 +188,26 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
         print(f"{name:20} {artifact.uri}")
 
 
-def _with_options_of_run(error: ArtifactConflictError, config: recipes.RunConfig) -> ArtifactConflictError:
-    """A stage that refused to overwrite, with what `run` can do about it."""
-    found, mark, _ = str(error).rpartition("; give another output, or --overwrite")
-    for step in recipes.plan_run(config):
-        if mark and found.startswith(f"{step.config.output!r} "):
-            section = "train" if step.stage == "pack" else step.stage
-            return ArtifactConflictError(
-                f"{found}; give another --root, or --set {section}.overwrite=true to replace it; the stages after it may then "
-                f"say the same"
-            )
-    return error
+def _with_options_of_run(error: ArtifactConflictError, config: "recipes.RunConfig") -> ArtifactConflictError:
+    """Say what `run` can do where a stage refused to overwrite its output."""
+    from readapt_ray import recipes
+
+    stage = next((step.stage for step in recipes.plan_run(config) if step.config.output == error.output), None)
+    if stage is None:
+        return error
+    section = "train" if stage == "pack" else stage
+    return ArtifactConflictError(
+        f"{error.output!r} already holds something else ({error.difference}); give another --root, or --set "
+        f"{section}.overwrite=true to replace it; the stages after it may then say the same",
+        output=error.output,
+        difference=error.difference,
+    )
 
 
 def _sections() -> str:
     """What a run's YAML file holds, from the configs."""
+    from readapt_ray import flags, recipes
+
     fields = recipes.RunConfig.model_fields
     steps = recipes.plan_run(recipes.RunConfig(source="-", pretrained="-", retriever="-"))
     configs = {step.stage: step.config for step in steps}
@@ -217,7 +232,7 @@ def _entry(text: str) -> list[str]:
 def _plan(arguments: Sequence[str]) -> None:
     import json
 
-    from readapt_ray import planner
+    from readapt_ray import flags, planner
     from readapt_ray.planner import report
 
     parser = _run_parser("plan")
@@ -232,7 +247,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
 
 def _compare(arguments: Sequence[str]) -> None:
-    from readapt_ray import compare
+    from readapt_ray import compare, flags
 
     print(
         compare.to_markdown(
@@ -242,6 +257,7 @@ def _compare(arguments: Sequence[str]) -> None:
 
 
 def _paper(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
     from readapt_ray.paper import experiments
 
     for text in experiments.run(flags.parse("paper", _COMMANDS["paper"], experiments.PaperConfig, arguments)).values():
@@ -249,6 +265,7 @@ def _paper(arguments: Sequence[str]) -> None:
 
 
 def _serve(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
     from readapt_ray.serving.options import ServeConfig
     from readapt_ray.serving.server import serve
 
@@ -256,7 +273,8 @@ def _serve(arguments: Sequence[str]) -> None:
 
 
 def _status(arguments: Sequence[str]) -> None:
-    from readapt_ray import status
+    from readapt_ray import flags, status
+    from readapt_ray.storage import Location
 
     parser = flags.Parser("status", _COMMANDS["status"])
     parser.add_argument("--root", required=True, metavar="URI", help="folder under which the artifacts lie")
@@ -275,7 +293,7 @@ def _status(arguments: Sequence[str]) -> None:
 
 
 def _quickstart(arguments: Sequence[str]) -> None:
-    from readapt_ray import quickstart
+    from readapt_ray import flags, quickstart
 
     parser = flags.Parser("quickstart", _COMMANDS["quickstart"])
     parser.add_argument(
@@ -297,6 +315,8 @@ _WITHOUT_STATE = ("serve", "plan", "status")
 
 
 def _set_option(values: dict[str, Any], change: str) -> None:
+    import yaml
+
     name, mark, text = change.partition("=")
     if not mark or not name:
         raise InputError(f"--set {change!r} is not NAME=VALUE, such as train.lora_rank=16")

@@ -9,7 +9,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Self
 
 import pydantic
@@ -37,6 +37,35 @@ _MEANING = {
     "less_than_equal": "must be {le} or less",
 }
 """What is wrong with a value, by pydantic's name for it."""
+
+
+class OptionError(ValueError):
+    """Options that do not go together, for a validator to raise.
+
+    Args:
+        text: what is wrong; `{name}` stands for the option of that name as the user wrote it: `--top-k`, or `top_k`.
+        values: what else stands in braces.
+    """
+
+    def __init__(self, text: str, **values: object) -> None:
+        super().__init__(text.format_map(_Names(values)))
+        self._text = text
+        self._values = values
+
+    def as_flags(self) -> str:
+        """The message with the options as the command line calls them."""
+        return self._text.format_map(_Names(self._values, flag))
+
+
+class _Names(dict[str, object]):
+    """What stands in the braces of an `OptionError`: a given value, or the name of an option."""
+
+    def __init__(self, values: dict[str, object], spelled: Callable[[str], str] = str) -> None:
+        super().__init__(values)
+        self._spelled = spelled
+
+    def __missing__(self, name: str) -> str:
+        return self._spelled(name)
 
 
 class Config(BaseModel):
@@ -196,7 +225,8 @@ def _describe(problem: Any, known: list[str], flags: bool) -> tuple[str, str]:
     message = _meaning(problem)
     if path:
         return f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: ", message
-    return "", re.sub(rf"\b({'|'.join(known)})\b", lambda name: flag(name[0]), message) if flags else message
+    cause = problem.get("ctx", {}).get("error")
+    return "", cause.as_flags() if flags and isinstance(cause, OptionError) else message
 
 
 _TYPE_NAME = re.compile(r"str|int|float|bool|(tuple|list|dict|function-\w+)\[.*\]")

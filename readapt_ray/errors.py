@@ -19,7 +19,18 @@ class InputError(ReadaptError):
 
 
 class ArtifactConflictError(InputError):
-    """A folder already holds another artifact, or another process is writing there."""
+    """A folder already holds another artifact, or another process is writing there.
+
+    Args:
+        message: what is wrong and what to do.
+        output: the folder, as the stage's config names it; empty where overwriting is no way out.
+        difference: what is there and what is wanted.
+    """
+
+    def __init__(self, message: str, *, output: str = "", difference: str = "") -> None:
+        super().__init__(message)
+        self.output = output
+        self.difference = difference
 
 
 class ArtifactMissingError(InputError):

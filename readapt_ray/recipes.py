@@ -25,20 +25,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("readapt_ray")
 
-STAGES: dict[str, str] = {
-    "ingest": "read a corpus from a source: clean it, drop duplicates, keep the ids",
-    "pack": "turn passages into token blocks (train does it where it is needed)",
-    "train": "train a knowledge adapter on unlabelled passages",
-    "finetune": "train a retriever on labelled pairs",
-    "merge": "lay the retriever and the knowledge adapter on the pretrained model",
-    "embed": "turn passages into vectors",
-    "index": "build a FAISS index from vectors",
-    "search": "retrieve the best passages of queries into a TREC run",
-    "evaluate": "measure runs against judgements, test the difference, write a report",
-    "tune": "find the best pair of scales on withheld queries",
-}
-"""Every stage and what it does; its module, config and function go by its name."""
-
 RUN_NAME = "run.json"
 BASE, ADAPTED = "retriever", "adapted"
 
@@ -119,7 +105,7 @@ def make(stage: str, options: Section, rules: SectionRules, **wired: Any) -> Art
 
 def pack_options(train_options: Section) -> Section:
     """Return the options of train that pack takes as well."""
-    from readapt_ray.stages.train import PACK_OPTIONS
+    from readapt_ray.stages.pack_options import PACK_OPTIONS
 
     return {name: train_options[name] for name in (*PACK_OPTIONS, "overwrite") if name in train_options}
 

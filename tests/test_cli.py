@@ -13,6 +13,7 @@ from readapt_ray import cli, recipes
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.runs import write_run
+from readapt_ray.stages import STAGES
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent
@@ -51,11 +52,11 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_help_names_every_command_and_every_option() -> None:
     code, out, _ = run("--help")
     assert code == 0
-    assert all(f"\n  {name}" in out for name in (*recipes.STAGES, "run", "serve", "status", "quickstart"))
+    assert all(f"\n  {name}" in out for name in (*STAGES, "run", "serve", "status", "quickstart"))
     assert "130 after Ctrl-C" in out
 
 
-@pytest.mark.parametrize("command", [*recipes.STAGES, "serve"])
+@pytest.mark.parametrize("command", [*STAGES, "serve"])
 def test_each_option_has_a_help_text_and_a_default_or_is_required(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -192,6 +193,28 @@ def test_no_worker_starts_on_bad_input() -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True
     )
     assert done.stdout.split() == ["2", "False"]
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import readapt_ray", "pydantic pyarrow numpy yaml argparse"),
+        ("from readapt_ray import cli; cli.main(['--help'])", "pydantic pyarrow numpy yaml rich"),
+        ("from readapt_ray import cli; cli.main(['embedd'])", "pyarrow numpy rich ray torch"),
+        *(
+            (f"import readapt_ray.{module}", "ray torch transformers deepspeed faiss pandas scipy")
+            for module in ("recipes", "compare", "paper.experiments", "planner", "status", "serving.options")
+        ),
+        *((f"import readapt_ray.stages.{stage}", "ray torch transformers deepspeed faiss") for stage in STAGES),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(statement: str, absent: str) -> None:
+    """What keeps `readapt --help` and a stage with nothing to do quick; a clock would say it less reliably."""
+    script = f"import sys\n{statement}\nprint(*sorted(set({absent.split()}) & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=REPOSITORY, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == ""
 
 
 def test_options_come_from_a_file_and_flags_go_before_it(

@@ -12,6 +12,7 @@ from readapt_ray.errors import InputError
 from readapt_ray.paper.experiments import PaperConfig
 from readapt_ray.planner import PlanConfig
 from readapt_ray.serving.options import ServeConfig
+from readapt_ray.stages import STAGES
 from readapt_ray.stages.evaluate import EvaluateConfig
 from readapt_ray.stages.merge import MergeConfig
 from readapt_ray.stages.pack import PackConfig
@@ -109,7 +110,7 @@ def test_text_options_are_not_split() -> None:
     assert Plain(text="a,b", words="a,b") == Plain(text="a,b", words=("a", "b"))
 
 
-CONFIGS = [*(recipes.stage_parts(stage)[0] for stage in recipes.STAGES), CompareConfig, PaperConfig, PlanConfig]
+CONFIGS = [*(recipes.stage_parts(stage)[0] for stage in STAGES), CompareConfig, PaperConfig, PlanConfig]
 CONFIGS += [ServeConfig, recipes.RunConfig]
 ODD = [
     "",
@@ -159,7 +160,7 @@ def test_what_is_allowed_is_said() -> None:
         MergeConfig.parse({"pretrained": "p", "retriever": "r", "adapter": "a", "output": "o", "encoding": 3})
 
 
-@pytest.mark.parametrize("command", [*recipes.STAGES, "serve", "compare", "paper", "plan"])
+@pytest.mark.parametrize("command", [*STAGES, "serve", "compare", "paper", "plan"])
 def test_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])

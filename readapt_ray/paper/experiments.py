@@ -32,7 +32,6 @@ from readapt_ray.paper.arms import EXPERIMENTS, READAPTED, Arm, arms_of
 from readapt_ray.recipes import Section, SectionRules, make, pack_options, stage_config
 from readapt_ray.stages.measure_options import MeasureOption, depth_of
 from readapt_ray.storage import Location
-from readapt_ray.weights.headed import add_head
 
 logger = logging.getLogger("readapt_ray")
 
@@ -297,6 +296,8 @@ class Study:
 
     def _continued(self, own: Collection, seed: int) -> str:
         """An adapter that was trained on the retriever itself, with the language-model head of the pretrained one."""
+        from readapt_ray.weights.headed import add_head
+
         folder = f"{self._folder(own)}/models/retriever"
         merged = self._merged(
             self._adapter(own, Arm(name=READAPTED), self.config.seeds[0]),

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from readapt_ray.config import Config
+from readapt_ray.config import Config, OptionError
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.serving.routing import Routing, parse_split
 from readapt_ray.storage import Location
@@ -111,7 +111,7 @@ class ServeConfig(VersionConfig):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if bool(self.retriever) == bool(self.versions):
-            raise ValueError("give a retriever, or several versions with one each")
+            raise OptionError("give a {retriever}, or several {versions} with one each")
         self.routing().check(self.pairs())
         return self
 

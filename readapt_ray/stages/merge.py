@@ -25,7 +25,7 @@ from readapt_ray.artifacts import (
     produce,
 )
 from readapt_ray.catalog.models import load_tokenizer
-from readapt_ray.config import StageConfig
+from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.stages import merge_shards
 from readapt_ray.storage import Location
@@ -82,17 +82,19 @@ class MergeConfig(StageConfig):
     def _check_models(self) -> "MergeConfig":
         given = {name for name in ("pretrained", "retriever", "adapter") if getattr(self, name) is not None}
         if self.bundle is None and len(given) < 3:
-            missing = ", ".join(name for name in ("pretrained", "retriever", "adapter") if name not in given)
-            raise ValueError(f"{missing} required: give pretrained, retriever and adapter, or a bundle")
+            missing = ", ".join(f"{{{name}}}" for name in ("pretrained", "retriever", "adapter") if name not in given)
+            raise OptionError(f"{missing} required: give {{pretrained}}, {{retriever}} and {{adapter}}, or {{bundle}}")
         if self.bundle is not None and given - {"pretrained"}:
-            raise ValueError(
-                "a bundle holds retriever and adapter; give it alone, or with pretrained for where its base lies"
+            raise OptionError(
+                "the bundle stands for {retriever} and {adapter}; give {bundle} alone, or with {pretrained} for where its "
+                "base model is"
             )
         if self.bundle is not None and (self.factors or self.low_rank is not None):
-            raise ValueError("factors and low_rank write what a bundle already is; give the three models instead")
+            raise OptionError("{factors} and {low_rank} write what a bundle already is; give the three models instead")
         if self.num_workers and (self.factors or self.low_rank is not None):
-            raise ValueError(
-                "num_workers spreads the weight files of a model; factors are made on one machine, so leave it 0"
+            raise OptionError(
+                "{num_workers} spreads the weight files of a model over the cluster; factors and a low rank are computed on "
+                "one machine, so leave it 0"
             )
         return self
 

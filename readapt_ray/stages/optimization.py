@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from readapt_ray.config import StageConfig
+from readapt_ray.config import OptionError, StageConfig
 
 if TYPE_CHECKING:
     from readapt_ray.training.dora import AdapterShape
@@ -70,7 +70,9 @@ class OptimizationConfig(StageConfig):
     @model_validator(mode="after")
     def _can_compile(self) -> Self:
         if self.torch_compile and self.zero_stage == 3:
-            raise ValueError("torch_compile does not go with zero_stage = 3; choose a lower stage, or leave it off")
+            raise OptionError(
+                "{torch_compile} does not go with {zero_stage} = 3; choose a lower stage, or leave it off"
+            )
         return self
 
     operational: ClassVar[frozenset[str]] = frozenset(

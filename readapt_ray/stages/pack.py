@@ -6,12 +6,11 @@ everywhere that of the ids to leave out or to take.
 """
 
 import logging
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
@@ -19,6 +18,7 @@ from readapt_ray.catalog import models
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
 from readapt_ray.stages import cluster, elsewhere
+from readapt_ray.stages.pack_options import PackOptions
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -28,23 +28,13 @@ _TEXTS_PER_CALL = 1024
 _FILE_NUMBER_SHIFT = 32
 
 
-class PackConfig(StageConfig):
+class PackConfig(PackOptions, StageConfig):
     """Options of pack."""
 
     pretrained: str
     """MODEL whose tokenizer is used: catalog name, folder, URI or hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
-    mode: Literal["passage", "packed"] = "passage"
-    """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
-    block_tokens: int = Field(default=1024, ge=8)
-    """Longest passage, and in packed mode the length of a block, in tokens; unless given no more than the model's positions."""
-
-    exclude: str | None = None
-    """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
-    only: str | None = None
-    """Passages to take, and no others: a file as for exclude."""
-
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "exclude", "only"})
 
 

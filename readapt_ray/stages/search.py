@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.models import Model, find_model
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.config import StageConfig
+from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.templates import EncodingOption
@@ -60,9 +60,11 @@ class SearchConfig(StageConfig):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.index is None) == (self.vectors is None):
-            raise ValueError("give exactly one of index and vectors")
+            raise OptionError("give exactly one of {index} and {vectors}")
         if not self.output.partition("?")[0].endswith(".trec"):
-            raise ValueError(f"output = {self.output!r}: the run is one file; its name must end with .trec")
+            raise OptionError(
+                "{output} = {value!r}: the run is one file; its name must end with .trec", value=self.output
+            )
         return self
 
 

@@ -7,7 +7,7 @@ loss once an epoch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -19,27 +19,17 @@ from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.stages import elsewhere, workers
 from readapt_ray.stages.optimization import OptimizationConfig
+from readapt_ray.stages.pack_options import PACK_OPTIONS, PackOptions
 from readapt_ray.storage import Location
 
-PACK_OPTIONS = ("mode", "block_tokens", "exclude", "only")
-"""What train hands on to pack, where it is given passages."""
 
-
-class TrainConfig(OptimizationConfig):
+class TrainConfig(PackOptions, OptimizationConfig):
     """Options of train. The defaults are the paper's."""
 
     pretrained: str
     """MODEL before retrieval training: catalog name, folder, URI or hub id."""
     corpus: str
     """Passages (the output of `readapt ingest`) or token blocks (of pack)."""
-    mode: Literal["passage", "packed"] = "passage"
-    """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
-    block_tokens: int = Field(default=1024, ge=8)
-    """Longest passage, and in packed mode the length of a block, in tokens; unless given no more than the model's positions."""
-    exclude: str | None = None
-    """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
-    only: str | None = None
-    """Passages to take, and no others: a file as for exclude."""
     objective: Objective | None = None
     """causal_lm: the next token, for decoders; masked_lm: masked tokens, for encoders; default what the model has a head for."""
     batch_size: int = Field(default=4, ge=1)

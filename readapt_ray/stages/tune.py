@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
-from readapt_ray.config import StageConfig
+from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval import scales
@@ -85,9 +85,9 @@ class TuneConfig(StageConfig):
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
         if (self.queries is None) != (self.qrels is None):
-            raise ValueError("give both queries and qrels, or none of them")
+            raise OptionError("give both {queries} and {qrels}, or none of them")
         if not self.readapter_scales or not self.knowledge_scales:
-            raise ValueError("give at least one readapter_scale and one knowledge_scale")
+            raise OptionError("give at least one number in {readapter_scales} and in {knowledge_scales}")
         return self
 
 
