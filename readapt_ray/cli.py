@@ -27,14 +27,14 @@ _PROVENANCE = "## Where the runs are from"
 """The part of a report (retrieval/report.py) that is for the file, not for the terminal."""
 
 _COMMANDS: dict[str, str] = {
-    "quickstart": "run the main job on this machine's own docstrings, and show what it found",
-    "run": "run the main job as a YAML file says: corpus, pretrained model, retriever",
+    "quickstart": "run the main job on the docstrings of this machine's Python packages, and show the result",
+    "run": "run the main job of a YAML file: adapt a retriever to a corpus, re-embed it, evaluate",
     **STAGES,
-    "compare": "measure several retrievers on one corpus: quality, time, bytes; also finetuned and RE-adapted",
-    "paper": "repeat the paper's experiments, one or all, on one corpus or many",
+    "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
+    "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
-    "plan": "say what a run would take on a cluster: hours, memory, bytes, money, and what breaks first",
-    "status": "show what is done, running and missing under a root",
+    "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
+    "status": "show what is done, running and missing in the folder of a run",
 }
 
 
@@ -150,15 +150,17 @@ def _run_parser(command: str) -> "flags.Parser":
         "--config",
         required=True,
         metavar="FILE.yaml",
-        help="the run: source, pretrained, retriever, and a section a stage",
+        help="File of the run: source, pretrained, retriever, and a section of options per stage. (required)",
     )
-    parser.add_argument("--root", metavar="URI", help="folder under which every artifact lies (default: the file's)")
+    parser.add_argument(
+        "--root", metavar="URI", help="Folder or URI to write all artifacts to. If omitted, that of the file."
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="change one option, such as train.lora_rank=16; may be repeated",
+        help="Change one option of the file, such as train.lora_rank=16. Can be given several times.",
     )
     return parser
 
@@ -211,11 +213,11 @@ def _sections() -> str:
     fields = recipes.RunConfig.model_fields
     steps = recipes.plan_run(recipes.RunConfig(source="-", pretrained="-", retriever="-"))
     configs = {step.stage: step.config for step in steps}
-    lines = ["options of the file:"]
+    lines = ["Options of the file:"]
     for name, field in fields.items():
         if name not in configs:
             lines += _entry(f"{name}: {field.description} {flags.default(field)}")
-    lines.append("its sections, and the options in each, as in `readapt STAGE --help`:")
+    lines.append("Sections of the file, and the options in each; `readapt STAGE --help` explains them:")
     for name in (name for name in fields if name in configs):
         wired = (
             configs[name].model_fields_set & ({"output"} | configs[name].inputs)
@@ -226,7 +228,9 @@ def _sections() -> str:
 
 
 def _entry(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), 110, initial_indent="  ", subsequent_indent="    ")
+    return textwrap.wrap(
+        " ".join(text.split()), 110, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
+    )
 
 
 def _plan(arguments: Sequence[str]) -> None:
@@ -237,7 +241,7 @@ def _plan(arguments: Sequence[str]) -> None:
 
     parser = _run_parser("plan")
     flags.add_flags(parser, planner.PlanConfig)
-    parser.add_argument("--json", action="store_true", help="print the plan as JSON")
+    parser.add_argument("--json", action="store_true", help="Print the plan as JSON.")
     options = parser.parsed(arguments)
     plan_options = flags.given(planner.PlanConfig, options)
     found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
@@ -277,11 +281,17 @@ def _status(arguments: Sequence[str]) -> None:
     from readapt_ray.storage import Location
 
     parser = flags.Parser("status", _COMMANDS["status"])
-    parser.add_argument("--root", required=True, metavar="URI", help="folder under which the artifacts lie")
     parser.add_argument(
-        "--cluster", metavar="FILE", help="the cluster that runs it, as for plan: shows what it cost so far"
+        "--root", required=True, metavar="URI", help="Folder or URI that holds the artifacts. (required)"
     )
-    parser.add_argument("--prices", metavar="FILE.yaml", help="machines and prices; default: the table of the package")
+    parser.add_argument(
+        "--cluster",
+        metavar="FILE",
+        help="File of the cluster that runs it, as for `readapt plan`, to show what it cost so far.",
+    )
+    parser.add_argument(
+        "--prices", metavar="FILE.yaml", help="YAML file of machines and prices. If omitted, the table of this package."
+    )
     options = parser.parsed(arguments)
     usd_per_hour = None
     if options.cluster:
@@ -297,7 +307,10 @@ def _quickstart(arguments: Sequence[str]) -> None:
 
     parser = flags.Parser("quickstart", _COMMANDS["quickstart"])
     parser.add_argument(
-        "--root", default="readapt-quickstart", metavar="DIR", help="folder of the artifacts (default: %(default)s)"
+        "--root",
+        default="readapt-quickstart",
+        metavar="DIR",
+        help="Folder to write all artifacts to. (default: %(default)s)",
     )
     quickstart.run(parser.parsed(arguments).root)
 

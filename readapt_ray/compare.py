@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,33 +36,38 @@ class CompareConfig(Config):
     """Which retrievers, on which corpus."""
 
     retrievers: tuple[str, ...]
-    """MODELs with commas between them, the first of them the baseline: catalog names, folders, URIs or hub ids."""
+    """Models to compare, separated by commas: catalog names, folders, URIs or hub ids. The first is the
+    baseline."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """A file or folder of queries; default the corpus's own."""
+    """Queries: a file or folder. If omitted, the corpus's own."""
     qrels: str | None = None
-    """A file of judgements; default the corpus's own of the split test."""
+    """File of judgements. If omitted, the corpus's own of the split test."""
     output: str
-    """Folder or URI that everything is written under."""
+    """Folder or URI to write all artifacts and the comparison to."""
     measures: tuple[str, ...] = ("nDCG@10", "R@10", "R@100")
-    """Measures by their usual names, with commas between them; the first is compared."""
+    """Measures such as nDCG@10 or R@100, separated by commas. The first one is tested for significance."""
     drop_self_hits: bool | None = None
-    """Leave out a passage whose doc_id is the query_id; default as the catalog says of the corpus's source, else not."""
+    """Leave out a result whose doc_id equals the query_id. If omitted, as the catalog says for the corpus's
+    source."""
     finetune: bool = False
-    """Also each retriever after `finetune` on the corpus's split train."""
+    """Also compare each retriever after `readapt finetune` on the corpus's qrels of the split train."""
     readapt: bool = False
-    """Also each retriever RE-adapted to the passages, where its pretrained model is known; with finetune, both together."""
+    """Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its pretrained model. With
+    finetune, also after both."""
     num_timed_queries: int = Field(default=50, ge=1)
-    """Queries that are timed, one by one, on this machine."""
+    """Number of queries to time, one by one, on this machine."""
     embed_options: Section = Field(default_factory=dict)
-    """Options of embed, by name (in a YAML file)."""
+    """Options of embed by name (in a YAML file)."""
     train_options: Section = Field(default_factory=dict)
-    """Options of train and pack, by name (in a YAML file)."""
+    """Options of train and pack by name (in a YAML file)."""
     merge_options: Section = Field(default_factory=dict)
-    """Options of merge, by name (in a YAML file)."""
+    """Options of merge by name (in a YAML file)."""
     finetune_options: Section = Field(default_factory=dict)
-    """Options of finetune, by name (in a YAML file)."""
+    """Options of finetune by name (in a YAML file)."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"retrievers", "corpus", "queries", "qrels"})
 
     @field_validator("retrievers", mode="after")
     @classmethod

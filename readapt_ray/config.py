@@ -73,6 +73,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    inputs: ClassVar[frozenset[str]] = frozenset()
+    """Options that name inputs: known by what they hold, not by where they are."""
+    operational: ClassVar[frozenset[str]] = frozenset()
+    """Options that change how the work is done, and never what comes out."""
+    safety: ClassVar[frozenset[str]] = frozenset()
+    """Options that say what is refused, replaced, retried or kept."""
+
     @pydantic.model_validator(mode="before")
     @classmethod
     def _split_lists(cls, values: Any) -> Any:
@@ -116,14 +123,12 @@ class StageConfig(Config):
     """The options that every stage has."""
 
     output: str
-    """Folder or URI that the artifact is written to."""
+    """Folder or URI to write the artifact to."""
     overwrite: bool = False
-    """Replace an artifact there that was made or begun with other options, instead of refusing."""
+    """Replace an artifact in the output that was made or begun with other options. Without this such an output is
+    refused."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset()
-    """Fields that name inputs: known by what they hold, not by where they lie."""
-    operational: ClassVar[frozenset[str]] = frozenset()
-    """Fields that change how the work is done, and never what comes out."""
+    safety: ClassVar[frozenset[str]] = frozenset({"overwrite"})
 
     def settings(self) -> dict[str, Any]:
         """Every option as JSON values."""

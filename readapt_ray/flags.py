@@ -50,11 +50,13 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
     Raises:
         InputError: an option is unknown, missing or wrong.
     """
-    parser = Parser(command, description)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="options from a file, by name with underscores; flags go before it"
+    parser = Parser(command, description, epilog=_notes(config_class))
+    groups = add_flags(parser, config_class)
+    groups[0].add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="YAML file of options, by name with underscores. Options on the command line override it.",
     )
-    add_flags(parser, config_class)
     options = parser.parsed(arguments)
     values = read_options(options.config) if options.config else {}
     return config_class.parse(values | given(config_class, options), where=f"readapt {command}", flags=True)
@@ -66,17 +68,55 @@ def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, 
     return {name: value for name, value in found.items() if value is not None}
 
 
-def add_flags(parser: Parser, config_class: type[Config]) -> None:
-    """A flag for each option of a config."""
-    for name, field in config_class.model_fields.items():
+GROUPS = ("Input and output", "Settings", "Speed and memory", "Safety")
+"""The groups of options in --help, the ones to look at first at the top."""
+
+
+def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._ArgumentGroup]:
+    """Add a flag for each option of a config, by groups, and return the groups."""
+    groups = [parser.add_argument_group(title) for title in GROUPS]
+    fields = sorted(config_class.model_fields.items(), key=lambda item: _rank(*item))
+    required = [f"{flag(name)} {_metavar(field.annotation)}" for name, field in fields if field.is_required()]
+    parser.usage = " ".join([parser.prog, *required, "[OPTIONS]"])
+    for name, field in fields:
         text = (field.description or "").replace("%", "%%")
+        group = groups[_group_of(config_class, name)]
         if typing.get_origin(field.annotation) is dict:
             continue  # a section of options, for the file
         if field.annotation is bool or bool in typing.get_args(field.annotation):
             known = "" if field.default is None else f" (default: {'yes' if field.default else 'no'})"
-            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text + known)
+            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text + known)
         else:
-            parser.add_argument(flag(name), metavar=_metavar(field.annotation), help=f"{text} {default(field)}")
+            group.add_argument(flag(name), metavar=_metavar(field.annotation), help=f"{text} {default(field)}".rstrip())
+    return groups
+
+
+def _rank(name: str, field: FieldInfo) -> tuple[bool, bool]:
+    """Required options come first, and of these the output last."""
+    return not field.is_required(), name == "output"
+
+
+def _group_of(config_class: type[Config], name: str) -> int:
+    """Return the place in GROUPS of an option."""
+    if name in config_class.safety:
+        return 3
+    if name in config_class.operational:
+        return 2
+    return 0 if name in config_class.inputs or name in ("output", "root") else 1
+
+
+def _notes(config_class: type[Config]) -> str:
+    """Say what the list of options does not: how to quote, and what only a file can hold."""
+    fields = config_class.model_fields
+    sections = [name for name, field in fields.items() if typing.get_origin(field.annotation) is dict]
+    notes = ["An item that contains a comma is quoted: '\"a,b\",c' has two items."] * any(
+        is_list(field.annotation) for field in fields.values()
+    )
+    if sections:
+        notes.append(
+            f"The file of --config can also hold the sections {', '.join(sections)}: options of these stages by name."
+        )
+    return " ".join(notes)
 
 
 def default(field: FieldInfo) -> str:

@@ -117,34 +117,34 @@ class RunConfig(Config):
     """
 
     root: str = "readapt-run"
-    """Folder or URI under which every artifact lies."""
+    """Folder or URI to write all artifacts to."""
     source: str
     """The corpus: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or `python-docs:PACKAGE,...`."""
     pretrained: str
-    """MODEL before retrieval training: catalog name, folder, URI or hub id."""
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
     retriever: str
-    """MODEL to adapt: the same model after retrieval training, or a LoRA adapter on it."""
+    """Model to adapt: the same model after retrieval training, or a LoRA adapter for it."""
     queries: str | None = None
-    """Queries to evaluate with: a file; default the source's own, where it has any."""
+    """File of queries to evaluate with. If omitted, the source's own, if it has any."""
     qrels: str | None = None
-    """Judgements to evaluate with: a file; default the source's own, where it has any."""
+    """File of judgements to evaluate with. If omitted, the source's own, if it has any."""
     split: str = "test"
-    """Which of the source's own qrels: test, dev, train."""
+    """Which of the source's own qrels to evaluate with: test, dev, train."""
     ingest: Section = Field(default_factory=dict)
     """Options of ingest."""
     train: Section = Field(default_factory=dict)
-    """Options of train; `mode`, `block_tokens`, `exclude` and `only` say which passages are packed, and how."""
+    """Options of train; `mode`, `block_tokens`, `exclude` and `only` decide which passages are packed, and how."""
     merge: Section = Field(default_factory=dict)
-    """Options of merge: readapter_scale, knowledge_scale, dtype."""
+    """Options of merge, such as readapter_scale, knowledge_scale and dtype."""
     embed: Section = Field(default_factory=dict)
     """Options of embed."""
     index: Section = Field(default_factory=dict)
     """Options of index."""
     search: Section = Field(default_factory=dict)
-    """Options of search: top_k, default what the measures look at and at least 100; drop_self_hits, default what the catalog
-    says of the source."""
+    """Options of search. If omitted, top_k is what the measures need and at least 100, and drop_self_hits is what
+    the catalog says of the source."""
     evaluate: Section = Field(default_factory=dict)
-    """Options of evaluate: measures."""
+    """Options of evaluate, such as measures."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray import cli, recipes
+from readapt_ray import cli, flags, recipes
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.runs import write_run
@@ -76,10 +76,45 @@ def test_each_option_has_a_help_text_and_a_default_or_is_required(
         assert " ".join(field.description.split()[:4]) in text, name
 
 
+def test_help_groups_the_options_and_begins_with_what_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    usage, _, text = capsys.readouterr().out.partition("options:")
+    assert "usage: readapt train --pretrained TEXT --corpus TEXT --output TEXT [OPTIONS]\n" in usage
+    places = [text.index(f"\n{title}:\n") for title in flags.GROUPS]
+    assert places == sorted(places)
+    group = {title: text[place:] for title, place in zip(flags.GROUPS, places, strict=True)}
+    inputs = [line.split()[0] for line in group["Input and output"].splitlines() if line.startswith("  --")]
+    assert inputs[:3] == ["--pretrained", "--corpus", "--output"]
+    assert "--overwrite" in group["Safety"]
+    assert "--num-workers" in group["Speed and memory"].partition("\nSafety:")[0]
+    assert "--lora-rank" in group["Settings"].partition("\nSpeed and memory:")[0]
+    assert "'\"a,b\",c' has two items" in text
+
+
+def test_help_of_compare_and_paper_names_the_sections_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, sections in (("compare", "embed_options, train_options"), ("paper", "train, embed, search")):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert f"sections {sections}" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", STAGES)
+def test_help_texts_are_sentences(command: str) -> None:
+    """Each begins with a word and a capital letter (or a value that it explains) and ends with a full stop."""
+    config_class, _ = recipes.stage_parts(command)
+    for name, field in config_class.model_fields.items():
+        text = field.description or ""
+        first = text.split()[0].rstrip(":")
+        assert text.endswith("."), name
+        assert len(text.split()) >= 3, name
+        assert first[0].isupper() or first in str(field.annotation) or first in ("flat", "nprobe"), name
+
+
 def test_help_of_run_names_the_sections_of_the_file_and_their_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
-    entries = " ".join(capsys.readouterr().out.split("options of the file:")[1].split())
+    entries = " ".join(capsys.readouterr().out.split("Options of the file:")[1].split())
     assert "source: The corpus:" in entries
     assert "train: overwrite, method, lora_rank" in entries
     search = entries.partition(" search: ")[2].partition(" evaluate: ")[0].split(", ")

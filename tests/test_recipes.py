@@ -108,7 +108,7 @@ def test_what_a_run_cannot_honour_is_refused_before_anything_starts(section: str
 def test_what_a_run_cannot_honour_does_not_stand_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["run", "--help"])
-    entries = " ".join(capsys.readouterr().out.split("options of the file:")[1].split())
+    entries = " ".join(capsys.readouterr().out.split("Options of the file:")[1].split())
     offered = {section: entries.partition(f" {section}: ")[2].partition(":")[0] for section in recipes.NOT_IN_A_RUN}
     for section, refused in recipes.NOT_IN_A_RUN.items():
         assert "overwrite" in offered[section]

@@ -17,7 +17,7 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -58,36 +58,40 @@ class PaperConfig(Config):
     """Which experiments, with which retriever, on which corpora."""
 
     root: str = "readapt-paper"
-    """Folder or URI under which every artifact lies."""
+    """Folder or URI to write all artifacts and tables to."""
     experiments: tuple[str, ...] = ("table1",)
-    """Experiments with commas between them: table1, table2, table3, figure2, baselines; or all."""
+    """Experiments to run, separated by commas: table1, table2, table3, figure2, baselines; or all."""
     retriever: str = "e5-mistral"
-    """MODEL to adapt: catalog name, folder, URI or hub id."""
+    """Model to adapt: a catalog name, a folder, a URI or a hub id."""
     pretrained: str | None = None
-    """MODEL before retrieval training; default what the catalog says of the retriever."""
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id. If omitted, what the catalog
+    says of the retriever."""
     corpora: tuple[str, ...] = tuple(row.name for row in corpora.CORPORA)
-    """Corpora with commas between them: names of the catalog, or NAME=SOURCE for any source of `readapt ingest`; default the
-    paper's fourteen."""
+    """Corpora, separated by commas: names of the catalog, or NAME=SOURCE with any source of `readapt ingest`. If
+    omitted, the paper's fourteen."""
     general: str = "msmarco"
     """Corpus whose adapter table3 uses on all others: a name of the catalog, or NAME=SOURCE."""
     data: str | None = None
-    """Folder with a BEIR folder for each corpus under its name; default what ir_datasets downloads."""
+    """Folder that holds a BEIR folder for each corpus, under its name. If omitted, the corpora are downloaded with
+    ir_datasets."""
     seeds: tuple[int, ...] = (0,)
-    """Seeds of the adapters, with commas between them; values are averaged over them."""
+    """Seeds of the adapters, separated by commas. Results are averaged over them."""
     sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
-    """Numbers of passages of figure2; those that a corpus does not have are left out of it."""
+    """Numbers of passages of figure2, separated by commas. A corpus leaves out those that it does not have."""
     readapter_scale: float = 1.0
-    """Share of the retrieval skill kept; the paper's value."""
+    """Weight of the retriever's change to the pretrained model; 1.0 is the paper's value."""
     knowledge_scale: float = 0.5
-    """Share of the new domain added; the paper's value."""
+    """Weight of the adapter's change to the pretrained model; 0.5 is the paper's value."""
     measure: MeasureOption = "nDCG@10"
-    """What is compared."""
+    """Measure to compare by."""
     train: Section = Field(default_factory=dict)
-    """Options of train and pack, by name (in a YAML file)."""
+    """Options of train and pack by name (in a YAML file)."""
     embed: Section = Field(default_factory=dict)
-    """Options of embed, by name (in a YAML file)."""
+    """Options of embed by name (in a YAML file)."""
     search: Section = Field(default_factory=dict)
-    """Options of search, by name (in a YAML file)."""
+    """Options of search by name (in a YAML file)."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"root", "retriever", "pretrained", "corpora", "general", "data"})
 
     @field_validator("experiments", mode="after")
     @classmethod

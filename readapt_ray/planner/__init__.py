@@ -25,15 +25,16 @@ class PlanConfig(Config):
     """The options of `readapt plan` besides the run's own."""
 
     cluster: str
-    """The cluster: a Ray launcher file, a KubeRay manifest, a list of nodes, or `local`."""
+    """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a list of nodes, or `local`."""
     prices: str | None = None
-    """Machines, GPUs and prices as a YAML file; by default the table that comes with the package."""
+    """YAML file of machines, GPUs and prices. If omitted, the table of this package."""
     measured: tuple[str, ...] = ()
-    """Roots of finished runs whose rates are used; the run's own root always is."""
+    """Roots of finished runs whose measured rates are used, separated by commas. The root of the run itself always
+    is."""
     num_passages: int | None = None
-    """Passages of the corpus, where only a part of it is at hand."""
+    """Number of passages of the corpus, when only a part of it is at hand."""
     num_queries: int | None = None
-    """Queries to evaluate with, where they are not at hand."""
+    """Number of queries to evaluate with, when they are not at hand."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """The options of `readapt serve`: one version, or several side by side, and how traffic reaches them."""
 
 import ipaddress
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -107,6 +107,18 @@ class ServeConfig(VersionConfig):
     """Bring the server that this Ray already runs to this state, without a dropped request, instead of starting one."""
     write_config: str | None = None
     """Write the file that `serve deploy` and KubeRay's RayService read, and start nothing."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset(
+        {"retriever", "index", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
+    )
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}
+        | {"num_replicas", "max_replicas", "num_cpus_per_replica", "num_gpus_per_replica", "num_cpus_per_index_actor"}
+    )
+    safety: ClassVar[frozenset[str]] = frozenset(
+        {"api_keys", "allow_anonymous", "max_requests", "max_queued_tokens", "max_body_bytes", "max_inputs"}
+        | {"timeout_s", "lost_shards", "shard_timeout_s"}
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -49,29 +49,34 @@ class EmbedConfig(StageConfig):
     """The options of `readapt embed`."""
 
     retriever: str
-    """The model that makes the vectors: catalog name, folder, URI or hub id."""
+    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id."""
     corpus: str
-    """The output folder of `readapt ingest`."""
+    """Passages: the output of `readapt ingest`."""
     previous: str | None = None
-    """Vectors of an earlier state of the corpus by the same model: only what is new or changed is encoded."""
+    """Vectors of an earlier state of the corpus by the same model. Only new and changed passages are encoded."""
     sample: str | None = None
-    """Encode only a share (1%) or a number of passages, and say what a full run takes; written to OUTPUT-sample."""
+    """Encode only this part, as a percentage (1%) or a number of passages, and estimate time and size of a full
+    run. Written to OUTPUT-sample."""
     encoding: EncodingOption = None
-    """How the retriever wants its text, as a JSON file; by default what its folder or the catalog says."""
+    """JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or the catalog
+    says."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, float32 on other CPUs."""
+    """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, else float32."""
     vector_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """Type that the vectors are stored in; int8 with a scale for each vector."""
+    """Data type of the stored vectors. float16 takes half the space; int8 takes a quarter and keeps one scale per
+    vector."""
     dimensions: int | None = Field(default=None, ge=1)
-    """Numbers of a vector that are kept, the first ones, then normalised again; by default what the encoding says."""
+    """Keep only the first dimensions of each vector and normalise it again (for Matryoshka models). If omitted, all
+    of them, or what the encoding says."""
     rows_per_shard: int | None = Field(default=None, ge=1)
-    """Passages in a data shard, the unit of work; by default a 32nd of the corpus, from 256 to 4,096."""
+    """Passages per data shard, the unit of work. If omitted, a 32nd of the corpus, from 256 to 4,096."""
     num_workers: int | None = Field(default=None, ge=1)
-    """Actors that encode; by default one a GPU, and on a cluster without GPUs one for each `num_cpus_per_worker`."""
+    """Number of encoding actors. If omitted, one per GPU; without GPUs one per num_cpus_per_worker CPUs."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPUs, and so threads, of an actor; by default 1."""
+    """CPUs, and so threads, per actor. If omitted, 1."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens in a batch at most, padding included; by default 1,024 on a CPU and 16,384 on a GPU."""
+    """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a GPU. Lower it when
+    memory is short."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
     operational: ClassVar[frozenset[str]] = frozenset(

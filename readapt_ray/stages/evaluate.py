@@ -36,21 +36,22 @@ class EvaluateConfig(StageConfig):
     """Options of `readapt evaluate`."""
 
     runs: tuple[str, ...]
-    """TREC run files, with commas between them; the first is the baseline."""
+    """TREC run files, separated by commas. The first is the baseline of the comparison."""
     qrels: str
     """Judgements: a file (.jsonl, .tsv, .parquet, TREC) or a folder of them."""
     measures: tuple[str, ...] = ("nDCG@10", "R@100", "RR@10")
-    """Measures by their usual names, with commas between them; the first one ranks the changed queries."""
+    """Measures such as nDCG@10, R@100 or RR@10, separated by commas. The first one orders the list of changed
+    queries."""
     names: tuple[str, ...] = ()
-    """What the report calls the runs, with commas between them; default: the names of their files."""
+    """Names of the runs in the report, separated by commas. If omitted, the names of their files."""
     queries: str = ""
-    """Queries, for their texts in the report: a file or folder. Optional."""
+    """Queries, to show their texts in the report: a file or folder."""
     corpus: str = ""
-    """Output folder of `readapt ingest`, for titles and texts in the report. Optional."""
+    """Output of `readapt ingest`, to show titles and texts in the report."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
-    """Random sign flips of the significance test, and resamples of the intervals."""
+    """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the test and of the intervals."""
+    """Random seed for the significance test and the intervals."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"runs", "qrels", "queries", "corpus"})
 

@@ -25,36 +25,40 @@ class FinetuneConfig(OptimizationConfig):
     """Options of finetune."""
 
     model: str
-    """MODEL to start from: catalog name, folder, URI or hub id."""
+    """Model to start from: a catalog name, a folder, a URI or a hub id."""
     corpus: str
-    """Passages with queries and qrels (the output of `readapt ingest`), or a JSONL file of pairs with `query`, `positive`
-    and where there are some `negatives` (texts)."""
+    """Passages with queries and qrels (the output of `readapt ingest`), or a JSONL file of pairs with the texts
+    `query`, `positive` and, optionally, `negatives`."""
     split: str = "train"
-    """The qrels of the corpus that name the right passages: train, dev, test ..."""
+    """Split of the corpus's qrels to train on: train, dev, test."""
     negatives: str | None = None
-    """Hard negatives: a TREC run (the output of `readapt search`); its best passages that are not judged relevant are taken."""
+    """TREC run to take hard negatives from (the output of `readapt search`): its best passages that are not judged
+    relevant."""
     num_negatives: int = Field(default=1, ge=1)
-    """Hard negatives a query, where `negatives` is given."""
+    """Hard negatives per query, when negatives is given."""
     encoding: EncodingOption = None
-    """How the retriever shall want its text: a JSON file; default what the model's folder or the catalog says."""
+    """JSON file with pooling, prompts and special tokens for the trained model. If omitted, what the model's folder
+    or the catalog says."""
     method: Literal["dora", "lora", "full"] = "lora"
-    """What is trained: DoRA or LoRA adapters, or all weights."""
+    """Train LoRA adapters (lora), DoRA adapters (dora) or all weights (full)."""
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Probability that an adapter's input is dropped."""
+    """Dropout probability on the input of each adapter."""
     batch_size: int = Field(default=128, ge=2)
-    """Pairs a step, over all workers; the other passages of the batch are the negatives."""
+    """Query-passage pairs per step, over all workers. The other passages of the batch are the negatives, so a
+    larger batch is a harder task."""
     micro_batch_tokens: int = Field(default=16384, ge=8)
-    """Padded tokens of one forward and backward pass; bounds the memory, not the batch nor the result (GradCache)."""
+    """Tokens per forward and backward pass, padding included. Lower it when memory is short; batch and result stay
+    the same (GradCache)."""
     learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate of AdamW; falls linearly to 0."""
+    """Peak learning rate of AdamW; it decays linearly to 0. Lower it if the loss jumps."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's."""
+    """Weight decay of AdamW."""
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
+    """Fraction of the steps in which the learning rate rises from 0 to its peak."""
     temperature: float = Field(default=0.05, gt=0)
-    """Divides the cosine in the loss."""
+    """Temperature of the InfoNCE loss: cosines are divided by it."""
     both_directions: bool = False
-    """Also tell each passage's query from the batch's other queries."""
+    """Also train each passage to find its query among the queries of the batch."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"model", "corpus", "negatives"})
     operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {"micro_batch_tokens"}

@@ -39,29 +39,32 @@ class IndexConfig(StageConfig):
     """The options of `readapt index`."""
 
     vectors: str
-    """The output folder of `readapt embed`."""
+    """Vectors: the output of `readapt embed`."""
     previous: str | None = None
-    """An index of an earlier state of the corpus: nothing in it is built again; leave it out to build afresh."""
+    """Index of an earlier state of the corpus to update. If omitted, the index is built from scratch."""
     kind: Literal["auto", "flat", "ivf-flat", "ivf-pq", "hnsw", "rabitq"] = "flat"
-    """Kind of index; flat finds exactly what exact search finds, auto chooses by size, memory and recall."""
+    """Kind of index. flat searches exactly; the others trade recall for speed or memory; auto chooses by size,
+    memory and recall."""
     storage: Literal["float32", "float16", "int8"] = "float32"
-    """How vectors are stored in flat, ivf-flat and hnsw, and what ivf-pq and rabitq rank their candidates again by."""
+    """How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for the second ranking."""
     refine: bool = True
-    """Whether ivf-pq and rabitq keep vectors beside their codes, to rank candidates again."""
+    """Keep the vectors beside the codes of ivf-pq and rabitq, to rank the candidates again."""
     code_bytes: int | None = Field(default=None, ge=1)
-    """Bytes of a code of ivf-pq; by default a quarter of the dimension."""
+    """Bytes per code of ivf-pq. If omitted, a quarter of the dimension."""
     factory: str | None = None
-    """A FAISS factory string, taken as it is instead of `kind`."""
+    """FAISS factory string to use as it is, instead of kind."""
     depth: int | None = Field(default=None, ge=1)
-    """nprobe or efSearch; by default the least that reaches `min_recall`."""
+    """nprobe (ivf) or efSearch (hnsw). If omitted, the smallest value that reaches min_recall."""
     min_recall: float = Field(default=0.95, gt=0, le=1)
-    """Share of the 10 best, and of the 100 best, that an index which is not exact must find, or it is refused."""
+    """Fraction of the exact top 10, and of the top 100, that an approximate index must find; below it the index is
+    refused."""
     memory_gb: float | None = Field(default=None, gt=0)
-    """Memory in GB that the whole index may take when it is searched; for `auto`. By default any."""
+    """Maximum memory of the loaded index in GB, used when kind is auto. If omitted, no limit."""
     rows_per_shard: int | None = Field(default=None, ge=1)
-    """Vectors in an index shard; by default as many as take 512 MiB in float32."""
+    """Vectors per index shard. If omitted, as many as take 512 MiB in float32."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"vectors", "previous"})
+    safety: ClassVar[frozenset[str]] = StageConfig.safety | {"min_recall"}
 
 
 @dataclass(frozen=True)

@@ -49,24 +49,28 @@ class IngestConfig(StageConfig):
     """The options of `ingest`."""
 
     source: str
-    """A path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,..., or a corpus of the catalog."""
+    """Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a corpus name of
+    the catalog."""
     format: Format = "auto"
-    """How the source lies there: auto tells it by the names of the files."""
+    """Format of the source. auto recognises it by the file names; set it when that fails."""
     bad_rows: Literal["skip", "fail"] = "skip"
-    """What to do with a row that cannot be a passage: leave it out and count it, or stop."""
+    """What to do with a row that cannot become a passage: skip leaves it out and counts it, fail stops."""
     deduplicate: Literal["auto", "none", "exact", "near"] = "auto"
-    """Which repeated passages are dropped: none, those of equal title and text, or also nearly equal ones; auto
-    is exact, but none where the source has judgements, so that public scores stay comparable."""
+    """Which duplicates to drop: none, exact (same title and text), or near (also nearly the same). auto is exact,
+    but none for a source with judgements, so that scores stay comparable with published ones."""
     near_threshold: float = Field(default=0.8, ge=0.1, le=0.95)
-    """Share of common three-word sequences (Jaccard, estimated by MinHash to about 0.04) from which passages are nearly equal."""
+    """Jaccard similarity of three-word sequences above which two passages are near duplicates (estimated with
+    MinHash, error about 0.04). Used with deduplicate = near."""
     max_text_bytes: int = Field(default=DEFAULT_MAX_TEXT_BYTES, ge=1)
-    """A title and text of this many bytes of UTF-8 or more is a bad row."""
+    """Maximum size of title and text together, in bytes of UTF-8; a row of this size or more is a bad row."""
     max_passage_chars: int = Field(default=DEFAULT_MAX_PASSAGE_CHARS, ge=1)
-    """Text and Markdown files are split between paragraphs into passages of at most this many characters."""
+    """Maximum length of a passage from a text or Markdown file, in characters; longer files are split between
+    paragraphs."""
     rows_per_file: int = Field(default=65_536, ge=1)
-    """Passages in a Parquet file."""
+    """Passages per Parquet file."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source"})
+    safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
 
 
 def ingest(config: IngestConfig) -> Artifact:

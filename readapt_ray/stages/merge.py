@@ -45,37 +45,47 @@ class MergeConfig(StageConfig):
     """The options of `readapt merge`."""
 
     pretrained: str | None = None
-    """The model before any retrieval training: catalog name, folder, URI or hub id; with --bundle, where its base lies now."""
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id. With bundle, only where its
+    base model is now."""
     retriever: str | None = None
-    """The same model after it: full weights, or a LoRA or DoRA adapter."""
+    """The same model after retrieval training: full weights, or a LoRA or DoRA adapter."""
     adapter: str | tuple[str, ...] | None = None
-    """The knowledge adapter of `readapt train`, or the tuned model (folder, URI or hub id); several with commas between."""
+    """Knowledge adapter (the output of `readapt train`) or tuned model: a folder, a URI or a hub id; or several,
+    separated by commas."""
     bundle: str | None = None
-    """What `readapt merge --factors` wrote: it stands for retriever and adapter, and names its base."""
+    """Output of `readapt merge --factors`; use it instead of retriever and adapter."""
     readapter_scale: float = 1.0
-    """Share of the retrieval skill that is kept; 1.0 keeps all. With --bundle, the bundle's unless given."""
+    """Weight of the retriever's change to the pretrained model; 1.0 keeps it as it is. With bundle, the bundle's
+    scale if omitted."""
     knowledge_scale: float | tuple[float, ...] = 0.5
-    """Share of the new domain that is added; one number, or one for each adapter with commas. As above with --bundle."""
+    """Weight of the adapter's change to the pretrained model; choose it with `readapt tune`. One number, or one per
+    adapter, separated by commas. With bundle, the bundle's scale if omitted."""
     low_rank: float | None = pydantic.Field(default=None, gt=0, le=1)
-    """Replace `retriever - pretrained` by its truncated SVD per matrix at this explained variance (LoRE), such as 0.5."""
+    """Replace the retriever's change by its truncated SVD that explains this fraction of the variance per matrix
+    (LoRE), such as 0.5."""
     factors: bool = False
-    """Write a bundle of factors next to their base instead of a model: small, and good for any pair of scales."""
+    """Write low-rank factors (a bundle) instead of a whole model: much smaller, and any pair of scales can be made
+    from it later."""
     accept: tuple[Literal["config", "tokenizer", "vocabulary", "base"], ...] = ()
-    """Differences that are meant: config, tokenizer, vocabulary (the retriever's is taken), base (of an adapter)."""
+    """Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is used), base (an
+    adapter's base model)."""
     dtype: Literal["retriever", "float32", "float16", "bfloat16"] = "retriever"
-    """Type of the written weights; `retriever` takes for each tensor what the retriever has."""
+    """Data type of the written weights; retriever keeps the type of each of the retriever's tensors."""
     max_shard_bytes: int = pydantic.Field(default=5_000_000_000, ge=1)
-    """Bound of a weight file in bytes; a larger tensor has a file of its own."""
+    """Maximum size of a weight file in bytes; a tensor that is larger gets its own file."""
     encoding: EncodingOption = None
-    """How text becomes a vector (a JSON file), for a retriever that nothing is known of; its own contract otherwise."""
+    """JSON file with pooling, prompts and special tokens, for a retriever whose folder and catalog do not say. If
+    omitted, the retriever's own."""
     num_workers: int = pydantic.Field(default=0, ge=0)
-    """Ray tasks that write weight files at once, on any node of the cluster; 0 writes them here, on all cores."""
+    """Ray tasks that write weight files at the same time, on any node of the cluster. 0 writes them on this machine
+    with all its cores."""
     num_cpus_per_worker: int = pydantic.Field(default=1, ge=1)
-    """Logical CPUs of such a task, and the threads that it computes with."""
+    """CPUs, and so threads, per Ray task."""
     measures: str | None = None
-    """Output folder of `readapt tune` or `readapt evaluate` whose result the model card shows."""
+    """Output of `readapt tune` or `readapt evaluate` whose result is shown in the model card."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
+    safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
     operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
 
     @pydantic.model_validator(mode="after")

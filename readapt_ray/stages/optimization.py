@@ -17,55 +17,60 @@ class OptimizationConfig(StageConfig):
     """What is trained, how it descends, and on which workers."""
 
     method: Literal["dora", "lora", "full"] = "dora"
-    """What is trained: DoRA or LoRA adapters, or all weights."""
+    """Train DoRA adapters (dora), LoRA adapters (lora) or all weights (full)."""
     lora_rank: int = Field(default=32, ge=1)
-    """Rank of the adapters."""
+    """Rank of the adapters. A higher rank learns more and makes a larger adapter."""
     lora_alpha: float = Field(default=64.0, gt=0)
-    """Scale of the adapters; their update is multiplied by alpha / rank."""
+    """Scale of the adapters: their update is multiplied by alpha / rank."""
     lora_dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Probability that an adapter's input is dropped."""
+    """Dropout probability on the input of each adapter."""
     target_modules: tuple[str, ...] = ()
-    """Linear layers that get an adapter, by the last part of their names; default those of the model's family."""
+    """Names of the linear layers that get an adapter (last part of the name), separated by commas. If omitted,
+    query, key, value, up and down projections of the model's family; required for other families."""
     num_epochs: int = Field(default=1, ge=1)
-    """Times that each block or pair is trained on."""
+    """Number of passes over the training data."""
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate of AdamW; falls linearly to 0."""
+    """Peak learning rate of AdamW; it decays linearly to 0. Lower it if the loss jumps."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's."""
+    """Weight decay of AdamW."""
     warmup_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises."""
+    """Fraction of the steps in which the learning rate rises from 0 to its peak."""
     max_gradient_norm: float = Field(default=1.0, ge=0)
-    """Gradients are clipped to this norm; 0 leaves them."""
+    """Clip the gradient to this norm; 0 turns clipping off."""
     seed: int = Field(default=0, ge=0)
-    """Of the order of blocks or pairs, the first weights and dropout."""
+    """Random seed for the data order, the initial adapter weights and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products and frozen weights; auto is bfloat16 on GPUs and where all CPUs have matrix units for it (AMX), float32
-    elsewhere, and stays what the output was begun with. What is trained is always float32."""
+    """Data type of matrix products and frozen weights; trained weights are always float32. auto is bfloat16 on GPUs
+    and on CPUs with AMX, else float32; a resumed run keeps the type that it began with."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: a third more arithmetic, and memory for one layer's in place of all."""
+    """Recompute activations in the backward pass: about a third more computation, but memory for one layer instead
+    of all. Turn it on when training does not fit in memory."""
     torch_compile: bool = False
-    """Compile each layer with torch.compile: minutes at the start, faster steps on a GPU. Not with zero_stage 3."""
+    """Compile each layer with torch.compile: minutes at the start, then faster steps on a GPU. It does not work
+    with zero_stage 3."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer state, 2 also gradients, 3 also the model's weights, for a
-    base that no single worker holds. 0 is the default: an adapter's state is small, and at 3 every weight travels
-    to every worker in each pass, DoRA's norms once more a step."""
+    """What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also gradients, 3 also the
+    model's weights. Use 3 only for a model that does not fit on one worker, because it sends every weight to every
+    worker in each pass."""
     num_workers: int | None = Field(default=None, ge=1)
-    """Ray Train workers; default one a GPU, or one a node without GPUs."""
+    """Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without GPUs."""
     min_workers: int | None = Field(default=None, ge=1)
-    """Go on with as few workers as this when nodes are lost, and with more when they come back; default wait for all."""
+    """Continue with as few workers as this when nodes are lost, and add workers when nodes come back. If omitted,
+    wait until all workers can run."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
-    """CPUs of a worker; default one beside a GPU, else the node's share."""
+    """CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its workers."""
     checkpoint_every_steps: int = Field(default=100, ge=1)
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints. A killed run resumes from the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Checkpoints that are kept, the newest."""
+    """Number of checkpoints to keep; older ones are deleted."""
     max_failures: int = Field(default=3, ge=-1)
-    """Times that dead workers are started again; -1 without end."""
+    """How many times dead workers are restarted; -1 means without limit."""
     check_memory: bool = True
-    """Refuse a start that by estimate does not fit the workers' memory."""
+    """Refuse to start when the estimated memory exceeds the memory of a worker. Turn it off if the estimate is
+    wrong for your model."""
     trackers: tuple[Tracker, ...] = ()
-    """Where steps are reported beside the terminal, metrics.jsonl and Ray's metrics: tensorboard, and wandb and mlflow where
-    they are installed."""
+    """Where to report each step besides the terminal, metrics.jsonl and Ray's metrics, separated by commas:
+    tensorboard, wandb, mlflow. wandb and mlflow must be installed."""
 
     @model_validator(mode="after")
     def _can_compile(self) -> Self:
@@ -75,6 +80,13 @@ class OptimizationConfig(StageConfig):
             )
         return self
 
+    safety: ClassVar[frozenset[str]] = StageConfig.safety | {
+        "min_workers",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "max_failures",
+        "check_memory",
+    }
     operational: ClassVar[frozenset[str]] = frozenset(
         {
             "gradient_checkpointing",

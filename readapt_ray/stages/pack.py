@@ -32,7 +32,7 @@ class PackConfig(PackOptions, StageConfig):
     """Options of pack."""
 
     pretrained: str
-    """MODEL whose tokenizer is used: catalog name, folder, URI or hub id."""
+    """Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "exclude", "only"})

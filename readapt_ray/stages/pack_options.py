@@ -11,13 +11,16 @@ class PackOptions(Config):
     """The options that decide what is in a block."""
 
     mode: Literal["passage", "packed"] = "passage"
-    """passage: a block is one passage, as in the paper; packed: passages end to end, none seeing another."""
+    """passage puts one passage in each block, as in the paper. packed fills each block with several passages that
+    do not attend to each other; it is faster for short passages."""
     block_tokens: int = Field(default=1024, ge=8)
-    """Longest passage, and in packed mode the length of a block, in tokens; unless given no more than the model's positions."""
+    """Maximum length of a passage in tokens, and the length of a block in packed mode; longer passages are
+    truncated. If omitted, 1024 or the model's number of positions, whichever is smaller."""
     exclude: str | None = None
-    """Passages to leave out: a file with a doc_id a line, a Parquet or JSONL file with the column doc_id, or qrels."""
+    """File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet or JSONL file
+    with a column doc_id, or qrels."""
     only: str | None = None
-    """Passages to take, and no others: a file as for exclude."""
+    """File of the only passages to use; same formats as exclude."""
 
 
 PACK_OPTIONS = tuple(PackOptions.model_fields)

@@ -36,23 +36,23 @@ class SearchConfig(StageConfig):
     """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
 
     retriever: str
-    """The model that made the vectors: catalog name, folder, URI or hub id."""
+    """Model that made the vectors: a catalog name, a folder, a URI or a hub id."""
     index: str | None = None
-    """The output folder of `readapt index`; give this or `vectors`."""
+    """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
-    """The output folder of `readapt embed`, searched exactly; give this or `index`."""
+    """Vectors to search exactly: the output of `readapt embed`. Give this or index."""
     queries: str
-    """A file of queries (.jsonl of BEIR, .tsv, .parquet), or a folder of them."""
+    """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
     qrels: str | None = None
-    """A file of judgements; only queries that are judged in it are searched. By default all are."""
+    """File of judgements: only queries that are judged in it are searched. If omitted, all queries are."""
     top_k: int = Field(default=100, ge=1)
-    """Passages a query; over the number of passages it gives all of them."""
+    """Results per query; all passages if there are fewer."""
     drop_self_hits: bool = False
-    """Leave out a passage whose doc_id is the query_id, as ArguAna and Quora are scored."""
+    """Leave out a result whose doc_id equals the query_id, as ArguAna and Quora are scored."""
     encoding: EncodingOption = None
-    """How the retriever wants its text, as a JSON file; by default as the vectors were made."""
+    """JSON file with pooling, prompts and special tokens. If omitted, those that the vectors were made with."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens in a batch of queries at most, padding included; by default what suits the device."""
+    """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "index", "vectors", "queries", "qrels", "encoding"})
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})

@@ -27,15 +27,17 @@ class TrainConfig(PackOptions, OptimizationConfig):
     """Options of train. The defaults are the paper's."""
 
     pretrained: str
-    """MODEL before retrieval training: catalog name, folder, URI or hub id."""
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
     corpus: str
-    """Passages (the output of `readapt ingest`) or token blocks (of pack)."""
+    """Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are packed
+    first, into OUTPUT-blocks."""
     objective: Objective | None = None
-    """causal_lm: the next token, for decoders; masked_lm: masked tokens, for encoders; default what the model has a head for."""
+    """causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If omitted, what
+    the model has a head for."""
     batch_size: int = Field(default=4, ge=1)
-    """Blocks a step, over all workers."""
+    """Blocks per step, over all workers."""
     micro_batch_tokens: int = Field(default=4096, ge=8)
-    """Tokens of one forward and backward pass; bounds the memory, not the result."""
+    """Tokens per forward and backward pass. Lower it when memory is short; the result stays the same."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus"})
     # What the options of pack did is in the fingerprint of the blocks.

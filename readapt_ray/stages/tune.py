@@ -41,45 +41,49 @@ class TuneConfig(StageConfig):
     """Options of tune."""
 
     pretrained: str
-    """MODEL before retrieval training: catalog name, folder, URI or hub id."""
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
     retriever: str
-    """MODEL to adapt."""
+    """Model to adapt: a catalog name, a folder, a URI or a hub id."""
     adapter: str
-    """The knowledge adapter: the output of `readapt train`, or a PEFT folder."""
+    """Knowledge adapter: the output of `readapt train`, or a PEFT folder."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """Withheld queries, a file or folder; without them the corpus asks its own (pseudo-queries)."""
+    """Withheld queries: a file or folder. If omitted, pseudo-queries are generated from the passages."""
     qrels: str | None = None
-    """Judgements of the queries, a file or folder."""
+    """Judgements of the queries: a file or folder."""
     readapter_scales: tuple[float, ...] = (1.0,)
-    """Shares of the retrieval skill to try."""
+    """Weights of the retriever's change to try, separated by commas."""
     knowledge_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    """Shares of the new domain to try."""
+    """Weights of the adapter's change to try, separated by commas."""
     num_refinements: int = Field(default=1, ge=0, le=6)
-    """Times that pairs half way between the best one and its neighbours are tried."""
+    """How many times to try the points half way between the best pair of scales and its neighbours."""
     measure: MeasureOption = "nDCG@10"
-    """What is compared."""
+    """Measure that decides which pair of scales is best."""
     drop_self_hits: bool | None = None
-    """Leave out a passage whose doc_id is the query_id; default as the catalog says of the corpus's source, else not."""
+    """Leave out a result whose doc_id equals the query_id. If omitted, as the catalog says for the corpus's
+    source."""
     max_queries: int = Field(default=1000, ge=2)
-    """Queries that are used at most, tuning and reporting together."""
+    """Maximum number of queries, half for choosing the scales and half for reporting."""
     max_passages: int = Field(default=20_000, ge=1)
-    """Passages of the sample at most; judged ones are always kept."""
+    """Maximum number of passages in the sample that is searched; judged ones are always in it."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Type that the model computes in, as embed's: auto takes bfloat16 where the device has units for it, else float32."""
+    """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, else float32."""
     num_workers: int | None = Field(default=None, ge=1)
-    """Actors, each with the model, that share the pairs; by default one a GPU, or one without GPUs."""
+    """Number of actors, each with one model, that share the work. If omitted, one per GPU, or one without GPUs."""
     seed: int = Field(default=0, ge=0)
-    """Of the sample and of the halves."""
+    """Random seed for the sample of passages and for the split of the queries."""
     encoding: EncodingOption = None
-    """How the retriever wants its text, as a JSON file; default what its folder or the catalog says."""
+    """JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or the catalog
+    says."""
     accept: tuple[Literal["vocabulary"], ...] = ()
-    """Differences of the retriever from pretrained that are meant: vocabulary (words that only one of them has)."""
+    """Mismatches between retriever and pretrained to allow, separated by commas: vocabulary (only one of them has
+    some tokens)."""
 
     inputs: ClassVar[frozenset[str]] = frozenset(
         {"pretrained", "retriever", "adapter", "corpus", "queries", "qrels", "encoding"}
     )
+    safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
     operational: ClassVar[frozenset[str]] = frozenset({"num_workers", "accept"})
 
     @model_validator(mode="after")
