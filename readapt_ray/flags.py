@@ -76,7 +76,8 @@ def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._Argu
     """Add a flag for each option of a config, by groups, and return the groups."""
     groups = [parser.add_argument_group(title) for title in GROUPS]
     fields = sorted(config_class.model_fields.items(), key=lambda item: _rank(*item))
-    required = [f"{flag(name)} {_metavar(field.annotation)}" for name, field in fields if field.is_required()]
+    required = [f"{action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required]
+    required += [f"{flag(name)} {_metavar(field.annotation)}" for name, field in fields if field.is_required()]
     parser.usage = " ".join([parser.prog, *required, "[OPTIONS]"])
     for name, field in fields:
         text = (field.description or "").replace("%", "%%")

@@ -92,6 +92,12 @@ def test_help_groups_the_options_and_begins_with_what_is_required(capsys: pytest
     assert "'\"a,b\",c' has two items" in text
 
 
+def test_usage_of_plan_names_the_file_and_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--help"])
+    assert "usage: readapt plan --config FILE.yaml --cluster TEXT [OPTIONS]\n" in capsys.readouterr().out
+
+
 def test_help_of_compare_and_paper_names_the_sections_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     for command, sections in (("compare", "embed_options, train_options"), ("paper", "train, embed, search")):
         with pytest.raises(SystemExit):
