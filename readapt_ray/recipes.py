@@ -207,13 +207,13 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         retriever=config.retriever,
         adapter=at("adapter"),
     )
-    arms = {BASE: config.retriever, ADAPTED: at(ADAPTED)}
+    compared = {BASE: config.retriever, ADAPTED: at(ADAPTED)}
     report = step(
         "report",
         "evaluate",
         config.evaluate,
         needs_judgements=True,
-        runs=[at(f"runs/{arm}.trec") for arm in arms],
+        runs=[at(f"runs/{name}.trec") for name in compared],
         qrels=qrels,
         queries=queries,
         corpus=at("corpus"),
@@ -222,17 +222,17 @@ def _steps(config: RunConfig) -> Iterator[Step]:
         "top_k": depth_of(report.config.settings()["measures"]),
         "drop_self_hits": drops_self_hits(config.source),
     }
-    for arm, model in arms.items():
-        yield step(f"vectors/{arm}", "embed", config.embed, retriever=model, corpus=at("corpus"))
-        yield step(f"index/{arm}", "index", config.index, vectors=at(f"vectors/{arm}"))
-    for arm, model in arms.items():
+    for name, model in compared.items():
+        yield step(f"vectors/{name}", "embed", config.embed, retriever=model, corpus=at("corpus"))
+        yield step(f"index/{name}", "index", config.index, vectors=at(f"vectors/{name}"))
+    for name, model in compared.items():
         yield step(
-            f"runs/{arm}.trec",
+            f"runs/{name}.trec",
             "search",
             {**searching, **config.search},
             needs_judgements=True,
             retriever=model,
-            index=at(f"index/{arm}"),
+            index=at(f"index/{name}"),
             queries=queries,
         )
     yield report

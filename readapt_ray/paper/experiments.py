@@ -3,12 +3,12 @@
     ROOT/CORPUS/corpus                  passages, queries, qrels
     ROOT/CORPUS/subsets/PASSAGES-SEED   passages that an adapter is trained on, where these are not all
     ROOT/CORPUS/adapters/NAME           knowledge adapters
-    ROOT/CORPUS/models/ARM              merged models
-    ROOT/CORPUS/vectors/ARM, runs/ARM.trec
+    ROOT/CORPUS/models/MODEL              merged models
+    ROOT/CORPUS/vectors/MODEL, runs/MODEL.trec
     ROOT/EXPERIMENT.json, EXPERIMENT.md what came out, beside the paper's figures
 
-Every artifact is made by its stage, so whatever is complete is not made again: a study that was
-killed goes on, and experiments share what they have in common. At 7 billion parameters an arm takes 14 GB
+Every artifact is made by its stage, so whatever is complete is not made again: a reproduction that was
+killed goes on, and experiments share what they have in common. At 7 billion parameters a variant takes 14 GB
 for its model besides the vectors.
 """
 
@@ -28,26 +28,26 @@ from readapt_ray.catalog import corpora, models, retrievers
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import CorpusError, InputError
-from readapt_ray.paper.arms import EXPERIMENTS, READAPTED, Arm, arms_of
+from readapt_ray.paper.variants import EXPERIMENTS, READAPTED, Variant, variants_of
 from readapt_ray.recipes import Section, SectionRules, make, pack_options, stage_config
 from readapt_ray.stages.measure_options import MeasureOption, depth_of
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-NOT_IN_A_STUDY: dict[str, dict[str, str]] = {
+NOT_IN_AN_EXPERIMENT: dict[str, dict[str, str]] = {
     "embed": {
-        "sample": "the study needs vectors of all passages; estimate with `readapt embed --sample` first",
-        "previous": "older vectors fit only one model; a study that is run again encodes nothing twice",
+        "sample": "the reproduction needs vectors of all passages; estimate with `readapt embed --sample` first",
+        "previous": "older vectors fit only one model; a reproduction that is run again encodes nothing twice",
     },
     "search": {
-        "index": "the study searches vectors exactly, as the paper does; leave it out",
+        "index": "the reproduction searches vectors exactly, as the paper does; leave it out",
         "encoding": "queries are encoded as the vectors were; leave it out",
     },
 }
-"""Options of stages that a study refuses, each with the reason and what to do instead."""
+"""Options of stages that a reproduction refuses, each with the reason and what to do instead."""
 
-RULES = SectionRules(recipe="the study", refused=NOT_IN_A_STUDY)
+RULES = SectionRules(recipe="the reproduction", refused=NOT_IN_AN_EXPERIMENT)
 
 _WHOLE_CORPUS = frozenset({"table1", "baselines"})
 """Experiments whose adapters are trained on all passages of their corpus."""
@@ -125,7 +125,7 @@ class PaperConfig(Config):
 
 @dataclass(frozen=True)
 class Collection:
-    """A corpus of the study: where it comes from and how it is scored."""
+    """A corpus of the reproduction: where it comes from and how it is scored."""
 
     name: str
     source: str
@@ -153,7 +153,7 @@ def collection(text: str, data: str | None) -> Collection:
     return Collection(row.name, source, row.split, row.task, row.drops_self_hits)
 
 
-class Study:
+class Reproduction:
     """One retriever on some corpora.
 
     Raises:
@@ -177,7 +177,7 @@ class Study:
         """Refuse wrong options before any stage starts.
 
         Raises:
-            InputError: an option is unknown, wrong, or one that the study sets or refuses.
+            InputError: an option is unknown, wrong, or one that the reproduction sets or refuses.
         """
         config = self.config
         stage_config("train", config.train, RULES, pretrained="-", corpus="-", method="dora", seed=0, output="-")
@@ -196,41 +196,41 @@ class Study:
                     f"section 'train': {name} = {config.train[name]!r} is not there; give a file that exists"
                 )
 
-    def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Arm]]:
+    def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Variant]]:
         """What is searched for an experiment with one seed, corpus after corpus."""
         for each in self.collections.values():
-            for arm in arms_of(experiment, self.config.sizes):
-                if self._applies(each, arm) and (arm.has_seed or seed == self.config.seeds[0]):
-                    yield each, arm
+            for variant in variants_of(experiment, self.config.sizes):
+                if self._applies(each, variant) and (variant.has_seed or seed == self.config.seeds[0]):
+                    yield each, variant
 
-    def _applies(self, own: Collection, arm: Arm) -> bool:
-        if arm.passages.isdecimal():
-            return int(arm.passages) < self.corpus(own).manifest.counts["num_passages"]
-        if arm.passages != "all":
-            return self._has_passages(own, arm)
-        return self._domain(own, arm) is not None
+    def _applies(self, own: Collection, variant: Variant) -> bool:
+        if variant.passages.isdecimal():
+            return int(variant.passages) < self.corpus(own).manifest.counts["num_passages"]
+        if variant.passages != "all":
+            return self._has_passages(own, variant)
+        return self._domain(own, variant) is not None
 
-    def _has_passages(self, own: Collection, arm: Arm) -> bool:
+    def _has_passages(self, own: Collection, variant: Variant) -> bool:
         """Whether the corpus has such passages at all; where it has none, this is said once."""
-        key = (own.name, arm.name)
+        key = (own.name, variant.name)
         if key not in self._has_some:
-            self._has_some[key] = bool(_wanted(self.corpus(own), own, arm.passages, 0))
+            self._has_some[key] = bool(_wanted(self.corpus(own), own, variant.passages, 0))
             if not self._has_some[key]:
                 logger.warning(
-                    "%s: no passage is %s in the split %s (every one is %s), so the arm %r is left out",
+                    "%s: no passage is %s in the split %s (every one is %s), so the variant %r is left out",
                     own.name,
-                    arm.passages,
+                    variant.passages,
                     own.split,
-                    "judged" if arm.passages == "unjudged" else "unjudged",
-                    arm.name,
+                    "judged" if variant.passages == "unjudged" else "unjudged",
+                    variant.name,
                 )
         return self._has_some[key]
 
-    def _domain(self, own: Collection, arm: Arm) -> Collection | None:
-        """Whose passages an arm's adapter is trained on; None where there is no such corpus."""
-        if arm.domain == "own":
+    def _domain(self, own: Collection, variant: Variant) -> Collection | None:
+        """Whose passages a variant's adapter is trained on; None where there is no such corpus."""
+        if variant.domain == "own":
             return own
-        if arm.domain == "general":
+        if variant.domain == "general":
             return None if self._general is None or self._general.name == own.name else self._general
         names = list(self.collections)
         return self.collections[names[(names.index(own.name) + 1) % len(names)]] if len(names) > 1 else None
@@ -239,13 +239,13 @@ class Study:
         """The ingested corpus."""
         return self._make("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
 
-    def run_file(self, own: Collection, arm: Arm, seed: int) -> str:
-        """Where the run of an arm lies."""
-        return f"{self._folder(own)}/runs/{_label(arm, seed)}.trec"
+    def run_file(self, own: Collection, variant: Variant, seed: int) -> str:
+        """Where the run of a variant lies."""
+        return f"{self._folder(own)}/runs/{_label(variant, seed)}.trec"
 
-    def search(self, own: Collection, arm: Arm, seed: int) -> Artifact:
-        """The run of an arm, made with all that it needs."""
-        model = self._model(own, arm, seed)
+    def search(self, own: Collection, variant: Variant, seed: int) -> Artifact:
+        """The run of a variant, made with all that it needs."""
+        model = self._model(own, variant, seed)
         corpus = self.corpus(own)
         vectors = self._make(
             "embed",
@@ -253,7 +253,7 @@ class Study:
             retriever=model,
             corpus=corpus.uri,
             encoding=_with_task(self.encoding, own.task),
-            output=f"{self._folder(own)}/vectors/{_label(arm, seed)}",
+            output=f"{self._folder(own)}/vectors/{_label(variant, seed)}",
         )
         return self._make(
             "search",
@@ -263,22 +263,26 @@ class Study:
             queries=f"{corpus.uri}/queries",
             qrels=f"{corpus.uri}/qrels/{own.split}.parquet",
             drop_self_hits=own.drops_self_hits,
-            output=self.run_file(own, arm, seed),
+            output=self.run_file(own, variant, seed),
         )
 
-    def _model(self, own: Collection, arm: Arm, seed: int) -> str:
-        if arm.is_base:
+    def _model(self, own: Collection, variant: Variant, seed: int) -> str:
+        if variant.is_base:
             return self.config.retriever
-        if arm.continues_retriever:
+        if variant.continues_retriever:
             return self._continued(own, seed)
-        source = self._domain(own, arm)
+        source = self._domain(own, variant)
         assert source is not None
-        adapter = self._adapter(source, arm, seed)
+        adapter = self._adapter(source, variant, seed)
         scales = {
-            "readapter_scale": self.config.readapter_scale if arm.readapter_scale is None else arm.readapter_scale,
-            "knowledge_scale": self.config.knowledge_scale if arm.knowledge_scale is None else arm.knowledge_scale,
+            "readapter_scale": self.config.readapter_scale
+            if variant.readapter_scale is None
+            else variant.readapter_scale,
+            "knowledge_scale": self.config.knowledge_scale
+            if variant.knowledge_scale is None
+            else variant.knowledge_scale,
         }
-        return self._merged(adapter, scales, f"{self._folder(own)}/models/{_label(arm, seed)}")
+        return self._merged(adapter, scales, f"{self._folder(own)}/models/{_label(variant, seed)}")
 
     def _merged(self, adapter: str, scales: dict[str, float], output: str) -> str:
         return self._make(
@@ -292,10 +296,10 @@ class Study:
             **scales,
         ).uri
 
-    def _adapter(self, source: Collection, arm: Arm, seed: int) -> str:
-        name = f"{arm.passages}-{arm.method}-seed{seed}"
+    def _adapter(self, source: Collection, variant: Variant, seed: int) -> str:
+        name = f"{variant.passages}-{variant.method}-seed{seed}"
         return self._trained(
-            source, self._passages(source, arm, seed), self.pretrained, method=arm.method, seed=seed, name=name
+            source, self._passages(source, variant, seed), self.pretrained, method=variant.method, seed=seed, name=name
         )
 
     def _continued(self, own: Collection, seed: int) -> str:
@@ -304,7 +308,7 @@ class Study:
 
         folder = f"{self._folder(own)}/models/retriever"
         merged = self._merged(
-            self._adapter(own, Arm(name=READAPTED), self.config.seeds[0]),
+            self._adapter(own, Variant(name=READAPTED), self.config.seeds[0]),
             {"readapter_scale": 1.0, "knowledge_scale": 0.0},
             folder,
         )
@@ -342,14 +346,14 @@ class Study:
         row = retrievers.find_retriever(self.config.retriever)
         return {} if row is None else {"target_modules": row.dora_targets}
 
-    def _passages(self, source: Collection, arm: Arm, seed: int) -> str:
+    def _passages(self, source: Collection, variant: Variant, seed: int) -> str:
         """The passages that an adapter is trained on: the corpus, or a part of it ingested again."""
         corpus = self.corpus(source)
-        if arm.passages == "all":
+        if variant.passages == "all":
             return corpus.uri
-        name = f"{arm.passages}-seed{seed}" if arm.passages.isdecimal() else arm.passages
+        name = f"{variant.passages}-seed{seed}" if variant.passages.isdecimal() else variant.passages
         folder = Location(f"{self._folder(source)}/subsets")
-        wanted = _wanted(corpus, source, arm.passages, seed)
+        wanted = _wanted(corpus, source, variant.passages, seed)
         file = folder / f"{name}.jsonl"
         if not file.is_file():
             with file.open_output() as stream:
@@ -376,22 +380,22 @@ def run(config: PaperConfig) -> dict[str, str]:
     """
     from readapt_ray.paper.outcome import write_outcome
 
-    study = Study(config)
+    reproduction = Reproduction(config)
     said = {}
     for experiment in config.experiments:
         done: list[int] = []
         for seed in config.seeds:
-            for own, arm in study.steps(experiment, seed):
-                logger.info("%s, seed %d: %s, %s", experiment, seed, own.name, arm.name)
-                study.search(own, arm, seed)
+            for own, variant in reproduction.steps(experiment, seed):
+                logger.info("%s, seed %d: %s, %s", experiment, seed, own.name, variant.name)
+                reproduction.search(own, variant, seed)
             done.append(seed)
-            said[experiment] = write_outcome(study, experiment, tuple(done))
+            said[experiment] = write_outcome(reproduction, experiment, tuple(done))
     return said
 
 
-def _label(arm: Arm, seed: int) -> str:
-    name = arm.name.replace(" ", "-").replace(",", "")
-    return f"{name}-seed{seed}" if arm.has_seed else name
+def _label(variant: Variant, seed: int) -> str:
+    name = variant.name.replace(" ", "-").replace(",", "")
+    return f"{name}-seed{seed}" if variant.has_seed else name
 
 
 def _with_task(encoding: Encoding, task: str) -> Encoding:

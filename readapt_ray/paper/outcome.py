@@ -1,6 +1,6 @@
-"""What an experiment came to: a table of arms and corpora beside the published figures.
+"""What an experiment came to: a table of variants and corpora beside the published figures.
 
-In: the runs of a study. Out: `EXPERIMENT.json` and `EXPERIMENT.md` under its root. The value of a query
+In: the runs of a reproduction. Out: `EXPERIMENT.json` and `EXPERIMENT.md` under its root. The value of a query
 is its mean over the seeds, and the test is paired over queries; Holm's correction runs over every
 comparison of the table.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.catalog import published
-from readapt_ray.paper.arms import BASE, EXPERIMENTS, READAPTED, Arm
+from readapt_ray.paper.variants import BASE, EXPERIMENTS, READAPTED, Variant
 from readapt_ray.retrieval.measures import group_judgements, measure_run, parse_measures
 from readapt_ray.retrieval.runs import load_run
 from readapt_ray.retrieval.significance import Comparison, compare, holm
@@ -23,72 +23,74 @@ from readapt_ray.sources.judgements import read_qrels
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
-    from readapt_ray.paper.experiments import Collection, Study
+    from readapt_ray.paper.experiments import Collection, Reproduction
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The values of one corpus by arm: float64 [seeds, Q]."""
+    """The values of one corpus by variant: float64 [seeds, Q]."""
 
     collection: "Collection"
     values: dict[str, NDArray[np.float64]]
 
 
-def write_outcome(study: "Study", experiment: str, seeds: Sequence[int]) -> str:
+def write_outcome(reproduction: "Reproduction", experiment: str, seeds: Sequence[int]) -> str:
     """Write what these seeds came to; the Markdown."""
-    measure = study.config.measure
-    found = [_values(study, experiment, each, seeds) for each in study.collections.values()]
+    measure = reproduction.config.measure
+    found = [_values(reproduction, experiment, each, seeds) for each in reproduction.collections.values()]
     comparisons = [_compared(each, measure) for each in found]
     rows = [
         row
         for outcome, tested in zip(found, _corrected(comparisons), strict=True)
-        for row in _rows(study, outcome, tested)
+        for row in _rows(reproduction, outcome, tested)
     ]
     result = {
         "experiment": experiment,
         "what": EXPERIMENTS[experiment],
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "retriever": study.config.retriever,
-        "pretrained": study.pretrained,
+        "retriever": reproduction.config.retriever,
+        "pretrained": reproduction.pretrained,
         "measure": measure,
         "seeds": list(seeds),
-        "settings": study.config.model_dump(mode="json", exclude={"root", "corpora", "data"}),
+        "settings": reproduction.config.model_dump(mode="json", exclude={"root", "corpora", "data"}),
         "rows": rows,
-        "averages": _averages(study, rows),
+        "averages": _averages(reproduction, rows),
     }
-    root = Location(study.config.root.rstrip("/"))
+    root = Location(reproduction.config.root.rstrip("/"))
     text = to_markdown(result)
     (root / f"{experiment}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     (root / f"{experiment}.md").write_text(text)
     return text
 
 
-def _values(study: "Study", experiment: str, own: "Collection", seeds: Sequence[int]) -> _Outcome:
-    qrels = f"{study.corpus(own).uri}/qrels/{own.split}.parquet"
+def _values(reproduction: "Reproduction", experiment: str, own: "Collection", seeds: Sequence[int]) -> _Outcome:
+    qrels = f"{reproduction.corpus(own).uri}/qrels/{own.split}.parquet"
     judgements = group_judgements(read_qrels(qrels))
-    measures = parse_measures(study.config.measure)
+    measures = parse_measures(reproduction.config.measure)
 
-    def measured(arm: Arm, seed: int) -> NDArray[np.float64]:
-        file = study.run_file(own, arm, seed)
-        return measure_run(load_run(file), judgements, measures, name=file).values[study.config.measure]
+    def measured(variant: Variant, seed: int) -> NDArray[np.float64]:
+        file = reproduction.run_file(own, variant, seed)
+        return measure_run(load_run(file), judgements, measures, name=file).values[reproduction.config.measure]
 
-    arms = {arm.name: arm for seed in seeds for each, arm in study.steps(experiment, seed) if each == own}
+    variants = {
+        variant.name: variant for seed in seeds for each, variant in reproduction.steps(experiment, seed) if each == own
+    }
     return _Outcome(
         own,
         {
-            name: np.stack([measured(arm, seed) for seed in (seeds if arm.has_seed else seeds[:1])])
-            for name, arm in arms.items()
+            name: np.stack([measured(variant, seed) for seed in (seeds if variant.has_seed else seeds[:1])])
+            for name, variant in variants.items()
         },
     )
 
 
 def _compared(outcome: _Outcome, measure: str) -> list[Comparison]:
-    """Every arm with the retriever as it is."""
+    """Every variant with the retriever as it is."""
     return compare({name: {measure: values.mean(axis=0)} for name, values in outcome.values.items()})
 
 
 def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Comparison]]:
-    """By arm, with Holm's correction over the whole table."""
+    """By variant, with Holm's correction over the whole table."""
     p_values = [each.p_value for group in comparisons for each in group if each.p_value is not None]
     adjusted = iter(holm(p_values))
     return [
@@ -97,8 +99,8 @@ def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Co
     ]
 
 
-def _rows(study: "Study", outcome: _Outcome, tested: dict[str, Comparison]) -> list[dict[str, Any]]:
-    own, retriever = outcome.collection, study.config.retriever
+def _rows(reproduction: "Reproduction", outcome: _Outcome, tested: dict[str, Comparison]) -> list[dict[str, Any]]:
+    own, retriever = outcome.collection, reproduction.config.retriever
     scores = published.paper_scores(retriever, own.name)
     paper = {BASE: scores.base, READAPTED: scores.readapted} if scores is not None else {}
     rows = []
@@ -109,7 +111,7 @@ def _rows(study: "Study", outcome: _Outcome, tested: dict[str, Comparison]) -> l
             {
                 "corpus": own.name,
                 "arm": name,
-                "num_passages": study.corpus(own).manifest.counts["num_passages"],
+                "num_passages": reproduction.corpus(own).manifest.counts["num_passages"],
                 "num_queries": values.shape[1],
                 "mean": float(by_seed.mean()),
                 "by_seed": by_seed.tolist(),
@@ -126,16 +128,16 @@ def _rows(study: "Study", outcome: _Outcome, tested: dict[str, Comparison]) -> l
     return rows
 
 
-def _averages(study: "Study", rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean over the corpora that have every arm, of all and of the zero-shot ones."""
+def _averages(reproduction: "Reproduction", rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean over the corpora that have every variant, of all and of the zero-shot ones."""
     names = list(dict.fromkeys(row["arm"] for row in rows))
     means = {(row["corpus"], row["arm"]): row["mean"] for row in rows}
-    whole = [each for each in study.collections if all((each, arm) in means for arm in names)]
-    seen = published.TRAINED_ON.get(study.config.retriever, frozenset())
+    whole = [each for each in reproduction.collections if all((each, variant) in means for variant in names)]
+    seen = published.TRAINED_ON.get(reproduction.config.retriever, frozenset())
     groups = {"all": whole, "zero-shot": [each for each in whole if each not in seen] if seen & set(whole) else []}
     return {
         f"{label} ({len(group)} corpora)": {
-            arm: float(np.mean([means[corpus, arm] for corpus in group])) for arm in names
+            variant: float(np.mean([means[corpus, variant] for corpus in group])) for variant in names
         }
         for label, group in groups.items()
         if len(group) > 1
@@ -170,7 +172,10 @@ def to_markdown(result: dict[str, Any]) -> str:
     cells = [_cells(row, has_published=has_published) for row in result["rows"]]
     lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
     for label, means in result["averages"].items():
-        lines += ["", f"Average over {label}: " + ", ".join(f"{arm} {100 * mean:.1f}" for arm, mean in means.items())]
+        lines += [
+            "",
+            f"Average over {label}: " + ", ".join(f"{variant} {100 * mean:.1f}" for variant, mean in means.items()),
+        ]
     return "\n".join(lines) + "\n"
 
 

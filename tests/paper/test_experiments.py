@@ -1,4 +1,4 @@
-"""Which arms an experiment has, on which passages their adapters are trained, and a whole one on tiny models."""
+"""Which variants an experiment has, on which passages their adapters are trained, and a whole one on tiny models."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from readapt_ray import cli
 from readapt_ray.catalog import corpora
 from readapt_ray.catalog.published import paper_gain, paper_scores
 from readapt_ray.errors import CorpusError, InputError, ModelError
-from readapt_ray.paper.arms import EXPERIMENTS, arms_of
-from readapt_ray.paper.experiments import PaperConfig, Study, collection, run
+from readapt_ray.paper.experiments import PaperConfig, Reproduction, collection, run
+from readapt_ray.paper.variants import EXPERIMENTS, variants_of
 from tests import factories
 
 TRAIN = {"block_tokens": 64, "batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
@@ -36,48 +36,52 @@ def config(tiny: Path, **changes: Any) -> PaperConfig:
     return PaperConfig.parse(values | changes)
 
 
-def named(study: Study, experiment: str, seed: int = 0) -> list[tuple[str, str]]:
-    return [(own.name, arm.name) for own, arm in study.steps(experiment, seed)]
+def named(reproduction: Reproduction, experiment: str, seed: int = 0) -> list[tuple[str, str]]:
+    return [(own.name, variant.name) for own, variant in reproduction.steps(experiment, seed)]
 
 
 def test_every_experiment_begins_with_the_retriever_as_it_is_and_readapted() -> None:
     for experiment in EXPERIMENTS:
-        arms = arms_of(experiment, (10,))
-        assert [arm.name for arm in arms[:2]] == ["base", "readapted"]
-        assert len({arm.name for arm in arms}) == len(arms)
-        assert not arms[0].has_seed
-        assert arms[1].has_seed
+        variants = variants_of(experiment, (10,))
+        assert [variant.name for variant in variants[:2]] == ["base", "readapted"]
+        assert len({variant.name for variant in variants}) == len(variants)
+        assert not variants[0].has_seed
+        assert variants[1].has_seed
 
 
 def test_arms_that_a_corpus_cannot_have_are_left_out(tiny: Path) -> None:
-    study = Study(config(tiny, experiments=["all"]))
+    reproduction = Reproduction(config(tiny, experiments=["all"]))
     both = [("nfcorpus", "base"), ("nfcorpus", "readapted")]
-    assert named(study, "table3") == [
+    assert named(reproduction, "table3") == [
         *both,
         ("nfcorpus", "general adapter"),
         ("scifact", "base"),
         ("scifact", "readapted"),
     ]
-    assert named(study, "figure2")[:3] == [*both, ("nfcorpus", "20 passages")]
-    assert "500 passages" not in {arm for _, arm in named(study, "figure2")}
-    alone = Study(config(tiny, corpora=["nfcorpus"], experiments=["baselines"]))
-    assert "wrong domain" not in {arm for _, arm in named(alone, "baselines")}
-    assert "wrong domain" in {arm for _, arm in named(study, "baselines")}
+    assert named(reproduction, "figure2")[:3] == [*both, ("nfcorpus", "20 passages")]
+    assert "500 passages" not in {variant for _, variant in named(reproduction, "figure2")}
+    alone = Reproduction(config(tiny, corpora=["nfcorpus"], experiments=["baselines"]))
+    assert "wrong domain" not in {variant for _, variant in named(alone, "baselines")}
+    assert "wrong domain" in {variant for _, variant in named(reproduction, "baselines")}
 
 
 def test_only_what_a_seed_changes_is_made_again_for_another_seed(tiny: Path) -> None:
-    study = Study(config(tiny, seeds=[3, 4]))
-    first, second = (dict.fromkeys(arm for _, arm in named(study, "baselines", seed)) for seed in (3, 4))
+    reproduction = Reproduction(config(tiny, seeds=[3, 4]))
+    first, second = (dict.fromkeys(variant for _, variant in named(reproduction, "baselines", seed)) for seed in (3, 4))
     assert first.keys() - second.keys() == {"base", "readapter 0.5", "readapter 1.5"}
 
 
 def test_parts_of_a_corpus_are_its_judged_its_unjudged_or_so_many_passages(tiny: Path) -> None:
-    study = Study(config(tiny))
-    own = study.collections["nfcorpus"]
-    arms = {arm.passages: arm for experiment in ("table2", "figure2") for arm in arms_of(experiment, (5, 20))}
+    reproduction = Reproduction(config(tiny))
+    own = reproduction.collections["nfcorpus"]
+    variants = {
+        variant.passages: variant
+        for experiment in ("table2", "figure2")
+        for variant in variants_of(experiment, (5, 20))
+    }
     ids = {
-        passages: set(pq.read_table(f"{study._passages(own, arm, 0)}/passages")["doc_id"].to_pylist())
-        for passages, arm in arms.items()
+        passages: set(pq.read_table(f"{reproduction._passages(own, variant, 0)}/passages")["doc_id"].to_pylist())
+        for passages, variant in variants.items()
     }
     lines = (tiny / "data/nfcorpus/qrels/test.tsv").read_text().splitlines()[1:]
     assert ids["judged"] == {line.split("\t")[1] for line in lines}
@@ -85,8 +89,8 @@ def test_parts_of_a_corpus_are_its_judged_its_unjudged_or_so_many_passages(tiny:
     assert ids["unjudged"] == ids["all"] - ids["judged"]
     assert (len(ids["5"]), len(ids["20"])) == (5, 20)
     assert ids["5"] < ids["20"] < ids["all"]
-    text = pq.read_table(f"{study._passages(own, arms['5'], 0)}/passages").to_pylist()[0]
-    whole = {row["doc_id"]: row for row in pq.read_table(f"{study.corpus(own).uri}/passages").to_pylist()}
+    text = pq.read_table(f"{reproduction._passages(own, variants['5'], 0)}/passages").to_pylist()[0]
+    whole = {row["doc_id"]: row for row in pq.read_table(f"{reproduction.corpus(own).uri}/passages").to_pylist()}
     assert text == whole[text["doc_id"]]
 
 
@@ -97,14 +101,14 @@ def test_a_part_that_has_no_passage_is_left_out_and_said_once(tiny: Path, caplog
     query_id = json.loads((beir / "queries.jsonl").read_text().splitlines()[0])["_id"]
     lines = ["query-id\tcorpus-id\tscore", *(f"{query_id}\t{doc_id}\t1" for doc_id in doc_ids)]
     (beir / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
-    study = Study(config(tiny, experiments=["table2"], corpora=[f"whole={beir}", "scifact"]))
+    reproduction = Reproduction(config(tiny, experiments=["table2"], corpora=[f"whole={beir}", "scifact"]))
     for _ in range(2):
-        arms = named(study, "table2")
-        assert ("whole", "unjudged passages") not in arms
-        assert {("whole", "judged passages"), ("scifact", "unjudged passages")} < set(arms)
+        variants = named(reproduction, "table2")
+        assert ("whole", "unjudged passages") not in variants
+        assert {("whole", "judged passages"), ("scifact", "unjudged passages")} < set(variants)
     said = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert said == [
-        "whole: no passage is unjudged in the split test (every one is judged), so the arm 'unjudged passages' is left out"
+        "whole: no passage is unjudged in the split test (every one is judged), so the variant 'unjudged passages' is left out"
     ]
 
 
@@ -132,14 +136,14 @@ def test_a_corpus_is_a_name_of_the_catalog_or_a_name_and_a_source(tiny: Path) ->
         ({"retriever": "absent-model"}, InputError, "absent-model"),
         ({"pretrained": "absent-model"}, ModelError, "absent-model"),
         ({"train": {"lora_rnak": 3}}, InputError, "section 'train': unknown option 'lora_rnak'"),
-        ({"train": {"seed": 3}}, InputError, "section 'train' sets seed, which the study itself sets"),
+        ({"train": {"seed": 3}}, InputError, "section 'train' sets seed, which the reproduction itself sets"),
         ({"train": {"exclude": "x"}}, InputError, "section 'train': exclude = 'x' is refused: .*; give one corpus"),
         ({"train": {"only": "x"}, "corpora": ["nfcorpus"]}, InputError, "section 'train': only = 'x' is not there"),
         ({"embed": {"sample": "1%"}}, InputError, "section 'embed': sample = '1%' is refused: .*;"),
         ({"embed": {"previous": "x"}}, InputError, "section 'embed': previous = 'x' is refused: .*;"),
         ({"search": {"index": "x"}}, InputError, "section 'search': index = 'x' is refused: .*;"),
         ({"search": {"encoding": "x.json"}}, InputError, "section 'search': encoding = 'x.json' is refused: .*;"),
-        ({"search": {"qrels": "x"}}, InputError, "section 'search' sets qrels, which the study itself sets"),
+        ({"search": {"qrels": "x"}}, InputError, "section 'search' sets qrels, which the reproduction itself sets"),
     ],
 )
 def test_bad_input_is_named_before_any_stage_starts(
@@ -159,9 +163,9 @@ def test_every_option_of_pack_reaches_pack_and_train(tiny: Path, monkeypatch: py
 
     listed = str(tiny / "data/nfcorpus/qrels/test.tsv")
     options = {"mode": "packed", "block_tokens": 64, "exclude": listed, "only": listed, "overwrite": True}
-    study = Study(config(tiny, train=options, corpora=["nfcorpus"]))
-    monkeypatch.setattr(study, "_make", stage)
-    study._adapter(study.collections["nfcorpus"], arms_of("table1")[1], 0)
+    reproduction = Reproduction(config(tiny, train=options, corpora=["nfcorpus"]))
+    monkeypatch.setattr(reproduction, "_make", stage)
+    reproduction._adapter(reproduction.collections["nfcorpus"], variants_of("table1")[1], 0)
     assert options.items() <= made["pack"].items()
     assert options.items() <= made["train"].items()
 
@@ -219,8 +223,10 @@ def test_every_experiment_is_one_command(ray_session: None, tiny: Path, tmp_path
 def test_a_retriever_with_tied_embeddings_is_trained_on_as_it_is(ray_session: None, tiny: Path, tmp_path: Path) -> None:
     base = factories.tiny_decoder(tmp_path / "base", tie_word_embeddings=True)
     retriever = factories.write_contract(factories.full_retriever(tmp_path / "retriever", base))
-    study = Study(config(tiny, root=str(tmp_path / "root"), pretrained=str(base), retriever=str(retriever)))
-    folder = Path(study._continued(study.collections["nfcorpus"], 0))
+    reproduction = Reproduction(
+        config(tiny, root=str(tmp_path / "root"), pretrained=str(base), retriever=str(retriever))
+    )
+    folder = Path(reproduction._continued(reproduction.collections["nfcorpus"], 0))
     trained_on = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(trained_on).name == "retriever"
     body, expected = (factories.read_tensors(each) for each in (Path(trained_on), retriever))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray.paper.experiments import Study
+from readapt_ray.paper.experiments import Reproduction
 from readapt_ray.paper.outcome import write_outcome
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.runs import write_run
@@ -13,14 +13,16 @@ from readapt_ray.sources.judgements import read_qrels
 from tests.paper.test_experiments import config
 
 
-def _write(study: Study, ranks: dict[tuple[str, int], int]) -> None:
-    """Runs in which the answer of every query stands at the rank of (arm, seed)."""
-    for own in study.collections.values():
-        qrels = read_qrels(f"{study.corpus(own).uri}/qrels/test.parquet")
+def _write(reproduction: Reproduction, ranks: dict[tuple[str, int], int]) -> None:
+    """Runs in which the answer of every query stands at the rank of (variant, seed)."""
+    for own in reproduction.collections.values():
+        qrels = read_qrels(f"{reproduction.corpus(own).uri}/qrels/test.parquet")
         for (name, seed), rank in ranks.items():
-            arm = next(arm for each, arm in study.steps("table1", seed) if each == own and arm.name == name)
+            variant = next(
+                variant for each, variant in reproduction.steps("table1", seed) if each == own and variant.name == name
+            )
             write_run(
-                study.run_file(own, arm, seed),
+                reproduction.run_file(own, variant, seed),
                 (
                     ScoredDoc(qrel.query_id, qrel.doc_id if place == rank else f"other{place}", -place)
                     for qrel in qrels
@@ -31,9 +33,9 @@ def _write(study: Study, ranks: dict[tuple[str, int], int]) -> None:
 
 
 def test_a_table_has_means_over_seeds_tests_and_the_published_figures(tiny: Path, tmp_path: Path) -> None:
-    study = Study(config(tiny, root=str(tmp_path), measure="MRR@10", seeds=[0, 1]))
-    _write(study, {("base", 0): 4, ("readapted", 0): 1, ("readapted", 1): 2})
-    text = write_outcome(study, "table1", (0, 1))
+    reproduction = Reproduction(config(tiny, root=str(tmp_path), measure="MRR@10", seeds=[0, 1]))
+    _write(reproduction, {("base", 0): 4, ("readapted", 0): 1, ("readapted", 1): 2})
+    text = write_outcome(reproduction, "table1", (0, 1))
     result = json.loads((tmp_path / "table1.json").read_text())
     base, readapted, *_ = result["rows"]
     assert result["measure"] == "RR@10"
@@ -54,10 +56,10 @@ def test_a_table_has_means_over_seeds_tests_and_the_published_figures(tiny: Path
 def test_what_was_published_of_a_known_retriever_stands_beside_it(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study(config(tiny, root=str(tmp_path)))
-    monkeypatch.setattr(study, "config", study.config.model_copy(update={"retriever": "e5-mistral"}))
-    _write(study, {("base", 0): 4, ("readapted", 0): 1})
-    text = write_outcome(study, "table1", (0,))
+    reproduction = Reproduction(config(tiny, root=str(tmp_path)))
+    monkeypatch.setattr(reproduction, "config", reproduction.config.model_copy(update={"retriever": "e5-mistral"}))
+    _write(reproduction, {("base", 0): 4, ("readapted", 0): 1})
+    text = write_outcome(reproduction, "table1", (0,))
     result = json.loads((tmp_path / "table1.json").read_text())
     assert [row["paper_score"] for row in result["rows"]] == [39.6, 40.8, 71.4, 73.3]
     assert result["rows"][1]["paper_gain"] == 1.2
@@ -66,16 +68,16 @@ def test_what_was_published_of_a_known_retriever_stands_beside_it(
 
 
 def test_one_query_has_no_test_and_says_nothing_of_it(tiny: Path, tmp_path: Path) -> None:
-    study = Study(config(tiny, root=str(tmp_path), corpora=["nfcorpus"]))
-    own = study.collections["nfcorpus"]
+    reproduction = Reproduction(config(tiny, root=str(tmp_path), corpora=["nfcorpus"]))
+    own = reproduction.collections["nfcorpus"]
     (tmp_path / "beir" / "qrels").mkdir(parents=True)
     for name in ("corpus.jsonl", "queries.jsonl"):
         (tmp_path / "beir" / name).write_bytes((tiny / "data/nfcorpus" / name).read_bytes())
     lines = (tiny / "data/nfcorpus/qrels/test.tsv").read_text().splitlines()[:2]
     (tmp_path / "beir/qrels/test.tsv").write_text("\n".join(lines) + "\n")
-    study = Study(config(tiny, root=str(tmp_path), corpora=[f"nfcorpus={tmp_path}/beir"]))
+    reproduction = Reproduction(config(tiny, root=str(tmp_path), corpora=[f"nfcorpus={tmp_path}/beir"]))
     assert own.name == "nfcorpus"
-    _write(study, {("base", 0): 4, ("readapted", 0): 1})
-    write_outcome(study, "table1", (0,))
+    _write(reproduction, {("base", 0): 4, ("readapted", 0): 1})
+    write_outcome(reproduction, "table1", (0,))
     row = json.loads((tmp_path / "table1.json").read_text())["rows"][1]
     assert (row["num_queries"], row["p"], row["p_holm"], row["interval"]) == (1, None, None, None)

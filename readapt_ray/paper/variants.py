@@ -1,7 +1,7 @@
-"""What each experiment compares: arms, a row each.
+"""What each experiment compares: variants, a row each.
 
-An arm is a model made of the pretrained model, the retriever and an adapter, and searched with. The
-first arm of an experiment is its baseline.
+A variant is a model made of the pretrained model, the retriever and an adapter, and searched with. The
+first variant of an experiment is its baseline.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ Domain = Literal["own", "general", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One model that is searched with. Scales that are None are those of the study."""
+class Variant:
+    """One model that is searched with. Scales that are None are those of the reproduction."""
 
     name: str
     domain: Domain = "own"
@@ -39,8 +39,8 @@ class Arm:
         return not self.is_base and self.knowledge_scale != 0.0
 
 
-_BASE = Arm(name=BASE)
-_READAPTED = Arm(name=READAPTED)
+_BASE = Variant(name=BASE)
+_READAPTED = Variant(name=READAPTED)
 
 EXPERIMENTS: dict[str, str] = {
     "table1": "the retriever as it is and RE-adapted (the paper's Table 1)",
@@ -53,23 +53,23 @@ EXPERIMENTS: dict[str, str] = {
 """Every experiment and what it compares."""
 
 
-def arms_of(experiment: str, sizes: tuple[int, ...] = ()) -> list[Arm]:
-    """The arms of an experiment, its baseline first; `sizes` are the numbers of passages of figure2."""
+def variants_of(experiment: str, sizes: tuple[int, ...] = ()) -> list[Variant]:
+    """The variants of an experiment, its baseline first; `sizes` are the numbers of passages of figure2."""
     further = {
         "table1": [],
         "table2": [
-            Arm(name="unjudged passages", passages="unjudged"),
-            Arm(name="judged passages", passages="judged"),
+            Variant(name="unjudged passages", passages="unjudged"),
+            Variant(name="judged passages", passages="judged"),
         ],
-        "table3": [Arm(name="general adapter", domain="general")],
-        "figure2": [Arm(name=f"{size:,} passages", passages=str(size)) for size in sorted(sizes)],
+        "table3": [Variant(name="general adapter", domain="general")],
+        "figure2": [Variant(name=f"{size:,} passages", passages=str(size)) for size in sorted(sizes)],
         "baselines": [
-            Arm(name="knowledge alone", readapter_scale=0.0, knowledge_scale=1.0),
-            Arm(name="readapter 0.5", readapter_scale=0.5, knowledge_scale=0.0),
-            Arm(name="readapter 1.5", readapter_scale=1.5, knowledge_scale=0.0),
-            Arm(name="wrong domain", domain="other"),
-            Arm(name="plain LoRA", method="lora"),
-            Arm(name="continued training", continues_retriever=True),
+            Variant(name="knowledge alone", readapter_scale=0.0, knowledge_scale=1.0),
+            Variant(name="readapter 0.5", readapter_scale=0.5, knowledge_scale=0.0),
+            Variant(name="readapter 1.5", readapter_scale=1.5, knowledge_scale=0.0),
+            Variant(name="wrong domain", domain="other"),
+            Variant(name="plain LoRA", method="lora"),
+            Variant(name="continued training", continues_retriever=True),
         ],
     }[experiment]
     return [_BASE, _READAPTED, *further]
