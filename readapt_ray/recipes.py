@@ -164,7 +164,7 @@ def plan_run(config: RunConfig) -> list[Step]:
     Raises:
         InputError: an option of a section is unknown or wrong; the section is named.
     """
-    steps = list(_steps(config))
+    steps = _Plan(config).steps()
     _check_values(steps)
     return steps
 
@@ -184,58 +184,69 @@ def _check_values(steps: Sequence[Step]) -> None:
         )
 
 
-def _steps(config: RunConfig) -> Iterator[Step]:
-    from readapt_ray.stages.measure_options import depth_of, drops_self_hits
+class _Plan:
+    """The steps of a run, each made from the user's section and what the run itself sets."""
 
-    def at(name: str) -> str:
-        return (Location(config.root) / name).uri
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._retrievers = {BASE: config.retriever, ADAPTED: self._at(ADAPTED)}
+        self._queries = config.queries or self._at("corpus/queries")
+        self._qrels = config.qrels or self._at(f"corpus/qrels/{config.split}.parquet")
 
-    queries = config.queries or at("corpus/queries")
-    qrels = config.qrels or at(f"corpus/qrels/{config.split}.parquet")
+    def steps(self) -> list[Step]:
+        """Return all steps in order."""
+        report = self._report()
+        return [*self._adapt(), *self._embed(), *self._search(report), report]
 
-    def step(name: str, stage: str, options: Section, *, needs_judgements: bool = False, **wired: Any) -> Step:
-        return Step(name, stage, stage_config(stage, options, RUN_RULES, **wired, output=at(name)), needs_judgements)
+    def _adapt(self) -> Iterator[Step]:
+        config = self._config
+        models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": self._at("adapter")}
+        blocks = {"pretrained": config.pretrained, "corpus": self._at("blocks")}
+        passages = {"pretrained": config.pretrained, "corpus": self._at("corpus")}
+        yield self._step("corpus", "ingest", config.ingest, source=config.source)
+        yield self._step("blocks", "pack", pack_options(config.train), **passages)
+        yield self._step("adapter", "train", config.train, **blocks)
+        yield self._step(ADAPTED, "merge", config.merge, **models)
 
-    yield step("corpus", "ingest", config.ingest, source=config.source)
-    yield step("blocks", "pack", pack_options(config.train), pretrained=config.pretrained, corpus=at("corpus"))
-    yield step("adapter", "train", config.train, pretrained=config.pretrained, corpus=at("blocks"))
-    yield step(
-        ADAPTED,
-        "merge",
-        config.merge,
-        pretrained=config.pretrained,
-        retriever=config.retriever,
-        adapter=at("adapter"),
-    )
-    compared = {BASE: config.retriever, ADAPTED: at(ADAPTED)}
-    report = step(
-        "report",
-        "evaluate",
-        config.evaluate,
-        needs_judgements=True,
-        runs=[at(f"runs/{name}.trec") for name in compared],
-        qrels=qrels,
-        queries=queries,
-        corpus=at("corpus"),
-    )
-    searching = {
-        "top_k": depth_of(report.config.settings()["measures"]),
-        "drop_self_hits": drops_self_hits(config.source),
-    }
-    for name, model in compared.items():
-        yield step(f"vectors/{name}", "embed", config.embed, retriever=model, corpus=at("corpus"))
-        yield step(f"index/{name}", "index", config.index, vectors=at(f"vectors/{name}"))
-    for name, model in compared.items():
-        yield step(
-            f"runs/{name}.trec",
-            "search",
-            {**searching, **config.search},
-            needs_judgements=True,
-            retriever=model,
-            index=at(f"index/{name}"),
-            queries=queries,
+    def _embed(self) -> Iterator[Step]:
+        for name, model in self._retrievers.items():
+            yield self._step(f"vectors/{name}", "embed", self._config.embed, retriever=model, corpus=self._at("corpus"))
+            yield self._step(f"index/{name}", "index", self._config.index, vectors=self._at(f"vectors/{name}"))
+
+    def _search(self, report: Step) -> Iterator[Step]:
+        from readapt_ray.stages.measure_options import depth_of, drops_self_hits
+
+        defaults = {
+            "top_k": depth_of(report.config.settings()["measures"]),
+            "drop_self_hits": drops_self_hits(self._config.source),
+        }
+        for name, model in self._retrievers.items():
+            yield self._step(
+                f"runs/{name}.trec",
+                "search",
+                {**defaults, **self._config.search},
+                retriever=model,
+                index=self._at(f"index/{name}"),
+                queries=self._queries,
+            )
+
+    def _report(self) -> Step:
+        return self._step(
+            "report",
+            "evaluate",
+            self._config.evaluate,
+            runs=[self._at(f"runs/{name}.trec") for name in self._retrievers],
+            qrels=self._qrels,
+            queries=self._queries,
+            corpus=self._at("corpus"),
         )
-    yield report
+
+    def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step:
+        config = stage_config(stage, options, RUN_RULES, **wired, output=self._at(name))
+        return Step(name, stage, config, needs_judgements=stage in ("search", "evaluate"))
+
+    def _at(self, name: str) -> str:
+        return (Location(self._config.root) / name).uri
 
 
 def run(config: RunConfig) -> dict[str, Artifact]:
