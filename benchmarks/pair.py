@@ -26,7 +26,7 @@ from readapt_ray import hardware
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import retrievers
 from readapt_ray.paper import experiments
-from readapt_ray.paper.experiments import PaperConfig
+from readapt_ray.paper.options import PaperConfig
 
 GENERAL = ("squad11", "msmarco_dl1920_pool", "cranfield")
 TARGETS = ("nfcorpus", "scifact")

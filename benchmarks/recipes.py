@@ -17,7 +17,7 @@ from typing import Any
 
 from readapt_ray import artifacts, hardware
 from readapt_ray.paper import experiments
-from readapt_ray.paper.experiments import PaperConfig
+from readapt_ray.paper.options import PaperConfig
 from readapt_ray.paper.variants import EXPERIMENTS
 
 TRAIN = {

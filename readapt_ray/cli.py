@@ -263,8 +263,9 @@ def _compare(arguments: Sequence[str]) -> None:
 def _paper(arguments: Sequence[str]) -> None:
     from readapt_ray import flags
     from readapt_ray.paper import experiments
+    from readapt_ray.paper.options import PaperConfig
 
-    for text in experiments.run(flags.parse("paper", _COMMANDS["paper"], experiments.PaperConfig, arguments)).values():
+    for text in experiments.run(flags.parse("paper", _COMMANDS["paper"], PaperConfig, arguments)).values():
         print(text)
 
 

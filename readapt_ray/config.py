@@ -95,6 +95,9 @@ class Config(BaseModel):
         field = cls.model_fields.get(name)
         if field is None or not is_list(field.annotation):
             return text
+        items = _items(text)
+        if not all(items[: max((place for place, item in enumerate(items) if item), default=0)]):
+            raise OptionError(f"{{{name}}} = {{value!r}}: an item between commas is empty; remove a comma", value=text)
         parts = split_list(text)
         return parts[0] if len(parts) == 1 and not is_only_list(field.annotation) else parts
 
@@ -147,8 +150,13 @@ def split_list(text: str) -> list[str]:
     """Split a text at its commas, except those in brackets or in double quotes.
 
     `nDCG(gains={0:0,1:1})@10,R@100` has two items, and so has `"my,run.trec",other.trec`. Quotes count at the beginning of
-    an item or behind its `=`, and are removed; a bracket or a quote that is not closed is an ordinary character.
+    an item or behind its `=`, and are removed; a bracket or a quote that is not closed is an ordinary character. Empty
+    items are left out.
     """
+    return [item for item in _items(text) if item]
+
+
+def _items(text: str) -> list[str]:
     items, item, at = [], "", 0
     while at < len(text):
         character = text[at]
@@ -163,7 +171,7 @@ def split_list(text: str) -> list[str]:
             end = _closing(text, at)
             item += text[at:end]
             at = end
-    return [each.strip() for each in (*items, item) if each.strip()]
+    return [each.strip() for each in (*items, item)]
 
 
 def _closing(text: str, at: int) -> int:

@@ -9,7 +9,7 @@ from readapt_ray import cli, flags, recipes
 from readapt_ray.compare import CompareConfig
 from readapt_ray.config import Config, split_list
 from readapt_ray.errors import InputError
-from readapt_ray.paper.experiments import PaperConfig
+from readapt_ray.paper.options import PaperConfig
 from readapt_ray.planner import PlanConfig
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.stages import STAGES
@@ -55,6 +55,13 @@ def test_a_list_is_split_alike_on_the_command_line_in_a_file_and_in_python() -> 
     in_python = EvaluateConfig(**shared, measures=text)
     assert from_flags == from_file == in_python
     assert (in_python.measures, in_python.runs) == (wanted, ("a,b.trec", "c.trec"))
+
+
+def test_an_empty_item_between_others_is_refused() -> None:
+    shared = {"qrels": "q", "output": "o"}
+    with pytest.raises(InputError, match=r"x: --runs = 'a,,b': an item between commas is empty"):
+        EvaluateConfig.parse({**shared, "runs": "a,,b"}, where="x", flags=True)
+    assert EvaluateConfig.parse({**shared, "runs": "a,b, ,", "names": ""}).runs == ("a", "b")
 
 
 def test_items_of_a_list_are_taken_as_they_are() -> None:

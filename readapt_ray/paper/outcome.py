@@ -9,12 +9,14 @@ import datetime
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.catalog import published
+from readapt_ray.paper.options import Collection
+from readapt_ray.paper.reproduction import Reproduction
 from readapt_ray.paper.variants import BASE, EXPERIMENTS, READAPTED, Variant
 from readapt_ray.retrieval.measures import group_judgements, measure_run, parse_measures
 from readapt_ray.retrieval.runs import load_run
@@ -22,19 +24,16 @@ from readapt_ray.retrieval.significance import Comparison, compare, holm
 from readapt_ray.sources.judgements import read_qrels
 from readapt_ray.storage import Location
 
-if TYPE_CHECKING:
-    from readapt_ray.paper.experiments import Collection, Reproduction
-
 
 @dataclass(frozen=True)
 class _Outcome:
     """The values of one corpus by variant: float64 [seeds, Q]."""
 
-    collection: "Collection"
+    collection: Collection
     values: dict[str, NDArray[np.float64]]
 
 
-def write_outcome(reproduction: "Reproduction", experiment: str, seeds: Sequence[int]) -> str:
+def write_outcome(reproduction: Reproduction, experiment: str, seeds: Sequence[int]) -> str:
     """Write what these seeds came to; the Markdown."""
     measure = reproduction.config.measure
     found = [_values(reproduction, experiment, each, seeds) for each in reproduction.collections.values()]
@@ -63,7 +62,7 @@ def write_outcome(reproduction: "Reproduction", experiment: str, seeds: Sequence
     return text
 
 
-def _values(reproduction: "Reproduction", experiment: str, own: "Collection", seeds: Sequence[int]) -> _Outcome:
+def _values(reproduction: Reproduction, experiment: str, own: Collection, seeds: Sequence[int]) -> _Outcome:
     qrels = f"{reproduction.corpus(own).uri}/qrels/{own.split}.parquet"
     judgements = group_judgements(read_qrels(qrels))
     measures = parse_measures(reproduction.config.measure)
@@ -99,7 +98,7 @@ def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Co
     ]
 
 
-def _rows(reproduction: "Reproduction", outcome: _Outcome, tested: dict[str, Comparison]) -> list[dict[str, Any]]:
+def _rows(reproduction: Reproduction, outcome: _Outcome, tested: dict[str, Comparison]) -> list[dict[str, Any]]:
     own, retriever = outcome.collection, reproduction.config.retriever
     scores = published.paper_scores(retriever, own.name)
     paper = {BASE: scores.base, READAPTED: scores.readapted} if scores is not None else {}
@@ -128,7 +127,7 @@ def _rows(reproduction: "Reproduction", outcome: _Outcome, tested: dict[str, Com
     return rows
 
 
-def _averages(reproduction: "Reproduction", rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """The mean over the corpora that have every variant, of all and of the zero-shot ones."""
     names = list(dict.fromkeys(row["arm"] for row in rows))
     means = {(row["corpus"], row["arm"]): row["mean"] for row in rows}

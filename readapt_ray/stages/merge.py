@@ -96,8 +96,7 @@ class MergeConfig(StageConfig):
             raise OptionError(f"{missing} required: give {{pretrained}}, {{retriever}} and {{adapter}}, or {{bundle}}")
         if self.bundle is not None and given - {"pretrained"}:
             raise OptionError(
-                "the bundle stands for {retriever} and {adapter}; give {bundle} alone, or with {pretrained} for where its "
-                "base model is"
+                "a {bundle} holds {retriever} and {adapter}; give it alone, or with {pretrained} for where its base model is"
             )
         if self.bundle is not None and (self.factors or self.low_rank is not None):
             raise OptionError("{factors} and {low_rank} write what a bundle already is; give the three models instead")

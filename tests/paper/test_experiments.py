@@ -14,7 +14,9 @@ from readapt_ray import cli
 from readapt_ray.catalog import corpora
 from readapt_ray.catalog.published import paper_gain, paper_scores
 from readapt_ray.errors import CorpusError, InputError, ModelError
-from readapt_ray.paper.experiments import PaperConfig, Reproduction, collection, run
+from readapt_ray.paper.experiments import run
+from readapt_ray.paper.options import PaperConfig, collection
+from readapt_ray.paper.reproduction import Reproduction
 from readapt_ray.paper.variants import EXPERIMENTS, variants_of
 from tests import factories
 

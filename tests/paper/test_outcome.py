@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray.paper.experiments import Reproduction
 from readapt_ray.paper.outcome import write_outcome
+from readapt_ray.paper.reproduction import Reproduction
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.runs import write_run
 from readapt_ray.sources.judgements import read_qrels
