@@ -31,9 +31,10 @@ from readapt_ray.stages import merge_shards
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
-    from readapt_ray.weights.inputs import MergeInputs, MergeNames
+    from readapt_ray.weights.cast_loss import CastLoss
+    from readapt_ray.weights.export import WeightPlan
     from readapt_ray.weights.low_rank import Stored
-    from readapt_ray.weights.provenance import Ingredient
+    from readapt_ray.weights.merge_plan import MergeModels, MergePlan
     from readapt_ray.weights.readapter import Readapter, Scales
 
 logger = logging.getLogger("readapt_ray")
@@ -140,13 +141,13 @@ class MergeConfig(StageConfig):
 
 @dataclass(frozen=True)
 class _Merge:
-    """What is merged: all of it fits together."""
+    """What the work of a merge needs."""
 
-    names: "MergeNames"
-    models: "MergeInputs"
+    config: MergeConfig
+    plan: "MergePlan"
     scales: "Scales"
-    sources: Sequence["Ingredient"]
-    """What the models are."""
+    measures: list[str]
+    """Lines for the model card."""
 
 
 def merge(config: MergeConfig) -> Artifact:
@@ -154,16 +155,38 @@ def merge(config: MergeConfig) -> Artifact:
 
     Raises:
         ModelError: a model cannot be found or read, holds NaN, or nothing says how the retriever encodes.
-        WeightMismatchError: the models do not fit each other; what differs is listed.
-        InputError: as many scales as adapters, or one, are due.
+        WeightMismatchError: the models do not fit each other; the message lists what differs.
+        InputError: there are neither one nor as many knowledge scales as adapters.
         ArtifactConflictError: the output holds something else.
     """
-    from readapt_ray.weights.inputs import MergeNames
-    from readapt_ray.weights.low_rank import check_shapes
+    from readapt_ray.weights.merge_plan import plan_merge
     from readapt_ray.weights.model_card import measures_of
-    from readapt_ray.weights.provenance import described
 
-    names = MergeNames(
+    plan = plan_merge(_models(config), as_factors=config.factors or config.low_rank is not None)
+    by_bundle = plan.bundle_scales is not None
+    given = {
+        name: getattr(config, name) if name in config.model_fields_set or not by_bundle else None
+        for name in ("readapter_scale", "knowledge_scale")
+    }
+    measures = measures_of(config.measures) if config.measures is not None else []
+    merged = _Merge(config, plan, plan.scales(**given), measures)
+    work = _write_factors if config.factors else _write_model
+    return produce(
+        "merge",
+        config,
+        inputs=_fingerprints(merged),
+        work=lambda workspace: work(workspace, merged),
+        identity={
+            "encoding": plan.encoding.model_dump(mode="json"),
+            "scales": [merged.scales.readapter, *merged.scales.knowledge],
+        },
+    )
+
+
+def _models(config: MergeConfig) -> "MergeModels":
+    from readapt_ray.weights.merge_plan import MergeModels
+
+    return MergeModels(
         pretrained=config.pretrained,
         retriever=config.retriever,
         adapters=config.adapters,
@@ -171,95 +194,28 @@ def merge(config: MergeConfig) -> Artifact:
         accept=config.accept,
         encoding=config.encoding,
     )
-    roles = names.find()
-    with described(roles) as wait_for_sources:
-        models = names.open(roles)
-        if config.factors or config.low_rank is not None:
-            check_shapes(models.readapter.pretrained, models.readapter.retriever)
-        scales = _scales(config, models)
-        sources = wait_for_sources()
-    names.check(roles, sources)
-    inputs: dict[str, str] = {}
-    for source in sources:
-        option = source.role.split(" ")[0]
-        inputs[option] = f"{inputs[option]},{source.fingerprint}" if option in inputs else source.fingerprint
-    measures = measures_of(config.measures) if config.measures is not None else []
-    if measures:
-        inputs["measures"] = fingerprint(measures)
-    merged = _Merge(names, models, scales, sources)
-    work = _write_factors if config.factors else _write_model
-    return produce(
-        "merge",
-        config,
-        inputs=inputs,
-        work=lambda workspace: work(workspace, config, merged, measures),
-        identity={
-            "encoding": models.encoding.model_dump(mode="json"),
-            "scales": [scales.readapter, *scales.knowledge],
-        },
-    )
 
 
-def _scales(config: MergeConfig, inputs: "MergeInputs") -> "Scales":
-    """One knowledge scale for each adapter; those of a bundle unless others are given."""
-    from readapt_ray.weights.live import spread
-    from readapt_ray.weights.readapter import Scales
-
-    readapter_scale, knowledge_scale = config.readapter_scale, config.knowledge_scale
-    if inputs.scales is not None:
-        given = config.model_fields_set
-        readapter_scale = readapter_scale if "readapter_scale" in given else inputs.scales.readapter
-        knowledge_scale = knowledge_scale if "knowledge_scale" in given else inputs.scales.knowledge
-    return Scales(readapter_scale, spread(knowledge_scale, len(inputs.readapter.knowledge)))
+def _fingerprints(merged: _Merge) -> dict[str, str]:
+    """Return the fingerprint of each input by its option; those of several adapters are joined."""
+    by_option: dict[str, list[str]] = {}
+    for source in merged.plan.sources:
+        by_option.setdefault(source.role.split(" ")[0], []).append(source.fingerprint)
+    inputs = {option: ",".join(found) for option, found in by_option.items()}
+    return inputs | ({"measures": fingerprint(merged.measures)} if merged.measures else {})
 
 
-def _write_model(workspace: Workspace, config: MergeConfig, merged: _Merge, measures: list[str]) -> None:
-    from readapt_ray.weights import export, model_files
-    from readapt_ray.weights.model_card import model_card, truncation_note
+def _write_model(workspace: Workspace, merged: _Merge) -> None:
+    from readapt_ray.weights import export
 
-    models, scales = merged.models, merged.scales
+    config, models = merged.config, merged.plan
     with _low_rank(workspace, config, models.readapter) as (readapter, stored):
         plan = export.plan_shards(readapter, dtype=config.dtype, max_shard_bytes=config.max_shard_bytes)
-        model_files.write_model_files(
-            workspace.location,
-            config=model_files.headless_config(
-                models.config_of.read_json("config.json"), dtype=plan.main_dtype, name=models.config_of.name
-            ),
-            tokenizer=load_tokenizer(models.tokenizer_of),
-            encoding=models.encoding,
-            contract={"fingerprint": workspace.fingerprint},
-        )
-        total = max(1, round(plan.num_bytes / _MB))
-
-        def report(done: int) -> None:
-            workspace.progress(round(done / _MB), total, unit="MB")
-
-        if config.num_workers:
-            job = merge_shards.ShardJob(
-                names=merged.names,
-                fingerprints=tuple(each.fingerprint for each in merged.sources),
-                scales=scales,
-                plan=plan,
-                target=workspace.location,
-                num_threads=config.num_cpus_per_worker,
-            )
-            loss = merge_shards.write_on_cluster(job, num_workers=config.num_workers, report=report)
-        else:
-            loss = export.write_weights(readapter, scales, plan, workspace.location, report=report)
+        _write_small_files(workspace, merged, plan)
+        loss = _write_weights(workspace, merged, readapter, plan)
     lost = sorted({*models.readapter.carried} - {*readapter.carried})
     left_out = [*models.left_out, *models.readapter.dropped, *lost]
-    notes = [f"Left out, since no vector depends on it: {each}" for each in left_out]
-    card = model_card(
-        encoding=models.encoding,
-        scales=f"readapter {scales.readapter}, knowledge {', '.join(map(str, scales.knowledge))}",
-        command=_command(config),
-        sources=merged.sources,
-        survives=loss.survives(),
-        dtype=plan.main_dtype,
-        measures=measures,
-        notes=[*notes, *truncation_note(stored)],
-    )
-    (workspace.location / "README.md").write_text(card)
+    (workspace.location / "README.md").write_text(_card(merged, plan, loss, left_out, stored))
     export.forget_progress(plan, workspace.location)
     workspace.counts |= {
         "num_tensors": len(plan.dtypes),
@@ -272,6 +228,61 @@ def _write_model(workspace: Workspace, config: MergeConfig, merged: _Merge, meas
         "kept_from_one_side": list(readapter.carried),
         "survives_cast": loss.survives(),
     }
+
+
+def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan") -> None:
+    """Write config, tokenizer and encoding."""
+    from readapt_ray.weights import model_files
+
+    models = merged.plan
+    model_files.write_model_files(
+        workspace.location,
+        config=model_files.headless_config(
+            models.config_of.read_json("config.json"), dtype=plan.main_dtype, name=models.config_of.name
+        ),
+        tokenizer=load_tokenizer(models.tokenizer_of),
+        encoding=models.encoding,
+        contract={"fingerprint": workspace.fingerprint},
+    )
+
+
+def _write_weights(workspace: Workspace, merged: _Merge, readapter: "Readapter", plan: "WeightPlan") -> "CastLoss":
+    """Write the weight files that are missing, here or in tasks on the cluster."""
+    from readapt_ray.weights import export
+
+    config, total = merged.config, max(1, round(plan.num_bytes / _MB))
+
+    def report(done: int) -> None:
+        workspace.progress(round(done / _MB), total, unit="MB")
+
+    if not config.num_workers:
+        return export.write_weights(readapter, merged.scales, plan, workspace.location, report=report)
+    job = merge_shards.ShardJob(
+        models=merged.plan.models,
+        fingerprints=tuple(each.fingerprint for each in merged.plan.sources),
+        scales=merged.scales,
+        plan=plan,
+        target=workspace.location,
+        num_threads=config.num_cpus_per_worker,
+    )
+    return merge_shards.write_on_cluster(job, num_workers=config.num_workers, report=report)
+
+
+def _card(merged: _Merge, plan: "WeightPlan", loss: "CastLoss", left_out: Sequence[str], stored: list["Stored"]) -> str:
+    from readapt_ray.weights.model_card import model_card, truncation_note
+
+    scales = merged.scales
+    notes = [f"Left out, since no vector depends on it: {each}" for each in left_out]
+    return model_card(
+        encoding=merged.plan.encoding,
+        scales=f"readapter {scales.readapter}, knowledge {', '.join(map(str, scales.knowledge))}",
+        command=_command(merged.config),
+        sources=merged.plan.sources,
+        survives=loss.survives(),
+        dtype=plan.main_dtype,
+        measures=merged.measures,
+        notes=[*notes, *truncation_note(stored)],
+    )
 
 
 @contextlib.contextmanager
@@ -299,19 +310,19 @@ def _low_rank(
         Location(f"{file.uri}.json").delete()
 
 
-def _write_factors(workspace: Workspace, config: MergeConfig, merged: _Merge, measures: list[str]) -> None:
+def _write_factors(workspace: Workspace, merged: _Merge) -> None:
     from readapt_ray.weights.bundle import write_bundle
 
-    models, readapter = merged.models, merged.models.readapter
+    models, readapter = merged.plan, merged.plan.readapter
     stored = write_bundle(
         workspace.location,
         readapter,
         scales=merged.scales,
-        variance=config.low_rank,
+        variance=merged.config.low_rank,
         encoding=models.encoding,
         config_of=models.config_of,
         tokenizer_of=models.tokenizer_of,
-        sources={each.role: each.to_json() for each in merged.sources},
+        sources={each.role: each.to_json() for each in merged.plan.sources},
         report=_element_report(workspace, readapter),
     )
     num_bytes = sum(info.size for _, info in workspace.location.listing(".safetensors", recursive=True))
@@ -324,7 +335,7 @@ def _write_factors(workspace: Workspace, config: MergeConfig, merged: _Merge, me
         )
     workspace.counts |= {"num_tensors": len(readapter.names()), "num_bytes": num_bytes}
     workspace.details |= _details(merged, [*readapter.dropped, *readapter.carried], stored)
-    workspace.details |= {"measures": measures} if measures else {}
+    workspace.details |= {"measures": merged.measures} if merged.measures else {}
 
 
 def _element_report(workspace: Workspace, readapter: "Readapter") -> Callable[[int], None]:
@@ -336,9 +347,9 @@ def _details(merged: _Merge, left_out: list[str], stored: list["Stored"]) -> dic
     details = {
         "readapter_scale": merged.scales.readapter,
         "knowledge_scale": list(merged.scales.knowledge),
-        "sources": {each.role: each.to_json() for each in merged.sources},
+        "sources": {each.role: each.to_json() for each in merged.plan.sources},
         "left_out": left_out,
-        "encoding": merged.models.encoding.model_dump(mode="json"),
+        "encoding": merged.plan.encoding.model_dump(mode="json"),
     }
     if stored:
         details["low_rank"] = [dataclasses.asdict(each) for each in stored]

@@ -17,7 +17,7 @@ from readapt_ray.storage import Location
 if TYPE_CHECKING:
     from readapt_ray.weights.cast_loss import CastLoss
     from readapt_ray.weights.export import WeightPlan
-    from readapt_ray.weights.inputs import MergeNames
+    from readapt_ray.weights.merge_plan import MergeModels
     from readapt_ray.weights.readapter import Readapter, Scales
 
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ShardJob:
     """What every task has to know."""
 
-    names: "MergeNames"
+    models: "MergeModels"
     fingerprints: tuple[str, ...]
     """Of the models, as the driver found them."""
     scales: "Scales"
@@ -79,7 +79,7 @@ def _write(job: ShardJob, number: int) -> None:
     """Task: one file."""
     from readapt_ray.weights import export
 
-    readapter = _open(job.names, job.fingerprints)
+    readapter = _open(job.models, job.fingerprints)
     export.write_shard(
         readapter,
         job.scales,
@@ -92,18 +92,15 @@ def _write(job: ShardJob, number: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(names: "MergeNames", fingerprints: tuple[str, ...]) -> "Readapter":
-    """The models as this node finds them, compared with those of the driver by their content."""
-    from readapt_ray.weights.provenance import described
+def _open(models: "MergeModels", fingerprints: tuple[str, ...]) -> "Readapter":
+    """Open the models as this node finds them, and compare them with those of the driver by their content."""
+    from readapt_ray.weights.merge_plan import plan_merge
 
-    roles = names.find()
-    with described(roles) as wait_for_sources:
-        models = names.open(roles)
-        sources = wait_for_sources()
-    other = [each.name for each, due in zip(sources, fingerprints, strict=True) if each.fingerprint != due]
+    plan = plan_merge(models)
+    other = [each.name for each, due in zip(plan.sources, fingerprints, strict=True) if each.fingerprint != due]
     if other:
         raise WeightMismatchError(
             f"a node of the cluster finds another model under {other[0]!r} than the driver; give a URI, a hub id, or a folder "
             f"that all nodes share"
         )
-    return models.readapter
+    return plan.readapter

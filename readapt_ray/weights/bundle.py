@@ -23,7 +23,7 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
 from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
-from readapt_ray.weights.low_rank import Source, Stored, StoredDifference, write_difference
+from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
 from readapt_ray.weights.provenance import Ingredient
 from readapt_ray.weights.readapter import Readapter, Scales
 
@@ -146,7 +146,7 @@ class Bundle:
 
     def _source(
         self, folder: Path, file: str, base: Checkpoint, name: str, dtypes: dict[str, torch.dtype] | None = None
-    ) -> Source:
+    ) -> DeltaSource:
         if (folder / CONFIG_NAME).is_file():
             return Adapter(folder, base, name=name)
         path = next((each for each in (folder / file, self.model.folder / file) if each.is_file()), None)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from readapt_ray.weights.readapter import Rows
+from readapt_ray.weights.readapter import TensorRows
 from readapt_ray.weights.scratch import Scratch
 
 
@@ -35,7 +35,7 @@ class CastLoss:
     squares: dict[str, _Squares] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, rows: Rows, cast: torch.Tensor, scratch: Scratch) -> "CastLoss":
+    def of(cls, name: str, rows: TensorRows, cast: torch.Tensor, scratch: Scratch) -> "CastLoss":
         """The loss of a slice; it uses up `rows.pretrained`.
 
         Args:

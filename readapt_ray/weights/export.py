@@ -22,8 +22,8 @@ from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
 from readapt_ray.weights.cast_loss import CastLoss
 from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header, is_finite
-from readapt_ray.weights.pipeline import in_order
-from readapt_ray.weights.readapter import Readapter, Rows, Scales
+from readapt_ray.weights.ordered_map import ordered_map
+from readapt_ray.weights.readapter import Readapter, Scales, TensorRows
 from readapt_ray.weights.scratch import Scratch
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -215,7 +215,7 @@ def write_shard(
     with (target / shard.file_name).open_output() as stream:
         header = ((name, plan.dtypes[name], readapter.shape(name)) for name in shard.names)
         stream.write(file_header(header))
-        with contextlib.closing(in_order(make, slices, num_threads=num_threads, num_waiting=1)) as made:
+        with contextlib.closing(ordered_map(make, slices, num_threads=num_threads, num_waiting=1)) as made:
             for scratch, content, loss in made:
                 stream.write(content.numpy().data)
                 idle.put(scratch)
@@ -225,7 +225,7 @@ def write_shard(
         _loss_record(target, shard).write_text(losses.to_json())
 
 
-def _cast(name: str, rows: Rows, dtype: torch.dtype, scratch: Scratch) -> tuple[torch.Tensor, CastLoss]:
+def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: Scratch) -> tuple[torch.Tensor, CastLoss]:
     """A slice in the output type, and what that lost; it uses up `rows.pretrained`."""
     exact = rows.readapted
     cast = scratch.empty("cast", exact.shape, dtype, exact.device).copy_(exact)

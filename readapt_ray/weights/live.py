@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
-from readapt_ray.errors import InputError, WeightMismatchError
+from readapt_ray.errors import WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.weights.adapter import listed
-from readapt_ray.weights.pipeline import in_order
-from readapt_ray.weights.readapter import Ingredients, Readapter, Scales
+from readapt_ray.weights.ordered_map import ordered_map
+from readapt_ray.weights.readapter import Ingredients, Readapter, Scales, one_per_adapter
 from readapt_ray.weights.scratch import Scratch
 
 _DEVICE_SLICE_ELEMENTS = 1 << 24
@@ -56,7 +56,7 @@ class LiveReadapter:
         Raises:
             InputError: a scale is not finite, or there are not as many as adapters.
         """
-        scales = Scales(readapter_scale, spread(knowledge_scale, len(self._readapter.knowledge)))
+        scales = Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self._readapter.knowledge)))
         before, self._written = self._written, None
         changed = [
             name
@@ -79,7 +79,7 @@ class LiveReadapter:
             (parameter[start:stop] if parameter.ndim else parameter).copy_(rows.readapted)
 
         if on_cpu:
-            for _ in in_order(write, slices, num_threads=num_cores(), num_waiting=_NUM_WAITING):
+            for _ in ordered_map(write, slices, num_threads=num_cores(), num_waiting=_NUM_WAITING):
                 pass
         else:
             for each in slices:
@@ -92,20 +92,6 @@ class _OfThread(threading.local):
 
     def __init__(self) -> None:
         self.scratch = Scratch()
-
-
-def spread(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
-    """One knowledge scale for each adapter; a single number stands for all.
-
-    Raises:
-        InputError: there are neither one nor as many scales as adapters.
-    """
-    given = tuple(knowledge_scale) if isinstance(knowledge_scale, Sequence) else (knowledge_scale,)
-    if len(given) == 1:
-        return given * num_adapters
-    if len(given) != num_adapters:
-        raise InputError(f"{len(given)} knowledge scales for {num_adapters} adapters; give one for all, or one each")
-    return given
 
 
 def _changes(ingredients: Ingredients, before: Scales, now: Scales) -> bool:

@@ -25,7 +25,7 @@ from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint, file_header, is_finite, read_header
-from readapt_ray.weights.pipeline import Budget, in_order
+from readapt_ray.weights.ordered_map import Budget, ordered_map
 from readapt_ray.weights.scratch import Scratch
 from readapt_ray.weights.terms import Difference, Factors
 
@@ -122,11 +122,11 @@ class StoredDifference:
         return Factors(A_rI=A_rI, B_Or=B_Or)
 
 
-Source = Checkpoint | Adapter | StoredDifference
+DeltaSource = Checkpoint | Adapter | StoredDifference
 """What a difference from the pretrained model is read from."""
 
 
-def check_shapes(pretrained: Checkpoint, tuned: Source) -> None:
+def check_shapes(pretrained: Checkpoint, tuned: DeltaSource) -> None:
     """Refuse a vocabulary that grew or shrank: there is no difference of new words.
 
     Raises:
@@ -144,7 +144,7 @@ def check_shapes(pretrained: Checkpoint, tuned: Source) -> None:
 
 def write_difference(
     pretrained: Checkpoint,
-    tuned: Source,
+    tuned: DeltaSource,
     target: Location,
     *,
     variance: float | None,
@@ -178,7 +178,7 @@ def write_difference(
             return _finished(parts, name) or _decomposed(pretrained, tuned, name, variance, parts)
 
     stored, done = [], 0
-    for each in in_order(decompose, names, num_threads=num_cores()):
+    for each in ordered_map(decompose, names, num_threads=num_cores()):
         stored.append(each)
         done += math.prod(each.shape)
         report(done)
@@ -203,7 +203,9 @@ def _finished(parts: Location, name: str) -> Stored | None:
     return Stored(**{**values, "shape": tuple(values["shape"])})
 
 
-def _decomposed(pretrained: Checkpoint, tuned: Source, name: str, variance: float | None, parts: Location) -> Stored:
+def _decomposed(
+    pretrained: Checkpoint, tuned: DeltaSource, name: str, variance: float | None, parts: Location
+) -> Stored:
     """One weight, with its factors and its record written: the record last."""
     shape = pretrained.shape(name)
     changed = False
@@ -230,7 +232,7 @@ def _decomposed(pretrained: Checkpoint, tuned: Source, name: str, variance: floa
     return stored
 
 
-def _difference(pretrained: Checkpoint, tuned: Source, name: str) -> Iterator[torch.Tensor]:
+def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterator[torch.Tensor]:
     """`tuned - pretrained` in float32, some rows at a time."""
     shape = pretrained.shape(name)
     num_rows = shape[0] if shape else 1

@@ -53,11 +53,11 @@ class Ingredient:
 
 
 @contextlib.contextmanager
-def described(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list[Ingredient]]]:
-    """Describe the inputs of a merge, by role and model, while the block does something else.
+def hashed_in_background(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list[Ingredient]]]:
+    """Hash the files of each model (given by role) in threads while the block runs.
 
     Yields:
-        What waits for the descriptions and returns them. An error in the block ends the hashing.
+        A function that waits for the hashes and returns one `Ingredient` per model. An error in the block stops them.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:

@@ -20,7 +20,7 @@ import torch
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.weights.adapter import CONFIG_NAME, Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
-from readapt_ray.weights.low_rank import Source, StoredDifference
+from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
 from readapt_ray.weights.scratch import Scratch
 from readapt_ray.weights.terms import Factors, Term, Whole
 
@@ -47,9 +47,23 @@ class Scales:
                 raise InputError(f"the scale {scale} is not a finite number; give one such as 0.5")
 
 
+def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
+    """Return one knowledge scale per adapter; a single number is used for all of them.
+
+    Raises:
+        InputError: there are neither one nor as many scales as adapters.
+    """
+    given = tuple(knowledge_scale) if isinstance(knowledge_scale, Sequence) else (knowledge_scale,)
+    if len(given) == 1:
+        return given * num_adapters
+    if len(given) != num_adapters:
+        raise InputError(f"{len(given)} knowledge scales for {num_adapters} adapters; give one for all, or one each")
+    return given
+
+
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Rows of one readapted tensor in float32. They lie in a scratch: use them before the next are made."""
+class TensorRows:
+    """Rows of one readapted tensor in float32. Their memory is reused for the next rows, so use them first."""
 
     readapted: torch.Tensor
     pretrained: torch.Tensor
@@ -68,7 +82,7 @@ class Ingredients:
     terms: tuple[Term | None, ...]
     """What the retriever and each knowledge adapter add; None where they leave the tensor alone."""
 
-    def rows(self, scales: Scales, first_row: int = 0, scratch: Scratch | None = None) -> Rows:
+    def rows(self, scales: Scales, first_row: int = 0, scratch: Scratch | None = None) -> TensorRows:
         """Lay both adapters on the pretrained rows (RE-AdaptIR, section 2.2), in float32.
 
         A scale of 0 leaves its term out, and a readapter_scale of 1 begins at a retriever of full
@@ -98,7 +112,7 @@ class Ingredients:
         retrieval = scratch.float32("retrieval", total) if laid else total
         for each in laid:
             _add(each, total, pretrained, first_row, scratch)
-        return Rows(readapted=total, pretrained=pretrained, retrieval=retrieval)
+        return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
 
     def cut(self, start: int, stop: int) -> "Ingredients":
         """The same of rows `start` to `stop`, given that these are those of a whole tensor."""
@@ -136,8 +150,8 @@ class Readapter:
     def __init__(
         self,
         pretrained: Checkpoint,
-        retriever: Source,
-        knowledge: Sequence[Source] = (),
+        retriever: DeltaSource,
+        knowledge: Sequence[DeltaSource] = (),
         *,
         accept_vocabulary: bool = False,
     ) -> None:
@@ -173,7 +187,7 @@ class Readapter:
         if self.dropped:
             logger.info("language-model heads take no part in a vector and are left out: %s", ", ".join(self.dropped))
 
-    def _inputs(self) -> tuple[Source, ...]:
+    def _inputs(self) -> tuple[DeltaSource, ...]:
         return (self.pretrained, self.retriever, *self.knowledge)
 
     def names(self) -> list[str]:
@@ -206,7 +220,7 @@ class Readapter:
             for start in range(first, last, step):
                 yield start, min(start + step, last)
 
-    def rows(self, name: str, start: int, stop: int, scales: Scales, scratch: Scratch | None = None) -> Rows:
+    def rows(self, name: str, start: int, stop: int, scales: Scales, scratch: Scratch | None = None) -> TensorRows:
         """Rows `start` to `stop` of a readapted tensor: one of `slices`.
 
         Raises:

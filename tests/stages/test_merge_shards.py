@@ -5,7 +5,7 @@ from readapt_ray.stages import merge_shards
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.storage import Location
 from readapt_ray.weights.export import plan_shards
-from readapt_ray.weights.inputs import MergeNames
+from readapt_ray.weights.merge_plan import MergeModels, plan_merge
 from readapt_ray.weights.readapter import Scales
 from tests import factories
 
@@ -58,7 +58,7 @@ def test_an_error_in_a_task_is_ours_and_what_was_written_stays(tmp_path, models,
 
 
 def test_a_node_that_finds_another_model_is_refused(tmp_path, models, ray_session):
-    names = MergeNames(
+    named = MergeModels(
         pretrained=str(models["pretrained"]),
         retriever=str(models["retriever"]),
         adapters=(str(models["adapter"]),),
@@ -66,9 +66,9 @@ def test_a_node_that_finds_another_model_is_refused(tmp_path, models, ray_sessio
         accept=(),
         encoding=None,
     )
-    readapter = names.open(names.find()).readapter
+    readapter = plan_merge(named).readapter
     job = merge_shards.ShardJob(
-        names=names,
+        models=named,
         fingerprints=("0" * 32,) * 3,
         scales=Scales(1.0, (0.5,)),
         plan=plan_shards(readapter, dtype="retriever", max_shard_bytes=30_000),

@@ -8,7 +8,7 @@ from readapt_ray.catalog.models import find_model
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.agreement import check_bases, check_configs, check_tokenizers
-from readapt_ray.weights.provenance import described
+from readapt_ray.weights.provenance import hashed_in_background
 from tests import factories
 
 
@@ -135,7 +135,7 @@ def _trained_adapter(folder, base, fingerprint, *, stage="train"):
 
 
 def _ingredient(folder):
-    with described([("pretrained", find_model(str(folder)))]) as wait:
+    with hashed_in_background([("pretrained", find_model(str(folder)))]) as wait:
         return wait()[0]
 
 

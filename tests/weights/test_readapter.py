@@ -9,6 +9,7 @@ from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.weights import readapter as readapter_module
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.equation import readapted_weight
 from readapt_ray.weights.readapter import Ingredients, Readapter, Scales, open_retriever
 from readapt_ray.weights.terms import Difference, Whole
 from tests import factories
@@ -89,7 +90,7 @@ def test_any_scales_match_float64_from_pefts_own_merges(trio, a, k):
     made = _made(trio, a, k)
     for name, tensor in made.items():
         p, r, t = trio.p64[name], trio.r64[name], trio.t64[name]
-        wanted = p + a * (r - p) + k * (t - p)
+        wanted = readapted_weight(name, p, r, t - p, readapter_scale=a, knowledge_scale=k)
         assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
         rounding = 2**-8 * wanted.abs() + 1e-6 * wanted.abs().max()
         assert ((tensor.bfloat16().double() - wanted).abs() <= rounding).all(), name

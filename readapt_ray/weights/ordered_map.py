@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(
+def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int, num_waiting: int = 0
 ) -> Generator[Result]:
     """`map` over threads.

@@ -1,0 +1,165 @@
+"""The plan of a merge: from the names of models to a `Readapter`, with every check that needs no weights.
+
+In: names of models, as the user gave them. Out: the opened models and what they are. Headers, configs and
+tokenizers are read (kilobytes), and every file is hashed once, on all cores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from readapt_ray.catalog.models import Model, encoding_of, find_model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
+from readapt_ray.weights.bundle import check_base, open_bundle
+from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.low_rank import check_shapes
+from readapt_ray.weights.provenance import Ingredient, hashed_in_background
+from readapt_ray.weights.readapter import Readapter, Scales, one_per_adapter, open_retriever
+
+Roles = tuple[tuple[str, Model], ...]
+"""Role and model of each input, the pretrained one first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeModels:
+    """The models of a merge as the user named them. It can be sent to another machine."""
+
+    pretrained: str | None
+    retriever: str | None
+    adapters: tuple[str, ...]
+    bundle: str | None
+    accept: tuple[str, ...]
+    """Mismatches to allow: config, tokenizer, vocabulary, base."""
+    encoding: Encoding | None
+    """How the retriever encodes text; by default what its folder or the catalog says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergePlan:
+    """Models that fit together, opened on this machine."""
+
+    models: MergeModels
+    readapter: Readapter
+    encoding: Encoding
+    """How the retriever encodes text."""
+    config_of: Model
+    """The model whose config.json the result gets."""
+    tokenizer_of: Model
+    """The model whose tokenizer the result gets."""
+    sources: tuple[Ingredient, ...]
+    """Name, fingerprint and file hashes of each input, the pretrained model first."""
+    bundle_scales: Scales | None = None
+    """The scales that a bundle was written with."""
+    left_out: tuple[str, ...] = ()
+    """Tensors that an earlier merge left out, with the model that held them."""
+
+    def scales(self, readapter_scale: float | None, knowledge_scale: float | Sequence[float] | None) -> Scales:
+        """Return one knowledge scale per adapter. None takes the bundle's scale.
+
+        Raises:
+            InputError: there are neither one nor as many knowledge scales as adapters.
+        """
+        if self.bundle_scales is not None:
+            readapter_scale = self.bundle_scales.readapter if readapter_scale is None else readapter_scale
+            knowledge_scale = self.bundle_scales.knowledge if knowledge_scale is None else knowledge_scale
+        if readapter_scale is None or knowledge_scale is None:
+            raise InputError("give readapter_scale and knowledge_scale; only a bundle brings its own")
+        return Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self.readapter.knowledge)))
+
+
+def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
+    """Find, open and check the models of a merge. All cores hash the files meanwhile.
+
+    Args:
+        models: what the user named.
+        as_factors: the retriever's difference will be stored as factors, so its shapes must allow that.
+
+    Raises:
+        WeightMismatchError: the models do not fit each other; the message lists what differs.
+        ModelError: a model cannot be found or read, is unfinished, or has no known encoding; or what is given as
+            knowledge is a retriever.
+    """
+    if models.bundle is not None:
+        roles = _find_bundle(models.bundle, models.pretrained)
+    else:
+        roles = _find_models(str(models.pretrained), str(models.retriever), models.adapters)
+    with hashed_in_background(roles) as wait_for_hashes:
+        opened = _open_bundled(roles, models) if models.bundle is not None else _open_models(roles, models)
+        if as_factors:
+            check_shapes(opened.readapter.pretrained, opened.readapter.retriever)
+        plan = replace(opened, sources=tuple(wait_for_hashes()))
+    _check_origins(roles, plan)
+    return plan
+
+
+def _check_origins(roles: Roles, plan: MergePlan) -> None:
+    """Compare the pretrained model with the one that each of the others was made on."""
+    pretrained, second, *others = plan.sources
+    if plan.models.bundle is not None:
+        check_base(roles[1][1], pretrained)
+    else:
+        check_knowledge(second, [(model, source) for (_, model), source in zip(roles[2:], others, strict=True)])
+    check_bases(pretrained, [model for _, model in roles[1:]], accept="base" in plan.models.accept)
+
+
+def _find_models(pretrained: str, retriever: str, adapters: Sequence[str]) -> Roles:
+    found = [("pretrained", _find("pretrained", pretrained)), ("retriever", _find("retriever", retriever))]
+    for number, name in enumerate(adapters, start=1):
+        found.append((f"adapter {number}" if len(adapters) > 1 else "adapter", _find("adapter", name)))
+    return tuple(found)
+
+
+def _find_bundle(bundle: str, pretrained: str | None) -> Roles:
+    """The bundle says what its base is, unless `pretrained` does."""
+    model = _find("bundle", bundle)
+    return (("pretrained", _find("pretrained", pretrained or open_bundle(model).base_name)), ("bundle", model))
+
+
+def _find(option: str, name: str) -> Model:
+    model = find_model(name)
+    if option == "pretrained" and model.is_adapter:
+        raise ModelError(f"pretrained = {name!r} is an adapter; give the full model that it was trained on")
+    return model
+
+
+def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
+    pretrained, retriever, *adapters = (model for _, model in roles)
+    before = Checkpoint(pretrained.folder, name=pretrained.name)
+    knowledge = [open_retriever(adapter.folder, before, name=adapter.name) for adapter in adapters]
+    after = open_retriever(retriever.folder, before, name=retriever.name)
+    accept_vocabulary = "vocabulary" in models.accept
+    readapter = Readapter(before, after, knowledge, accept_vocabulary=accept_vocabulary)
+    for model, source in [(retriever, after), *zip(adapters, knowledge, strict=True)]:
+        if not isinstance(source, Adapter) and not (model is retriever and "config" in models.accept):
+            check_configs(pretrained, model)
+    if "tokenizer" not in models.accept:
+        check_tokenizers(pretrained, retriever, accept_vocabulary=accept_vocabulary)
+    return MergePlan(
+        models=models,
+        readapter=readapter,
+        encoding=models.encoding or encoding_of(retriever),
+        config_of=pretrained if retriever.is_adapter else retriever,
+        tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
+        sources=(),
+    )
+
+
+def _has_tokenizer(model: Model) -> bool:
+    return any((model.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def _open_bundled(roles: Roles, models: MergeModels) -> MergePlan:
+    pretrained, model = (model for _, model in roles)
+    bundle = open_bundle(model)
+    return MergePlan(
+        models=models,
+        readapter=bundle.readapter(Checkpoint(pretrained.folder, name=pretrained.name)),
+        encoding=models.encoding or bundle.encoding,
+        config_of=model,
+        tokenizer_of=model,
+        sources=(),
+        bundle_scales=bundle.scales,
+        left_out=bundle.left_out,
+    )
