@@ -7,7 +7,7 @@ costs the shards in flight.
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from readapt_ray import errors
@@ -15,7 +15,7 @@ from readapt_ray.errors import CorruptFileError, PlacementError, WorkerError
 from readapt_ray.retrieval.embed_plan import DataShard
 from readapt_ray.retrieval.vector_files import Footer, read_footer
 from readapt_ray.stages import cluster, elsewhere
-from readapt_ray.stages.footers import at_once, read_footers
+from readapt_ray.stages.footers import at_once
 from readapt_ray.stages.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, described
 
 logger = logging.getLogger("readapt_ray")
@@ -49,17 +49,20 @@ def encode_shards(
         ReadaptError: what an actor ran into.
     """
     total = sum(map(len, shards))
+    footers = _written(shards, job)
     vain = 0
     has_started = False
-    while pending := _pending(shards, job):
+    while pending := [shard for shard in shards if shard.name not in footers]:
         done = total - sum(map(len, pending))
         progress(done, total)
         vain += 1
+        has_failed = True
         try:
             for num_rows in _results(pending, job, placement):
                 vain = 0
                 done += num_rows
                 progress(done, total)
+            has_failed = False
         except WorkerError as error:
             if vain >= _MAX_VAIN_STARTS:
                 raise
@@ -68,14 +71,17 @@ def encode_shards(
             if not has_started:
                 raise
             raise WorkerError(f"nodes were lost, and what is written stays: {error}") from None
-        else:
-            _check_written(shards, job)
         has_started = True
-    return read_footers(job.vectors, [shard.name for shard in shards])
+        footers |= _written(pending, job)
+        if not has_failed:
+            _check_there(shards, footers, job)
+    return [footers[shard.name] for shard in shards]
 
 
-def _check_written(shards: Sequence[DataShard], job: EmbedJob) -> None:
-    lost = [shard.name for shard in _pending(shards, job)]
+def _check_there(shards: Sequence[DataShard], footers: Mapping[str, Footer], job: EmbedJob) -> None:
+    """See that no file of an earlier shard was removed meanwhile; one listing, no file is opened."""
+    there = {name for name, _ in job.vectors.listing(".parquet")}
+    lost = [shard.name for shard in shards if shard.name not in there or shard.name not in footers]
     if lost:
         raise CorruptFileError(
             f"{len(lost)} files were written to {job.vectors} and are not there, {lost[0]} first; see what removes them, "
@@ -83,26 +89,22 @@ def _check_written(shards: Sequence[DataShard], job: EmbedJob) -> None:
         )
 
 
-def _pending(shards: Sequence[DataShard], job: EmbedJob) -> list[DataShard]:
-    """The shards whose file is not there, or is not one that this job would have written."""
+def _written(shards: Sequence[DataShard], job: EmbedJob) -> dict[str, Footer]:
+    """Read the footer of each shard whose file is there and is one that this job would have written."""
     there = {name for name, _ in job.vectors.listing(".parquet")}
     found = [shard for shard in shards if shard.name in there]
-    whole = {
-        shard.name
-        for shard, is_whole in zip(found, at_once(lambda shard: _is_whole(shard, job), found), strict=True)
-        if is_whole
-    }
-    return [shard for shard in shards if shard.name not in whole]
+    footers = at_once(lambda shard: _whole_footer(shard, job), found)
+    return {shard.name: footer for shard, footer in zip(found, footers, strict=True) if footer is not None}
 
 
-def _is_whole(shard: DataShard, job: EmbedJob) -> bool:
+def _whole_footer(shard: DataShard, job: EmbedJob) -> Footer | None:
     try:
         footer = read_footer(job.vectors / shard.name)
     except CorruptFileError as error:
         logger.warning("%s; it is computed again", error)
-        return False
+        return None
     made_by = footer.metadata.get("encoder", {}).get("fingerprint")
-    return footer.num_rows == len(shard) and made_by == job.encoder["fingerprint"]
+    return footer if footer.num_rows == len(shard) and made_by == job.encoder["fingerprint"] else None
 
 
 def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[int]:

@@ -8,6 +8,8 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -511,15 +513,66 @@ def test_more_than_the_cluster_has_is_refused(world, ray_session, tmp_path):
             embed(_config(root, tmp_path / "out", **options))
 
 
+class _Shard(NamedTuple):
+    """A data shard of which only the name and the number of rows matter."""
+
+    name: str
+    num_rows: int = 1
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+
+def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
+    """Run the shards with a stub in place of the actors; the names of the footers that were read, in their order."""
+    job = SimpleNamespace(vectors=Location(str(tmp_path / "vectors")), encoder={"fingerprint": "ours"})
+    read = []
+
+    def read_footer(file):
+        read.append(file.name)
+        return SimpleNamespace(num_rows=1, metadata={"encoder": {"fingerprint": "ours"}})
+
+    def results(pending, job, placement):
+        for shard in pending:
+            (job.vectors / shard.name).write_text("vectors")
+            yield 1
+
+    monkeypatch.setattr(shard_runner, "read_footer", read_footer)
+    monkeypatch.setattr(shard_runner, "_results", results)
+    shards = [_Shard(f"part-{number:05d}.parquet") for number in range(num_shards)]
+    footers = shard_runner.encode_shards(shards, job, Placement(1, 1), lambda done, total: None)
+    assert len(footers) == num_shards
+    return read
+
+
+def test_each_footer_is_read_once(tmp_path, monkeypatch):
+    assert len(_encoded_by_a_stub(tmp_path, monkeypatch, 50)) == 50  # all are new
+    read = _encoded_by_a_stub(tmp_path, monkeypatch, 60)  # ten are new
+    assert len(read) == len(set(read)) == 60
+
+
+def test_a_file_that_is_removed_while_others_are_written_is_missed(tmp_path, monkeypatch):
+    _encoded_by_a_stub(tmp_path, monkeypatch, 3)
+    listing = Location.listing
+    calls = iter(range(10))
+
+    def later_without_the_first(folder, suffix="", **options):
+        return listing(folder, suffix, **options)[1 if next(calls) >= 2 else 0 :]
+
+    monkeypatch.setattr(Location, "listing", later_without_the_first)
+    with pytest.raises(CorruptFileError, match=r"1 files were written .* part-00000\.parquet first"):
+        _encoded_by_a_stub(tmp_path, monkeypatch, 4)
+
+
 def test_a_cluster_that_shrinks_under_a_run_is_a_failure_and_not_bad_input(monkeypatch):
-    shards = [np.zeros(1)]
+    shards = [_Shard("part-00000.parquet")]
     starts = iter([WorkerError("an actor died"), PlacementError("4 actors cannot be placed")])
 
     def results(*_):
         raise next(starts)
         yield
 
-    monkeypatch.setattr(shard_runner, "_pending", lambda shards, job: shards)
+    monkeypatch.setattr(shard_runner, "_written", lambda shards, job: {})
     monkeypatch.setattr(shard_runner, "_results", results)
     encode = functools.partial(shard_runner.encode_shards, shards, None, Placement(4, 1), lambda done, total: None)
     with pytest.raises(WorkerError, match="nodes were lost, and what is written stays: 4 actors cannot be placed"):
