@@ -129,12 +129,15 @@ class Location:
         if "://" not in self.uri:
             return Location(f"{self.uri.rstrip('/')}{tail}")
         head, query = _split(self.uri)
-        if not self.uri.startswith("s3://"):
-            tail = urllib.parse.quote(tail)
-        uri = f"{head.rstrip('/')}{tail}"
+        uri = f"{head.rstrip('/')}{tail if self.uri.startswith('s3://') else urllib.parse.quote(tail)}"
         if query:
-            return Location(f"{uri}?{query}")
-        return Location(uri if _split(uri) == (uri, "") else f"{uri}?")
+            uri = f"{uri}?{query}"
+        elif _split(uri) != (uri, ""):
+            uri = f"{uri}?"
+        extended = Location(uri)
+        if not self.is_local:  # one client for all that lies below
+            extended.__dict__["_opened"] = self.filesystem, f"{self.path.rstrip('/')}{tail}"
+        return extended
 
     def exists(self) -> bool:
         """Whether there is a file or folder here."""
@@ -343,7 +346,13 @@ class Location:
                 sink.write(chunk)
 
     def sha256(self) -> str:
-        """Hex digest of the file's content."""
+        """Return the hex digest of the file's content. A local file that did not change is read once a process."""
+        if not self.is_local:
+            return self._sha256()
+        state = Path(self.path).stat()
+        return _sha256_of(self, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+
+    def _sha256(self) -> str:
         digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
         with self.filesystem.open_input_stream(self.path, compression=None) as stream:
             while count := stream.readinto(chunk):
@@ -367,6 +376,12 @@ class Location:
         }
 
 
+@functools.lru_cache(maxsize=4096)
+def _sha256_of(location: Location, state: tuple[int, ...]) -> str:
+    del state  # a file that was written again has another
+    return location._sha256()
+
+
 def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
     """The filesystem of an `s3://` URI, which tries again for longer than pyarrow's own.
 
@@ -385,16 +400,26 @@ def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
     endpoint = options.get("endpoint_override") or _first_of("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
     region = options.get("region") or _first_of("AWS_REGION", "AWS_DEFAULT_REGION")
     if not region:
-        region = "us-east-1" if endpoint else pafs.resolve_s3_region(bucket)
-    filesystem = pafs.S3FileSystem(
+        region = "us-east-1" if endpoint else _region_of(bucket)
+    scheme = options.get("scheme") or urllib.parse.urlsplit(endpoint or "").scheme or "https"
+    return _s3_client(region, scheme, endpoint, _first_of("AWS_ACCESS_KEY_ID"), os.getpid()), path
+
+
+@functools.lru_cache
+def _s3_client(region: str, scheme: str, endpoint: str | None, key_id: str | None, pid: int) -> pafs.S3FileSystem:
+    """Return the one client of this process for these options: each has connections and credentials of its own."""
+    del key_id, pid  # another user of the store and a forked process get their own
+    return pafs.S3FileSystem(
         region=region,
-        scheme=options.get("scheme") or urllib.parse.urlsplit(endpoint or "").scheme or "https",
+        scheme=scheme,
         endpoint_override=endpoint,
         request_timeout=_S3_SILENT_S,
         connect_timeout=_S3_CONNECT_S,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
     )
-    return filesystem, path
+
+
+_region_of = functools.lru_cache(pafs.resolve_s3_region)
 
 
 def _holds_credentials(uri: str) -> bool:

@@ -1,15 +1,19 @@
 """Files, artifacts and a whole run on an S3 server: same promises as on a disk, busy or killed; no credentials anywhere."""
 
+import functools
 import json
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.fs as pafs
 import pytest
 import yaml
 
@@ -164,6 +168,32 @@ def test_names_with_marks_of_uris_are_found_again(store: Store, folder: Location
         (folder / name).write_text(name)
     assert [file.name for file in folder.files()] == sorted(names)
     assert [Location(file.uri).read_text() for file in folder.files()] == sorted(names)
+
+
+def test_all_files_of_a_store_share_one_client(store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    client = pafs.S3FileSystem
+    monkeypatch.setattr(pafs, "S3FileSystem", lambda **options: made.append(options) or client(**options))
+    storage._s3_client.cache_clear()
+    files = [folder / f"part-{number}" for number in range(100)]
+    for file in files[:3]:
+        file.write_text("x")
+    assert {id(each.filesystem) for each in (*files, Location(f"s3://{BUCKET}/elsewhere"))} == {id(files[0].filesystem)}
+    assert len(made) == 1
+    assert pickle.loads(pickle.dumps(files[0])).read_text() == "x"
+    assert len(made) == 1
+    assert Location(f"s3://{BUCKET}/x?region=eu-west-1").filesystem is not files[0].filesystem
+    assert len(made) == 2
+
+
+def test_the_region_of_a_bucket_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(storage, "_region_of", functools.lru_cache(lambda bucket: asked.append(bucket) or "eu-west-1"))
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    for number in range(5):
+        assert Location(f"s3://looked-up/{number}").filesystem.region == "eu-west-1"
+    assert asked == ["looked-up"]
 
 
 def test_a_store_may_be_silent_while_it_copies(store: Store, folder: Location) -> None:

@@ -58,9 +58,25 @@ def safe_folder(folder: Path, name: str) -> Path:
         raise ModelError(
             f"{name!r} lacks {len(missing)} of {len(files)} weight files, first {missing[0]!r}; fetch it again"
         )
-    digests = {file: Location(str(folder / file)).sha256() for file in files}
     small = Location(str(folder)).content_fingerprint(_SMALL)
     cache = environment.cache_folder() / "converted"
+    seen = cache / f"{fingerprint([str(folder.resolve()), _states(folder, files), small])}.seen"
+    if seen.is_file() and (cache / seen.read_text()).is_dir():
+        return cache / seen.read_text()
+    target = _converted(folder, files, small, name, cache)
+    seen.write_text(target.name)
+    return target
+
+
+def _states(folder: Path, files: list[str]) -> dict[str, list[int]]:
+    """Return what tells a file that was written again, so that gigabytes are not hashed at each start of a process."""
+    states = {file: (folder / file).stat() for file in files}
+    return {file: [each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns] for file, each in states.items()}
+
+
+def _converted(folder: Path, files: list[str], small: Mapping[str, str], name: str, cache: Path) -> Path:
+    """Return the converted folder, named after its content; convert unless it is there."""
+    digests = {file: Location(str(folder / file)).sha256() for file in files}
     revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
     target = cache / fingerprint([digests, small, revision])
     if target.is_dir():

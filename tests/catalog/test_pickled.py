@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from readapt_ray import storage
 from readapt_ray.catalog import models, pickled
 from readapt_ray.errors import ModelError
+from readapt_ray.storage import Location
 from tests import factories
 
 
@@ -62,6 +64,22 @@ def test_a_model_is_converted_once_and_that_is_said(
     caplog.clear()
     assert models.find_model(str(folder)).folder == found.folder
     assert not caplog.text
+
+
+def test_weights_that_did_not_change_are_not_hashed_by_each_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = factories.tiny_encoder(tmp_path / "m")
+    _as_bin(folder)
+    first = models.find_model(str(folder)).folder
+    read: list[str] = []
+    sha256 = Location._sha256
+    monkeypatch.setattr(Location, "_sha256", lambda file: read.append(file.name) or sha256(file))
+    storage._sha256_of.cache_clear()  # as in a new process
+    assert models.find_model(str(folder)).folder == first
+    assert not [name for name in read if name.endswith(".bin")]
+    _as_bin(factories.tiny_encoder(folder, seed=5))
+    assert models.find_model(str(folder)).folder != first
 
 
 def test_the_fingerprint_is_that_of_the_content_wherever_it_lies(tmp_path: Path) -> None:
