@@ -123,13 +123,13 @@ def find_model(name: str) -> Model:
     if not Path(name).exists():
         name, revision = retrievers.split_commit(name)
     target = retrievers.hub_id(name)
-    if target.startswith(_BUILTIN):
+    if target.startswith(_BUILTIN) and _own_folder(name) is None:
         folder = _BUILTIN_FOLDER / target.removeprefix(_BUILTIN)
     elif "://" in target:
         _check_finished(Location(target), name)
         folder = fetching.from_uri(target)
-    elif Path(target).expanduser().is_dir():
-        folder = Path(target).expanduser().resolve()
+    elif (folder_of_user := _own_folder(name)) is not None:
+        folder = folder_of_user
         _check_finished(Location(str(folder)), name)
     elif _HUB_ID.fullmatch(target) and not Path(target).exists():
         folder = fetching.from_hub(name, target, revision)
@@ -141,6 +141,19 @@ def find_model(name: str) -> Model:
         raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
     _check_own_code(model)
     return model
+
+
+def _own_folder(name: str) -> Path | None:
+    """Return the local folder that a name means; a catalog name means one only if a model lies there."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return None
+    in_catalog = retrievers.hub_id(name) != name
+    if in_catalog and not any((folder / each).is_file() for each in ("config.json", ADAPTER_CONFIG_NAME)):
+        return None
+    if in_catalog:
+        logger.info("%s is a folder here, so that model is taken and not the catalog's", name)
+    return folder.resolve()
 
 
 def _check_finished(location: Location, name: str) -> None:
@@ -169,7 +182,11 @@ def _check_own_code(model: Model) -> None:
 
 
 def encoding_of(model: Model) -> Encoding:
-    """How a retriever wants its text: from its folder, from the catalog, or from sentence-transformers' files.
+    """Return how a retriever encodes text.
+
+    A folder's own files always win: readapt.json, then those of sentence-transformers. The catalog speaks for models
+    that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say
+    nothing, a copy that still has its name on the hub is encoded as the catalog says.
 
     Raises:
         ModelError: nothing says; the message lists what would.
@@ -177,26 +194,37 @@ def encoding_of(model: Model) -> Encoding:
     contract = model.read_json(CONTRACT_NAME)
     if contract:
         return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME))
-    row = retrievers.find_retriever(model.name) or _row_of_copy(model)
+    row = _catalog_row(model)
     if row is not None:
         return row.encoding
     if (model.folder / sentence_transformers_folder.MODULES_NAME).is_file():
         options = _tokenizer_holder(model).read_json("tokenizer_config.json")
         return sentence_transformers_folder.read_encoding(model, load_tokenizer(model), options)
+    row = retrievers.find_copied(_place(model))
+    if row is not None:
+        logger.info(
+            "%s has no files that say how it encodes text; by its name it is a copy of %s, so the catalog's settings of that "
+            "model are used",
+            model.name,
+            row.hub_id,
+        )
+        return row.encoding
     raise ModelError(
         f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor modules.json, and it "
         f"is not in the catalog; pass --encoding FILE.json with pooling, templates and specials, or a catalog name"
     )
 
 
-def _row_of_copy(model: Model) -> retrievers.Retriever | None:
-    """The row of a copy in a folder or an object store that still has the name it has on the hub."""
-    named = Path(model.name).expanduser()
-    place = model.name if "://" in model.name else str(named.resolve() if named.is_dir() else model.folder)
-    row = retrievers.find_copied(place)
-    if row is not None:
-        logger.info("%s is taken for a copy of %s, and its text is encoded so", model.name, row.hub_id)
-    return row
+def _catalog_row(model: Model) -> retrievers.Retriever | None:
+    """Return the catalog's row of a model that came from the hub, as its name or its place in the hub's cache says."""
+    if "://" in model.name or _own_folder(model.name) is not None:
+        return retrievers.find_cached(_place(model))
+    return retrievers.find_retriever(model.name) or retrievers.find_cached(str(model.folder))
+
+
+def _place(model: Model) -> str:
+    """Return the URI or the absolute path of a model's folder."""
+    return model.name if "://" in model.name else str(_own_folder(model.name) or model.folder)
 
 
 def _tokenizer_holder(model: Model) -> Model:

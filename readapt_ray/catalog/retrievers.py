@@ -228,15 +228,24 @@ def split_commit(name: str) -> tuple[str, str | None]:
     return (found[1], found[2]) if found else (name, None)
 
 
+def find_cached(place: str) -> Retriever | None:
+    """Return the row of a model that lies in the hub's own cache.
+
+    Args:
+        place: path of its folder.
+    """
+    cached = _HUB_CACHE.search(place)
+    return find_retriever(f"{cached[1]}/{cached[2]}") if cached else None
+
+
 def find_copied(place: str) -> Retriever | None:
-    """The row of a model that was copied under its name on the hub, or that lies in the hub's cache.
+    """Return the row of a model whose folder has its name on the hub. Another model may have the same name.
 
     Args:
         place: path or URI of its folder.
     """
-    cached = _HUB_CACHE.search(place)
-    if cached:
-        return find_retriever(f"{cached[1]}/{cached[2]}")
+    if _HUB_CACHE.search(place):
+        return find_cached(place)
     last = place.rstrip("/").rsplit("/", 1)[-1].lower()
     on_hub = (row for row in RETRIEVERS if not row.hub_id.startswith("builtin:"))
     return next((row for row in on_hub if row.hub_id.lower().rsplit("/", 1)[-1] == last), None)

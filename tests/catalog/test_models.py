@@ -7,7 +7,10 @@ import pytest
 
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.storage import Location
 from tests import factories
+
+MODULES = {"Transformer": "", "Pooling": "1_Pooling"}
 
 
 def test_catalog_names_and_hub_ids_find_the_same_row() -> None:
@@ -173,6 +176,44 @@ def test_a_copy_is_known_by_its_name(tmp_path: Path, place: str, row: str | None
     assert retrievers.find_copied(f"s3://bucket/{place}/") is (retrievers.retriever(row) if row else None)
     factories.write_contract(model.folder, pooling="mean")
     assert models.encoding_of(model).query_template == "query: {text}"
+
+
+@pytest.mark.parametrize("place", ["all-MiniLM-L6-v2", "copies/e5-mistral-7b-instruct", "bge-base-zh"])
+@pytest.mark.parametrize("by", ["folder", "uri"])
+def test_a_folder_is_encoded_by_its_own_files_whatever_its_name(tmp_path: Path, place: str, by: str) -> None:
+    """A finetuned model is often saved under the name of the model that it was made from."""
+    folder = factories.tiny_encoder(tmp_path / place)
+    listing = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in MODULES.items()]
+    (folder / "modules.json").write_text(json.dumps(listing))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 128}))
+    found = models.encoding_of(models.find_model(str(folder) if by == "folder" else f"file://{folder}"))
+    assert (found.pooling, found.max_passage_tokens) == ("cls", 128)
+
+
+def test_a_model_in_a_folder_with_a_catalog_name_is_that_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    factories.write_contract(factories.tiny_encoder(tmp_path / "quickstart-retriever"), pooling="cls")
+    model = models.find_model("quickstart-retriever")
+    assert model.folder == tmp_path / "quickstart-retriever"
+    assert models.encoding_of(model).pooling == "cls"
+    (tmp_path / "quickstart-retriever/config.json").unlink()  # a folder of another kind, such as the root of a run
+    assert models.find_model("quickstart-retriever").folder != tmp_path / "quickstart-retriever"
+
+
+def test_a_model_that_did_not_change_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = factories.tiny_decoder(tmp_path / "m", shards=2)
+    reads: list[str] = []
+    read = Location._sha256
+    monkeypatch.setattr(Location, "_sha256", lambda file: reads.append(file.name) or read(file))
+    first = models.find_model(str(folder)).fingerprint()
+    assert models.find_model(str(folder)).fingerprint() == first
+    assert len(reads) == len(set(reads)) > 2
+    weights = folder / "model-00001-of-00002.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert models.find_model(str(folder)).fingerprint() != first
+    assert reads[-1] == weights.name
 
 
 def test_a_commit_behind_a_name_names_the_same_row() -> None:
