@@ -271,7 +271,7 @@ class Layout:
 
     groups: tuple[Group, ...]
     token_of_slot: Tensor
-    """int64 [S]; some token's where the slot is empty, which changes nothing: nobody looks there."""
+    """int64 [S]; 0 where the slot is empty."""
     slot_of_token: Tensor
     """int64 [T]"""
     empty_slots: Tensor
@@ -298,7 +298,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: Tensor, layout: Layout) -> Tensor:
         ctx.layout = layout
-        return row.index_select(0, layout.token_of_slot)
+        # Attention multiplies empty slots by 0, which is NaN where a slot holds NaN or infinity: only 0 is safe.
+        return row.index_select(0, layout.token_of_slot).index_fill_(0, layout.empty_slots, 0)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -316,9 +317,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         layout = ctx.layout
-        spread = gradients[0].index_select(0, layout.token_of_slot)
-        spread[layout.empty_slots] = 0
-        return spread, None
+        return gradients[0].index_select(0, layout.token_of_slot).index_fill_(0, layout.empty_slots, 0), None
 
 
 @functools.lru_cache(maxsize=8)  # every layer asks for the same

@@ -124,13 +124,13 @@ def search_exact(
         device: torch device that the scores are computed on.
 
     Raises:
-        InputError: top_k is under 1, or the dimensions differ.
+        InputError: top_k is under 1, the dimensions differ, or a query holds NaN or infinity.
     """
     blocks = [torch.from_numpy(queries[first : first + _QUERY_BLOCK]) for first in range(0, len(queries), _QUERY_BLOCK)]
     best = [TopK(len(block), top_k) for block in blocks]
     placed = [block.to(device) for block in blocks]
     for names, vectors in chunks:
-        check_dimension(queries, vectors.shape[1])
+        check_queries(queries, vectors.shape[1])
         doc_ids = np.array(names, dtype=object)
         documents = torch.from_numpy(np.ascontiguousarray(vectors)).to(device).float()
         for block, kept in zip(placed, best, strict=True):
@@ -146,16 +146,22 @@ def search_exact(
     )
 
 
-def check_dimension(queries: NDArray[np.float32], dimension: int) -> None:
-    """Refuse queries [Q, D] whose D is not `dimension`.
+def check_queries(queries: NDArray[np.float32], dimension: int) -> None:
+    """Refuse queries [Q, D] whose D is not `dimension`, or that hold NaN or infinity: their scores rank nothing.
 
     Raises:
-        InputError: it is not; both are named.
+        InputError: both dimensions, or the first such query, are named.
     """
     if queries.ndim != 2 or queries.shape[1] != dimension:
         raise InputError(
             f"query vectors of shape {queries.shape} cannot be searched among vectors of {dimension} numbers; "
             f"encode the queries with the model that made the vectors"
+        )
+    broken = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+    if len(broken):
+        raise InputError(
+            f"{len(broken)} of {len(queries)} query vectors hold NaN or infinity, first number {broken[0]}; encode them in "
+            f"bfloat16 or float32, or leave them out"
         )
 
 

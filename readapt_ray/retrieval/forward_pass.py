@@ -75,6 +75,9 @@ class ForwardPass:
         ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
         for row, tokens in zip(ids, rows, strict=True):
             row[: len(tokens)] = tokens
+            # Attention multiplies padding by 0, which is NaN where it overflows: a text pads itself, so only its own
+            # vector can suffer.
+            row[len(tokens) :] = tokens[-1]
         positions = np.arange(ids.shape[1])
         mask = torch.from_numpy((positions < lengths[:, None]).astype(np.int64)).to(self.device)
         hidden = self._hidden(ids, np.broadcast_to(positions, ids.shape), attention_mask=mask)

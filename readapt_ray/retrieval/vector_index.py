@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.embed_plan import packed_hashes
-from readapt_ray.retrieval.exact import Hits, TopK, check_dimension
+from readapt_ray.retrieval.exact import Hits, TopK, check_queries
 from readapt_ray.storage import Location
 
 DELETED = ""
@@ -73,7 +73,7 @@ class IndexShard:
         Raises:
             InputError: the dimensions differ, or top_k is under 1.
         """
-        check_dimension(queries, self.index.d)
+        check_queries(queries, self.index.d)
         hits = self._best(self.index, None, queries, top_k)
         num_due = min(top_k, len(self.doc_ids) - np.count_nonzero(self._deleted))
         for index, parameters in _ever_further(self.index):

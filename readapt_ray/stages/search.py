@@ -18,7 +18,7 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifac
 from readapt_ray.catalog.models import Model, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors
@@ -248,7 +248,15 @@ def _encoded(
         batch_tokens=batch_tokens,
     )
     for first in range(0, len(texts), _QUERIES_A_PIECE):
-        yield loaded.encode(texts[first : first + _QUERIES_A_PIECE], "query")
+        piece = texts[first : first + _QUERIES_A_PIECE]
+        vectors = loaded.encode(piece, "query")
+        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(broken):
+            raise ModelError(
+                f"the model gives NaN or infinity for the query {piece[broken[0]]!r} in {encoder['dtype']}; make vectors and "
+                f"run in bfloat16 or float32 (`readapt embed --dtype`), or leave the query out"
+            )
+        yield vectors
 
 
 def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -180,6 +180,7 @@ def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding
     mask = np.zeros((len(token_ids), width), np.int64)
     for row, ids in enumerate(token_ids):
         input_ids[row, : len(ids)] = ids
+        input_ids[row, len(ids) :] = ids[-1]  # masked, but 0 x NaN is NaN: padding of its own cannot reach another text
         mask[row, : len(ids)] = 1
     attention_mask = torch.from_numpy(mask).to(device)
     hidden = model(

@@ -1,0 +1,70 @@
+"""A text that overflows gives NaN for itself and for nobody else in its batch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from readapt_ray.catalog.models import find_model
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.exact import search_exact
+from tests import factories
+
+POISON = 7
+"""The token whose embedding is infinite."""
+TEXTS = [[20, 21, 22, 23], [30, 31], [40, 41, 42, 43, 44, 45, 46, 47, 48], [50], [60, 61, 62]]
+
+
+@pytest.fixture(scope="module")
+def poisoned(tmp_path_factory):
+    """Encoder and decoder in which one token overflows, also where a batch is filled with the token 0."""
+    folders = {}
+    for kind, make in (("decoder", factories.tiny_decoder), ("encoder", factories.tiny_encoder)):
+        for token in (0, POISON):
+            folder = factories.write_contract(make(tmp_path_factory.mktemp(kind) / f"{token}"), pooling="mean")
+            tensors = load_file(folder / "model.safetensors")
+            name = next(each for each in tensors if each.endswith(("embed_tokens.weight", "word_embeddings.weight")))
+            tensors[name][token] = torch.inf
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            folders[kind, token] = folder
+    return folders
+
+
+def _encoder(folder, pooling, packed):
+    contract = json.loads((folder / "readapt.json").read_text())
+    contract["encoding"]["pooling"] = pooling
+    (folder / "readapt.json").write_text(json.dumps(contract))
+    return Encoder.load(find_model(str(folder)), packed=packed, batch_tokens=4096)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("position", range(len(TEXTS)))
+def test_only_its_own_text_fails(poisoned, kind, pooling, packed, position):
+    encoder = _encoder(poisoned[kind, POISON], pooling, packed)
+    assert encoder.is_packed == packed
+    clean = encoder.encode_ids(TEXTS)
+    assert np.isfinite(clean).all()
+    texts = [[POISON, *row] if number == position else row for number, row in enumerate(TEXTS)]
+    found = encoder.encode_ids(texts)
+    others = [number for number in range(len(TEXTS)) if number != position]
+    assert np.allclose(found[others], clean[others], atol=1e-6)
+    assert not np.isfinite(found[position]).all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_token_that_no_text_has_spoils_none(poisoned, kind, packed):
+    assert np.isfinite(_encoder(poisoned[kind, 0], "mean", packed).encode_ids(TEXTS)).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_query_without_a_direction_is_refused_and_not_ranked(value):
+    queries = np.ones((3, 4), np.float32)
+    queries[1, 2] = value
+    with pytest.raises(InputError, match="1 of 3 query vectors hold NaN or infinity, first number 1"):
+        search_exact(queries, [(["a", "b"], np.ones((2, 4), np.float32))], 1)
