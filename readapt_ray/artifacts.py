@@ -6,7 +6,10 @@ A stage calls `produce` with its config, the fingerprints of its inputs and the 
     manifest there, other fingerprint     refused, unless told to overwrite
     `building.json` there, same           an earlier process was killed: the work goes on
     `building.json` there, other          refused, unless told to overwrite
-    other files there                     refused; told to overwrite, it leaves them, but replaces no manifest of theirs
+    anything else there                   refused, also when told to overwrite
+
+An output is ours only if a manifest or a lease of ours lies there. Both list patterns of the files that the stage
+writes (`artifact_files.py`); overwriting removes what matches, and leaves whatever else lies in the folder.
 
 An output that ends with `.trec` is an artifact of one file, its records beside it under its name
 (`base.trec.manifest.json`).
@@ -21,11 +24,13 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from readapt_ray import hardware, leases
+from readapt_ray import artifact_files, hardware, leases
+from readapt_ray.artifact_files import STAGE_FILES
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.progress import ProgressReporter, duration
@@ -37,8 +42,11 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 BUILDING_NAME = "building.json"
 SINGLE_FILE_SUFFIX = ".trec"
+_RECORDS = (MANIFEST_NAME, BUILDING_NAME)
 _LEFTOVERS = ""
-"""The fingerprint in the lease of an artifact that is being emptied: equal to none, so nobody goes on with what is left."""
+"""Placeholder for the fingerprint while an artifact is being cleared. It matches none, so a half-cleared folder is never resumed."""
+_OUR_MANIFEST = re.compile(rb'\{\s*"stage"')
+"""How each manifest of ours begins."""
 _VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
 
 
@@ -59,6 +67,8 @@ class Manifest:
     seconds: float
     created: str
     versions: dict[str, str]
+    files: tuple[str, ...] = ()
+    """Patterns of the files that the stage writes; empty in artifacts of releases that did not say."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """The driver's machine and the cluster; empty in artifacts of releases that did not say."""
     format_version: int = FORMAT_VERSION
@@ -104,48 +114,59 @@ def fingerprint(content: Any) -> str:
 
 
 def read_manifest(uri: str | Location) -> Manifest | None:
-    """The manifest of the artifact in a folder; None where there is none, so no complete artifact.
+    """Return the manifest of the artifact in a folder; None where there is none, so no complete artifact.
 
     A `manifest.json` of another program is none.
 
     Raises:
-        CorruptFileError: the manifest cannot be read.
+        CorruptFileError: a manifest of ours cannot be read.
     """
     location = _record(uri if isinstance(uri, Location) else Location(uri), MANIFEST_NAME)
     if not location.is_file():
         return None
+    content = location.read_bytes()
+    fields = dataclasses.fields(Manifest)
+    required = {each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING}
     try:
-        values = json.loads(location.read_text())
-        if not isinstance(values, dict) or not {"stage", "fingerprint"} <= values.keys():
+        values = json.loads(content)
+    except ValueError as error:
+        if not _OUR_MANIFEST.match(content):
             return None
-        known = {each.name for each in dataclasses.fields(Manifest)}
-        return Manifest(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, TypeError) as error:
         raise CorruptFileError(
             f"{location} is not a manifest: {error}; if a stage of readapt made that folder, remove it and run the stage again"
         ) from error
+    if not isinstance(values, dict) or not required <= values.keys():
+        return None
+    known = {each.name: values[each.name] for each in fields if each.name in values}
+    return Manifest(**{**known, "files": tuple(known.get("files", ()))})
 
 
 def names_under(root: Location) -> list[str]:
     """The artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
 
-    What lies inside an artifact is not listed, so a root with millions of files takes a few requests.
+    What lies inside an artifact is not listed, so a root with millions of files takes a few requests. Records are
+    told by what they say: a `manifest.json` of another program makes no artifact.
     """
     found = []
     pending = [(".", root)]
     while pending:
         name, folder = pending.pop()
         files, folders = folder.children()
-        if {MANIFEST_NAME, BUILDING_NAME} & set(files):
+        if {MANIFEST_NAME, BUILDING_NAME} & set(files) and _is_artifact(folder):
             found.append(name)
             continue
         prefix = "" if name == "." else f"{name}/"
         for file in files:
-            artifact, mark, record = file.partition(f"{SINGLE_FILE_SUFFIX}.")
-            if mark and record in (MANIFEST_NAME, BUILDING_NAME):
-                found.append(f"{prefix}{artifact}{SINGLE_FILE_SUFFIX}")
+            stem, mark, record = file.partition(f"{SINGLE_FILE_SUFFIX}.")
+            artifact = f"{stem}{SINGLE_FILE_SUFFIX}"
+            if mark and record in (MANIFEST_NAME, BUILDING_NAME) and _is_artifact(folder / artifact):
+                found.append(f"{prefix}{artifact}")
         pending += [(f"{prefix}{each}", folder / each) for each in folders]
     return sorted(set(found))
+
+
+def _is_artifact(location: Location) -> bool:
+    return read_manifest(location) is not None or read_building(location) is not None
 
 
 def open_artifact(uri: str, stage: str) -> Artifact:
@@ -157,7 +178,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     location = Location(uri)
     manifest = read_manifest(location)
     if manifest is None:
-        if _record(location, BUILDING_NAME).exists():
+        if read_building(location) is not None:
             raise ArtifactMissingError(
                 f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
             )
@@ -208,7 +229,13 @@ def produce(
         logger.info("%s: already complete in %s", stage, config.output)
         return Artifact(location, present)
     there = dataclasses.asdict(present) if present is not None else before
-    ours = {"stage": stage, "fingerprint": identified, "config": config.settings(), "inputs": dict(inputs)}
+    ours = {
+        "stage": stage,
+        "fingerprint": identified,
+        "config": config.settings(),
+        "inputs": dict(inputs),
+        "files": STAGE_FILES.get(stage, ()),
+    }
     _refuse_what_is_there(location, config, ours, there)
     manifest = _fill(location, ours, work, there=there, before=before)
     logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
@@ -228,19 +255,20 @@ def _fill(
     goes_on = there is not None and there["fingerprint"] == identified
     replaces = there is not None and not goes_on
     says = {**ours, "seconds_before": float(there["seconds"]) if there is not None and goes_on else 0.0}
+    listed = _listed(there)
     if replaces:
-        says["fingerprint"] = _LEFTOVERS
+        says |= {"fingerprint": _LEFTOVERS, "files": listed}
     reporter = ProgressReporter(stage)
     building = _record(location, BUILDING_NAME)
     lease = leases.Lease(building, location, reporter, before=before, says=says)
     try:
         with reporter, lease:
             if replaces:
-                _clear(location)
-                lease.say(fingerprint=identified)
+                _clear(location, listed)
+                lease.say(fingerprint=identified, files=ours["files"])
             elif goes_on:
                 logger.info("%s: goes on where it stopped in %s", stage, location)
-                location.remove_temporary()
+                artifact_files.remove_temporary(location, (*listed, *_RECORDS))
             workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
             work(workspace)
             manifest = Manifest(
@@ -257,7 +285,7 @@ def _fill(
             _record(location, MANIFEST_NAME).write_text(text)
     except InputError:
         if lease.is_held:
-            _forget_if_empty(location)
+            _forget_if_empty(location, ours["files"])
         raise
     building.delete()
     return manifest
@@ -265,7 +293,11 @@ def _fill(
 
 def _record(location: Location, name: str) -> Location:
     """Where the manifest or the heartbeat of an artifact lies."""
-    return location.beside(f".{name}") if location.name.endswith(SINGLE_FILE_SUFFIX) else location / name
+    return location.beside(f".{name}") if _is_single_file(location) else location / name
+
+
+def _is_single_file(location: Location) -> bool:
+    return location.name.endswith(SINGLE_FILE_SUFFIX)
 
 
 def read_building(uri: str | Location) -> dict[str, Any] | None:
@@ -283,26 +315,49 @@ def _refuse_what_is_there(
     """
     if there is None:
         _refuse_foreign_files(location, config)
-    elif there["fingerprint"] != ours["fingerprint"] and not config.overwrite:
+        return
+    if there["fingerprint"] == ours["fingerprint"]:
+        return
+    if not config.overwrite:
         difference = _difference(config, ours, there)
         raise ArtifactConflictError(
             f"{config.output!r} already holds something else ({difference}); give another output, or --overwrite to replace it",
             output=config.output,
             difference=difference,
         )
+    if _is_single_file(location):
+        return
+    if collisions := artifact_files.would_collide(location, (*_listed(there), *_RECORDS), ours["files"]):
+        raise ArtifactConflictError(
+            f"{config.output!r} holds {artifact_files.named(collisions)} that no stage of readapt made, where this one "
+            f"would write; move it away, or give another output"
+        )
 
 
 def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
-    if _record(location, MANIFEST_NAME).is_file():
+    """Refuse an output in which anything lies but a lease of ours: it may be the root of a run, a home or a mount."""
+    lease = _record(location, BUILDING_NAME)
+    is_ours = leases.is_cut_short(lease) or leases.read_lease(lease) is not None
+    if _is_single_file(location):
+        records = [_record(location, MANIFEST_NAME), *([] if is_ours else [lease])]
+        found = [each.name for each in (location, *records) if each.exists()]
+    elif location.is_file():
+        raise ArtifactConflictError(f"{config.output!r} is a file; give an empty or new folder as the output")
+    else:
+        found = artifact_files.in_the_way(location, but=(BUILDING_NAME,) if is_ours else ())
+    # Another driver may have begun since we looked; then its lease is found when we take ours.
+    if found and leases.read_lease(lease) is None:
+        new = "another output" if _is_single_file(location) else "an empty or new folder as the output"
         raise ArtifactConflictError(
-            f"{config.output!r} has a {MANIFEST_NAME} that no stage of readapt made; give an empty or new folder as the output"
+            f"{config.output!r} holds {artifact_files.named(found)} that no stage of readapt made; give {new}"
         )
-    if config.overwrite or not location.is_folder():
-        return
-    if [name for name, _ in location.listing() if name != BUILDING_NAME]:
-        raise ArtifactConflictError(
-            f"{config.output!r} holds files that no stage of readapt made; give an empty or new folder as the output"
-        )
+
+
+def _listed(record: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The patterns of the files that a manifest or lease calls its own; of earlier releases, what their stages wrote."""
+    if record is None:
+        return ()
+    return tuple(record.get("files") or STAGE_FILES.get(record["stage"], ()))
 
 
 def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any]) -> str:
@@ -324,24 +379,22 @@ def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str
     return "; ".join(changes) or "it was made by another version"
 
 
-def _forget_if_empty(location: Location) -> None:
+def _forget_if_empty(location: Location, files: Sequence[str]) -> None:
     """Leave no trace of work that was refused before it wrote anything, so that mended input is not another artifact."""
-    if location.is_file() or [name for name, _ in location.listing(recursive=True) if name != BUILDING_NAME]:
+    if location.is_file():
         return
-    _record(location, BUILDING_NAME).delete()
+    artifact_files.remove_empty_folders(location, files)
+    if not artifact_files.in_the_way(location, but=(BUILDING_NAME,)):
+        _record(location, BUILDING_NAME).delete()
 
 
-def _clear(location: Location) -> None:
-    """Empty an artifact but for its lease; the manifest first, so that it never stands over a part of the data."""
+def _clear(location: Location, listed: Sequence[str]) -> None:
+    """Remove what a record lists; the manifest first, so that it never stands over a part of the data."""
     _record(location, MANIFEST_NAME).delete()
     if location.is_file():
         location.delete()
-        return
-    files, folders = location.children()
-    for name in [*files, *folders]:
-        if name != BUILDING_NAME:
-            (location / name).delete()
-    location.remove_temporary()
+    elif foreign := artifact_files.clear(location, (*listed, *_RECORDS), keep=BUILDING_NAME):
+        logger.warning("%s keeps %s, which no stage of readapt made", location, artifact_files.named(foreign))
 
 
 def _versions() -> dict[str, str]:

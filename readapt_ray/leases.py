@@ -29,6 +29,9 @@ logger = logging.getLogger("readapt_ray")
 
 _HEARTBEAT_S = 5.0
 _STALE_S = 30.0
+_FIELDS = {"stage", "owner", "pid", "heartbeat"}
+_FIRST_CHARACTERS = '{"stage": "'
+_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _SETTLE_S = 0.5
 """What another driver may take from reading a lease to writing its own; who takes longer is found out at a beat."""
 
@@ -45,12 +48,27 @@ def owner() -> dict[str, Any]:
 
 
 def read_lease(file: Location) -> dict[str, Any] | None:
-    """What a `building.json` says; None where there is none of ours."""
+    """What a `building.json` says; None where there is none, or where another program wrote it."""
     try:
-        values = json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
+        values = json.loads(file.read_bytes())
+    except (*_NO_FILE, ValueError):
         return None
-    return values if isinstance(values, dict) and "owner" in values else None
+    return values if isinstance(values, dict) and values.keys() >= _FIELDS else None
+
+
+def is_cut_short(file: Location) -> bool:
+    """Return whether a lease of ours lies there that a killed process only began to write.
+
+    On a local disk the first lease of an output is created in place, so a kill can leave its beginning, or nothing.
+    """
+    try:
+        text = file.read_text()
+        json.loads(text)
+    except (*_NO_FILE, UnicodeDecodeError):
+        return False
+    except ValueError:
+        return text.startswith(_FIRST_CHARACTERS) or _FIRST_CHARACTERS.startswith(text)
+    return False
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:

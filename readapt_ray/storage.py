@@ -26,6 +26,7 @@ from readapt_ray.errors import InputError, StorageError
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
+_TEMPORARY_NAME = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{12}}-(.+)")
 _S3_ATTEMPTS = 10
 """With the SDK's exponential backoff about a minute of 503 or lost connections."""
 _READ_ATTEMPTS = 6
@@ -187,6 +188,31 @@ class Location:
         folders = [each.base_name for each in infos if each.type == pafs.FileType.Directory]
         return sorted(files), sorted(folders)
 
+    def entries(self, *, recursive: bool = True) -> tuple[list[str], list[str]]:
+        """All that lies in this folder, temporary files too, by paths relative to it.
+
+        Links are not followed.
+
+        Returns:
+            What is no folder (files, links and the like), and the folders, each in the order of their names.
+        """
+        files: list[str] = []
+        folders: list[str] = []
+        start = len(self.path.rstrip("/")) + 1
+        if self.is_local:
+            for parent, inner, names in os.walk(self.path):
+                paths = [os.path.join(parent, name) for name in inner]
+                links = [path for path in paths if os.path.islink(path)]
+                files += [path[start:] for path in (*links, *(os.path.join(parent, name) for name in names))]
+                folders += [path[start:] for path in paths if path not in links]
+                if not recursive:
+                    break
+        else:
+            selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+            for info in self.filesystem.get_file_info(selector):
+                (folders if info.type == pafs.FileType.Directory else files).append(info.path[start:])
+        return sorted(files), sorted(folders)
+
     def read_bytes(self) -> bytes:
         """The whole file.
 
@@ -313,27 +339,24 @@ class Location:
         self.filesystem.delete_file(temporary)
 
     def delete(self) -> None:
-        """Remove the file or the folder with all in it; nothing happens where there is none.
+        """Remove the file; nothing happens where there is none. A link goes, and what it leads to stays.
+
+        Folders are never removed with what is in them: see `remove_if_empty`.
 
         Raises:
             StorageError: it may not be removed.
         """
-        kind = self._info().type
-        with self._refusals_named(_FORBIDDEN):
-            if kind == pafs.FileType.Directory:
-                self.filesystem.delete_dir(self.path)
-            elif kind == pafs.FileType.File:
+        with self._refusals_named(_FORBIDDEN), contextlib.suppress(FileNotFoundError):
+            if self.is_local:
+                os.unlink(self.path)
+            else:
                 self.filesystem.delete_file(self.path)
 
-    def remove_temporary(self) -> None:
-        """Remove what killed writers left in this folder and below: files that never got their name."""
-        if not self.is_folder():
-            return
-        selector = pafs.FileSelector(self.path, recursive=True)
-        for info in self.filesystem.get_file_info(selector):
-            if info.type == pafs.FileType.File and info.base_name.startswith(_TEMPORARY):
-                with self._refusals_named(_FORBIDDEN):
-                    self.filesystem.delete_file(info.path)
+    def remove_if_empty(self) -> None:
+        """Remove a folder of a local disk if nothing is in it. Object stores have no empty folders, only marks of them."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)
 
     def copy_to(self, target: "Location") -> None:
         """Copy the file, or the folder with all in it, through this machine."""
@@ -380,6 +403,12 @@ class Location:
 def _sha256_of(location: Location, state: tuple[int, ...]) -> str:
     del state  # a file that was written again has another
     return location._sha256()
+
+
+def name_when_whole(name: str) -> str | None:
+    """The name that a temporary file of a write of ours would get at its end; None for any other file."""
+    found = _TEMPORARY_NAME.fullmatch(name)
+    return found[1] if found else None
 
 
 def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +43,25 @@ def package_logger() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def every_written_file_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See that a finished stage left no file that its manifest does not list, since `--overwrite` would leave it, too."""
+    from readapt_ray import artifact_files, artifacts
+
+    fill = artifacts._fill
+
+    def checked(location: Any, *args: Any, **options: Any) -> Any:
+        before = location.entries()[0] if location.is_local else []
+        manifest = fill(location, *args, **options)
+        if manifest.stage in artifact_files.STAGE_FILES and location.is_local:
+            listed = (*manifest.files, "manifest.json")
+            unlisted = artifact_files.split_by_owner(location.entries()[0], listed)[1]
+            assert set(unlisted) <= set(before), f"not listed in STAGE_FILES of {manifest.stage}: {unlisted}"
+        return manifest
+
+    monkeypatch.setattr(artifacts, "_fill", checked)
 
 
 @pytest.fixture(params=["stand-in", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray import artifacts, leases
+from readapt_ray import artifact_files, artifacts, leases
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
@@ -29,6 +29,27 @@ class CopyConfig(StageConfig):
 
     inputs = frozenset({"corpus"})
     operational = frozenset({"num_workers"})
+
+
+@pytest.fixture(autouse=True)
+def listed_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the stage of these tests writes."""
+    files = ("data*", "part-*", "*.part", "state-*", "passages/part-*", "deep/part")
+    monkeypatch.setitem(artifact_files.STAGE_FILES, "copy", files)
+
+
+def tree(folder: Path) -> dict[str, str | None]:
+    """Every file with its content, and every folder, by relative path."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_text() if path.is_file() else None for path in paths}
+
+
+def lay(folder: Path, *names: str) -> None:
+    """Write files that no stage of ours made."""
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
 
 
 def make(config: CopyConfig, calls: list[int], corpus: str = "c1") -> artifacts.Artifact:
@@ -111,7 +132,7 @@ def test_replacing_that_is_killed_at_any_moment_leaves_no_manifest_over_a_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delete = Location.delete
-    for moment in range(5):  # the manifest, three files and a folder
+    for moment in range(7):  # the manifest and six files
         output = tmp_path / str(moment)
         old, new = CopyConfig(output=str(output), factor=1), CopyConfig(output=str(output), factor=2, overwrite=True)
         artifacts.produce("copy", old, inputs={}, work=fill)
@@ -136,6 +157,31 @@ def test_replacing_that_is_killed_at_any_moment_leaves_no_manifest_over_a_part(
         made = artifacts.produce("copy", new, inputs={}, work=lambda w: (w.location / "data").write_text("new"))
         assert made.manifest.config["factor"] == 2
         assert sorted(path.name for path in output.iterdir()) == ["data", "manifest.json"]
+
+
+def test_a_half_cleared_artifact_keeps_what_is_not_ours_when_clearing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a"
+    artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=fill)
+    lay(output, "passages/notes.txt", "mine/passages/part-0")
+    delete = Location.delete
+    left = [3]
+
+    def cut_off(location: Location) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        delete(location)
+
+    new = CopyConfig(output=str(output), factor=2, overwrite=True)
+    monkeypatch.setattr(Location, "delete", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.produce("copy", new, inputs={}, work=lambda w: None)
+    monkeypatch.setattr(Location, "delete", delete)
+    artifacts.produce("copy", new, inputs={}, work=lambda w: (w.location / "data").write_text("new"))
+    found = [name for name, content in tree(output).items() if content is not None]
+    assert found == ["data", "manifest.json", "mine/passages/part-0", "passages/notes.txt"]
 
 
 @pytest.mark.parametrize("is_replaced", [True, False])
@@ -198,11 +244,193 @@ def test_a_single_file_artifact_is_replaced_and_gone_on_with(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.trec", "base.trec.manifest.json"]
 
 
-def test_a_folder_of_foreign_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.doc").write_text("precious")
-    with pytest.raises(ArtifactConflictError, match="no stage of readapt made"):
-        make(CopyConfig(output=str(tmp_path)), [])
-    assert (tmp_path / "thesis.doc").read_text() == "precious"
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["thesis.doc"], r"holds thesis\.doc that no stage of readapt made"),
+        (["home/me/thesis.doc"], "holds home/ that"),
+        (["corpus/manifest.json", "vectors/part-0", "run.json"], r"holds corpus/, vectors/, run\.json that"),
+        ([f"{letter}/x" for letter in "abcdef"], "holds a/, b/, c/, d/ and 2 more that"),
+        (["building.json"], r"holds building\.json that"),
+        ([".tmp-mine"], r"holds \.tmp-mine that"),
+    ],
+)
+def test_a_folder_with_anything_that_is_not_ours_is_refused_and_named(
+    names: list[str], said: str, overwrite: bool, tmp_path: Path
+) -> None:
+    lay(tmp_path, *names)
+    before = tree(tmp_path)
+    with pytest.raises(ArtifactConflictError, match=said):
+        make(CopyConfig(output=str(tmp_path), overwrite=overwrite), [])
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_empty_folders_or_links_is_refused(tmp_path: Path) -> None:
+    """An unmounted disk leaves an empty folder."""
+    (tmp_path / "mnt" / "disk").mkdir(parents=True)
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "elsewhere").symlink_to(tmp_path / "mnt")
+    for folder, name in (("mnt", "disk/"), ("linked", "elsewhere")):
+        with pytest.raises(ArtifactConflictError, match=f"holds {name} that"):
+            make(CopyConfig(output=str(tmp_path / folder), overwrite=True), [])
+
+
+def test_the_root_of_a_run_is_no_output_and_loses_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    for name in ("corpus", "vectors/base", "adapter"):
+        make(CopyConfig(output=str(root / name)), [])
+    before = tree(root)
+    for factor, overwrite in ((1, False), (2, True)):
+        with pytest.raises(ArtifactConflictError, match="holds adapter/, corpus/, vectors/ that"):
+            make(CopyConfig(output=str(root), factor=factor, overwrite=overwrite), [])
+    assert tree(root) == before
+
+
+def test_a_file_in_the_place_of_the_output_is_refused(tmp_path: Path) -> None:
+    lay(tmp_path, "notes.txt")
+    with pytest.raises(ArtifactConflictError, match=r"notes\.txt' is a file"):
+        make(CopyConfig(output=str(tmp_path / "notes.txt"), overwrite=True), [])
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+
+
+def test_overwriting_removes_what_is_listed_and_names_what_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "a"
+    artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=fill)
+    lay(output, "thesis/chapter-1.doc", "passages/notes.txt", "other/passages/part-0", ".tmp-mine", "README")
+    (output / "empty").mkdir()
+    (output / "linked").symlink_to(tmp_path)
+    new = CopyConfig(output=str(output), factor=2, overwrite=True)
+    artifacts.produce("copy", new, inputs={}, work=lambda w: (w.location / "data").write_text("new"))
+    (output / "linked").unlink()
+    assert [name for name in tree(output) if not (output / name).is_dir()] == [
+        ".tmp-mine", "README", "data", "manifest.json", "other/passages/part-0", "passages/notes.txt",
+        "thesis/chapter-1.doc",
+    ]  # fmt: skip
+    assert (output / "empty").is_dir()
+    (said,) = [record.getMessage() for record in caplog.records if "keeps" in record.getMessage()]
+    assert said.endswith(
+        "keeps .tmp-mine, README, linked, other/passages/part-0 and 2 more, which no stage of readapt made"
+    )
+
+
+def test_lease_and_manifest_list_the_files_and_are_believed_in_a_later_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "a"
+    leased = []
+
+    def work(workspace: Workspace) -> None:
+        leased.append(artifacts.read_building(workspace.location))
+        fill(workspace)
+
+    made = artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=work)
+    assert set(leased[0]["files"]) == set(made.manifest.files) == set(artifact_files.STAGE_FILES["copy"])
+    monkeypatch.setitem(artifact_files.STAGE_FILES, "copy", ("data.txt",))
+    make(CopyConfig(output=str(output), factor=2, overwrite=True), [])
+    assert sorted(tree(output)) == ["data.txt", "manifest.json"]
+
+
+def test_an_artifact_of_a_release_that_listed_nothing_is_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=fill)
+    manifest = json.loads((output / "manifest.json").read_text())
+    del manifest["files"]
+    (output / "manifest.json").write_text(json.dumps(manifest))
+    lay(output, "mine/x")
+    make(CopyConfig(output=str(output), factor=2, overwrite=True), [])
+    assert sorted(tree(output)) == ["data.txt", "manifest.json", "mine", "mine/x"]
+
+
+def test_what_the_new_stage_would_take_for_its_own_work_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(artifact_files.STAGE_FILES, "other", ("rows/part-*",))
+    lay(tmp_path, "laid/rows/part-0", "elsewhere/part-0")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "rows").symlink_to(tmp_path / "elsewhere")
+    for name, said in (("laid", r"holds rows/part-0 that .* move it away"), ("linked", "holds rows that")):
+        output = tmp_path / name
+        (output / "rows").rename(tmp_path / "rows")
+        make(CopyConfig(output=str(output)), [])
+        (tmp_path / "rows").rename(output / "rows")
+        before = tree(output)
+        with pytest.raises(ArtifactConflictError, match=said):
+            artifacts.produce("other", CopyConfig(output=str(output), overwrite=True), inputs={}, work=lambda w: None)
+        assert tree(output) == before
+
+
+def test_a_link_that_stands_for_our_file_goes_without_what_it_leads_to(tmp_path: Path) -> None:
+    output = tmp_path / "a"
+    make(CopyConfig(output=str(output)), [])
+    lay(tmp_path, "folder/x", "file")
+    (output / "part-0").symlink_to(tmp_path / "folder")
+    (output / "part-1").symlink_to(tmp_path / "file")
+    (output / "part-2").symlink_to(tmp_path / "nowhere")
+    make(CopyConfig(output=str(output), factor=2, overwrite=True), [])
+    assert sorted(path.name for path in output.iterdir()) == ["data.txt", "manifest.json"]
+    assert (tmp_path / "folder" / "x").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["mine.trec", "mine.trec/x", "mine.trec.manifest.json", "mine.trec.building.json"])
+def test_a_run_of_another_tool_is_refused(name: str, overwrite: bool, tmp_path: Path) -> None:
+    lay(tmp_path, name)
+    with pytest.raises(ArtifactConflictError, match=r"mine\.trec' holds mine\.trec.* that no stage of readapt made"):
+        artifacts.produce(
+            "search",
+            CopyConfig(output=str(tmp_path / "mine.trec"), overwrite=overwrite),
+            inputs={},
+            work=lambda w: w.location.write_text("ours"),
+        )
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_runs_lie_beside_each_other_and_beside_other_files(tmp_path: Path) -> None:
+    lay(tmp_path, "bm25.trec", "notes.txt", "mine/x")
+    for factor in (1, 2):
+        config = CopyConfig(output=str(tmp_path / "base.trec"), factor=factor, overwrite=True)
+        artifacts.produce("search", config, inputs={}, work=lambda w: w.location.write_text("ours"))
+    names = ["base.trec", "base.trec.manifest.json", "bm25.trec", "mine", "mine/x", "notes.txt"]
+    assert sorted(tree(tmp_path)) == names
+
+
+@pytest.mark.parametrize("content", ["", '{"sta', '{"stage": "copy", "fin'])
+def test_a_driver_that_was_killed_at_its_first_lease_is_followed(content: str, tmp_path: Path) -> None:
+    (tmp_path / "building.json").write_text(content)
+    (tmp_path / ".tmp-0123456789ab-building.json").write_text("half")
+    make(CopyConfig(output=str(tmp_path)), [])
+    assert (tmp_path / "data.txt").read_text() == "1"
+    assert not (tmp_path / "building.json").exists()
+
+
+def test_records_of_other_programs_are_none_whatever_they_hold(tmp_path: Path) -> None:
+    """A building of a map, a manifest in UTF-16, one that is no JSON, and one that also names a stage."""
+    lay(tmp_path, "a/x", "b/x", "c/x", "d/x", "e/x")
+    (tmp_path / "a/building.json").write_text('{"stage": "built", "owner": "ACME", "height_m": 300}')
+    (tmp_path / "b/manifest.json").write_bytes('{"name": "\u00fcber"}'.encode("utf-16"))
+    (tmp_path / "c/manifest.json").write_text("// not JSON\n{}")
+    (tmp_path / "d/manifest.json").write_text('{"stage": "prod", "fingerprint": "ab:cd"}')
+    (tmp_path / "e/manifest.json").write_bytes(b"\xff\xfe\x00")
+    assert artifacts.names_under(Location(str(tmp_path))) == []
+    for name in "abcde":
+        assert artifacts.read_manifest(str(tmp_path / name)) is None
+        assert artifacts.read_building(str(tmp_path / name)) is None
+        with pytest.raises(ArtifactMissingError, match="holds no manifest"):
+            artifacts.open_artifact(str(tmp_path / name), "copy")
+
+
+def test_input_refused_after_a_folder_was_made_leaves_no_trace(tmp_path: Path) -> None:
+    def refuse(workspace: Workspace) -> None:
+        (workspace.location / "passages").local_path.mkdir()
+        raise InputError("row 3 has no text")
+
+    for corpus in ("broken", "broken, too"):
+        with pytest.raises(InputError, match="row 3"):
+            artifacts.produce("copy", CopyConfig(output=str(tmp_path / "a")), inputs={"corpus": corpus}, work=refuse)
+        assert tree(tmp_path / "a") == {}
 
 
 def test_a_single_file_artifact_keeps_its_manifest_beside_it(tmp_path: Path) -> None:
@@ -300,11 +528,13 @@ def test_refused_input_leaves_no_trace_so_that_mended_input_is_taken(tmp_path: P
 def test_going_on_removes_what_killed_writers_left(tmp_path: Path) -> None:
     def fail(workspace: Workspace) -> None:
         (workspace.location / "deep" / "part").write_text("whole")
-        workspace.location.local_path.joinpath("deep", ".tmp-1-part").write_text("half")
+        workspace.location.local_path.joinpath("deep", ".tmp-0123456789ab-part").write_text("half")
+        lay(tmp_path / "a", "deep/.tmp-mine", "other/.tmp-0123456789ab-part")
         raise RuntimeError("power cut")
 
     config = CopyConfig(output=str(tmp_path / "a"))
     with pytest.raises(RuntimeError):
         artifacts.produce("copy", config, inputs={}, work=fail)
     artifacts.produce("copy", config, inputs={}, work=lambda w: None)
-    assert [path.name for path in (tmp_path / "a" / "deep").iterdir()] == ["part"]
+    assert sorted(path.name for path in (tmp_path / "a" / "deep").iterdir()) == [".tmp-mine", "part"]
+    assert (tmp_path / "a" / "other" / ".tmp-0123456789ab-part").read_text() == "precious"

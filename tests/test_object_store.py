@@ -17,10 +17,10 @@ import pyarrow.fs as pafs
 import pytest
 import yaml
 
-from readapt_ray import artifacts, cli, status, storage
+from readapt_ray import artifact_files, artifacts, cli, status, storage
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import InputError
+from readapt_ray.errors import ArtifactConflictError, InputError
 from readapt_ray.storage import Location
 from tests import factories, object_store
 from tests.object_store import BUCKET, KEYS, Store
@@ -49,8 +49,9 @@ def test_files_are_written_whole_and_listed(store: Store, folder: Location) -> N
     assert folder.children() == ([], ["a"])
     assert folder.is_folder()
     assert not any(".tmp-" in name for name in store.names())
-    folder.delete()
-    assert not folder.exists()
+    (folder / "a/b.txt").delete()
+    (folder / "a/b.txt").delete()
+    assert folder.listing(recursive=True) == []
 
 
 def test_a_writer_that_fails_leaves_the_file_that_was_there(store: Store, folder: Location) -> None:
@@ -124,6 +125,44 @@ def test_an_artifact_on_a_store_keeps_its_promises(store: Store, folder: Locatio
         artifacts.produce("merge", config, inputs={}, work=work)
     assert len(runs) == 2
     assert [row["state"] for row in status.rows(folder)] == ["done"]
+    assert artifacts.names_under(folder) == ["made"]
+
+
+def test_on_a_store_only_what_is_ours_is_replaced(
+    store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(artifact_files.STAGE_FILES, "copy", ("words/part-*.txt",))
+
+    def make(name: str, word: str) -> None:
+        config = _Config(output=(folder / name).uri, word=word, overwrite=True)
+        artifacts.produce("copy", config, inputs={}, work=lambda workspace: write(workspace, word))
+
+    def write(workspace: Workspace, word: str) -> None:
+        for number in range(5 if word == "old" else 1):
+            (workspace.location / f"words/part-{number}.txt").write_text(word)
+
+    def keys() -> list[str]:
+        names = [name.removeprefix(f"{folder.name}/") for name in store.names() if name.startswith(f"{folder.name}/")]
+        return sorted(name for name in names if name and not name.endswith("/"))
+
+    make("run/made", "old")
+    with pytest.raises(ArtifactConflictError, match="holds made/ that no stage of readapt made"):
+        make("run", "new")
+    (folder / "run/made/words/notes.txt").write_text("precious")
+    (folder / "run/made/thesis/chapter.doc").write_text("precious")
+    make("run/made", "new")
+    ours = ["run/made/manifest.json", "run/made/words/part-0.txt"]
+    assert keys() == sorted([*ours, "run/made/thesis/chapter.doc", "run/made/words/notes.txt"])
+    assert (folder / "run/made/words/part-0.txt").read_text() == "new"
+    assert artifacts.names_under(folder) == ["run/made"]
+
+
+def test_marks_of_deleted_folders_on_a_store_are_not_in_the_way(store: Store, folder: Location) -> None:
+    (folder / "made/words/part-0.txt").write_text("old")
+    (folder / "made/words/part-0.txt").delete()
+    assert (folder / "made").children() == ([], ["words"])
+    config = _Config(output=(folder / "made").uri, word="new")
+    artifacts.produce("copy", config, inputs={}, work=lambda workspace: None)
     assert artifacts.names_under(folder) == ["made"]
 
 

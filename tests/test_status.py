@@ -64,6 +64,18 @@ def test_what_lies_inside_an_artifact_is_not_listed(tmp_path: Path) -> None:
     assert [row["artifact"] for row in status.rows(Location(str(tmp_path)))] == ["run/corpus"]
 
 
+def test_a_manifest_or_lease_of_another_program_makes_no_artifact(tmp_path: Path) -> None:
+    """A web page's folder and a map of houses, with a run inside the first one."""
+    factories.ingest_artifact(tmp_path / "site" / "run" / "corpus", factories.small_corpus(5))
+    (tmp_path / "site" / "manifest.json").write_text('{"name": "app", "icons": []}')
+    (tmp_path / "site" / "run" / "x.trec.manifest.json").write_text("[]")
+    (tmp_path / "map").mkdir()
+    (tmp_path / "map" / "building.json").write_text('{"owner": "ACME", "height_m": 300}')
+    assert [(row["artifact"], row["state"]) for row in status.rows(Location(str(tmp_path)))] == [
+        ("site/run/corpus", "done")
+    ]
+
+
 def test_planned_steps_that_have_not_begun_are_missing(tmp_path: Path) -> None:
     steps = [{"stage": "ingest", "output": "corpus"}, {"stage": "embed", "output": "vectors"}]
     (tmp_path / "run.json").write_text(json.dumps({"steps": steps}))

@@ -6,6 +6,7 @@ rows or 256 MB of text.
 """
 
 import bisect
+import re
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -17,6 +18,7 @@ from readapt_ray.storage import Location
 ROW_GROUP_ROWS = 4096
 _ROW_GROUP_BYTES = 32 << 20
 _PART_BYTES = 256 << 20
+_PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
 class PartWriter:
@@ -45,8 +47,10 @@ class PartWriter:
         """Write what is left. Parts behind the last, which only another stream could have left, go."""
         if self.num_rows > self._starts[-1]:
             self._close_part()
-        for file in self._folder.files(".parquet")[len(self._starts) - 1 :]:
-            file.delete()
+        for name, _ in self._folder.listing(".parquet"):
+            found = _PART.fullmatch(name)
+            if found and int(found[1]) >= len(self._starts) - 1:
+                (self._folder / name).delete()
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
         """The ids of some rows, counted from 0 over all parts; after `close`."""

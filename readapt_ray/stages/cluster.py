@@ -33,6 +33,7 @@ _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
 _UNINSTALLED = "from a folder"
 _PROBE = ".seen-"
+_HEX = "[0-9a-f]" * 32
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _UNPACKED = "working_dir_files"
 """Folder of Ray's that holds the working directories of jobs."""
@@ -186,7 +187,7 @@ def check_seen_by_all(folder: Location) -> None:
     nodes = _alive()
     if not folder.is_local or len(nodes) < 2:
         return
-    for left_by_a_killed_run in folder.local_path.glob(f"{_PROBE}*"):
+    for left_by_a_killed_run in folder.local_path.glob(f"{_PROBE}{_HEX}"):
         left_by_a_killed_run.unlink(missing_ok=True)
     probe = folder / f"{_PROBE}{uuid.uuid4().hex}"
 

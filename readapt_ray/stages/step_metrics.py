@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import json
 import logging
+import re
 import tempfile
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
@@ -29,6 +31,7 @@ logger = logging.getLogger("readapt_ray")
 
 METRICS_NAME = "metrics.jsonl"
 _PARTS_NAME = "metrics"
+_PART = re.compile(r"step-\d{9,}-\d{9,}\.jsonl")
 _POLL_S = 1.0
 _AVERAGED_STEPS = 50
 _PROJECT = "readapt_ray"
@@ -186,24 +189,25 @@ def note(rows: Sequence[dict[str, Any]]) -> str:
 def join(location: Location) -> list[dict[str, Any]]:
     """Make `metrics.jsonl` of the lines that workers kept; the rows in order, each step once."""
     rows = {row["step"]: row for row in read_metrics(location)}
-    for file in (location / _PARTS_NAME).files(".jsonl"):
+    parts = _parts(location)
+    for file in parts:
         rows |= {row["step"]: row for row in map(json.loads, file.read_text().splitlines())}
     ordered = [rows[step] for step in sorted(rows)]
     if ordered:
         (location / METRICS_NAME).write_text(_lines(ordered))
-    (location / _PARTS_NAME).delete()
+    artifact_files.clear(location, [f"{_PARTS_NAME}/{file.name}" for file in parts])
     return ordered
 
 
 def kept_steps(location: Location) -> int:
     """The last step whose line workers kept so far."""
-    files = (location / _PARTS_NAME).files(".jsonl")
+    files = _parts(location)
     return int(files[-1].name.removesuffix(".jsonl").rsplit("-", 1)[-1]) if files else 0
 
 
 def kept_peak_bytes(location: Location, *, after_step: int) -> int:
     """The most memory that worker 0 reported after a step; 0 where it kept no line since."""
-    files = (location / _PARTS_NAME).files(".jsonl")
+    files = _parts(location)
     rows = [json.loads(line) for file in files[-1:] for line in file.read_text().splitlines()]
     return max((int(row["peak_memory_bytes"]) for row in rows if row["step"] > after_step), default=0)
 
@@ -212,6 +216,12 @@ def read_metrics(location: Location) -> list[dict[str, Any]]:
     """The step metrics of a finished run, in order; empty where there are none."""
     file = location / METRICS_NAME
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def _parts(location: Location) -> list[Location]:
+    """The files of lines that workers kept, in order. What else lies in their folder is not ours."""
+    folder = location / _PARTS_NAME
+    return [folder / name for name, _ in folder.listing(".jsonl") if _PART.fullmatch(name)]
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace, read_building
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
@@ -159,7 +160,7 @@ def run_workers(
         raise
     finally:
         ray.kill(board)
-    (workspace.location / "workers").delete()
+    artifact_files.clear(workspace.location, artifact_files.RAY_TRAIN)
     return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
 
 

@@ -8,6 +8,7 @@ at most one write is under way, which costs the memory of two states.
 """
 
 import json
+import re
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from readapt_ray.errors import CorruptFileError
 from readapt_ray.storage import Location
 
 _SUFFIX = ".safetensors"
+_NAME = re.compile(rf"step-\d{{9,}}{re.escape(_SUFFIX)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ class CheckpointWriter:
         }
         metadata = {name: json.dumps(value) for name, value in header.items()}
         (self._folder / f"step-{step:09d}{_SUFFIX}").write_bytes(to_safetensors(state, metadata=metadata))
-        for old in self._folder.files(_SUFFIX)[: -self._keep]:
+        for old in _files(self._folder)[: -self._keep]:
             old.delete()
 
 
@@ -107,7 +109,7 @@ def newest_checkpoint(folder: Location, course: Course) -> tuple[int, dict[str, 
         CorruptFileError: checkpoints are there and none can be read, or the newest is of another course.
     """
     problems = []
-    for file in reversed(folder.files(_SUFFIX)):
+    for file in reversed(_files(folder)):
         try:
             header, state = _read(file)
         except (SafetensorError, KeyError, ValueError) as error:
@@ -125,6 +127,11 @@ def newest_checkpoint(folder: Location, course: Course) -> tuple[int, dict[str, 
             "no checkpoint can be read: " + "; ".join(problems) + "; remove them to start from the beginning"
         )
     return None
+
+
+def _files(folder: Location) -> list[Location]:
+    """The checkpoints, oldest first. What else lies in the folder is not ours."""
+    return [folder / name for name, _ in folder.listing(_SUFFIX) if _NAME.fullmatch(name)]
 
 
 def _read(file: Location) -> tuple[dict[str, int], dict[str, Tensor]]:

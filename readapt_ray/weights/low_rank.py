@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from readapt_ray import artifact_files
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
@@ -191,7 +192,8 @@ def write_difference(
                     stream.write(rows.reshape(-1).view(torch.uint8).numpy().data)
             elif each.rank:
                 stream.write((parts / f"{each.name}.factors").read_bytes())
-    parts.delete()
+    artifact_files.clear(parts, [f"{name}.{suffix}" for name in names for suffix in ("factors", "json")])
+    parts.remove_if_empty()
     return stored
 
 

@@ -101,7 +101,8 @@ def test_modules_that_are_not_understood_are_refused(
 
 @pytest.mark.parametrize("by", ["folder", "uri"])
 @pytest.mark.parametrize(
-    ("content", "said"), [('{"owner": "1", "stage": "merge"}', "run `readapt merge`"), ("", "run the stage that")]
+    ("content", "said"),
+    [('{"owner": "1", "stage": "merge", "pid": 1, "heartbeat": 0}', "run `readapt merge`"), ("", "run the stage that")],
 )
 def test_an_unfinished_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str, content: str, said: str

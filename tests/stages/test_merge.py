@@ -166,7 +166,7 @@ def test_a_merge_without_its_manifest_and_some_shards_goes_on(tmp_path, models):
     lost, *kept = sorted((tmp_path / "cut").glob("model-*.safetensors"))
     assert kept
     lost.unlink()
-    (tmp_path / "cut/.tmp-abc-model-00002-of-00007.safetensors").write_bytes(b"half")
+    (tmp_path / "cut/.tmp-0123456789ab-model-00002-of-00007.safetensors").write_bytes(b"half")
     written = [path.stat().st_mtime_ns for path in kept]
     merge(_config(models["decoder"], tmp_path / "cut", **options))
     assert [path.stat().st_mtime_ns for path in kept] == written

@@ -1,0 +1,181 @@
+"""Which files in an output folder are ours: patterns that every lease and manifest lists.
+
+In: the folder of an artifact, and the patterns of its record. Out: what is in the way, or what was removed. A
+pattern is a path relative to the artifact in which `*` stands for anything but a slash, so a record of 244,000
+files takes a line. Nothing that matches no pattern is ever removed. It costs one listing of the folder, and on
+an object store a few requests for each file that is removed, 32 at a time.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from readapt_ray.storage import Location, name_when_whole
+
+_NUM_THREADS = 32
+_NUM_NAMED = 4
+
+_TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
+    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",
+)  # fmt: skip
+_WEIGHTS = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+RAY_TRAIN = ("workers/.validate_storage_marker", "workers/checkpoint_manager_snapshot.json")
+"""What Ray Train keeps in its `storage_path` while workers run; they report no checkpoints to it."""
+_TRAINED = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    *_WEIGHTS,
+    *_TOKENIZER,
+    "metrics.jsonl",
+    "metrics/step-*.jsonl",
+    "checkpoints/step-*.safetensors",
+    "dtype",
+    "memory.json",
+    "tensorboard/events.out.tfevents.*",
+    *RAY_TRAIN,
+    ".seen-*",
+)
+_VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*")
+
+STAGE_FILES: dict[str, tuple[str, ...]] = {
+    "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),
+    "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
+    "train": _TRAINED,
+    "finetune": (*_TRAINED, "pairs/part-*.parquet", "readapt.json"),
+    "merge": (
+        *_WEIGHTS,
+        *_TOKENIZER,
+        "README.md",
+        "readapt.json",
+        "modules.json",
+        "1_Pooling/config.json",
+        "2_Normalize/config.json",
+        "sentence_bert_config.json",
+        "config_sentence_transformers.json",
+        "model.safetensors.cast.json",
+        "model-*.safetensors.cast.json",
+        "low-rank.factors",
+        "low-rank.factors.json",
+        "low-rank.factors.parts/*.factors",
+        "low-rank.factors.parts/*.json",
+        "bundle.json",
+        "readapter.safetensors",
+        "readapter.safetensors.json",
+        "readapter.safetensors.parts/*.factors",
+        "readapter.safetensors.parts/*.json",
+        "retriever/adapter_config.json",
+        "retriever/adapter_model.safetensors",
+        "knowledge-*/adapter_config.json",
+        "knowledge-*/adapter_model.safetensors",
+        "knowledge-*/difference.safetensors",
+        "knowledge-*/difference.safetensors.json",
+        "knowledge-*/difference.safetensors.parts/*.json",
+        ".seen-*",
+    ),
+    "embed": _VECTORS,
+    "embed-sample": _VECTORS,
+    "index": ("shards/*.faiss", "shards/*.ids.parquet", "shards/.seen-*"),
+    "search": (),
+    "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
+    "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
+}
+"""What each stage writes beside its records, at its end or on the way there. A run of `search` is one file, its output."""
+
+
+def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the names that match a pattern, and the others.
+
+    A temporary file of an unfinished write belongs to whom the whole file would belong.
+    """
+    known = _compiled(patterns)
+    own: list[str] = []
+    foreign: list[str] = []
+    for name in names:
+        folder, slash, last = name.rpartition("/")
+        is_own = known.fullmatch(f"{folder}{slash}{name_when_whole(last) or last}")
+        (own if is_own else foreign).append(name)
+    return own, foreign
+
+
+def clear(location: Location, patterns: Collection[str], *, keep: str | None = None) -> list[str]:
+    """Remove the files of a folder that match a pattern, and the folders that are empty then.
+
+    Args:
+        location: the folder.
+        patterns: what its record lists.
+        keep: the name of a file that stays.
+
+    Returns:
+        The names of the other files, all of which stay.
+
+    Raises:
+        StorageError: a file may not be removed.
+    """
+    own, foreign = split_by_owner((name for name in location.entries()[0] if name != keep), patterns)
+    with ThreadPoolExecutor(1 if location.is_local else _NUM_THREADS) as pool:
+        list(pool.map(lambda name: (location / name).delete(), own))
+    remove_empty_folders(location, patterns)
+    return foreign
+
+
+def remove_temporary(location: Location, patterns: Iterable[str]) -> None:
+    """Remove what killed writers left of files that match a pattern: files that never got their name."""
+    names = [name for name in location.entries()[0] if name_when_whole(name.rpartition("/")[2]) is not None]
+    for name in split_by_owner(names, patterns)[0]:
+        (location / name).delete()
+
+
+def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
+    """Remove the folders that hold nothing and that files matching a pattern would lie in."""
+    parents = _compiled(_parents(patterns))
+    for name in reversed(location.entries()[1]):
+        if parents.fullmatch(name):
+            (location / name).remove_if_empty()
+
+
+def would_collide(location: Location, own: Iterable[str], planned: Sequence[str]) -> list[str]:
+    """Return what lies where planned files would be written, and matches no pattern of `own`.
+
+    Work that goes on from the files it finds would take such a file for its own. A link in the place of a folder
+    leads to files that are not removed, so it collides, too.
+    """
+    _, foreign = split_by_owner(location.entries()[0], own)
+    return split_by_owner(foreign, {*planned, *_parents(planned)})[0]
+
+
+def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
+    """Return what lies right under a folder, folders with a slash behind their names.
+
+    Temporary files of our writes do not count. On an object store a folder without files does not count either: it
+    is only a mark that deleted files left.
+
+    Args:
+        location: the folder.
+        but: names of files that do not count.
+    """
+    files, folders = location.entries(recursive=False)
+    found = [f"{name}/" for name in folders if location.is_local or _holds_a_file(location / name)]
+    return found + [name for name in files if name not in but and name_when_whole(name) is None]
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few of some names, and how many more there are."""
+    shown = [name.encode(errors="backslashreplace").decode() for name in names[:_NUM_NAMED]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more" if more else "")
+
+
+def _holds_a_file(folder: Location) -> bool:
+    files, folders = folder.entries(recursive=False)
+    return bool(files) or any(_holds_a_file(folder / name) for name in folders)
+
+
+def _parents(patterns: Iterable[str]) -> set[str]:
+    """The folders, as patterns, that matching files lie in at any depth."""
+    parts = [each.split("/") for each in patterns]
+    return {"/".join(each[:depth]) for each in parts for depth in range(1, len(each))}
+
+
+def _compiled(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(each).replace(r"\*", "[^/]*") for each in patterns))
