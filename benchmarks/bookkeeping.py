@@ -116,7 +116,7 @@ def by_driver(stage: str, work: Path, size: int) -> dict[str, Any]:
 def measured(stage: str, folder: Path) -> dict[str, Any]:
     """Seconds, and peak bytes of driver and head."""
     import readapt_ray as ra
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
     model, output = str(folder.parent / "model"), {stage: str(folder / stage) for stage in STAGES}
     work = {
@@ -140,7 +140,7 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
         ),
     }
     os.environ.setdefault("READAPT_NUM_CPUS", str(hardware.num_cores()))
-    cluster.connect()
+    connection.connect()
     with head_memory() as head:
         before_s = time.perf_counter()
         work[stage]()

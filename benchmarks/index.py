@@ -52,9 +52,9 @@ def main() -> None:
     queries = made_vectors(options.num_queries, options.dimension, seed=1)
     write_artifact(options.work / "vectors", vectors)
     started_s = time.perf_counter()
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
-    cluster.connect()
+    connection.connect()
     ray_s = time.perf_counter() - started_s
     result = {
         "command": f"python benchmarks/index.py --num-vectors {options.num_vectors} --dimension {options.dimension} "

@@ -26,8 +26,8 @@ import readapt_ray as ra
 from readapt_ray import hardware
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import retrievers
-from readapt_ray.retrieval.scales import RETRIEVER, Pair, best_pair, halves
-from readapt_ray.retrieval.significance import compare
+from readapt_ray.evaluation.scale_search import RETRIEVER, Pair, best_pair, halves
+from readapt_ray.evaluation.significance import compare
 
 CORPORA = ("nfcorpus", "scifact")
 KNOWLEDGE_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -25,8 +25,8 @@ import readapt_ray as ra
 from readapt_ray import hardware
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import retrievers
-from readapt_ray.paper import experiments
-from readapt_ray.paper.options import PaperConfig
+from readapt_ray.recipes.paper import experiments
+from readapt_ray.recipes.paper.options import PaperConfig
 
 GENERAL = ("squad11", "msmarco_dl1920_pool", "cranfield")
 TARGETS = ("nfcorpus", "scifact")

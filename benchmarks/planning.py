@@ -16,8 +16,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from readapt_ray import artifacts, planner, quickstart, recipes
-from readapt_ray.recipes import RunConfig
+from readapt_ray import artifacts, planner
+from readapt_ray.recipes import chain, quickstart
+from readapt_ray.recipes.chain import RunConfig
 
 
 def main() -> None:
@@ -30,9 +31,9 @@ def main() -> None:
     os.environ.setdefault("READAPT_NUM_CPUS", "2")
     whole, quarter = (cut_corpus(options.work, count) for count in (options.passages, options.passages // 4))
     unmeasured = planned(whole, ())
-    recipes.run(quarter)
+    chain.run(quarter)
     measured = planned(whole, (quarter.root,))
-    recipes.run(whole)
+    chain.run(whole)
     taken = {name: seconds(f"{whole.root}/{name}") for name in unmeasured}
     result = {
         "command": f"python benchmarks/planning.py --passages {options.passages}",
@@ -56,8 +57,8 @@ def cut_corpus(work: Path, count: int) -> RunConfig:
     """The quickstart's run on so many of its passages, taken evenly, with all their queries."""
     full = work / "full"
     if not (full / "passages").exists():
-        config = recipes.stage_parts("ingest")[0].parse({"source": quickstart.TARGET, "output": str(full)})
-        recipes.stage_parts("ingest")[1](config)
+        config = chain.stage_parts("ingest")[0].parse({"source": quickstart.TARGET, "output": str(full)})
+        chain.stage_parts("ingest")[1](config)
     folder = work / f"source-{count}"
     (folder / "passages").mkdir(parents=True)
     table = pq.read_table(full / "passages")

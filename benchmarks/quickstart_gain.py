@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import readapt_ray as ra
-from readapt_ray import quickstart
-from readapt_ray.retrieval.significance import compare
+from readapt_ray.evaluation.significance import compare
+from readapt_ray.recipes import quickstart
 
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WRONG_DOMAIN = "python-docs:ray"

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray import artifacts, hardware
-from readapt_ray.paper import experiments
-from readapt_ray.paper.options import PaperConfig
-from readapt_ray.paper.variants import EXPERIMENTS
+from readapt_ray.recipes.paper import experiments
+from readapt_ray.recipes.paper.options import PaperConfig
+from readapt_ray.recipes.paper.variants import EXPERIMENTS
 
 TRAIN = {
     "mode": "packed",

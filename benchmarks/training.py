@@ -50,9 +50,9 @@ from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.checkpoints import Course
 from readapt_ray.training.engine import Engine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
-from readapt_ray.training.models import spend_less
 from readapt_ray.training.packing import Block
 from readapt_ray.training.speed import flops_per_token, peak_flops
+from readapt_ray.training.trainable import spend_less
 
 SHAPES = {
     "small": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4},

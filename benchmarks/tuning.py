@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 import readapt_ray as ra
 from readapt_ray import hardware
-from readapt_ray.stages import cluster
+from readapt_ray.cluster import connection
 
 PRETRAINED, RETRIEVER = "quickstart-pretrained", "quickstart-retriever"
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5), (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -46,7 +46,7 @@ def main() -> None:
         return
     timed = subprocess.run([sys.executable, *sys.argv, "--parts"], check=True, stdout=subprocess.PIPE, text=True)
     floor = json.loads(timed.stdout.splitlines()[-1])
-    cluster.connect()
+    connection.connect()
     started_s = time.monotonic()
     tuned = ra.tune(
         ra.TuneConfig(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from readapt_ray.catalog.models import encoding_of, find_model
     from readapt_ray.catalog.retrievers import Encoding
     from readapt_ray.errors import InputError, ReadaptError
-    from readapt_ray.recipes import RunConfig, plan_run, run
-    from readapt_ray.recipes import train_on_passages as train
+    from readapt_ray.recipes.chain import RunConfig, plan_run, run
+    from readapt_ray.recipes.chain import train_on_passages as train
     from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.serving.options import ServeConfig
     from readapt_ray.serving.server import serve
@@ -34,17 +34,19 @@ if TYPE_CHECKING:
     from readapt_ray.stages.search import SearchConfig, search
     from readapt_ray.stages.train import TrainConfig
     from readapt_ray.stages.tune import TuneConfig, tune
+    from readapt_ray.weights.equation import readapted_weight
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Artifact", "Manifest", "open_artifact"), "artifacts"),
     **dict.fromkeys(("encoding_of", "find_model"), "catalog.models"),
     "Encoding": "catalog.retrievers",
     **dict.fromkeys(("InputError", "ReadaptError"), "errors"),
-    **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes"),
+    **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes.chain"),
     "Encoder": "retrieval.encoder",
+    "readapted_weight": "weights.equation",
     "ServeConfig": "serving.options",
     "serve": "serving.server",
-    "train": "recipes:train_on_passages",
+    "train": "recipes.chain:train_on_passages",
     "TrainConfig": "stages.train",
     **{
         name: f"stages.{stage}"
@@ -83,6 +85,7 @@ __all__ = [
     "open_artifact",
     "pack",
     "plan_run",
+    "readapted_weight",
     "run",
     "search",
     "serve",

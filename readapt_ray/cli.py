@@ -18,13 +18,14 @@ from readapt_ray.errors import ArtifactConflictError, InputError, PlacementError
 from readapt_ray.stages import STAGES
 
 if TYPE_CHECKING:
-    from readapt_ray import flags, recipes
+    from readapt_ray import flags
     from readapt_ray.artifacts import Artifact
+    from readapt_ray.recipes import chain
 
 logger = logging.getLogger("readapt_ray")
 
 _PROVENANCE = "## Where the runs are from"
-"""The part of a report (retrieval/report.py) that is for the file, not for the terminal."""
+"""The part of a report (evaluation/report.py) that is for the file, not for the terminal."""
 
 _COMMANDS: dict[str, str] = {
     "quickstart": "run the main job on the docstrings of this machine's Python packages, and show the result",
@@ -104,11 +105,12 @@ def _overview() -> str:
 
 
 def _run_stage(command: str, arguments: Sequence[str]) -> None:
-    from readapt_ray import flags, recipes
+    from readapt_ray import flags
+    from readapt_ray.recipes import chain
 
-    config_class, stage = recipes.stage_parts(command)
+    config_class, stage = chain.stage_parts(command)
     if command == "train":
-        stage = recipes.train_on_passages
+        stage = chain.train_on_passages
     artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
     _tell(artifact)
     print(artifact.uri)
@@ -165,23 +167,24 @@ def _run_parser(command: str) -> "flags.Parser":
     return parser
 
 
-def _run_config(options: argparse.Namespace) -> "recipes.RunConfig":
-    from readapt_ray import flags, recipes
+def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
+    from readapt_ray import flags
+    from readapt_ray.recipes import chain
 
     values = flags.read_options(options.config)
     for change in options.set:
         _set_option(values, change)
     if options.root:
         values["root"] = options.root
-    return recipes.RunConfig.parse(values, where=options.config)
+    return chain.RunConfig.parse(values, where=options.config)
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
-    from readapt_ray import recipes
+    from readapt_ray.recipes import chain
 
     config = _run_config(_run_parser("run").parsed(arguments))
     try:
-        made = recipes.run(config)
+        made = chain.run(config)
     except ArtifactConflictError as error:
         raise _with_options_of_run(error, config) from None
     for artifact in made.values():
@@ -190,11 +193,11 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
         print(f"{name:20} {artifact.uri}")
 
 
-def _with_options_of_run(error: ArtifactConflictError, config: "recipes.RunConfig") -> ArtifactConflictError:
+def _with_options_of_run(error: ArtifactConflictError, config: "chain.RunConfig") -> ArtifactConflictError:
     """Say what `run` can do where a stage refused to overwrite its output."""
-    from readapt_ray import recipes
+    from readapt_ray.recipes import chain
 
-    stage = next((step.stage for step in recipes.plan_run(config) if step.config.output == error.output), None)
+    stage = next((step.stage for step in chain.plan_run(config) if step.config.output == error.output), None)
     if stage is None:
         return error
     section = "train" if stage == "pack" else stage
@@ -208,10 +211,11 @@ def _with_options_of_run(error: ArtifactConflictError, config: "recipes.RunConfi
 
 def _sections() -> str:
     """What a run's YAML file holds, from the configs."""
-    from readapt_ray import flags, recipes
+    from readapt_ray import flags
+    from readapt_ray.recipes import chain
 
-    fields = recipes.RunConfig.model_fields
-    steps = recipes.plan_run(recipes.RunConfig(source="-", pretrained="-", retriever="-"))
+    fields = chain.RunConfig.model_fields
+    steps = chain.plan_run(chain.RunConfig(source="-", pretrained="-", retriever="-"))
     configs = {step.stage: step.config for step in steps}
     lines = ["Options of the file:"]
     for name, field in fields.items():
@@ -221,7 +225,7 @@ def _sections() -> str:
     for name in (name for name in fields if name in configs):
         wired = (
             configs[name].model_fields_set & ({"output"} | configs[name].inputs)
-            | recipes.NOT_IN_A_RUN.get(name, {}).keys()
+            | chain.NOT_IN_A_RUN.get(name, {}).keys()
         )
         lines += _entry(f"{name}: {', '.join(each for each in type(configs[name]).model_fields if each not in wired)}")
     return "\n".join(lines)
@@ -237,7 +241,7 @@ def _plan(arguments: Sequence[str]) -> None:
     import json
 
     from readapt_ray import flags, planner
-    from readapt_ray.planner import report
+    from readapt_ray.planner import plan_report
 
     parser = _run_parser("plan")
     flags.add_flags(parser, planner.PlanConfig)
@@ -245,13 +249,14 @@ def _plan(arguments: Sequence[str]) -> None:
     options = parser.parsed(arguments)
     plan_options = flags.given(planner.PlanConfig, options)
     found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
-    print(json.dumps(report.values(found), indent=2) if options.json else report.text(found))
+    print(json.dumps(plan_report.values(found), indent=2) if options.json else plan_report.text(found))
     if found.problems:
         raise PlacementError("; ".join(found.problems))
 
 
 def _compare(arguments: Sequence[str]) -> None:
-    from readapt_ray import compare, flags
+    from readapt_ray import flags
+    from readapt_ray.recipes import compare
 
     print(
         compare.to_markdown(
@@ -262,8 +267,8 @@ def _compare(arguments: Sequence[str]) -> None:
 
 def _paper(arguments: Sequence[str]) -> None:
     from readapt_ray import flags
-    from readapt_ray.paper import experiments
-    from readapt_ray.paper.options import PaperConfig
+    from readapt_ray.recipes.paper import experiments
+    from readapt_ray.recipes.paper.options import PaperConfig
 
     for text in experiments.run(flags.parse("paper", _COMMANDS["paper"], PaperConfig, arguments)).values():
         print(text)
@@ -304,7 +309,8 @@ def _status(arguments: Sequence[str]) -> None:
 
 
 def _quickstart(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags, quickstart
+    from readapt_ray import flags
+    from readapt_ray.recipes import quickstart
 
     parser = flags.Parser("quickstart", _COMMANDS["quickstart"])
     parser.add_argument(

@@ -71,3 +71,8 @@ class TrainingDivergedError(ReadaptError):
 
 class WorkerError(ReadaptError):
     """A process of the cluster failed for a reason that is not the user's."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,7 @@ from typing import Any
 from readapt_ray import artifacts, leases
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration, figure
-from readapt_ray.recipes import RUN_NAME
+from readapt_ray.recipes.chain import RUN_NAME
 from readapt_ray.storage import Location
 
 

@@ -136,7 +136,7 @@ class Location:
         elif _split(uri) != (uri, ""):
             uri = f"{uri}?"
         extended = Location(uri)
-        if not self.is_local:  # one client for all that lies below
+        if "_opened" in self.__dict__ and not self.is_local:  # one client for all that lies below
             extended.__dict__["_opened"] = self.filesystem, f"{self.path.rstrip('/')}{tail}"
         return extended
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from readapt_ray.errors import InputError
+from readapt_ray.errors import InputError, first_line
 from readapt_ray.storage import Location
 
 
@@ -41,7 +41,7 @@ def parse_yaml(text: str, where: str) -> list[Any]:
         place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
         raise InputError(f"{where} is not YAML: {error.problem or error.context}{place}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{where} is not YAML: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{where} is not YAML: {first_line(error)}") from None
 
 
 def options_of(documents: list[Any], where: str, what: str) -> dict[str, Any]:

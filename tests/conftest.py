@@ -26,12 +26,12 @@ def ray_session() -> Iterator[None]:
     """Ray on this machine with two logical CPUs, as `serve` starts it."""
     import ray
 
+    from readapt_ray.cluster import connection
     from readapt_ray.serving import haproxy
-    from readapt_ray.stages import cluster
 
     os.environ["READAPT_NUM_CPUS"] = "2"
     with haproxy.preferred("127.0.0.1"):
-        cluster.connect()
+        connection.connect()
     yield
     ray.shutdown()
 

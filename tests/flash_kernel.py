@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from readapt_ray import attention
+from readapt_ray.nn import attention
 
 
 @contextlib.contextmanager

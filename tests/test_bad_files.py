@@ -64,13 +64,13 @@ def test_a_variable_of_the_cluster_is_read_before_ray_starts(
 ) -> None:
     import ray
 
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray started"))
     monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=re.escape(f"{name} = {value!r}: {message}")):
-        cluster.connect()
+        connection.connect()
 
 
 def test_a_log_level_in_any_case_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

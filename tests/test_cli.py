@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray import cli, flags, recipes
+from readapt_ray import cli, flags
 from readapt_ray.artifacts import open_artifact
+from readapt_ray.evaluation.runs import write_run
+from readapt_ray.recipes import chain
 from readapt_ray.records import ScoredDoc
-from readapt_ray.retrieval.runs import write_run
 from readapt_ray.stages import STAGES
 from tests import factories
 
@@ -65,7 +66,7 @@ def test_each_option_has_a_help_text_and_a_default_or_is_required(
 
         config_class: type = ServeConfig
     else:
-        config_class, _ = recipes.stage_parts(command)
+        config_class, _ = chain.stage_parts(command)
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
     assert stopped.value.code == 0
@@ -108,7 +109,7 @@ def test_help_of_compare_and_paper_names_the_sections_of_the_file(capsys: pytest
 @pytest.mark.parametrize("command", STAGES)
 def test_help_texts_are_sentences(command: str) -> None:
     """Each begins with a word and a capital letter (or a value that it explains) and ends with a full stop."""
-    config_class, _ = recipes.stage_parts(command)
+    config_class, _ = chain.stage_parts(command)
     for name, field in config_class.model_fields.items():
         text = field.description or ""
         first = text.split()[0].rstrip(":")
@@ -309,7 +310,7 @@ def test_evaluate_and_run_print_verdict_and_tables_and_not_where_the_runs_are_fr
     assert out.splitlines()[-1] == str(tmp_path / "report")
     file = tmp_path / "run.yaml"
     file.write_text("source: a\npretrained: b\nretriever: c\n")
-    monkeypatch.setattr(recipes, "run", lambda _: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
+    monkeypatch.setattr(chain, "run", lambda _: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
     assert cli.main(["run", "--config", str(file)]) == 0
     of_run = capsys.readouterr().out
     assert of_run.splitlines()[:-1] == out.splitlines()[:-1]
@@ -343,7 +344,7 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
         "give another --root, or --set ingest.overwrite=true to replace it; the stages after it may then say the same"
     )
     options = cli._run_parser("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])
-    ingest, *others = recipes.plan_run(cli._run_config(options))
+    ingest, *others = chain.plan_run(cli._run_config(options))
     assert ingest.config.overwrite
     assert not any(step.config.overwrite for step in others)
 

@@ -16,9 +16,9 @@ import ray
 import yaml
 
 from readapt_ray import planner
-from readapt_ray.recipes import RunConfig
+from readapt_ray.cluster import step_metrics
+from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.serving import keys, server
-from readapt_ray.stages import step_metrics
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent

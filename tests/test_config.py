@@ -5,12 +5,13 @@ import re
 import pytest
 import yaml
 
-from readapt_ray import cli, flags, recipes
-from readapt_ray.compare import CompareConfig
+from readapt_ray import cli, flags
 from readapt_ray.config import Config, split_list
 from readapt_ray.errors import InputError
-from readapt_ray.paper.options import PaperConfig
 from readapt_ray.planner import PlanConfig
+from readapt_ray.recipes import chain
+from readapt_ray.recipes.compare import CompareConfig
+from readapt_ray.recipes.paper.options import PaperConfig
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.stages import STAGES
 from readapt_ray.stages.evaluate import EvaluateConfig
@@ -73,14 +74,14 @@ def test_set_takes_lists_as_flags_do(tmp_path) -> None:
     (tmp_path / "run.yaml").write_text("source: a\npretrained: b\nretriever: c\n")
     arguments = ["--config", str(tmp_path / "run.yaml"), "--set", f"evaluate.measures={GAINS},R@500"]
     arguments += ["--set", 'evaluate.names="a,b",c', "--set", "train.target_modules=[q_proj, k_proj]"]
-    steps = {step.name: step.config for step in recipes.plan_run(_run_config(arguments))}
+    steps = {step.name: step.config for step in chain.plan_run(_run_config(arguments))}
     assert steps["report"].measures == (GAINS, "R@500")
     assert steps["report"].names == ("a,b", "c")
     assert steps["runs/adapted.trec"].top_k == 500
     assert steps["adapter"].target_modules == ("q_proj", "k_proj")
 
 
-def _run_config(arguments: list[str]) -> recipes.RunConfig:
+def _run_config(arguments: list[str]) -> chain.RunConfig:
     return cli._run_config(cli._run_parser("run").parsed(arguments))
 
 
@@ -117,8 +118,8 @@ def test_text_options_are_not_split() -> None:
     assert Plain(text="a,b", words="a,b") == Plain(text="a,b", words=("a", "b"))
 
 
-CONFIGS = [*(recipes.stage_parts(stage)[0] for stage in STAGES), CompareConfig, PaperConfig, PlanConfig]
-CONFIGS += [ServeConfig, recipes.RunConfig]
+CONFIGS = [*(chain.stage_parts(stage)[0] for stage in STAGES), CompareConfig, PaperConfig, PlanConfig]
+CONFIGS += [ServeConfig, chain.RunConfig]
 ODD = [
     "",
     "foo",

@@ -13,13 +13,13 @@ import yaml
 from readapt_ray import artifacts, cli, planner
 from readapt_ray.catalog.models import encoding_of, find_model
 from readapt_ray.errors import InputError
-from readapt_ray.planner import flops, rates, report, scaling
+from readapt_ray.planner import flops, plan_report, rates, scaling
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import read_cluster
 from readapt_ray.planner.prices import PRICES_FILE, read_prices
 from readapt_ray.planner.shapes import model_shape
 from readapt_ray.planner.stages import StageEstimate
-from readapt_ray.recipes import RunConfig
+from readapt_ray.recipes.chain import RunConfig
 from tests import factories
 
 PRICES = read_prices(None)
@@ -198,7 +198,7 @@ def test_each_stage_of_the_run_is_planned_and_the_sum_is_the_cost(run_file: Path
     assert low < mid < high
     assert found.usd(3600) == pytest.approx(found.setting.cluster.usd_per_hour)
     assert found.problems == []
-    shown = report.text(found)
+    shown = plan_report.text(found)
     assert "from 4 GPUs: train shares out batch_size = 4 blocks a step" in shown
     assert "rate not measured" in shown
 
@@ -255,7 +255,7 @@ def test_bytes_of_indexes_are_those_of_the_options(run_file: Path) -> None:
     codes, stored = 8 + 8, 2 * 32  # a code and an id; a float16 vector to rank again by
     assert found.index_bytes["ivf-pq"] == stage(found, "index").out_bytes == 1e6 * (codes + stored)
     assert found.index_bytes["flat"] == 1e6 * stored
-    assert "rabitq 84 MB" in report.text(found)
+    assert "rabitq 84 MB" in plan_report.text(found)
     small = make_plan(run_file, {"index": options | {"refine": False}}, num_passages=1_000_000)
     assert small.index_bytes["ivf-pq"] == 1e6 * codes
     assert "time and bytes of a flat index" in stage(make_plan(run_file, {"index": {"kind": "auto"}}), "index").note
@@ -352,7 +352,7 @@ def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_f
     expected = 80_000_000 * shape.forward_flops(80) / (4 * 1000)
     assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
     assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
-    assert "measured in vectors" in report.text(found)
+    assert "measured in vectors" in plan_report.text(found)
 
 
 def test_a_rate_is_not_that_of_a_gpu_whose_name_only_begins_alike() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog import model_cache, pickled
-from readapt_ray.errors import InputError, ModelError, ReadaptError
+from readapt_ray.errors import InputError, ModelError, ReadaptError, first_line
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -123,8 +123,3 @@ def from_uri(uri: str) -> Path:
     }
     key = fingerprint([uri, [(name, info.size, info.mtime_ns) for name, info in listing]])
     return model_cache.fetched(source, sizes_bytes, key)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

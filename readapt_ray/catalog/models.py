@@ -5,23 +5,21 @@ safetensors, configuration and tokenizer files are fetched (`fetching.py`), and 
 others, which are converted (`pickled.py`); nothing in a model folder is ever executed.
 """
 
-import json
 import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import BUILDING_NAME, MANIFEST_NAME, fingerprint, read_building, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
+from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME, ModelFolder
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.errors import ModelError
+from readapt_ray.errors import ModelError, first_line
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 CONTRACT_NAME = "readapt.json"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
     "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
@@ -33,36 +31,8 @@ _BUILTIN_FOLDER = Path(__file__).parent.parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model on this machine's disk. `name` is what the user called it."""
-
-    name: str
-    folder: Path
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it is a PEFT adapter, to be laid on the model that it was trained on."""
-        return (self.folder / ADAPTER_CONFIG_NAME).is_file()
-
-    def read_json(self, file_name: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where there is none.
-
-        Raises:
-            ModelError: it is not JSON.
-        """
-        path = self.folder / file_name
-        if not path.is_file():
-            return {}
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ModelError(f"{path} is not a JSON object: {error}") from error
-
-    @property
-    def adapter_config(self) -> dict[str, Any]:
-        """PEFT's config of an adapter."""
-        return self.read_json(ADAPTER_CONFIG_NAME)
+class Model(ModelFolder):
+    """A model on this machine's disk, and the other models that it refers to."""
 
     def base(self) -> "Model":
         """The model that this adapter was trained on.
@@ -250,5 +220,5 @@ def load_tokenizer(model: Model) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        said = fetching.first_line(error)
+        said = first_line(error)
         raise ModelError(f"{model.name!r} has no tokenizer that can be read: {said}") from error

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.errors import ModelError
+from readapt_ray.errors import ModelError, first_line
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -132,9 +132,8 @@ def _load(path: Path, name: str) -> Mapping[str, "torch.Tensor"]:
         except RuntimeError:  # files of torch before 1.6 cannot be mapped
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"{path.name} of {name!r} is not plain tensors ({first}); loading it could run code, so it is refused: give a "
+            f"{path.name} of {name!r} is not plain tensors ({first_line(error)}); loading it could run code, so it is refused: give a "
             f"revision that has safetensors"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(each, torch.Tensor) for each in tensors.values()):

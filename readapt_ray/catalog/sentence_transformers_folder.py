@@ -8,14 +8,12 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from readapt_ray.catalog.model_folder import ModelFolder
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
-
-if TYPE_CHECKING:
-    from readapt_ray.catalog.models import Model
 
 logger = logging.getLogger("readapt_ray")
 
@@ -31,7 +29,7 @@ _SETTINGS = tuple(
 )
 
 
-def read_encoding(model: "Model", tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
+def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
     """The encoding that the folder describes.
 
     Args:
@@ -84,7 +82,7 @@ def _warn_of_no_end(name: str) -> None:
     )
 
 
-def _prompts(model: "Model", encoder: Mapping[str, Any], pooling: Mapping[str, Any]) -> tuple[str, str]:
+def _prompts(model: ModelFolder, encoder: Mapping[str, Any], pooling: Mapping[str, Any]) -> tuple[str, str]:
     """What sentence-transformers puts before a query and before a passage."""
     given = {name: prompt for name, prompt in (encoder.get("prompts") or {}).items() if prompt is not None}
     default = encoder.get("default_prompt_name")
@@ -108,20 +106,20 @@ def _braced(prompt: str) -> str:
     return prompt.replace("{", "{{").replace("}", "}}")
 
 
-def _similarity(model: "Model", encoder: Mapping[str, Any]) -> str:
+def _similarity(model: ModelFolder, encoder: Mapping[str, Any]) -> str:
     similarity = encoder.get("similarity_fn_name") or "cosine"
     if similarity not in ("cosine", "dot"):
         raise ModelError(f"{model.name!r} compares vectors by {similarity!r}; understood are cosine and dot")
     return str(similarity)
 
 
-def _longest_text(model: "Model", tokenizer: Any) -> int:
+def _longest_text(model: ModelFolder, tokenizer: Any) -> int:
     """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
     positions = model.read_json("config.json").get("max_position_embeddings") or 512
     return min(int(tokenizer.model_max_length), int(positions))
 
 
-def _pooling(model: "Model", config: Mapping[str, Any]) -> str:
+def _pooling(model: ModelFolder, config: Mapping[str, Any]) -> str:
     chosen = _pooling_modes(config)
     if len(chosen) != 1 or chosen[0] not in _POOLINGS:
         raise ModelError(f"{model.name!r} pools by {chosen}; understood is one of {sorted(_POOLINGS)}")

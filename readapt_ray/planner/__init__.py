@@ -7,7 +7,6 @@ It reads a sample of the corpus and configs of models; no weight is read and Ray
 from dataclasses import dataclass
 from typing import Any
 
-from readapt_ray import recipes
 from readapt_ray.config import Config
 from readapt_ray.planner import machines, rates, scaling, stages
 from readapt_ray.planner.corpus import encoding_of, measure_corpus
@@ -17,7 +16,8 @@ from readapt_ray.planner.rates import Rates
 from readapt_ray.planner.scaling import Cell, Limit
 from readapt_ray.planner.shapes import model_shape
 from readapt_ray.planner.stages import Setting, StageEstimate
-from readapt_ray.recipes import RunConfig, Step
+from readapt_ray.recipes import chain
+from readapt_ray.recipes.chain import RunConfig, Step
 from readapt_ray.sources.source import Limits
 
 
@@ -88,7 +88,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
     """
     prices = read_prices(options.prices)
     cluster = machines.read_cluster(options.cluster, prices)
-    steps = [(step.name, step) for step in recipes.plan_run(run)]
+    steps = [(step.name, step) for step in chain.plan_run(run)]
     setting = _setting(run, options, steps, cluster)
     grid = {
         size: {workers: scaling.cell(steps, setting, size, workers) for workers in scaling.WORKERS}

@@ -11,7 +11,7 @@ from typing import Any, Final
 from readapt_ray.planner import stages
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
-from readapt_ray.recipes import Step
+from readapt_ray.recipes.chain import Step
 
 PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000, 10_000_000_000)
 WORKERS: Final = (1, 8, 64, 256, 1000)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
@@ -135,11 +136,11 @@ def _config(name: str) -> dict[str, Any]:
 
 
 def _remote_config(name: str, folder: Location) -> dict[str, Any]:
-    for file in ("config.json", models.ADAPTER_CONFIG_NAME):
+    for file in ("config.json", ADAPTER_CONFIG_NAME):
         if (folder / file).is_file():
             values: dict[str, Any] = json.loads((folder / file).read_text())
             return values if file == "config.json" else _config(str(values["base_model_name_or_path"]))
-    raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {models.ADAPTER_CONFIG_NAME}")
+    raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
 
 
 def _hub_config(name: str, hub_id: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.memory import Memory
 from readapt_ray.planner.rates import CPU, FIXED_S, Rate, Rates
 from readapt_ray.planner.shapes import ModelShape
-from readapt_ray.recipes import Step
+from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.index_kinds import KINDS, Wanted, vector_bytes
 from readapt_ray.stages.embed import _MAX_SHARD_ROWS, _MIN_SHARD_ROWS, _SHARDS
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from readapt_ray import attention, norms
 from readapt_ray.catalog.retrievers import Pooling
 from readapt_ray.errors import ModelError
+from readapt_ray.nn import attention, norms
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 
 logger = logging.getLogger("readapt_ray")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.retrieval.embed_plan import Contents, matching_rows
+from readapt_ray.retrieval.shard_plan import Contents, matching_rows
 from readapt_ray.retrieval.vector_index import DELETED, ShardRecord, read_ids
 from readapt_ray.storage import Location
 

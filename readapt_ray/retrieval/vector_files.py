@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.damage import READ_ERRORS, is_damage
-from readapt_ray.errors import CorpusError, CorruptFileError
+from readapt_ray.errors import CorpusError, CorruptFileError, first_line
 from readapt_ray.records import vector_schema
 from readapt_ray.storage import Location
 
@@ -307,7 +307,6 @@ def _whole(location: Location) -> Iterator[None]:
     except READ_ERRORS as error:
         if not is_damage(error):
             raise
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorruptFileError(
-            f"{location} was cut short or altered ({first}); remove it and run the stage that wrote it again"
+            f"{location} was cut short or altered ({first_line(error)}); remove it and run the stage that wrote it again"
         ) from error

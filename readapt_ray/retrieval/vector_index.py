@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.errors import CorruptFileError
-from readapt_ray.retrieval.embed_plan import packed_hashes
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries
+from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.storage import Location
 
 DELETED = ""

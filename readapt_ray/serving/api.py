@@ -9,8 +9,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 from readapt_ray.serving import schema
-from readapt_ray.serving.engine import Engine, Trace
 from readapt_ray.serving.schema import RequestError
+from readapt_ray.serving.search_service import Engine, Trace
 
 _FOLDER = Path(__file__).parent
 _ERRORS: dict[int | str, dict[str, object]] = {

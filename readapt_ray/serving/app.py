@@ -13,15 +13,15 @@ from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, VersionConfig
-from readapt_ray.stages import elsewhere
 
 if TYPE_CHECKING:
     from readapt_ray.serving.workers import VersionSpec
 
 GATEWAY_APP = "readapt"
-ENCODER_DEPLOYMENT = "encoder"
 _HEALTH_CHECK_PERIOD_S = 5
 _HEALTH_CHECK_TIMEOUT_S = 30
 _DRAIN_S = 20
@@ -103,10 +103,10 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         encoding=config.encoding or recorded,
         dtype=config.dtype or made_by.get("dtype", "float32"),
         encoder_fingerprint=made_by.get("fingerprint"),
-        index=elsewhere.absolute(index.location).uri if index else None,
+        index=on_worker.absolute(index.location).uri if index else None,
         index_fingerprint=index.fingerprint if index else None,
         shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
-        corpus=elsewhere.absolute(corpus.location).uri if corpus else None,
+        corpus=on_worker.absolute(corpus.location).uri if corpus else None,
         corpus_fingerprint=corpus.fingerprint if corpus else None,
         batch_tokens=config.batch_tokens,
         num_slots=num_replicas,
@@ -151,9 +151,9 @@ def bind_gateway(config: ServeConfig) -> Any:
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
-    from readapt_ray.serving.engine import Limits
     from readapt_ray.serving.gateway import Gateway, GatewayState
     from readapt_ray.serving.keys import read_keys
+    from readapt_ray.serving.search_service import Limits
 
     check_probe(config)
     limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})

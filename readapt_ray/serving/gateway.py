@@ -16,13 +16,13 @@ from ray import serve
 
 from readapt_ray.config import Config
 from readapt_ray.serving.api import build_api
-from readapt_ray.serving.app import ENCODER_DEPLOYMENT
-from readapt_ray.serving.engine import Engine, Limits
 from readapt_ray.serving.guard import App, Guard
 from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import is_loopback
 from readapt_ray.serving.remote import RemoteVersion
 from readapt_ray.serving.routing import Routing
+from readapt_ray.serving.search_service import Engine, Limits
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
 from readapt_ray.serving.versions import LostShards, VersionInfo
 

@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from readapt_ray.serving.engine import Limits, Trace
 from readapt_ray.serving.keys import KeyRing
 from readapt_ray.serving.options import is_loopback
 from readapt_ray.serving.schema import RequestError
+from readapt_ray.serving.search_service import Limits, Trace
 from readapt_ray.serving.telemetry import Telemetry
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import schema
 from readapt_ray.serving.batching import Batcher
-from readapt_ray.serving.inputs import InputTokenizer
+from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.routing import Routing
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.versions import Version

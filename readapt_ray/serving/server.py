@@ -20,11 +20,12 @@ from typing import Any
 
 import yaml
 
+from readapt_ray.cluster import connection
 from readapt_ray.errors import InputError, ReadaptError
 from readapt_ray.serving import app, haproxy
 from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
-from readapt_ray.stages import cluster
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -77,7 +78,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
 
 def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:
     with haproxy.preferred(config.host):
-        cluster.connect()
+        connection.connect()
     ray_serve = _ray_serve()
     running = set(ray_serve.status().applications)
     if config.update:
@@ -107,7 +108,7 @@ def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprint
     added = [each for each in wanted if each not in running]
     for each in set(wanted) & running:
         name, pair = wanted[each]
-        served = _ray_serve().get_deployment_handle(app.ENCODER_DEPLOYMENT, each).describe.remote().result()
+        served = _ray_serve().get_deployment_handle(ENCODER_DEPLOYMENT, each).describe.remote().result()
         if served.fingerprint != fingerprints[name]:
             raise InputError(
                 f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
@@ -157,7 +158,7 @@ def _described(error: BaseException) -> BaseException:
     """What to tell the user of a start that failed."""
     if not isinstance(error, Exception) or isinstance(error, ReadaptError):
         return error
-    reason = _deployment_message(_ray_serve()) or str(cluster.cause_of(error))
+    reason = _deployment_message(_ray_serve()) or str(connection.cause_of(error))
     return ReadaptError(f"the server could not start: {reason}")
 
 

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from readapt_ray.errors import CorpusError
+from readapt_ray.errors import CorpusError, first_line
 from readapt_ray.records import Qrel
 from readapt_ray.sources.judgements import iter_qrels
 from readapt_ray.sources.lines import plain_name
@@ -118,8 +118,7 @@ def _fetch(hub_id: str, *, may_be_absent: bool = False) -> Location | None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         if may_be_absent and isinstance(error, RepositoryNotFoundError):
             return None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusError(
-            f"cannot fetch the data set {hub_id!r} from the hub: {reason}; check the name and the network, set HF_TOKEN for "
+            f"cannot fetch the data set {hub_id!r} from the hub: {first_line(error)}; check the name and the network, set HF_TOKEN for "
             f"a gated one, or give a local folder"
         ) from error

@@ -11,7 +11,7 @@ from typing import IO, NamedTuple, cast
 import pyarrow as pa
 
 from readapt_ray.damage import READ_ERRORS, is_damage
-from readapt_ray.errors import CorpusError
+from readapt_ray.errors import CorpusError, first_line
 from readapt_ray.sources.source import BadRow, Limits
 from readapt_ray.storage import Location
 
@@ -93,9 +93,8 @@ def refuse_damaged(label: str, where: str, error: Exception) -> None:
         CorpusError: the file is gone or damaged.
     """
     if isinstance(error, FileNotFoundError) or is_damage(error):
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CorpusError(
-            f"{label} cannot be read {where}: {reason}; it may be cut short: fetch or write that file again"
+            f"{label} cannot be read {where}: {first_line(error)}; it may be cut short: fetch or write that file again"
         ) from error
 
 

@@ -17,9 +17,15 @@ from pydantic import Field
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.embed_sample import estimate, sample_rows
+from readapt_ray.cluster.encoding_dtype import encoding_dtype
+from readapt_ray.cluster.shard_encoder import EmbedJob, Rows
+from readapt_ray.cluster.shard_runner import Placement, encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
-from readapt_ray.retrieval.embed_plan import (
+from readapt_ray.retrieval.footers import RowCounts, check_complete, named_footers, row_counts
+from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     Contents,
     compare,
@@ -30,12 +36,6 @@ from readapt_ray.retrieval.embed_plan import (
 )
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import Footer
-from readapt_ray.stages import elsewhere
-from readapt_ray.stages.embed_sample import estimate, sample_rows
-from readapt_ray.stages.encoding_dtype import encoding_dtype
-from readapt_ray.stages.footers import RowCounts, check_complete, named_footers, row_counts
-from readapt_ray.stages.shard_encoder import EmbedJob, Rows
-from readapt_ray.stages.shard_runner import Placement, encode_shards
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -102,7 +102,7 @@ def embed(config: EmbedConfig) -> Artifact:
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     _check_model(model, encoding)
-    passages = Rows(elsewhere.absolute(corpus.location / "passages"), _count_rows(corpus.location / "passages"))
+    passages = Rows(on_worker.absolute(corpus.location / "passages"), _count_rows(corpus.location / "passages"))
     num_passages = sum(count for _, count in passages.counts)
     check_complete(corpus, num_passages, "passages")
     if num_passages == 0:
@@ -117,7 +117,7 @@ def embed(config: EmbedConfig) -> Artifact:
 
     def work(workspace: Workspace) -> None:
         job = EmbedJob(
-            model_name=elsewhere.model_name(model),
+            model_name=on_worker.model_name(model),
             driver_node="",
             encoder=encoder,
             encoding=encoding,
@@ -127,7 +127,7 @@ def embed(config: EmbedConfig) -> Artifact:
             num_threads=1,
             passages=passages,
             earlier=previous,
-            vectors=elsewhere.absolute(workspace.location) / "vectors",
+            vectors=on_worker.absolute(workspace.location) / "vectors",
         )
         if config.sample is not None:
             estimate(config.sample, job, _placement(config), other, workspace)
@@ -202,7 +202,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Rows |
         return None, None
     artifact = open_artifact(config.previous, "embed")
     there, vector_dtype = artifact.manifest.details["encoder"], artifact.manifest.details["vector_dtype"]
-    folder = elsewhere.absolute(artifact.location / "vectors")
+    folder = on_worker.absolute(artifact.location / "vectors")
     rows = Rows(folder, row_counts(named_footers(folder)))
     same_encoder = there["fingerprint"] == encoder["fingerprint"]
     if same_encoder and vector_dtype == config.vector_dtype:

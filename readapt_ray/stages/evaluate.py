@@ -21,11 +21,11 @@ from pydantic import Field
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, InputError
-from readapt_ray.retrieval import measures as measuring
-from readapt_ray.retrieval import report as reporting
+from readapt_ray.evaluation import measures as measuring
+from readapt_ray.evaluation import report as reporting
+from readapt_ray.evaluation.runs import Run, load_run
+from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.retrieval.passage_store import PassageStore
-from readapt_ray.retrieval.runs import Run, load_run
-from readapt_ray.retrieval.significance import Comparison, compare
 from readapt_ray.sources.judgements import read_qrels, read_queries
 from readapt_ray.storage import Location
 

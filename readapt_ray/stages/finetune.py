@@ -14,11 +14,12 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.cluster import on_worker, train_workers
+from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.errors import ModelError
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.stages import elsewhere, labelled_pairs, workers
-from readapt_ray.stages.optimization import OptimizationConfig
 from readapt_ray.storage import Location
+from readapt_ray.training import labelled_pairs
 
 
 class FinetuneConfig(OptimizationConfig):
@@ -81,7 +82,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
         )
     encoding = config.encoding or models.encoding_of(model)
-    config = config.model_copy(update={"target_modules": workers.target_modules(config, model)})
+    config = config.model_copy(update={"target_modules": train_workers.target_modules(config, model)})
     return artifacts.produce(
         "finetune",
         config,
@@ -106,12 +107,12 @@ def _finetune(
     with pairs.open_input() as stream:
         num_pairs = pq.ParquetFile(stream).metadata.num_rows
     job = {
-        "config": {**config.settings(), "model": elsewhere.model_name(model)},
+        "config": {**config.settings(), "model": on_worker.model_name(model)},
         "encoding": encoding.model_dump(mode="json"),
-        "pairs": elsewhere.absolute(workspace.location / "pairs").uri,
-        "output": elsewhere.absolute(workspace.location).uri,
+        "pairs": on_worker.absolute(workspace.location / "pairs").uri,
+        "output": on_worker.absolute(workspace.location).uri,
     }
-    outcome = workers.run_workers("finetune", _work, job, workspace, config)
+    outcome = train_workers.run_workers("finetune", _work, job, workspace, config)
     workspace.counts = {
         "num_pairs": num_pairs * config.num_epochs,
         "num_steps": -(-num_pairs // config.batch_size) * config.num_epochs,
@@ -128,7 +129,9 @@ def _work(job: dict[str, Any]) -> None:
 
     config = FinetuneConfig.model_validate(job["config"])
     encoding = Encoding.model_validate(job["encoding"])
-    trainee = workers.Trainee(job, config, config.model, objective=None, micro_batch_tokens=config.micro_batch_tokens)
+    trainee = train_workers.Trainee(
+        job, config, config.model, objective=None, micro_batch_tokens=config.micro_batch_tokens
+    )
     reader = PairReader(
         Location(job["pairs"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.shard_encoder import Rows
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
-from readapt_ray.retrieval.embed_plan import packed_hashes, scan_vectors
+from readapt_ray.retrieval.footers import RowCounts, check_complete, named_footers, row_counts
 from readapt_ray.retrieval.index_kinds import Recipe, Wanted, choose, recipe
+from readapt_ray.retrieval.shard_plan import packed_hashes, scan_vectors
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
-from readapt_ray.stages import cluster, elsewhere
-from readapt_ray.stages.footers import RowCounts, check_complete, named_footers, row_counts
-from readapt_ray.stages.shard_encoder import Rows
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -119,7 +119,7 @@ def index(config: IndexConfig) -> Artifact:
             f"({previous.manifest.details['encoder']['model']!r}) than {config.vectors!r} ({encoder['model']!r}); "
             f"leave it out to build afresh"
         )
-    folder = elsewhere.absolute(source.location / "vectors")
+    folder = on_worker.absolute(source.location / "vectors")
     vectors = Rows(folder, _count_rows(folder, encoder))
     check_complete(source, sum(count for _, count in vectors.counts), "vectors")
     num_vectors = source.manifest.counts["num_vectors"]
@@ -130,7 +130,7 @@ def index(config: IndexConfig) -> Artifact:
         _check_kind(previous, wanted)
 
     def work(workspace: Workspace) -> None:
-        shards = elsewhere.absolute(workspace.location) / "shards"
+        shards = on_worker.absolute(workspace.location) / "shards"
         carried, rows = _carried(previous, vectors, encoder["fingerprint"], shards)
         cuts = np.split(rows, np.arange(rows_per_shard, len(rows), rows_per_shard)) if len(rows) else []
         first = 1 + max((int(each.name) for each in carried), default=-1)
@@ -208,7 +208,7 @@ def _carried(
     from readapt_ray.retrieval.index_changes import kept_and_added
     from readapt_ray.retrieval.vector_index import ShardRecord
 
-    source = elsewhere.absolute(previous.location / "shards")
+    source = on_worker.absolute(previous.location / "shards")
     records = previous.manifest.details["shards"]
     now = scan_vectors(vectors.folder, vectors.counts)
     masks, rows = kept_and_added(now, source, [ShardRecord(**record) for record in records])
@@ -245,8 +245,8 @@ def _results(pending: Sequence[_Shard | _Carried]) -> Iterator[dict[str, Any]]:
     import ray
     from ray.exceptions import RayError
 
-    room = max(1, cluster.connect().num_cpus)
-    cluster.check_seen_by_all(pending[0].shards)
+    room = max(1, connection.connect().num_cpus)
+    connection.check_seen_by_all(pending[0].shards)
     task = ray.remote(num_cpus=1)(_make)
     waiting = list(pending)
     running: list[Any] = []
@@ -257,7 +257,7 @@ def _results(pending: Sequence[_Shard | _Carried]) -> Iterator[dict[str, Any]]:
             ready, running = ray.wait(running)
             yield from ray.get(ready)
     except RayError as error:
-        raise cluster.cause_of(error) from None
+        raise connection.cause_of(error) from None
     finally:
         for each in running:
             ray.cancel(each)
@@ -265,7 +265,7 @@ def _results(pending: Sequence[_Shard | _Carried]) -> Iterator[dict[str, Any]]:
 
 def _make(shard: _Shard | _Carried) -> dict[str, Any]:
     """On a worker: one shard, on one thread."""
-    elsewhere.faiss_on_one_thread()
+    on_worker.faiss_on_one_thread()
     from readapt_ray.retrieval.vector_index import ShardRecord, carry_over, described
 
     if isinstance(shard, _Carried):

@@ -252,7 +252,7 @@ class _Ingestion:
 
     def _unknown(self, queries: list[Query], splits: dict[str, list[Qrel]]) -> dict[str, int]:
         """How many judgements speak of a passage or a query that is not there."""
-        from readapt_ray.retrieval.report import named
+        from readapt_ray.evaluation.report import named
 
         query_ids = {query.query_id for query in queries}
         qrels = [qrel for split in splits.values() for qrel in split]

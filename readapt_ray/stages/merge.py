@@ -25,9 +25,9 @@ from readapt_ray.artifacts import (
     produce,
 )
 from readapt_ray.catalog.models import load_tokenizer
+from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.stages import merge_shards
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
-from readapt_ray.stages import cluster, elsewhere
-from readapt_ray.stages.pack_options import PackOptions
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -86,15 +86,15 @@ def _usable_positions(model: models.Model) -> int | None:
 def _pack(
     config: PackConfig, model: models.Model, corpus: Artifact, lists: dict[str, frozenset[str]], workspace: Workspace
 ) -> None:
-    cluster.connect()
+    connection.connect()
     import ray
     import ray.data
 
-    cluster.check_placement(1, {"CPU": 1}, who="tasks")
+    connection.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
-    job = {"pretrained": elsewhere.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
-    blocks = elsewhere.absolute(workspace.location) / "blocks"
-    cluster.check_seen_by_all(blocks)
+    job = {"pretrained": on_worker.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
+    blocks = on_worker.absolute(workspace.location) / "blocks"
+    connection.check_seen_by_all(blocks)
     shared_lists = ray.put(lists)
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset.context.execution_no_progress_timeout_s = -1
@@ -105,7 +105,7 @@ def _pack(
             counts = {name: counts[name] + row[name] for name in counts}
             workspace.progress(counts["num_passages"], num_passages, unit="passages")
     except ray.exceptions.RayError as error:
-        raise cluster.cause_of(error) from None
+        raise connection.cause_of(error) from None
     if lists:
         counts["num_withheld_passages"] = num_passages - counts["num_passages"]
         if not counts["num_passages"]:
@@ -122,7 +122,7 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
     num_found = dict.fromkeys(lists, 0)
     for index, file in enumerate((corpus.location / "passages").files(".parquet")):
-        parts.append({"index": index, "file": elsewhere.absolute(file).uri, "first_number": num_passages})
+        parts.append({"index": index, "file": on_worker.absolute(file).uri, "first_number": num_passages})
         with file.open_input() as stream, pq.ParquetFile(stream) as opened:
             num_passages += opened.metadata.num_rows
             for batch in opened.iter_batches(columns=["doc_id"]) if lists else ():

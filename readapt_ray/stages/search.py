@@ -17,13 +17,13 @@ from pydantic import Field, model_validator
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.models import Model, find_model
 from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.cluster import connection, on_worker
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.records import Query, ScoredDoc
+from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors
-from readapt_ray.stages import cluster, elsewhere
-from readapt_ray.stages.footers import check_complete, named_footers, row_counts
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -174,8 +174,8 @@ def _run(
     """Encode, search, merge, write; the number of results."""
     from ray.exceptions import RayError
 
+    from readapt_ray.evaluation.runs import write_run
     from readapt_ray.retrieval.exact import TopK
-    from readapt_ray.retrieval.runs import write_run
 
     if config.top_k > source.num_vectors:
         logger.info("top_k = %d is over the %d passages: each query gets all of them", config.top_k, source.num_vectors)
@@ -186,7 +186,7 @@ def _run(
         for scores, doc_ids in _search_pieces(source, vectors, depth):
             best.merge(scores, doc_ids)
     except RayError as error:
-        raise cluster.cause_of(error) from None
+        raise connection.cause_of(error) from None
     hits = best.hits()
     results: list[ScoredDoc] = []
     for index, query in enumerate(queries):
@@ -204,7 +204,7 @@ def _encode_queries(
     """float32 [Q, D], by one task."""
     import ray
 
-    total = cluster.connect()
+    total = connection.connect()
     num_cpus = 1 if total.num_gpus else max(1, total.num_cpus // total.num_nodes)
     task = ray.remote(num_cpus=num_cpus, num_gpus=1 if total.num_gpus else 0, num_returns="streaming")(_encoded)
     texts = [query.text for query in queries]
@@ -213,10 +213,10 @@ def _encode_queries(
     workspace.progress(done, len(texts), unit="queries")
     stream = task.remote(
         texts,
-        retriever=elsewhere.model_name(find_model(config.retriever)),
+        retriever=on_worker.model_name(find_model(config.retriever)),
         encoding=encoding,
         encoder=source.encoder,
-        driver_node=elsewhere.this_node(),
+        driver_node=on_worker.this_node(),
         batch_tokens=config.batch_tokens,
         num_threads=num_cpus,
     )
@@ -238,7 +238,7 @@ def _encoded(
     num_threads: int,
 ) -> Iterator[np.ndarray]:
     """On a worker: the vectors of the queries, some hundred at a time."""
-    loaded = elsewhere.load_encoder(
+    loaded = on_worker.load_encoder(
         retriever,
         encoding,
         encoder["dtype"],
@@ -263,12 +263,12 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
     """What each task found: scores and doc_ids [Q, K], in the order in which tasks end."""
     import ray
 
-    total = cluster.connect()
+    total = connection.connect()
     on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
     room = max(1, total.num_gpus if on_gpus else total.num_cpus)
     shared = ray.put(queries)
     task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0)(_search_piece)
-    place = elsewhere.absolute(source.artifact.location)
+    place = on_worker.absolute(source.artifact.location)
     device = "cuda" if on_gpus else "cpu"
     waiting = source.pieces(room)
     running: list[Any] = []
@@ -294,7 +294,7 @@ def _search_piece(
         the ids are.
     """
     if isinstance(piece, dict):
-        elsewhere.faiss_on_one_thread()
+        on_worker.faiss_on_one_thread()
         from readapt_ray.retrieval.vector_index import ShardRecord, read_shard
 
         hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)

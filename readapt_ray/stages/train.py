@@ -16,10 +16,10 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.cluster import on_worker, train_workers
+from readapt_ray.cluster.optimization import OptimizationConfig
+from readapt_ray.cluster.pack_options import PACK_OPTIONS, PackOptions
 from readapt_ray.errors import CorpusError, ModelError
-from readapt_ray.stages import elsewhere, workers
-from readapt_ray.stages.optimization import OptimizationConfig
-from readapt_ray.stages.pack_options import PACK_OPTIONS, PackOptions
 from readapt_ray.storage import Location
 
 
@@ -83,7 +83,7 @@ def train(config: TrainConfig) -> Artifact:
     config = config.model_copy(
         update={
             "objective": config.objective or objective_of(model),
-            "target_modules": workers.target_modules(config, model),
+            "target_modules": train_workers.target_modules(config, model),
         }
     )
     inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint()}
@@ -112,14 +112,14 @@ def objective_of(model: Model) -> Objective:
 
 def _train(config: TrainConfig, model: Model, blocks: Artifact, workspace: Workspace) -> None:
     job = {
-        "config": {**config.settings(), "pretrained": elsewhere.model_name(model)},
-        "blocks": elsewhere.absolute(blocks.location / "blocks").uri,
-        "passages": elsewhere.absolute(Location(blocks.manifest.config["corpus"]) / "passages").uri,
+        "config": {**config.settings(), "pretrained": on_worker.model_name(model)},
+        "blocks": on_worker.absolute(blocks.location / "blocks").uri,
+        "passages": on_worker.absolute(Location(blocks.manifest.config["corpus"]) / "passages").uri,
         "block_tokens": blocks.manifest.config["block_tokens"],
         "mean_tokens": blocks.manifest.counts["num_tokens"] / max(1, blocks.manifest.counts["num_passages"]),
-        "output": elsewhere.absolute(workspace.location).uri,
+        "output": on_worker.absolute(workspace.location).uri,
     }
-    outcome = workers.run_workers("train", _work, job, workspace, config)
+    outcome = train_workers.run_workers("train", _work, job, workspace, config)
     packed = blocks.manifest.counts
     workspace.counts = {
         "num_steps": -(-packed["num_blocks"] // config.batch_size) * config.num_epochs,
@@ -138,7 +138,7 @@ def _work(job: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(job["config"])
     assert config.objective is not None
     longest_pass = max(config.micro_batch_tokens, job["block_tokens"])
-    trainee = workers.Trainee(
+    trainee = train_workers.Trainee(
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
     )
     tokenizer = models.load_tokenizer(trainee.source)

@@ -22,16 +22,16 @@ from pydantic import Field, model_validator
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
+from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.encoding_dtype import encoding_dtype
+from readapt_ray.cluster.scale_scoring import MODELS, PairSearch, Sample, ScoringJob
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.evaluation import scale_search
+from readapt_ray.evaluation.measure_options import MeasureOption, drops_self_hits
 from readapt_ray.records import Passage
-from readapt_ray.retrieval import scales
+from readapt_ray.retrieval.footers import check_complete
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.stages import elsewhere
-from readapt_ray.stages.encoding_dtype import encoding_dtype
-from readapt_ray.stages.footers import check_complete
-from readapt_ray.stages.measure_options import MeasureOption, drops_self_hits
-from readapt_ray.stages.pair_scoring import MODELS, PairSearch, Sample, ScoringJob
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -118,7 +118,7 @@ def tune(config: TuneConfig) -> Artifact:
                 raise InputError(f"{name} = {uri!r} does not exist; give a file, or a folder of them")
             inputs[name] = artifacts.fingerprint(Location(uri).content_fingerprint())
     job = ScoringJob(
-        models={name: elsewhere.model_name(model) for name, model in found.items()},
+        models={name: on_worker.model_name(model) for name, model in found.items()},
         fingerprints=inputs,
         encoding=encoding,
         measure=config.measure,
@@ -139,13 +139,13 @@ def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Work
     sample = _pseudo_sample(config, corpus) if config.queries is None else _judged_sample(config, corpus)
     search = PairSearch(config.num_workers, job, sample, workspace)
     try:
-        search.score(scales.coarse_pairs(config.readapter_scales, config.knowledge_scales))
+        search.score(scale_search.coarse_pairs(config.readapter_scales, config.knowledge_scales))
         for _ in range(config.num_refinements):
-            search.score(scales.finer_pairs(search.values, scales.best_pair(search.values, config.seed)))
+            search.score(scale_search.finer_pairs(search.values, scale_search.best_pair(search.values, config.seed)))
     finally:
         search.stop()
     kind = "judged queries" if config.queries else "pseudo-queries made from the corpus"
-    result = scales.describe_search(search.values, measure=config.measure, seed=config.seed, queries=kind)
+    result = scale_search.describe_search(search.values, measure=config.measure, seed=config.seed, queries=kind)
     _write_report(workspace, result)
     workspace.counts = {
         "num_pairs": len(search.values),
@@ -157,7 +157,7 @@ def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Work
 
 
 def _write_report(workspace: Workspace, result: Mapping[str, Any]) -> None:
-    from readapt_ray.retrieval import scale_report
+    from readapt_ray.evaluation import scale_report
 
     folder = workspace.location
     (folder / "tune.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -198,8 +198,8 @@ def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) ->
 
 
 def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
-    from readapt_ray.retrieval.measures import group_judgements
-    from readapt_ray.retrieval.report import named
+    from readapt_ray.evaluation.measures import group_judgements
+    from readapt_ray.evaluation.report import named
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     judgements = group_judgements(read_qrels(str(config.qrels)))
@@ -229,7 +229,7 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
 
 
 def _pseudo_sample(config: TuneConfig, corpus: Artifact) -> Sample:
-    from readapt_ray.retrieval.pseudo_queries import MIN_QUERY_WORDS, MIN_REST_CHARS, PREFIX, with_pseudo_queries
+    from readapt_ray.evaluation.pseudo_queries import MIN_QUERY_WORDS, MIN_REST_CHARS, PREFIX, with_pseudo_queries
 
     passages = _sampled(corpus, {}, config.max_passages, config.seed)
     order = np.random.default_rng(config.seed).permutation(len(passages)).tolist()

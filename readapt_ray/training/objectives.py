@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from readapt_ray import attention, norms
 from readapt_ray.errors import ModelError
+from readapt_ray.nn import attention, norms
 from readapt_ray.training.packing import IGNORED, Batch
 
 _CPU_CHUNK_TOKENS = 128

@@ -12,12 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
 from readapt_ray.weights.scratch import Scratch
 from readapt_ray.weights.terms import Factors
 
-CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PEFT_PREFIX = "base_model.model."
@@ -163,9 +163,11 @@ def listed(problems: list[str]) -> str:
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
+    path = folder / ADAPTER_CONFIG_NAME
     if not path.is_file():
-        raise ModelError(f"{name!r} is not an adapter: {folder} holds no {CONFIG_NAME}; give a folder that PEFT saved")
+        raise ModelError(
+            f"{name!r} is not an adapter: {folder} holds no {ADAPTER_CONFIG_NAME}; give a folder that PEFT saved"
+        )
     try:
         config = dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from readapt_ray.artifacts import read_manifest
 from readapt_ray.catalog.models import TOKENIZER_FILES, Model, load_tokenizer
-from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.provenance import Ingredient
 
@@ -70,8 +70,9 @@ def _options(model: Model) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(str(model.folder), local_files_only=True, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the config.json of {model.name!r} cannot be read by transformers: {first}") from error
+        raise ModelError(
+            f"the config.json of {model.name!r} cannot be read by transformers: {first_line(error)}"
+        ) from error
     return {name: value for name, value in config.items() if _MATTERS.search(name) and not _MATTERS_NOT.search(name)}
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
+from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.catalog.models import TOKENIZER_FILES, Model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.storage import Location
-from readapt_ray.weights.adapter import CONFIG_NAME, WEIGHTS_NAME, Adapter
+from readapt_ray.weights.adapter import WEIGHTS_NAME, Adapter
 from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
 from readapt_ray.weights.provenance import Ingredient
@@ -68,7 +69,7 @@ def write_bundle(
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
     stored: list[Stored] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
-        _copy(readapter.retriever.folder, (CONFIG_NAME, WEIGHTS_NAME), target / _RETRIEVER)
+        _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), target / _RETRIEVER)
     else:
         stored = write_difference(
             readapter.pretrained, readapter.retriever, target / _READAPTER, variance=variance, report=report
@@ -76,7 +77,7 @@ def write_bundle(
     for number, source in enumerate(readapter.knowledge, start=1):
         folder = target / f"knowledge-{number}"
         if isinstance(source, Adapter):
-            _copy(source.folder, (CONFIG_NAME, WEIGHTS_NAME), folder)
+            _copy(source.folder, (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), folder)
         else:
             write_difference(readapter.pretrained, source, folder / _DIFFERENCE, variance=None, report=report)
     content = {
@@ -147,7 +148,7 @@ class Bundle:
     def _source(
         self, folder: Path, file: str, base: Checkpoint, name: str, dtypes: dict[str, torch.dtype] | None = None
     ) -> DeltaSource:
-        if (folder / CONFIG_NAME).is_file():
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
             return Adapter(folder, base, name=name)
         path = next((each for each in (folder / file, self.model.folder / file) if each.is_file()), None)
         if path is None:

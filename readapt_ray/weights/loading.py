@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from readapt_ray.catalog.models import Model
-from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
 
@@ -48,9 +48,8 @@ def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch
         try:
             module, report = _from_pretrained(folder, dtype)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
-                f"transformers cannot load {name!r}: {first}; check its config.json and weights"
+                f"transformers cannot load {name!r}: {first_line(error)}; check its config.json and weights"
             ) from error
     missing = sorted(each for each in report["missing_keys"] if not each.startswith("pooler.") and not is_buffer(each))
     aside = {*checkpoint.heads, *checkpoint.buffers}

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import torch
 
+from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
-from readapt_ray.weights.adapter import CONFIG_NAME, Adapter, listed
+from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
 from readapt_ray.weights.scratch import Scratch
@@ -314,7 +315,7 @@ def _all_enter(ingredients: Ingredients, scales: Scales) -> bool:
 
 def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:
     """A retriever as it is published: full weights, or an adapter laid on the pretrained model."""
-    if (folder / CONFIG_NAME).is_file():
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
         return Adapter(folder, pretrained, name=name)
     return Checkpoint(folder, name=name)
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from readapt_ray import attention
 from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.nn import attention
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, token_batches
 from readapt_ray.sources.python_docs import read_docstrings
 from tests import factories

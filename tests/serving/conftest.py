@@ -20,12 +20,12 @@ from readapt_ray.config import StageConfig
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, described, write_shard
 from readapt_ray.serving.api import build_api
-from readapt_ray.serving.engine import Engine, Limits
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.routing import Routing
+from readapt_ray.serving.search_service import Engine, Limits
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry

@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from readapt_ray.serving import engine as engine_module
 from readapt_ray.serving import guard as guard_module
+from readapt_ray.serving import search_service as engine_module
 from readapt_ray.serving.routing import Routing
 from tests.serving.conftest import LocalVersion, local_server
 

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from readapt_ray.errors import InputError
 from readapt_ray.serving import spans
-from readapt_ray.serving.engine import Trace
+from readapt_ray.serving.search_service import Trace
 from readapt_ray.serving.server import serve
 from readapt_ray.serving.spans import RequestSpans
 from tests.serving.conftest import LocalVersion, local_server

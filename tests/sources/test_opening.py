@@ -41,11 +41,15 @@ WANTED = [("a", "t", "x"), ("b", "", "y")]
     [
         ("c.jsonl", LINES.encode(), "jsonl"),
         ("c.jsonl", b"\xef\xbb\xbf" + LINES.replace("\n", "\r\n\n").encode(), "jsonl"),
-        ("c.JSONL.gz", gzip.compress(LINES.encode()), "jsonl"),
+        ("c.JSONL.gz", gzip.compress(LINES.encode(), mtime=0), "jsonl"),
         ("c.ndjson", LINES.replace('"_id"', '"doc_id"').replace('"text"', '"contents"').encode(), "jsonl"),
         ("c.tsv", b"a\tt\tx\nb\t\ty\n", "tsv"),
         ("c.tsv", b"body\tID\ttitle\nx\ta\tt\ny\tb\t", "tsv"),
-        ("c.tsv.gz", gzip.compress(b"id\ttext\ttitle\nother\na\tx\tt\nb\ty\t\n".replace(b"other\n", b"")), "tsv"),
+        (
+            "c.tsv.gz",
+            gzip.compress(b"id\ttext\ttitle\nother\na\tx\tt\nb\ty\t\n".replace(b"other\n", b""), mtime=0),
+            "tsv",
+        ),
     ],
 )
 def test_files_of_lines(tmp_path, name, content, kind):
@@ -260,7 +264,11 @@ def test_a_catalog_name_is_its_ir_datasets_collection(monkeypatch, tmp_path):
         ({"a.tsv": b"just text\n"}, "auto", "has 1 columns and no line of names"),
         ({"a.tsv": b"\n"}, "auto", "all empty"),
         ({"a.parquet": b"PAR1"}, "auto", "cannot be read as Parquet"),
-        ({"a.jsonl.gz": gzip.compress(LINES.encode() * 9)[:-20]}, "auto", "a.jsonl.gz cannot be read .*cut short"),
+        (
+            {"a.jsonl.gz": gzip.compress(LINES.encode() * 9, mtime=0)[:-20]},
+            "auto",
+            "a.jsonl.gz cannot be read .*cut short",
+        ),
         ({"a.jsonl.gz": b"not gzip"}, "auto", "a.jsonl.gz cannot be read"),
     ],
 )

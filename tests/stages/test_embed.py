@@ -18,6 +18,8 @@ import pytest
 
 from readapt_ray.artifacts import read_building, read_manifest
 from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.cluster import on_worker, shard_runner
+from readapt_ray.cluster.shard_runner import Placement
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,
@@ -32,9 +34,7 @@ from readapt_ray.errors import (
 from readapt_ray.records import vector_schema
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, suitable_dtype
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
-from readapt_ray.stages import elsewhere, shard_runner
 from readapt_ray.stages.embed import EmbedConfig, embed
-from readapt_ray.stages.shard_runner import Placement
 from readapt_ray.storage import Location
 from tests import factories
 
@@ -426,9 +426,9 @@ def test_errors_of_actors_come_out_as_our_own(world, ray_session, tmp_path):
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
-    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(connection, "connect", lambda: pytest.fail("Ray was started"))
 
 
 def _damaged(root, folder, change):
@@ -588,12 +588,12 @@ def test_another_node_must_have_the_models_own_weights(world, ray_session):
     encoding = encoding_of(model)
     due = encoder_fingerprint(model, encoding, "float32")
     load = functools.partial(
-        elsewhere.load_encoder, encoding=encoding, dtype="float32", due=due, num_threads=1, batch_tokens=None
+        on_worker.load_encoder, encoding=encoding, dtype="float32", due=due, num_threads=1, batch_tokens=None
     )
     assert load(str(root / "model"), driver_node="another").fingerprint == due
     with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):
         load(str(root / "other"), driver_node="another")
-    load(str(root / "other"), driver_node=elsewhere.this_node())  # where the driver looked itself
+    load(str(root / "other"), driver_node=on_worker.this_node())  # where the driver looked itself
 
 
 def test_the_manifest_knows_the_fingerprint_that_the_encoder_has(world, vectors):

@@ -7,8 +7,8 @@ import pytest
 from readapt_ray.artifacts import open_artifact, produce
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorpusError, InputError
+from readapt_ray.evaluation.runs import write_run
 from readapt_ray.records import Qrel, ScoredDoc
-from readapt_ray.retrieval.runs import write_run
 from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
 from tests.factories import ingest_artifact, small_corpus, small_queries
 

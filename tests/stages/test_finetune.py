@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from readapt_ray.catalog import models
+from readapt_ray.cluster.step_metrics import read_metrics
 from readapt_ray.errors import ArtifactMissingError, CorpusError
+from readapt_ray.evaluation.runs import write_run
 from readapt_ray.records import Qrel, ScoredDoc
-from readapt_ray.retrieval.runs import write_run
-from readapt_ray.stages import labelled_pairs
 from readapt_ray.stages.finetune import FinetuneConfig, finetune
-from readapt_ray.stages.step_metrics import read_metrics
 from readapt_ray.storage import Location
+from readapt_ray.training import labelled_pairs
 from tests import factories
 
 PASSAGES = factories.small_corpus(120)

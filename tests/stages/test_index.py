@@ -16,7 +16,7 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
-from readapt_ray.retrieval.embed_plan import content_hash
+from readapt_ray.retrieval.shard_plan import content_hash
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.index import IndexConfig, index
@@ -133,9 +133,9 @@ def test_only_missing_shards_are_built_again(world, built):
 
 
 def test_bad_input_is_found_before_any_worker_starts(world, built, tmp_path, monkeypatch):
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
-    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(connection, "connect", lambda: pytest.fail("Ray was started"))
     root, vectors = world
     output = tmp_path / "out"
     with pytest.raises(InputError, match='kind = "lsh": must be one of auto, flat, ivf-flat'):

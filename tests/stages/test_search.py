@@ -10,6 +10,7 @@ from ir_measures import nDCG
 
 from readapt_ray.catalog.models import encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.cluster import on_worker
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,
@@ -18,10 +19,9 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
+from readapt_ray.evaluation.runs import read_run
 from readapt_ray.records import Passage, Query
 from readapt_ray.retrieval.encoder import Encoder
-from readapt_ray.retrieval.runs import read_run
-from readapt_ray.stages import elsewhere
 from readapt_ray.stages import search as search_stage
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.index import IndexConfig, index
@@ -109,9 +109,9 @@ def test_a_query_does_not_find_itself_where_that_is_asked(world):
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
-    monkeypatch.setattr(cluster, "connect", lambda: pytest.fail("Ray was started"))
+    monkeypatch.setattr(connection, "connect", lambda: pytest.fail("Ray was started"))
 
 
 @pytest.mark.usefixtures("no_ray")
@@ -163,7 +163,7 @@ def test_an_altered_index_is_refused_and_queries_of_any_length_are_not(world, tm
 
 def test_queries_are_encoded_on_no_node_that_has_other_weights(world, monkeypatch):
     root, passages, queries = world
-    monkeypatch.setattr(elsewhere, "this_node", lambda: "another")
+    monkeypatch.setattr(on_worker, "this_node", lambda: "another")
     _same(read_run(search(_config(root, "far.trec")).uri), _by_hand(root, passages, queries, 10))
     monkeypatch.setattr(search_stage, "_check_encoder", lambda *_: None)  # what the driver saw was right
     with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):

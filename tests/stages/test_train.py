@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster.step_metrics import read_metrics
 from readapt_ray.errors import ArtifactMissingError, CorpusError, ModelError, PlacementError, TrainingDivergedError
-from readapt_ray.recipes import train_on_passages
+from readapt_ray.recipes.chain import train_on_passages
 from readapt_ray.stages.pack import PackConfig, pack
-from readapt_ray.stages.step_metrics import read_metrics
 from readapt_ray.stages.train import TrainConfig, train
 from tests import factories
 
@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny pretrained model, and 160 passages in blocks."""
-    from readapt_ray.stages import cluster
+    from readapt_ray.cluster import connection
 
-    cluster.connect()
+    connection.connect()
     return factories.packed_corpus(tmp_path_factory.mktemp("train"))
 
 
@@ -163,7 +163,7 @@ def test_a_run_goes_on_with_another_number_of_workers(
     """The first run ends early, by a step that fails; the second one takes the rest and no step twice."""
     target = tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("readapt_ray.stages.step_metrics.join", _out_of_space)
+        patch.setattr("readapt_ray.cluster.step_metrics.join", _out_of_space)
         with pytest.raises(OSError, match="no space"):
             trained(packed, target, num_workers=3 - second, checkpoint_every_steps=7)
     for file in sorted((target / "checkpoints").iterdir())[-1:]:

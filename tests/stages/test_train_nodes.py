@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from readapt_ray.stages.step_metrics import read_metrics
+from readapt_ray.cluster.step_metrics import read_metrics
 from readapt_ray.storage import Location
 
 REPOSITORY = Path(__file__).parent.parent.parent

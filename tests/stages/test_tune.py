@@ -8,10 +8,11 @@ import pytest
 
 from readapt_ray.artifacts import Workspace
 from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.cluster import scale_scoring
 from readapt_ray.errors import CorpusError, CorruptFileError, InputError, ModelError, PlacementError, WorkerError
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.records import Passage, Qrel, Query
-from readapt_ray.stages import pair_scoring, tune
+from readapt_ray.stages import tune
 from readapt_ray.stages.tune import TuneConfig
 from readapt_ray.storage import Location
 from tests import factories
@@ -88,16 +89,16 @@ def test_pseudo_queries_are_found_by_their_passage_alone(tmp_path: Path) -> None
 
 def test_a_pair_is_measured_on_the_best_hundred(tmp_path: Path) -> None:
     passages = factories.small_corpus(150)
-    sample = pair_scoring.Sample(
+    sample = scale_scoring.Sample(
         passages,
         [Query("a", "x"), Query("b", "x")],
         {"a": {passages[0].doc_id: 1}, "b": {passages[149].doc_id: 1}},
     )
     scores = np.stack([np.arange(150.0)[::-1], -np.arange(150.0)])
-    measured = pair_scoring.measured(sample, scores, "RR")
+    measured = scale_scoring.measured(sample, scores, "RR")
     assert dict(zip(measured.query_ids, measured.values["RR"], strict=True)) == {"a": 1.0, "b": 0.0}
-    few = pair_scoring.Sample(passages[:2], sample.queries[:1], {"a": {passages[1].doc_id: 1}})
-    two = pair_scoring.measured(few, scores[:1, :2], "RR")
+    few = scale_scoring.Sample(passages[:2], sample.queries[:1], {"a": {passages[1].doc_id: 1}})
+    two = scale_scoring.measured(few, scores[:1, :2], "RR")
     assert two.values["RR"].tolist() == [0.5]
 
 
@@ -112,18 +113,18 @@ def test_a_measure_is_one_and_known_by_its_canonical_name(tmp_path: Path) -> Non
 
 def test_a_measure_is_taken_as_deep_as_it_says() -> None:
     passages = factories.small_corpus(300)
-    sample = pair_scoring.Sample(passages, [Query("a", "x")], {"a": {passages[150].doc_id: 1}})
+    sample = scale_scoring.Sample(passages, [Query("a", "x")], {"a": {passages[150].doc_id: 1}})
     scores = -np.arange(300.0)[None]
-    assert pair_scoring.measured(sample, scores, "R@200").values["R@200"].tolist() == [1.0]
-    assert pair_scoring.measured(sample, scores, "R@150").values["R@150"].tolist() == [0.0]
+    assert scale_scoring.measured(sample, scores, "R@200").values["R@200"].tolist() == [1.0]
+    assert scale_scoring.measured(sample, scores, "R@150").values["R@150"].tolist() == [0.0]
 
 
 def test_a_query_does_not_find_itself_where_that_is_asked() -> None:
     passages = [Passage("q", "", "the argument itself"), *factories.small_corpus(20)]
-    sample = pair_scoring.Sample(passages, [Query("q", "x"), Query("p", "x")], {each: {"d00000": 1} for each in "qp"})
+    sample = scale_scoring.Sample(passages, [Query("q", "x"), Query("p", "x")], {each: {"d00000": 1} for each in "qp"})
     scores = -np.arange(21.0)[None].repeat(2, axis=0)
-    assert pair_scoring.measured(sample, scores, "RR").values["RR"].tolist() == [0.5, 0.5]
-    assert pair_scoring.measured(sample, scores, "RR", drop_self_hits=True).values["RR"].tolist() == [1.0, 0.5]
+    assert scale_scoring.measured(sample, scores, "RR").values["RR"].tolist() == [0.5, 0.5]
+    assert scale_scoring.measured(sample, scores, "RR", drop_self_hits=True).values["RR"].tolist() == [1.0, 0.5]
     assert scores[0, 0] == 0, "what is given stays as it is"
 
 
@@ -134,9 +135,9 @@ def test_a_corpus_that_was_copied_in_part_is_refused(tmp_path: Path) -> None:
         tune._pseudo_sample(config(tmp_path), corpus)
 
 
-def search(folder: Path, num_workers: int | None = None) -> pair_scoring.PairSearch:
-    job = pair_scoring.ScoringJob(
-        models=dict.fromkeys(pair_scoring.MODELS, "x"),
+def search(folder: Path, num_workers: int | None = None) -> scale_scoring.PairSearch:
+    job = scale_scoring.ScoringJob(
+        models=dict.fromkeys(scale_scoring.MODELS, "x"),
         fingerprints={},
         encoding=encoding_of(find_model(str(factories.write_contract(factories.tiny_decoder(folder / "m"))))),
         measure="RR",
@@ -145,7 +146,7 @@ def search(folder: Path, num_workers: int | None = None) -> pair_scoring.PairSea
         accept_vocabulary=False,
     )
     workspace = Workspace(Location(str(folder / "out")), "", ProgressReporter("tune"))
-    return pair_scoring.PairSearch(num_workers, job, pair_scoring.Sample([], [], {}), workspace)
+    return scale_scoring.PairSearch(num_workers, job, scale_scoring.Sample([], [], {}), workspace)
 
 
 def scorer(folder: Path, *, dies: int) -> type:
@@ -181,9 +182,9 @@ def test_more_actors_than_there_is_room_for_are_refused(ray_session: None, tmp_p
 def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pair_scoring, "_PairScorer", scorer(tmp_path, dies=0))
+    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=0))
     # As where another job has the room.
-    monkeypatch.setattr(pair_scoring.cluster, "check_placement", lambda *_, **__: None)
+    monkeypatch.setattr(scale_scoring.cluster, "check_placement", lambda *_, **__: None)
     tried = search(tmp_path, num_workers=3)
     tried.score(PAIRS)
     tried.score([*PAIRS, (0.5, 0.5)])
@@ -195,14 +196,14 @@ def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
 def test_the_pair_of_an_actor_that_died_is_anothers_and_not_for_ever(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(pair_scoring, "_PairScorer", scorer(tmp_path, dies=2))
+    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=2))
     tried = search(tmp_path)
     tried.score(PAIRS)
     tried.stop()
     assert tried.values.keys() == set(PAIRS)
     assert caplog.text.count("another actor takes its place") == 2
     (tmp_path / "again").mkdir()
-    monkeypatch.setattr(pair_scoring, "_PairScorer", scorer(tmp_path / "again", dies=99))
+    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path / "again", dies=99))
     with pytest.raises(WorkerError):
         search(tmp_path / "again").score(PAIRS)
     assert len(list((tmp_path / "again/marks").iterdir())) == 3

@@ -13,7 +13,7 @@ from torch import nn
 from readapt_ray.catalog.models import find_model
 from readapt_ray.training import dora
 from readapt_ray.training.engine import Engine, Optimization
-from readapt_ray.training.models import load_for_training
+from readapt_ray.training.trainable import load_for_training
 from tests import factories
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -13,11 +13,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from readapt_ray import attention
 from readapt_ray.errors import ModelError
+from readapt_ray.nn import attention
 from readapt_ray.training import dora, objectives, packing
-from readapt_ray.training.models import spend_less
 from readapt_ray.training.packing import IGNORED, Block, Masking
+from readapt_ray.training.trainable import spend_less
 from tests import factories, flash_kernel
 
 VOCAB = 150

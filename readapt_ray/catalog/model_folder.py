@@ -1,0 +1,43 @@
+"""A model's folder and its JSON files."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.errors import ModelError
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+"""PEFT's file: a folder that holds it is an adapter."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """The folder of a model or adapter on this machine's disk. `name` is what the user called it."""
+
+    name: str
+    folder: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter, to be laid on the model that it was trained on."""
+        return (self.folder / ADAPTER_CONFIG_NAME).is_file()
+
+    def read_json(self, file_name: str) -> dict[str, Any]:
+        """A JSON file of the folder; empty where there is none.
+
+        Raises:
+            ModelError: it is not JSON.
+        """
+        path = self.folder / file_name
+        if not path.is_file():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"{path} is not a JSON object: {error}") from error
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        """PEFT's config of an adapter."""
+        return self.read_json(ADAPTER_CONFIG_NAME)

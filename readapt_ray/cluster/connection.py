@@ -1,0 +1,416 @@
+"""The one place that starts or joins Ray: quiet on the terminal, complete in the log files.
+
+On a cluster whose nodes come up one by one, READAPT_NUM_NODES says how many to wait for when it is joined
+(READAPT_WAIT_S seconds at most, 900 by default); without it, 50 seconds for the first node that has a CPU.
+What cannot be placed is an error before anything starts; what has to wait for others says so.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray import environment, hardware
+from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_WAIT_POLL_S = 1.0
+_WAIT_LOG_S = 20.0
+_FIRST_NODE_S = 50.0
+_NODE_ANSWERS_S = 120.0
+_REPLACEMENT_S = 45.0
+_ROOM_POLL_S = 5.0
+_ROOM_SAID_S = 20.0
+_ROOM_LOG_S = 60.0
+_UNINSTALLED = "from a folder"
+_PROBE = ".seen-"
+_HEX = "[0-9a-f]" * 32
+_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+_UNPACKED = "working_dir_files"
+"""Folder of Ray's that holds the working directories of jobs."""
+_SETTLE_S = 3.0
+"""What a stage held is free again a second or two after it ends."""
+_QUIET = {
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the cluster has in all."""
+
+    num_cpus: int
+    num_gpus: int
+    num_nodes: int
+
+
+def connect() -> Resources:
+    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; nothing happens where it runs already.
+
+    Raises:
+        InputError: `RAY_ADDRESS` is where jobs are submitted to.
+        PlacementError: the nodes did not come, or differ.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    joins = not ray.is_initialized()
+    num_nodes, _ = environment.num_nodes(), environment.wait_s()  # wrong ones are refused before Ray starts
+    if joins:
+        address = os.environ.get("RAY_ADDRESS")
+        if address and address.startswith(("http://", "https://")):
+            raise InputError(
+                f"RAY_ADDRESS = {address!r} is where jobs are submitted to, and no cluster can be joined there; submit this with "
+                f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
+            )
+        logger.info("joining Ray at %s" if address else "starting Ray on this machine", *filter(None, [address]))
+        here = {} if (num_cpus := environment.num_cpus()) is None else {"num_cpus": num_cpus}
+        ray.init(
+            address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not
+            include_dashboard=None if address else False,
+            **({} if address else here),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}},
+        )
+    _hush_ray_data()
+    nodes = _nodes_that_came(num_nodes if joins else 1)
+    if joins and len(nodes) > 1:
+        _check_alike(nodes)
+    totals = ray.cluster_resources()
+    found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
+    hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
+    return found
+
+
+def _of_the_job() -> dict[str, str]:
+    """The variables that the runtime environment of a submitted job sets for all workers; Ray lets none be set twice."""
+    of_job = json.loads(os.environ.get(_JOB_VARIABLE, "{}")).get("runtime_env") or {}
+    return dict(of_job.get("env_vars") or {})
+
+
+def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
+    """The nodes that are up, once there are as many as are waited for.
+
+    Raises:
+        PlacementError: they did not come in time, or none of them has a CPU for tasks.
+    """
+    import ray
+
+    limit_s = environment.wait_s() if wanted > 1 else _FIRST_NODE_S
+    deadline_s = time.monotonic() + limit_s
+    said_s = 0.0
+    while True:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        has_cpus = any(node["Resources"].get("CPU") for node in nodes)
+        if len(nodes) >= wanted and has_cpus:
+            return nodes
+        if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
+            raise PlacementError(
+                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {_described(nodes)}; start the others, "
+                f"or want fewer"
+            )
+        if time.monotonic() - said_s > _WAIT_LOG_S:
+            said_s = time.monotonic()
+            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, _described(nodes))
+        time.sleep(_WAIT_POLL_S)
+
+
+def _check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """See that all nodes run this package and this torch.
+
+    Raises:
+        PlacementError: some do not; it names them.
+    """
+
+    def installed() -> dict[str, str]:  # nested, so that it travels to nodes without the package
+        import importlib.metadata
+        import importlib.util
+
+        found = {}
+        for module, package in (("readapt_ray", "readapt-ray"), ("torch", "torch")):
+            try:
+                found[module] = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                found[module] = _UNINSTALLED if importlib.util.find_spec(module) else "missing"
+        return found
+
+    here = installed()
+    other = {where: found for where, found in _on_each(nodes, installed).items() if not _is_alike(here, found)}
+    if other:
+        raise PlacementError(
+            f"nodes differ: the driver has {_named(here)}, but "
+            + "; ".join(f"{where} has {_named(found)}" for where, found in sorted(other.items()))
+            + "; install the same on all of them, or leave those nodes out"
+        )
+
+
+def _is_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Whether versions are the same; code that came in a job's working directory has none, and is the driver's own."""
+    pairs = [(one[name], other[name]) for name in one]
+    return all(a == b or (_UNINSTALLED in (a, b) and "missing" not in (a, b)) for a, b in pairs)
+
+
+def _named(versions: Mapping[str, str]) -> str:
+    return " and ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def check_seen_by_all(folder: Location) -> None:
+    """See before workers start that every node sees a folder: a local one on the head's disk alone is lost work.
+
+    A folder in the place to which Ray unpacked a job's working directory is warned of: Ray removes it.
+
+    Raises:
+        PlacementError: some node does not see it; it names them.
+    """
+    if folder.is_local and _UNPACKED in folder.local_path.parts:
+        logger.warning(
+            "%s lies where Ray unpacked the job's working directory, and is removed with it: give an absolute path or a URI",
+            folder,
+        )
+    nodes = _alive()
+    if not folder.is_local or len(nodes) < 2:
+        return
+    for left_by_a_killed_run in folder.local_path.glob(f"{_PROBE}{_HEX}"):
+        left_by_a_killed_run.unlink(missing_ok=True)
+    probe = folder / f"{_PROBE}{uuid.uuid4().hex}"
+
+    def sees(path: str) -> bool:
+        import pathlib
+
+        return pathlib.Path(path).is_file()
+
+    probe.write_bytes(b"")
+    try:
+        blind = sorted(where for where, seen in _on_each(nodes, sees, probe.path).items() if not seen)
+    finally:
+        probe.delete()
+    if blind:
+        raise PlacementError(
+            f"{folder} is not on a disk that all nodes share: {', '.join(blind)} cannot see it; give a URI (s3://, gs://), or "
+            f"a folder of a shared filesystem"
+        )
+
+
+def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """What a function gives on each node, by the node's address; a node that dies meanwhile is Ray's to replace."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    started = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
+        started[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = task.remote(*args)
+    ray.wait(list(started.values()), num_returns=len(started), timeout=_NODE_ANSWERS_S)
+    answers = {}
+    for where, reference in started.items():
+        try:
+            answers[where] = ray.get(reference, timeout=0)
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            logger.warning("node %s did not answer: %s", where, first_line(error))
+    return answers
+
+
+def all_have_bfloat16_units() -> bool:
+    """Whether every node with CPUs computes fast in bfloat16."""
+    nodes = _alive()
+    if len(nodes) == 1:
+        return hardware.has_bfloat16_units()
+    with_cpus = [node for node in nodes if node["Resources"].get("CPU")]
+    return all(_on_each(with_cpus, hardware.has_bfloat16_units).values())
+
+
+def room_for(each: Mapping[str, float]) -> int:
+    """How many workers that ask for so much the nodes hold when they are idle."""
+    return sum(_room(node["Resources"], each) for node in _alive())
+
+
+def _alive() -> list[dict[str, Any]]:
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
+    """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
+
+    Where nodes were lost it waits 45 seconds for others in their place.
+
+    Args:
+        each: what a worker asks for, such as `{"CPU": 4, "GPU": 1}`.
+        who: what to call them.
+
+    Raises:
+        PlacementError: the nodes do not have that much, even when idle.
+    """
+    import ray
+
+    asked = _asked(num_workers, each, who)
+    lost_s: float | None = None
+    while True:
+        known = ray.nodes()
+        nodes = [node for node in known if node["Alive"]]
+        room = sum(_room(node["Resources"], each) for node in nodes)
+        if room >= num_workers:
+            break
+        lost_s = lost_s or time.monotonic()
+        if len(nodes) == len(known) or time.monotonic() - lost_s > _REPLACEMENT_S:
+            raise PlacementError(
+                f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
+                f"num_cpus_per_worker, or add nodes"
+            )
+        time.sleep(_WAIT_POLL_S)
+    wanted = {name: num_workers * amount for name, amount in each.items() if amount}
+    settled_s = time.monotonic() + _SETTLE_S
+    while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
+        if time.monotonic() > settled_s:
+            have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
+            logger.warning(
+                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
+            )
+            return
+        time.sleep(_SETTLE_S / 10)
+
+
+@contextlib.contextmanager
+def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
+    """While the block runs, say every minute what is waited for where the nodes that are left have no room for so many.
+
+    Args:
+        num_workers: how many the block cannot do without.
+        each: what a worker asks for.
+        who: what to call them.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch_room, args=(num_workers, each, who, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: threading.Event) -> None:
+    import ray
+
+    small_s = 0.0
+    while not stop.wait(_ROOM_POLL_S):
+        try:
+            nodes = _alive()
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            logger.debug("no answer about nodes: %s", error)
+            continue
+        room = sum(_room(node["Resources"], each) for node in nodes)
+        small_s = small_s + _ROOM_POLL_S if room < num_workers else 0.0
+        if small_s and small_s % _ROOM_LOG_S == _ROOM_SAID_S:
+            logger.warning(
+                "%s each are needed and nodes were lost: there is room for %d on %s; waiting for others in their place",
+                _asked(num_workers, each, who),
+                room,
+                _described(nodes),
+            )
+
+
+def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
+    return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+
+
+def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How many of such workers a node holds."""
+    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
+
+
+def largest_share(num_workers: int | None) -> tuple[int, int]:
+    """Number of workers, one a node that has CPUs unless given, and the most CPUs that each of so many can have."""
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in _alive()]
+    count = num_workers or max(1, sum(each > 0 for each in cpus))
+    fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)
+    return count, next(fits, 1)
+
+
+def _described(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """The nodes by what they have, such as `2 nodes with 8 CPU and 1 GPU`."""
+    kinds = Counter(
+        " and ".join(
+            f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)
+        )
+        or "nothing for tasks"
+        for node in nodes
+    )
+    return (
+        ", ".join(f"{count} {'node' if count == 1 else 'nodes'} with {what}" for what, count in kinds.items())
+        or "no node"
+    )
+
+
+def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:
+    """Number of GPUs of each kind, by Ray's names of them."""
+    gpus: Counter[str] = Counter()
+    for node in nodes:
+        resources = node["Resources"]
+        kinds = [name.partition(":")[2] for name in resources if name.startswith("accelerator_type:")]
+        if resources.get("GPU"):
+            gpus[kinds[0] if kinds else "GPU"] += int(resources["GPU"])
+    return dict(gpus)
+
+
+def _hush_ray_data() -> None:
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What really went wrong inside Ray's wrappings: our own error where there is one, with its message."""
+    from ray.exceptions import RayTaskError
+
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop(0)
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if isinstance(current, ReadaptError):
+            return current
+        inner = [current.cause] if isinstance(current, RayTaskError) else []
+        failures = getattr(current, "worker_failures", None) or {}
+        pending += [*inner, *failures.values(), current.__cause__, current.__context__]
+    return WorkerError(f"a worker failed: {_last_line(seen[-1])}")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def disconnect() -> None:
+    """Leave Ray; a Ray that `connect` started on this machine ends."""
+    import ray
+
+    with contextlib.suppress(ConnectionError):
+        ray.shutdown()

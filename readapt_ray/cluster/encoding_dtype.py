@@ -1,0 +1,30 @@
+"""The type that encoders compute in: as asked, and where nothing is, one for the whole output."""
+
+import os
+
+from readapt_ray.artifacts import read_building, read_manifest
+from readapt_ray.cluster import connection
+from readapt_ray.config import StageConfig
+
+
+def encoding_dtype(config: StageConfig, asked: str) -> str:
+    """What `auto` stands for: what the output was begun with, else what suits the devices that will encode."""
+    from readapt_ray.retrieval.encoder import suitable_dtype
+
+    if asked != "auto":
+        return asked
+    if not config.overwrite:
+        manifest, building = read_manifest(config.output), read_building(config.output)
+        begun = (manifest.config if manifest else (building or {}).get("config", {})).get("dtype")
+        if begun in ("float32", "float16", "bfloat16"):
+            return str(begun)
+    import ray
+
+    if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
+        return suitable_dtype()
+    total = connection.connect()
+    device = "cuda" if total.num_gpus else "cpu"
+    if total.num_nodes == 1:
+        return suitable_dtype(device)
+    there = ray.remote(num_cpus=1, num_gpus=1 if total.num_gpus else 0)(suitable_dtype)
+    return str(ray.get(there.remote(device)))

@@ -1,0 +1,106 @@
+"""Weight files of a merge, written by Ray tasks on any node of a cluster.
+
+In: the names of the models, as every node can find them, and the plan of files. Out: the files that
+were not there, in a place that every node can write. Each task process reads its inputs once to see
+that they are the very same, then its share of them; memory is that of `weights/export.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from readapt_ray.cluster import connection
+from readapt_ray.errors import WeightMismatchError
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.weights.cast_loss import CastLoss
+    from readapt_ray.weights.export import WeightPlan
+    from readapt_ray.weights.merge_plan import MergeModels
+    from readapt_ray.weights.readapter import Readapter, Scales
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardJob:
+    """What every task has to know."""
+
+    models: "MergeModels"
+    fingerprints: tuple[str, ...]
+    """Of the models, as the driver found them."""
+    scales: "Scales"
+    plan: "WeightPlan"
+    target: Location
+    num_threads: int
+
+
+def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int], None]) -> "CastLoss":
+    """Write the files that are not there, a few at once, then the index.
+
+    Args:
+        job: what is written.
+        num_workers: how many tasks run at once.
+        report: called with the bytes done so far.
+
+    Raises:
+        WeightMismatchError: a node finds another model under the same name.
+        ModelError: an input holds NaN or infinity, or a value is too large for the output type.
+    """
+    import ray
+
+    from readapt_ray.weights import export
+
+    connection.connect()
+    connection.check_seen_by_all(job.target)
+    pending = [number for number, shard in enumerate(job.plan.shards) if not export.is_written(shard, job.target)]
+    done = job.plan.num_bytes - sum(job.plan.shards[number].num_bytes for number in pending)
+    write = ray.remote(num_cpus=job.num_threads, scheduling_strategy="SPREAD")(_write)
+    shared = ray.put(job)
+    running: dict[Any, int] = {}
+    try:
+        while pending or running:
+            while pending and len(running) < num_workers:
+                number = pending.pop(0)
+                running[write.remote(shared, number)] = number
+            finished, _ = ray.wait(list(running))
+            for each in finished:
+                ray.get(each)
+                done += job.plan.shards[running.pop(each)].num_bytes
+            report(done)
+    except ray.exceptions.RayError as error:
+        raise connection.cause_of(error) from None
+    finally:
+        for each in running:
+            ray.cancel(each)
+    return export.finish_weights(job.plan, job.target)
+
+
+def _write(job: ShardJob, number: int) -> None:
+    """Task: one file."""
+    from readapt_ray.weights import export
+
+    readapter = _open(job.models, job.fingerprints)
+    export.write_shard(
+        readapter,
+        job.scales,
+        job.plan,
+        job.plan.shards[number],
+        job.target,
+        report=lambda _: None,
+        num_threads=job.num_threads,
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _open(models: "MergeModels", fingerprints: tuple[str, ...]) -> "Readapter":
+    """Open the models as this node finds them, and compare them with those of the driver by their content."""
+    from readapt_ray.weights.merge_plan import plan_merge
+
+    plan = plan_merge(models)
+    other = [each.name for each, due in zip(plan.sources, fingerprints, strict=True) if each.fingerprint != due]
+    if other:
+        raise WeightMismatchError(
+            f"a node of the cluster finds another model under {other[0]!r} than the driver; give a URI, a hub id, or a folder "
+            f"that all nodes share"
+        )
+    return plan.readapter

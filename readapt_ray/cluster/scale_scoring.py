@@ -1,0 +1,253 @@
+"""Pairs of scales scored on actors: each holds the ingredients of the merge, and writes a pair into a live encoder.
+
+In: pairs of scales, and a sample of queries, passages and judgements. Out: the measure of every query with every pair,
+kept as it is found, so that another process goes on. A pair costs one pass over the weights and the encoding of the sample.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from readapt_ray.artifacts import Workspace
+from readapt_ray.catalog import models
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.evaluation.measure_options import depth_of
+from readapt_ray.evaluation.scale_search import Pair
+from readapt_ray.records import Passage, Query, ScoredDoc
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.evaluation.measures import Measured
+
+logger = logging.getLogger("readapt_ray")
+
+MODELS = ("pretrained", "retriever", "adapter")
+_MAX_VAIN_LOSSES = 3
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is searched, and for what; judgements by query_id and doc_id."""
+
+    passages: list[Passage]
+    queries: list[Query]
+    judgements: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True)
+class ScoringJob:
+    """What every actor must know, beside the sample."""
+
+    models: dict[str, str]
+    """MODEL of each role, as a worker finds it."""
+    fingerprints: Mapping[str, str]
+    """Of each of them, as the driver found it."""
+    encoding: Encoding
+    measure: str
+    drop_self_hits: bool
+    dtype: str
+    accept_vocabulary: bool
+    driver_node: str = ""
+
+
+class PairSearch:
+    """Scores pairs on actors, which start with the first pair that is not there already.
+
+    An actor gets a pair once it has loaded the models, so one that must wait for room keeps nobody waiting. The pair
+    of an actor that died is another's.
+    """
+
+    def __init__(self, num_workers: int | None, job: ScoringJob, sample: Sample, workspace: Workspace) -> None:
+        self.values: dict[Pair, dict[str, float]] = {}
+        self.seconds: dict[str, float] = {}
+        """What the pairs of this process took, in all actors."""
+        self._num_workers, self._job, self._sample, self._workspace = num_workers, job, sample, workspace
+        self._each: dict[str, float] = {}
+        """What an actor asks for."""
+        self._idle: list[Any] = []
+        self._busy: dict[Any, tuple[Any, Pair | None]] = {}
+        """The other actors by the answer that is due, and the pair that it is of; None while the models are loaded."""
+        self._new_actor: Callable[[], Any] | None = None
+
+    def score(self, pairs: Sequence[Pair]) -> None:
+        """Score these pairs; what an earlier process scored is read."""
+        from ray.exceptions import RayError
+
+        waiting = []
+        for pair in pairs:
+            if self._cell(pair).is_file():
+                self.values[pair] = json.loads(self._cell(pair).read_text())
+            else:
+                waiting.append(pair)
+        total = len(self.values) + len(waiting)
+        try:
+            for pair, values, seconds in self._scored(waiting):
+                self._cell(pair).write_text(json.dumps(values))
+                self.values[pair] = values
+                self.seconds = {name: self.seconds.get(name, 0.0) + spent for name, spent in seconds.items()}
+                self._workspace.progress(len(self.values), total, unit="pairs")
+        except RayError as error:
+            raise connection.cause_of(error) from None
+
+    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, dict[str, float], dict[str, float]]]:
+        if not pairs:
+            return
+        import ray
+        from ray.exceptions import RayActorError
+
+        if self._new_actor is None:
+            self._start_all()
+        waiting = list(pairs)
+        num_left, num_vain_losses = len(pairs), 0
+        with connection.said_when_too_small(1, self._each, who="actors"):
+            while num_left:
+                while waiting and self._idle:
+                    actor, pair = self._idle.pop(), waiting.pop(0)
+                    self._busy[actor.score.remote(pair)] = actor, pair
+                (answer,), _ = ray.wait(list(self._busy))
+                actor, due = self._busy.pop(answer)
+                try:
+                    found = ray.get(answer)
+                except RayActorError as error:
+                    num_vain_losses += 1
+                    if num_vain_losses >= _MAX_VAIN_LOSSES:
+                        raise
+                    logger.warning("tune: %s; another actor takes its place", connection.cause_of(error))
+                    ray.kill(actor)
+                    self._start()
+                    waiting += [] if due is None else [due]
+                    continue
+                self._idle.append(actor)
+                if due is not None:
+                    num_left, num_vain_losses = num_left - 1, 0
+                    yield found
+
+    def _start_all(self) -> None:
+        import ray
+
+        on_gpus = bool(connection.connect().num_gpus)
+        self._each = {"CPU": 1, "GPU": int(on_gpus)}
+        count = self._num_workers or (max(1, connection.room_for(self._each)) if on_gpus else 1)
+        connection.check_placement(count, self._each, who="actors")
+        remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_PairScorer)
+        job, sample = replace(self._job, driver_node=on_worker.this_node()), ray.put(self._sample)
+        self._new_actor = lambda: remote.remote(job, sample)
+        for _ in range(count):
+            self._start()
+
+    def _start(self) -> None:
+        assert self._new_actor is not None
+        actor = self._new_actor()
+        self._busy[actor.load.remote()] = actor, None
+
+    def stop(self) -> None:
+        """End the actors."""
+        import ray
+
+        for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
+            ray.kill(actor)
+
+    def _cell(self, pair: Pair) -> Location:
+        return self._workspace.location / "grid" / f"{pair[0]:g}_{pair[1]:g}.json"
+
+
+class _PairScorer:
+    """Actor: a live encoder whose scales can be set, and what it has to find."""
+
+    def __init__(self, job: ScoringJob, sample: Sample) -> None:
+        self._job, self._sample = job, sample
+
+    def load(self) -> None:
+        """Read the models, and tokenise the sample.
+
+        Raises:
+            FingerprintMismatchError: a model is another one than where the stage was started.
+            ModelError: they do not fit each other, or hold NaN.
+        """
+        import torch
+
+        from readapt_ray.nn import attention
+        from readapt_ray.retrieval.encoder import DTYPES, Encoder
+        from readapt_ray.weights.adapter import Adapter
+        from readapt_ray.weights.checkpoint import Checkpoint
+        from readapt_ray.weights.live import LiveReadapter
+        from readapt_ray.weights.loading import load_model
+        from readapt_ray.weights.readapter import Readapter, open_retriever
+
+        job = self._job
+        pretrained, retriever, adapter = (self._same_model(name) for name in MODELS)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network = load_model(retriever, dtype=DTYPES[job.dtype], device=device)
+        before = Checkpoint(pretrained.folder, name=pretrained.name)
+        after = open_retriever(retriever.folder, before, name=retriever.name)
+        knowledge = [Adapter(adapter.folder, before, name=adapter.name)]
+        readapter = Readapter(before, after, knowledge, accept_vocabulary=job.accept_vocabulary)
+        self._live = LiveReadapter(network, readapter)
+        self._encoder = Encoder(
+            network,
+            models.load_tokenizer(retriever),
+            job.encoding,
+            identify=str,
+            packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
+        )
+        passages, queries = self._sample.passages, self._sample.queries
+        self._passage_ids = self._encoder.tokenize(
+            [each.text for each in passages], "passage", [each.title for each in passages]
+        )
+        self._query_ids = self._encoder.tokenize([each.text for each in queries], "query")
+
+    def _same_model(self, name: str) -> models.Model:
+        model, due = models.find_model(self._job.models[name]), {self._job.fingerprints[name]}
+        on_worker.check_same_model(model.name, model.fingerprint, due, driver_node=self._job.driver_node)
+        return model
+
+    def score(self, pair: Pair) -> tuple[Pair, dict[str, float], dict[str, float]]:
+        """The pair, the measure of every query with these scales, and the seconds of each part."""
+        marks = [time.monotonic()]
+        self._live.set_scales(*pair)
+        marks.append(time.monotonic())
+        passages, queries = self._encoder.encode_ids(self._passage_ids), self._encoder.encode_ids(self._query_ids)
+        marks.append(time.monotonic())
+        measure = self._job.measure
+        found = measured(self._sample, queries @ passages.T, measure, drop_self_hits=self._job.drop_self_hits)
+        marks.append(time.monotonic())
+        values = dict(zip(found.query_ids, found.values[measure].tolist(), strict=True))
+        return pair, values, dict(zip(("weights", "encoding", "measuring"), np.diff(marks).tolist(), strict=True))
+
+
+def measured(sample: Sample, scores_QP: np.ndarray, measure: str, *, drop_self_hits: bool = False) -> "Measured":
+    """The measure of every query, on as many of its best passages as the measure looks at.
+
+    Args:
+        sample: Q queries, P passages.
+        scores_QP: of each query with each passage.
+        measure: its canonical name.
+        drop_self_hits: leave out a passage whose doc_id is the query_id.
+    """
+    from readapt_ray.evaluation.measures import measure_run, parse_measures
+    from readapt_ray.evaluation.runs import Run
+
+    if drop_self_hits:
+        columns_of = {each.doc_id: column for column, each in enumerate(sample.passages)}
+        themselves = [
+            (row, columns_of[each.query_id]) for row, each in enumerate(sample.queries) if each.query_id in columns_of
+        ]
+        scores_QP = scores_QP.copy()
+        scores_QP[tuple(np.array(themselves, np.int64).reshape(-1, 2).T)] = -np.inf
+    top_k = min(depth_of(measure), scores_QP.shape[1])
+    best = np.argpartition(-scores_QP, top_k - 1, axis=1)[:, :top_k]
+    results = {
+        query.query_id: [
+            ScoredDoc(query.query_id, sample.passages[column].doc_id, float(row[column]))
+            for column in columns
+            if row[column] != -np.inf
+        ]
+        for query, row, columns in zip(sample.queries, scores_QP, best.tolist(), strict=True)
+    }
+    return measure_run(Run.of(results), sample.judgements, parse_measures([measure]))

@@ -1,0 +1,362 @@
+"""Running a function on Ray Train workers, and what train and finetune do on them alike.
+
+State lives in our own checkpoints under the artifact (see training/checkpoints.py), not in Ray Train's, so
+what counts as done is what was really committed. Ray Train starts the workers, forms their process
+group, and starts them again after a failure, with fewer where nodes were lost and the options allow it.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray import artifact_files
+from readapt_ray.artifacts import Workspace, read_building
+from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.cluster import connection, on_worker, step_metrics
+from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization
+from readapt_ray.errors import PlacementError, ReadaptError
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_ABORT_TIMEOUT_S = 20.0
+_MEMORY_NAME = "memory.json"
+_DTYPE_NAME = "dtype"
+
+
+def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
+    """Number of workers, resources of each, and whether they have a GPU.
+
+    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
+    since threads share weights and need no messages.
+
+    Raises:
+        PlacementError: the cluster does not have that much.
+    """
+    total = connection.connect()
+    if total.num_gpus:
+        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
+        count = num_workers or max(1, connection.room_for(resources))
+    else:
+        most, share = connection.largest_share(num_workers)
+        resources = {"CPU": float(num_cpus_per_worker or share)}
+        count = num_workers or max(1, min(most, connection.room_for(resources)))
+    connection.check_placement(count, resources, who="workers")
+    return count, resources, bool(total.num_gpus)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run on workers tells the stage."""
+
+    num_workers: int
+    dtype: str
+    """What was computed in."""
+    rows: list[dict[str, Any]]
+    """Step metrics, each step once."""
+
+    def details(self) -> dict[str, Any]:
+        """For the manifest."""
+        rows = self.rows
+        tail = rows[-max(1, len(rows) // 20) :]
+        return {
+            "num_workers": self.num_workers,
+            "dtype": self.dtype,
+            "first_loss": rows[0]["loss"] if rows else None,
+            "last_loss": sum(row["loss"] for row in tail) / len(tail) if tail else None,
+            "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+        }
+
+
+def run_workers(
+    stage: str,
+    work: Callable[[dict[str, Any]], None],
+    job: dict[str, Any],
+    workspace: Workspace,
+    config: OptimizationConfig,
+) -> Outcome:
+    """Run `work(job)` on Ray Train workers until all of them end.
+
+    Args:
+        stage: names Ray's metrics.
+        work: runs on every worker inside a process group; a `Trainee` finds in its job what the driver adds to it.
+        job: plain values.
+        workspace: progress goes there, step metrics into its `metrics.jsonl`.
+        config: how many workers, and how often they are started again after one of them died.
+
+    Raises:
+        ReadaptError: the workers' own, with its message; or one that says how they died.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from readapt_ray.cluster.process_group import ProcessGroupConfig
+
+    num_workers, resources, use_gpu = placement(config.num_workers, config.num_cpus_per_worker)
+    connection.check_seen_by_all(on_worker.absolute(workspace.location))
+    if config.min_workers is not None and config.min_workers > num_workers:
+        raise PlacementError(f"min_workers = {config.min_workers} is more than num_workers = {num_workers}; lower it")
+    elastic = config.min_workers is not None and config.min_workers < num_workers
+    # Where the driver is: a board on a node that dies would take the run with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    dtype = _dtype(config, workspace.location, on_gpus=use_gpu)
+    board = ray.remote(**options)(step_metrics.Board).remote(stage)
+    job = {
+        **job,
+        "board": board,
+        "dtype": dtype,
+        "inputs": (read_building(workspace.location) or {}).get("inputs", {}),
+        "driver_node": on_worker.this_node(),
+    }
+    controllers: list[Any] = []
+
+    def trainer() -> Any:
+        controllers.clear()
+        made = TorchTrainer(
+            _entered,
+            train_loop_config={"work": work, "job": job},
+            scaling_config=ScalingConfig(
+                num_workers=(config.min_workers, num_workers) if elastic else num_workers,
+                resources_per_worker=resources,
+                use_gpu=use_gpu,
+            ),
+            run_config=RunConfig(
+                name="workers",
+                storage_path=_train_storage(workspace.location),
+                failure_config=FailureConfig(max_failures=config.max_failures),
+            ),
+            torch_config=ProcessGroupConfig(backend="nccl" if use_gpu else "gloo", board=board),
+        )
+        # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
+        made._register_sigint_handler = controllers.append
+        return made
+
+    try:
+        with (
+            step_metrics.followed(board, workspace, config.trackers),
+            connection.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
+        ):
+            _fit(trainer, board, config.max_failures)
+        ended = ray.get(board.error.remote())
+        if ended is not None:
+            raise ended
+    except (TrainingFailedError, ray.exceptions.RayError) as error:
+        raise connection.cause_of(error) from None
+    except KeyboardInterrupt:
+        with contextlib.suppress(ray.exceptions.RayError):
+            ray.get([each.abort.remote() for each in controllers], timeout=_ABORT_TIMEOUT_S)
+        raise
+    finally:
+        ray.kill(board)
+    artifact_files.clear(workspace.location, artifact_files.RAY_TRAIN)
+    return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
+
+
+def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> str:
+    """What all workers compute in, at every start: as asked, else what the output was begun with, else what suits them."""
+    if config.dtype != "auto":
+        return config.dtype
+    begun = output / _DTYPE_NAME
+    if begun.is_file():
+        return begun.read_text()
+    return "bfloat16" if on_gpus or connection.all_have_bfloat16_units() else "float32"
+
+
+def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
+    """Train; workers that are lost while they start are started again, as Ray Train does with those lost later.
+
+    Ray Train (2.60) gives up where that happens between the forming of the process group and the first line of the
+    work, and keeps the placement group until the driver ends.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+    from ray.train.v2.api.exceptions import ControllerError
+    from ray.util import remove_placement_group
+
+    from readapt_ray.cluster.process_group import StartError
+
+    for num_failures in itertools.count(1):
+        try:
+            trainer().fit()
+        except ControllerError as error:
+            if not isinstance(error.controller_failure, (RayActorError, StartError)):
+                raise
+            if (held := ray.get(board.held.remote())) is not None:
+                remove_placement_group(held)
+            if 0 <= max_failures < num_failures:
+                raise
+            logger.warning("workers were lost while they started; they are started again (%d)", num_failures)
+        else:
+            return
+
+
+def _entered(config: dict[str, Any]) -> None:
+    """On the worker: as many threads as it has CPUs, then the work.
+
+    An error of ours would come again at every new start: it is left on the board, and a worker that finds
+    one there ends at once.
+    """
+    import ray
+    import torch
+
+    board = config["job"]["board"]
+    if ray.get(board.error.remote()) is not None:
+        return
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    try:
+        config["work"](config["job"])
+    except ReadaptError as error:
+        ray.get(board.fail.remote(error))
+        raise
+
+
+def _train_storage(location: Location) -> str:
+    return str(location.local_path) if location.is_local else location.uri
+
+
+def target_modules(config: OptimizationConfig, model: Model) -> tuple[str, ...]:
+    """The layers that get an adapter: those asked for, or those of the model's family; none where all is trained."""
+    if config.target_modules or config.method == "full":
+        return config.target_modules
+    return retrievers.target_modules(str(model.read_json("config.json").get("model_type")))
+
+
+class Trainee:
+    """One worker's model, from the check of its memory to the files of the result.
+
+    Args:
+        job: holds `output` and what `run_workers` adds.
+        config: the stage's.
+        name: MODEL that is trained.
+        objective: loads the model with its head; None headless.
+        micro_batch_tokens: of one pass, for the estimate of memory.
+
+    Raises:
+        FingerprintMismatchError: there are other weights on this node.
+    """
+
+    def __init__(
+        self,
+        job: dict[str, Any],
+        config: OptimizationConfig,
+        name: str,
+        *,
+        objective: Objective | None,
+        micro_batch_tokens: int,
+    ) -> None:
+        import torch
+
+        from readapt_ray.training import trainable as trained_models
+
+        self._config = config
+        self._board = job["board"]
+        self.output = Location(job["output"])
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._dtype_name = job["dtype"]
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self._dtype_name]
+        self.source = models.find_model(name)
+        due = job["inputs"].values()
+        on_worker.check_same_model(name, self.source.fingerprint, due, driver_node=job["driver_node"])
+        self.shape = adapter_shape(config, target_modules(config, self.source))
+        if config.check_memory:
+            self._check_memory(objective, micro_batch_tokens)
+        self.model = trained_models.load_for_training(
+            self.source,
+            objective=objective,
+            dtype=torch.float32 if self.shape is None else self.dtype,
+            device=self.device,
+            zero_stage=config.zero_stage,
+        )
+        torch.manual_seed(config.seed)
+        trained_models.make_trainable(self.model, self.shape)
+        trained_models.spend_less(
+            self.model,
+            gradient_checkpointing=config.gradient_checkpointing,
+            compile_layers=config.torch_compile,
+            zero_stage=config.zero_stage,
+        )
+
+    def _check_memory(self, objective: Objective | None, micro_batch_tokens: int) -> None:
+        """Refuse what does not fit. What an earlier start in this folder measured corrects the estimate."""
+        import ray.train
+        import torch
+        from transformers import AutoConfig
+
+        from readapt_ray.training import memory
+        from readapt_ray.training.trainable import auto_class
+
+        architecture = AutoConfig.from_pretrained(str(self.source.folder), trust_remote_code=False)
+        demand = memory.Demand(
+            num_workers=torch.distributed.get_world_size(),
+            zero_stage=self._config.zero_stage,
+            micro_batch_tokens=micro_batch_tokens,
+            dtype=self.dtype,
+            gradient_checkpointing=self._config.gradient_checkpointing,
+            device_type=self.device.type,
+            compile_layers=self._config.torch_compile,
+        )
+        meta = memory.on_meta(auto_class(objective), architecture, self.shape)
+        plain = memory.estimate(meta, architecture, demand)
+        file = self.output / _MEMORY_NAME
+        before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"correction": 1.0}
+        measured = step_metrics.kept_peak_bytes(self.output, after_step=before.get("step", 0))
+        correction = before["correction"]
+        if measured and "parts" in before:
+            correction = memory.Estimate(before["parts"], {}).corrected(measured)
+        torch.distributed.barrier()
+        if torch.distributed.get_rank() == 0:
+            step = step_metrics.kept_steps(self.output)
+            file.write_text(json.dumps({"parts": plain.parts, "correction": correction, "step": step}) + "\n")
+        found = memory.estimate(meta, architecture, demand, correction=correction)
+        here = ray.train.get_context().get_local_world_size()
+        memory.check_fits(found, free_bytes=memory.free_bytes(self.device, here))
+
+    def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
+        """Take all steps."""
+        import torch
+
+        from readapt_ray.training.engine import Engine
+        from readapt_ray.training.speed import flops_per_token
+        from readapt_ray.training.steps import run_steps
+
+        if torch.distributed.get_rank() == 0:
+            (self.output / _DTYPE_NAME).write_text(self._dtype_name)
+        descent = optimization(self._config)
+        run_steps(
+            Engine(self.model, descent),
+            objective,
+            descent,
+            checkpoints=self.output / "checkpoints",
+            reporter=step_metrics.StepPoster(self._board, self.output),
+            flops_per_token=flops_per_token(self.model, mean_attended=mean_attended),
+            doc_ids_of=doc_ids_of,
+        )
+
+    def save(self, *, trained_on: str, task_type: str) -> None:
+        """Write the adapter, or all weights; all workers call it, the first one writes."""
+        import torch
+
+        from readapt_ray.training import dora
+        from readapt_ray.training import trainable as trained_models
+
+        if self.shape is None:
+            trained_models.save_model(self.model, Location(str(self.source.folder)), self.output)
+            return
+        state = dora.adapter_state(self.model)
+        if torch.distributed.get_rank() == 0:
+            base = retrievers.base_name(trained_on)
+            dora.save_adapter(self.output, state, self.shape, base=base, task_type=task_type)

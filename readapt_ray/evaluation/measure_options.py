@@ -1,0 +1,42 @@
+"""What is measured and on which results: options that name measures, how deep a run must be, and what is left out of it."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from readapt_ray.catalog.corpora import find_corpus
+
+_LEAST_DEPTH = 100
+
+
+def _one_measure(text: str) -> str:
+    """The name by which a measure is found in what was measured: `MRR@10` becomes `RR@10`."""
+    from readapt_ray.evaluation.measures import parse_measures
+
+    names = list(parse_measures(text))
+    if len(names) != 1:
+        raise ValueError("give one measure")
+    return names[0]
+
+
+MeasureOption = Annotated[str, AfterValidator(_one_measure)]
+"""One measure, under its canonical name."""
+
+
+def depth_of(measures: str | Sequence[str]) -> int:
+    """How many results a query must have for these measures: as many as the deepest one looks at, and at least 100.
+
+    Raises:
+        InputError: a name is not known.
+    """
+    from readapt_ray.evaluation.measures import parse_measures
+
+    cutoffs = [int(measure.params.get("cutoff", 0)) for measure in parse_measures(measures).values()]
+    return max(_LEAST_DEPTH, *cutoffs)
+
+
+def drops_self_hits(source: str | None) -> bool:
+    """Whether the catalog says of a corpus, by what it was ingested from, that its queries must not find themselves."""
+    row = find_corpus(source) if source is not None else None
+    return row is not None and row.drops_self_hits

@@ -1,0 +1,209 @@
+"""Measures of retrieval quality, by their usual names, through ir-measures.
+
+Enter a run and judgements; leaves the value of each measure for each judged query, and the mean.
+A judged query without results counts as zero; a query without judgements is named, never averaged
+in. Ten million results take some seconds where every measure has a cutoff: what lies below the
+deepest one is not looked at. Ties are in trec_eval's order for every measure, whichever tool computes it.
+"""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ir_measures import parse_measure, providers
+from numpy.typing import NDArray
+
+from readapt_ray.config import split_list
+from readapt_ray.errors import InputError
+from readapt_ray.evaluation.runs import Run
+from readapt_ray.records import Qrel
+
+Judgements = Mapping[str, Mapping[str, int]]
+"""relevance by query_id and doc_id."""
+
+_PROVIDERS = ("pytrec_eval", "msmarco", "judged", "compat")
+_CUT_FAMILIES = frozenset({"nDCG", "R", "P", "RR", "AP", "Success"})
+_DEEP = 500
+_COUNTS = frozenset({"NumQ", "NumRel", "NumRet", "NumRelRet"})
+_EXAMPLES = ("nDCG@10", "R@100", "RR@10", "P@5", "AP", "Success@5", "Rprec", "Bpref", "Judged@10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one run scores."""
+
+    query_ids: tuple[str, ...]
+    """The judged queries, in the order of the values."""
+    values: dict[str, NDArray[np.float64]]
+    """[Q] for each measure."""
+    without_results: tuple[str, ...]
+    """Judged queries that the run has nothing for; they count as zero."""
+    without_judgements: tuple[str, ...]
+    """Queries of the run that nobody judged; they are left out."""
+
+    @functools.cached_property
+    def means(self) -> dict[str, float]:
+        """The mean of each measure over the judged queries."""
+        return {name: float(values.mean()) for name, values in self.values.items()}
+
+
+def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
+    """Measures by their usual names: `nDCG@10`, `R@100`, `RR@10`, `AP(rel=2)`, ...
+
+    Args:
+        names: a list, or one text with commas between the names.
+
+    Returns:
+        ir-measures' object for each canonical name (`MRR@10` becomes `RR@10`), in the order given.
+
+    Raises:
+        InputError: a name is not known, or its cutoff makes no sense; the message lists what is known.
+    """
+    texts = split_list(names) if isinstance(names, str) else [part for name in names for part in split_list(name)]
+    if not texts:
+        raise InputError(f"no measure given; for example {','.join(_EXAMPLES[:3])}")
+    found = [_parse(text) for text in texts]
+    return {str(measure): measure for measure in found}
+
+
+@functools.cache
+def known_measures() -> tuple[str, ...]:
+    """The families of measures that can be computed here, without their cutoffs."""
+    supported = {
+        each.NAME
+        for name in _PROVIDERS
+        if providers.registry[name].is_available()
+        for each in providers.registry[name].SUPPORTED_MEASURES
+    }
+    return tuple(sorted(supported - _COUNTS, key=str.casefold))
+
+
+def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
+    """Judgements by query and document.
+
+    Raises:
+        InputError: there is none, or a document has two different judgements for one query.
+    """
+    grouped: dict[str, dict[str, int]] = {}
+    for query_id, doc_id, relevance in qrels:
+        judged = grouped.setdefault(query_id, {})
+        if judged.setdefault(doc_id, relevance) != relevance:
+            raise InputError(
+                f"the judgements give document {doc_id!r} relevance {judged[doc_id]} and {relevance} for query "
+                f"{query_id!r}; keep one"
+            )
+    if not grouped:
+        raise InputError("the judgements are empty; give a file with query_id, doc_id and relevance")
+    return grouped
+
+
+def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measured:
+    """Measure a run.
+
+    Args:
+        run: the ranked results.
+        judgements: from `group_judgements`.
+        measures: from `parse_measures`.
+        name: what errors call the run.
+
+    Raises:
+        InputError: no query of the run is judged.
+    """
+    place = {query_id: index for index, query_id in enumerate(judgements)}
+    judged_here = [query_id for query_id in run.query_ids if query_id in place]
+    if not judged_here:
+        raise InputError(
+            f"{name}: none of its {len(run.query_ids):,} queries ({_some(run.query_ids)}) is among the "
+            f"{len(place):,} judged ones ({_some(list(place))}); give the judgements of these queries"
+        )
+    values = {measure: np.zeros(len(place)) for measure in measures.values()}
+    for cutoff, group in _by_cutoff(measures).items():
+        evaluator = _provider().evaluator(group, judgements)
+        for metric in evaluator.iter_calc(_nested(run, place, cutoff)):
+            values[metric.measure][place[metric.query_id]] = metric.value
+    present = set(judged_here)
+    return Measured(
+        query_ids=tuple(place),
+        values={label: values[measure] for label, measure in measures.items()},
+        without_results=tuple(query_id for query_id in place if query_id not in present),
+        without_judgements=tuple(query_id for query_id in run.query_ids if query_id not in place),
+    )
+
+
+def recall_curve(run: Run, judgements: Judgements, cutoffs: Sequence[int]) -> list[float]:
+    """R@k in the mean over the judged queries, for each k; equal to what `measure_run` gives for it."""
+    doc_codes = {doc_id: code for code, doc_id in enumerate(run.doc_ids)}
+    query_codes = {query_id: index for index, query_id in enumerate(run.query_ids)}
+    wanted, weights = [], []
+    for query_id, judged in judgements.items():
+        relevant = [doc_id for doc_id, relevance in judged.items() if relevance > 0]
+        found = [doc_codes[doc_id] for doc_id in relevant if doc_id in doc_codes]
+        if relevant and query_id in query_codes:
+            wanted += [query_codes[query_id] * len(doc_codes) + code for code in found]
+            weights += [1 / len(relevant)] * len(found)
+    order = np.argsort(wanted)
+    keys, shares = np.array(wanted, np.int64)[order], np.array(weights)[order]
+    queries = np.repeat(np.arange(len(run.query_ids)), np.diff(run.offsets))
+    at = np.searchsorted(keys, run_keys := queries * len(doc_codes) + run.codes)
+    at[at == len(keys)] = 0
+    hits = np.flatnonzero(keys[at] == run_keys) if len(keys) else np.array([], np.int64)
+    ranks = hits - run.offsets[queries[hits]] + 1
+    return [float(shares[at[hits]][ranks <= cutoff].sum() / len(judgements)) for cutoff in cutoffs]
+
+
+def _parse(text: str) -> Any:
+    family = text.partition("@")[0].partition("(")[0].strip()
+    alike = [name for name in known_measures() if name.casefold() == family.casefold()]
+    if len(alike) == 1:  # ndcg@10 is nDCG@10
+        text, family = text.strip().replace(family, alike[0], 1), alike[0]
+    try:
+        measure = parse_measure(text)
+        measure.validate_params()
+    except (NameError, ValueError, SyntaxError, AssertionError, TypeError, KeyError):
+        measure = None
+    known = known_measures()
+    examples = f"for example {', '.join(_EXAMPLES)}"
+    if family not in known and (measure is None or measure.NAME not in known):
+        raise InputError(
+            f"unknown measure {text!r}; known are {', '.join(known)}, with a cutoff where they take one; {examples}"
+        )
+    if measure is None or measure.params.get("cutoff", 1) < 1 or not _provider().supports(measure):
+        raise InputError(
+            f"measure {text!r} cannot be computed; a cutoff is a whole number from 1 on, and R, P, Success and "
+            f"Judged need one; {examples}"
+        )
+    return measure
+
+
+def _provider() -> Any:
+    return providers.FallbackProvider([providers.registry[each] for each in _PROVIDERS])
+
+
+def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
+    """The measures by how many results decide them; None for those that look at all, or at nearly all."""
+    groups: dict[int | None, list[Any]] = {}
+    for measure in measures.values():
+        cuts = measure.NAME in _CUT_FAMILIES and not measure.params.get("judged_only")
+        cutoff = measure.params.get("cutoff", _DEEP) if cuts else _DEEP
+        groups.setdefault(cutoff if cutoff < _DEEP else None, []).append(measure)
+    return groups
+
+
+def _nested(run: Run, wanted: Mapping[str, int], cutoff: int | None) -> dict[str, dict[str, float]]:
+    """The wanted queries as nested dicts, cut; places stand for scores, since each tool breaks ties its own way."""
+    nested = {}
+    for index, query_id in enumerate(run.query_ids):
+        if query_id not in wanted:
+            continue
+        first, last = int(run.offsets[index]), int(run.offsets[index + 1])
+        if cutoff is not None:
+            last = min(last, first + cutoff)
+        doc_ids = [run.doc_ids[code] for code in run.codes[first:last].tolist()]
+        nested[query_id] = dict(zip(doc_ids, map(float, range(len(doc_ids), 0, -1)), strict=True))
+    return nested
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(repr(each) for each in ids[:3]) + (", ..." if len(ids) > 3 else "") if ids else "none at all"

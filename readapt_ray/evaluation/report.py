@@ -1,0 +1,354 @@
+"""The report of an evaluation: one content, written as JSON, as Markdown and as one HTML page.
+
+Enter runs, what they measured and the comparisons; leaves a JSON value that holds all that the page
+shows. The page is self-contained: no script, nothing fetched, light and dark.
+"""
+
+import dataclasses
+import html
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from readapt_ray.evaluation import plots
+from readapt_ray.evaluation.measures import Judgements, Measured, recall_curve
+from readapt_ray.evaluation.runs import Run
+from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
+from readapt_ray.records import Passage
+
+ALPHA = 0.05
+"""A corrected p-value below this is called a difference."""
+_CUTOFFS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_NUM_CHANGED = 5
+_NUM_RESULTS = 5
+_MAX_TEXT_CHARS = 280
+_MAX_NAMED = 20
+
+FindPassages = Callable[[set[str]], Mapping[str, Passage]]
+"""From doc_ids to those of the passages that the corpus has."""
+
+
+def build_report(
+    runs: Mapping[str, Run],
+    measured: Mapping[str, Measured],
+    comparisons: Sequence[Comparison],
+    judgements: Judgements,
+    *,
+    query_texts: Mapping[str, str],
+    find_passages: FindPassages,
+    provenance: Mapping[str, Any],
+    num_permutations: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Put together all that the report says, as JSON values.
+
+    Args:
+        runs: by name; the first is the baseline.
+        measured: of each run.
+        comparisons: of the other runs with the baseline.
+        judgements: relevance by query and document.
+        query_texts: by query_id; may lack any.
+        find_passages: called once, with the documents whose title and text are shown.
+        provenance: of each run, whatever is known.
+        num_permutations: of the tests, for the record.
+        seed: of the tests and of the intervals.
+    """
+    names = list(runs)
+    query_ids = measured[names[0]].query_ids
+    measures = list(measured[names[0]].values)
+    changes = [
+        _changes(
+            name, names[0], measures[0], runs=runs, measured=measured, judgements=judgements, query_texts=query_texts
+        )
+        for name in names[1:]
+    ]
+    _add_passages(changes, find_passages)
+    means = _means(measured, seed)
+    return {
+        "baseline": names[0],
+        "measures": measures,
+        "num_queries": len(query_ids),
+        "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
+        "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
+        "runs": [
+            {
+                "name": name,
+                "means": means[name],
+                "num_results": len(runs[name]),
+                "depth": runs[name].depth,
+                "without_results": list(measured[name].without_results),
+                "without_judgements": list(measured[name].without_judgements),
+                "provenance": provenance[name],
+            }
+            for name in names
+        ],
+        "comparisons": [dataclasses.asdict(each) for each in comparisons],
+        "recall": _recall(runs, judgements),
+        "changes": changes,
+        "settings": {"num_permutations": num_permutations, "seed": seed, "confidence": 0.95, "alpha": ALPHA},
+    }
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """The report as JSON; the per-query differences are in the file of per-query values."""
+    changes = [{name: value for name, value in each.items() if name != "differences"} for each in report["changes"]]
+    return json.dumps({**report, "changes": changes}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A page of this package with the filters that pages use."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(value=_value, signed=signed, p=_p, pretty=_pretty)
+    return environment.get_template(name)
+
+
+def to_html(report: Mapping[str, Any]) -> str:
+    """The report as one self-contained page."""
+    template = page_template("report.html")
+    drawings = {
+        each["run"]: plots.difference_plot(
+            each["differences"],
+            description=f"{each['measure']} of {each['run']} minus {report['baseline']}, a bar for each query",
+        )
+        for each in report["changes"]
+    }
+    recall = report["recall"]
+    recall_drawing = recall and plots.line_plot(
+        recall["runs"], recall["cutoffs"], description="Recall at k of each run, over k"
+    )
+    return template.render(
+        report=report, drawings=drawings, recall_drawing=recall_drawing, max_named=_MAX_NAMED, alpha=ALPHA
+    )
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The report as Markdown: verdicts, both tables, the changed queries, provenance."""
+    measures = report["measures"]
+    lines = ["# Evaluation", ""]
+    lines += [f"{_md(each['sentence'])}\n" for each in report["verdicts"]]
+    lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
+    lines += table(
+        ["run", *measures],
+        [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
+    )
+    for run in report["runs"]:
+        for key, meaning in (
+            ("without_results", "judged, without results"),
+            ("without_judgements", "not judged, left out"),
+        ):
+            if run[key]:
+                lines += ["", _md(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
+    if report["comparisons"]:
+        lines += ["", f"## Against {_md(report['baseline'])}", ""]
+        header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
+        lines += table(header, [_comparison_row(each) for each in report["comparisons"]])
+        lines += ["", _method(report["settings"])]
+    for change in report["changes"]:
+        for key in ("gained", "lost"):
+            lines += ["", f"## Queries that {key} most: {_md(change['run'])}, {change['measure']}", ""]
+            rows = [
+                [each["query_id"], each["text"], _value(each["baseline_value"]), _value(each["value"])]
+                + [", ".join(doc["doc_id"] for doc in each["results"][side]) for side in ("baseline", "run")]
+                for each in change[key]
+            ]
+            header = ["query", "text", report["baseline"], change["run"], "top before", "top after"]
+            lines += table(header, rows) if rows else ["none"]
+    lines += ["", "## Where the runs are from", ""]
+    for run in report["runs"]:
+        lines += [f"### {_md(run['name'])}", "", "```json", _pretty(run["provenance"]).replace("```", "'''"), "```", ""]
+    return "\n".join(lines) + "\n"
+
+
+def named(ids: Sequence[str]) -> str:
+    """The first ids, and how many more there are."""
+    rest = len(ids) - _MAX_NAMED
+    return ", ".join(ids[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Mean and interval by run and measure; all are resampled together."""
+    cells = [(name, measure, values) for name, each in measured.items() for measure, values in each.values.items()]
+    columns = np.stack([values for _, _, values in cells], axis=1)
+    lows, highs = bootstrap_interval(columns, seed=seed).tolist() if len(columns) > 1 else [[None] * len(cells)] * 2
+    found: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in measured}
+    for (name, measure, values), low, high in zip(cells, lows, highs, strict=True):
+        found[name][measure] = {"mean": float(values.mean()), "low": low, "high": high}
+    return found
+
+
+def verdict(comparison: Comparison) -> dict[str, str]:
+    """Whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
+    figures = (
+        f"{comparison.measure} {_value(comparison.mean)} against {_value(comparison.baseline_mean)}, "
+        f"{signed(comparison.difference)}"
+    )
+    run, baseline = comparison.run, comparison.baseline
+    if comparison.p_holm is None or comparison.interval is None:
+        return {"run": run, "kind": "untested", "sentence": f"{run} and {baseline}: {figures}; {comparison.note}."}
+    low, high = comparison.interval
+    corrected = " after Holm's correction" if comparison.p_holm != comparison.p_value else ""
+    figures += (
+        f" (95% interval {signed(low)} to {signed(high)}, p {_p(comparison.p_holm, relation=True)}{corrected}, "
+        f"{comparison.num_queries:,} queries)."
+    )
+    if comparison.p_holm >= ALPHA:
+        return {
+            "run": run,
+            "kind": "unclear",
+            "sentence": f"No difference between {run} and {baseline} can be told from chance: {figures}",
+        }
+    kind = "better" if comparison.difference > 0 else "worse"
+    return {"run": run, "kind": kind, "sentence": f"{run} is {kind} than {baseline}: {figures}"}
+
+
+def _recall(runs: Mapping[str, Run], judgements: Judgements) -> dict[str, Any] | None:
+    depth = max(run.depth for run in runs.values())
+    cutoffs = [cutoff for cutoff in _CUTOFFS if cutoff <= depth]
+    if len(cutoffs) < 2:
+        return None
+    return {"cutoffs": cutoffs, "runs": {name: recall_curve(run, judgements, cutoffs) for name, run in runs.items()}}
+
+
+def _changes(
+    name: str,
+    baseline: str,
+    measure: str,
+    *,
+    runs: Mapping[str, Run],
+    measured: Mapping[str, Measured],
+    judgements: Judgements,
+    query_texts: Mapping[str, str],
+) -> dict[str, Any]:
+    """The queries whose value changed most, with both lists of results, and every difference."""
+    query_ids = measured[name].query_ids
+    before, after = measured[baseline].values[measure], measured[name].values[measure]
+    differences = np.where(abs(after - before) <= 1e-9, 0.0, after - before)
+    order = np.argsort(-differences, kind="stable").tolist()
+    places = {
+        each: {query_id: index for index, query_id in enumerate(runs[each].query_ids)} for each in (baseline, name)
+    }
+
+    def change(index: int) -> dict[str, Any]:
+        query_id = query_ids[index]
+        return {
+            "query_id": query_id,
+            "text": query_texts.get(query_id, ""),
+            "baseline_value": float(before[index]),
+            "value": float(after[index]),
+            "difference": float(differences[index]),
+            "results": {
+                side: _results(runs[each], places[each].get(query_id), judgements[query_id])
+                for side, each in (("baseline", baseline), ("run", name))
+            },
+        }
+
+    gained = [index for index in order[:_NUM_CHANGED] if differences[index] > 0]
+    lost = [index for index in order[::-1][:_NUM_CHANGED] if differences[index] < 0]
+    return {
+        "run": name,
+        "measure": measure,
+        "gained": [change(index) for index in gained],
+        "lost": [change(index) for index in lost],
+        "differences": [
+            (query_texts.get(query_ids[index]) or query_ids[index], float(differences[index])) for index in order
+        ],
+    }
+
+
+def _results(run: Run, index: int | None, judged: Mapping[str, int]) -> list[dict[str, Any]]:
+    docs = [] if index is None else run.top(index, _NUM_RESULTS)
+    return [
+        {
+            "rank": rank,
+            "doc_id": doc.doc_id,
+            "score": doc.score,
+            "relevance": judged.get(doc.doc_id),
+            "title": "",
+            "text": "",
+        }
+        for rank, doc in enumerate(docs, start=1)
+    ]
+
+
+def _add_passages(changes: Sequence[Mapping[str, Any]], find_passages: FindPassages) -> None:
+    shown = [
+        doc
+        for change in changes
+        for each in (*change["gained"], *change["lost"])
+        for docs in each["results"].values()
+        for doc in docs
+    ]
+    passages = find_passages({doc["doc_id"] for doc in shown}) if shown else {}
+    for doc in shown:
+        passage = passages.get(doc["doc_id"])
+        if passage is not None:
+            text = " ".join(passage.text.split())
+            cut = text[: _MAX_TEXT_CHARS - 1].rstrip() + "…" if len(text) > _MAX_TEXT_CHARS else text
+            doc["title"], doc["text"] = " ".join(passage.title.split()), cut
+
+
+def _comparison_row(each: Mapping[str, Any]) -> list[str]:
+    interval = each["interval"]
+    return [
+        each["run"],
+        each["measure"],
+        signed(each["difference"]),
+        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
+        _p(each["p_value"]),
+        _p(each["p_holm"]),
+        *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),
+    ]
+
+
+def _method(settings: Mapping[str, Any]) -> str:
+    return (
+        f"Paired randomisation test, two-sided, {settings['num_permutations']:,} sign flips, seed {settings['seed']}; Holm's "
+        f"correction over the runs; percentile bootstrap over queries for the intervals."
+    )
+
+
+def _with_interval(cell: Mapping[str, float | None]) -> str:
+    text = _value(cell["mean"])
+    return text if cell["low"] is None else f"{text} ({_value(cell['low'])} to {_value(cell['high'])})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table; what stands in a cell cannot end it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(cell if cell == "---" else _md(cell) for cell in line) + " |" for line in lines]
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is, and that cannot end a table cell."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
+
+
+def _value(number: float | None) -> str:
+    return "" if number is None else f"{number:.4f}"
+
+
+def signed(number: float) -> str:
+    """A difference with its sign, the minus as typographers set it."""
+    return f"{number:+.4f}".replace("-", "−")
+
+
+def _p(number: float | None, relation: bool = False) -> str:
+    if number is None:
+        return "no test"
+    text = "< 0.0001" if number < 0.0001 else f"{number:.4f}"
+    return text if not relation or text.startswith("<") else f"= {text}"
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -1,0 +1,84 @@
+"""The report of a search over scales, from what `scales.describe_search` says: Markdown, and one HTML page.
+
+The page is self-contained, as that of an evaluation; the curve shows the paired difference from the
+retriever as it is over the knowledge scale, with intervals, a line for each readapter scale.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from readapt_ray.evaluation import plots
+from readapt_ray.evaluation.report import page_template, signed, table
+from readapt_ray.evaluation.report import verdict as sentence_of
+from readapt_ray.evaluation.significance import Comparison
+
+
+def verdict(result: Mapping[str, Any]) -> str:
+    """What the search found, in a sentence; the figures are of the half that had no say."""
+    best = result["best"]
+    pair = f"readapter_scale {best['readapter_scale']:g}, knowledge_scale {best['knowledge_scale']:g}"
+    if (best["readapter_scale"], best["knowledge_scale"]) == (1.0, 0.0):
+        return f"No pair of scales is better than the retriever as it is ({pair})."
+    sentence = sentence_of(Comparison(**result["reported"]))["sentence"]
+    return f"Best is {pair}. On the {result['num_reporting']:,} queries that had no say: {sentence}"
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    """The search as Markdown: what it found, how, and every pair."""
+    lines = ["# Scales", "", verdict(result), "", _method(result), ""]
+    rows = [
+        [
+            f"{cell['readapter_scale']:g}",
+            f"{cell['knowledge_scale']:g}",
+            f"{cell['tuning']:.4f}",
+            signed(cell["difference"]),
+            _interval(cell),
+            f"{cell['reporting']:.4f}",
+        ]
+        for cell in result["grid"]
+    ]
+    measure = result["measure"]
+    header = [
+        "readapter",
+        "knowledge",
+        f"{measure}, tuning half",
+        "difference",
+        "95% interval",
+        f"{measure}, other half",
+    ]
+    return "\n".join([*lines, *table(header, rows)]) + "\n"
+
+
+def to_html(result: Mapping[str, Any]) -> str:
+    """The search as one self-contained page."""
+    by_readapter: dict[float, list[plots.Point]] = {}
+    for cell in result["grid"]:
+        low, high = cell["interval"] or (cell["difference"], cell["difference"])
+        point = plots.Point(cell["knowledge_scale"], cell["difference"], low, high)
+        by_readapter.setdefault(cell["readapter_scale"], []).append(point)
+    drawing = plots.scale_plot(
+        {f"readapter {scale:g}": points for scale, points in sorted(by_readapter.items())},
+        axis="knowledge scale",
+        description=f"Difference in {result['measure']} from the retriever as it is, over the knowledge scale",
+    )
+    return page_template("tune.html").render(
+        result=result, drawing=drawing, verdict=verdict(result), method=_method(result), interval=_interval
+    )
+
+
+def _method(result: Mapping[str, Any]) -> str:
+    caution = (
+        " These queries are made from the passages themselves: they compare scales, and say nothing of how good the "
+        "retriever is."
+        if result["queries"].startswith("pseudo")
+        else ""
+    )
+    return (
+        f"Measured on {result['queries']}. {result['num_tuning']:,} of them chose the pair; the other "
+        f"{result['num_reporting']:,} had no say. Differences are from the retriever as it is, on the tuning half, with 95% "
+        f"bootstrap intervals over its queries.{caution}"
+    )
+
+
+def _interval(cell: Mapping[str, Any]) -> str:
+    return f"{signed(cell['interval'][0])} to {signed(cell['interval'][1])}" if cell["interval"] else "one query only"

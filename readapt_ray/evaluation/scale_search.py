@@ -1,0 +1,113 @@
+"""A search over pairs of scales: which to try, which is best, and what may be said of it.
+
+In: the value of every query with every pair. One half of the queries chooses the pair; what is reported
+comes from the other half, which had no say.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from itertools import product
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.evaluation.significance import bootstrap_interval, compare, paired
+
+Pair = tuple[float, float]
+"""readapter_scale and knowledge_scale."""
+
+RETRIEVER: Pair = (1.0, 0.0)
+"""The retriever as it is."""
+
+Values = Mapping[Pair, Mapping[str, float]]
+"""The measure by pair and query_id, the same queries throughout."""
+
+
+def coarse_pairs(readapter_scales: Sequence[float], knowledge_scales: Sequence[float]) -> list[Pair]:
+    """Every pair once, the retriever as it is among them."""
+    pairs = dict.fromkeys(product(readapter_scales, knowledge_scales))
+    return list(pairs if RETRIEVER in pairs else {RETRIEVER: None, **pairs})
+
+
+def finer_pairs(tried: Collection[Pair], best: Pair) -> list[Pair]:
+    """The pairs half way between the best one and its neighbours, on each axis that has some.
+
+    With (1, 0), (1, 0.5) and (1, 1) tried and (1, 0.5) best: (1, 0.25) and (1, 0.75).
+    """
+    readapter, knowledge = (_halved([pair[axis] for pair in tried], best[axis]) for axis in (0, 1))
+    return [pair for pair in product(readapter, knowledge) if pair not in tried]
+
+
+def _halved(values: Sequence[float], best: float) -> list[float]:
+    below, above = [each for each in values if each < best], [each for each in values if each > best]
+    near = [max(below)] if below else []
+    near += [min(above)] if above else []
+    return [best, *((best + each) / 2 for each in near)]
+
+
+def halves(query_ids: Sequence[str], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Places of the queries that choose, and of those that report."""
+    order = np.random.default_rng(seed).permutation(len(query_ids))
+    return order[: len(order) // 2], order[len(order) // 2 :]
+
+
+def best_pair(values: Values, seed: int) -> Pair:
+    """The best pair by the tuning half; of equal ones the nearest to the retriever as it is."""
+    query_ids = sorted(values[RETRIEVER])
+    tuning, _ = halves(query_ids, seed)
+    table = _table(values, query_ids)
+
+    def merit(pair: Pair) -> tuple[float, float]:
+        away = abs(pair[0] - RETRIEVER[0]) + abs(pair[1] - RETRIEVER[1])
+        return round(float(table[pair][tuning].mean()), 12), -away
+
+    return max(table, key=merit)
+
+
+def describe_search(values: Values, *, measure: str, seed: int, queries: str) -> dict[str, Any]:
+    """All that a report of the search says, as JSON values.
+
+    Args:
+        values: by pair and query.
+        measure: what they are.
+        seed: of the halves and of the tests.
+        queries: what kind of queries they are.
+    """
+    query_ids = sorted(values[RETRIEVER])
+    tuning, reporting = halves(query_ids, seed)
+    table = _table(values, query_ids)
+    pairs = sorted(table)
+    differences = np.stack([paired(table[pair][tuning], table[RETRIEVER][tuning]) for pair in pairs], axis=1)
+    intervals = bootstrap_interval(differences, seed=seed).T.tolist() if len(tuning) > 1 else [None] * len(pairs)
+    best = best_pair(values, seed)
+    reported = compare(
+        {
+            name: {measure: table[pair][reporting]}
+            for name, pair in (("the retriever as it is", RETRIEVER), ("this pair", best))
+        },
+        seed=seed,
+    )
+    return {
+        "queries": queries,
+        "measure": measure,
+        "num_tuning": len(tuning),
+        "num_reporting": len(reporting),
+        "grid": [
+            {
+                "readapter_scale": pair[0],
+                "knowledge_scale": pair[1],
+                "tuning": float(table[pair][tuning].mean()),
+                "reporting": float(table[pair][reporting].mean()),
+                "difference": float(difference.mean()),
+                "interval": interval,
+            }
+            for pair, difference, interval in zip(pairs, differences.T, intervals, strict=True)
+        ],
+        "best": {"readapter_scale": best[0], "knowledge_scale": best[1]},
+        "reported": asdict(reported[0]),
+    }
+
+
+def _table(values: Values, query_ids: Sequence[str]) -> dict[Pair, NDArray[np.float64]]:
+    return {pair: np.array([each[query_id] for query_id in query_ids]) for pair, each in values.items()}

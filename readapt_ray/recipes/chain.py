@@ -1,0 +1,354 @@
+"""Whole experiments: which stages run, in which order, on what.
+
+A run is a list of steps, each a stage with its config, all made and checked before the first one
+starts. `train_on_passages` is the one pair of stages that the command line joins.
+"""
+
+import importlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from readapt_ray import artifacts
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog import models
+from readapt_ray.config import Config, StageConfig
+from readapt_ray.errors import CorpusError, InputError, ModelError
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.stages.train import TrainConfig
+
+logger = logging.getLogger("readapt_ray")
+
+RUN_NAME = "run.json"
+BASE, ADAPTED = "retriever", "adapted"
+
+
+def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
+    """A stage's config class and function."""
+    module = importlib.import_module(f"readapt_ray.stages.{stage}")
+    return getattr(module, f"{stage.capitalize()}Config"), getattr(module, stage)
+
+
+Section = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SectionRules:
+    """What the option sections of a recipe may hold."""
+
+    recipe: str
+    """What errors call the recipe: "the run"."""
+    where: str = "section {stage!r}"
+    """What errors call the section of a stage."""
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Options that the recipe cannot honour, by stage and name, each with the reason and what to do instead."""
+
+
+NOT_IN_A_RUN: dict[str, dict[str, str]] = {
+    "merge": {
+        "bundle": "the run trains its own adapter; merge a bundle with `readapt merge --bundle`",
+        "factors": "the run embeds with a whole model; write factors with `readapt merge --factors` after the run",
+    },
+    "embed": {
+        "sample": "the run needs vectors of all passages; estimate time and size with `readapt embed --sample` first",
+        "previous": "the run embeds with two models and older vectors fit only one; use `readapt embed --previous`",
+    },
+    "index": {
+        "previous": "the run builds two indexes and an older one fits only one; use `readapt index --previous`",
+    },
+    "search": {
+        "vectors": "the run searches its own indexes; search vectors with `readapt search --vectors`",
+        "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",
+    },
+}
+"""Options of stages that a run refuses: they would fail, or be ignored, hours after the start."""
+
+RUN_RULES = SectionRules(recipe="the run", refused=NOT_IN_A_RUN)
+
+
+def stage_config(stage: str, options: Section, rules: SectionRules, **wired: Any) -> StageConfig:
+    """Make the config of a stage from a user's section of options and the options that a recipe sets itself.
+
+    Raises:
+        InputError: the section sets what the recipe sets, or an option that the recipe refuses, is unknown or wrong.
+    """
+    where = rules.where.format(stage=stage)
+    twice = sorted(options.keys() & wired.keys())
+    if twice:
+        raise InputError(
+            f"{where} sets {', '.join(twice)}, which {rules.recipe} itself sets; remove it from the section"
+        )
+    config_class, _ = stage_parts(stage)
+    for name, reason in rules.refused.get(stage, {}).items():
+        if name in options and options[name] != config_class.model_fields[name].default:
+            raise InputError(f"{where}: {name} = {options[name]!r} is refused: {reason}")
+    return config_class.parse({**options, **wired}, where=where)
+
+
+def run_stage(stage: str, config: StageConfig) -> Artifact:
+    """Run a stage: the artifact is made unless it is there."""
+    _, function = stage_parts(stage)
+    artifact: Artifact = function(config)
+    return artifact
+
+
+def make(stage: str, options: Section, rules: SectionRules, **wired: Any) -> Artifact:
+    """Make the artifact of a stage from a section of options; see `stage_config`."""
+    return run_stage(stage, stage_config(stage, options, rules, **wired))
+
+
+def pack_options(train_options: Section) -> Section:
+    """Return the options of train that pack takes as well."""
+    from readapt_ray.cluster.pack_options import PACK_OPTIONS
+
+    return {name: train_options[name] for name in (*PACK_OPTIONS, "overwrite") if name in train_options}
+
+
+class RunConfig(Config):
+    """The main job: from a corpus to an adapted retriever, its index and, with judgements, a report.
+
+    Each section holds options of the stage of its name, as on the command line, with underscores.
+    """
+
+    root: str = "readapt-run"
+    """Folder or URI to write all artifacts to."""
+    source: str
+    """The corpus: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or `python-docs:PACKAGE,...`."""
+    pretrained: str
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id."""
+    retriever: str
+    """Model to adapt: the same model after retrieval training, or a LoRA adapter for it."""
+    queries: str | None = None
+    """File of queries to evaluate with. If omitted, the source's own, if it has any."""
+    qrels: str | None = None
+    """File of judgements to evaluate with. If omitted, the source's own, if it has any."""
+    split: str = "test"
+    """Which of the source's own qrels to evaluate with: test, dev, train."""
+    ingest: Section = Field(default_factory=dict)
+    """Options of ingest."""
+    train: Section = Field(default_factory=dict)
+    """Options of train; `mode`, `block_tokens`, `exclude` and `only` decide which passages are packed, and how."""
+    merge: Section = Field(default_factory=dict)
+    """Options of merge, such as readapter_scale, knowledge_scale and dtype."""
+    embed: Section = Field(default_factory=dict)
+    """Options of embed."""
+    index: Section = Field(default_factory=dict)
+    """Options of index."""
+    search: Section = Field(default_factory=dict)
+    """Options of search. If omitted, top_k is what the measures need and at least 100, and drop_self_hits is what
+    the catalog says of the source."""
+    evaluate: Section = Field(default_factory=dict)
+    """Options of evaluate, such as measures."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage with its options, ready to run. `needs_judgements`: only where queries and qrels are there."""
+
+    name: str
+    """Of its output under the root: corpus, vectors/adapted ..."""
+    stage: str
+    config: StageConfig
+    needs_judgements: bool = False
+
+
+def plan_run(config: RunConfig) -> list[Step]:
+    """The steps of a run in order.
+
+    Raises:
+        InputError: an option of a section is unknown or wrong; the section is named.
+    """
+    steps = _Plan(config).steps()
+    _check_values(steps)
+    return steps
+
+
+def _check_values(steps: Sequence[Step]) -> None:
+    """Refuse values that a stage takes by itself, but that do not fit two retrievers and one adapter."""
+    merge: Any = next(step.config for step in steps if step.stage == "merge")
+    if isinstance(merge.knowledge_scale, tuple):
+        raise InputError(
+            f"section 'merge': knowledge_scale = {list(merge.knowledge_scale)}: the run trains one adapter; give one number"
+        )
+    evaluate: Any = steps[-1].config
+    if evaluate.names and (len(evaluate.names) != len(evaluate.runs) or len(set(evaluate.names)) < len(evaluate.names)):
+        raise InputError(
+            f"section 'evaluate': names = {list(evaluate.names)}: the run compares {len(evaluate.runs)} retrievers; give "
+            f"two different names, or none"
+        )
+
+
+class _Plan:
+    """The steps of a run, each made from the user's section and what the run itself sets."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._retrievers = {BASE: config.retriever, ADAPTED: self._at(ADAPTED)}
+        self._queries = config.queries or self._at("corpus/queries")
+        self._qrels = config.qrels or self._at(f"corpus/qrels/{config.split}.parquet")
+
+    def steps(self) -> list[Step]:
+        """Return all steps in order."""
+        report = self._report()
+        return [*self._adapt(), *self._embed(), *self._search(report), report]
+
+    def _adapt(self) -> Iterator[Step]:
+        config = self._config
+        models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": self._at("adapter")}
+        blocks = {"pretrained": config.pretrained, "corpus": self._at("blocks")}
+        passages = {"pretrained": config.pretrained, "corpus": self._at("corpus")}
+        yield self._step("corpus", "ingest", config.ingest, source=config.source)
+        yield self._step("blocks", "pack", pack_options(config.train), **passages)
+        yield self._step("adapter", "train", config.train, **blocks)
+        yield self._step(ADAPTED, "merge", config.merge, **models)
+
+    def _embed(self) -> Iterator[Step]:
+        for name, model in self._retrievers.items():
+            yield self._step(f"vectors/{name}", "embed", self._config.embed, retriever=model, corpus=self._at("corpus"))
+            yield self._step(f"index/{name}", "index", self._config.index, vectors=self._at(f"vectors/{name}"))
+
+    def _search(self, report: Step) -> Iterator[Step]:
+        from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
+
+        defaults = {
+            "top_k": depth_of(report.config.settings()["measures"]),
+            "drop_self_hits": drops_self_hits(self._config.source),
+        }
+        for name, model in self._retrievers.items():
+            yield self._step(
+                f"runs/{name}.trec",
+                "search",
+                {**defaults, **self._config.search},
+                retriever=model,
+                index=self._at(f"index/{name}"),
+                queries=self._queries,
+            )
+
+    def _report(self) -> Step:
+        return self._step(
+            "report",
+            "evaluate",
+            self._config.evaluate,
+            runs=[self._at(f"runs/{name}.trec") for name in self._retrievers],
+            qrels=self._qrels,
+            queries=self._queries,
+            corpus=self._at("corpus"),
+        )
+
+    def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step:
+        config = stage_config(stage, options, RUN_RULES, **wired, output=self._at(name))
+        return Step(name, stage, config, needs_judgements=stage in ("search", "evaluate"))
+
+    def _at(self, name: str) -> str:
+        return (Location(self._config.root) / name).uri
+
+
+def run(config: RunConfig) -> dict[str, Artifact]:
+    """Run the main job; what is complete already is not done again.
+
+    Returns:
+        The artifacts by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
+
+    Raises:
+        InputError: a model cannot be found or an option is wrong; found before any stage starts.
+    """
+    steps = plan_run(config)
+    _check_models(config)
+    _check_files(config, steps)
+    root = Location(config.root)
+    outputs = [{"stage": step.stage, "output": step.name} for step in steps]
+    made: dict[str, Artifact] = {}
+    judged = True
+    for number, step in enumerate(steps, 1):
+        if step.needs_judgements and not judged:
+            continue
+        logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
+        made[step.name] = run_stage(step.stage, step.config)
+        if step.stage == "ingest":
+            (root / RUN_NAME).write_text(
+                json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
+            )
+            judged = _has_judgements(config, steps)
+    return made
+
+
+def _check_models(config: RunConfig) -> None:
+    """Find the models, and how the retriever encodes, before anything is trained.
+
+    Raises:
+        ModelError: a model cannot be found, or a stage would not know the retriever's encoding.
+    """
+    retriever = models.find_model(config.retriever)
+    models.find_model(config.pretrained)
+    unknown = [stage for stage in ("merge", "embed") if getattr(config, stage).get("encoding") is None]
+    if unknown:
+        try:
+            models.encoding_of(retriever)
+        except ModelError as error:
+            sections = " and ".join(repr(stage) for stage in unknown)
+            raise ModelError(f"{error}; in a run, encoding is an option of section {sections}") from None
+
+
+def _check_files(config: RunConfig, steps: Sequence[Step]) -> None:
+    """See that the files which the user's sections name are there.
+
+    Raises:
+        InputError: one is not there.
+    """
+    for step in steps:
+        section = "train" if step.stage == "pack" else step.stage
+        for name in sorted(type(step.config).inputs & getattr(config, section).keys()):
+            value = getattr(step.config, name)
+            if isinstance(value, str) and not Location(value).exists():
+                raise InputError(
+                    f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists"
+                )
+
+
+def _has_judgements(config: RunConfig, steps: list[Step]) -> bool:
+    """Whether there is what search and evaluate need; says so where there is not.
+
+    Raises:
+        CorpusError: only one of queries and qrels is there.
+    """
+    evaluation: Any = steps[-1].config
+    there = {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
+    if all(there.values()):
+        return True
+    if any(there.values()) or config.queries or config.qrels:
+        absent = next(name for name, present in there.items() if not present)
+        raise CorpusError(
+            f"no {absent} at {getattr(evaluation, absent)!r}; evaluation needs queries and qrels: give both, or a split that the source has"
+        )
+    logger.info("the corpus has no queries and qrels: nothing to evaluate with, so search and evaluate are left out")
+    return False
+
+
+def train_on_passages(config: "TrainConfig") -> Artifact:
+    """Train on passages or on blocks: passages are first packed, into the folder OUTPUT-blocks.
+
+    Raises:
+        ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
+    """
+    from readapt_ray.stages.pack import PackConfig, pack
+    from readapt_ray.stages.train import train
+
+    manifest = artifacts.read_manifest(config.corpus)
+    if manifest is not None and manifest.stage == "pack":
+        return train(config)
+    given = {name: getattr(config, name) for name in config.model_fields_set}
+    packed = pack(
+        PackConfig(
+            **pack_options(given),
+            pretrained=config.pretrained,
+            corpus=config.corpus,
+            output=Location(config.output).beside("-blocks").uri,
+        )
+    )
+    return train(config.model_copy(update={"corpus": packed.uri}))

@@ -1,0 +1,31 @@
+"""Running the paper's experiments, one after another, seed by seed."""
+
+import logging
+
+from readapt_ray.recipes.paper.options import PaperConfig
+from readapt_ray.recipes.paper.outcome import write_outcome
+from readapt_ray.recipes.paper.reproduction import Reproduction
+
+logger = logging.getLogger("readapt_ray")
+
+
+def run(config: PaperConfig) -> dict[str, str]:
+    """Run experiments; what is complete already is not done again.
+
+    Returns:
+        The Markdown of each experiment's outcome, which also lies under the root after each seed.
+
+    Raises:
+        InputError: a model or a corpus cannot be found or an option is wrong; found before any stage starts.
+    """
+    reproduction = Reproduction(config)
+    said = {}
+    for experiment in config.experiments:
+        done: list[int] = []
+        for seed in config.seeds:
+            for own, variant in reproduction.steps(experiment, seed):
+                logger.info("%s, seed %d: %s, %s", experiment, seed, own.name, variant.name)
+                reproduction.search(own, variant, seed)
+            done.append(seed)
+            said[experiment] = write_outcome(reproduction, experiment, tuple(done))
+    return said

@@ -1,0 +1,116 @@
+"""The options of `readapt paper`, and the corpora that they name."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from readapt_ray.catalog import corpora
+from readapt_ray.config import Config
+from readapt_ray.errors import CorpusError
+from readapt_ray.evaluation.measure_options import MeasureOption
+from readapt_ray.recipes.chain import Section
+from readapt_ray.recipes.paper.variants import EXPERIMENTS
+from readapt_ray.storage import Location
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+
+class PaperConfig(Config):
+    """Which experiments, with which retriever, on which corpora."""
+
+    root: str = "readapt-paper"
+    """Folder or URI to write all artifacts and tables to."""
+    experiments: tuple[str, ...] = ("table1",)
+    """Experiments to run, separated by commas: table1, table2, table3, figure2, baselines; or all."""
+    retriever: str = "e5-mistral"
+    """Model to adapt: a catalog name, a folder, a URI or a hub id."""
+    pretrained: str | None = None
+    """Model before retrieval training: a catalog name, a folder, a URI or a hub id. If omitted, what the catalog
+    says of the retriever."""
+    corpora: tuple[str, ...] = tuple(row.name for row in corpora.CORPORA)
+    """Corpora, separated by commas: names of the catalog, or NAME=SOURCE with any source of `readapt ingest`. If
+    omitted, the paper's fourteen."""
+    general: str = "msmarco"
+    """Corpus whose adapter table3 uses on all others: a name of the catalog, or NAME=SOURCE."""
+    data: str | None = None
+    """Folder that holds a BEIR folder for each corpus, under its name. If omitted, the corpora are downloaded with
+    ir_datasets."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the adapters, separated by commas. Results are averaged over them."""
+    sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    """Numbers of passages of figure2, separated by commas. A corpus leaves out those that it does not have."""
+    readapter_scale: float = 1.0
+    """Weight of the retriever's change to the pretrained model; 1.0 is the paper's value."""
+    knowledge_scale: float = 0.5
+    """Weight of the adapter's change to the pretrained model; 0.5 is the paper's value."""
+    measure: MeasureOption = "nDCG@10"
+    """Measure to compare by."""
+    train: Section = Field(default_factory=dict)
+    """Options of train and pack by name (in a YAML file)."""
+    embed: Section = Field(default_factory=dict)
+    """Options of embed by name (in a YAML file)."""
+    search: Section = Field(default_factory=dict)
+    """Options of search by name (in a YAML file)."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"root", "retriever", "pretrained", "corpora", "general", "data"})
+
+    @field_validator("experiments", mode="after")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wanted = tuple(EXPERIMENTS) if value == ("all",) else value
+        unknown = [each for each in wanted if each not in EXPERIMENTS]
+        if unknown or not wanted:
+            raise ValueError(f"give some of {', '.join(EXPERIMENTS)}, or all")
+        return wanted
+
+    @field_validator("corpora", mode="after")
+    @classmethod
+    def _joined(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Put the packages of `NAME=python-docs:A,B` together again."""
+        joined: list[str] = []
+        for each in value:
+            is_package = joined and "=python-docs:" in joined[-1] and "=" not in each
+            if is_package and corpora.find_corpus(each) is None:
+                joined[-1] += f",{each}"
+            else:
+                joined.append(each)
+        return tuple(joined)
+
+    @field_validator("corpora", "seeds", mode="after")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("give at least one, and none twice")
+        return value
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A corpus of the reproduction: where it comes from and how it is scored."""
+
+    name: str
+    source: str
+    split: str = "test"
+    task: str = ""
+    drops_self_hits: bool = False
+
+
+def collection(text: str, data: str | None) -> Collection:
+    """A corpus by its catalog name, or as NAME=SOURCE.
+
+    Raises:
+        CorpusError: neither.
+    """
+    name, mark, source = text.partition("=")
+    row = corpora.find_corpus(name)
+    if mark and row is None:
+        if not _NAME.fullmatch(name) or not source:
+            raise CorpusError(f"corpus {text!r} is not NAME=SOURCE; a name has letters, digits, '.', '_' and '-'")
+        return Collection(name, source)
+    row = row or corpora.corpus(name)
+    if not mark:
+        folder = Location(f"{data.rstrip('/')}/{row.name}") if data else None
+        source = folder.uri if folder is not None and folder.is_folder() else row.name
+    return Collection(row.name, source, row.split, row.task, row.drops_self_hits)

@@ -1,0 +1,206 @@
+"""What an experiment came to: a table of variants and corpora beside the published figures.
+
+In: the runs of a reproduction. Out: `EXPERIMENT.json` and `EXPERIMENT.md` under its root. The value of a query
+is its mean over the seeds, and the test is paired over queries; Holm's correction runs over every
+comparison of the table.
+"""
+
+import datetime
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.evaluation.measures import group_judgements, measure_run, parse_measures
+from readapt_ray.evaluation.runs import load_run
+from readapt_ray.evaluation.significance import Comparison, compare, holm
+from readapt_ray.recipes.paper import published
+from readapt_ray.recipes.paper.options import Collection
+from readapt_ray.recipes.paper.reproduction import Reproduction
+from readapt_ray.recipes.paper.variants import BASE, EXPERIMENTS, READAPTED, Variant
+from readapt_ray.sources.judgements import read_qrels
+from readapt_ray.storage import Location
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The values of one corpus by variant: float64 [seeds, Q]."""
+
+    collection: Collection
+    values: dict[str, NDArray[np.float64]]
+
+
+def write_outcome(reproduction: Reproduction, experiment: str, seeds: Sequence[int]) -> str:
+    """Write what these seeds came to; the Markdown."""
+    measure = reproduction.config.measure
+    found = [_values(reproduction, experiment, each, seeds) for each in reproduction.collections.values()]
+    comparisons = [_compared(each, measure) for each in found]
+    rows = [
+        row
+        for outcome, tested in zip(found, _corrected(comparisons), strict=True)
+        for row in _rows(reproduction, outcome, tested)
+    ]
+    result = {
+        "experiment": experiment,
+        "what": EXPERIMENTS[experiment],
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "retriever": reproduction.config.retriever,
+        "pretrained": reproduction.pretrained,
+        "measure": measure,
+        "seeds": list(seeds),
+        "settings": reproduction.config.model_dump(mode="json", exclude={"root", "corpora", "data"}),
+        "rows": rows,
+        "averages": _averages(reproduction, rows),
+    }
+    root = Location(reproduction.config.root.rstrip("/"))
+    text = to_markdown(result)
+    (root / f"{experiment}.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    (root / f"{experiment}.md").write_text(text)
+    return text
+
+
+def _values(reproduction: Reproduction, experiment: str, own: Collection, seeds: Sequence[int]) -> _Outcome:
+    qrels = f"{reproduction.corpus(own).uri}/qrels/{own.split}.parquet"
+    judgements = group_judgements(read_qrels(qrels))
+    measures = parse_measures(reproduction.config.measure)
+
+    def measured(variant: Variant, seed: int) -> NDArray[np.float64]:
+        file = reproduction.run_file(own, variant, seed)
+        return measure_run(load_run(file), judgements, measures, name=file).values[reproduction.config.measure]
+
+    variants = {
+        variant.name: variant for seed in seeds for each, variant in reproduction.steps(experiment, seed) if each == own
+    }
+    return _Outcome(
+        own,
+        {
+            name: np.stack([measured(variant, seed) for seed in (seeds if variant.has_seed else seeds[:1])])
+            for name, variant in variants.items()
+        },
+    )
+
+
+def _compared(outcome: _Outcome, measure: str) -> list[Comparison]:
+    """Every variant with the retriever as it is."""
+    return compare({name: {measure: values.mean(axis=0)} for name, values in outcome.values.items()})
+
+
+def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Comparison]]:
+    """By variant, with Holm's correction over the whole table."""
+    p_values = [each.p_value for group in comparisons for each in group if each.p_value is not None]
+    adjusted = iter(holm(p_values))
+    return [
+        {each.run: each if each.p_value is None else replace(each, p_holm=next(adjusted)) for each in group}
+        for group in comparisons
+    ]
+
+
+def _rows(reproduction: Reproduction, outcome: _Outcome, tested: dict[str, Comparison]) -> list[dict[str, Any]]:
+    own, retriever = outcome.collection, reproduction.config.retriever
+    scores = published.paper_scores(retriever, own.name)
+    paper = {BASE: scores.base, READAPTED: scores.readapted} if scores is not None else {}
+    rows = []
+    for name, values in outcome.values.items():
+        by_seed = values.mean(axis=1)
+        comparison = tested.get(name)
+        rows.append(
+            {
+                "corpus": own.name,
+                "arm": name,
+                "num_passages": reproduction.corpus(own).manifest.counts["num_passages"],
+                "num_queries": values.shape[1],
+                "mean": float(by_seed.mean()),
+                "by_seed": by_seed.tolist(),
+                "seed_deviation": float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None,
+                "difference": comparison and comparison.difference,
+                "interval": comparison and comparison.interval,
+                "p": comparison and comparison.p_value,
+                "p_holm": comparison and comparison.p_holm,
+                "public_score": published.public_score(retriever, own.name) if name == BASE else None,
+                "paper_score": paper.get(name),
+                "paper_gain": published.paper_gain(retriever, own.name, name),
+            }
+        )
+    return rows
+
+
+def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The mean over the corpora that have every variant, of all and of the zero-shot ones."""
+    names = list(dict.fromkeys(row["arm"] for row in rows))
+    means = {(row["corpus"], row["arm"]): row["mean"] for row in rows}
+    whole = [each for each in reproduction.collections if all((each, variant) in means for variant in names)]
+    seen = published.TRAINED_ON.get(reproduction.config.retriever, frozenset())
+    groups = {"all": whole, "zero-shot": [each for each in whole if each not in seen] if seen & set(whole) else []}
+    return {
+        f"{label} ({len(group)} corpora)": {
+            variant: float(np.mean([means[corpus, variant] for corpus in group])) for variant in names
+        }
+        for label, group in groups.items()
+        if len(group) > 1
+    }
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """The outcome as one page; scores times 100, as the paper prints them."""
+    seeds = result["seeds"]
+    lines = [
+        f"# {result['experiment']}: {result['what']}",
+        "",
+        f"{result['measure']} times 100 of {result['retriever']} (pretrained: {result['pretrained']}), "
+        f"mean of {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'}; differences are from the retriever as it is, "
+        "with 95% bootstrap intervals over queries; p of the paired randomisation test, with Holm's correction over this table.",
+        "",
+    ]
+    header = [
+        "corpus",
+        "passages",
+        "queries",
+        "arm",
+        "score",
+        "sd over seeds",
+        "difference",
+        "95% interval",
+        "p",
+        "p (Holm)",
+    ]
+    has_published = any(row["paper_score"] or row["paper_gain"] or row["public_score"] for row in result["rows"])
+    header += ["paper", "paper's gain", "public score"] if has_published else []
+    cells = [_cells(row, has_published=has_published) for row in result["rows"]]
+    lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
+    for label, means in result["averages"].items():
+        lines += [
+            "",
+            f"Average over {label}: " + ", ".join(f"{variant} {100 * mean:.1f}" for variant, mean in means.items()),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any], *, has_published: bool) -> list[str]:
+    interval = row["interval"]
+    cells = [
+        row["corpus"],
+        f"{row['num_passages']:,}",
+        f"{row['num_queries']:,}",
+        row["arm"],
+        f"{100 * row['mean']:.2f}",
+        _points(row["seed_deviation"]),
+        _points(row["difference"], signed=True),
+        f"{_points(interval[0], signed=True)} to {_points(interval[1], signed=True)}" if interval else "",
+        "" if row["p"] is None else f"{row['p']:.4f}",
+        "" if row["p_holm"] is None else f"{row['p_holm']:.4f}",
+    ]
+    if has_published:
+        gain, score, public = row["paper_gain"], row["paper_score"], row["public_score"]
+        cells += [
+            "" if score is None else f"{score:.1f}",
+            "" if gain is None else f"{gain:+.1f}",
+            "" if public is None else f"{public:.2f}",
+        ]
+    return cells
+
+
+def _points(value: float | None, *, signed: bool = False) -> str:
+    return "" if value is None else f"{100 * value:{'+' if signed else ''}.2f}"

@@ -1,0 +1,3 @@
+"""Names of deployments, by which one finds another."""
+
+ENCODER_DEPLOYMENT = "encoder"

@@ -1,0 +1,226 @@
+"""What finetune trains on: judged pairs of a corpus or a file of pairs, tokenised as the retriever wants its text.
+
+The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters. A file of pairs is
+streamed, with some 100 bytes in memory for each of its texts.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from readapt_ray import artifacts
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog import models
+from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.errors import CorpusError
+from readapt_ray.storage import Location
+
+_TEXTS_PER_CALL = 1024
+
+
+class Document(NamedTuple):
+    """A passage that stands in pairs."""
+
+    doc_id: str
+    title: str
+    text: str
+
+
+class Pair(NamedTuple):
+    """A query, a passage that answers it, and some that do not."""
+
+    query: str
+    passage: Document
+    negatives: list[Document]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Where pairs come from."""
+
+    name: str
+    """What the user called it."""
+    fingerprints: dict[str, str]
+    """Of the inputs by the names of their options."""
+    corpus: Artifact | None = None
+    """An output of ingest; None where `file` holds the pairs."""
+    split: str = ""
+    file: Location | None = None
+    run: Location | None = field(default=None)
+    """Hard negatives."""
+
+
+def open_source(corpus: str, split: str, negatives: str | None) -> PairSource:
+    """A corpus with judgements, or a JSONL file of pairs.
+
+    Raises:
+        ArtifactMissingError: neither is there.
+        CorpusError: the corpus has no qrels of that split, or hard negatives have no corpus to be found in.
+    """
+    run = None if negatives is None else Location(negatives)
+    file = Location(corpus)
+    if file.name.endswith(".jsonl") and file.is_file():
+        if run is not None:
+            raise CorpusError(
+                f"negatives = {negatives!r} names doc_ids and {corpus!r} holds texts; put them into its lines as `negatives`"
+            )
+        return PairSource(name=corpus, file=file, fingerprints={"corpus": file.sha256()})
+    artifact = artifacts.open_artifact(corpus, "ingest")
+    if not (artifact.location / "qrels" / f"{split}.parquet").is_file():
+        there = [each.name.removesuffix(".parquet") for each in (artifact.location / "qrels").files(".parquet")]
+        raise CorpusError(f"{corpus!r} has no qrels of the split {split!r}; it has {there or 'no qrels at all'}")
+    fingerprints = {"corpus": artifact.fingerprint}
+    if run is not None:
+        if not run.is_file():
+            raise CorpusError(f"no run {negatives!r}; give the output of `readapt search`")
+        fingerprints["negatives"] = run.sha256()
+    return PairSource(name=corpus, corpus=artifact, split=split, run=run, fingerprints=fingerprints)
+
+
+def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Location, *, num_negatives: int) -> None:
+    """Tokenise every pair, in the order of the qrels or of the file.
+
+    Texts that are one to the model have one number: what it reads is what can be told apart.
+
+    Args:
+        target: a Parquet file of PAIR_SCHEMA.
+        num_negatives: hard negatives a query, where there is a run.
+
+    Raises:
+        CorpusError: fewer than two pairs, or a line that is no pair.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from readapt_ray.retrieval.templates import TextTokenizer
+    from readapt_ray.training.pairs import PAIR_SCHEMA
+
+    pairs = _file_pairs(source.file) if source.file is not None else iter(_judged_pairs(source, num_negatives))
+    tokenizer = TextTokenizer(models.load_tokenizer(model), encoding)
+
+    def passage_ids(documents: list[Document]) -> Any:
+        if not documents:
+            return []
+        return tokenizer.ids([each.text for each in documents], "passage", [each.title for each in documents])
+
+    queries, passages = _Numbers(), _Numbers()
+    num_pairs = 0
+    with target.open_output() as stream, pq.ParquetWriter(stream, PAIR_SCHEMA, compression="zstd") as writer:
+        while part := list(itertools.islice(pairs, _TEXTS_PER_CALL)):
+            found = iter(passage_ids([each for pair in part for each in pair.negatives]))
+            query_ids = tokenizer.ids([pair.query for pair in part], "query")
+            right_ids = passage_ids([pair.passage for pair in part])
+            negative_ids = [[next(found) for _ in pair.negatives] for pair in part]
+            columns = {
+                "query_ids": query_ids,
+                "query_number": queries.of(query_ids),
+                "passage_ids": right_ids,
+                "doc_number": passages.of(right_ids),
+                "doc_id": [pair.passage.doc_id for pair in part],
+                "negative_ids": negative_ids,
+                "negative_numbers": [passages.of(ids) for ids in negative_ids],
+            }
+            writer.write_table(pa.table(columns, schema=PAIR_SCHEMA))
+            num_pairs += len(part)
+        if num_pairs < 2:
+            of_split = f"of the split {source.split!r} whose query and passage it holds"
+            raise CorpusError(
+                f"{source.name!r} has {num_pairs} pairs {of_split if source.split else 'of query and positive'}; at least "
+                f"2 are needed"
+            )
+
+
+class _Numbers:
+    """Numbers texts from 0 on, equal ones alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, int] = {}
+
+    def of(self, texts: Iterable[Sequence[int]]) -> list[int]:
+        """The number of each tokenised text."""
+        digests = (hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest() for ids in texts)
+        return [self._known.setdefault(digest, len(self._known)) for digest in digests]
+
+
+def _judged_pairs(source: PairSource, num_negatives: int) -> list[Pair]:
+    from readapt_ray.sources.judgements import read_qrels, read_queries
+
+    assert source.corpus is not None
+    folder = source.corpus.location
+    queries = {query.query_id: query.text for query in read_queries((folder / "queries").uri)}
+    qrels = read_qrels((folder / "qrels" / f"{source.split}.parquet").uri)
+    relevant = [qrel for qrel in qrels if qrel.relevance > 0 and qrel.query_id in queries]
+    right: dict[str, set[str]] = {}
+    for qrel in relevant:
+        right.setdefault(qrel.query_id, set()).add(qrel.doc_id)
+    hard = _hard_negatives(source.run, right, num_negatives) if source.run is not None else {}
+    documents = _documents(folder, {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids})
+    return [
+        Pair(
+            queries[qrel.query_id],
+            documents[qrel.doc_id],
+            [documents[each] for each in hard.get(qrel.query_id, []) if each in documents],
+        )
+        for qrel in relevant
+        if qrel.doc_id in documents
+    ]
+
+
+def _hard_negatives(run: Location, right: dict[str, set[str]], num_negatives: int) -> dict[str, list[str]]:
+    """The best passages of each query in a run that are not judged relevant to it."""
+    from readapt_ray.evaluation.runs import read_run
+
+    ranked = read_run(run.uri)
+    return {
+        query_id: [scored.doc_id for scored in ranked[query_id] if scored.doc_id not in doc_ids][:num_negatives]
+        for query_id, doc_ids in right.items()
+        if query_id in ranked
+    }
+
+
+def _documents(folder: Location, wanted: set[str]) -> dict[str, Document]:
+    import pyarrow.parquet as pq
+
+    found: dict[str, Document] = {}
+    for file in (folder / "passages").files(".parquet"):
+        with file.open_input() as stream:
+            for batch in pq.ParquetFile(stream).iter_batches(columns=["doc_id", "title", "text"]):
+                for row in batch.to_pylist():
+                    if row["doc_id"] in wanted:
+                        found[row["doc_id"]] = Document(row["doc_id"], row["title"] or "", row["text"])
+    return found
+
+
+def _file_pairs(file: Location) -> Iterator[Pair]:
+    """The pairs of a JSONL file; its documents are named by their lines."""
+    from readapt_ray.sources.lines import read_lines
+    from readapt_ray.sources.source import REASONS, BadRow
+
+    for line in read_lines(file, str(file)):
+        if isinstance(line, BadRow):
+            raise CorpusError(f"{line.place} is no pair: {REASONS[line.reason]}; mend or remove that line")
+        where = f"line {line.number}"
+        try:
+            row = json.loads(line.text)
+            query, positive = row["query"], row["positive"]
+            negatives = row.get("negatives") or []
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorpusError(
+                f'{file}, {where} is no pair ({error!r}); a line is {{"query": "...", "positive": "..."}}, with '
+                f'"negatives": ["...", ...] where there are some'
+            ) from error
+        if not isinstance(negatives, list):
+            raise CorpusError(f"{file}, {where}: negatives must be a list of texts, not {negatives!r}")
+        if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
+            raise CorpusError(f"{file}, {where}: query, positive and negatives must be texts that are not empty")
+        yield Pair(
+            query,
+            Document(where, str(row.get("title") or ""), positive),
+            [Document(f"{where}, negative {place}", "", text) for place, text in enumerate(negatives, 1)],
+        )

@@ -1,0 +1,31 @@
+"""What the terminal is told of training steps."""
+
+from typing import Any
+
+from readapt_ray.cluster.step_metrics import note
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    values = {
+        "loss": 3.0,
+        "learning_rate": 2e-4,
+        "gradient_norm": 1.5,
+        "tokens_per_s": 100.0,
+        "mfu": None,
+        "padding_share": 0.25,
+        "seconds": 1.0,
+        "data_wait_s": 0.0,
+        "peak_memory_bytes": 2_000_000_000,
+    }
+    return values | changes
+
+
+def test_speeds_are_means_over_the_latest_steps_and_the_rest_is_of_the_last() -> None:
+    rows = [row(tokens_per_s=1500.0, loss=4.0), row(tokens_per_s=40.0, seconds=19.0, data_wait_s=5.0)]
+    assert note(rows) == (
+        "loss 3.000, lr 2.0e-04, gradient 1.5, 113 tokens/s, padding 25%, waited 25%, 2.0 GB"
+    )  # (1,500 * 1 + 40 * 19) tokens in 20 seconds
+
+
+def test_mfu_is_a_mean_too_where_it_is_known() -> None:
+    assert "100 tokens/s, MFU 35%," in note([row(mfu=0.5), row(mfu=0.3, seconds=3.0)])

@@ -1,0 +1,336 @@
+"""The main job: its plan for real models, and a whole run on tiny ones."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import ir_measures
+import pytest
+import yaml
+
+from readapt_ray import cli, status
+from readapt_ray.catalog import retrievers
+from readapt_ray.errors import InputError
+from readapt_ray.recipes import chain, quickstart
+from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.storage import Location
+from tests import factories
+
+JOBS = Path(__file__).parent.parent / "jobs"
+FILES = sorted(JOBS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> None:
+    config = RunConfig.parse(yaml.safe_load(file.read_text()), where=file.name)
+    steps = {step.name: step for step in chain.plan_run(config)}
+    assert list(steps) == [
+        "corpus",
+        "blocks",
+        "adapter",
+        "adapted",
+        "vectors/retriever",
+        "index/retriever",
+        "vectors/adapted",
+        "index/adapted",
+        "runs/retriever.trec",
+        "runs/adapted.trec",
+        "report",
+    ]
+    train: Any = steps["adapter"].config
+    assert (train.lora_rank, train.lora_alpha, train.lora_dropout, train.batch_size) == (32, 64, 0.05, 4)
+    assert (train.learning_rate, train.num_epochs, train.method) == (2e-4, 1, "dora")
+    blocks: Any = steps["blocks"].config
+    assert (blocks.mode, blocks.block_tokens) == ("passage", 1024)
+    merge: Any = steps["adapted"].config
+    assert (merge.readapter_scale, merge.knowledge_scale) == (1.0, 0.5)
+    row = retrievers.retriever(config.retriever)
+    assert row.pretrained == config.pretrained
+    assert train.target_modules == (), "those of the model's family"
+    assert row.dora_targets in retrievers.TARGETS_BY_FAMILY.values()
+    embed: Any = steps["vectors/adapted"].config
+    assert embed.retriever == "readapt-run/adapted"
+
+
+def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus_wants_it() -> None:
+    def searched(**options: Any) -> tuple[int, bool]:
+        values = {"source": "x", "pretrained": "a", "retriever": "b", **options}
+        steps = {step.name: step.config for step in chain.plan_run(RunConfig.parse(values))}
+        both: Any = [steps[f"runs/{arm}.trec"] for arm in ("retriever", "adapted")]
+        ((depth, drops),) = {(each.top_k, each.drop_self_hits) for each in both}
+        return depth, drops
+
+    assert searched() == (100, False)
+    assert searched(source="arguana", evaluate={"measures": "nDCG@10,R@1000"}) == (1000, True)
+    own = {"top_k": 30, "drop_self_hits": False}
+    assert searched(source="arguana", evaluate={"measures": ["R@1000"]}, search=own) == (30, False)
+
+
+def test_there_is_a_file_for_each_promised_model() -> None:
+    assert [file.stem for file in FILES] == ["e5-mistral", "qwen3-embedding-0.6b", "repllama"]
+
+
+def test_a_wrong_section_is_named() -> None:
+    values = {"source": "x", "pretrained": "a", "retriever": "b"}
+    with pytest.raises(InputError, match=r"section 'train': unknown option 'lora_rnak'"):
+        chain.plan_run(RunConfig(**values, train={"lora_rnak": 3}))
+    with pytest.raises(InputError, match="section 'embed' sets corpus, which the run itself sets"):
+        chain.plan_run(RunConfig(**values, embed={"corpus": "y"}))
+    with pytest.raises(InputError, match="unknown option 'retreiver'"):
+        RunConfig.parse({**values, "retreiver": "x"})
+
+
+VALUES = {"source": "x", "pretrained": "a", "retriever": "b"}
+
+
+@pytest.mark.parametrize(
+    ("section", "option", "value"),
+    [
+        ("merge", "bundle", "y"),
+        ("merge", "factors", True),
+        ("merge", "knowledge_scale", [0.5, 0.25]),
+        ("embed", "previous", "y"),
+        ("embed", "sample", "1%"),
+        ("index", "previous", "y"),
+        ("search", "vectors", "y"),
+        ("search", "encoding", "y.json"),
+        ("evaluate", "names", ["only one"]),
+        ("evaluate", "names", "same,same"),
+        ("train", "torch_compile", True),
+    ],
+)
+def test_what_a_run_cannot_honour_is_refused_before_anything_starts(section: str, option: str, value: Any) -> None:
+    options = {option: value} | ({"zero_stage": 3} if option == "torch_compile" else {})
+    with pytest.raises(InputError, match=f"section '{section}': {option}.*;") as refused:
+        chain.plan_run(RunConfig(**VALUES, **{section: options}))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_a_run_cannot_honour_does_not_stand_in_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["run", "--help"])
+    entries = " ".join(capsys.readouterr().out.split("Options of the file:")[1].split())
+    offered = {section: entries.partition(f" {section}: ")[2].partition(":")[0] for section in chain.NOT_IN_A_RUN}
+    for section, refused in chain.NOT_IN_A_RUN.items():
+        assert "overwrite" in offered[section]
+        assert not set(refused) & set(offered[section].replace(",", "").split())
+
+
+def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_purpose() -> None:
+    """A new option of a stage is looked at here: what names a file, a folder or another output needs a decision."""
+    steps = {step.stage: step.config for step in chain.plan_run(RunConfig(**VALUES))}
+    places = {
+        stage: sorted(
+            name
+            for name, field in type(config).model_fields.items()
+            if "str" in str(field.annotation) and "Literal" not in str(field.annotation)
+            if name not in config.model_fields_set and name not in chain.NOT_IN_A_RUN.get(stage, {})
+        )
+        for stage, config in steps.items()
+    }
+    assert places == {
+        "ingest": [],
+        "pack": ["exclude", "only"],
+        "train": ["exclude", "only", "target_modules"],
+        "merge": ["measures"],
+        "embed": [],
+        "index": ["factory"],
+        "search": ["qrels"],
+        "evaluate": ["measures", "names"],
+    }
+
+
+def test_a_run_looks_for_the_files_that_its_sections_name(tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    factories.write_contract(factories.full_retriever(tmp_path / "retriever", base))
+    models = {"source": str(tmp_path), "pretrained": str(base), "retriever": str(tmp_path / "retriever")}
+    for section, option in (("train", "exclude"), ("train", "only"), ("merge", "measures"), ("search", "qrels")):
+        config = RunConfig(**models, root=str(tmp_path / "root"), **{section: {option: str(tmp_path / "absent")}})
+        with pytest.raises(InputError, match=rf"section '{section}': {option} = .*absent'.* is not there"):
+            chain.run(config)
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_run_asks_for_the_encoding_of_each_stage_that_needs_it_before_it_trains(tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    retriever = factories.full_retriever(tmp_path / "retriever", base)
+    contract = tmp_path / "encoding.json"
+    contract.write_text(json.dumps({"pooling": "mean", "add_bos": True, "add_eos": True}))
+    values = {
+        "source": str(tmp_path),
+        "pretrained": str(base),
+        "retriever": str(retriever),
+        "root": str(tmp_path / "r"),
+    }
+    for section in ("embed", "merge"):
+        with pytest.raises(InputError, match="encoding"):
+            chain.run(RunConfig(**values, **{section: {"encoding": str(contract)}}))
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_quickstarts_recipe_is_a_plan() -> None:
+    assert len(chain.plan_run(quickstart.recipe("root"))) == 11
+
+
+@pytest.mark.parametrize(
+    ("root", "corpus"),
+    [("a/", "a/corpus"), ("s3://b/r?endpoint_override=127.0.0.1:1", "s3://b/r/corpus?endpoint_override=127.0.0.1:1")],
+)
+def test_outputs_lie_under_the_root_whatever_its_uri(root: str, corpus: str) -> None:
+    ingest, pack, train, *_ = (step.config for step in chain.plan_run(quickstart.recipe(root)))
+    assert (ingest.output, pack.corpus, train.corpus) == (corpus, corpus, corpus.replace("corpus", "blocks"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    base = factories.tiny_decoder(folder / "base")
+    factories.write_contract(factories.lora_adapter(folder / "retriever", base))
+    passages = factories.small_corpus(60)
+    queries, qrels = factories.small_queries(passages, 12)
+    beir = folder / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl").write_text(
+        "".join(json.dumps({"_id": p.doc_id, "title": p.title, "text": p.text}) + "\n" for p in passages)
+    )
+    (beir / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": q.query_id, "text": q.text}) + "\n" for q in queries)
+    )
+    lines = ["query-id\tcorpus-id\tscore", *(f"{q.query_id}\t{q.doc_id}\t{q.relevance}" for q in qrels)]
+    (beir / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "source": str(beir),
+                "pretrained": str(base),
+                "retriever": str(folder / "retriever"),
+                "train": {"block_tokens": 64, "batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1},
+                "evaluate": {"measures": "nDCG@10,R@100"},
+            }
+        )
+    )
+    return folder
+
+
+def test_a_whole_run_measures_what_an_independent_computation_measures(
+    ray_session: None, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tiny / "root"
+    assert (
+        cli.main(
+            ["run", "--config", str(tiny / "run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+        )
+        == 0
+    )
+    assert "nDCG@10" in capsys.readouterr().out
+    measured = json.loads((root / "report" / "measures.json").read_text())["means"]
+    qrels = list(ir_measures.read_trec_qrels("\n".join(_trec_qrels(tiny / "beir" / "qrels" / "test.tsv"))))
+    for name in ("retriever", "adapted"):
+        run = list(ir_measures.read_trec_run(str(root / "runs" / f"{name}.trec")))
+        assert len(run) == 12 * 60
+        expected = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run)[ir_measures.nDCG @ 10]
+        assert measured[name]["nDCG@10"] == pytest.approx(expected, abs=1e-9)
+    assert json.loads((root / "adapted" / "manifest.json").read_text())["details"]["knowledge_scale"] == [0.75]
+    assert {row["state"] for row in status.rows(Location(str(root)))} == {"done"}
+
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "run.json"}
+    assert (
+        cli.main(
+            ["run", "--config", str(tiny / "run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+        )
+        == 0
+    )
+    after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "run.json"}
+    assert before == after
+
+
+def _trec_qrels(file: Path) -> list[str]:
+    rows = [line.split("\t") for line in file.read_text().splitlines()[1:]]
+    return [f"{query_id} 0 {doc_id} {relevance}" for query_id, doc_id, relevance in rows]
+
+
+@pytest.mark.slow
+def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny: Path, tmp_path: Path) -> None:
+    source = tmp_path / "plain.jsonl"
+    source.write_text((tiny / "beir" / "corpus.jsonl").read_text())
+    values = yaml.safe_load((tiny / "run.yaml").read_text())
+    made = chain.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
+    assert list(made) == [
+        "corpus",
+        "blocks",
+        "adapter",
+        "adapted",
+        "vectors/retriever",
+        "index/retriever",
+        "vectors/adapted",
+        "index/adapted",
+    ]
+    states = {row["artifact"]: row["state"] for row in status.rows(Location(str(tmp_path / "root")))}
+    assert states["report"] == "missing"
+    assert states["adapted"] == "done"
+
+
+def test_tune_scores_the_retriever_as_the_run_does_and_reports_on_the_other_half(
+    ray_session: None, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    from readapt_ray.records import Qrel
+    from readapt_ray.stages.tune import TuneConfig, tune
+
+    passages = factories.small_corpus(60)
+    queries, qrels = factories.small_queries(passages, 12)
+    factories.ingest_artifact(tmp_path / "corpus", passages, queries, [*qrels, Qrel(queries[0].query_id, "gone", 1)])
+    factories.dora_adapter(tmp_path / "adapter", tiny / "base")
+    config = TuneConfig(
+        pretrained=str(tiny / "base"),
+        retriever=str(tiny / "retriever"),
+        adapter=str(tmp_path / "adapter"),
+        corpus=str(tmp_path / "corpus"),
+        queries=str(tmp_path / "corpus" / "queries"),
+        qrels=str(tmp_path / "corpus" / "qrels"),
+        knowledge_scales=(0.0, 0.5),
+        num_refinements=1,
+        output=str(tmp_path / "tuned"),
+    )
+    artifact = tune(config)
+    corpus = tmp_path / "corpus"
+    assert f"tune: 1 of 13 judged passages are not in {corpus}, so no pair can find them: gone" in caplog.messages
+    result = json.loads((artifact.location / "tune.json").read_text())
+    assert result["queries"] == "judged queries"
+    tried = [(cell["readapter_scale"], cell["knowledge_scale"]) for cell in result["grid"]]
+    assert tried == [(1.0, 0.0), (1.0, 0.25), (1.0, 0.5)]
+    assert result["reported"]["num_queries"] == 6
+    best = max(result["grid"], key=lambda cell: cell["tuning"])
+    if best["tuning"] > result["grid"][0]["tuning"]:
+        assert result["best"] == {name: best[name] for name in ("readapter_scale", "knowledge_scale")}
+    cells = {path.name: json.loads(path.read_text()) for path in (tmp_path / "tuned" / "grid").iterdir()}
+    assert set(cells) == {"1_0.json", "1_0.25.json", "1_0.5.json"}
+    assert cells["1_0.json"] != cells["1_0.5.json"]
+    seconds = artifact.manifest.details["seconds"]
+    assert seconds.keys() == {"weights", "encoding", "measuring"}
+    assert all(spent > 0 for spent in seconds.values())
+    assert "judged queries" in (tmp_path / "tuned" / "tune.md").read_text()
+    assert "<svg" in (tmp_path / "tuned" / "tune.html").read_text()
+
+
+def test_tune_without_labels_says_that_its_queries_are_pseudo(ray_session: None, tiny: Path, tmp_path: Path) -> None:
+    from readapt_ray.records import Passage
+    from readapt_ray.stages.tune import TuneConfig, tune
+
+    passages = [
+        Passage(each.doc_id, "", f"How does {each.doc_id} lock a thread? {each.text} {each.text}")
+        for each in factories.small_corpus(20)
+    ]
+    factories.ingest_artifact(tmp_path / "corpus", passages)
+    factories.dora_adapter(tmp_path / "adapter", tiny / "base")
+    artifact = tune(
+        TuneConfig(
+            pretrained=str(tiny / "base"),
+            retriever=str(tiny / "retriever"),
+            adapter=str(tmp_path / "adapter"),
+            corpus=str(tmp_path / "corpus"),
+            knowledge_scales=(0.5,),
+            output=str(tmp_path / "tuned"),
+        )
+    )
+    assert artifact.manifest.details["queries"] == "pseudo-queries made from the corpus"
+    assert artifact.manifest.counts["num_queries"] == 20

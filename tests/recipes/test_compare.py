@@ -1,0 +1,209 @@
+"""Several retrievers over one corpus: the table, and what it is made of."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from readapt_ray import cli
+from readapt_ray.artifacts import open_artifact
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.recipes import compare
+from readapt_ray.recipes.compare import CompareConfig, to_markdown
+from tests import factories
+
+TRAINING = {"batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with test and train qrels, a base, a whole retriever, another one, and one that is an adapter."""
+    folder = tmp_path_factory.mktemp("compare")
+    base = factories.tiny_decoder(folder / "base")
+    factories.write_contract(factories.full_retriever(folder / "first", base))
+    factories.write_contract(factories.full_retriever(folder / "second", base, seed=9))
+    factories.write_contract(factories.lora_adapter(folder / "lora", base))
+    passages = factories.small_corpus(60)
+    queries, qrels = factories.small_queries(passages, 16)
+    factories.ingest_artifact(folder / "corpus", passages, queries, qrels[:8])
+    (folder / "corpus/qrels/train.parquet").write_bytes((folder / "corpus/qrels/test.parquet").read_bytes())
+    return folder
+
+
+def config(pieces: Path, **changes: Any) -> CompareConfig:
+    values = {
+        "retrievers": [str(pieces / "first"), str(pieces / "second")],
+        "corpus": str(pieces / "corpus"),
+        "output": str(pieces / "out"),
+    }
+    return CompareConfig.parse(values | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"retrievers": ["{}/first", "{}/out/first"]}, InputError, "last part is that of another"),
+        ({"retrievers": []}, InputError, "at least one"),
+        ({"retrievers": ["{}/absent"]}, InputError, "absent"),
+        ({"corpus": "{}/base"}, InputError, "base"),
+        ({"measures": ["nDGC@10"]}, InputError, "unknown measure"),
+        ({"queries": "{}/absent.tsv"}, InputError, "no queries at .*absent.tsv'; give --queries$"),
+        (
+            {"queries": "{}/absent.tsv", "qrels": "{}/none.tsv"},
+            InputError,
+            "no queries at .* and no qrels at .*; give --queries and --qrels$",
+        ),
+        ({"retrievers": ["{}/lora"], "finetune": True}, ModelError, "is an adapter, and finetune starts from whole"),
+        ({"embed_options": {"sample": "1%"}}, InputError, "embed_options: sample = '1%' is refused: .*;"),
+        ({"embed_options": {"previous": "x"}}, InputError, "embed_options: previous = 'x' is refused: .*;"),
+        ({"embed_options": {"encoding": "x"}}, InputError, "embed_options sets encoding, which the comparison itself"),
+        ({"embed_options": {"dtyp": "x"}}, InputError, "embed_options: unknown option 'dtyp'"),
+        ({"train_options": {"pretrained": "x"}}, InputError, "train_options sets pretrained, which"),
+        ({"train_options": {"only": "{}/absent"}}, InputError, "train_options: only = .*absent' is not there"),
+        ({"merge_options": {"factors": True}}, InputError, "merge_options: factors = True is refused: .*;"),
+        ({"merge_options": {"knowledge_scale": [0.5, 1]}}, InputError, "merge_options: knowledge_scale = .*one number"),
+        ({"finetune_options": {"encoding": "x"}}, InputError, "finetune_options: encoding = 'x' is refused: .*;"),
+        ({"finetune": True, "finetune_options": {"split": "dev"}}, InputError, "no judgements at .*dev.parquet'"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_encoded(
+    pieces: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    filled = json.loads(json.dumps(changes).replace("{}", str(pieces)))
+    with pytest.raises(error, match=message):
+        compare.compare(config(pieces, **filled, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "asked", "drops"), [("arguana", None, True), ("/x", None, False), ("/x", True, True)]
+)
+def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus_wants_it(
+    pieces: Path, source: str, asked: bool | None, drops: bool
+) -> None:
+    corpus: Any = SimpleNamespace(uri="corpus", manifest=SimpleNamespace(config={"source": source}))
+    plan = compare._Plan(config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked), corpus)
+    searches: Any = [each.search.config for each in plan.candidates()]
+    assert [(each.top_k, each.drop_self_hits) for each in searches] == [(200, drops)] * 2
+
+
+def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from readapt_ray.catalog import retrievers
+    from readapt_ray.recipes.chain import stage_parts
+
+    folder = pieces / "first"
+    row = retrievers.retriever("repllama").model_copy(
+        update={"hub_id": str(folder), "pretrained": str(pieces / "base")}
+    )
+    monkeypatch.setattr(retrievers, "find_retriever", lambda _: row)
+    listed = str(pieces / "corpus/qrels/test.parquet")
+    options = {"mode": "packed", "block_tokens": 64, "exclude": listed, "only": listed, "overwrite": True}
+    plan = compare._Plan(
+        config(pieces, readapt=True, train_options=options), open_artifact(f"{pieces}/corpus", "ingest")
+    )
+    made: Any = {step.stage: step.config for each in plan.candidates() for step in each.making}
+    for stage in ("pack", "train"):
+        assert {name: getattr(made[stage], name) for name in options} == options
+        assert isinstance(made[stage], stage_parts(stage)[0])
+
+
+def test_the_table_says_quality_time_and_bytes() -> None:
+    comparison = {"difference": -0.0125, "p_holm": 0.25}
+    costs = {
+        "encode_ms": 3.14,
+        "search_ms": 0.5,
+        "dimension": 384,
+        "vector_bytes": 5_580_000,
+        "num_parameters": 22_700_000,
+    }
+    rows = [
+        {"retriever": "a|b", "means": {"nDCG@10": 0.3159}, "comparison": None, **costs},
+        {"retriever": "c", "means": {"nDCG@10": 0.3034}, "comparison": comparison, **costs},
+    ]
+    text = to_markdown({"corpus": "x", "num_passages": 3633, "num_queries": 323, "measures": ["nDCG@10"], "rows": rows})
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert lines[2] == r"| a\|b | 0.3159 |  |  | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
+    assert lines[3] == "| c | 0.3034 | -0.0125 | 0.2500 | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
+    assert "323 queries, 3,633 passages" in text
+
+
+def test_one_command_compares_and_the_same_again_encodes_nothing(
+    ray_session: None, pieces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["compare", "--retrievers", f"{pieces}/first,{pieces}/second", "--corpus", f"{pieces}/corpus"]
+    arguments += ["--output", f"{pieces}/out", "--measures", "nDCG@10,R@10", "--config", f"{pieces}/compare.yaml"]
+    (pieces / "compare.yaml").write_text("embed_options: {dimensions: 16}")  # search must ask for as many
+    assert cli.main(arguments) == 0
+    assert "| second |" in capsys.readouterr().out
+    result = json.loads((pieces / "out" / "compare.json").read_text())
+    assert [row["retriever"] for row in result["rows"]] == ["first", "second"]
+    measures = json.loads((pieces / "out" / "report" / "measures.json").read_text())
+    for row in result["rows"]:
+        assert row["means"] == measures["means"][row["retriever"]]
+        assert row["dimension"] == 16
+        assert row["vector_bytes"] > 60 * 16 * 4
+        assert row["encode_ms"] > 0
+        assert row["search_ms"] > 0
+    assert result["rows"][1]["comparison"]["measure"] == "nDCG@10"
+    manifests = [*(pieces / "out/vectors").rglob("manifest.json"), *(pieces / "out/runs").glob("*.manifest.json")]
+    before = {path: path.stat().st_mtime_ns for path in manifests}
+    assert len(before) == 4
+    assert cli.main(arguments) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_query_is_timed_alone_against_every_vector() -> None:
+    from readapt_ray.evaluation.latency import query_latency
+
+    seen = []
+
+    class Slow:
+        def encode(self, texts: list[str], kind: str) -> np.ndarray:
+            import time
+
+            seen.append((tuple(texts), kind))
+            time.sleep(0.02)
+            return np.ones((len(texts), 4), np.float32)
+
+    latency = query_latency(Slow(), ["a", "b", "c"], ["d1", "d2"], np.eye(2, 4, dtype=np.float32))  # type: ignore[arg-type]
+    assert seen == [(("a",), "query"), (("a",), "query"), (("b",), "query"), (("c",), "query")]
+    assert latency.encode_ms >= 20
+    assert latency.search_ms > 0
+    with pytest.raises(InputError, match="no query to time"):
+        query_latency(Slow(), [], ["d1"], np.ones((1, 4), np.float32))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_supervised_tuning_readaptir_and_both_stand_side_by_side(
+    ray_session: None, pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from readapt_ray.catalog import models, retrievers
+
+    row = retrievers.retriever("repllama").model_copy(
+        update={
+            "name": "tiny",
+            "hub_id": str(pieces / "lora"),
+            "pretrained": str(pieces / "base"),
+            "encoding": models.encoding_of(models.find_model(str(pieces / "lora"))),
+        }
+    )
+    monkeypatch.setattr(retrievers, "RETRIEVERS", (*retrievers.RETRIEVERS, row))
+    result = compare.compare(
+        config(
+            pieces,
+            retrievers=["tiny"],
+            output=str(pieces / "all"),
+            finetune=True,
+            readapt=True,
+            train_options={**TRAINING, "block_tokens": 64},
+            finetune_options=TRAINING,
+        )
+    )
+    names = ["tiny", "tiny + RE-AdaptIR", "tiny + finetune", "tiny + RE-AdaptIR + finetune"]
+    assert [row["retriever"] for row in result["rows"]] == names
+    means = {row["retriever"]: row["means"]["nDCG@10"] for row in result["rows"]}
+    assert means["tiny + finetune"] > means["tiny"]
