@@ -22,5 +22,9 @@ def test_the_wheel_holds_all_of_the_package_and_nothing_else(tmp_path: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert {name.split("/")[0] for name in names} == {"readapt_ray", f"{wheel.name.split('-py3')[0]}.dist-info"}
-    files = (path for path in (REPOSITORY / "readapt_ray").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    files = (
+        path
+        for path in (REPOSITORY / "readapt_ray").rglob("*")
+        if path.is_file() and path.suffix not in (".pyc", ".md")
+    )
     assert {str(path.relative_to(REPOSITORY)) for path in files} <= names
