@@ -169,6 +169,25 @@ def _is_artifact(location: Location) -> bool:
     return read_manifest(location) is not None or read_building(location) is not None
 
 
+def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
+    """Refuse to replace results that are not ours: a JSON file without these keys, or files beside one that is missing.
+
+    Raises:
+        ArtifactConflictError: such a file is there.
+    """
+    try:
+        values = json.loads(file.read_bytes())
+        found = [] if isinstance(values, dict) and keys <= values.keys() else [file]
+    except FileNotFoundError:
+        found = [each for each in beside if each.exists()]
+    except ValueError:
+        found = [file]
+    if found:
+        raise ArtifactConflictError(
+            f"{found[0]} is there, and readapt did not write it; move it away, or give another folder"
+        )
+
+
 def open_artifact(uri: str, stage: str) -> Artifact:
     """The complete artifact of a stage.
 

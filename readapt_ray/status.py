@@ -26,8 +26,7 @@ def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, An
     for name in artifacts.names_under(root):
         location = root if name == "." else root / name
         found[name] = {"artifact": name, **(_done(location) or _unfinished(location))}
-    plan = root / RUN_NAME
-    planned = _planned(plan) if plan.is_file() else []
+    planned = _planned(root / RUN_NAME)
     order = [step["output"] for step in planned]
     for step in planned:
         missing = {"artifact": step["output"], "stage": step["stage"], "state": "missing", "seconds": 0.0, "what": ""}
@@ -42,12 +41,16 @@ def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, An
 
 
 def _planned(file: Location) -> list[dict[str, str]]:
-    """Return stage and output of each step of the run that wrote this file."""
+    """Return stage and output of each step of the run that wrote this file; none where another program wrote it."""
     try:
-        steps = json.loads(file.read_text())["steps"]
-        return [{"stage": step["stage"], "output": step["output"]} for step in steps]
-    except (ValueError, TypeError, KeyError):
-        raise InputError(f"{file.uri!r} is damaged; start the run again, which writes it, or remove it") from None
+        values = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError:
+        return []
+    steps = values.get("steps") if isinstance(values, dict) else None
+    is_ours = isinstance(steps, list) and all(
+        isinstance(each, dict) and {"stage", "output"} <= each.keys() for each in steps
+    )
+    return steps if isinstance(steps, list) and is_ours else []
 
 
 def table(root: Location, usd_per_hour: float | None = None) -> str:

@@ -422,6 +422,21 @@ def test_records_of_other_programs_are_none_whatever_they_hold(tmp_path: Path) -
             artifacts.open_artifact(str(tmp_path / name), "copy")
 
 
+@pytest.mark.parametrize("content", ["thesis", "[1]", '{"rows": 3}'])
+def test_results_of_another_program_are_refused(content: str, tmp_path: Path) -> None:
+    file, beside = Location(str(tmp_path / "compare.json")), Location(str(tmp_path / "compare.md"))
+    artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+    file.write_text(content)
+    with pytest.raises(ArtifactConflictError, match=r"compare\.json is there, and readapt did not write it"):
+        artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+    file.delete()
+    beside.write_text("# Thesis")
+    with pytest.raises(ArtifactConflictError, match=r"compare\.md is there"):
+        artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+    file.write_text('{"rows": [], "corpus": "c"}')
+    artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+
+
 def test_input_refused_after_a_folder_was_made_leaves_no_trace(tmp_path: Path) -> None:
     def refuse(workspace: Workspace) -> None:
         (workspace.location / "passages").local_path.mkdir()

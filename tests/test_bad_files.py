@@ -127,12 +127,6 @@ def test_a_change_that_is_none_is_named_in_one_line(
     assert "train" in said or "--set" in said
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"steps": 3}', "\xff"])
-def test_a_run_file_that_is_damaged_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path, text: str) -> None:
-    (tmp_path / "run.json").write_bytes(text.encode("latin-1"))
-    assert "run.json" in refused(capsys, "status", "--root", str(tmp_path))
-
-
 @pytest.mark.parametrize("error", [PermissionError, IsADirectoryError, NotADirectoryError])
 def test_a_path_that_may_not_be_read_is_bad_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: type[OSError]

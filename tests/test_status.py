@@ -76,6 +76,13 @@ def test_a_manifest_or_lease_of_another_program_makes_no_artifact(tmp_path: Path
     ]
 
 
+@pytest.mark.parametrize("content", ["not JSON", "[]", '{"steps": 3}', '{"steps": [{"run": "make"}]}', "{}"])
+def test_a_plan_of_another_program_is_none(content: str, tmp_path: Path) -> None:
+    factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(5))
+    (tmp_path / "run.json").write_text(content)
+    assert [row["artifact"] for row in status.rows(Location(str(tmp_path)))] == ["corpus"]
+
+
 def test_planned_steps_that_have_not_begun_are_missing(tmp_path: Path) -> None:
     steps = [{"stage": "ingest", "output": "corpus"}, {"stage": "embed", "output": "vectors"}]
     (tmp_path / "run.json").write_text(json.dumps({"steps": steps}))

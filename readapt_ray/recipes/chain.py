@@ -262,6 +262,7 @@ def run(config: RunConfig) -> dict[str, Artifact]:
     _check_models(config)
     _check_files(config, steps)
     root = Location(config.root)
+    artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
     outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
     judged = True

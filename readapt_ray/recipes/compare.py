@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
+from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.config import Config
-from readapt_ray.errors import InputError, ModelError
+from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 from readapt_ray.evaluation.report import table
 from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, run_stage, stage_config
@@ -117,6 +118,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
             anything is encoded.
         ArtifactMissingError: the corpus is not the output of ingest.
     """
+    folder = Location(config.output)
+    artifacts.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")
+    _refuse_foreign_report(config)
     corpus = open_artifact(config.corpus, "ingest")
     plan = _Plan(config, corpus)
     candidates = list(plan.candidates())
@@ -143,10 +147,29 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         "measures": list(rows[0]["means"]),
         "rows": rows,
     }
-    folder = Location(config.output)
     (folder / "compare.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     (folder / "compare.md").write_text(to_markdown(result))
     return result
+
+
+def _refuse_foreign_report(config: CompareConfig) -> None:
+    """Refuse the report of `readapt run` or `readapt evaluate`: only one of runs as they are named here is replaced.
+
+    Raises:
+        ArtifactConflictError: such a report is there.
+    """
+    folder = f"{config.output}/report"
+    record = artifacts.read_manifest(folder) or artifacts.read_building(folder)
+    if record is None:
+        return
+    made_with = record.config if isinstance(record, artifacts.Manifest) else record.get("config", {})
+    names, runs = made_with.get("names") or [], made_with.get("runs") or []
+    if not names or [Location(each).name for each in runs] != [f"{_file_name(each)}.trec" for each in names]:
+        raise ArtifactConflictError(f"{folder!r} is not a report of `readapt compare`; give another output")
+
+
+def _file_name(name: str) -> str:
+    return name.replace(" + ", "-")
 
 
 class _Plan:
@@ -192,7 +215,7 @@ class _Plan:
             yield self._candidate(f"{label} + RE-AdaptIR + finetune", both.config.output, encoding, both)
 
     def _candidate(self, label: str, model: str, encoding: Encoding, *making: Step) -> Candidate:
-        config, name = self._config, label.replace(" + ", "-")
+        config, name = self._config, _file_name(label)
         drop_self_hits = config.drop_self_hits
         if drop_self_hits is None:
             drop_self_hits = drops_self_hits(self._corpus.manifest.config.get("source"))

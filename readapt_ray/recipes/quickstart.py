@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.progress import duration
 from readapt_ray.recipes import chain
@@ -27,6 +28,7 @@ TARGET = "python-docs:torch"
 _QUESTION = "split a tensor into parts along a dimension"
 _SHOWN_QUERIES = 3
 _NUM_CPUS = 2
+_ANSWER_NAME = "answer.json"
 
 
 def recipe(root: str) -> RunConfig:
@@ -56,6 +58,7 @@ def recipe(root: str) -> RunConfig:
 def run(root: str) -> None:
     """Run the quickstart and print what it found."""
     os.environ.setdefault("READAPT_NUM_CPUS", str(_NUM_CPUS))
+    artifacts.refuse_foreign_results(Location(root) / _ANSWER_NAME, {"index", "question"})
     logger.info(
         "Adapting a small retriever to the documentation of torch, which it has never seen. First time: some minutes."
     )
@@ -71,7 +74,7 @@ def run(root: str) -> None:
 def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
     """The answer of the served retriever; kept, with the fingerprint of its index, for a second quickstart."""
     index = made[f"index/{chain.ADAPTED}"].fingerprint
-    kept = Location(root) / "answer.json"
+    kept = Location(root) / _ANSWER_NAME
     if kept.is_file():
         answer: dict[str, Any] = json.loads(kept.read_text())
         if answer["index"] == index and answer["question"] == _QUESTION:

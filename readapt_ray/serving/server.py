@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from readapt_ray.cluster import connection
-from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
 from readapt_ray.serving import app, haproxy
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
@@ -50,7 +50,9 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     pairs = config.pairs()
     keys = read_keys(config.api_keys)
     if config.write_config:
-        Location(config.write_config).write_text(yaml.safe_dump(app.serve_config(config), sort_keys=False))
+        file = Location(config.write_config)
+        _refuse_foreign_config(file)
+        file.write_text(yaml.safe_dump(app.serve_config(config), sort_keys=False))
         return config.write_config
     if not (keys or config.allow_anonymous or is_loopback(config.host)):
         raise InputError(
@@ -74,6 +76,25 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         _end_where_ray_ends()
         stop()
     return url
+
+
+def _refuse_foreign_config(file: Location) -> None:
+    """Refuse to replace a file that is not a config of our own app.
+
+    Raises:
+        ArtifactConflictError: such a file is there.
+    """
+    if not file.exists():
+        return
+    try:
+        imports = [each["import_path"] for each in yaml.safe_load(file.read_bytes())["applications"]]
+        is_ours = bool(imports) and all(each.startswith(f"{app.__name__}:") for each in imports)
+    except (OSError, yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise ArtifactConflictError(
+            f"write_config = {str(file)!r} is there, and `readapt serve` did not write it; give another file"
+        )
 
 
 def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:

@@ -1,8 +1,11 @@
 """What the terminal is told of training steps."""
 
+from pathlib import Path
 from typing import Any
 
+from readapt_ray.cluster import step_metrics
 from readapt_ray.cluster.step_metrics import note
+from readapt_ray.storage import Location
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -29,3 +32,14 @@ def test_speeds_are_means_over_the_latest_steps_and_the_rest_is_of_the_last() ->
 
 def test_mfu_is_a_mean_too_where_it_is_known() -> None:
     assert "100 tokens/s, MFU 35%," in note([row(mfu=0.5), row(mfu=0.3, seconds=3.0)])
+
+
+def test_joining_removes_the_kept_lines_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    (folder / "step-000000001-000000001.jsonl").write_text('{"step": 1}\n')
+    (folder / "notes.jsonl").write_text("precious")
+    (folder / "deep").mkdir()
+    assert step_metrics.kept_steps(Location(str(tmp_path))) == 1
+    assert step_metrics.join(Location(str(tmp_path))) == [{"step": 1}]
+    assert sorted(path.name for path in folder.iterdir()) == ["deep", "notes.jsonl"]

@@ -52,6 +52,14 @@ def test_whole_parts_are_kept_and_others_written_again(tmp_path):
     assert changed == {"part-00001.parquet"}
 
 
+def test_only_parts_behind_the_last_are_removed(tmp_path):
+    _write(tmp_path, 25)
+    for name in ("aaa.parquet", "part-mine.parquet", "zzz.parquet"):
+        (tmp_path / name).write_text("precious")
+    _write(tmp_path, 10)
+    assert sorted(_stamps(tmp_path)) == ["aaa.parquet", "part-00000.parquet", "part-mine.parquet", "zzz.parquet"]
+
+
 def test_a_part_of_other_passages_is_replaced(tmp_path):
     other = PartWriter(Location(str(tmp_path)), rows_per_file=10)
     other.add(Passage("x", "", "y"), 1)

@@ -52,6 +52,16 @@ def test_a_checkpoint_cut_short_is_never_taken_for_a_whole_one(tmp_path: Path, k
         newest_checkpoint(location, COURSE)
 
 
+def test_files_that_are_no_checkpoints_are_neither_removed_nor_read(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    for name in ("adapter.safetensors", "zzz.safetensors"):
+        (tmp_path / "c" / name).write_text("precious")
+    location = saved(tmp_path / "c", 1, 2, 3, keep=1)
+    names = ["adapter.safetensors", "step-000000003.safetensors", "zzz.safetensors"]
+    assert [file.name for file in location.files()] == names
+    assert newest_step(location) == 3
+
+
 def test_what_a_killed_writer_left_is_no_checkpoint(tmp_path: Path) -> None:
     location = saved(tmp_path / "c", 1)
     whole = (tmp_path / "c" / "step-000000001.safetensors").read_bytes()

@@ -128,6 +128,7 @@ class _Trained(StageConfig):
 def _trained_adapter(folder, base, fingerprint, *, stage="train"):
     def write(workspace):
         factories.dora_adapter(workspace.location.local_path, base)
+        (workspace.location / "README.md").delete()  # PEFT's own; no stage of ours writes one beside an adapter
 
     option = {"train": "pretrained", "finetune": "model"}[stage]
     produce(stage, _Trained(output=str(folder)), inputs={"corpus": "89ab", option: fingerprint}, work=write)

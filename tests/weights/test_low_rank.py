@@ -91,6 +91,15 @@ def test_the_whole_difference_gives_the_retriever_back(tmp_path):
         assert torch.equal(tensor, before.read(name).float())
 
 
+def test_a_file_among_the_parts_that_is_not_ours_stays(tmp_path):
+    pretrained, tuned = (Checkpoint(folder) for folder in _models(tmp_path))
+    parts = tmp_path / "out.parts"
+    parts.mkdir()
+    (parts / "notes.json").write_text("precious")
+    _write(pretrained, tuned, tmp_path / "out", 0.5)
+    assert [path.name for path in parts.iterdir()] == ["notes.json"]
+
+
 def test_an_adapter_is_found_again_at_its_own_rank(tmp_path):
     pretrained = factories.tiny_decoder(tmp_path / "pre")
     before = Checkpoint(pretrained)

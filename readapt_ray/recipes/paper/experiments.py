@@ -2,9 +2,11 @@
 
 import logging
 
+from readapt_ray.artifacts import refuse_foreign_results
 from readapt_ray.recipes.paper.options import PaperConfig
 from readapt_ray.recipes.paper.outcome import write_outcome
 from readapt_ray.recipes.paper.reproduction import Reproduction
+from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
@@ -19,6 +21,9 @@ def run(config: PaperConfig) -> dict[str, str]:
         InputError: a model or a corpus cannot be found or an option is wrong; found before any stage starts.
     """
     reproduction = Reproduction(config)
+    root = Location(config.root.rstrip("/"))
+    for each in config.experiments:
+        refuse_foreign_results(root / f"{each}.json", {"experiment", "seeds", "rows"}, root / f"{each}.md")
     said = {}
     for experiment in config.experiments:
         done: list[int] = []

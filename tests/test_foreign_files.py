@@ -1,0 +1,95 @@
+"""Commands that write more than one artifact refuse files of other programs before they start."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from readapt_ray import artifacts
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import ArtifactConflictError
+from readapt_ray.recipes import chain, compare, quickstart
+from readapt_ray.recipes.paper import experiments
+from readapt_ray.recipes.paper.options import PaperConfig
+from readapt_ray.serving.options import ServeConfig
+from readapt_ray.serving.server import serve
+
+BUILT_IN = {"pretrained": "quickstart-pretrained", "retriever": "quickstart-retriever"}
+
+
+def run_all(root: str) -> None:
+    chain.run(chain.RunConfig(root=root, source="nothing.jsonl", **BUILT_IN))
+
+
+def compare_all(root: str) -> None:
+    compare.compare(compare.CompareConfig(retrievers=("quickstart-retriever",), corpus="nothing", output=root))
+
+
+def paper_all(root: str) -> None:
+    experiments.run(PaperConfig(root=root, corpora=("own=nothing.jsonl",), **BUILT_IN))
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (run_all, "run.json"),
+        (compare_all, "compare.json"),
+        (compare_all, "compare.md"),
+        (paper_all, "table1.json"),
+        (paper_all, "table1.md"),
+        (quickstart.run, "answer.json"),
+    ],
+)
+def test_results_of_another_program_are_in_the_way(command: Any, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"precious": true}')
+    with pytest.raises(ArtifactConflictError, match=f"{name} is there, and readapt did not write it"):
+        command(str(tmp_path))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {name: '{"precious": true}'}
+
+
+class _EvaluateConfig(StageConfig):
+    """The options of a report that say whose it is."""
+
+    runs: tuple[str, ...]
+    """Run files."""
+    names: tuple[str, ...] = ()
+    """What they are called."""
+
+
+@pytest.mark.parametrize(
+    ("runs", "names", "is_its_own"),
+    [
+        (("r/runs/base.trec", "r/runs/adapted.trec"), (), False),
+        (("mine/a.trec",), ("b",), False),
+        (("r/runs/a.trec", "r/runs/a-finetune.trec"), ("a", "a + finetune"), True),
+    ],
+)
+def test_compare_replaces_only_a_report_of_its_own(
+    runs: tuple[str, ...], names: tuple[str, ...], is_its_own: bool, tmp_path: Path
+) -> None:
+    config = _EvaluateConfig(output=str(tmp_path / "report"), runs=runs, names=names)
+    artifacts.produce("evaluate", config, inputs={}, work=lambda w: None)
+    said = "does not exist" if is_its_own else "is not a report of `readapt compare`"
+    with pytest.raises(artifacts.InputError, match=said):
+        compare_all(str(tmp_path))
+
+
+def test_the_file_of_serve_replaces_its_like_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    config = ServeConfig(retriever="r", index="i", write_config=str(file))
+    for max_replicas in (1, 2):
+        serve(config.model_copy(update={"max_replicas": max_replicas}))
+    before = file.read_text()
+    assert "readapt_ray.serving.app:gateway" in before
+    for content in (
+        "",
+        "not: [YAML",
+        "kind: Deployment",
+        json.dumps({"applications": []}),
+        json.dumps({"applications": [{"import_path": "mine:app"}]}),
+    ):
+        file.write_text(content)
+        with pytest.raises(ArtifactConflictError, match=r"serve\.yaml' is there, and `readapt serve` did not write it"):
+            serve(config)
+        assert file.read_text() == content
