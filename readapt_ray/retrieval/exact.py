@@ -41,7 +41,7 @@ class TopK:
     k over the number of documents gives all of them.
 
     Raises:
-        InputError: top_k is under 1.
+        InputError: top_k is under 1, or a score is NaN, which no order can place.
     """
 
     def __init__(self, num_queries: int, top_k: int) -> None:
@@ -63,6 +63,7 @@ class TopK:
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
         """Offer the best of some documents, [Q, K] each."""
+        _check_scores(scores, doc_ids)  # sees those of add(), too: torch.topk puts NaN first
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
         if scores.shape[1] > self._top_k:
@@ -162,6 +163,16 @@ def check_queries(queries: NDArray[np.float32], dimension: int) -> None:
         raise InputError(
             f"{len(broken)} of {len(queries)} query vectors hold NaN or infinity, first number {broken[0]}; encode them in "
             f"bfloat16 or float32, or leave them out"
+        )
+
+
+def _check_scores(scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
+    broken = np.argwhere(np.isnan(scores))
+    if len(broken):
+        query, column = broken[0]
+        raise InputError(
+            f"query {query} has the score NaN with {doc_ids[query, column]!r}; encode queries and passages in bfloat16 or "
+            f"float32, or leave that text out"
         )
 
 

@@ -54,6 +54,42 @@ def test_passages_attend_to_themselves_alone(causal: bool, window: int | None, n
 
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("poisoned", range(len(LENGTHS)))
+def test_a_passage_that_overflows_spoils_no_other(
+    poisoned: int, value: float, causal: bool, window: int | None
+) -> None:
+    """Outputs and gradients of the other passages are those that they have without it."""
+    passage = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    is_sound = passage != poisoned
+    clean = [drawn(4, sum(LENGTHS), seed) for seed in range(3)]
+    spoilt = [each.detach().masked_fill(~is_sound[:, None], value).requires_grad_() for each in clean]
+    outputs, gradients = [], []
+    for states in (clean, spoilt):
+        output = attend(states, LENGTHS, causal=causal, window=window)[:, is_sound]
+        outputs.append(output)
+        gradients.append([each[:, :, is_sound] for each in torch.autograd.grad(output.sum(), states)])
+    assert torch.equal(outputs[0], outputs[1])
+    for expected, found in zip(*gradients, strict=True):
+        assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("poisoned", range(len(LENGTHS)))
+def test_a_passage_that_overflows_spoils_no_other_in_the_flash_kernel(
+    kernel_device: str, poisoned: int, causal: bool
+) -> None:
+    passage = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    is_sound = (passage != poisoned).to(kernel_device)
+    clean = [drawn(4, sum(LENGTHS), seed).detach().to(kernel_device, torch.bfloat16) for seed in range(3)]
+    spoilt = [each.masked_fill(~is_sound[:, None], torch.nan) for each in clean]
+    assert attention.has_kernel(clean[0].device, clean[0].dtype)
+    expected, found = (attend(states, LENGTHS, causal=causal, window=None)[:, is_sound] for states in (clean, spoilt))
+    assert torch.equal(expected, found)
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("num_key_heads", [4, 2])
 def test_a_passage_alone(causal: bool, window: int | None, num_key_heads: int) -> None:
     states = [drawn(heads, 40, seed) for seed, heads in enumerate((4, num_key_heads, num_key_heads))]

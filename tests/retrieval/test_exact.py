@@ -102,3 +102,15 @@ def test_edges():
         search_exact(queries, [(doc_ids, vectors)], 0)
     with pytest.raises(InputError, match="vectors of 8 numbers"):
         search_exact(queries, [(doc_ids, vectors[:, :8])], 5)
+
+
+def test_a_score_that_is_nan_is_refused_and_not_ranked():
+    best = TopK(2, 2)
+    scores = np.array([[0.1, 0.2, 0.3], [0.1, np.nan, 0.3]], np.float32)
+    names = np.array(["a", "b", "c"], object)
+    with pytest.raises(InputError, match="query 1 has the score NaN with 'b'"):
+        best.add(scores, names)
+    with pytest.raises(InputError, match="query 1 has the score NaN with 'b'"):
+        best.merge(scores, np.tile(names, (2, 1)))
+    best.add(np.array([[0.1, -np.inf], [np.inf, 0.2]], np.float32), names[:2])
+    assert best.hits().doc_ids.tolist() == [["a", "b"], ["a", "b"]]

@@ -1,6 +1,7 @@
 """A text that overflows gives NaN for itself and for nobody else in its batch."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -54,6 +55,23 @@ def test_only_its_own_text_fails(poisoned, kind, pooling, packed, position):
     others = [number for number in range(len(TEXTS)) if number != position]
     assert np.allclose(found[others], clean[others], atol=1e-6)
     assert not np.isfinite(found[position]).all()
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+@pytest.mark.parametrize("position", range(len(TEXTS)))
+def test_an_overflow_in_float16_spoils_its_own_text_only(poisoned, tmp_path, kind, position):
+    """Finite weights, as published models have them: a number over 65,504 is infinite in float16."""
+    folder = tmp_path / "model"
+    shutil.copytree(poisoned[kind, POISON], folder)
+    tensors = {name: tensor.clamp(max=1e6) for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    texts = [[POISON, *row] if number == position else row for number, row in enumerate(TEXTS)]
+    others = [number for number in range(len(TEXTS)) if number != position]
+    half = Encoder.load(find_model(str(folder)), dtype="float16", packed=True, batch_tokens=4096)
+    found, clean = half.encode_ids(texts), half.encode_ids(TEXTS)
+    assert np.allclose(found[others], clean[others], atol=1e-3)
+    assert not np.isfinite(found[position]).all()
+    assert np.isfinite(Encoder.load(find_model(str(folder)), packed=True).encode_ids(texts)).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -8,8 +8,11 @@ import json
 import httpx
 import numpy as np
 import pytest
+import torch
 
+from readapt_ray.catalog.models import find_model
 from readapt_ray.errors import FingerprintMismatchError
+from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.routing import Routing
@@ -225,6 +228,33 @@ def test_vectors_that_are_no_numbers_are_a_failure_and_counted(fresh, monkeypatc
         assert "NaN or infinity for 1 of 3 texts, the first at place 1;" in error["message"]
     assert counted == [("tiny", 1)] * 2
     assert post(fresh, EMBEDDINGS, {"input": "array"}).status_code == 200
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_a_text_that_overflows_fails_its_own_request_only(fresh, world, position):
+    """Requests that wait together are one batch, in the packed layout that is served."""
+
+    async def run():
+        fresh.encoder = Encoder.load(find_model(str(world.folder / "retriever")), packed=True)
+        words = ["array", "lock", "file"]
+        rows = [fresh.encoder.tokenize([each], "query")[0] for each in words]
+        own = next(token for token in rows[position] if all(token not in row for row in rows if row != rows[position]))
+        clean = fresh.encoder.encode(words, "query")
+        with torch.no_grad():
+            fresh.encoder.network.get_input_embeddings().weight[own] = torch.inf
+        async with local_server({"tiny": fresh}, batch_wait_s=0.5) as server, server.client() as client:
+            answers = await asyncio.gather(*(client.post(EMBEDDINGS, json={"input": each}) for each in words))
+        return clean, answers
+
+    clean, answers = asyncio.run(run())
+    assert max(map(len, fresh.encoded)) == 3
+    expected = [500 if number == position else 200 for number in range(3)]
+    assert [answer.status_code for answer in answers] == expected
+    error = answers[position].json()["error"]
+    assert error["code"] == "not_finite" and "the first at place 0" in error["message"]
+    assert "bfloat16 or float32" in error["message"]
+    for number in {0, 1, 2} - {position}:
+        np.testing.assert_allclose(vectors_of(answers[number])[0], clean[number], atol=1e-6)
 
 
 def test_texts_of_another_corpus_at_the_same_place_are_not_served(version, world):
