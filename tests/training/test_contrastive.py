@@ -226,3 +226,21 @@ def test_vectors_are_cut_before_they_are_normalised(tmp_path: Path) -> None:
     )
     assert cut.shape == (2, 8)
     torch.testing.assert_close(cut, torch.nn.functional.normalize(whole[:, :8], dim=1))
+
+
+@pytest.mark.parametrize("make", [factories.tiny_decoder, factories.tiny_encoder])
+@pytest.mark.parametrize("poison", [0, 7])
+def test_padding_carries_no_overflow_into_another_text(tmp_path, make, poison):
+    """Neither that of a token which no text has, nor that of one which another text has."""
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(str(make(tmp_path / "model"))).eval()
+    encoding = Encoding(pooling="mean", add_bos=True, add_eos=True)
+    texts = [np.array(ids) for ids in ([20, 21, 22, 23, 24], [30, 31], [40])]
+    with torch.no_grad():
+        clean = encode(model, texts, encoding, device=torch.device("cpu"))
+        model.get_input_embeddings().weight[poison] = torch.inf
+        texts[1] = np.array([poison or 30, 31])
+        found = encode(model, texts, encoding, device=torch.device("cpu"))
+    torch.testing.assert_close(found[[0, 2]], clean[[0, 2]], atol=1e-6, rtol=0)
+    assert bool(found[1].isfinite().all()) == (poison == 0)
