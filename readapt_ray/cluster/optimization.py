@@ -41,7 +41,7 @@ class OptimizationConfig(StageConfig):
     """Random seed for the data order, the initial adapter weights and dropout."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products and frozen weights; trained weights are always float32. auto is bfloat16 on GPUs
-    and on CPUs with AMX, else float32; a resumed run keeps the type that it began with."""
+    and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type that it began with."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more computation, but memory for one layer instead
     of all. Turn it on when training does not fit in memory."""

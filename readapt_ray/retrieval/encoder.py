@@ -237,7 +237,8 @@ def encoder_fingerprint(model: Model, encoding: Encoding, dtype: str) -> str:
 def suitable_dtype(device: str | None = None) -> str:
     """The type that a device computes in fast and well enough: a name of DTYPES.
 
-    bfloat16 on GPUs that have it (float16 on older ones) and on CPUs with AMX; float32 on other CPUs.
+    bfloat16 on GPUs that have it (float16 on older ones) and on CPUs with AMX or AVX512_BF16; float32 on
+    other CPUs.
 
     Args:
         device: cpu or cuda; by default cuda where there is one.

@@ -61,7 +61,8 @@ class EmbedConfig(StageConfig):
     """JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or the catalog
     says."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, else float32."""
+    """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+    AVX512_BF16, else float32."""
     vector_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Data type of the stored vectors. float16 takes half the space; int8 takes a quarter and keeps one scale per
     vector."""
