@@ -245,7 +245,14 @@ def test_no_worker_starts_on_bad_input() -> None:
         ("from readapt_ray import cli; cli.main(['embedd'])", "pyarrow numpy rich ray torch"),
         *(
             (f"import readapt_ray.{module}", "ray torch transformers deepspeed faiss pandas scipy")
-            for module in ("recipes", "compare", "paper.experiments", "planner", "status", "serving.options")
+            for module in (
+                "recipes.chain",
+                "recipes.compare",
+                "recipes.paper.experiments",
+                "planner",
+                "status",
+                "serving.options",
+            )
         ),
         *((f"import readapt_ray.stages.{stage}", "ray torch transformers deepspeed faiss") for stage in STAGES),
     ],

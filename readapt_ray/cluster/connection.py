@@ -48,6 +48,8 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+_LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""For a Ray on this machine alone, where nobody gives notice of taking the node away: one process fewer to start."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,14 @@ def connect() -> Resources:
                 f"RAY_ADDRESS = {address!r} is where jobs are submitted to, and no cluster can be joined there; submit this with "
                 f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
             )
-        logger.info("joining Ray at %s" if address else "starting Ray on this machine", *filter(None, [address]))
-        here = {} if (num_cpus := environment.num_cpus()) is None else {"num_cpus": num_cpus}
-        ray.init(
-            address=address or "local",  # without a word Ray joins what it last saw on this machine, alive or not
-            include_dashboard=None if address else False,
-            **({} if address else here),
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-            runtime_env={"env_vars": {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}},
-        )
+        if address:
+            logger.info("joining Ray at %s", address)
+            variables = {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}
+            ray.init(
+                address=address, runtime_env={"env_vars": variables}, logging_level=logging.ERROR, log_to_driver=False
+            )
+        else:
+            _start_on_this_machine()
     _hush_ray_data()
     nodes = _nodes_that_came(num_nodes if joins else 1)
     if joins and len(nodes) > 1:
@@ -97,6 +97,26 @@ def connect() -> Resources:
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
     hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
     return found
+
+
+def _start_on_this_machine() -> None:
+    """Start a Ray of our own; its workers inherit the environment of this process.
+
+    A runtime environment would say the same to them, but Ray then cannot use the workers that it starts ahead, one per
+    CPU: the first task waits for a new process.
+    """
+    import ray
+
+    logger.info("starting Ray on this machine")
+    for name, value in _LOCAL.items():
+        os.environ.setdefault(name, value)
+    ray.init(
+        address="local",  # without a word Ray joins what it last saw on this machine, alive or not
+        include_dashboard=False,
+        num_cpus=environment.num_cpus(),
+        logging_level=logging.ERROR,
+        log_to_driver=False,
+    )
 
 
 def _of_the_job() -> dict[str, str]:

@@ -180,6 +180,23 @@ print(*ray.get(ray.remote(lambda: [os.environ[name] for name in ("TOKENIZERS_PAR
     assert done.stdout.split() == ["1", "true", "1"], done.stderr
 
 
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_ray_of_our_own_can_use_the_workers_that_it_starts_ahead(
+    address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no runtime environment, so a job that has one starts others; those of a cluster need it."""
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: seen.update(options))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setenv("RAY_ADDRESS", address or "")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # and taken back afterwards
+    assert cluster.connect().num_cpus == 2
+    assert seen["address"] == (address or "local")
+    assert ("runtime_env" in seen) is (address is not None)
+
+
 def test_the_address_for_submitting_jobs_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("tried to join it"))
