@@ -85,7 +85,6 @@ def grid(root: str, source: str, seed: int, corpus: str) -> dict[float, dict[str
             max_queries=10**9,
             max_passages=10**9,
             num_refinements=0,
-            dtype=recipe.embed["dtype"],
             num_workers=2,
             output=f"{root}/grid-{name}-{seed}",
         )
