@@ -48,6 +48,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+_JOINING = threading.Lock()
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """For a Ray on this machine alone, where nobody gives notice of taking the node away: one process fewer to start."""
 
@@ -72,31 +73,55 @@ def connect() -> Resources:
         os.environ.setdefault(name, value)
     import ray
 
-    joins = not ray.is_initialized()
     num_nodes, _ = environment.num_nodes(), environment.wait_s()  # wrong ones are refused before Ray starts
-    if joins:
-        address = os.environ.get("RAY_ADDRESS")
-        if address and address.startswith(("http://", "https://")):
-            raise InputError(
-                f"RAY_ADDRESS = {address!r} is where jobs are submitted to, and no cluster can be joined there; submit this with "
-                f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
-            )
-        if address:
-            logger.info("joining Ray at %s", address)
-            variables = {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}
-            ray.init(
-                address=address, runtime_env={"env_vars": variables}, logging_level=logging.ERROR, log_to_driver=False
-            )
-        else:
-            _start_on_this_machine()
-    _hush_ray_data()
-    nodes = _nodes_that_came(num_nodes if joins else 1)
-    if joins and len(nodes) > 1:
-        _check_alike(nodes)
+    with _JOINING:
+        joins = not ray.is_initialized()
+        if joins:
+            _join(os.environ.get("RAY_ADDRESS"))
+        _hush_ray_data()
+        nodes = _nodes_that_came(num_nodes if joins else 1)
+        if joins and len(nodes) > 1:
+            _check_alike(nodes)
     totals = ray.cluster_resources()
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
     hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
     return found
+
+
+@contextlib.contextmanager
+def connecting_ahead() -> Iterator[None]:
+    """Connect in the background while the block runs: Ray takes seconds to start, and the block may not need it at once.
+
+    What fails there fails again at the first `connect` of the block, which tells it.
+    """
+
+    def attempt() -> None:
+        with contextlib.suppress(Exception):
+            connect()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _join(address: str | None) -> None:
+    """Join the cluster at an address, or start Ray on this machine."""
+    import ray
+
+    if not address:
+        _start_on_this_machine()
+        return
+    if address.startswith(("http://", "https://")):
+        raise InputError(
+            f"RAY_ADDRESS = {address!r} is where jobs are submitted to, and no cluster can be joined there; submit this with "
+            f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
+        )
+    logger.info("joining Ray at %s", address)
+    variables = {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}
+    ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def _start_on_this_machine() -> None:

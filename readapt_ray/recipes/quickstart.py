@@ -5,6 +5,7 @@ have never seen the target packages, are adapted to them from unlabelled text, t
 and served. Nothing is downloaded.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from rich.table import Table
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster import connection
 from readapt_ray.progress import duration
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig
@@ -62,7 +64,10 @@ def run(root: str) -> None:
     logger.info(
         "Adapting a small retriever to the documentation of torch, which it has never seen. First time: some minutes."
     )
-    made = chain.run(recipe(root))
+    config = recipe(root)
+    is_new = not (Location(root) / "corpus" / "manifest.json").is_file()
+    with connection.connecting_ahead() if is_new else contextlib.nullcontext():
+        made = chain.run(config)
     answer = _answer(root, made)
     console = Console(width=min(110, Console().width) if Console().is_terminal else 110, highlight=False)
     _print_measures(console, made)

@@ -166,7 +166,7 @@ def test_a_cluster_that_died_on_this_machine_is_not_joined_and_a_jobs_own_variab
     program = """
 import os, ray
 from readapt_ray.stages import cluster
-print(cluster.connect().num_cpus)
+print(connection.connect().num_cpus)
 print(*ray.get(ray.remote(lambda: [os.environ[name] for name in ("TOKENIZERS_PARALLELISM", "RAY_DEDUP_LOGS")]).remote()))
 """
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path may have some 100 characters
@@ -192,9 +192,37 @@ def test_a_ray_of_our_own_can_use_the_workers_that_it_starts_ahead(
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setenv("RAY_ADDRESS", address or "")
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # and taken back afterwards
-    assert cluster.connect().num_cpus == 2
+    assert connection.connect().num_cpus == 2
     assert seen["address"] == (address or "local")
     assert ("runtime_env" in seen) is (address is not None)
+
+
+def test_ray_is_started_once_however_many_ask_for_it_and_a_failure_is_told_where_it_is_needed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    starts: list[float] = []
+
+    def init(**_: Any) -> None:
+        time.sleep(0.2)
+        starts.append(time.monotonic())
+
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(ray, "is_initialized", lambda: bool(starts))
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    with connection.connecting_ahead():
+        assert not starts
+        assert connection.connect().num_cpus == 2
+    assert len(starts) == 1
+    starts.clear()
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+    with connection.connecting_ahead():
+        pass
+    with pytest.raises(InputError, match="is where jobs are submitted to"), connection.connecting_ahead():
+        connection.connect()
+    assert not starts
 
 
 def test_the_address_for_submitting_jobs_is_not_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
