@@ -44,11 +44,12 @@ import transformers
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from readapt_ray.catalog.models import find_model, load_tokenizer
+from readapt_ray.catalog.shapes import measure_shape
 from readapt_ray.sources.python_docs import read_docstrings
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.blocks import BlockReader
-from readapt_ray.training.checkpoints import Course
-from readapt_ray.training.engine import Engine, Optimization
+from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
 from readapt_ray.training.speed import flops_per_token, peak_flops
@@ -199,12 +200,12 @@ class _Sequential(BlockReader):
 
     def __init__(self, blocks: list[Block], batch_size: int) -> None:
         whole = len(blocks) - len(blocks) % batch_size
-        self.course = Course(num_units=whole, batch_size=batch_size, num_epochs=1, seed=0)
+        self.data_order = DataOrder(num_units=whole, batch_size=batch_size, num_epochs=1, seed=0)
         self._made = blocks
 
     def steps(self, first_step: int) -> Iterator[list[Block]]:
-        size = self.course.batch_size
-        for step in range(first_step, self.course.num_steps):
+        size = self.data_order.batch_size
+        for step in range(first_step, self.data_order.num_steps):
             yield self._made[step * size : (step + 1) * size]
 
 
@@ -234,7 +235,7 @@ class Ours:
             model=model, reader=_Sequential(blocks, batch_size), pad_id=0, micro_batch_tokens=micro_batch_tokens,
             dtype=dtype,
         )  # fmt: skip
-        self._engine = Engine(
+        self._engine = DeepSpeedEngine(
             model,
             Optimization(
                 learning_rate=LEARNING_RATE, weight_decay=0.0, warmup_fraction=0.0, max_gradient_norm=1.0,
@@ -248,7 +249,7 @@ class Ours:
         """Steps of a batch."""
         for _ in range(num_steps):
             work = self._objective.work(self._engine, next(self._batches), self._step)
-            outcome = self._engine.step(work.parts, loss_of=work.loss_of, rate=1.0, seed=self._step)
+            outcome = self._engine.step(work.parts, loss_of=work.loss_of, rate=1.0, step=self._step)
             self._step += 1
             yield work.num_tokens, outcome.loss
 
@@ -394,10 +395,8 @@ def flops_of(shape: str) -> float:
     """Model FLOPs of a token of text, forward and backward, with an adapter in every target."""
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY[shape], **SHAPES[shape]))
-        dora.add_adapters(
-            model, dora.AdapterShape(method="lora", rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
-        )
-    return flops_per_token(model, mean_attended=40)
+    adapter = dora.AdapterShape(method="lora", rank=RANK, alpha=ALPHA, dropout=DROPOUT, targets=TARGETS)
+    return flops_per_token(measure_shape(model, shape), adapter, mean_attended=40)
 
 
 def _thinned(curve: list[tuple[int, float]], points: int = 12) -> list[tuple[int, float]]:

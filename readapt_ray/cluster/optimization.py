@@ -7,8 +7,11 @@ from pydantic import Field, model_validator
 from readapt_ray.config import OptionError, StageConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from readapt_ray.training.dora import AdapterShape
     from readapt_ray.training.engine import Optimization
+    from readapt_ray.training.memory import WorkerSetup
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -132,4 +135,28 @@ def optimization(config: OptimizationConfig) -> "Optimization":
         seed=config.seed,
         checkpoint_every_steps=config.checkpoint_every_steps,
         keep_checkpoints=config.keep_checkpoints,
+    )
+
+
+def worker_setup(
+    config: OptimizationConfig,
+    adapter: "AdapterShape | None",
+    *,
+    num_workers: int,
+    micro_batch_tokens: int,
+    dtype: "torch.dtype",
+    device_type: str,
+) -> "WorkerSetup":
+    """Return what the options ask of a worker's memory; the check before training and `readapt plan` both use it."""
+    from readapt_ray.training.memory import WorkerSetup
+
+    return WorkerSetup(
+        adapter=adapter,
+        num_workers=num_workers,
+        zero_stage=config.zero_stage,
+        micro_batch_tokens=micro_batch_tokens,
+        dtype=dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+        device_type=device_type,
+        compile_layers=config.torch_compile,
     )

@@ -22,7 +22,7 @@ class ProcessGroupConfig(TorchConfig):  # type: ignore[misc]
     (Debian's /etc/hosts): workers of two nodes then never meet.
     """
 
-    board: Any = None
+    monitor: Any = None
     """Told the placement group of each start."""
 
     @property
@@ -42,7 +42,7 @@ class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
                 meanwhile, but beside the placement group of the first, and waits for ever for room; this error ends it.
         """
         handle = worker_group.get_worker_group_state().placement_group_handle
-        ray.get(backend_config.board.hold.remote(handle.placement_group))
+        ray.get(backend_config.monitor.hold.remote(handle.placement_group))
         try:
             worker_group.execute(choose_interface)
             super().on_start(worker_group, backend_config)

@@ -2,7 +2,7 @@
 
 Worker 0 writes the lines of all steps up to a checkpoint before the checkpoint itself, a file each
 (`metrics/step-N.jsonl`), so that whatever dies, every step that counts has its line, once; the end of the
-run joins them into `metrics.jsonl`. What it posts to the board meanwhile is for the eye.
+run joins them into `metrics.jsonl`. What it posts to the monitor meanwhile is for the eye.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ MEASURED = (
 """What Ray's metrics and the trackers get of a step."""
 
 
-class Board:
+class RunMonitor:
     """An actor between the workers and the driver: step metrics, the error that ends a run, and what the workers hold.
 
     It also sets Ray's own metrics (`ray_readapt_train_loss` and the like for Prometheus).
@@ -96,10 +96,10 @@ class Board:
 
 
 class StepPoster:
-    """Worker 0's reporter (training/steps.py): to the board a second's worth at a time, to files for good."""
+    """Worker 0's reporter (training/steps.py): to the monitor a second's worth at a time, to files for good."""
 
-    def __init__(self, board: Any, output: Location) -> None:
-        self._board = board
+    def __init__(self, monitor: Any, output: Location) -> None:
+        self._monitor = monitor
         self._folder = output / _PARTS_NAME
         self._unposted: list[dict[str, Any]] = []
         self._unkept: list[dict[str, Any]] = []
@@ -112,7 +112,7 @@ class StepPoster:
         self._unkept.append(row)
         if time.monotonic() - self._last_s > _POLL_S or report.step == report.num_steps:
             self._last_s = time.monotonic()
-            self._board.post.remote(self._unposted)
+            self._monitor.post.remote(self._unposted)
             self._unposted = []
 
     def keep(self, step: int) -> None:
@@ -124,8 +124,8 @@ class StepPoster:
 
 
 @contextlib.contextmanager
-def followed(board: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
-    """While the block runs, show what the board has, once a second; afterwards join the lines.
+def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
+    """While the block runs, show what the monitor has, once a second; afterwards join the lines.
 
     Raises:
         InputError: a tracker's package is not installed.
@@ -134,7 +134,7 @@ def followed(board: Any, workspace: Workspace, trackers: Sequence[str]) -> Itera
         logs = [stack.enter_context(_TRACKERS[name](workspace)) for name in trackers]
         latest: deque[dict[str, Any]] = deque(maxlen=_AVERAGED_STEPS)
         stop = threading.Event()
-        thread = threading.Thread(target=_follow, args=(board, workspace, logs, latest, stop), daemon=True)
+        thread = threading.Thread(target=_follow, args=(monitor, workspace, logs, latest, stop), daemon=True)
         logger.info("%s: waiting for the workers to start", workspace.reporter.label)
         thread.start()
         try:
@@ -142,21 +142,21 @@ def followed(board: Any, workspace: Workspace, trackers: Sequence[str]) -> Itera
         finally:
             stop.set()
             thread.join()
-            _show(board, workspace, logs, latest)
+            _show(monitor, workspace, logs, latest)
 
 
 def _follow(
-    board: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]], stop: threading.Event
+    monitor: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]], stop: threading.Event
 ) -> None:
     while not stop.wait(_POLL_S):
-        _show(board, workspace, logs, latest)
+        _show(monitor, workspace, logs, latest)
 
 
-def _show(board: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]]) -> None:
+def _show(monitor: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]]) -> None:
     import ray
 
     try:
-        rows = ray.get(board.take.remote(), timeout=10)
+        rows = ray.get(monitor.take.remote(), timeout=10)
     except ray.exceptions.RayError as error:
         logger.debug("no metrics: %s", error)
         return

@@ -19,9 +19,11 @@ from readapt_ray.artifacts import Workspace, read_building
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import connection, on_worker, step_metrics
-from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization
+from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization, worker_setup
 from readapt_ray.errors import PlacementError, ReadaptError
+from readapt_ray.seeds import derive_seed
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -86,7 +88,7 @@ def run_workers(
 
     Args:
         stage: names Ray's metrics.
-        work: runs on every worker inside a process group; a `Trainee` finds in its job what the driver adds to it.
+        work: runs on every worker inside a process group; a `TrainWorker` finds in its job what the driver adds to it.
         job: plain values.
         workspace: progress goes there, step metrics into its `metrics.jsonl`.
         config: how many workers, and how often they are started again after one of them died.
@@ -107,15 +109,15 @@ def run_workers(
     if config.min_workers is not None and config.min_workers > num_workers:
         raise PlacementError(f"min_workers = {config.min_workers} is more than num_workers = {num_workers}; lower it")
     elastic = config.min_workers is not None and config.min_workers < num_workers
-    # Where the driver is: a board on a node that dies would take the run with it.
+    # Where the driver is: a monitor on a node that dies would take the run with it.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
     dtype = _dtype(config, workspace.location, on_gpus=use_gpu)
-    board = ray.remote(**options)(step_metrics.Board).remote(stage)
+    monitor = ray.remote(**options)(step_metrics.RunMonitor).remote(stage)
     job = {
         **job,
-        "board": board,
+        "monitor": monitor,
         "dtype": dtype,
         "inputs": (read_building(workspace.location) or {}).get("inputs", {}),
         "driver_node": on_worker.this_node(),
@@ -137,7 +139,7 @@ def run_workers(
                 storage_path=_train_storage(workspace.location),
                 failure_config=FailureConfig(max_failures=config.max_failures),
             ),
-            torch_config=ProcessGroupConfig(backend="nccl" if use_gpu else "gloo", board=board),
+            torch_config=ProcessGroupConfig(backend="nccl" if use_gpu else "gloo", monitor=monitor),
         )
         # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
         made._register_sigint_handler = controllers.append
@@ -145,11 +147,11 @@ def run_workers(
 
     try:
         with (
-            step_metrics.followed(board, workspace, config.trackers),
+            step_metrics.followed(monitor, workspace, config.trackers),
             connection.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
         ):
-            _fit(trainer, board, config.max_failures)
-        ended = ray.get(board.error.remote())
+            _fit(trainer, monitor, config.max_failures)
+        ended = ray.get(monitor.error.remote())
         if ended is not None:
             raise ended
     except (TrainingFailedError, ray.exceptions.RayError) as error:
@@ -159,7 +161,7 @@ def run_workers(
             ray.get([each.abort.remote() for each in controllers], timeout=_ABORT_TIMEOUT_S)
         raise
     finally:
-        ray.kill(board)
+        ray.kill(monitor)
     artifact_files.clear(workspace.location, artifact_files.RAY_TRAIN)
     return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
 
@@ -174,7 +176,7 @@ def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> st
     return "bfloat16" if on_gpus or connection.all_have_bfloat16_units() else "float32"
 
 
-def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
+def _fit(trainer: Callable[[], Any], monitor: Any, max_failures: int) -> None:
     """Train; workers that are lost while they start are started again, as Ray Train does with those lost later.
 
     Ray Train (2.60) gives up where that happens between the forming of the process group and the first line of the
@@ -193,7 +195,7 @@ def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
         except ControllerError as error:
             if not isinstance(error.controller_failure, (RayActorError, StartError)):
                 raise
-            if (held := ray.get(board.held.remote())) is not None:
+            if (held := ray.get(monitor.held.remote())) is not None:
                 remove_placement_group(held)
             if 0 <= max_failures < num_failures:
                 raise
@@ -205,14 +207,14 @@ def _fit(trainer: Callable[[], Any], board: Any, max_failures: int) -> None:
 def _entered(config: dict[str, Any]) -> None:
     """On the worker: as many threads as it has CPUs, then the work.
 
-    An error of ours would come again at every new start: it is left on the board, and a worker that finds
+    An error of ours would come again at every new start: it is left on the monitor, and a worker that finds
     one there ends at once.
     """
     import ray
     import torch
 
-    board = config["job"]["board"]
-    if ray.get(board.error.remote()) is not None:
+    monitor = config["job"]["monitor"]
+    if ray.get(monitor.error.remote()) is not None:
         return
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -220,7 +222,7 @@ def _entered(config: dict[str, Any]) -> None:
     try:
         config["work"](config["job"])
     except ReadaptError as error:
-        ray.get(board.fail.remote(error))
+        ray.get(monitor.fail.remote(error))
         raise
 
 
@@ -235,7 +237,7 @@ def target_modules(config: OptimizationConfig, model: Model) -> tuple[str, ...]:
     return retrievers.target_modules(str(model.read_json("config.json").get("model_type")))
 
 
-class Trainee:
+class TrainWorker:
     """One worker's model, from the check of its memory to the files of the result.
 
     Args:
@@ -263,7 +265,7 @@ class Trainee:
         from readapt_ray.training import trainable as trained_models
 
         self._config = config
-        self._board = job["board"]
+        self._monitor = job["monitor"]
         self.output = Location(job["output"])
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype_name = job["dtype"]
@@ -272,8 +274,9 @@ class Trainee:
         due = job["inputs"].values()
         on_worker.check_same_model(name, self.source.fingerprint, due, driver_node=job["driver_node"])
         self.shape = adapter_shape(config, target_modules(config, self.source))
+        self._model_shape = shape_of(self.source.read_json("config.json"), name, objective)
         if config.check_memory:
-            self._check_memory(objective, micro_batch_tokens)
+            self._check_memory(micro_batch_tokens)
         self.model = trained_models.load_for_training(
             self.source,
             objective=objective,
@@ -281,7 +284,7 @@ class Trainee:
             device=self.device,
             zero_stage=config.zero_stage,
         )
-        torch.manual_seed(config.seed)
+        torch.manual_seed(derive_seed(config.seed, "initial weights"))
         trained_models.make_trainable(self.model, self.shape)
         trained_models.spend_less(
             self.model,
@@ -290,38 +293,33 @@ class Trainee:
             zero_stage=config.zero_stage,
         )
 
-    def _check_memory(self, objective: Objective | None, micro_batch_tokens: int) -> None:
+    def _check_memory(self, micro_batch_tokens: int) -> None:
         """Refuse what does not fit. What an earlier start in this folder measured corrects the estimate."""
         import ray.train
         import torch
-        from transformers import AutoConfig
 
         from readapt_ray.training import memory
-        from readapt_ray.training.trainable import auto_class
 
-        architecture = AutoConfig.from_pretrained(str(self.source.folder), trust_remote_code=False)
-        demand = memory.Demand(
+        setup = worker_setup(
+            self._config,
+            self.shape,
             num_workers=torch.distributed.get_world_size(),
-            zero_stage=self._config.zero_stage,
             micro_batch_tokens=micro_batch_tokens,
             dtype=self.dtype,
-            gradient_checkpointing=self._config.gradient_checkpointing,
             device_type=self.device.type,
-            compile_layers=self._config.torch_compile,
         )
-        meta = memory.on_meta(auto_class(objective), architecture, self.shape)
-        plain = memory.estimate(meta, architecture, demand)
+        plain = memory.estimate_memory(self._model_shape, setup)
         file = self.output / _MEMORY_NAME
         before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"correction": 1.0}
         measured = step_metrics.kept_peak_bytes(self.output, after_step=before.get("step", 0))
         correction = before["correction"]
         if measured and "parts" in before:
-            correction = memory.Estimate(before["parts"], {}).corrected(measured)
+            correction = memory.MemoryEstimate(before["parts"], {}).corrected(measured)
         torch.distributed.barrier()
         if torch.distributed.get_rank() == 0:
             step = step_metrics.kept_steps(self.output)
             file.write_text(json.dumps({"parts": plain.parts, "correction": correction, "step": step}) + "\n")
-        found = memory.estimate(meta, architecture, demand, correction=correction)
+        found = memory.estimate_memory(self._model_shape, setup, correction=correction)
         here = ray.train.get_context().get_local_world_size()
         memory.check_fits(found, free_bytes=memory.free_bytes(self.device, here))
 
@@ -329,7 +327,7 @@ class Trainee:
         """Take all steps."""
         import torch
 
-        from readapt_ray.training.engine import Engine
+        from readapt_ray.training.engine import DeepSpeedEngine
         from readapt_ray.training.speed import flops_per_token
         from readapt_ray.training.steps import run_steps
 
@@ -337,12 +335,12 @@ class Trainee:
             (self.output / _DTYPE_NAME).write_text(self._dtype_name)
         descent = optimization(self._config)
         run_steps(
-            Engine(self.model, descent),
+            DeepSpeedEngine(self.model, descent),
             objective,
             descent,
             checkpoints=self.output / "checkpoints",
-            reporter=step_metrics.StepPoster(self._board, self.output),
-            flops_per_token=flops_per_token(self.model, mean_attended=mean_attended),
+            reporter=step_metrics.StepPoster(self._monitor, self.output),
+            flops_per_token=flops_per_token(self._model_shape, self.shape, mean_attended=mean_attended),
             doc_ids_of=doc_ids_of,
         )
 

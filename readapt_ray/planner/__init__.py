@@ -7,14 +7,14 @@ It reads a sample of the corpus and configs of models; no weight is read and Ray
 from dataclasses import dataclass
 from typing import Any
 
+from readapt_ray.catalog.shapes import model_shape, pretrained_shape
 from readapt_ray.config import Config
 from readapt_ray.planner import machines, rates, scaling, stages
 from readapt_ray.planner.corpus import encoding_of, measure_corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
 from readapt_ray.planner.rates import Rates
-from readapt_ray.planner.scaling import Cell, Limit
-from readapt_ray.planner.shapes import model_shape
+from readapt_ray.planner.scaling import Limit
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
@@ -44,8 +44,6 @@ class Plan:
     setting: Setting
     prices: PriceTable
     stages: list[StageEstimate]
-    grid: dict[int, dict[int, Cell]]
-    """Runs of other sizes: by passages, then by workers."""
     index_bytes: dict[str, float]
     """Of each kind of index, as the run's options have it."""
     passage_limits: list[Limit]
@@ -75,7 +73,7 @@ class Plan:
         return [
             f"{each.name} cannot run: a worker needs {each.memory.arithmetic()}; {each.memory.mend}"
             for each in self.stages
-            if each.memory is not None and not each.memory.fits
+            if each.memory is not None and each.memory.is_checked and not each.memory.fits
         ]
 
 
@@ -90,15 +88,10 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
     cluster = machines.read_cluster(options.cluster, prices)
     steps = [(step.name, step) for step in chain.plan_run(run)]
     setting = _setting(run, options, steps, cluster)
-    grid = {
-        size: {workers: scaling.cell(steps, setting, size, workers) for workers in scaling.WORKERS}
-        for size in scaling.PASSAGES
-    }
     return Plan(
         setting=setting,
         prices=prices,
         stages=scaling.estimates(steps, setting),
-        grid=grid,
         index_bytes=stages.index_bytes(_first(steps, "index"), setting.corpus.num_passages, setting.dimension),
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
@@ -106,7 +99,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
 
 
 def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]], cluster: Cluster) -> Setting:
-    ingest, pack, embed = (_first(steps, stage) for stage in ("ingest", "pack", "embed"))
+    ingest, pack, train, embed = (_first(steps, stage) for stage in ("ingest", "pack", "train", "embed"))
     encoding = embed.encoding or encoding_of(run.retriever)
     retriever = model_shape(run.retriever)
     corpus = measure_corpus(
@@ -126,7 +119,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         corpus=corpus,
         cluster=cluster,
         rates=measured,
-        pretrained=model_shape(run.pretrained),
+        pretrained=pretrained_shape(run.pretrained, train.objective),
         retriever=retriever,
         dimension=embed.dimensions or encoding.dimensions or retriever.hidden,
     )

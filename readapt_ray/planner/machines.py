@@ -12,10 +12,14 @@ from typing import Any, Final
 from readapt_ray import hardware
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
-from readapt_ray.planner.prices import PriceTable, read_mapping
+from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
 from readapt_ray.storage import Location
 
 _GB: Final = 1_000_000_000
+_OBJECT_STORE_SHARE: Final = 0.3
+"""Share of a node's memory that Ray sets aside for its object store."""
+_USABLE_SHARE: Final = 0.94
+"""Share of a GPU's memory that can be used; the rest is the driver's and fragmentation."""
 _RAY_MAX_WORKERS: Final = 2
 """What Ray takes where a launcher file does not say."""
 _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), or a list of nodes"
@@ -37,6 +41,11 @@ class NodeGroup:
     """Of one node."""
     has_bfloat16_units: bool = False
     """Whether its CPUs are known to have matrix units for bfloat16."""
+
+    @property
+    def cpu_share_bytes(self) -> float:
+        """Memory per CPU, without Ray's object store."""
+        return self.memory_bytes * (1 - _OBJECT_STORE_SHARE) / max(1, self.cpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,17 @@ class Cluster:
         if dtype == "auto":
             return bool(self.num_gpus) or all(group.has_bfloat16_units for group in self.groups)
         return dtype != "float32"
+
+    def room(self, cpus: int, num_workers: int | None) -> tuple[float, str]:
+        """Return the bytes that one worker of so many CPUs may take, and what that is a part of."""
+        if self.gpu_groups:
+            smallest = min(self.gpu_groups, key=lambda group: group.gpu_memory_bytes)
+            return smallest.gpu_memory_bytes * _USABLE_SHARE, f"one {smallest.gpu}"
+        group = self.largest
+        on_a_node = max(1, group.cpus // cpus)
+        if num_workers:
+            on_a_node = min(on_a_node, -(-num_workers // self.num_nodes))
+        return group.memory_bytes * (1 - _OBJECT_STORE_SHARE) / on_a_node, group.name
 
     def describe(self) -> str:
         """One line."""
@@ -156,77 +176,46 @@ def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[Node
     groups = []
     for each in values["nodes"]:
         node = _PlainNode.parse(each if isinstance(each, dict) else {"name": each}, where=f"{where}: nodes")
-        if node.machine:
-            groups.append(_of_machine(node.name, node.count, node.machine, prices, spot=node.spot, where=where))
-        else:
-            if node.cpus < 1 or node.memory_gb <= 0:
-                raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
-            groups.append(
-                _group(
-                    node.name,
-                    node.count,
-                    prices,
-                    cpus=node.cpus,
-                    memory_gb=node.memory_gb,
-                    gpu=node.gpu,
-                    gpus=node.gpus,
-                    usd_per_hour=node.usd_per_hour or 0.0,
-                    where=where,
-                )
-            )
+        if not node.machine and (node.cpus < 1 or node.memory_gb <= 0):
+            raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
+        machine = _machine(node.machine, prices, where) if node.machine else _described(node)
+        groups.append(_group(node.name, node.count, machine, prices, spot=node.spot, where=where))
     return tuple(groups)
 
 
-def _group(
-    name: str,
-    count: int,
-    prices: PriceTable,
-    *,
-    cpus: int,
-    memory_gb: float,
-    gpu: str,
-    gpus: int,
-    usd_per_hour: float,
-    where: str,
-) -> NodeGroup:
-    device = None
-    if gpus:
-        device = prices.gpus.get(gpu)
-        if device is None:
-            raise InputError(
-                f"{where}: group {name!r} has the GPU {gpu!r}, which the price table does not know; it knows "
-                f"{', '.join(prices.gpus)}: name one of them, or give a table that has it with --prices"
-            )
-    return NodeGroup(
-        name=name,
-        count=count,
-        cpus=cpus,
-        memory_bytes=memory_gb * _GB,
-        gpu=gpu if gpus else "",
-        gpus=gpus,
-        gpu_flops=device.tflops * 1e12 if device else 0.0,
-        gpu_memory_bytes=device.memory_gb * _GB if device else 0.0,
-        usd_per_hour=usd_per_hour,
-    )
+def _described(node: _PlainNode) -> Machine:
+    price = node.usd_per_hour or 0.0
+    return Machine(cpus=node.cpus, memory_gb=node.memory_gb, gpu=node.gpu, gpus=node.gpus, on_demand=price, spot=price)
 
 
-def _of_machine(name: str, count: int, kind: str, prices: PriceTable, *, spot: bool, where: str) -> NodeGroup:
-    machine = prices.machines.get(kind)
-    if machine is None:
+def _machine(kind: str, prices: PriceTable, where: str) -> Machine:
+    if kind not in prices.machines:
         raise InputError(
             f"{where}: the price table has no machine {kind!r}; it has {', '.join(sorted(prices.machines))}: give a table "
             f"that has it with --prices FILE.yaml"
         )
-    return _group(
-        name,
-        count,
-        prices,
+    return prices.machines[kind]
+
+
+def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot: bool = False, where: str) -> NodeGroup:
+    """Nodes of one machine type, with what the price table says of their GPU."""
+    device = prices.gpus.get(machine.gpu)
+    if machine.gpus and device is None:
+        raise InputError(
+            f"{where}: group {name!r} has the GPU {machine.gpu!r}, which the price table does not know; it knows "
+            f"{', '.join(prices.gpus)}: name one of them, or give a table that has it with --prices"
+        )
+    has_gpus = bool(machine.gpus and device)
+    return NodeGroup(
+        name=name,
+        count=count,
         cpus=machine.cpus,
-        memory_gb=machine.memory_gb,
-        gpu=machine.gpu,
+        memory_bytes=machine.memory_gb * _GB,
+        gpu=machine.gpu if has_gpus else "",
         gpus=machine.gpus,
+        gpu_flops=device.tflops * 1e12 if has_gpus and device else 0.0,
+        gpu_memory_bytes=device.memory_gb * _GB if has_gpus and device else 0.0,
         usd_per_hour=machine.spot if spot else machine.on_demand,
-        where=where,
     )
 
 
@@ -251,7 +240,7 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
             scheduling = config.get("scheduling") or {}
             spot = scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
         count = 1 if name == head else int(kind.get("max_workers", most))
-        group = _of_machine(name, count, machine, prices, spot=spot, where=where)
+        group = _group(name, count, _machine(machine, prices, where), prices, spot=spot, where=where)
         (heads if name == head else workers).append(group)
     return (*heads, *_within(most, workers))
 
@@ -284,29 +273,19 @@ def _pods(group: dict[str, Any], prices: PriceTable, where: str) -> NodeGroup:
     gpus = int(asked.get("nvidia.com/gpu", 0))
     annotations = (group.get("template") or {}).get("metadata", {}).get("annotations") or {}
     price = float(annotations.get("readapt.dev/usd-per-hour", 0))
-    return _group(
-        name,
-        count,
-        prices,
+    machine = Machine(
         cpus=max(1, math.floor(_quantity(asked["cpu"]))),
         memory_gb=_quantity(asked["memory"]) / _GB,
         gpu=str(annotations.get("readapt.dev/gpu", "")),
         gpus=gpus,
-        usd_per_hour=price,
-        where=where,
+        on_demand=price,
+        spot=price,
     )
+    return _group(name, count, machine, prices, where=where)
 
 
-_SUFFIXES: Final = {
-    "m": 1e-3,
-    "k": 1e3,
-    "M": 1e6,
-    "G": 1e9,
-    "T": 1e12,
-    "Ki": 2**10,
-    "Mi": 2**20,
-    "Gi": 2**30,
-    "Ti": 2**40,
+_SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+    suffix: float(1 << 10 * power) for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)
 }
 
 

@@ -7,19 +7,34 @@ data sheet's peak that such models are known to reach, and wide. A root that was
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Manifest
+from readapt_ray.catalog.shapes import model_shape
 from readapt_ray.errors import ModelError
-from readapt_ray.planner import flops
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.storage import Location
+from readapt_ray.training import speed
+from readapt_ray.training.dora import AdapterShape
 
 logger = logging.getLogger("readapt_ray")
 
 CPU: Final = "CPU"
+ROWS_PER_FILE: Final = 65_536
+WORK_UNITS: Final = {
+    "ingest": "bytes of text",
+    "pack": "tokens",
+    "train": "FLOP",
+    "merge": "bytes of weights",
+    "embed": "FLOP",
+    "index": "bytes of vectors",
+    "search": "FLOP",
+    "evaluate": "judged queries",
+}
+"""What the work of each stage is counted in."""
 _MEASURED_SPREAD: Final = 1.3
 _TELLING_TIMES: Final = 4.0
 """A rate counts where the work took this many times what a stage takes without work; below, it says nothing."""
@@ -54,7 +69,7 @@ _CPU_RATES: Final = {
     "search": (1.5e10, 2.0, 2.5),
     "evaluate": (1.1e4, 2.0, 2.0),
 }
-"""Units of work of `flops.WORK_UNITS` a second of one CPU."""
+"""Work per second of one CPU, in the units of WORK_UNITS."""
 FIXED_S: Final = {
     "ingest": 1.0,
     "pack": 8.0,
@@ -78,7 +93,7 @@ class Rates:
     def sources(self) -> list[str]:
         """Every measured rate as a line."""
         return [
-            f"{stage} on {device}: {value:.3g} {flops.WORK_UNITS[stage]}/s ({source})"
+            f"{stage} on {device}: {value:.3g} {WORK_UNITS[stage]}/s ({source})"
             for (stage, device), (value, source) in sorted(self._measured.items())
         ]
 
@@ -118,10 +133,10 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
         for name in artifacts.names_under(location):
             place = location if name == "." else location / name
             manifest = artifacts.read_manifest(place)
-            if manifest is None or manifest.stage not in flops.WORK_UNITS or _is_copied(manifest):
+            if manifest is None or manifest.stage not in WORK_UNITS or _is_copied(manifest):
                 continue
             try:
-                done = flops.done(manifest)
+                done = work_of(manifest)
             except (ModelError, KeyError, TypeError) as error:
                 logger.info("plan: no rate from %s: %s", place, error)
                 continue
@@ -134,6 +149,59 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
             fixed[key] += units * (FIXED_S[manifest.stage] if counted_s is None else _WARM_UP_S)
     telling = [key for key in work if seconds[key] >= _TELLING_TIMES * fixed[key]]
     return Rates({key: (work[key] / seconds[key], f"measured in {', '.join(where[key])}") for key in telling})
+
+
+def work_of(manifest: Manifest) -> float:
+    """Count the work of a complete artifact, in the units of its stage.
+
+    Raises:
+        ModelError: its model cannot be found.
+    """
+    if manifest.stage in _WORK:
+        return float(_WORK[manifest.stage](manifest))
+    return float(manifest.counts.get("num_bytes", 0)) * (3 if manifest.stage == "merge" else 1)
+
+
+def _trained(manifest: Manifest) -> float:
+    counts, config = manifest.counts, manifest.config
+    adapter = None
+    if config["method"] != "full":
+        adapter = AdapterShape(
+            method=config["method"],
+            rank=config["lora_rank"],
+            alpha=config["lora_alpha"],
+            dropout=config["lora_dropout"],
+            targets=tuple(config["target_modules"]),
+        )
+    return speed.run_flops(
+        model_shape(config["pretrained"], config["objective"]),
+        adapter,
+        num_tokens=counts["num_tokens"],
+        num_passages=counts["num_passages"],
+        num_steps=counts["num_steps"],
+        gradient_checkpointing=bool(config.get("gradient_checkpointing", False)),
+    )
+
+
+def _embedded(manifest: Manifest) -> float:
+    counts = manifest.counts
+    shape = model_shape(manifest.config["retriever"])
+    return float(counts["num_tokens"] * shape.forward_flops(counts["num_tokens"] / counts["num_vectors"]))
+
+
+def _searched(manifest: Manifest) -> float:
+    num_vectors, dimension = manifest.details["num_vectors"], manifest.details["encoder"]["dimension"]
+    return float(2 * manifest.counts["num_queries"] * num_vectors * dimension)
+
+
+_WORK: Final[dict[str, Callable[[Manifest], float]]] = {
+    "pack": lambda manifest: manifest.counts["num_tokens"],
+    "train": _trained,
+    "embed": _embedded,
+    "index": lambda manifest: 4.0 * manifest.counts["num_vectors"] * manifest.details["encoder"]["dimension"],
+    "search": _searched,
+    "evaluate": lambda manifest: manifest.counts["num_queries"] * manifest.counts["num_runs"],
+}
 
 
 def _counted_s(manifest: Manifest, place: Location, units: float) -> float | None:
@@ -187,7 +255,7 @@ def _units(manifest: Manifest, planned: Cluster) -> tuple[str, float]:
 def _pieces(manifest: Manifest) -> float:
     """How many tasks there were to share out."""
     if manifest.stage == "pack":
-        return max(1.0, -(-manifest.counts["num_passages"] // flops.ROWS_PER_FILE))
+        return max(1.0, -(-manifest.counts["num_passages"] // ROWS_PER_FILE))
     if manifest.stage == "index":
         return float(manifest.counts["num_shards"])
     return 1.0

@@ -5,21 +5,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from readapt_ray.planner import flops, memory
+from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import Cluster
-from readapt_ray.planner.memory import Memory
-from readapt_ray.planner.rates import CPU, FIXED_S, Rate, Rates
-from readapt_ray.planner.shapes import ModelShape
+from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
+from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory, train_adapter, train_memory
 from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.index_kinds import KINDS, Wanted, vector_bytes
-from readapt_ray.stages.embed import _MAX_SHARD_ROWS, _MIN_SHARD_ROWS, _SHARDS
+from readapt_ray.retrieval.vector_files import SHARD_BYTES
+from readapt_ray.stages.embed import shard_rows
+from readapt_ray.training.memory import num_trained
+from readapt_ray.training.speed import run_flops
 
-_LOAD_BYTES_A_SECOND: Final = 5e8
+_LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
-_INDEX_SHARD_BYTES: Final = 512 << 20
 _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 """Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
 
@@ -57,7 +58,7 @@ class Setting:
     """Numbers of a vector that are kept."""
 
 
-def estimate(step: Step, name: str, setting: Setting) -> StageEstimate | None:
+def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
     """One stage; None for one that has nothing to do."""
     if step.needs_judgements and not setting.corpus.num_queries:
         return None
@@ -66,7 +67,7 @@ def estimate(step: Step, name: str, setting: Setting) -> StageEstimate | None:
 
 def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
     """Actors that have something to do."""
-    rows = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, corpus.num_passages // _SHARDS))
+    rows = config.rows_per_shard or shard_rows(corpus.num_passages)
     shards = math.ceil(corpus.num_passages / rows)
     most = cluster.num_gpus or max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
     return max(1, min(config.num_workers or most, most, shards))
@@ -105,13 +106,13 @@ def _timed(
     name: str,
     stage: str,
     work: float,
-    *,
-    units: float,
-    workers: int,
-    device: str,
     rate: Rate,
-    error: float,
+    *,
     out_bytes: float,
+    units: float = 1,
+    workers: int = 1,
+    device: str = CPU,
+    error: float = 0.0,
     fixed_s: float = 0.0,
     floor_s: float = 0.0,
     needs: Memory | None = None,
@@ -124,7 +125,7 @@ def _timed(
         name=name,
         stage=stage,
         work=work,
-        unit=flops.WORK_UNITS[stage],
+        unit=WORK_UNITS[stage],
         workers=workers,
         device=device,
         seconds=fixed + working,
@@ -137,33 +138,22 @@ def _timed(
     )
 
 
-def _ingest(config: Any, name: str, setting: Setting) -> StageEstimate:
-    del config
+def _cpu_rate(setting: Setting, stage: str) -> Rate:
+    return setting.rates.of(stage, CPU, 0, is_low=False)
+
+
+def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = corpus.num_passages * corpus.text_bytes
-    rate = setting.rates.of("ingest", CPU, 0, is_low=False)
-    return _timed(
-        name, "ingest", work, units=1, workers=1, device=CPU, rate=rate, error=corpus.error, out_bytes=0.6 * work
-    )
+    return _timed(name, "ingest", work, _cpu_rate(setting, "ingest"), error=corpus.error, out_bytes=0.6 * work)
 
 
-def _pack(config: Any, name: str, setting: Setting) -> StageEstimate:
-    del config
-    corpus, cluster = setting.corpus, setting.cluster
+def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
+    corpus = setting.corpus
     work = corpus.num_passages * corpus.train_tokens
-    workers = max(1, min(cluster.num_cpus, math.ceil(corpus.num_passages / flops.ROWS_PER_FILE)))
-    rate = setting.rates.of("pack", CPU, 0, is_low=False)
-    return _timed(
-        name,
-        "pack",
-        work,
-        units=workers,
-        workers=workers,
-        device=CPU,
-        rate=rate,
-        error=corpus.error,
-        out_bytes=2.2 * work,
-    )
+    workers = max(1, min(setting.cluster.num_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
+    rate = _cpu_rate(setting, "pack")
+    return _timed(name, "pack", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=2.2 * work)
 
 
 def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
@@ -172,9 +162,14 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     busy = min(workers, config.batch_size)
     device, peak = _device(cluster)
     steps = train_steps(config, corpus)
-    tokens = corpus.num_passages * corpus.train_tokens * config.num_epochs
-    work = flops.trained(
-        config, shape, num_tokens=tokens, num_passages=corpus.num_passages * config.num_epochs, num_steps=steps
+    adapter = train_adapter(config, shape)
+    work = run_flops(
+        shape,
+        adapter,
+        num_tokens=corpus.num_passages * corpus.train_tokens * config.num_epochs,
+        num_passages=corpus.num_passages * config.num_epochs,
+        num_steps=steps,
+        gradient_checkpointing=config.gradient_checkpointing,
     )
     each = config.num_cpus_per_worker or max(1, cluster.num_cpus // max(1, workers))
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
@@ -183,126 +178,116 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     idle = f"{workers - busy} of {workers} workers have nothing to do" if busy < workers else ""
     is_floor = floor > work / (units * rate.value)
     bound = ", so short that what a step costs at least decides" if is_floor else ""
-    slow = _taken_as_float32(config, cluster)
-    parameters = shape.adapter_parameters(tuple(config.target_modules), config.lora_rank)
     return _timed(
         name,
         "train",
         work,
+        rate,
         units=units,
         workers=workers,
         device=device,
-        rate=rate,
         error=corpus.error,
-        out_bytes=28.0 * parameters if config.method != "full" else 30.0 * shape.num_parameters,
-        fixed_s=2 * shape.num_parameters / _LOAD_BYTES_A_SECOND,
+        out_bytes=(30.0 if adapter is None else 28.0) * num_trained(shape, adapter),
+        fixed_s=2 * shape.num_parameters / _LOAD_BYTES_PER_S,
         floor_s=floor,
-        needs=memory.of_training(config, shape, cluster, workers),
-        note="; ".join(filter(None, [f"{steps:,} steps of {config.batch_size} blocks{bound}", idle, slow])),
+        needs=train_memory(config, shape, cluster, workers),
+        note="; ".join(
+            filter(
+                None, [f"{steps:,} steps of {config.batch_size} blocks{bound}", idle, _float32_note(config, cluster)]
+            )
+        ),
     )
 
 
 def _merge(config: Any, name: str, setting: Setting) -> StageEstimate:
-    width = 4 if config.dtype == "float32" else 2
-    size = setting.retriever.num_parameters * width
-    rate = setting.rates.of("merge", CPU, 0, is_low=False)
-    return _timed(name, "merge", 3.0 * size, units=1, workers=1, device=CPU, rate=rate, error=0.0, out_bytes=size)
+    size = setting.retriever.num_parameters * (4 if config.dtype == "float32" else 2)
+    return _timed(name, "merge", 3.0 * size, _cpu_rate(setting, "merge"), out_bytes=size)
 
 
 def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     workers = embed_workers(config, corpus, cluster)
-    work = corpus.num_passages * corpus.embed_tokens * shape.forward_flops(corpus.embed_tokens)
     is_low = cluster.computes_low(config.dtype)
     device, peak = _device(cluster)
     rate = setting.rates.of("embed", device, peak if is_low else peak / 8, is_low=is_low)
-    units = float(workers)
-    if cluster.num_gpus:  # shards go to whoever is free, so unlike GPUs add up
-        speeds = sorted(
-            (
-                setting.rates.of(
-                    "embed", group.gpu, group.gpu_flops if is_low else group.gpu_flops / 8, is_low=is_low
-                ).value
-                for group in cluster.gpu_groups
-                for _ in range(group.count * group.gpus)
-            ),
-            reverse=True,
-        )
-        units = sum(speeds[:workers]) / rate.value
-    else:
-        units = min(cluster.num_cpus, workers * (config.num_cpus_per_worker or 1))
     number_bytes, more_bytes = _VECTOR_BYTES[config.vector_dtype]
     return _timed(
         name,
         "embed",
-        work,
-        units=units,
+        corpus.num_passages * corpus.embed_tokens * shape.forward_flops(corpus.embed_tokens),
+        rate,
+        units=_embed_units(config, setting, workers, rate, is_low=is_low),
         workers=workers,
         device=device,
-        rate=rate,
         error=corpus.error,
         out_bytes=corpus.num_passages * (number_bytes * setting.dimension + more_bytes + 30.0),
-        fixed_s=shape.num_parameters * (2 if is_low else 4) / _LOAD_BYTES_A_SECOND,
-        needs=memory.of_embedding(config, shape, cluster),
-        note=_taken_as_float32(config, cluster),
+        fixed_s=shape.num_parameters * (2 if is_low else 4) / _LOAD_BYTES_PER_S,
+        needs=embed_memory(config, shape, cluster),
+        note=_float32_note(config, cluster),
     )
 
 
-def _taken_as_float32(config: Any, cluster: Cluster) -> str:
-    """Says where `auto` was taken for the slower of what it may mean."""
+def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_low: bool) -> float:
+    """How many times the rate all workers reach: shards go to whoever is free, so unlike GPUs add up."""
+    cluster = setting.cluster
+    if not cluster.num_gpus:
+        return float(min(cluster.num_cpus, workers * (config.num_cpus_per_worker or 1)))
+    speeds = []
+    for group in cluster.gpu_groups:
+        peak = group.gpu_flops if is_low else group.gpu_flops / 8
+        speeds += [setting.rates.of("embed", group.gpu, peak, is_low=is_low).value] * (group.count * group.gpus)
+    return sum(sorted(speeds, reverse=True)[:workers]) / rate.value
+
+
+def _float32_note(config: Any, cluster: Cluster) -> str:
+    """Say where `auto` was taken for the slower of what it may mean."""
     if config.dtype != "auto" or cluster.computes_low("auto"):
         return ""
     return "in float32, as dtype auto is on CPUs without bfloat16 units"
 
 
 def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
-    corpus, cluster = setting.corpus, setting.cluster
+    corpus = setting.corpus
     size = 4.0 * corpus.num_passages * setting.dimension
-    shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else _INDEX_SHARD_BYTES
-    workers = max(1, min(cluster.num_cpus, math.ceil(size / shard)))
-    rate = setting.rates.of("index", CPU, 0, is_low=False)
+    shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else SHARD_BYTES
+    workers = max(1, min(setting.cluster.num_cpus, math.ceil(size / shard)))
     known = {} if config.factory else index_bytes(config, corpus.num_passages, setting.dimension)
     taken = "time" if config.kind in known else "time and bytes"
     return _timed(
         name,
         "index",
         size,
+        _cpu_rate(setting, "index"),
         units=workers,
         workers=workers,
-        device=CPU,
-        rate=rate,
-        error=0.0,
         out_bytes=known.get(config.kind, size),
-        needs=memory.of_indexing(shard, cluster, size),
+        needs=index_memory(min(shard, size), setting.cluster.largest),
         note="" if known and config.kind == "flat" else f"{taken} of a flat index; see the bytes of each kind below",
     )
 
 
 def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
-    corpus, cluster = setting.corpus, setting.cluster
+    corpus = setting.corpus
     work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
-    pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / _INDEX_SHARD_BYTES)
-    workers = max(1, min(cluster.num_cpus, pieces))
-    rate = setting.rates.of("search", CPU, 0, is_low=False)
+    pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
+    workers = max(1, min(setting.cluster.num_cpus, pieces))
     return _timed(
         name,
         "search",
         work,
+        _cpu_rate(setting, "search"),
         units=workers,
         workers=workers,
-        device=CPU,
-        rate=rate,
         error=corpus.error,
         out_bytes=45.0 * corpus.num_queries * min(config.top_k, corpus.num_passages),
-        fixed_s=2 * setting.retriever.num_parameters / _LOAD_BYTES_A_SECOND,
+        fixed_s=2 * setting.retriever.num_parameters / _LOAD_BYTES_PER_S,
         note=f"{corpus.num_queries:,} queries",
     )
 
 
 def _evaluate(config: Any, name: str, setting: Setting) -> StageEstimate:
     work = float(setting.corpus.num_queries * len(config.runs))
-    rate = setting.rates.of("evaluate", CPU, 0, is_low=False)
-    return _timed(name, "evaluate", work, units=1, workers=1, device=CPU, rate=rate, error=0.0, out_bytes=500.0 * work)
+    return _timed(name, "evaluate", work, _cpu_rate(setting, "evaluate"), out_bytes=500.0 * work)
 
 
 _ESTIMATES: dict[str, Callable[[Any, str, Setting], StageEstimate]] = {

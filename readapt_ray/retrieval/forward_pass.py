@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from readapt_ray.catalog.retrievers import Pooling
+from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention, norms
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
@@ -36,7 +37,7 @@ class ForwardPass:
         self.device = next(network.parameters()).device
         if self.device.type == "cuda":
             norms.fuse(network)
-        self.first_position = _first_position(network)
+        self.first_position = first_position(network)
         self.is_packed = False
         self._pooling = pooling
         self._accepted = frozenset(inspect.signature(network.forward).parameters)
@@ -110,10 +111,3 @@ class ForwardPass:
                 f"the tokenizer gives the id {highest}, but the model has {self._num_embeddings} token embeddings; "
                 f"take the tokenizer that belongs to the model"
             )
-
-
-def _first_position(network: torch.nn.Module) -> int:
-    """The position id of the first token: 0, but after the padding's own for the RoBERTa family."""
-    embeddings = getattr(network, "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return 0 if padding is None else int(padding) + 1

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.index_kinds import Recipe, Wanted
+from readapt_ray.seeds import random_generator
 
 _NUM_QUERIES = 100
 _QUERY_BLOCK = 10
@@ -56,7 +57,7 @@ def tune(index: Any, vectors: NDArray[np.float32], recipe: Recipe, wanted: Wante
     refined = faiss.downcast_index(index)
     if hasattr(refined, "k_factor"):
         refined.k_factor = recipe.reranked
-    rows = np.random.default_rng(0).choice(len(vectors), min(_NUM_QUERIES, len(vectors)), replace=False)
+    rows = random_generator(0, "recall queries").choice(len(vectors), min(_NUM_QUERIES, len(vectors)), replace=False)
     bounds = _kth_scores(vectors, rows)
     measured = None
     for depth in _depths(index, recipe, wanted):

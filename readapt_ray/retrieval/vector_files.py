@@ -24,6 +24,8 @@ from readapt_ray.records import vector_schema
 from readapt_ray.storage import Location
 
 METADATA_KEY = b"readapt"
+SHARD_BYTES = 512 << 20
+"""Bytes of float32 vectors that one task holds, where the options do not say."""
 VECTOR_COLUMNS = ("doc_id", "vector", "scale")
 _ROW_GROUP_ROWS = 1024
 _CHUNK_ROWS = 16384

@@ -41,7 +41,7 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 _MIN_SHARD_ROWS = 256
-_MAX_SHARD_ROWS = 4096
+MAX_SHARD_ROWS = 4096
 _SHARDS = 32
 
 
@@ -85,6 +85,11 @@ class EmbedConfig(StageConfig):
     )
 
 
+def shard_rows(num_passages: int) -> int:
+    """Return the passages of a data shard where the options do not say."""
+    return min(MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
+
+
 def embed(config: EmbedConfig) -> Artifact:
     """Encode a corpus.
 
@@ -114,7 +119,7 @@ def embed(config: EmbedConfig) -> Artifact:
     config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     encoder = describe_encoder(model, encoding, config.dtype)
     previous, other = _open_previous(config, encoder)
-    rows_per_shard = config.rows_per_shard or min(_MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
+    rows_per_shard = config.rows_per_shard or shard_rows(num_passages)
 
     def work(workspace: Workspace) -> None:
         job = EmbedJob(

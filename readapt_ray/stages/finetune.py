@@ -129,24 +129,24 @@ def _work(job: dict[str, Any]) -> None:
 
     config = FinetuneConfig.model_validate(job["config"])
     encoding = Encoding.model_validate(job["encoding"])
-    trainee = train_workers.Trainee(
+    worker = train_workers.TrainWorker(
         job, config, config.model, objective=None, micro_batch_tokens=config.micro_batch_tokens
     )
     reader = PairReader(
         Location(job["pairs"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
     objective = Contrast(
-        model=trainee.model,
+        model=worker.model,
         reader=reader,
         encoding=encoding,
         temperature=config.temperature,
         both_directions=config.both_directions,
         micro_batch_tokens=config.micro_batch_tokens,
-        dtype=trainee.dtype,
+        dtype=worker.dtype,
         seed=config.seed,
     )
-    trainee.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
+    worker.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
     if torch.distributed.get_rank() == 0:
         contract = json.dumps({"encoding": job["encoding"]}, indent=2)
-        (trainee.output / models.CONTRACT_NAME).write_text(contract + "\n")
-    trainee.save(trained_on=config.model, task_type="FEATURE_EXTRACTION")
+        (worker.output / models.CONTRACT_NAME).write_text(contract + "\n")
+    worker.save(trained_on=config.model, task_type="FEATURE_EXTRACTION")

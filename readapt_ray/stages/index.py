@@ -24,12 +24,11 @@ from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.footers import RowCounts, check_complete, named_footers, row_counts
 from readapt_ray.retrieval.index_kinds import Recipe, Wanted, choose, recipe
 from readapt_ray.retrieval.shard_plan import packed_hashes, scan_vectors
-from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
+from readapt_ray.retrieval.vector_files import SHARD_BYTES, VECTOR_COLUMNS, matrix_of
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_SHARD_BYTES = 512 << 20
 _CHUNK_ROWS = 16384
 _STALE_SHARE = 0.2
 """Share of deleted and added vectors above which a fresh build is advised."""
@@ -123,7 +122,7 @@ def index(config: IndexConfig) -> Artifact:
     vectors = Rows(folder, _count_rows(folder, encoder))
     check_complete(source, sum(count for _, count in vectors.counts), "vectors")
     num_vectors = source.manifest.counts["num_vectors"]
-    rows_per_shard = config.rows_per_shard or max(1, _SHARD_BYTES // (4 * int(encoder["dimension"])))
+    rows_per_shard = config.rows_per_shard or max(1, SHARD_BYTES // (4 * int(encoder["dimension"])))
     wanted = _wanted(config, num_vectors, int(encoder["dimension"]))
     recipe(wanted, min(rows_per_shard, num_vectors), int(encoder["dimension"]))
     if previous is not None:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
-from readapt_ray.catalog import models
+from readapt_ray.catalog import models, shapes
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
@@ -74,13 +74,12 @@ def pack(config: PackConfig) -> Artifact:
 
 
 def _usable_positions(model: models.Model) -> int | None:
-    """Longest text that the model has positions for; RoBERTa and its kin begin to count behind the padding's."""
+    """Return the longest text that the model has positions for; None where it has no limit."""
     config = model.read_json("config.json")
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
-    behind = config.get("model_type") in ("roberta", "xlm-roberta", "camembert")
-    return int(positions) - (int(config.get("pad_token_id", 1)) + 1 if behind else 0)
+    return int(positions) - shapes.shape_of(config, model.name).first_position
 
 
 def _pack(

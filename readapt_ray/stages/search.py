@@ -23,12 +23,11 @@ from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.retrieval.vector_files import RowRange, cut, iterate_vectors
+from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_TASK_BYTES = 512 << 20
 _QUERIES_A_PIECE = 512
 
 
@@ -92,7 +91,7 @@ class _Source:
             return list(self.artifact.manifest.details["shards"])
         counts = row_counts(named_footers(self.artifact.location / "vectors"))
         check_complete(self.artifact, sum(count for _, count in counts), "vectors")
-        most = max(1, _TASK_BYTES // (4 * int(self.encoder["dimension"])))
+        most = max(1, SHARD_BYTES // (4 * int(self.encoder["dimension"])))
         even = -(-self.num_vectors // num_cpus)
         return [tuple(each) for each in cut(counts, min(most, even))]
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
-from readapt_ray.catalog import models
+from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.cluster import on_worker, train_workers
@@ -98,14 +98,12 @@ def objective_of(model: Model) -> Objective:
     Raises:
         ModelError: its config does not say, or names a model without a head.
     """
-    architectures = model.read_json("config.json").get("architectures") or []
-    for name in architectures:
-        if name.endswith(("ForMaskedLM", "ForPreTraining")):
-            return "masked_lm"
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return "causal_lm"
+    config = model.read_json("config.json")
+    objective = shapes.objective_of(config)
+    if objective is not None:
+        return objective
     raise ModelError(
-        f"{model.name!r} has no language-model head (architectures: {architectures}); give the pretrained model, before "
+        f"{model.name!r} has no language-model head (architectures: {config.get('architectures') or []}); give the pretrained model, before "
         f"retrieval training, or say --objective causal_lm or masked_lm where its config.json is wrong"
     )
 
@@ -138,10 +136,10 @@ def _work(job: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(job["config"])
     assert config.objective is not None
     longest_pass = max(config.micro_batch_tokens, job["block_tokens"])
-    trainee = train_workers.Trainee(
+    worker = train_workers.TrainWorker(
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
     )
-    tokenizer = models.load_tokenizer(trainee.source)
+    tokenizer = models.load_tokenizer(worker.source)
     masking = None
     if config.objective == "masked_lm":
         masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), seed=config.seed)
@@ -151,17 +149,17 @@ def _work(job: dict[str, Any]) -> None:
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
     assert pad_id is not None  # pack refuses a tokenizer without an end token
     objective = LanguageModelling(
-        model=trainee.model,
+        model=worker.model,
         reader=reader,
         pad_id=pad_id,
         micro_batch_tokens=config.micro_batch_tokens,
-        dtype=trainee.dtype,
+        dtype=worker.dtype,
         masking=masking,
     )
     seen = 0.5 if config.objective == "causal_lm" else 1.0
-    trainee.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(Location(job["passages"])))
+    worker.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(Location(job["passages"])))
     task_type = "CAUSAL_LM" if config.objective == "causal_lm" else "FEATURE_EXTRACTION"
-    trainee.save(trained_on=job["config"]["pretrained"], task_type=task_type)
+    worker.save(trained_on=job["config"]["pretrained"], task_type=task_type)
 
 
 def _doc_ids(passages: Location) -> Callable[[Sequence[int]], list[str]]:

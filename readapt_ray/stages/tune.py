@@ -16,7 +16,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from readapt_ray import artifacts
@@ -32,6 +31,7 @@ from readapt_ray.evaluation.measure_options import MeasureOption, drops_self_hit
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import check_complete
 from readapt_ray.retrieval.templates import EncodingOption
+from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -180,7 +180,7 @@ def _passages(corpus: Artifact) -> Iterator[Passage]:
 
 def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) -> list[Passage]:
     """The passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
-    random = np.random.default_rng(seed)
+    random = random_generator(seed, "passages")
     kept: list[Passage] = []
     rest: list[Passage] = []
     room = max(0, size - len(keep))
@@ -212,7 +212,7 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
         raise InputError(
             f"{config.queries!r} has {len(queries)} queries with a relevant passage in {config.qrels!r}; at least 2 are needed"
         )
-    order = np.random.default_rng(config.seed).permutation(len(queries))[: config.max_queries]
+    order = random_generator(config.seed, "queries").permutation(len(queries))[: config.max_queries]
     queries = [queries[index] for index in sorted(order)]
     judgements = {query.query_id: judgements[query.query_id] for query in queries}
     keep = {doc_id: None for judged in judgements.values() for doc_id in judged}
@@ -232,7 +232,7 @@ def _pseudo_sample(config: TuneConfig, corpus: Artifact) -> Sample:
     from readapt_ray.evaluation.pseudo_queries import MIN_QUERY_WORDS, MIN_REST_CHARS, PREFIX, with_pseudo_queries
 
     passages = _sampled(corpus, {}, config.max_passages, config.seed)
-    order = np.random.default_rng(config.seed).permutation(len(passages)).tolist()
+    order = random_generator(config.seed, "pseudo-queries").permutation(len(passages)).tolist()
     passages, queries = with_pseudo_queries(passages, order, config.max_queries)
     if len(queries) < 2:
         raise CorpusError(

@@ -14,12 +14,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from readapt_ray.errors import CorruptFileError
+from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
-from readapt_ray.training.checkpoints import Course
+from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.packing import Block, table_to_blocks
 
 WINDOW_ROW_GROUPS = 16
@@ -49,7 +49,7 @@ class BlockReader:
     def __init__(self, folder: Location, *, batch_size: int, num_epochs: int, seed: int) -> None:
         self._row_groups = [group for file in folder.files(".parquet") for group in _row_groups(file)]
         num_blocks = sum(group.num_blocks for group in self._row_groups)
-        self.course = Course(num_units=num_blocks, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        self.data_order = DataOrder(num_units=num_blocks, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[list[Block]]:
         """The global batch of every step from `first_step` on, read ahead in a thread."""
@@ -84,13 +84,13 @@ class BlockReader:
             stopped.set()
 
     def _batches(self, first_step: int) -> Iterator[list[Block]]:
-        first_epoch, consumed = self.course.consumed(first_step)
-        for epoch in range(first_epoch, self.course.num_epochs):
+        first_epoch, consumed = self.data_order.consumed(first_step)
+        for epoch in range(first_epoch, self.data_order.num_epochs):
             skipped = consumed if epoch == first_epoch else 0
             batch: list[Block] = []
             for block in self._epoch(epoch, skipped):
                 batch.append(block)
-                if len(batch) == self.course.batch_size:
+                if len(batch) == self.data_order.batch_size:
                     yield batch
                     batch = []
             if batch:
@@ -98,7 +98,7 @@ class BlockReader:
 
     def _epoch(self, epoch: int, skipped: int) -> Iterator[Block]:
         """The blocks of an epoch in order, without the first `skipped`; skipped windows are not read."""
-        random = np.random.default_rng([self.course.seed, epoch])
+        random = random_generator(self.data_order.seed, "data order", epoch)
         groups = [self._row_groups[index] for index in random.permutation(len(self._row_groups))]
         for start in range(0, len(groups), WINDOW_ROW_GROUPS):
             window = groups[start : start + WINDOW_ROW_GROUPS]

@@ -3,7 +3,7 @@
 A file holds the trained tensors and Adam's moments under the parameters' names, so it does not depend on
 the number of workers. Schedule and random states are functions of the step, and which blocks or pairs
 were consumed follows from the step, the batch size and the seed (blocks.py): these stand in its header,
-and a checkpoint of another course is refused. Written by a thread of worker 0 while the next steps run;
+and a checkpoint in another data order is refused. Written by a thread of worker 0 while the next steps run;
 at most one write is under way, which costs the memory of two states.
 """
 
@@ -23,11 +23,13 @@ from readapt_ray.storage import Location
 
 _SUFFIX = ".safetensors"
 _NAME = re.compile(rf"step-\d{{9,}}{re.escape(_SUFFIX)}")
+_ORDER_VERSION = 2
+"""Raised whenever the same seed gives another order or other masks: a run does not change them half-way."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Course:
-    """What, with the number of steps done, says which units (blocks or pairs) were consumed."""
+class DataOrder:
+    """The order of the training data: with the number of steps done it says which units (blocks or pairs) were consumed."""
 
     num_units: int
     """In an epoch."""
@@ -57,13 +59,13 @@ class CheckpointWriter:
 
     Args:
         folder: on any filesystem that pyarrow opens.
-        course: of the run.
+        data_order: of the run.
         keep: checkpoints that stay; older ones are removed after a newer one is whole.
     """
 
-    def __init__(self, folder: Location, course: Course, *, keep: int) -> None:
+    def __init__(self, folder: Location, data_order: DataOrder, *, keep: int) -> None:
         self._folder = folder
-        self._course = course
+        self._data_order = data_order
         self._keep = keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -87,14 +89,15 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, step: int, state: dict[str, Tensor]) -> None:
-        epoch, num_consumed = self._course.consumed(step)
+        epoch, num_consumed = self._data_order.consumed(step)
         header = {
             "step": step,
             "epoch": epoch,
             "num_consumed": num_consumed,
-            "num_units": self._course.num_units,
-            "batch_size": self._course.batch_size,
-            "seed": self._course.seed,
+            "num_units": self._data_order.num_units,
+            "batch_size": self._data_order.batch_size,
+            "seed": self._data_order.seed,
+            "order_version": _ORDER_VERSION,
         }
         metadata = {name: json.dumps(value) for name, value in header.items()}
         (self._folder / f"step-{step:09d}{_SUFFIX}").write_bytes(to_safetensors(state, metadata=metadata))
@@ -102,11 +105,11 @@ class CheckpointWriter:
             old.delete()
 
 
-def newest_checkpoint(folder: Location, course: Course) -> tuple[int, dict[str, Tensor]] | None:
+def newest_checkpoint(folder: Location, data_order: DataOrder) -> tuple[int, dict[str, Tensor]] | None:
     """The step and state of the newest whole checkpoint; None where there is none.
 
     Raises:
-        CorruptFileError: checkpoints are there and none can be read, or the newest is of another course.
+        CorruptFileError: checkpoints are there and none can be read, or the newest is in another data order.
     """
     problems = []
     for file in reversed(_files(folder)):
@@ -116,11 +119,16 @@ def newest_checkpoint(folder: Location, course: Course) -> tuple[int, dict[str, 
             problems.append(f"{file}: {error}")
             continue
         for name in ("num_units", "batch_size", "seed"):
-            if header.get(name, getattr(course, name)) != getattr(course, name):
+            if header.get(name, getattr(data_order, name)) != getattr(data_order, name):
                 raise CorruptFileError(
-                    f"{file} is of another run: {name} is {header[name]} there and {getattr(course, name)} now; "
+                    f"{file} is of another run: {name} is {header[name]} there and {getattr(data_order, name)} now; "
                     f"remove {folder} to start from the beginning"
                 )
+        if header.get("order_version", 1) != _ORDER_VERSION:
+            raise CorruptFileError(
+                f"{file} was written by another version of readapt, in which the same seed gives another order of the data; "
+                f"finish the run with that version, or remove {folder} to start from the beginning"
+            )
         return header["step"], state
     if problems:
         raise CorruptFileError(

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.retrieval.pooling import normalized, pool
-from readapt_ray.training.checkpoints import Course
-from readapt_ray.training.engine import Engine, seed_part
+from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
 from readapt_ray.training.language_model import weighted
 from readapt_ray.training.packing import padded_width
 from readapt_ray.training.pairs import PairReader, Texts
@@ -54,15 +54,15 @@ class Contrast:
     seed: int
 
     @property
-    def course(self) -> Course:
+    def data_order(self) -> DataOrder:
         """Which pairs, in which order."""
-        return self.reader.course
+        return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
         """The pair numbers of every step from `first_step` on."""
         return self.reader.steps(first_step)
 
-    def work(self, engine: Engine, batch: np.ndarray, step: int) -> Work[Any]:
+    def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> Work[Any]:
         """This worker's micro-batches, after the vectors of all workers met where there are several."""
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
@@ -72,7 +72,7 @@ class Contrast:
         texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
         parts = weighted(own, num_parts, filler=own[0])
         if num_parts > 1:
-            loss_of = self._cached(engine, shares, parts, seed=self.seed + step)
+            loss_of = self._cached(engine, shares, parts, step=step)
         else:
 
             def loss_of(part: Sequence[int]) -> Tensor:
@@ -95,18 +95,18 @@ class Contrast:
 
     def _cached(
         self,
-        engine: Engine,
+        engine: DeepSpeedEngine,
         shares: Sequence[Texts],
         parts: Sequence[tuple[Sequence[int], float]],
         *,
-        seed: int,
+        step: int,
     ) -> Any:
         """The gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
         texts = shares[engine.worker_rank]
         vectors_TD: Tensor | None = None
         with torch.no_grad():
             for index, (part, weight) in enumerate(parts):
-                seed_part(seed, engine.worker_rank, index)
+                seed_dropout(self.seed, step=step, worker_rank=engine.worker_rank, part=index)
                 encoded = self._encode(engine, texts, part)
                 if vectors_TD is None:
                     vectors_TD = encoded.new_zeros(len(texts.token_ids), encoded.shape[1])
@@ -127,7 +127,7 @@ class Contrast:
 
         return loss_of
 
-    def _encode(self, engine: Engine, texts: Texts, part: Sequence[int]) -> Tensor:
+    def _encode(self, engine: DeepSpeedEngine, texts: Texts, part: Sequence[int]) -> Tensor:
         with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 

@@ -12,21 +12,21 @@ Under ZeRO-3 a worker holds a part of each weight: the base layer is called as a
 DeepSpeed's hooks fetch it, and the norm gathers one layer's weight at a time.
 """
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 from torch.nn import functional
 
-from readapt_ray.errors import ModelError
+from readapt_ray.catalog.shapes import matching_layers
 from readapt_ray.storage import Location
+from readapt_ray.training.dropout import dropout
+from readapt_ray.training.partitioned import gathered
 
 AdapterMethod = Literal["dora", "lora"]
 _KEY_PREFIX = "base_model.model."
@@ -34,20 +34,29 @@ _KEY_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """What an adapter is made of. `targets` are the last parts of layer names."""
+    """What an adapter is made of."""
 
     method: AdapterMethod
     rank: int
+    """Rows of A and columns of B."""
     alpha: float
+    """Scale of the update: s = alpha / rank."""
     dropout: float
+    """Probability that an input of A is zeroed."""
     targets: tuple[str, ...]
+    """Last parts of the names of the layers that get an adapter."""
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with a trained low-rank update; with a magnitude it is DoRA, without LoRA.
+    """A frozen linear layer with a trained low-rank update: DoRA with a magnitude, LoRA without.
 
-    Factors and magnitude are float32 whatever the base is: a magnitude in bfloat16 stops moving.
-    `base` has given its bias away: it is added after the magnitude.
+    What is trained is float32 whatever the base is, since a magnitude in bfloat16 stops moving: `lora_A` [R, I],
+    `lora_B` [O, R] (zeros at first) and `magnitude` [O] (the norms of the base's rows at first). I = inputs, O = outputs,
+    R = rank.
+
+    Args:
+        base: the layer to wrap, weight [O, I]. It is frozen and loses its bias, which belongs behind the magnitude.
+        shape: method, rank, scale and dropout.
     """
 
     base_norm_squared: Tensor
@@ -85,7 +94,7 @@ class AdaptedLinear(nn.Module):
         self.norm.copy_((self.base_norm_squared + 2 * s * cross_O + s * s * square_O).clamp_min(0).sqrt())
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
+        """Return the layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
         base = self.base(x)
         dropped, kept = dropout(x, self.dropout if self.training else 0.0)
         low_rank = functional.linear(dropped, self.lora_A.to(x.dtype))
@@ -94,75 +103,47 @@ class AdaptedLinear(nn.Module):
         if self.magnitude is None:
             y = torch.addmm(base_NO, low_rank_NR, scaled_B.T)
         else:
-            share_O = self.magnitude / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)
+            magnitude_over_norm_O = self.magnitude / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)
             if torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
-                y = torch.addmm(base_NO, low_rank_NR, scaled_B.T) * share_O.to(base.dtype)
+                y = dora_output(base_NO, low_rank_NR, scaled_B, magnitude_over_norm_O.to(base.dtype))
             else:
                 y = _DoraOutput.apply(  # type: ignore[no-untyped-call]
-                    base_NO, low_rank_NR, scaled_B, self.magnitude, share_O.detach().to(base.dtype)
+                    base_NO, low_rank_NR, scaled_B, self.magnitude, magnitude_over_norm_O.detach().to(base.dtype)
                 )
         y = y.view_as(base)
         return y if self.bias is None else y + self.bias
 
 
+def dora_output(base_NO: Tensor, low_rank_NR: Tensor, scaled_B_OR: Tensor, magnitude_over_norm_O: Tensor) -> Tensor:
+    """Return DoRA's output without bias: (W x + s B A x) * m / norm, for N tokens. `_DoraOutput` computes it in place."""
+    return torch.addmm(base_NO, low_rank_NR, scaled_B_OR.T) * magnitude_over_norm_O
+
+
 class _DoraOutput(torch.autograd.Function):
-    """(base + low_rank scaled_B^T) * share, row-wise, in place of `base`; share is m / norm, the norm constant."""
+    """`dora_output` in place of `base_NO`, with a gradient for m; the norm is a constant (section 4.3)."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 -- autograd passes them by place
-        ctx: Any, base_NO: Tensor, low_rank_NR: Tensor, scaled_B_OR: Tensor, magnitude_O: Tensor, share_O: Tensor
+        ctx: Any,
+        base_NO: Tensor,
+        low_rank_NR: Tensor,
+        scaled_B_OR: Tensor,
+        magnitude_O: Tensor,
+        magnitude_over_norm_O: Tensor,
     ) -> Tensor:
         ctx.mark_dirty(base_NO)
-        base_NO.addmm_(low_rank_NR, scaled_B_OR.T).mul_(share_O)
-        ctx.save_for_backward(base_NO, low_rank_NR, scaled_B_OR, share_O, magnitude_O)
+        base_NO.addmm_(low_rank_NR, scaled_B_OR.T).mul_(magnitude_over_norm_O)
+        ctx.save_for_backward(base_NO, low_rank_NR, scaled_B_OR, magnitude_over_norm_O, magnitude_O)
         return base_NO
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        y_NO, low_rank_NR, scaled_B_OR, share_O, magnitude_O = ctx.saved_tensors
+        y_NO, low_rank_NR, scaled_B_OR, magnitude_over_norm_O, magnitude_O = ctx.saved_tensors
         gradient_NO = gradients[0]
         along_O = (gradient_NO * y_NO).sum(0, dtype=magnitude_O.dtype)
         magnitude_grad = along_O / torch.where(magnitude_O == 0, 1.0, magnitude_O)
-        shared_NO = gradient_NO * share_O
-        return shared_NO, shared_NO @ scaled_B_OR, shared_NO.T @ low_rank_NR, magnitude_grad, None
-
-
-def dropout(x: Tensor, probability: float) -> tuple[Tensor, float]:
-    """Zero elements at random, without the scaling that keeps the mean.
-
-    On a CPU a mask of 16-bit pieces of NumPy's fastest generator, seeded by torch's, takes a third of the time of
-    torch's Bernoulli draws; the probability is then the nearest multiple of 2^-16.
-
-    Returns:
-        The input with zeros, and the share of elements that is kept in the mean: divide by it.
-    """
-    if probability == 0:
-        return x, 1.0
-    if x.device.type != "cpu":
-        return functional.dropout(x, probability), 1.0
-    dropped_of_65536 = round(probability * 65536)
-    generator = np.random.SFC64(int(torch.randint(2**62, ())))
-    pieces = torch.from_numpy(generator.random_raw(-(-x.numel() // 4)).view(np.int16))[: x.numel()].view(x.shape)
-    # Compared into the type of x: a product with booleans converts them, forward and backward.
-    is_kept = torch.ge(pieces, dropped_of_65536 - 32768, out=torch.empty(x.shape, dtype=x.dtype))
-    return x * is_kept, 1 - dropped_of_65536 / 65536
-
-
-@contextlib.contextmanager
-def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
-    """Whole parameters inside the block, where ZeRO-3 partitions them; elsewhere they are whole already.
-
-    Args:
-        changed_by_rank: the worker whose changes all others take over.
-    """
-    partitioned = [each for each in parameters if hasattr(each, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=changed_by_rank):
-        yield
+        scaled_grad_NO = gradient_NO * magnitude_over_norm_O
+        return scaled_grad_NO, scaled_grad_NO @ scaled_B_OR, scaled_grad_NO.T @ low_rank_NR, magnitude_grad, None
 
 
 def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
@@ -176,16 +157,12 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
     """
     model.requires_grad_(False)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    matched = {name for name in linear for target in shape.targets if name == target or name.endswith(f".{target}")}
-    missing = [target for target in shape.targets if not any(n == target or n.endswith(f".{target}") for n in matched)]
-    if missing:
-        there = sorted({name.rsplit(".", 1)[-1] for name in linear})
-        raise ModelError(f"target modules {missing} match no linear layer; the model has {there}")
-    for name in sorted(matched):
+    matched = matching_layers(linear, shape.targets)
+    for name in matched:
         parent, _, child = name.rpartition(".")
         layer = AdaptedLinear(linear[name], shape)
         setattr(model.get_submodule(parent), child, layer)
-    return sorted(matched)
+    return matched
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from readapt_ray.errors import TrainingDivergedError
-from readapt_ray.training.dora import gathered, refresh_norms
+from readapt_ray.seeds import derive_seed
+from readapt_ray.training.dora import refresh_norms
+from readapt_ray.training.partitioned import gathered
 
 T = TypeVar("T")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,9 +68,16 @@ def linear_schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
     return (num_steps - step) / max(1, num_steps - warmup_steps)
 
 
-def seed_part(seed: int, worker_rank: int, part: int) -> None:
-    """Set torch's random state to that of one part of one worker, so that it can be run again alike."""
-    torch.manual_seed((seed * 1_000_003 + worker_rank) * 1009 + part)
+def seed_dropout(seed: int, *, step: int, worker_rank: int, part: int) -> None:
+    """Set torch's random state to that of one micro-batch, so that it can be run again with the same dropout.
+
+    Args:
+        seed: of the whole run.
+        step: optimizer steps before this one.
+        worker_rank: of the worker that runs the micro-batch.
+        part: index of the micro-batch among the worker's own of the step.
+    """
+    torch.manual_seed(derive_seed(seed, "dropout", step, worker_rank, part))
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class StepOutcome:
     gradient_norm: float
 
 
-class Engine:
+class DeepSpeedEngine:
     """A model under DeepSpeed with AdamW on its trainable parameters.
 
     Args:
@@ -94,6 +103,7 @@ class Engine:
         self._max_gradient_norm = optimization.max_gradient_norm or float("inf")
         self._learning_rate = optimization.learning_rate
         self._zero_stage = optimization.zero_stage
+        self._seed = optimization.seed
         self.trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         optimizer = torch.optim.AdamW(
             list(self.trained.values()),
@@ -117,7 +127,7 @@ class Engine:
         self.worker_rank = torch.distributed.get_rank()
 
     def step(
-        self, parts: Sequence[tuple[T, float]], *, loss_of: Callable[[T], Tensor], rate: float, seed: int
+        self, parts: Sequence[tuple[T, float]], *, loss_of: Callable[[T], Tensor], rate: float, step: int
     ) -> StepOutcome:
         """Take one optimizer step.
 
@@ -125,7 +135,7 @@ class Engine:
             parts: this worker's micro-batches with their weights, as many as every other worker's.
             loss_of: a part's share of the step's loss; the shares of all workers add up to the mean loss.
             rate: share of the peak learning rate.
-            seed: of dropout in this step.
+            step: optimizer steps before this one; dropout differs by it.
 
         Raises:
             TrainingDivergedError: the loss or the gradient is NaN or infinite.
@@ -135,7 +145,7 @@ class Engine:
         total = torch.zeros((), device=self.device)
         for index, (part, weight) in enumerate(parts):
             self._engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
-            seed_part(seed, self.worker_rank, index)
+            seed_dropout(self._seed, step=step, worker_rank=self.worker_rank, part=index)
             loss = loss_of(part) * weight
             total += loss.detach()
             self._engine.backward(loss * self.num_workers)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from readapt_ray.training import objectives, packing
 from readapt_ray.training.blocks import BlockReader
-from readapt_ray.training.checkpoints import Course
-from readapt_ray.training.engine import Engine
+from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.engine import DeepSpeedEngine
 from readapt_ray.training.packing import Block, Masking
 from readapt_ray.training.steps import Work
 
@@ -37,15 +37,15 @@ class LanguageModelling:
     masking: Masking | None = None
 
     @property
-    def course(self) -> Course:
+    def data_order(self) -> DataOrder:
         """Which blocks, in which order."""
-        return self.reader.course
+        return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[list[Block]]:
         """The blocks of every step from `first_step` on."""
         return self.reader.steps(first_step)
 
-    def work(self, engine: Engine, batch: list[Block], step: int) -> Work[list[Block]]:
+    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> Work[list[Block]]:
         """This worker's micro-batches: each computes those of all, and so knows how many the others run."""
         passages = [passage for block in batch for passage in block.passages()]
         shares = [

@@ -1,4 +1,4 @@
-"""Does a training run fit? An estimate from the model's shapes, before any weight is read.
+"""Does a training run fit? An estimate from the model's shape, before any weight is read; plan asks the same.
 
 Exact are weights, gradients and Adam's moments (Rajbhandari et al., 2020: what each ZeRO stage divides by
 the workers). Activations are counted from what autograd keeps in a transformer layer, within a factor of
@@ -7,13 +7,12 @@ two; a run that was measured corrects them for the next start in the same folder
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
+from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.errors import PlacementError
-from readapt_ray.training import dora
+from readapt_ray.training.dora import AdapterShape
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
@@ -25,9 +24,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demand:
+class WorkerSetup:
     """What the options ask of a worker."""
 
+    adapter: AdapterShape | None
+    """What is trained; None trains all weights."""
     num_workers: int
     zero_stage: int
     micro_batch_tokens: int
@@ -38,7 +39,7 @@ class Demand:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes a worker by part, and what each part is."""
 
     parts: dict[str, int]
@@ -60,28 +61,21 @@ class Estimate:
         return max(0.1, (measured_bytes - fixed) / max(1, self.parts["activations"]))
 
 
-def estimate(model: nn.Module, config: Any, demand: Demand, *, correction: float = 1.0) -> Estimate:
-    """Bytes of one worker.
+def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float = 1.0) -> MemoryEstimate:
+    """Count the bytes of one worker.
 
     Args:
-        model: on the meta device, with its adapters; what is trained requires gradients.
-        config: transformers' config of it.
+        shape: of the model that is trained, with its language-model head where it has one.
+        setup: what the options ask for.
         correction: of the activations, from a run that was measured.
+
+    Raises:
+        ModelError: a target of the adapter matches no layer.
     """
-    workers, stage = demand.num_workers, demand.zero_stage
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
-    width = demand.dtype.itemsize
-    hidden = config.hidden_size
-    intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
-    is_compiled = demand.compile_layers and demand.device_type == "cuda"
-    kept_hidden, kept_intermediate = _KEPT["compiled" if is_compiled else demand.device_type]
-    a_layer = demand.micro_batch_tokens * width * (kept_hidden * hidden + kept_intermediate * intermediate)
-    layers = config.num_hidden_layers
-    if demand.gradient_checkpointing:
-        activations = layers * demand.micro_batch_tokens * hidden * width + a_layer
-    else:
-        activations = layers * a_layer
+    workers, stage = setup.num_workers, setup.zero_stage
+    trained = num_trained(shape, setup.adapter)
+    frozen = 0 if setup.adapter is None else shape.num_parameters
+    width = setup.dtype.itemsize
 
     def shared(from_stage: int) -> int:
         return workers if stage >= from_stage else 1
@@ -89,23 +83,23 @@ def estimate(model: nn.Module, config: Any, demand: Demand, *, correction: float
     def where(from_stage: int) -> str:
         return f"over {workers} workers" if stage >= from_stage else f"whole on each at zero_stage {stage}"
 
-    kept = "kept for one" if demand.gradient_checkpointing else "kept for all"
-    return Estimate(
+    kept = "kept for one" if setup.gradient_checkpointing else "kept for all"
+    return MemoryEstimate(
         parts={
             "frozen weights": frozen * width // shared(3),
             "trained weights": 4 * trained // shared(3),
             "gradients": 4 * trained // shared(2),
             "optimizer": (8 if stage == 0 else 12) * trained // shared(1),
-            "activations": int(activations * correction),
-            "loss": _LOSS_BYTES.get(demand.device_type, _LOSS_BYTES["cuda"]),
-            "process": _PROCESS_BYTES.get(demand.device_type, _PROCESS_BYTES["cuda"]),
+            "activations": int(_activations(shape, setup) * correction),
+            "loss": _LOSS_BYTES.get(setup.device_type, _LOSS_BYTES["cuda"]),
+            "process": process_bytes(setup.device_type),
         },
         reasons={
             "frozen weights": f"{frozen:,} x {width} bytes, {where(3)}",
             "trained weights": f"{trained:,} x 4 bytes, {where(3)}",
             "gradients": where(2),
             "optimizer": where(1),
-            "activations": f"{demand.micro_batch_tokens:,} tokens, {layers} layers, {kept}"
+            "activations": f"{setup.micro_batch_tokens:,} tokens, {shape.num_layers} layers, {kept}"
             + (f", times {correction:.2f} as measured before" if correction != 1.0 else ""),
             "loss": "logits of a chunk",
             "process": "Python, torch, Ray",
@@ -113,22 +107,33 @@ def estimate(model: nn.Module, config: Any, demand: Demand, *, correction: float
     )
 
 
-def on_meta(auto_class: Any, config: Any, shape: dora.AdapterShape | None) -> nn.Module:
-    """The model with its adapters and no weights.
-
-    Raises:
-        ModelError: the targets match no layer.
-    """
-    with torch.device("meta"):
-        model: nn.Module = auto_class.from_config(config)
-        if shape is None:
-            model.requires_grad_(True)
-        else:
-            dora.add_adapters(model, shape)
-    return model
+def process_bytes(device_type: str) -> int:
+    """Bytes of a worker that has loaded its libraries and nothing else: host memory on a CPU, device memory on a GPU."""
+    return _PROCESS_BYTES.get(device_type, _PROCESS_BYTES["cuda"])
 
 
-def check_fits(found: Estimate, *, free_bytes: int) -> None:
+def num_trained(shape: ModelShape, adapter: AdapterShape | None) -> int:
+    """Count what is trained: the numbers of an adapter, or all parameters where there is none."""
+    if adapter is None:
+        return shape.num_parameters
+    magnitudes = 1 if adapter.method == "dora" else 0
+    return sum(
+        adapter.rank * (inputs + outputs) + magnitudes * outputs for inputs, outputs in shape.adapted(adapter.targets)
+    )
+
+
+def _activations(shape: ModelShape, setup: WorkerSetup) -> int:
+    """Bytes of what the backward pass needs."""
+    is_compiled = setup.compile_layers and setup.device_type == "cuda"
+    kept_hidden, kept_intermediate = _KEPT["compiled" if is_compiled else setup.device_type]
+    token_bytes = setup.micro_batch_tokens * setup.dtype.itemsize
+    layer_bytes = token_bytes * (kept_hidden * shape.hidden + kept_intermediate * shape.intermediate)
+    if setup.gradient_checkpointing:
+        return shape.num_layers * token_bytes * shape.hidden + layer_bytes
+    return shape.num_layers * layer_bytes
+
+
+def check_fits(found: MemoryEstimate, *, free_bytes: int) -> None:
     """Refuse what does not fit.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention, norms
 from readapt_ray.training.packing import IGNORED, Batch
@@ -152,10 +153,3 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
             max_length_q=batch.longest_passage,
             max_length_k=batch.longest_passage,
         ).logits
-
-
-def first_position(model: Any) -> int:
-    """The position of a text's first token: RoBERTa and its kin count from behind the padding's."""
-    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    padding = getattr(positions, "padding_idx", None)
-    return 0 if padding is None else int(padding) + 1

@@ -24,6 +24,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from readapt_ray.seeds import random_generator
+
 Mode = Literal["passage", "packed"]
 IGNORED = -100
 """Label of a token that bears no loss."""
@@ -88,7 +90,7 @@ class Masking:
 
     def apply(self, ids: np.ndarray, *, step: int, passage_number: int) -> tuple[np.ndarray, np.ndarray]:
         """A passage with masks, and its labels: the token that stood there, or IGNORED. int64 [T] each."""
-        random = np.random.default_rng([self.seed, step, passage_number])
+        random = random_generator(self.seed, "masking", step, passage_number)
         chosen = 1 + random.permutation(len(ids) - 2)[: self.num_masked(len(ids))] if len(ids) > 2 else np.empty(0, int)
         labels = np.full(len(ids), IGNORED, np.int64)
         labels[chosen] = ids[chosen]

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
-from readapt_ray.training.checkpoints import Course
+from readapt_ray.training.checkpoints import DataOrder
 
 _IDS = pa.list_(pa.int32())
 _SIDES: Final = ("left", "right")
@@ -68,15 +69,15 @@ class PairReader:
         order = np.argsort(queries, kind="stable")
         self._by_query = self._doc_numbers[order]
         self._query_starts, self._query_ends = (np.searchsorted(queries[order], queries, side) for side in _SIDES)
-        self.course = Course(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
+        self.data_order = DataOrder(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[np.ndarray]:
         """The pair numbers of every step from `first_step` on."""
-        course = self.course
-        for step in range(first_step, course.num_steps):
-            epoch, first = course.consumed(step)
-            order = np.random.default_rng([course.seed, epoch]).permutation(course.num_units)
-            yield order[first : first + course.batch_size]
+        data_order = self.data_order
+        for step in range(first_step, data_order.num_steps):
+            epoch, first = data_order.consumed(step)
+            order = random_generator(data_order.seed, "data order", epoch).permutation(data_order.num_units)
+            yield order[first : first + data_order.batch_size]
 
     def doc_numbers(self, pairs: np.ndarray) -> np.ndarray:
         """The numbers of the passages that answer the queries of these pairs."""
@@ -90,7 +91,7 @@ class PairReader:
     def mean_tokens(self) -> float:
         """Of a query or passage."""
         lengths = [pc.sum(pc.list_value_length(self._columns[name])).as_py() for name in ("query_ids", "passage_ids")]
-        return float(sum(lengths)) / (2 * self.course.num_units)
+        return float(sum(lengths)) / (2 * self.data_order.num_units)
 
     def read(self, pairs: np.ndarray) -> Texts:
         """The texts of these pairs."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from readapt_ray.errors import TrainingDivergedError
 from readapt_ray.storage import Location
-from readapt_ray.training.checkpoints import CheckpointWriter, Course, newest_checkpoint
-from readapt_ray.training.engine import Engine, Optimization, linear_schedule
+from readapt_ray.training.checkpoints import CheckpointWriter, DataOrder, newest_checkpoint
+from readapt_ray.training.engine import DeepSpeedEngine, Optimization, linear_schedule
 from readapt_ray.training.speed import peak_flops
 
 T = TypeVar("T")
@@ -40,16 +40,16 @@ class Work(Generic[T]):
 
 
 class Objective(Protocol[B, T]):
-    """What is trained on: a course of batches, and what to do with each."""
+    """What is trained on: batches in a fixed order, and what to do with each."""
 
     @property
-    def course(self) -> Course:
+    def data_order(self) -> DataOrder:
         """Which units, in which order."""
 
     def batches(self, first_step: int) -> Iterator[B]:
         """The batch of every step from `first_step` on; the same on every worker."""
 
-    def work(self, engine: Engine, batch: B, step: int) -> Work[T]:
+    def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> Work[T]:
         """What this worker does with a batch; `step` counts from 0."""
 
 
@@ -92,7 +92,7 @@ class Reporter(Protocol):
 
 
 def run_steps(
-    engine: Engine,
+    engine: DeepSpeedEngine,
     objective: Objective[Any, Any],
     optimization: Optimization,
     *,
@@ -113,18 +113,18 @@ def run_steps(
         TrainingDivergedError: loss or gradient is no number; the message names step and passages, the newest
             checkpoint is the last good one.
     """
-    course = objective.course
-    warmup_steps = int(optimization.warmup_fraction * course.num_steps)
+    data_order = objective.data_order
+    warmup_steps = int(optimization.warmup_fraction * data_order.num_steps)
     peak = peak_flops(engine.device)
-    first_step = _resume(engine, checkpoints, course)
-    writer = CheckpointWriter(checkpoints, course, keep=optimization.keep_checkpoints)
+    first_step = _resume(engine, checkpoints, data_order)
+    writer = CheckpointWriter(checkpoints, data_order, keep=optimization.keep_checkpoints)
     try:
         for step, (batch, waited_s) in enumerate(_timed(objective.batches(first_step)), start=first_step):
             started_s = time.monotonic()
-            rate = linear_schedule(step, num_steps=course.num_steps, warmup_steps=warmup_steps)
+            rate = linear_schedule(step, num_steps=data_order.num_steps, warmup_steps=warmup_steps)
             work = objective.work(engine, batch, step)
             try:
-                outcome = engine.step(work.parts, loss_of=work.loss_of, rate=rate, seed=optimization.seed + step)
+                outcome = engine.step(work.parts, loss_of=work.loss_of, rate=rate, step=step)
             except TrainingDivergedError as error:
                 raise _named(error, step + 1, work.passages, doc_ids_of) from None
             seconds = time.monotonic() - started_s + waited_s
@@ -133,7 +133,7 @@ def run_steps(
                 reporter(
                     StepReport(
                         step=step + 1,
-                        num_steps=course.num_steps,
+                        num_steps=data_order.num_steps,
                         loss=outcome.loss,
                         learning_rate=rate * optimization.learning_rate,
                         gradient_norm=outcome.gradient_norm,
@@ -147,7 +147,7 @@ def run_steps(
                         peak_memory_bytes=peak_memory_bytes(engine.device),
                     )
                 )
-            if (step + 1) % optimization.checkpoint_every_steps == 0 or step + 1 == course.num_steps:
+            if (step + 1) % optimization.checkpoint_every_steps == 0 or step + 1 == data_order.num_steps:
                 state = engine.state()
                 if engine.worker_rank == 0:
                     reporter.keep(step + 1)
@@ -157,9 +157,9 @@ def run_steps(
     torch.distributed.barrier()
 
 
-def _resume(engine: Engine, checkpoints: Location, course: Course) -> int:
+def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrder) -> int:
     """Load the newest checkpoint, the same on all workers; the number of steps done."""
-    found = newest_checkpoint(checkpoints, course)
+    found = newest_checkpoint(checkpoints, data_order)
     step = torch.tensor([found[0] if found else 0], device=engine.device)
     torch.distributed.broadcast(step, src=0)
     done = int(step)

@@ -5,7 +5,6 @@ hands it out, so that no worker ever needs room for the whole.
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from torch import Tensor, nn
 
 from readapt_ray.catalog.models import TOKENIZER_FILES, Model
 from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.catalog.shapes import auto_class
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
-from readapt_ray.training.dora import gathered
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
-from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, read_header
+from readapt_ray.training.partitioned import gathered
+from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, modern_name, stored_tensors
 from readapt_ray.weights.loading import load_model
 
 _SHARD_BYTES = 2 << 30
@@ -48,14 +48,6 @@ def load_for_training(
     if objective is not None:
         objectives.prepare(model, source.name)
     return model.train()
-
-
-def auto_class(objective: Objective | None) -> Any:
-    """transformers' class of an objective: with its head, or headless."""
-    import transformers
-
-    names = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
-    return getattr(transformers, names[objective])
 
 
 def _load_with_head(source: Model, objective: Objective, *, dtype: torch.dtype) -> Any:
@@ -104,7 +96,7 @@ def _load_partitioned(source: Model, objective: Objective | None, *, dtype: torc
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
     model.tie_weights()
-    stored = {tensor.stored_name: tensor for tensor in _stored_tensors(source)}
+    stored = {modern_name(each): tensor for each, tensor in stored_tensors(source.folder, source.name).items()}
     found = {name: _find(name, stored, model.base_model_prefix) for name, _ in model.named_parameters()}
     _refuse_missing(source, objective, [name for name, tensor in found.items() if tensor is None])
     for name, parameter in model.named_parameters():
@@ -114,23 +106,10 @@ def _load_partitioned(source: Model, objective: Objective | None, *, dtype: torc
     return model
 
 
-def _stored_tensors(source: Model) -> Iterator[StoredTensor]:
-    index = source.read_json(INDEX_NAME)
-    for name in sorted(set(index["weight_map"].values())) if index else [SINGLE_NAME]:
-        path = source.folder / name
-        if not path.is_file():
-            raise ModelError(f"{source.name!r} lacks the weight file {name!r}; fetch it again")
-        yield from read_header(path).values()
-
-
 def _find(name: str, stored: dict[str, StoredTensor], prefix: str) -> StoredTensor | None:
-    """A parameter among the files' tensors, which may name it with or without the model's prefix, or as of old."""
-    bare = name.removeprefix(f"{prefix}.")
-    for each in (name, f"{prefix}.{name}", bare):
-        old = each.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-        if each in stored or old in stored:
-            return stored.get(each) or stored[old]
-    return None
+    """Find a parameter among the files' tensors, which may name it with or without the model's prefix."""
+    candidates = (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((stored[each] for each in candidates if each in stored), None)
 
 
 def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:

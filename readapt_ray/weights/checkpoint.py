@@ -184,11 +184,11 @@ class Checkpoint:
         """
         self.folder = folder
         self.name = name or str(folder)
-        stored = _stored_tensors(folder, self.name)
+        stored = stored_tensors(folder, self.name)
         self.heads = tuple(sorted(each for each in stored if _HEAD.match(each)))
         backbone = [each for each in stored if not _HEAD.match(each)]
         prefix = base_prefix(backbone)
-        headless = {each: _modern(each.removeprefix(prefix)) for each in backbone}
+        headless = {each: modern_name(each.removeprefix(prefix)) for each in backbone}
         self.buffers = tuple(sorted(each for each, short in headless.items() if _BUFFER.search(short)))
         self._tensors: dict[str, StoredTensor] = {}
         for each in backbone:
@@ -230,7 +230,7 @@ class Checkpoint:
     def match(self, stored_name: str) -> str | None:
         """The headless name of a tensor that another file names with or without a base prefix; None if unknown."""
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
-        return next((each for each in map(_modern, candidates) if each in self._tensors), None)
+        return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
 
 
 def base_prefix(backbone: Iterable[str]) -> str:
@@ -265,15 +265,24 @@ def natural_order(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _modern(name: str) -> str:
+def modern_name(name: str) -> str:
+    """Return a tensor's name as transformers writes it now: old BERT files call a norm's weight and bias gamma and beta."""
     for old, new in _OLD_NORM.items():
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
 
 
-def _stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
-    """Every tensor by its stored name: of the one file, or of those that the index lists."""
+def stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """Return every tensor of a model folder by its stored name, from the one file or from those that the index lists.
+
+    Args:
+        folder: a local model folder.
+        name: what the user calls the model; used in errors.
+
+    Raises:
+        ModelError: no safetensors there, or a shard is missing or cut short.
+    """
     index = folder / INDEX_NAME
     if not index.is_file():
         single = folder / SINGLE_NAME

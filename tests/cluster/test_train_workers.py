@@ -48,9 +48,9 @@ def test_every_node_that_computes_is_asked_for_its_units(monkeypatch: pytest.Mon
 
 def test_a_worker_of_another_node_must_find_the_drivers_model(ray_session: None, tmp_path: Path) -> None:
     base = factories.tiny_decoder(tmp_path / "base")
-    job = {"output": str(tmp_path), "board": None, "dtype": "float32", "inputs": {"pretrained": "of the driver"}}
+    job = {"output": str(tmp_path), "monitor": None, "dtype": "float32", "inputs": {"pretrained": "of the driver"}}
     with pytest.raises(FingerprintMismatchError, match=r"base' has other weights on node .* put the same files"):
-        train_workers.Trainee(
+        train_workers.TrainWorker(
             {**job, "driver_node": "another"},
             OptimizationConfig(output=str(tmp_path)),
             str(base),

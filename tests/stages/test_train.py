@@ -1,5 +1,6 @@
 """train on real Ray Train workers under DeepSpeed, with real kills."""
 
+import json
 import os
 import signal
 import threading
@@ -14,9 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from readapt_ray.artifacts import Artifact
+from readapt_ray.artifacts import Artifact, open_artifact
+from readapt_ray.catalog.shapes import pretrained_shape
 from readapt_ray.cluster.step_metrics import read_metrics
 from readapt_ray.errors import ArtifactMissingError, CorpusError, ModelError, PlacementError, TrainingDivergedError
+from readapt_ray.planner.machines import Cluster, NodeGroup
+from readapt_ray.planner.worker_memory import train_memory
 from readapt_ray.recipes.chain import train_on_passages
 from readapt_ray.stages.pack import PackConfig, pack
 from readapt_ray.stages.train import TrainConfig, train
@@ -192,6 +196,17 @@ def test_every_step_tells_what_it_cost(reference: Path) -> None:
         assert row["mfu"] is None  # no CPU's peak is known
     assert rows[0]["learning_rate"] == 5e-3
     assert rows[-1]["learning_rate"] == pytest.approx(5e-3 / len(rows))
+
+
+def test_a_plan_counts_the_bytes_that_the_worker_counted(packed: tuple[Path, Path], reference: Path) -> None:
+    base, blocks = packed
+    node = NodeGroup(name="node", count=1, cpus=1, memory_bytes=1e10)
+    config = TrainConfig(pretrained=str(base), corpus=str(blocks), output="o", lora_dropout=0.0, dtype="float32")
+    config = config.model_copy(
+        update={"block_tokens": open_artifact(str(blocks), "pack").manifest.config["block_tokens"]}
+    )
+    planned = train_memory(config, pretrained_shape(str(base)), Cluster(name="c", groups=(node,)), 1)
+    assert planned.parts == json.loads((reference / "memory.json").read_text())["parts"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
 from readapt_ray.training.blocks import BlockReader
-from readapt_ray.training.engine import Engine, Optimization
+from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
 from readapt_ray.training.steps import StepReport, Work, run_steps
@@ -63,7 +63,7 @@ def worker(folder: Path, base: Path, attempt: Attempt, rank: int) -> None:
     if attempt.kill is not None and attempt.kill[0] == rank and attempt.kill[2] == "writing":
         _die_while_writing(attempt.kill[1])
     run_steps(
-        Engine(model, replace(OPTIMIZATION, zero_stage=attempt.zero_stage)),
+        DeepSpeedEngine(model, replace(OPTIMIZATION, zero_stage=attempt.zero_stage)),
         objective,
         OPTIMIZATION,
         checkpoints=Location(str(folder / "checkpoints")),
@@ -81,13 +81,13 @@ class _Recorded:
     """The objective; what a worker is about to train on is written down before it does."""
 
     def __init__(self, inner: LanguageModelling, folder: Path, attempt: Attempt) -> None:
-        self.course = inner.course
+        self.data_order = inner.data_order
         self.batches = inner.batches
         self._inner = inner
         self._folder = folder
         self._attempt = attempt
 
-    def work(self, engine: Engine, batch: list[Block], step: int) -> Work[list[Block]]:
+    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> Work[list[Block]]:
         work = self._inner.work(engine, batch, step)
         rank = engine.worker_rank
         passages = [

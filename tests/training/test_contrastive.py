@@ -17,7 +17,7 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.storage import Location
 from readapt_ray.training import contrastive
 from readapt_ray.training.contrastive import Contrast, encode
-from readapt_ray.training.engine import seed_part
+from readapt_ray.training.engine import seed_dropout
 from readapt_ray.training.pairs import PAIR_SCHEMA, PairReader, Texts
 from tests import factories
 
@@ -45,6 +45,17 @@ def reader(folder: Path, num_negatives: int) -> PairReader:
     return PairReader(Location(str(folder)), batch_size=NUM_PAIRS, num_epochs=1, seed=0)
 
 
+def test_a_large_seed_is_not_taken_for_a_later_epoch_of_a_small_one(tmp_path: Path) -> None:
+    reader(tmp_path / "pairs", 0)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        pairs = PairReader(Location(str(tmp_path / "pairs")), batch_size=NUM_PAIRS, num_epochs=2, seed=seed)
+        return list(pairs.steps(0))[epoch].tolist()
+
+    assert order(0, 1) != order(2**32, 0), "NumPy takes [2**32, 0] and [0, 1] for one seed"
+    assert order(0, 1) == order(0, 1)
+
+
 def our_loss(model: Any, pairs: PairReader, micro_batch_tokens: int, **options: Any) -> tuple[float, int]:
     """The loss of one step, its gradients in the model, and the number of passes."""
     contrast = Contrast(
@@ -62,7 +73,7 @@ def our_loss(model: Any, pairs: PairReader, micro_batch_tokens: int, **options: 
     model.zero_grad()
     total = 0.0
     for index, (part, weight) in enumerate(work.parts):
-        seed_part(5, 0, index)
+        seed_dropout(5, step=0, worker_rank=0, part=index)
         loss = work.loss_of(part) * weight
         loss.backward()
         total += loss.item()

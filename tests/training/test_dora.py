@@ -110,6 +110,21 @@ def test_the_factored_norm_is_the_norm() -> None:
         assert torch.allclose(layer.norm, dense.norm(dim=1), rtol=1e-12)
 
 
+def test_the_output_in_place_and_its_gradients_equal_the_reference() -> None:
+    torch.manual_seed(0)
+
+    def gradients(compute: Any) -> tuple[torch.Tensor, ...]:
+        made = torch.Generator().manual_seed(3)
+        given = [torch.randn(size, generator=made, dtype=torch.float64) for size in ((5, 4), (5, 2), (4, 2), (4,))]
+        base, low_rank, B, magnitude = (each.requires_grad_() for each in given)
+        y = compute(base.clone(), low_rank, B, magnitude, magnitude / torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        return (y.detach(), *torch.autograd.grad(y.square().sum(), [base, low_rank, B, magnitude]))
+
+    reference = gradients(lambda base, low_rank, B, _, share: dora.dora_output(base, low_rank, B, share))
+    in_place = gradients(lambda *given: dora._DoraOutput.apply(*given[:4], given[4].detach()))
+    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(in_place, reference, strict=True))
+
+
 def test_a_fresh_adapter_changes_nothing_and_trains_all_its_parts() -> None:
     torch.manual_seed(0)
     plain = nn.Sequential()

@@ -2,17 +2,22 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from readapt_ray.catalog.models import find_model
+from readapt_ray.storage import Location
 from readapt_ray.training import dora
-from readapt_ray.training.engine import Engine, Optimization
+from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.engine import DeepSpeedEngine, Optimization
+from readapt_ray.training.partitioned import gathered
+from readapt_ray.training.steps import Work, run_steps
 from readapt_ray.training.trainable import load_for_training
 from tests import factories
 
@@ -47,6 +52,52 @@ def test_partitioned_weights_and_buffers_are_those_of_a_model_loaded_whole(
         assert torch.equal(partitioned[name], tensor), name
 
 
+def test_runs_of_several_seeds_share_no_dropout(tmp_path: Path) -> None:
+    in_a_process(record_seeds, tmp_path)
+    by_seed = [torch.load(tmp_path / f"seeds-{seed}.pt") for seed in range(3)]
+    assert [len(set(each)) for each in by_seed] == [8, 8, 8], "four steps of two micro-batches"
+    assert len({each for seeds in by_seed for each in seeds}) == 24
+
+
+def record_seeds(folder: Path) -> None:
+    """Run four steps with each of three seeds; write down torch's seed in each micro-batch."""
+    join(folder, "cpu")
+    for seed in range(3):
+        engine = new_engine("cpu", 0, seed=seed)
+        objective = RecordsSeeds(engine)
+        run_steps(
+            engine,
+            objective,
+            Optimization(**{**OPTIMIZATION, "seed": seed}, zero_stage=0, checkpoint_every_steps=9),
+            checkpoints=Location(str(folder / f"checkpoints-{seed}")),
+            reporter=MagicMock(),
+            flops_per_token=1.0,
+            doc_ids_of=lambda numbers: [str(each) for each in numbers],
+        )
+        torch.save(objective.seeds, folder / f"seeds-{seed}.pt")
+    torch.distributed.destroy_process_group()
+
+
+class RecordsSeeds:
+    """Four steps of two micro-batches."""
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        self.data_order = DataOrder(num_units=4, batch_size=1, num_epochs=1, seed=0)
+        self.seeds: list[int] = []
+        self._model = engine.model
+
+    def batches(self, first_step: int) -> Iterator[int]:
+        return iter(range(first_step, 4))
+
+    def work(self, engine: DeepSpeedEngine, batch: int, step: int) -> Work[Tensor]:
+        inputs = torch.ones(8, 24)
+        return Work(parts=[(inputs, 0.5)] * 2, loss_of=self._loss, num_tokens=8, num_slots=8, passages=[batch])
+
+    def _loss(self, inputs: Tensor) -> Tensor:
+        self.seeds.append(torch.initial_seed())
+        return self._model(inputs).square().mean()
+
+
 def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype) -> None:
     join(folder, device)
     source = find_model(str(folder / "base"))
@@ -55,7 +106,7 @@ def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype) ->
             source, objective="causal_lm", dtype=dtype, device=torch.device(device), zero_stage=zero_stage
         )
         parameters = dict(model.named_parameters())
-        with dora.gathered(list(parameters.values())):
+        with gathered(list(parameters.values())):
             state = {each: tensor.detach().cpu().clone() for each, tensor in parameters.items()}
         state |= {each: tensor.cpu() for each, tensor in model.named_buffers()}
         torch.save(state, folder / f"{name}.pt")
@@ -81,9 +132,9 @@ def step_twice_and_once(folder: Path, device: str, zero_stage: int) -> None:
     join(folder, device)
     inputs = torch.randn(4, 8, 24, generator=torch.Generator().manual_seed(1)).to(device)
 
-    def taken(engine: Engine, steps: list[int]) -> dict[str, Any]:
+    def taken(engine: DeepSpeedEngine, steps: list[int]) -> dict[str, Any]:
         for step in steps:
-            engine.step([(inputs[step], 1.0)], loss_of=lambda x: engine.model(x).square().mean(), rate=1.0, seed=step)
+            engine.step([(inputs[step], 1.0)], loss_of=lambda x: engine.model(x).square().mean(), rate=1.0, step=step)
         return engine.state()
 
     first = taken(new_engine(device, zero_stage), [0])
@@ -94,9 +145,11 @@ def step_twice_and_once(folder: Path, device: str, zero_stage: int) -> None:
     torch.distributed.destroy_process_group()
 
 
-def new_engine(device: str, zero_stage: int) -> Engine:
+def new_engine(device: str, zero_stage: int, *, seed: int = 0) -> DeepSpeedEngine:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16))
     dora.add_adapters(model, dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.1, targets=("0",)))
-    optimization: Any = OPTIMIZATION
-    return Engine(model.to(device), Optimization(**optimization, zero_stage=zero_stage, checkpoint_every_steps=1))
+    optimization: Any = {**OPTIMIZATION, "seed": seed}
+    return DeepSpeedEngine(
+        model.to(device), Optimization(**optimization, zero_stage=zero_stage, checkpoint_every_steps=1)
+    )

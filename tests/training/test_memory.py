@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
+from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.errors import PlacementError
 from readapt_ray.training import memory, speed
 from readapt_ray.training.dora import AdapterShape
-from readapt_ray.training.memory import Demand
+from readapt_ray.training.memory import WorkerSetup
 
 H, F, V, L, R = 64, 160, 1000, 3, 8
 CONFIG = LlamaConfig(
@@ -25,8 +26,12 @@ FROZEN = 2 * V * H + L * (4 * H * H + 3 * H * F + 2 * H) + H
 TRAINED = L * ((R * H + R * H + H) + (R * F + R * H + H))
 
 
-def demand(zero_stage: int = 0, num_workers: int = 4, *, recompute: bool = False) -> Demand:
-    return Demand(
+HEADED = shape_of(CONFIG.to_dict(), "model", "causal_lm")
+
+
+def setup(zero_stage: int = 0, num_workers: int = 4, *, recompute: bool = False) -> WorkerSetup:
+    return WorkerSetup(
+        adapter=SHAPE,
         num_workers=num_workers,
         zero_stage=zero_stage,
         micro_batch_tokens=512,
@@ -37,29 +42,25 @@ def demand(zero_stage: int = 0, num_workers: int = 4, *, recompute: bool = False
 
 
 def test_weights_gradients_and_moments_are_counted_exactly() -> None:
-    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
-    assert all(each.device.type == "meta" for each in model.parameters())
-    whole = memory.estimate(model, CONFIG, demand()).parts
+    whole = memory.estimate_memory(HEADED, setup()).parts
     assert whole["frozen weights"] == 2 * FROZEN
     assert whole["trained weights"] == whole["gradients"] == 4 * TRAINED
     assert whole["optimizer"] == 8 * TRAINED
-    by_stage = {stage: memory.estimate(model, CONFIG, demand(stage)).parts for stage in (1, 2, 3)}
+    by_stage = {stage: memory.estimate_memory(HEADED, setup(stage)).parts for stage in (1, 2, 3)}
     assert [by_stage[stage]["optimizer"] for stage in (1, 2, 3)] == [3 * TRAINED] * 3
     assert [by_stage[stage]["gradients"] for stage in (1, 2, 3)] == [4 * TRAINED, TRAINED, TRAINED]
     assert [by_stage[stage]["frozen weights"] for stage in (1, 2, 3)] == [2 * FROZEN, 2 * FROZEN, FROZEN // 2]
 
 
 def test_checkpointed_activations_are_one_layers() -> None:
-    model = memory.on_meta(AutoModelForCausalLM, CONFIG, None)
-    plain = memory.estimate(model, CONFIG, demand()).parts["activations"]
-    recomputed = memory.estimate(model, CONFIG, demand(recompute=True)).parts["activations"]
+    plain = memory.estimate_memory(HEADED, setup()).parts["activations"]
+    recomputed = memory.estimate_memory(HEADED, setup(recompute=True)).parts["activations"]
     assert recomputed == plain // L + L * 512 * H * 2
 
 
 def test_a_compiler_keeps_less_of_a_gpus_memory() -> None:
-    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
     found = [
-        memory.estimate(model, CONFIG, replace(demand(), device_type=device, compile_layers=compiled)).parts[
+        memory.estimate_memory(HEADED, replace(setup(), device_type=device, compile_layers=compiled)).parts[
             "activations"
         ]
         for device, compiled in (("cuda", True), ("cuda", False), ("cpu", False), ("cpu", True))
@@ -68,18 +69,17 @@ def test_a_compiler_keeps_less_of_a_gpus_memory() -> None:
 
 
 def test_a_measured_run_corrects_the_next_start() -> None:
-    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
-    first = memory.estimate(model, CONFIG, demand())
+    first = memory.estimate_memory(HEADED, setup())
     measured = first.total_bytes + 2 * first.parts["activations"]
     correction = first.corrected(measured)
-    second = memory.estimate(model, CONFIG, demand(), correction=correction)
+    second = memory.estimate_memory(HEADED, setup(), correction=correction)
     assert correction == pytest.approx(3.0)
     assert second.total_bytes == pytest.approx(measured, rel=1e-6)
     assert "times 3.00 as measured before" in second.arithmetic()
 
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:
-    found = memory.estimate(memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE), CONFIG, demand(3))
+    found = memory.estimate_memory(HEADED, setup(3))
     memory.check_fits(found, free_bytes=found.total_bytes)
     with pytest.raises(PlacementError, match=r"has 0\.00 GB: frozen weights .* over 4 workers\) \+ .* = \d") as refused:
         memory.check_fits(found, free_bytes=1000)
@@ -98,8 +98,7 @@ def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_flops_are_four_a_frozen_and_six_a_trained_weight() -> None:
-    model = memory.on_meta(AutoModelForCausalLM, CONFIG, SHAPE)
     matrices = V * H + L * (4 * H * H + 3 * H * F)
     low_rank = L * R * (H + H + F + H)
     attention = 12 * L * H * 10
-    assert speed.flops_per_token(model, mean_attended=10) == 4 * matrices + 6 * low_rank + attention
+    assert speed.flops_per_token(HEADED, SHAPE, mean_attended=10) == 4 * matrices + 6 * low_rank + attention

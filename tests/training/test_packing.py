@@ -106,8 +106,8 @@ def test_every_block_comes_once_an_epoch_in_another_order_each(tmp_path: Path) -
     everything = write_blocks(tmp_path / "b")
     reader = BlockReader(Location(str(tmp_path / "b")), batch_size=10, num_epochs=2, seed=3)
     batches = list(reader.steps(0))
-    assert len(batches) == reader.course.num_steps == 2 * -(-len(everything) // 10)
-    half = reader.course.steps_per_epoch
+    assert len(batches) == reader.data_order.num_steps == 2 * -(-len(everything) // 10)
+    half = reader.data_order.steps_per_epoch
     first, second = numbers(batches[:half]), numbers(batches[half:])
     assert sorted(first) == sorted(second) == everything
     assert first != second

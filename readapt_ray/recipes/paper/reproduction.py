@@ -17,7 +17,6 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import Artifact
@@ -28,6 +27,7 @@ from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.recipes.chain import Section, SectionRules, make, pack_options, stage_config
 from readapt_ray.recipes.paper.options import Collection, PaperConfig, collection
 from readapt_ray.recipes.paper.variants import READAPTED, Variant, variants_of
+from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -201,7 +201,7 @@ class Reproduction:
 
     def _continued(self, own: Collection, seed: int) -> str:
         """An adapter that was trained on the retriever itself, with the language-model head of the pretrained one."""
-        from readapt_ray.weights.headed import add_head
+        from readapt_ray.recipes.paper.headed import add_head
 
         folder = f"{self._folder(own)}/models/retriever"
         merged = self._merged(
@@ -287,7 +287,7 @@ def _wanted(corpus: Artifact, source: Collection, passages: str, seed: int) -> s
     """The doc_ids of a part: a larger number of passages of the same seed holds the smaller one."""
     doc_ids = [row["doc_id"] for row in _rows(corpus)]
     if passages.isdecimal():
-        order = np.random.default_rng(seed).permutation(len(doc_ids))
+        order = random_generator(seed, "passages").permutation(len(doc_ids))
         return {doc_ids[index] for index in order[: int(passages)].tolist()}
     with (corpus.location / "qrels" / f"{source.split}.parquet").open_input() as stream:
         judged = set(pq.read_table(stream, columns=["doc_id"])["doc_id"].to_pylist())

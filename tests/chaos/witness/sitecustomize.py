@@ -1,7 +1,7 @@
 """Makes every training worker write down the passages of each step before it takes it; found through PYTHONPATH.
 
 A line a step in `$CHAOS_LEDGER/<process>.jsonl`. Nothing of the package is asked, or knows of it: the lines are of
-what `Engine.step` was given.
+what `DeepSpeedEngine.step` was given.
 """
 
 import importlib.abc
@@ -24,7 +24,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            _watch(module.Engine)
+            _watch(module.DeepSpeedEngine)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -35,12 +35,12 @@ def _watch(engine):
     group = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     ledger = Path(os.environ["CHAOS_LEDGER"]) / f"{time.time_ns()}-{os.getpid()}.jsonl"
 
-    def step(self, parts, *, loss_of, rate, seed):
+    def step(self, parts, *, loss_of, rate, step):
         passages = [number for part, weight in parts if weight for block in part for number in block.passage_numbers]
-        line = {"group": group, "time": time.time(), "step": seed, "rank": self.worker_rank, "passages": passages}
+        line = {"group": group, "time": time.time(), "step": step, "rank": self.worker_rank, "passages": passages}
         with ledger.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        return take_step(self, parts, loss_of=loss_of, rate=rate, seed=seed)
+        return take_step(self, parts, loss_of=loss_of, rate=rate, step=step)
 
     engine.step = step
 

@@ -1,0 +1,215 @@
+"""The shape of a model: parameters, widths and layers, which decide memory and FLOPs. No weight is read.
+
+Training and planning both count from a `ModelShape`, so a plan never contradicts the check before training. The configs
+of the catalog's pretrained models are in data/model_configs.json (from their published config.json), so that a plan needs
+no network and no licence.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
+from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.errors import ModelError
+from readapt_ray.storage import Location
+
+_CONFIGS_FILE: Final = Path(__file__).parent.parent / "data" / "model_configs.json"
+_CLASSES: Final = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What decides a model's memory and FLOPs."""
+
+    name: str
+    model_type: str
+    hidden: int
+    """Numbers of a token's hidden state."""
+    intermediate: int
+    """Numbers inside a layer's feed-forward part."""
+    num_layers: int
+    attention_width: int
+    """Attention heads times the width of one."""
+    is_causal: bool
+    num_parameters: int
+    """All parameters; those of the language-model head only where the shape was asked for with an objective."""
+    num_matrix_parameters: int
+    """Parameters that every token is multiplied with: all matrices but the embeddings, a tied head included."""
+    first_position: int
+    """Position id of a text's first token; so many positions are not usable."""
+    linears: tuple[tuple[str, int, int], ...]
+    """Every linear layer: its full name, inputs and outputs."""
+
+    def forward_flops(self, tokens: float) -> float:
+        """Return the FLOPs per token of one forward pass over passages of so many tokens.
+
+        Two per parameter, and the two products of attention over the tokens seen (half of them where it is causal).
+        """
+        return 2 * self.num_matrix_parameters + 4 * self.num_layers * self.attention_width * self.attended(tokens)
+
+    def attended(self, tokens: float) -> float:
+        """Return how many tokens a token attends to, on average, in a passage of so many tokens."""
+        return tokens / 2 if self.is_causal else tokens
+
+    def adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int]]:
+        """Return inputs and outputs of the linear layers that adapters of these targets wrap.
+
+        Raises:
+            ModelError: a target matches no linear layer.
+        """
+        names = set(matching_layers([name for name, _, _ in self.linears], targets))
+        return [(inputs, outputs) for name, inputs, outputs in self.linears if name in names]
+
+
+def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]:
+    """Return the layers whose names end with one of the targets, sorted.
+
+    Raises:
+        ModelError: a target matches none; the message lists what there is.
+    """
+    dotted = {f".{name}": name for name in names}
+    missing = [target for target in targets if not any(name.endswith(f".{target}") for name in dotted)]
+    if missing:
+        there = sorted({name.rsplit(".", 1)[-1] for name in dotted})
+        raise ModelError(f"target modules {missing} match no linear layer; the model has {there}")
+    return sorted(name for key, name in dotted.items() if key.endswith(tuple(f".{target}" for target in targets)))
+
+
+def model_shape(name: str, objective: Objective | None = None) -> ModelShape:
+    """Return the shape of a MODEL: a catalog name, a folder, a URI or a hub id. Only its config is fetched.
+
+    Args:
+        name: the model.
+        objective: counts the language-model head that this objective needs, too.
+
+    Raises:
+        ModelError: there is none of that name, or transformers does not know its kind.
+    """
+    return shape_of(_config(name), name, objective)
+
+
+def pretrained_shape(name: str, objective: Objective | None = None) -> ModelShape:
+    """Return the shape of a MODEL with its language-model head; by default the one that its config names.
+
+    Raises:
+        ModelError: as for `model_shape`.
+    """
+    config = _config(name)
+    return shape_of(config, name, objective or objective_of(config))
+
+
+def objective_of(config: dict[str, Any]) -> Objective | None:
+    """Return what a model is trained on, by the head that its config.json names; None where it names none."""
+    for name in config.get("architectures") or []:
+        if name.endswith(("ForMaskedLM", "ForPreTraining")):
+            return "masked_lm"
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal_lm"
+    return None
+
+
+def shape_of(values: dict[str, Any], name: str, objective: Objective | None = None) -> ModelShape:
+    """Return the shape of the model that a config.json describes.
+
+    Raises:
+        ModelError: transformers does not know its kind.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    if not values.get("model_type"):
+        raise ModelError(f"{name!r} has no model_type in its config.json, so what it costs cannot be told")
+    try:
+        config: Any = AutoConfig.for_model(**values)
+        with torch.device("meta"):
+            model = auto_class(objective).from_config(config)
+        return measure_shape(model, name)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"transformers cannot make {name!r} from its config.json: {error}") from error
+
+
+def measure_shape(model: Any, name: str) -> ModelShape:
+    """Return the shape of a transformers model without adapters; it may be on the meta device."""
+    from torch import nn
+
+    config = model.config
+    heads = int(config.num_attention_heads)
+    layers = dict(model.named_modules())
+    linears = {path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear)}
+    multiplied = [layer for layer in layers.values() if not isinstance(layer, nn.Embedding)]
+    return ModelShape(
+        name=name,
+        model_type=str(config.model_type),
+        hidden=int(config.hidden_size),
+        intermediate=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
+        num_layers=int(config.num_hidden_layers),
+        attention_width=heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads),
+        is_causal=not any(path.endswith(retrievers.BERT_TARGETS[0]) for path in linears),
+        num_parameters=sum(each.numel() for each in model.parameters()),
+        num_matrix_parameters=sum(
+            each.numel() for layer in multiplied for each in layer.parameters(recurse=False) if each.ndim >= 2
+        ),
+        first_position=first_position(model),
+        linears=tuple((path, int(each.in_features), int(each.out_features)) for path, each in linears.items()),
+    )
+
+
+def first_position(network: Any) -> int:
+    """Return the position id of a text's first token: 0, but one behind the padding's for RoBERTa and its kin.
+
+    Args:
+        network: a transformers model, headless or with its head.
+    """
+    positions = getattr(
+        getattr(getattr(network, "base_model", network), "embeddings", None), "position_embeddings", None
+    )
+    padding = getattr(positions, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
+
+
+def auto_class(objective: Objective | None) -> Any:
+    """Return transformers' class of an objective: with its language-model head, or headless."""
+    import transformers
+
+    return getattr(transformers, _CLASSES[objective])
+
+
+def _config(name: str) -> dict[str, Any]:
+    row = retrievers.find_retriever(name)
+    target = row.pretrained if row else retrievers.hub_id(name)
+    known: dict[str, dict[str, Any]] = json.loads(_CONFIGS_FILE.read_text())
+    if target in known:
+        return known[target]
+    if "://" in target:
+        return _remote_config(name, Location(target))
+    if retrievers.hub_id(target).startswith("builtin:") or Path(target).expanduser().is_dir():
+        model = models.find_model(target)
+        return (model.base() if model.is_adapter else model).read_json("config.json")
+    return _hub_config(name, target)
+
+
+def _remote_config(name: str, folder: Location) -> dict[str, Any]:
+    for file in ("config.json", ADAPTER_CONFIG_NAME):
+        if (folder / file).is_file():
+            values: dict[str, Any] = json.loads((folder / file).read_text())
+            return values if file == "config.json" else _config(str(values["base_model_name_or_path"]))
+    raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
+
+
+def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
+    """Only config.json is fetched, not the weights."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return dict(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8")))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        known = ", ".join(row.name for row in retrievers.RETRIEVERS)
+        raise ModelError(
+            f"what {name!r} costs cannot be told: its config.json is neither in a folder of that name nor on the hub "
+            f"({type(error).__name__}); give a local folder with config.json, or a model of the catalog ({known})"
+        ) from error

@@ -1,0 +1,108 @@
+"""What one worker of a stage needs and what it has; for training it is the very estimate that training makes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray.catalog import retrievers
+from readapt_ray.catalog.shapes import ModelShape
+from readapt_ray.cluster.optimization import adapter_shape, worker_setup
+from readapt_ray.planner.machines import Cluster, NodeGroup
+from readapt_ray.training.dora import AdapterShape
+from readapt_ray.training.memory import process_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What one worker needs, part by part, and what it has; in bytes."""
+
+    parts: dict[str, float]
+    available: float
+    where: str
+    """What `available` is a part of."""
+    mend: str
+    """What to change where it does not fit."""
+    is_checked: bool = True
+    """Whether the stage refuses to start where it does not fit."""
+
+    @property
+    def needed(self) -> float:
+        """Bytes of all parts."""
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether a worker can hold it."""
+        return self.needed <= self.available
+
+    def arithmetic(self) -> str:
+        """The sum, part by part."""
+        terms = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
+        return f"{terms} = {self.needed / 1e9:.2f} GB of {self.available / 1e9:.2f} GB ({self.where})"
+
+
+def train_adapter(config: Any, shape: ModelShape) -> AdapterShape | None:
+    """The adapter that train would make; None where all weights are trained.
+
+    Raises:
+        ModelError: the options name no layers, and none are known for the model's family.
+    """
+    targets = tuple(config.target_modules)
+    if config.method != "full" and not targets:
+        targets = retrievers.target_modules(shape.model_type)
+    return adapter_shape(config, targets)
+
+
+def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: int) -> Memory:
+    """What a training worker needs: the very estimate that training makes before it starts."""
+    import torch
+
+    from readapt_ray.training import memory
+
+    is_low = cluster.computes_low(config.dtype)
+    setup = worker_setup(
+        config,
+        train_adapter(config, shape),
+        num_workers=num_workers,
+        micro_batch_tokens=max(config.micro_batch_tokens, config.block_tokens),
+        dtype=torch.bfloat16 if is_low else torch.float32,
+        device_type="cuda" if cluster.num_gpus else "cpu",
+    )
+    cpus = config.num_cpus_per_worker or (1 if cluster.num_gpus else max(1, cluster.num_cpus // max(1, num_workers)))
+    available, where = cluster.room(cpus, num_workers)
+    larger = "a larger GPU" if cluster.num_gpus else "nodes with more memory"
+    return Memory(
+        parts={name: float(size) for name, size in memory.estimate_memory(shape, setup).parts.items()},
+        available=available,
+        where=where,
+        mend="lower train.micro_batch_tokens (it bounds memory, not the result), set train.gradient_checkpointing, raise "
+        f"train.zero_stage with more workers, or take {larger}",
+        is_checked=config.check_memory,
+    )
+
+
+def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
+    """An embedding actor: weights, a batch's activations, a data shard."""
+    width = 2 if cluster.computes_low(config.dtype) else 4
+    tokens = config.batch_tokens or (16_384 if cluster.num_gpus else 1_024)
+    available, where = cluster.room(config.num_cpus_per_worker or 1, config.num_workers)
+    first, last = ("batch_tokens", "a larger GPU") if cluster.num_gpus else ("num_workers", "nodes with more memory")
+    return Memory(
+        parts={
+            "weights": float(shape.num_parameters * width),
+            "activations": float(tokens * width * (8 * shape.hidden + 3 * shape.intermediate)),
+            "process": float(process_bytes("cuda" if cluster.num_gpus else "cpu")),
+        },
+        available=available,
+        where=where,
+        mend=f"lower embed.{first}, set embed.dtype to bfloat16, or take {last}",
+    )
+
+
+def index_memory(shard_bytes: float, group: NodeGroup) -> Memory:
+    """What an indexing task needs: about three times its shard."""
+    return Memory(
+        parts={"shard": 3.0 * shard_bytes, "process": 3e8},
+        available=group.cpu_share_bytes,
+        where=f"a CPU's share of {group.name}",
+        mend="lower index.rows_per_shard, or take nodes with more memory per CPU",
+    )

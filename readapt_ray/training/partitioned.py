@@ -1,0 +1,23 @@
+"""Whole parameters where ZeRO-3 partitions them over workers."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+
+@contextlib.contextmanager
+def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
+    """Make parameters whole inside the block, where ZeRO-3 partitions them; elsewhere they are whole already.
+
+    Args:
+        changed_by_rank: the worker whose changes all others take over.
+    """
+    partitioned = [each for each in parameters if hasattr(each, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=changed_by_rank):
+        yield
