@@ -1,5 +1,6 @@
 """One Ray for the whole run: starting it is most of the time that a test takes."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import forking
 
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
@@ -30,10 +33,12 @@ def ray_session() -> Iterator[None]:
     from readapt_ray.serving import haproxy
 
     os.environ["READAPT_NUM_CPUS"] = "2"
-    with haproxy.preferred("127.0.0.1"):
-        connection.connect()
-    yield
-    ray.shutdown()
+    workers = contextlib.nullcontext() if HAS_GPU else forking.ray_workers()
+    with workers:
+        with haproxy.preferred("127.0.0.1"):
+            connection.connect()
+        yield
+        ray.shutdown()
 
 
 @pytest.fixture(autouse=True)
