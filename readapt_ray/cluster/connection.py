@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import environment, hardware
+from readapt_ray.cluster.nodes import alive, described
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
 
@@ -27,18 +28,12 @@ _WAIT_POLL_S = 1.0
 _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
 _NODE_ANSWERS_S = 120.0
-_REPLACEMENT_S = 45.0
-_ROOM_POLL_S = 5.0
-_ROOM_SAID_S = 20.0
-_ROOM_LOG_S = 60.0
 _UNINSTALLED = "from a folder"
 _PROBE = ".seen-"
 _HEX = "[0-9a-f]" * 32
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _UNPACKED = "working_dir_files"
 """Folder of Ray's that holds the working directories of jobs."""
-_SETTLE_S = 3.0
-"""What a stage held is free again a second or two after it ends."""
 _QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
@@ -168,12 +163,12 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
             return nodes
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
             raise PlacementError(
-                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {_described(nodes)}; start the others, "
+                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {described(nodes)}; start the others, "
                 f"or want fewer"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
-            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, _described(nodes))
+            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, described(nodes))
         time.sleep(_WAIT_POLL_S)
 
 
@@ -229,7 +224,7 @@ def check_seen_by_all(folder: Location) -> None:
             "%s lies where Ray unpacked the job's working directory, and is removed with it: give an absolute path or a URI",
             folder,
         )
-    nodes = _alive()
+    nodes = alive()
     if not folder.is_local or len(nodes) < 2:
         return
     for left_by_a_killed_run in folder.local_path.glob(f"{_PROBE}{_HEX}"):
@@ -277,135 +272,11 @@ def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *
 
 def all_have_bfloat16_units() -> bool:
     """Whether every node with CPUs computes fast in bfloat16."""
-    nodes = _alive()
+    nodes = alive()
     if len(nodes) == 1:
         return hardware.has_bfloat16_units()
     with_cpus = [node for node in nodes if node["Resources"].get("CPU")]
     return all(_on_each(with_cpus, hardware.has_bfloat16_units).values())
-
-
-def room_for(each: Mapping[str, float]) -> int:
-    """How many workers that ask for so much the nodes hold when they are idle."""
-    return sum(_room(node["Resources"], each) for node in _alive())
-
-
-def _alive() -> list[dict[str, Any]]:
-    import ray
-
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
-def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
-    """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
-
-    Where nodes were lost it waits 45 seconds for others in their place.
-
-    Args:
-        each: what a worker asks for, such as `{"CPU": 4, "GPU": 1}`.
-        who: what to call them.
-
-    Raises:
-        PlacementError: the nodes do not have that much, even when idle.
-    """
-    import ray
-
-    asked = _asked(num_workers, each, who)
-    lost_s: float | None = None
-    while True:
-        known = ray.nodes()
-        nodes = [node for node in known if node["Alive"]]
-        room = sum(_room(node["Resources"], each) for node in nodes)
-        if room >= num_workers:
-            break
-        lost_s = lost_s or time.monotonic()
-        if len(nodes) == len(known) or time.monotonic() - lost_s > _REPLACEMENT_S:
-            raise PlacementError(
-                f"{asked} each cannot be placed: there is room for {room} on {_described(nodes)}; lower num_workers or "
-                f"num_cpus_per_worker, or add nodes"
-            )
-        time.sleep(_WAIT_POLL_S)
-    wanted = {name: num_workers * amount for name, amount in each.items() if amount}
-    settled_s = time.monotonic() + _SETTLE_S
-    while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
-        if time.monotonic() > settled_s:
-            have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
-            logger.warning(
-                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
-            )
-            return
-        time.sleep(_SETTLE_S / 10)
-
-
-@contextlib.contextmanager
-def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
-    """While the block runs, say every minute what is waited for where the nodes that are left have no room for so many.
-
-    Args:
-        num_workers: how many the block cannot do without.
-        each: what a worker asks for.
-        who: what to call them.
-    """
-    stop = threading.Event()
-    thread = threading.Thread(target=_watch_room, args=(num_workers, each, who, stop), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: threading.Event) -> None:
-    import ray
-
-    small_s = 0.0
-    while not stop.wait(_ROOM_POLL_S):
-        try:
-            nodes = _alive()
-        except (ray.exceptions.RayError, ConnectionError) as error:
-            logger.debug("no answer about nodes: %s", error)
-            continue
-        room = sum(_room(node["Resources"], each) for node in nodes)
-        small_s = small_s + _ROOM_POLL_S if room < num_workers else 0.0
-        if small_s and small_s % _ROOM_LOG_S == _ROOM_SAID_S:
-            logger.warning(
-                "%s each are needed and nodes were lost: there is room for %d on %s; waiting for others in their place",
-                _asked(num_workers, each, who),
-                room,
-                _described(nodes),
-            )
-
-
-def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
-    return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-
-
-def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """How many of such workers a node holds."""
-    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
-
-
-def largest_share(num_workers: int | None) -> tuple[int, int]:
-    """Number of workers, one a node that has CPUs unless given, and the most CPUs that each of so many can have."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in _alive()]
-    count = num_workers or max(1, sum(each > 0 for each in cpus))
-    fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)
-    return count, next(fits, 1)
-
-
-def _described(nodes: Sequence[Mapping[str, Any]]) -> str:
-    """The nodes by what they have, such as `2 nodes with 8 CPU and 1 GPU`."""
-    kinds = Counter(
-        " and ".join(
-            f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)
-        )
-        or "nothing for tasks"
-        for node in nodes
-    )
-    return (
-        ", ".join(f"{count} {'node' if count == 1 else 'nodes'} with {what}" for what, count in kinds.items())
-        or "no node"
-    )
 
 
 def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Workspace
+from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_encoder import EmbedJob, Rows
-from readapt_ray.cluster.shard_runner import Placement, encode_shards, place
+from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
 from readapt_ray.retrieval.shard_plan import (
@@ -83,7 +84,7 @@ def estimate(spec: str, job: EmbedJob, placement: Placement, compared: Rows | No
         placement,
         lambda done, total: workspace.progress(done, total, unit="passages"),
     )
-    num_workers, _, _ = place(placement, len(contents))
+    num_workers, _, _ = place_actors(placement, len(contents))
     workspace.counts["num_vectors"] = size
     workspace.details |= _forecast(footers, int(todo.sum()), len(contents), num_workers)
     _tell_forecast(workspace.details, size)

@@ -16,7 +16,7 @@ import numpy as np
 from readapt_ray.artifacts import Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.retrievers import Encoding
-from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.evaluation.scale_search import Pair
 from readapt_ray.records import Passage, Query, ScoredDoc
@@ -105,7 +105,7 @@ class PairSearch:
             self._start_all()
         waiting = list(pairs)
         num_left, num_vain_losses = len(pairs), 0
-        with connection.said_when_too_small(1, self._each, who="actors"):
+        with placement.said_when_too_small(1, self._each, who="actors"):
             while num_left:
                 while waiting and self._idle:
                     actor, pair = self._idle.pop(), waiting.pop(0)
@@ -133,8 +133,8 @@ class PairSearch:
 
         on_gpus = bool(connection.connect().num_gpus)
         self._each = {"CPU": 1, "GPU": int(on_gpus)}
-        count = self._num_workers or (max(1, connection.room_for(self._each)) if on_gpus else 1)
-        connection.check_placement(count, self._each, who="actors")
+        count = self._num_workers or (max(1, placement.room_for(self._each)) if on_gpus else 1)
+        placement.check_placement(count, self._each, who="actors")
         remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_PairScorer)
         job, sample = replace(self._job, driver_node=on_worker.this_node()), ray.put(self._sample)
         self._new_actor = lambda: remote.remote(job, sample)

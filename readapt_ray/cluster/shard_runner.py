@@ -8,10 +8,11 @@ costs the shards in flight.
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from readapt_ray import errors
 from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, described
 from readapt_ray.errors import CorruptFileError, PlacementError, WorkerError
 from readapt_ray.retrieval.footers import at_once
@@ -21,14 +22,6 @@ from readapt_ray.retrieval.vector_files import Footer, read_footer
 logger = logging.getLogger("readapt_ray")
 
 _MAX_VAIN_STARTS = 3
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What the user asked for; None is for us to choose."""
-
-    num_workers: int | None
-    num_cpus_per_worker: int | None
 
 
 def encode_shards(
@@ -111,7 +104,7 @@ def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) 
     """The number of passages of each shard, as it is written."""
     num_nodes = connection.connect().num_nodes
     connection.check_seen_by_all(job.vectors)
-    num_workers, num_cpus, num_gpus = place(placement, len(pending))
+    num_workers, num_cpus, num_gpus = place_actors(placement, len(pending))
     import ray
     from ray.data import ActorPoolStrategy
     from ray.exceptions import RayError
@@ -157,18 +150,3 @@ def _tell_lowered(found: set[int], told: set[int]) -> None:
             "out of memory: an encoder went on with %d tokens a batch; give --batch-tokens %d next time", tokens, tokens
         )
     told |= found
-
-
-def place(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
-    """Actors, CPUs of each and GPUs of each.
-
-    Raises:
-        PlacementError: the cluster does not have that much.
-    """
-    total = connection.connect()
-    num_cpus = wanted.num_cpus_per_worker or 1
-    num_gpus = 1 if total.num_gpus else 0
-    each = {"CPU": num_cpus, "GPU": num_gpus}
-    num_workers = wanted.num_workers or max(1, min(connection.room_for(each), num_pending))
-    connection.check_placement(num_workers, each, who="actors")
-    return num_workers, num_cpus, num_gpus

@@ -20,7 +20,7 @@ from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import shape_of
-from readapt_ray.cluster import connection, on_worker, step_metrics
+from readapt_ray.cluster import connection, on_worker, placement, step_metrics
 from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization, worker_setup
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.seeds import derive_seed
@@ -31,27 +31,6 @@ logger = logging.getLogger("readapt_ray")
 _ABORT_TIMEOUT_S = 20.0
 _MEMORY_NAME = "memory.json"
 _DTYPE_NAME = "dtype"
-
-
-def placement(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
-    """Number of workers, resources of each, and whether they have a GPU.
-
-    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
-    since threads share weights and need no messages.
-
-    Raises:
-        PlacementError: the cluster does not have that much.
-    """
-    total = connection.connect()
-    if total.num_gpus:
-        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
-        count = num_workers or max(1, connection.room_for(resources))
-    else:
-        most, share = connection.largest_share(num_workers)
-        resources = {"CPU": float(num_cpus_per_worker or share)}
-        count = num_workers or max(1, min(most, connection.room_for(resources)))
-    connection.check_placement(count, resources, who="workers")
-    return count, resources, bool(total.num_gpus)
 
 
 @dataclass(frozen=True)
@@ -104,7 +83,7 @@ def run_workers(
 
     from readapt_ray.cluster.process_group import ProcessGroupConfig
 
-    num_workers, resources, use_gpu = placement(config.num_workers, config.num_cpus_per_worker)
+    num_workers, resources, use_gpu = placement.place_training(config.num_workers, config.num_cpus_per_worker)
     connection.check_seen_by_all(on_worker.absolute(workspace.location))
     if config.min_workers is not None and config.min_workers > num_workers:
         raise PlacementError(f"min_workers = {config.min_workers} is more than num_workers = {num_workers}; lower it")
@@ -148,7 +127,7 @@ def run_workers(
     try:
         with (
             step_metrics.followed(monitor, workspace, config.trackers),
-            connection.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
+            placement.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
         ):
             _fit(trainer, monitor, config.max_failures)
         ended = ray.get(monitor.error.remote())

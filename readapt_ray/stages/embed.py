@@ -20,8 +20,9 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_sample import estimate, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
+from readapt_ray.cluster.placement import Placement
 from readapt_ray.cluster.shard_encoder import EmbedJob, Rows
-from readapt_ray.cluster.shard_runner import Placement, encode_shards
+from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.retrieval.footers import RowCounts, check_complete, named_footers, row_counts

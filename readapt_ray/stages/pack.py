@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models, shapes
-from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
@@ -89,7 +89,7 @@ def _pack(
     import ray
     import ray.data
 
-    connection.check_placement(1, {"CPU": 1}, who="tasks")
+    placement.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
     job = {"pretrained": on_worker.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
     blocks = on_worker.absolute(workspace.location) / "blocks"

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from readapt_ray.cluster import connection, shard_runner, train_workers
-from readapt_ray.cluster.shard_runner import Placement
+from readapt_ray.cluster import connection, placement
+from readapt_ray.cluster.placement import Placement
 from readapt_ray.errors import InputError, PlacementError
 from readapt_ray.storage import Location
 
@@ -30,14 +30,14 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float], free: d
     monkeypatch.setattr(ray, "available_resources", lambda: total if free is None else free)
     found = connection.Resources(int(total.get("CPU", 0)), int(total.get("GPU", 0)), len(alive))
     monkeypatch.setattr(connection, "connect", lambda: found)
-    monkeypatch.setattr(connection, "_REPLACEMENT_S", 0.0)
+    monkeypatch.setattr(placement, "_REPLACEMENT_S", 0.0)
 
 
 def test_workers_that_fit_are_placed_in_silence(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes(monkeypatch, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}, {})
-    connection.check_placement(4, {"CPU": 8, "GPU": 1}, who="workers")
+    placement.check_placement(4, {"CPU": 8, "GPU": 1}, who="workers")
     assert not caplog.records
 
 
@@ -50,7 +50,7 @@ def test_workers_that_no_node_can_hold_are_refused_though_the_sum_would_do(
 ) -> None:
     nodes(monkeypatch, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0})
     with pytest.raises(PlacementError) as refused:
-        connection.check_placement(num_workers, each, who="workers")
+        placement.check_placement(num_workers, each, who="workers")
     said = str(refused.value)
     assert f"{num_workers} workers of {each['CPU']:g} CPU" in said
     assert f"room for {room} on 2 nodes with 16 CPU and 2 GPU" in said
@@ -61,25 +61,25 @@ def test_a_node_in_the_place_of_a_lost_one_is_waited_for(monkeypatch: pytest.Mon
     times = iter([[lost, here]] * 4)
     monkeypatch.setattr(ray, "nodes", lambda: next(times, [lost, here, here]))
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(connection, "_WAIT_POLL_S", 0.01)
-    connection.check_placement(2, {"CPU": 1}, who="workers")
+    monkeypatch.setattr(placement, "_POLL_S", 0.01)
+    placement.check_placement(2, {"CPU": 1}, who="workers")
     monkeypatch.setattr(ray, "nodes", lambda: [here])
     with pytest.raises(PlacementError):
-        connection.check_placement(2, {"CPU": 1}, who="workers")
+        placement.check_placement(2, {"CPU": 1}, who="workers")
 
 
 def test_what_a_run_waits_for_after_a_node_was_lost_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes(monkeypatch, {"CPU": 1.0})
-    monkeypatch.setattr(connection, "_ROOM_POLL_S", 0.02)
-    monkeypatch.setattr(connection, "_ROOM_SAID_S", 0.04)
-    monkeypatch.setattr(connection, "_ROOM_LOG_S", 60.0)
+    monkeypatch.setattr(placement, "_ROOM_POLL_S", 0.02)
+    monkeypatch.setattr(placement, "_ROOM_SAID_S", 0.04)
+    monkeypatch.setattr(placement, "_ROOM_LOG_S", 60.0)
     with caplog.at_level(logging.WARNING, "readapt_ray"):
-        with connection.said_when_too_small(1, {"CPU": 1}, who="workers"):
+        with placement.said_when_too_small(1, {"CPU": 1}, who="workers"):
             time.sleep(0.2)
         assert not caplog.records
-        with connection.said_when_too_small(2, {"CPU": 1}, who="workers"):
+        with placement.said_when_too_small(2, {"CPU": 1}, who="workers"):
             time.sleep(0.2)
     (record,) = caplog.records
     assert (
@@ -102,7 +102,7 @@ def test_workers_get_the_most_cpus_that_so_many_can_have(
     monkeypatch: pytest.MonkeyPatch, cpus: list[float], num_workers: int | None, expected: tuple[int, int]
 ) -> None:
     nodes(monkeypatch, *({"CPU": each} for each in cpus))
-    assert connection.largest_share(num_workers) == expected
+    assert placement.largest_share(num_workers) == expected
 
 
 FOUR_SMALL = [{"CPU": 4.0}] * 4
@@ -127,14 +127,14 @@ def test_as_many_as_fit_are_placed_where_no_number_is_given(
     num_workers: int,
 ) -> None:
     nodes(monkeypatch, *resources)
-    assert shard_runner.place(Placement(None, num_cpus), 100)[0] == num_actors
-    assert shard_runner.place(Placement(None, num_cpus), 1)[0] == 1
-    assert train_workers.placement(None, num_cpus)[0] == num_workers
+    assert placement.place_actors(Placement(None, num_cpus), 100)[0] == num_actors
+    assert placement.place_actors(Placement(None, num_cpus), 1)[0] == 1
+    assert placement.place_training(None, num_cpus)[0] == num_workers
 
 
 def test_a_default_that_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, *FOUR_SMALL)
-    for place in (lambda: shard_runner.place(Placement(None, 5), 100), lambda: train_workers.placement(None, 5)):
+    for place in (lambda: placement.place_actors(Placement(None, 5), 100), lambda: placement.place_training(None, 5)):
         with pytest.raises(
             PlacementError, match=r"1 (actors|workers) of 5 CPU each cannot be placed: there is room for 0"
         ):
@@ -145,9 +145,9 @@ def test_workers_that_wait_for_another_job_say_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     nodes(monkeypatch, {"CPU": 16.0, "GPU": 4.0}, free={"CPU": 15.0, "GPU": 1.0})
-    monkeypatch.setattr(connection, "_SETTLE_S", 0.1)
+    monkeypatch.setattr(placement, "_SETTLE_S", 0.1)
     with caplog.at_level(logging.WARNING, "readapt_ray"):
-        connection.check_placement(4, {"CPU": 1, "GPU": 1}, who="actors")
+        placement.check_placement(4, {"CPU": 1, "GPU": 1}, who="actors")
     assert "4 actors of 1 CPU and 1 GPU each are asked for, and 15 CPU and 1 GPU free: waiting" in caplog.text
 
 
@@ -157,7 +157,7 @@ def test_what_the_stage_before_held_a_moment_ago_is_not_worth_a_word(
     nodes(monkeypatch, {"CPU": 2.0})
     free = iter([{"CPU": 1.0}, {"CPU": 1.0}, {"CPU": 2.0}])
     monkeypatch.setattr(ray, "available_resources", lambda: next(free))
-    connection.check_placement(2, {"CPU": 1, "GPU": 0}, who="actors")
+    placement.check_placement(2, {"CPU": 1, "GPU": 0}, who="actors")
     assert not caplog.records
 
 
@@ -165,7 +165,7 @@ def test_a_cluster_that_died_on_this_machine_is_not_joined_and_a_jobs_own_variab
     job = {"runtime_env": {"env_vars": {"TOKENIZERS_PARALLELISM": "true"}}}
     program = """
 import os, ray
-from readapt_ray.stages import cluster
+from readapt_ray.cluster import connection
 print(connection.connect().num_cpus)
 print(*ray.get(ray.remote(lambda: [os.environ[name] for name in ("TOKENIZERS_PARALLELISM", "RAY_DEDUP_LOGS")]).remote()))
 """
@@ -277,7 +277,7 @@ def test_a_folder_that_some_node_cannot_see_is_refused(monkeypatch: pytest.Monke
         seen.append(function(path))
         return {"10.0.0.1": function(path), "10.0.0.2": function(path + "-elsewhere")}
 
-    (tmp_path / ".seen-of-a-killed-run").touch()
+    (tmp_path / f".seen-{0:032x}").touch()  # left by a killed run
     monkeypatch.setattr(connection, "_on_each", answers)
     with pytest.raises(
         PlacementError, match=r"not on a disk that all nodes share: 10\.0\.0\.2 cannot see it; give a URI"
@@ -335,4 +335,4 @@ def test_a_real_cluster_says_what_it_has(ray_session: None) -> None:
     found = connection.connect()
     assert hardware.described()["cluster"] == {"num_nodes": 1, "num_cpus": found.num_cpus, "gpus": {}}
     with pytest.raises(PlacementError, match=r"room for 0 on 1 node with 2 CPU"):
-        connection.check_placement(1, {"CPU": 3}, who="workers")
+        placement.check_placement(1, {"CPU": 3}, who="workers")

@@ -19,7 +19,7 @@ import pytest
 from readapt_ray.artifacts import read_building, read_manifest
 from readapt_ray.catalog.models import encoding_of, find_model
 from readapt_ray.cluster import on_worker, shard_runner
-from readapt_ray.cluster.shard_runner import Placement
+from readapt_ray.cluster.placement import Placement
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,

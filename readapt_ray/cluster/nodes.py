@@ -1,0 +1,27 @@
+"""The nodes of the cluster that this process has joined, and how messages name them."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def alive() -> list[dict[str, Any]]:
+    """Return the nodes that are up, as Ray describes them."""
+    import ray
+
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def described(nodes: Sequence[Mapping[str, Any]]) -> str:
+    """The nodes by what they have, such as `2 nodes with 8 CPU and 1 GPU`."""
+    kinds = Counter(
+        " and ".join(
+            f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)
+        )
+        or "nothing for tasks"
+        for node in nodes
+    )
+    return (
+        ", ".join(f"{count} {'node' if count == 1 else 'nodes'} with {what}" for what, count in kinds.items())
+        or "no node"
+    )

@@ -1,0 +1,171 @@
+"""Where workers and actors go: how many, with what resources, and what happens while there is no room for them.
+
+In: what the user asked for, and the nodes. Out: a count and the resources of each, or an error before anything starts.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from readapt_ray.cluster import connection, nodes
+from readapt_ray.errors import PlacementError
+
+logger = logging.getLogger("readapt_ray")
+
+_POLL_S = 1.0
+_REPLACEMENT_S = 45.0
+_ROOM_POLL_S = 5.0
+_ROOM_SAID_S = 20.0
+_ROOM_LOG_S = 60.0
+_SETTLE_S = 3.0
+"""What a stage held is free again a second or two after it ends."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What the user asked for; None is for us to choose."""
+
+    num_workers: int | None
+    num_cpus_per_worker: int | None
+
+
+def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
+    """Actors, CPUs of each and GPUs of each.
+
+    Raises:
+        PlacementError: the cluster does not have that much.
+    """
+    total = connection.connect()
+    num_cpus = wanted.num_cpus_per_worker or 1
+    num_gpus = 1 if total.num_gpus else 0
+    each = {"CPU": num_cpus, "GPU": num_gpus}
+    num_workers = wanted.num_workers or max(1, min(room_for(each), num_pending))
+    check_placement(num_workers, each, who="actors")
+    return num_workers, num_cpus, num_gpus
+
+
+def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
+    """Number of workers, resources of each, and whether they have a GPU.
+
+    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
+    since threads share weights and need no messages.
+
+    Raises:
+        PlacementError: the cluster does not have that much.
+    """
+    total = connection.connect()
+    if total.num_gpus:
+        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
+        count = num_workers or max(1, room_for(resources))
+    else:
+        most, share = largest_share(num_workers)
+        resources = {"CPU": float(num_cpus_per_worker or share)}
+        count = num_workers or max(1, min(most, room_for(resources)))
+    check_placement(count, resources, who="workers")
+    return count, resources, bool(total.num_gpus)
+
+
+def room_for(each: Mapping[str, float]) -> int:
+    """How many workers that ask for so much the nodes hold when they are idle."""
+    return sum(_room(node["Resources"], each) for node in nodes.alive())
+
+
+def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
+    """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
+
+    Where nodes were lost it waits 45 seconds for others in their place.
+
+    Args:
+        each: what a worker asks for, such as `{"CPU": 4, "GPU": 1}`.
+        who: what to call them.
+
+    Raises:
+        PlacementError: the nodes do not have that much, even when idle.
+    """
+    import ray
+
+    asked = _asked(num_workers, each, who)
+    lost_s: float | None = None
+    while True:
+        known = ray.nodes()
+        up = [node for node in known if node["Alive"]]
+        room = sum(_room(node["Resources"], each) for node in up)
+        if room >= num_workers:
+            break
+        lost_s = lost_s or time.monotonic()
+        if len(up) == len(known) or time.monotonic() - lost_s > _REPLACEMENT_S:
+            raise PlacementError(
+                f"{asked} each cannot be placed: there is room for {room} on {nodes.described(up)}; lower num_workers or "
+                f"num_cpus_per_worker, or add nodes"
+            )
+        time.sleep(_POLL_S)
+    wanted = {name: num_workers * amount for name, amount in each.items() if amount}
+    settled_s = time.monotonic() + _SETTLE_S
+    while any((free := ray.available_resources()).get(name, 0.0) < amount for name, amount in wanted.items()):
+        if time.monotonic() > settled_s:
+            have = " and ".join(f"{free.get(name, 0.0):g} {name}" for name in wanted)
+            logger.warning(
+                "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
+            )
+            return
+        time.sleep(_SETTLE_S / 10)
+
+
+@contextlib.contextmanager
+def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
+    """While the block runs, say every minute what is waited for where the nodes that are left have no room for so many.
+
+    Args:
+        num_workers: how many the block cannot do without.
+        each: what a worker asks for.
+        who: what to call them.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch_room, args=(num_workers, each, who, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: threading.Event) -> None:
+    import ray
+
+    small_s = 0.0
+    while not stop.wait(_ROOM_POLL_S):
+        try:
+            up = nodes.alive()
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            logger.debug("no answer about nodes: %s", error)
+            continue
+        room = sum(_room(node["Resources"], each) for node in up)
+        small_s = small_s + _ROOM_POLL_S if room < num_workers else 0.0
+        if small_s and small_s % _ROOM_LOG_S == _ROOM_SAID_S:
+            logger.warning(
+                "%s each are needed and nodes were lost: there is room for %d on %s; waiting for others in their place",
+                _asked(num_workers, each, who),
+                room,
+                nodes.described(up),
+            )
+
+
+def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
+    return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+
+
+def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
+    """How many of such workers a node holds."""
+    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
+
+
+def largest_share(num_workers: int | None) -> tuple[int, int]:
+    """Number of workers, one a node that has CPUs unless given, and the most CPUs that each of so many can have."""
+    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes.alive()]
+    count = num_workers or max(1, sum(each > 0 for each in cpus))
+    fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)
+    return count, next(fits, 1)
