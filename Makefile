@@ -8,7 +8,7 @@ quickstart: $(VENV)/runtime
 	@$(BIN)/readapt quickstart
 
 test: $(VENV)/dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(VENV)/dev
 	$(BIN)/python -m pytest -m slow --timeout 1800

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import forking
+from tests import forking, lanes
 
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
@@ -18,14 +18,25 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if HAS_GPU else "cpu")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give one worker the modules that use Ray, and the others the rest."""
+    return lanes.Lanes(config, log)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests of CUDA are skipped where there is none."""
+    """Skip tests of CUDA where there is none."""
     if item.get_closest_marker("gpu") and not HAS_GPU:
         pytest.skip("no CUDA device")
 
 
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """See that a test ran in the lane that it belongs to."""
+    lanes.check(item)
+
+
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session(pytestconfig: pytest.Config) -> Iterator[None]:
     """Ray on this machine with two logical CPUs, as `serve` starts it."""
     import ray
 
@@ -37,6 +48,7 @@ def ray_session() -> Iterator[None]:
     with workers:
         with haproxy.preferred("127.0.0.1"):
             connection.connect()
+        pytestconfig.stash[lanes.RAY_RUNS] = True
         yield
         ray.shutdown()
 

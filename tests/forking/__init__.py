@@ -37,7 +37,11 @@ def ray_workers() -> Iterator[None]:
         command = [sys.executable, str(_HERE / "server.py"), f"{folder}/socket"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
             assert server.stdout.readline() == "ready\n", "the fork server did not start"
-            names = {"READAPT_TEST_FORK_SERVER": f"{folder}/socket", "READAPT_TEST_SETUP_WORKER": original}
+            names = {
+                "READAPT_TEST_FORK_SERVER": f"{folder}/socket",
+                "READAPT_TEST_JOB_ID": _JOB_ID,
+                "READAPT_TEST_SETUP_WORKER": original,
+            }
             with mock.patch.dict(os.environ, names), mock.patch.object(services, "start_raylet", start_raylet):
                 yield
             assert server.poll() is None, "the fork server died"

@@ -1,4 +1,7 @@
-"""Stand in for Ray's script of this name: let the fork server start the worker, and wait for its end."""
+"""Stand in for Ray's script of this name: let the fork server start the worker, and wait for its end.
+
+Workers of another driver's job are started by Ray's own script.
+"""
 
 import json
 import os
@@ -17,7 +20,8 @@ def main() -> int:
             language = value
         else:
             command.append(each)
-    if language != "PYTHON" or context.get("command_prefix") or context.get("override_worker_entrypoint"):
+    is_plain = language == "PYTHON" and not context.get("command_prefix")
+    if not is_plain or os.environ.get("RAY_JOB_ID") != os.environ["READAPT_TEST_JOB_ID"]:
         os.execv(sys.executable, [sys.executable, os.environ["READAPT_TEST_SETUP_WORKER"], *sys.argv[1:]])
     path = os.environ["READAPT_TEST_FORK_SERVER"]
     while not os.path.exists(path):

