@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if HAS_GPU else "cpu")
+
+
+def pytest_sessionstart() -> None:
+    """Take Ctrl-C, which a shell's background jobs and pytest-xdist's workers ignore: tests interrupt what they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
