@@ -55,8 +55,8 @@ def read(name):
 
 
 def put_beir(hub):
-    hub("BeIR/scifact/corpus.jsonl.gz", gzip.compress(PASSAGES.encode()))
-    hub("BeIR/scifact/queries.jsonl.gz", gzip.compress(QUERIES.encode()))
+    hub("BeIR/scifact/corpus.jsonl.gz", gzip.compress(PASSAGES.encode(), mtime=0))
+    hub("BeIR/scifact/queries.jsonl.gz", gzip.compress(QUERIES.encode(), mtime=0))
     hub("BeIR/scifact-qrels/test.tsv", QRELS)
     hub("BeIR/scifact-qrels/validation.tsv", QRELS.replace("\ta\t", "\tb\t"))
 

@@ -21,7 +21,7 @@ def _queries_files(folder):
     (folder / "a.jsonl").write_text(
         '{"_id": "q1", "text": "one  thing", "metadata": {}}\n\n{"_id": "q2", "text": "another"}\n'
     )
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes(), mtime=0))
     (folder / "c.tsv").write_text("q1\tone thing\nq2\tanother")
     (folder / "d.tsv").write_text("query_id\ttext\nq1\tone thing\r\nq2\tanother\n")
     _table(folder / "e.parquet", query_id=["q1", "q2"], text=["one thing", "another"])
@@ -43,7 +43,9 @@ def _qrels_files(folder):
     rows = "q1\td1\t2\nq1\td2\t0\nq2\td1\t-1\n"
     (folder / "a.tsv").write_text("query-id\tcorpus-id\tscore\n" + rows)
     (folder / "b.tsv").write_text(rows)
-    (folder / "c.tsv.gz").write_bytes(gzip.compress(b"score\tquery-id\tcorpus-id\n2\tq1\td1\n0\tq1\td2\n-1\tq2\td1"))
+    (folder / "c.tsv.gz").write_bytes(
+        gzip.compress(b"score\tquery-id\tcorpus-id\n2\tq1\td1\n0\tq1\td2\n-1\tq2\td1", mtime=0)
+    )
     (folder / "d.txt").write_text("q1 0 d1 2\nq1 0  d2 0\nq2 0 d1 -1\n")
     (folder / "e.qrels").write_text("q1\t0\td1\t2\nq1\t0\td2\t0\nq2\t0\td1\t-1\n")
     (folder / "f.jsonl").write_text(
@@ -101,7 +103,7 @@ def test_the_same_judgement_twice_counts_once(tmp_path):
         ("q.tsv", b"a\n", "has 1 columns; give id and text"),
         ("q.csv", b"a,b\n", "not a file of queries by its name"),
         ("q.parquet", b"PAR1nonsense", "cannot be read as Parquet"),
-        ("q.tsv.gz", gzip.compress(b"a\tx\n" * 9)[:-9], "cannot be read after line"),
+        ("q.tsv.gz", gzip.compress(b"a\tx\n" * 9, mtime=0)[:-9], "cannot be read after line"),
     ],
 )
 def test_bad_queries_are_named(tmp_path, name, content, message):
@@ -149,7 +151,7 @@ def test_ids_are_as_those_of_passages(tmp_path):
     [
         ("a.txt", b"\xef\xbb\xbfd1\r\nd 2\r\n\n"),
         ("a", b"d1\nd 2"),
-        ("a.txt.gz", gzip.compress(b"d1\nd 2")),
+        ("a.txt.gz", gzip.compress(b"d1\nd 2", mtime=0)),
         ("a.tsv", b"d1\nd%202\n"),
         ("a.txt", b"q1 0 d1 1\nq1 0 d%202 0\n"),
         ("a.list", b"q1\td1\t1\nq1\td 2\t0\n"),

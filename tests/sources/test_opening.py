@@ -163,7 +163,7 @@ def test_a_folder_in_a_store_is_known_by_one_listing(tmp_path):
 
 def test_beir_folder_with_labels(tmp_path):
     (tmp_path / "qrels").mkdir()
-    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(LINES.encode()))
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(LINES.encode(), mtime=0))
     (tmp_path / "queries.jsonl").write_text('{"_id": "q", "text": "ask"}')
     (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\n")
     assert _ids_and_texts(tmp_path) == ("beir", WANTED)
@@ -300,7 +300,7 @@ def test_a_name_and_another_format_are_refused():
 
 def test_a_file_cut_short_behind_its_beginning_is_named_with_the_line(tmp_path):
     lines = "".join(f'{{"_id": "{number}", "text": "text {number * 7919}"}}\n' for number in range(50_000))
-    data = gzip.compress(lines.encode())
+    data = gzip.compress(lines.encode(), mtime=0)
     (tmp_path / "a.jsonl.gz").write_bytes(data[: len(data) // 2])
     source = _open(tmp_path / "a.jsonl.gz")
     source.check()
