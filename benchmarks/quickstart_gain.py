@@ -65,9 +65,11 @@ def grid(root: str, source: str, seed: int, corpus: str) -> dict[float, dict[str
     passages = ra.ingest(
         ra.IngestConfig(source=source, output=corpus if source == recipe.source else f"{root}/corpus-{name}")
     )
+    chosen = f"{root}/chosen-{name}"
+    quickstart.choose_passages(passages, chosen)
     adapter = ra.train(
         ra.TrainConfig(
-            **{**recipe.train, "seed": seed},
+            **{**quickstart.recipe(chosen).train, "seed": seed},
             pretrained=recipe.pretrained,
             corpus=passages.uri,
             output=f"{root}/adapter-{name}-{seed}",

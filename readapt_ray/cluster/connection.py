@@ -90,16 +90,19 @@ def connecting_ahead() -> Iterator[None]:
     What fails there fails again at the first `connect` of the block, which tells it.
     """
 
+    has_tried = threading.Event()
+
     def attempt() -> None:
         with contextlib.suppress(Exception):
             connect()
+        has_tried.set()
+        threading.Event().wait()  # Ray's processes are killed when the thread that started them ends
 
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
+    threading.Thread(target=attempt, daemon=True).start()
     try:
         yield
     finally:
-        thread.join()
+        has_tried.wait()
 
 
 def _join(address: str | None) -> None:

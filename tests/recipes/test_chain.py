@@ -8,7 +8,7 @@ import ir_measures
 import pytest
 import yaml
 
-from readapt_ray import cli, status
+from readapt_ray import artifacts, cli, status
 from readapt_ray.catalog import retrievers
 from readapt_ray.errors import InputError
 from readapt_ray.recipes import chain, quickstart
@@ -170,6 +170,14 @@ def test_a_run_asks_for_the_encoding_of_each_stage_that_needs_it_before_it_train
 
 def test_the_quickstarts_recipe_is_a_plan() -> None:
     assert len(chain.plan_run(quickstart.recipe("root"))) == 11
+
+
+def test_the_quickstart_trains_on_every_third_passage(tmp_path: Path) -> None:
+    passages = factories.small_corpus(10)
+    factories.ingest_artifact(tmp_path / "corpus", passages)
+    quickstart.choose_passages(artifacts.open_artifact(str(tmp_path / "corpus"), "ingest"), str(tmp_path))
+    chosen = Path(quickstart.recipe(str(tmp_path)).train["only"]).read_text().split()
+    assert chosen == [passages[index].doc_id for index in (0, 3, 6, 9)]
 
 
 @pytest.mark.parametrize(
