@@ -203,3 +203,15 @@ def test_edges(tmp_path):
         shard.search(queries, 0)
     with pytest.raises(ArtifactMissingError, match="does not exist"):
         VectorIndex.open(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("factory", ["IVF5,PQ4x4", "IVF5,PQ4x4,Refine(SQ8)", "OPQ4,IVF5,PQ4x4"])
+def test_codes_are_not_ordered_for_a_search_that_none_does(factory):
+    """Polysemous training is most of the time of product quantization, and changes nothing that is found."""
+    vectors = np.random.default_rng(0).normal(size=(400, 16)).astype(np.float32)
+    plain = faiss.index_factory(16, factory, faiss.METRIC_INNER_PRODUCT)
+    plain.train(vectors)
+    plain.add(vectors)
+    ours = build_shard(factory, 16, [([str(row) for row in range(400)], vectors)]).index
+    assert not faiss.downcast_index(faiss.extract_index_ivf(ours)).do_polysemous_training
+    np.testing.assert_array_equal(ours.search(vectors, 10)[1], plain.search(vectors, 10)[1])
