@@ -93,6 +93,7 @@ def test_a_store_that_stays_busy_is_an_error_that_names_the_file(
     store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "_S3_ATTEMPTS", 2)
+    monkeypatch.setattr(storage, "_s3_client", storage._s3_client.__wrapped__)
     monkeypatch.setattr(storage, "_READ_ATTEMPTS", 2)
     (folder / "x").write_text("kept")
     store.busy = lambda method, path: True

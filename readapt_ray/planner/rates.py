@@ -17,8 +17,6 @@ from readapt_ray.catalog.shapes import model_shape
 from readapt_ray.errors import ModelError
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.storage import Location
-from readapt_ray.training import speed
-from readapt_ray.training.dora import AdapterShape
 
 logger = logging.getLogger("readapt_ray")
 
@@ -163,6 +161,9 @@ def work_of(manifest: Manifest) -> float:
 
 
 def _trained(manifest: Manifest) -> float:
+    from readapt_ray.training import speed
+    from readapt_ray.training.dora import AdapterShape
+
     counts, config = manifest.counts, manifest.config
     adapter = None
     if config["method"] != "full":

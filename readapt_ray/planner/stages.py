@@ -14,8 +14,6 @@ from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.index_kinds import KINDS, Wanted, vector_bytes
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.embed import shard_rows
-from readapt_ray.training.memory import num_trained
-from readapt_ray.training.speed import run_flops
 
 _LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
@@ -157,6 +155,9 @@ def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
 
 
 def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
+    from readapt_ray.training.memory import num_trained
+    from readapt_ray.training.speed import run_flops
+
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.pretrained
     workers = train_workers(config, cluster)
     busy = min(workers, config.batch_size)

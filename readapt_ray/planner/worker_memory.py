@@ -1,14 +1,15 @@
 """What one worker of a stage needs and what it has; for training it is the very estimate that training makes."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from readapt_ray.catalog import retrievers
 from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.cluster.optimization import adapter_shape, worker_setup
 from readapt_ray.planner.machines import Cluster, NodeGroup
-from readapt_ray.training.dora import AdapterShape
-from readapt_ray.training.memory import process_bytes
+
+if TYPE_CHECKING:
+    from readapt_ray.training.dora import AdapterShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,7 @@ class Memory:
         return f"{terms} = {self.needed / 1e9:.2f} GB of {self.available / 1e9:.2f} GB ({self.where})"
 
 
-def train_adapter(config: Any, shape: ModelShape) -> AdapterShape | None:
+def train_adapter(config: Any, shape: ModelShape) -> "AdapterShape | None":
     """The adapter that train would make; None where all weights are trained.
 
     Raises:
@@ -82,6 +83,8 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
 
 def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     """An embedding actor: weights, a batch's activations, a data shard."""
+    from readapt_ray.training.memory import process_bytes
+
     width = 2 if cluster.computes_low(config.dtype) else 4
     tokens = config.batch_tokens or (16_384 if cluster.num_gpus else 1_024)
     available, where = cluster.room(config.num_cpus_per_worker or 1, config.num_workers)

@@ -180,7 +180,7 @@ def new_index(factory: str, dimension: int) -> Any:
     """
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     with contextlib.suppress(RuntimeError):  # not an IVF index
-        inverted_lists = faiss.downcast_index(faiss.extract_index_ivf(index))
+        inverted_lists: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
         if isinstance(inverted_lists, faiss.IndexIVFPQ):
             inverted_lists.do_polysemous_training = False
     return index

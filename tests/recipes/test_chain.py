@@ -16,7 +16,7 @@ from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.storage import Location
 from tests import factories
 
-JOBS = Path(__file__).parent.parent / "jobs"
+JOBS = Path(__file__).parent.parent.parent / "jobs"
 FILES = sorted(JOBS.glob("*.yaml"))
 
 

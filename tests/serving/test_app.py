@@ -172,7 +172,7 @@ def test_versions_take_what_they_do_not_say_from_above(world):
         ({"versions": {"a": {"retriever": "r", "indices": "i"}}}, "version 'a': unknown option 'indices'"),
         ({"versions": {"a": {"retriever": "r"}}, "default": "b"}, "default names 'b', which is not served"),
         ({"versions": {"a": {"retriever": "r"}}, "retriever": "r"}, "give a retriever, or several versions"),
-        ({"versions": "none.yaml"}, "versions = 'none.yaml': no such file"),
+        ({"versions": "none.yaml"}, "no file 'none.yaml'; give versions by name"),
         ({"retriever": "r", "split": ["a"]}, "not NAME=WEIGHT"),
         ({}, "give a retriever, or several versions"),
     ],

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.cluster import connection
+from readapt_ray.cluster import placement
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError, PlacementError
 from readapt_ray.stages.pack import PackConfig, pack
 from tests import factories
@@ -87,7 +87,7 @@ def test_it_waits_for_others_as_long_as_it_takes(base: Path, corpus: Path, monke
     def full(num_workers: int, each: dict[str, float], *, who: str) -> None:
         raise PlacementError(f"{num_workers} {who} of {each} cannot be placed")
 
-    monkeypatch.setattr(connection, "check_placement", full)
+    monkeypatch.setattr(placement, "check_placement", full)
     with pytest.raises(PlacementError, match=r"1 tasks of \{'CPU': 1\}"):
         packed(base, corpus, mode="packed", overwrite=True)
 

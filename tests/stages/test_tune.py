@@ -184,7 +184,7 @@ def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
 ) -> None:
     monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=0))
     # As where another job has the room.
-    monkeypatch.setattr(scale_scoring.cluster, "check_placement", lambda *_, **__: None)
+    monkeypatch.setattr(scale_scoring.placement, "check_placement", lambda *_, **__: None)
     tried = search(tmp_path, num_workers=3)
     tried.score(PAIRS)
     tried.score([*PAIRS, (0.5, 0.5)])
