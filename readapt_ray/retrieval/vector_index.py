@@ -181,7 +181,8 @@ def new_index(factory: str, dimension: int) -> Any:
     index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     with contextlib.suppress(RuntimeError):  # not an IVF index
         inverted_lists: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
-        if isinstance(inverted_lists, faiss.IndexIVFPQ):
+        is_quantized = isinstance(inverted_lists, faiss.IndexIVFPQ)
+        if is_quantized:
             inverted_lists.do_polysemous_training = False
     return index
 
