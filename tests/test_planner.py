@@ -494,7 +494,7 @@ def test_a_rate_measured_on_a_part_predicts_the_whole(run_file: Path, tmp_path: 
     small["counts"] = {"num_vectors": 100_000, "num_tokens": 8_000_000}
     (tmp_path / "measured-108/vectors/manifest.json").write_text(json.dumps(small))
     measured = rates.measure([str(tmp_path / "measured-108")], cluster)
-    work = rates.work_of(artifacts.read_manifest(finished(tmp_path, run_file, seconds=1008.0, gpus={}) + "/vectors"))  # type: ignore[arg-type]
+    work = rates.work_of(artifacts.read_manifest(finished(tmp_path, run_file, seconds=1008.0, gpus={}) + "/vectors"))
     predicted = rates.FIXED_S["embed"] + work / (8 * measured.of("embed", rates.CPU, 0, is_low=False).value)
     assert predicted == pytest.approx(1008.0, rel=0.3)
 
