@@ -1,6 +1,5 @@
 """One Ray for the whole run: starting it is most of the time that a test takes."""
 
-import contextlib
 import logging
 import os
 import signal
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests import forking, lanes
+from tests import lanes
 
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
@@ -50,13 +49,11 @@ def ray_session(pytestconfig: pytest.Config) -> Iterator[None]:
     from readapt_ray.serving import haproxy
 
     os.environ["READAPT_NUM_CPUS"] = "2"
-    workers = contextlib.nullcontext() if HAS_GPU else forking.ray_workers()
-    with workers:
-        with haproxy.preferred("127.0.0.1"):
-            connection.connect()
-        pytestconfig.stash[lanes.RAY_RUNS] = True
-        yield
-        ray.shutdown()
+    with haproxy.preferred("127.0.0.1"):
+        connection.connect()
+    pytestconfig.stash[lanes.RAY_RUNS] = True
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

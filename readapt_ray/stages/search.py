@@ -1,7 +1,7 @@
 """The search stage: queries and an index, or bare vectors, become a TREC run.
 
 In: queries, the retriever that made the vectors, and an index or vectors. Out: one file
-`FILE.trec`. A Ray task encodes the queries, others search a shard each, and their findings are
+`FILE.trec`. Ray tasks encode the queries, others search a shard each, and their findings are
 merged into what one index would have given. Memory is a shard a task, and the run in the driver.
 """
 
@@ -18,6 +18,7 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifac
 from readapt_ray.catalog.models import Model, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.records import Query, ScoredDoc
@@ -200,34 +201,41 @@ def _run(
 def _encode_queries(
     config: SearchConfig, source: _Source, encoding: Encoding, queries: Sequence[Query], workspace: Workspace
 ) -> np.ndarray:
-    """float32 [Q, D], by one task."""
+    """float32 [Q, D]. Pieces of one size, a task for each GPU or core: vectors do not depend on how many there are."""
     import ray
 
-    total = connection.connect()
-    num_cpus = 1 if total.num_gpus else max(1, total.num_cpus // total.num_nodes)
-    task = ray.remote(num_cpus=num_cpus, num_gpus=1 if total.num_gpus else 0, num_returns="streaming")(_encoded)
     texts = [query.text for query in queries]
-    pieces: list[np.ndarray] = []
+    pieces = [texts[first : first + _QUERIES_A_PIECE] for first in range(0, len(texts), _QUERIES_A_PIECE)]
+    num_tasks, num_cpus, num_gpus = place_actors(Placement(None, None), len(pieces))
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_encoded)
+    streams = [
+        task.remote(
+            pieces[number::num_tasks],
+            retriever=on_worker.model_name(find_model(config.retriever)),
+            encoding=encoding,
+            encoder=source.encoder,
+            driver_node=on_worker.this_node(),
+            batch_tokens=config.batch_tokens,
+            num_threads=num_cpus,
+        )
+        for number in range(num_tasks)
+    ]
+    found: list[np.ndarray] = []
     done = 0
     workspace.progress(done, len(texts), unit="queries")
-    stream = task.remote(
-        texts,
-        retriever=on_worker.model_name(find_model(config.retriever)),
-        encoding=encoding,
-        encoder=source.encoder,
-        driver_node=on_worker.this_node(),
-        batch_tokens=config.batch_tokens,
-        num_threads=num_cpus,
-    )
-    for reference in stream:
-        pieces.append(ray.get(reference))
-        done += len(pieces[-1])
-        workspace.progress(done, len(texts), unit="queries")
-    return np.concatenate(pieces)
+    try:
+        for number in range(len(pieces)):
+            found.append(ray.get(next(streams[number % num_tasks])))
+            done += len(found[-1])
+            workspace.progress(done, len(texts), unit="queries")
+    finally:
+        for stream in streams:
+            ray.cancel(stream)
+    return np.concatenate(found)
 
 
 def _encoded(
-    texts: Sequence[str],
+    pieces: Sequence[Sequence[str]],
     *,
     retriever: str,
     encoding: Encoding,
@@ -236,7 +244,7 @@ def _encoded(
     batch_tokens: int | None,
     num_threads: int,
 ) -> Iterator[np.ndarray]:
-    """On a worker: the vectors of the queries, some hundred at a time."""
+    """On a worker: the vectors of each piece's queries."""
     loaded = on_worker.load_encoder(
         retriever,
         encoding,
@@ -246,8 +254,7 @@ def _encoded(
         num_threads=num_threads,
         batch_tokens=batch_tokens,
     )
-    for first in range(0, len(texts), _QUERIES_A_PIECE):
-        piece = texts[first : first + _QUERIES_A_PIECE]
+    for piece in pieces:
         vectors = loaded.encode(piece, "query")
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):

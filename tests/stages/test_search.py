@@ -74,6 +74,13 @@ def _same(found, expected):
         assert [doc.doc_id for doc in found[query_id]] == [doc_id for doc_id, _ in docs]
 
 
+def test_queries_in_pieces_for_several_tasks_keep_their_order(world, monkeypatch):
+    root, passages, queries = world
+    monkeypatch.setattr(search_stage, "_QUERIES_A_PIECE", 3)
+    artifact = search(_config(root, "pieces.trec"))
+    _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
+
+
 @pytest.mark.parametrize("source", ["index", "vectors"])
 def test_the_run_is_what_numpy_finds(world, source):
     root, passages, queries = world
