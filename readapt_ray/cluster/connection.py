@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import environment, hardware
-from readapt_ray.cluster.nodes import alive, described
+from readapt_ray.cluster.nodes import alive, describe_nodes
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
 
@@ -166,12 +166,12 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
             return nodes
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
             raise PlacementError(
-                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {described(nodes)}; start the others, "
+                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {describe_nodes(nodes)}; start the others, "
                 f"or want fewer"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
-            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, described(nodes))
+            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, describe_nodes(nodes))
         time.sleep(_WAIT_POLL_S)
 
 
