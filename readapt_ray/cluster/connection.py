@@ -154,13 +154,11 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
     Raises:
         PlacementError: they did not come in time, or none of them has a CPU for tasks.
     """
-    import ray
-
     limit_s = environment.wait_s() if wanted > 1 else _FIRST_NODE_S
     deadline_s = time.monotonic() + limit_s
     said_s = 0.0
     while True:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = alive()
         has_cpus = any(node["Resources"].get("CPU") for node in nodes)
         if len(nodes) >= wanted and has_cpus:
             return nodes

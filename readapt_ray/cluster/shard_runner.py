@@ -114,8 +114,7 @@ def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) 
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
     restarts = {} if num_nodes > 1 else {"max_restarts": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.64 will need another way to say it
+    with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # Ray 2.64 needs another way
         written = dataset.map_batches(
             ShardEncoder,
             fn_constructor_args=(job, on_worker.this_node(), num_cpus),
