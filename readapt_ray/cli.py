@@ -305,7 +305,7 @@ def _status(arguments: Sequence[str]) -> None:
         from readapt_ray.planner.prices import read_prices
 
         usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour
-    print(status.table(Location(options.root), usd_per_hour))
+    print(status.status_table(Location(options.root), usd_per_hour))
 
 
 def _quickstart(arguments: Sequence[str]) -> None:

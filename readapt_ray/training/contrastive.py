@@ -164,7 +164,10 @@ class Contrast:
     def _cross_entropy_sum(
         self, anchors_BD: Tensor, candidates_CD: Tensor, first: int, right: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Candidate `first + i` is the target of anchor i; of the other (anchor, candidate) in `right` none is told apart."""
+        """Return the loss of some anchors.
+
+        Candidate `first + i` is the target of anchor i. Other pairs in `right` are positives too: they are masked out.
+        """
         scores_BC = (anchors_BD @ candidates_CD.T).float() / self.temperature
         others = [(anchor, candidate) for anchor, candidate in right if candidate != first + anchor]
         at = torch.tensor(others, dtype=torch.int64, device=scores_BC.device).reshape(-1, 2)

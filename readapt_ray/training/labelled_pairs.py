@@ -79,7 +79,7 @@ def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
 def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Location, *, num_negatives: int) -> None:
     """Tokenise every pair, in the order of the qrels or of the file.
 
-    Texts that are one to the model have one number: what it reads is what can be told apart.
+    Texts with the same tokens get the same number, since the model cannot tell them apart.
 
     Args:
         target: a Parquet file of PAIR_SCHEMA.

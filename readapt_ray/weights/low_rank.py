@@ -31,7 +31,7 @@ from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Difference, Factors
 
 FACTOR_DTYPE = torch.bfloat16
-"""Of stored factors: its rounding is part of the variance that is reported, and far below what truncation leaves out."""
+"""Type of stored factors. Its rounding error is part of the reported variance and small against the truncation."""
 
 _A, _B, _WHOLE = ".lore_A", ".lore_B", ".difference"
 _EXACT_SIDE = 512

@@ -75,7 +75,7 @@ class TensorRows:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorTerms:
-    """All that rows of one readapted tensor are made of."""
+    """The pretrained rows of one tensor, and what is added to them."""
 
     name: str
     start: torch.Tensor
@@ -84,7 +84,7 @@ class TensorTerms:
     """What the retriever and each knowledge adapter add; None where they leave the tensor alone."""
 
     def rows(self, scales: Scales, first_row: int = 0, scratch: ScratchBuffers | None = None) -> TensorRows:
-        """Lay both adapters on the pretrained rows (RE-AdaptIR, section 2.2), in float32.
+        """Add the scaled changes to the pretrained rows in float32 (RE-AdaptIR, section 2.2).
 
         A scale of 0 leaves its term out, and a readapter_scale of 1 begins at a retriever of full
         weights, so that (0, 0) is the pretrained weight and (1, 0) the retriever to the last bit.
@@ -116,7 +116,7 @@ class TensorTerms:
         return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
 
     def cut(self, start: int, stop: int) -> "TensorTerms":
-        """The same of rows `start` to `stop`, given that these are those of a whole tensor."""
+        """Return the terms of rows `start` to `stop` of a whole tensor."""
         if not self.start.ndim:
             return self
         terms = tuple(
@@ -126,7 +126,7 @@ class TensorTerms:
         return TensorTerms(name=self.name, start=self.start[start:stop], terms=terms)
 
     def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
-        """The same and, behind it, rows that no scale changes: nothing is added to them."""
+        """Append rows that scaling must not change (new vocabulary)."""
         terms: list[Term | None] = []
         for each in self.terms:
             if each is None or isinstance(each, Factors):
@@ -253,7 +253,7 @@ class Readapter:
             yield name, self.weight(name, scales)
 
     def tensor_terms(self, name: str, device: torch.device) -> TensorTerms:
-        """All that a whole tensor is made of, on a device.
+        """Read the terms of a whole tensor onto a device.
 
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
@@ -273,7 +273,7 @@ class Readapter:
         return TensorTerms(name=name, start=whole.start.to(device), terms=terms)
 
     def _terms_of_rows(self, name: str, start: int, stop: int, scratch: ScratchBuffers) -> TensorTerms:
-        """Of rows that the pretrained model has, or of rows that it lacks, not of both."""
+        """Read what rows are made of. They must lie entirely inside or outside the pretrained vocabulary."""
         sources = (self.retriever, *self.knowledge)
         if start >= self._shared_rows(name):
             alone = self._leading(name).read(name, start, stop, scratch, "start")
