@@ -187,7 +187,7 @@ def write(output: Path, known: dict[str, Any]) -> None:
     result = {
         "command": "python benchmarks/bookkeeping.py --work DIR",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": {name: version(name) for name in ("ray", "pyarrow", "torch", "faiss-cpu")},
         "forward pass": "a stub: one layer, 16 wide",
         "sizes": {size: known[size] for size in sizes},

@@ -112,7 +112,7 @@ def write(output: Path, recorded: dict[str, Any], calm: dict[str, Any]) -> None:
     result = {
         "command": "python benchmarks/chaos.py --seeds 30 --work DIR",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": {name: version(name) for name in ("ray", "torch", "deepspeed")},
         "undisturbed_s": calm["seconds"],
         "num_seeds": len(recorded),

@@ -101,7 +101,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     result = {
         "command": "python benchmarks/comparing.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": manifest.versions if manifest else {},
         "settings": {"embed": EMBED, "train": TRAIN, "finetune": FINETUNE},
         "corpora": {

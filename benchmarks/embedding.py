@@ -57,7 +57,7 @@ def main() -> None:
     result = {
         "command": f"python benchmarks/embedding.py --num-passages {options.num_passages} --batch-size {options.batch_size}",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": {
             name: importlib.metadata.version(name)
             for name in ("torch", "transformers", "sentence-transformers", "ray", "pyarrow")

@@ -26,9 +26,10 @@ import pyarrow as pa
 
 from readapt_ray import artifacts
 from readapt_ray.config import StageConfig
-from readapt_ray.retrieval.index_kinds import Wanted, recipe
+from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
+from readapt_ray.retrieval.index_shard import search_shards
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
-from readapt_ray.retrieval.vector_index import VectorIndex, search_shards
+from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.index import IndexConfig, index
 
 ENCODER = {"fingerprint": "f" * 32, "model": "made", "dtype": "float32", "encoding": {}}
@@ -102,7 +103,7 @@ def write_artifact(folder: Path, vectors: np.ndarray, rows_per_file: int = 4096)
 
 def measured(kind: str, vectors: np.ndarray, queries: np.ndarray, work: Path, repeats: int) -> dict[str, Any]:
     """Times of one kind, ours and FAISS's, and whether sharded results are those of one index."""
-    made = recipe(Wanted(kind=kind), len(vectors), vectors.shape[1])
+    made = index_spec(IndexOptions(kind=kind), len(vectors), vectors.shape[1])
     plain = faiss.index_factory(vectors.shape[1], made.factory, faiss.METRIC_INNER_PRODUCT)
 
     def build_plain() -> None:

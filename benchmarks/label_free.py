@@ -26,7 +26,7 @@ import readapt_ray as ra
 from readapt_ray import hardware
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import retrievers
-from readapt_ray.evaluation.scale_search import RETRIEVER, Pair, best_pair, halves
+from readapt_ray.evaluation.scale_search import RETRIEVER, ScalePair, best_pair, halves
 from readapt_ray.evaluation.significance import compare
 
 CORPORA = ("nfcorpus", "scifact")
@@ -35,7 +35,7 @@ KNOWLEDGE_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURE = "nDCG@10"
 NUM_SPLITS = 200
 
-Values = dict[Pair, dict[str, float]]
+Values = dict[ScalePair, dict[str, float]]
 
 
 def main() -> None:
@@ -140,7 +140,7 @@ def agreement(labelled: Values, label_free: Values) -> dict[str, Any]:
     }
 
 
-def in_half(values: Values, pair: Pair, split: int) -> tuple[np.ndarray, np.ndarray]:
+def in_half(values: Values, pair: ScalePair, split: int) -> tuple[np.ndarray, np.ndarray]:
     """The values of a pair: of the half that chooses, and of the half that reports."""
     query_ids = sorted(values[RETRIEVER])
     row = np.array([values[pair][each] for each in query_ids])
@@ -148,7 +148,7 @@ def in_half(values: Values, pair: Pair, split: int) -> tuple[np.ndarray, np.ndar
     return row[tuning], row[reporting]
 
 
-def compared(values: Values, baseline: Pair, pair: Pair) -> list[dict[str, Any]]:
+def compared(values: Values, baseline: ScalePair, pair: ScalePair) -> list[dict[str, Any]]:
     """Two pairs of scales on the reporting half."""
     names = {"baseline": baseline, "pair": pair}
     return [asdict(each) for each in compare({n: {MEASURE: in_half(values, p, 0)[1]} for n, p in names.items()})]
@@ -165,7 +165,7 @@ def write(options: argparse.Namespace, found: list[dict[str, Any]], versions: di
     result = {
         "command": f"python benchmarks/label_free.py --seeds {options.seeds}",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": versions,
         "measure": MEASURE,
         "found": found,

@@ -186,7 +186,7 @@ def write(options: argparse.Namespace, pretrained: Artifact, retriever: Artifact
     result = {
         "command": f"python benchmarks/pair.py --layers {options.layers} --width {options.width} --seeds {options.seeds}",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described(),
+        "hardware": hardware.machine_info(),
         "versions": pretrained.manifest.versions,
         "made": {
             name: {"counts": each.manifest.counts, "seconds": each.manifest.seconds}

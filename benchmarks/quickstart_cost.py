@@ -38,7 +38,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/quickstart_cost.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "first": first,
         "second": second,
         "seconds of the stages": stages,

@@ -82,7 +82,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     manifest = artifacts.read_manifest(f"{options.root}/nfcorpus/corpus")
     result = {
         "command": f"python benchmarks/recipes.py --seeds {options.seeds}",
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": manifest.versions if manifest else {},
         "experiments": found,
     }

@@ -86,7 +86,7 @@ def measure_all(options: argparse.Namespace, texts: Sequence[str]) -> None:
     written = {
         "command": "python benchmarks/serving.py --queries QUERIES --infinity-python PYTHON",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "load average before": round(os.getloadavg()[2], 1),
         "versions": {name: importlib.metadata.version(name) for name in ("ray", "torch", "sentence-transformers")},
         "queries": len(texts),

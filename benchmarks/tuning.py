@@ -71,7 +71,7 @@ def main() -> None:
     result = {
         "command": "python benchmarks/tuning.py",
         "date": datetime.date.today().isoformat(),
-        "hardware": hardware.described()["driver"],
+        "hardware": hardware.machine_info()["driver"],
         "versions": corpus.manifest.versions,
         "counts": tuned.manifest.counts,
         "a_pair": floor,

@@ -48,11 +48,15 @@ _HOMES: dict[str, str] = {
     "serve": "serving.server",
     "train": "recipes.chain:train_on_passages",
     "TrainConfig": "stages.train",
-    **{
-        name: f"stages.{stage}"
-        for stage in ("embed", "evaluate", "finetune", "index", "ingest", "merge", "pack", "search", "tune")
-        for name in (stage, f"{stage.capitalize()}Config")
-    },
+    **dict.fromkeys(("EmbedConfig", "embed"), "stages.embed"),
+    **dict.fromkeys(("EvaluateConfig", "evaluate"), "stages.evaluate"),
+    **dict.fromkeys(("FinetuneConfig", "finetune"), "stages.finetune"),
+    **dict.fromkeys(("IndexConfig", "index"), "stages.index"),
+    **dict.fromkeys(("IngestConfig", "ingest"), "stages.ingest"),
+    **dict.fromkeys(("MergeConfig", "merge"), "stages.merge"),
+    **dict.fromkeys(("PackConfig", "pack"), "stages.pack"),
+    **dict.fromkeys(("SearchConfig", "search"), "stages.search"),
+    **dict.fromkeys(("TuneConfig", "tune"), "stages.tune"),
 }
 
 __all__ = [

@@ -297,7 +297,7 @@ def _fill(
                 seconds=lease.seconds(),
                 created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 versions=_versions(),
-                hardware=hardware.described(),
+                hardware=hardware.machine_info(),
             )
             text = json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n"
             lease.confirm()

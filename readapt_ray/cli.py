@@ -30,7 +30,7 @@ _PROVENANCE = "## Where the runs are from"
 _COMMANDS: dict[str, str] = {
     "quickstart": "run the main job on the docstrings of this machine's Python packages, and show the result",
     "run": "run the main job of a YAML file: adapt a retriever to a corpus, re-embed it, evaluate",
-    **STAGES,
+    **{name: stage.summary for name, stage in STAGES.items()},
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
@@ -305,7 +305,7 @@ def _status(arguments: Sequence[str]) -> None:
         from readapt_ray.planner.prices import read_prices
 
         usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour
-    print(status.table(Location(options.root), usd_per_hour))
+    print(status.status_table(Location(options.root), usd_per_hour))
 
 
 def _quickstart(arguments: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def note_cluster(*, num_nodes: int, num_cpus: int, gpus: dict[str, int]) -> None
     _cluster.update(num_nodes=num_nodes, num_cpus=num_cpus, gpus=gpus)
 
 
-def described() -> dict[str, Any]:
+def machine_info() -> dict[str, Any]:
     """The driver's machine, and the cluster where there is one."""
     found: dict[str, Any] = {"driver": _this_machine()}
     return found | ({"cluster": dict(_cluster)} if _cluster else {})

@@ -53,7 +53,7 @@ def _planned(file: Location) -> list[dict[str, str]]:
     return steps if isinstance(steps, list) and is_ours else []
 
 
-def table(root: Location, usd_per_hour: float | None = None) -> str:
+def status_table(root: Location, usd_per_hour: float | None = None) -> str:
     """The rows as aligned text, and their sum."""
     found = rows(root, usd_per_hour)
     if not found:

@@ -50,7 +50,7 @@ WORK = (
     "readapt_ray.planner.plan",
     "readapt_ray.recipes.quickstart.run",
     "readapt_ray.serving.server.serve",
-    "readapt_ray.status.table",
+    "readapt_ray.status.status_table",
 )
 """The functions that do the work of commands; those of stages are reached through `stage_parts`."""
 

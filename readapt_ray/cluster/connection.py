@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import environment, hardware
-from readapt_ray.cluster.nodes import alive, described
+from readapt_ray.cluster.nodes import alive, describe_nodes
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
 
@@ -154,24 +154,22 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
     Raises:
         PlacementError: they did not come in time, or none of them has a CPU for tasks.
     """
-    import ray
-
     limit_s = environment.wait_s() if wanted > 1 else _FIRST_NODE_S
     deadline_s = time.monotonic() + limit_s
     said_s = 0.0
     while True:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
+        nodes = alive()
         has_cpus = any(node["Resources"].get("CPU") for node in nodes)
         if len(nodes) >= wanted and has_cpus:
             return nodes
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
             raise PlacementError(
-                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {described(nodes)}; start the others, "
+                f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {describe_nodes(nodes)}; start the others, "
                 f"or want fewer"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
-            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, described(nodes))
+            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, describe_nodes(nodes))
         time.sleep(_WAIT_POLL_S)
 
 

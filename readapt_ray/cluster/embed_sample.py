@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster.placement import Placement, place_actors
-from readapt_ray.cluster.shard_encoder import EmbedJob, Rows
+from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
+from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import (
     Contents,
     DataShard,
@@ -53,7 +54,9 @@ def sample_rows(spec: str, num_passages: int) -> int:
     return min(num_passages, max(_LEAST_ROWS, math.ceil(wanted)))
 
 
-def estimate(spec: str, job: EmbedJob, placement: Placement, compared: Rows | None, workspace: Workspace) -> None:
+def estimate_full_run(
+    spec: str, job: EmbedJob, placement: Placement, compared: ParquetRows | None, workspace: Workspace
+) -> None:
     """Encode a sample, and put what follows from it into the manifest and before the user.
 
     Args:
@@ -89,7 +92,7 @@ def estimate(spec: str, job: EmbedJob, placement: Placement, compared: Rows | No
     workspace.details |= _forecast(footers, int(todo.sum()), len(contents), num_workers)
     _tell_forecast(workspace.details, size)
     if compared is not None:
-        workspace.details["neighbours"] = _compare(contents, rows, job, shards, compared)
+        workspace.details["neighbours"] = _compare_neighbours(contents, rows, job, shards, compared)
 
 
 def _forecast(footers: Sequence[Footer], num_to_encode: int, num_passages: int, num_workers: int) -> dict[str, Any]:
@@ -140,8 +143,8 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:,.3g} GB"
 
 
-def _compare(
-    contents: Contents, rows: NDArray[np.int64], job: EmbedJob, shards: Sequence[DataShard], compared: Rows
+def _compare_neighbours(
+    contents: Contents, rows: NDArray[np.int64], job: EmbedJob, shards: Sequence[DataShard], compared: ParquetRows
 ) -> dict[str, float]:
     """How many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
     earlier = rows_of_ids(contents.ids[rows], scan_vectors(compared.folder, compared.counts).ids)
@@ -151,8 +154,8 @@ def _compare(
             "embed: %d passages of the sample have earlier vectors; too few to compare neighbours", len(places)
         )
         return {"num_compared": len(places)}
-    _, before = matrix_of(compared.reader().take(earlier[places], VECTOR_COLUMNS), compared.folder)
-    written = Rows(job.vectors, tuple((shard.name, len(shard)) for shard in shards)).reader()
+    _, before = matrix_of(compared.take(earlier[places], VECTOR_COLUMNS), compared.folder)
+    written = ParquetRows(job.vectors, tuple((shard.name, len(shard)) for shard in shards))
     doc_ids, vectors = matrix_of(written.take(np.arange(len(rows)), VECTOR_COLUMNS), job.vectors)
     order = rows_of_ids(contents.ids[rows[places]], np.fromiter(map(hash, doc_ids), np.int64, len(doc_ids)))
     shares = _overlaps(_nearest(before), _nearest(vectors[order]))

@@ -8,9 +8,10 @@ that they are the very same, then its share of them; memory is that of `weights/
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from readapt_ray.cluster import connection
+from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.errors import WeightMismatchError
 from readapt_ray.storage import Location
 
@@ -56,27 +57,14 @@ def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int],
     done = job.plan.num_bytes - sum(job.plan.shards[number].num_bytes for number in pending)
     write = ray.remote(num_cpus=job.num_threads, scheduling_strategy="SPREAD")(_write)
     shared = ray.put(job)
-    running: dict[Any, int] = {}
-    try:
-        while pending or running:
-            while pending and len(running) < num_workers:
-                number = pending.pop(0)
-                running[write.remote(shared, number)] = number
-            finished, _ = ray.wait(list(running))
-            for each in finished:
-                ray.get(each)
-                done += job.plan.shards[running.pop(each)].num_bytes
-            report(done)
-    except ray.exceptions.RayError as error:
-        raise connection.cause_of(error) from None
-    finally:
-        for each in running:
-            ray.cancel(each)
+    for num_bytes in run_bounded(lambda number: write.remote(shared, number), pending, num_workers):
+        done += num_bytes
+        report(done)
     return export.finish_weights(job.plan, job.target)
 
 
-def _write(job: ShardJob, number: int) -> None:
-    """Task: one file."""
+def _write(job: ShardJob, number: int) -> int:
+    """Task: write one file; return its bytes."""
     from readapt_ray.weights import export
 
     readapter = _open(job.models, job.fingerprints)
@@ -89,6 +77,7 @@ def _write(job: ShardJob, number: int) -> None:
         report=lambda _: None,
         num_threads=job.num_threads,
     )
+    return job.plan.shards[number].num_bytes
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ def alive() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def described(nodes: Sequence[Mapping[str, Any]]) -> str:
+def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
     """The nodes by what they have, such as `2 nodes with 8 CPU and 1 GPU`."""
     kinds = Counter(
         " and ".join(

@@ -1,4 +1,4 @@
-"""What differs on a worker: its current folder, and so what names mean; its models; and how many cores are its own."""
+"""Helpers for code on Ray workers: absolute paths, loading the driver's model, limits on threads."""
 
 import os
 from collections.abc import Callable, Collection
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def absolute(location: Location) -> Location:
-    """The same place by a name that does not depend on the current folder."""
+    """Return the same place by a name that does not depend on the current folder."""
     return Location(location.path) if location.is_local else location
 
 

@@ -98,7 +98,7 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
         lost_s = lost_s or time.monotonic()
         if len(up) == len(known) or time.monotonic() - lost_s > _REPLACEMENT_S:
             raise PlacementError(
-                f"{asked} each cannot be placed: there is room for {room} on {nodes.described(up)}; lower num_workers or "
+                f"{asked} each cannot be placed: there is room for {room} on {nodes.describe_nodes(up)}; lower num_workers or "
                 f"num_cpus_per_worker, or add nodes"
             )
         time.sleep(_POLL_S)
@@ -150,7 +150,7 @@ def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: thr
                 "%s each are needed and nodes were lost: there is room for %d on %s; waiting for others in their place",
                 _asked(num_workers, each, who),
                 room,
-                nodes.described(up),
+                nodes.describe_nodes(up),
             )
 
 

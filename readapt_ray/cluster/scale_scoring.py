@@ -18,7 +18,7 @@ from readapt_ray.catalog import models
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.evaluation.measure_options import depth_of
-from readapt_ray.evaluation.scale_search import Pair
+from readapt_ray.evaluation.scale_search import ScalePair
 from readapt_ray.records import Passage, Query, ScoredDoc
 from readapt_ray.storage import Location
 
@@ -56,7 +56,7 @@ class ScoringJob:
     driver_node: str = ""
 
 
-class PairSearch:
+class ScaleScoring:
     """Scores pairs on actors, which start with the first pair that is not there already.
 
     An actor gets a pair once it has loaded the models, so one that must wait for room keeps nobody waiting. The pair
@@ -64,18 +64,18 @@ class PairSearch:
     """
 
     def __init__(self, num_workers: int | None, job: ScoringJob, sample: Sample, workspace: Workspace) -> None:
-        self.values: dict[Pair, dict[str, float]] = {}
+        self.values: dict[ScalePair, dict[str, float]] = {}
         self.seconds: dict[str, float] = {}
         """What the pairs of this process took, in all actors."""
         self._num_workers, self._job, self._sample, self._workspace = num_workers, job, sample, workspace
         self._each: dict[str, float] = {}
         """What an actor asks for."""
         self._idle: list[Any] = []
-        self._busy: dict[Any, tuple[Any, Pair | None]] = {}
+        self._busy: dict[Any, tuple[Any, ScalePair | None]] = {}
         """The other actors by the answer that is due, and the pair that it is of; None while the models are loaded."""
         self._new_actor: Callable[[], Any] | None = None
 
-    def score(self, pairs: Sequence[Pair]) -> None:
+    def score(self, pairs: Sequence[ScalePair]) -> None:
         """Score these pairs; what an earlier process scored is read."""
         from ray.exceptions import RayError
 
@@ -95,7 +95,7 @@ class PairSearch:
         except RayError as error:
             raise connection.cause_of(error) from None
 
-    def _scored(self, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, dict[str, float], dict[str, float]]]:
+    def _scored(self, pairs: Sequence[ScalePair]) -> Iterator[tuple[ScalePair, dict[str, float], dict[str, float]]]:
         if not pairs:
             return
         import ray
@@ -135,7 +135,7 @@ class PairSearch:
         self._each = {"CPU": 1, "GPU": int(on_gpus)}
         count = self._num_workers or (max(1, placement.room_for(self._each)) if on_gpus else 1)
         placement.check_placement(count, self._each, who="actors")
-        remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_PairScorer)
+        remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_ScaleScorer)
         job, sample = replace(self._job, driver_node=on_worker.this_node()), ray.put(self._sample)
         self._new_actor = lambda: remote.remote(job, sample)
         for _ in range(count):
@@ -153,11 +153,11 @@ class PairSearch:
         for actor in [*self._idle, *(actor for actor, _ in self._busy.values())]:
             ray.kill(actor)
 
-    def _cell(self, pair: Pair) -> Location:
+    def _cell(self, pair: ScalePair) -> Location:
         return self._workspace.location / "grid" / f"{pair[0]:g}_{pair[1]:g}.json"
 
 
-class _PairScorer:
+class _ScaleScorer:
     """Actor: a live encoder whose scales can be set, and what it has to find."""
 
     def __init__(self, job: ScoringJob, sample: Sample) -> None:
@@ -207,7 +207,7 @@ class _PairScorer:
         on_worker.check_same_model(model.name, model.fingerprint, due, driver_node=self._job.driver_node)
         return model
 
-    def score(self, pair: Pair) -> tuple[Pair, dict[str, float], dict[str, float]]:
+    def score(self, pair: ScalePair) -> tuple[ScalePair, dict[str, float], dict[str, float]]:
         """The pair, the measure of every query with these scales, and the seconds of each part."""
         marks = [time.monotonic()]
         self._live.set_scales(*pair)

@@ -21,8 +21,9 @@ from readapt_ray import errors
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import CorpusError
+from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, content_hash
-from readapt_ray.retrieval.vector_files import RowReader, stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -31,33 +32,18 @@ SHARDS_AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Parquet files that are read by row number."""
-
-    folder: Location
-    counts: tuple[tuple[str, int], ...]
-    """Name and number of rows of each file."""
-
-    def reader(self) -> RowReader:
-        """To read them."""
-        return RowReader(self.folder, self.counts)
-
-
-@dataclass(frozen=True)
 class EmbedJob:
     """What an actor must know: the same for all of them."""
 
     model_name: str
-    driver_node: str
     encoder: dict[str, Any]
     """What the metadata of the files say of the encoder."""
     encoding: Encoding
     dtype: str
     vector_dtype: str
     batch_tokens: int | None
-    num_threads: int
-    passages: Rows
-    earlier: Rows | None
+    passages: ParquetRows
+    earlier: ParquetRows | None
     """Vectors of an earlier corpus, to be copied from."""
     vectors: Location
     """Folder that the vectors are written to."""
@@ -66,10 +52,8 @@ class EmbedJob:
 class ShardEncoder:
     """An actor: holds the model, and turns one shard a call from passages into a file of vectors."""
 
-    def __init__(self, job: EmbedJob) -> None:
-        self._job = job
-        self._passages = job.passages.reader()
-        self._earlier = job.earlier.reader() if job.earlier else None
+    def __init__(self, job: EmbedJob, driver_node: str, num_threads: int) -> None:
+        self._job, self._driver_node, self._num_threads = job, driver_node, num_threads
         self._encoder: Any = None
         self._computing = threading.Lock()
         self._idle_since_s: float | None = None
@@ -98,16 +82,19 @@ class ShardEncoder:
         return tokens if self._encoder and tokens < self._encoder.first_batch_tokens else 0
 
     def _encode(self, shard: DataShard) -> None:
-        """A text is encoded once, a text that was encoded before is copied, and each row takes its leader's vector."""
-        doc_ids = self._passages.take(shard.rows, ("doc_id",))["doc_id"].to_pylist()
-        leaders = np.unique(shard.leaders)
-        fresh, copied = leaders[shard.earlier[leaders] < 0], leaders[shard.earlier[leaders] >= 0]
+        """A text is encoded once, a text that was encoded before is copied, and each row takes its representative's vector."""
+        doc_ids = self._job.passages.take(shard.rows, ("doc_id",))["doc_id"].to_pylist()
+        representatives = np.unique(shard.representatives)
+        fresh, copied = (
+            representatives[shard.earlier[representatives] < 0],
+            representatives[shard.earlier[representatives] >= 0],
+        )
         stored, metadata = self._encoded(shard, fresh)
-        if len(copied) and self._earlier is not None:
-            stored.append(self._earlier.take(shard.earlier[copied], ("vector", "scale")))
+        if len(copied) and self._job.earlier is not None:
+            stored.append(self._job.earlier.take(shard.earlier[copied], ("vector", "scale")))
         place = np.empty(len(shard), np.int64)
-        place[np.concatenate([fresh, copied])] = np.arange(len(leaders))
-        table = pa.concat_tables(stored).take(pa.array(place[shard.leaders]))
+        place[np.concatenate([fresh, copied])] = np.arange(len(representatives))
+        table = pa.concat_tables(stored).take(pa.array(place[shard.representatives]))
         hashes = pa.array([each.tobytes() for each in shard.hashes], pa.binary(16))
         metadata |= {
             "encoder": {**self._job.encoder, "dimension": table.schema.field("vector").type.list_size},
@@ -121,7 +108,7 @@ class ShardEncoder:
         metadata |= {"encode_s": _seconds(0.0), "wait_s": _seconds(0.0)}
         if not len(places):
             return [], metadata
-        columns = self._passages.take(shard.rows[places], PASSAGE_COLUMNS).to_pydict()
+        columns = self._job.passages.take(shard.rows[places], PASSAGE_COLUMNS).to_pydict()
         doc_ids, titles, texts = (columns[name] for name in PASSAGE_COLUMNS)
         for doc_id, title, text, planned in zip(doc_ids, titles, texts, shard.hashes[places], strict=True):
             if text is None or content_hash(title, text) != planned.tobytes():
@@ -154,8 +141,8 @@ class ShardEncoder:
                 self._job.encoding,
                 self._job.dtype,
                 due=self._job.encoder["fingerprint"],
-                driver_node=self._job.driver_node,
-                num_threads=self._job.num_threads,
+                driver_node=self._driver_node,
+                num_threads=self._num_threads,
                 batch_tokens=self._job.batch_tokens,
             )
             return self._encoder
@@ -166,6 +153,6 @@ def _seconds(value: float) -> str:
     return f"{value:012.3f}"
 
 
-def described(shards: Sequence[DataShard]) -> list[dict[str, bytes]]:
-    """What an actor gets of each shard."""
+def pickled_shards(shards: Sequence[DataShard]) -> list[dict[str, bytes]]:
+    """Return the rows of the data set that the actors map over: one pickled shard each."""
     return [{"shard": pickle.dumps(shard)} for shard in shards]

@@ -8,12 +8,11 @@ costs the shards in flight.
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 
 from readapt_ray import errors
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
-from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, described
+from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, pickled_shards
 from readapt_ray.errors import CorruptFileError, PlacementError, WorkerError
 from readapt_ray.retrieval.footers import at_once
 from readapt_ray.retrieval.shard_plan import DataShard
@@ -110,17 +109,15 @@ def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) 
     from ray.exceptions import RayError
     from ray.util.annotations import RayDeprecationWarning
 
-    placed = replace(job, num_threads=num_cpus, driver_node=on_worker.this_node())
-    dataset = ray.data.from_items(described(pending), override_num_blocks=len(pending))
+    dataset = ray.data.from_items(pickled_shards(pending), override_num_blocks=len(pending))
     dataset.context.execution_no_progress_timeout_s = -1
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
     restarts = {} if num_nodes > 1 else {"max_restarts": 0}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # Ray 2.64 will need another way to say it
+    with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # Ray 2.64 needs another way
         written = dataset.map_batches(
             ShardEncoder,
-            fn_constructor_args=(placed,),
+            fn_constructor_args=(job, on_worker.this_node(), num_cpus),
             batch_size=1,
             compute=ActorPoolStrategy(
                 size=num_workers,

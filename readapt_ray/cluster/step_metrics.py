@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,8 @@ _PART = re.compile(r"step-\d{9,}-\d{9,}\.jsonl")
 _POLL_S = 1.0
 _AVERAGED_STEPS = 50
 _PROJECT = "readapt_ray"
+_Log = Callable[[int, dict[str, float]], None]
+"""Takes a step and its values."""
 MEASURED = (
     "loss",
     "learning_rate",
@@ -134,7 +136,12 @@ def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Ite
         logs = [stack.enter_context(_TRACKERS[name](workspace)) for name in trackers]
         latest: deque[dict[str, Any]] = deque(maxlen=_AVERAGED_STEPS)
         stop = threading.Event()
-        thread = threading.Thread(target=_follow, args=(monitor, workspace, logs, latest, stop), daemon=True)
+
+        def follow() -> None:
+            while not stop.wait(_POLL_S):
+                _show(monitor, workspace, logs, latest)
+
+        thread = threading.Thread(target=follow, daemon=True)
         logger.info("%s: waiting for the workers to start", workspace.reporter.label)
         thread.start()
         try:
@@ -145,14 +152,7 @@ def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Ite
             _show(monitor, workspace, logs, latest)
 
 
-def _follow(
-    monitor: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]], stop: threading.Event
-) -> None:
-    while not stop.wait(_POLL_S):
-        _show(monitor, workspace, logs, latest)
-
-
-def _show(monitor: Any, workspace: Workspace, logs: list[Any], latest: deque[dict[str, Any]]) -> None:
+def _show(monitor: Any, workspace: Workspace, logs: list[_Log], latest: deque[dict[str, Any]]) -> None:
     import ray
 
     try:
@@ -162,7 +162,7 @@ def _show(monitor: Any, workspace: Workspace, logs: list[Any], latest: deque[dic
         return
     for row in rows:
         for log in logs:
-            log.log(row["step"], {name: row[name] for name in MEASURED if row[name] is not None})
+            log(row["step"], {name: row[name] for name in MEASURED if row[name] is not None})
     if rows:
         latest.extend(rows)
         last = rows[-1]
@@ -228,68 +228,51 @@ def _lines(rows: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-class _TensorBoard:
-    """Event files in `tensorboard/` of the artifact."""
+@contextlib.contextmanager
+def _tensorboard(workspace: Workspace) -> Iterator[_Log]:
+    """Write event files to `tensorboard/` of the artifact."""
+    target = workspace.location / "tensorboard"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = target.local_path if target.is_local else Path(temporary)
+        writer = _installed("tensorboardX").SummaryWriter(str(folder))
 
-    def __init__(self, workspace: Workspace) -> None:
-        SummaryWriter = _installed("tensorboardX").SummaryWriter
-        self._target = workspace.location / "tensorboard"
-        self._temporary = None if self._target.is_local else tempfile.TemporaryDirectory()
-        folder = str(self._target.local_path) if self._temporary is None else self._temporary.name
-        self._writer = SummaryWriter(folder)
+        def log(step: int, values: dict[str, float]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(f"train/{name}", value, step)
 
-    def __enter__(self) -> "_TensorBoard":
-        return self
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.close()
-        if self._temporary is not None:
-            for path in Path(self._temporary.name).iterdir():
-                (self._target / path.name).write_bytes(path.read_bytes())
-            self._temporary.cleanup()
+        try:
+            yield log
+        finally:
+            writer.close()
+            for path in () if target.is_local else folder.iterdir():
+                (target / path.name).write_bytes(path.read_bytes())
 
 
-class _WandB:
-    """A run of Weights & Biases; its own environment variables say where and who."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._run = _installed("wandb").init(
-            project=_PROJECT, name=workspace.location.name, id=workspace.fingerprint, resume="allow"
-        )
-
-    def __enter__(self) -> "_WandB":
-        return self
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self._run.log(values, step=step)
-
-    def __exit__(self, *_: object) -> None:
-        self._run.finish()
+@contextlib.contextmanager
+def _wandb(workspace: Workspace) -> Iterator[_Log]:
+    """Write a run of Weights & Biases; its own environment variables say where and who."""
+    name, run_id = workspace.location.name, workspace.fingerprint
+    run = _installed("wandb").init(project=_PROJECT, name=name, id=run_id, resume="allow")
+    try:
+        yield lambda step, values: run.log(values, step=step)
+    finally:
+        run.finish()
 
 
-class _MLflow:
-    """A run of MLflow; MLFLOW_TRACKING_URI says where."""
-
-    def __init__(self, workspace: Workspace) -> None:
-        self._mlflow = _installed("mlflow")
-        self._mlflow.set_experiment(_PROJECT)
-        self._mlflow.start_run(run_name=workspace.location.name)
-
-    def __enter__(self) -> "_MLflow":
-        return self
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        self._mlflow.log_metrics(values, step=step)
-
-    def __exit__(self, *_: object) -> None:
-        self._mlflow.end_run()
+@contextlib.contextmanager
+def _mlflow(workspace: Workspace) -> Iterator[_Log]:
+    """Write a run of MLflow; MLFLOW_TRACKING_URI says where."""
+    mlflow = _installed("mlflow")
+    mlflow.set_experiment(_PROJECT)
+    with mlflow.start_run(run_name=workspace.location.name):
+        yield lambda step, values: mlflow.log_metrics(values, step=step)
 
 
-_TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+_TRACKERS: dict[str, Callable[[Workspace], contextlib.AbstractContextManager[_Log]]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "mlflow": _mlflow,
+}
 
 
 def _installed(package: str) -> Any:

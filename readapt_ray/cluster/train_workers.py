@@ -6,6 +6,7 @@ group, and starts them again after a failure, with fewer where nodes were lost a
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -76,62 +77,33 @@ def run_workers(
         ReadaptError: the workers' own, with its message; or one that says how they died.
     """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from readapt_ray.cluster.process_group import ProcessGroupConfig
 
     num_workers, resources, use_gpu = placement.place_training(config.num_workers, config.num_cpus_per_worker)
     connection.check_seen_by_all(on_worker.absolute(workspace.location))
-    if config.min_workers is not None and config.min_workers > num_workers:
-        raise PlacementError(f"min_workers = {config.min_workers} is more than num_workers = {num_workers}; lower it")
-    elastic = config.min_workers is not None and config.min_workers < num_workers
-    # Where the driver is: a monitor on a node that dies would take the run with it.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # One that dies alone starts again, empty: what it holds is for the eye, but for an error that then comes again.
-    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    least = config.min_workers or num_workers
+    if least > num_workers:
+        raise PlacementError(f"min_workers = {least} is more than num_workers = {num_workers}; lower it")
+    monitor = _start_monitor(stage)
     dtype = _dtype(config, workspace.location, on_gpus=use_gpu)
-    monitor = ray.remote(**options)(step_metrics.RunMonitor).remote(stage)
-    job = {
-        **job,
-        "monitor": monitor,
-        "dtype": dtype,
-        "inputs": (read_building(workspace.location) or {}).get("inputs", {}),
-        "driver_node": on_worker.this_node(),
-    }
+    inputs = (read_building(workspace.location) or {}).get("inputs", {})
+    job = {**job, "monitor": monitor, "dtype": dtype, "inputs": inputs, "driver_node": on_worker.this_node()}
     controllers: list[Any] = []
-
-    def trainer() -> Any:
-        controllers.clear()
-        made = TorchTrainer(
-            _entered,
-            train_loop_config={"work": work, "job": job},
-            scaling_config=ScalingConfig(
-                num_workers=(config.min_workers, num_workers) if elastic else num_workers,
-                resources_per_worker=resources,
-                use_gpu=use_gpu,
-            ),
-            run_config=RunConfig(
-                name="workers",
-                storage_path=_train_storage(workspace.location),
-                failure_config=FailureConfig(max_failures=config.max_failures),
-            ),
-            torch_config=ProcessGroupConfig(backend="nccl" if use_gpu else "gloo", monitor=monitor),
-        )
-        # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
-        made._register_sigint_handler = controllers.append
-        return made
-
+    scaling = {
+        "num_workers": (least, num_workers) if least < num_workers else num_workers,
+        "resources_per_worker": resources,
+        "use_gpu": use_gpu,
+    }
+    new_trainer = functools.partial(
+        _new_trainer, {"work": work, "job": job}, workspace.location, config, scaling, controllers
+    )
     try:
         with (
             step_metrics.followed(monitor, workspace, config.trackers),
-            placement.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
+            placement.said_when_too_small(least, resources, who="workers"),
         ):
-            _fit(trainer, monitor, config.max_failures)
-        ended = ray.get(monitor.error.remote())
-        if ended is not None:
+            _fit(new_trainer, monitor, config.max_failures)
+        if (ended := ray.get(monitor.error.remote())) is not None:
             raise ended
     except (TrainingFailedError, ray.exceptions.RayError) as error:
         raise connection.cause_of(error) from None
@@ -143,6 +115,50 @@ def run_workers(
         ray.kill(monitor)
     artifact_files.clear(workspace.location, artifact_files.RAY_TRAIN)
     return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
+
+
+def _start_monitor(stage: str) -> Any:
+    """Start the monitor on the driver's node: on a node that may die it would take the run with it.
+
+    If it crashes it restarts empty. It holds only progress, and an error that would come again.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
+    return ray.remote(**options)(step_metrics.RunMonitor).remote(stage)
+
+
+def _new_trainer(
+    loop: dict[str, Any],
+    output: Location,
+    config: OptimizationConfig,
+    scaling: dict[str, Any],
+    controllers: list[Any],
+) -> Any:
+    """Return Ray's trainer of this work. Its controller, once it runs, is the only one in `controllers`."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from readapt_ray.cluster.process_group import ProcessGroupConfig
+
+    storage = str(output.local_path) if output.is_local else output.uri
+    controllers.clear()
+    made = TorchTrainer(
+        _entered,
+        train_loop_config=loop,
+        scaling_config=ScalingConfig(**scaling),
+        run_config=RunConfig(
+            name="workers", storage_path=storage, failure_config=FailureConfig(max_failures=config.max_failures)
+        ),
+        torch_config=ProcessGroupConfig(
+            backend="nccl" if scaling["use_gpu"] else "gloo", monitor=loop["job"]["monitor"]
+        ),
+    )
+    # Ctrl-C stays Python's: Ray Train's handler ends the process with code 1, and stays in place after the run.
+    made._register_sigint_handler = controllers.append
+    return made
 
 
 def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> str:
@@ -203,10 +219,6 @@ def _entered(config: dict[str, Any]) -> None:
     except ReadaptError as error:
         ray.get(monitor.fail.remote(error))
         raise
-
-
-def _train_storage(location: Location) -> str:
-    return str(location.local_path) if location.is_local else location.uri
 
 
 def target_modules(config: OptimizationConfig, model: Model) -> tuple[str, ...]:

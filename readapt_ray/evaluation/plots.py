@@ -6,7 +6,7 @@ light and dark. Text from outside is escaped here.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
@@ -131,27 +131,37 @@ def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description:
     ]
     parts += [_text(x(each), bottom + 16, f"{each:g}", "middle") for each in sorted({point.x for point in points})]
     parts.append(_text((left + right) / 2, bottom + 30, axis, "middle"))
-    lines = [sorted(each) for each in series.values()]
-    heights = _spread([y(line[-1].y) for line in lines])
-    for place, (name, line, height) in enumerate(zip(series, lines, heights, strict=True)):
+    heights = _spread([y(max(line).y) for line in series.values()])
+    for place, (name, line, height) in enumerate(zip(series, series.values(), heights, strict=True)):
         colour = f"var(--series-{(place + 1) % NUM_SERIES_COLOURS})"
         # error bars at one place stand beside each other
-        aside = (place / max(1, len(lines) - 1) - (len(lines) > 1) / 2) * _BAR_SPREAD
-        track = " ".join(f"{x(point.x) + aside:.1f},{y(point.y):.1f}" for point in line)
-        parts.append(f'<polyline points="{track}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for point in line:
-            at = x(point.x) + aside
-            title = (
-                f"{escape(name)}, {escape(axis)} {point.x:g}: {point.y:+.4f} ({point.low:+.4f} to {point.high:+.4f})"
-            )
-            parts.append(
-                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point.low):.1f}" y2="{y(point.high):.1f}" stroke="{colour}"/>'
-                f'<circle cx="{at:.1f}" cy="{y(point.y):.1f}" r="3.5" fill="{colour}"><title>{title}</title></circle>'
-            )
+        aside = (place / max(1, len(series) - 1) - (len(series) > 1) / 2) * _BAR_SPREAD
+        parts += _line_with_bars(f"{name}, {axis}", sorted(line), x, y, aside=aside, colour=colour)
         parts.append(
             f'<text x="{right + 10}" y="{height + 4:.1f}" style="fill:{colour}" class="name">{escape(name)}</text>'
         )
     return _svg(parts, description)
+
+
+def _line_with_bars(
+    name: str,
+    line: Sequence[Point],
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    *,
+    aside: float,
+    colour: str,
+) -> Iterator[str]:
+    """Yield the SVG of one line, with the error bar of each point and its values as a tooltip."""
+    track = " ".join(f"{x(point.x) + aside:.1f},{y(point.y):.1f}" for point in line)
+    yield f'<polyline points="{track}" fill="none" stroke="{colour}" stroke-width="2"/>'
+    for point in line:
+        at = x(point.x) + aside
+        title = f"{escape(name)} {point.x:g}: {point.y:+.4f} ({point.low:+.4f} to {point.high:+.4f})"
+        yield (
+            f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{y(point.low):.1f}" y2="{y(point.high):.1f}" stroke="{colour}"/>'
+            f'<circle cx="{at:.1f}" cy="{y(point.y):.1f}" r="3.5" fill="{colour}"><title>{title}</title></circle>'
+        )
 
 
 def nice_ceiling(value: float) -> float:

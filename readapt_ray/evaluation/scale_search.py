@@ -14,23 +14,23 @@ from numpy.typing import NDArray
 
 from readapt_ray.evaluation.significance import bootstrap_interval, compare, paired
 
-Pair = tuple[float, float]
+ScalePair = tuple[float, float]
 """readapter_scale and knowledge_scale."""
 
-RETRIEVER: Pair = (1.0, 0.0)
+RETRIEVER: ScalePair = (1.0, 0.0)
 """The retriever as it is."""
 
-Values = Mapping[Pair, Mapping[str, float]]
+Values = Mapping[ScalePair, Mapping[str, float]]
 """The measure by pair and query_id, the same queries throughout."""
 
 
-def coarse_pairs(readapter_scales: Sequence[float], knowledge_scales: Sequence[float]) -> list[Pair]:
+def coarse_pairs(readapter_scales: Sequence[float], knowledge_scales: Sequence[float]) -> list[ScalePair]:
     """Every pair once, the retriever as it is among them."""
     pairs = dict.fromkeys(product(readapter_scales, knowledge_scales))
     return list(pairs if RETRIEVER in pairs else {RETRIEVER: None, **pairs})
 
 
-def finer_pairs(tried: Collection[Pair], best: Pair) -> list[Pair]:
+def finer_pairs(tried: Collection[ScalePair], best: ScalePair) -> list[ScalePair]:
     """The pairs half way between the best one and its neighbours, on each axis that has some.
 
     With (1, 0), (1, 0.5) and (1, 1) tried and (1, 0.5) best: (1, 0.25) and (1, 0.75).
@@ -52,13 +52,13 @@ def halves(query_ids: Sequence[str], seed: int) -> tuple[NDArray[np.int64], NDAr
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
-def best_pair(values: Values, seed: int) -> Pair:
+def best_pair(values: Values, seed: int) -> ScalePair:
     """The best pair by the tuning half; of equal ones the nearest to the retriever as it is."""
     query_ids = sorted(values[RETRIEVER])
     tuning, _ = halves(query_ids, seed)
     table = _table(values, query_ids)
 
-    def merit(pair: Pair) -> tuple[float, float]:
+    def merit(pair: ScalePair) -> tuple[float, float]:
         away = abs(pair[0] - RETRIEVER[0]) + abs(pair[1] - RETRIEVER[1])
         return round(float(table[pair][tuning].mean()), 12), -away
 
@@ -109,5 +109,5 @@ def describe_search(values: Values, *, measure: str, seed: int, queries: str) ->
     }
 
 
-def _table(values: Values, query_ids: Sequence[str]) -> dict[Pair, NDArray[np.float64]]:
+def _table(values: Values, query_ids: Sequence[str]) -> dict[ScalePair, NDArray[np.float64]]:
     return {pair: np.array([each[query_id] for query_id in query_ids]) for pair, each in values.items()}

@@ -11,7 +11,7 @@ from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
 from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory, train_adapter, train_memory
 from readapt_ray.recipes.chain import Step
-from readapt_ray.retrieval.index_kinds import KINDS, Wanted, vector_bytes
+from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, vector_bytes
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.embed import shard_rows
 
@@ -74,7 +74,7 @@ def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
 def index_bytes(config: Any, num_vectors: float, dimension: int) -> dict[str, float]:
     """Bytes in memory of each kind of index with the run's own options, ids aside."""
     options = {name: getattr(config, name) for name in ("storage", "refine", "code_bytes")}
-    return {kind.name: num_vectors * vector_bytes(Wanted(kind=kind.name, **options), dimension) for kind in KINDS}
+    return {kind.name: num_vectors * vector_bytes(IndexOptions(kind=kind.name, **options), dimension) for kind in KINDS}
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:

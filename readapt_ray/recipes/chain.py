@@ -18,6 +18,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
 from readapt_ray.config import Config, StageConfig
 from readapt_ray.errors import CorpusError, InputError, ModelError
+from readapt_ray.stages import STAGES
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ BASE, ADAPTED = "retriever", "adapted"
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
     """A stage's config class and function."""
     module = importlib.import_module(f"readapt_ray.stages.{stage}")
-    return getattr(module, f"{stage.capitalize()}Config"), getattr(module, stage)
+    return getattr(module, STAGES[stage].config), getattr(module, stage)
 
 
 Section = dict[str, Any]

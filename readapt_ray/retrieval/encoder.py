@@ -34,7 +34,7 @@ GPU_BATCH_TOKENS = 16384
 
 
 @dataclass(frozen=True)
-class Work:
+class EncodedTokens:
     """What an encoder has computed so far."""
 
     num_tokens: int = 0
@@ -81,7 +81,7 @@ class Encoder:
         self._check_sizes(network.config)
         self.is_packed = packed and self._forward_pass.pack()
         """Whether texts are laid end to end, without padding."""
-        self.work = Work()
+        self.work = EncodedTokens()
         self.first_batch_tokens = self.batch_tokens
         """The budget before any lack of memory halved it."""
 
@@ -204,7 +204,9 @@ class Encoder:
             vectors = normalized(vectors)
         width = 0 if self.is_packed else max(map(len, rows))
         num_tokens = sum(map(len, rows))
-        self.work = Work(self.work.num_tokens + num_tokens, self.work.num_positions + (width * len(rows) or num_tokens))
+        self.work = EncodedTokens(
+            self.work.num_tokens + num_tokens, self.work.num_positions + (width * len(rows) or num_tokens)
+        )
         return vectors.cpu().numpy()
 
     def _check_sizes(self, config: Any) -> None:

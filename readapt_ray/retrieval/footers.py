@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from readapt_ray.artifacts import Artifact
 from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.parquet_rows import RowCounts
 from readapt_ray.retrieval.vector_files import Footer, read_footer
 from readapt_ray.storage import Location
 
@@ -17,9 +18,6 @@ _THREADS = 32
 
 In = TypeVar("In")
 Out = TypeVar("Out")
-
-RowCounts = tuple[tuple[str, int], ...]
-"""Name and number of rows of each file, in order."""
 
 
 def at_once(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:

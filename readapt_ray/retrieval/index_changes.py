@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from readapt_ray.retrieval.index_files import ShardRecord, read_ids
+from readapt_ray.retrieval.index_shard import DELETED
 from readapt_ray.retrieval.shard_plan import Contents, matching_rows
-from readapt_ray.retrieval.vector_index import DELETED, ShardRecord, read_ids
 from readapt_ray.storage import Location
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)

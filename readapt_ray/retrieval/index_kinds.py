@@ -1,7 +1,7 @@
 """Kinds of FAISS index: which there are, what each costs, and which suits a corpus.
 
 Enters: a kind, the number of vectors and their dimension, and what the user wants of memory and recall.
-Leaves: a recipe, that is a FAISS factory string and the search parameter that trades time for recall.
+Leaves: an `IndexSpec`, a FAISS factory string and the search parameter that trades time for recall.
 """
 
 import math
@@ -63,7 +63,7 @@ def index_kind(name: str) -> IndexKind:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class IndexOptions:
     """What the user asked for."""
 
     kind: str = "flat"
@@ -82,7 +82,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class IndexSpec:
     """How a shard is made."""
 
     factory: str
@@ -94,29 +94,29 @@ class Recipe:
     """Candidates a result that a refined index ranks again."""
 
 
-def recipe(wanted: Wanted, num_vectors: int, dimension: int) -> Recipe:
+def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> IndexSpec:
     """How to make a shard of so many vectors.
 
     Raises:
         InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
     """
-    if wanted.factory is not None:
-        depth = "nprobe" if "IVF" in wanted.factory else "efSearch" if "HNSW" in wanted.factory else None
-        reranked = _RERANKED if "Refine" in wanted.factory or "RFlat" in wanted.factory else 1
-        return Recipe(factory=wanted.factory, depth=depth, is_exact=wanted.factory == "Flat", reranked=reranked)
-    kind = index_kind(wanted.kind)
-    vectors = _QUANTIZERS[wanted.storage]
+    if options.factory is not None:
+        depth = "nprobe" if "IVF" in options.factory else "efSearch" if "HNSW" in options.factory else None
+        reranked = _RERANKED if "Refine" in options.factory or "RFlat" in options.factory else 1
+        return IndexSpec(factory=options.factory, depth=depth, is_exact=options.factory == "Flat", reranked=reranked)
+    kind = index_kind(options.kind)
+    vectors = _QUANTIZERS[options.storage]
     if kind.is_exact or num_vectors < _FLAT_BELOW:
-        return Recipe(factory=vectors, depth=None, is_exact=wanted.storage == "float32")
-    codes = wanted.code_bytes or _default_codes(dimension)
+        return IndexSpec(factory=vectors, depth=None, is_exact=options.storage == "float32")
+    codes = options.code_bytes or _default_codes(dimension)
     if kind.name == "ivf-pq" and dimension % codes:
         raise InputError(
             f"code_bytes = {codes} does not divide the {dimension} numbers of a vector; give one that does"
         )
     factory = kind.factory.format(lists=_lists(num_vectors), codes=codes, links=_HNSW_LINKS, vectors=vectors)
-    if kind.refined and wanted.refine:
-        return Recipe(factory=f"{factory},Refine({vectors})", depth=kind.depth, is_exact=False, reranked=_RERANKED)
-    return Recipe(factory=factory, depth=kind.depth, is_exact=False)
+    if kind.refined and options.refine:
+        return IndexSpec(factory=f"{factory},Refine({vectors})", depth=kind.depth, is_exact=False, reranked=_RERANKED)
+    return IndexSpec(factory=factory, depth=kind.depth, is_exact=False)
 
 
 def _lists(num_vectors: int) -> int:
@@ -128,20 +128,20 @@ def _default_codes(dimension: int) -> int:
     return next(size for size in range(max(1, dimension // 4), 0, -1) if dimension % size == 0)
 
 
-def vector_bytes(wanted: Wanted, dimension: int) -> float:
+def vector_bytes(options: IndexOptions, dimension: int) -> float:
     """Bytes that a vector takes in memory, ids aside."""
-    stored = _ELEMENT_BYTES[wanted.storage] * dimension
-    refined = stored if wanted.refine else 0
+    stored = _ELEMENT_BYTES[options.storage] * dimension
+    refined = stored if options.refine else 0
     return {
         "flat": stored,
         "ivf-flat": stored + 8,
         "hnsw": stored + 8 * _HNSW_LINKS,
-        "ivf-pq": (wanted.code_bytes or _default_codes(dimension)) + 8 + refined,
+        "ivf-pq": (options.code_bytes or _default_codes(dimension)) + 8 + refined,
         "rabitq": dimension / 8 + 16 + refined,
-    }[wanted.kind]
+    }[options.kind]
 
 
-def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_recall: float) -> Wanted:
+def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_recall: float) -> IndexOptions:
     """What `auto` stands for: the quickest kind, as the field knows them, that fits the memory.
 
     Exact up to 200,000 vectors or where recall 1 is asked for; then graphs, up to 5 million; then inverted
@@ -151,25 +151,25 @@ def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_
         InputError: nothing fits the memory; the message says what would.
     """
     candidates = list(_candidates(num_vectors, min_recall))
-    for wanted in candidates:
-        if memory_bytes is None or vector_bytes(wanted, dimension) * num_vectors <= memory_bytes:
-            return wanted
-    least = min(vector_bytes(wanted, dimension) for wanted in candidates) * num_vectors
+    for options in candidates:
+        if memory_bytes is None or vector_bytes(options, dimension) * num_vectors <= memory_bytes:
+            return options
+    least = min(vector_bytes(options, dimension) for options in candidates) * num_vectors
     raise InputError(
         f"memory_gb = {(memory_bytes or 0) / 1e9:g} is too little for {num_vectors:,} vectors of {dimension} numbers at recall "
         f"{min_recall:g}: the smallest index takes {least / 1e9:.3g} GB; raise it, or embed with fewer --dimensions"
     )
 
 
-def _candidates(num_vectors: int, min_recall: float) -> Iterator[Wanted]:
+def _candidates(num_vectors: int, min_recall: float) -> Iterator[IndexOptions]:
     storages: tuple[Storage, ...] = ("float32", "float16", "int8")
     if num_vectors <= _EXACT_UP_TO or min_recall >= 1:
-        yield Wanted(kind="flat", min_recall=min_recall)
+        yield IndexOptions(kind="flat", min_recall=min_recall)
     if min_recall >= 1:
         return
     kinds = ["hnsw", "ivf-flat"] if num_vectors <= _GRAPH_UP_TO else ["ivf-flat"]
     for kind in kinds:
         for storage in storages:
-            yield Wanted(kind=kind, storage=storage, min_recall=min_recall)
-    yield Wanted(kind="ivf-pq", refine=False, min_recall=min_recall)
-    yield Wanted(kind="rabitq", refine=False, min_recall=min_recall)
+            yield IndexOptions(kind=kind, storage=storage, min_recall=min_recall)
+    yield IndexOptions(kind="ivf-pq", refine=False, min_recall=min_recall)
+    yield IndexOptions(kind="rabitq", refine=False, min_recall=min_recall)

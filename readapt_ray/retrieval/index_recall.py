@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.index_kinds import Recipe, Wanted
+from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec
 from readapt_ray.seeds import random_generator
 
 _NUM_QUERIES = 100
@@ -27,7 +27,7 @@ _LAST_EF_SEARCH = 2048
 
 
 @dataclass(frozen=True)
-class Measured:
+class IndexRecall:
     """What an index finds and takes."""
 
     recall_at_10: float
@@ -43,40 +43,40 @@ class Measured:
         return min(self.recall_at_10, self.recall_at_100)
 
 
-def tune(index: Any, vectors: NDArray[np.float32], recipe: Recipe, wanted: Wanted) -> Measured:
+def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
     """Set an index to the least depth that reaches the recall at 10 and at 100, and measure it.
 
     Args:
         index: holds `vectors` [N, D], in their order.
-        recipe: how it was made.
-        wanted: the recall, and the depth where the user gave one.
+        spec: how it was made.
+        options: the recall, and the depth where the user gave one.
 
     Raises:
         InputError: it finds too little even when it looks everywhere; the message says which option to raise.
     """
     refined = faiss.downcast_index(index)
     if hasattr(refined, "k_factor"):
-        refined.k_factor = recipe.reranked
+        refined.k_factor = spec.reranked
     rows = random_generator(0, "recall queries").choice(len(vectors), min(_NUM_QUERIES, len(vectors)), replace=False)
     bounds = _kth_scores(vectors, rows)
     measured = None
-    for depth in _depths(index, recipe, wanted):
+    for depth in _depths(index, spec, options):
         if depth is not None:
-            faiss.ParameterSpace().set_index_parameter(index, str(recipe.depth), depth)
+            faiss.ParameterSpace().set_index_parameter(index, str(spec.depth), depth)
         measured = _measure(index, vectors, rows, bounds, depth)
-        if measured.least_recall >= wanted.min_recall:
+        if measured.least_recall >= options.min_recall:
             return measured
     assert measured is not None
-    raise InputError(_too_low(measured, recipe, wanted))
+    raise InputError(_too_low(measured, spec, options))
 
 
-def _depths(index: Any, recipe: Recipe, wanted: Wanted) -> list[int | None]:
-    if recipe.depth is None:
+def _depths(index: Any, spec: IndexSpec, options: IndexOptions) -> list[int | None]:
+    if spec.depth is None:
         return [None]
-    if wanted.depth is not None:
-        return [wanted.depth]
-    last = faiss.extract_index_ivf(index).nlist if recipe.depth == "nprobe" else _LAST_EF_SEARCH
-    first = _FIRST_DEPTH[recipe.depth]
+    if options.depth is not None:
+        return [options.depth]
+    last = faiss.extract_index_ivf(index).nlist if spec.depth == "nprobe" else _LAST_EF_SEARCH
+    first = _FIRST_DEPTH[spec.depth]
     return [*(first << step for step in range(32) if first << step < last), last]
 
 
@@ -95,7 +95,7 @@ def _kth_scores(vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArra
 
 def _measure(
     index: Any, vectors: NDArray[np.float32], rows: NDArray[np.int64], bounds: NDArray[np.float32], depth: int | None
-) -> Measured:
+) -> IndexRecall:
     queries = np.ascontiguousarray(vectors[rows])
     started_s = time.perf_counter()
     index.search(queries, _RANKS[0])
@@ -109,21 +109,21 @@ def _measure(
             others = query[(query >= 0) & (query != row)][:num_due]
             hits += int((vectors[others] @ vectors[row] >= bound - _TOLERANCE).sum())
         recalls.append(hits / max(1, num_due * len(rows)))
-    return Measured(recalls[0], recalls[1], query_ms, depth)
+    return IndexRecall(recalls[0], recalls[1], query_ms, depth)
 
 
-def _too_low(measured: Measured, recipe: Recipe, wanted: Wanted) -> str:
-    if wanted.depth is not None and recipe.depth is not None:
-        mend = f"raise --depth ({recipe.depth}, {wanted.depth} now), or leave it out to have it found"
-    elif wanted.kind == "ivf-pq" and not wanted.refine:
+def _too_low(measured: IndexRecall, spec: IndexSpec, options: IndexOptions) -> str:
+    if options.depth is not None and spec.depth is not None:
+        mend = f"raise --depth ({spec.depth}, {options.depth} now), or leave it out to have it found"
+    elif options.kind == "ivf-pq" and not options.refine:
         mend = "raise --code-bytes, or give --refine"
-    elif wanted.kind == "rabitq" and not wanted.refine:
+    elif options.kind == "rabitq" and not options.refine:
         mend = "give --refine"
-    elif wanted.storage == "int8":
+    elif options.storage == "int8":
         mend = "give --storage float16"
     else:
         mend = "give another --kind (flat is exact)"
     return (
-        f"the index {recipe.factory!r} finds {measured.recall_at_10:.3f} of the 10 best and {measured.recall_at_100:.3f} of the "
-        f"100 best, and min_recall = {wanted.min_recall:g} is asked for of both; {mend}, or lower --min-recall"
+        f"the index {spec.factory!r} finds {measured.recall_at_10:.3f} of the 10 best and {measured.recall_at_100:.3f} of the "
+        f"100 best, and min_recall = {options.min_recall:g} is asked for of both; {mend}, or lower --min-recall"
     )

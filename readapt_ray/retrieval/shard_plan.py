@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import CorpusError
-from readapt_ray.retrieval.vector_files import read_rows
+from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.storage import Location
 
 PASSAGE_COLUMNS = ("doc_id", "title", "text")
@@ -53,8 +53,8 @@ class DataShard:
     number: int
     rows: NDArray[np.int64]
     """Row numbers of its passages in the corpus."""
-    leaders: NDArray[np.int64]
-    """For each row the place in `rows` of the passage whose vector it has: mostly its own."""
+    representatives: NDArray[np.int64]
+    """For each row, the index in `rows` of the row whose vector it shares (itself unless its text is a duplicate)."""
     earlier: NDArray[np.int64]
     """For each row that of an earlier vector of the same content; -1 where there is none."""
     hashes: NDArray[np.uint64]
@@ -202,8 +202,8 @@ def rows_of_ids(ids: NDArray[np.int64], there: NDArray[np.int64]) -> NDArray[np.
     return np.where(there[place] == ids, place, -1)
 
 
-def compare(contents: Contents, there: Contents) -> Changes:
-    """How many passages are as they were, have another content, are new, or are gone."""
+def changes_since(contents: Contents, there: Contents) -> Changes:
+    """Count the passages that are the same, have another content, are new, or are gone."""
     place = rows_of_ids(contents.ids, there.ids)
     known = place >= 0
     same = int((contents.hashes[known] == there.hashes[place[known]]).all(axis=1).sum())

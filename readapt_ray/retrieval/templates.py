@@ -25,7 +25,7 @@ Kind = Literal["query", "passage"]
 _FIELDS = ("text", "title", "task")
 
 
-def read_encoding(uri: str) -> Encoding:
+def read_encoding_file(uri: str) -> Encoding:
     """An encoding contract from a JSON file.
 
     Raises:
@@ -44,7 +44,7 @@ def read_encoding(uri: str) -> Encoding:
 
 
 def _from_file(value: object) -> object:
-    return read_encoding(value) if isinstance(value, str) else value
+    return read_encoding_file(value) if isinstance(value, str) else value
 
 
 EncodingOption = Annotated[Encoding | None, BeforeValidator(_from_file)]

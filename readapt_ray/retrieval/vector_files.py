@@ -6,7 +6,6 @@ doc_ids, so that the statistics of its row groups find one. Memory is that of th
 gives some 400 MB of vectors a second on one core.
 """
 
-import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.damage import READ_ERRORS, is_damage
-from readapt_ray.errors import CorpusError, CorruptFileError, first_line
+from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.records import vector_schema
+from readapt_ray.retrieval.parquet_rows import explain_damage, read_rows
 from readapt_ray.storage import Location
 
 METADATA_KEY = b"readapt"
@@ -85,35 +84,10 @@ def read_footer(location: Location) -> Footer:
     Raises:
         CorruptFileError: it was cut short or altered.
     """
-    with _whole(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
+    with explain_damage(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
         schema = file.schema_arrow
         stored = (schema.metadata or {}).get(METADATA_KEY, b"{}")
         return Footer(file.metadata.num_rows, schema, location.size_bytes(), dict(json.loads(stored)))
-
-
-def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Rows `start` to `start + num_rows`; only the row groups that hold them are read.
-
-    Columns that the file does not have are left out.
-
-    Raises:
-        CorruptFileError: the file was cut short or altered, or has fewer rows.
-    """
-    with _whole(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
-        groups, first = [], 0
-        skipped = 0
-        for group in range(file.metadata.num_row_groups):
-            last = first + file.metadata.row_group(group).num_rows
-            if last <= start:
-                skipped = last
-            elif first < start + num_rows:
-                groups.append(group)
-            first = last
-        there = [name for name in columns if name in file.schema_arrow.names]
-        table = file.read_row_groups(groups, columns=there).slice(start - skipped, num_rows)
-    if table.num_rows != num_rows:
-        raise CorruptFileError(f"{location} has {first} rows, but {start + num_rows} were expected; make it again")
-    return table
 
 
 def stored_vectors(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str) -> pa.Table:
@@ -240,75 +214,3 @@ def iterate_vectors(
         for start in range(each.start, each.start + each.num_rows, chunk_rows):
             num_rows = min(chunk_rows, each.start + each.num_rows - start)
             yield matrix_of(read_rows(location, start, num_rows, VECTOR_COLUMNS), location)
-
-
-class RowReader:
-    """The rows of many Parquet files by number, as if they were one.
-
-    Args:
-        folder: where the files lie.
-        counts: each file's name and number of rows, in order.
-    """
-
-    def __init__(self, folder: Location, counts: Sequence[tuple[str, int]]) -> None:
-        self._folder = folder
-        self._names = [name for name, _ in counts]
-        self._ends = np.cumsum([0, *(count for _, count in counts)])
-
-    def __len__(self) -> int:
-        """Rows in all files."""
-        return int(self._ends[-1])
-
-    def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Some rows, in the order asked for; of each file only the row groups that hold them are read.
-
-        Columns that a file does not have are left out.
-
-        Raises:
-            CorruptFileError: a file was cut short or altered, is gone, or has fewer rows.
-        """
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
-        files = np.searchsorted(self._ends, ordered, side="right") - 1
-        tables = []
-        for file in np.unique(files):
-            location = self._folder / self._names[file]
-            wanted = ordered[files == file] - self._ends[file]
-            if wanted[-1] - wanted[0] == len(wanted) - 1 and (np.diff(wanted) == 1).all():
-                tables.append(read_rows(location, int(wanted[0]), len(wanted), columns))
-            else:
-                tables.append(_scattered(location, wanted, columns))
-        back = np.empty(len(order), np.int64)
-        back[order] = np.arange(len(order))
-        return pa.concat_tables(tables).take(pa.array(back)) if tables else pa.table({})
-
-
-def _scattered(location: Location, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-    """Rising rows of one file, a row group in memory at a time."""
-    tables = []
-    with _whole(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
-        there = [name for name in columns if name in file.schema_arrow.names]
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        ends = np.cumsum([0, *sizes])
-        if rows[-1] >= ends[-1]:
-            raise CorruptFileError(f"{location} has {ends[-1]} rows, but {rows[-1] + 1} were expected; make it again")
-        groups = np.searchsorted(ends, rows, side="right") - 1
-        for group in np.unique(groups):
-            part = file.read_row_group(int(group), columns=there)
-            tables.append(part.take(pa.array(rows[groups == group] - ends[group])))
-    return pa.concat_tables(tables)
-
-
-@contextlib.contextmanager
-def _whole(location: Location) -> Iterator[None]:
-    """Turns what pyarrow says of a damaged file into our error; a failure of the disk or network stays what it is."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CorruptFileError(f"{location} is gone; make it again with the stage that wrote it") from error
-    except READ_ERRORS as error:
-        if not is_damage(error):
-            raise
-        raise CorruptFileError(
-            f"{location} was cut short or altered ({first_line(error)}); remove it and run the stage that wrote it again"
-        ) from error

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.exact import Hits, TopK, search_exact
-from readapt_ray.retrieval.vector_index import DELETED, IndexShard, ShardRecord, read_shard, search_shards
+from readapt_ray.retrieval.index_files import ShardRecord, read_shard
+from readapt_ray.retrieval.index_shard import DELETED, IndexShard, search_shards
 from readapt_ray.serving.versions import DocFilter
 from readapt_ray.storage import Location
 

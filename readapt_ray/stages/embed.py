@@ -18,18 +18,19 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifac
 from readapt_ray.catalog.models import Model, encoding_of, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
-from readapt_ray.cluster.embed_sample import estimate, sample_rows
+from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.placement import Placement
-from readapt_ray.cluster.shard_encoder import EmbedJob, Rows
+from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
-from readapt_ray.retrieval.footers import RowCounts, check_complete, named_footers, row_counts
+from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     Contents,
-    compare,
+    changes_since,
     cut_shards,
     matching_rows,
     scan_passages,
@@ -104,40 +105,27 @@ def embed(config: EmbedConfig) -> Artifact:
         ArtifactConflictError: the output holds vectors of another model or corpus.
     """
     corpus = open_artifact(config.corpus, "ingest")
-    model = find_model(config.retriever)
-    encoding = config.encoding or encoding_of(model)
-    if config.dimensions is not None:
-        encoding = encoding.model_copy(update={"dimensions": config.dimensions})
-    _check_model(model, encoding)
-    passages = Rows(on_worker.absolute(corpus.location / "passages"), _count_rows(corpus.location / "passages"))
-    num_passages = sum(count for _, count in passages.counts)
-    check_complete(corpus, num_passages, "passages")
-    if num_passages == 0:
-        raise CorpusError(f"{config.corpus!r} has no passages; ingest a corpus that has some")
-    if config.sample is not None:
-        sample_rows(config.sample, num_passages)
-        config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})
-    config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
+    model, encoding = _open_retriever(config)
+    passages = _open_passages(corpus, config.corpus)
+    config = _resolve(config, passages.num_rows)
     encoder = describe_encoder(model, encoding, config.dtype)
     previous, other = _open_previous(config, encoder)
-    rows_per_shard = config.rows_per_shard or shard_rows(num_passages)
+    rows_per_shard = config.rows_per_shard or shard_rows(passages.num_rows)
+    job = EmbedJob(
+        model_name=on_worker.model_name(model),
+        encoder=encoder,
+        encoding=encoding,
+        dtype=config.dtype,
+        vector_dtype=config.vector_dtype,
+        batch_tokens=config.batch_tokens,
+        passages=passages,
+        earlier=previous,
+        vectors=on_worker.absolute(Location(config.output)) / "vectors",
+    )
 
     def work(workspace: Workspace) -> None:
-        job = EmbedJob(
-            model_name=on_worker.model_name(model),
-            driver_node="",
-            encoder=encoder,
-            encoding=encoding,
-            dtype=config.dtype,
-            vector_dtype=config.vector_dtype,
-            batch_tokens=config.batch_tokens,
-            num_threads=1,
-            passages=passages,
-            earlier=previous,
-            vectors=on_worker.absolute(workspace.location) / "vectors",
-        )
         if config.sample is not None:
-            estimate(config.sample, job, _placement(config), other, workspace)
+            estimate_full_run(config.sample, job, _placement(config), other, workspace)
         else:
             _encode(job, rows_per_shard, config, workspace)
         if open_artifact(config.corpus, "ingest").fingerprint != corpus.fingerprint:
@@ -157,6 +145,14 @@ def embed(config: EmbedConfig) -> Artifact:
     )
 
 
+def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
+    """Return the options with the folder of a sample, and with the dtype that auto stands for."""
+    if config.sample is not None:
+        sample_rows(config.sample, num_passages)
+        config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})
+    return config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
+
+
 def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, Any]:
     """What a vector file and a manifest say of the model that made them."""
     from readapt_ray.retrieval.encoder import encoder_fingerprint
@@ -169,19 +165,30 @@ def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, 
     }
 
 
-def _check_model(model: Model, encoding: Encoding) -> None:
-    """Find out in the driver, in seconds, what would otherwise stop every actor."""
+def _open_retriever(config: EmbedConfig) -> tuple[Model, Encoding]:
+    """Find the model and its encoding. What would stop every actor is found here, in seconds."""
     from readapt_ray.catalog.models import load_tokenizer
     from readapt_ray.retrieval.templates import TextTokenizer
     from readapt_ray.weights.checkpoint import Checkpoint
 
+    model = find_model(config.retriever)
+    encoding = config.encoding or encoding_of(model)
+    if config.dimensions is not None:
+        encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     holder = model.base() if model.is_adapter else model
     Checkpoint(holder.folder, name=holder.name)
     TextTokenizer(load_tokenizer(model), encoding)
+    return model, encoding
 
 
-def _count_rows(passages: Location) -> RowCounts:
-    """Name and number of rows of each passages file; their ends are read, so a truncated one is found here."""
+def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
+    """Open the passages of a corpus. The ends of all files are read, so a truncated one is found here.
+
+    Raises:
+        CorpusError: there are none, or a file lacks a column.
+        CorruptFileError: a file was cut short, or is gone.
+    """
+    passages = on_worker.absolute(corpus.location / "passages")
     footers = named_footers(passages)
     for name, footer in footers.items():
         missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
@@ -189,7 +196,11 @@ def _count_rows(passages: Location) -> RowCounts:
             raise CorpusError(
                 f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
             )
-    return row_counts(footers)
+    rows = ParquetRows(passages, row_counts(footers))
+    check_complete(corpus, rows.num_rows, "passages")
+    if rows.num_rows == 0:
+        raise CorpusError(f"{given!r} has no passages; ingest a corpus that has some")
+    return rows
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
@@ -199,7 +210,7 @@ def _sampled_against(config: EmbedConfig) -> dict[str, str]:
     return {"previous": open_artifact(config.previous, "embed").fingerprint}
 
 
-def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Rows | None, Rows | None]:
+def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[ParquetRows | None, ParquetRows | None]:
     """The earlier vectors that may be copied, or those that a sample may only be compared with.
 
     Raises:
@@ -210,7 +221,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Rows |
     artifact = open_artifact(config.previous, "embed")
     there, vector_dtype = artifact.manifest.details["encoder"], artifact.manifest.details["vector_dtype"]
     folder = on_worker.absolute(artifact.location / "vectors")
-    rows = Rows(folder, row_counts(named_footers(folder)))
+    rows = ParquetRows(folder, row_counts(named_footers(folder)))
     same_encoder = there["fingerprint"] == encoder["fingerprint"]
     if same_encoder and vector_dtype == config.vector_dtype:
         return rows, None
@@ -283,7 +294,7 @@ def _tell_work(footers: list[Footer]) -> dict[str, float]:
 
 
 def _tell_changes(contents: Contents, earlier: Contents, previous: str) -> dict[str, int]:
-    changes = asdict(compare(contents, earlier))
+    changes = asdict(changes_since(contents, earlier))
     counted = ", ".join(f"{count:,} {name.removeprefix('num_')}" for name, count in changes.items())
     logger.info("embed: passages against %s: %s", previous, counted)
     return changes

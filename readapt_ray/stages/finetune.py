@@ -75,7 +75,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
         PlacementError: the cluster does not have the workers asked for, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
-    source = labelled_pairs.open_source(config.corpus, config.split, config.negatives)
+    source = labelled_pairs.open_pairs(config.corpus, config.split, config.negatives)
     model = models.find_model(config.model)
     if model.is_adapter:
         raise ModelError(

@@ -18,11 +18,12 @@ from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.shard_encoder import Rows
+from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
-from readapt_ray.retrieval.footers import RowCounts, check_complete, named_footers, row_counts
-from readapt_ray.retrieval.index_kinds import Recipe, Wanted, choose, recipe
+from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, choose, index_spec
+from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import packed_hashes, scan_vectors
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, VECTOR_COLUMNS, matrix_of
 from readapt_ray.storage import Location
@@ -67,16 +68,16 @@ class IndexConfig(StageConfig):
 
 
 @dataclass(frozen=True)
-class _Shard:
+class _NewShard:
     """A numbered piece of the vectors, and what it becomes."""
 
     number: int
     rows: NDArray[np.int64]
-    recipe: Recipe
-    wanted: Wanted
+    spec: IndexSpec
+    options: IndexOptions
     dimension: int
     encoder: str
-    vectors: Rows
+    vectors: ParquetRows
     shards: Location
 
     @property
@@ -85,7 +86,7 @@ class _Shard:
 
 
 @dataclass(frozen=True)
-class _Carried:
+class _KeptShard:
     """A shard of an earlier index, and which of its vectors are still found."""
 
     record: dict[str, Any]
@@ -111,43 +112,33 @@ def index(config: IndexConfig) -> Artifact:
     """
     source = open_artifact(config.vectors, "embed")
     encoder = source.manifest.details["encoder"]
-    previous = open_artifact(config.previous, "index") if config.previous else None
-    if previous is not None and previous.manifest.details["encoder"]["fingerprint"] != encoder["fingerprint"]:
-        raise FingerprintMismatchError(
-            f"previous = {config.previous!r} is an index of vectors of another encoder "
-            f"({previous.manifest.details['encoder']['model']!r}) than {config.vectors!r} ({encoder['model']!r}); "
-            f"leave it out to build afresh"
-        )
-    folder = on_worker.absolute(source.location / "vectors")
-    vectors = Rows(folder, _count_rows(folder, encoder))
-    check_complete(source, sum(count for _, count in vectors.counts), "vectors")
-    num_vectors = source.manifest.counts["num_vectors"]
-    rows_per_shard = config.rows_per_shard or max(1, SHARD_BYTES // (4 * int(encoder["dimension"])))
-    wanted = _wanted(config, num_vectors, int(encoder["dimension"]))
-    recipe(wanted, min(rows_per_shard, num_vectors), int(encoder["dimension"]))
-    if previous is not None:
-        _check_kind(previous, wanted)
+    dimension = int(encoder["dimension"])
+    vectors = _open_vectors(source)
+    rows_per_shard = config.rows_per_shard or max(1, SHARD_BYTES // (4 * dimension))
+    options = _index_options(config, vectors.num_rows, dimension)
+    index_spec(options, min(rows_per_shard, vectors.num_rows), dimension)
+    previous = _open_previous(config, encoder, options)
 
     def work(workspace: Workspace) -> None:
         shards = on_worker.absolute(workspace.location) / "shards"
-        carried, rows = _carried(previous, vectors, encoder["fingerprint"], shards)
-        cuts = np.split(rows, np.arange(rows_per_shard, len(rows), rows_per_shard)) if len(rows) else []
-        first = 1 + max((int(each.name) for each in carried), default=-1)
+        kept, rows = _split_rows(previous, vectors, encoder["fingerprint"], shards)
+        first = 1 + max((int(each.name) for each in kept), default=-1)
         built = [
-            _Shard(
+            _NewShard(
                 number=first + place,
                 rows=part,
-                recipe=recipe(wanted, len(part), int(encoder["dimension"])),
-                wanted=wanted,
-                dimension=int(encoder["dimension"]),
+                spec=index_spec(options, len(part), dimension),
+                options=options,
+                dimension=dimension,
                 encoder=encoder["fingerprint"],
                 vectors=vectors,
                 shards=shards,
             )
-            for place, part in enumerate(cuts)
+            for place, part in enumerate(np.split(rows, np.arange(rows_per_shard, len(rows), rows_per_shard)))
+            if len(part)
         ]
-        records = _build([*carried, *built], workspace)
-        _summarise(records, len(carried), encoder, wanted, workspace)
+        records = _build([*kept, *built], workspace)
+        _summarise(records, len(kept), encoder, options, workspace)
 
     return produce(
         "index",
@@ -158,34 +149,45 @@ def index(config: IndexConfig) -> Artifact:
     )
 
 
-def _wanted(config: IndexConfig, num_vectors: int, dimension: int) -> Wanted:
+def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexOptions) -> Artifact | None:
+    """Open the earlier index, if one is given. Refuse one of another encoder, or of other shards than new ones would be."""
+    if config.previous is None:
+        return None
+    previous = open_artifact(config.previous, "index")
+    details, made_with = previous.manifest.details, previous.manifest.config
+    if details["encoder"]["fingerprint"] != encoder["fingerprint"]:
+        raise FingerprintMismatchError(
+            f"previous = {config.previous!r} is an index of vectors of another encoder "
+            f"({details['encoder']['model']!r}) than {config.vectors!r} ({encoder['model']!r}); "
+            f"leave it out to build afresh"
+        )
+    there = (made_with.get("factory"), details["kind"], details.get("storage", made_with["storage"]))
+    now = (options.factory, options.kind, options.storage)
+    if there != now:
+        raise FingerprintMismatchError(
+            f"previous = {made_with['output']!r} is {_kind_in_words(*there)}, and this index would be "
+            f"{_kind_in_words(*now)}; ask for what it is, or leave it out to build afresh"
+        )
+    return previous
+
+
+def _index_options(config: IndexConfig, num_vectors: int, dimension: int) -> IndexOptions:
     if config.kind == "auto" and config.factory is None:
         memory_bytes = None if config.memory_gb is None else config.memory_gb * 1e9
         chosen = choose(num_vectors, dimension, memory_bytes=memory_bytes, min_recall=config.min_recall)
         logger.info("index: auto is %s in %s for %s vectors", chosen.kind, chosen.storage, f"{num_vectors:,}")
         return chosen
     names = ("kind", "storage", "refine", "code_bytes", "factory", "depth", "min_recall")
-    return Wanted(**{name: getattr(config, name) for name in names})
+    return IndexOptions(**{name: getattr(config, name) for name in names})
 
 
-def _check_kind(previous: Artifact, wanted: Wanted) -> None:
-    """Refuse an earlier index whose shards are not what new ones would be."""
-    details, options = previous.manifest.details, previous.manifest.config
-    there = (options.get("factory"), details["kind"], details.get("storage", options["storage"]))
-    now = (wanted.factory, wanted.kind, wanted.storage)
-    if there != now:
-        raise FingerprintMismatchError(
-            f"previous = {options['output']!r} is {_described(*there)}, and this index would be {_described(*now)}; "
-            f"ask for what it is, or leave it out to build afresh"
-        )
-
-
-def _described(factory: str | None, kind: str, storage: str) -> str:
+def _kind_in_words(factory: str | None, kind: str, storage: str) -> str:
     return repr(factory) if factory is not None else f"{kind} in {storage}"
 
 
-def _count_rows(folder: Location, encoder: dict[str, Any]) -> RowCounts:
-    """Name and rows of each file of vectors, seen to be by one encoder."""
+def _open_vectors(source: Artifact) -> ParquetRows:
+    """Open the files of vectors, and check that one encoder made them all and that none is missing."""
+    encoder, folder = source.manifest.details["encoder"], on_worker.absolute(source.location / "vectors")
     footers = named_footers(folder)
     for name, footer in footers.items():
         made_by = footer.metadata.get("encoder", {}).get("fingerprint")
@@ -194,36 +196,37 @@ def _count_rows(folder: Location, encoder: dict[str, Any]) -> RowCounts:
                 f"{folder / name} was made by another encoder ({made_by}) than its manifest says "
                 f"({encoder['fingerprint']}); remove that folder and run `readapt embed` again"
             )
-    return row_counts(footers)
+    vectors = ParquetRows(folder, row_counts(footers))
+    check_complete(source, vectors.num_rows, "vectors")
+    return vectors
 
 
-def _carried(
-    previous: Artifact | None, vectors: Rows, encoder: str, shards: Location
-) -> tuple[list[_Carried], NDArray[np.int64]]:
+def _split_rows(
+    previous: Artifact | None, vectors: ParquetRows, encoder: str, shards: Location
+) -> tuple[list[_KeptShard], NDArray[np.int64]]:
     """The shards of an earlier index with what is still found in each, and the rows that none of them has."""
-    num_rows = sum(count for _, count in vectors.counts)
     if previous is None:
-        return [], np.arange(num_rows)
+        return [], np.arange(vectors.num_rows)
     from readapt_ray.retrieval.index_changes import kept_and_added
-    from readapt_ray.retrieval.vector_index import ShardRecord
+    from readapt_ray.retrieval.index_files import ShardRecord
 
     source = on_worker.absolute(previous.location / "shards")
     records = previous.manifest.details["shards"]
     now = scan_vectors(vectors.folder, vectors.counts)
     masks, rows = kept_and_added(now, source, [ShardRecord(**record) for record in records])
-    carried = [_Carried(record, kept, encoder, source, shards) for record, kept in zip(records, masks, strict=True)]
-    return carried, rows
+    kept = [_KeptShard(record, mask, encoder, source, shards) for record, mask in zip(records, masks, strict=True)]
+    return kept, rows
 
 
-def _build(shards: Sequence[_Shard | _Carried], workspace: Workspace) -> list[dict[str, Any]]:
+def _build(shards: Sequence[_NewShard | _KeptShard], workspace: Workspace) -> list[dict[str, Any]]:
     """Make the shards that are not there; the records of all, in order."""
-    from readapt_ray.retrieval.vector_index import described, find_shard
+    from readapt_ray.retrieval.index_files import find_shard
 
     records = {}
     for shard in shards:
         record = find_shard(shard.shards, shard.name, encoder=shard.encoder)
         if record is not None and record.num_vectors == _size(shard):
-            records[shard.name] = described(record)
+            records[shard.name] = asdict(record)
     total = sum(map(_size, shards))
     done = sum(record["num_vectors"] for record in records.values())
     workspace.progress(done, total, unit="vectors")
@@ -235,48 +238,35 @@ def _build(shards: Sequence[_Shard | _Carried], workspace: Workspace) -> list[di
     return [records[shard.name] for shard in shards]
 
 
-def _size(shard: _Shard | _Carried) -> int:
-    return len(shard.rows if isinstance(shard, _Shard) else shard.kept)
+def _size(shard: _NewShard | _KeptShard) -> int:
+    return len(shard.rows if isinstance(shard, _NewShard) else shard.kept)
 
 
-def _results(pending: Sequence[_Shard | _Carried]) -> Iterator[dict[str, Any]]:
-    """The record of each shard as it is made, one a CPU at a time."""
+def _results(pending: Sequence[_NewShard | _KeptShard]) -> Iterator[dict[str, Any]]:
+    """Make the shards, one per CPU at a time; yield the record of each as it is made."""
     import ray
-    from ray.exceptions import RayError
 
-    room = max(1, connection.connect().num_cpus)
+    num_cpus = max(1, connection.connect().num_cpus)
     connection.check_seen_by_all(pending[0].shards)
-    task = ray.remote(num_cpus=1)(_make)
-    waiting = list(pending)
-    running: list[Any] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < room:
-                running.append(task.remote(waiting.pop(0)))
-            ready, running = ray.wait(running)
-            yield from ray.get(ready)
-    except RayError as error:
-        raise connection.cause_of(error) from None
-    finally:
-        for each in running:
-            ray.cancel(each)
+    return run_bounded(ray.remote(num_cpus=1)(_make).remote, pending, num_cpus)
 
 
-def _make(shard: _Shard | _Carried) -> dict[str, Any]:
+def _make(shard: _NewShard | _KeptShard) -> dict[str, Any]:
     """On a worker: one shard, on one thread."""
     on_worker.faiss_on_one_thread()
-    from readapt_ray.retrieval.vector_index import ShardRecord, carry_over, described
+    from readapt_ray.retrieval.index_files import ShardRecord, carry_over
 
-    if isinstance(shard, _Carried):
+    if isinstance(shard, _KeptShard):
         record = ShardRecord(**shard.record)
-        return described(carry_over(shard.source, record, shard.kept, shard.shards, encoder=shard.encoder))
+        return asdict(carry_over(shard.source, record, shard.kept, shard.shards, encoder=shard.encoder))
     return _build_shard(shard)
 
 
-def _build_shard(shard: _Shard) -> dict[str, Any]:
+def _build_shard(shard: _NewShard) -> dict[str, Any]:
     """An exact shard grows chunk by chunk; any other is trained, filled and measured with its vectors in memory."""
-    from readapt_ray.retrieval.index_recall import tune
-    from readapt_ray.retrieval.vector_index import build_shard, described, write_shard
+    from readapt_ray.retrieval.index_files import write_shard
+    from readapt_ray.retrieval.index_recall import calibrate
+    from readapt_ray.retrieval.index_shard import build_shard
 
     hashes = bytearray()
 
@@ -286,21 +276,21 @@ def _build_shard(shard: _Shard) -> dict[str, Any]:
             yield doc_ids, vectors
 
     measured = None
-    if shard.recipe.is_exact:
-        built = build_shard(shard.recipe.factory, shard.dimension, chunks())
+    if shard.spec.is_exact:
+        built = build_shard(shard.spec.factory, shard.dimension, chunks())
     else:
         doc_ids, vectors = _gathered(chunks(), len(shard.rows), shard.dimension)
-        built = build_shard(shard.recipe.factory, shard.dimension, [(doc_ids, vectors)])
-        measured = asdict(tune(built.index, vectors, shard.recipe, shard.wanted))
+        built = build_shard(shard.spec.factory, shard.dimension, [(doc_ids, vectors)])
+        measured = asdict(calibrate(built.index, vectors, shard.spec, shard.options))
     record = write_shard(
         shard.shards,
         shard.name,
         replace(built, hashes=bytes(hashes)),
         encoder=shard.encoder,
-        factory=shard.recipe.factory,
+        factory=shard.spec.factory,
         measured=measured,
     )
-    return described(record)
+    return asdict(record)
 
 
 def _gathered(
@@ -314,18 +304,17 @@ def _gathered(
     return doc_ids, vectors
 
 
-def _read(shard: _Shard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:
+def _read(shard: _NewShard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:
     """doc_ids, vectors and content hashes of a shard's rows, a chunk at a time."""
-    reader = shard.vectors.reader()
     for start in range(0, len(shard.rows), _CHUNK_ROWS):
-        table = reader.take(shard.rows[start : start + _CHUNK_ROWS], (*VECTOR_COLUMNS, "content_hash"))
+        table = shard.vectors.take(shard.rows[start : start + _CHUNK_ROWS], (*VECTOR_COLUMNS, "content_hash"))
         doc_ids, vectors = matrix_of(table, shard.vectors.folder)
         digests = table["content_hash"].to_pylist() if "content_hash" in table.column_names else [None] * len(doc_ids)
         yield doc_ids, vectors, packed_hashes(digests)
 
 
 def _summarise(
-    records: list[dict[str, Any]], num_carried: int, encoder: dict[str, Any], wanted: Wanted, workspace: Workspace
+    records: list[dict[str, Any]], num_kept: int, encoder: dict[str, Any], options: IndexOptions, workspace: Workspace
 ) -> None:
     num_vectors = sum(record["num_vectors"] for record in records)
     num_deleted = sum(record["num_deleted"] for record in records)
@@ -335,7 +324,7 @@ def _summarise(
         "num_shards": len(records),
         "num_bytes": num_bytes,
     }
-    workspace.details |= {"encoder": encoder, "kind": wanted.kind, "storage": wanted.storage, "shards": records}
+    workspace.details |= {"encoder": encoder, "kind": options.kind, "storage": options.storage, "shards": records}
     measured = [(record["num_vectors"], record["measured"]) for record in records if record["measured"]]
     if measured:
         weight = sum(count for count, _ in measured)
@@ -349,8 +338,8 @@ def _summarise(
             means["query_ms"],
             num_bytes / max(1, num_vectors),
         )
-    if num_carried:
-        num_added = sum(record["num_vectors"] for record in records[num_carried:])
+    if num_kept:
+        num_added = sum(record["num_vectors"] for record in records[num_kept:])
         workspace.details["changes"] = {"num_deleted": num_deleted, "num_added": num_added}
         logger.info("index: %s vectors added, %s deleted ones left in place", f"{num_added:,}", f"{num_deleted:,}")
         if num_added + num_deleted > _STALE_SHARE * num_vectors:

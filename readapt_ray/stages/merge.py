@@ -18,12 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
-from readapt_ray.artifacts import (
-    Artifact,
-    Workspace,
-    fingerprint,
-    produce,
-)
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, produce
 from readapt_ray.catalog.models import load_tokenizer
 from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig
@@ -34,7 +29,7 @@ if TYPE_CHECKING:
     from readapt_ray.weights.cast_loss import CastLoss
     from readapt_ray.weights.export import WeightPlan
     from readapt_ray.weights.low_rank import Stored
-    from readapt_ray.weights.merge_plan import MergeModels, MergePlan
+    from readapt_ray.weights.merge_plan import MergePlan
     from readapt_ray.weights.readapter import Readapter, Scales
 
 logger = logging.getLogger("readapt_ray")
@@ -159,10 +154,11 @@ def merge(config: MergeConfig) -> Artifact:
         InputError: there are neither one nor as many knowledge scales as adapters.
         ArtifactConflictError: the output holds something else.
     """
-    from readapt_ray.weights.merge_plan import plan_merge
+    from readapt_ray.weights.merge_plan import MergeModels, plan_merge
     from readapt_ray.weights.model_card import measures_of
 
-    plan = plan_merge(_models(config), as_factors=config.factors or config.low_rank is not None)
+    models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
+    plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
     by_bundle = plan.bundle_scales is not None
     given = {
         name: getattr(config, name) if name in config.model_fields_set or not by_bundle else None
@@ -180,19 +176,6 @@ def merge(config: MergeConfig) -> Artifact:
             "encoding": plan.encoding.model_dump(mode="json"),
             "scales": [merged.scales.readapter, *merged.scales.knowledge],
         },
-    )
-
-
-def _models(config: MergeConfig) -> "MergeModels":
-    from readapt_ray.weights.merge_plan import MergeModels
-
-    return MergeModels(
-        pretrained=config.pretrained,
-        retriever=config.retriever,
-        adapters=config.adapters,
-        bundle=config.bundle,
-        accept=config.accept,
-        encoding=config.encoding,
     )
 
 

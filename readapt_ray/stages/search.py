@@ -18,6 +18,7 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifac
 from readapt_ray.catalog.models import Model, find_model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
@@ -276,18 +277,11 @@ def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator
     task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0)(_search_piece)
     place = on_worker.absolute(source.artifact.location)
     device = "cuda" if on_gpus else "cpu"
-    waiting = source.pieces(room)
-    running: list[Any] = []
-    try:
-        while waiting or running:
-            while waiting and len(running) < room:
-                running.append(task.remote(place, waiting.pop(0), shared, top_k, device))
-            ready, running = ray.wait(running)
-            for scores, codes, doc_ids in ray.get(ready):
-                yield scores, np.array(doc_ids.to_pylist(), object)[codes]
-    finally:
-        for each in running:
-            ray.cancel(each)
+    found = run_bounded(
+        lambda piece: task.remote(place, piece, shared, top_k, device), source.pieces(room), num_at_once=room
+    )
+    for scores, codes, doc_ids in found:
+        yield scores, np.array(doc_ids.to_pylist(), object)[codes]
 
 
 def _search_piece(
@@ -301,7 +295,7 @@ def _search_piece(
     """
     if isinstance(piece, dict):
         on_worker.faiss_on_one_thread()
-        from readapt_ray.retrieval.vector_index import ShardRecord, read_shard
+        from readapt_ray.retrieval.index_files import ShardRecord, read_shard
 
         hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)
     else:

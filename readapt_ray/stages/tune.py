@@ -23,7 +23,7 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
-from readapt_ray.cluster.scale_scoring import MODELS, PairSearch, Sample, ScoringJob
+from readapt_ray.cluster.scale_scoring import MODELS, Sample, ScaleScoring, ScoringJob
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.evaluation import scale_search
@@ -137,7 +137,7 @@ def tune(config: TuneConfig) -> Artifact:
 
 def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Workspace) -> None:
     sample = _pseudo_sample(config, corpus) if config.queries is None else _judged_sample(config, corpus)
-    search = PairSearch(config.num_workers, job, sample, workspace)
+    search = ScaleScoring(config.num_workers, job, sample, workspace)
     try:
         search.score(scale_search.coarse_pairs(config.readapter_scales, config.knowledge_scales))
         for _ in range(config.num_refinements):

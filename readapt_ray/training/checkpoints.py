@@ -48,6 +48,10 @@ class DataOrder:
         """Steps in all."""
         return self.steps_per_epoch * self.num_epochs
 
+    def identity(self) -> dict[str, int]:
+        """Return what decides the order; a checkpoint in another one is refused."""
+        return {"num_units": self.num_units, "batch_size": self.batch_size, "seed": self.seed}
+
     def consumed(self, step: int) -> tuple[int, int]:
         """The epoch after `step` steps, and the units of it that were consumed, counted in its shuffled order."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
@@ -64,9 +68,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, folder: Location, data_order: DataOrder, *, keep: int) -> None:
-        self._folder = folder
-        self._data_order = data_order
-        self._keep = keep
+        self._folder, self._data_order, self._keep = folder, data_order, keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -89,16 +91,8 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, step: int, state: dict[str, Tensor]) -> None:
-        epoch, num_consumed = self._data_order.consumed(step)
-        header = {
-            "step": step,
-            "epoch": epoch,
-            "num_consumed": num_consumed,
-            "num_units": self._data_order.num_units,
-            "batch_size": self._data_order.batch_size,
-            "seed": self._data_order.seed,
-            "order_version": _ORDER_VERSION,
-        }
+        place = dict(zip(("epoch", "num_consumed"), self._data_order.consumed(step), strict=True))
+        header = {"step": step, **place, **self._data_order.identity(), "order_version": _ORDER_VERSION}
         metadata = {name: json.dumps(value) for name, value in header.items()}
         (self._folder / f"step-{step:09d}{_SUFFIX}").write_bytes(to_safetensors(state, metadata=metadata))
         for old in _files(self._folder)[: -self._keep]:
@@ -118,10 +112,10 @@ def newest_checkpoint(folder: Location, data_order: DataOrder) -> tuple[int, dic
         except (SafetensorError, KeyError, ValueError) as error:
             problems.append(f"{file}: {error}")
             continue
-        for name in ("num_units", "batch_size", "seed"):
-            if header.get(name, getattr(data_order, name)) != getattr(data_order, name):
+        for name, due in data_order.identity().items():
+            if header.get(name, due) != due:
                 raise CorruptFileError(
-                    f"{file} is of another run: {name} is {header[name]} there and {getattr(data_order, name)} now; "
+                    f"{file} is of another run: {name} is {header[name]} there and {due} now; "
                     f"remove {folder} to start from the beginning"
                 )
         if header.get("order_version", 1) != _ORDER_VERSION:

@@ -26,7 +26,7 @@ from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
 from readapt_ray.training.language_model import weighted
 from readapt_ray.training.packing import padded_width
 from readapt_ray.training.pairs import PairReader, Texts
-from readapt_ray.training.steps import Work
+from readapt_ray.training.steps import StepWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Contrast:
         """The pair numbers of every step from `first_step` on."""
         return self.reader.steps(first_step)
 
-    def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> Work[Any]:
+    def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
         """This worker's micro-batches, after the vectors of all workers met where there are several."""
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
@@ -81,7 +81,7 @@ class Contrast:
                 return self.loss_share(in_order, shares, engine.worker_rank)
 
         lengths = [[len(ids) for ids in share.token_ids] for share in shares]
-        return Work(
+        return StepWork(
             parts=parts,
             loss_of=loss_of,
             num_tokens=sum(map(sum, lengths)),
@@ -164,7 +164,10 @@ class Contrast:
     def _cross_entropy_sum(
         self, anchors_BD: Tensor, candidates_CD: Tensor, first: int, right: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Candidate `first + i` is the target of anchor i; of the other (anchor, candidate) in `right` none is told apart."""
+        """Return the loss of some anchors.
+
+        Candidate `first + i` is the target of anchor i. Other pairs in `right` are positives too: they are masked out.
+        """
         scores_BC = (anchors_BD @ candidates_CD.T).float() / self.temperature
         others = [(anchor, candidate) for anchor, candidate in right if candidate != first + anchor]
         at = torch.tensor(others, dtype=torch.int64, device=scores_BC.device).reshape(-1, 2)

@@ -12,7 +12,7 @@ from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine
 from readapt_ray.training.packing import Block, Masking
-from readapt_ray.training.steps import Work
+from readapt_ray.training.steps import StepWork
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class LanguageModelling:
         """The blocks of every step from `first_step` on."""
         return self.reader.steps(first_step)
 
-    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> Work[list[Block]]:
+    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> StepWork[list[Block]]:
         """This worker's micro-batches: each computes those of all, and so knows how many the others run."""
         passages = [passage for block in batch for passage in block.passages()]
         shares = [
@@ -60,7 +60,7 @@ class LanguageModelling:
                 return objectives.loss_sum(self.model, tensors.to(engine.device)) / num_labels
 
         num_tokens = sum(len(each.input_ids) for each in passages)
-        return Work(
+        return StepWork(
             parts=weighted(shares[engine.worker_rank], max(map(len, shares)), filler=passages[:1]),
             loss_of=loss_of,
             num_tokens=num_tokens,

@@ -24,7 +24,7 @@ _NAMED_PASSAGES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work(Generic[T]):
+class StepWork(Generic[T]):
     """One step, as one worker sees it."""
 
     parts: Sequence[tuple[T, float]]
@@ -49,7 +49,7 @@ class Objective(Protocol[B, T]):
     def batches(self, first_step: int) -> Iterator[B]:
         """The batch of every step from `first_step` on; the same on every worker."""
 
-    def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> Work[T]:
+    def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
         """What this worker does with a batch; `step` counts from 0."""
 
 
@@ -115,7 +115,6 @@ def run_steps(
     """
     data_order = objective.data_order
     warmup_steps = int(optimization.warmup_fraction * data_order.num_steps)
-    peak = peak_flops(engine.device)
     first_step = _resume(engine, checkpoints, data_order)
     writer = CheckpointWriter(checkpoints, data_order, keep=optimization.keep_checkpoints)
     try:
@@ -128,7 +127,6 @@ def run_steps(
             except TrainingDivergedError as error:
                 raise _named(error, step + 1, work.passages, doc_ids_of) from None
             seconds = time.monotonic() - started_s + waited_s
-            tokens_per_s = work.num_tokens / max(seconds, 1e-9)
             if engine.worker_rank == 0:
                 reporter(
                     StepReport(
@@ -139,12 +137,10 @@ def run_steps(
                         gradient_norm=outcome.gradient_norm,
                         num_tokens=work.num_tokens,
                         num_passages=len(work.passages),
-                        tokens_per_s=tokens_per_s,
-                        mfu=None if peak is None else tokens_per_s * flops_per_token / (peak * engine.num_workers),
                         padding_share=1 - work.num_tokens / work.num_slots,
-                        seconds=seconds,
                         data_wait_s=waited_s,
                         peak_memory_bytes=peak_memory_bytes(engine.device),
+                        **_speed(work.num_tokens, seconds, engine, flops_per_token),
                     )
                 )
             if (step + 1) % optimization.checkpoint_every_steps == 0 or step + 1 == data_order.num_steps:
@@ -155,6 +151,14 @@ def run_steps(
     finally:
         writer.wait()
     torch.distributed.barrier()
+
+
+def _speed(num_tokens: int, seconds: float, engine: DeepSpeedEngine, flops_per_token: float) -> dict[str, Any]:
+    """Return the fields of a `StepReport` that follow from a step's time."""
+    peak = peak_flops(engine.device)
+    tokens_per_s = num_tokens / max(seconds, 1e-9)
+    mfu = None if peak is None else tokens_per_s * flops_per_token / (peak * engine.num_workers)
+    return {"seconds": seconds, "tokens_per_s": tokens_per_s, "mfu": mfu}
 
 
 def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrder) -> int:

@@ -147,16 +147,34 @@ def save_model(model: Any, source: Location, output: Location) -> None:
 
     Collective under ZeRO-3: all workers call it, the first one writes. Memory: one shard of 2 GB, twice.
     """
+    file_of, num_bytes = _write_weights(model, output)
+    if torch.distributed.get_rank() != 0:
+        return
+    for file in (*TOKENIZER_FILES, "chat_template.jinja"):
+        if (source / file).is_file():
+            (source / file).copy_to(output / file)
+    config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    files = sorted(set(file_of.values()))
+    if len(files) == 1:
+        (output / files[0]).filesystem.move((output / files[0]).path, (output / SINGLE_NAME).path)
+        return
+    index = {"metadata": {"total_size": num_bytes}, "weight_map": file_of}
+    (output / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_weights(model: Any, output: Location) -> tuple[dict[str, str], int]:
+    """Write the weights in numbered files; return the file of each tensor and the bytes of all, on worker 0 alone."""
     is_writer = torch.distributed.get_rank() == 0
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    shards: list[tuple[str, list[str]]] = []
+    file_of: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
-    total_bytes = held_bytes = 0
+    num_bytes = held_bytes = 0
 
     def flush() -> None:
-        name = f"model-{len(shards) + 1:05d}.safetensors"
-        (output / name).write_bytes(to_safetensors(shard, metadata={"format": "pt"}))
-        shards.append((name, list(shard)))
+        file = f"model-{len(set(file_of.values())) + 1:05d}.safetensors"
+        (output / file).write_bytes(to_safetensors(shard, metadata={"format": "pt"}))
+        file_of.update(dict.fromkeys(shard, file))
         shard.clear()
 
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -166,25 +184,11 @@ def save_model(model: Any, source: Location, output: Location) -> None:
             if not is_writer:
                 continue
             shard[name] = tensor.detach().cpu().clone().contiguous()
-        total_bytes += shard[name].nbytes
+        num_bytes += shard[name].nbytes
         held_bytes += shard[name].nbytes
         if held_bytes >= _SHARD_BYTES:
             flush()
             held_bytes = 0
-    if not is_writer:
-        return
     if shard:
         flush()
-    for file in (*TOKENIZER_FILES, "chat_template.jinja"):
-        if (source / file).is_file():
-            (source / file).copy_to(output / file)
-    config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if len(shards) == 1:
-        (output / shards[0][0]).filesystem.move((output / shards[0][0]).path, (output / SINGLE_NAME).path)
-        return
-    index = {
-        "metadata": {"total_size": total_bytes},
-        "weight_map": {name: file for file, names in shards for name in names},
-    }
-    (output / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+    return file_of, num_bytes

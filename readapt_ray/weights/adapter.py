@@ -15,7 +15,7 @@ from typing import Any
 from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Factors
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -89,7 +89,7 @@ class Adapter:
         """Whether it holds magnitudes."""
         return bool(self._config.get("use_dora"))
 
-    def term(self, name: str, start: int, stop: int, scratch: Scratch, role: str) -> Factors:
+    def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Factors:
         """What is added to rows of a weight: the factors of the whole; see `Factors.add_to`."""
         del start, stop, scratch, role
         return self.factors(name)

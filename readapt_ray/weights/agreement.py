@@ -14,7 +14,7 @@ from readapt_ray.artifacts import read_manifest
 from readapt_ray.catalog.models import TOKENIZER_FILES, Model, load_tokenizer
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import listed
-from readapt_ray.weights.provenance import Ingredient
+from readapt_ray.weights.provenance import MergeInput
 
 logger = logging.getLogger("readapt_ray")
 
@@ -47,7 +47,7 @@ def check_configs(pretrained: Model, tuned: Model) -> None:
         )
 
 
-def check_knowledge(retriever: Ingredient, knowledge: Sequence[tuple[Model, Ingredient]]) -> None:
+def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[Model, MergeInput]]) -> None:
     """Refuse as knowledge what holds retrieval skill: that would be laid on twice.
 
     Raises:
@@ -124,7 +124,7 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
         )
 
 
-def check_bases(pretrained: Ingredient, adapters: Sequence[Model], *, accept: bool) -> None:
+def check_bases(pretrained: MergeInput, adapters: Sequence[Model], *, accept: bool) -> None:
     """Compare the model that each adapter was trained on with the one that it is laid on.
 
     What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is only a warning.

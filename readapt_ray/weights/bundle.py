@@ -25,7 +25,7 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import WEIGHTS_NAME, Adapter
 from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
-from readapt_ray.weights.provenance import Ingredient
+from readapt_ray.weights.provenance import MergeInput
 from readapt_ray.weights.readapter import Readapter, Scales
 
 BUNDLE_NAME = "bundle.json"
@@ -174,7 +174,7 @@ def open_bundle(model: Model) -> Bundle:
     return Bundle(model, content)
 
 
-def check_base(model: Model, base: Ingredient) -> None:
+def check_base(model: Model, base: MergeInput) -> None:
     """Refuse another base than the one that the factors of a bundle were made of.
 
     Raises:

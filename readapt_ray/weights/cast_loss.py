@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from readapt_ray.weights.readapter import TensorRows
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 
 
 @dataclass
@@ -35,7 +35,7 @@ class CastLoss:
     squares: dict[str, _Squares] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, rows: TensorRows, cast: torch.Tensor, scratch: Scratch) -> "CastLoss":
+    def of(cls, name: str, rows: TensorRows, cast: torch.Tensor, scratch: ScratchBuffers) -> "CastLoss":
         """The loss of a slice; it uses up `rows.pretrained`.
 
         Args:

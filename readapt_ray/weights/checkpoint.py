@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from readapt_ray.errors import ModelError
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Whole
 
 SINGLE_NAME = "model.safetensors"
@@ -77,7 +77,7 @@ class StoredTensor:
     num_bytes: int
 
     def read(
-        self, start: int = 0, stop: int | None = None, scratch: Scratch | None = None, role: str = ""
+        self, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
         """Rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
 
@@ -97,7 +97,7 @@ class StoredTensor:
             raise IndexError(f"rows {start} to {stop} of {self.stored_name!r}, which has {num_rows}")
         row_bytes = self.num_bytes // self.shape[0] if self.shape and self.shape[0] else self.num_bytes
         shape = (stop - start, *self.shape[1:]) if self.shape else ()
-        rows = (scratch or Scratch()).empty(role, shape, self.dtype, torch.device("cpu"))
+        rows = (scratch or ScratchBuffers()).empty(role, shape, self.dtype, torch.device("cpu"))
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.offset + row_bytes * start)
             _fill(file, rows.reshape(-1).view(torch.uint8), self.path)
@@ -218,12 +218,12 @@ class Checkpoint:
         return self._tensors[name].dtype
 
     def read(
-        self, name: str, start: int = 0, stop: int | None = None, scratch: Scratch | None = None, role: str = ""
+        self, name: str, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
         """A tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
         return self._tensors[name].read(start, stop, scratch, role)
 
-    def term(self, name: str, start: int, stop: int, scratch: Scratch, role: str) -> Whole:
+    def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Whole:
         """What a model of full weights adds to rows of the pretrained one."""
         return Whole(rows=self.read(name, start, stop, scratch, role))
 

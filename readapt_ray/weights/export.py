@@ -24,7 +24,7 @@ from readapt_ray.weights.cast_loss import CastLoss
 from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header, is_finite
 from readapt_ray.weights.ordered_map import ordered_map
 from readapt_ray.weights.readapter import Readapter, Scales, TensorRows
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -202,11 +202,11 @@ def write_shard(
     done, losses = 0, CastLoss()
     slices = (_Slice(name, start, stop) for name in shard.names for start, stop in readapter.slices(name))
     # One for each slice that is being made, plus one that is being written.
-    idle: queue.SimpleQueue[Scratch] = queue.SimpleQueue()
+    idle: queue.SimpleQueue[ScratchBuffers] = queue.SimpleQueue()
     for _ in range(num_threads + 2):
-        idle.put(Scratch())
+        idle.put(ScratchBuffers())
 
-    def make(each: _Slice) -> tuple[Scratch, torch.Tensor, CastLoss]:
+    def make(each: _Slice) -> tuple[ScratchBuffers, torch.Tensor, CastLoss]:
         scratch = idle.get()
         rows = readapter.rows(each.name, each.start, each.stop, scales, scratch)
         cast, loss = _cast(each.name, rows, plan.dtypes[each.name], scratch)
@@ -225,7 +225,7 @@ def write_shard(
         _loss_record(target, shard).write_text(losses.to_json())
 
 
-def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: Scratch) -> tuple[torch.Tensor, CastLoss]:
+def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: ScratchBuffers) -> tuple[torch.Tensor, CastLoss]:
     """A slice in the output type, and what that lost; it uses up `rows.pretrained`."""
     exact = rows.readapted
     cast = scratch.empty("cast", exact.shape, dtype, exact.device).copy_(exact)

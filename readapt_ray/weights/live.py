@@ -1,6 +1,6 @@
 """Any pair of scales in a live model, without a reload: what a search over scales needs.
 
-In: a loaded headless model and the three ingredients. It holds on the model's device one copy of the
+In: a loaded headless model and the three inputs of the merge. It holds on the model's device one copy of the
 pretrained weights, of the retriever's (or its factors) and of the adapters' factors; setting the
 scales costs a pass over the weights that change.
 """
@@ -14,8 +14,8 @@ from readapt_ray.errors import WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.ordered_map import ordered_map
-from readapt_ray.weights.readapter import Ingredients, Readapter, Scales, one_per_adapter
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.readapter import Readapter, Scales, TensorTerms, one_per_adapter
+from readapt_ray.weights.scratch import ScratchBuffers
 
 _DEVICE_SLICE_ELEMENTS = 1 << 24
 _NUM_WAITING = 8
@@ -25,7 +25,7 @@ class LiveReadapter:
     """Writes readapted weights into a module in place."""
 
     def __init__(self, module: torch.nn.Module, readapter: Readapter) -> None:
-        """Read every ingredient onto the module's device.
+        """Read every input of the merge onto the module's device.
 
         Args:
             module: a headless model of the same architecture, as `load_model` gives; its weights are replaced.
@@ -38,8 +38,8 @@ class LiveReadapter:
         self._readapter = readapter
         self._parameters = dict(module.named_parameters())
         _check_module(self._parameters, readapter)
-        self._ingredients: dict[str, Ingredients] = {
-            name: readapter.ingredients(name, self._parameters[name].device)
+        self._tensor_terms: dict[str, TensorTerms] = {
+            name: readapter.tensor_terms(name, self._parameters[name].device)
             for name in readapter.names()
             if name in self._parameters
         }
@@ -60,8 +60,8 @@ class LiveReadapter:
         before, self._written = self._written, None
         changed = [
             name
-            for name, ingredients in self._ingredients.items()
-            if before is None or _changes(ingredients, before, scales)
+            for name, tensor_terms in self._tensor_terms.items()
+            if before is None or _changes(tensor_terms, before, scales)
         ]
         slices = (
             (name, start, stop)
@@ -74,7 +74,7 @@ class LiveReadapter:
         def write(each: tuple[str, int, int]) -> None:
             name, start, stop = each
             scratch = self._of_thread.scratch
-            rows = self._ingredients[name].cut(start, stop).rows(scales, start, scratch)
+            rows = self._tensor_terms[name].cut(start, stop).rows(scales, start, scratch)
             parameter = self._parameters[name]
             (parameter[start:stop] if parameter.ndim else parameter).copy_(rows.readapted)
 
@@ -91,12 +91,12 @@ class _OfThread(threading.local):
     """What each thread has for itself."""
 
     def __init__(self) -> None:
-        self.scratch = Scratch()
+        self.scratch = ScratchBuffers()
 
 
-def _changes(ingredients: Ingredients, before: Scales, now: Scales) -> bool:
+def _changes(tensor_terms: TensorTerms, before: Scales, now: Scales) -> bool:
     old, new = ((scales.readapter, *scales.knowledge) for scales in (before, now))
-    return any(term is not None and one != other for term, one, other in zip(ingredients.terms, old, new, strict=True))
+    return any(term is not None and one != other for term, one, other in zip(tensor_terms.terms, old, new, strict=True))
 
 
 def _slice_elements(device: torch.device) -> int | None:

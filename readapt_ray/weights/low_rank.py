@@ -27,11 +27,11 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint, file_header, is_finite, read_header
 from readapt_ray.weights.ordered_map import Budget, ordered_map
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Difference, Factors
 
 FACTOR_DTYPE = torch.bfloat16
-"""Of stored factors: its rounding is part of the variance that is reported, and far below what truncation leaves out."""
+"""Type of stored factors. Its rounding error is part of the reported variance and small against the truncation."""
 
 _A, _B, _WHOLE = ".lore_A", ".lore_B", ".difference"
 _EXACT_SIDE = 512
@@ -110,7 +110,7 @@ class StoredDifference:
     def __contains__(self, name: str) -> bool:
         return name in self._kinds
 
-    def term(self, name: str, start: int, stop: int, scratch: Scratch, role: str) -> Difference | Factors:
+    def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Difference | Factors:
         """What is added to rows of a weight."""
         if self._kinds[name] == _WHOLE:
             return Difference(rows=self._stored[name + _WHOLE].read(start, stop, scratch, role))
@@ -239,7 +239,7 @@ def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterat
     shape = pretrained.shape(name)
     num_rows = shape[0] if shape else 1
     for start in range(0, num_rows, _ROWS):
-        scratch = Scratch()
+        scratch = ScratchBuffers()
         stop = min(start + _ROWS, num_rows)
         weight = pretrained.read(name, start, stop).float()
         difference = torch.zeros_like(weight)

@@ -15,7 +15,7 @@ from readapt_ray.weights.agreement import check_bases, check_configs, check_know
 from readapt_ray.weights.bundle import check_base, open_bundle
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.low_rank import check_shapes
-from readapt_ray.weights.provenance import Ingredient, hashed_in_background
+from readapt_ray.weights.provenance import MergeInput, hashed_in_background
 from readapt_ray.weights.readapter import Readapter, Scales, one_per_adapter, open_retriever
 
 Roles = tuple[tuple[str, Model], ...]
@@ -48,7 +48,7 @@ class MergePlan:
     """The model whose config.json the result gets."""
     tokenizer_of: Model
     """The model whose tokenizer the result gets."""
-    sources: tuple[Ingredient, ...]
+    sources: tuple[MergeInput, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
     bundle_scales: Scales | None = None
     """The scales that a bundle was written with."""

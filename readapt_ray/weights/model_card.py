@@ -13,7 +13,7 @@ from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 from readapt_ray.weights.low_rank import Stored
 from readapt_ray.weights.model_files import prompts
-from readapt_ray.weights.provenance import Ingredient
+from readapt_ray.weights.provenance import MergeInput
 
 Share = float | None
 
@@ -23,7 +23,7 @@ def model_card(
     encoding: Encoding,
     scales: str,
     command: str,
-    sources: Sequence[Ingredient],
+    sources: Sequence[MergeInput],
     survives: Mapping[str, Mapping[str, Share]],
     dtype: str,
     measures: Sequence[str],
@@ -63,7 +63,7 @@ def model_card(
     )
 
 
-def _metadata(sources: Sequence[Ingredient]) -> list[str]:
+def _metadata(sources: Sequence[MergeInput]) -> list[str]:
     hub_ids = [each.name for each in sources if each.revision and each.role in ("pretrained", "retriever")]
     return [
         "---",
@@ -76,7 +76,7 @@ def _metadata(sources: Sequence[Ingredient]) -> list[str]:
     ]
 
 
-def _provenance(sources: Sequence[Ingredient]) -> list[str]:
+def _provenance(sources: Sequence[MergeInput]) -> list[str]:
     files = [
         f"| {each.role} | `{name}` | `{digest}` |" for each in sources for name, digest in each.weight_files.items()
     ]

@@ -25,7 +25,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ingredient:
+class MergeInput:
     """One input of a merge."""
 
     role: str
@@ -53,11 +53,11 @@ class Ingredient:
 
 
 @contextlib.contextmanager
-def hashed_in_background(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list[Ingredient]]]:
+def hashed_in_background(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list[MergeInput]]]:
     """Hash the files of each model (given by role) in threads while the block runs.
 
     Yields:
-        A function that waits for the hashes and returns one `Ingredient` per model. An error in the block stops them.
+        A function that waits for the hashes and returns one `MergeInput` per model. An error in the block stops them.
     """
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -67,7 +67,7 @@ def hashed_in_background(models: Sequence[tuple[str, Model]]) -> Iterator[Callab
             stopped.set()
 
 
-def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> list[Ingredient]:
+def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> list[MergeInput]:
     jobs = [(number, file) for number, (_, model) in enumerate(models) for file in model.content_files()]
     paths = [models[number][1].folder / file for number, file in jobs]
     with ThreadPoolExecutor(num_cores()) as pool:
@@ -75,14 +75,14 @@ def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> 
     files: list[dict[str, str]] = [{} for _ in models]
     for (number, file), digest in zip(jobs, hashes, strict=True):
         files[number][file] = digest
-    return [_ingredient(role, model, found) for (role, model), found in zip(models, files, strict=True)]
+    return [_merge_input(role, model, found) for (role, model), found in zip(models, files, strict=True)]
 
 
-def _ingredient(role: str, model: Model, files: dict[str, str]) -> Ingredient:
+def _merge_input(role: str, model: Model, files: dict[str, str]) -> MergeInput:
     manifest = read_manifest(str(model.folder))
     identified = manifest.fingerprint if manifest is not None else fingerprint(files)
     pickles = model.read_json(RECORD_NAME).get("files", {})
-    return Ingredient(
+    return MergeInput(
         role=role, name=model.name, fingerprint=identified, revision=model.revision, files={**files, **pickles}
     )
 

@@ -22,7 +22,7 @@ from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Factors, Term, Whole
 
 logger = logging.getLogger("readapt_ray")
@@ -74,8 +74,8 @@ class TensorRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ingredients:
-    """All that rows of one readapted tensor are made of."""
+class TensorTerms:
+    """The pretrained rows of one tensor, and what is added to them."""
 
     name: str
     start: torch.Tensor
@@ -83,8 +83,8 @@ class Ingredients:
     terms: tuple[Term | None, ...]
     """What the retriever and each knowledge adapter add; None where they leave the tensor alone."""
 
-    def rows(self, scales: Scales, first_row: int = 0, scratch: Scratch | None = None) -> TensorRows:
-        """Lay both adapters on the pretrained rows (RE-AdaptIR, section 2.2), in float32.
+    def rows(self, scales: Scales, first_row: int = 0, scratch: ScratchBuffers | None = None) -> TensorRows:
+        """Add the scaled changes to the pretrained rows in float32 (RE-AdaptIR, section 2.2).
 
         A scale of 0 leaves its term out, and a readapter_scale of 1 begins at a retriever of full
         weights, so that (0, 0) is the pretrained weight and (1, 0) the retriever to the last bit.
@@ -97,7 +97,7 @@ class Ingredients:
         Raises:
             WeightMismatchError: the shapes differ.
         """
-        scratch = scratch or Scratch()
+        scratch = scratch or ScratchBuffers()
         retriever, *knowledge = zip(self.terms, (scales.readapter, *scales.knowledge), strict=True)
         for term, _ in (retriever, *knowledge):
             if term is not None and not isinstance(term, Factors) and term.rows.shape != self.start.shape:
@@ -115,18 +115,18 @@ class Ingredients:
             _add(each, total, pretrained, first_row, scratch)
         return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
 
-    def cut(self, start: int, stop: int) -> "Ingredients":
-        """The same of rows `start` to `stop`, given that these are those of a whole tensor."""
+    def cut(self, start: int, stop: int) -> "TensorTerms":
+        """Return the terms of rows `start` to `stop` of a whole tensor."""
         if not self.start.ndim:
             return self
         terms = tuple(
             each if each is None or isinstance(each, Factors) else replace(each, rows=each.rows[start:stop])
             for each in self.terms
         )
-        return Ingredients(name=self.name, start=self.start[start:stop], terms=terms)
+        return TensorTerms(name=self.name, start=self.start[start:stop], terms=terms)
 
-    def with_unchanged(self, rows: torch.Tensor) -> "Ingredients":
-        """The same and, behind it, rows that no scale changes: nothing is added to them."""
+    def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
+        """Append rows that scaling must not change (new vocabulary)."""
         terms: list[Term | None] = []
         for each in self.terms:
             if each is None or isinstance(each, Factors):
@@ -134,11 +134,15 @@ class Ingredients:
             else:
                 more = rows if isinstance(each, Whole) else torch.zeros_like(rows)
                 terms.append(replace(each, rows=torch.cat([each.rows, more])))
-        return Ingredients(name=self.name, start=torch.cat([self.start, rows]), terms=tuple(terms))
+        return TensorTerms(name=self.name, start=torch.cat([self.start, rows]), terms=tuple(terms))
 
 
 def _add(
-    scaled: tuple[Term | None, float], total: torch.Tensor, weight: torch.Tensor, first_row: int, scratch: Scratch
+    scaled: tuple[Term | None, float],
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    first_row: int,
+    scratch: ScratchBuffers,
 ) -> None:
     term, scale = scaled
     if term is not None and scale != 0:
@@ -221,19 +225,21 @@ class Readapter:
             for start in range(first, last, step):
                 yield start, min(start + step, last)
 
-    def rows(self, name: str, start: int, stop: int, scales: Scales, scratch: Scratch | None = None) -> TensorRows:
+    def rows(
+        self, name: str, start: int, stop: int, scales: Scales, scratch: ScratchBuffers | None = None
+    ) -> TensorRows:
         """Rows `start` to `stop` of a readapted tensor: one of `slices`.
 
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
         """
-        scratch = scratch or Scratch()
-        ingredients = self._ingredients(name, start, stop, scratch)
-        rows = ingredients.rows(scales, start, scratch)
+        scratch = scratch or ScratchBuffers()
+        tensor_terms = self._terms_of_rows(name, start, stop, scratch)
+        rows = tensor_terms.rows(scales, start, scratch)
         # NaN and infinity survive every sum that they enter, so a finite result speaks for its inputs.
-        all_entered = _all_enter(ingredients, scales)
+        all_entered = _all_enter(tensor_terms, scales)
         if not all_entered or not is_finite(rows.readapted):
-            self._check_finite(ingredients)
+            self._check_finite(tensor_terms)
         return rows
 
     def weight(self, name: str, scales: Scales) -> torch.Tensor:
@@ -246,51 +252,51 @@ class Readapter:
         for name in self.names():
             yield name, self.weight(name, scales)
 
-    def ingredients(self, name: str, device: torch.device) -> Ingredients:
-        """All that a whole tensor is made of, on a device.
+    def tensor_terms(self, name: str, device: torch.device) -> TensorTerms:
+        """Read the terms of a whole tensor onto a device.
 
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
         """
         num_rows = self.shape(name)[0] if self.shape(name) else 1
         shared = min(num_rows, self._shared_rows(name))
-        whole = self._ingredients(name, 0, shared or num_rows, Scratch())
+        whole = self._terms_of_rows(name, 0, shared or num_rows, ScratchBuffers())
         self._check_finite(whole)
         if 0 < shared < num_rows:
-            alone = self._ingredients(name, shared, num_rows, Scratch())
+            alone = self._terms_of_rows(name, shared, num_rows, ScratchBuffers())
             self._check_finite(alone)
             whole = whole.with_unchanged(alone.start)
         terms = tuple(
             each.to(device) if isinstance(each, Factors) else each and replace(each, rows=each.rows.to(device))
             for each in whole.terms
         )
-        return Ingredients(name=name, start=whole.start.to(device), terms=terms)
+        return TensorTerms(name=name, start=whole.start.to(device), terms=terms)
 
-    def _ingredients(self, name: str, start: int, stop: int, scratch: Scratch) -> Ingredients:
-        """Of rows that the pretrained model has, or of rows that it lacks, not of both."""
+    def _terms_of_rows(self, name: str, start: int, stop: int, scratch: ScratchBuffers) -> TensorTerms:
+        """Read what rows are made of. They must lie entirely inside or outside the pretrained vocabulary."""
         sources = (self.retriever, *self.knowledge)
         if start >= self._shared_rows(name):
             alone = self._leading(name).read(name, start, stop, scratch, "start")
-            return Ingredients(name=name, start=alone, terms=(None,) * len(sources))
+            return TensorTerms(name=name, start=alone, terms=(None,) * len(sources))
         terms = tuple(
             source.term(name, start, stop, scratch, f"term {number}") if name in source else None
             for number, source in enumerate(sources)
         )
-        return Ingredients(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
+        return TensorTerms(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
 
-    def _check_finite(self, ingredients: Ingredients) -> None:
-        tensors = [ingredients.start]
-        tensors += [each.rows for each in ingredients.terms if each is not None and not isinstance(each, Factors)]
-        holders = [self.pretrained if ingredients.name in self.pretrained else self.retriever]
+    def _check_finite(self, tensor_terms: TensorTerms) -> None:
+        tensors = [tensor_terms.start]
+        tensors += [each.rows for each in tensor_terms.terms if each is not None and not isinstance(each, Factors)]
+        holders = [self.pretrained if tensor_terms.name in self.pretrained else self.retriever]
         holders += [
             source
-            for source, each in zip((self.retriever, *self.knowledge), ingredients.terms, strict=True)
+            for source, each in zip((self.retriever, *self.knowledge), tensor_terms.terms, strict=True)
             if each is not None and not isinstance(each, Factors)
         ]
         for tensor, holder in zip(tensors, holders, strict=True):
             if not is_finite(tensor):
                 raise ModelError(
-                    f"tensor {ingredients.name!r} of {holder.name!r} holds NaN or infinity; fetch or train that model again"
+                    f"tensor {tensor_terms.name!r} of {holder.name!r} holds NaN or infinity; fetch or train that model again"
                 )
 
     def _shared_rows(self, name: str) -> int:
@@ -304,13 +310,13 @@ class Readapter:
         return self.retriever if isinstance(self.retriever, Checkpoint) and name in self.retriever else self.pretrained
 
 
-def _all_enter(ingredients: Ingredients, scales: Scales) -> bool:
+def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
     """Whether every input has a part in the sum."""
-    laid = list(zip(ingredients.terms, (scales.readapter, *scales.knowledge), strict=True))
+    laid = list(zip(tensor_terms.terms, (scales.readapter, *scales.knowledge), strict=True))
     if any(term is not None and scale == 0 for term, scale in laid):
         return False
-    begins_at_retriever = isinstance(ingredients.terms[0], Whole) and scales.readapter == 1
-    return not begins_at_retriever or any(term is not None and term.reads_weight for term in ingredients.terms[1:])
+    begins_at_retriever = isinstance(tensor_terms.terms[0], Whole) and scales.readapter == 1
+    return not begins_at_retriever or any(term is not None and term.reads_weight for term in tensor_terms.terms[1:])
 
 
 def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:

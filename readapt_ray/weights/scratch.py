@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 
-class Scratch:
+class ScratchBuffers:
     """Buffers by role. One thread uses one; what it hands out lasts until the same role is asked for again."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Whole:
     reads_weight: ClassVar[bool] = True
 
     def add_to(
-        self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: Scratch
+        self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
         """Add the scaled difference from `weight_OI`."""
         del first_row  # the rows are already those in hand
@@ -37,7 +37,7 @@ class Difference:
     reads_weight: ClassVar[bool] = False
 
     def add_to(
-        self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: Scratch
+        self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
         """Add the scaled difference."""
         del weight_OI, first_row
@@ -63,7 +63,7 @@ class Factors:
         return self.magnitude is not None
 
     def add_to(
-        self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: Scratch
+        self, total_OI: torch.Tensor, weight_OI: torch.Tensor, scale: float, first_row: int, scratch: ScratchBuffers
     ) -> None:
         """Add the scaled update of the rows from `first_row` on.
 
@@ -93,7 +93,7 @@ class Factors:
     def update(self, weight_OI: torch.Tensor, first_row: int = 0) -> torch.Tensor:
         """`tuned - pretrained` of the rows of W from `first_row` on, in the type of `weight_OI`."""
         update_OI = torch.zeros_like(weight_OI)
-        self.add_to(update_OI, weight_OI, 1.0, first_row, Scratch())
+        self.add_to(update_OI, weight_OI, 1.0, first_row, ScratchBuffers())
         return update_OI
 
     def to(self, device: torch.device) -> "Factors":

@@ -333,6 +333,6 @@ def test_a_real_cluster_says_what_it_has(ray_session: None) -> None:
     from readapt_ray import hardware
 
     found = connection.connect()
-    assert hardware.described()["cluster"] == {"num_nodes": 1, "num_cpus": found.num_cpus, "gpus": {}}
+    assert hardware.machine_info()["cluster"] == {"num_nodes": 1, "num_cpus": found.num_cpus, "gpus": {}}
     with pytest.raises(PlacementError, match=r"room for 0 on 1 node with 2 CPU"):
         placement.check_placement(1, {"CPU": 3}, who="workers")

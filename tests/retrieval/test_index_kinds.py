@@ -3,15 +3,15 @@ import numpy as np
 import pytest
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.index_kinds import KINDS, Wanted, choose, recipe, vector_bytes
-from readapt_ray.retrieval.vector_index import new_index
+from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, choose, index_spec, vector_bytes
+from readapt_ray.retrieval.index_shard import new_index
 
 
 @pytest.mark.parametrize("storage", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("kind", [each.name for each in KINDS])
 def test_every_kind_is_one_that_faiss_makes_and_takes_the_bytes_that_are_said(kind, storage):
-    wanted = Wanted(kind=kind, storage=storage)
-    made = recipe(wanted, 2000, 32)
+    options = IndexOptions(kind=kind, storage=storage)
+    made = index_spec(options, 2000, 32)
     vectors = np.random.default_rng(0).normal(size=(2000, 32)).astype(np.float32)
     index = new_index(made.factory, 32)
     index.train(vectors)
@@ -20,13 +20,13 @@ def test_every_kind_is_one_that_faiss_makes_and_takes_the_bytes_that_are_said(ki
         index.add(part)
         sizes.append(faiss.serialize_index(index).size)
     assert index.ntotal == 2000 and index.metric_type == faiss.METRIC_INNER_PRODUCT
-    assert vector_bytes(wanted, 32) == pytest.approx((sizes[1] - sizes[0]) / 1000, rel=0.1)
+    assert vector_bytes(options, 32) == pytest.approx((sizes[1] - sizes[0]) / 1000, rel=0.1)
     assert made.is_exact == (kind == "flat" and storage == "float32")
 
 
 def test_factories_follow_the_size():
-    def factory(num_vectors, **wanted):
-        return recipe(Wanted(**wanted), num_vectors, 384).factory
+    def factory(num_vectors, **options):
+        return index_spec(IndexOptions(**options), num_vectors, 384).factory
 
     assert factory(1_000_000, kind="flat", storage="float16") == "SQfp16"
     assert factory(1_000_000, kind="ivf-flat") == "IVF4000,Flat"
@@ -59,8 +59,8 @@ def test_factories_follow_the_size():
 )
 def test_auto_is_the_quickest_that_fits(num_vectors, memory_gb, min_recall, expected):
     memory_bytes = None if memory_gb is None else memory_gb * 1e9
-    wanted = choose(num_vectors, 384, memory_bytes=memory_bytes, min_recall=min_recall)
-    assert (wanted.kind, wanted.storage) == expected and wanted.min_recall == min_recall
+    options = choose(num_vectors, 384, memory_bytes=memory_bytes, min_recall=min_recall)
+    assert (options.kind, options.storage) == expected and options.min_recall == min_recall
 
 
 def test_what_does_not_fit_says_what_would():

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.index_kinds import Recipe, Wanted, recipe
-from readapt_ray.retrieval.index_recall import tune
-from readapt_ray.retrieval.vector_index import build_shard
+from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, index_spec
+from readapt_ray.retrieval.index_recall import calibrate
+from readapt_ray.retrieval.index_shard import build_shard
 
 
 def _vectors(num_vectors=2000, dimension=24, spread=0.7):
@@ -15,8 +15,8 @@ def _vectors(num_vectors=2000, dimension=24, spread=0.7):
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def _made(wanted, vectors):
-    made = recipe(wanted, len(vectors), vectors.shape[1])
+def _made(options, vectors):
+    made = index_spec(options, len(vectors), vectors.shape[1])
     doc_ids = [str(row) for row in range(len(vectors))]
     return made, build_shard(made.factory, vectors.shape[1], [(doc_ids, vectors)]).index
 
@@ -36,9 +36,9 @@ def _recall_by_hand(index, vectors, rank):
 @pytest.mark.parametrize("kind", ["ivf-flat", "hnsw", "ivf-pq", "rabitq"])
 def test_the_least_depth_that_reaches_the_recall(kind):
     vectors = _vectors()
-    wanted = Wanted(kind=kind, min_recall=0.9)
-    made, index = _made(wanted, vectors)
-    measured = tune(index, vectors, made, wanted)
+    options = IndexOptions(kind=kind, min_recall=0.9)
+    made, index = _made(options, vectors)
+    measured = calibrate(index, vectors, made, options)
     assert 0.9 <= measured.recall_at_10 <= 1 and 0.9 <= measured.recall_at_100 <= 1 and measured.query_ms > 0
     assert measured.recall_at_10 == pytest.approx(_recall_by_hand(index, vectors, 10), abs=0.05)
     assert measured.recall_at_100 == pytest.approx(_recall_by_hand(index, vectors, 100), abs=0.05)
@@ -51,9 +51,9 @@ def test_the_least_depth_that_reaches_the_recall(kind):
 
 def test_lists_that_hold_the_10_best_but_not_the_100_best_are_too_few():
     vectors = _vectors(spread=0.1)
-    wanted = Wanted(kind="ivf-flat", min_recall=0.95)
-    made, index = _made(wanted, vectors)
-    measured = tune(index, vectors, made, wanted)
+    options = IndexOptions(kind="ivf-flat", min_recall=0.95)
+    made, index = _made(options, vectors)
+    measured = calibrate(index, vectors, made, options)
     assert measured.recall_at_10 >= 0.95 and measured.recall_at_100 >= 0.95
     index.nprobe = measured.depth // 2
     assert _recall_by_hand(index, vectors, 10) >= 0.95 > _recall_by_hand(index, vectors, 100)
@@ -61,30 +61,33 @@ def test_lists_that_hold_the_10_best_but_not_the_100_best_are_too_few():
 
 def test_flat_in_float32_has_recall_one():
     vectors = _vectors(500)
-    wanted = Wanted(kind="flat", min_recall=1.0)
-    made, index = _made(wanted, vectors)
-    measured = tune(index, vectors, made, wanted)
+    options = IndexOptions(kind="flat", min_recall=1.0)
+    made, index = _made(options, vectors)
+    measured = calibrate(index, vectors, made, options)
     assert (measured.recall_at_10, measured.recall_at_100, measured.depth) == (1.0, 1.0, None)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "named"),
+    ("options", "named"),
     [
-        (Wanted(kind="ivf-flat", depth=1, min_recall=0.99), r"raise --depth \(nprobe, 1 now\)"),
-        (Wanted(kind="ivf-pq", refine=False, code_bytes=2, min_recall=0.9), "raise --code-bytes, or give --refine"),
-        (Wanted(kind="rabitq", refine=False, min_recall=0.9), "give --refine, or lower --min-recall"),
-        (Wanted(kind="flat", storage="int8", min_recall=1.0), "give --storage float16"),
+        (IndexOptions(kind="ivf-flat", depth=1, min_recall=0.99), r"raise --depth \(nprobe, 1 now\)"),
+        (
+            IndexOptions(kind="ivf-pq", refine=False, code_bytes=2, min_recall=0.9),
+            "raise --code-bytes, or give --refine",
+        ),
+        (IndexOptions(kind="rabitq", refine=False, min_recall=0.9), "give --refine, or lower --min-recall"),
+        (IndexOptions(kind="flat", storage="int8", min_recall=1.0), "give --storage float16"),
     ],
 )
-def test_what_finds_too_little_is_refused_and_says_what_to_raise(wanted, named):
+def test_what_finds_too_little_is_refused_and_says_what_to_raise(options, named):
     vectors = _vectors()
-    made, index = _made(wanted, vectors)
+    made, index = _made(options, vectors)
     with pytest.raises(InputError, match=f"finds 0.* of the 10 best and 0.* of the 100 best, .* of both; {named}"):
-        tune(index, vectors, made, wanted)
+        calibrate(index, vectors, made, options)
 
 
 def test_few_vectors():
     vectors = _vectors(3)
-    exact = Recipe(factory="Flat", depth=None, is_exact=True)
+    exact = IndexSpec(factory="Flat", depth=None, is_exact=True)
     index = build_shard(exact.factory, 24, [(["a", "b", "c"], vectors)]).index
-    assert tune(index, vectors, exact, Wanted()).recall_at_10 == 1.0
+    assert calibrate(index, vectors, exact, IndexOptions()).recall_at_10 == 1.0

@@ -7,7 +7,7 @@ from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.shard_plan import (
     Changes,
     Contents,
-    compare,
+    changes_since,
     content_hash,
     cut_shards,
     first_rows,
@@ -53,7 +53,7 @@ def test_a_text_that_stood_before_goes_to_the_shard_where_it_stood():
     earlier = np.arange(100, 112)
     shards = list(cut_shards(contents, 4, earlier))
     assert [shard.rows.tolist() for shard in shards] == [[0, 1, 2, 3, 5, 7, 11], [4, 6], [8, 9, 10]]
-    assert [shard.leaders.tolist() for shard in shards] == [[0, 1, 2, 3, 0, 0, 1], [0, 1], [0, 1, 2]]
+    assert [shard.representatives.tolist() for shard in shards] == [[0, 1, 2, 3, 0, 0, 1], [0, 1], [0, 1, 2]]
     assert [shard.earlier.tolist() for shard in shards] == [
         [100, 101, 102, 103, 105, 107, 111],
         [104, 106],
@@ -70,7 +70,7 @@ def test_every_row_stands_in_one_shard_and_none_grows_without_bound(rows_per_sha
     assert sorted(np.concatenate([shard.rows for shard in shards]).tolist()) == list(range(90))
     assert max(map(len, shards)) <= 2 * rows_per_shard
     for shard in shards:
-        np.testing.assert_array_equal(shard.hashes[shard.leaders], contents.hashes[shard.rows])
+        np.testing.assert_array_equal(shard.hashes[shard.representatives], contents.hashes[shard.rows])
 
 
 def test_a_shard_may_have_nothing_of_its_own_left():
@@ -81,9 +81,9 @@ def test_a_shard_may_have_nothing_of_its_own_left():
 def test_changes_are_counted():
     before = _contents(list("abcd"), ids=[1, 2, 3, 4])
     after = _contents(list("abxe"), ids=[4, 2, 3, 9])
-    assert compare(after, before) == Changes(num_unchanged=1, num_changed=2, num_new=1, num_deleted=1)
-    assert compare(after, _contents([])) == Changes(0, 0, 4, 0)
-    assert compare(_contents([]), before) == Changes(0, 0, 0, 4)
+    assert changes_since(after, before) == Changes(num_unchanged=1, num_changed=2, num_new=1, num_deleted=1)
+    assert changes_since(after, _contents([])) == Changes(0, 0, 4, 0)
+    assert changes_since(_contents([]), before) == Changes(0, 0, 0, 4)
 
 
 def test_a_corpus_and_its_vectors_are_scanned(tmp_path):

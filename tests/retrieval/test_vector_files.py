@@ -4,13 +4,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import CorpusError, CorruptFileError
+from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
 from readapt_ray.retrieval.vector_files import (
     RowRange,
-    RowReader,
     cut,
     iterate_vectors,
     read_footer,
-    read_rows,
     write_vectors,
 )
 from readapt_ray.storage import Location
@@ -71,13 +70,13 @@ def test_rows_of_many_files_by_number(tmp_path):
         count = {"a": 1500, "b": 0, "c": 1100}[name]
         ids = pa.array([f"d{number}" for number in range(start, start + count)])
         pq.write_table(pa.table({"doc_id": ids}), tmp_path / name, row_group_size=100)
-    reader = RowReader(folder, [("a", 1500), ("b", 0), ("c", 1100)])
-    assert len(reader) == 2600
+    reader = ParquetRows(folder, (("a", 1500), ("b", 0), ("c", 1100)))
+    assert reader.num_rows == 2600
     for rows in ([2599, 0, 1499, 1500, 7, 7], list(range(1490, 1510)), [1500], [3, 1], []):
         table = reader.take(np.array(rows, np.int64), ("doc_id", "scale"))
         assert (table["doc_id"].to_pylist() if rows else []) == [f"d{row}" for row in rows]
     with pytest.raises(CorruptFileError, match="has 1100 rows, but 1200 were expected"):
-        RowReader(folder, [("c", 1200)]).take(np.array([3, 1199]), ("doc_id",))
+        ParquetRows(folder, (("c", 1200),)).take(np.array([3, 1199]), ("doc_id",))
 
 
 @pytest.mark.parametrize(("start", "num_rows"), [(0, 1), (1023, 2), (1024, 1024), (700, 1800), (2499, 1), (0, 2500)])

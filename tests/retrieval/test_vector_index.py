@@ -7,17 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
-from readapt_ray.retrieval.vector_index import (
-    DELETED,
-    IndexShard,
-    VectorIndex,
-    build_shard,
-    carry_over,
-    find_shard,
-    read_shard,
-    search_shards,
-    write_shard,
-)
+from readapt_ray.retrieval.index_files import carry_over, find_shard, read_shard, write_shard
+from readapt_ray.retrieval.index_shard import DELETED, IndexShard, build_shard, search_shards
+from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.storage import Location
 from tests.retrieval.test_exact import by_hand
 

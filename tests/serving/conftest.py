@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import faiss
@@ -18,7 +18,9 @@ from readapt_ray.artifacts import Workspace, open_artifact, produce
 from readapt_ray.catalog.models import find_model, load_tokenizer
 from readapt_ray.config import StageConfig
 from readapt_ray.retrieval.encoder import Encoder
-from readapt_ray.retrieval.vector_index import VectorIndex, build_shard, described, write_shard
+from readapt_ray.retrieval.index_files import write_shard
+from readapt_ray.retrieval.index_shard import build_shard
+from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving.api import build_api
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
@@ -76,7 +78,7 @@ def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory:
             shard = build_shard(factory, encoder.dimension, [([each.doc_id for each in part], vectors)])
             shards = workspace.location / "shards"
             written = write_shard(shards, f"{number:05d}", shard, encoder=encoder.fingerprint, factory=factory)
-            records.append(described(written))
+            records.append(asdict(written))
         workspace.counts |= {"num_vectors": len(passages)}
         workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records}
 

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.retrieval.index_kinds import Wanted, recipe
-from readapt_ray.retrieval.vector_index import DELETED, VectorIndex, build_shard, write_shard
+from readapt_ray.retrieval.index_files import write_shard
+from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
+from readapt_ray.retrieval.index_shard import DELETED, build_shard
+from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving import index_slice
 from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole
 from readapt_ray.serving.versions import DocFilter, Ranked, merged
@@ -83,7 +85,7 @@ def test_ties_between_parts_go_by_doc_id():
 def test_every_kind_is_filtered_and_what_is_deleted_is_not_found(tmp_path, kind):
     ids = [f"{number:05d}" for number in range(1200)]
     vectors = np.random.default_rng(5).normal(size=(len(ids), 16)).astype(np.float32)
-    shard = build_shard(recipe(Wanted(kind=kind), len(ids), 16).factory, 16, [(ids, vectors)])
+    shard = build_shard(index_spec(IndexOptions(kind=kind), len(ids), 16).factory, 16, [(ids, vectors)])
     shard.doc_ids[[3, 700]] = DELETED
     folder = Location(str(tmp_path))
     searchable = IndexSlice(folder, [write_shard(folder, "00000", shard, encoder="e")])

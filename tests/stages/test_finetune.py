@@ -98,7 +98,7 @@ def test_judged_pairs_take_the_best_passages_of_a_run_that_are_not_right(
         ranked = [right[query.query_id], "d00007", "nowhere", "d00008"]
         found += [ScoredDoc(query.query_id, doc_id, float(-rank)) for rank, doc_id in enumerate(ranked)]
     write_run(str(tmp_path / "hard.trec"), found, tag="t")
-    source = labelled_pairs.open_source(str(corpus), "train", str(tmp_path / "hard.trec"))
+    source = labelled_pairs.open_pairs(str(corpus), "train", str(tmp_path / "hard.trec"))
     rows = pairs_of(source, base, tmp_path / "pairs.parquet", num_negatives=3)
     assert [row["doc_id"] for row in rows] == [qrel.doc_id for qrel in QRELS]
     texts = {each.doc_id: each.text for each in PASSAGES}
@@ -114,7 +114,7 @@ def test_judged_pairs_take_the_best_passages_of_a_run_that_are_not_right(
 
 
 def test_pairs_of_one_query_have_one_number(base: Path, several: Path, tmp_path: Path) -> None:
-    rows = pairs_of(labelled_pairs.open_source(str(several), "train", None), base, tmp_path / "pairs.parquet")
+    rows = pairs_of(labelled_pairs.open_pairs(str(several), "train", None), base, tmp_path / "pairs.parquet")
     texts = {query.query_id: query.text for query in QUERIES}
     by_text: dict[str, set[int]] = {}
     for qrel, row in zip([*QRELS, *SEVERAL], rows, strict=True):
@@ -137,7 +137,7 @@ def test_a_file_of_pairs_with_negatives(base: Path, tmp_path: Path) -> None:
         {"query": "and a shape", "positive": shared},
         {"query": "and a dtype", "positive": "another answer", "negatives": [shared]},
     )
-    rows = pairs_of(labelled_pairs.open_source(file, "train", None), base, tmp_path / "pairs.parquet")
+    rows = pairs_of(labelled_pairs.open_pairs(file, "train", None), base, tmp_path / "pairs.parquet")
     assert [len(row["negative_ids"]) for row in rows] == [2, 0, 1]
     assert rows[0]["doc_number"] == rows[1]["doc_number"] == rows[2]["negative_numbers"][0] != rows[2]["doc_number"]
     assert [row["doc_id"] for row in rows] == ["line 1", "line 3", "line 4"]
@@ -151,7 +151,7 @@ def test_texts_that_are_one_to_the_model_have_one_number(base: Path, tmp_path: P
         {"query": "what is it", "positive": "numpy array"},
         {"query": "and this", "positive": "array", "negatives": ["numpy array"]},
     )
-    rows = pairs_of(labelled_pairs.open_source(file, "train", None), base, tmp_path / "pairs.parquet")
+    rows = pairs_of(labelled_pairs.open_pairs(file, "train", None), base, tmp_path / "pairs.parquet")
     assert text_of(base, rows[0]["passage_ids"]) == text_of(base, rows[1]["passage_ids"])
     assert rows[0]["doc_number"] == rows[1]["doc_number"] == rows[2]["negative_numbers"][0] != rows[2]["doc_number"]
     assert rows[0]["query_number"] == rows[1]["query_number"] != rows[2]["query_number"]
@@ -162,12 +162,12 @@ def test_lines_end_at_newlines_alone(base: Path, tmp_path: Path) -> None:
     odd = "a\u2028b\x85c\u2029d"
     lines = [json.dumps({"query": odd, "positive": "x"}, ensure_ascii=False), '{"query": "q", "positive": "p"}']
     file.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
-    rows = pairs_of(labelled_pairs.open_source(str(file), "train", None), base, tmp_path / "pairs.parquet")
+    rows = pairs_of(labelled_pairs.open_pairs(str(file), "train", None), base, tmp_path / "pairs.parquet")
     assert len(rows) == 2
     assert odd in text_of(base, rows[0]["query_ids"])
     file.write_bytes(b'{"query": "q", "positive": "\xff"}\n')
     with pytest.raises(CorpusError, match=r"pairs\.jsonl:1 is no pair: it is not UTF-8"):
-        pairs_of(labelled_pairs.open_source(str(file), "train", None), base, tmp_path / "pairs.parquet")
+        pairs_of(labelled_pairs.open_pairs(str(file), "train", None), base, tmp_path / "pairs.parquet")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_lines_end_at_newlines_alone(base: Path, tmp_path: Path) -> None:
 def test_a_line_that_is_no_pair_is_named(base: Path, tmp_path: Path, row: Any, message: str) -> None:
     file = jsonl(tmp_path / "pairs.jsonl", {"query": "q", "positive": "p"}, row)
     with pytest.raises(CorpusError, match=message):
-        pairs_of(labelled_pairs.open_source(file, "train", None), base, tmp_path / "pairs.parquet")
+        pairs_of(labelled_pairs.open_pairs(file, "train", None), base, tmp_path / "pairs.parquet")
 
 
 def test_bad_sources_are_refused_before_any_work(base: Path, corpus: Path, tmp_path: Path) -> None:

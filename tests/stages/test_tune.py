@@ -135,7 +135,7 @@ def test_a_corpus_that_was_copied_in_part_is_refused(tmp_path: Path) -> None:
         tune._pseudo_sample(config(tmp_path), corpus)
 
 
-def search(folder: Path, num_workers: int | None = None) -> scale_scoring.PairSearch:
+def search(folder: Path, num_workers: int | None = None) -> scale_scoring.ScaleScoring:
     job = scale_scoring.ScoringJob(
         models=dict.fromkeys(scale_scoring.MODELS, "x"),
         fingerprints={},
@@ -146,7 +146,7 @@ def search(folder: Path, num_workers: int | None = None) -> scale_scoring.PairSe
         accept_vocabulary=False,
     )
     workspace = Workspace(Location(str(folder / "out")), "", ProgressReporter("tune"))
-    return scale_scoring.PairSearch(num_workers, job, scale_scoring.Sample([], [], {}), workspace)
+    return scale_scoring.ScaleScoring(num_workers, job, scale_scoring.Sample([], [], {}), workspace)
 
 
 def scorer(folder: Path, *, dies: int) -> type:
@@ -182,7 +182,7 @@ def test_more_actors_than_there_is_room_for_are_refused(ray_session: None, tmp_p
 def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=0))
+    monkeypatch.setattr(scale_scoring, "_ScaleScorer", scorer(tmp_path, dies=0))
     # As where another job has the room.
     monkeypatch.setattr(scale_scoring.placement, "check_placement", lambda *_, **__: None)
     tried = search(tmp_path, num_workers=3)
@@ -196,14 +196,14 @@ def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
 def test_the_pair_of_an_actor_that_died_is_anothers_and_not_for_ever(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=2))
+    monkeypatch.setattr(scale_scoring, "_ScaleScorer", scorer(tmp_path, dies=2))
     tried = search(tmp_path)
     tried.score(PAIRS)
     tried.stop()
     assert tried.values.keys() == set(PAIRS)
     assert caplog.text.count("another actor takes its place") == 2
     (tmp_path / "again").mkdir()
-    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path / "again", dies=99))
+    monkeypatch.setattr(scale_scoring, "_ScaleScorer", scorer(tmp_path / "again", dies=99))
     with pytest.raises(WorkerError):
         search(tmp_path / "again").score(PAIRS)
     assert len(list((tmp_path / "again/marks").iterdir())) == 3

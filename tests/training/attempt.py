@@ -18,7 +18,7 @@ from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
-from readapt_ray.training.steps import StepReport, Work, run_steps
+from readapt_ray.training.steps import StepReport, StepWork, run_steps
 
 OPTIMIZATION = Optimization(
     learning_rate=5e-3,
@@ -87,7 +87,7 @@ class _Recorded:
         self._folder = folder
         self._attempt = attempt
 
-    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> Work[list[Block]]:
+    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> StepWork[list[Block]]:
         work = self._inner.work(engine, batch, step)
         rank = engine.worker_rank
         passages = [

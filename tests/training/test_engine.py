@@ -17,7 +17,7 @@ from readapt_ray.training import dora
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.partitioned import gathered
-from readapt_ray.training.steps import Work, run_steps
+from readapt_ray.training.steps import StepWork, run_steps
 from readapt_ray.training.trainable import load_for_training
 from tests import factories
 
@@ -89,9 +89,9 @@ class RecordsSeeds:
     def batches(self, first_step: int) -> Iterator[int]:
         return iter(range(first_step, 4))
 
-    def work(self, engine: DeepSpeedEngine, batch: int, step: int) -> Work[Tensor]:
+    def work(self, engine: DeepSpeedEngine, batch: int, step: int) -> StepWork[Tensor]:
         inputs = torch.ones(8, 24)
-        return Work(parts=[(inputs, 0.5)] * 2, loss_of=self._loss, num_tokens=8, num_slots=8, passages=[batch])
+        return StepWork(parts=[(inputs, 0.5)] * 2, loss_of=self._loss, num_tokens=8, num_slots=8, passages=[batch])
 
     def _loss(self, inputs: Tensor) -> Tensor:
         self.seeds.append(torch.initial_seed())

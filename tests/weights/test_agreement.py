@@ -135,7 +135,7 @@ def _trained_adapter(folder, base, fingerprint, *, stage="train"):
     return find_model(str(folder))
 
 
-def _ingredient(folder):
+def _merge_input(folder):
     with hashed_in_background([("pretrained", find_model(str(folder)))]) as wait:
         return wait()[0]
 
@@ -145,19 +145,19 @@ def test_an_adapter_of_another_base_is_refused_by_fingerprint(tmp_path, decoder,
     base = find_model(str(decoder))
     own = _trained_adapter(tmp_path / "own", decoder, base.fingerprint(), stage=stage)
     other = _trained_adapter(tmp_path / "other", decoder, "0123", stage=stage)
-    check_bases(_ingredient(decoder), [base, own], accept=False)
+    check_bases(_merge_input(decoder), [base, own], accept=False)
     with pytest.raises(WeightMismatchError, match=r"fingerprint 0123.*--accept base"):
-        check_bases(_ingredient(decoder), [own, other], accept=False)
-    check_bases(_ingredient(decoder), [own, other], accept=True)
+        check_bases(_merge_input(decoder), [own, other], accept=False)
+    check_bases(_merge_input(decoder), [own, other], accept=True)
 
 
 def test_an_adapter_that_names_another_base_is_a_warning(tmp_path, decoder, caplog):
     adapter = factories.lora_adapter(tmp_path / "lora", decoder)
     with caplog.at_level("WARNING", logger="readapt_ray"):
-        check_bases(_ingredient(decoder), [find_model(str(adapter))], accept=False)
+        check_bases(_merge_input(decoder), [find_model(str(adapter))], accept=False)
         assert not caplog.text
         config = json.loads((adapter / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "meta-llama/Llama-2-7b-chat-hf"
         (adapter / "adapter_config.json").write_text(json.dumps(config))
-        check_bases(_ingredient(decoder), [find_model(str(adapter))], accept=False)
+        check_bases(_merge_input(decoder), [find_model(str(adapter))], accept=False)
     assert "trained on meta-llama/Llama-2-7b-chat-hf, and is laid on" in caplog.text

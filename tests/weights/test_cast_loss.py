@@ -7,7 +7,7 @@ from readapt_ray.weights.cast_loss import CastLoss
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.export import plan_shards, write_weights
 from readapt_ray.weights.readapter import Readapter, Scales, TensorRows
-from readapt_ray.weights.scratch import Scratch
+from readapt_ray.weights.scratch import ScratchBuffers
 from tests import factories
 
 
@@ -15,7 +15,7 @@ def test_by_hand():
     # 1 + 2^-9 is halfway between two bfloat16 numbers and goes to the even one, 1; 1 + 2^-7 is one of them.
     exact = torch.tensor([1 + 2**-9, 1 + 2**-7])
     rows = TensorRows(readapted=exact, pretrained=torch.ones(2), retrieval=torch.tensor([1.0, 1 + 2**-7]))
-    loss = CastLoss.of("layers.12.mlp.weight", rows, exact.bfloat16(), Scratch())
+    loss = CastLoss.of("layers.12.mlp.weight", rows, exact.bfloat16(), ScratchBuffers())
     update, knowledge, error = 2**-18 + 2**-14, 2**-18, 2**-18
     assert loss.survives() == {
         "layers.*.mlp.weight": {"update": pytest.approx(1 - error / update), "knowledge": 1 - error / knowledge}

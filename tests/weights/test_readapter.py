@@ -10,7 +10,7 @@ from readapt_ray.weights import readapter as readapter_module
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.equation import readapted_weight
-from readapt_ray.weights.readapter import Ingredients, Readapter, Scales, open_retriever
+from readapt_ray.weights.readapter import Readapter, Scales, TensorTerms, open_retriever
 from readapt_ray.weights.terms import Difference, Whole
 from tests import factories
 from tests.weights import oracles
@@ -138,7 +138,7 @@ def test_mixed_types_are_subtracted_in_float32(tmp_path, before, after):
 
 def _by_hand(p, r, u, a, k):
     terms = (Whole(rows=r), Difference(rows=u))
-    return Ingredients(name="w", start=p, terms=terms).rows(Scales(a, (k,)))
+    return TensorTerms(name="w", start=p, terms=terms).rows(Scales(a, (k,)))
 
 
 def test_one_weight_by_hand():

@@ -1,0 +1,182 @@
+"""One FAISS index in memory: build it from vectors, and search it with ties broken by doc_id.
+
+In: vectors with their doc_ids, or queries. Out: the index, or the best of each query. Memory for `flat` is 4 bytes
+per number.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.retrieval.exact import Hits, TopK, check_queries
+
+DELETED = ""
+"""Stands for the doc_id of a vector that is no longer found."""
+_TRAINING_ROWS = 65_536
+_TRAINING_ROWS_PER_LIST = 64
+
+
+@dataclass(frozen=True)
+class IndexShard:
+    """A shard in memory: a FAISS index, and the doc_id of each of its vectors."""
+
+    index: Any
+    doc_ids: NDArray[np.object_]
+    """[N]; empty where a passage was deleted."""
+    hashes: bytes = b""
+    """16 bytes a vector, of the content of its passage; empty where nothing is known of any."""
+
+    @functools.cached_property
+    def _deleted(self) -> NDArray[np.bool_]:
+        return np.asarray(self.doc_ids == DELETED)
+
+    def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
+        """The k best of this shard, ties by doc_id.
+
+        A query that finds less than k, because it looked at too little of the index or deleted vectors took
+        places, is asked again and looks further, until it has k or all that there are.
+
+        Raises:
+            InputError: the dimensions differ, or top_k is under 1.
+        """
+        check_queries(queries, self.index.d)
+        hits = self._best(self.index, None, queries, top_k)
+        num_due = min(top_k, len(self.doc_ids) - np.count_nonzero(self._deleted))
+        for index, parameters in _ever_further(self.index):
+            lacking = np.flatnonzero(np.count_nonzero(hits.scores > -np.inf, axis=1) < num_due)
+            if not len(lacking):
+                break
+            found = self._best(index, parameters, queries[lacking], top_k)
+            hits.scores[lacking], hits.doc_ids[lacking] = found.scores, found.doc_ids
+        return hits
+
+    def _best(self, index: Any, parameters: Any, queries: NDArray[np.float32], top_k: int) -> Hits:
+        """The k best of what one search looks at.
+
+        FAISS breaks ties as it likes, so one more than k is asked for, and where the last place may be
+        tied with the one after it, or deleted vectors took places, more, until k have an end.
+        """
+        best = TopK(len(queries), top_k)
+        pending = np.arange(len(queries))
+        wanted = top_k + 1
+        scores = np.full((len(queries), 0), -np.inf, np.float32)
+        doc_ids = np.empty((len(queries), 0), object)
+        while len(pending):
+            depth = min(wanted, self.index.ntotal)
+            asked = np.ascontiguousarray(queries[pending], np.float32)
+            found, rows = index.search(asked, depth, params=parameters)
+            kept = np.where((rows < 0) | self._deleted[rows], -np.inf, found).astype(np.float32)
+            scores, doc_ids = _widened(scores, doc_ids, depth)
+            scores[pending], doc_ids[pending] = kept, self.doc_ids[rows]
+            if depth == self.index.ntotal:
+                break
+            kth = -np.partition(-kept, top_k - 1, axis=1)[:, top_k - 1]
+            pending = pending[(rows[:, -1] >= 0) & (kth <= found[:, -1])]
+            wanted *= 2
+        best.add(scores, doc_ids)
+        return best.hits()
+
+
+def _ever_further(index: Any) -> Iterator[tuple[Any, Any]]:
+    """What to search and with which parameters, to look at more of an index than it is set to, and ever more.
+
+    Inverted lists are probed twice as many, up to all. A graph takes efSearch = k at least by itself, but may
+    have parts that no link leads to: its vectors are scanned.
+    """
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        num_probed = lists.nprobe
+        while num_probed < lists.nlist:
+            num_probed = min(2 * num_probed, lists.nlist)
+            yield index, _probing(index, num_probed)
+    elif isinstance(index, faiss.IndexHNSW):
+        yield index.storage, None
+
+
+def _probing(index: Any, num_lists: int) -> Any:
+    """Parameters of one search that probes so many lists; the index itself, which others search too, stays as it is."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        below = _probing(index.base_index, num_lists)
+        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)  # type: ignore[call-arg]
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=_probing(index.index, num_lists))  # type: ignore[call-arg]
+    return faiss.SearchParametersIVF(nprobe=num_lists)  # type: ignore[call-arg]
+
+
+def _widened(
+    scores: NDArray[np.float32], doc_ids: NDArray[np.object_], width: int
+) -> tuple[NDArray[np.float32], NDArray[np.object_]]:
+    shape = (len(scores), width - scores.shape[1])
+    return (
+        np.concatenate([scores, np.full(shape, -np.inf, np.float32)], axis=1),
+        np.concatenate([doc_ids, np.empty(shape, object)], axis=1),
+    )
+
+
+def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], top_k: int) -> Hits:
+    """The k best over all shards: the same as from one index that holds all their vectors.
+
+    Each shard may be let go before the next is loaded. k over the number of vectors gives all of them.
+    """
+    best = TopK(len(queries), top_k)
+    for shard in shards:
+        found = shard.search(queries, top_k)
+        best.merge(found.scores, found.doc_ids)
+    return best.hits()
+
+
+def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]) -> IndexShard:
+    """An index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them all.
+
+    Args:
+        factory: FAISS factory string.
+        dimension: D.
+        chunks: doc_ids and vectors.
+    """
+    index = new_index(factory, dimension)
+    doc_ids: list[str] = []
+    parts: list[NDArray[np.float32]] = []
+    for names, vectors in chunks:
+        parts.append(np.ascontiguousarray(vectors, np.float32))
+        doc_ids.extend(names)
+        if index.is_trained:
+            index.add(parts.pop())
+    if parts:
+        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        index.train(training_sample(whole, index))
+        index.add(whole)
+    return IndexShard(index, np.array(doc_ids, dtype=object))
+
+
+def new_index(factory: str, dimension: int) -> Any:
+    """Return the untrained FAISS index of a factory string, for inner products.
+
+    FAISS would also order the codes of product quantization for filtering by Hamming distance (polysemous codes). That is
+    most of the training, 1.6 seconds of a core per code byte, and no search here filters so.
+    """
+    index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
+    with contextlib.suppress(RuntimeError):  # not an IVF index
+        inverted_lists: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
+        is_quantized = isinstance(inverted_lists, faiss.IndexIVFPQ)
+        if is_quantized:
+            inverted_lists.do_polysemous_training = False
+    return index
+
+
+def training_sample(vectors: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
+    """What an index is trained on: 64 vectors a list, and 65,536 at least, where there are so many."""
+    try:
+        num_lists = faiss.extract_index_ivf(index).nlist
+    except RuntimeError:
+        num_lists = 0
+    size = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
+    if len(vectors) <= size:
+        return vectors
+    return vectors[np.sort(np.random.default_rng(0).choice(len(vectors), size, replace=False))]
