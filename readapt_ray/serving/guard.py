@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from readapt_ray.serving.keys import KeyRing
-from readapt_ray.serving.options import is_loopback
+from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.search_service import Limits, Trace
-from readapt_ray.serving.telemetry import Telemetry
+from readapt_ray.serving.telemetry import Telemetry, Trace
 
 if TYPE_CHECKING:
     from readapt_ray.serving.spans import RequestSpans

@@ -1,19 +1,32 @@
 """The options of `readapt serve`: one version, or several side by side, and how traffic reaches them."""
 
 import ipaddress
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from readapt_ray.config import Config, OptionError
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.serving.routing import Routing, parse_split
+from readapt_ray.serving.versions import LostShards, Routing, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
 
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request and a gateway may take; see `ServeConfig`."""
+
+    batch_wait_s: float
+    max_requests: int
+    max_queued_tokens: int
+    max_body_bytes: int
+    max_inputs: int
+    timeout_s: float
+
+
 class VersionConfig(Config):
-    """One (encoder, index) pair and the processes that hold it."""
+    """One version, an encoder with its index, and the processes that hold it."""
 
     retriever: str = ""
     """The model to serve: catalog name, folder, URI or hub id."""
@@ -97,7 +110,7 @@ class ServeConfig(VersionConfig):
     """Texts in a request at most."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds until a request is given up with 504; a request may ask for less."""
-    lost_shards: Literal["wait", "partial", "error"] = "wait"
+    lost_shards: LostShards = "wait"
     """When a part of the index does not answer: wait for its replacement until the request's time is up, answer without it and say so, or refuse."""
     shard_timeout_s: float = Field(default=2.0, gt=0)
     """Seconds that a part of the index has to answer before it counts as lost, unless the policy is to wait."""
@@ -124,10 +137,10 @@ class ServeConfig(VersionConfig):
     def _complete(self) -> Self:
         if bool(self.retriever) == bool(self.versions):
             raise OptionError("give a {retriever}, or several {versions} with one each")
-        self.routing().check(self.pairs())
+        self.routing().check(self.each_version())
         return self
 
-    def pairs(self) -> dict[str, VersionConfig]:
+    def each_version(self) -> dict[str, VersionConfig]:
         """Each version by its name, whole.
 
         Raises:
@@ -145,7 +158,7 @@ class ServeConfig(VersionConfig):
         """How traffic reaches the versions."""
         return Routing.parse(
             {
-                "default": self.default or next(iter(self.pairs())),
+                "default": self.default or next(iter(self.each_version())),
                 "split": parse_split(self.split),
                 "shadow": self.shadow,
                 "shadow_share": self.shadow_share,

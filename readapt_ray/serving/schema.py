@@ -24,6 +24,7 @@ MAX_DOC_IDS = 10_000
 NOT_AN_OBJECT = "the body must be a JSON object, sent as application/json"
 DEFAULT_MODEL = "default"
 """What a client may call the default version, whichever it is."""
+SHOWN_OF_ENCODING = ("max_query_tokens", "max_passage_tokens", "query_template", "passage_template")
 
 Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
@@ -203,7 +204,7 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class VersionHealth(BaseModel):
+class CheckResult(BaseModel):
     """Whether a version encodes, and searches its whole index, right now."""
 
     ready: bool
@@ -216,7 +217,7 @@ class Readiness(BaseModel):
     """`GET /readyz`: whether every version can do its work."""
 
     ready: bool
-    versions: dict[str, VersionHealth]
+    versions: dict[str, CheckResult]
 
 
 class ErrorBody(BaseModel):
@@ -250,6 +251,11 @@ class RequestError(Exception):
         self.status = status
         self.retry_after_s = retry_after_s
         self.body = error_body(message, status=status, param=param, code=code)
+
+
+def invalid(message: str, param: str) -> RequestError:
+    """Make the error of a field whose value cannot be used."""
+    return RequestError(message, param=param, code="invalid_value")
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}

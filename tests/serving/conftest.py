@@ -23,13 +23,12 @@ from readapt_ray.serving.api import build_api
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey, KeyRing
-from readapt_ray.serving.options import ServeConfig
-from readapt_ray.serving.routing import Routing
-from readapt_ray.serving.search_service import Engine, Limits
+from readapt_ray.serving.options import Limits, ServeConfig
+from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
-from readapt_ray.serving.versions import DocFilter, Found, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import DocFilter, Found, Ranked, Routing, VersionInfo, merged
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
 
 
@@ -151,9 +150,9 @@ class LocalVersion:
 
 @dataclass
 class Local:
-    """The whole server in this process, but for Ray: clients of `client` go through the guard, the API and the engine."""
+    """The whole server in this process, but for Ray: clients of `client` go through the guard, the API and the search service."""
 
-    engine: Engine
+    service: SearchService
     versions: dict[str, LocalVersion]
     app: Guard
 
@@ -195,22 +194,22 @@ async def local_server(
     **limits,
 ):
     """A `Local` server of these versions; the first is the default."""
-    engine = Engine(Limits(**(LIMITS | limits)), Telemetry())
-    await engine.set_state(versions, routing or Routing(default=next(iter(versions))))
+    service = SearchService(Limits(**(LIMITS | limits)), Telemetry())
+    await service.set_state(versions, routing or Routing(default=next(iter(versions))))
 
     async def no_metrics() -> str:
         return "# nothing\n"
 
     app = Guard(
-        build_api(engine, no_metrics),
+        build_api(service, no_metrics),
         keys=KeyRing(keys),
         allow_anonymous=allow_anonymous,
         sees_clients=sees_clients,
-        limits=engine.limits,
+        limits=service.limits,
         telemetry=Telemetry(),
         spans=spans,
     )
-    yield Local(engine, versions, app)
+    yield Local(service, versions, app)
 
 
 @pytest.fixture(autouse=True)

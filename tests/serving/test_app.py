@@ -16,7 +16,7 @@ from readapt_ray.catalog.models import find_model
 from readapt_ray.errors import ArtifactMissingError, FingerprintMismatchError, InputError, ModelError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.serving.app import bind_gateway, check_pair, check_probe, serve_config
+from readapt_ray.serving.app import bind_gateway, check_probe, check_version, serve_config
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.server import serve
 from tests.factories import full_retriever, small_corpus, write_contract
@@ -63,7 +63,7 @@ def test_search_over_two_actors_equals_exact_search(served, world):
 def test_the_fingerprint_of_a_pair_is_known_before_it_is_served(served, world):
     [model] = served.get("/v1/models").json()["data"]
     assert (model["id"], model["num_vectors"]) == ("tiny", 40)
-    assert model["fingerprint"] == check_pair("tiny", world.config())
+    assert model["fingerprint"] == check_version("tiny", world.config())
     ready = served.get("/readyz").json()
     assert ready["versions"]["tiny"]["ready"] is True
 
@@ -154,7 +154,7 @@ def test_an_open_address_needs_keys(world, monkeypatch):
 def test_versions_take_what_they_do_not_say_from_above(world):
     versions = {"base": world.pair("other") | {"num_replicas": 2}, "adapted": world.pair()}
     config = world.config(versions=versions, index_replicas=3, split=["base=1", "adapted=9"], shadow="base")
-    pairs = config.pairs()
+    pairs = config.each_version()
     assert [(each.num_replicas, each.index_replicas) for each in pairs.values()] == [(2, 3), (1, 3)]
     assert config.routing().model_dump() == {
         "default": "base",
@@ -163,7 +163,7 @@ def test_versions_take_what_they_do_not_say_from_above(world):
         "shadow_share": 1.0,
         "recall_probe": 0.0,
     }
-    assert list(world.config().pairs()) == ["retriever"]
+    assert list(world.config().each_version()) == ["retriever"]
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ logger = logging.getLogger("ray.serve")
 _RETRY_S = 0.1
 
 
-class RemoteVersion:
+class RayBackend:
     """The replicas of a version's encoder, and of the slices of its index.
 
     Args:
         info: what the encoder says of itself.
-        encoder: handle of `VersionEncoder`.
-        slices: handles of `VersionIndex` by name.
+        encoder: handle of `EncoderReplica`.
+        slices: handles of `IndexReplica` by name.
         lost_shards: what to do about a slice that does not answer.
         shard_timeout_s: after how long it counts as lost; not for `wait`.
     """
