@@ -1,5 +1,6 @@
 """The HTTP API of a gateway: paths, bodies and errors; what happens behind them is the search service's."""
 
+import functools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,16 +16,19 @@ from readapt_ray.serving.telemetry import Trace
 
 _FOLDER = Path(__file__).parent
 _ERRORS: dict[int | str, dict[str, object]] = {
-    400: {"model": schema.ErrorResponse, "description": "The request cannot be used; the message says what is wrong."},
-    401: {"model": schema.ErrorResponse, "description": "No valid API key."},
-    403: {"model": schema.ErrorResponse, "description": "Without API keys only this machine is answered."},
-    404: {"model": schema.ErrorResponse, "description": "No such model, or no index."},
-    408: {"model": schema.ErrorResponse, "description": "The body did not come in time."},
-    413: {"model": schema.ErrorResponse, "description": "The body is too large."},
-    429: {"model": schema.ErrorResponse, "description": "Too much at once; Retry-After says when to come back."},
-    500: {"model": schema.ErrorResponse, "description": "A failure; the log has it under the request's number."},
-    503: {"model": schema.ErrorResponse, "description": "A part is down or being replaced; try again."},
-    504: {"model": schema.ErrorResponse, "description": "The time of the request was over."},
+    status: {"model": schema.ErrorResponse, "description": description}
+    for status, description in {
+        400: "The request cannot be used; the message says what is wrong.",
+        401: "No valid API key.",
+        403: "Without API keys only this machine is answered.",
+        404: "No such model, or no index.",
+        408: "The body did not come in time.",
+        413: "The body is too large.",
+        429: "Too much at once; Retry-After says when to come back.",
+        500: "A failure; the log has it under the request's number.",
+        503: "A part is down or being replaced; try again.",
+        504: "The time of the request was over.",
+    }.items()
 }
 # Inline styles and scripts are the page's own; it can talk to nobody but this server.
 _POLICY = (
@@ -109,22 +113,18 @@ def _add_health(app: FastAPI, service: SearchService, gather_metrics: Callable[[
 
 
 def _add_pages(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def search_page() -> Response:
-        return _page("page.html")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return _page("docs.html")
-
-
-def _page(name: str) -> Response:
     headers = {
         "content-security-policy": _POLICY,
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
-    return HTMLResponse((_FOLDER / name).read_text(encoding="utf-8"), headers=headers)
+    for path, file in (("/", "page.html"), ("/docs", "docs.html")):
+        page = HTMLResponse((_FOLDER / file).read_text(encoding="utf-8"), headers=headers)
+        app.add_api_route(path, functools.partial(_return, page), include_in_schema=False)
+
+
+async def _return(page: Response) -> Response:
+    return page
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -155,7 +155,7 @@ def bind_gateway(config: ServeConfig) -> Any:
     from readapt_ray.serving.keys import read_keys
 
     check_probe(config)
-    limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
+    limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
     state = GatewayConfig(
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),

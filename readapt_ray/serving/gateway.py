@@ -90,14 +90,11 @@ class Gateway:
     async def _version(self, app: str, state: GatewayConfig) -> RayBackend:
         encoder, info = await _description(app)
         known = self._versions.get(app)
-        if (
-            known
-            and known.info.fingerprint == info.fingerprint
-            and known.fits(state.lost_shards, state.shard_timeout_s)
-        ):
+        policy = (state.lost_shards, state.shard_timeout_s)
+        if known and known.info.fingerprint == info.fingerprint and known.policy == policy:
             return known
         slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
-        return RayBackend(info, encoder, slices, lost_shards=state.lost_shards, shard_timeout_s=state.shard_timeout_s)
+        return RayBackend(info, encoder, slices, *policy)
 
 
 def _sees_clients() -> bool:

@@ -33,19 +33,13 @@ class RayBackend:
         info: VersionInfo,
         encoder: Any,
         slices: Mapping[str, Any],
-        *,
         lost_shards: LostShards,
         shard_timeout_s: float,
     ) -> None:
         self.info = info
         self._encoder = encoder
         self._slices = dict(slices)
-        self._lost_shards = lost_shards
-        self._shard_timeout_s = shard_timeout_s
-
-    def fits(self, lost_shards: LostShards, shard_timeout_s: float) -> bool:
-        """Whether it follows this policy."""
-        return (self._lost_shards, self._shard_timeout_s) == (lost_shards, shard_timeout_s)
+        self.policy = (lost_shards, shard_timeout_s)
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
         """The vectors [N, D] of N rows of token ids, by whichever replica lives.
@@ -67,20 +61,17 @@ class RayBackend:
         names = list(self._slices)
         answers = await asyncio.gather(*(self._search_slice(name, vectors, top_k, wanted) for name in names))
         missing = [name for name, answer in zip(names, answers, strict=True) if answer is None]
-        if missing and (self._lost_shards == "error" or len(missing) == len(names)):
-            raise RequestError(
-                f"{len(missing)} of {len(names)} parts of the index do not answer; try again",
-                status=503,
-                code="index_incomplete",
-                retry_after_s=1,
-            )
+        if missing and (self.policy[0] == "error" or len(missing) == len(names)):
+            message = f"{len(missing)} of {len(names)} parts of the index do not answer; try again"
+            raise RequestError(message, status=503, code="index_incomplete", retry_after_s=1)
         return Found(merged([answer for answer in answers if answer is not None], len(vectors), top_k), missing)
 
     async def _search_slice(
         self, name: str, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]] | None:
         """What a slice found; None where it is lost."""
-        limit_s = None if self._lost_shards == "wait" else self._shard_timeout_s
+        policy, timeout_s = self.policy
+        limit_s = None if policy == "wait" else timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 found: list[list[Ranked]] = await _persistently(
@@ -98,18 +89,15 @@ class RayBackend:
             WorkerError: a slice lost vectors.
             Exception: whatever a replica raised.
         """
-        before = [
-            self._encoder.check.remote(self.info.fingerprint),
-            *(each.check.remote(self.info.fingerprint) for each in self._slices.values()),
-        ]
-        seconds, *sizes = await asyncio.gather(*(_awaited(each) for each in before))
+        handles = [self._encoder, *self._slices.values()]
+        seconds, *sizes = await asyncio.gather(*(_check(each, self.info.fingerprint) for each in handles))
         if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
 
 
-async def _awaited(response: Any) -> Any:
-    return await response
+async def _check(handle: Any, fingerprint: str) -> Any:
+    return await handle.check.remote(fingerprint)
 
 
 async def _persistently(method: Any, *given: Any) -> Any:
