@@ -76,10 +76,7 @@ def _add_work(app: FastAPI, service: SearchService) -> None:
     @app.get("/v1/models/{model}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
     async def model(model: str) -> schema.ServedModel:
         """One of the versions that are served."""
-        for each in service.models().data:
-            if each.id == model or (each.default and model == schema.DEFAULT_MODEL):
-                return each
-        raise RequestError(f"no model {model[:200]!r} here", status=404, param="model", code="model_not_found")
+        return service.model(model)
 
     @app.post("/v1/rerank", include_in_schema=False)
     async def rerank() -> Response:

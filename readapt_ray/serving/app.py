@@ -17,6 +17,7 @@ from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
+from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
     from readapt_ray.serving.workers import VersionSpec
@@ -159,8 +160,7 @@ def bind_gateway(config: ServeConfig) -> Any:
     state = GatewayConfig(
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
-        lost_shards=config.lost_shards,
-        shard_timeout_s=config.shard_timeout_s,
+        policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),
     )
     # What a gateway refuses itself, in OpenAI's words, comes before Ray's own limit.
     most = 2 * config.max_requests + 64

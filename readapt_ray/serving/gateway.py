@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from pydantic import Field
 from ray import serve
 
 from readapt_ray.config import Config
@@ -23,7 +22,7 @@ from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
-from readapt_ray.serving.versions import LostShards, Routing, VersionInfo
+from readapt_ray.serving.versions import LossPolicy, Routing, VersionInfo
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,10 +37,8 @@ class GatewayConfig(Config):
     """The Ray Serve application of each version, by the version's name."""
     routing: Routing
     """How requests that name no version reach them."""
-    lost_shards: LostShards = "wait"
-    """See `ServeConfig`."""
-    shard_timeout_s: float = Field(default=2.0, gt=0)
-    """See `ServeConfig`."""
+    policy: LossPolicy = LossPolicy()
+    """What to do when a part of an index is lost."""
 
 
 @serve.deployment
@@ -90,11 +87,10 @@ class Gateway:
     async def _version(self, app: str, state: GatewayConfig) -> RayBackend:
         encoder, info = await _description(app)
         known = self._versions.get(app)
-        policy = (state.lost_shards, state.shard_timeout_s)
-        if known and known.info.fingerprint == info.fingerprint and known.policy == policy:
+        if known and known.info.fingerprint == info.fingerprint and known.policy == state.policy:
             return known
         slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
-        return RayBackend(info, encoder, slices, *policy)
+        return RayBackend(info, encoder, slices, state.policy)
 
 
 def _sees_clients() -> bool:

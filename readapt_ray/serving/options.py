@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from readapt_ray.config import Config, OptionError
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.serving.versions import LostShards, Routing, parse_split
+from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
@@ -78,7 +78,7 @@ def _from_file(value: object) -> object:
     return options_of(read_yaml(Location(value), "versions by name"), repr(value), "versions by name")
 
 
-class ServeConfig(VersionConfig, Limits):
+class ServeConfig(VersionConfig, Limits, SideOptions, LossPolicy):
     """Options of `readapt serve`. Those of a version hold for every version that does not say otherwise."""
 
     name: str = ""
@@ -91,14 +91,6 @@ class ServeConfig(VersionConfig, Limits):
     split: tuple[str, ...] = ()
     """Weights of versions among the searches that name none, such as base=0.1,adapted=0.9. If omitted, the default
     version answers all of them."""
-    shadow: str = ""
-    """Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a version on real
-    traffic."""
-    shadow_share: float = Field(default=1.0, ge=0, le=1)
-    """Share of searches that the shadow also gets. Lower it if the shadow takes too much of the machine."""
-    recall_probe: float = Field(default=0.0, ge=0, le=1)
-    """Share of searches that are repeated exactly after the answer, one at a time; metrics say how many of the 10 best the
-    index found. The index must hold its float32 vectors (--storage float32; ivf-pq and rabitq with --refine)."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 means all addresses, and needs API keys."""
     port: int = Field(default=8000, ge=1, le=65535)
@@ -110,11 +102,6 @@ class ServeConfig(VersionConfig, Limits):
     """Answer other machines without API keys. Use it only behind a gateway that checks who asks."""
     num_gateways: int = Field(default=1, ge=1)
     """Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core busy."""
-    lost_shards: LostShards = "wait"
-    """What to do when a part of the index does not answer: wait for its replacement until the request's time is up, answer
-    without it and say so, or return an error."""
-    shard_timeout_s: float = Field(default=2.0, gt=0)
-    """Seconds until a part of the index counts as lost. Unused if `lost_shards` is wait."""
     traces: bool = False
     """Send OpenTelemetry traces of requests over OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `traces`."""
     update: bool = False
@@ -157,15 +144,9 @@ class ServeConfig(VersionConfig, Limits):
 
     def routing(self) -> Routing:
         """How traffic reaches the versions."""
-        return Routing.parse(
-            {
-                "default": self.default or next(iter(self.each_version())),
-                "split": parse_split(self.split),
-                "shadow": self.shadow,
-                "shadow_share": self.shadow_share,
-                "recall_probe": self.recall_probe,
-            }
-        )
+        same = {name: getattr(self, name) for name in SideOptions.model_fields}
+        default = self.default or next(iter(self.each_version()))
+        return Routing.parse(same | {"default": default, "split": parse_split(self.split)})
 
 
 def is_loopback(host: str) -> bool:

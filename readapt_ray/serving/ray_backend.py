@@ -1,4 +1,4 @@
-"""A version behind Ray Serve handles: calls go on over the death of a replica, and over a lost part of the index by policy."""
+"""A version behind Ray Serve handles. Calls are repeated when a replica dies; a policy says what a lost part of the index means."""
 
 import asyncio
 import logging
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import WorkerError
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.versions import DocFilter, Found, LostShards, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import DocFilter, Found, LossPolicy, Ranked, VersionInfo, merged
 
 logger = logging.getLogger("ray.serve")
 
@@ -21,11 +21,10 @@ class RayBackend:
     """The replicas of a version's encoder, and of the slices of its index.
 
     Args:
-        info: what the encoder says of itself.
+        info: what the encoder reports.
         encoder: handle of `EncoderReplica`.
         slices: handles of `IndexReplica` by name.
-        lost_shards: what to do about a slice that does not answer.
-        shard_timeout_s: after how long it counts as lost; not for `wait`.
+        policy: what to do about a slice that does not answer.
     """
 
     def __init__(
@@ -33,13 +32,12 @@ class RayBackend:
         info: VersionInfo,
         encoder: Any,
         slices: Mapping[str, Any],
-        lost_shards: LostShards,
-        shard_timeout_s: float,
+        policy: LossPolicy,
     ) -> None:
         self.info = info
         self._encoder = encoder
         self._slices = dict(slices)
-        self.policy = (lost_shards, shard_timeout_s)
+        self.policy = policy
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
         """The vectors [N, D] of N rows of token ids, by whichever replica lives.
@@ -61,7 +59,7 @@ class RayBackend:
         names = list(self._slices)
         answers = await asyncio.gather(*(self._search_slice(name, vectors, top_k, wanted) for name in names))
         missing = [name for name, answer in zip(names, answers, strict=True) if answer is None]
-        if missing and (self.policy[0] == "error" or len(missing) == len(names)):
+        if missing and (self.policy.lost_shards == "error" or len(missing) == len(names)):
             message = f"{len(missing)} of {len(names)} parts of the index do not answer; try again"
             raise RequestError(message, status=503, code="index_incomplete", retry_after_s=1)
         return Found(merged([answer for answer in answers if answer is not None], len(vectors), top_k), missing)
@@ -70,8 +68,7 @@ class RayBackend:
         self, name: str, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]] | None:
         """What a slice found; None where it is lost."""
-        policy, timeout_s = self.policy
-        limit_s = None if policy == "wait" else timeout_s
+        limit_s = None if self.policy.lost_shards == "wait" else self.policy.shard_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 found: list[list[Ranked]] = await _persistently(

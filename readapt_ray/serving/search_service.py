@@ -90,6 +90,15 @@ class SearchService:
         """List the versions, the default first."""
         return self._registry.models()
 
+    def model(self, name: str) -> schema.ServedModel:
+        """Describe one version.
+
+        Raises:
+            RequestError: there is none of this name.
+        """
+        name, _ = self._registry.named(name)
+        return next(each for each in self._registry.models().data if each.id == name)
+
     async def readiness(self) -> schema.Readiness:
         """Say whether every version encodes and searches, found out by doing it at most once per second."""
         return await self._readiness.result()

@@ -26,8 +26,6 @@ from readapt_ray.serving.batching import Batcher
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError
 
-LostShards = Literal["wait", "partial", "error"]
-
 
 @dataclass(frozen=True)
 class DocFilter:
@@ -118,19 +116,36 @@ class Version:
         return self.backend.info
 
 
-class Routing(Config):
+class LossPolicy(Config):
+    """What to do when a part of the index is lost."""
+
+    lost_shards: Literal["wait", "partial", "error"] = "wait"
+    """What to do when a part of the index does not answer: wait for its replacement until the request's time is up, answer
+    without it and say so, or return an error."""
+    shard_timeout_s: float = Field(default=2.0, gt=0)
+    """Seconds until a part of the index counts as lost. Unused if `lost_shards` is wait."""
+
+
+class SideOptions(Config):
+    """Searches that no client waits for."""
+
+    shadow: str = ""
+    """Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a version on real
+    traffic."""
+    shadow_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of searches that the shadow also gets. Lower it if the shadow takes too much of the machine."""
+    recall_probe: float = Field(default=0.0, ge=0, le=1)
+    """Share of searches that are repeated exactly after the answer, one at a time; metrics say how many of the 10 best the
+    index found. The index must hold its float32 vectors (--storage float32; ivf-pq and rabitq with --refine)."""
+
+
+class Routing(SideOptions):
     """How requests that name no version are spread. It is replaced as a whole, between two requests."""
 
     default: str
     """The version that embeds, and searches unless there is a split."""
     split: dict[str, float] = Field(default_factory=dict)
     """Weight of each version among searches that name none; empty gives all of them to the default."""
-    shadow: str = ""
-    """A version that also searches, unseen by clients, to be compared with what they got."""
-    shadow_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of searches that the shadow gets too."""
-    recall_probe: float = Field(default=0.0, ge=0, le=1)
-    """Share of searches that are repeated exactly, to measure what the index misses."""
 
     @model_validator(mode="after")
     def _weights_are_positive(self) -> Self:

@@ -1,9 +1,8 @@
-"""What computes: the Ray Serve deployments of one version, an encoder and the slices of its index.
+"""The Ray Serve deployments of one version, which compute: an encoder, and the slices of its index.
 
-Each proves its health by doing its work: the encoder encodes a sentence and compares the vector with the first one
-that it made of it, a slice searches for a vector. Where that fails three times, Ray Serve replaces the process. Where the
-proof waits behind other work, that the work goes on is proof enough, unless one piece of it takes longer than
-five minutes.
+A health check does real work: the encoder encodes a sentence and compares the vector with the first one that it made, a
+slice searches for a vector. After three failures Ray Serve replaces the process. If the check queues behind other work, work
+in progress counts as healthy for up to five minutes.
 """
 
 import asyncio

@@ -46,7 +46,7 @@ class World:
     encoder: Encoder
     """That of `retriever`, without HTTP."""
 
-    def pair(self, name: str = "retriever") -> dict[str, str]:
+    def version(self, name: str = "retriever") -> dict[str, str]:
         index = "index" if name == "retriever" else f"index-{name}"
         return {
             "retriever": str(self.folder / name),
@@ -55,8 +55,8 @@ class World:
         }
 
     def config(self, **changes) -> ServeConfig:
-        pair = {} if "versions" in changes else self.pair()
-        return ServeConfig.parse(pair | {"port": free_port()} | changes)
+        chosen = {} if "versions" in changes else self.version()
+        return ServeConfig.parse(chosen | {"port": free_port()} | changes)
 
 
 def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory: str = "Flat") -> None:
@@ -109,11 +109,11 @@ class LocalVersion:
 
     @classmethod
     def load(cls, world: World, name: str = "retriever", **changes) -> "LocalVersion":
-        pair = world.pair(name)
-        model = find_model(pair["retriever"])
+        paths = world.version(name)
+        model = find_model(paths["retriever"])
         encoder = Encoder.load(model)
-        index = VectorIndex.open(pair["index"])
-        corpus = open_artifact(pair["corpus"], "ingest")
+        index = VectorIndex.open(paths["index"])
+        corpus = open_artifact(paths["corpus"], "ingest")
         slices = {f"index-{number}": IndexSlice(index.folder, [each]) for number, each in enumerate(index.records)}
         values = {
             "fingerprint": f"{encoder.fingerprint}+index",
