@@ -192,20 +192,13 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
         {
             "name": version_app_name(name),
             "route_prefix": None,
-            "import_path": "readapt_ray.serving.app:version",
+            "import_path": f"{__name__}:version",
             "args": {"name": name, **each.model_dump(mode="json", exclude_defaults=True)},
         }
         for name, each in config.each_version().items()
     ]
-    applications.append(
-        {
-            "name": GATEWAY_APP,
-            "route_prefix": "/",
-            "import_path": "readapt_ray.serving.app:gateway",
-            "args": given,
-        }
-    )
-    return {"http_options": {"host": config.host, "port": config.port}, "applications": applications}
+    gateway = {"name": GATEWAY_APP, "route_prefix": "/", "import_path": f"{__name__}:gateway", "args": given}
+    return {"http_options": {"host": config.host, "port": config.port}, "applications": [*applications, gateway]}
 
 
 def check_version(name: str, config: VersionConfig) -> str:
@@ -258,11 +251,8 @@ def _mismatch(
 ) -> FingerprintMismatchError:
     wanted = {**encoding.model_dump(mode="json"), "dtype": dtype}
     there = {**recorded["encoding"], "dtype": recorded["dtype"]}
-    differing = [
-        f"{key} is {there.get(key)!r} there and {value!r} here"
-        for key, value in wanted.items()
-        if there.get(key) != value
-    ]
+    other = {key: value for key, value in wanted.items() if there.get(key) != value}
+    differing = [f"{key} is {there.get(key)!r} there and {value!r} here" for key, value in other.items()]
     what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
     return FingerprintMismatchError(
         f"index {config.index!r} does not fit {model.name!r}: {what}; serve the model that made the index, or "

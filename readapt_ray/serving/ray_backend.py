@@ -27,13 +27,7 @@ class RayBackend:
         policy: what to do about a slice that does not answer.
     """
 
-    def __init__(
-        self,
-        info: VersionInfo,
-        encoder: Any,
-        slices: Mapping[str, Any],
-        policy: LossPolicy,
-    ) -> None:
+    def __init__(self, info: VersionInfo, encoder: Any, slices: Mapping[str, Any], policy: LossPolicy) -> None:
         self.info = info
         self._encoder = encoder
         self._slices = dict(slices)

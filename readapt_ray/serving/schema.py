@@ -318,9 +318,7 @@ def embeddings_json(
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)
     ]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(_answer(data, model, fingerprint, num_tokens), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def search_json(
@@ -341,9 +339,13 @@ def search_json(
         }
         for index, hits in enumerate(ranked)
     ]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
+    body = _answer(data, model, fingerprint, num_tokens)
     return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
+
+
+def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
 
 
 def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:

@@ -136,12 +136,8 @@ def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprint
             raise InputError(
                 f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
             )
-        asked = version.processes()
-        other = [
-            f"{option} = {served.processes[option]}, not {value}"
-            for option, value in asked.items()
-            if served.processes[option] != value
-        ]
+        asked = {option: value for option, value in version.processes().items() if served.processes[option] != value}
+        other = [f"{option} = {served.processes[option]}, not {value}" for option, value in asked.items()]
         if other:
             raise InputError(
                 f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
