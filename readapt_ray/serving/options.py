@@ -78,7 +78,7 @@ def _from_file(value: object) -> object:
     return options_of(read_yaml(Location(value), "versions by name"), repr(value), "versions by name")
 
 
-class ServeConfig(VersionConfig, Limits, SideOptions, LossPolicy):
+class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """Options of `readapt serve`. Those of a version hold for every version that does not say otherwise."""
 
     name: str = ""
