@@ -1,5 +1,6 @@
-"""The HTTP API of a gateway: paths, bodies and errors; what happens behind them is the engine's."""
+"""The HTTP API of a gateway: paths, bodies and errors; what happens behind them is the search service's."""
 
+import functools
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,20 +11,24 @@ from starlette.exceptions import HTTPException
 
 from readapt_ray.serving import schema
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.search_service import Engine, Trace
+from readapt_ray.serving.search_service import SearchService
+from readapt_ray.serving.telemetry import Trace
 
 _FOLDER = Path(__file__).parent
 _ERRORS: dict[int | str, dict[str, object]] = {
-    400: {"model": schema.ErrorResponse, "description": "The request cannot be used; the message says what is wrong."},
-    401: {"model": schema.ErrorResponse, "description": "No valid API key."},
-    403: {"model": schema.ErrorResponse, "description": "Without API keys only this machine is answered."},
-    404: {"model": schema.ErrorResponse, "description": "No such model, or no index."},
-    408: {"model": schema.ErrorResponse, "description": "The body did not come in time."},
-    413: {"model": schema.ErrorResponse, "description": "The body is too large."},
-    429: {"model": schema.ErrorResponse, "description": "Too much at once; Retry-After says when to come back."},
-    500: {"model": schema.ErrorResponse, "description": "A failure; the log has it under the request's number."},
-    503: {"model": schema.ErrorResponse, "description": "A part is down or being replaced; try again."},
-    504: {"model": schema.ErrorResponse, "description": "The time of the request was over."},
+    status: {"model": schema.ErrorResponse, "description": description}
+    for status, description in {
+        400: "The request cannot be used; the message says what is wrong.",
+        401: "No valid API key.",
+        403: "Without API keys only this machine is answered.",
+        404: "No such model, or no index.",
+        408: "The body did not come in time.",
+        413: "The body is too large.",
+        429: "Too much at once; Retry-After says when to come back.",
+        500: "A failure; the log has it under the request's number.",
+        503: "A part is down or being replaced; try again.",
+        504: "The time of the request was over.",
+    }.items()
 }
 # Inline styles and scripts are the page's own; it can talk to nobody but this server.
 _POLICY = (
@@ -32,11 +37,11 @@ _POLICY = (
 )
 
 
-def build_api(engine: Engine, gather_metrics: Callable[[], Awaitable[str]]) -> FastAPI:
+def build_api(service: SearchService, gather_metrics: Callable[[], Awaitable[str]]) -> FastAPI:
     """The app.
 
     Args:
-        engine: answers.
+        service: answers.
         gather_metrics: gives what `GET /metrics` shows.
     """
     app = FastAPI(
@@ -46,35 +51,32 @@ def build_api(engine: Engine, gather_metrics: Callable[[], Awaitable[str]]) -> F
         redoc_url=None,
     )
     _add_errors(app)
-    _add_work(app, engine)
-    _add_health(app, engine, gather_metrics)
+    _add_work(app, service)
+    _add_health(app, service, gather_metrics)
     _add_pages(app)
     return app
 
 
-def _add_work(app: FastAPI, engine: Engine) -> None:
+def _add_work(app: FastAPI, service: SearchService) -> None:
     @app.post("/v1/embeddings", response_model=schema.EmbeddingsResponse, responses=_ERRORS)
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:
         """The vectors of texts, as OpenAI's API has it."""
-        return Response(await engine.embed(body, _trace(request)), media_type="application/json")
+        return Response(await service.embed(body, _trace(request)), media_type="application/json")
 
     @app.post("/v1/search", response_model=schema.SearchResponse, responses=_ERRORS)
     async def search(body: schema.SearchRequest, request: Request) -> Response:
         """The best passages for queries, or for their vectors."""
-        return Response(await engine.search(body, _trace(request)), media_type="application/json")
+        return Response(await service.search(body, _trace(request)), media_type="application/json")
 
     @app.get("/v1/models", responses={each: _ERRORS[each] for each in (401, 403, 429)})
     async def models() -> schema.ModelList:
         """The versions that are served."""
-        return engine.models()
+        return service.models()
 
     @app.get("/v1/models/{model}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
     async def model(model: str) -> schema.ServedModel:
         """One of the versions that are served."""
-        for each in engine.models().data:
-            if each.id == model or (each.default and model == schema.DEFAULT_MODEL):
-                return each
-        raise RequestError(f"no model {model[:200]!r} here", status=404, param="model", code="model_not_found")
+        return service.model(model)
 
     @app.post("/v1/rerank", include_in_schema=False)
     async def rerank() -> Response:
@@ -85,7 +87,7 @@ def _add_work(app: FastAPI, engine: Engine) -> None:
         )
 
 
-def _add_health(app: FastAPI, engine: Engine, gather_metrics: Callable[[], Awaitable[str]]) -> None:
+def _add_health(app: FastAPI, service: SearchService, gather_metrics: Callable[[], Awaitable[str]]) -> None:
     @app.get("/healthz", responses={403: _ERRORS[403]})
     async def healthz() -> schema.Health:
         """Whether this process answers; nothing else is looked at."""
@@ -98,7 +100,7 @@ def _add_health(app: FastAPI, engine: Engine, gather_metrics: Callable[[], Await
     )
     async def readyz() -> Response:
         """Whether every version encodes, and searches its whole index; found out by doing it, once a second at most."""
-        readiness = await engine.readiness()
+        readiness = await service.readiness()
         return JSONResponse(readiness.model_dump(exclude_none=True), status_code=200 if readiness.ready else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse, responses={each: _ERRORS[each] for each in (401, 403, 429)})
@@ -108,22 +110,18 @@ def _add_health(app: FastAPI, engine: Engine, gather_metrics: Callable[[], Await
 
 
 def _add_pages(app: FastAPI) -> None:
-    @app.get("/", include_in_schema=False)
-    async def search_page() -> Response:
-        return _page("page.html")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        return _page("docs.html")
-
-
-def _page(name: str) -> Response:
     headers = {
         "content-security-policy": _POLICY,
         "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer",
     }
-    return HTMLResponse((_FOLDER / name).read_text(encoding="utf-8"), headers=headers)
+    for path, file in (("/", "page.html"), ("/docs", "docs.html")):
+        page = HTMLResponse((_FOLDER / file).read_text(encoding="utf-8"), headers=headers)
+        app.add_api_route(path, functools.partial(_return, page), include_in_schema=False)
+
+
+async def _return(page: Response) -> Response:
+    return page
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -16,7 +16,8 @@ from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
-from readapt_ray.serving.options import ServeConfig, VersionConfig
+from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
+from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
     from readapt_ray.serving.workers import VersionSpec
@@ -54,13 +55,13 @@ def gateway(args: dict[str, Any]) -> Any:
 
 def bind_version(name: str, config: VersionConfig) -> Any:
     """An encoder and the slices of its index."""
-    from readapt_ray.serving.workers import VersionEncoder, VersionIndex
+    from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
     names = spec.shards
     dealt = [names[first :: config.index_actors] for first in range(min(config.index_actors, len(names)))]
     slices = [
-        VersionIndex.options(  # type: ignore[attr-defined]
+        IndexReplica.options(  # type: ignore[attr-defined]
             name=f"index-{number}",
             num_replicas=config.index_replicas,
             max_ongoing_requests=64,
@@ -69,7 +70,7 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         ).bind(spec, mine, max(1, hardware.num_cores() // len(dealt)))
         for number, mine in enumerate(dealt)
     ]
-    encoder = VersionEncoder.options(  # type: ignore[attr-defined]
+    encoder = EncoderReplica.options(  # type: ignore[attr-defined]
         name=ENCODER_DEPLOYMENT,
         # One batch in work and one on its way; batches are formed in the gateway.
         max_ongoing_requests=2,
@@ -151,17 +152,15 @@ def bind_gateway(config: ServeConfig) -> Any:
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
-    from readapt_ray.serving.gateway import Gateway, GatewayState
+    from readapt_ray.serving.gateway import Gateway, GatewayConfig
     from readapt_ray.serving.keys import read_keys
-    from readapt_ray.serving.search_service import Limits
 
     check_probe(config)
-    limits = Limits(**{name: getattr(config, name) for name in Limits.__dataclass_fields__})
-    state = GatewayState(
-        versions={name: version_app_name(name) for name in config.pairs()},
+    limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
+    state = GatewayConfig(
+        versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
-        lost_shards=config.lost_shards,
-        shard_timeout_s=config.shard_timeout_s,
+        policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),
     )
     # What a gateway refuses itself, in OpenAI's words, comes before Ray's own limit.
     most = 2 * config.max_requests + 64
@@ -193,23 +192,16 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
         {
             "name": version_app_name(name),
             "route_prefix": None,
-            "import_path": "readapt_ray.serving.app:version",
-            "args": {"name": name, **pair.model_dump(mode="json", exclude_defaults=True)},
+            "import_path": f"{__name__}:version",
+            "args": {"name": name, **each.model_dump(mode="json", exclude_defaults=True)},
         }
-        for name, pair in config.pairs().items()
+        for name, each in config.each_version().items()
     ]
-    applications.append(
-        {
-            "name": GATEWAY_APP,
-            "route_prefix": "/",
-            "import_path": "readapt_ray.serving.app:gateway",
-            "args": given,
-        }
-    )
-    return {"http_options": {"host": config.host, "port": config.port}, "applications": applications}
+    gateway = {"name": GATEWAY_APP, "route_prefix": "/", "import_path": f"{__name__}:gateway", "args": given}
+    return {"http_options": {"host": config.host, "port": config.port}, "applications": [*applications, gateway]}
 
 
-def check_pair(name: str, config: VersionConfig) -> str:
+def check_version(name: str, config: VersionConfig) -> str:
     """Find out before anything starts whether retriever, index and corpus can be used and fit together.
 
     Returns:
@@ -244,8 +236,8 @@ def check_probe(config: ServeConfig) -> None:
     from readapt_ray.retrieval.vector_index import VectorIndex
     from readapt_ray.serving.index_slice import holds_vectors_whole
 
-    for name, pair in config.pairs().items() if config.recall_probe else ():
-        for record in VectorIndex.open(pair.index).records if pair.index else ():
+    for name, each in config.each_version().items() if config.recall_probe else ():
+        for record in VectorIndex.open(each.index).records if each.index else ():
             if not holds_vectors_whole(record.factory):
                 raise InputError(
                     f"recall_probe = {config.recall_probe:g}, but the index of version {name!r} ({record.factory}) does not hold "
@@ -259,11 +251,8 @@ def _mismatch(
 ) -> FingerprintMismatchError:
     wanted = {**encoding.model_dump(mode="json"), "dtype": dtype}
     there = {**recorded["encoding"], "dtype": recorded["dtype"]}
-    differing = [
-        f"{key} is {there.get(key)!r} there and {value!r} here"
-        for key, value in wanted.items()
-        if there.get(key) != value
-    ]
+    other = {key: value for key, value in wanted.items() if there.get(key) != value}
+    differing = [f"{key} is {there.get(key)!r} there and {value!r} here" for key, value in other.items()]
     what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
     return FingerprintMismatchError(
         f"index {config.index!r} does not fit {model.name!r}: {what}; serve the model that made the index, or "

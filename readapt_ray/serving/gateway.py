@@ -1,4 +1,4 @@
-"""The Ray Serve deployment that speaks HTTP: it looks after versions and hands requests to the engine.
+"""The Ray Serve deployment that speaks HTTP: it looks after versions and hands requests to the search service.
 
 Which versions it serves, and how, is its `user_config`: Ray Serve changes it in place, without a restart, when
 `serve deploy` or KubeRay brings another; what is under way ends with the versions that it began with.
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from pydantic import Field
 from ray import serve
 
 from readapt_ray.config import Config
@@ -19,12 +18,11 @@ from readapt_ray.serving.api import build_api
 from readapt_ray.serving.guard import App, Guard
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
-from readapt_ray.serving.options import is_loopback
-from readapt_ray.serving.remote import RemoteVersion
-from readapt_ray.serving.routing import Routing
-from readapt_ray.serving.search_service import Engine, Limits
+from readapt_ray.serving.options import Limits, is_loopback
+from readapt_ray.serving.ray_backend import RayBackend
+from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
-from readapt_ray.serving.versions import LostShards, VersionInfo
+from readapt_ray.serving.versions import LossPolicy, Routing, VersionInfo
 
 logger = logging.getLogger("ray.serve")
 
@@ -32,17 +30,15 @@ _POLL_S = 0.5
 _SCRAPE_S = 5.0
 
 
-class GatewayState(Config):
+class GatewayConfig(Config):
     """What a gateway serves: its `user_config`."""
 
     versions: dict[str, str]
     """The Ray Serve application of each version, by the version's name."""
     routing: Routing
     """How requests that name no version reach them."""
-    lost_shards: LostShards = "wait"
-    """See `ServeConfig`."""
-    shard_timeout_s: float = Field(default=2.0, gt=0)
-    """See `ServeConfig`."""
+    policy: LossPolicy = LossPolicy()
+    """What to do when a part of an index is lost."""
 
 
 @serve.deployment
@@ -58,8 +54,8 @@ class Gateway:
         self._allow_anonymous = allow_anonymous
         self._traces = traces
         self._telemetry = Telemetry()
-        self._engine = Engine(limits, self._telemetry)
-        self._versions: dict[str, RemoteVersion] = {}
+        self._service = SearchService(limits, self._telemetry)
+        self._versions: dict[str, RayBackend] = {}
         """By their applications, whose handles they hold."""
 
     def __serve_build_asgi_app__(self) -> App:
@@ -70,7 +66,7 @@ class Gateway:
 
             spans = RequestSpans()
         return Guard(
-            build_api(self._engine, gather_metrics),
+            build_api(self._service, gather_metrics),
             keys=self._keys,
             allow_anonymous=self._allow_anonymous,
             sees_clients=_sees_clients(),
@@ -80,27 +76,21 @@ class Gateway:
         )
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve what a `GatewayState` says, once every version in it is up."""
-        state = GatewayState.parse(user_config, where="user_config")
+        """Serve what a `GatewayConfig` says, once every version in it is up."""
+        state = GatewayConfig.parse(user_config, where="user_config")
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
-        await self._engine.set_state(versions, state.routing)
+        await self._service.set_state(versions, state.routing)
         self._versions = dict(zip(state.versions.values(), found, strict=True))
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 
-    async def _version(self, app: str, state: GatewayState) -> RemoteVersion:
+    async def _version(self, app: str, state: GatewayConfig) -> RayBackend:
         encoder, info = await _description(app)
         known = self._versions.get(app)
-        if (
-            known
-            and known.info.fingerprint == info.fingerprint
-            and known.fits(state.lost_shards, state.shard_timeout_s)
-        ):
+        if known and known.info.fingerprint == info.fingerprint and known.policy == state.policy:
             return known
         slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
-        return RemoteVersion(
-            info, encoder, slices, lost_shards=state.lost_shards, shard_timeout_s=state.shard_timeout_s
-        )
+        return RayBackend(info, encoder, slices, state.policy)
 
 
 def _sees_clients() -> bool:

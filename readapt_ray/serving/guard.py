@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from readapt_ray.serving.keys import KeyRing
-from readapt_ray.serving.options import is_loopback
+from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.search_service import Limits, Trace
-from readapt_ray.serving.telemetry import Telemetry
+from readapt_ray.serving.telemetry import Telemetry, Trace
 
 if TYPE_CHECKING:
     from readapt_ray.serving.spans import RequestSpans
@@ -139,12 +138,8 @@ class Guard:
         trace.key = key.name
         wait_s = self._keys.wait_s(key)
         if wait_s:
-            raise RequestError(
-                f"the key {key.name!r} may make {key.requests_per_minute:g} requests a minute",
-                status=429,
-                code="rate_limit_exceeded",
-                retry_after_s=math.ceil(wait_s),
-            )
+            message = f"the key {key.name!r} may make {key.requests_per_minute:g} requests per minute"
+            raise RequestError(message, status=429, code="rate_limit_exceeded", retry_after_s=math.ceil(wait_s))
 
     def _check_loopback(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
         """Without keys nobody but this machine is answered; nor is a web page that took this machine for its own host."""
@@ -214,15 +209,12 @@ class Guard:
         # Paths that do not exist are many; as labels they would fill the memory of Prometheus.
         path = scope["path"] if scope["path"] in _KNOWN_PATHS else "other"
         self._telemetry.request(path, status, trace.version, trace.key, seconds)
+        answered = {"method": scope["method"], "path": path, "status": status}
         if self._spans:
-            self._spans.record(
-                trace, method=scope["method"], path=path, status=status, seconds=seconds, headers=headers
-            )
+            self._spans.record(trace, **answered, seconds=seconds, headers=headers)
         entry = {
             "request": trace.request_id,
-            "method": scope["method"],
-            "path": path,
-            "status": status,
+            **answered,
             "version": trace.version,
             "key": trace.key,
             "items": trace.num_items,

@@ -24,17 +24,14 @@ _SETTINGS = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
 }
 _FILES = {
-    "CONFIG_FILE_LOC": "haproxy.cfg",
-    "SOCKET_PATH": "admin.sock",
-    "SERVER_STATE_BASE": "",
-    "SERVER_STATE_FILE": "server-state",
-    "METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
+    "RAY_SERVE_HAPROXY_SOCKET_PATH": "admin.sock",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": "",
+    "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": "server-state",
+    "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": "start",
 }
-_PORTS = (
-    "RAY_SERVE_HAPROXY_METRICS_PORT",
-    "RAY_SERVE_HAPROXY_STATS_PORT",
-    "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
-)
+_PORTS = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
 _PORT_RANGE = range(20_000, 30_000)
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 """Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
@@ -47,20 +44,19 @@ exec setpriv --pdeathsig KILL {binary} "$@"
 
 @contextlib.contextmanager
 def preferred(host: str) -> Iterator[None]:
-    """Let the Ray that starts in here serve through HAProxy, unless the environment says otherwise.
+    """Make the Ray that starts in this context serve through HAProxy, unless the environment says otherwise.
 
-    Nothing happens where HAProxy is not to be had, or the host is an address that it does not get on with. Afterwards what
-    was added is gone: it suits Ray's processes, not this one.
+    Do nothing if HAProxy is not installed or cannot bind this host. Afterwards the environment is as before: the settings
+    are for Ray's processes, not for this one.
     """
     fits = host in _HOSTS and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
     binary = _binary() if fits else None
-    wanted = _environment(binary) if binary else {}
-    added = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(added)
+    before = dict(os.environ)
+    os.environ.update(_environment(binary) | before if binary else {})
     try:
         yield
     finally:
-        for name in added:
+        for name in os.environ.keys() - before.keys():
             del os.environ[name]
 
 
@@ -72,9 +68,9 @@ def _environment(binary: str) -> dict[str, str]:
     start = folder / "start"
     start.write_text(_START.format(binary=shlex.quote(binary)))
     start.chmod(0o700)
-    files = {f"RAY_SERVE_HAPROXY_{name}": f"{folder}/{file}" for name, file in _FILES.items()}
-    ports = dict(zip(_PORTS, map(str, _free_ports(len(_PORTS))), strict=True))
-    return {**_SETTINGS, **files, **ports, "RAY_SERVE_HAPROXY_BINARY_PATH": str(start)}
+    files = {name: f"{folder}/{file}" for name, file in _FILES.items()}
+    ports = zip(_PORTS, _free_ports(len(_PORTS)), strict=True)
+    return _SETTINGS | files | {f"RAY_SERVE_{name}": str(port) for name, port in ports}
 
 
 def _binary() -> str | None:

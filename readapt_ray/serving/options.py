@@ -7,42 +7,64 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from readapt_ray.config import Config, OptionError
 from readapt_ray.retrieval.templates import EncodingOption
-from readapt_ray.serving.routing import Routing, parse_split
+from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
 
+class Limits(Config):
+    """How much a request may ask for, and how much a gateway takes at once."""
+
+    batch_wait_s: float = Field(default=0.0, ge=0, le=10)
+    """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
+    the cost of latency. While the encoder is busy, texts gather anyway."""
+    max_requests: int = Field(default=256, ge=1)
+    """Maximum number of requests in progress per gateway. Above it the answer is 429."""
+    max_queued_tokens: int = Field(default=1 << 20, ge=1)
+    """Maximum number of tokens that wait per version and gateway. Above it the answer is 429. Lower it to refuse early
+    instead of answering late."""
+    max_body_bytes: int = Field(default=16 << 20, ge=1024)
+    """Maximum size of a request in bytes. Above it the answer is 413."""
+    max_inputs: int = Field(default=2048, ge=1, le=2048)
+    """Maximum number of texts per request."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds until a request is given up with 504. A request can ask for less. Raise it if clients send many texts per
+    request to a slow encoder."""
+
+
 class VersionConfig(Config):
-    """One (encoder, index) pair and the processes that hold it."""
+    """One version, an encoder with its index, and the processes that hold it."""
 
     retriever: str = ""
-    """The model to serve: catalog name, folder, URI or hub id."""
+    """Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions` lists several."""
     index: str | None = None
-    """Output folder of `readapt index`, made by this retriever. Without one there is no search."""
+    """Output folder of `readapt index`, made with this retriever. If omitted, there is no search."""
     corpus: str | None = None
-    """Output folder of `readapt ingest`, for titles and texts in search results. Optional."""
+    """Output folder of `readapt ingest`. If omitted, search results have no titles and texts."""
     encoding: EncodingOption = None
-    """How the retriever wants its text, as a JSON file; default: as the index was made, or what its folder says."""
+    """JSON file that says how the retriever wants its text. If omitted, the index says it, or the model's folder."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Type that the model computes in; default: as the index was made, or float32."""
+    """Type that the model computes in. If omitted, that of the index, or float32. The index accepts no other one."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """Tokens that go through the model at once at most; default: what suits the device."""
+    """Maximum number of tokens per batch. If omitted, chosen for the device. Lower it if a GPU runs out of memory."""
     num_replicas: int = Field(default=1, ge=1)
-    """Processes that hold the model; with `max_replicas`, the fewest."""
+    """Number of encoder processes; with `max_replicas`, the minimum. Raise it for more requests per second."""
     max_replicas: int | None = Field(default=None, ge=1)
-    """Processes at most: Ray Serve starts more while batches wait, and stops them again. Default: `num_replicas`."""
+    """Maximum number of encoder processes. Ray Serve starts more while batches wait, and stops them again. If omitted,
+    `num_replicas`."""
     num_cpus_per_replica: float = Field(default=0.5, ge=0)
-    """CPUs that Ray sets aside for a replica; how many it really uses is `num_threads`."""
+    """CPUs that Ray reserves per encoder process. `num_threads` says how many it really uses."""
     num_gpus_per_replica: float | None = Field(default=None, ge=0)
-    """GPUs that Ray sets aside for a replica; 0.25 puts four on one. Default: 1 where the cluster has any, else 0."""
+    """GPUs that Ray reserves per encoder process; 0.25 puts four on one GPU. If omitted, 1 if the cluster has GPUs, else
+    0."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Threads that a replica computes with; default: its share of this machine's CPUs."""
+    """CPU threads per encoder process. If omitted, its share of this machine's CPUs. Lower it if other work runs there."""
     index_actors: int = Field(default=1, ge=1)
-    """Processes that the shards of the index are dealt out to."""
+    """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's memory."""
     index_replicas: int = Field(default=1, ge=1)
-    """Copies of each of these processes."""
+    """Number of copies of each index process. With 2 or more, searches go on when one dies."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
-    """CPUs that Ray sets aside for a process that holds shards."""
+    """CPUs that Ray reserves per index process."""
 
     def processes(self) -> dict[str, Any]:
         """The options that say how many processes there are, and with what; not what they serve."""
@@ -56,55 +78,34 @@ def _from_file(value: object) -> object:
     return options_of(read_yaml(Location(value), "versions by name"), repr(value), "versions by name")
 
 
-class ServeConfig(VersionConfig):
+class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """Options of `readapt serve`. Those of a version hold for every version that does not say otherwise."""
 
     name: str = ""
-    """What clients call the version; default: the last part of `retriever`."""
+    """Name of the version for clients. If omitted, the last part of `retriever`."""
     versions: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_from_file)] = None
-    """Several versions by name, each with its retriever, index, corpus and so on; in a YAML file, or a file of its own."""
+    """YAML file of several versions by name, each with its retriever, index, corpus and so on. The file of --config can
+    also hold them as a section."""
     default: str = ""
-    """The version that answers requests that name none; default: the first."""
+    """Version that answers requests that name none. If omitted, the first."""
     split: tuple[str, ...] = ()
-    """Shares of searches that name no version, such as base=0.1,adapted=0.9."""
-    shadow: str = ""
-    """A version that searches along, unseen by clients; how far it agrees is in the metrics."""
-    shadow_share: float = Field(default=1.0, ge=0, le=1)
-    """Share of searches that the shadow gets too."""
-    recall_probe: float = Field(default=0.0, ge=0, le=1)
-    """Share of searches that are made again exactly after the answer, one at a time; what the index found of the 10 best is in the metrics.
-    For an index that holds its vectors as they were: of storage float32, with refine where it has codes."""
+    """Weights of versions among the searches that name none, such as base=0.1,adapted=0.9. If omitted, the default
+    version answers all of them."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all, which needs API keys."""
+    """Address to listen on. 0.0.0.0 means all addresses, and needs API keys."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
     api_keys: str | None = None
-    """YAML file of `name: key`, or `name: {key: ..., requests_per_minute: 600}`; default: $READAPT_API_KEYS, the same as text.
-    Without keys only this machine is answered."""
+    """YAML file of API keys: `name: key`, or `name: {key: ..., requests_per_minute: 600}`. If omitted, the same text in
+    $READAPT_API_KEYS. Without keys only clients on this machine are answered."""
     allow_anonymous: bool = False
-    """Answer other machines without API keys, because something else guards the door."""
+    """Answer other machines without API keys. Use it only behind a gateway that checks who asks."""
     num_gateways: int = Field(default=1, ge=1)
-    """Processes that speak HTTP and form batches."""
-    batch_wait_s: float = Field(default=0.0, ge=0, le=10)
-    """Seconds that a batch waits for more rows at most while the encoder is free; while it is busy, rows gather anyhow."""
-    max_requests: int = Field(default=256, ge=1)
-    """Requests under way in a gateway at most; above that the answer is 429."""
-    max_queued_tokens: int = Field(default=1 << 20, ge=1)
-    """Tokens that wait for a version in a gateway at most; above that the answer is 429."""
-    max_body_bytes: int = Field(default=16 << 20, ge=1024)
-    """Bytes of a request at most."""
-    max_inputs: int = Field(default=2048, ge=1, le=2048)
-    """Texts in a request at most."""
-    timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds until a request is given up with 504; a request may ask for less."""
-    lost_shards: Literal["wait", "partial", "error"] = "wait"
-    """When a part of the index does not answer: wait for its replacement until the request's time is up, answer without it and say so, or refuse."""
-    shard_timeout_s: float = Field(default=2.0, gt=0)
-    """Seconds that a part of the index has to answer before it counts as lost, unless the policy is to wait."""
+    """Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core busy."""
     traces: bool = False
-    """Send OpenTelemetry traces of requests over OTLP, to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `traces`."""
+    """Send OpenTelemetry traces of requests over OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `traces`."""
     update: bool = False
-    """Bring the server that this Ray already runs to this state, without a dropped request, instead of starting one."""
+    """Bring the server that runs on this Ray to these options without dropping a request, instead of starting one."""
     write_config: str | None = None
     """Write the file that `serve deploy` and KubeRay's RayService read, and start nothing."""
 
@@ -124,10 +125,10 @@ class ServeConfig(VersionConfig):
     def _complete(self) -> Self:
         if bool(self.retriever) == bool(self.versions):
             raise OptionError("give a {retriever}, or several {versions} with one each")
-        self.routing().check(self.pairs())
+        self.routing().check(self.each_version())
         return self
 
-    def pairs(self) -> dict[str, VersionConfig]:
+    def each_version(self) -> dict[str, VersionConfig]:
         """Each version by its name, whole.
 
         Raises:
@@ -143,15 +144,9 @@ class ServeConfig(VersionConfig):
 
     def routing(self) -> Routing:
         """How traffic reaches the versions."""
-        return Routing.parse(
-            {
-                "default": self.default or next(iter(self.pairs())),
-                "split": parse_split(self.split),
-                "shadow": self.shadow,
-                "shadow_share": self.shadow_share,
-                "recall_probe": self.recall_probe,
-            }
-        )
+        same = {name: getattr(self, name) for name in SideOptions.model_fields}
+        default = self.default or next(iter(self.each_version()))
+        return Routing.parse(same | {"default": default, "split": parse_split(self.split)})
 
 
 def is_loopback(host: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.templates import Kind, TextTokenizer
-from readapt_ray.serving.schema import RequestError
+from readapt_ray.serving.schema import RequestError, invalid
 
 _NO_LIMIT_TOKENS = 1 << 40
 _CHARACTERS_PER_TOKEN = 32
@@ -55,11 +55,7 @@ class InputTokenizer:
         is_one = isinstance(given, str) or isinstance(given[0], int)
         items: list[Any] = [given] if is_one else list(given)
         if len(items) > max_inputs:
-            raise RequestError(
-                f"'{param}' has {len(items):,} texts; this server takes {max_inputs:,} in a request",
-                param=param,
-                code="invalid_value",
-            )
+            raise invalid(f"'{param}' has {len(items):,} texts; this server takes {max_inputs:,} in a request", param)
         names = [f"'{param}'" if is_one else f"'{param}[{place}]'" for place in range(len(items))]
         first, size = 0, 0
         for place, item in enumerate(items, start=1):
@@ -87,9 +83,7 @@ class InputTokenizer:
             for name, item, text in cut:
                 self._check_cut(name, item, text, kind, param)
         except InputError:
-            raise RequestError(
-                f"'{param}' holds text that is not valid Unicode", param=param, code="invalid_value"
-            ) from None
+            raise invalid(f"'{param}' holds text that is not valid Unicode", param) from None
         for row, name in zip(rows, names, strict=True):
             if len(row) > self._limits[kind]:
                 raise self._too_long(f"{name} has {len(row):,} tokens", kind, param)
@@ -100,12 +94,8 @@ class InputTokenizer:
         whole, template = self._whole.ids([text, ""], kind)
         num_tokens = len(whole) - len(template)
         if num_tokens < self._limits[kind] + _CUT_TOKENS:
-            raise RequestError(
-                f"{name} has {_size(item)}, and the first {self._most[kind]:,} make only {num_tokens:,} tokens; "
-                f"leave out what is no text",
-                param=param,
-                code="context_length_exceeded",
-            )
+            message = f"{name} has {_size(item)}, and the first {self._most[kind]:,} make only {num_tokens:,} tokens"
+            raise RequestError(f"{message}; leave out what is no text", param=param, code="context_length_exceeded")
 
     def _too_long(self, what: str, kind: Kind, param: str) -> RequestError:
         return RequestError(
@@ -117,11 +107,10 @@ class InputTokenizer:
     def _decoded(self, ids: list[int], kind: Kind, name: str, param: str) -> str:
         """The text of token ids, or of as many as can matter."""
         if max(ids) >= len(self._tokenizer):
-            raise RequestError(
+            raise invalid(
                 f"{name} has the token id {max(ids)}; this model's tokenizer has {len(self._tokenizer):,} tokens: "
                 f"send text, or ids of its own tokenizer",
-                param=param,
-                code="invalid_value",
+                param,
             )
         ids = ids[: self._most[kind]]
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -24,6 +24,7 @@ MAX_DOC_IDS = 10_000
 NOT_AN_OBJECT = "the body must be a JSON object, sent as application/json"
 DEFAULT_MODEL = "default"
 """What a client may call the default version, whichever it is."""
+SHOWN_OF_ENCODING = ("max_query_tokens", "max_passage_tokens", "query_template", "passage_template")
 
 Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
@@ -203,7 +204,7 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class VersionHealth(BaseModel):
+class CheckResult(BaseModel):
     """Whether a version encodes, and searches its whole index, right now."""
 
     ready: bool
@@ -216,7 +217,7 @@ class Readiness(BaseModel):
     """`GET /readyz`: whether every version can do its work."""
 
     ready: bool
-    versions: dict[str, VersionHealth]
+    versions: dict[str, CheckResult]
 
 
 class ErrorBody(BaseModel):
@@ -250,6 +251,11 @@ class RequestError(Exception):
         self.status = status
         self.retry_after_s = retry_after_s
         self.body = error_body(message, status=status, param=param, code=code)
+
+
+def invalid(message: str, param: str) -> RequestError:
+    """Make the error of a field whose value cannot be used."""
+    return RequestError(message, param=param, code="invalid_value")
 
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -312,9 +318,7 @@ def embeddings_json(
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)
     ]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
-    return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    return orjson.dumps(_answer(data, model, fingerprint, num_tokens), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def search_json(
@@ -335,9 +339,13 @@ def search_json(
         }
         for index, hits in enumerate(ranked)
     ]
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    body = {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
+    body = _answer(data, model, fingerprint, num_tokens)
     return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
+
+
+def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
 
 
 def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
             together, or recall cannot be probed; nothing was started.
         ReadaptError: a replica could not start.
     """
-    pairs = config.pairs()
+    versions = config.each_version()
     keys = read_keys(config.api_keys)
     if config.write_config:
         file = Location(config.write_config)
@@ -65,12 +65,12 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         check_exporter()
     if not config.update:
         _check_port(config.host, config.port)
-    fingerprints = {name: app.check_pair(name, pair) for name, pair in pairs.items()}
+    fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
     url = f"http://{_reachable(config.host)}:{config.port}"
     _deploy(config, url, fingerprints)
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
-    logger.info("serving %s at %s (%s)", ", ".join(pairs), url, "anybody" if config.allow_anonymous else who)
+    logger.info("serving %s at %s (%s)", ", ".join(versions), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
         _wait_for_signal()
         _end_where_ray_ends()
@@ -113,7 +113,9 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
 
     try:
         ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
-        versions = {app.version_app_name(name): app.bind_version(name, pair) for name, pair in config.pairs().items()}
+        versions = {
+            app.version_app_name(name): app.bind_version(name, each) for name, each in config.each_version().items()
+        }
         _run(versions | {app.GATEWAY_APP: app.bind_gateway(config)})
         _wait_until_ready(url)
     except BaseException as error:
@@ -125,25 +127,21 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
 def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
     if app.GATEWAY_APP not in running:
         raise InputError("--update changes a server that runs, and this Ray runs none; start one without it")
-    wanted = {app.version_app_name(name): (name, pair) for name, pair in config.pairs().items()}
+    wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
     added = [each for each in wanted if each not in running]
     for each in set(wanted) & running:
-        name, pair = wanted[each]
+        name, version = wanted[each]
         served = _ray_serve().get_deployment_handle(ENCODER_DEPLOYMENT, each).describe.remote().result()
         if served.fingerprint != fingerprints[name]:
             raise InputError(
                 f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
             )
-        asked = pair.processes()
-        other = [
-            f"{option} = {served.processes[option]}, not {value}"
-            for option, value in asked.items()
-            if served.processes[option] != value
-        ]
+        asked = {option: value for option, value in version.processes().items() if served.processes[option] != value}
+        other = [f"{option} = {served.processes[option]}, not {value}" for option, value in asked.items()]
         if other:
             raise InputError(
                 f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
-                f"leave that as it is, or give the same pair under another name and let this one go"
+                f"leave that as it is, or give the same version under another name and let this one go"
             )
     try:
         if added:

@@ -16,7 +16,7 @@ from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_contex
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from readapt_ray.errors import InputError
-from readapt_ray.serving.search_service import Trace
+from readapt_ray.serving.telemetry import Trace
 
 _EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 

@@ -4,6 +4,8 @@
 was counted within some ten seconds.
 """
 
+from dataclasses import dataclass, field
+
 from ray.util.metrics import Counter, Histogram
 
 from readapt_ray.serving.batching import Timing
@@ -14,6 +16,18 @@ _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 
 _SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 _ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 _DIFFERENCES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What the log, the metrics and `Server-Timing` say of a request."""
+
+    request_id: str = ""
+    key: str = ""
+    version: str = ""
+    num_items: int = 0
+    num_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Telemetry:
@@ -33,10 +47,10 @@ class Telemetry:
         self._partial = Counter("readapt_partial_searches", "Searches without a part of the index.", by_version)
         self._not_finite = Counter("readapt_not_finite", "Texts whose vectors had NaN or infinity.", by_version)
         self._recall = Histogram("readapt_recall", "Share of the 10 best that the index found.", _SHARES, by_version)
-        pair = ("version", "shadow")
-        self._overlap = Histogram("readapt_shadow_overlap", "Share of the first 10 that both found.", _SHARES, pair)
+        both = ("version", "shadow")
+        self._overlap = Histogram("readapt_shadow_overlap", "Share of the first 10 that both found.", _SHARES, both)
         self._difference = Histogram(
-            "readapt_shadow_score_difference", "Between the best scores of the two, without sign.", _DIFFERENCES, pair
+            "readapt_shadow_score_difference", "Between the best scores of the two, without sign.", _DIFFERENCES, both
         )
 
     def request(self, path: str, status: int, version: str, key: str, seconds: float) -> None:

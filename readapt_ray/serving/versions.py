@@ -1,61 +1,38 @@
-"""One version as the gateway sees it: what it is, how to have texts encoded and searched.
+"""The versions that a server has: what each one is, which one answers a request, and how traffic is split among them.
 
-A version is an encoder with the index of its own vectors: one unit with one fingerprint. Every call carries the
-fingerprint that it was meant for, and whoever holds another refuses it, so a query is never searched in the index
-of another encoder, not even while versions change.
+A version is an encoder with the index of its own vectors: one unit with one fingerprint. Every call carries the fingerprint
+that it is meant for, and a process that holds another one refuses it. So a query is never searched in the index of another
+encoder, not even while versions change.
 """
 
+import hashlib
 import heapq
 import itertools
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, model_validator
 
 from readapt_ray.catalog.retrievers import Encoding
-
-LostShards = Literal["wait", "partial", "error"]
+from readapt_ray.config import Config
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.passage_store import PassageStore
+from readapt_ray.serving import schema
+from readapt_ray.serving.batching import Batcher
+from readapt_ray.serving.request_tokens import InputTokenizer
+from readapt_ray.serving.schema import RequestError
 
 
 @dataclass(frozen=True)
 class DocFilter:
-    """Which passages may be found: those whose doc_id begins so, or is one of these."""
+    """Restrict a search to passages whose doc_id has a prefix, or is listed."""
 
     prefix: str | None = None
     doc_ids: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class VersionInfo:
-    """What a version says of itself when it is up."""
-
-    fingerprint: str
-    """Of encoder, index and corpus together."""
-    encoder_fingerprint: str
-    encoding: Encoding
-    tokenizer: Any
-    """The transformers tokenizer."""
-    dimension: int
-    batch_tokens: int
-    num_slots: int
-    """Batches that its replicas can encode at once."""
-    slices: Mapping[str, int] = field(default_factory=dict)
-    """The parts of its index, each with the number of its vectors; empty without an index."""
-    corpus: str | None = None
-    """Where the titles and texts of its passages lie."""
-    corpus_fingerprint: str | None = None
-    """Of that corpus; another one at the same place has other texts."""
-    created: int = 0
-    """Seconds since 1970."""
-    processes: Mapping[str, Any] = field(default_factory=dict)
-    """The options of its processes."""
-
-    @property
-    def num_vectors(self) -> int:
-        """Vectors in the whole index."""
-        return sum(self.slices.values())
 
 
 class Ranked(NamedTuple):
@@ -73,27 +50,230 @@ class Found:
     missing: list[str]
 
 
-class Version(Protocol):
-    """Whoever encodes and searches; on Ray Serve, or in one process for a test."""
+@dataclass(frozen=True, kw_only=True)
+class VersionInfo:
+    """What the running encoder of a version reports."""
+
+    fingerprint: str
+    """Of encoder, index and corpus together."""
+    encoder_fingerprint: str
+    encoding: Encoding
+    tokenizer: Any
+    """The transformers tokenizer."""
+    dimension: int
+    batch_tokens: int
+    num_slots: int
+    """Batches that its replicas can encode at once."""
+    slices: Mapping[str, int] = field(default_factory=dict)
+    """The parts of its index, each with the number of its vectors; empty without an index."""
+    corpus: str | None = None
+    """Folder or URI with the titles and texts of its passages."""
+    corpus_fingerprint: str | None = None
+    """Of that corpus; another one at the same place has other texts."""
+    created: int = 0
+    """Seconds since 1970."""
+    processes: Mapping[str, Any] = field(default_factory=dict)
+    """The options of its processes."""
+
+    @property
+    def num_vectors(self) -> int:
+        """Vectors in the whole index."""
+        return sum(self.slices.values())
+
+
+class Backend(Protocol):
+    """The encoder and the index behind a version: on Ray Serve, or in one process for a test."""
 
     info: VersionInfo
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
-        """The vectors [N, D] of N rows of token ids."""
+        """Return the vectors [N, D] of N rows of token ids."""
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """The k best of each query [Q, D]."""
+        """Find the k best passages of each query [Q, D]."""
 
     async def check(self) -> float:
-        """Encode and search for real, now: the seconds that the encoder took.
+        """Encode and search for real, and return the seconds that the encoder took.
 
         Raises:
             Exception: it cannot.
         """
 
 
+@dataclass(frozen=True)
+class Version:
+    """One version as a gateway holds it."""
+
+    backend: Backend
+    tokenizer: InputTokenizer
+    batcher: Batcher
+    store: PassageStore | None
+    """Titles and texts of its corpus."""
+
+    @property
+    def info(self) -> VersionInfo:
+        """What its encoder reports."""
+        return self.backend.info
+
+
+class LossPolicy(Config):
+    """What to do when a part of the index is lost."""
+
+    lost_shards: Literal["wait", "partial", "error"] = "wait"
+    """What to do when a part of the index does not answer: wait for its replacement until the request's time is up, answer
+    without it and say so, or return an error."""
+    shard_timeout_s: float = Field(default=2.0, gt=0)
+    """Seconds until a part of the index counts as lost. Unused if `lost_shards` is wait."""
+
+
+class SideOptions(Config):
+    """Searches that no client waits for."""
+
+    shadow: str = ""
+    """Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a version on real
+    traffic."""
+    shadow_share: float = Field(default=1.0, ge=0, le=1)
+    """Share of searches that the shadow also gets. Lower it if the shadow takes too much of the machine."""
+    recall_probe: float = Field(default=0.0, ge=0, le=1)
+    """Share of searches that are repeated exactly after the answer, one at a time; metrics say how many of the 10 best the
+    index found. The index must hold its float32 vectors (--storage float32; ivf-pq and rabitq with --refine)."""
+
+
+class Routing(SideOptions):
+    """How requests that name no version are spread. It is replaced as a whole, between two requests."""
+
+    default: str
+    """The version that embeds, and searches unless there is a split."""
+    split: dict[str, float] = Field(default_factory=dict)
+    """Weight of each version among searches that name none; empty gives all of them to the default."""
+
+    @model_validator(mode="after")
+    def _weights_are_positive(self) -> Self:
+        if self.split and (min(self.split.values()) < 0 or sum(self.split.values()) <= 0):
+            raise ValueError("the weights of a split must be 0 or more, and one of them over 0")
+        return self
+
+    def check(self, names: Iterable[str]) -> None:
+        """Refuse versions that are not served.
+
+        Raises:
+            InputError: one of them is not in `names`.
+        """
+        used = [("default", self.default), ("shadow", self.shadow), *(("split", each) for each in self.split)]
+        for option, name in used:
+            if name and name not in names:
+                raise InputError(f"{option} names {name!r}, which is not served; the versions are {', '.join(names)}")
+
+    def of_search(self, user: str | None) -> str:
+        """Choose the version for a search that names none: the same for the same user, else at random."""
+        if not self.split:
+            return self.default
+        place = _place(user) if user else random.random()
+        total = sum(self.split.values())
+        for name, weight in self.split.items():
+            place -= weight / total
+            if place < 0:
+                return name
+        return max(self.split, key=self.split.__getitem__)
+
+    def probes(self) -> bool:
+        """Decide whether this search is repeated exactly."""
+        return random.random() < self.recall_probe
+
+    def shadow_of(self, answered_by: str) -> str | None:
+        """Choose the version that repeats a search that `answered_by` answered; None for none."""
+        if self.shadow and self.shadow != answered_by and random.random() < self.shadow_share:
+            return self.shadow
+        return None
+
+
+def parse_split(entries: tuple[str, ...]) -> dict[str, float]:
+    """Parse `("base=0.1", "adapted=0.9")` into weights by name.
+
+    Raises:
+        InputError: an entry is not NAME=WEIGHT.
+    """
+    split = {}
+    for entry in entries:
+        name, _, weight = entry.partition("=")
+        try:
+            split[name] = float(weight)
+        except ValueError:
+            raise InputError(f"split entry {entry!r} is not NAME=WEIGHT, such as adapted=0.9") from None
+    return split
+
+
+def _place(user: str) -> float:
+    """Map a user to a number in [0, 1), always the same one."""
+    return int.from_bytes(hashlib.sha256(user.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The versions by name, and the routing among them: one state, replaced as a whole."""
+
+    versions: Mapping[str, Version] = field(default_factory=dict)
+    routing: Routing = field(default_factory=lambda: Routing(default=""))
+
+    def models(self) -> schema.ModelList:
+        """List the versions, the default first."""
+        listed = [
+            schema.ServedModel(
+                id=name,
+                created=info.created,
+                default=name == self.routing.default,
+                dimension=info.dimension,
+                fingerprint=info.fingerprint,
+                encoder_fingerprint=info.encoder_fingerprint,
+                num_vectors=info.num_vectors,
+                **{each: getattr(info.encoding, each) for each in schema.SHOWN_OF_ENCODING},
+            )
+            for name, info in ((name, each.info) for name, each in self.versions.items())
+        ]
+        return schema.ModelList(data=sorted(listed, key=lambda model: not model.default))
+
+    def named(self, model: str | None) -> tuple[str, Version]:
+        """Find the version of this name; the default for None or `default`.
+
+        Raises:
+            RequestError: there is none.
+        """
+        is_default = model is None or (model == schema.DEFAULT_MODEL and model not in self.versions)
+        name = self.routing.default if is_default or model is None else model
+        if name in self.versions:
+            return name, self.versions[name]
+        if not self.versions:
+            raise RequestError("no version is up yet; try again soon", status=503, retry_after_s=1)
+        known = ", ".join(map(repr, self.versions))
+        message = f"no model {name[:200]!r} here; this server has {known}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    def for_search(self, body: schema.SearchRequest) -> tuple[str, Version]:
+        """Find the version that a search names, or that made its vectors, or that the split chooses.
+
+        Raises:
+            RequestError: there is none, or its encoder did not make the vectors.
+        """
+        if body.vector is None:
+            if body.model and body.model != schema.DEFAULT_MODEL:
+                return self.named(body.model)
+            return self.named(self.routing.of_search(body.user) or None)
+        made_by = [name for name, each in self.versions.items() if each.info.encoder_fingerprint == body.fingerprint]
+        if body.model:
+            name, _ = self.named(body.model)
+            made_by = [each for each in made_by if each == name]
+        if not made_by:
+            raise RequestError(
+                "the vectors were not made by this model: its 'encoder_fingerprint' in /v1/models is not the 'fingerprint' "
+                "that came with them",
+                param="fingerprint",
+                code="fingerprint_mismatch",
+            )
+        return self.named(self.routing.default if self.routing.default in made_by else made_by[0])
+
+
 def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:
-    """The k best of each query from what each part of an index found for it, best first, ties by doc_id."""
+    """Merge what each part of an index found into the k best of each query, best first, ties by doc_id."""
     return [
         list(itertools.islice(heapq.merge(*(part[query] for part in parts), key=_best_first), top_k))
         for query in range(num_queries)

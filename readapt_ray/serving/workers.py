@@ -1,9 +1,8 @@
-"""What computes: the Ray Serve deployments of one version, an encoder and the slices of its index.
+"""The Ray Serve deployments of one version, which compute: an encoder, and the slices of its index.
 
-Each proves its health by doing its work: the encoder encodes a sentence and compares the vector with the first one
-that it made of it, a slice searches for a vector. Where that fails three times, Ray Serve replaces the process. Where the
-proof waits behind other work, that the work goes on is proof enough, unless one piece of it takes longer than
-five minutes.
+A health check does real work: the encoder encodes a sentence and compares the vector with the first one that it made, a
+slice searches for a vector. After three failures Ray Serve replaces the process. If the check queues behind other work, work
+in progress counts as healthy for up to five minutes.
 """
 
 import asyncio
@@ -57,7 +56,7 @@ class VersionSpec:
     """The options of its processes: how many, with what."""
 
     def fingerprint(self, encoder: str) -> str:
-        """Of the pair."""
+        """Return the fingerprint of the version, from that of its encoder."""
         return fingerprint({"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint})
 
 
@@ -117,7 +116,7 @@ def _set_faiss_threads(num_threads: int) -> None:
 
 
 @serve.deployment
-class VersionEncoder:
+class EncoderReplica:
     """Holds a retriever.
 
     Args:
@@ -175,7 +174,7 @@ class VersionEncoder:
         Raises:
             FingerprintMismatchError: they are meant for another version.
         """
-        _check_version(version, self._fingerprint)
+        _check_fingerprint(version, self._fingerprint)
         return await self._compute(self._encoder.encode_ids, rows)
 
     async def check(self, version: str) -> float:
@@ -185,7 +184,7 @@ class VersionEncoder:
             FingerprintMismatchError: another version is meant.
             WorkerError: the vector is not what it was at the start.
         """
-        _check_version(version, self._fingerprint)
+        _check_fingerprint(version, self._fingerprint)
         before_s = time.perf_counter()
         self._check_probe((await self._compute(self._encoder.encode_ids, self._probe_ids))[0])
         return time.perf_counter() - before_s
@@ -204,7 +203,7 @@ class VersionEncoder:
 
 
 @serve.deployment
-class VersionIndex:
+class IndexReplica:
     """Holds some shards of a version's index."""
 
     def __init__(self, spec: VersionSpec, names: Sequence[str], num_threads: int) -> None:
@@ -236,7 +235,7 @@ class VersionIndex:
             FingerprintMismatchError: the queries are meant for another version.
             InputError: the index cannot be filtered.
         """
-        _check_version(version, self._fingerprint)
+        _check_fingerprint(version, self._fingerprint)
         if wanted is None:
             hits = await self._compute(self._slice.search, queries, top_k)
         else:
@@ -257,7 +256,7 @@ class VersionIndex:
         Raises:
             FingerprintMismatchError: another version is meant.
         """
-        _check_version(version, self._fingerprint)
+        _check_fingerprint(version, self._fingerprint)
         if self._slice.num_vectors:
             await self._compute(self._slice.search, self._probe, 1, None)
         return self._slice.num_vectors
@@ -267,6 +266,6 @@ class VersionIndex:
         await self._compute.check(functools.partial(self.check, self._fingerprint))
 
 
-def _check_version(meant: str, held: str) -> None:
+def _check_fingerprint(meant: str, held: str) -> None:
     if meant != held:
         raise FingerprintMismatchError(f"meant for version {meant}, but this process holds {held}")

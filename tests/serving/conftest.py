@@ -25,13 +25,12 @@ from readapt_ray.serving.api import build_api
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey, KeyRing
-from readapt_ray.serving.options import ServeConfig
-from readapt_ray.serving.routing import Routing
-from readapt_ray.serving.search_service import Engine, Limits
+from readapt_ray.serving.options import Limits, ServeConfig
+from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
-from readapt_ray.serving.versions import DocFilter, Found, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import DocFilter, Found, Ranked, Routing, VersionInfo, merged
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
 
 
@@ -49,7 +48,7 @@ class World:
     encoder: Encoder
     """That of `retriever`, without HTTP."""
 
-    def pair(self, name: str = "retriever") -> dict[str, str]:
+    def version(self, name: str = "retriever") -> dict[str, str]:
         index = "index" if name == "retriever" else f"index-{name}"
         return {
             "retriever": str(self.folder / name),
@@ -58,8 +57,8 @@ class World:
         }
 
     def config(self, **changes) -> ServeConfig:
-        pair = {} if "versions" in changes else self.pair()
-        return ServeConfig.parse(pair | {"port": free_port()} | changes)
+        chosen = {} if "versions" in changes else self.version()
+        return ServeConfig.parse(chosen | {"port": free_port()} | changes)
 
 
 def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory: str = "Flat") -> None:
@@ -112,11 +111,11 @@ class LocalVersion:
 
     @classmethod
     def load(cls, world: World, name: str = "retriever", **changes) -> "LocalVersion":
-        pair = world.pair(name)
-        model = find_model(pair["retriever"])
+        paths = world.version(name)
+        model = find_model(paths["retriever"])
         encoder = Encoder.load(model)
-        index = VectorIndex.open(pair["index"])
-        corpus = open_artifact(pair["corpus"], "ingest")
+        index = VectorIndex.open(paths["index"])
+        corpus = open_artifact(paths["corpus"], "ingest")
         slices = {f"index-{number}": IndexSlice(index.folder, [each]) for number, each in enumerate(index.records)}
         values = {
             "fingerprint": f"{encoder.fingerprint}+index",
@@ -153,9 +152,9 @@ class LocalVersion:
 
 @dataclass
 class Local:
-    """The whole server in this process, but for Ray: clients of `client` go through the guard, the API and the engine."""
+    """The whole server in this process, but for Ray: clients of `client` go through the guard, the API and the search service."""
 
-    engine: Engine
+    service: SearchService
     versions: dict[str, LocalVersion]
     app: Guard
 
@@ -197,22 +196,22 @@ async def local_server(
     **limits,
 ):
     """A `Local` server of these versions; the first is the default."""
-    engine = Engine(Limits(**(LIMITS | limits)), Telemetry())
-    await engine.set_state(versions, routing or Routing(default=next(iter(versions))))
+    service = SearchService(Limits(**(LIMITS | limits)), Telemetry())
+    await service.set_state(versions, routing or Routing(default=next(iter(versions))))
 
     async def no_metrics() -> str:
         return "# nothing\n"
 
     app = Guard(
-        build_api(engine, no_metrics),
+        build_api(service, no_metrics),
         keys=KeyRing(keys),
         allow_anonymous=allow_anonymous,
         sees_clients=sees_clients,
-        limits=engine.limits,
+        limits=service.limits,
         telemetry=Telemetry(),
         spans=spans,
     )
-    yield Local(engine, versions, app)
+    yield Local(service, versions, app)
 
 
 @pytest.fixture(autouse=True)

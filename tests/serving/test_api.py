@@ -1,4 +1,4 @@
-"""The server without Ray: guard, API, engine and batching over versions in this process."""
+"""The server without Ray: guard, API, search service and batching over versions in this process."""
 
 import asyncio
 import base64
@@ -15,8 +15,8 @@ from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.serving.keys import ApiKey
-from readapt_ray.serving.routing import Routing
 from readapt_ray.serving.telemetry import Telemetry
+from readapt_ray.serving.versions import Routing
 from tests.factories import small_corpus
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -263,7 +263,7 @@ def test_texts_of_another_corpus_at_the_same_place_are_not_served(version, world
     async def run():
         async with local_server({"tiny": version}) as server, server.client() as client:
             with pytest.raises(FingerprintMismatchError, match="0 is meant: it was made again"):
-                await server.engine.set_state({"tiny": version, "other": other}, Routing(default="tiny"))
+                await server.service.set_state({"tiny": version, "other": other}, Routing(default="tiny"))
             assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
 
     asyncio.run(run())

@@ -16,7 +16,7 @@ from readapt_ray.catalog.models import find_model
 from readapt_ray.errors import ArtifactMissingError, FingerprintMismatchError, InputError, ModelError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.serving.app import bind_gateway, check_pair, check_probe, serve_config
+from readapt_ray.serving.app import bind_gateway, check_probe, check_version, serve_config
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.server import serve
 from tests.factories import full_retriever, small_corpus, write_contract
@@ -42,7 +42,7 @@ def test_vectors_over_http_equal_the_encoders_and_gather_in_batches(served, worl
 @pytest.mark.gpu
 def test_a_replica_takes_the_gpu(served, world):
     assert ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0) == 1
-    on_cpu = Encoder.load(find_model(world.pair()["retriever"]), device="cpu")
+    on_cpu = Encoder.load(find_model(world.version()["retriever"]), device="cpu")
     answer = served.post("/v1/embeddings", json={"input": TEXTS})
     found = np.array([each["embedding"] for each in answer.json()["data"]], np.float32)
     assert ((found * on_cpu.encode(TEXTS, "query")).sum(axis=1) > 0.9999).all()
@@ -60,10 +60,10 @@ def test_search_over_two_actors_equals_exact_search(served, world):
     assert answer.headers["x-request-id"]
 
 
-def test_the_fingerprint_of_a_pair_is_known_before_it_is_served(served, world):
+def test_the_fingerprint_of_a_version_is_known_before_it_is_served(served, world):
     [model] = served.get("/v1/models").json()["data"]
     assert (model["id"], model["num_vectors"]) == ("tiny", 40)
-    assert model["fingerprint"] == check_pair("tiny", world.config())
+    assert model["fingerprint"] == check_version("tiny", world.config())
     ready = served.get("/readyz").json()
     assert ready["versions"]["tiny"]["ready"] is True
 
@@ -110,7 +110,7 @@ def test_a_second_server_and_a_port_in_use_are_refused(served, world):
     with pytest.raises(InputError, match="serves an app already; change it with --update"):
         serve(world.config(), blocking=False)
     with pytest.raises(InputError, match="'tiny' is served with another retriever, index or corpus"):
-        serve(world.config(name="tiny", **world.pair("other"), update=True), blocking=False)
+        serve(world.config(name="tiny", **world.version("other"), update=True), blocking=False)
     with pytest.raises(InputError, match="'tiny' runs with num_replicas = 1, not 2, and its processes"):
         serve(world.config(name="tiny", index_actors=2, num_replicas=2, update=True), blocking=False)
     assert served.get("/healthz").status_code == 200
@@ -152,9 +152,9 @@ def test_an_open_address_needs_keys(world, monkeypatch):
 
 
 def test_versions_take_what_they_do_not_say_from_above(world):
-    versions = {"base": world.pair("other") | {"num_replicas": 2}, "adapted": world.pair()}
+    versions = {"base": world.version("other") | {"num_replicas": 2}, "adapted": world.version()}
     config = world.config(versions=versions, index_replicas=3, split=["base=1", "adapted=9"], shadow="base")
-    pairs = config.pairs()
+    pairs = config.each_version()
     assert [(each.num_replicas, each.index_replicas) for each in pairs.values()] == [(2, 3), (1, 3)]
     assert config.routing().model_dump() == {
         "default": "base",
@@ -163,7 +163,7 @@ def test_versions_take_what_they_do_not_say_from_above(world):
         "shadow_share": 1.0,
         "recall_probe": 0.0,
     }
-    assert list(world.config().pairs()) == ["retriever"]
+    assert list(world.config().each_version()) == ["retriever"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_the_config_file_builds_the_same_applications(ray_session, world, tmp_pa
 
     from readapt_ray.serving import app
 
-    versions = {"base": world.pair("other"), "adapted": world.pair()}
+    versions = {"base": world.version("other"), "adapted": world.version()}
     config = world.config(versions=versions, max_replicas=4, split=["base=1"], host="0.0.0.0", allow_anonymous=True)
     path = str(tmp_path / "serve.yaml")
     assert serve(config.model_copy(update={"write_config": path}), blocking=False) == path

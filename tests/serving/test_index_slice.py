@@ -63,7 +63,7 @@ def test_a_slice_knows_its_size(sliced):
 
 
 def test_parts_merge_to_what_one_index_finds(world):
-    index = VectorIndex.open(world.pair()["index"])
+    index = VectorIndex.open(world.version()["index"])
     queries = world.encoder.encode(["array shape", "lock a thread"], "query")
     parts = []
     for record in index.records:

@@ -181,7 +181,7 @@ def _ready_within(url: str, seconds: float, wanted: int) -> bool:
 
 @pytest.mark.timeout(900)
 def test_a_lost_shard_by_policy(started, world: World):
-    versions = {"tiny": world.pair()}
+    versions = {"tiny": world.version()}
     config = world.config(versions=versions, index_actors=2, lost_shards="partial", shard_timeout_s=0.5)
     url = started(config)
     [victim] = processes("ray::ServeReplica:readapt-tiny:index-1")
@@ -200,16 +200,16 @@ def test_a_lost_shard_by_policy(started, world: World):
 
 @pytest.mark.timeout(900)
 def test_the_default_changes_under_load_without_a_failed_request(started, world: World):
-    base = world.config(versions={"base": world.pair("other")})
+    base = world.config(versions={"base": world.version("other")})
     url = started(base)
     load = Load(url, 4, QUERY)
     load.wait_for(50)
-    both = {"base": world.pair("other"), "adapted": world.pair()}
+    both = {"base": world.version("other"), "adapted": world.version()}
     settings = base.model_dump(mode="json", exclude={"versions"}) | {"update": True}
     serve(type(base).parse(settings | {"versions": both, "default": "adapted"}), blocking=False)
     load.wait_for(50)
     # The old version goes only when nobody needs it any more.
-    serve(type(base).parse(settings | {"versions": {"adapted": world.pair()}}), blocking=False)
+    serve(type(base).parse(settings | {"versions": {"adapted": world.version()}}), blocking=False)
     load.wait_for(50)
     statuses = load.end()
     assert set(statuses) == {200}, [each for each in load.answers if each[1] != 200]

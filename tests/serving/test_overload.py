@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from readapt_ray.serving import guard as guard_module
-from readapt_ray.serving import search_service as engine_module
-from readapt_ray.serving.routing import Routing
+from readapt_ray.serving import readiness, search_service, shadow_and_probe
+from readapt_ray.serving.versions import Routing
 from tests.serving.conftest import LocalVersion, local_server
 
 EMBEDDINGS, SEARCH = "/v1/embeddings", "/v1/search"
@@ -26,13 +26,13 @@ def test_one_check_answers_all_who_ask_whether_the_server_is_ready(fresh, monkey
             assert await statuses(1) == {200}
             assert len(fresh.encoded) == 1
             fresh.broken = "out of memory"
-            monkeypatch.setattr(engine_module, "_CHECKED_FOR_S", 0.0)
+            monkeypatch.setattr(readiness, "_CHECKED_FOR_S", 0.0)
             assert await statuses(50) == {503}
             assert len(fresh.encoded) == 2
-            monkeypatch.setattr(engine_module, "_CHECKED_FOR_S", 1000.0)
+            monkeypatch.setattr(readiness, "_CHECKED_FOR_S", 1000.0)
             fresh.broken = ""
             assert await statuses(1) == {503}
-            await server.engine.set_state({"tiny": fresh}, Routing(default="tiny"))
+            await server.service.set_state({"tiny": fresh}, Routing(default="tiny"))
             assert await statuses(1) == {200}, "what was found of the versions before says nothing of these"
 
     asyncio.run(run())
@@ -123,12 +123,12 @@ def test_shadow_searches_do_not_pile_up(fresh, world):
             for _ in range(20):
                 assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
             await asyncio.sleep(0.1)
-            assert len(begun) == len(server.engine._background) == engine_module._ALONGSIDE
+            assert len(begun) == len(server.service.side_searches.tasks) == shadow_and_probe._MAX_SEARCHES
             over.set()
-            await asyncio.gather(*server.engine._background)
+            await asyncio.gather(*server.service.side_searches.tasks)
             await client.post(SEARCH, json={"query": "array"})
-            await asyncio.gather(*server.engine._background)
-            assert len(begun) == engine_module._ALONGSIDE + 1
+            await asyncio.gather(*server.service.side_searches.tasks)
+            assert len(begun) == shadow_and_probe._MAX_SEARCHES + 1
 
     asyncio.run(run())
 
@@ -139,7 +139,7 @@ def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(version, m
         async with local_server({"tiny": version}) as server, server.client() as client:
             found = []
             for inline in (0, 10_000):
-                monkeypatch.setattr(engine_module, "_INLINE_HITS", inline)
+                monkeypatch.setattr(search_service, "_INLINE_HITS", inline)
                 found.append((await client.post(SEARCH, json=body)).json())
             return found
 

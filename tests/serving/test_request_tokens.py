@@ -7,8 +7,7 @@ import time
 import pytest
 
 from readapt_ray.retrieval.templates import TextTokenizer
-from readapt_ray.serving import request_tokens
-from readapt_ray.serving import search_service as engine_module
+from readapt_ray.serving import request_tokens, search_service
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError
 from tests.factories import encoder_tokenizer
@@ -143,5 +142,5 @@ def test_tokenising_ends_with_its_request(version, monkeypatch):
             assert len(begun) <= num_begun + 1 < 20
 
     monkeypatch.setattr(request_tokens, "_BLOCK_CHARACTERS", 3000)
-    monkeypatch.setattr(engine_module, "_INLINE_CHARACTERS", 3000)
+    monkeypatch.setattr(search_service, "_INLINE_CHARACTERS", 3000)
     asyncio.run(run())

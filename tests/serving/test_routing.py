@@ -3,7 +3,7 @@ import collections
 import pytest
 
 from readapt_ray.errors import InputError
-from readapt_ray.serving.routing import Routing, parse_split
+from readapt_ray.serving.versions import Routing, parse_split
 
 
 def test_without_a_split_the_default_searches():

@@ -1,7 +1,10 @@
 import base64
+import json
 import os
+import re
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import pydantic
@@ -97,3 +100,11 @@ def test_a_signal_ends_the_wait_and_leaves_the_handlers_as_they_were():
         server._wait_for_signal()
         timer.join()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_the_page_of_the_api_describes_types_that_exist():
+    page = (Path(schema.__file__).parent / "docs.html").read_text()
+    listed = re.search(r"for \(const name of (\[[^\]]+\])\) if \(schemas", page)
+    assert listed
+    for name in json.loads(listed[1]):
+        assert hasattr(schema, name), name

@@ -9,9 +9,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from readapt_ray.errors import InputError
 from readapt_ray.serving import spans
-from readapt_ray.serving.search_service import Trace
 from readapt_ray.serving.server import serve
 from readapt_ray.serving.spans import RequestSpans
+from readapt_ray.serving.telemetry import Trace
 from tests.serving.conftest import LocalVersion, local_server
 
 CLIENTS_TRACE, CLIENTS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

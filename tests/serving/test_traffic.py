@@ -4,8 +4,7 @@ import asyncio
 
 import pytest
 
-from readapt_ray.serving.routing import Routing
-from readapt_ray.serving.versions import DocFilter, Found
+from readapt_ray.serving.versions import DocFilter, Found, Routing
 from tests.serving.conftest import LocalVersion, local_server
 
 TEXTS = ["array shape", "lock a thread", "write the file"]
@@ -25,7 +24,7 @@ def test_a_request_names_its_version_or_gets_the_default(version, world):
             assert await model(EMBEDDINGS) == await model(EMBEDDINGS, model="default") == "base"
             assert await model(EMBEDDINGS, model="adapted") == "adapted"
             assert await model(SEARCH) == "base"
-            await server.engine.set_state(versions, Routing(default="base", split={"adapted": 1.0}))
+            await server.service.set_state(versions, Routing(default="base", split={"adapted": 1.0}))
             assert await model(SEARCH) == await model(SEARCH, model="default") == "adapted"
             assert await model(SEARCH, model="base") == "base"
             # Vectors of two encoders do not go together: a split is for searches alone.
@@ -50,7 +49,7 @@ def test_the_default_changes_between_two_requests_and_none_fails(fresh, world):
 
             clients = [asyncio.create_task(ask_on()) for _ in range(8)]
             await asyncio.sleep(0.1)
-            await server.engine.set_state({"base": base, "adapted": fresh}, Routing(default="adapted"))
+            await server.service.set_state({"base": base, "adapted": fresh}, Routing(default="adapted"))
             changed.set()
             await asyncio.wait_for(asyncio.gather(*clients), 20)
             return answers
@@ -70,10 +69,10 @@ def test_a_shadow_searches_along_and_is_compared(fresh, world):
         routing = Routing(default="base", shadow="adapted", shadow_share=1.0)
         versions = {"base": other, "adapted": fresh}
         async with local_server(versions, routing=routing) as server, server.client() as client:
-            server.engine._telemetry.compared = lambda *values: compared.append(values)
+            server.service._telemetry.compared = lambda *values: compared.append(values)
             answer = await client.post(SEARCH, json={"query": TEXTS, "top_k": 10, "with_text": False})
             assert answer.json()["model"] == "base"
-            await asyncio.wait_for(asyncio.gather(*server.engine._background), 10)
+            await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
             named = await client.post(SEARCH, json={"query": TEXTS, "model": "adapted", "with_text": False})
             return answer.json()["data"], named.json()["data"]
 
@@ -92,7 +91,7 @@ def test_what_the_index_misses_is_probed(fresh, world):
     async def run():
         routing = Routing(default="base", recall_probe=1.0)
         async with local_server({"base": fresh}, routing=routing) as server, server.client() as client:
-            server.engine._telemetry.probed = lambda *values: probed.append(values)
+            server.service._telemetry.probed = lambda *values: probed.append(values)
             searched, search = [], fresh.search
 
             async def missing_its_best(vectors, top_k, wanted):
@@ -103,7 +102,7 @@ def test_what_the_index_misses_is_probed(fresh, world):
             fresh.search = missing_its_best
             for body in ({"query": "array", "top_k": 4}, {"query": "array", "doc_id_prefix": "d"}):
                 assert (await client.post(SEARCH, json=body)).status_code == 200
-                await asyncio.wait_for(asyncio.gather(*server.engine._background), 10)
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
             return searched
 
     searched = asyncio.run(run())
@@ -119,7 +118,7 @@ def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):
         versions = {"base": LocalVersion.load(world, "other"), "adapted": fresh}
         async with local_server(versions, routing=routing) as server, server.client() as client:
             answer = await client.post(SEARCH, json={"query": "array"})
-            await asyncio.gather(*server.engine._background)
+            await asyncio.gather(*server.service.side_searches.tasks)
             return answer
 
     assert asyncio.run(run()).status_code == 200

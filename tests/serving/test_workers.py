@@ -62,7 +62,7 @@ def test_searches_have_their_turn_between_the_blocks_of_a_scan(version, monkeypa
     monkeypatch.setattr(index_slice, "_BLOCK_ROWS", 5)
     held: IndexSlice = version.slices["index-0"]
     queries = np.ones((1, version.info.dimension), np.float32)
-    index = object.__new__(workers.VersionIndex.func_or_class)
+    index = object.__new__(workers.IndexReplica.func_or_class)
     index._compute, index._slice, index._fingerprint = worker(), held, "f"
     done = []
 

@@ -1,4 +1,4 @@
-"""A version behind Ray Serve handles: calls go on over the death of a replica, and over a lost part of the index by policy."""
+"""A version behind Ray Serve handles. Calls are repeated when a replica dies; a policy says what a lost part of the index means."""
 
 import asyncio
 import logging
@@ -10,42 +10,28 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import WorkerError
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.versions import DocFilter, Found, LostShards, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import DocFilter, Found, LossPolicy, Ranked, VersionInfo, merged
 
 logger = logging.getLogger("ray.serve")
 
 _RETRY_S = 0.1
 
 
-class RemoteVersion:
+class RayBackend:
     """The replicas of a version's encoder, and of the slices of its index.
 
     Args:
-        info: what the encoder says of itself.
-        encoder: handle of `VersionEncoder`.
-        slices: handles of `VersionIndex` by name.
-        lost_shards: what to do about a slice that does not answer.
-        shard_timeout_s: after how long it counts as lost; not for `wait`.
+        info: what the encoder reports.
+        encoder: handle of `EncoderReplica`.
+        slices: handles of `IndexReplica` by name.
+        policy: what to do about a slice that does not answer.
     """
 
-    def __init__(
-        self,
-        info: VersionInfo,
-        encoder: Any,
-        slices: Mapping[str, Any],
-        *,
-        lost_shards: LostShards,
-        shard_timeout_s: float,
-    ) -> None:
+    def __init__(self, info: VersionInfo, encoder: Any, slices: Mapping[str, Any], policy: LossPolicy) -> None:
         self.info = info
         self._encoder = encoder
         self._slices = dict(slices)
-        self._lost_shards = lost_shards
-        self._shard_timeout_s = shard_timeout_s
-
-    def fits(self, lost_shards: LostShards, shard_timeout_s: float) -> bool:
-        """Whether it follows this policy."""
-        return (self._lost_shards, self._shard_timeout_s) == (lost_shards, shard_timeout_s)
+        self.policy = policy
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
         """The vectors [N, D] of N rows of token ids, by whichever replica lives.
@@ -67,20 +53,16 @@ class RemoteVersion:
         names = list(self._slices)
         answers = await asyncio.gather(*(self._search_slice(name, vectors, top_k, wanted) for name in names))
         missing = [name for name, answer in zip(names, answers, strict=True) if answer is None]
-        if missing and (self._lost_shards == "error" or len(missing) == len(names)):
-            raise RequestError(
-                f"{len(missing)} of {len(names)} parts of the index do not answer; try again",
-                status=503,
-                code="index_incomplete",
-                retry_after_s=1,
-            )
+        if missing and (self.policy.lost_shards == "error" or len(missing) == len(names)):
+            message = f"{len(missing)} of {len(names)} parts of the index do not answer; try again"
+            raise RequestError(message, status=503, code="index_incomplete", retry_after_s=1)
         return Found(merged([answer for answer in answers if answer is not None], len(vectors), top_k), missing)
 
     async def _search_slice(
         self, name: str, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]] | None:
         """What a slice found; None where it is lost."""
-        limit_s = None if self._lost_shards == "wait" else self._shard_timeout_s
+        limit_s = None if self.policy.lost_shards == "wait" else self.policy.shard_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 found: list[list[Ranked]] = await _persistently(
@@ -98,18 +80,15 @@ class RemoteVersion:
             WorkerError: a slice lost vectors.
             Exception: whatever a replica raised.
         """
-        before = [
-            self._encoder.check.remote(self.info.fingerprint),
-            *(each.check.remote(self.info.fingerprint) for each in self._slices.values()),
-        ]
-        seconds, *sizes = await asyncio.gather(*(_awaited(each) for each in before))
+        handles = [self._encoder, *self._slices.values()]
+        seconds, *sizes = await asyncio.gather(*(_check(each, self.info.fingerprint) for each in handles))
         if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
 
 
-async def _awaited(response: Any) -> Any:
-    return await response
+async def _check(handle: Any, fingerprint: str) -> Any:
+    return await handle.check.remote(fingerprint)
 
 
 async def _persistently(method: Any, *given: Any) -> Any:

@@ -1,0 +1,103 @@
+"""Searches that no client waits for: a shadow version is compared with the answer, and recall is measured.
+
+They start after the answer, a few at a time. If one fails, only the log says so.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.serving.schema import SearchRequest
+from readapt_ray.serving.telemetry import Telemetry, Trace
+from readapt_ray.serving.versions import DocFilter, Found, Registry, Version
+
+logger = logging.getLogger("ray.serve")
+
+_MAX_SEARCHES = 4
+_DEPTH = 10
+_EVERY_PASSAGE = DocFilter(prefix="")
+"""A filtered search is exact, so this one is."""
+
+Search = Callable[[Version, SearchRequest, Trace], Awaitable[tuple[NDArray[np.float32], Found]]]
+
+
+class SideSearches:
+    """Run shadow searches and recall probes of one gateway.
+
+    Args:
+        search: searches with one version.
+        timeout_s: seconds after which a search is given up.
+        telemetry: takes the results.
+    """
+
+    def __init__(self, search: Search, timeout_s: float, telemetry: Telemetry) -> None:
+        self._search = search
+        self._timeout_s = timeout_s
+        self._telemetry = telemetry
+        self._probing = False
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Searches in progress."""
+
+    def shadow(self, registry: Registry, name: str, body: SearchRequest, found: Found) -> None:
+        """Search with the shadow version too, if there is one and it keeps up."""
+        shadow = registry.routing.shadow_of(name)
+        if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
+            return
+        if not registry.versions[shadow].batcher.queued_tokens:
+            self._start(self._compare(name, shadow, registry.versions[shadow], body, found))
+
+    def probe(
+        self, registry: Registry, name: str, vectors: NDArray[np.float32], body: SearchRequest, found: Found
+    ) -> None:
+        """Repeat the search exactly, if recall is probed and no other probe is in progress."""
+        if doc_filter(body) or found.missing or self._probing or not registry.routing.probes():
+            return
+        self._probing = True
+        self._start(self._measure_recall(name, registry.versions[name], vectors, found, min(body.top_k, _DEPTH)))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _measure_recall(
+        self, name: str, version: Version, vectors: NDArray[np.float32], answered: Found, depth: int
+    ) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                exact = await version.backend.search(vectors, depth, _EVERY_PASSAGE)
+        except Exception as error:
+            logger.warning("recall of %s was not probed: %s", name, error or type(error).__name__)
+            return
+        finally:
+            self._probing = False
+        for mine, best in zip(answered.ranked, exact.ranked, strict=True):
+            expected = {hit.doc_id for hit in best}
+            if expected and not exact.missing:
+                self._telemetry.probed(name, len(expected & {hit.doc_id for hit in mine[:depth]}) / len(expected))
+
+    async def _compare(self, name: str, shadow: str, version: Version, body: SearchRequest, answered: Found) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                _, other = await self._search(version, body, Trace(version=shadow))
+        except Exception as error:
+            logger.warning("shadow %s did not answer: %s", shadow, error or type(error).__name__)
+            return
+        for mine, its in zip(answered.ranked, other.ranked, strict=True):
+            top, its_top = mine[:_DEPTH], its[:_DEPTH]
+            depth = min(_DEPTH, body.top_k, max(len(top), len(its_top)))
+            if depth:
+                shared = {hit.doc_id for hit in top} & {hit.doc_id for hit in its_top}
+                difference = (its_top[0].score - top[0].score) if top and its_top else 0.0
+                self._telemetry.compared(name, shadow, len(shared) / depth, difference)
+
+
+def doc_filter(body: SearchRequest) -> DocFilter | None:
+    """Return the filter that a search asks for; None for none."""
+    if body.doc_ids is None and body.doc_id_prefix is None:
+        return None
+    return DocFilter(body.doc_id_prefix, tuple(body.doc_ids or ()))
