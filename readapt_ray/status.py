@@ -6,6 +6,7 @@ from typing import Any
 
 from readapt_ray import artifacts, leases
 from readapt_ray.errors import InputError
+from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.progress import duration, figure
 from readapt_ray.recipes.chain import RUN_NAME
 from readapt_ray.storage import Location
@@ -67,9 +68,7 @@ def table(root: Location, usd_per_hour: float | None = None) -> str:
     total = f"{sum(row['usd'] for row in found):,.2f}" if usd_per_hour is not None else ""
     num_done = sum(row["state"] == "done" for row in found)
     lines.append(("", "", f"{num_done} of {len(found)} done", duration(seconds), total, ""))
-    shown = range(6) if usd_per_hour is not None else (0, 1, 2, 3, 5)
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
-    return "\n".join("  ".join(line[column].ljust(widths[column]) for column in shown).rstrip() for line in lines)
+    return aligned_table(lines if usd_per_hour is not None else [(*line[:4], line[5]) for line in lines])
 
 
 def _done(location: Location) -> dict[str, Any] | None:

@@ -5,9 +5,7 @@ shows. The page is self-contained: no script, nothing fetched, light and dark.
 """
 
 import dataclasses
-import html
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +16,7 @@ from readapt_ray.evaluation import plots
 from readapt_ray.evaluation.measures import Judgements, Measured, recall_curve
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
+from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
 from readapt_ray.records import Passage
 
 ALPHA = 0.05
@@ -26,7 +25,6 @@ _CUTOFFS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _NUM_CHANGED = 5
 _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
-_MAX_NAMED = 20
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
 """From doc_ids to those of the passages that the corpus has."""
@@ -108,7 +106,7 @@ def page_template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=_value, signed=signed, p=_p, pretty=_pretty)
+    environment.filters.update(value=value, signed=signed, p=p_value, pretty=_pretty)
     return environment.get_template(name)
 
 
@@ -127,7 +125,7 @@ def to_html(report: Mapping[str, Any]) -> str:
         recall["runs"], recall["cutoffs"], description="Recall at k of each run, over k"
     )
     return template.render(
-        report=report, drawings=drawings, recall_drawing=recall_drawing, max_named=_MAX_NAMED, alpha=ALPHA
+        report=report, drawings=drawings, recall_drawing=recall_drawing, max_named=MAX_NAMED, alpha=ALPHA
     )
 
 
@@ -135,9 +133,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: verdicts, both tables, the changed queries, provenance."""
     measures = report["measures"]
     lines = ["# Evaluation", ""]
-    lines += [f"{_md(each['sentence'])}\n" for each in report["verdicts"]]
+    lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
     lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
-    lines += table(
+    lines += markdown_table(
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
     )
@@ -147,32 +145,33 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             ("without_judgements", "not judged, left out"),
         ):
             if run[key]:
-                lines += ["", _md(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
+                lines += ["", markdown(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
     if report["comparisons"]:
-        lines += ["", f"## Against {_md(report['baseline'])}", ""]
+        lines += ["", f"## Against {markdown(report['baseline'])}", ""]
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
-        lines += table(header, [_comparison_row(each) for each in report["comparisons"]])
+        lines += markdown_table(header, [_comparison_row(each) for each in report["comparisons"]])
         lines += ["", _method(report["settings"])]
     for change in report["changes"]:
         for key in ("gained", "lost"):
-            lines += ["", f"## Queries that {key} most: {_md(change['run'])}, {change['measure']}", ""]
+            lines += ["", f"## Queries that {key} most: {markdown(change['run'])}, {change['measure']}", ""]
             rows = [
-                [each["query_id"], each["text"], _value(each["baseline_value"]), _value(each["value"])]
+                [each["query_id"], each["text"], value(each["baseline_value"]), value(each["value"])]
                 + [", ".join(doc["doc_id"] for doc in each["results"][side]) for side in ("baseline", "run")]
                 for each in change[key]
             ]
             header = ["query", "text", report["baseline"], change["run"], "top before", "top after"]
-            lines += table(header, rows) if rows else ["none"]
+            lines += markdown_table(header, rows) if rows else ["none"]
     lines += ["", "## Where the runs are from", ""]
     for run in report["runs"]:
-        lines += [f"### {_md(run['name'])}", "", "```json", _pretty(run["provenance"]).replace("```", "'''"), "```", ""]
+        lines += [
+            f"### {markdown(run['name'])}",
+            "",
+            "```json",
+            _pretty(run["provenance"]).replace("```", "'''"),
+            "```",
+            "",
+        ]
     return "\n".join(lines) + "\n"
-
-
-def named(ids: Sequence[str]) -> str:
-    """The first ids, and how many more there are."""
-    rest = len(ids) - _MAX_NAMED
-    return ", ".join(ids[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
 
 
 def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -189,17 +188,18 @@ def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, d
 def verdict(comparison: Comparison) -> dict[str, str]:
     """Whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
     figures = (
-        f"{comparison.measure} {_value(comparison.mean)} against {_value(comparison.baseline_mean)}, "
+        f"{comparison.measure} {value(comparison.mean)} against {value(comparison.baseline_mean)}, "
         f"{signed(comparison.difference)}"
     )
     run, baseline = comparison.run, comparison.baseline
     if comparison.p_holm is None or comparison.interval is None:
         return {"run": run, "kind": "untested", "sentence": f"{run} and {baseline}: {figures}; {comparison.note}."}
     low, high = comparison.interval
+    p = p_value(comparison.p_holm)
+    relation = p if p.startswith("<") else f"= {p}"
     corrected = " after Holm's correction" if comparison.p_holm != comparison.p_value else ""
     figures += (
-        f" (95% interval {signed(low)} to {signed(high)}, p {_p(comparison.p_holm, relation=True)}{corrected}, "
-        f"{comparison.num_queries:,} queries)."
+        f" (95% interval {signed(low)} to {signed(high)}, p {relation}{corrected}, {comparison.num_queries:,} queries)."
     )
     if comparison.p_holm >= ALPHA:
         return {
@@ -304,8 +304,8 @@ def _comparison_row(each: Mapping[str, Any]) -> list[str]:
         each["measure"],
         signed(each["difference"]),
         f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
-        _p(each["p_value"]),
-        _p(each["p_holm"]),
+        p_value(each["p_value"]),
+        p_value(each["p_holm"]),
         *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),
     ]
 
@@ -318,36 +318,8 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _with_interval(cell: Mapping[str, float | None]) -> str:
-    text = _value(cell["mean"])
-    return text if cell["low"] is None else f"{text} ({_value(cell['low'])} to {_value(cell['high'])})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; what stands in a cell cannot end it."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell if cell == "---" else _md(cell) for cell in line) + " |" for line in lines]
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is, and that cannot end a table cell."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
-
-
-def _value(number: float | None) -> str:
-    return "" if number is None else f"{number:.4f}"
-
-
-def signed(number: float) -> str:
-    """A difference with its sign, the minus as typographers set it."""
-    return f"{number:+.4f}".replace("-", "−")
-
-
-def _p(number: float | None, relation: bool = False) -> str:
-    if number is None:
-        return "no test"
-    text = "< 0.0001" if number < 0.0001 else f"{number:.4f}"
-    return text if not relation or text.startswith("<") else f"= {text}"
+    text = value(cell["mean"])
+    return text if cell["low"] is None else f"{text} ({value(cell['low'])} to {value(cell['high'])})"
 
 
 def _pretty(value: Any) -> str:

@@ -25,6 +25,7 @@ from readapt_ray.evaluation import measures as measuring
 from readapt_ray.evaluation import report as reporting
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
+from readapt_ray.evaluation.tables import named
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.sources.judgements import read_qrels, read_queries
 from readapt_ray.storage import Location
@@ -155,8 +156,8 @@ def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run],
         return
     found = next((run.doc_ids for run in runs.values() if run.doc_ids), ())
     raise CorpusError(
-        f"no document that {config.qrels!r} judges occurs in any of the runs (it judges {reporting.named(sorted(judged)[:3])}; "
-        f"they have {reporting.named(list(found)[:3])}); do they belong to one corpus?"
+        f"no document that {config.qrels!r} judges occurs in any of the runs (it judges {named(sorted(judged)[:3])}; "
+        f"they have {named(list(found)[:3])}); do they belong to one corpus?"
     )
 
 
@@ -172,7 +173,7 @@ def _num_unknown(judgements: measuring.Judgements, corpus: PassageStore, name: s
             sum(map(len, judgements.values())),
             len(missing),
             name,
-            reporting.named(missing),
+            named(missing),
         )
     return count
 
@@ -184,12 +185,10 @@ def _warn(name: str, measured: measuring.Measured) -> None:
             name,
             len(missing),
             len(measured.query_ids),
-            reporting.named(missing),
+            named(missing),
         )
     if unjudged := measured.without_judgements:
-        logger.warning(
-            "%s: %d queries without judgements are left out: %s", name, len(unjudged), reporting.named(unjudged)
-        )
+        logger.warning("%s: %d queries without judgements are left out: %s", name, len(unjudged), named(unjudged))
 
 
 def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str], loaded: _Loaded) -> None:
