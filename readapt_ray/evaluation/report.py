@@ -1,6 +1,6 @@
 """The report of an evaluation: one content, written as JSON, as Markdown and as one HTML page.
 
-Enter runs, what they measured and the comparisons; leaves a JSON value that holds all that the page
+Enter runs, their measurements and the comparisons; leaves a JSON value that holds all that the page
 shows. The page is self-contained: no script, nothing fetched, light and dark.
 """
 
@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 
 from readapt_ray.evaluation import plots
-from readapt_ray.evaluation.measures import Judgements, Measured, recall_curve
+from readapt_ray.evaluation.measures import Judgements, Measurement, describe_measures, recall_curve
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
 from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
@@ -32,7 +32,7 @@ FindPassages = Callable[[set[str]], Mapping[str, Passage]]
 
 def build_report(
     runs: Mapping[str, Run],
-    measured: Mapping[str, Measured],
+    measurements: Mapping[str, Measurement],
     comparisons: Sequence[Comparison],
     judgements: Judgements,
     *,
@@ -46,29 +46,36 @@ def build_report(
 
     Args:
         runs: by name; the first is the baseline.
-        measured: of each run.
+        measurements: of each run.
         comparisons: of the other runs with the baseline.
-        judgements: relevance by query and document.
+        judgements: relevance by query_id and doc_id.
         query_texts: by query_id; may lack any.
-        find_passages: called once, with the documents whose title and text are shown.
+        find_passages: called once, with the doc_ids of the passages whose title and text are shown.
         provenance: of each run, whatever is known.
         num_permutations: of the tests, for the record.
         seed: of the tests and of the intervals.
     """
     names = list(runs)
-    query_ids = measured[names[0]].query_ids
-    measures = list(measured[names[0]].values)
+    query_ids = measurements[names[0]].query_ids
+    measures = list(measurements[names[0]].values)
     changes = [
         _changes(
-            name, names[0], measures[0], runs=runs, measured=measured, judgements=judgements, query_texts=query_texts
+            name,
+            names[0],
+            measures[0],
+            runs=runs,
+            measurements=measurements,
+            judgements=judgements,
+            query_texts=query_texts,
         )
         for name in names[1:]
     ]
     _add_passages(changes, find_passages)
-    means = _means(measured, seed)
+    means = _means(measurements, seed)
     return {
         "baseline": names[0],
         "measures": measures,
+        "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
@@ -78,8 +85,8 @@ def build_report(
                 "means": means[name],
                 "num_results": len(runs[name]),
                 "depth": runs[name].depth,
-                "without_results": list(measured[name].without_results),
-                "without_judgements": list(measured[name].without_judgements),
+                "without_results": list(measurements[name].without_results),
+                "without_judgements": list(measurements[name].without_judgements),
                 "provenance": provenance[name],
             }
             for name in names
@@ -139,6 +146,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
     )
+    lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     for run in report["runs"]:
         for key, meaning in (
             ("without_results", "judged, without results"),
@@ -174,12 +182,12 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
+def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
     """Mean and interval by run and measure; all are resampled together."""
-    cells = [(name, measure, values) for name, each in measured.items() for measure, values in each.values.items()]
+    cells = [(name, measure, values) for name, each in measurements.items() for measure, values in each.values.items()]
     columns = np.stack([values for _, _, values in cells], axis=1)
     lows, highs = bootstrap_interval(columns, seed=seed).tolist() if len(columns) > 1 else [[None] * len(cells)] * 2
-    found: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in measured}
+    found: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in measurements}
     for (name, measure, values), low, high in zip(cells, lows, highs, strict=True):
         found[name][measure] = {"mean": float(values.mean()), "low": low, "high": high}
     return found
@@ -225,13 +233,13 @@ def _changes(
     measure: str,
     *,
     runs: Mapping[str, Run],
-    measured: Mapping[str, Measured],
+    measurements: Mapping[str, Measurement],
     judgements: Judgements,
     query_texts: Mapping[str, str],
 ) -> dict[str, Any]:
     """The queries whose value changed most, with both lists of results, and every difference."""
-    query_ids = measured[name].query_ids
-    before, after = measured[baseline].values[measure], measured[name].values[measure]
+    query_ids = measurements[name].query_ids
+    before, after = measurements[baseline].values[measure], measurements[name].values[measure]
     differences = np.where(abs(after - before) <= 1e-9, 0.0, after - before)
     order = np.argsort(-differences, kind="stable").tolist()
     places = {

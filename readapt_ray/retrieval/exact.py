@@ -1,6 +1,6 @@
 """The k best of many, exactly: streaming over vectors, and merging what shards found.
 
-Enters: query vectors and chunks of document vectors. Leaves: for each query its `top_k` documents
+Enters: query vectors and chunks of passage vectors. Leaves: for each query its `top_k` passages
 by falling inner product, ties by doc_id, whatever the order of the chunks. Memory is one chunk, its
 scores for a block of queries, and the k best so far. 1,000 queries over 100,000 vectors of 384
 numbers take about 3 s on one core.
@@ -22,7 +22,7 @@ _QUERY_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Hits:
-    """The best documents of Q queries, best first; a query that has fewer ends with scores of -inf."""
+    """The best passages of Q queries, best first; a query that has fewer ends with scores of -inf."""
 
     scores: NDArray[np.float32]
     """[Q, K], falling."""
@@ -30,15 +30,15 @@ class Hits:
     """[Q, K]."""
 
     def of_query(self, index: int, query_id: str) -> list[ScoredDoc]:
-        """The documents of the query at place `index`."""
+        """The passages of the query at place `index`."""
         pairs = zip(self.doc_ids[index].tolist(), self.scores[index].tolist(), strict=True)
         return [ScoredDoc(query_id, doc_id, score) for doc_id, score in pairs if score != -np.inf]
 
 
 class TopK:
-    """Keeps the k best documents of each query while scores come in, in any order.
+    """Keeps the k best passages of each query while scores come in, in any order.
 
-    k over the number of documents gives all of them.
+    k over the number of passages gives all of them.
 
     Raises:
         InputError: top_k is under 1, or a score is NaN, which no order can place.
@@ -52,17 +52,17 @@ class TopK:
         self._doc_ids = np.empty((num_queries, 0), object)
 
     def add(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
-        """Offer documents.
+        """Offer passages.
 
         Args:
-            scores: [Q, N]; -inf stands for no document.
+            scores: [Q, N]; -inf stands for no passage.
             doc_ids: [Q, N], or [N] where they are the same for every query.
         """
         columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k).numpy()
         self.merge(np.take_along_axis(scores, columns, axis=1), _taken(doc_ids, columns))
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
-        """Offer the best of some documents, [Q, K] each."""
+        """Offer the best of some passages, [Q, K] each."""
         _check_scores(scores, doc_ids)  # sees those of add(), too: torch.topk puts NaN first
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
@@ -116,12 +116,12 @@ def search_exact(
     *,
     device: str = "cpu",
 ) -> Hits:
-    """The k best documents of each query by inner product.
+    """The k best passages of each query by inner product.
 
     Args:
         queries: [Q, D].
         chunks: doc_ids and vectors [N, D], a chunk at a time; float16 ones travel as they are and count in float32.
-        top_k: documents a query; over the number of documents it gives all of them.
+        top_k: passages a query; over the number of passages it gives all of them.
         device: torch device that the scores are computed on.
 
     Raises:
@@ -133,9 +133,9 @@ def search_exact(
     for names, vectors in chunks:
         check_queries(queries, vectors.shape[1])
         doc_ids = np.array(names, dtype=object)
-        documents = torch.from_numpy(np.ascontiguousarray(vectors)).to(device).float()
+        passages = torch.from_numpy(np.ascontiguousarray(vectors)).to(device).float()
         for block, kept in zip(placed, best, strict=True):
-            scores = block @ documents.T
+            scores = block @ passages.T
             columns = best_columns(scores, doc_ids, top_k)
             found = torch.gather(scores, 1, columns).cpu().numpy()
             kept.merge(found, _taken(doc_ids, columns.cpu().numpy()))
@@ -181,5 +181,5 @@ def _taken(doc_ids: NDArray[np.object_], columns: NDArray[np.int64]) -> NDArray[
 
 
 def _known_first(pair: tuple[float, Any]) -> tuple[float, str]:
-    """Sort key: by falling score, then doc_id; a place without a document has none."""
+    """Sort key: by falling score, then doc_id; a place without a passage has none."""
     return pair[0], pair[1] or ""

@@ -19,25 +19,18 @@ from readapt_ray.catalog import models
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import CorpusError
+from readapt_ray.records import Passage
 from readapt_ray.storage import Location
 
 _TEXTS_PER_CALL = 1024
 
 
-class Document(NamedTuple):
-    """A passage that stands in pairs."""
-
-    doc_id: str
-    title: str
-    text: str
-
-
-class Pair(NamedTuple):
+class TrainingPair(NamedTuple):
     """A query, a passage that answers it, and some that do not."""
 
     query: str
-    passage: Document
-    negatives: list[Document]
+    passage: Passage
+    negatives: list[Passage]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +97,10 @@ def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Lo
     pairs = _file_pairs(source.file) if source.file is not None else iter(_judged_pairs(source, num_negatives))
     tokenizer = TextTokenizer(models.load_tokenizer(model), encoding)
 
-    def passage_ids(documents: list[Document]) -> Any:
-        if not documents:
+    def passage_ids(passages: list[Passage]) -> Any:
+        if not passages:
             return []
-        return tokenizer.ids([each.text for each in documents], "passage", [each.title for each in documents])
+        return tokenizer.ids([each.text for each in passages], "passage", [each.title for each in passages])
 
     queries, passages = _Numbers(), _Numbers()
     num_pairs = 0
@@ -148,7 +141,7 @@ class _Numbers:
         return [self._known.setdefault(digest, len(self._known)) for digest in digests]
 
 
-def _judged_pairs(source: PairSource, num_negatives: int) -> list[Pair]:
+def _judged_pairs(source: PairSource, num_negatives: int) -> list[TrainingPair]:
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     assert source.corpus is not None
@@ -160,15 +153,15 @@ def _judged_pairs(source: PairSource, num_negatives: int) -> list[Pair]:
     for qrel in relevant:
         right.setdefault(qrel.query_id, set()).add(qrel.doc_id)
     hard = _hard_negatives(source.run, right, num_negatives) if source.run is not None else {}
-    documents = _documents(folder, {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids})
+    passages = _passages(folder, {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids})
     return [
-        Pair(
+        TrainingPair(
             queries[qrel.query_id],
-            documents[qrel.doc_id],
-            [documents[each] for each in hard.get(qrel.query_id, []) if each in documents],
+            passages[qrel.doc_id],
+            [passages[each] for each in hard.get(qrel.query_id, []) if each in passages],
         )
         for qrel in relevant
-        if qrel.doc_id in documents
+        if qrel.doc_id in passages
     ]
 
 
@@ -184,21 +177,21 @@ def _hard_negatives(run: Location, right: dict[str, set[str]], num_negatives: in
     }
 
 
-def _documents(folder: Location, wanted: set[str]) -> dict[str, Document]:
+def _passages(folder: Location, wanted: set[str]) -> dict[str, Passage]:
     import pyarrow.parquet as pq
 
-    found: dict[str, Document] = {}
+    found: dict[str, Passage] = {}
     for file in (folder / "passages").files(".parquet"):
         with file.open_input() as stream:
             for batch in pq.ParquetFile(stream).iter_batches(columns=["doc_id", "title", "text"]):
                 for row in batch.to_pylist():
                     if row["doc_id"] in wanted:
-                        found[row["doc_id"]] = Document(row["doc_id"], row["title"] or "", row["text"])
+                        found[row["doc_id"]] = Passage(row["doc_id"], row["title"] or "", row["text"])
     return found
 
 
-def _file_pairs(file: Location) -> Iterator[Pair]:
-    """The pairs of a JSONL file; its documents are named by their lines."""
+def _file_pairs(file: Location) -> Iterator[TrainingPair]:
+    """The pairs of a JSONL file; its passages are named by their lines."""
     from readapt_ray.sources.lines import read_lines
     from readapt_ray.sources.source import REASONS, BadRow
 
@@ -219,8 +212,8 @@ def _file_pairs(file: Location) -> Iterator[Pair]:
             raise CorpusError(f"{file}, {where}: negatives must be a list of texts, not {negatives!r}")
         if not all(isinstance(text, str) and text.strip() for text in (query, positive, *negatives)):
             raise CorpusError(f"{file}, {where}: query, positive and negatives must be texts that are not empty")
-        yield Pair(
+        yield TrainingPair(
             query,
-            Document(where, str(row.get("title") or ""), positive),
-            [Document(f"{where}, negative {place}", "", text) for place, text in enumerate(negatives, 1)],
+            Passage(where, str(row.get("title") or ""), positive),
+            [Passage(f"{where}, negative {place}", "", text) for place, text in enumerate(negatives, 1)],
         )
