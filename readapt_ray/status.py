@@ -82,11 +82,11 @@ def _done(location: Location) -> dict[str, Any] | None:
 
 
 def _unfinished(location: Location) -> dict[str, Any]:
-    building: dict[str, Any] | None = artifacts.read_building(location)
-    if building is None:
+    lease: dict[str, Any] | None = artifacts.read_lease(location)
+    if lease is None:
         return {"stage": "", "state": "missing", "seconds": 0.0, "what": ""}
-    alive = leases.is_alive(building)
-    progress = building["progress"]
+    alive = leases.is_alive(lease)
+    progress = lease["progress"]
     done, total, rate = progress["done"], progress["total"], progress["rate"]
     parts = [
         f"{done:,}"
@@ -97,6 +97,6 @@ def _unfinished(location: Location) -> dict[str, Any]:
         if total:
             parts.append(f"ETA {duration((total - done) / rate)}")
     if not alive:
-        parts.append(f"last sign {duration(time.time() - building['heartbeat'])} ago on {building['host']}")
+        parts.append(f"last sign {duration(time.time() - lease['heartbeat'])} ago on {lease['host']}")
     state = "running" if alive else "stopped"
-    return {"stage": building["stage"], "state": state, "seconds": building["seconds"], "what": ", ".join(parts)}
+    return {"stage": lease["stage"], "state": state, "seconds": lease["seconds"], "what": ", ".join(parts)}

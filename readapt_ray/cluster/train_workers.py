@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import artifact_files
-from readapt_ray.artifacts import Workspace, read_building
+from readapt_ray.artifacts import Workspace, read_lease
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
@@ -98,7 +98,7 @@ def run_workers(
         **job,
         "monitor": monitor,
         "dtype": dtype,
-        "inputs": (read_building(workspace.location) or {}).get("inputs", {}),
+        "inputs": (read_lease(workspace.location) or {}).get("inputs", {}),
         "driver_node": on_worker.this_node(),
     }
     controllers: list[Any] = []

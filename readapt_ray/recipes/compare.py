@@ -78,7 +78,7 @@ def _refuse_foreign_report(config: CompareConfig) -> None:
         ArtifactConflictError: such a report is there.
     """
     folder = f"{config.output}/report"
-    record = artifacts.read_manifest(folder) or artifacts.read_building(folder)
+    record = artifacts.read_manifest(folder) or artifacts.read_lease(folder)
     if record is None:
         return
     made_with = record.config if isinstance(record, artifacts.Manifest) else record.get("config", {})
