@@ -16,11 +16,9 @@ from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.cleaning import clean_id, clean_text, is_unicode, text_fault
-from readapt_ray.sources.columns import QUERY_ID_NAMES, QUERY_TEXT_NAMES, first_of
 from readapt_ray.sources.lines import Line, plain_name, read_lines, refuse_damaged
-from readapt_ray.sources.parquet import cells, open_parquet
 from readapt_ray.sources.source import MISSING, REASONS, BadRow
-from readapt_ray.sources.tables import parsed_object
+from readapt_ray.sources.tables import QUERY_ID_NAMES, QUERY_TEXT_NAMES, cells, first_of, open_parquet, parsed_object
 from readapt_ray.storage import Location
 
 _QREL_NAMES = (

@@ -3,23 +3,62 @@
 One line, or one batch of 512 Parquet rows, is in memory at a time.
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
-from readapt_ray.sources.columns import ID_NAMES, TEXT_NAMES, Columns, passage_columns
 from readapt_ray.sources.lines import Line, read_lines, refuse_damaged
-from readapt_ray.sources.parquet import cells, open_parquet
 from readapt_ray.sources.source import MISSING, BadRow, Limits, Row
 from readapt_ray.storage import Location
 
+ID_NAMES: Final = ("doc_id", "_id", "id")
+TITLE_NAMES: Final = ("title",)
+TEXT_NAMES: Final = ("text", "contents", "body")
+QUERY_ID_NAMES: Final = ("query_id", "_id", "id", "qid", "query-id")
+QUERY_TEXT_NAMES: Final = ("text", "query", "contents", "body")
 _PEEKED_LINES = 100
 _BATCH_ROWS = 512
 
 Advance = Callable[[float], None]
+
+
+class Columns(NamedTuple):
+    """The names of the columns of a passage; `title` is None where there is none."""
+
+    doc_id: str
+    title: str | None
+    text: str
+
+
+def first_of(wanted: Sequence[str], found: Iterable[str]) -> str | None:
+    """The first of the wanted names that was found."""
+    present = set(found)
+    return next((name for name in wanted if name in present), None)
+
+
+def passage_columns(found: Sequence[str], label: str) -> Columns:
+    """The columns of a passage.
+
+    Raises:
+        CorpusError: no id or no text; it names the columns found and those wanted.
+    """
+    doc_id, text = first_of(ID_NAMES, found), first_of(TEXT_NAMES, found)
+    missing = [
+        f"no {what} column ({' or '.join(names)})"
+        for what, names, column in (("text", TEXT_NAMES, text), ("id", ID_NAMES, doc_id))
+        if column is None
+    ]
+    if doc_id is None or text is None:
+        have = ", ".join(map(str, found)) or "none"
+        raise CorpusError(f"{label} has {' and '.join(missing)}; its columns are {have}: rename what holds it")
+    return Columns(doc_id, first_of(TITLE_NAMES, found), text)
 
 
 class TableFormat(Protocol):
@@ -131,6 +170,31 @@ class Tsv:
             else:
                 title = None if title_at is None else fields[title_at]
                 yield Row(f"{label}:{line.number}", fields[id_at], title, fields[text_at])
+
+
+def cells(column: pa.Array) -> Iterator[object]:
+    """The values of a column; strings as bytes, since what a file calls a string need not be UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return (value.as_py() for value in column)
+
+
+@contextlib.contextmanager
+def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file.
+
+    Raises:
+        CorpusError: it is cut short, or is not one.
+    """
+    try:
+        parquet = pq.ParquetFile(file.open_input())
+    except READ_ERRORS as error:
+        refuse_damaged(label, "as Parquet", error)
+        raise
+    with parquet:
+        yield parquet
 
 
 class Parquet:
