@@ -171,14 +171,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
             lines += markdown_table(header, rows) if rows else ["none"]
     lines += ["", "## Where the runs are from", ""]
     for run in report["runs"]:
-        lines += [
-            f"### {markdown(run['name'])}",
-            "",
-            "```json",
-            _pretty(run["provenance"]).replace("```", "'''"),
-            "```",
-            "",
-        ]
+        known = _pretty(run["provenance"]).replace("```", "'''")
+        lines += [f"### {markdown(run['name'])}", "", "```json", known, "```", ""]
     return "\n".join(lines) + "\n"
 
 

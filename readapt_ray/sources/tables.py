@@ -172,7 +172,7 @@ class Tsv:
                 yield Row(f"{label}:{line.number}", fields[id_at], title, fields[text_at])
 
 
-def cells(column: pa.Array) -> Iterator[object]:
+def _cells(column: pa.Array) -> Iterator[object]:
     """The values of a column; strings as bytes, since what a file calls a string need not be UTF-8."""
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
@@ -197,6 +197,30 @@ def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
         yield parquet
 
 
+def parquet_rows(
+    file: Location,
+    label: str,
+    pick: Callable[[list[str]], Sequence[str]],
+    advance: Advance = lambda _: None,
+) -> Iterator[tuple[str, tuple[object, ...]] | BadRow]:
+    """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
+    number = 0
+    with open_parquet(file, label) as parquet:
+        columns = pick(parquet.schema_arrow.names)
+        try:
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                for values in zip(*(_cells(batch.column(name)) for name in columns), strict=True):
+                    number += 1
+                    try:
+                        yield f"{label}:{number}", tuple(v.decode() if isinstance(v, bytes) else v for v in values)
+                    except UnicodeDecodeError:
+                        yield BadRow(f"{label}:{number}", "not_utf8")
+                advance(number / parquet.metadata.num_rows)
+        except READ_ERRORS as error:
+            refuse_damaged(label, f"after row {number}", error)
+            raise
+
+
 class Parquet:
     """Columns of Parquet files; a place counts rows from 1."""
 
@@ -213,29 +237,12 @@ class Parquet:
         columns = self.columns(file, label)
         if columns is None:
             return
-        number = 0
-        with open_parquet(file, label) as parquet:
-            wanted = [name for name in columns if name]
-            try:
-                for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
-                    values = [cells(batch.column(name)) if name else itertools.repeat(None) for name in columns]
-                    for doc_id, title, text in zip(*values, strict=False):
-                        number += 1
-                        yield _row(f"{label}:{number}", doc_id, title, text)
-                    advance(number / parquet.metadata.num_rows)
-            except READ_ERRORS as error:
-                refuse_damaged(label, f"after row {number}", error)
-                raise
-
-
-def _row(place: str, doc_id: object, title: object, text: object) -> Row | BadRow:
-    values = []
-    for value in (doc_id, title, text):
-        try:
-            values.append(value.decode("utf-8") if isinstance(value, bytes) else value)
-        except UnicodeDecodeError:
-            return BadRow(place, "not_utf8")
-    return Row(place, *values)
+        for row in parquet_rows(file, label, lambda _: [name for name in columns if name], advance):
+            if isinstance(row, BadRow):
+                yield row
+            else:
+                place, (doc_id, *title, text) = row
+                yield Row(place, doc_id, title[0] if title else None, text)
 
 
 def _shares(file: Location, advance: Advance) -> Callable[[int], None]:
