@@ -23,7 +23,7 @@ import readapt_ray as ra
 from readapt_ray import hardware
 from readapt_ray.artifacts import read_manifest
 from readapt_ray.recipes import compare, quickstart
-from readapt_ray.recipes.compare import CompareConfig
+from readapt_ray.recipes.compare_plan import CompareConfig
 
 EMBED = {"dtype": "bfloat16", "num_workers": 1}
 TRAIN = quickstart.recipe("").train | {"num_workers": 1}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from readapt_ray.catalog.models import encoding_of, find_model
     from readapt_ray.catalog.retrievers import Encoding
     from readapt_ray.errors import InputError, ReadaptError
+    from readapt_ray.evaluation.measures import Measurement, measure
     from readapt_ray.recipes.chain import RunConfig, plan_run, run
     from readapt_ray.recipes.chain import train_on_passages as train
     from readapt_ray.retrieval.encoder import Encoder
@@ -41,6 +42,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("encoding_of", "find_model"), "catalog.models"),
     "Encoding": "catalog.retrievers",
     **dict.fromkeys(("InputError", "ReadaptError"), "errors"),
+    **dict.fromkeys(("Measurement", "measure"), "evaluation.measures"),
     **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes.chain"),
     "Encoder": "retrieval.encoder",
     "readapted_weight": "weights.equation",
@@ -70,6 +72,7 @@ __all__ = [
     "IngestConfig",
     "InputError",
     "Manifest",
+    "Measurement",
     "MergeConfig",
     "PackConfig",
     "ReadaptError",
@@ -85,6 +88,7 @@ __all__ = [
     "finetune",
     "index",
     "ingest",
+    "measure",
     "merge",
     "open_artifact",
     "pack",

@@ -12,6 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from readapt_ray.storage import Location, name_when_whole
 
+MANIFEST_NAME = "manifest.json"
+LEASE_NAME = "building.json"
+RECORDS = (MANIFEST_NAME, LEASE_NAME)
+SINGLE_FILE_SUFFIX = ".trec"
 _NUM_THREADS = 32
 _NUM_NAMED = 4
 
@@ -81,6 +85,16 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
 }
 """What each stage writes beside its records, at its end or on the way there. A run of `search` is one file, its output."""
+
+
+def record_of(location: Location, name: str) -> Location:
+    """Return where the manifest or the lease of an artifact lies."""
+    return location.beside(f".{name}") if is_single_file(location) else location / name
+
+
+def is_single_file(location: Location) -> bool:
+    """Return whether an output is one file, with its records beside it."""
+    return location.name.endswith(SINGLE_FILE_SUFFIX)
 
 
 def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -25,12 +25,19 @@ import json
 import logging
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from readapt_ray import artifact_files, hardware, leases
-from readapt_ray.artifact_files import STAGE_FILES
+from readapt_ray import artifact_files, hardware, leases, outputs
+from readapt_ray.artifact_files import (
+    LEASE_NAME,
+    MANIFEST_NAME,
+    RECORDS,
+    SINGLE_FILE_SUFFIX,
+    STAGE_FILES,
+    record_of,
+)
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.progress import ProgressReporter, duration
@@ -39,12 +46,6 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-BUILDING_NAME = "building.json"
-SINGLE_FILE_SUFFIX = ".trec"
-_RECORDS = (MANIFEST_NAME, BUILDING_NAME)
-_LEFTOVERS = ""
-"""Placeholder for the fingerprint while an artifact is being cleared. It matches none, so a half-cleared folder is never resumed."""
 _OUR_MANIFEST = re.compile(rb'\{\s*"stage"')
 """How each manifest of ours begins."""
 _VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
@@ -121,7 +122,7 @@ def read_manifest(uri: str | Location) -> Manifest | None:
     Raises:
         CorruptFileError: a manifest of ours cannot be read.
     """
-    location = _record(uri if isinstance(uri, Location) else Location(uri), MANIFEST_NAME)
+    location = record_of(uri if isinstance(uri, Location) else Location(uri), MANIFEST_NAME)
     if not location.is_file():
         return None
     content = location.read_bytes()
@@ -152,21 +153,21 @@ def names_under(root: Location) -> list[str]:
     while pending:
         name, folder = pending.pop()
         files, folders = folder.children()
-        if {MANIFEST_NAME, BUILDING_NAME} & set(files) and _is_artifact(folder):
+        if {MANIFEST_NAME, LEASE_NAME} & set(files) and _is_artifact(folder):
             found.append(name)
             continue
         prefix = "" if name == "." else f"{name}/"
         for file in files:
             stem, mark, record = file.partition(f"{SINGLE_FILE_SUFFIX}.")
             artifact = f"{stem}{SINGLE_FILE_SUFFIX}"
-            if mark and record in (MANIFEST_NAME, BUILDING_NAME) and _is_artifact(folder / artifact):
+            if mark and record in (MANIFEST_NAME, LEASE_NAME) and _is_artifact(folder / artifact):
                 found.append(f"{prefix}{artifact}")
         pending += [(f"{prefix}{each}", folder / each) for each in folders]
     return sorted(set(found))
 
 
 def _is_artifact(location: Location) -> bool:
-    return read_manifest(location) is not None or read_building(location) is not None
+    return read_manifest(location) is not None or read_lease(location) is not None
 
 
 def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
@@ -197,7 +198,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     location = Location(uri)
     manifest = read_manifest(location)
     if manifest is None:
-        if read_building(location) is not None:
+        if read_lease(location) is not None:
             raise ArtifactMissingError(
                 f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
             )
@@ -242,7 +243,7 @@ def produce(
     )
     present, before = read_manifest(location), None
     if present is None or present.fingerprint != identified:
-        before = leases.wait_until_dead(_record(location, BUILDING_NAME), location)
+        before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
         present = read_manifest(location)  # a process that was waited for may have finished
     if present is not None and present.fingerprint == identified:
         logger.info("%s: already complete in %s", stage, config.output)
@@ -255,7 +256,7 @@ def produce(
         "inputs": dict(inputs),
         "files": STAGE_FILES.get(stage, ()),
     }
-    _refuse_what_is_there(location, config, ours, there)
+    outputs.refuse_what_is_there(location, config, ours, there)
     manifest = _fill(location, ours, work, there=there, before=before)
     logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
     return Artifact(location, manifest)
@@ -274,20 +275,20 @@ def _fill(
     goes_on = there is not None and there["fingerprint"] == identified
     replaces = there is not None and not goes_on
     says = {**ours, "seconds_before": float(there["seconds"]) if there is not None and goes_on else 0.0}
-    listed = _listed(there)
+    listed = outputs.listed_files(there)
     if replaces:
-        says |= {"fingerprint": _LEFTOVERS, "files": listed}
+        says |= {"fingerprint": outputs.LEFTOVERS, "files": listed}
     reporter = ProgressReporter(stage)
-    building = _record(location, BUILDING_NAME)
-    lease = leases.Lease(building, location, reporter, before=before, says=says)
+    file = record_of(location, LEASE_NAME)
+    lease = leases.Lease(file, location, reporter, before=before, says=says)
     try:
         with reporter, lease:
             if replaces:
-                _clear(location, listed)
+                outputs.clear(location, listed)
                 lease.say(fingerprint=identified, files=ours["files"])
             elif goes_on:
                 logger.info("%s: goes on where it stopped in %s", stage, location)
-                artifact_files.remove_temporary(location, (*listed, *_RECORDS))
+                artifact_files.remove_temporary(location, (*listed, *RECORDS))
             workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
             work(workspace)
             manifest = Manifest(
@@ -301,119 +302,18 @@ def _fill(
             )
             text = json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n"
             lease.confirm()
-            _record(location, MANIFEST_NAME).write_text(text)
+            record_of(location, MANIFEST_NAME).write_text(text)
     except InputError:
         if lease.is_held:
-            _forget_if_empty(location, ours["files"])
+            outputs.forget_if_empty(location, ours["files"])
         raise
-    building.delete()
+    file.delete()
     return manifest
 
 
-def _record(location: Location, name: str) -> Location:
-    """Where the manifest or the heartbeat of an artifact lies."""
-    return location.beside(f".{name}") if _is_single_file(location) else location / name
-
-
-def _is_single_file(location: Location) -> bool:
-    return location.name.endswith(SINGLE_FILE_SUFFIX)
-
-
-def read_building(uri: str | Location) -> dict[str, Any] | None:
+def read_lease(uri: str | Location) -> dict[str, Any] | None:
     """What an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
-    return leases.read_lease(_record(uri if isinstance(uri, Location) else Location(uri), BUILDING_NAME))
-
-
-def _refuse_what_is_there(
-    location: Location, config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any] | None
-) -> None:
-    """Say what stands in the way. `there` is a manifest or a lease.
-
-    Raises:
-        ArtifactConflictError: another artifact that may not be replaced, or files that no stage made.
-    """
-    if there is None:
-        _refuse_foreign_files(location, config)
-        return
-    if there["fingerprint"] == ours["fingerprint"]:
-        return
-    if not config.overwrite:
-        difference = _difference(config, ours, there)
-        raise ArtifactConflictError(
-            f"{config.output!r} already holds something else ({difference}); give another output, or --overwrite to replace it",
-            output=config.output,
-            difference=difference,
-        )
-    if _is_single_file(location):
-        return
-    if collisions := artifact_files.would_collide(location, (*_listed(there), *_RECORDS), ours["files"]):
-        raise ArtifactConflictError(
-            f"{config.output!r} holds {artifact_files.named(collisions)} that no stage of readapt made, where this one "
-            f"would write; move it away, or give another output"
-        )
-
-
-def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
-    """Refuse an output in which anything lies but a lease of ours: it may be the root of a run, a home or a mount."""
-    lease = _record(location, BUILDING_NAME)
-    is_ours = leases.is_cut_short(lease) or leases.read_lease(lease) is not None
-    if _is_single_file(location):
-        records = [_record(location, MANIFEST_NAME), *([] if is_ours else [lease])]
-        found = [each.name for each in (location, *records) if each.exists()]
-    elif location.is_file():
-        raise ArtifactConflictError(f"{config.output!r} is a file; give an empty or new folder as the output")
-    else:
-        found = artifact_files.in_the_way(location, but=(BUILDING_NAME,) if is_ours else ())
-    # Another driver may have begun since we looked; then its lease is found when we take ours.
-    if found and leases.read_lease(lease) is None:
-        new = "another output" if _is_single_file(location) else "an empty or new folder as the output"
-        raise ArtifactConflictError(
-            f"{config.output!r} holds {artifact_files.named(found)} that no stage of readapt made; give {new}"
-        )
-
-
-def _listed(record: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The patterns of the files that a manifest or lease calls its own; of earlier releases, what their stages wrote."""
-    if record is None:
-        return ()
-    return tuple(record.get("files") or STAGE_FILES.get(record["stage"], ()))
-
-
-def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    if there["fingerprint"] == _LEFTOVERS:
-        return "what is left of an artifact that was being replaced"
-    if there["stage"] != ours["stage"]:
-        return f"it is the output of {there['stage']!r}"
-    before, wanted, inputs = there["config"], ours["config"], ours["inputs"]
-    changes = [
-        f"{name}: {before.get(name)!r} there, {wanted[name]!r} now"
-        for name in sorted(config.identity().keys() | inputs.keys())
-        if name in wanted and before.get(name) != wanted[name]
-    ]
-    changes += [
-        f"{name}: its content changed"
-        for name in sorted(inputs)
-        if there["inputs"].get(name) != inputs[name] and before.get(name) == wanted.get(name)
-    ]
-    return "; ".join(changes) or "it was made by another version"
-
-
-def _forget_if_empty(location: Location, files: Sequence[str]) -> None:
-    """Leave no trace of work that was refused before it wrote anything, so that mended input is not another artifact."""
-    if location.is_file():
-        return
-    artifact_files.remove_empty_folders(location, files)
-    if not artifact_files.in_the_way(location, but=(BUILDING_NAME,)):
-        _record(location, BUILDING_NAME).delete()
-
-
-def _clear(location: Location, listed: Sequence[str]) -> None:
-    """Remove what a record lists; the manifest first, so that it never stands over a part of the data."""
-    _record(location, MANIFEST_NAME).delete()
-    if location.is_file():
-        location.delete()
-    elif foreign := artifact_files.clear(location, (*listed, *_RECORDS), keep=BUILDING_NAME):
-        logger.warning("%s keeps %s, which no stage of readapt made", location, artifact_files.named(foreign))
+    return leases.read_lease(record_of(uri if isinstance(uri, Location) else Location(uri), LEASE_NAME))
 
 
 def _versions() -> dict[str, str]:

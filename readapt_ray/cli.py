@@ -257,12 +257,9 @@ def _plan(arguments: Sequence[str]) -> None:
 def _compare(arguments: Sequence[str]) -> None:
     from readapt_ray import flags
     from readapt_ray.recipes import compare
+    from readapt_ray.recipes.compare_plan import CompareConfig
 
-    print(
-        compare.to_markdown(
-            compare.compare(flags.parse("compare", _COMMANDS["compare"], compare.CompareConfig, arguments))
-        )
-    )
+    print(compare.to_markdown(compare.compare(flags.parse("compare", _COMMANDS["compare"], CompareConfig, arguments))))
 
 
 def _paper(arguments: Sequence[str]) -> None:

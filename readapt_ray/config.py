@@ -17,26 +17,26 @@ from pydantic import BaseModel, ConfigDict
 
 from readapt_ray.errors import InputError
 
-_MEANING = {
-    "int_parsing": "must be a whole number",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_parsing": "must be a number",
-    "float_type": "must be a number",
-    "finite_number": "must be a finite number",
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-    "string_type": "must be text",
-    "tuple_type": "must be a list",
-    "list_type": "must be a list",
-    "dict_type": "must be a section of options by name",
-    "model_type": "must be a file, or a section of options by name",
-    "greater_than": "must be more than {gt}",
-    "greater_than_equal": "must be {ge} or more",
-    "less_than": "must be less than {lt}",
-    "less_than_equal": "must be {le} or less",
+_ALLOWED = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a section of options by name",
+    "model_type": "a file, or a section of options by name",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
 }
-"""What is wrong with a value, by pydantic's name for it."""
+"""What a value must be, by pydantic's name for what is wrong with it."""
 
 
 class OptionError(ValueError):
@@ -116,10 +116,9 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
-            problems = [
-                _describe(problem, sorted(cls.model_fields), flags) for problem in error.errors(include_url=False)
-            ]
-            raise InputError(f"{where or cls.__name__}: {'; '.join(_join(problems))}") from None
+            known = sorted(cls.model_fields)
+            problems = _join(_describe(problem, known, flags) for problem in error.errors(include_url=False))
+            raise InputError(f"{where or cls.__name__}: {problems}") from None
 
 
 class StageConfig(Config):
@@ -216,42 +215,45 @@ def meant(word: str, known: Iterable[str]) -> str:
     return f"did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
-def _join(problems: list[tuple[str, str]]) -> list[str]:
-    """One line for each value: an option that may be text or a list has a problem for each."""
-    lines: dict[str, str] = {}
-    for option, message in problems:
-        if option in lines:
-            lines[option] += f" or {message.removeprefix('must be ')}"
+class _Problem(typing.NamedTuple):
+    option: str
+    """The option with its value; empty where none is to blame."""
+    text: str
+    is_allowed: bool = False
+    """Whether the text is what the value must be, not what is wrong."""
+
+
+def _join(problems: Iterable[_Problem]) -> str:
+    """Join problems, with one clause per value: an option that may be text or a list has a problem for each."""
+    clauses: dict[str, str] = {}
+    for option, text, is_allowed in problems:
+        if option in clauses:
+            clauses[option] += f" or {text}"
         else:
-            lines[option or message] = f"{option}{message}"
-    return list(lines.values())
+            clauses[option or text] = f"{option}{'must be ' if is_allowed else ''}{text}"
+    return "; ".join(clauses.values())
 
 
-def _describe(problem: Any, known: list[str], flags: bool) -> tuple[str, str]:
-    """The option with its value, where one is to blame, and what is wrong."""
+def _describe(problem: Any, known: list[str], flags: bool) -> _Problem:
     # pydantic puts the type that it tried last into the place of a value that may have several
     path = ".".join(str(part) for part in problem["loc"] if part in known or not _TYPE_NAME.fullmatch(str(part)))
-    if problem["type"] == "extra_forbidden":
-        return "", f"unknown option {path!r}; {meant(path, known) or 'the options are ' + ', '.join(known)}"
-    if problem["type"] == "missing":
-        return "", f"option {flag(path) if flags else repr(path)} is required and was not given"
-    message = _meaning(problem)
-    if path:
-        return f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: ", message
-    cause = problem.get("ctx", {}).get("error")
-    return "", cause.as_flags() if flags and isinstance(cause, OptionError) else message
-
-
-_TYPE_NAME = re.compile(r"str|int|float|bool|(tuple|list|dict|function-\w+)\[.*\]")
-
-
-def _meaning(problem: Any) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
-    if kind in _MEANING:
-        return _MEANING[kind].format(**context)
+    if kind == "extra_forbidden":
+        return _Problem("", f"unknown option {path!r}; {meant(path, known) or 'the options are ' + ', '.join(known)}")
+    if kind == "missing":
+        return _Problem("", f"option {flag(path) if flags else repr(path)} is required and was not given")
+    option = f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: " if path else ""
+    cause = context.get("error")
+    if not path and flags and isinstance(cause, OptionError):
+        return _Problem("", cause.as_flags())
+    if kind in _ALLOWED:
+        return _Problem(option, _ALLOWED[kind].format(**context), is_allowed=True)
     if kind == "literal_error":
         choices = [each.strip("'") for each in re.split(", | or ", context["expected"])]
         question = meant(str(problem["input"]), choices)
-        return f"must be one of {', '.join(choices)}{question and f'; {question}'}"
-    message: str = problem["msg"].removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]}"
+        return _Problem(option, f"one of {', '.join(choices)}{question and f'; {question}'}", is_allowed=True)
+    text = str(cause or problem["msg"])
+    return _Problem(option, f"{text[0].lower()}{text[1:]}")
+
+
+_TYPE_NAME = re.compile(r"str|int|float|bool|(tuple|list|dict|function-\w+)\[.*\]")

@@ -6,6 +6,7 @@ from typing import Any
 
 from readapt_ray import artifacts, leases
 from readapt_ray.errors import InputError
+from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.progress import duration, figure
 from readapt_ray.recipes.chain import RUN_NAME
 from readapt_ray.storage import Location
@@ -67,9 +68,7 @@ def status_table(root: Location, usd_per_hour: float | None = None) -> str:
     total = f"{sum(row['usd'] for row in found):,.2f}" if usd_per_hour is not None else ""
     num_done = sum(row["state"] == "done" for row in found)
     lines.append(("", "", f"{num_done} of {len(found)} done", duration(seconds), total, ""))
-    shown = range(6) if usd_per_hour is not None else (0, 1, 2, 3, 5)
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
-    return "\n".join("  ".join(line[column].ljust(widths[column]) for column in shown).rstrip() for line in lines)
+    return aligned_table(lines if usd_per_hour is not None else [(*line[:4], line[5]) for line in lines])
 
 
 def _done(location: Location) -> dict[str, Any] | None:
@@ -83,11 +82,11 @@ def _done(location: Location) -> dict[str, Any] | None:
 
 
 def _unfinished(location: Location) -> dict[str, Any]:
-    building: dict[str, Any] | None = artifacts.read_building(location)
-    if building is None:
+    lease: dict[str, Any] | None = artifacts.read_lease(location)
+    if lease is None:
         return {"stage": "", "state": "missing", "seconds": 0.0, "what": ""}
-    alive = leases.is_alive(building)
-    progress = building["progress"]
+    alive = leases.is_alive(lease)
+    progress = lease["progress"]
     done, total, rate = progress["done"], progress["total"], progress["rate"]
     parts = [
         f"{done:,}"
@@ -98,6 +97,6 @@ def _unfinished(location: Location) -> dict[str, Any]:
         if total:
             parts.append(f"ETA {duration((total - done) / rate)}")
     if not alive:
-        parts.append(f"last sign {duration(time.time() - building['heartbeat'])} ago on {building['host']}")
+        parts.append(f"last sign {duration(time.time() - lease['heartbeat'])} ago on {lease['host']}")
     state = "running" if alive else "stopped"
-    return {"stage": building["stage"], "state": state, "seconds": building["seconds"], "what": ", ".join(parts)}
+    return {"stage": lease["stage"], "state": state, "seconds": lease["seconds"], "what": ", ".join(parts)}

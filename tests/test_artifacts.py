@@ -323,7 +323,7 @@ def test_lease_and_manifest_list_the_files_and_are_believed_in_a_later_release(
     leased = []
 
     def work(workspace: Workspace) -> None:
-        leased.append(artifacts.read_building(workspace.location))
+        leased.append(artifacts.read_lease(workspace.location))
         fill(workspace)
 
     made = artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=work)
@@ -417,7 +417,7 @@ def test_records_of_other_programs_are_none_whatever_they_hold(tmp_path: Path) -
     assert artifacts.names_under(Location(str(tmp_path))) == []
     for name in "abcde":
         assert artifacts.read_manifest(str(tmp_path / name)) is None
-        assert artifacts.read_building(str(tmp_path / name)) is None
+        assert artifacts.read_lease(str(tmp_path / name)) is None
         with pytest.raises(ArtifactMissingError, match="holds no manifest"):
             artifacts.open_artifact(str(tmp_path / name), "copy")
 
@@ -498,15 +498,15 @@ def test_a_killed_writer_is_followed_and_a_living_one_is_not(tmp_path: Path) -> 
     try:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "working\n"
-        building = artifacts.read_building(output)
-        assert building is not None
-        assert leases.is_alive(building)
+        lease = artifacts.read_lease(output)
+        assert lease is not None
+        assert leases.is_alive(lease)
         with pytest.raises(ArtifactConflictError, match=f"process {writer.pid}"):
             artifacts.produce("copy", CopyConfig(output=output), inputs={}, work=lambda w: None)
     finally:
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
-    assert not leases.is_alive(building)
+    assert not leases.is_alive(lease)
     seen = []
     started = time.monotonic()
     artifacts.produce(

@@ -10,7 +10,7 @@ from readapt_ray.config import Config, split_list
 from readapt_ray.errors import InputError
 from readapt_ray.planner import PlanConfig
 from readapt_ray.recipes import chain
-from readapt_ray.recipes.compare import CompareConfig
+from readapt_ray.recipes.compare_plan import CompareConfig
 from readapt_ray.recipes.paper.options import PaperConfig
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.stages import STAGES

@@ -10,6 +10,7 @@ from readapt_ray import artifacts
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.recipes import chain, compare, quickstart
+from readapt_ray.recipes.compare_plan import CompareConfig
 from readapt_ray.recipes.paper import experiments
 from readapt_ray.recipes.paper.options import PaperConfig
 from readapt_ray.serving.options import ServeConfig
@@ -23,7 +24,7 @@ def run_all(root: str) -> None:
 
 
 def compare_all(root: str) -> None:
-    compare.compare(compare.CompareConfig(retrievers=("quickstart-retriever",), corpus="nothing", output=root))
+    compare.compare(CompareConfig(retrievers=("quickstart-retriever",), corpus="nothing", output=root))
 
 
 def paper_all(root: str) -> None:

@@ -69,9 +69,9 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
 
     submit("second")
     wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding")
-    building = artifacts.read_building(str(root / "vectors/retriever"))
-    assert building is not None
-    os.kill(building["pid"], signal.SIGKILL)
+    lease = artifacts.read_lease(str(root / "vectors/retriever"))
+    assert lease is not None
+    os.kill(lease["pid"], signal.SIGKILL)
     assert server.ended("second") == "failed"
     assert "train: goes on where it stopped" in server.job("logs", "second")
 

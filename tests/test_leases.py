@@ -177,9 +177,9 @@ def taken_over(workspace: Workspace) -> None:
 def test_no_manifest_is_written_over_the_work_of_another(tmp_path: Path) -> None:
     with pytest.raises(ArtifactConflictError, match="process 1 on there is writing"):
         produce(str(tmp_path / "a"), taken_over)
-    building = artifacts.read_building(str(tmp_path / "a"))
-    assert building is not None
-    assert building["owner"] == "other"
+    lease = artifacts.read_lease(str(tmp_path / "a"))
+    assert lease is not None
+    assert lease["owner"] == "other"
     assert artifacts.read_manifest(str(tmp_path / "a")) is None
 
 

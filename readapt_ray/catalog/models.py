@@ -10,7 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from readapt_ray.artifacts import BUILDING_NAME, MANIFEST_NAME, fingerprint, read_building, read_manifest
+from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
+from readapt_ray.artifacts import fingerprint, read_lease, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME, ModelFolder
 from readapt_ray.catalog.retrievers import Encoding
@@ -66,7 +67,7 @@ class Model(ModelFolder):
         return [
             name
             for name, _ in listing
-            if name.endswith(fetching.MODEL_SUFFIXES) and name.rsplit("/", 1)[-1] != BUILDING_NAME
+            if name.endswith(fetching.MODEL_SUFFIXES) and name.rsplit("/", 1)[-1] != LEASE_NAME
         ]
 
     def fingerprint(self) -> str:
@@ -128,9 +129,9 @@ def _own_folder(name: str) -> Path | None:
 
 def _check_finished(location: Location, name: str) -> None:
     """Refuse what a stage has not finished: some of its weights may be there, and not all."""
-    if not (location / BUILDING_NAME).is_file() or (location / MANIFEST_NAME).is_file():
+    if not (location / LEASE_NAME).is_file() or (location / MANIFEST_NAME).is_file():
         return
-    stage = (read_building(location) or {}).get("stage")
+    stage = (read_lease(location) or {}).get("stage")
     made_by = f"`readapt {stage}`" if stage else "the stage that makes it"
     raise ModelError(
         f"{name!r} is unfinished; run {made_by} with this output again, it goes on where it stopped, or wait for its end"

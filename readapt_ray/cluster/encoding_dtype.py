@@ -2,7 +2,7 @@
 
 import os
 
-from readapt_ray.artifacts import read_building, read_manifest
+from readapt_ray.artifacts import read_lease, read_manifest
 from readapt_ray.cluster import connection
 from readapt_ray.config import StageConfig
 
@@ -14,8 +14,8 @@ def encoding_dtype(config: StageConfig, asked: str) -> str:
     if asked != "auto":
         return asked
     if not config.overwrite:
-        manifest, building = read_manifest(config.output), read_building(config.output)
-        begun = (manifest.config if manifest else (building or {}).get("config", {})).get("dtype")
+        manifest, lease = read_manifest(config.output), read_lease(config.output)
+        begun = (manifest.config if manifest else (lease or {}).get("config", {})).get("dtype")
         if begun in ("float32", "float16", "bfloat16"):
             return str(begun)
     import ray

@@ -17,13 +17,14 @@ from readapt_ray.artifacts import Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import connection, on_worker, placement
+from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.evaluation.scale_search import ScalePair
 from readapt_ray.records import Passage, Query, ScoredDoc
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
-    from readapt_ray.evaluation.measures import Measured
+    from readapt_ray.evaluation.measures import Measurement
 
 logger = logging.getLogger("readapt_ray")
 
@@ -215,24 +216,42 @@ class _ScaleScorer:
         passages, queries = self._encoder.encode_ids(self._passage_ids), self._encoder.encode_ids(self._query_ids)
         marks.append(time.monotonic())
         measure = self._job.measure
-        found = measured(self._sample, queries @ passages.T, measure, drop_self_hits=self._job.drop_self_hits)
+        found = measure_sample(
+            self._sample,
+            queries @ passages.T,
+            measure,
+            drop_self_hits=self._job.drop_self_hits,
+            name=f"scales ({pair[0]:g}, {pair[1]:g})",
+        )
         marks.append(time.monotonic())
         values = dict(zip(found.query_ids, found.values[measure].tolist(), strict=True))
         return pair, values, dict(zip(("weights", "encoding", "measuring"), np.diff(marks).tolist(), strict=True))
 
 
-def measured(sample: Sample, scores_QP: np.ndarray, measure: str, *, drop_self_hits: bool = False) -> "Measured":
-    """The measure of every query, on as many of its best passages as the measure looks at.
+def measure_sample(
+    sample: Sample, scores_QP: np.ndarray, measure: str, *, drop_self_hits: bool = False, name: str = "sample"
+) -> "Measurement":
+    """Measure every query, on as many of its best passages as the measure looks at.
 
     Args:
         sample: Q queries, P passages.
         scores_QP: of each query with each passage.
         measure: its canonical name.
         drop_self_hits: leave out a passage whose doc_id is the query_id.
+        name: what errors call the scores.
+
+    Raises:
+        InputError: a score is NaN or infinite, so it ranks nothing.
     """
     from readapt_ray.evaluation.measures import measure_run, parse_measures
     from readapt_ray.evaluation.runs import Run
 
+    if not np.isfinite(scores_QP).all():
+        row, column = np.argwhere(~np.isfinite(scores_QP))[0]
+        raise InputError(
+            f"{name}: query {sample.queries[row].query_id!r} has the score {scores_QP[row, column]} with "
+            f"{sample.passages[column].doc_id!r}; give --dtype bfloat16 or float32, or leave these scales out"
+        )
     if drop_self_hits:
         columns_of = {each.doc_id: column for column, each in enumerate(sample.passages)}
         themselves = [
@@ -250,4 +269,4 @@ def measured(sample: Sample, scores_QP: np.ndarray, measure: str, *, drop_self_h
         ]
         for query, row, columns in zip(sample.queries, scores_QP, best.tolist(), strict=True)
     }
-    return measure_run(Run.of(results), sample.judgements, parse_measures([measure]))
+    return measure_run(Run.of(results), sample.judgements, parse_measures([measure]), name=name)

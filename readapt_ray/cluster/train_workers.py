@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import artifact_files
-from readapt_ray.artifacts import Workspace, read_building
+from readapt_ray.artifacts import Workspace, read_lease
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
@@ -86,7 +86,7 @@ def run_workers(
         raise PlacementError(f"min_workers = {least} is more than num_workers = {num_workers}; lower it")
     monitor = _start_monitor(stage)
     dtype = _dtype(config, workspace.location, on_gpus=use_gpu)
-    inputs = (read_building(workspace.location) or {}).get("inputs", {})
+    inputs = (read_lease(workspace.location) or {}).get("inputs", {})
     job = {**job, "monitor": monitor, "dtype": dtype, "inputs": inputs, "driver_node": on_worker.this_node()}
     controllers: list[Any] = []
     scaling = {

@@ -33,7 +33,7 @@ def query_latency(
         queries: texts; at least one.
         doc_ids: of the vectors.
         vectors: float32 [N, D].
-        top_k: documents a query.
+        top_k: passages per query.
 
     Raises:
         InputError: no query was given.

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from readapt_ray.config import split_list
 from readapt_ray.errors import InputError
-from readapt_ray.evaluation.runs import Run
-from readapt_ray.records import Qrel
+from readapt_ray.evaluation.runs import Run, load_run
+from readapt_ray.records import Qrel, ScoredDoc
+from readapt_ray.sources.judgements import read_qrels
 
 Judgements = Mapping[str, Mapping[str, int]]
 """relevance by query_id and doc_id."""
@@ -31,13 +32,13 @@ _EXAMPLES = ("nDCG@10", "R@100", "RR@10", "P@5", "AP", "Success@5", "Rprec", "Bp
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What one run scores."""
+class Measurement:
+    """The measures of one run, per query and in the mean."""
 
     query_ids: tuple[str, ...]
     """The judged queries, in the order of the values."""
     values: dict[str, NDArray[np.float64]]
-    """[Q] for each measure."""
+    """float64 [Q] for each measure, by its canonical name."""
     without_results: tuple[str, ...]
     """Judged queries that the run has nothing for; they count as zero."""
     without_judgements: tuple[str, ...]
@@ -47,6 +48,44 @@ class Measured:
     def means(self) -> dict[str, float]:
         """The mean of each measure over the judged queries."""
         return {name: float(values.mean()) for name, values in self.values.items()}
+
+
+def measure(
+    run: str | Mapping[str, Mapping[str, float]],
+    qrels: str | Mapping[str, Mapping[str, int]],
+    measures: str | Sequence[str],
+) -> Measurement:
+    """Measure a run against judgements.
+
+        found = measure("run/results.trec", "run/corpus/qrels/test.parquet", "nDCG@10,R@100")
+        found.means                               # {"nDCG@10": 0.31, "R@100": 0.27}
+        dict(zip(found.query_ids, found.values["nDCG@10"]))   # the value of each query
+
+    Args:
+        run: a TREC run file, or scores by query_id and doc_id.
+        qrels: a file of judgements in any format that `readapt evaluate` reads, or relevance by query_id and doc_id.
+        measures: names such as `nDCG@10`, in a list or in one text with commas.
+
+    Returns:
+        `query_ids` has the Q judged queries, `values` float64 [Q] for each measure, `means` their means. A judged query
+        without results counts as zero. Equal scores are ranked as trec_eval ranks them.
+
+    Raises:
+        InputError: a file cannot be read, a measure is unknown, a score is not finite, or no query of the run is judged.
+    """
+    parsed = parse_measures(measures)
+    judgements = group_judgements(
+        read_qrels(qrels)
+        if isinstance(qrels, str)
+        else (Qrel(query_id, *each) for query_id, judged in qrels.items() for each in judged.items())
+    )
+    if isinstance(run, str):
+        return measure_run(load_run(run), judgements, parsed, name=run)
+    results = {
+        query_id: [ScoredDoc(query_id, doc_id, score) for doc_id, score in scores.items()]
+        for query_id, scores in run.items()
+    }
+    return measure_run(Run.of(results), judgements, parsed)
 
 
 def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
@@ -68,6 +107,11 @@ def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
     return {str(measure): measure for measure in found}
 
 
+def describe_measures(names: str | Sequence[str]) -> dict[str, str]:
+    """Return what each measure means, in a sentence of ir-measures, by canonical name."""
+    return {name: each.SHORT_DESC.rstrip(".") + "." for name, each in parse_measures(names).items()}
+
+
 @functools.cache
 def known_measures() -> tuple[str, ...]:
     """The families of measures that can be computed here, without their cutoffs."""
@@ -81,17 +125,17 @@ def known_measures() -> tuple[str, ...]:
 
 
 def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
-    """Judgements by query and document.
+    """Judgements by query and passage.
 
     Raises:
-        InputError: there is none, or a document has two different judgements for one query.
+        InputError: there is none, or a passage has two different judgements for one query.
     """
     grouped: dict[str, dict[str, int]] = {}
     for query_id, doc_id, relevance in qrels:
         judged = grouped.setdefault(query_id, {})
         if judged.setdefault(doc_id, relevance) != relevance:
             raise InputError(
-                f"the judgements give document {doc_id!r} relevance {judged[doc_id]} and {relevance} for query "
+                f"the judgements give passage {doc_id!r} relevance {judged[doc_id]} and {relevance} for query "
                 f"{query_id!r}; keep one"
             )
     if not grouped:
@@ -99,7 +143,7 @@ def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
     return grouped
 
 
-def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measured:
+def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measurement:
     """Measure a run.
 
     Args:
@@ -121,10 +165,10 @@ def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *
     values = {measure: np.zeros(len(place)) for measure in measures.values()}
     for cutoff, group in _by_cutoff(measures).items():
         evaluator = _provider().evaluator(group, judgements)
-        for metric in evaluator.iter_calc(_nested(run, place, cutoff)):
-            values[metric.measure][place[metric.query_id]] = metric.value
+        for found in evaluator.iter_calc(_nested(run, place, cutoff)):
+            values[found.measure][place[found.query_id]] = found.value
     present = set(judged_here)
-    return Measured(
+    return Measurement(
         query_ids=tuple(place),
         values={label: values[measure] for label, measure in measures.items()},
         without_results=tuple(query_id for query_id in place if query_id not in present),

@@ -1,13 +1,11 @@
 """The report of an evaluation: one content, written as JSON, as Markdown and as one HTML page.
 
-Enter runs, what they measured and the comparisons; leaves a JSON value that holds all that the page
+Enter runs, their measurements and the comparisons; leaves a JSON value that holds all that the page
 shows. The page is self-contained: no script, nothing fetched, light and dark.
 """
 
 import dataclasses
-import html
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,9 +13,10 @@ import jinja2
 import numpy as np
 
 from readapt_ray.evaluation import plots
-from readapt_ray.evaluation.measures import Judgements, Measured, recall_curve
+from readapt_ray.evaluation.measures import Judgements, Measurement, describe_measures, recall_curve
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
+from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
 from readapt_ray.records import Passage
 
 ALPHA = 0.05
@@ -26,7 +25,6 @@ _CUTOFFS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _NUM_CHANGED = 5
 _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
-_MAX_NAMED = 20
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
 """From doc_ids to those of the passages that the corpus has."""
@@ -34,7 +32,7 @@ FindPassages = Callable[[set[str]], Mapping[str, Passage]]
 
 def build_report(
     runs: Mapping[str, Run],
-    measured: Mapping[str, Measured],
+    measurements: Mapping[str, Measurement],
     comparisons: Sequence[Comparison],
     judgements: Judgements,
     *,
@@ -48,29 +46,36 @@ def build_report(
 
     Args:
         runs: by name; the first is the baseline.
-        measured: of each run.
+        measurements: of each run.
         comparisons: of the other runs with the baseline.
-        judgements: relevance by query and document.
+        judgements: relevance by query_id and doc_id.
         query_texts: by query_id; may lack any.
-        find_passages: called once, with the documents whose title and text are shown.
+        find_passages: called once, with the doc_ids of the passages whose title and text are shown.
         provenance: of each run, whatever is known.
         num_permutations: of the tests, for the record.
         seed: of the tests and of the intervals.
     """
     names = list(runs)
-    query_ids = measured[names[0]].query_ids
-    measures = list(measured[names[0]].values)
+    query_ids = measurements[names[0]].query_ids
+    measures = list(measurements[names[0]].values)
     changes = [
         _changes(
-            name, names[0], measures[0], runs=runs, measured=measured, judgements=judgements, query_texts=query_texts
+            name,
+            names[0],
+            measures[0],
+            runs=runs,
+            measurements=measurements,
+            judgements=judgements,
+            query_texts=query_texts,
         )
         for name in names[1:]
     ]
     _add_passages(changes, find_passages)
-    means = _means(measured, seed)
+    means = _means(measurements, seed)
     return {
         "baseline": names[0],
         "measures": measures,
+        "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
@@ -80,8 +85,8 @@ def build_report(
                 "means": means[name],
                 "num_results": len(runs[name]),
                 "depth": runs[name].depth,
-                "without_results": list(measured[name].without_results),
-                "without_judgements": list(measured[name].without_judgements),
+                "without_results": list(measurements[name].without_results),
+                "without_judgements": list(measurements[name].without_judgements),
                 "provenance": provenance[name],
             }
             for name in names
@@ -108,7 +113,7 @@ def page_template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=_value, signed=signed, p=_p, pretty=_pretty)
+    environment.filters.update(value=value, signed=signed, p=p_value, pretty=_pretty)
     return environment.get_template(name)
 
 
@@ -127,7 +132,7 @@ def to_html(report: Mapping[str, Any]) -> str:
         recall["runs"], recall["cutoffs"], description="Recall at k of each run, over k"
     )
     return template.render(
-        report=report, drawings=drawings, recall_drawing=recall_drawing, max_named=_MAX_NAMED, alpha=ALPHA
+        report=report, drawings=drawings, recall_drawing=recall_drawing, max_named=MAX_NAMED, alpha=ALPHA
     )
 
 
@@ -135,52 +140,48 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown: verdicts, both tables, the changed queries, provenance."""
     measures = report["measures"]
     lines = ["# Evaluation", ""]
-    lines += [f"{_md(each['sentence'])}\n" for each in report["verdicts"]]
+    lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
     lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
-    lines += table(
+    lines += markdown_table(
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
     )
+    lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     for run in report["runs"]:
         for key, meaning in (
             ("without_results", "judged, without results"),
             ("without_judgements", "not judged, left out"),
         ):
             if run[key]:
-                lines += ["", _md(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
+                lines += ["", markdown(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
     if report["comparisons"]:
-        lines += ["", f"## Against {_md(report['baseline'])}", ""]
+        lines += ["", f"## Against {markdown(report['baseline'])}", ""]
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
-        lines += table(header, [_comparison_row(each) for each in report["comparisons"]])
+        lines += markdown_table(header, [_comparison_row(each) for each in report["comparisons"]])
         lines += ["", _method(report["settings"])]
     for change in report["changes"]:
         for key in ("gained", "lost"):
-            lines += ["", f"## Queries that {key} most: {_md(change['run'])}, {change['measure']}", ""]
+            lines += ["", f"## Queries that {key} most: {markdown(change['run'])}, {change['measure']}", ""]
             rows = [
-                [each["query_id"], each["text"], _value(each["baseline_value"]), _value(each["value"])]
+                [each["query_id"], each["text"], value(each["baseline_value"]), value(each["value"])]
                 + [", ".join(doc["doc_id"] for doc in each["results"][side]) for side in ("baseline", "run")]
                 for each in change[key]
             ]
             header = ["query", "text", report["baseline"], change["run"], "top before", "top after"]
-            lines += table(header, rows) if rows else ["none"]
+            lines += markdown_table(header, rows) if rows else ["none"]
     lines += ["", "## Where the runs are from", ""]
     for run in report["runs"]:
-        lines += [f"### {_md(run['name'])}", "", "```json", _pretty(run["provenance"]).replace("```", "'''"), "```", ""]
+        known = _pretty(run["provenance"]).replace("```", "'''")
+        lines += [f"### {markdown(run['name'])}", "", "```json", known, "```", ""]
     return "\n".join(lines) + "\n"
 
 
-def named(ids: Sequence[str]) -> str:
-    """The first ids, and how many more there are."""
-    rest = len(ids) - _MAX_NAMED
-    return ", ".join(ids[:_MAX_NAMED]) + (f" and {rest:,} more" if rest > 0 else "")
-
-
-def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
+def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
     """Mean and interval by run and measure; all are resampled together."""
-    cells = [(name, measure, values) for name, each in measured.items() for measure, values in each.values.items()]
+    cells = [(name, measure, values) for name, each in measurements.items() for measure, values in each.values.items()]
     columns = np.stack([values for _, _, values in cells], axis=1)
     lows, highs = bootstrap_interval(columns, seed=seed).tolist() if len(columns) > 1 else [[None] * len(cells)] * 2
-    found: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in measured}
+    found: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in measurements}
     for (name, measure, values), low, high in zip(cells, lows, highs, strict=True):
         found[name][measure] = {"mean": float(values.mean()), "low": low, "high": high}
     return found
@@ -189,17 +190,18 @@ def _means(measured: Mapping[str, Measured], seed: int) -> dict[str, dict[str, d
 def verdict(comparison: Comparison) -> dict[str, str]:
     """Whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
     figures = (
-        f"{comparison.measure} {_value(comparison.mean)} against {_value(comparison.baseline_mean)}, "
+        f"{comparison.measure} {value(comparison.mean)} against {value(comparison.baseline_mean)}, "
         f"{signed(comparison.difference)}"
     )
     run, baseline = comparison.run, comparison.baseline
     if comparison.p_holm is None or comparison.interval is None:
         return {"run": run, "kind": "untested", "sentence": f"{run} and {baseline}: {figures}; {comparison.note}."}
     low, high = comparison.interval
+    p = p_value(comparison.p_holm)
+    relation = p if p.startswith("<") else f"= {p}"
     corrected = " after Holm's correction" if comparison.p_holm != comparison.p_value else ""
     figures += (
-        f" (95% interval {signed(low)} to {signed(high)}, p {_p(comparison.p_holm, relation=True)}{corrected}, "
-        f"{comparison.num_queries:,} queries)."
+        f" (95% interval {signed(low)} to {signed(high)}, p {relation}{corrected}, {comparison.num_queries:,} queries)."
     )
     if comparison.p_holm >= ALPHA:
         return {
@@ -225,13 +227,13 @@ def _changes(
     measure: str,
     *,
     runs: Mapping[str, Run],
-    measured: Mapping[str, Measured],
+    measurements: Mapping[str, Measurement],
     judgements: Judgements,
     query_texts: Mapping[str, str],
 ) -> dict[str, Any]:
     """The queries whose value changed most, with both lists of results, and every difference."""
-    query_ids = measured[name].query_ids
-    before, after = measured[baseline].values[measure], measured[name].values[measure]
+    query_ids = measurements[name].query_ids
+    before, after = measurements[baseline].values[measure], measurements[name].values[measure]
     differences = np.where(abs(after - before) <= 1e-9, 0.0, after - before)
     order = np.argsort(-differences, kind="stable").tolist()
     places = {
@@ -304,8 +306,8 @@ def _comparison_row(each: Mapping[str, Any]) -> list[str]:
         each["measure"],
         signed(each["difference"]),
         f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
-        _p(each["p_value"]),
-        _p(each["p_holm"]),
+        p_value(each["p_value"]),
+        p_value(each["p_holm"]),
         *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),
     ]
 
@@ -318,36 +320,8 @@ def _method(settings: Mapping[str, Any]) -> str:
 
 
 def _with_interval(cell: Mapping[str, float | None]) -> str:
-    text = _value(cell["mean"])
-    return text if cell["low"] is None else f"{text} ({_value(cell['low'])} to {_value(cell['high'])})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table; what stands in a cell cannot end it."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell if cell == "---" else _md(cell) for cell in line) + " |" for line in lines]
-
-
-def _md(text: str) -> str:
-    """Text that Markdown shows as it is, and that cannot end a table cell."""
-    escaped = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escaped)
-
-
-def _value(number: float | None) -> str:
-    return "" if number is None else f"{number:.4f}"
-
-
-def signed(number: float) -> str:
-    """A difference with its sign, the minus as typographers set it."""
-    return f"{number:+.4f}".replace("-", "−")
-
-
-def _p(number: float | None, relation: bool = False) -> str:
-    if number is None:
-        return "no test"
-    text = "< 0.0001" if number < 0.0001 else f"{number:.4f}"
-    return text if not relation or text.startswith("<") else f"= {text}"
+    text = value(cell["mean"])
+    return text if cell["low"] is None else f"{text} ({value(cell['low'])} to {value(cell['high'])})"
 
 
 def _pretty(value: Any) -> str:

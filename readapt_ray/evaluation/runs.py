@@ -49,7 +49,7 @@ class Run:
         """A run from records, whatever their order; `name` is what errors call it.
 
         Raises:
-            InputError: a score is not a finite number, or a document stands twice for one query.
+            InputError: a score is not a finite number, or a passage stands twice for one query.
         """
         rows = (("", query_id, doc.doc_id, doc.score) for query_id, docs in results.items() for doc in docs)
         return _ranked(_checked(rows, name))
@@ -83,7 +83,7 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
 
     Raises:
         InputError: an id is empty or has whitespace in it, a score is not a finite number, or a
-            document stands twice for one query: the format cannot hold it.
+            passage stands twice for one query: the format cannot hold it.
     """
     run = _ranked(_checked((("", doc.query_id, doc.doc_id, doc.score) for doc in scored), uri))
     for each in (*run.query_ids, *run.doc_ids):
@@ -116,7 +116,7 @@ def load_run(uri: str) -> Run:
 
     Raises:
         InputError: there is no such file, a line does not have the six fields, a score is not a
-            finite number, or a document stands twice for one query; with the file and the line.
+            finite number, or a passage stands twice for one query; with the file and the line.
     """
     location = Location(uri)
     if not location.is_file():
@@ -185,7 +185,7 @@ def _excerpt(line: bytes) -> str:
 
 
 def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
-    """The rows as columns, each seen to hold a finite score and a document that is new to its query."""
+    """The rows as columns, each seen to hold a finite score and a passage that is new to its query."""
     query_ids: list[str] = []
     doc_ids: list[str] = []
     scores: list[float] = []
@@ -200,7 +200,7 @@ def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
         docs = seen.setdefault(query_id, {})
         if doc_id in docs:
             first = f" (first on {docs[doc_id]})" if where else ""
-            raise InputError(f"{place}: document {doc_id!r} stands twice for query {query_id!r}{first}; keep one")
+            raise InputError(f"{place}: passage {doc_id!r} stands twice for query {query_id!r}{first}; keep one")
         docs[doc_id] = where
         query_ids.append(query_id)
         doc_ids.append(doc_id)

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from readapt_ray.evaluation import plots
-from readapt_ray.evaluation.report import page_template, signed, table
+from readapt_ray.evaluation.report import page_template
 from readapt_ray.evaluation.report import verdict as sentence_of
 from readapt_ray.evaluation.significance import Comparison
+from readapt_ray.evaluation.tables import markdown_table, signed, value
 
 
 def verdict(result: Mapping[str, Any]) -> str:
@@ -30,10 +31,10 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         [
             f"{cell['readapter_scale']:g}",
             f"{cell['knowledge_scale']:g}",
-            f"{cell['tuning']:.4f}",
+            value(cell["tuning"]),
             signed(cell["difference"]),
             _interval(cell),
-            f"{cell['reporting']:.4f}",
+            value(cell["reporting"]),
         ]
         for cell in result["grid"]
     ]
@@ -46,7 +47,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         "95% interval",
         f"{measure}, other half",
     ]
-    return "\n".join([*lines, *table(header, rows)]) + "\n"
+    return "\n".join([*lines, *markdown_table(header, rows)]) + "\n"
 
 
 def to_html(result: Mapping[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """A plan as text for people, and as plain values for programs."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from readapt_ray import progress
+from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.planner import Plan
 
 
@@ -78,7 +78,7 @@ def _stages(plan: Plan) -> str:
                 note,
             )
         )
-    return table(rows)
+    return aligned_table(rows)
 
 
 def _memory(plan: Plan) -> str:
@@ -120,14 +120,6 @@ def duration(seconds: float) -> str:
     if days < 3:
         return progress.duration(seconds)
     return f"{days:,.1f} days" if days < 100 else f"{days:,.0f} days" if days < 1000 else f"{days / 365:,.0f} years"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as aligned text, two blanks between columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
 
 
 def count(value: float) -> str:

@@ -12,15 +12,12 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.cleaning import clean_id, clean_text, is_unicode, text_fault
-from readapt_ray.sources.columns import QUERY_ID_NAMES, QUERY_TEXT_NAMES, first_of
-from readapt_ray.sources.lines import Line, plain_name, read_lines, refuse_damaged
-from readapt_ray.sources.parquet import cells, open_parquet
+from readapt_ray.sources.lines import Line, plain_name, read_lines
 from readapt_ray.sources.source import MISSING, REASONS, BadRow
-from readapt_ray.sources.tables import parsed_object
+from readapt_ray.sources.tables import QUERY_ID_NAMES, QUERY_TEXT_NAMES, first_of, parquet_rows, parsed_object
 from readapt_ray.storage import Location
 
 _QREL_NAMES = (
@@ -222,7 +219,7 @@ def _rows(location: Location, names: Sequence[Collection[str]], what: str) -> It
 def _file_rows(file: Location, label: str, names: Sequence[Collection[str]], what: str) -> Iterator[_Values | BadRow]:
     name = plain_name(file.name)
     if name.endswith(".parquet"):
-        yield from _parquet_rows(file, label, names)
+        yield from parquet_rows(file, label, lambda found: _pick(found, names, label))
     elif name.endswith((".jsonl", ".ndjson")):
         yield from _json_rows(file, label, names)
     elif name.endswith((".tsv", *_TREC_SUFFIXES)):
@@ -245,23 +242,6 @@ def _pick(found: Iterable[str], names: Sequence[Collection[str]], label: str) ->
             )
         picked.append(column)
     return picked
-
-
-def _parquet_rows(file: Location, label: str, names: Sequence[Collection[str]]) -> Iterator[_Values | BadRow]:
-    with open_parquet(file, label) as parquet:
-        columns = _pick(parquet.schema_arrow.names, names, label)
-        number = 0
-        try:
-            for batch in parquet.iter_batches(columns=columns, use_threads=False):
-                for values in zip(*(cells(batch.column(name)) for name in columns), strict=True):
-                    number += 1
-                    try:
-                        yield f"{label}:{number}", tuple(v.decode() if isinstance(v, bytes) else v for v in values)
-                    except UnicodeDecodeError:
-                        yield BadRow(f"{label}:{number}", "not_utf8")
-        except READ_ERRORS as error:
-            refuse_damaged(label, f"after row {number}", error)
-            raise
 
 
 def _json_rows(file: Location, label: str, names: Sequence[Collection[str]]) -> Iterator[_Values | BadRow]:

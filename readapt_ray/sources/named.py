@@ -11,8 +11,8 @@ from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.cleaning import clean_id
-from readapt_ray.sources.columns import QUERY_TEXT_NAMES, TEXT_NAMES
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
+from readapt_ray.sources.tables import QUERY_TEXT_NAMES, TEXT_NAMES
 
 PREFIX = "ir_datasets:"
 _SPLITS = ("train", "dev", "test")

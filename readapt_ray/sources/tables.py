@@ -3,23 +3,62 @@
 One line, or one batch of 512 Parquet rows, is in memory at a time.
 """
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
-from readapt_ray.sources.columns import ID_NAMES, TEXT_NAMES, Columns, passage_columns
 from readapt_ray.sources.lines import Line, read_lines, refuse_damaged
-from readapt_ray.sources.parquet import cells, open_parquet
 from readapt_ray.sources.source import MISSING, BadRow, Limits, Row
 from readapt_ray.storage import Location
 
+ID_NAMES: Final = ("doc_id", "_id", "id")
+TITLE_NAMES: Final = ("title",)
+TEXT_NAMES: Final = ("text", "contents", "body")
+QUERY_ID_NAMES: Final = ("query_id", "_id", "id", "qid", "query-id")
+QUERY_TEXT_NAMES: Final = ("text", "query", "contents", "body")
 _PEEKED_LINES = 100
 _BATCH_ROWS = 512
 
 Advance = Callable[[float], None]
+
+
+class Columns(NamedTuple):
+    """The names of the columns of a passage; `title` is None where there is none."""
+
+    doc_id: str
+    title: str | None
+    text: str
+
+
+def first_of(wanted: Sequence[str], found: Iterable[str]) -> str | None:
+    """The first of the wanted names that was found."""
+    present = set(found)
+    return next((name for name in wanted if name in present), None)
+
+
+def passage_columns(found: Sequence[str], label: str) -> Columns:
+    """The columns of a passage.
+
+    Raises:
+        CorpusError: no id or no text; it names the columns found and those wanted.
+    """
+    doc_id, text = first_of(ID_NAMES, found), first_of(TEXT_NAMES, found)
+    missing = [
+        f"no {what} column ({' or '.join(names)})"
+        for what, names, column in (("text", TEXT_NAMES, text), ("id", ID_NAMES, doc_id))
+        if column is None
+    ]
+    if doc_id is None or text is None:
+        have = ", ".join(map(str, found)) or "none"
+        raise CorpusError(f"{label} has {' and '.join(missing)}; its columns are {have}: rename what holds it")
+    return Columns(doc_id, first_of(TITLE_NAMES, found), text)
 
 
 class TableFormat(Protocol):
@@ -133,6 +172,55 @@ class Tsv:
                 yield Row(f"{label}:{line.number}", fields[id_at], title, fields[text_at])
 
 
+def _cells(column: pa.Array) -> Iterator[object]:
+    """The values of a column; strings as bytes, since what a file calls a string need not be UTF-8."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return (value.as_py() for value in column)
+
+
+@contextlib.contextmanager
+def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file.
+
+    Raises:
+        CorpusError: it is cut short, or is not one.
+    """
+    try:
+        parquet = pq.ParquetFile(file.open_input())
+    except READ_ERRORS as error:
+        refuse_damaged(label, "as Parquet", error)
+        raise
+    with parquet:
+        yield parquet
+
+
+def parquet_rows(
+    file: Location,
+    label: str,
+    pick: Callable[[list[str]], Sequence[str]],
+    advance: Advance = lambda _: None,
+) -> Iterator[tuple[str, tuple[object, ...]] | BadRow]:
+    """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
+    number = 0
+    with open_parquet(file, label) as parquet:
+        columns = pick(parquet.schema_arrow.names)
+        try:
+            for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                for values in zip(*(_cells(batch.column(name)) for name in columns), strict=True):
+                    number += 1
+                    try:
+                        yield f"{label}:{number}", tuple(v.decode() if isinstance(v, bytes) else v for v in values)
+                    except UnicodeDecodeError:
+                        yield BadRow(f"{label}:{number}", "not_utf8")
+                advance(number / parquet.metadata.num_rows)
+        except READ_ERRORS as error:
+            refuse_damaged(label, f"after row {number}", error)
+            raise
+
+
 class Parquet:
     """Columns of Parquet files; a place counts rows from 1."""
 
@@ -149,29 +237,12 @@ class Parquet:
         columns = self.columns(file, label)
         if columns is None:
             return
-        number = 0
-        with open_parquet(file, label) as parquet:
-            wanted = [name for name in columns if name]
-            try:
-                for batch in parquet.iter_batches(_BATCH_ROWS, columns=wanted, use_threads=False):
-                    values = [cells(batch.column(name)) if name else itertools.repeat(None) for name in columns]
-                    for doc_id, title, text in zip(*values, strict=False):
-                        number += 1
-                        yield _row(f"{label}:{number}", doc_id, title, text)
-                    advance(number / parquet.metadata.num_rows)
-            except READ_ERRORS as error:
-                refuse_damaged(label, f"after row {number}", error)
-                raise
-
-
-def _row(place: str, doc_id: object, title: object, text: object) -> Row | BadRow:
-    values = []
-    for value in (doc_id, title, text):
-        try:
-            values.append(value.decode("utf-8") if isinstance(value, bytes) else value)
-        except UnicodeDecodeError:
-            return BadRow(place, "not_utf8")
-    return Row(place, *values)
+        for row in parquet_rows(file, label, lambda _: [name for name in columns if name], advance):
+            if isinstance(row, BadRow):
+                yield row
+            else:
+                place, (doc_id, *title, text) = row
+                yield Row(place, doc_id, title[0] if title else None, text)
 
 
 def _shares(file: Location, advance: Advance) -> Callable[[int], None]:

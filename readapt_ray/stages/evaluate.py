@@ -25,6 +25,7 @@ from readapt_ray.evaluation import measures as measuring
 from readapt_ray.evaluation import report as reporting
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
+from readapt_ray.evaluation.tables import named
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.sources.judgements import read_qrels, read_queries
 from readapt_ray.storage import Location
@@ -40,8 +41,9 @@ class EvaluateConfig(StageConfig):
     qrels: str
     """Judgements: a file (.jsonl, .tsv, .parquet, TREC) or a folder of them."""
     measures: tuple[str, ...] = ("nDCG@10", "R@100", "RR@10")
-    """Measures such as nDCG@10, R@100 or RR@10, separated by commas. The first one orders the list of changed
-    queries."""
+    """Measures, separated by commas: nDCG@10 (gain of the first 10 results, discounted by rank), R@100 (share of the
+    relevant passages among the first 100), RR@10 (1 / rank of the first relevant passage) and others of ir-measures.
+    The first one orders the list of changed queries."""
     names: tuple[str, ...] = ()
     """Names of the runs in the report, separated by commas. If omitted, the names of their files."""
     queries: str = ""
@@ -61,7 +63,7 @@ class _Loaded:
     """What is measured, read and seen to fit together."""
 
     runs: dict[str, Run]
-    measured: dict[str, measuring.Measured]
+    measurements: dict[str, measuring.Measurement]
     judgements: dict[str, dict[str, int]]
     query_texts: dict[str, str]
     corpus: PassageStore | None
@@ -131,32 +133,32 @@ def _run_identity(uri: str) -> list[Any]:
 def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
     judgements = measuring.group_judgements(read_qrels(config.qrels))
     texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
-    runs, measured = {}, {}
+    runs, measurements = {}, {}
     for name, uri in files.items():
         runs[name] = load_run(uri)
-        measured[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
-        _warn(name, measured[name])
+        measurements[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
+        _warn(name, measurements[name])
     corpus = PassageStore.open(config.corpus) if config.corpus else None
     num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
     is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
     if not is_of_corpus:
         _check_one_corpus(judgements, runs, config)
-    return _Loaded(runs, measured, judgements, texts, corpus, num_unknown)
+    return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown)
 
 
 def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:
     """Refuse judgements of another corpus than the runs', which would measure as all zeros.
 
     Raises:
-        CorpusError: no run has a single document that is judged.
+        CorpusError: no run has a single passage that is judged.
     """
     judged = {doc_id for each in judgements.values() for doc_id in each}
     if any(not judged.isdisjoint(run.doc_ids) for run in runs.values()):
         return
     found = next((run.doc_ids for run in runs.values() if run.doc_ids), ())
     raise CorpusError(
-        f"no document that {config.qrels!r} judges occurs in any of the runs (it judges {reporting.named(sorted(judged)[:3])}; "
-        f"they have {reporting.named(list(found)[:3])}); do they belong to one corpus?"
+        f"no passage that {config.qrels!r} judges occurs in any of the runs (it judges {named(sorted(judged)[:3])}; "
+        f"they have {named(list(found)[:3])}); do they belong to one corpus?"
     )
 
 
@@ -172,37 +174,35 @@ def _num_unknown(judgements: measuring.Judgements, corpus: PassageStore, name: s
             sum(map(len, judgements.values())),
             len(missing),
             name,
-            reporting.named(missing),
+            named(missing),
         )
     return count
 
 
-def _warn(name: str, measured: measuring.Measured) -> None:
-    if missing := measured.without_results:
+def _warn(name: str, measurement: measuring.Measurement) -> None:
+    if missing := measurement.without_results:
         logger.warning(
             "%s has no results for %d of %d judged queries, which count as zero: %s",
             name,
             len(missing),
-            len(measured.query_ids),
-            reporting.named(missing),
+            len(measurement.query_ids),
+            named(missing),
         )
-    if unjudged := measured.without_judgements:
-        logger.warning(
-            "%s: %d queries without judgements are left out: %s", name, len(unjudged), reporting.named(unjudged)
-        )
+    if unjudged := measurement.without_judgements:
+        logger.warning("%s: %d queries without judgements are left out: %s", name, len(unjudged), named(unjudged))
 
 
 def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str], loaded: _Loaded) -> None:
-    measured = loaded.measured
+    measurements = loaded.measurements
     comparisons = compare(
-        {name: each.values for name, each in measured.items()},
+        {name: each.values for name, each in measurements.items()},
         num_permutations=config.num_permutations,
         num_resamples=config.num_permutations,
         seed=config.seed,
     )
     report = reporting.build_report(
         loaded.runs,
-        measured,
+        measurements,
         comparisons,
         loaded.judgements,
         query_texts=loaded.query_texts,
@@ -212,8 +212,8 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
         seed=config.seed,
     )
     folder = workspace.location
-    _write_per_query(folder / "per_query.parquet", measured)
-    summary = _summary(measured, comparisons)
+    _write_per_query(folder / "per_query.parquet", measurements)
+    summary = _summary(measurements, comparisons)
     (folder / "measures.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     (folder / "report.json").write_text(reporting.to_json(report))
     (folder / "report.md").write_text(reporting.to_markdown(report))
@@ -224,17 +224,17 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
         workspace.details["qrels_of_unknown_passages"] = loaded.num_unknown
 
 
-def _summary(measured: Mapping[str, measuring.Measured], comparisons: list[Comparison]) -> dict[str, Any]:
+def _summary(measurements: Mapping[str, measuring.Measurement], comparisons: list[Comparison]) -> dict[str, Any]:
     return {
-        "num_queries": len(next(iter(measured.values())).query_ids),
-        "means": {name: each.means for name, each in measured.items()},
+        "num_queries": len(next(iter(measurements.values())).query_ids),
+        "means": {name: each.means for name, each in measurements.items()},
         "comparisons": [asdict(each) for each in comparisons],
-        "num_without_results": {name: len(each.without_results) for name, each in measured.items()},
-        "num_without_judgements": {name: len(each.without_judgements) for name, each in measured.items()},
+        "num_without_results": {name: len(each.without_results) for name, each in measurements.items()},
+        "num_without_judgements": {name: len(each.without_judgements) for name, each in measurements.items()},
     }
 
 
-def _write_per_query(file: Location, measured: Mapping[str, measuring.Measured]) -> None:
+def _write_per_query(file: Location, measurements: Mapping[str, measuring.Measurement]) -> None:
     blocks = [
         pa.table(
             {
@@ -244,7 +244,7 @@ def _write_per_query(file: Location, measured: Mapping[str, measuring.Measured])
                 "value": np.asarray(values),
             }
         )
-        for name, each in measured.items()
+        for name, each in measurements.items()
         for measure, values in each.values.items()
     ]
     with file.open_output() as stream:

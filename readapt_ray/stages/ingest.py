@@ -20,6 +20,7 @@ from pydantic import Field
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError
+from readapt_ray.evaluation.tables import named
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
 from readapt_ray.sources.cleaning import checked, num_bytes
 from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, duplicate_finder
@@ -252,8 +253,6 @@ class _Ingestion:
 
     def _unknown(self, queries: list[Query], splits: dict[str, list[Qrel]]) -> dict[str, int]:
         """How many judgements speak of a passage or a query that is not there."""
-        from readapt_ray.evaluation.report import named
-
         query_ids = {query.query_id for query in queries}
         qrels = [qrel for split in splits.values() for qrel in split]
         lost = {

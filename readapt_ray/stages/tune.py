@@ -199,7 +199,7 @@ def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) ->
 
 def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
     from readapt_ray.evaluation.measures import group_judgements
-    from readapt_ray.evaluation.report import named
+    from readapt_ray.evaluation.tables import named
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     judgements = group_judgements(read_qrels(str(config.qrels)))

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import pytrec_eval
 
+import readapt_ray
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measures import (
+    describe_measures,
     group_judgements,
     known_measures,
     measure_run,
@@ -49,6 +51,44 @@ def test_values_equal_a_hand_count():
     for name, values in expected.items():
         np.testing.assert_allclose(measured.values[name], values, rtol=1e-12)
         assert measured.means[name] == pytest.approx(sum(values) / 3)
+
+
+def test_one_call_measures_a_run_as_pytrec_eval_does(tmp_path):
+    random = np.random.default_rng(3)
+    qrels = {f"q{q}": {f"d{d}": int(random.integers(3)) for d in random.permutation(60)[:20]} for q in range(5)}
+    run = {f"q{q}": {f"d{d}": float(random.integers(8)) for d in random.permutation(60)[:30]} for q in range(4)}
+    (tmp_path / "run.trec").write_text(
+        "".join(f"{q} Q0 {d} 0 {score} t\n" for q, scores in run.items() for d, score in scores.items())
+    )
+    (tmp_path / "qrels.tsv").write_text("".join(f"{q}\t{d}\t{r}\n" for q, j in qrels.items() for d, r in j.items()))
+    expected = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.20"}).evaluate(run)
+    from_values = readapt_ray.measure(run, qrels, "nDCG@10,R@20")
+    from_files = readapt_ray.measure(str(tmp_path / "run.trec"), str(tmp_path / "qrels.tsv"), ["ndcg@10", "R@20"])
+    for found in (from_values, from_files):
+        assert found.query_ids == ("q0", "q1", "q2", "q3", "q4")
+        for name, key in (("nDCG@10", "ndcg_cut_10"), ("R@20", "recall_20")):
+            values = [expected[f"q{q}"][key] for q in range(4)] + [0.0]
+            np.testing.assert_allclose(found.values[name], values, rtol=1e-12)
+            assert found.means[name] == pytest.approx(sum(values) / 5)
+
+
+def test_one_call_refuses_what_cannot_be_measured():
+    with pytest.raises(InputError, match="unknown measure 'nDGC@10'"):
+        readapt_ray.measure({"q": {"d": 1.0}}, {"q": {"d": 1}}, "nDGC@10")
+    with pytest.raises(InputError, match="none of its 1 queries"):
+        readapt_ray.measure({"q": {"d": 1.0}}, {"p": {"d": 1}}, "R@1")
+    with pytest.raises(InputError, match="judgements are empty"):
+        readapt_ray.measure({"q": {"d": 1.0}}, {}, "R@1")
+    with pytest.raises(InputError, match="is nan, not a finite number"):
+        readapt_ray.measure({"q": {"d": math.nan}}, {"q": {"d": 1}}, "R@1")
+
+
+def test_every_measure_is_described_in_a_sentence():
+    names = ["nDCG@10", "MRR@10", "IPrec@0.5", "SetAP"]
+    described = describe_measures(names)
+    assert list(described) == ["nDCG@10", "RR@10", "IPrec@0.5", "SetAP"]
+    assert described["RR@10"] == "The reciprocal of the rank of the first relevant document."
+    assert all(each[0].isupper() and each.endswith(".") for each in described.values())
 
 
 def test_queries_without_results_count_as_zero_and_those_without_judgements_do_not_count():

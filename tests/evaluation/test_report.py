@@ -9,10 +9,11 @@ import pytest
 
 from readapt_ray.evaluation import plots, scale_report
 from readapt_ray.evaluation.measures import measure_run, parse_measures
-from readapt_ray.evaluation.report import build_report, named, to_html, to_json, to_markdown
+from readapt_ray.evaluation.report import build_report, to_html, to_json, to_markdown
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.scale_search import describe_search
 from readapt_ray.evaluation.significance import compare
+from readapt_ray.evaluation.tables import named
 from readapt_ray.records import Passage, ScoredDoc
 from tests.serving.browser import chromium
 

@@ -12,7 +12,8 @@ from readapt_ray import cli
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.recipes import compare
-from readapt_ray.recipes.compare import CompareConfig, to_markdown
+from readapt_ray.recipes.compare import to_markdown
+from readapt_ray.recipes.compare_plan import CompareConfig, Plan
 from tests import factories
 
 TRAINING = {"batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
@@ -85,7 +86,7 @@ def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus
     pieces: Path, source: str, asked: bool | None, drops: bool
 ) -> None:
     corpus: Any = SimpleNamespace(uri="corpus", manifest=SimpleNamespace(config={"source": source}))
-    plan = compare._Plan(config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked), corpus)
+    plan = Plan(config(pieces, measures=["nDCG@10", "R@200"], drop_self_hits=asked), corpus)
     searches: Any = [each.search.config for each in plan.candidates()]
     assert [(each.top_k, each.drop_self_hits) for each in searches] == [(200, drops)] * 2
 
@@ -101,9 +102,7 @@ def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: 
     monkeypatch.setattr(retrievers, "find_retriever", lambda _: row)
     listed = str(pieces / "corpus/qrels/test.parquet")
     options = {"mode": "packed", "block_tokens": 64, "exclude": listed, "only": listed, "overwrite": True}
-    plan = compare._Plan(
-        config(pieces, readapt=True, train_options=options), open_artifact(f"{pieces}/corpus", "ingest")
-    )
+    plan = Plan(config(pieces, readapt=True, train_options=options), open_artifact(f"{pieces}/corpus", "ingest"))
     made: Any = {step.stage: step.config for each in plan.candidates() for step in each.making}
     for stage in ("pack", "train"):
         assert {name: getattr(made[stage], name) for name in options} == options
@@ -126,7 +125,7 @@ def test_the_table_says_quality_time_and_bytes() -> None:
     text = to_markdown({"corpus": "x", "num_passages": 3633, "num_queries": 323, "measures": ["nDCG@10"], "rows": rows})
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines[2] == r"| a\|b | 0.3159 |  |  | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
-    assert lines[3] == "| c | 0.3034 | -0.0125 | 0.2500 | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
+    assert lines[3] == "| c | 0.3034 | −0.0125 | 0.2500 | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
     assert "323 queries, 3,633 passages" in text
 
 

@@ -16,7 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray.artifacts import read_building, read_manifest
+from readapt_ray.artifacts import read_lease, read_manifest
 from readapt_ray.catalog.models import encoding_of, find_model
 from readapt_ray.cluster import on_worker, shard_runner
 from readapt_ray.cluster.placement import Placement
@@ -196,7 +196,7 @@ def test_a_killed_driver_is_gone_on_from(world, ray_session):
     driver.wait()
     before = _files(root, "killed")
     assert 10 <= len(before) < 100, "the driver was to be killed halfway"
-    assert read_manifest(config.output) is None and read_building(config.output) is not None
+    assert read_manifest(config.output) is None and read_lease(config.output) is not None
     artifact = embed(config)
     after = _files(root, "killed")
     assert len(after) == 100 and {name: after[name] for name in before} == before

@@ -195,7 +195,7 @@ def test_bad_input_is_named_and_leaves_nothing(world, changes, message):
 def test_judgements_of_another_corpus_are_refused(world):
     (world / "other.tsv").write_text("".join(f"q{number:04d}\tMED-{number}\t1\n" for number in range(8)))
     with pytest.raises(
-        CorpusError, match=r"no document that .*other\.tsv' judges occurs .* MED-0, MED-1, MED-2; they have"
+        CorpusError, match=r"no passage that .*other\.tsv' judges occurs .* MED-0, MED-1, MED-2; they have"
     ):
         evaluate(_config(world, qrels=f"{world}/other.tsv"))
     with pytest.raises(CorpusError, match="do they belong to one corpus"):

@@ -95,10 +95,10 @@ def test_a_pair_is_measured_on_the_best_hundred(tmp_path: Path) -> None:
         {"a": {passages[0].doc_id: 1}, "b": {passages[149].doc_id: 1}},
     )
     scores = np.stack([np.arange(150.0)[::-1], -np.arange(150.0)])
-    measured = scale_scoring.measured(sample, scores, "RR")
-    assert dict(zip(measured.query_ids, measured.values["RR"], strict=True)) == {"a": 1.0, "b": 0.0}
+    measurement = scale_scoring.measure_sample(sample, scores, "RR")
+    assert dict(zip(measurement.query_ids, measurement.values["RR"], strict=True)) == {"a": 1.0, "b": 0.0}
     few = scale_scoring.Sample(passages[:2], sample.queries[:1], {"a": {passages[1].doc_id: 1}})
-    two = scale_scoring.measured(few, scores[:1, :2], "RR")
+    two = scale_scoring.measure_sample(few, scores[:1, :2], "RR")
     assert two.values["RR"].tolist() == [0.5]
 
 
@@ -115,16 +115,28 @@ def test_a_measure_is_taken_as_deep_as_it_says() -> None:
     passages = factories.small_corpus(300)
     sample = scale_scoring.Sample(passages, [Query("a", "x")], {"a": {passages[150].doc_id: 1}})
     scores = -np.arange(300.0)[None]
-    assert scale_scoring.measured(sample, scores, "R@200").values["R@200"].tolist() == [1.0]
-    assert scale_scoring.measured(sample, scores, "R@150").values["R@150"].tolist() == [0.0]
+    assert scale_scoring.measure_sample(sample, scores, "R@200").values["R@200"].tolist() == [1.0]
+    assert scale_scoring.measure_sample(sample, scores, "R@150").values["R@150"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_score_that_ranks_nothing_is_refused(broken: float) -> None:
+    passages = factories.small_corpus(300)
+    sample = scale_scoring.Sample(passages, [Query("a", "x")], {"a": {passages[250].doc_id: 1}})
+    scores = -np.arange(300.0)[None]
+    scores[0, 250] = broken
+    with pytest.raises(
+        InputError, match=rf"scales \(1, 2\): query 'a' has the score {broken} with 'd00250'; .*--dtype"
+    ):
+        scale_scoring.measure_sample(sample, scores, "RR", name="scales (1, 2)")
 
 
 def test_a_query_does_not_find_itself_where_that_is_asked() -> None:
     passages = [Passage("q", "", "the argument itself"), *factories.small_corpus(20)]
     sample = scale_scoring.Sample(passages, [Query("q", "x"), Query("p", "x")], {each: {"d00000": 1} for each in "qp"})
     scores = -np.arange(21.0)[None].repeat(2, axis=0)
-    assert scale_scoring.measured(sample, scores, "RR").values["RR"].tolist() == [0.5, 0.5]
-    assert scale_scoring.measured(sample, scores, "RR", drop_self_hits=True).values["RR"].tolist() == [1.0, 0.5]
+    assert scale_scoring.measure_sample(sample, scores, "RR").values["RR"].tolist() == [0.5, 0.5]
+    assert scale_scoring.measure_sample(sample, scores, "RR", drop_self_hits=True).values["RR"].tolist() == [1.0, 0.5]
     assert scores[0, 0] == 0, "what is given stays as it is"
 
 

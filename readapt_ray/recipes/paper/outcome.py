@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from readapt_ray.evaluation.measures import group_judgements, measure_run, parse_measures
 from readapt_ray.evaluation.runs import load_run
 from readapt_ray.evaluation.significance import Comparison, compare, holm
+from readapt_ray.evaluation.tables import markdown_table, p_value
 from readapt_ray.recipes.paper import published
 from readapt_ray.recipes.paper.options import Collection
 from readapt_ray.recipes.paper.reproduction import Reproduction
@@ -169,7 +170,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     has_published = any(row["paper_score"] or row["paper_gain"] or row["public_score"] for row in result["rows"])
     header += ["paper", "paper's gain", "public score"] if has_published else []
     cells = [_cells(row, has_published=has_published) for row in result["rows"]]
-    lines += ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *cells)]
+    lines += markdown_table(header, cells)
     for label, means in result["averages"].items():
         lines += [
             "",
@@ -189,8 +190,7 @@ def _cells(row: dict[str, Any], *, has_published: bool) -> list[str]:
         _points(row["seed_deviation"]),
         _points(row["difference"], signed=True),
         f"{_points(interval[0], signed=True)} to {_points(interval[1], signed=True)}" if interval else "",
-        "" if row["p"] is None else f"{row['p']:.4f}",
-        "" if row["p_holm"] is None else f"{row['p_holm']:.4f}",
+        *("" if row[name] is None else p_value(row[name]) for name in ("p", "p_holm")),
     ]
     if has_published:
         gain, score, public = row["paper_gain"], row["paper_score"], row["public_score"]

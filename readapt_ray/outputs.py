@@ -1,0 +1,112 @@
+"""What may be written to an output, and what is removed from it first.
+
+In: the output, the record (manifest or lease) that lies there, and what a stage wants to write. Out: a refusal that
+names what is in the way, or a folder from which the files of an earlier artifact are gone.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from readapt_ray import artifact_files, leases
+from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME, RECORDS, STAGE_FILES, is_single_file, record_of
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import ArtifactConflictError
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+LEFTOVERS = ""
+"""Placeholder for the fingerprint while an artifact is being cleared. It matches none, so a half-cleared folder is never resumed."""
+
+
+def refuse_what_is_there(
+    location: Location, config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any] | None
+) -> None:
+    """Say what stands in the way. `there` is a manifest or a lease.
+
+    Raises:
+        ArtifactConflictError: another artifact that may not be replaced, or files that no stage made.
+    """
+    if there is None:
+        _refuse_foreign_files(location, config)
+        return
+    if there["fingerprint"] == ours["fingerprint"]:
+        return
+    if not config.overwrite:
+        difference = _difference(config, ours, there)
+        raise ArtifactConflictError(
+            f"{config.output!r} already holds something else ({difference}); give another output, or --overwrite to replace it",
+            output=config.output,
+            difference=difference,
+        )
+    if is_single_file(location):
+        return
+    if collisions := artifact_files.would_collide(location, (*listed_files(there), *RECORDS), ours["files"]):
+        raise ArtifactConflictError(
+            f"{config.output!r} holds {artifact_files.named(collisions)} that no stage of readapt made, where this one "
+            f"would write; move it away, or give another output"
+        )
+
+
+def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
+    """Refuse an output in which anything lies but a lease of ours: it may be the root of a run, a home or a mount."""
+    lease = record_of(location, LEASE_NAME)
+    is_ours = leases.is_cut_short(lease) or leases.read_lease(lease) is not None
+    if is_single_file(location):
+        records = [record_of(location, MANIFEST_NAME), *([] if is_ours else [lease])]
+        found = [each.name for each in (location, *records) if each.exists()]
+    elif location.is_file():
+        raise ArtifactConflictError(f"{config.output!r} is a file; give an empty or new folder as the output")
+    else:
+        found = artifact_files.in_the_way(location, but=(LEASE_NAME,) if is_ours else ())
+    # Another driver may have begun since we looked; then its lease is found when we take ours.
+    if found and leases.read_lease(lease) is None:
+        new = "another output" if is_single_file(location) else "an empty or new folder as the output"
+        raise ArtifactConflictError(
+            f"{config.output!r} holds {artifact_files.named(found)} that no stage of readapt made; give {new}"
+        )
+
+
+def listed_files(record: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """The patterns of the files that a manifest or lease calls its own; of earlier releases, what their stages wrote."""
+    if record is None:
+        return ()
+    return tuple(record.get("files") or STAGE_FILES.get(record["stage"], ()))
+
+
+def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    if there["fingerprint"] == LEFTOVERS:
+        return "what is left of an artifact that was being replaced"
+    if there["stage"] != ours["stage"]:
+        return f"it is the output of {there['stage']!r}"
+    before, wanted, inputs = there["config"], ours["config"], ours["inputs"]
+    changes = [
+        f"{name}: {before.get(name)!r} there, {wanted[name]!r} now"
+        for name in sorted(config.identity().keys() | inputs.keys())
+        if name in wanted and before.get(name) != wanted[name]
+    ]
+    changes += [
+        f"{name}: its content changed"
+        for name in sorted(inputs)
+        if there["inputs"].get(name) != inputs[name] and before.get(name) == wanted.get(name)
+    ]
+    return "; ".join(changes) or "it was made by another version"
+
+
+def forget_if_empty(location: Location, files: Sequence[str]) -> None:
+    """Leave no trace of work that was refused before it wrote anything, so that mended input is not another artifact."""
+    if location.is_file():
+        return
+    artifact_files.remove_empty_folders(location, files)
+    if not artifact_files.in_the_way(location, but=(LEASE_NAME,)):
+        record_of(location, LEASE_NAME).delete()
+
+
+def clear(location: Location, listed: Sequence[str]) -> None:
+    """Remove what a record lists; the manifest first, so that it never stands over a part of the data."""
+    record_of(location, MANIFEST_NAME).delete()
+    if location.is_file():
+        location.delete()
+    elif foreign := artifact_files.clear(location, (*listed, *RECORDS), keep=LEASE_NAME):
+        logger.warning("%s keeps %s, which no stage of readapt made", location, artifact_files.named(foreign))

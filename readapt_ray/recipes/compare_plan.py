@@ -1,0 +1,264 @@
+"""What a comparison runs: its options, and each stage for each model, checked before the first one starts."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import Field, field_validator
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.config import Config
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
+from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, stage_config
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+
+class CompareConfig(Config):
+    """Which retrievers, on which corpus."""
+
+    retrievers: tuple[str, ...]
+    """Models to compare, separated by commas: catalog names, folders, URIs or hub ids. The first is the
+    baseline."""
+    corpus: str
+    """Passages: the output of `readapt ingest`."""
+    queries: str | None = None
+    """Queries: a file or folder. If omitted, the corpus's own."""
+    qrels: str | None = None
+    """File of judgements. If omitted, the corpus's own of the split test."""
+    output: str
+    """Folder or URI to write all artifacts and the comparison to."""
+    measures: tuple[str, ...] = ("nDCG@10", "R@10", "R@100")
+    """Measures such as nDCG@10 or R@100, separated by commas. The first one is tested for significance."""
+    drop_self_hits: bool | None = None
+    """Leave out a result whose doc_id equals the query_id. If omitted, as the catalog says for the corpus's
+    source."""
+    finetune: bool = False
+    """Also compare each retriever after `readapt finetune` on the corpus's qrels of the split train."""
+    readapt: bool = False
+    """Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its pretrained model. With
+    finetune, also after both."""
+    num_timed_queries: int = Field(default=50, ge=1)
+    """Number of queries to time, one by one, on this machine."""
+    embed_options: Section = Field(default_factory=dict)
+    """Options of embed by name (in a YAML file)."""
+    train_options: Section = Field(default_factory=dict)
+    """Options of train and pack by name (in a YAML file)."""
+    merge_options: Section = Field(default_factory=dict)
+    """Options of merge by name (in a YAML file)."""
+    finetune_options: Section = Field(default_factory=dict)
+    """Options of finetune by name (in a YAML file)."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"retrievers", "corpus", "queries", "qrels"})
+
+    @field_validator("retrievers", mode="after")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        labels = [_label(each) for each in value]
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError("give at least one, and none whose last part is that of another")
+        return value
+
+
+NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
+    "embed": {
+        "sample": "a comparison needs vectors of all passages; estimate with `readapt embed --sample` first",
+        "previous": "older vectors fit only one of the models; a comparison that is run again encodes nothing twice",
+    },
+    "merge": {
+        "bundle": "the comparison trains its own adapters; merge a bundle with `readapt merge --bundle` and compare the output",
+        "factors": "the comparison embeds with whole models; leave it out",
+        "encoding": "each model is encoded as its retriever is; leave it out",
+    },
+    "finetune": {"encoding": "each model is encoded as its retriever is; leave it out"},
+}
+"""Options of stages that a comparison refuses, each with the reason and what to do instead."""
+
+RULES = SectionRules(recipe="the comparison", where="{stage}_options", refused=NOT_IN_A_COMPARISON)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is compared, and the stages that make it, embed with it and search with it."""
+
+    name: str
+    """What the table calls it."""
+    model: str
+    """MODEL: the retriever, or the folder that is made from it."""
+    making: tuple[Step, ...]
+    """The stages that make the model; a candidate before this one may have made some of what they need."""
+    embed: Step
+    search: Step
+
+
+class Plan:
+    """Every stage of a comparison, with its options checked before the first one starts."""
+
+    def __init__(self, config: CompareConfig, corpus: Artifact) -> None:
+        self._config = config
+        self._corpus = corpus
+        self._depth = depth_of(config.measures)
+        self.queries = config.queries or f"{corpus.uri}/queries"
+        self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
+        for stage in ("embed", "train", "merge", "finetune"):
+            self._check_section(stage)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield each retriever as it is, and what is made of it."""
+        for name in self._config.retrievers:
+            model = models.find_model(name)
+            yield from self._of_retriever(name, model, models.encoding_of(model))
+
+    def _of_retriever(self, name: str, model: models.Model, encoding: Encoding) -> Iterator[Candidate]:
+        config, label, row = self._config, _label(name), retrievers.find_retriever(name)
+        if config.finetune and model.is_adapter and not config.readapt:
+            raise ModelError(
+                f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
+                f"the output of `readapt merge`"
+            )
+        yield self._candidate(label, name, encoding)
+        readapted = self._readapted(row) if config.readapt and row is not None else ()
+        if config.readapt and row is None:
+            logger.warning(
+                "%s is not in the catalog, so what it was made from is not known: it is not RE-adapted", name
+            )
+        if readapted:
+            yield self._candidate(f"{label} + RE-AdaptIR", readapted[-1].config.output, encoding, *readapted)
+        if not config.finetune or (model.is_adapter and not readapted):
+            return
+        start = readapted[-2].config.output if model.is_adapter else name
+        tuned = self._finetuned(start, row, label)
+        yield self._candidate(f"{label} + finetune", tuned.config.output, encoding, tuned)
+        if readapted:
+            both = self._finetuned(readapted[-1].config.output, row, f"{label}-readapted")
+            yield self._candidate(f"{label} + RE-AdaptIR + finetune", both.config.output, encoding, both)
+
+    def _candidate(self, label: str, model: str, encoding: Encoding, *making: Step) -> Candidate:
+        config, name = self._config, file_name(label)
+        drop_self_hits = config.drop_self_hits
+        if drop_self_hits is None:
+            drop_self_hits = drops_self_hits(self._corpus.manifest.config.get("source"))
+        embed = self._step(
+            f"vectors/{name}",
+            "embed",
+            config.embed_options,
+            retriever=model,
+            corpus=self._corpus.uri,
+            encoding=encoding,
+        )
+        search = self._step(
+            f"runs/{name}.trec",
+            "search",
+            {},
+            retriever=model,
+            vectors=embed.config.output,
+            queries=self.queries,
+            qrels=self._qrels,
+            top_k=self._depth,
+            drop_self_hits=drop_self_hits,
+        )
+        return Candidate(label, model, making, embed, search)
+
+    def _readapted(self, row: retrievers.Retriever) -> tuple[Step, ...]:
+        """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""
+        config = self._config
+        blocks = self._step(
+            f"blocks/{row.name}",
+            "pack",
+            pack_options(config.train_options),
+            pretrained=row.pretrained,
+            corpus=self._corpus.uri,
+        )
+        adapter = self._step(
+            f"adapters/{row.name}",
+            "train",
+            {"target_modules": row.dora_targets, **config.train_options},
+            pretrained=row.pretrained,
+            corpus=blocks.config.output,
+        )
+        wired = {"pretrained": row.pretrained, "retriever": row.name, "adapter": adapter.config.output}
+        whole = self._step(f"models/{row.name}-whole", "merge", {}, **wired, readapter_scale=1.0, knowledge_scale=0.0)
+        readapted = self._step(f"models/{row.name}-readapted", "merge", config.merge_options, **wired)
+        return blocks, adapter, whole, readapted
+
+    def _finetuned(self, start: str, row: retrievers.Retriever | None, label: str) -> Step:
+        targets = {} if row is None else {"target_modules": row.dora_targets}
+        options = {**targets, **self._config.finetune_options}
+        return self._step(f"models/{label}-finetuned", "finetune", options, model=start, corpus=self._corpus.uri)
+
+    def evaluate(self, candidates: Sequence[Candidate]) -> Step:
+        """Plan the measurement of all runs against the first."""
+        return self._step(
+            "report",
+            "evaluate",
+            {},
+            runs=[each.search.config.output for each in candidates],
+            names=[each.name for each in candidates],
+            qrels=self._qrels,
+            queries=self.queries,
+            corpus=self._corpus.uri,
+            measures=self._config.measures,
+            overwrite=True,
+        )
+
+    def check_files(self) -> None:
+        """See that queries, judgements and the labels for finetune are there.
+
+        Raises:
+            InputError: some are not.
+        """
+        places = {"queries": self.queries, "qrels": self._qrels}
+        missing = {what: uri for what, uri in places.items() if not Location(uri).exists()}
+        if missing:
+            raise InputError(
+                f"no {' and no '.join(f'{what} at {uri!r}' for what, uri in missing.items())}; give "
+                f"{' and '.join(f'--{what}' for what in missing)}"
+            )
+        split = self._config.finetune_options.get("split", "train")
+        labels = self._corpus.location / "qrels" / f"{split}.parquet"
+        if self._config.finetune and not labels.is_file():
+            raise InputError(
+                f"no judgements at {labels.uri!r} to finetune with; set split in finetune_options, or leave it out"
+            )
+        for section, options in (("train", self._config.train_options), ("finetune", self._config.finetune_options)):
+            for name in ("exclude", "only", "negatives"):
+                uri = options.get(name)
+                if uri is not None and not Location(uri).exists():
+                    raise InputError(f"{section}_options: {name} = {uri!r} is not there; give a file that exists")
+
+    def _check_section(self, stage: str) -> None:
+        """Refuse wrong options also where this comparison does not need the stage."""
+        options = getattr(self._config, f"{stage}_options")
+        names = {
+            "embed": ("retriever", "corpus"),
+            "train": ("pretrained", "corpus"),
+            "merge": ("pretrained", "retriever", "adapter"),
+            "finetune": ("model", "corpus"),
+        }[stage]
+        inputs: Section = dict.fromkeys(names, "-")
+        if stage == "embed":
+            inputs["encoding"] = None
+        made: Any = stage_config(stage, options, RULES, **inputs, output="-")
+        if stage == "merge" and isinstance(made.knowledge_scale, tuple):
+            raise InputError(
+                f"merge_options: knowledge_scale = {list(made.knowledge_scale)}: each comparison trains one adapter; give one "
+                f"number"
+            )
+
+    def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step:
+        output = (Location(self._config.output) / name).uri
+        return Step(name, stage, stage_config(stage, options, RULES, **wired, output=output))
+
+
+def file_name(name: str) -> str:
+    """Return what the files of a candidate are called, from its name in the table."""
+    return name.replace(" + ", "-")
+
+
+def _label(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
