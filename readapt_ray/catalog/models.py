@@ -57,7 +57,7 @@ class Model(ModelFolder):
     def pinned_name(self) -> str:
         """A name by which another machine finds this very model, though the hub has a newer commit by then."""
         target = retrievers.hub_id(self.name)
-        is_of_hub = bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
+        is_of_hub = bool(_HUB_ID.fullmatch(target)) and own_folder(self.name) is None and not Path(target).exists()
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
@@ -93,12 +93,12 @@ def find_model(name: str) -> Model:
     if not Path(name).exists():
         name, revision = retrievers.split_commit(name)
     target = retrievers.hub_id(name)
-    if target.startswith(_BUILTIN) and _own_folder(name) is None:
+    if target.startswith(_BUILTIN) and own_folder(name) is None:
         folder = _BUILTIN_FOLDER / target.removeprefix(_BUILTIN)
     elif "://" in target:
         _check_finished(Location(target), name)
         folder = fetching.from_uri(target)
-    elif (folder_of_user := _own_folder(name)) is not None:
+    elif (folder_of_user := own_folder(name)) is not None:
         folder = folder_of_user
         _check_finished(Location(str(folder)), name)
     elif _HUB_ID.fullmatch(target) and not Path(target).exists():
@@ -113,7 +113,19 @@ def find_model(name: str) -> Model:
     return model
 
 
-def _own_folder(name: str) -> Path | None:
+def find_row(name: str) -> retrievers.Retriever | None:
+    """Return the catalog's row of a model; None where the name means a folder here, unless that is of the hub's own cache."""
+    folder = own_folder(name)
+    return retrievers.find_retriever(name) if folder is None else retrievers.find_cached(str(folder))
+
+
+def base_name(name: str) -> str:
+    """Return what an adapter says of the model that it was trained on: a hub id, a folder, or a name of the catalog."""
+    target = retrievers.hub_id(retrievers.split_commit(name)[0])
+    return name if target.startswith(_BUILTIN) or own_folder(name) is not None else target
+
+
+def own_folder(name: str) -> Path | None:
     """Return the local folder that a name means; a catalog name means one only if a model lies there."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -187,14 +199,14 @@ def encoding_of(model: Model) -> Encoding:
 
 def _catalog_row(model: Model) -> retrievers.Retriever | None:
     """Return the catalog's row of a model that came from the hub, as its name or its place in the hub's cache says."""
-    if "://" in model.name or _own_folder(model.name) is not None:
-        return retrievers.find_cached(_place(model))
-    return retrievers.find_retriever(model.name) or retrievers.find_cached(str(model.folder))
+    if "://" in model.name:
+        return retrievers.find_cached(model.name)
+    return find_row(model.name) or retrievers.find_cached(str(model.folder))
 
 
 def _place(model: Model) -> str:
     """Return the URI or the absolute path of a model's folder."""
-    return model.name if "://" in model.name else str(_own_folder(model.name) or model.folder)
+    return model.name if "://" in model.name else str(own_folder(model.name) or model.folder)
 
 
 def _tokenizer_holder(model: Model) -> Model:

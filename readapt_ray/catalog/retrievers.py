@@ -257,12 +257,6 @@ def hub_id(name: str) -> str:
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)
 
 
-def base_name(name: str) -> str:
-    """What an adapter says of the model that it was trained on: a hub id, a folder, or a name of this catalog."""
-    target = hub_id(split_commit(name)[0])
-    return name if target.startswith("builtin:") else target
-
-
 def retriever(name: str) -> Retriever:
     """The row of a catalog name or hub id.
 

@@ -179,14 +179,16 @@ def auto_class(objective: Objective | None) -> Any:
 
 
 def _config(name: str) -> dict[str, Any]:
-    row = retrievers.find_retriever(name)
-    target = row.pretrained if row else retrievers.hub_id(name)
-    known: dict[str, dict[str, Any]] = json.loads(_CONFIGS_FILE.read_text())
-    if target in known:
-        return known[target]
+    row = models.find_row(name)
+    target = row.pretrained if row else name
+    if models.own_folder(target) is None:
+        target = retrievers.hub_id(target)
+        known: dict[str, dict[str, Any]] = json.loads(_CONFIGS_FILE.read_text())
+        if target in known:
+            return known[target]
     if "://" in target:
         return _remote_config(name, Location(target))
-    if retrievers.hub_id(target).startswith("builtin:") or Path(target).expanduser().is_dir():
+    if target.startswith("builtin:") or models.own_folder(target) is not None:
         model = models.find_model(target)
         return (model.base() if model.is_adapter else model).read_json("config.json")
     return _hub_config(name, target)

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray.catalog.models import Model, find_model
+from readapt_ray.catalog.models import Model, find_model, own_folder
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.storage import Location
@@ -21,8 +20,8 @@ def absolute(location: Location) -> Location:
 
 def model_name(model: Model) -> str:
     """A name by which a worker finds the same model: its folder where the user named one, else what the user called it, at this commit."""
-    named = Path(model.name).expanduser()
-    return str(model.folder) if named.is_dir() and named.resolve() == model.folder else model.pinned_name
+    folder = own_folder(model.name)
+    return str(folder) if folder is not None else model.pinned_name
 
 
 def this_node() -> str:

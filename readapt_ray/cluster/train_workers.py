@@ -335,5 +335,5 @@ class TrainWorker:
             return
         state = dora.adapter_state(self.model)
         if torch.distributed.get_rank() == 0:
-            base = retrievers.base_name(trained_on)
+            base = models.base_name(trained_on)
             dora.save_adapter(self.output, state, self.shape, base=base, task_type=task_type)

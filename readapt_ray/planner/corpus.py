@@ -184,7 +184,7 @@ def encoding_of(retriever: str) -> Encoding:
     Raises:
         ModelError: it is not at hand, or nothing says.
     """
-    row = retrievers.find_retriever(retriever)
+    row = models.find_row(retriever)
     return row.encoding if row else models.encoding_of(models.find_model(retriever))
 
 
@@ -200,8 +200,9 @@ def _tokenizer(model: str) -> Any:
     """The tokenizer, from a folder or from what the hub's cache holds; nothing is fetched."""
     from transformers import AutoTokenizer
 
-    row = retrievers.find_retriever(model)
-    names = [retrievers.hub_id(model)] + ([row.pretrained] if row else [])
+    row = models.find_row(model)
+    names = [model if models.own_folder(model) is not None else retrievers.hub_id(model)]
+    names += [row.pretrained] if row else []
     for name in names:
         try:
             if retrievers.hub_id(name).startswith("builtin:") or Location(name).is_folder():

@@ -191,7 +191,7 @@ class _Plan:
             yield from self._of_retriever(name, model, models.encoding_of(model))
 
     def _of_retriever(self, name: str, model: models.Model, encoding: Encoding) -> Iterator[Candidate]:
-        config, label, row = self._config, _label(name), retrievers.find_retriever(name)
+        config, label, row = self._config, _label(name), models.find_row(name)
         if config.finetune and model.is_adapter and not config.readapt:
             raise ModelError(
                 f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "

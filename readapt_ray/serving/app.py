@@ -6,12 +6,11 @@ same builders serve `readapt serve`, and the config file that `serve deploy` and
 options. What does not fit together is refused before anything starts.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
-from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer
+from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer, own_folder
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
@@ -96,10 +95,10 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
     corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
     made_by = index.manifest.details["encoder"] if index else {}
     recorded = Encoding.parse(made_by["encoding"], where=str(config.index)) if made_by else None
-    folder = Path(config.retriever).expanduser()
+    folder = own_folder(config.retriever)
     return VersionSpec(
         name=name,
-        retriever=str(folder.resolve()) if folder.is_dir() else config.retriever,
+        retriever=str(folder) if folder is not None else config.retriever,
         encoding=config.encoding or recorded,
         dtype=config.dtype or made_by.get("dtype", "float32"),
         encoder_fingerprint=made_by.get("fingerprint"),

@@ -220,7 +220,7 @@ def test_a_model_that_did_not_change_is_read_once(tmp_path: Path, monkeypatch: p
 def test_a_commit_behind_a_name_names_the_same_row() -> None:
     pinned = f"e5-mistral@{'a' * 40}"
     assert retrievers.find_retriever(pinned) is retrievers.retriever("e5-mistral")
-    assert retrievers.base_name(pinned) == "intfloat/e5-mistral-7b-instruct"
+    assert models.base_name(pinned) == "intfloat/e5-mistral-7b-instruct"
     assert retrievers.split_commit(f"me/it@{'0' * 40}") == ("me/it", "0" * 40)
     for name in ("me/it", "me/it@main", f"s3://bucket/m@{'0' * 40}"):
         assert retrievers.split_commit(name) == (name, None)

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.catalog import models, retrievers
+from readapt_ray.catalog import models
 from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
@@ -62,7 +62,8 @@ class Reproduction:
         self.collections = {each.name: each for each in (collection(text, config.data) for text in config.corpora)}
         self._has_some: dict[tuple[str, str], bool] = {}
         self._general = collection(config.general, config.data) if "table3" in config.experiments else None
-        row = retrievers.find_retriever(config.retriever)
+        row = models.find_row(config.retriever)
+        self.known_as = row.name if row is not None else None
         if config.pretrained is None and row is None:
             raise InputError(f"the catalog does not know {config.retriever!r}; say what it was made from: pretrained")
         self.pretrained = config.pretrained or str(row and row.pretrained)
@@ -240,7 +241,7 @@ class Reproduction:
         ).uri
 
     def _targets(self) -> Section:
-        row = retrievers.find_retriever(self.config.retriever)
+        row = models.find_row(self.config.retriever)
         return {} if row is None else {"target_modules": row.dora_targets}
 
     def _passages(self, source: Collection, variant: Variant, seed: int) -> str:
