@@ -62,22 +62,27 @@ class Location:
                 f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machine a role"
             )
 
-    @functools.cached_property
+    @property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
+        """The filesystem and the path in it. A forked process opens its own, since connections cannot be shared."""
+        pid, filesystem, path = self.__dict__.get("_opened_by", (None, None, ""))
+        if filesystem is None or (pid != os.getpid() and not isinstance(filesystem, pafs.LocalFileSystem)):
+            filesystem, path = self._open()
+            self.__dict__["_opened_by"] = (os.getpid(), filesystem, path)
+        return filesystem, path
+
+    def _open(self) -> tuple[pafs.FileSystem, str]:
         if "://" not in self.uri:
             return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.uri))
         try:
             if self.uri.startswith("s3://"):
                 return _open_s3(self.uri)
-            head, query = _split(self.uri)
-            escaped = head.replace("#", "%23").replace("?", "%3F")
-            filesystem, path = pafs.FileSystem.from_uri(f"{escaped}?{query}" if query else escaped)
+            return _open_uri(self.uri)
         except (ValueError, NotImplementedError, OSError) as error:
             raise InputError(
                 f"cannot open {_split(self.uri)[0]!r}: {error}; give a local path or a URI that pyarrow opens, such as "
                 f"s3://bucket/folder"
             ) from error
-        return filesystem, path
 
     def __getstate__(self) -> dict[str, str]:
         return {"uri": self.path if self.is_local else self.uri}  # a worker's current folder is another
@@ -135,10 +140,7 @@ class Location:
             uri = f"{uri}?{query}"
         elif _split(uri) != (uri, ""):
             uri = f"{uri}?"
-        extended = Location(uri)
-        if "_opened" in self.__dict__ and not self.is_local:  # one client for all that lies below
-            extended.__dict__["_opened"] = self.filesystem, f"{self.path.rstrip('/')}{tail}"
-        return extended
+        return Location(uri)
 
     def exists(self) -> bool:
         """Whether there is a file or folder here."""
@@ -432,6 +434,24 @@ def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
         region = "us-east-1" if endpoint else _region_of(bucket)
     scheme = options.get("scheme") or urllib.parse.urlsplit(endpoint or "").scheme or "https"
     return _s3_client(region, scheme, endpoint, _first_of("AWS_ACCESS_KEY_ID"), os.getpid()), path
+
+
+def _open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    """Return the filesystem of a URI of any other kind, and the path in it."""
+    head, query = _split(uri)
+    scheme, _, rest = head.replace("#", "%23").replace("?", "%3F").partition("://")
+    host, _, path = rest.partition("/")
+    filesystem, base = _client(f"{scheme}://{host}/{'?' if query else ''}{query}", os.getpid())
+    below = urllib.parse.unquote(path.strip("/"))
+    return filesystem, f"{base.removesuffix('/')}/{below}" if base and below else base or below
+
+
+@functools.lru_cache
+def _client(root: str, pid: int) -> tuple[pafs.FileSystem, str]:
+    """Return the one client of this process for these options and host, and the path of its root."""
+    del pid  # a forked process gets its own
+    filesystem, base = pafs.FileSystem.from_uri(root)
+    return filesystem, str(base)
 
 
 @functools.lru_cache

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.fs as pafs
@@ -224,6 +225,39 @@ def test_all_files_of_a_store_share_one_client(store: Store, folder: Location, m
     assert len(made) == 1
     assert Location(f"s3://{BUCKET}/x?region=eu-west-1").filesystem is not files[0].filesystem
     assert len(made) == 2
+
+
+def test_a_forked_process_has_a_client_of_its_own(store: Store, folder: Location) -> None:
+    """What was opened before the fork shares its connections with the parent process."""
+    opened = id(folder.filesystem)
+    below = folder / "below"
+    (below / "file").write_text("x")
+    pid = os.fork()
+    if pid == 0:  # nothing is asked of the store: pytest's own threads are not here
+        os._exit(len({id(each.filesystem) for each in (folder, below)} - {opened}))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+    assert id(folder.filesystem) == opened
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("gs://anonymous@bucket/a%20b/", "bucket/a b"),
+        ("gs://anonymous@bucket", "bucket"),
+        ("gs://anonymous@bucket/a#b?retry_limit_seconds=3", "bucket/a#b"),
+        ("file:///tmp/a%20b", "/tmp/a b"),
+    ],
+)
+def test_other_stores_have_one_client_too(monkeypatch: pytest.MonkeyPatch, uri: str, path: str) -> None:
+    made: list[str] = []
+    from_uri = pafs.FileSystem.from_uri
+    stand_in = SimpleNamespace(from_uri=lambda root: made.append(root) or from_uri(root))
+    monkeypatch.setattr(storage, "pafs", SimpleNamespace(**{**vars(pafs), "FileSystem": stand_in}))
+    storage._client.cache_clear()
+    folder = Location(uri)
+    copies = [folder, folder / "x", folder / "y", pickle.loads(pickle.dumps(folder / "z"))]
+    assert [each.path for each in copies] == [path, f"{path}/x", f"{path}/y", f"{path}/z"]
+    assert len(made) == 1
 
 
 def test_the_region_of_a_bucket_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
