@@ -207,8 +207,8 @@ def embed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
 
+    from readapt_ray.catalog.encoding import Encoding
     from readapt_ray.catalog.models import find_model
-    from readapt_ray.catalog.retrievers import Encoding
     from readapt_ray.retrieval.encoder import Encoder
 
     work = emptied(options.work / "models")

@@ -12,8 +12,8 @@ from typing import Any
 
 from readapt_ray.artifacts import BUILDING_NAME, MANIFEST_NAME, fingerprint, read_building, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME, ModelFolder
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError, first_line
 from readapt_ray.storage import Location
 

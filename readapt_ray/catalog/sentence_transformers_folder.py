@@ -10,8 +10,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.model_folder import ModelFolder
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
 

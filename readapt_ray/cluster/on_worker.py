@@ -4,8 +4,8 @@ import os
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import Model, find_model, own_folder
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.storage import Location
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from readapt_ray.artifacts import Workspace
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.evaluation.scale_search import Pair

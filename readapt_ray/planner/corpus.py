@@ -13,7 +13,7 @@ from typing import Any, Final
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.retrieval.templates import fill_passage
 from readapt_ray.sources.cleaning import checked

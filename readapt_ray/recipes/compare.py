@@ -20,7 +20,7 @@ from pydantic import Field, field_validator
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits

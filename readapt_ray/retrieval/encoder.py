@@ -17,8 +17,8 @@ import torch
 
 from readapt_ray import hardware
 from readapt_ray.artifacts import fingerprint
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import Model, encoding_of, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass

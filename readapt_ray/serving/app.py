@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer, own_folder
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT

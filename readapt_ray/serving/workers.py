@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
 from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
 

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import Model, encoding_of, find_model
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_sample import estimate, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
@@ -35,7 +35,6 @@ from readapt_ray.retrieval.shard_plan import (
     scan_passages,
     scan_vectors,
 )
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
 

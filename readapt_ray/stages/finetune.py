@@ -13,11 +13,10 @@ from pydantic import Field
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.cluster import on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.errors import ModelError
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.storage import Location
 from readapt_ray.training import labelled_pairs
 

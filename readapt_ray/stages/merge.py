@@ -24,10 +24,10 @@ from readapt_ray.artifacts import (
     fingerprint,
     produce,
 )
+from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.catalog.models import load_tokenizer
 from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:

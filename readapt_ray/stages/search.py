@@ -15,14 +15,13 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import Model, find_model
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
 from readapt_ray.storage import Location
 

@@ -16,8 +16,8 @@ import numpy as np
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import Model
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import CorpusError
 from readapt_ray.storage import Location
 

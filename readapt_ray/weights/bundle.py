@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.catalog.models import TOKENIZER_FILES, Model
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import WEIGHTS_NAME, Adapter

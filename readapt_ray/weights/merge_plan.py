@@ -7,8 +7,8 @@ tokenizers are read (kilobytes), and every file is hashed once, on all cores.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import Model, encoding_of, find_model
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers

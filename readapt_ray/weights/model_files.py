@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import CONTRACT_NAME
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
 from readapt_ray.weights.tokenizer import write_tokenizer

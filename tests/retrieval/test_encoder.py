@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, token_batches

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ir_measures import nDCG
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import encoding_of, find_model
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import (
     ArtifactConflictError,

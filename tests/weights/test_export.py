@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.recipes.chain import Section, SectionRules, make, pack_options, stage_config
