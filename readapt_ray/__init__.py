@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from readapt_ray.artifacts import Artifact, Manifest, open_artifact
     from readapt_ray.catalog.encoding import Encoding
-    from readapt_ray.catalog.models import encoding_of, find_model
+    from readapt_ray.catalog.models import open_model
     from readapt_ray.errors import InputError, ReadaptError
     from readapt_ray.recipes.chain import RunConfig, plan_run, run
     from readapt_ray.recipes.chain import train_on_passages as train
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Artifact", "Manifest", "open_artifact"), "artifacts"),
-    **dict.fromkeys(("encoding_of", "find_model"), "catalog.models"),
+    "open_model": "catalog.models",
     "Encoding": "catalog.encoding",
     **dict.fromkeys(("InputError", "ReadaptError"), "errors"),
     **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes.chain"),
@@ -75,14 +75,13 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "embed",
-    "encoding_of",
     "evaluate",
-    "find_model",
     "finetune",
     "index",
     "ingest",
     "merge",
     "open_artifact",
+    "open_model",
     "pack",
     "plan_run",
     "readapted_weight",

@@ -142,4 +142,4 @@ def test_a_path_that_may_not_be_read_is_bad_input(
 def test_a_damaged_config_of_a_model_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"config.json is not a JSON object"):
-        models.Model("m", tmp_path).read_json("config.json")
+        models.OpenModel("m", tmp_path).read_json("config.json")

@@ -189,8 +189,8 @@ def _config(name: str) -> dict[str, Any]:
     if "://" in target:
         return _remote_config(name, Location(target))
     if target.startswith("builtin:") or models.own_folder(target) is not None:
-        model = models.find_model(target)
-        return (model.base() if model.is_adapter else model).read_json("config.json")
+        model = models.open_model(target)
+        return (model.base if model.is_adapter else model).read_json("config.json")
     return _hub_config(name, target)
 
 

@@ -191,7 +191,7 @@ class _PairScorer:
         self._live = LiveReadapter(network, readapter)
         self._encoder = Encoder(
             network,
-            models.load_tokenizer(retriever),
+            retriever.tokenizer,
             job.encoding,
             identify=str,
             packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
@@ -202,9 +202,9 @@ class _PairScorer:
         )
         self._query_ids = self._encoder.tokenize([each.text for each in queries], "query")
 
-    def _same_model(self, name: str) -> models.Model:
-        model, due = models.find_model(self._job.models[name]), {self._job.fingerprints[name]}
-        on_worker.check_same_model(model.name, model.fingerprint, due, driver_node=self._job.driver_node)
+    def _same_model(self, name: str) -> models.OpenModel:
+        model, due = models.open_model(self._job.models[name]), {self._job.fingerprints[name]}
+        on_worker.check_same_model(model.name, lambda: model.fingerprint, due, driver_node=self._job.driver_node)
         return model
 
     def score(self, pair: Pair) -> tuple[Pair, dict[str, float], dict[str, float]]:

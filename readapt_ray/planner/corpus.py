@@ -185,7 +185,7 @@ def encoding_of(retriever: str) -> Encoding:
         ModelError: it is not at hand, or nothing says.
     """
     row = models.find_row(retriever)
-    return row.encoding if row else models.encoding_of(models.find_model(retriever))
+    return row.encoding if row else models.open_model(retriever).encoding
 
 
 def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
@@ -206,7 +206,7 @@ def _tokenizer(model: str) -> Any:
     for name in names:
         try:
             if retrievers.hub_id(name).startswith("builtin:") or Location(name).is_folder():
-                return models.load_tokenizer(models.find_model(name))
+                return models.open_model(name).tokenizer
             return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ModelError):
             continue

@@ -187,11 +187,11 @@ class _Plan:
     def candidates(self) -> Iterator[Candidate]:
         """Yield each retriever as it is, and what is made of it."""
         for name in self._config.retrievers:
-            model = models.find_model(name)
-            yield from self._of_retriever(name, model, models.encoding_of(model))
+            model = models.open_model(name)
+            yield from self._of_retriever(name, model)
 
-    def _of_retriever(self, name: str, model: models.Model, encoding: Encoding) -> Iterator[Candidate]:
-        config, label, row = self._config, _label(name), models.find_row(name)
+    def _of_retriever(self, name: str, model: models.OpenModel) -> Iterator[Candidate]:
+        config, encoding, label, row = self._config, model.encoding, _label(name), models.find_row(name)
         if config.finetune and model.is_adapter and not config.readapt:
             raise ModelError(
                 f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
@@ -339,7 +339,7 @@ def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queri
 
     details, counts = vectors.manifest.details["encoder"], vectors.manifest.counts
     encoding = Encoding.parse(details["encoding"], where=vectors.uri)
-    encoder = Encoder.load(models.find_model(candidate.model), encoding=encoding, dtype=details["dtype"])
+    encoder = Encoder.load(models.open_model(candidate.model), encoding=encoding, dtype=details["dtype"])
     doc_ids, matrix = _in_memory(vectors)
     texts = [query.text for query in read_queries(queries)[: config.num_timed_queries]]
     latency = query_latency(encoder, texts, doc_ids, matrix)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer, own_folder
+from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
@@ -223,9 +223,9 @@ def check_pair(name: str, config: VersionConfig) -> str:
     from readapt_ray.retrieval.templates import TextTokenizer
 
     spec = version_spec(name, config)
-    model = find_model(config.retriever)
-    encoding = spec.encoding or encoding_of(model)
-    TextTokenizer(load_tokenizer(model), encoding)
+    model = open_model(config.retriever)
+    encoding = spec.encoding or model.encoding
+    TextTokenizer(model.tokenizer, encoding)
     encoder = encoder_fingerprint(model, encoding, spec.dtype)
     if spec.encoder_fingerprint not in (None, encoder):
         recorded = open_artifact(str(config.index), "index").manifest.details["encoder"]
@@ -254,7 +254,7 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def _mismatch(
-    model: Model, encoding: Encoding, dtype: str, config: VersionConfig, recorded: dict[str, Any]
+    model: OpenModel, encoding: Encoding, dtype: str, config: VersionConfig, recorded: dict[str, Any]
 ) -> FingerprintMismatchError:
     wanted = {**encoding.model_dump(mode="json"), "dtype": dtype}
     there = {**recorded["encoding"], "dtype": recorded["dtype"]}

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
-from readapt_ray.catalog.models import Model, encoding_of, find_model
+from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_sample import estimate, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
@@ -103,8 +103,8 @@ def embed(config: EmbedConfig) -> Artifact:
         ArtifactConflictError: the output holds vectors of another model or corpus.
     """
     corpus = open_artifact(config.corpus, "ingest")
-    model = find_model(config.retriever)
-    encoding = config.encoding or encoding_of(model)
+    model = open_model(config.retriever)
+    encoding = config.encoding or model.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     _check_model(model, encoding)
@@ -146,7 +146,7 @@ def embed(config: EmbedConfig) -> Artifact:
         "embed" if config.sample is None else "embed-sample",
         config,
         inputs={
-            "retriever": model.fingerprint(),
+            "retriever": model.fingerprint,
             "encoding": fingerprint(encoding.model_dump(mode="json")),
             "corpus": corpus.fingerprint,
             **_sampled_against(config),
@@ -156,7 +156,7 @@ def embed(config: EmbedConfig) -> Artifact:
     )
 
 
-def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, Any]:
+def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
     """What a vector file and a manifest say of the model that made them."""
     from readapt_ray.retrieval.encoder import encoder_fingerprint
 
@@ -168,15 +168,14 @@ def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, 
     }
 
 
-def _check_model(model: Model, encoding: Encoding) -> None:
+def _check_model(model: OpenModel, encoding: Encoding) -> None:
     """Find out in the driver, in seconds, what would otherwise stop every actor."""
-    from readapt_ray.catalog.models import load_tokenizer
     from readapt_ray.retrieval.templates import TextTokenizer
     from readapt_ray.weights.checkpoint import Checkpoint
 
-    holder = model.base() if model.is_adapter else model
+    holder = model.base if model.is_adapter else model
     Checkpoint(holder.folder, name=holder.name)
-    TextTokenizer(load_tokenizer(model), encoding)
+    TextTokenizer(model.tokenizer, encoding)
 
 
 def _count_rows(passages: Location) -> RowCounts:

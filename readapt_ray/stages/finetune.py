@@ -75,17 +75,17 @@ def finetune(config: FinetuneConfig) -> Artifact:
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
     source = labelled_pairs.open_source(config.corpus, config.split, config.negatives)
-    model = models.find_model(config.model)
+    model = models.open_model(config.model)
     if model.is_adapter:
         raise ModelError(
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
         )
-    encoding = config.encoding or models.encoding_of(model)
+    encoding = config.encoding or model.encoding
     config = config.model_copy(update={"target_modules": train_workers.target_modules(config, model)})
     return artifacts.produce(
         "finetune",
         config,
-        inputs={**source.fingerprints, "model": model.fingerprint()},
+        inputs={**source.fingerprints, "model": model.fingerprint},
         identity={"encoding": encoding.model_dump(mode="json"), "negatives": "none that is relevant"},
         work=lambda workspace: _finetune(config, model, source, encoding, workspace),
     )
@@ -93,7 +93,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
 
 def _finetune(
     config: FinetuneConfig,
-    model: models.Model,
+    model: models.OpenModel,
     source: labelled_pairs.PairSource,
     encoding: Encoding,
     workspace: Workspace,

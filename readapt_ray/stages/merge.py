@@ -25,7 +25,6 @@ from readapt_ray.artifacts import (
     produce,
 )
 from readapt_ray.catalog.encoding import EncodingOption
-from readapt_ray.catalog.models import load_tokenizer
 from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.storage import Location
@@ -240,7 +239,7 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
         config=model_files.headless_config(
             models.config_of.read_json("config.json"), dtype=plan.main_dtype, name=models.config_of.name
         ),
-        tokenizer=load_tokenizer(models.tokenizer_of),
+        tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
         contract={"fingerprint": workspace.fingerprint},
     )

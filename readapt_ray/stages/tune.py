@@ -108,9 +108,9 @@ def tune(config: TuneConfig) -> Artifact:
     if config.drop_self_hits is None:
         config = config.model_copy(update={"drop_self_hits": drops_self_hits(corpus.manifest.config.get("source"))})
     config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
-    found = {name: models.find_model(getattr(config, name)) for name in MODELS}
-    encoding = config.encoding or models.encoding_of(found["retriever"])
-    inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint() for name, model in found.items()}}
+    found = {name: models.open_model(getattr(config, name)) for name in MODELS}
+    encoding = config.encoding or found["retriever"].encoding
+    inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint for name, model in found.items()}}
     for name in ("queries", "qrels"):
         uri = getattr(config, name)
         if uri is not None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from readapt_ray.catalog.models import TOKENIZER_FILES, Model
+from readapt_ray.catalog.models import TOKENIZER_FILES, OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import auto_class
 from readapt_ray.errors import InputError, ModelError
@@ -26,7 +26,7 @@ _SHARD_BYTES = 2 << 30
 
 
 def load_for_training(
-    source: Model, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
+    source: OpenModel, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
 ) -> Any:
     """A model in train mode.
 
@@ -50,7 +50,7 @@ def load_for_training(
     return model.train()
 
 
-def _load_with_head(source: Model, objective: Objective, *, dtype: torch.dtype) -> Any:
+def _load_with_head(source: OpenModel, objective: Objective, *, dtype: torch.dtype) -> Any:
     try:
         model, loading = auto_class(objective).from_pretrained(
             str(source.folder),
@@ -66,13 +66,15 @@ def _load_with_head(source: Model, objective: Objective, *, dtype: torch.dtype) 
     return model
 
 
-def _refuse_missing(source: Model, objective: Objective | None, missing: Any) -> None:
+def _refuse_missing(source: OpenModel, objective: Objective | None, missing: Any) -> None:
     if missing:
         need = "its files are incomplete" if objective is None else "give the pretrained model, with its head"
         raise ModelError(f"{source.name!r} lacks the weights {sorted(missing)[:5]}; {need}")
 
 
-def _load_partitioned(source: Model, objective: Objective | None, *, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_partitioned(
+    source: OpenModel, objective: Objective | None, *, dtype: torch.dtype, device: torch.device
+) -> Any:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
     from transformers import AutoConfig

@@ -19,7 +19,7 @@ import torch
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
-from readapt_ray.catalog.models import TOKENIZER_FILES, Model
+from readapt_ray.catalog.models import TOKENIZER_FILES, OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import WEIGHTS_NAME, Adapter
@@ -44,8 +44,8 @@ def write_bundle(
     scales: Scales,
     variance: float | None,
     encoding: Encoding,
-    config_of: Model,
-    tokenizer_of: Model,
+    config_of: OpenModel,
+    tokenizer_of: OpenModel,
     sources: Mapping[str, Mapping[str, Any]],
     report: Callable[[int], None],
 ) -> list[Stored]:
@@ -104,7 +104,7 @@ def _copy(folder: Path, names: Sequence[str], target: Location) -> None:
 class Bundle:
     """Such a folder on this machine's disk."""
 
-    model: Model
+    model: OpenModel
     content: Mapping[str, Any]
 
     @property
@@ -156,7 +156,7 @@ class Bundle:
         return StoredDifference(path, base, name=name, dtypes=dtypes)
 
 
-def open_bundle(model: Model) -> Bundle:
+def open_bundle(model: OpenModel) -> Bundle:
     """The bundle in a folder.
 
     Raises:
@@ -174,7 +174,7 @@ def open_bundle(model: Model) -> Bundle:
     return Bundle(model, content)
 
 
-def check_base(model: Model, base: Ingredient) -> None:
+def check_base(model: OpenModel, base: Ingredient) -> None:
     """Refuse another base than the one that the factors of a bundle were made of.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.catalog.models import Model, encoding_of, find_model
+from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
@@ -18,7 +18,7 @@ from readapt_ray.weights.low_rank import check_shapes
 from readapt_ray.weights.provenance import Ingredient, hashed_in_background
 from readapt_ray.weights.readapter import Readapter, Scales, one_per_adapter, open_retriever
 
-Roles = tuple[tuple[str, Model], ...]
+Roles = tuple[tuple[str, OpenModel], ...]
 """Role and model of each input, the pretrained one first."""
 
 
@@ -44,9 +44,9 @@ class MergePlan:
     readapter: Readapter
     encoding: Encoding
     """How the retriever encodes text."""
-    config_of: Model
+    config_of: OpenModel
     """The model whose config.json the result gets."""
-    tokenizer_of: Model
+    tokenizer_of: OpenModel
     """The model whose tokenizer the result gets."""
     sources: tuple[Ingredient, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
@@ -117,8 +117,8 @@ def _find_bundle(bundle: str, pretrained: str | None) -> Roles:
     return (("pretrained", _find("pretrained", pretrained or open_bundle(model).base_name)), ("bundle", model))
 
 
-def _find(option: str, name: str) -> Model:
-    model = find_model(name)
+def _find(option: str, name: str) -> OpenModel:
+    model = open_model(name)
     if option == "pretrained" and model.is_adapter:
         raise ModelError(f"pretrained = {name!r} is an adapter; give the full model that it was trained on")
     return model
@@ -139,14 +139,14 @@ def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
     return MergePlan(
         models=models,
         readapter=readapter,
-        encoding=models.encoding or encoding_of(retriever),
+        encoding=models.encoding or retriever.encoding,
         config_of=pretrained if retriever.is_adapter else retriever,
         tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
         sources=(),
     )
 
 
-def _has_tokenizer(model: Model) -> bool:
+def _has_tokenizer(model: OpenModel) -> bool:
     return any((model.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 

@@ -15,7 +15,7 @@ from readapt_ray.errors import InputError
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent.parent
-FIND = "import sys\nfrom readapt_ray.catalog import models\nprint(models.find_model(sys.argv[1]).folder, flush=True)\n"
+FIND = "import sys\nfrom readapt_ray.catalog import models\nprint(models.open_model(sys.argv[1]).folder, flush=True)\n"
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +69,7 @@ def test_what_was_not_used_for_longest_makes_room(
     newer = used_before(names[1], seconds_ago=200)
     assert used_before(names[0], seconds_ago=100) == older  # found again, so newer than the other
     with caplog.at_level("INFO", "readapt_ray"):
-        found = models.find_model(names[2]).folder
+        found = models.open_model(names[2]).folder
     assert (older.exists(), newer.exists(), found.exists()) == (True, False, True)
     assert f"removed {newer} (0.0 GB) from the model cache" in caplog.text
     assert not [path for path in newer.parent.glob(f"{newer.name}*") if path.suffix != ".lock"]
@@ -83,10 +83,10 @@ def test_a_model_in_use_stays_however_long_ago_it_was_found(tmp_path: Path, capl
     with used_elsewhere(names[0]) as used:
         os.utime(used.with_name(f"{used.name}.use"), (0, 0))
         other = used_before(names[1], seconds_ago=100)
-        third = models.find_model(names[2]).folder
+        third = models.open_model(names[2]).folder
         assert (used.exists(), other.exists()) == (True, False)
         with caplog.at_level("INFO", "readapt_ray"):
-            models.find_model(names[3])
+            models.open_model(names[3])
         assert used.exists()
         assert third.exists()
         assert "more than READAPT_CACHE_GB" in caplog.text
@@ -104,7 +104,7 @@ def test_files_that_we_did_not_write_stay(tmp_path: Path, cache: Path) -> None:
         stranger.parent.mkdir(exist_ok=True)
         stranger.write_text("mine")
     (cache / "models/mine.json").write_text('{"a": {"size_bytes": 1000000000}}')
-    models.find_model(names[2])
+    models.open_model(names[2])
     assert [stranger.read_text() for stranger in strangers] == ["mine"] * 3
     assert (cache / "models/mine.json").exists()
     assert sorted(path.name for path in folders[0].iterdir()) == ["mine", "notes.txt"]
@@ -115,7 +115,7 @@ def test_a_fetch_that_was_killed_is_removed_whole(tmp_path: Path, monkeypatch: p
     killed = used_before(names[0], seconds_ago=100)
     kept = used_before(names[1], seconds_ago=0)
     (killed / ".tmp-0123456789ab-model.safetensors").write_bytes(b"half")
-    models.find_model(names[2])
+    models.open_model(names[2])
     assert not killed.exists()
     assert kept.exists()
 
@@ -125,7 +125,7 @@ def test_a_removal_that_was_killed_is_no_whole_model(tmp_path: Path) -> None:
     folder = used_before(name, seconds_ago=0)
     (folder / "converted_from").unlink()
     (folder / "model.safetensors").unlink()
-    assert models.find_model(name).folder == folder
+    assert models.open_model(name).folder == folder
     assert factories.read_tensors(folder)
 
 
@@ -134,4 +134,4 @@ def test_a_limit_of_wrong_form_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("READAPT_CACHE_GB", value)
     name = made(tmp_path / "m", pickled=False, seed=0)
     with pytest.raises(InputError, match=f"READAPT_CACHE_GB = '{value}': must be a number of 0 or more, in gigabytes"):
-        models.find_model(name)
+        models.open_model(name)

@@ -39,11 +39,11 @@ def test_the_plan_counts_its_own_size_and_encoding(name: str) -> None:
 
 
 def test_a_worker_is_told_its_path(name: str, tmp_path: Path) -> None:
-    model = models.find_model(name)
+    model = models.open_model(name)
     assert on_worker.model_name(model) == str(tmp_path / name)
     torch.save(factories.read_tensors(model.folder), model.folder / "pytorch_model.bin")
     (model.folder / "model.safetensors").unlink()
-    converted = models.find_model(name)
+    converted = models.open_model(name)
     assert converted.folder != model.folder
     assert on_worker.model_name(converted) == str(tmp_path / name)
 
@@ -58,7 +58,7 @@ def test_a_snapshot_folder_of_our_own_has_no_commit(tmp_path: Path, monkeypatch:
     (tmp_path / "snapshots").mkdir()
     monkeypatch.chdir(tmp_path / "snapshots")
     factories.tiny_encoder(tmp_path / "snapshots/m3e-base")
-    assert models.find_model("m3e-base").pinned_name == "m3e-base"
+    assert models.open_model("m3e-base").pinned_name == "m3e-base"
 
 
 def test_the_queries_of_a_corpus_in_a_folder_may_find_themselves(

@@ -48,7 +48,7 @@ def _folder(
 
 
 def _encoding(folder: Path) -> Encoding:
-    return models.encoding_of(models.find_model(str(folder)))
+    return models.open_model(str(folder)).encoding
 
 
 @pytest.mark.parametrize(

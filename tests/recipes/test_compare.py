@@ -188,7 +188,7 @@ def test_supervised_tuning_readaptir_and_both_stand_side_by_side(
             "name": "tiny",
             "hub_id": str(pieces / "lora"),
             "pretrained": str(pieces / "base"),
-            "encoding": models.encoding_of(models.find_model(str(pieces / "lora"))),
+            "encoding": models.open_model(str(pieces / "lora")).encoding,
         }
     )
     monkeypatch.setattr(retrievers, "RETRIEVERS", (*retrievers.RETRIEVERS, row))

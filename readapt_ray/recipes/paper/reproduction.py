@@ -67,8 +67,8 @@ class Reproduction:
         if config.pretrained is None and row is None:
             raise InputError(f"the catalog does not know {config.retriever!r}; say what it was made from: pretrained")
         self.pretrained = config.pretrained or str(row and row.pretrained)
-        self.encoding = models.encoding_of(models.find_model(config.retriever))
-        models.find_model(self.pretrained)
+        self.encoding = models.open_model(config.retriever).encoding
+        models.open_model(self.pretrained)
         self._check_sections()
 
     def _check_sections(self) -> None:
@@ -210,9 +210,9 @@ class Reproduction:
             {"readapter_scale": 1.0, "knowledge_scale": 0.0},
             folder,
         )
-        body = models.find_model(merged).folder
+        body = models.open_model(merged).folder
         whole = add_head(
-            Location(str(body)), models.find_model(self.pretrained).folder, Location(f"{folder}-with-head")
+            Location(str(body)), models.open_model(self.pretrained).folder, Location(f"{folder}-with-head")
         )
         return self._trained(
             own, self.corpus(own).uri, whole.uri, method="dora", seed=seed, name=f"continued-seed{seed}"
@@ -229,7 +229,7 @@ class Reproduction:
             output=f"{self._folder(source)}/blocks/{name}",
         )
         # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
-        objective = self.config.train.get("objective") or objective_of(models.find_model(self.pretrained))
+        objective = self.config.train.get("objective") or objective_of(models.open_model(self.pretrained))
         return self._make(
             "train",
             {**self._targets(), **self.config.train, "objective": objective},
