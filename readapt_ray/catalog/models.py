@@ -15,18 +15,19 @@ from typing import Any
 from readapt_ray.artifacts import BUILDING_NAME, MANIFEST_NAME, fingerprint, read_building, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME, ModelFolder
+from readapt_ray.catalog.model_folder import ModelFolder
 from readapt_ray.errors import ModelError, first_line
+from readapt_ray.model_file_names import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    CONTRACT_NAME,
+    MODULES_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_FILES,
+)
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
-
-CONTRACT_NAME = "readapt.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
-)  # fmt: skip
-"""All that a tokenizer may be read from."""
 
 _BUILTIN = "builtin:"
 _BUILTIN_FOLDER = Path(__file__).parent.parent / "data"
@@ -103,7 +104,7 @@ class OpenModel(ModelFolder):
     @property
     def _tokenizer_holder(self) -> "OpenModel":
         """The model itself, or the one that an adapter without a tokenizer was trained on."""
-        return self.base if self.is_adapter and not (self.folder / "tokenizer_config.json").is_file() else self
+        return self.base if self.is_adapter and not (self.folder / TOKENIZER_CONFIG_NAME).is_file() else self
 
     @property
     def revision(self) -> str:
@@ -158,8 +159,8 @@ def open_model(name: str) -> OpenModel:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
     model = OpenModel(name=name, folder=pickled.safe_folder(folder, name))
-    if not model.is_adapter and not (folder / "config.json").is_file():
-        raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
+    if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
+        raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
     _check_own_code(model)
     return model
 
@@ -182,7 +183,7 @@ def own_folder(name: str) -> Path | None:
     if not folder.is_dir():
         return None
     in_catalog = retrievers.hub_id(name) != name
-    if in_catalog and not any((folder / each).is_file() for each in ("config.json", ADAPTER_CONFIG_NAME)):
+    if in_catalog and not any((folder / each).is_file() for each in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         return None
     if in_catalog:
         logger.info("%s is a folder here, so that model is taken and not the catalog's", name)
@@ -202,7 +203,7 @@ def _check_finished(location: Location, name: str) -> None:
 
 def _check_own_code(model: OpenModel) -> None:
     """Refuse a model that transformers' own class of its type would load without a word, and compute otherwise."""
-    config = model.read_json("config.json")
+    config = model.config
     code = dict(config.get("auto_map") or {}).get("AutoModel")
     if code is None:
         return
@@ -221,8 +222,8 @@ def _encoding_of(model: OpenModel) -> Encoding:
     row = _catalog_row(model)
     if row is not None:
         return row.encoding
-    if (model.folder / sentence_transformers_folder.MODULES_NAME).is_file():
-        options = model._tokenizer_holder.read_json("tokenizer_config.json")
+    if (model.folder / MODULES_NAME).is_file():
+        options = model._tokenizer_holder.read_json(TOKENIZER_CONFIG_NAME)
         return sentence_transformers_folder.read_encoding(model, model.tokenizer, options)
     row = retrievers.find_copied(_place(model))
     if row is not None:
@@ -234,7 +235,7 @@ def _encoding_of(model: OpenModel) -> Encoding:
         )
         return row.encoding
     raise ModelError(
-        f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor modules.json, and it "
+        f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
         f"is not in the catalog; pass --encoding FILE.json with pooling, templates and specials, or a catalog name"
     )
 

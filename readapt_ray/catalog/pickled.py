@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import ModelError, first_line
+from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index.json", "adapter_model.
 """Names of pickled weights; other `.bin` files (optimizers, training arguments) are none."""
 
 _INDEX = "pytorch_model.bin.index.json"
-_CONVERTED_INDEX = "model.safetensors.index.json"
 _SMALL = (".json", ".txt", ".model", ".jinja")
 
 
@@ -106,7 +106,7 @@ def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str]
     sizes_bytes = {_converted_name(file): (folder / file).stat().st_size for file in files}
     sizes_bytes |= {file: (folder / file).stat().st_size for file in copied}
     # RECORD_NAME first: a removal that was killed does not leave what looks whole.
-    due = {RECORD_NAME: 0, _CONVERTED_INDEX: 0, **sizes_bytes}
+    due = {RECORD_NAME: 0, INDEX_NAME: 0, **sizes_bytes}
     cache_entries.note_files(target, {file: {"size_bytes": size_bytes} for file, size_bytes in due.items()})
     cache_entries.make_room()
     target.mkdir(exist_ok=True)
@@ -135,7 +135,7 @@ def _convert(folder: Path, files: list[str], target: Path, name: str) -> None:
         save_file(dict(tensors), target / written, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, written)
     if len(files) > 1:
-        (target / _CONVERTED_INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (target / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def _converted_name(file: str) -> str:

@@ -213,7 +213,7 @@ def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, .
     """The layers that get an adapter: those asked for, or those of the model's family; none where all is trained."""
     if config.target_modules or config.method == "full":
         return config.target_modules
-    return retrievers.target_modules(str(model.read_json("config.json").get("model_type")))
+    return retrievers.target_modules(str(model.config.get("model_type")))
 
 
 class TrainWorker:
@@ -253,7 +253,7 @@ class TrainWorker:
         due = job["inputs"].values()
         on_worker.check_same_model(name, lambda: self.source.fingerprint, due, driver_node=job["driver_node"])
         self.shape = adapter_shape(config, target_modules(config, self.source))
-        self._model_shape = shape_of(self.source.read_json("config.json"), name, objective)
+        self._model_shape = shape_of(self.source.config, name, objective)
         if config.check_memory:
             self._check_memory(micro_batch_tokens)
         self.model = trained_models.load_for_training(

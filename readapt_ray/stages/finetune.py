@@ -17,6 +17,7 @@ from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.cluster import on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
 from readapt_ray.training import labelled_pairs
 
@@ -147,5 +148,5 @@ def _work(job: dict[str, Any]) -> None:
     worker.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
     if torch.distributed.get_rank() == 0:
         contract = json.dumps({"encoding": job["encoding"]}, indent=2)
-        (worker.output / models.CONTRACT_NAME).write_text(contract + "\n")
+        (worker.output / CONTRACT_NAME).write_text(contract + "\n")
     worker.save(trained_on=config.model, task_type="FEATURE_EXTRACTION")

@@ -236,9 +236,7 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
     models = merged.plan
     model_files.write_model_files(
         workspace.location,
-        config=model_files.headless_config(
-            models.config_of.read_json("config.json"), dtype=plan.main_dtype, name=models.config_of.name
-        ),
+        config=model_files.headless_config(models.config_of.config, dtype=plan.main_dtype, name=models.config_of.name),
         tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
         contract={"fingerprint": workspace.fingerprint},

@@ -75,7 +75,7 @@ def pack(config: PackConfig) -> Artifact:
 
 def _usable_positions(model: models.OpenModel) -> int | None:
     """Return the longest text that the model has positions for; None where it has no limit."""
-    config = model.read_json("config.json")
+    config = model.config
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None

@@ -98,7 +98,7 @@ def objective_of(model: OpenModel) -> Objective:
     Raises:
         ModelError: its config does not say, or names a model without a head.
     """
-    config = model.read_json("config.json")
+    config = model.config
     objective = shapes.objective_of(config)
     if objective is not None:
         return objective

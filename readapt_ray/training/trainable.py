@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from readapt_ray.catalog.models import TOKENIZER_FILES, OpenModel
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import auto_class
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import CHAT_TEMPLATE_NAME, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
-from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, modern_name, stored_tensors
+from readapt_ray.weights.checkpoint import StoredTensor, modern_name, stored_tensors
 from readapt_ray.weights.loading import load_model
 
 _SHARD_BYTES = 2 << 30
@@ -177,11 +178,11 @@ def save_model(model: Any, source: Location, output: Location) -> None:
         return
     if shard:
         flush()
-    for file in (*TOKENIZER_FILES, "chat_template.jinja"):
+    for file in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME):
         if (source / file).is_file():
             (source / file).copy_to(output / file)
     config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (output / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     if len(shards) == 1:
         (output / shards[0][0]).filesystem.move((output / shards[0][0]).path, (output / SINGLE_NAME).path)
         return

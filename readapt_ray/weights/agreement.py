@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from readapt_ray.artifacts import read_manifest
-from readapt_ray.catalog.models import TOKENIZER_FILES, OpenModel
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
+from readapt_ray.model_file_names import TOKENIZER_FILES
 from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.provenance import Ingredient
 

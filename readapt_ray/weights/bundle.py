@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
-from readapt_ray.catalog.models import TOKENIZER_FILES, OpenModel
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_FILES
 from readapt_ray.storage import Location
-from readapt_ray.weights.adapter import WEIGHTS_NAME, Adapter
+from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
 from readapt_ray.weights.provenance import Ingredient
@@ -65,11 +65,11 @@ def write_bundle(
     Returns:
         How the retriever's difference is kept; empty where the retriever is kept as the adapter that it is.
     """
-    _copy(config_of.folder, ("config.json",), target)
+    _copy(config_of.folder, (CONFIG_NAME,), target)
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
     stored: list[Stored] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
-        _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), target / _RETRIEVER)
+        _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), target / _RETRIEVER)
     else:
         stored = write_difference(
             readapter.pretrained, readapter.retriever, target / _READAPTER, variance=variance, report=report
@@ -77,7 +77,7 @@ def write_bundle(
     for number, source in enumerate(readapter.knowledge, start=1):
         folder = target / f"knowledge-{number}"
         if isinstance(source, Adapter):
-            _copy(source.folder, (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), folder)
+            _copy(source.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), folder)
         else:
             write_difference(readapter.pretrained, source, folder / _DIFFERENCE, variance=None, report=report)
     content = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.bundle import check_base, open_bundle
@@ -147,7 +148,7 @@ def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
 
 
 def _has_tokenizer(model: OpenModel) -> bool:
-    return any((model.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return any((model.folder / name).is_file() for name in (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME))
 
 
 def _open_bundled(roles: Roles, models: MergeModels) -> MergePlan:

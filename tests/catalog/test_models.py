@@ -8,6 +8,7 @@ import pytest
 
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import TOKENIZER_FILES
 from readapt_ray.storage import Location
 from tests import factories
 
@@ -141,11 +142,11 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
 def test_every_file_of_a_tokenizer_counts(tmp_path: Path) -> None:
     folder = factories.tiny_decoder(tmp_path / "m")
     seen = {models.open_model(str(folder)).tokenizer_fingerprint}
-    for name in models.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         with (folder / name).open("a") as file:
             file.write(" ")
         seen.add(models.open_model(str(folder)).tokenizer_fingerprint)
-    assert len(seen) == 1 + len(models.TOKENIZER_FILES)
+    assert len(seen) == 1 + len(TOKENIZER_FILES)
 
 
 def test_the_tokenizer_of_an_adapter_is_that_of_its_base_unless_it_has_one(tmp_path: Path) -> None:
