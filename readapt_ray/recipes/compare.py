@@ -198,7 +198,7 @@ class _Plan:
                 f"the output of `readapt merge`"
             )
         yield self._candidate(label, name, encoding)
-        readapted = self._readapted(row) if config.readapt and row is not None else ()
+        readapted = self._readapted(name, row) if config.readapt and row is not None else ()
         if config.readapt and row is None:
             logger.warning(
                 "%s is not in the catalog, so what it was made from is not known: it is not RE-adapted", name
@@ -240,7 +240,7 @@ class _Plan:
         )
         return Candidate(label, model, making, embed, search)
 
-    def _readapted(self, row: retrievers.Retriever) -> tuple[Step, ...]:
+    def _readapted(self, name: str, row: retrievers.Retriever) -> tuple[Step, ...]:
         """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""
         config = self._config
         blocks = self._step(
@@ -257,7 +257,7 @@ class _Plan:
             pretrained=row.pretrained,
             corpus=blocks.config.output,
         )
-        wired = {"pretrained": row.pretrained, "retriever": row.name, "adapter": adapter.config.output}
+        wired = {"pretrained": row.pretrained, "retriever": name, "adapter": adapter.config.output}
         whole = self._step(f"models/{row.name}-whole", "merge", {}, **wired, readapter_scale=1.0, knowledge_scale=0.0)
         readapted = self._step(f"models/{row.name}-readapted", "merge", config.merge_options, **wired)
         return blocks, adapter, whole, readapted
