@@ -163,6 +163,5 @@ def _beside(entry: Path, suffix: str) -> Path:
 
 def _opened(path: Path) -> IO[str]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open(
-        "a+"
-    )  # shared locks of NFS need a file that can be read, exclusive ones a file that can be written
+    # On NFS a shared lock needs a file that can be read, and an exclusive one a file that can be written.
+    return path.open("a+")
