@@ -42,5 +42,5 @@ def drops_self_hits(source: str | None) -> bool:
 
     As in `ingest`, a file or folder of that name is that file or folder, and not the catalog's corpus.
     """
-    row = find_corpus(source) if source is not None and not Location(source).exists() else None
-    return row is not None and row.drops_self_hits
+    row = find_corpus(source) if source is not None else None
+    return row is not None and row.drops_self_hits and not Location(str(source)).exists()

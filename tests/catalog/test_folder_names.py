@@ -68,3 +68,4 @@ def test_the_queries_of_a_corpus_in_a_folder_may_find_themselves(
     assert drops_self_hits("arguana")
     (tmp_path / "arguana").mkdir()
     assert not drops_self_hits("arguana")
+    assert not drops_self_hits("s3://bucket/corpus.jsonl")  # no store is asked
