@@ -93,7 +93,7 @@ def write_corpus(work: Path, found: set[str], num_passages: int) -> tuple[int, i
     import pyarrow.parquet as pq
 
     from readapt_ray import artifacts
-    from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
+    from readapt_ray.catalog.models import open_model
     from readapt_ray.config import StageConfig
     from readapt_ray.records import PASSAGE_SCHEMA
     from readapt_ray.retrieval.templates import TextTokenizer
@@ -109,8 +109,8 @@ def write_corpus(work: Path, found: set[str], num_passages: int) -> tuple[int, i
 
     config = StageConfig(output=str(work / "corpus"))
     artifacts.produce("ingest", config, inputs={"source": artifacts.fingerprint(texts)}, work=write)
-    model = find_model(model_folder())
-    ids = TextTokenizer(load_tokenizer(model), encoding_of(model)).ids(texts, "passage", [""] * len(texts))
+    model = open_model(model_folder())
+    ids = TextTokenizer(model.tokenizer, model.encoding).ids(texts, "passage", [""] * len(texts))
     return len(texts), sum(map(len, ids))
 
 

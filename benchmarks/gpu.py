@@ -207,8 +207,8 @@ def embed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Normalize, Pooling, Transformer
 
-    from readapt_ray.catalog.models import find_model
-    from readapt_ray.catalog.retrievers import Encoding
+    from readapt_ray.catalog.encoding import Encoding
+    from readapt_ray.catalog.models import open_model
     from readapt_ray.retrieval.encoder import Encoder
 
     work = emptied(options.work / "models")
@@ -241,7 +241,7 @@ def embed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
 
     encoding = Encoding(pooling="last", add_bos=False, add_eos=False)
-    encoder = Encoder.load(find_model(str(folder)), encoding=encoding, dtype="bfloat16", device=str(device()))
+    encoder = Encoder.load(open_model(str(folder)), encoding=encoding, dtype="bfloat16", device=str(device()))
     encoder.encode(few, "passage")
     started_s = time.perf_counter()
     ours = encoder.encode(texts, "passage")
@@ -333,7 +333,7 @@ def product(half_QD: torch.Tensor, vectors_ND: torch.Tensor) -> torch.Tensor:
 
 def weights(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """`readapt merge` as a command, and a change of scales in a live model."""
-    from readapt_ray.catalog.models import find_model
+    from readapt_ray.catalog.models import open_model
     from readapt_ray.weights.adapter import Adapter
     from readapt_ray.weights.checkpoint import Checkpoint
     from readapt_ray.weights.live import LiveReadapter
@@ -347,7 +347,7 @@ def weights(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     num_bytes = sum(file.stat().st_size for file in work.glob("*/*.safetensors"))
     shutil.rmtree(work / "output")
     before, after = map(Checkpoint, models)
-    network = load_model(find_model(str(models[1])), dtype=torch.bfloat16, device=str(device()))
+    network = load_model(open_model(str(models[1])), dtype=torch.bfloat16, device=str(device()))
     live = LiveReadapter(network, Readapter(before, after, [Adapter(dora, before)]))
     scales = iter([(1.0, 0.5), (0.9, 0.4), (1.1, 0.6), (0.8, 0.3), (1.2, 0.7), (1.0, 0.2)])
     in_place_s = timed(lambda: live.set_scales(*next(scales)), repeats=5)

@@ -272,7 +272,7 @@ def live(work: Path, shape: str) -> dict[str, Any]:
     script = f"""
 import json, time, torch
 from pathlib import Path
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.live import LiveReadapter
@@ -283,7 +283,7 @@ after = Checkpoint(Path({str(work / "retriever")!r}))
 seconds = []
 for _ in range(2):
     started = time.perf_counter()
-    module = load_model(find_model({str(work / "retriever")!r}), dtype=torch.bfloat16, device="cpu")
+    module = load_model(open_model({str(work / "retriever")!r}), dtype=torch.bfloat16, device="cpu")
     for each in module.parameters():
         each.data = each.data.clone()
     seconds.append(time.perf_counter() - started)

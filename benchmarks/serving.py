@@ -195,10 +195,10 @@ async def generate(port: str, texts: Sequence[str], clients: int, seconds: float
 
 def bare_encoder(folder: str, texts: Sequence[str]) -> dict[str, float]:
     """Milliseconds of our encoder for one question, without HTTP."""
-    from readapt_ray.catalog.models import find_model
+    from readapt_ray.catalog.models import open_model
     from readapt_ray.retrieval.encoder import Encoder
 
-    encoder = Encoder.load(find_model(folder))
+    encoder = Encoder.load(open_model(folder))
     taken_ms = []
     for text in [*texts[:20], *texts[:300]]:
         before_s = time.perf_counter()

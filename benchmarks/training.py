@@ -43,7 +43,7 @@ import torch
 import transformers
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from readapt_ray.catalog.models import find_model, load_tokenizer
+from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import measure_shape
 from readapt_ray.sources.python_docs import read_docstrings
 from readapt_ray.training import dora, objectives, packing
@@ -125,7 +125,7 @@ def docstrings(num_steps: int) -> list[list[int]]:
     """Token ids of as many docstrings of torch as so many steps of 4 take, at most 128 each, for the quickstart's model."""
     texts = [f"{doc.summary} {doc.rest}" for doc in read_docstrings("torch")]
     np.random.default_rng(0).shuffle(texts)
-    tokenizer = load_tokenizer(find_model(QUICKSTART))
+    tokenizer = open_model(QUICKSTART).tokenizer
     rows = tokenizer(texts[: 8 * num_steps], truncation=True, max_length=128)["input_ids"]
     return [row for row in rows if len(row) >= 16][: 4 * num_steps]
 
@@ -265,7 +265,7 @@ def stepper(name: str, options: argparse.Namespace, vocab_size: int, num_passage
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, options.dtype)
     if options.shape == QUICKSTART:
-        model = transformers.AutoModelForCausalLM.from_pretrained(find_model(QUICKSTART).folder, dtype=dtype).train()
+        model = transformers.AutoModelForCausalLM.from_pretrained(open_model(QUICKSTART).folder, dtype=dtype).train()
         rows = docstrings(num_passages // 4)
     else:
         model = new_model(options.shape, vocab_size, dtype, device)

@@ -98,7 +98,7 @@ def parts(corpus: str, adapter: str) -> dict[str, float]:
     from readapt_ray.weights.readapter import Readapter, open_retriever
 
     torch.set_num_threads(1)
-    pretrained, retriever, knowledge = (models.find_model(name) for name in (PRETRAINED, RETRIEVER, adapter))
+    pretrained, retriever, knowledge = (models.open_model(name) for name in (PRETRAINED, RETRIEVER, adapter))
     encoder = Encoder.load(retriever, dtype="bfloat16")
     before = Checkpoint(pretrained.folder)
     after = open_retriever(retriever.folder, before, name=retriever.name)

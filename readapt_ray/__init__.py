@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from readapt_ray.artifacts import Artifact, Manifest, open_artifact
-    from readapt_ray.catalog.models import encoding_of, find_model
-    from readapt_ray.catalog.retrievers import Encoding
+    from readapt_ray.catalog.encoding import Encoding
+    from readapt_ray.catalog.models import open_model
     from readapt_ray.errors import InputError, ReadaptError
     from readapt_ray.evaluation.measures import Measurement, measure
     from readapt_ray.recipes.chain import RunConfig, plan_run, run
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Artifact", "Manifest", "open_artifact"), "artifacts"),
-    **dict.fromkeys(("encoding_of", "find_model"), "catalog.models"),
-    "Encoding": "catalog.retrievers",
+    "open_model": "catalog.models",
+    "Encoding": "catalog.encoding",
     **dict.fromkeys(("InputError", "ReadaptError"), "errors"),
     **dict.fromkeys(("Measurement", "measure"), "evaluation.measures"),
     **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes.chain"),
@@ -82,15 +82,14 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "embed",
-    "encoding_of",
     "evaluate",
-    "find_model",
     "finetune",
     "index",
     "ingest",
     "measure",
     "merge",
     "open_artifact",
+    "open_model",
     "pack",
     "plan_run",
     "readapted_weight",

@@ -10,6 +10,21 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from readapt_ray.model_file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CHAT_TEMPLATE_NAME,
+    CONFIG_NAME,
+    CONTRACT_NAME,
+    INDEX_NAME,
+    LENGTH_NAME,
+    MODULES_NAME,
+    NORMALIZE_CONFIG_NAME,
+    POOLING_CONFIG_NAME,
+    PROMPTS_NAME,
+    SINGLE_NAME,
+    TOKENIZER_FILES,
+)
 from readapt_ray.storage import Location, name_when_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -19,16 +34,13 @@ SINGLE_FILE_SUFFIX = ".trec"
 _NUM_THREADS = 32
 _NUM_NAMED = 4
 
-_TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja",
-)  # fmt: skip
-_WEIGHTS = ("config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+_TOKENIZER = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
+_WEIGHTS = (CONFIG_NAME, SINGLE_NAME, "model-*.safetensors", INDEX_NAME)
 RAY_TRAIN = ("workers/.validate_storage_marker", "workers/checkpoint_manager_snapshot.json")
 """What Ray Train keeps in its `storage_path` while workers run; they report no checkpoints to it."""
 _TRAINED = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
     *_WEIGHTS,
     *_TOKENIZER,
     "metrics.jsonl",
@@ -46,17 +58,17 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),
     "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
     "train": _TRAINED,
-    "finetune": (*_TRAINED, "pairs/part-*.parquet", "readapt.json"),
+    "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),
     "merge": (
         *_WEIGHTS,
         *_TOKENIZER,
         "README.md",
-        "readapt.json",
-        "modules.json",
-        "1_Pooling/config.json",
-        "2_Normalize/config.json",
-        "sentence_bert_config.json",
-        "config_sentence_transformers.json",
+        CONTRACT_NAME,
+        MODULES_NAME,
+        POOLING_CONFIG_NAME,
+        NORMALIZE_CONFIG_NAME,
+        LENGTH_NAME,
+        PROMPTS_NAME,
         "model.safetensors.cast.json",
         "model-*.safetensors.cast.json",
         "low-rank.factors",

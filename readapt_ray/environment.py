@@ -11,6 +11,7 @@ from readapt_ray.errors import InputError
 
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _WAIT_S = 900.0
+_CACHE_GB = 100.0
 
 
 def log_level() -> str:
@@ -42,6 +43,15 @@ def cache_folder() -> Path:
     return folder
 
 
+def cache_gb() -> float:
+    """Return READAPT_CACHE_GB: how many gigabytes of models READAPT_CACHE may hold; 100 unless it is set.
+
+    Raises:
+        InputError: it is not a number of 0 or more.
+    """
+    return _number("READAPT_CACHE_GB", _CACHE_GB, "in gigabytes")
+
+
 def num_cpus() -> int | None:
     """Return READAPT_NUM_CPUS: the CPUs of a Ray that is started here; all of them unless it is set.
 
@@ -66,16 +76,20 @@ def wait_s() -> float:
     Raises:
         InputError: it is not a number of 0 or more.
     """
-    text = os.environ.get("READAPT_WAIT_S")
+    return _number("READAPT_WAIT_S", _WAIT_S, "in seconds")
+
+
+def _number(name: str, default: float, unit: str) -> float:
+    text = os.environ.get(name)
     if not text:
-        return _WAIT_S
+        return default
     try:
-        seconds = float(text)
+        number = float(text)
     except ValueError:
-        seconds = math.nan
-    if not seconds >= 0 or math.isinf(seconds):
-        raise _wrong("READAPT_WAIT_S", "a number of 0 or more, in seconds")
-    return seconds
+        number = math.nan
+    if not number >= 0 or math.isinf(number):
+        raise _wrong(name, f"a number of 0 or more, {unit}")
+    return number
 
 
 def _whole_number(name: str) -> int | None:

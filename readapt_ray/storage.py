@@ -13,7 +13,6 @@ import hashlib
 import os
 import re
 import time
-import urllib.parse
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,12 +22,11 @@ from typing import IO
 import pyarrow.fs as pafs
 
 from readapt_ray.errors import InputError, StorageError
+from readapt_ray.filesystems import extended, open_filesystem, refuse_credentials
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{12}}-(.+)")
-_S3_ATTEMPTS = 10
-"""With the SDK's exponential backoff about a minute of 503 or lost connections."""
 _READ_ATTEMPTS = 6
 _BACKOFF_S = 0.25
 _MAX_COPY_BYTES = 5 << 30
@@ -39,13 +37,6 @@ _FORBIDDEN = {
     errno.EPERM: "this user may not change it",
     errno.EROFS: "its disk is mounted read-only",
 }
-_S3_OPTIONS = ("region", "scheme", "endpoint_override")
-_QUERY = re.compile(r"\?(\w+=[^&?]*(?:&\w+=[^&?]*)*)$")
-"""The options at the end of a URI. Any other `?`, as any `#`, belongs to a name."""
-_CREDENTIALS = re.compile(r"secret|password|token|signature|access_key|account_key|\bsig\b", re.IGNORECASE)
-_S3_SILENT_S = 120
-"""A store may say nothing while it copies an object: 5 GiB at 45 MB/s. The SDK would give up after 3 s."""
-_S3_CONNECT_S = 10
 
 
 @dataclass(frozen=True)
@@ -55,28 +46,15 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        """Refuse a URI that holds credentials: they would stand in logs and manifests."""
-        if "://" in self.uri and _holds_credentials(self.uri):
-            raise InputError(
-                f"a URI that begins with {self.uri.partition('://')[0]}:// holds credentials; give it without them, and set them in the "
-                f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machine a role"
-            )
+        refuse_credentials(self.uri)
 
-    @functools.cached_property
+    @property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
-        if "://" not in self.uri:
-            return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(self.uri))
-        try:
-            if self.uri.startswith("s3://"):
-                return _open_s3(self.uri)
-            head, query = _split(self.uri)
-            escaped = head.replace("#", "%23").replace("?", "%3F")
-            filesystem, path = pafs.FileSystem.from_uri(f"{escaped}?{query}" if query else escaped)
-        except (ValueError, NotImplementedError, OSError) as error:
-            raise InputError(
-                f"cannot open {_split(self.uri)[0]!r}: {error}; give a local path or a URI that pyarrow opens, such as "
-                f"s3://bucket/folder"
-            ) from error
+        """The filesystem and the path in it. A forked process opens its own, since connections cannot be shared."""
+        pid, filesystem, path = self.__dict__.get("_opened_by", (None, None, ""))
+        if filesystem is None or (pid != os.getpid() and not isinstance(filesystem, pafs.LocalFileSystem)):
+            filesystem, path = open_filesystem(self.uri)
+            self.__dict__["_opened_by"] = (os.getpid(), filesystem, path)
         return filesystem, path
 
     def __getstate__(self) -> dict[str, str]:
@@ -120,25 +98,11 @@ class Location:
         return self.path.rstrip("/").rsplit("/", 1)[-1]
 
     def __truediv__(self, part: str) -> "Location":
-        return self._extended(f"/{part}")
+        return Location(extended(self.uri, f"/{part}"))
 
     def beside(self, suffix: str) -> "Location":
         """The place whose name has this suffix after this one's."""
-        return self._extended(suffix)
-
-    def _extended(self, tail: str) -> "Location":
-        if "://" not in self.uri:
-            return Location(f"{self.uri.rstrip('/')}{tail}")
-        head, query = _split(self.uri)
-        uri = f"{head.rstrip('/')}{tail if self.uri.startswith('s3://') else urllib.parse.quote(tail)}"
-        if query:
-            uri = f"{uri}?{query}"
-        elif _split(uri) != (uri, ""):
-            uri = f"{uri}?"
-        extended = Location(uri)
-        if "_opened" in self.__dict__ and not self.is_local:  # one client for all that lies below
-            extended.__dict__["_opened"] = self.filesystem, f"{self.path.rstrip('/')}{tail}"
-        return extended
+        return Location(extended(self.uri, suffix))
 
     def exists(self) -> bool:
         """Whether there is a file or folder here."""
@@ -409,64 +373,3 @@ def name_when_whole(name: str) -> str | None:
     """The name that a temporary file of a write of ours would get at its end; None for any other file."""
     found = _TEMPORARY_NAME.fullmatch(name)
     return found[1] if found else None
-
-
-def _open_s3(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The filesystem of an `s3://` URI, which tries again for longer than pyarrow's own.
-
-    Raises:
-        ValueError: an option behind the `?` is unknown, or there is no bucket.
-    """
-    head, query = _split(uri)
-    path = head.removeprefix("s3://").rstrip("/")
-    bucket = path.partition("/")[0]
-    options = dict(urllib.parse.parse_qsl(query))
-    unknown = sorted(options.keys() - set(_S3_OPTIONS))
-    if unknown or not bucket:
-        raise ValueError(
-            f"unknown options {unknown}, known are {', '.join(_S3_OPTIONS)}" if unknown else "it names no bucket"
-        )
-    endpoint = options.get("endpoint_override") or _first_of("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
-    region = options.get("region") or _first_of("AWS_REGION", "AWS_DEFAULT_REGION")
-    if not region:
-        region = "us-east-1" if endpoint else _region_of(bucket)
-    scheme = options.get("scheme") or urllib.parse.urlsplit(endpoint or "").scheme or "https"
-    return _s3_client(region, scheme, endpoint, _first_of("AWS_ACCESS_KEY_ID"), os.getpid()), path
-
-
-@functools.lru_cache
-def _s3_client(region: str, scheme: str, endpoint: str | None, key_id: str | None, pid: int) -> pafs.S3FileSystem:
-    """Return the one client of this process for these options: each has connections and credentials of its own."""
-    del key_id, pid  # another user of the store and a forked process get their own
-    return pafs.S3FileSystem(
-        region=region,
-        scheme=scheme,
-        endpoint_override=endpoint,
-        request_timeout=_S3_SILENT_S,
-        connect_timeout=_S3_CONNECT_S,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_S3_ATTEMPTS),
-    )
-
-
-_region_of = functools.lru_cache(pafs.resolve_s3_region)
-
-
-def _holds_credentials(uri: str) -> bool:
-    head, query = _split(uri)
-    scheme, _, rest = head.partition("://")
-    authority = rest.partition("/")[0]
-    if ":" in authority.rpartition("@")[0] or (scheme == "s3" and ":" in authority and "@" in rest):
-        return True  # the second: a secret key with a slash in it
-    return any(_CREDENTIALS.search(option.partition("=")[0]) for option in query.split("&"))
-
-
-def _split(uri: str) -> tuple[str, str]:
-    """A URI without its options, and they. A `?` at its end says that what looks like options is a name."""
-    if uri.endswith("?") and _QUERY.search(uri.rstrip("?")):
-        return uri[:-1], ""
-    found = _QUERY.search(uri)
-    return (uri[: found.start()], found[1]) if found else (uri, "")
-
-
-def _first_of(*variables: str) -> str | None:
-    return next((os.environ[name] for name in variables if os.environ.get(name)), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from readapt_ray import cli
-from readapt_ray.catalog import model_cache, models, pickled
+from readapt_ray.catalog import cache_entries, models, pickled
 from readapt_ray.errors import InputError
 
 RUN = "source: a\npretrained: b\nretriever: c\n"
@@ -43,7 +43,7 @@ def test_a_cache_that_is_no_folder_is_named(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match=r"READAPT_CACHE = '.*file': must be a folder"):
         if folder == "models":
-            model_cache.cache_folder()
+            cache_entries.folder_of("models")
         else:
             (tmp_path / "pytorch_model.bin").write_bytes(b"x")
             pickled.safe_folder(tmp_path, "x")
@@ -142,4 +142,4 @@ def test_a_path_that_may_not_be_read_is_bad_input(
 def test_a_damaged_config_of_a_model_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(InputError, match=r"config.json is not a JSON object"):
-        models.Model("m", tmp_path).read_json("config.json")
+        models.OpenModel("m", tmp_path).read_json("config.json")

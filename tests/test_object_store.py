@@ -11,13 +11,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.fs as pafs
 import pytest
 import yaml
 
-from readapt_ray import artifact_files, artifacts, cli, status, storage
+from readapt_ray import artifact_files, artifacts, cli, filesystems, status, storage
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, InputError
@@ -92,8 +93,8 @@ def test_more_refusals_than_pyarrow_alone_would_bear(store: Store, folder: Locat
 def test_a_store_that_stays_busy_is_an_error_that_names_the_file(
     store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_S3_ATTEMPTS", 2)
-    monkeypatch.setattr(storage, "_s3_client", storage._s3_client.__wrapped__)
+    monkeypatch.setattr(filesystems, "_S3_ATTEMPTS", 2)
+    monkeypatch.setattr(filesystems, "_s3_client", filesystems._s3_client.__wrapped__)
     monkeypatch.setattr(storage, "_READ_ATTEMPTS", 2)
     (folder / "x").write_text("kept")
     store.busy = lambda method, path: True
@@ -214,7 +215,7 @@ def test_all_files_of_a_store_share_one_client(store: Store, folder: Location, m
     made: list[dict[str, Any]] = []
     client = pafs.S3FileSystem
     monkeypatch.setattr(pafs, "S3FileSystem", lambda **options: made.append(options) or client(**options))
-    storage._s3_client.cache_clear()
+    filesystems._s3_client.cache_clear()
     files = [folder / f"part-{number}" for number in range(100)]
     for file in files[:3]:
         file.write_text("x")
@@ -226,9 +227,45 @@ def test_all_files_of_a_store_share_one_client(store: Store, folder: Location, m
     assert len(made) == 2
 
 
+def test_a_forked_process_has_a_client_of_its_own(store: Store, folder: Location) -> None:
+    """What was opened before the fork shares its connections with the parent process."""
+    below = folder / "below"
+    opened = id(folder.filesystem)
+    assert id(below.filesystem) == opened
+    pid = os.fork()
+    if pid == 0:  # nothing is asked of the store: pytest's own threads are not here
+        clients = {id(each.filesystem) for each in (folder, below)}
+        os._exit(0 if len(clients) == 1 and opened not in clients else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert id(folder.filesystem) == opened
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("gs://anonymous@bucket/a%20b/", "bucket/a b"),
+        ("gs://anonymous@bucket", "bucket"),
+        ("gs://anonymous@bucket/a#b?retry_limit_seconds=3", "bucket/a#b"),
+        ("file:///tmp/a%20b", "/tmp/a b"),
+    ],
+)
+def test_other_stores_have_one_client_too(monkeypatch: pytest.MonkeyPatch, uri: str, path: str) -> None:
+    made: list[str] = []
+    from_uri = pafs.FileSystem.from_uri
+    stand_in = SimpleNamespace(from_uri=lambda root: made.append(root) or from_uri(root))
+    monkeypatch.setattr(filesystems, "pafs", SimpleNamespace(**{**vars(pafs), "FileSystem": stand_in}))
+    filesystems._client.cache_clear()
+    folder = Location(uri)
+    copies = [folder, folder / "x", folder / "y", pickle.loads(pickle.dumps(folder / "z"))]
+    assert [each.path for each in copies] == [path, f"{path}/x", f"{path}/y", f"{path}/z"]
+    assert len(made) == 1
+
+
 def test_the_region_of_a_bucket_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(storage, "_region_of", functools.lru_cache(lambda bucket: asked.append(bucket) or "eu-west-1"))
+    monkeypatch.setattr(
+        filesystems, "_region_of", functools.lru_cache(lambda bucket: asked.append(bucket) or "eu-west-1")
+    )
     for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
     for number in range(5):

@@ -13,7 +13,7 @@ import yaml
 
 from readapt_ray import artifacts, cli, planner
 from readapt_ray.catalog import shapes
-from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
 from readapt_ray.errors import InputError
 from readapt_ray.planner import machines, plan_report, rates, scaling, worker_memory
@@ -328,7 +328,7 @@ def test_vectors_take_the_bytes_of_their_type_and_of_the_numbers_that_are_kept(
     if by == "option":
         embed["dimensions"] = 24
     else:
-        encoding = encoding_of(find_model(str(run_file / "retriever"))).model_copy(update={"dimensions": 24})
+        encoding = open_model(str(run_file / "retriever")).encoding.model_copy(update={"dimensions": 24})
         (run_file / "encoding.json").write_text(encoding.model_dump_json())
         embed["encoding"] = str(run_file / "encoding.json")
     found = make_plan(run_file, {"embed": embed}, num_passages=1_000_000, num_queries=100)

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from readapt_ray import cli
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.recipes import chain
 from readapt_ray.serving import schema
 from readapt_ray.serving.api import build_api

@@ -4,20 +4,17 @@ In: files of a folder on an object store, or a snapshot of the hub's own cache. 
 A record beside it says of each file its size, its SHA-256 and the times that the disk gave it; a file of another size, or
 of other times and another hash, was cut short or altered, and is fetched again. One process at a time fetches, the others
 of the node wait for it; a fetch that was killed goes on behind the last whole file. Reading a file whose times
-changed costs a second a gigabyte.
+changed costs a second a gigabyte. What was not used for longest makes room for what is fetched (`cache_entries.py`).
 """
 
-import contextlib
-import fcntl
 import hashlib
-import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from readapt_ray import environment
+from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
@@ -25,11 +22,8 @@ logger = logging.getLogger("readapt_ray")
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
-
-
-def cache_folder() -> Path:
-    """Where this machine keeps models: READAPT_CACHE, or ~/.cache/readapt."""
-    return environment.cache_folder() / "models"
+_PLANNED: dict[str, Any] = {"sha256": "", "times": []}
+"""Of a file that is not fetched yet."""
 
 
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
@@ -43,12 +37,16 @@ def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
     Raises:
         ModelError: a file did not arrive whole.
     """
-    target = cache_folder() / key
-    with _locked(cache_folder() / f"{key}.lock"):
-        record = _Record(cache_folder() / f"{key}.json")
-        for name, size_bytes in sizes_bytes.items():
-            if record.says_whole(target / name, name):
-                continue
+    target = cache_entries.folder_of("models") / key
+    with cache_entries.locked(target):
+        cache_entries.keep(target)
+        record = _Record(target)
+        missing = [name for name in sizes_bytes if not record.says_whole(target / name, name)]
+        if missing:
+            record.plan({name: sizes_bytes[name] for name in missing})
+            cache_entries.make_room()
+        for name in missing:
+            size_bytes = sizes_bytes[name]
             if name in record:
                 _say_broken(target / name)
             (source / name).copy_to(Location(str(target / name)))
@@ -73,9 +71,9 @@ def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None
     Raises:
         ModelError: what was fetched again is no better.
     """
-    key = f"hub-{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}"
-    with _locked(cache_folder() / f"{key}.lock"):
-        record = _Record(cache_folder() / f"{key}.json")
+    entry = cache_entries.folder_of("models") / f"hub-{hashlib.sha256(str(folder).encode()).hexdigest()[:32]}"
+    with cache_entries.locked(entry):
+        record = _Record(entry)
         for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
             name = str(link.relative_to(folder))
             if record.says_whole(link, name) or _is_its_name(link, name, record):
@@ -107,19 +105,23 @@ def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
 class _Record:
     """What is known of a folder's files: `size_bytes`, `sha256`, `times` (modified and changed, ns) by name; on disk at once."""
 
-    def __init__(self, file: Path) -> None:
-        self._file = Location(str(file))
-        self._entries: dict[str, dict[str, Any]] = {}
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            self._entries = dict(json.loads(self._file.read_text()))
+    def __init__(self, entry: Path) -> None:
+        self._entry = entry
+        self._files: dict[str, dict[str, Any]] = cache_entries.noted_files(entry)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return bool(self._files.get(name, _PLANNED)["sha256"])
+
+    def plan(self, sizes_bytes: Mapping[str, int]) -> None:
+        """List files before they are fetched, so that their bytes count, and a killed fetch can be removed."""
+        for name, size_bytes in sizes_bytes.items():
+            self._files.setdefault(name, _PLANNED | {"size_bytes": size_bytes})
+        cache_entries.note_files(self._entry, self._files)
 
     def says_whole(self, path: Path, name: str) -> bool:
         """Whether a file is what was noted of it; False also where nothing was."""
-        entry = self._entries.get(name)
-        if entry is None or not path.is_file() or path.stat().st_size != entry["size_bytes"]:
+        entry = self._files.get(name)
+        if entry is None or name not in self or not path.is_file() or path.stat().st_size != entry["size_bytes"]:
             return False
         if _times(path) == entry["times"]:
             return True
@@ -130,8 +132,8 @@ class _Record:
 
     def note(self, path: Path, name: str, sha256: str) -> None:
         """Keep what a whole file is known by."""
-        self._entries[name] = {"size_bytes": path.stat().st_size, "sha256": sha256, "times": _times(path)}
-        self._file.write_text(json.dumps(self._entries, indent=2) + "\n")
+        self._files[name] = {"size_bytes": path.stat().st_size, "sha256": sha256, "times": _times(path)}
+        cache_entries.note_files(self._entry, self._files)
 
 
 def _say_broken(path: Path) -> None:
@@ -145,11 +147,3 @@ def _times(path: Path) -> list[int]:
 
 def _sha256(path: Path) -> str:
     return Location(str(path)).sha256()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

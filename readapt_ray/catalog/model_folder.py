@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.errors import ModelError
-
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-"""PEFT's file: a folder that holds it is an adapter."""
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,11 @@ class ModelFolder:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ModelError(f"{path} is not a JSON object: {error}") from error
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of a model, as transformers reads it; empty for an adapter."""
+        return self.read_json(CONFIG_NAME)
 
     @property
     def adapter_config(self) -> dict[str, Any]:

@@ -5,37 +5,93 @@ safetensors, configuration and tokenizer files are fetched (`fetching.py`), and 
 others, which are converted (`pickled.py`); nothing in a model folder is ever executed.
 """
 
+import functools
 import logging
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
 from readapt_ray.artifacts import fingerprint, read_lease, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME, ModelFolder
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.model_folder import ModelFolder
 from readapt_ray.errors import ModelError, first_line
+from readapt_ray.model_file_names import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    CONTRACT_NAME,
+    MODULES_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_FILES,
+)
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
-
-CONTRACT_NAME = "readapt.json"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt", "vocab.json",
-    "merges.txt", "tokenizer.model", "sentencepiece.bpe.model", "spiece.model",
-)  # fmt: skip
-"""All that a tokenizer may be read from."""
 
 _BUILTIN = "builtin:"
 _BUILTIN_FOLDER = Path(__file__).parent.parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class Model(ModelFolder):
-    """A model on this machine's disk, and the other models that it refers to."""
+@dataclass(frozen=True)
+class OpenModel(ModelFolder):
+    """A model on this machine's disk, as it is when it is first asked: what is read or hashed is kept.
 
-    def base(self) -> "Model":
+    Open a model once and pass it on. Sent to another process, it is read there again.
+    """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "folder": self.folder}
+
+    @functools.cached_property
+    def encoding(self) -> Encoding:
+        """How it encodes text.
+
+        A folder's own files always win: readapt.json, then those of sentence-transformers. The catalog speaks for models
+        that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say
+        nothing, a copy that still has its name on the hub is encoded as the catalog says.
+
+        Raises:
+            ModelError: nothing says; the message lists what would.
+        """
+        return _encoding_of(self)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer, or that of the model that an adapter was trained on. Do not change it: others share it.
+
+        Raises:
+            ModelError: there is none, or it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        folder = self._tokenizer_holder.folder
+        try:
+            return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            said = first_line(error)
+            raise ModelError(f"{self.name!r} has no tokenizer that can be read: {said}") from error
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Stands for every byte of weights, configuration and tokenizer."""
+        if (self.folder / MANIFEST_NAME).is_file():
+            manifest = read_manifest(str(self.folder))
+            if manifest is not None:
+                return manifest.fingerprint
+        folder = Location(str(self.folder))
+        return fingerprint({name: (folder / name).sha256() for name in self.content_files()})
+
+    @functools.cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Stands for every byte of the tokenizer."""
+        folder = Location(str(self._tokenizer_holder.folder))
+        return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
+
+    @functools.cached_property
+    def base(self) -> "OpenModel":
         """The model that this adapter was trained on.
 
         Raises:
@@ -44,7 +100,12 @@ class Model(ModelFolder):
         name = self.adapter_config.get("base_model_name_or_path")
         if not name:
             raise ModelError(f"{self.name!r} is an adapter that does not name its base model in {ADAPTER_CONFIG_NAME}")
-        return find_model(str(name))
+        return open_model(str(name))
+
+    @property
+    def _tokenizer_holder(self) -> "OpenModel":
+        """The model itself, or the one that an adapter without a tokenizer was trained on."""
+        return self.base if self.is_adapter and not (self.folder / TOKENIZER_CONFIG_NAME).is_file() else self
 
     @property
     def revision(self) -> str:
@@ -58,7 +119,7 @@ class Model(ModelFolder):
     def pinned_name(self) -> str:
         """A name by which another machine finds this very model, though the hub has a newer commit by then."""
         target = retrievers.hub_id(self.name)
-        is_of_hub = bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
+        is_of_hub = bool(_HUB_ID.fullmatch(target)) and own_folder(self.name) is None and not Path(target).exists()
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
@@ -70,17 +131,8 @@ class Model(ModelFolder):
             if name.endswith(fetching.MODEL_SUFFIXES) and name.rsplit("/", 1)[-1] != LEASE_NAME
         ]
 
-    def fingerprint(self) -> str:
-        """Stands for every byte of weights, configuration and tokenizer."""
-        if (self.folder / MANIFEST_NAME).is_file():
-            manifest = read_manifest(str(self.folder))
-            if manifest is not None:
-                return manifest.fingerprint
-        folder = Location(str(self.folder))
-        return fingerprint({name: (folder / name).sha256() for name in self.content_files()})
 
-
-def find_model(name: str) -> Model:
+def open_model(name: str) -> OpenModel:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
@@ -94,12 +146,12 @@ def find_model(name: str) -> Model:
     if not Path(name).exists():
         name, revision = retrievers.split_commit(name)
     target = retrievers.hub_id(name)
-    if target.startswith(_BUILTIN) and _own_folder(name) is None:
+    if target.startswith(_BUILTIN) and own_folder(name) is None:
         folder = _BUILTIN_FOLDER / target.removeprefix(_BUILTIN)
     elif "://" in target:
         _check_finished(Location(target), name)
         folder = fetching.from_uri(target)
-    elif (folder_of_user := _own_folder(name)) is not None:
+    elif (folder_of_user := own_folder(name)) is not None:
         folder = folder_of_user
         _check_finished(Location(str(folder)), name)
     elif _HUB_ID.fullmatch(target) and not Path(target).exists():
@@ -107,20 +159,32 @@ def find_model(name: str) -> Model:
     else:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
-    model = Model(name=name, folder=pickled.safe_folder(folder, name))
-    if not model.is_adapter and not (folder / "config.json").is_file():
-        raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
+    model = OpenModel(name=name, folder=pickled.safe_folder(folder, name))
+    if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
+        raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
     _check_own_code(model)
     return model
 
 
-def _own_folder(name: str) -> Path | None:
+def find_row(name: str) -> retrievers.Retriever | None:
+    """Return the catalog's row of a model; None where the name means a folder here, unless that is of the hub's own cache."""
+    folder = own_folder(name)
+    return retrievers.find_retriever(name) if folder is None else retrievers.find_cached(str(folder))
+
+
+def base_name(name: str) -> str:
+    """Return what an adapter says of the model that it was trained on: a hub id, a folder, or a name of the catalog."""
+    target = retrievers.hub_id(retrievers.split_commit(name)[0])
+    return name if target.startswith(_BUILTIN) or own_folder(name) is not None else target
+
+
+def own_folder(name: str) -> Path | None:
     """Return the local folder that a name means; a catalog name means one only if a model lies there."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return None
     in_catalog = retrievers.hub_id(name) != name
-    if in_catalog and not any((folder / each).is_file() for each in ("config.json", ADAPTER_CONFIG_NAME)):
+    if in_catalog and not any((folder / each).is_file() for each in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         return None
     if in_catalog:
         logger.info("%s is a folder here, so that model is taken and not the catalog's", name)
@@ -138,9 +202,9 @@ def _check_finished(location: Location, name: str) -> None:
     )
 
 
-def _check_own_code(model: Model) -> None:
+def _check_own_code(model: OpenModel) -> None:
     """Refuse a model that transformers' own class of its type would load without a word, and compute otherwise."""
-    config = model.read_json("config.json")
+    config = model.config
     code = dict(config.get("auto_map") or {}).get("AutoModel")
     if code is None:
         return
@@ -152,25 +216,16 @@ def _check_own_code(model: Model) -> None:
     )
 
 
-def encoding_of(model: Model) -> Encoding:
-    """Return how a retriever encodes text.
-
-    A folder's own files always win: readapt.json, then those of sentence-transformers. The catalog speaks for models
-    that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say
-    nothing, a copy that still has its name on the hub is encoded as the catalog says.
-
-    Raises:
-        ModelError: nothing says; the message lists what would.
-    """
+def _encoding_of(model: OpenModel) -> Encoding:
     contract = model.read_json(CONTRACT_NAME)
     if contract:
         return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME))
     row = _catalog_row(model)
     if row is not None:
         return row.encoding
-    if (model.folder / sentence_transformers_folder.MODULES_NAME).is_file():
-        options = _tokenizer_holder(model).read_json("tokenizer_config.json")
-        return sentence_transformers_folder.read_encoding(model, load_tokenizer(model), options)
+    if (model.folder / MODULES_NAME).is_file():
+        options = model._tokenizer_holder.read_json(TOKENIZER_CONFIG_NAME)
+        return sentence_transformers_folder.read_encoding(model, model.tokenizer, options)
     row = retrievers.find_copied(_place(model))
     if row is not None:
         logger.info(
@@ -181,45 +236,18 @@ def encoding_of(model: Model) -> Encoding:
         )
         return row.encoding
     raise ModelError(
-        f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor modules.json, and it "
+        f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
         f"is not in the catalog; pass --encoding FILE.json with pooling, templates and specials, or a catalog name"
     )
 
 
-def _catalog_row(model: Model) -> retrievers.Retriever | None:
+def _catalog_row(model: OpenModel) -> retrievers.Retriever | None:
     """Return the catalog's row of a model that came from the hub, as its name or its place in the hub's cache says."""
-    if "://" in model.name or _own_folder(model.name) is not None:
-        return retrievers.find_cached(_place(model))
-    return retrievers.find_retriever(model.name) or retrievers.find_cached(str(model.folder))
+    if "://" in model.name:
+        return retrievers.find_cached(model.name)
+    return find_row(model.name) or retrievers.find_cached(str(model.folder))
 
 
-def _place(model: Model) -> str:
+def _place(model: OpenModel) -> str:
     """Return the URI or the absolute path of a model's folder."""
-    return model.name if "://" in model.name else str(_own_folder(model.name) or model.folder)
-
-
-def _tokenizer_holder(model: Model) -> Model:
-    """The model itself, or the one that an adapter without a tokenizer was trained on."""
-    return model.base() if model.is_adapter and not (model.folder / "tokenizer_config.json").is_file() else model
-
-
-def tokenizer_fingerprint(model: Model) -> str:
-    """Stands for every byte of the tokenizer that `load_tokenizer` loads."""
-    folder = Location(str(_tokenizer_holder(model).folder))
-    return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
-
-
-def load_tokenizer(model: Model) -> Any:
-    """The tokenizer of a model, or of the model that an adapter was trained on.
-
-    Raises:
-        ModelError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = _tokenizer_holder(model).folder
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        said = first_line(error)
-        raise ModelError(f"{model.name!r} has no tokenizer that can be read: {said}") from error
+    return model.name if "://" in model.name else str(own_folder(model.name) or model.folder)

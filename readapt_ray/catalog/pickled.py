@@ -10,15 +10,14 @@ import collections
 import json
 import logging
 import pickle
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
+from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import ModelError, first_line
+from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -59,13 +58,22 @@ def safe_folder(folder: Path, name: str) -> Path:
             f"{name!r} lacks {len(missing)} of {len(files)} weight files, first {missing[0]!r}; fetch it again"
         )
     small = Location(str(folder)).content_fingerprint(_SMALL)
-    cache = environment.cache_folder() / "converted"
+    cache = cache_entries.folder_of("converted")
     seen = cache / f"{fingerprint([str(folder.resolve()), _states(folder, files), small])}.seen"
-    if seen.is_file() and (cache / seen.read_text()).is_dir():
-        return cache / seen.read_text()
+    if seen.is_file():
+        target = cache / seen.read_text()
+        with cache_entries.locked(target):
+            if _is_whole(target):
+                cache_entries.keep(target)
+                return target
     target = _converted(folder, files, small, name, cache)
     seen.write_text(target.name)
     return target
+
+
+def _is_whole(target: Path) -> bool:
+    """Return whether a converted folder has the file that is written last."""
+    return (target / RECORD_NAME).is_file()
 
 
 def _states(folder: Path, files: list[str]) -> dict[str, list[int]]:
@@ -79,29 +87,36 @@ def _converted(folder: Path, files: list[str], small: Mapping[str, str], name: s
     digests = {file: Location(str(folder / file)).sha256() for file in files}
     revision = folder.name if folder.parent.name == "snapshots" else ""  # as the hub's cache lays folders out
     target = cache / fingerprint([digests, small, revision])
-    if target.is_dir():
-        return target
+    with cache_entries.locked(target):
+        cache_entries.keep(target)
+        if not _is_whole(target):
+            _fill(target, folder, files, small, name)
+            (target / RECORD_NAME).write_text(json.dumps({"revision": revision, "files": digests}, indent=2) + "\n")
+    return target
+
+
+def _fill(target: Path, folder: Path, files: list[str], small: Mapping[str, str], name: str) -> None:
+    """Convert the weights and copy the small files; nothing is left of a conversion that fails."""
     logger.warning(
         "%s has pickled weights only: they are converted once to safetensors in %s, by torch's weights-only loader",
         name,
         target,
     )
-    cache.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=cache))
+    copied = [file for file in small if file != _INDEX]
+    sizes_bytes = {_converted_name(file): (folder / file).stat().st_size for file in files}
+    sizes_bytes |= {file: (folder / file).stat().st_size for file in copied}
+    # RECORD_NAME first: a removal that was killed does not leave what looks whole.
+    due = {RECORD_NAME: 0, INDEX_NAME: 0, **sizes_bytes}
+    cache_entries.note_files(target, {file: {"size_bytes": size_bytes} for file, size_bytes in due.items()})
+    cache_entries.make_room()
+    target.mkdir(exist_ok=True)
     try:
-        _convert(folder, files, partial, name)
-        for file in small:
-            if file != _INDEX:
-                Location(str(folder / file)).copy_to(Location(str(partial / file)))
-        (partial / RECORD_NAME).write_text(json.dumps({"revision": revision, "files": digests}, indent=2) + "\n")
-        try:
-            partial.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, with the same content
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+        _convert(folder, files, target, name)
+        for file in copied:
+            Location(str(folder / file)).copy_to(Location(str(target / file)))
+    except BaseException:
+        cache_entries.remove_files(target)
+        raise
 
 
 def _pickled_files(folder: Path) -> list[str]:
@@ -116,11 +131,15 @@ def _convert(folder: Path, files: list[str], target: Path, name: str) -> None:
     weight_map: dict[str, str] = {}
     for file in files:
         tensors = _load(folder / file, name)
-        written = file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
+        written = _converted_name(file)
         save_file(dict(tensors), target / written, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, written)
     if len(files) > 1:
-        (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        (target / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def _converted_name(file: str) -> str:
+    return file.removesuffix(".bin").replace("pytorch_model", "model") + ".safetensors"
 
 
 def _load(path: Path, name: str) -> Mapping[str, "torch.Tensor"]:

@@ -7,41 +7,11 @@ own folder (`readapt.json`, or the files of sentence-transformers), or by option
 import re
 from typing import Literal
 
-from pydantic import Field
-
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import ModelError
 
-Pooling = Literal["last", "mean", "cls"]
-Attention = Literal["causal", "bidirectional"]
 Objective = Literal["causal_lm", "masked_lm"]
-
-
-class Encoding(Config):
-    """How text becomes a vector: the contract between a retriever and whoever feeds it."""
-
-    query_template: str = "{text}"
-    """Text of a query; `{text}` and, where the model has instructions, `{task}` are filled in."""
-    passage_template: str = "{title} {text}"
-    """Text of a passage; `{title}` and `{text}` are filled in. Without a title no space is left over."""
-    task: str = ""
-    """The instruction that `{task}` stands for."""
-    pooling: Pooling
-    """Which hidden states become the vector: of the last token, the first (cls), or the mean."""
-    normalize: bool = True
-    """Whether vectors have length 1, so that the inner product is the cosine."""
-    add_bos: bool
-    """Whether the ids begin with the tokenizer's BOS (CLS for encoders)."""
-    add_eos: bool
-    """Whether the ids end with the tokenizer's EOS (SEP for encoders)."""
-    max_query_tokens: int = 512
-    """Longest query in tokens, specials included; what is longer is cut before the EOS."""
-    max_passage_tokens: int = 512
-    """Longest passage in tokens, specials included; what is longer is cut before the EOS."""
-    lower_case: bool = False
-    """Whether text is lower-cased before it is tokenised (a sentence-transformers setting)."""
-    dimensions: int | None = Field(default=None, ge=1)
-    """Numbers of a vector that are kept, the first ones, before it is normalised; all by default."""
 
 
 class Retriever(Config):
@@ -255,12 +225,6 @@ def hub_id(name: str) -> str:
     """What a catalog name stands for; any other name stands for itself."""
     row = find_retriever(name)
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)
-
-
-def base_name(name: str) -> str:
-    """What an adapter says of the model that it was trained on: a hub id, a folder, or a name of this catalog."""
-    target = hub_id(split_commit(name)[0])
-    return name if target.startswith("builtin:") else target
 
 
 def retriever(name: str) -> Retriever:

@@ -10,14 +10,13 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.model_folder import ModelFolder
-from readapt_ray.catalog.retrievers import Encoding
 from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import MODULES_NAME, PROMPTS_NAME
 
 logger = logging.getLogger("readapt_ray")
-
-MODULES_NAME = "modules.json"
 
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _QUERY_PROMPTS = ("query",)
@@ -48,7 +47,7 @@ def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[
         )
     pooling = model.read_json(f"{modules[1]['path']}/config.json")
     settings = next((found for found in map(model.read_json, _SETTINGS) if found), {})
-    encoder = model.read_json("config_sentence_transformers.json")
+    encoder = model.read_json(PROMPTS_NAME)
     limit = int(settings.get("max_seq_length") or _longest_text(model, tokenizer))
     before, after = (only_token(tokens) for tokens in added_by_itself(tokenizer))
     query, passage = _prompts(model, encoder, pooling)
@@ -115,7 +114,7 @@ def _similarity(model: ModelFolder, encoder: Mapping[str, Any]) -> str:
 
 def _longest_text(model: ModelFolder, tokenizer: Any) -> int:
     """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
-    positions = model.read_json("config.json").get("max_position_embeddings") or 512
+    positions = model.config.get("max_position_embeddings") or 512
     return min(int(tokenizer.model_max_length), int(positions))
 
 

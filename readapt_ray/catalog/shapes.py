@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
 
 _CONFIGS_FILE: Final = Path(__file__).parent.parent / "data" / "model_configs.json"
@@ -179,25 +179,27 @@ def auto_class(objective: Objective | None) -> Any:
 
 
 def _config(name: str) -> dict[str, Any]:
-    row = retrievers.find_retriever(name)
-    target = row.pretrained if row else retrievers.hub_id(name)
-    known: dict[str, dict[str, Any]] = json.loads(_CONFIGS_FILE.read_text())
-    if target in known:
-        return known[target]
+    row = models.find_row(name)
+    target = row.pretrained if row else name
+    if models.own_folder(target) is None:
+        target = retrievers.hub_id(target)
+        known: dict[str, dict[str, Any]] = json.loads(_CONFIGS_FILE.read_text())
+        if target in known:
+            return known[target]
     if "://" in target:
         return _remote_config(name, Location(target))
-    if retrievers.hub_id(target).startswith("builtin:") or Path(target).expanduser().is_dir():
-        model = models.find_model(target)
-        return (model.base() if model.is_adapter else model).read_json("config.json")
+    if target.startswith("builtin:") or models.own_folder(target) is not None:
+        model = models.open_model(target)
+        return (model.base if model.is_adapter else model).config
     return _hub_config(name, target)
 
 
 def _remote_config(name: str, folder: Location) -> dict[str, Any]:
-    for file in ("config.json", ADAPTER_CONFIG_NAME):
+    for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME):
         if (folder / file).is_file():
             values: dict[str, Any] = json.loads((folder / file).read_text())
-            return values if file == "config.json" else _config(str(values["base_model_name_or_path"]))
-    raise ModelError(f"{name!r} is not a model: {folder} has neither config.json nor {ADAPTER_CONFIG_NAME}")
+            return values if file == CONFIG_NAME else _config(str(values["base_model_name_or_path"]))
+    raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
 
 
 def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return dict(json.loads(Path(hf_hub_download(hub_id, "config.json")).read_text(encoding="utf-8")))
+        return dict(json.loads(Path(hf_hub_download(hub_id, CONFIG_NAME)).read_text(encoding="utf-8")))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         known = ", ".join(row.name for row in retrievers.RETRIEVERS)
         raise ModelError(

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray.catalog.models import Model, find_model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.storage import Location
 
@@ -19,10 +18,10 @@ def absolute(location: Location) -> Location:
     return Location(location.path) if location.is_local else location
 
 
-def model_name(model: Model) -> str:
+def model_name(model: OpenModel) -> str:
     """A name by which a worker finds the same model: its folder where the user named one, else what the user called it, at this commit."""
-    named = Path(model.name).expanduser()
-    return str(model.folder) if named.is_dir() and named.resolve() == model.folder else model.pinned_name
+    folder = own_folder(model.name)
+    return str(folder) if folder is not None else model.pinned_name
 
 
 def this_node() -> str:
@@ -76,7 +75,7 @@ def load_encoder(
     from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
 
     torch.set_num_threads(num_threads)
-    model = find_model(name)
+    model = open_model(name)
     check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {due}, driver_node=driver_node)
     return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
 

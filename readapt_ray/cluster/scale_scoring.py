@@ -15,7 +15,7 @@ import numpy as np
 
 from readapt_ray.artifacts import Workspace
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
@@ -192,7 +192,7 @@ class _ScaleScorer:
         self._live = LiveReadapter(network, readapter)
         self._encoder = Encoder(
             network,
-            models.load_tokenizer(retriever),
+            retriever.tokenizer,
             job.encoding,
             identify=str,
             packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
@@ -203,9 +203,9 @@ class _ScaleScorer:
         )
         self._query_ids = self._encoder.tokenize([each.text for each in queries], "query")
 
-    def _same_model(self, name: str) -> models.Model:
-        model, due = models.find_model(self._job.models[name]), {self._job.fingerprints[name]}
-        on_worker.check_same_model(model.name, model.fingerprint, due, driver_node=self._job.driver_node)
+    def _same_model(self, name: str) -> models.OpenModel:
+        model, due = models.open_model(self._job.models[name]), {self._job.fingerprints[name]}
+        on_worker.check_same_model(model.name, lambda: model.fingerprint, due, driver_node=self._job.driver_node)
         return model
 
     def score(self, pair: ScalePair) -> tuple[ScalePair, dict[str, float], dict[str, float]]:

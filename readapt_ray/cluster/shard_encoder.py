@@ -18,7 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray import errors
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.parquet_rows import ParquetRows

@@ -18,7 +18,7 @@ from typing import Any
 from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace, read_lease
 from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import connection, on_worker, placement, step_metrics
@@ -221,11 +221,11 @@ def _entered(config: dict[str, Any]) -> None:
         raise
 
 
-def target_modules(config: OptimizationConfig, model: Model) -> tuple[str, ...]:
+def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
     """The layers that get an adapter: those asked for, or those of the model's family; none where all is trained."""
     if config.target_modules or config.method == "full":
         return config.target_modules
-    return retrievers.target_modules(str(model.read_json("config.json").get("model_type")))
+    return retrievers.target_modules(str(model.config.get("model_type")))
 
 
 class TrainWorker:
@@ -261,11 +261,11 @@ class TrainWorker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._dtype_name = job["dtype"]
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self._dtype_name]
-        self.source = models.find_model(name)
+        self.source = models.open_model(name)
         due = job["inputs"].values()
-        on_worker.check_same_model(name, self.source.fingerprint, due, driver_node=job["driver_node"])
+        on_worker.check_same_model(name, lambda: self.source.fingerprint, due, driver_node=job["driver_node"])
         self.shape = adapter_shape(config, target_modules(config, self.source))
-        self._model_shape = shape_of(self.source.read_json("config.json"), name, objective)
+        self._model_shape = shape_of(self.source.config, name, objective)
         if config.check_memory:
             self._check_memory(micro_batch_tokens)
         self.model = trained_models.load_for_training(
@@ -347,5 +347,5 @@ class TrainWorker:
             return
         state = dora.adapter_state(self.model)
         if torch.distributed.get_rank() == 0:
-            base = retrievers.base_name(trained_on)
+            base = models.base_name(trained_on)
             dora.save_adapter(self.output, state, self.shape, base=base, task_type=task_type)

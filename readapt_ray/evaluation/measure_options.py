@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from readapt_ray.catalog.corpora import find_corpus
+from readapt_ray.storage import Location
 
 _LEAST_DEPTH = 100
 
@@ -37,6 +38,9 @@ def depth_of(measures: str | Sequence[str]) -> int:
 
 
 def drops_self_hits(source: str | None) -> bool:
-    """Whether the catalog says of a corpus, by what it was ingested from, that its queries must not find themselves."""
+    """Return whether the catalog says of a corpus, by what it was ingested from, that its queries must not find themselves.
+
+    As in `ingest`, a file or folder of that name is that file or folder, and not the catalog's corpus.
+    """
     row = find_corpus(source) if source is not None else None
-    return row is not None and row.drops_self_hits
+    return row is not None and row.drops_self_hits and not Location(str(source)).exists()

@@ -13,7 +13,7 @@ from typing import Any, Final
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.retrieval.templates import fill_passage
 from readapt_ray.sources.cleaning import checked
@@ -184,8 +184,8 @@ def encoding_of(retriever: str) -> Encoding:
     Raises:
         ModelError: it is not at hand, or nothing says.
     """
-    row = retrievers.find_retriever(retriever)
-    return row.encoding if row else models.encoding_of(models.find_model(retriever))
+    row = models.find_row(retriever)
+    return row.encoding if row else models.open_model(retriever).encoding
 
 
 def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
@@ -200,12 +200,13 @@ def _tokenizer(model: str) -> Any:
     """The tokenizer, from a folder or from what the hub's cache holds; nothing is fetched."""
     from transformers import AutoTokenizer
 
-    row = retrievers.find_retriever(model)
-    names = [retrievers.hub_id(model)] + ([row.pretrained] if row else [])
+    row = models.find_row(model)
+    names = [model if models.own_folder(model) is not None else retrievers.hub_id(model)]
+    names += [row.pretrained] if row else []
     for name in names:
         try:
             if retrievers.hub_id(name).startswith("builtin:") or Location(name).is_folder():
-                return models.load_tokenizer(models.find_model(name))
+                return models.open_model(name).tokenizer
             return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ModelError):
             continue

@@ -286,12 +286,12 @@ def _check_models(config: RunConfig) -> None:
     Raises:
         ModelError: a model cannot be found, or a stage would not know the retriever's encoding.
     """
-    retriever = models.find_model(config.retriever)
-    models.find_model(config.pretrained)
+    retriever = models.open_model(config.retriever)
+    models.open_model(config.pretrained)
     unknown = [stage for stage in ("merge", "embed") if getattr(config, stage).get("encoding") is None]
     if unknown:
         try:
-            models.encoding_of(retriever)
+            _ = retriever.encoding
         except ModelError as error:
             sections = " and ".join(repr(stage) for stage in unknown)
             raise ModelError(f"{error}; in a run, encoding is an option of section {sections}") from None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.evaluation.tables import markdown_table, p_value, signed, value
 from readapt_ray.recipes.chain import run_stage
@@ -95,7 +95,7 @@ def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queri
 
     details, counts = vectors.manifest.details["encoder"], vectors.manifest.counts
     encoding = Encoding.parse(details["encoding"], where=vectors.uri)
-    encoder = Encoder.load(models.find_model(candidate.model), encoding=encoding, dtype=details["dtype"])
+    encoder = Encoder.load(models.open_model(candidate.model), encoding=encoding, dtype=details["dtype"])
     doc_ids, matrix = _in_memory(vectors)
     texts = [query.text for query in read_queries(queries)[: config.num_timed_queries]]
     latency = query_latency(encoder, texts, doc_ids, matrix)

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator
 
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
@@ -111,18 +111,17 @@ class Plan:
     def candidates(self) -> Iterator[Candidate]:
         """Yield each retriever as it is, and what is made of it."""
         for name in self._config.retrievers:
-            model = models.find_model(name)
-            yield from self._of_retriever(name, model, models.encoding_of(model))
+            yield from self._of_retriever(name, models.open_model(name))
 
-    def _of_retriever(self, name: str, model: models.Model, encoding: Encoding) -> Iterator[Candidate]:
-        config, label, row = self._config, _label(name), retrievers.find_retriever(name)
+    def _of_retriever(self, name: str, model: models.OpenModel) -> Iterator[Candidate]:
+        config, encoding, label, row = self._config, model.encoding, _label(name), models.find_row(name)
         if config.finetune and model.is_adapter and not config.readapt:
             raise ModelError(
                 f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
                 f"the output of `readapt merge`"
             )
         yield self._candidate(label, name, encoding)
-        readapted = self._readapted(row) if config.readapt and row is not None else ()
+        readapted = self._readapted(name, row) if config.readapt and row is not None else ()
         if config.readapt and row is None:
             logger.warning(
                 "%s is not in the catalog, so what it was made from is not known: it is not RE-adapted", name
@@ -164,7 +163,7 @@ class Plan:
         )
         return Candidate(label, model, making, embed, search)
 
-    def _readapted(self, row: retrievers.Retriever) -> tuple[Step, ...]:
+    def _readapted(self, name: str, row: retrievers.Retriever) -> tuple[Step, ...]:
         """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""
         config = self._config
         blocks = self._step(
@@ -181,7 +180,7 @@ class Plan:
             pretrained=row.pretrained,
             corpus=blocks.config.output,
         )
-        wired = {"pretrained": row.pretrained, "retriever": row.name, "adapter": adapter.config.output}
+        wired = {"pretrained": row.pretrained, "retriever": name, "adapter": adapter.config.output}
         whole = self._step(f"models/{row.name}-whole", "merge", {}, **wired, readapter_scale=1.0, knowledge_scale=0.0)
         readapted = self._step(f"models/{row.name}-readapted", "merge", config.merge_options, **wired)
         return blocks, adapter, whole, readapted

@@ -17,8 +17,8 @@ import torch
 
 from readapt_ray import hardware
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.catalog.models import Model, encoding_of, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass
@@ -88,7 +88,7 @@ class Encoder:
     @classmethod
     def load(
         cls,
-        model: Model,
+        model: OpenModel,
         *,
         encoding: Encoding | None = None,
         dtype: str = "float32",
@@ -112,11 +112,11 @@ class Encoder:
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
-        encoding = encoding or encoding_of(model)
+        encoding = encoding or model.encoding
         device = device or _device()
         return cls(
             load_model(model, dtype=DTYPES[dtype], device=device),
-            load_tokenizer(model),
+            model.tokenizer,
             encoding,
             identify=functools.partial(encoder_fingerprint, model, encoding, dtype),
             batch_tokens=batch_tokens,
@@ -224,12 +224,12 @@ class Encoder:
             )
 
 
-def encoder_fingerprint(model: Model, encoding: Encoding, dtype: str) -> str:
+def encoder_fingerprint(model: OpenModel, encoding: Encoding, dtype: str) -> str:
     """Stands for all that decides a vector: weights (those of an adapter's base too), encoding, dtype."""
     return fingerprint(
         {
-            "weights": model.fingerprint(),
-            "base": model.base().fingerprint() if model.is_adapter else None,
+            "weights": model.fingerprint,
+            "base": model.base.fingerprint if model.is_adapter else None,
             "encoding": encoding.model_dump(mode="json"),
             "dtype": dtype,
         }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from readapt_ray.catalog.retrievers import Pooling
+from readapt_ray.catalog.encoding import Pooling
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention, norms

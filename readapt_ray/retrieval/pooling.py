@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from readapt_ray.catalog.retrievers import Pooling
+from readapt_ray.catalog.encoding import Pooling
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:

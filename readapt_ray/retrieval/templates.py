@@ -8,47 +8,17 @@ About 15,000 passages of 100 tokens a second on one core.
 """
 
 import functools
-import json
 import string
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator
-
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError, ModelError
-from readapt_ray.storage import Location
 from readapt_ray.weights.tokenizer import edge_tokens
 
 Kind = Literal["query", "passage"]
 
 _FIELDS = ("text", "title", "task")
-
-
-def read_encoding_file(uri: str) -> Encoding:
-    """An encoding contract from a JSON file.
-
-    Raises:
-        InputError: there is no such file, it is not JSON, or an option in it is wrong.
-    """
-    location = Location(uri)
-    if not location.is_file():
-        raise InputError(f"no file {uri!r}; give a JSON file with pooling, templates and specials")
-    try:
-        values = json.loads(location.read_text())
-    except ValueError as error:
-        raise InputError(f"{uri!r} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{uri!r} holds a {type(values).__name__}; it must be a JSON object of encoding options")
-    return Encoding.parse(values.get("encoding", values), where=uri)
-
-
-def _from_file(value: object) -> object:
-    return read_encoding_file(value) if isinstance(value, str) else value
-
-
-EncodingOption = Annotated[Encoding | None, BeforeValidator(_from_file)]
-"""A field of a config: an encoding, the name of a JSON file that holds one, or None."""
 
 
 def fill_query(encoding: Encoding, text: str) -> str:

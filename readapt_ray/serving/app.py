@@ -6,13 +6,12 @@ same builders serve `readapt serve`, and the config file that `serve deploy` and
 options. What does not fit together is refused before anything starts.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
-from readapt_ray.catalog.models import Model, encoding_of, find_model, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
@@ -97,10 +96,10 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
     corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
     made_by = index.manifest.details["encoder"] if index else {}
     recorded = Encoding.parse(made_by["encoding"], where=str(config.index)) if made_by else None
-    folder = Path(config.retriever).expanduser()
+    folder = own_folder(config.retriever)
     return VersionSpec(
         name=name,
-        retriever=str(folder.resolve()) if folder.is_dir() else config.retriever,
+        retriever=str(folder) if folder is not None else config.retriever,
         encoding=config.encoding or recorded,
         dtype=config.dtype or made_by.get("dtype", "float32"),
         encoder_fingerprint=made_by.get("fingerprint"),
@@ -216,9 +215,9 @@ def check_version(name: str, config: VersionConfig) -> str:
     from readapt_ray.retrieval.templates import TextTokenizer
 
     spec = version_spec(name, config)
-    model = find_model(config.retriever)
-    encoding = spec.encoding or encoding_of(model)
-    TextTokenizer(load_tokenizer(model), encoding)
+    model = open_model(config.retriever)
+    encoding = spec.encoding or model.encoding
+    TextTokenizer(model.tokenizer, encoding)
     encoder = encoder_fingerprint(model, encoding, spec.dtype)
     if spec.encoder_fingerprint not in (None, encoder):
         recorded = open_artifact(str(config.index), "index").manifest.details["encoder"]
@@ -247,7 +246,7 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def _mismatch(
-    model: Model, encoding: Encoding, dtype: str, config: VersionConfig, recorded: dict[str, Any]
+    model: OpenModel, encoding: Encoding, dtype: str, config: VersionConfig, recorded: dict[str, Any]
 ) -> FingerprintMismatchError:
     wanted = {**encoding.model_dump(mode="json"), "dtype": dtype}
     there = {**recorded["encoding"], "dtype": recorded["dtype"]}

@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml

@@ -8,7 +8,7 @@ behind is cut off, or refused, before it is tokenised.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.templates import Kind, TextTokenizer
 from readapt_ray.serving.schema import RequestError, invalid

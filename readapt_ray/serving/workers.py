@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ray import serve
 
 from readapt_ray.artifacts import fingerprint
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
 from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
 
@@ -125,12 +125,12 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
-        from readapt_ray.catalog.models import find_model
+        from readapt_ray.catalog.models import open_model
         from readapt_ray.retrieval.encoder import Encoder
 
         self._spec = spec
         self._slices = slices
-        self._model = find_model(spec.retriever)
+        self._model = open_model(spec.retriever)
         self._compute = _Worker(functools.partial(_set_torch_threads, spec.num_threads))
         # Questions are short and of any length: padding would be half of a batch.
         load = functools.partial(
@@ -150,14 +150,13 @@ class EncoderReplica:
 
     async def describe(self) -> VersionInfo:
         """What this version is."""
-        from readapt_ray.catalog.models import load_tokenizer
 
         sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
             fingerprint=self._fingerprint,
             encoder_fingerprint=self._encoder.fingerprint,
             encoding=self._encoder.encoding,
-            tokenizer=load_tokenizer(self._model),
+            tokenizer=self._model.tokenizer,
             dimension=self._encoder.dimension,
             batch_tokens=self._encoder.batch_tokens,
             num_slots=self._spec.num_slots,

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
-from readapt_ray.catalog.models import Model, encoding_of, find_model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding, EncodingOption
+from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
@@ -36,7 +36,6 @@ from readapt_ray.retrieval.shard_plan import (
     scan_passages,
     scan_vectors,
 )
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
 
@@ -135,7 +134,7 @@ def embed(config: EmbedConfig) -> Artifact:
         "embed" if config.sample is None else "embed-sample",
         config,
         inputs={
-            "retriever": model.fingerprint(),
+            "retriever": model.fingerprint,
             "encoding": fingerprint(encoding.model_dump(mode="json")),
             "corpus": corpus.fingerprint,
             **_sampled_against(config),
@@ -153,7 +152,7 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
     return config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
 
 
-def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, Any]:
+def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
     """What a vector file and a manifest say of the model that made them."""
     from readapt_ray.retrieval.encoder import encoder_fingerprint
 
@@ -165,19 +164,18 @@ def describe_encoder(model: Model, encoding: Encoding, dtype: str) -> dict[str, 
     }
 
 
-def _open_retriever(config: EmbedConfig) -> tuple[Model, Encoding]:
+def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
-    from readapt_ray.catalog.models import load_tokenizer
     from readapt_ray.retrieval.templates import TextTokenizer
     from readapt_ray.weights.checkpoint import Checkpoint
 
-    model = find_model(config.retriever)
-    encoding = config.encoding or encoding_of(model)
+    model = open_model(config.retriever)
+    encoding = config.encoding or model.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
-    holder = model.base() if model.is_adapter else model
+    holder = model.base if model.is_adapter else model
     Checkpoint(holder.folder, name=holder.name)
-    TextTokenizer(load_tokenizer(model), encoding)
+    TextTokenizer(model.tokenizer, encoding)
     return model, encoding
 
 

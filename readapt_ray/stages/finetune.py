@@ -13,11 +13,11 @@ from pydantic import Field
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.cluster import on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.errors import ModelError
-from readapt_ray.retrieval.templates import EncodingOption
+from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
 from readapt_ray.training import labelled_pairs
 
@@ -76,17 +76,17 @@ def finetune(config: FinetuneConfig) -> Artifact:
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
     source = labelled_pairs.open_pairs(config.corpus, config.split, config.negatives)
-    model = models.find_model(config.model)
+    model = models.open_model(config.model)
     if model.is_adapter:
         raise ModelError(
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
         )
-    encoding = config.encoding or models.encoding_of(model)
+    encoding = config.encoding or model.encoding
     config = config.model_copy(update={"target_modules": train_workers.target_modules(config, model)})
     return artifacts.produce(
         "finetune",
         config,
-        inputs={**source.fingerprints, "model": model.fingerprint()},
+        inputs={**source.fingerprints, "model": model.fingerprint},
         identity={"encoding": encoding.model_dump(mode="json"), "negatives": "none that is relevant"},
         work=lambda workspace: _finetune(config, model, source, encoding, workspace),
     )
@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
 
 def _finetune(
     config: FinetuneConfig,
-    model: models.Model,
+    model: models.OpenModel,
     source: labelled_pairs.PairSource,
     encoding: Encoding,
     workspace: Workspace,
@@ -148,5 +148,5 @@ def _work(job: dict[str, Any]) -> None:
     worker.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
     if torch.distributed.get_rank() == 0:
         contract = json.dumps({"encoding": job["encoding"]}, indent=2)
-        (worker.output / models.CONTRACT_NAME).write_text(contract + "\n")
+        (worker.output / CONTRACT_NAME).write_text(contract + "\n")
     worker.save(trained_on=config.model, task_type="FEATURE_EXTRACTION")

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import pydantic
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, produce
-from readapt_ray.catalog.models import load_tokenizer
+from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -220,10 +219,8 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
     models = merged.plan
     model_files.write_model_files(
         workspace.location,
-        config=model_files.headless_config(
-            models.config_of.read_json("config.json"), dtype=plan.main_dtype, name=models.config_of.name
-        ),
-        tokenizer=load_tokenizer(models.tokenizer_of),
+        config=model_files.headless_config(models.config_of.config, dtype=plan.main_dtype, name=models.config_of.name),
+        tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
         contract={"fingerprint": workspace.fingerprint},
     )

@@ -52,8 +52,8 @@ def pack(config: PackConfig) -> Artifact:
     from readapt_ray.training import packing
 
     corpus = artifacts.open_artifact(config.corpus, "ingest")
-    model = models.find_model(config.pretrained)
-    tokenizer = models.load_tokenizer(model)
+    model = models.open_model(config.pretrained)
+    tokenizer = model.tokenizer
     if packing.end_id(tokenizer) is None:
         raise ModelError(
             f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
@@ -65,7 +65,7 @@ def pack(config: PackConfig) -> Artifact:
         raise ModelError(
             f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
         )
-    inputs = {"corpus": corpus.fingerprint, "pretrained": models.tokenizer_fingerprint(model)}
+    inputs = {"corpus": corpus.fingerprint, "pretrained": model.tokenizer_fingerprint}
     lists = {name: read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
     inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
     return artifacts.produce(
@@ -73,9 +73,9 @@ def pack(config: PackConfig) -> Artifact:
     )
 
 
-def _usable_positions(model: models.Model) -> int | None:
+def _usable_positions(model: models.OpenModel) -> int | None:
     """Return the longest text that the model has positions for; None where it has no limit."""
-    config = model.read_json("config.json")
+    config = model.config
     positions = config.get("max_position_embeddings")
     if positions is None:
         return None
@@ -83,7 +83,11 @@ def _usable_positions(model: models.Model) -> int | None:
 
 
 def _pack(
-    config: PackConfig, model: models.Model, corpus: Artifact, lists: dict[str, frozenset[str]], workspace: Workspace
+    config: PackConfig,
+    model: models.OpenModel,
+    corpus: Artifact,
+    lists: dict[str, frozenset[str]],
+    workspace: Workspace,
 ) -> None:
     connection.connect()
     import ray
@@ -158,7 +162,7 @@ def _pack_file(
 
     target = Location(blocks_uri) / f"part-{part['index']:05d}.parquet"
     if not target.is_file():
-        tokenizer = models.load_tokenizer(models.find_model(job["pretrained"]))
+        tokenizer = models.open_model(job["pretrained"]).tokenizer
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 

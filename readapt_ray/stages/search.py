@@ -15,8 +15,8 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
-from readapt_ray.catalog.models import Model, find_model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding, EncodingOption
+from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.placement import Placement, place_actors
@@ -24,7 +24,6 @@ from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.records import Query, ScoredDoc
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
 from readapt_ray.storage import Location
 
@@ -110,13 +109,13 @@ def search(config: SearchConfig) -> Artifact:
     source = _Source(
         open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")
     )
-    model = find_model(config.retriever)
+    model = open_model(config.retriever)
     encoding = config.encoding or Encoding.parse(source.encoder["encoding"], where=source.artifact.uri)
     _check_encoder(model, encoding, source)
     queries = _read_queries(config)
 
     def work(workspace: Workspace) -> None:
-        num_results = _run(config, source, encoding, queries, workspace)
+        num_results = _run(config, model, source, encoding, queries, workspace=workspace)
         workspace.counts |= {"num_queries": len(queries), "num_results": num_results}
         workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors}
 
@@ -124,7 +123,7 @@ def search(config: SearchConfig) -> Artifact:
         "search",
         config,
         inputs={
-            "retriever": model.fingerprint(),
+            "retriever": model.fingerprint,
             "encoding": fingerprint(encoding.model_dump(mode="json")),
             "index" if config.index else "vectors": source.artifact.fingerprint,
             "queries": fingerprint([list(query) for query in queries]),
@@ -133,7 +132,7 @@ def search(config: SearchConfig) -> Artifact:
     )
 
 
-def _check_encoder(model: Model, encoding: Encoding, source: _Source) -> None:
+def _check_encoder(model: OpenModel, encoding: Encoding, source: _Source) -> None:
     """Refuse vectors that this model with this encoding would not have made."""
     from readapt_ray.retrieval.encoder import encoder_fingerprint
 
@@ -170,7 +169,13 @@ def _read_queries(config: SearchConfig) -> list[Query]:
 
 
 def _run(
-    config: SearchConfig, source: _Source, encoding: Encoding, queries: Sequence[Query], workspace: Workspace
+    config: SearchConfig,
+    model: OpenModel,
+    source: _Source,
+    encoding: Encoding,
+    queries: Sequence[Query],
+    *,
+    workspace: Workspace,
 ) -> int:
     """Encode, search, merge, write; the number of results."""
     from ray.exceptions import RayError
@@ -183,7 +188,7 @@ def _run(
     depth = config.top_k + config.drop_self_hits
     best = TopK(len(queries), depth)
     try:
-        vectors = _encode_queries(config, source, encoding, queries, workspace)
+        vectors = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
         for scores, doc_ids in _search_pieces(source, vectors, depth):
             best.merge(scores, doc_ids)
     except RayError as error:
@@ -200,7 +205,13 @@ def _run(
 
 
 def _encode_queries(
-    config: SearchConfig, source: _Source, encoding: Encoding, queries: Sequence[Query], workspace: Workspace
+    config: SearchConfig,
+    model: OpenModel,
+    source: _Source,
+    encoding: Encoding,
+    queries: Sequence[Query],
+    *,
+    workspace: Workspace,
 ) -> np.ndarray:
     """float32 [Q, D]. Pieces of one size, a task for each GPU or core: vectors do not depend on how many there are."""
     import ray
@@ -212,7 +223,7 @@ def _encode_queries(
     streams = [
         task.remote(
             pieces[number::num_tasks],
-            retriever=on_worker.model_name(find_model(config.retriever)),
+            retriever=on_worker.model_name(model),
             encoding=encoding,
             encoder=source.encoder,
             driver_node=on_worker.this_node(),

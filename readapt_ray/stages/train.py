@@ -14,7 +14,7 @@ from pydantic import Field
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models, shapes
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.cluster import on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
@@ -70,12 +70,12 @@ def train(config: TrainConfig) -> Artifact:
             raise CorpusError(
                 f"{name} = {wanted!r}, but {config.corpus!r} was packed with {name} = {packed!r}; pack again"
             )
-    model = models.find_model(config.pretrained)
+    model = models.open_model(config.pretrained)
     if model.is_adapter:
         raise ModelError(
-            f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base().name!r}"
+            f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
         )
-    if blocks.manifest.inputs["pretrained"] != models.tokenizer_fingerprint(model):
+    if blocks.manifest.inputs["pretrained"] != model.tokenizer_fingerprint:
         raise ModelError(
             f"{config.corpus!r} was packed with the tokenizer of {blocks.manifest.config['pretrained']!r}, which is not that "
             f"of {config.pretrained!r}; pack the passages again with this model"
@@ -86,19 +86,19 @@ def train(config: TrainConfig) -> Artifact:
             "target_modules": train_workers.target_modules(config, model),
         }
     )
-    inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint()}
+    inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint}
     return artifacts.produce(
         "train", config, inputs=inputs, work=lambda workspace: _train(config, model, blocks, workspace)
     )
 
 
-def objective_of(model: Model) -> Objective:
+def objective_of(model: OpenModel) -> Objective:
     """What a pretrained model has a head for.
 
     Raises:
         ModelError: its config does not say, or names a model without a head.
     """
-    config = model.read_json("config.json")
+    config = model.config
     objective = shapes.objective_of(config)
     if objective is not None:
         return objective
@@ -108,7 +108,7 @@ def objective_of(model: Model) -> Objective:
     )
 
 
-def _train(config: TrainConfig, model: Model, blocks: Artifact, workspace: Workspace) -> None:
+def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: Workspace) -> None:
     job = {
         "config": {**config.settings(), "pretrained": on_worker.model_name(model)},
         "blocks": on_worker.absolute(blocks.location / "blocks").uri,
@@ -139,7 +139,7 @@ def _work(job: dict[str, Any]) -> None:
     worker = train_workers.TrainWorker(
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
     )
-    tokenizer = models.load_tokenizer(worker.source)
+    tokenizer = worker.source.tokenizer
     masking = None
     if config.objective == "masked_lm":
         masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), seed=config.seed)

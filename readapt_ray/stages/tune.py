@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
+from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.scale_scoring import MODELS, Sample, ScaleScoring, ScoringJob
@@ -30,7 +31,6 @@ from readapt_ray.evaluation import scale_search
 from readapt_ray.evaluation.measure_options import MeasureOption, drops_self_hits
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import check_complete
-from readapt_ray.retrieval.templates import EncodingOption
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 
@@ -108,9 +108,9 @@ def tune(config: TuneConfig) -> Artifact:
     if config.drop_self_hits is None:
         config = config.model_copy(update={"drop_self_hits": drops_self_hits(corpus.manifest.config.get("source"))})
     config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
-    found = {name: models.find_model(getattr(config, name)) for name in MODELS}
-    encoding = config.encoding or models.encoding_of(found["retriever"])
-    inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint() for name, model in found.items()}}
+    found = {name: models.open_model(getattr(config, name)) for name in MODELS}
+    encoding = config.encoding or found["retriever"].encoding
+    inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint for name, model in found.items()}}
     for name in ("queries", "qrels"):
         uri = getattr(config, name)
         if uri is not None:

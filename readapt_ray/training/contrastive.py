@@ -19,7 +19,7 @@ import torch
 import torch.distributed.nn
 from torch import Tensor, nn
 
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.retrieval.pooling import normalized, pool
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout

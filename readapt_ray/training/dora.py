@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from readapt_ray.catalog.shapes import matching_layers
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.storage import Location
 from readapt_ray.training.dropout import dropout
 from readapt_ray.training.partitioned import gathered
@@ -215,5 +216,5 @@ def save_adapter(
         inference_mode=True,
     ).to_dict()
     plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
-    (location / "adapter_model.safetensors").write_bytes(to_safetensors(state, metadata={"format": "pt"}))
-    (location / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+    (location / ADAPTER_WEIGHTS_NAME).write_bytes(to_safetensors(state, metadata={"format": "pt"}))
+    (location / ADAPTER_CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")

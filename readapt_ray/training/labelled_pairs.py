@@ -15,9 +15,8 @@ import numpy as np
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
-from readapt_ray.catalog import models
-from readapt_ray.catalog.models import Model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Passage
 from readapt_ray.storage import Location
@@ -76,7 +75,9 @@ def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
     return PairSource(name=corpus, corpus=artifact, split=split, run=run, fingerprints=fingerprints)
 
 
-def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Location, *, num_negatives: int) -> None:
+def write_pairs(
+    source: PairSource, model: OpenModel, encoding: Encoding, target: Location, *, num_negatives: int
+) -> None:
     """Tokenise every pair, in the order of the qrels or of the file.
 
     Texts with the same tokens get the same number, since the model cannot tell them apart.
@@ -95,7 +96,7 @@ def write_pairs(source: PairSource, model: Model, encoding: Encoding, target: Lo
     from readapt_ray.training.pairs import PAIR_SCHEMA
 
     pairs = _file_pairs(source.file) if source.file is not None else iter(_judged_pairs(source, num_negatives))
-    tokenizer = TextTokenizer(models.load_tokenizer(model), encoding)
+    tokenizer = TextTokenizer(model.tokenizer, encoding)
 
     def passage_ids(listed: list[Passage]) -> Any:
         if not listed:

@@ -11,22 +11,23 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from readapt_ray.catalog.models import TOKENIZER_FILES, Model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import auto_class
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import CHAT_TEMPLATE_NAME, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
-from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, StoredTensor, modern_name, stored_tensors
+from readapt_ray.weights.checkpoint import StoredTensor, modern_name, stored_tensors
 from readapt_ray.weights.loading import load_model
 
 _SHARD_BYTES = 2 << 30
 
 
 def load_for_training(
-    source: Model, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
+    source: OpenModel, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
 ) -> Any:
     """A model in train mode.
 
@@ -50,7 +51,7 @@ def load_for_training(
     return model.train()
 
 
-def _load_with_head(source: Model, objective: Objective, *, dtype: torch.dtype) -> Any:
+def _load_with_head(source: OpenModel, objective: Objective, *, dtype: torch.dtype) -> Any:
     try:
         model, loading = auto_class(objective).from_pretrained(
             str(source.folder),
@@ -66,13 +67,15 @@ def _load_with_head(source: Model, objective: Objective, *, dtype: torch.dtype) 
     return model
 
 
-def _refuse_missing(source: Model, objective: Objective | None, missing: Any) -> None:
+def _refuse_missing(source: OpenModel, objective: Objective | None, missing: Any) -> None:
     if missing:
         need = "its files are incomplete" if objective is None else "give the pretrained model, with its head"
         raise ModelError(f"{source.name!r} lacks the weights {sorted(missing)[:5]}; {need}")
 
 
-def _load_partitioned(source: Model, objective: Objective | None, *, dtype: torch.dtype, device: torch.device) -> Any:
+def _load_partitioned(
+    source: OpenModel, objective: Objective | None, *, dtype: torch.dtype, device: torch.device
+) -> Any:
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import DeepSpeedTensorOverride
     from transformers import AutoConfig
@@ -150,11 +153,11 @@ def save_model(model: Any, source: Location, output: Location) -> None:
     file_of, num_bytes = _write_weights(model, output)
     if torch.distributed.get_rank() != 0:
         return
-    for file in (*TOKENIZER_FILES, "chat_template.jinja"):
+    for file in (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME):
         if (source / file).is_file():
             (source / file).copy_to(output / file)
     config = {**model.config.to_diff_dict(), "architectures": [type(model).__name__]}
-    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (output / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
     files = sorted(set(file_of.values()))
     if len(files) == 1:
         (output / files[0]).filesystem.move((output / files[0]).path, (output / SINGLE_NAME).path)

@@ -12,13 +12,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
 from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Factors
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = {
@@ -197,10 +195,10 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
     """The stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
-    path = folder / WEIGHTS_NAME
+    path = folder / ADAPTER_WEIGHTS_NAME
     if not path.is_file():
         raise ModelError(
-            f"the adapter {name!r} has no {WEIGHTS_NAME} in {folder}; fetch it again, or save it again with PEFT"
+            f"the adapter {name!r} has no {ADAPTER_WEIGHTS_NAME} in {folder}; fetch it again, or save it again with PEFT"
         )
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []

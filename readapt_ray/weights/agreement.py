@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from readapt_ray.artifacts import read_manifest
-from readapt_ray.catalog.models import TOKENIZER_FILES, Model, load_tokenizer
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
+from readapt_ray.model_file_names import TOKENIZER_FILES
 from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.provenance import MergeInput
 
@@ -28,7 +29,7 @@ _MATTERS_NOT = re.compile(r"dropout|loss|_coef|router_jitter|classifier|normaliz
 _PROBES = ("Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  and   spaces", "CamelCase_and-dashes")
 
 
-def check_configs(pretrained: Model, tuned: Model) -> None:
+def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
     """Compare what decides how weights are used, with each library default filled in.
 
     Raises:
@@ -47,7 +48,7 @@ def check_configs(pretrained: Model, tuned: Model) -> None:
         )
 
 
-def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[Model, MergeInput]]) -> None:
+def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[OpenModel, MergeInput]]) -> None:
     """Refuse as knowledge what holds retrieval skill: that would be laid on twice.
 
     Raises:
@@ -64,7 +65,7 @@ def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[Model, Merg
             )
 
 
-def _options(model: Model) -> dict[str, Any]:
+def _options(model: OpenModel) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
@@ -76,7 +77,7 @@ def _options(model: Model) -> dict[str, Any]:
     return {name: value for name, value in config.items() if _MATTERS.search(name) and not _MATTERS_NOT.search(name)}
 
 
-def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool) -> None:
+def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabulary: bool) -> None:
     """Compare the ids of all tokens, and how text is cut.
 
     Args:
@@ -95,7 +96,7 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
             return
     if _same_file(pretrained, tuned):
         return
-    one, other = load_tokenizer(pretrained), load_tokenizer(tuned)
+    one, other = pretrained.tokenizer, tuned.tokenizer
     before, after = one.get_vocab(), other.get_vocab()
     moved = [
         f"token {token!r} is {before[token]} before, {after[token]} after"
@@ -124,7 +125,7 @@ def check_tokenizers(pretrained: Model, tuned: Model, *, accept_vocabulary: bool
         )
 
 
-def check_bases(pretrained: MergeInput, adapters: Sequence[Model], *, accept: bool) -> None:
+def check_bases(pretrained: MergeInput, adapters: Sequence[OpenModel], *, accept: bool) -> None:
     """Compare the model that each adapter was trained on with the one that it is laid on.
 
     What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is only a warning.
@@ -164,6 +165,6 @@ def _last(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
-def _same_file(one: Model, other: Model) -> bool:
+def _same_file(one: OpenModel, other: OpenModel) -> bool:
     files = [model.folder / "tokenizer.json" for model in (one, other)]
     return all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes()

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
-from readapt_ray.catalog.models import TOKENIZER_FILES, Model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_FILES
 from readapt_ray.storage import Location
-from readapt_ray.weights.adapter import WEIGHTS_NAME, Adapter
+from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
 from readapt_ray.weights.provenance import MergeInput
@@ -44,8 +44,8 @@ def write_bundle(
     scales: Scales,
     variance: float | None,
     encoding: Encoding,
-    config_of: Model,
-    tokenizer_of: Model,
+    config_of: OpenModel,
+    tokenizer_of: OpenModel,
     sources: Mapping[str, Mapping[str, Any]],
     report: Callable[[int], None],
 ) -> list[Stored]:
@@ -65,11 +65,11 @@ def write_bundle(
     Returns:
         How the retriever's difference is kept; empty where the retriever is kept as the adapter that it is.
     """
-    _copy(config_of.folder, ("config.json",), target)
+    _copy(config_of.folder, (CONFIG_NAME,), target)
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
     stored: list[Stored] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
-        _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), target / _RETRIEVER)
+        _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), target / _RETRIEVER)
     else:
         stored = write_difference(
             readapter.pretrained, readapter.retriever, target / _READAPTER, variance=variance, report=report
@@ -77,7 +77,7 @@ def write_bundle(
     for number, source in enumerate(readapter.knowledge, start=1):
         folder = target / f"knowledge-{number}"
         if isinstance(source, Adapter):
-            _copy(source.folder, (ADAPTER_CONFIG_NAME, WEIGHTS_NAME), folder)
+            _copy(source.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), folder)
         else:
             write_difference(readapter.pretrained, source, folder / _DIFFERENCE, variance=None, report=report)
     content = {
@@ -104,7 +104,7 @@ def _copy(folder: Path, names: Sequence[str], target: Location) -> None:
 class Bundle:
     """Such a folder on this machine's disk."""
 
-    model: Model
+    model: OpenModel
     content: Mapping[str, Any]
 
     @property
@@ -156,7 +156,7 @@ class Bundle:
         return StoredDifference(path, base, name=name, dtypes=dtypes)
 
 
-def open_bundle(model: Model) -> Bundle:
+def open_bundle(model: OpenModel) -> Bundle:
     """The bundle in a folder.
 
     Raises:
@@ -174,7 +174,7 @@ def open_bundle(model: Model) -> Bundle:
     return Bundle(model, content)
 
 
-def check_base(model: Model, base: MergeInput) -> None:
+def check_base(model: OpenModel, base: MergeInput) -> None:
     """Refuse another base than the one that the factors of a bundle were made of.
 
     Raises:

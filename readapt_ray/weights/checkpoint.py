@@ -17,11 +17,9 @@ from pathlib import Path
 import torch
 
 from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
 from readapt_ray.weights.scratch import ScratchBuffers
 from readapt_ray.weights.terms import Whole
-
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 _DTYPES = {
     "F64": torch.float64,

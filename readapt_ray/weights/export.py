@@ -19,9 +19,10 @@ import torch
 
 from readapt_ray.errors import ModelError
 from readapt_ray.hardware import num_cores
+from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
 from readapt_ray.storage import Location
 from readapt_ray.weights.cast_loss import CastLoss
-from readapt_ray.weights.checkpoint import INDEX_NAME, SINGLE_NAME, file_header, is_finite
+from readapt_ray.weights.checkpoint import file_header, is_finite
 from readapt_ray.weights.ordered_map import ordered_map
 from readapt_ray.weights.readapter import Readapter, Scales, TensorRows
 from readapt_ray.weights.scratch import ScratchBuffers

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
 
 
-def load_model(model: Model, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
+def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
     """Load the headless model.
 
     Args:
@@ -34,7 +34,7 @@ def load_model(model: Model, *, dtype: torch.dtype, device: str) -> torch.nn.Mod
         ModelError: no safetensors, an architecture that transformers does not have, or an adapter of another kind.
         WeightMismatchError: weights that the architecture lacks, or that it has and the files do not.
     """
-    holder = model.base() if model.is_adapter else model
+    holder = model.base if model.is_adapter else model
     checkpoint = Checkpoint(holder.folder, name=holder.name)
     adapter = Adapter(model.folder, checkpoint, name=model.name) if model.is_adapter else None
     module = _load_headless(holder.folder, holder.name, checkpoint, dtype)

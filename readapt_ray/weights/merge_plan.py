@@ -7,9 +7,10 @@ tokenizers are read (kilobytes), and every file is hashed once, on all cores.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from readapt_ray.catalog.models import Model, encoding_of, find_model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.bundle import check_base, open_bundle
@@ -18,7 +19,7 @@ from readapt_ray.weights.low_rank import check_shapes
 from readapt_ray.weights.provenance import MergeInput, hashed_in_background
 from readapt_ray.weights.readapter import Readapter, Scales, one_per_adapter, open_retriever
 
-Roles = tuple[tuple[str, Model], ...]
+Roles = tuple[tuple[str, OpenModel], ...]
 """Role and model of each input, the pretrained one first."""
 
 
@@ -44,9 +45,9 @@ class MergePlan:
     readapter: Readapter
     encoding: Encoding
     """How the retriever encodes text."""
-    config_of: Model
+    config_of: OpenModel
     """The model whose config.json the result gets."""
-    tokenizer_of: Model
+    tokenizer_of: OpenModel
     """The model whose tokenizer the result gets."""
     sources: tuple[MergeInput, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
@@ -117,8 +118,8 @@ def _find_bundle(bundle: str, pretrained: str | None) -> Roles:
     return (("pretrained", _find("pretrained", pretrained or open_bundle(model).base_name)), ("bundle", model))
 
 
-def _find(option: str, name: str) -> Model:
-    model = find_model(name)
+def _find(option: str, name: str) -> OpenModel:
+    model = open_model(name)
     if option == "pretrained" and model.is_adapter:
         raise ModelError(f"pretrained = {name!r} is an adapter; give the full model that it was trained on")
     return model
@@ -139,15 +140,15 @@ def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
     return MergePlan(
         models=models,
         readapter=readapter,
-        encoding=models.encoding or encoding_of(retriever),
+        encoding=models.encoding or retriever.encoding,
         config_of=pretrained if retriever.is_adapter else retriever,
         tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
         sources=(),
     )
 
 
-def _has_tokenizer(model: Model) -> bool:
-    return any((model.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+def _has_tokenizer(model: OpenModel) -> bool:
+    return any((model.folder / name).is_file() for name in (TOKENIZER_NAME, TOKENIZER_CONFIG_NAME))
 
 
 def _open_bundled(roles: Roles, models: MergeModels) -> MergePlan:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from readapt_ray.artifacts import read_manifest
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 from readapt_ray.weights.low_rank import Stored

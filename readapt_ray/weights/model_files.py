@@ -12,9 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from readapt_ray.catalog.models import CONTRACT_NAME
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import (
+    CONFIG_NAME,
+    CONTRACT_NAME,
+    LENGTH_NAME,
+    MODULES_NAME,
+    NORMALIZE_CONFIG_NAME,
+    POOLING_CONFIG_NAME,
+    PROMPTS_NAME,
+    TOKENIZER_CONFIG_NAME,
+    TOKENIZER_NAME,
+)
 from readapt_ray.storage import Location
 from readapt_ray.weights.tokenizer import write_tokenizer
 
@@ -121,13 +131,13 @@ def write_model_files(
         )
     with tempfile.TemporaryDirectory(prefix="readapt-export-") as name:
         folder = Path(name)
-        _write_json(folder / "config.json", config)
+        _write_json(folder / CONFIG_NAME, config)
         write_tokenizer(tokenizer, encoding, folder)
-        tokens = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        tokens = json.loads((folder / TOKENIZER_CONFIG_NAME).read_text(encoding="utf-8"))
         if config.get("pad_token_id") is None and tokens.get("pad_token") is not None:
-            pad = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+            pad = json.loads((folder / TOKENIZER_NAME).read_text(encoding="utf-8"))["added_tokens"]
             ids = {each["content"]: each["id"] for each in pad}
-            _write_json(folder / "config.json", {**config, "pad_token_id": ids.get(tokens["pad_token"])})
+            _write_json(folder / CONFIG_NAME, {**config, "pad_token_id": ids.get(tokens["pad_token"])})
         # Asked of transformers, since models call their width differently (hidden_size, dim, n_embd).
         width = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).hidden_size
         _write_sentence_transformers(folder, encoding, int(width))
@@ -146,20 +156,18 @@ def _write_sentence_transformers(folder: Path, encoding: Encoding, dimension: in
         }
         for number, kind in enumerate(kinds)
     ]
-    _write_json(folder / "modules.json", modules)
+    _write_json(folder / MODULES_NAME, modules)
     modes = {key: kind == encoding.pooling for kind, key in _POOLING_KEYS.items()}
     modes |= dict.fromkeys(_OTHER_POOLING_KEYS, False)
     # vLLM takes the first key that is true for the pooling, so include_prompt stands last.
-    _write_json(
-        folder / "1_Pooling/config.json", {"word_embedding_dimension": dimension, **modes, "include_prompt": True}
-    )
+    _write_json(folder / POOLING_CONFIG_NAME, {"word_embedding_dimension": dimension, **modes, "include_prompt": True})
     if encoding.normalize:
-        _write_json(folder / "2_Normalize/config.json", {})
+        _write_json(folder / NORMALIZE_CONFIG_NAME, {})
     limit = max(encoding.max_query_tokens, encoding.max_passage_tokens)
-    _write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit, "do_lower_case": encoding.lower_case})
+    _write_json(folder / LENGTH_NAME, {"max_seq_length": limit, "do_lower_case": encoding.lower_case})
     similarity = "cosine" if encoding.normalize else "dot"
     _write_json(
-        folder / "config_sentence_transformers.json",
+        folder / PROMPTS_NAME,
         {"prompts": prompts(encoding), "default_prompt_name": None, "similarity_fn_name": similarity},
     )
 

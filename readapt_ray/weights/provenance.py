@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import fingerprint, read_manifest
-from readapt_ray.catalog.models import Model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.pickled import RECORD_NAME
 from readapt_ray.hardware import num_cores
 
@@ -31,7 +31,7 @@ class MergeInput:
     role: str
     name: str
     fingerprint: str
-    """Equal to `Model.fingerprint`."""
+    """Equal to `OpenModel.fingerprint`."""
     revision: str
     """The commit on the hub; empty for a model that is not from there."""
     files: Mapping[str, str]
@@ -53,7 +53,7 @@ class MergeInput:
 
 
 @contextlib.contextmanager
-def hashed_in_background(models: Sequence[tuple[str, Model]]) -> Iterator[Callable[[], list[MergeInput]]]:
+def hashed_in_background(models: Sequence[tuple[str, OpenModel]]) -> Iterator[Callable[[], list[MergeInput]]]:
     """Hash the files of each model (given by role) in threads while the block runs.
 
     Yields:
@@ -67,7 +67,7 @@ def hashed_in_background(models: Sequence[tuple[str, Model]]) -> Iterator[Callab
             stopped.set()
 
 
-def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> list[MergeInput]:
+def _describe(models: Sequence[tuple[str, OpenModel]], stopped: threading.Event) -> list[MergeInput]:
     jobs = [(number, file) for number, (_, model) in enumerate(models) for file in model.content_files()]
     paths = [models[number][1].folder / file for number, file in jobs]
     with ThreadPoolExecutor(num_cores()) as pool:
@@ -78,7 +78,7 @@ def _describe(models: Sequence[tuple[str, Model]], stopped: threading.Event) -> 
     return [_merge_input(role, model, found) for (role, model), found in zip(models, files, strict=True)]
 
 
-def _merge_input(role: str, model: Model, files: dict[str, str]) -> MergeInput:
+def _merge_input(role: str, model: OpenModel, files: dict[str, str]) -> MergeInput:
     manifest = read_manifest(str(model.folder))
     identified = manifest.fingerprint if manifest is not None else fingerprint(files)
     pickles = model.read_json(RECORD_NAME).get("files", {})

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from readapt_ray.catalog.model_folder import ADAPTER_CONFIG_NAME
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference

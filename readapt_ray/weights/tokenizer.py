@@ -9,9 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME
 
 _PROBES = ("", "a", "Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  and   spaces")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -77,7 +78,7 @@ def write_tokenizer(tokenizer: Any, encoding: Encoding, folder: Path) -> None:
         **{role: token for role, token in roles.items() if token is not None},
     )
     written.save_pretrained(str(folder))
-    _name_class(folder / "tokenizer_config.json")
+    _name_class(folder / TOKENIZER_CONFIG_NAME)
     _read_back(tokenizer, encoding, (before, after), folder)
 
 

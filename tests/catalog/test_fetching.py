@@ -73,13 +73,13 @@ def test_a_hub_that_fails_for_a_while_is_asked_again(
     failure: Exception, asked: list[str | None], fail: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     fail(failure, failure)
-    assert models.find_model("me/it").folder.name == COMMIT
+    assert models.open_model("me/it").folder.name == COMMIT
     assert len(asked) == 3
     assert "cannot fetch 'me/it'" in caplog.text and "trying again in" in caplog.text
     asked.clear()
     fail(*[failure] * 50)
     with pytest.raises(ReadaptError, match="tried 5 times: run again later") as caught:
-        models.find_model("me/it")
+        models.open_model("me/it")
     assert not isinstance(caught.value, InputError)
     assert len(asked) == 5
 
@@ -90,7 +90,7 @@ def test_where_nobody_answers_a_mistyped_folder_is_told_soon(
     client_error = errors.HfHubHTTPError.__bases__[0]
     fail(*[_nothing_cached(type("ConnectError", (client_error,), {})("no such host"))] * 50)
     with pytest.raises(ReadaptError, match=r"me/it on the hub; no folder here\): .*tried 3 times"):
-        models.find_model("me/it")
+        models.open_model("me/it")
     assert len(asked) == 3
 
 
@@ -111,14 +111,14 @@ def test_what_the_user_must_mend_is_said_at_once(
 ) -> None:
     fail(failure)
     with pytest.raises(ModelError, match="check the name and the network, set HF_TOKEN"):
-        models.find_model("me/it")
+        models.open_model("me/it")
     assert len(asked) == 1
 
 
 def test_a_defect_of_ours_is_no_failure_of_the_hub(asked: list[str | None], fail: Callable[..., None]) -> None:
     fail(TypeError("ours"))
     with pytest.raises(TypeError, match="ours"):
-        models.find_model("me/it")
+        models.open_model("me/it")
     assert len(asked) == 1
 
 
@@ -126,14 +126,14 @@ def test_the_commit_that_one_machine_found_is_what_another_fetches(
     asked: list[str | None], fail: Callable[..., None], tmp_path: Path
 ) -> None:
     fail()
-    found = models.find_model("me/it")
+    found = models.open_model("me/it")
     assert (found.revision, found.pinned_name) == (COMMIT, f"me/it@{COMMIT}")
-    again = models.find_model(found.pinned_name)
+    again = models.open_model(found.pinned_name)
     assert again == found
     assert asked == [None, COMMIT]
     folder = str(tmp_path / f"models--me--it/snapshots/{COMMIT}")
-    assert models.find_model(folder).pinned_name == folder
-    assert models.find_model("quickstart-retriever").pinned_name == "quickstart-retriever"
+    assert models.open_model(folder).pinned_name == folder
+    assert models.open_model("quickstart-retriever").pinned_name == "quickstart-retriever"
 
 
 def test_what_a_training_left_beside_a_model_is_not_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_what_a_training_left_beside_a_model_is_not_fetched(tmp_path: Path, monk
     for name in ("checkpoints/step-8.safetensors", "workers/0.json", "pairs/x.json", "metrics/a.json", "tensorboard/b"):
         (folder / name).parent.mkdir()
         (folder / name).write_text("{}")
-    found = models.find_model(f"file://{folder}").folder
+    found = models.open_model(f"file://{folder}").folder
     assert {name for name, _ in Location(str(found)).listing(recursive=True)} == wanted
     shutil.rmtree(folder / "checkpoints")
-    assert models.find_model(f"file://{folder}").folder == found
+    assert models.open_model(f"file://{folder}").folder == found

@@ -48,11 +48,11 @@ def alter_one_bit_and_the_clock(path: Path) -> None:
 def test_a_cached_file_that_is_not_whole_is_fetched_again_and_no_other(
     uri: str, spoil: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = models.find_model(uri).folder
+    folder = models.open_model(uri).folder
     before = files(folder)
     spoil(folder / WEIGHTS)
     with caplog.at_level(logging.WARNING, "readapt_ray"):
-        assert models.find_model(uri).folder == folder
+        assert models.open_model(uri).folder == folder
     assert f"{WEIGHTS} was cut short, altered or removed; it is fetched again" in caplog.text
     after = files(folder)
     assert [name for name in before if after[name][0] != before[name][0]] == [WEIGHTS]
@@ -60,10 +60,10 @@ def test_a_cached_file_that_is_not_whole_is_fetched_again_and_no_other(
 
 
 def test_a_file_that_was_only_touched_is_kept(uri: str, caplog: pytest.LogCaptureFixture) -> None:
-    path = models.find_model(uri).folder / WEIGHTS
+    path = models.open_model(uri).folder / WEIGHTS
     number = path.stat().st_ino
     os.utime(path)
-    models.find_model(uri)
+    models.open_model(uri)
     assert path.stat().st_ino == number
     assert not caplog.records
 
@@ -80,10 +80,10 @@ def test_a_fetch_that_was_killed_goes_on_behind_the_last_whole_file(uri: str, mo
 
     monkeypatch.setattr(Location, "copy_to", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models.find_model(uri)
+        models.open_model(uri)
     first = list(copied)
     copied[:] = [""] * 3
-    models.find_model(uri)
+    models.open_model(uri)
     assert not set(first) & set(copied)
     assert {*first, *copied[3:]} == {path.name for path in Path(uri.removeprefix("file://")).iterdir()}
 
@@ -93,7 +93,7 @@ def test_a_file_that_did_not_arrive_whole_is_an_error(uri: str, monkeypatch: pyt
     with pytest.raises(
         ModelError, match=r"bytes and 1 arrived; it is being written, or the connection broke: run again"
     ):
-        models.find_model(uri)
+        models.open_model(uri)
 
 
 def test_processes_of_a_node_fetch_each_file_once(uri: str, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_processes_of_a_node_fetch_each_file_once(uri: str, tmp_path: Path) -> N
         "    print(self.name, flush=True)\n"
         "    copy(self, target)\n"
         "Location.copy_to = noted\n"
-        "models.find_model(sys.argv[1])\n"
+        "models.open_model(sys.argv[1])\n"
     )
     command = [sys.executable, "-c", program, uri]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) for _ in range(3)]

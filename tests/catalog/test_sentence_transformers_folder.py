@@ -9,7 +9,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from readapt_ray.catalog import models
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import ModelError
 from tests import factories
 
@@ -48,7 +48,7 @@ def _folder(
 
 
 def _encoding(folder: Path) -> Encoding:
-    return models.encoding_of(models.find_model(str(folder)))
+    return models.open_model(str(folder)).encoding
 
 
 @pytest.mark.parametrize(

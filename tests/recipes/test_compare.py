@@ -10,8 +10,10 @@ import pytest
 
 from readapt_ray import cli
 from readapt_ray.artifacts import open_artifact
+from readapt_ray.catalog import models, retrievers
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.recipes import compare
+from readapt_ray.recipes.chain import stage_parts
 from readapt_ray.recipes.compare import to_markdown
 from readapt_ray.recipes.compare_plan import CompareConfig, Plan
 from tests import factories
@@ -91,18 +93,41 @@ def test_runs_are_as_deep_as_the_measures_and_without_self_hits_where_the_corpus
     assert [(each.top_k, each.drop_self_hits) for each in searches] == [(200, drops)] * 2
 
 
-def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from readapt_ray.catalog import retrievers
-    from readapt_ray.recipes.chain import stage_parts
-
-    folder = pieces / "first"
+def known_as_tiny(monkeypatch: pytest.MonkeyPatch, pieces: Path, folder: str) -> None:
+    """Give the catalog a row `tiny` whose model comes with the package."""
     row = retrievers.retriever("repllama").model_copy(
-        update={"hub_id": str(folder), "pretrained": str(pieces / "base")}
+        update={
+            "name": "tiny",
+            "hub_id": f"builtin:{pieces / folder}",
+            "pretrained": str(pieces / "base"),
+            "encoding": models.open_model(str(pieces / folder)).encoding,
+        }
     )
-    monkeypatch.setattr(retrievers, "find_retriever", lambda _: row)
+    monkeypatch.setattr(retrievers, "RETRIEVERS", (*retrievers.RETRIEVERS, row))
+
+
+def test_what_is_readapted_is_the_model_that_was_named(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_as_tiny(monkeypatch, pieces, "first")
+    name = f"builtin:{pieces}/first"
+    plan = Plan(config(pieces, retrievers=[name], readapt=True), open_artifact(f"{pieces}/corpus", "ingest"))
+    merges: Any = [step.config for each in plan.candidates() for step in each.making if step.stage == "merge"]
+    assert [each.retriever for each in merges] == [name, name]  # not `tiny`, which may be a folder here
+    monkeypatch.chdir(tmp_path)
+    factories.write_contract(factories.tiny_decoder(tmp_path / "tiny"))
+    plan = Plan(config(pieces, retrievers=["tiny"], readapt=True), open_artifact(f"{pieces}/corpus", "ingest"))
+    assert not [step for each in plan.candidates() for step in each.making]  # a folder, of which nothing is known
+
+
+def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known_as_tiny(monkeypatch, pieces, "first")
     listed = str(pieces / "corpus/qrels/test.parquet")
     options = {"mode": "packed", "block_tokens": 64, "exclude": listed, "only": listed, "overwrite": True}
-    plan = Plan(config(pieces, readapt=True, train_options=options), open_artifact(f"{pieces}/corpus", "ingest"))
+    plan = Plan(
+        config(pieces, retrievers=["tiny"], readapt=True, train_options=options),
+        open_artifact(f"{pieces}/corpus", "ingest"),
+    )
     made: Any = {step.stage: step.config for each in plan.candidates() for step in each.making}
     for stage in ("pack", "train"):
         assert {name: getattr(made[stage], name) for name in options} == options
@@ -180,17 +205,7 @@ def test_a_query_is_timed_alone_against_every_vector() -> None:
 def test_supervised_tuning_readaptir_and_both_stand_side_by_side(
     ray_session: None, pieces: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from readapt_ray.catalog import models, retrievers
-
-    row = retrievers.retriever("repllama").model_copy(
-        update={
-            "name": "tiny",
-            "hub_id": str(pieces / "lora"),
-            "pretrained": str(pieces / "base"),
-            "encoding": models.encoding_of(models.find_model(str(pieces / "lora"))),
-        }
-    )
-    monkeypatch.setattr(retrievers, "RETRIEVERS", (*retrievers.RETRIEVERS, row))
+    known_as_tiny(monkeypatch, pieces, "lora")
     result = compare.compare(
         config(
             pieces,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, token_batches
@@ -27,7 +27,7 @@ def models(tmp_path_factory):
         factories.write_contract(folder)
     adapter = factories.lora_adapter(root / "adapter", decoder, headless=True)
     factories.write_contract(adapter)
-    return {name: find_model(str(root / name)) for name in ("decoder", "encoder", "adapter")}
+    return {name: open_model(str(root / name)) for name in ("decoder", "encoder", "adapter")}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def _cosines(ours, others):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ["decoder", "encoder", "adapter"])
 def test_batches_of_any_size_give_the_same_vectors(models, passages, name, pooling):
-    encoding = Encoding.model_validate(encoding_of(models[name]).model_dump() | {"pooling": pooling})
+    encoding = Encoding.model_validate(models[name].encoding.model_dump() | {"pooling": pooling})
     alone = _encode(Encoder.load(models[name], encoding=encoding, batch_tokens=1), passages)
     together = _encode(Encoder.load(models[name], encoding=encoding, batch_tokens=100_000), passages)
     assert alone.shape == (64, 32) and alone.dtype == np.float32
@@ -60,9 +60,7 @@ def test_batches_of_any_size_give_the_same_vectors(models, passages, name, pooli
 @pytest.mark.parametrize("name", ["decoder", "encoder"])
 def test_left_padding_gives_the_same_vectors(models, passages, name, pooling):
     """The oracle: plain transformers, padded on the left, pooled by hand in numpy."""
-    encoding = Encoding.model_validate(
-        encoding_of(models[name]).model_dump() | {"pooling": pooling, "normalize": False}
-    )
+    encoding = Encoding.model_validate(models[name].encoding.model_dump() | {"pooling": pooling, "normalize": False})
     encoder = Encoder.load(models[name], encoding=encoding)
     rows = encoder.tokenize([each.text for each in passages], "passage", [each.title for each in passages])
     width = max(map(len, rows))
@@ -87,7 +85,7 @@ def test_left_padding_gives_the_same_vectors(models, passages, name, pooling):
 @pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("name", ["decoder", "encoder", "adapter"])
 def test_texts_end_to_end_give_the_same_vectors(models, passages, name, pooling):
-    encoding = Encoding.model_validate(encoding_of(models[name]).model_dump() | {"pooling": pooling})
+    encoding = Encoding.model_validate(models[name].encoding.model_dump() | {"pooling": pooling})
     padded = Encoder.load(models[name], encoding=encoding)
     packed = Encoder.load(models[name], encoding=encoding, packed=True)
     assert packed.is_packed and not padded.is_packed
@@ -114,7 +112,7 @@ def test_families_with_positions_or_windows_of_their_own_are_packed_alike(tmp_pa
         factories.decoder_tokenizer().save_pretrained(tmp_path)
     network.save_pretrained(tmp_path)
     factories.write_contract(tmp_path, pooling="mean")
-    padded, packed = (Encoder.load(find_model(str(tmp_path)), packed=each) for each in (False, True))
+    padded, packed = (Encoder.load(open_model(str(tmp_path)), packed=each) for each in (False, True))
     assert packed.is_packed
     assert max(map(len, packed.tokenize([each.text for each in passages], "passage"))) > 4 * 6
     assert _cosines(_encode(packed, passages), _encode(padded, passages)).min() > 0.999999
@@ -168,7 +166,7 @@ def test_too_little_memory_halves_the_budget(models, passages, caplog):
 
 def test_dimensions_cut_and_normalise_again(models, passages):
     whole = _encode(Encoder.load(models["encoder"]), passages)
-    encoding = encoding_of(models["encoder"]).model_copy(update={"dimensions": 8})
+    encoding = models["encoder"].encoding.model_copy(update={"dimensions": 8})
     encoder = Encoder.load(models["encoder"], encoding=encoding)
     cut = _encode(encoder, passages)
     assert cut.shape == (64, 8) and encoder.dimension == 8
@@ -218,7 +216,7 @@ def test_roberta_positions_begin_after_the_padding(tmp_path):
     reference.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     factories.write_contract(tmp_path, pooling="cls", normalize=False)
-    encoder = Encoder.load(find_model(str(tmp_path)))
+    encoder = Encoder.load(open_model(str(tmp_path)))
     texts = ["array shape", "thread lock queue worker event"]
     expected = []
     for row in encoder.tokenize(texts, "query"):
@@ -259,9 +257,9 @@ def test_batches_keep_the_budget_and_waste_little():
 
 
 def test_the_fingerprint_changes_with_all_that_decides_a_vector(models, tmp_path):
-    model, encoding = models["decoder"], encoding_of(models["decoder"])
+    model, encoding = models["decoder"], models["decoder"].encoding
     original = encoder_fingerprint(model, encoding, "float32")
-    assert encoder_fingerprint(find_model(model.name), encoding, "float32") == original
+    assert encoder_fingerprint(open_model(model.name), encoding, "float32") == original
     assert Encoder.load(model).fingerprint == original
     changes = [
         {"pooling": "mean"},
@@ -278,16 +276,16 @@ def test_the_fingerprint_changes_with_all_that_decides_a_vector(models, tmp_path
     others.add(encoder_fingerprint(model, encoding, "bfloat16"))
     others.add(encoder_fingerprint(models["adapter"], encoding, "float32"))
     moved = factories.full_retriever(tmp_path / "moved", model.folder, scale=1e-4)
-    others.add(encoder_fingerprint(find_model(str(moved)), encoding, "float32"))
+    others.add(encoder_fingerprint(open_model(str(moved)), encoding, "float32"))
     assert len(others) == 9 and original not in others
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     shutil.copytree(model.folder, base)
     shutil.copytree(models["adapter"].folder, adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
-    on_base = encoder_fingerprint(find_model(str(adapter)), encoding, "float32")
+    on_base = encoder_fingerprint(open_model(str(adapter)), encoding, "float32")
     shutil.copy(moved / "model.safetensors", base / "model.safetensors")
-    assert encoder_fingerprint(find_model(str(adapter)), encoding, "float32") != on_base
+    assert encoder_fingerprint(open_model(str(adapter)), encoding, "float32") != on_base
 
 
 def test_edges(models):
@@ -329,10 +327,10 @@ def test_vectors_are_those_of_sentence_transformers(minilm, num_passages):
         batch_size=16,
         show_progress_bar=False,
     )
-    model = find_model(minilm)
+    model = open_model(minilm)
     encoder = Encoder.load(model, device="cpu")
     assert encoder.encoding.pooling == "mean" and encoder.encoding.max_passage_tokens == 256
     ours = encoder.encode(texts, "passage", titles)
     assert _cosines(ours, expected).min() >= 0.9999
     assert max(map(len, encoder.tokenize(texts, "passage", titles))) == 256
-    assert load_tokenizer(model).cls_token_id == encoder.tokenize(texts[:1], "query")[0][0]
+    assert model.tokenizer.cls_token_id == encoder.tokenize(texts[:1], "query")[0][0]

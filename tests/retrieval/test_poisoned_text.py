@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
@@ -38,7 +38,7 @@ def _encoder(folder, pooling, packed):
     contract = json.loads((folder / "readapt.json").read_text())
     contract["encoding"]["pooling"] = pooling
     (folder / "readapt.json").write_text(json.dumps(contract))
-    return Encoder.load(find_model(str(folder)), packed=packed, batch_tokens=4096)
+    return Encoder.load(open_model(str(folder)), packed=packed, batch_tokens=4096)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -67,11 +67,11 @@ def test_an_overflow_in_float16_spoils_its_own_text_only(poisoned, tmp_path, kin
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     texts = [[POISON, *row] if number == position else row for number, row in enumerate(TEXTS)]
     others = [number for number in range(len(TEXTS)) if number != position]
-    half = Encoder.load(find_model(str(folder)), dtype="float16", packed=True, batch_tokens=4096)
+    half = Encoder.load(open_model(str(folder)), dtype="float16", packed=True, batch_tokens=4096)
     found, clean = half.encode_ids(texts), half.encode_ids(TEXTS)
     assert np.allclose(found[others], clean[others], atol=1e-3)
     assert not np.isfinite(found[position]).all()
-    assert np.isfinite(Encoder.load(find_model(str(folder)), packed=True).encode_ids(texts)).all()
+    assert np.isfinite(Encoder.load(open_model(str(folder)), packed=True).encode_ids(texts)).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -3,10 +3,10 @@ import json
 import pytest
 
 from readapt_ray.catalog import retrievers
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding, EncodingOption, read_encoding
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import InputError, ModelError
-from readapt_ray.retrieval.templates import EncodingOption, TextTokenizer, fill_passage, fill_query, read_encoding_file
+from readapt_ray.retrieval.templates import TextTokenizer, fill_passage, fill_query
 from tests import factories
 
 REPLLAMA = retrievers.retriever("repllama").encoding
@@ -189,4 +189,4 @@ def test_an_encoding_option_is_a_file_or_an_object(tmp_path):
     for content, named in (("{", "not JSON"), ("[1]", "JSON object"), ('{"pooling": "sum"}', "pooling")):
         file.write_text(content)
         with pytest.raises(InputError, match=named):
-            read_encoding_file(str(file))
+            read_encoding(str(file))

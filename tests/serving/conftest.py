@@ -15,7 +15,7 @@ import torch
 import uvicorn
 
 from readapt_ray.artifacts import Workspace, open_artifact, produce
-from readapt_ray.catalog.models import find_model, load_tokenizer
+from readapt_ray.catalog.models import open_model
 from readapt_ray.config import StageConfig
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_files import write_shard
@@ -93,7 +93,7 @@ def world(tmp_path_factory) -> World:
     encoders = []
     for seed, (name, index) in enumerate((("retriever", "index"), ("other", "index-other")), start=1):
         write_contract(full_retriever(folder / name, pretrained, seed=seed))
-        encoders.append(Encoder.load(find_model(str(folder / name))))
+        encoders.append(Encoder.load(open_model(str(folder / name))))
         index_artifact(folder / index, encoders[-1], name, passages)
     return World(folder, encoders[0])
 
@@ -112,7 +112,7 @@ class LocalVersion:
     @classmethod
     def load(cls, world: World, name: str = "retriever", **changes) -> "LocalVersion":
         paths = world.version(name)
-        model = find_model(paths["retriever"])
+        model = open_model(paths["retriever"])
         encoder = Encoder.load(model)
         index = VectorIndex.open(paths["index"])
         corpus = open_artifact(paths["corpus"], "ingest")
@@ -121,7 +121,7 @@ class LocalVersion:
             "fingerprint": f"{encoder.fingerprint}+index",
             "encoder_fingerprint": encoder.fingerprint,
             "encoding": encoder.encoding,
-            "tokenizer": load_tokenizer(model),
+            "tokenizer": model.tokenizer,
             "dimension": encoder.dimension,
             "batch_tokens": encoder.batch_tokens,
             "num_slots": 1,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
@@ -235,7 +235,7 @@ def test_a_text_that_overflows_fails_its_own_request_only(fresh, world, position
     """Requests that wait together are one batch, in the packed layout that is served."""
 
     async def run():
-        fresh.encoder = Encoder.load(find_model(str(world.folder / "retriever")), packed=True)
+        fresh.encoder = Encoder.load(open_model(str(world.folder / "retriever")), packed=True)
         words = ["array", "lock", "file"]
         rows = [fresh.encoder.tokenize([each], "query")[0] for each in words]
         own = next(token for token in rows[position] if all(token not in row for row in rows if row != rows[position]))

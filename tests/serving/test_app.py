@@ -12,7 +12,7 @@ import pytest
 import ray
 import yaml
 
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactMissingError, FingerprintMismatchError, InputError, ModelError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
@@ -42,7 +42,7 @@ def test_vectors_over_http_equal_the_encoders_and_gather_in_batches(served, worl
 @pytest.mark.gpu
 def test_a_replica_takes_the_gpu(served, world):
     assert ray.cluster_resources()["GPU"] - ray.available_resources().get("GPU", 0) == 1
-    on_cpu = Encoder.load(find_model(world.version()["retriever"]), device="cpu")
+    on_cpu = Encoder.load(open_model(world.version()["retriever"]), device="cpu")
     answer = served.post("/v1/embeddings", json={"input": TEXTS})
     found = np.array([each["embedding"] for each in answer.json()["data"]], np.float32)
     assert ((found * on_cpu.encode(TEXTS, "query")).sum(axis=1) > 0.9999).all()

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.artifacts import read_lease, read_manifest
-from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import on_worker, shard_runner
 from readapt_ray.cluster.placement import Placement
 from readapt_ray.errors import (
@@ -80,7 +80,7 @@ def test_every_passage_stands_once_with_its_vector(world, vectors):
     found, table = _read(root, "vectors")
     assert table.num_rows == len(found) == NUM_PASSAGES
     assert table.schema.remove_metadata() == vector_schema(32, "float32")
-    encoder = Encoder.load(find_model(str(root / "model")))
+    encoder = Encoder.load(open_model(str(root / "model")))
     texts, titles = [each.text for each in passages], [each.title for each in passages]
     expected = encoder.encode(texts, "passage", titles)
     np.testing.assert_allclose([found[each.doc_id] for each in passages], expected, atol=1e-5)
@@ -108,7 +108,7 @@ def test_an_actor_on_a_gpu_makes_the_cpus_vectors_in_bfloat16(world):
     made = embed(_config(root, "on-gpu", dtype="auto", num_workers=None))
     assert made.manifest.details["encoder"]["dtype"] == "bfloat16"
     assert made.manifest.details["work"]["padding_share"] == 0
-    encoder = Encoder.load(find_model(str(root / "model")), device="cpu")
+    encoder = Encoder.load(open_model(str(root / "model")), device="cpu")
     expected = encoder.encode([each.text for each in passages], "passage", [each.title for each in passages])
     found, _ = _read(root, "on-gpu")
     ours = np.stack([found[each.doc_id] for each in passages])
@@ -119,7 +119,7 @@ def test_embedding_again_does_nothing_and_another_model_is_refused(world, vector
     root, _ = world
     before = _files(root, "vectors")
     assert embed(_config(root, "vectors", batch_tokens=77, num_workers=2)).fingerprint == vectors.fingerprint
-    spelled_out = encoding_of(find_model(str(root / "model"))).model_dump()
+    spelled_out = open_model(str(root / "model")).encoding.model_dump()
     assert embed(_config(root, "vectors", encoding=spelled_out)).fingerprint == vectors.fingerprint
     for options in ({"retriever": str(root / "other")}, {"encoding": spelled_out | {"pooling": "mean"}}):
         with pytest.raises(ArtifactConflictError, match=next(iter(options))):
@@ -279,7 +279,7 @@ def test_only_new_and_changed_passages_are_encoded(world, vectors, tmp_path, cap
     assert table.num_rows == len(found) == 201 and found.keys() == {each.doc_id for each in now}
     copied = [each.doc_id for each in now if each.doc_id in earlier and each.doc_id != now[10].doc_id]
     np.testing.assert_array_equal([found[each] for each in copied], [earlier[each] for each in copied])
-    encoder = Encoder.load(find_model(str(root / "model")))
+    encoder = Encoder.load(open_model(str(root / "model")))
     expected = encoder.encode([each.text for each in now], "passage", [each.title for each in now])
     np.testing.assert_allclose([found[each.doc_id] for each in now], expected, atol=1e-5)
 
@@ -332,7 +332,7 @@ def _overlap_by_hand(root, passages):
     once = [each for each in passages if each.doc_id != "d00007"]
     nearest = []
     for name in ("model", "other"):
-        encoder = Encoder.load(find_model(str(root / name)))
+        encoder = Encoder.load(open_model(str(root / name)))
         vectors = encoder.encode([each.text for each in once], "passage", [each.title for each in once])
         scores = vectors @ vectors.T
         np.fill_diagonal(scores, -np.inf)
@@ -356,7 +356,7 @@ def test_a_text_is_encoded_once_in_the_whole_corpus(world, ray_session, tmp_path
     read = [each for path in sorted((tmp_path / "out/vectors").iterdir()) for each in _pairs(folder, path)]
     found = dict(read)
     assert len(read) == len(found) == 90
-    whole = Encoder.load(find_model(str(root / "model"))).encode(
+    whole = Encoder.load(open_model(str(root / "model"))).encode(
         [each.text for each in passages], "passage", [each.title for each in passages]
     )
     cut = whole[:, :8] / np.linalg.norm(whole[:, :8], axis=1, keepdims=True)
@@ -584,8 +584,8 @@ def test_a_cluster_that_shrinks_under_a_run_is_a_failure_and_not_bad_input(monke
 
 def test_another_node_must_have_the_models_own_weights(world, ray_session):
     root, _ = world
-    model = find_model(str(root / "model"))
-    encoding = encoding_of(model)
+    model = open_model(str(root / "model"))
+    encoding = model.encoding
     due = encoder_fingerprint(model, encoding, "float32")
     load = functools.partial(
         on_worker.load_encoder, encoding=encoding, dtype="float32", due=due, num_threads=1, batch_tokens=None
@@ -598,10 +598,8 @@ def test_another_node_must_have_the_models_own_weights(world, ray_session):
 
 def test_the_manifest_knows_the_fingerprint_that_the_encoder_has(world, vectors):
     root, _ = world
-    model = find_model(str(root / "model"))
-    assert vectors.manifest.details["encoder"]["fingerprint"] == encoder_fingerprint(
-        model, encoding_of(model), "float32"
-    )
+    model = open_model(str(root / "model"))
+    assert vectors.manifest.details["encoder"]["fingerprint"] == encoder_fingerprint(model, model.encoding, "float32")
     assert vectors.manifest.details["encoder"]["fingerprint"] != encoder_fingerprint(
-        find_model(str(root / "other")), encoding_of(model), "float32"
+        open_model(str(root / "other")), model.encoding, "float32"
     )

@@ -79,14 +79,14 @@ def test_it_learns_and_two_workers_with_cached_gradients_equal_one_with_none(
 def pairs_of(
     source: labelled_pairs.PairSource, base: Path, target: Path, num_negatives: int = 1
 ) -> list[dict[str, Any]]:
-    model = models.find_model(str(base))
-    encoding = models.encoding_of(model)
+    model = models.open_model(str(base))
+    encoding = model.encoding
     labelled_pairs.write_pairs(source, model, encoding, Location(str(target)), num_negatives=num_negatives)
     return list(pq.read_table(target).to_pylist())
 
 
 def text_of(base: Path, ids: list[int]) -> str:
-    return str(models.load_tokenizer(models.find_model(str(base))).decode(ids, skip_special_tokens=True))
+    return str(models.open_model(str(base)).tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def test_judged_pairs_take_the_best_passages_of_a_run_that_are_not_right(

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from readapt_ray.artifacts import read_manifest
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, WeightMismatchError
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights import export
@@ -128,7 +128,7 @@ def test_the_folder_says_what_it_is(models, outside):
     assert manifest.stage == "merge"
     assert manifest.details["left_out"] == []
     assert json.loads((folder / "readapt.json").read_text())["fingerprint"] == manifest.fingerprint
-    assert find_model(str(folder)).fingerprint() == manifest.fingerprint
+    assert open_model(str(folder)).fingerprint == manifest.fingerprint
     card = (folder / "README.md").read_text()
     for part in (*manifest.inputs.values(), str(models["decoder"]["full"]), "readapter 1.0, knowledge 0.5"):
         assert part in card

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from ir_measures import nDCG
 
-from readapt_ray.catalog.models import encoding_of, find_model
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import (
     ArtifactConflictError,
@@ -57,7 +57,7 @@ def _config(root, file_name, source="index", **options):
 
 
 def _by_hand(root, passages, queries, top_k):
-    encoder = Encoder.load(find_model(str(root / "model")))
+    encoder = Encoder.load(open_model(str(root / "model")))
     documents = encoder.encode([each.text for each in passages], "passage", [each.title for each in passages])
     scores = encoder.encode([each.text for each in queries], "query") @ documents.T
     order = np.argsort(-scores, axis=1)[:, :top_k]
@@ -127,7 +127,7 @@ def test_vectors_of_another_making_are_refused(world, source):
     root, _, _ = world
     with pytest.raises(FingerprintMismatchError, match=f"{source}' was not made by .*other.* weights"):
         search(_config(root, "x.trec", source, retriever=str(root / "other")))
-    encoding = encoding_of(find_model(str(root / "model"))).model_dump()
+    encoding = open_model(str(root / "model")).encoding.model_dump()
     with pytest.raises(FingerprintMismatchError, match="pooling is 'last' there and 'mean' here"):
         search(_config(root, "x.trec", source, encoding=encoding | {"pooling": "mean"}))
     assert not (root / "x.trec.building.json").exists()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from readapt_ray.artifacts import Workspace
-from readapt_ray.catalog.models import encoding_of, find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import scale_scoring
 from readapt_ray.errors import CorpusError, CorruptFileError, InputError, ModelError, PlacementError, WorkerError
 from readapt_ray.progress import ProgressReporter
@@ -151,7 +151,7 @@ def search(folder: Path, num_workers: int | None = None) -> scale_scoring.ScaleS
     job = scale_scoring.ScoringJob(
         models=dict.fromkeys(scale_scoring.MODELS, "x"),
         fingerprints={},
-        encoding=encoding_of(find_model(str(factories.write_contract(factories.tiny_decoder(folder / "m"))))),
+        encoding=open_model(str(factories.write_contract(factories.tiny_decoder(folder / "m")))).encoding,
         measure="RR",
         drop_self_hits=False,
         dtype="float32",

@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.models import Normalize, Pooling, Transformer
 
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.storage import Location
 from readapt_ray.training import contrastive
 from readapt_ray.training.contrastive import Contrast, encode

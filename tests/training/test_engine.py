@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.storage import Location
 from readapt_ray.training import dora
 from readapt_ray.training.checkpoints import DataOrder
@@ -100,7 +100,7 @@ class RecordsSeeds:
 
 def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype) -> None:
     join(folder, device)
-    source = find_model(str(folder / "base"))
+    source = open_model(str(folder / "base"))
     for name, zero_stage in (("whole", 0), ("partitioned", 3)):
         model = load_for_training(
             source, objective="causal_lm", dtype=dtype, device=torch.device(device), zero_stage=zero_stage

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from readapt_ray.catalog.models import encoding_of, find_model, load_tokenizer
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
@@ -127,7 +127,7 @@ def test_plain_transformers_makes_the_ids_that_the_encoding_asks_for(tmp_path, m
     (tmp_path / "out").mkdir()
     for folder in (source, tmp_path / "out"):
         (folder / "config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(find_model(str(source)))
+    tokenizer = open_model(str(source)).tokenizer
     write_tokenizer(tokenizer, _encoding(add_bos=bos, add_eos=eos, max_query_tokens=9), tmp_path / "out")
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     raw = tokenizer("array shape", add_special_tokens=False)["input_ids"]
@@ -142,7 +142,7 @@ def test_plain_transformers_makes_the_ids_that_the_encoding_asks_for(tmp_path, m
 
 def test_a_class_that_overrides_the_file_is_found_out(tmp_path):
     source = factories.tiny_decoder(tmp_path / "in")
-    tokenizer = load_tokenizer(find_model(str(source)))
+    tokenizer = open_model(str(source)).tokenizer
     config = json.loads((source / "config.json").read_text()) | {"model_type": "qwen2"}
     (source / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="Qwen2Tokenizer overrides"):
@@ -158,7 +158,7 @@ def test_options_that_would_override_the_post_processor_are_gone(tmp_path):
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text((source / "config.json").read_text())
-    write_tokenizer(load_tokenizer(find_model(str(source))), _encoding(), tmp_path / "out")
+    write_tokenizer(open_model(str(source)).tokenizer, _encoding(), tmp_path / "out")
     written = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
     assert "add_bos_token" not in written
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
@@ -203,7 +203,7 @@ def test_an_unknown_word_is_not_taken_for_a_special_token():
 
 def test_a_tokenizer_without_padding_gets_one(tmp_path):
     source = factories.tiny_decoder(tmp_path / "in")
-    tokenizer = load_tokenizer(find_model(str(source)))
+    tokenizer = open_model(str(source)).tokenizer
     tokenizer.pad_token = None
     config = json.loads((source / "config.json").read_text()) | {"pad_token_id": None}
     out = Location(str(tmp_path / "out"))
@@ -226,22 +226,22 @@ def test_the_encoding_is_read_back_from_both_contracts(tmp_path, pooling, normal
         max_query_tokens=100,
         lower_case=True,
     )
-    model = find_model(str(source))
+    model = open_model(str(source))
     config = headless_config(model.read_json("config.json"), dtype="float32", name="x")
     out = Location(str(tmp_path / "out"))
-    write_model_files(out, config=config, tokenizer=load_tokenizer(model), encoding=encoding, contract={"a": 1})
-    assert encoding_of(find_model(str(tmp_path / "out"))) == encoding
+    write_model_files(out, config=config, tokenizer=model.tokenizer, encoding=encoding, contract={"a": 1})
+    assert open_model(str(tmp_path / "out")).encoding == encoding
     (tmp_path / "out/readapt.json").unlink()
     changed = {"query_template": "Instruct: find it\nQuery: {text}", "task": ""}
-    assert encoding_of(find_model(str(tmp_path / "out"))) == encoding.model_copy(update=changed)
+    assert open_model(str(tmp_path / "out")).encoding == encoding.model_copy(update=changed)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_vectors_that_are_cut_are_said_to_be_so(tmp_path, caplog, normalize):
     source = factories.tiny_encoder(tmp_path / "in")
-    model = find_model(str(source))
+    model = open_model(str(source))
     config = headless_config(model.read_json("config.json"), dtype="float32", name="x")
-    written = {"config": config, "tokenizer": load_tokenizer(model), "contract": {}}
+    written = {"config": config, "tokenizer": model.tokenizer, "contract": {}}
     cards = {}
     for dimensions in (None, 16):
         encoding = _encoding(normalize=normalize, dimensions=dimensions)
@@ -308,11 +308,11 @@ def test_the_rope_is_written_as_older_libraries_read_it_too(tmp_path, scaling):
 
 def test_the_pooling_is_written_as_other_servers_read_it(tmp_path):
     source = factories.tiny_decoder(tmp_path / "in")
-    model = find_model(str(source))
+    model = open_model(str(source))
     write_model_files(
         Location(str(tmp_path / "out")),
         config=headless_config(model.read_json("config.json"), dtype="float32", name="x"),
-        tokenizer=load_tokenizer(model),
+        tokenizer=model.tokenizer,
         encoding=_encoding(),
         contract={},
     )

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.weights import readapter as readapter_module
 from readapt_ray.weights.adapter import Adapter
@@ -33,7 +33,7 @@ def test_any_pair_of_scales_equals_what_a_merge_writes(tmp_path, monkeypatch, ma
     else:
         retriever = factories.lora_adapter(tmp_path / "ret", pretrained)
     made = _readapter(pretrained, retriever, factories.dora_adapter(tmp_path / "ad", pretrained))
-    module = load_model(find_model(str(pretrained)), dtype=dtype, device=device)
+    module = load_model(open_model(str(pretrained)), dtype=dtype, device=device)
     live = LiveReadapter(module, made)
     tolerance = {"rtol": 0, "atol": 0} if device == "cpu" else {}  # a GPU rounds sums of products another way
     for a, k in SCALES:
@@ -46,7 +46,7 @@ def test_any_pair_of_scales_equals_what_a_merge_writes(tmp_path, monkeypatch, ma
 def test_a_forward_pass_moves_with_the_scales(tmp_path):
     pretrained = factories.tiny_decoder(tmp_path / "pre")
     made = _readapter(pretrained, pretrained, factories.dora_adapter(tmp_path / "ad", pretrained))
-    module = load_model(find_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    module = load_model(open_model(str(pretrained)), dtype=torch.float32, device="cpu")
     live = LiveReadapter(module, made)
     ids = torch.tensor([[1, 5, 9, 2]])
     outputs = []
@@ -61,7 +61,7 @@ def test_one_scale_for_all_adapters_or_one_each(tmp_path):
     pretrained = factories.tiny_decoder(tmp_path / "pre")
     folders = [factories.dora_adapter(tmp_path / f"ad{seed}", pretrained, seed=seed) for seed in (3, 4)]
     made = _readapter(pretrained, pretrained, *folders)
-    module = load_model(find_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    module = load_model(open_model(str(pretrained)), dtype=torch.float32, device="cpu")
     live = LiveReadapter(module, made)
     name = "layers.0.mlp.up_proj.weight"
     for given, scales in ((0.5, (0.5, 0.5)), ((0.5, 0.1), (0.5, 0.1))):
@@ -76,14 +76,14 @@ def test_one_scale_for_all_adapters_or_one_each(tmp_path):
 def test_another_kind_of_module_is_refused(tmp_path):
     pretrained = factories.tiny_decoder(tmp_path / "pre")
     deeper = factories.tiny_decoder(tmp_path / "deeper", num_layers=3)
-    module = load_model(find_model(str(deeper)), dtype=torch.float32, device="cpu")
+    module = load_model(open_model(str(deeper)), dtype=torch.float32, device="cpu")
     with pytest.raises(WeightMismatchError, match=r"layers\.2.*only in the live model"):
         LiveReadapter(module, _readapter(pretrained, pretrained))
 
 
 def test_nan_is_refused_before_a_scale_is_set(tmp_path):
     pretrained = factories.tiny_decoder(tmp_path / "pre")
-    module = load_model(find_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    module = load_model(open_model(str(pretrained)), dtype=torch.float32, device="cpu")
     tensors = factories.read_tensors(pretrained)
     tensors["model.norm.weight"][0] = float("nan")
     factories.write_tensors(pretrained, tensors)
@@ -109,7 +109,7 @@ def test_a_retriever_with_more_or_fewer_words_is_what_a_merge_writes(tmp_path, m
     else:
         knowledge = Checkpoint(factories.full_retriever(tmp_path / "tuned", pretrained, seed=5, dtype="bfloat16"))
     made = Readapter(before, Checkpoint(retriever), [knowledge], accept_vocabulary=True)
-    module = load_model(find_model(str(retriever)), dtype=torch.float32, device="cpu")
+    module = load_model(open_model(str(retriever)), dtype=torch.float32, device="cpu")
     live = LiveReadapter(module, made)
     for a, k in SCALES:
         live.set_scales(a, k)

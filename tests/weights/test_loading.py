@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from readapt_ray.catalog.models import find_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.loading import load_model
 from tests import factories
@@ -14,7 +14,7 @@ IDS = torch.tensor([[1, 5, 9, 2, 77, 3]])
 
 
 def _load(folder, dtype=torch.float32):
-    return load_model(find_model(str(folder)), dtype=dtype, device="cpu")
+    return load_model(open_model(str(folder)), dtype=dtype, device="cpu")
 
 
 @pytest.mark.parametrize("headless", [False, True])

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import INDEX_NAME, Checkpoint, read_header
+from readapt_ray.weights.checkpoint import Checkpoint, read_header
 
 _HEAD_FILE = "head.safetensors"
 

@@ -98,10 +98,10 @@ class Collection:
 
 
 def collection(text: str, data: str | None) -> Collection:
-    """A corpus by its catalog name, or as NAME=SOURCE.
+    """Return a corpus by its catalog name, or as NAME=SOURCE.
 
     Raises:
-        CorpusError: neither.
+        CorpusError: it is neither, or the catalog name is also that of a folder here.
     """
     name, mark, source = text.partition("=")
     row = corpora.find_corpus(name)
@@ -112,5 +112,11 @@ def collection(text: str, data: str | None) -> Collection:
     row = row or corpora.corpus(name)
     if not mark:
         folder = Location(f"{data.rstrip('/')}/{row.name}") if data else None
-        source = folder.uri if folder is not None and folder.is_folder() else row.name
+        in_data = folder is not None and folder.is_folder()
+        if not in_data and Location(row.name).exists():
+            raise CorpusError(
+                f"{name!r} is a corpus of the catalog and a folder here; give {row.name}={row.name} if the folder holds that "
+                f"corpus, my-{row.name}={row.name} if it holds another, or rename it to fetch the catalog's"
+            )
+        source = folder.uri if folder is not None and in_data else row.name
     return Collection(row.name, source, row.split, row.task, row.drops_self_hits)

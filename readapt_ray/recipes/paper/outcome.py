@@ -100,7 +100,7 @@ def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Co
 
 
 def _rows(reproduction: Reproduction, outcome: _Outcome, tested: dict[str, Comparison]) -> list[dict[str, Any]]:
-    own, retriever = outcome.collection, reproduction.config.retriever
+    own, retriever = outcome.collection, reproduction.known_as or ""
     scores = published.paper_scores(retriever, own.name)
     paper = {BASE: scores.base, READAPTED: scores.readapted} if scores is not None else {}
     rows = []
@@ -133,7 +133,7 @@ def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dic
     names = list(dict.fromkeys(row["arm"] for row in rows))
     means = {(row["corpus"], row["arm"]): row["mean"] for row in rows}
     whole = [each for each in reproduction.collections if all((each, variant) in means for variant in names)]
-    seen = published.TRAINED_ON.get(reproduction.config.retriever, frozenset())
+    seen = published.TRAINED_ON.get(reproduction.known_as or "", frozenset())
     groups = {"all": whole, "zero-shot": [each for each in whole if each not in seen] if seen & set(whole) else []}
     return {
         f"{label} ({len(group)} corpora)": {

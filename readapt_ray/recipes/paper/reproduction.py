@@ -20,8 +20,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.catalog import models, retrievers
-from readapt_ray.catalog.retrievers import Encoding
+from readapt_ray.catalog import models
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.recipes.chain import Section, SectionRules, make, pack_options, stage_config
@@ -62,12 +62,13 @@ class Reproduction:
         self.collections = {each.name: each for each in (collection(text, config.data) for text in config.corpora)}
         self._has_some: dict[tuple[str, str], bool] = {}
         self._general = collection(config.general, config.data) if "table3" in config.experiments else None
-        row = retrievers.find_retriever(config.retriever)
+        row = models.find_row(config.retriever)
+        self.known_as = row.name if row is not None else None
         if config.pretrained is None and row is None:
             raise InputError(f"the catalog does not know {config.retriever!r}; say what it was made from: pretrained")
         self.pretrained = config.pretrained or str(row and row.pretrained)
-        self.encoding = models.encoding_of(models.find_model(config.retriever))
-        models.find_model(self.pretrained)
+        self.encoding = models.open_model(config.retriever).encoding
+        models.open_model(self.pretrained)
         self._check_sections()
 
     def _check_sections(self) -> None:
@@ -209,9 +210,9 @@ class Reproduction:
             {"readapter_scale": 1.0, "knowledge_scale": 0.0},
             folder,
         )
-        body = models.find_model(merged).folder
+        body = models.open_model(merged).folder
         whole = add_head(
-            Location(str(body)), models.find_model(self.pretrained).folder, Location(f"{folder}-with-head")
+            Location(str(body)), models.open_model(self.pretrained).folder, Location(f"{folder}-with-head")
         )
         return self._trained(
             own, self.corpus(own).uri, whole.uri, method="dora", seed=seed, name=f"continued-seed{seed}"
@@ -228,7 +229,7 @@ class Reproduction:
             output=f"{self._folder(source)}/blocks/{name}",
         )
         # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
-        objective = self.config.train.get("objective") or objective_of(models.find_model(self.pretrained))
+        objective = self.config.train.get("objective") or objective_of(models.open_model(self.pretrained))
         return self._make(
             "train",
             {**self._targets(), **self.config.train, "objective": objective},
@@ -240,7 +241,7 @@ class Reproduction:
         ).uri
 
     def _targets(self) -> Section:
-        row = retrievers.find_retriever(self.config.retriever)
+        row = models.find_row(self.config.retriever)
         return {} if row is None else {"target_modules": row.dora_targets}
 
     def _passages(self, source: Collection, variant: Variant, seed: int) -> str:

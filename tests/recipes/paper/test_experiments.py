@@ -114,6 +114,20 @@ def test_a_part_that_has_no_passage_is_left_out_and_said_once(tiny: Path, caplog
     ]
 
 
+def test_a_folder_called_like_a_corpus_of_the_catalog_is_not_scored_as_that_corpus_unasked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nfcorpus").mkdir()
+    with pytest.raises(
+        CorpusError, match=r"'nfcorpus' is a corpus of the catalog and a folder here.*nfcorpus=nfcorpus"
+    ):
+        collection("nfcorpus", None)
+    assert collection("nfcorpus=nfcorpus", None).source == "nfcorpus"
+    assert collection("nfcorpus", str(tmp_path)).source == str(tmp_path / "nfcorpus")
+    assert collection("mine=nfcorpus", None).name == "mine"
+
+
 def test_a_corpus_is_a_name_of_the_catalog_or_a_name_and_a_source(tiny: Path) -> None:
     assert collection("nfcorpus", str(tiny / "data")).source == str(tiny / "data" / "nfcorpus")
     assert collection("NFCorpus", None).source == "nfcorpus"

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.recipes.paper.headed import add_head
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import INDEX_NAME
 from tests import factories
 
 

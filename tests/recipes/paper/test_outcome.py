@@ -57,7 +57,7 @@ def test_what_was_published_of_a_known_retriever_stands_beside_it(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reproduction = Reproduction(config(tiny, root=str(tmp_path)))
-    monkeypatch.setattr(reproduction, "config", reproduction.config.model_copy(update={"retriever": "e5-mistral"}))
+    monkeypatch.setattr(reproduction, "known_as", "e5-mistral")
     _write(reproduction, {("base", 0): 4, ("readapted", 0): 1})
     text = write_outcome(reproduction, "table1", (0,))
     result = json.loads((tmp_path / "table1.json").read_text())

@@ -1,0 +1,167 @@
+"""Entries of the model cache: filled by one process at a time, kept while in use, and removed when room is needed.
+
+In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
+folder NAME lie NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
+(locked by each process that uses it; its time says when it was last found). When the cache is larger than
+READAPT_CACHE_GB, the entries that were not used for longest are removed. Only files that NAME.json lists are removed.
+"""
+
+import contextlib
+import fcntl
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from readapt_ray import environment
+from readapt_ray.storage import Location, name_when_whole
+
+logger = logging.getLogger("readapt_ray")
+
+_GB = 1e9
+_KINDS = ("models", "converted")
+_NAME = re.compile(r"[0-9a-f]{32}")
+_in_use: dict[Path, IO[str]] = {}
+"""The open `.use` files of this process. Their locks end with the process, however it ends."""
+_room = threading.Lock()
+
+
+def folder_of(kind: str) -> Path:
+    """Return the folder of one kind of entries: `models` for fetched ones, `converted` for pickled weights.
+
+    Raises:
+        InputError: READAPT_CACHE is not a folder.
+    """
+    return environment.cache_folder() / kind
+
+
+def files_record(entry: Path) -> Path:
+    """Return the JSON file that lists the files of an entry."""
+    return _beside(entry, ".json")
+
+
+def note_files(entry: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """List the files of an entry, each with its `size_bytes`. List them before they are written."""
+    Location(str(files_record(entry))).write_text(json.dumps(files, indent=2) + "\n")
+
+
+def noted_files(entry: Path) -> dict[str, dict[str, Any]]:
+    """Return what `note_files` wrote; empty where nothing was, or it cannot be read."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return dict(json.loads(files_record(entry).read_text(encoding="utf-8")))
+    return {}
+
+
+@contextlib.contextmanager
+def locked(entry: Path) -> Iterator[None]:
+    """Be the only process that fills or removes an entry; wait while another one does."""
+    with _opened(_beside(entry, ".lock")) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def keep(entry: Path) -> None:
+    """Keep an entry until this process ends, and note that it was used now. Call it inside `locked`."""
+    use = _beside(entry, ".use")
+    if entry not in _in_use:
+        _in_use[entry] = _opened(use)
+        fcntl.flock(_in_use[entry], fcntl.LOCK_SH)
+    use.touch()
+
+
+def make_room() -> None:
+    """Remove the entries that were not used for longest until the cache is within READAPT_CACHE_GB.
+
+    Entries in use stay, so the cache may remain larger. List the files of an entry first (`note_files`), so that they
+    count before they are written.
+
+    Raises:
+        InputError: READAPT_CACHE_GB is not a number of 0 or more.
+    """
+    limit_bytes = environment.cache_gb() * _GB
+    with _room:
+        entries = sorted(_entries(), key=lambda each: each.last_used_s)
+        total_bytes = sum(each.num_bytes for each in entries)
+        for each in entries:
+            if total_bytes <= limit_bytes:
+                return
+            if _removed_unless_used(each.folder):
+                total_bytes -= each.num_bytes
+                logger.info(
+                    "removed %s (%.1f GB) from the model cache, which may hold %g GB (READAPT_CACHE_GB); of the models there "
+                    "it was not used for longest",
+                    each.folder,
+                    each.num_bytes / _GB,
+                    environment.cache_gb(),
+                )
+    if total_bytes > limit_bytes:
+        logger.info(
+            "the model cache holds %.1f GB, more than READAPT_CACHE_GB = %g: all of it is in use",
+            total_bytes / _GB,
+            environment.cache_gb(),
+        )
+
+
+def remove_files(entry: Path) -> None:
+    """Remove the listed files of an entry, unfinished writes, and its list. Call it inside `locked`.
+
+    The list goes last, so that a removal that was killed can be done again. A file that we did not write stays.
+    """
+    for name in noted_files(entry):
+        if (entry / name).resolve().is_relative_to(entry.resolve()):
+            (entry / name).unlink(missing_ok=True)
+    for path in entry.rglob("*"):
+        if name_when_whole(path.name) and path.is_file():
+            path.unlink()
+    folders = [path for path in entry.rglob("*") if path.is_dir() and not path.is_symlink()]
+    for folder in [*sorted(folders, reverse=True), entry]:
+        with contextlib.suppress(OSError):  # a file of somebody else is in it
+            folder.rmdir()
+    files_record(entry).unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    folder: Path
+    num_bytes: int
+    last_used_s: float
+
+
+def _entries() -> Iterator[_Entry]:
+    """Yield the entries that have a list of their files."""
+    for kind in _KINDS:
+        for record in folder_of(kind).glob("*.json"):
+            entry = record.with_suffix("")
+            if not _NAME.fullmatch(entry.name):
+                continue
+            with contextlib.suppress(FileNotFoundError):  # another process removes it
+                use = _beside(entry, ".use")
+                last_used_s = (use if use.exists() else record).stat().st_mtime
+                num_bytes = sum(int(each["size_bytes"]) for each in noted_files(entry).values())
+                yield _Entry(entry, num_bytes, last_used_s)
+
+
+def _removed_unless_used(entry: Path) -> bool:
+    """Remove an entry that no process fills or uses; False for any other."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
+        for suffix in (".lock", ".use"):  # in this order: `.use` is only opened and removed under the lock
+            file = stack.enter_context(_opened(_beside(entry, suffix)))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_files(entry)
+        _beside(entry, ".use").unlink()
+        return True
+    return False
+
+
+def _beside(entry: Path, suffix: str) -> Path:
+    return entry.with_name(entry.name + suffix)
+
+
+def _opened(path: Path) -> IO[str]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # On NFS a shared lock needs a file that can be read, and an exclusive one a file that can be written.
+    return path.open("a+")

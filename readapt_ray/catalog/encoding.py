@@ -1,0 +1,69 @@
+"""How a retriever turns text into a vector: templates, special tokens, limits, pooling.
+
+In: options, or a JSON file that holds them. Out: an `Encoding`, which whoever feeds the retriever must follow. Vectors of
+two encodings cannot be compared, so artifacts record it and it is part of every fingerprint.
+"""
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from readapt_ray.config import Config
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+Pooling = Literal["last", "mean", "cls"]
+
+
+class Encoding(Config):
+    """How text becomes a vector: the contract between a retriever and whoever feeds it."""
+
+    query_template: str = "{text}"
+    """Text of a query; `{text}` and, where the model has instructions, `{task}` are filled in."""
+    passage_template: str = "{title} {text}"
+    """Text of a passage; `{title}` and `{text}` are filled in. Without a title no space is left over."""
+    task: str = ""
+    """The instruction that `{task}` stands for."""
+    pooling: Pooling
+    """Which hidden states become the vector: of the last token, the first (cls), or the mean."""
+    normalize: bool = True
+    """Whether vectors have length 1, so that the inner product is the cosine."""
+    add_bos: bool
+    """Whether the ids begin with the tokenizer's BOS (CLS for encoders)."""
+    add_eos: bool
+    """Whether the ids end with the tokenizer's EOS (SEP for encoders)."""
+    max_query_tokens: int = 512
+    """Longest query in tokens, specials included; what is longer is cut before the EOS."""
+    max_passage_tokens: int = 512
+    """Longest passage in tokens, specials included; what is longer is cut before the EOS."""
+    lower_case: bool = False
+    """Whether text is lower-cased before it is tokenised (a sentence-transformers setting)."""
+    dimensions: int | None = Field(default=None, ge=1)
+    """Numbers of a vector that are kept, the first ones, before it is normalised; all by default."""
+
+
+def read_encoding(uri: str) -> Encoding:
+    """Read an encoding from a JSON file.
+
+    Raises:
+        InputError: there is no such file, it is not JSON, or an option in it is wrong.
+    """
+    location = Location(uri)
+    if not location.is_file():
+        raise InputError(f"no file {uri!r}; give a JSON file with pooling, templates and specials")
+    try:
+        values = json.loads(location.read_text())
+    except ValueError as error:
+        raise InputError(f"{uri!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{uri!r} holds a {type(values).__name__}; it must be a JSON object of encoding options")
+    return Encoding.parse(values.get("encoding", values), where=uri)
+
+
+def _from_file(value: object) -> object:
+    return read_encoding(value) if isinstance(value, str) else value
+
+
+EncodingOption = Annotated[Encoding | None, BeforeValidator(_from_file)]
+"""A field of a config: an encoding, the name of a JSON file that holds one, or None."""
