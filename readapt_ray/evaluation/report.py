@@ -83,10 +83,7 @@ def build_report(
             {
                 "name": name,
                 "means": means[name],
-                "num_results": len(runs[name]),
-                "depth": runs[name].depth,
-                "without_results": list(measurements[name].without_results),
-                "without_judgements": list(measurements[name].without_judgements),
+                **_contents(runs[name], measurements[name]),
                 "provenance": provenance[name],
             }
             for name in names
@@ -95,6 +92,16 @@ def build_report(
         "recall": _recall(runs, judgements),
         "changes": changes,
         "settings": {"num_permutations": num_permutations, "seed": seed, "confidence": 0.95, "alpha": ALPHA},
+    }
+
+
+def _contents(run: Run, measurement: Measurement) -> dict[str, Any]:
+    """What a run holds, and what it lacks."""
+    return {
+        "num_results": len(run),
+        "depth": run.depth,
+        "without_results": list(measurement.without_results),
+        "without_judgements": list(measurement.without_judgements),
     }
 
 
