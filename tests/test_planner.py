@@ -1,6 +1,7 @@
 """Plans: what models cost, what clusters have, what a run takes, what cannot fit, and what breaks first."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,7 @@ def test_the_plan_is_json_on_request(run_file: Path, capsys: pytest.CaptureFixtu
     assert cli.main(arguments) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["seconds"]["expected"] == pytest.approx(sum(each["seconds"]["expected"] for each in values["stages"]))
+    assert set(values["grid"]) == {str(size) for size in scaling.PASSAGES}
     assert {"passages", "workers"} == set(values["limits"]) and values["limits"]["passages"][0]["at"] > 0
 
 
@@ -527,3 +529,32 @@ def test_what_drivers_hold_is_what_was_measured() -> None:
     for stage, assumed in (("ingest", scaling._ID_BYTES["exact"]), ("embed", scaling._EMBED_DRIVER_BYTES)):
         measured = (large[stage]["driver_GB"] - small[stage]["driver_GB"]) * 1e9 / (10_000_000 - 100_000)
         assert assumed == pytest.approx(measured, rel=0.15), stage
+
+
+def test_the_table_of_other_sizes_says_of_this_size_what_the_plan_says(run_file: Path) -> None:
+    found = make_plan(run_file, num_passages=10_000_000)
+    same = write(run_file, {"nodes": [{**CLUSTER["nodes"][0], "count": 1}, CLUSTER["nodes"][1]]}, "one-node.yaml")
+    alone = make_plan(run_file, num_passages=10_000_000, cluster=same)
+    cell = found.grid[10_000_000][8]
+    assert cell.seconds == pytest.approx(alone.seconds[1])
+    assert cell.usd == pytest.approx(alone.usd(alone.seconds[1]))
+    line = next(line for line in plan_report.text(found).splitlines() if line.startswith("10 M "))
+    assert all(plan_report.duration(each.seconds) in line for each in found.grid[10_000_000].values())
+
+
+def test_training_takes_a_week_at_the_size_from_which_the_plan_says_so(run_file: Path) -> None:
+    found = make_plan(run_file, num_passages=1_000_000)
+    limit = next(limit for limit in found.passage_limits if "over a week" in limit.what)
+    at_limit = make_plan(run_file, num_passages=int(limit.at))
+    assert stage(at_limit, "train").seconds == pytest.approx(7 * 86_400, rel=0.05)
+
+
+def test_a_size_from_which_more_workers_do_not_help_shows_in_the_table(run_file: Path) -> None:
+    """The limit of workers and the table come from the same estimates: beyond the limit the hours stay."""
+    found = make_plan(run_file, num_passages=1_000_000)
+    stuck = next(limit.at for limit in found.worker_limits if "get no faster" in limit.what)
+    hours = found.grid[1_000_000]
+    at = scaling.WORKERS.index(int(stuck))
+    for fewer, more in itertools.pairwise(scaling.WORKERS[at:]):
+        assert hours[more].seconds > 0.5 * hours[fewer].seconds
+    assert hours[1].seconds > hours[8].seconds

@@ -14,7 +14,7 @@ from readapt_ray.planner.corpus import encoding_of, measure_corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
 from readapt_ray.planner.rates import Rates
-from readapt_ray.planner.scaling import Limit
+from readapt_ray.planner.scaling import Cell, Limit
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
@@ -48,6 +48,8 @@ class Plan:
     """Of each kind of index, as the run's options have it."""
     passage_limits: list[Limit]
     worker_limits: list[Limit]
+    grid: dict[int, dict[int, Cell]]
+    """The same run at other numbers of passages, and of GPUs (nodes, where there is no GPU)."""
 
     @property
     def seconds(self) -> tuple[float, float, float]:
@@ -95,6 +97,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         index_bytes=stages.index_bytes(_first(steps, "index"), setting.corpus.num_passages, setting.dimension),
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
+        grid=scaling.grid(steps, setting),
     )
 
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from readapt_ray import progress
-from readapt_ray.planner import Plan
+from readapt_ray.planner import Plan, scaling
 
 
 def text(plan: Plan) -> str:
     """The whole plan."""
-    parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _limits(plan), _basis(plan)]
+    parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _grid(plan), _limits(plan), _basis(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -37,6 +37,9 @@ def values(plan: Plan) -> dict[str, Any]:
             }
             for each in plan.stages
         ],
+        "grid": {
+            str(size): {str(workers): vars(cell) for workers, cell in row.items()} for size, row in plan.grid.items()
+        },
         "limits": {
             "passages": [vars(limit) for limit in plan.passage_limits],
             "workers": [vars(limit) for limit in plan.worker_limits],
@@ -94,6 +97,18 @@ def _sizes(plan: Plan) -> str:
     kinds = ", ".join(f"{name} {size(each)}" for name, each in plan.index_bytes.items())
     month = plan.out_bytes / 1e9 * storage.usd_per_gb_month
     return f"an index in memory: {kinds}\nkeeping the artifacts: {_usd(month)} a month in an object store"
+
+
+def _grid(plan: Plan) -> str:
+    kind = "GPU" if plan.setting.cluster.num_gpus else "node"
+    rows = [
+        ("passages", *(f"{workers:,} {kind}{'s' * (workers > 1)}" for workers in scaling.WORKERS), "first to break")
+    ]
+    for num_passages, cells in plan.grid.items():
+        broken = [limit.what for limit in plan.passage_limits if limit.at < num_passages]
+        shown = (duration(cell.seconds) + (f", {_usd(cell.usd)}" if cell.usd else "") for cell in cells.values())
+        rows.append((count(num_passages), *shown, broken[0] if broken else ""))
+    return "at other sizes\n" + table(rows)
 
 
 def _limits(plan: Plan) -> str:

@@ -1,5 +1,6 @@
-"""What breaks first as a corpus or a cluster grows.
+"""The same run at other sizes: hours and money, and what breaks first as a corpus or a cluster grows.
 
+Both come from the estimates of the stages, so the table of other sizes and the limits agree.
 Each limit is a count of passages or of workers beyond which something that does not grow with the cluster decides:
 the one process that ingests, the driver's memory, the number of files, the batch, a flat scan.
 """
@@ -14,6 +15,7 @@ from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes.chain import Step
 from readapt_ray.stages.embed import MAX_SHARD_ROWS
 
+PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 WORKERS: Final = (1, 8, 64, 256, 1000)
 
 _DAY_S: Final = 86_400
@@ -60,6 +62,26 @@ def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Stage
     """Every stage that has something to do."""
     found = (stages.estimate_stage(step, name, setting) for name, step in steps)
     return [each for each in found if each is not None]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of one size on so many workers."""
+
+    seconds: float
+    usd: float
+
+
+def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[int, Cell]]:
+    """Return what the run takes at each of PASSAGES, with each of WORKERS GPUs (nodes, where there is no GPU)."""
+    return {size: {workers: _cell(steps, setting, size, workers) for workers in WORKERS} for size in PASSAGES}
+
+
+def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int, workers: int) -> Cell:
+    cluster = scaled(setting.cluster, workers)
+    found = estimates(steps, replace(setting, cluster=cluster, corpus=setting.corpus.of(num_passages)))
+    seconds = sum(each.seconds for each in found)
+    return Cell(seconds, seconds / 3600 * cluster.usd_per_hour)
 
 
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
