@@ -255,7 +255,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "root": str(folder / "root"),
         "pretrained": str(base),
         "retriever": str(folder / "retriever"),
-        "train": {"block_tokens": 64},
+        "train": {"block_tokens": 64, "batch_size": 16},
         "evaluate": {"measures": "nDCG@10"},
     }
     write(folder, values, "run.yaml")
@@ -291,7 +291,7 @@ def test_each_stage_of_the_run_is_planned_and_the_sum_is_the_cost(run_file: Path
     assert found.usd(3600) == pytest.approx(found.setting.cluster.usd_per_hour)
     assert found.problems == []
     shown = plan_report.text(found)
-    assert "from 4 GPUs: train shares out batch_size = 4 blocks a step" in shown
+    assert "from 16 GPUs: train shares out batch_size = 16 blocks a step" in shown
     assert "rate not measured" in shown
 
 
@@ -558,3 +558,21 @@ def test_a_size_from_which_more_workers_do_not_help_shows_in_the_table(run_file:
     for fewer, more in itertools.pairwise(scaling.WORKERS[at:]):
         assert hours[more].seconds > 0.5 * hours[fewer].seconds
     assert hours[1].seconds > hours[8].seconds
+
+
+def test_a_batch_that_cannot_feed_all_workers_is_a_problem_with_the_number_that_would(run_file: Path) -> None:
+    (problem,) = make_plan(run_file, {"train": {"block_tokens": 64, "batch_size": 4}}).problems
+    assert problem == (
+        "adapter cannot run: a step has 4 blocks for 16 workers; give batch_size 16 or more, or num_workers 4 or fewer"
+    )
+
+
+def test_a_batch_of_its_own_choice_feeds_every_gpu_of_a_large_corpus_and_few_of_a_small_one(run_file: Path) -> None:
+    train = {"block_tokens": 1024, "batch_size": "auto", "mode": "packed"}
+    large = make_plan(run_file, {"train": train}, num_passages=10_000_000)
+    assert stage(large, "train").workers == 16 and large.problems == []
+    small = make_plan(run_file, {"train": train}, num_passages=500_000)
+    tokens = 500_000 * small.setting.corpus.train_tokens
+    assert stage(small, "train").workers == int(tokens / 500 / 16_384) < 16
+    limit = next(limit.at for limit in small.worker_limits if "stay out of training" in limit.what)
+    assert limit == stage(small, "train").workers

@@ -50,22 +50,31 @@ def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
 def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
     """Number of workers, resources of each, and whether they have a GPU.
 
-    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
-    since threads share weights and need no messages.
-
     Raises:
         PlacementError: the cluster does not have that much.
     """
-    total = connection.connect()
-    if total.num_gpus:
-        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
-        count = num_workers or max(1, room_for(resources))
-    else:
-        most, share = largest_share(num_workers)
-        resources = {"CPU": float(num_cpus_per_worker or share)}
-        count = num_workers or max(1, min(most, room_for(resources)))
+    count, resources = _training_workers(num_workers, num_cpus_per_worker)
     check_placement(count, resources, who="workers")
-    return count, resources, bool(total.num_gpus)
+    return count, resources, "GPU" in resources
+
+
+def num_training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> int:
+    """Number of workers that `place_training` would place."""
+    return _training_workers(num_workers, num_cpus_per_worker)[0]
+
+
+def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float]]:
+    """Number of workers and the resources of each.
+
+    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
+    since threads share weights and need no messages.
+    """
+    if connection.connect().num_gpus:
+        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
+        return num_workers or max(1, room_for(resources)), resources
+    most, share = largest_share(num_workers)
+    resources = {"CPU": float(num_cpus_per_worker or share)}
+    return num_workers or max(1, min(most, room_for(resources))), resources
 
 
 def room_for(each: Mapping[str, float]) -> int:

@@ -72,7 +72,8 @@ class Plan:
     @property
     def problems(self) -> list[str]:
         """What cannot fit, each as one sentence."""
-        return [
+        short = [f"{each.name} cannot run: {each.problem}" for each in self.stages if each.problem]
+        return short + [
             f"{each.name} cannot run: a worker needs {each.memory.arithmetic()}; {each.memory.mend}"
             for each in self.stages
             if each.memory is not None and each.memory.is_checked and not each.memory.fits

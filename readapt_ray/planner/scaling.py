@@ -14,6 +14,7 @@ from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes.chain import Step
 from readapt_ray.stages.embed import MAX_SHARD_ROWS
+from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
 
 PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 WORKERS: Final = (1, 8, 64, 256, 1000)
@@ -144,21 +145,25 @@ def _flat_index_limits(setting: Setting) -> list[Limit]:
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
     """Return what stops a larger cluster from being a faster one, in the order in which it does."""
     configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
-    batch_size = configs["train"].batch_size
-    limits = [
-        Limit(
-            float(batch_size),
-            f"train shares out batch_size = {batch_size} blocks a step: more workers have nothing to do",
-            "raise train.batch_size (it changes the result), or train on fewer GPUs than you embed with",
-        )
-    ]
     many = scaled(setting.cluster, max(WORKERS))
+    limits = [_batch_limit(configs["train"], setting, many)]
     shards = stages.embed_workers(configs["embed"].model_copy(update={"num_workers": None}), setting.corpus, many)
     if shards < many.num_gpus or not setting.cluster.num_gpus:
         what = f"embed has {shards:,} data shards: more actors have nothing to do"
         limits.append(Limit(float(shards), what, "lower embed.rows_per_shard"))
     limits += _stuck(steps, setting)
     return sorted(limits, key=lambda limit: limit.at)
+
+
+def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
+    """The number of workers from which a step of training has nothing for more."""
+    step = stages.train_step_size(train.model_copy(update={"num_workers": None}), setting.corpus, many)
+    if train.batch_size == "auto":
+        what = f"a run takes {MIN_STEPS} steps of {TOKENS_PER_WORKER:,} tokens per worker: more workers stay out of training"
+        return Limit(float(step.num_workers), what, "train on more passages or epochs")
+    what = f"train shares out batch_size = {step.batch_size} blocks a step: more workers have nothing to do"
+    mend = "raise train.batch_size (it changes the result), or train on fewer GPUs than you embed with"
+    return Limit(float(step.batch_size), what, mend)
 
 
 def _stuck(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:

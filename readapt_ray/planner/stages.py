@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from readapt_ray.catalog.shapes import ModelShape
+from readapt_ray.cluster.batches import BATCH_MEND, least_workers
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
@@ -14,6 +15,7 @@ from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.index_kinds import KINDS, Wanted, vector_bytes
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.embed import shard_rows
+from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
 _LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
@@ -41,6 +43,8 @@ class StageEstimate:
     rate: Rate
     memory: Memory | None = None
     note: str = ""
+    problem: str = ""
+    """Why the stage would refuse to start, memory aside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +88,26 @@ def train_workers(config: Any, cluster: Cluster) -> int:
     return int(config.num_workers or cluster.num_nodes)
 
 
-def train_steps(config: Any, corpus: Corpus) -> int:
-    """Optimizer steps."""
-    blocks = float(corpus.num_passages)
+def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
+    """What a step of training takes, and on how many workers: as training will choose it."""
+    num_blocks = float(corpus.num_passages)
     if config.mode == "packed":
-        blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
-    return max(1, math.ceil(blocks / int(config.batch_size))) * int(config.num_epochs)
+        num_blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
+    size = PackedSize(
+        num_blocks=num_blocks * config.num_epochs,
+        num_passages=float(corpus.num_passages * config.num_epochs),
+        num_tokens=corpus.num_passages * corpus.train_tokens * config.num_epochs,
+    )
+    offered = train_workers(config, cluster)
+    if config.batch_size == "auto":
+        return choose_step_size(size, num_workers=offered, least_workers=least_workers(config, offered))
+    return replace(choose_step_size(size, num_workers=offered, batch_size=config.batch_size), num_workers=offered)
+
+
+def train_steps(config: Any, corpus: Corpus, step: StepSize) -> int:
+    """Optimizer steps."""
+    num_tokens = corpus.num_passages * corpus.train_tokens
+    return max(1, math.ceil(num_tokens / step.num_tokens)) * int(config.num_epochs)
 
 
 def _device(cluster: Cluster) -> tuple[str, float]:
@@ -115,6 +133,7 @@ def _timed(
     floor_s: float = 0.0,
     needs: Memory | None = None,
     note: str = "",
+    problem: str = "",
 ) -> StageEstimate:
     """Fixed seconds, and the work at so many units times the rate; never under the floor."""
     fixed = FIXED_S[stage] + fixed_s
@@ -133,6 +152,7 @@ def _timed(
         rate=rate,
         memory=needs,
         note=note,
+        problem=problem,
     )
 
 
@@ -159,10 +179,11 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     from readapt_ray.training.speed import run_flops
 
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.pretrained
-    workers = train_workers(config, cluster)
-    busy = min(workers, config.batch_size)
+    step = train_step_size(config, corpus, cluster)
+    workers = step.num_workers
+    busy = min(workers, step.batch_size)
     device, peak = _device(cluster)
-    steps = train_steps(config, corpus)
+    steps = train_steps(config, corpus, step)
     adapter = train_adapter(config, shape)
     work = run_flops(
         shape,
@@ -176,7 +197,11 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
     rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
-    idle = f"{workers - busy} of {workers} workers have nothing to do" if busy < workers else ""
+    problem = ""
+    if busy < workers:
+        problem = (
+            f"a step has {busy} blocks for {workers} workers; {BATCH_MEND.format(num_workers=workers, batch_size=busy)}"
+        )
     is_floor = floor > work / (units * rate.value)
     bound = ", so short that what a step costs at least decides" if is_floor else ""
     return _timed(
@@ -193,10 +218,9 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         floor_s=floor,
         needs=train_memory(config, shape, cluster, workers),
         note="; ".join(
-            filter(
-                None, [f"{steps:,} steps of {config.batch_size} blocks{bound}", idle, _float32_note(config, cluster)]
-            )
+            filter(None, [f"{steps:,} steps of {step.batch_size:,} blocks{bound}", _float32_note(config, cluster)])
         ),
+        problem=problem,
     )
 
 

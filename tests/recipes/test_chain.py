@@ -21,7 +21,7 @@ FILES = sorted(JOBS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> None:
+def test_the_shipped_experiments_resolve_to_the_papers_settings_and_use_all_gpus_unless_named_paper(file: Path) -> None:
     config = RunConfig.parse(yaml.safe_load(file.read_text()), where=file.name)
     steps = {step.name: step for step in chain.plan_run(config)}
     assert list(steps) == [
@@ -38,10 +38,12 @@ def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> N
         "report",
     ]
     train: Any = steps["adapter"].config
-    assert (train.lora_rank, train.lora_alpha, train.lora_dropout, train.batch_size) == (32, 64, 0.05, 4)
+    assert (train.lora_rank, train.lora_alpha, train.lora_dropout) == (32, 64, 0.05)
     assert (train.learning_rate, train.num_epochs, train.method) == (2e-4, 1, "dora")
     blocks: Any = steps["blocks"].config
-    assert (blocks.mode, blocks.block_tokens) == ("passage", 1024)
+    is_papers = file.stem.endswith("-paper")
+    assert (blocks.mode, train.batch_size) == (("passage", 4) if is_papers else ("packed", "auto"))
+    assert blocks.block_tokens == 1024
     merge: Any = steps["adapted"].config
     assert (merge.readapter_scale, merge.knowledge_scale) == (1.0, 0.5)
     row = retrievers.retriever(config.retriever)
@@ -67,7 +69,8 @@ def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus
 
 
 def test_there_is_a_file_for_each_promised_model() -> None:
-    assert [file.stem for file in FILES] == ["e5-mistral", "qwen3-embedding-0.6b", "repllama"]
+    models = ("e5-mistral", "qwen3-embedding-0.6b", "repllama")
+    assert {file.stem for file in FILES} == {f"{model}{variant}" for model in models for variant in ("", "-paper")}
 
 
 def test_a_wrong_section_is_named() -> None:

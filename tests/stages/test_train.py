@@ -50,6 +50,23 @@ def trained(packed: tuple[Path, Path], output: Path, **options: Any) -> Artifact
     return train(TrainConfig(pretrained=str(base), corpus=str(blocks), output=str(output), **{**values, **options}))
 
 
+def test_a_batch_that_cannot_feed_every_worker_is_refused_with_the_number_that_would(
+    packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(PlacementError, match=r"batch_size = 1 blocks cannot feed 2 workers: give batch_size 2 or more"):
+        trained(packed, tmp_path / "a", num_workers=2, batch_size=1)
+
+
+def test_a_batch_size_of_our_choice_and_its_learning_rate_are_in_the_manifest(
+    packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """160 passages are few for 500 steps: one block per worker and step, and the rate stays that of 4 passages."""
+    artifact = trained(packed, tmp_path / "a", num_workers=2, batch_size="auto", learning_rate=1e-3)
+    details = artifact.manifest.details
+    assert (details["batch_size"], details["num_workers"], details["learning_rate"]) == (2, 2, 1e-3)
+    assert artifact.manifest.counts["num_steps"] == 80 == len(read_metrics(artifact.location))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
