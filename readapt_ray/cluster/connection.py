@@ -136,7 +136,7 @@ def _start_on_this_machine() -> None:
     ray.init(
         address="local",  # without a word Ray joins what it last saw on this machine, alive or not
         include_dashboard=False,
-        num_cpus=environment.num_cpus(),
+        num_cpus=environment.num_cpus() or hardware.num_cores(),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )

@@ -4,12 +4,20 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from readapt_ray import hardware
+
 
 def alive() -> list[dict[str, Any]]:
     """Return the nodes that are up, as Ray describes them."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def cores_per_process(num_processes: int) -> int:
+    """Return the cores of this node that each of so many processes has, spread evenly over the nodes that have CPUs."""
+    num_nodes = max(1, sum(bool(node["Resources"].get("CPU")) for node in alive()))
+    return max(1, hardware.num_cores() // -(-num_processes // num_nodes))
 
 
 def described(nodes: Sequence[Mapping[str, Any]]) -> str:

@@ -102,7 +102,7 @@ class PairSearch:
         from ray.exceptions import RayActorError
 
         if self._new_actor is None:
-            self._start_all()
+            self._start_all(len(pairs))
         waiting = list(pairs)
         num_left, num_vain_losses = len(pairs), 0
         with placement.said_when_too_small(1, self._each, who="actors"):
@@ -128,12 +128,13 @@ class PairSearch:
                     num_left, num_vain_losses = num_left - 1, 0
                     yield found
 
-    def _start_all(self) -> None:
+    def _start_all(self, num_pairs: int) -> None:
         import ray
 
         on_gpus = bool(connection.connect().num_gpus)
         self._each = {"CPU": 1, "GPU": int(on_gpus)}
         count = self._num_workers or (max(1, placement.room_for(self._each)) if on_gpus else 1)
+        count = min(count, num_pairs)
         placement.check_placement(count, self._each, who="actors")
         remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_PairScorer)
         job, sample = replace(self._job, driver_node=on_worker.this_node()), ray.put(self._sample)

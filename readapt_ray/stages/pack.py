@@ -52,7 +52,7 @@ def pack(config: PackConfig) -> Artifact:
     from readapt_ray.training import packing
 
     corpus = artifacts.open_artifact(config.corpus, "ingest")
-    model = models.find_model(config.pretrained)
+    model = models.find_model(config.pretrained, with_weights=False)
     tokenizer = models.load_tokenizer(model)
     if packing.end_id(tokenizer) is None:
         raise ModelError(
@@ -158,7 +158,7 @@ def _pack_file(
 
     target = Location(blocks_uri) / f"part-{part['index']:05d}.parquet"
     if not target.is_file():
-        tokenizer = models.load_tokenizer(models.find_model(job["pretrained"]))
+        tokenizer = models.load_tokenizer(models.find_model(job["pretrained"], with_weights=False))
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 
