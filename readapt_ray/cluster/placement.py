@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from readapt_ray.cluster import connection, nodes
+from readapt_ray import environment
+from readapt_ray.cluster import autoscaling, connection, nodes
 from readapt_ray.errors import PlacementError
 
 logger = logging.getLogger("readapt_ray")
@@ -78,8 +79,9 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """How many workers that ask for so much the nodes hold when they are idle."""
-    return sum(_room(node["Resources"], each) for node in nodes.alive())
+    """How many workers that ask for so much the nodes hold when they are idle, those that the autoscaler may bring included."""
+    room = nodes.room_for(each)
+    return max(room, int((environment.num_gpus() or 0) // each["GPU"])) if autoscaling.may_grow(each) else room
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
@@ -96,12 +98,14 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
     """
     import ray
 
+    if autoscaling.may_grow(each) and nodes.room_for(each) < num_workers <= room_for(each):
+        return
     asked = _asked(num_workers, each, who)
     lost_s: float | None = None
     while True:
         known = ray.nodes()
         up = [node for node in known if node["Alive"]]
-        room = sum(_room(node["Resources"], each) for node in up)
+        room = sum(nodes.room_on(node["Resources"], each) for node in up)
         if room >= num_workers:
             break
         lost_s = lost_s or time.monotonic()
@@ -152,7 +156,7 @@ def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: thr
         except (ray.exceptions.RayError, ConnectionError) as error:
             logger.debug("no answer about nodes: %s", error)
             continue
-        room = sum(_room(node["Resources"], each) for node in up)
+        room = sum(nodes.room_on(node["Resources"], each) for node in up)
         small_s = small_s + _ROOM_POLL_S if room < num_workers else 0.0
         if small_s and small_s % _ROOM_LOG_S == _ROOM_SAID_S:
             logger.warning(
@@ -165,11 +169,6 @@ def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: thr
 
 def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
     return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-
-
-def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """How many of such workers a node holds."""
-    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
 
 
 def largest_share(num_workers: int | None) -> tuple[int, int]:

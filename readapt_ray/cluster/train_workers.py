@@ -19,7 +19,7 @@ from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import Model
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import shape_of
-from readapt_ray.cluster import connection, on_worker, placement, step_metrics
+from readapt_ray.cluster import autoscaling, connection, on_worker, placement, step_metrics
 from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization, worker_setup
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.seeds import derive_seed
@@ -125,6 +125,7 @@ def run_workers(
 
     try:
         with (
+            autoscaling.requested(num_workers, resources, least=config.min_workers or num_workers),
             step_metrics.followed(monitor, workspace, config.trackers),
             placement.said_when_too_small(config.min_workers or num_workers, resources, who="workers"),
         ):
