@@ -11,6 +11,7 @@ from readapt_ray.catalog.shapes import model_shape, pretrained_shape
 from readapt_ray.config import Config
 from readapt_ray.planner import machines, rates, scaling, stages
 from readapt_ray.planner.corpus import encoding_of, measure_corpus
+from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
 from readapt_ray.planner.rates import Rates
@@ -52,22 +53,40 @@ class Plan:
     """The same run at other numbers of passages, and of GPUs (nodes, where there is no GPU)."""
 
     @property
-    def seconds(self) -> tuple[float, float, float]:
-        """Low, expected and high, of all stages one after another."""
-        return (
-            sum(each.low_s for each in self.stages),
-            sum(each.seconds for each in self.stages),
-            sum(each.high_s for each in self.stages),
-        )
+    def costs(self) -> tuple[Cost, Cost, Cost]:
+        """Time and money of the whole run: low, expected and high."""
+        return self.costs_of(self.stages)
+
+    def costs_of(self, stages: list[StageEstimate]) -> tuple[Cost, Cost, Cost]:
+        """Time and money of some stages: low, expected and high."""
+        durations: tuple[Duration, ...] = (lambda each: each.low_s, lambda each: each.seconds, lambda each: each.high_s)
+        low, mid, high = (cost_of(stages, self.setting.cluster, duration) for duration in durations)
+        return low, mid, high
+
+    @property
+    def model_stages(self) -> list[StageEstimate]:
+        """Those that make the models and the vectors: what GPUs are for."""
+        return [each for each in self.stages if each.stage in ("train", "merge", "embed")]
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What the figures rest on beside the measured rates, a sentence each."""
+        cluster = self.setting.cluster
+        rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
+        lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
+        lines += [f"weights are read at {stages.LOAD_BYTES_PER_S / 1e9:g} GB/s, each model once per node"]
+        if cluster.growing_usd_per_hour:
+            lines += [
+                f"GPU nodes start in {START_S / 60:.0f} minutes, all at once, and end after {cluster.idle_timeout_s / 60:g} idle "
+                f"minutes; their prices run from the start",
+                "no spot node is taken away; each one that is costs a data shard, or up to five minutes of training",
+            ]
+        return lines
 
     @property
     def out_bytes(self) -> float:
         """Of all artifacts."""
         return sum(each.out_bytes for each in self.stages)
-
-    def usd(self, seconds: float) -> float:
-        """What the whole cluster costs for so long."""
-        return seconds / 3600 * self.setting.cluster.usd_per_hour
 
     @property
     def problems(self) -> list[str]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from readapt_ray.planner import stages
+from readapt_ray.planner.cost import cost_of
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
-from readapt_ray.recipes.chain import Step
+from readapt_ray.recipes.chain import Step, runs_beside_next
 from readapt_ray.stages.embed import MAX_SHARD_ROWS
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
 
@@ -55,14 +56,20 @@ def scaled(cluster: Cluster, workers: int) -> Cluster:
         cpus=max(1, fast.cpus // fast.gpus),
         memory_bytes=fast.memory_bytes / fast.gpus,
         usd_per_hour=fast.usd_per_hour / fast.gpus,
+        min_count=None if fast.min_count is None else min(fast.min_count * fast.gpus, workers),
     )
     return replace(cluster, groups=(one, *(group for group in cluster.groups if not group.gpus)))
 
 
 def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[StageEstimate]:
     """Every stage that has something to do."""
-    found = (stages.estimate_stage(step, name, setting) for name, step in steps)
-    return [each for each in found if each is not None]
+    found = []
+    for position, (name, step) in enumerate(steps):
+        estimate = stages.estimate_stage(step, name, setting)
+        if estimate is not None:
+            beside = bool(setting.cluster.num_gpus) and runs_beside_next([each for _, each in steps], position)
+            found.append(replace(estimate, is_beside_next=beside))
+    return found
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[
 def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int, workers: int) -> Cell:
     cluster = scaled(setting.cluster, workers)
     found = estimates(steps, replace(setting, cluster=cluster, corpus=setting.corpus.of(num_passages)))
-    seconds = sum(each.seconds for each in found)
-    return Cell(seconds, seconds / 3600 * cluster.usd_per_hour)
+    cost = cost_of(found, cluster, lambda stage: stage.seconds)
+    return Cell(cost.seconds, cost.usd)
 
 
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:

@@ -17,7 +17,7 @@ from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.embed import shard_rows
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
-_LOAD_BYTES_PER_S: Final = 5e8
+LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
@@ -43,8 +43,15 @@ class StageEstimate:
     rate: Rate
     memory: Memory | None = None
     note: str = ""
+    is_beside_next: bool = False
+    """Whether it runs at the same time as the stage after it."""
     problem: str = ""
     """Why the stage would refuse to start, memory aside."""
+
+    @property
+    def needs_gpus(self) -> bool:
+        """Whether its workers take GPUs."""
+        return self.device != CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +176,7 @@ def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
 def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = corpus.num_passages * corpus.train_tokens
-    workers = max(1, min(setting.cluster.num_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
+    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
     rate = _cpu_rate(setting, "pack")
     return _timed(name, "pack", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=2.2 * work)
 
@@ -214,7 +221,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=device,
         error=corpus.error,
         out_bytes=(30.0 if adapter is None else 28.0) * num_trained(shape, adapter),
-        fixed_s=2 * shape.num_parameters / _LOAD_BYTES_PER_S,
+        fixed_s=2 * shape.num_parameters / LOAD_BYTES_PER_S,
         floor_s=floor,
         needs=train_memory(config, shape, cluster, workers),
         note="; ".join(
@@ -246,7 +253,7 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=device,
         error=corpus.error,
         out_bytes=corpus.num_passages * (number_bytes * setting.dimension + more_bytes + 30.0),
-        fixed_s=shape.num_parameters * (2 if is_low else 4) / _LOAD_BYTES_PER_S,
+        fixed_s=shape.num_parameters * (2 if is_low else 4) / LOAD_BYTES_PER_S,
         needs=embed_memory(config, shape, cluster),
         note=_float32_note(config, cluster),
     )
@@ -275,7 +282,7 @@ def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     size = 4.0 * corpus.num_passages * setting.dimension
     shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else SHARD_BYTES
-    workers = max(1, min(setting.cluster.num_cpus, math.ceil(size / shard)))
+    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(size / shard)))
     known = {} if config.factory else index_bytes(config, corpus.num_passages, setting.dimension)
     taken = "time" if config.kind in known else "time and bytes"
     return _timed(
@@ -295,7 +302,7 @@ def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
     pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
-    workers = max(1, min(setting.cluster.num_cpus, pieces))
+    workers = max(1, min(setting.cluster.num_lasting_cpus, pieces))
     return _timed(
         name,
         "search",
@@ -305,7 +312,7 @@ def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
         workers=workers,
         error=corpus.error,
         out_bytes=45.0 * corpus.num_queries * min(config.top_k, corpus.num_passages),
-        fixed_s=2 * setting.retriever.num_parameters / _LOAD_BYTES_PER_S,
+        fixed_s=2 * setting.retriever.num_parameters / LOAD_BYTES_PER_S,
         note=f"{corpus.num_queries:,} queries",
     )
 

@@ -7,6 +7,7 @@ starts. `train_on_passages` is the one pair of stages that the command line join
 import importlib
 import json
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -266,17 +267,79 @@ def run(config: RunConfig) -> dict[str, Artifact]:
     outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
     judged = True
+    beside: _InBackground | None = None
     for number, step in enumerate(steps, 1):
         if step.needs_judgements and not judged:
             continue
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
-        made[step.name] = run_stage(step.stage, step.config)
+        if runs_beside_next(steps, number - 1) and _leaves_gpus_idle(step):
+            beside = _InBackground(step)
+            continue
+        try:
+            made[step.name] = run_stage(step.stage, step.config)
+        except Exception:
+            if beside is not None:
+                beside.wait()
+            raise
+        if beside is not None:
+            made[beside.step.name] = beside.result()
+            beside = None
         if step.stage == "ingest":
             (root / RUN_NAME).write_text(
                 json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
             )
             judged = _has_judgements(config, steps)
     return made
+
+
+def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
+    """Whether a step that needs no GPU goes before one that embeds and does not read it, so both can run at once.
+
+    So the retriever's vectors are made while the adapted model is merged, and the adapted ones while the first index is built.
+    """
+    step, *later = steps[position : position + 2]
+    if step.stage not in ("merge", "index") or not later or later[0].stage != "embed":
+        return False
+    config = later[0].config
+    return step.config.output not in [getattr(config, name) for name in type(config).inputs]
+
+
+def _leaves_gpus_idle(step: Step) -> bool:
+    """Whether there is something to do, and GPUs that it would leave idle."""
+    if artifacts.read_manifest(step.config.output) is not None:
+        return False
+    from readapt_ray.cluster import connection
+
+    return bool(connection.connect().num_gpus)
+
+
+class _InBackground:
+    """A stage that runs in a thread while the next one runs."""
+
+    def __init__(self, step: Step) -> None:
+        self.step = step
+        self._made: Artifact | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._made = run_stage(self.step.stage, self.step.config)
+        except BaseException as error:
+            self._error = error
+
+    def wait(self) -> None:
+        """Wait for the end of the stage, whatever it is."""
+        self._thread.join()
+
+    def result(self) -> Artifact:
+        """Wait for the end of the stage, and return what it made or raise what it raised."""
+        self.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._made is not None
+        return self._made
 
 
 def _check_models(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ The GPUs are made up: the nodes say that they have one each, and encoders comput
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -123,6 +124,9 @@ def num_gpu_nodes() -> int:
 def main(folder: Path) -> None:
     """Embed, and tell how many GPU nodes there were before, meanwhile and afterwards."""
     port = processes.free_port()
+    os.environ.update(
+        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)
+    )  # Ray reads them when it is first used
     os.environ.update(RAY_ADDRESS=f"127.0.0.1:{port}", READAPT_NUM_GPUS="2")
     retriever = factories.write_contract(
         factories.full_retriever(folder / "retriever", factories.tiny_decoder(folder / "b"))

@@ -1,6 +1,8 @@
 """The main job: its plan for real models, and a whole run on tiny ones."""
 
 import json
+import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml
 
 from readapt_ray import artifacts, cli, status
 from readapt_ray.catalog import retrievers
-from readapt_ray.errors import InputError
+from readapt_ray.errors import InputError, ModelError
 from readapt_ray.recipes import chain, quickstart
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.storage import Location
@@ -345,3 +347,66 @@ def test_tune_without_labels_says_that_its_queries_are_pseudo(ray_session: None,
     )
     assert artifact.manifest.details["queries"] == "pseudo-queries made from the corpus"
     assert artifact.manifest.counts["num_queries"] == 20
+
+
+class Stages:
+    """Stand-ins for stages: each writes down when it began and ended, and waits for another where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, has_gpus: bool = True, broken: str = "") -> None:
+        self.events: list[tuple[str, str]] = []
+        self.began: dict[str, threading.Event] = defaultdict(threading.Event)
+        self.waits: dict[str, str] = {}
+        self._broken = broken
+        monkeypatch.setattr(chain, "run_stage", self._run)
+        monkeypatch.setattr(chain, "_leaves_gpus_idle", lambda step: has_gpus)
+        for name in ("_check_models", "_check_files", "_has_judgements"):
+            monkeypatch.setattr(chain, name, lambda *_: False)
+
+    def _run(self, stage: str, config: Any) -> str:
+        name = config.output.partition("/root/")[2]
+        self.events.append(("begin", name))
+        self.began[name].set()
+        if name in self.waits:
+            assert self.began[self.waits[name]].wait(20), f"{name} and {self.waits[name]} do not run at once"
+        if name == self._broken:
+            raise ModelError("broken")
+        self.events.append(("end", name))
+        return name
+
+
+def run_of(tmp_path: Path) -> RunConfig:
+    return RunConfig(root=str(tmp_path / "root"), source="x", pretrained="a", retriever="b")
+
+
+def test_gpus_embed_with_the_retriever_while_the_adapted_model_is_merged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch)
+    stages.waits = {"adapted": "vectors/retriever", "index/retriever": "vectors/adapted"}
+    made = chain.run(run_of(tmp_path))
+    assert set(made) == {name for _, name in stages.events}
+    order = stages.events.index
+    assert order(("end", "adapter")) < order(("begin", "vectors/retriever"))
+    assert order(("end", "adapted")) < order(("begin", "index/retriever"))
+    assert order(("end", "adapted")) < order(("begin", "vectors/adapted")), "it is made with that model"
+    assert order(("end", "index/retriever")) < order(("begin", "index/adapted"))
+
+
+def test_without_gpus_one_stage_runs_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch, has_gpus=False)
+    chain.run(run_of(tmp_path))
+    names = [name for what, name in stages.events if what == "begin"]
+    assert stages.events == [(what, name) for name in names for what in ("begin", "end")]
+
+
+def test_what_fails_in_the_background_fails_the_run_after_the_stage_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch, broken="adapted")
+    with pytest.raises(ModelError, match="broken"):
+        chain.run(run_of(tmp_path))
+    assert ("end", "vectors/retriever") in stages.events, "it is kept for the next start"
+    assert ("begin", "vectors/adapted") not in stages.events
