@@ -630,3 +630,16 @@ def test_a_corpus_of_the_catalog_is_planned_without_fetching_it(tmp_path: Path, 
     values = yaml.safe_load((run_file / "run.yaml").read_text()) | {"source": "scifact", "root": str(tmp_path / "new")}
     corpus = planner.plan(RunConfig.parse(values), planner.PlanConfig(cluster="local")).setting.corpus
     assert (corpus.num_passages, corpus.num_queries, corpus.text_bytes) == (5183, 300, pytest.approx(6 * 213.63))
+
+
+def test_a_head_that_is_too_small_for_the_corpus_is_refused_before_anything_costs(run_file: Path) -> None:
+    """8 GB hold 0.7 * 8e9 / 142 = 39 million passages of embed's driver, and 58 million of ingest's."""
+    nodes = [{**CLUSTER["nodes"][0]}, {**CLUSTER["nodes"][1], "memory_gb": 8}]
+    cluster = write(run_file, {"nodes": nodes}, "small-head.yaml")
+    assert make_plan(run_file, cluster=cluster, num_passages=39_000_000).problems == []
+    (problem,) = make_plan(run_file, cluster=cluster, num_passages=45_000_000).problems
+    assert problem == (
+        "vectors cannot be made of 45,000,000 passages: embed's driver holds 142 bytes per passage to see that no id repeats: "
+        "over the head node's memory (8 GB), from 39,436,620 on; take a larger head node, or parts"
+    )
+    assert len(make_plan(run_file, cluster=cluster, num_passages=60_000_000).problems) == 2

@@ -42,6 +42,8 @@ class Limit:
     """What happens from there on."""
     mend: str
     """What to change."""
+    stage: str = ""
+    """The artifact that cannot be made from there on; empty where it only takes longer."""
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
@@ -110,11 +112,14 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
             _SHARE_OF_MEMORY * head_bytes / id_bytes,
             f"ingest holds {id_bytes} bytes per passage: over the head node's memory ({head_bytes / 1e9:.0f} GB)",
             "--deduplicate none, a larger head node, or parts",
+            "corpus",
         ),
         Limit(
             _SHARE_OF_MEMORY * head_bytes / _EMBED_DRIVER_BYTES,
-            f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats",
+            f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats: over the head node's memory "
+            f"({head_bytes / 1e9:.0f} GB)",
             "a larger head node, or parts",
+            "vectors",
         ),
         Limit(
             float(rows * _MAX_FILES),

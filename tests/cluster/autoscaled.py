@@ -23,6 +23,7 @@ from tests import factories
 from tests.chaos import nodes as processes
 
 _HEAD_ID = "f" * 51 + "00000"
+_HEAD_TYPE = "ray.head.default"
 _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 _LISTS = (
     *(f"{part}setup_commands" for part in ("", "head_", "worker_")),
@@ -55,9 +56,9 @@ def cluster_config(port: int) -> dict[str, Any]:
         "upscaling_speed": 1.0,
         "provider": provider,
         "auth": {"ssh_user": "x"},
-        "head_node_type": "head",
+        "head_node_type": _HEAD_TYPE,
         "available_node_types": {
-            "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            _HEAD_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "gpu": {"resources": resources, "node_config": {}, "min_workers": 0, "max_workers": 2},
         },
         "file_mounts_sync_continuously": False,
@@ -123,6 +124,8 @@ def num_gpu_nodes() -> int:
 
 def main(folder: Path) -> None:
     """Embed, and tell how many GPU nodes there were before, meanwhile and afterwards."""
+    import ray
+
     port = processes.free_port()
     os.environ.update(
         RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)
@@ -137,6 +140,7 @@ def main(folder: Path) -> None:
         try:
             said = embedded(folder, head, retriever, corpus)
         finally:
+            ray.shutdown()
             processes.kill([*processes.family(head), psutil.Process(head.pid)])
             head.wait()
     (folder / "said.json").write_text(json.dumps(said, indent=2) + "\n")
@@ -144,8 +148,6 @@ def main(folder: Path) -> None:
 
 def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, corpus: Any) -> dict[str, Any]:
     """Embed and count."""
-    import ray
-
     from readapt_ray.cluster import connection
     from readapt_ray.stages.embed import EmbedConfig, embed
 
@@ -161,7 +163,6 @@ def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, cor
     watcher.done.set()
     watcher.join(timeout=10)
     after = num_gpu_nodes()
-    ray.shutdown()
     return {
         "before": before,
         "counts": watcher.counts,
