@@ -68,5 +68,4 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
 
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
     """Return what the nodes cost that are up while a stage runs; nodes that start or are idle are not in it."""
-    rate = cluster.lasting_usd_per_hour + (cluster.growing_usd_per_hour if stage.needs_gpus else 0.0)
-    return stage.seconds / 3600 * rate
+    return stage.seconds / 3600 * cluster.usd_per_hour_of(stage.stage)

@@ -22,6 +22,7 @@ _USABLE_SHARE: Final = 0.94
 """Share of a GPU's memory that can be used; the rest is the driver's and fragmentation."""
 _RAY_MAX_WORKERS: Final = 2
 """What Ray takes where a launcher file does not say."""
+_GPU_STAGES: Final = ("train", "finetune", "embed", "tune")
 _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), or a list of nodes"
 
 
@@ -99,6 +100,10 @@ class Cluster:
     def growing_usd_per_hour(self) -> float:
         """Of the nodes that are up only while GPUs are needed."""
         return self.usd_per_hour - self.lasting_usd_per_hour
+
+    def usd_per_hour_of(self, stage: str) -> float:
+        """Return what the nodes cost that are up while a stage runs."""
+        return self.lasting_usd_per_hour + (self.growing_usd_per_hour if stage in _GPU_STAGES else 0.0)
 
     @property
     def gpu_groups(self) -> tuple[NodeGroup, ...]:
