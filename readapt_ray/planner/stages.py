@@ -204,11 +204,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
     rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
-    problem = ""
-    if busy < workers:
-        problem = (
-            f"a step has {busy} blocks for {workers} workers; {BATCH_MEND.format(num_workers=workers, batch_size=busy)}"
-        )
+    mend = BATCH_MEND.format(num_workers=workers, batch_size=busy)
     is_floor = floor > work / (units * rate.value)
     bound = ", so short that what a step costs at least decides" if is_floor else ""
     return _timed(
@@ -227,7 +223,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         note="; ".join(
             filter(None, [f"{steps:,} steps of {step.batch_size:,} blocks{bound}", _float32_note(config, cluster)])
         ),
-        problem=problem,
+        problem=f"a step has {busy} blocks for {workers} workers; {mend}" if busy < workers else "",
     )
 
 

@@ -4,10 +4,10 @@ A run is a list of steps, each a stage with its config, all made and checked bef
 starts. `train_on_passages` is the one pair of stages that the command line joins.
 """
 
+import functools
 import importlib
 import json
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
 from readapt_ray.config import Config, StageConfig
 from readapt_ray.errors import CorpusError, InputError, ModelError
+from readapt_ray.recipes.background import InBackground
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -267,22 +268,22 @@ def run(config: RunConfig) -> dict[str, Artifact]:
     outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
     judged = True
-    beside: _InBackground | None = None
+    beside: tuple[Step, InBackground[Artifact]] | None = None
     for number, step in enumerate(steps, 1):
         if step.needs_judgements and not judged:
             continue
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
         if runs_beside_next(steps, number - 1) and _leaves_gpus_idle(step):
-            beside = _InBackground(step)
+            beside = step, InBackground(functools.partial(run_stage, step.stage, step.config))
             continue
         try:
             made[step.name] = run_stage(step.stage, step.config)
         except Exception:
             if beside is not None:
-                beside.wait()
+                beside[1].wait()
             raise
         if beside is not None:
-            made[beside.step.name] = beside.result()
+            made[beside[0].name] = beside[1].result()
             beside = None
         if step.stage == "ingest":
             (root / RUN_NAME).write_text(
@@ -311,35 +312,6 @@ def _leaves_gpus_idle(step: Step) -> bool:
     from readapt_ray.cluster import connection
 
     return bool(connection.connect().num_gpus)
-
-
-class _InBackground:
-    """A stage that runs in a thread while the next one runs."""
-
-    def __init__(self, step: Step) -> None:
-        self.step = step
-        self._made: Artifact | None = None
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._made = run_stage(self.step.stage, self.step.config)
-        except BaseException as error:
-            self._error = error
-
-    def wait(self) -> None:
-        """Wait for the end of the stage, whatever it is."""
-        self._thread.join()
-
-    def result(self) -> Artifact:
-        """Wait for the end of the stage, and return what it made or raise what it raised."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        assert self._made is not None
-        return self._made
 
 
 def _check_models(config: RunConfig) -> None:
