@@ -34,7 +34,7 @@ FINETUNE = {
     "micro_batch_tokens": 4096,
     "num_workers": 1,
     "num_cpus_per_worker": 1,
-    "checkpoint_every_steps": 5,
+    "checkpoint_every_s": 0,
 }
 NUM_PAIRS = 1_280
 

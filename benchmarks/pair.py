@@ -94,7 +94,7 @@ def pretrain(options: argparse.Namespace) -> Artifact:
         warmup_fraction=0.03,
         micro_batch_tokens=16_384,
         num_workers=1,
-        checkpoint_every_steps=200,
+        checkpoint_every_s=60,
     )
     return ra.train(config)
 
@@ -134,7 +134,7 @@ def finetune(options: argparse.Namespace, pretrained: Artifact) -> Artifact:
             both_directions=True,
             micro_batch_tokens=16_384,
             num_workers=1,
-            checkpoint_every_steps=50,
+            checkpoint_every_s=60,
         )
     )
 

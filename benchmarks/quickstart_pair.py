@@ -69,7 +69,7 @@ def main() -> None:
             micro_batch_tokens=2048,
             num_workers=2,
             num_cpus_per_worker=1,
-            checkpoint_every_steps=50,
+            checkpoint_every_s=60,
         )
     )
     encoding = retrievers.retriever("quickstart-retriever").encoding
@@ -87,7 +87,7 @@ def main() -> None:
             both_directions=True,
             num_workers=2,
             num_cpus_per_worker=1,
-            checkpoint_every_steps=20,
+            checkpoint_every_s=60,
         )
     )
     export(Path(pretrained.location.path), Path(retriever.location.path), options.output)

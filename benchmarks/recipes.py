@@ -28,7 +28,7 @@ TRAIN = {
     "micro_batch_tokens": 2048,
     "num_workers": 1,
     "num_cpus_per_worker": 1,
-    "checkpoint_every_steps": 25,
+    "checkpoint_every_s": 60,
 }
 
 

@@ -239,7 +239,7 @@ class Ours:
             model,
             Optimization(
                 learning_rate=LEARNING_RATE, weight_decay=0.0, warmup_fraction=0.0, max_gradient_norm=1.0,
-                zero_stage=0, seed=0, checkpoint_every_steps=10**9,
+                zero_stage=0, seed=0, checkpoint_every_s=1e9,
             ),
         )  # fmt: skip
         self._batches = self._objective.batches(0)

@@ -46,6 +46,7 @@ _TRAINED = (
     "metrics.jsonl",
     "metrics/step-*.jsonl",
     "checkpoints/step-*.safetensors",
+    "batch_size",
     "dtype",
     "memory.json",
     "tensorboard/events.out.tfevents.*",

@@ -301,7 +301,7 @@ def _status(arguments: Sequence[str]) -> None:
         from readapt_ray.planner.machines import read_cluster
         from readapt_ray.planner.prices import read_prices
 
-        usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour
+        usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour_of
     print(status.status_table(Location(options.root), usd_per_hour))
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Self
@@ -34,7 +35,8 @@ class ProgressReporter:
         self._bar: Progress | None = None
 
     def __enter__(self) -> Self:
-        if sys.stderr.isatty():
+        # A terminal shows one bar; what runs in another thread beside it writes lines.
+        if sys.stderr.isatty() and threading.current_thread() is threading.main_thread():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=28),

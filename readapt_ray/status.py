@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable
 from typing import Any
 
 from readapt_ray import artifacts, leases
@@ -12,11 +13,11 @@ from readapt_ray.recipes.chain import RUN_NAME
 from readapt_ray.storage import Location
 
 
-def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, Any]]:
+def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> list[dict[str, Any]]:
     """One row an artifact: its folder, stage, state (done, running, stopped, missing), seconds and what it says.
 
     Args:
-        usd_per_hour: of the cluster; then each row has `usd`, too.
+        usd_per_hour: of the cluster, by stage; then each row has `usd`, too.
 
     Raises:
         InputError: there is no such folder.
@@ -34,7 +35,7 @@ def rows(root: Location, usd_per_hour: float | None = None) -> list[dict[str, An
         found.setdefault(step["output"], missing)
     if usd_per_hour is not None:
         for row in found.values():
-            row["usd"] = row["seconds"] / 3600 * usd_per_hour
+            row["usd"] = row["seconds"] / 3600 * usd_per_hour(row["stage"])
     return sorted(
         found.values(),
         key=lambda row: (order.index(row["artifact"]) if row["artifact"] in order else len(order), row["artifact"]),
@@ -54,7 +55,7 @@ def _planned(file: Location) -> list[dict[str, str]]:
     return steps if isinstance(steps, list) and is_ours else []
 
 
-def status_table(root: Location, usd_per_hour: float | None = None) -> str:
+def status_table(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> str:
     """The rows as aligned text, and their sum."""
     found = rows(root, usd_per_hour)
     if not found:

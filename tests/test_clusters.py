@@ -84,7 +84,10 @@ def test_the_launcher_accepts_its_file(provider: str) -> None:
     types = config["available_node_types"]
     assert types["head"]["resources"] == {"CPU": 0}
     assert [name for name, each in types.items() if each["resources"].get("GPU")] == ["gpu"]
-    assert all(types[name]["min_workers"] == types[name]["max_workers"] for name in ("cpu", "gpu"))
+    assert types["cpu"]["min_workers"] == types["cpu"]["max_workers"]
+    assert types["gpu"]["min_workers"] == 0
+    most = types["gpu"]["max_workers"] * types["gpu"]["resources"]["GPU"]
+    assert any(f" READAPT_NUM_GPUS={most} ray start --head" in line for line in config["head_start_ray_commands"])
     assert "spot" in json.dumps(types["gpu"]).lower()
     assert "spot" not in json.dumps(types["head"]["node_config"]).lower()
     assert sum(types[name]["max_workers"] for name in ("cpu", "gpu")) <= config["max_workers"]
@@ -96,7 +99,7 @@ def test_a_launched_cluster_listens_on_loopback_and_asks_for_the_token(provider:
     head = config["head_start_ray_commands"][-1]
     assert "--dashboard-host=127.0.0.1" in head
     for command in (head, config["worker_start_ray_commands"][-1]):
-        assert command.startswith("RAY_AUTH_MODE=token ray start")
+        assert command.startswith("RAY_AUTH_MODE=token ") and " ray start " in command
     assert list(config["file_mounts"].values()) == ["~/.ray/auth_token"]
 
 
@@ -174,10 +177,15 @@ def test_every_container_of_the_service_has_the_api_keys_that_its_page_names() -
     assert "kubectl create secret generic readapt-api-keys --from-file=api_keys=" in page
 
 
-def test_the_job_waits_for_all_of_its_nodes() -> None:
+def test_the_job_waits_for_the_nodes_that_stay_and_asks_for_gpus_when_it_needs_them() -> None:
     manifest = read("kuberay/rayjob.yaml")
-    wanted = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])["env_vars"]["READAPT_NUM_NODES"]
-    assert int(wanted) == 1 + sum(group["minReplicas"] for group in cluster_of(manifest)["workerGroupSpecs"])
+    variables = yaml.safe_load(manifest["spec"]["runtimeEnvYAML"])["env_vars"]
+    groups = {group["groupName"]: group for group in cluster_of(manifest)["workerGroupSpecs"]}
+    assert int(variables["READAPT_NUM_NODES"]) == 1 + sum(group["minReplicas"] for group in groups.values())
+    assert groups["gpu"]["minReplicas"] == 0
+    assert int(variables["READAPT_NUM_GPUS"]) == groups["gpu"]["maxReplicas"]
+    [head] = cluster_of(read("kuberay/raycluster.yaml"))["headGroupSpec"]["template"]["spec"]["containers"]
+    assert head["env"] == [{"name": "READAPT_NUM_GPUS", "value": str(groups["gpu"]["maxReplicas"])}]
 
 
 def test_the_entrypoint_of_the_job_is_a_job_of_ours() -> None:

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import pytest
 
 from readapt_ray import hardware
+from readapt_ray.cluster import nodes
 
 
 @pytest.mark.parametrize(
@@ -15,3 +18,39 @@ from readapt_ray import hardware
 def test_bfloat16_units_are_amx_or_avx512_bf16(capabilities, has_units, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
     assert hardware.has_bfloat16_units() is has_units
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "800000 100000"}, 8),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "20000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, 192),
+        ("0::/pods/a", {"pods/cpu.max": "400000 100000", "pods/a/cpu.max": "max 100000"}, 4),
+        ("0::/pods/a", {"pods/cpu.max": "400000 100000", "pods/a/cpu.max": "300000 100000"}, 3),
+        ("0::/pods/unseen", {"cpu.max": "600000 100000"}, 6),
+        ("4:memory:/x\n3:cpu,cpuacct:/x", {"cpu,cpuacct/x/cpu.cfs_quota_us": "700000", "cpu,cpuacct/x/cpu.cfs_period_us": "100000"}, 7),
+        ("3:cpu,cpuacct:/docker/1", {"cpu,cpuacct/cpu.cfs_quota_us": "-1", "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 192),
+        ("0::/", {"cpu.max": "what is this"}, 192),
+        ("", {}, 192),
+    ],
+)  # fmt: skip
+def test_cores_are_no_more_than_the_containers_quota(
+    own: str, files: dict[str, str], cores: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        file = tmp_path / "cgroups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(192)))
+    assert hardware.num_cores() == cores
+
+
+def test_processes_share_the_cores_of_the_node_that_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "num_cores", lambda: 16)
+    monkeypatch.setattr(nodes, "alive", lambda: [{"Resources": {"CPU": count}} for count in (0, 16, 16, 16, 16)])
+    assert [nodes.cores_per_process(count) for count in (1, 4, 5, 8, 100)] == [16, 16, 8, 8, 1]

@@ -29,7 +29,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "batch_size": 16,
         "num_workers": 1,
         "num_cpus_per_worker": 1,
-        "checkpoint_every_steps": 10,
+        "checkpoint_every_s": 0,
     }
     factories.run_file(folder, num_passages=3000, num_queries=40, train=train, ingest={"rows_per_file": 1000})
     return folder

@@ -40,7 +40,7 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
         "num_epochs": NUM_EPOCHS,
         "num_workers": 1,
         "num_cpus_per_worker": 1,
-        "checkpoint_every_steps": 5,
+        "checkpoint_every_s": 0,
     }
     embed = {"rows_per_shard": 50}
     run_file = factories.run_file(tmp_path, num_passages=NUM_PASSAGES, num_queries=20, train=train, embed=embed)

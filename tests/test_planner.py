@@ -1,6 +1,7 @@
 """Plans: what models cost, what clusters have, what a run takes, what cannot fit, and what breaks first."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from readapt_ray.training.memory import num_trained
 from tests import factories
 
 PRICES = read_prices(None)
+REPOSITORY = Path(__file__).parent.parent
 CLUSTER = {
     "nodes": [
         {"name": "gpu", "machine": "p5.48xlarge", "spot": True, "count": 2},
@@ -254,7 +256,7 @@ def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "root": str(folder / "root"),
         "pretrained": str(base),
         "retriever": str(folder / "retriever"),
-        "train": {"block_tokens": 64},
+        "train": {"block_tokens": 64, "batch_size": 16},
         "evaluate": {"measures": "nDCG@10"},
     }
     write(folder, values, "run.yaml")
@@ -285,12 +287,12 @@ def test_each_stage_of_the_run_is_planned_and_the_sum_is_the_cost(run_file: Path
     assert [each.stage for each in found.stages] == [
         *("ingest", "pack", "train", "merge", "embed", "index", "embed", "index", "search", "search", "evaluate")
     ]
-    low, mid, high = found.seconds
-    assert low < mid < high
-    assert found.usd(3600) == pytest.approx(found.setting.cluster.usd_per_hour)
+    low, mid, high = found.costs
+    assert low.seconds < mid.seconds < high.seconds and low.usd < mid.usd < high.usd
+    assert mid.usd == pytest.approx(mid.seconds / 3600 * found.setting.cluster.usd_per_hour), "all nodes are always up"
     assert found.problems == []
     shown = plan_report.text(found)
-    assert "from 4 GPUs: train shares out batch_size = 4 blocks a step" in shown
+    assert "from 16 GPUs: train shares out batch_size = 16 blocks a step" in shown
     assert "rate not measured" in shown
 
 
@@ -304,9 +306,9 @@ def test_work_grows_linearly_and_gpus_divide_it(run_file: Path) -> None:
     )
     assert embed.workers == 16
     more = write(run_file, {"nodes": [{**CLUSTER["nodes"][0], "count": 16}, CLUSTER["nodes"][1]]}, "more.yaml")
-    assert make_plan(run_file, cluster=more, num_passages=10_000_000).seconds[1] < found.seconds[1]
+    assert make_plan(run_file, cluster=more, num_passages=10_000_000).costs[1].seconds < found.costs[1].seconds
     larger = make_plan(run_file, num_passages=100_000_000)
-    assert larger.seconds[1] == pytest.approx(10 * found.seconds[1], rel=0.05)
+    assert larger.costs[1].seconds == pytest.approx(10 * found.costs[1].seconds, rel=0.05)
 
 
 def stage(found: planner.Plan, name: str) -> StageEstimate:
@@ -396,7 +398,10 @@ def test_the_plan_is_json_on_request(run_file: Path, capsys: pytest.CaptureFixtu
     arguments = ["plan", "--config", str(run_file / "run.yaml"), "--cluster", str(run_file / "cluster.yaml"), "--json"]
     assert cli.main(arguments) == 0
     values = json.loads(capsys.readouterr().out)
-    assert values["seconds"]["expected"] == pytest.approx(sum(each["seconds"]["expected"] for each in values["stages"]))
+    taken = {each["name"]: each["seconds"]["expected"] for each in values["stages"]}
+    beside = min(taken["adapted"], taken["vectors/retriever"]) + min(taken["index/retriever"], taken["vectors/adapted"])
+    assert values["seconds"]["expected"] == pytest.approx(sum(taken.values()) - beside)
+    assert set(values["grid"]) == {str(size) for size in scaling.PASSAGES}
     assert {"passages", "workers"} == set(values["limits"]) and values["limits"]["passages"][0]["at"] > 0
 
 
@@ -527,3 +532,114 @@ def test_what_drivers_hold_is_what_was_measured() -> None:
     for stage, assumed in (("ingest", scaling._ID_BYTES["exact"]), ("embed", scaling._EMBED_DRIVER_BYTES)):
         measured = (large[stage]["driver_GB"] - small[stage]["driver_GB"]) * 1e9 / (10_000_000 - 100_000)
         assert assumed == pytest.approx(measured, rel=0.15), stage
+
+
+def test_the_table_of_other_sizes_says_of_this_size_what_the_plan_says(run_file: Path) -> None:
+    found = make_plan(run_file, num_passages=10_000_000)
+    same = write(run_file, {"nodes": [{**CLUSTER["nodes"][0], "count": 1}, CLUSTER["nodes"][1]]}, "one-node.yaml")
+    alone = make_plan(run_file, num_passages=10_000_000, cluster=same)
+    cell = found.grid[10_000_000][8]
+    assert cell.seconds == pytest.approx(alone.costs[1].seconds)
+    assert cell.usd == pytest.approx(alone.costs[1].usd)
+    line = next(line for line in plan_report.text(found).splitlines() if line.startswith("10 M "))
+    assert all(plan_report.duration(each.seconds) in line for each in found.grid[10_000_000].values())
+
+
+def test_training_takes_a_week_at_the_size_from_which_the_plan_says_so(run_file: Path) -> None:
+    found = make_plan(run_file, num_passages=1_000_000)
+    limit = next(limit for limit in found.passage_limits if "over a week" in limit.what)
+    at_limit = make_plan(run_file, num_passages=int(limit.at))
+    assert stage(at_limit, "train").seconds == pytest.approx(7 * 86_400, rel=0.05)
+
+
+def test_a_size_from_which_more_workers_do_not_help_shows_in_the_table(run_file: Path) -> None:
+    """The limit of workers and the table come from the same estimates: beyond the limit the hours stay."""
+    found = make_plan(run_file, num_passages=1_000_000)
+    stuck = next(limit.at for limit in found.worker_limits if "get no faster" in limit.what)
+    hours = found.grid[1_000_000]
+    at = scaling.WORKERS.index(int(stuck))
+    for fewer, more in itertools.pairwise(scaling.WORKERS[at:]):
+        assert hours[more].seconds > 0.5 * hours[fewer].seconds
+    assert hours[1].seconds > hours[8].seconds
+
+
+def test_a_batch_that_cannot_feed_all_workers_is_a_problem_with_the_number_that_would(run_file: Path) -> None:
+    (problem,) = make_plan(run_file, {"train": {"block_tokens": 64, "batch_size": 4}}).problems
+    assert problem == (
+        "adapter cannot run: a step has 4 blocks for 16 workers; give batch_size 16 or more, or num_workers 4 or fewer"
+    )
+
+
+def test_a_batch_of_its_own_choice_feeds_every_gpu_of_a_large_corpus_and_few_of_a_small_one(run_file: Path) -> None:
+    train = {"block_tokens": 1024, "batch_size": "auto", "mode": "packed"}
+    large = make_plan(run_file, {"train": train}, num_passages=10_000_000)
+    assert stage(large, "train").workers == 16 and large.problems == []
+    small = make_plan(run_file, {"train": train}, num_passages=500_000)
+    tokens = 500_000 * small.setting.corpus.train_tokens
+    assert stage(small, "train").workers == int(tokens / 500 / 16_384) < 16
+    limit = next(limit.at for limit in small.worker_limits if "stay out of training" in limit.what)
+    assert limit == stage(small, "train").workers
+
+
+def test_gpu_nodes_that_are_asked_for_cost_their_start_their_work_and_their_idle_minutes(run_file: Path) -> None:
+    """By hand: they are up from the start of training to the end of the last embedding, and five minutes on either side."""
+    values = launcher(max_workers=10, cpu=2, gpu=8, idle_timeout_minutes=4)
+    values["available_node_types"]["cpu"]["min_workers"] = 2
+    found = make_plan(run_file, cluster=write(run_file, values, "launcher.yaml"), num_passages=10_000_000)
+    prices = {name: PRICES.machines[kind].on_demand for name, kind in MACHINES.items()}
+    train, merge, base, adapted, *_ = (
+        stage_named(found, name).seconds for name in ("adapter", "adapted", "vectors/retriever", "vectors/adapted")
+    )
+    index = stage_named(found, "index/retriever").seconds
+    working_s = train + max(merge, base) + max(index, adapted)
+    before_s = sum(stage_named(found, name).seconds for name in ("corpus", "blocks"))
+    cost = found.costs_of(
+        [stage_named(found, name) for name in ("corpus", "blocks", "adapter", "adapted")] + found.stages[4:7]
+    )[1]
+    assert cost.seconds == pytest.approx(before_s + 300 + working_s)
+    lasting, growing = prices["head"] + 2 * prices["cpu"], 8 * prices["gpu"]
+    assert cost.waiting_usd == pytest.approx(growing * (300 + 240) / 3600)
+    assert cost.usd == pytest.approx(lasting * cost.seconds / 3600 + growing * (300 + working_s + 240) / 3600)
+    assert "4 idle minutes" in plan_report.text(found)
+
+
+def stage_named(found: planner.Plan, name: str) -> StageEstimate:
+    return next(each for each in found.stages if each.name == name)
+
+
+def test_ms_marco_on_eight_h100_takes_under_four_hours_and_150_usd(tmp_path: Path) -> None:
+    """Adapter, merge and both arms of vectors, at 35% of the peak in training and 45% in embedding, nothing fetched."""
+    values = yaml.safe_load((REPOSITORY / "jobs" / "e5-mistral.yaml").read_text())
+    run = RunConfig.parse(values | {"source": "msmarco-passage", "root": str(tmp_path / "root")})
+    found = planner.plan(run, planner.PlanConfig(cluster=str(REPOSITORY / "clusters" / "aws.yaml")))
+    assert found.problems == []
+    assert found.setting.corpus.num_passages == 8_841_823 and found.setting.corpus.error >= 0.3
+    cost = found.costs_of(found.model_stages)[1]
+    assert cost.seconds < 4 * 3600 and cost.usd < 150
+    assert {each.workers for each in found.model_stages if each.needs_gpus} == {8}
+    h100 = 8 * 989e12
+    for each in found.model_stages:
+        if each.needs_gpus:
+            assert each.work / each.seconds / h100 <= (0.35 if each.stage == "train" else 0.45)
+    said = plan_report.text(found)
+    assert "train at 35% of a GPU's peak" in said and "embed at 45% of a GPU's peak" in said
+    assert "of 2026-11-09" in said
+
+
+def test_a_corpus_of_the_catalog_is_planned_without_fetching_it(tmp_path: Path, run_file: Path) -> None:
+    values = yaml.safe_load((run_file / "run.yaml").read_text()) | {"source": "scifact", "root": str(tmp_path / "new")}
+    corpus = planner.plan(RunConfig.parse(values), planner.PlanConfig(cluster="local")).setting.corpus
+    assert (corpus.num_passages, corpus.num_queries, corpus.text_bytes) == (5183, 300, pytest.approx(6 * 213.63))
+
+
+def test_a_head_that_is_too_small_for_the_corpus_is_refused_before_anything_costs(run_file: Path) -> None:
+    """8 GB hold 0.7 * 8e9 / 142 = 39 million passages of embed's driver, and 58 million of ingest's."""
+    nodes = [{**CLUSTER["nodes"][0]}, {**CLUSTER["nodes"][1], "memory_gb": 8}]
+    cluster = write(run_file, {"nodes": nodes}, "small-head.yaml")
+    assert make_plan(run_file, cluster=cluster, num_passages=39_000_000).problems == []
+    (problem,) = make_plan(run_file, cluster=cluster, num_passages=45_000_000).problems
+    assert problem == (
+        "vectors cannot be made of 45,000,000 passages: embed's driver holds 142 bytes per passage to see that no id repeats: "
+        "over the head node's memory (8 GB), from 39,436,620 on; take a larger head node, or parts"
+    )
+    assert len(make_plan(run_file, cluster=cluster, num_passages=60_000_000).problems) == 2

@@ -48,7 +48,9 @@ def test_a_stage_whose_process_died_on_this_machine_is_stopped_at_once(tmp_path:
 
 def test_cost_is_hours_times_the_clusters_price(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     building(tmp_path / "root/vectors", host="elsewhere", boot="other")
-    assert only(tmp_path / "root", usd_per_hour=8.0)["usd"] == pytest.approx(4.0)
+    assert only(tmp_path / "root", usd_per_hour=lambda stage: {"ingest": 4.0}.get(stage, 8.0))["usd"] == pytest.approx(
+        4.0
+    )
     cluster = tmp_path / "cluster.yaml"
     node = {"name": "a", "count": 2, "cpus": 4, "memory_gb": 16, "usd_per_hour": 4.0}
     cluster.write_text(yaml.safe_dump({"nodes": [node]}))

@@ -12,6 +12,23 @@ from readapt_ray.errors import CorpusError
 
 _BEIR = "BEIR, arXiv 2104.08663, table 1; ir_datasets 0.6.3 metadata"
 
+_MEAN_WORDS = {
+    "msmarco": 55.98,
+    "fever": 84.76,
+    "hotpotqa": 46.30,
+    "nq": 78.88,
+    "quora": 11.44,
+    "arguana": 166.80,
+    "climate-fever": 84.76,
+    "dbpedia-entity": 49.68,
+    "fiqa": 132.32,
+    "nfcorpus": 232.26,
+    "scidocs": 176.19,
+    "scifact": 213.63,
+    "trec-covid": 160.77,
+    "webis-touche2020": 292.37,
+}
+
 
 class Corpus(Config):
     """One row of the catalog."""
@@ -22,6 +39,8 @@ class Corpus(Config):
     """The name in the paper's tables."""
     num_passages: int
     """Passages in all."""
+    mean_words: float
+    """Mean length of a passage in words (BEIR, table 1)."""
     num_judged_queries: int
     """Queries of `split` with at least one judgement."""
     split: Literal["dev", "test"] = "test"
@@ -35,6 +54,8 @@ class Corpus(Config):
     ArguAna and Quora, whose queries are passages; mteb does for FEVER, FiQA and MS MARCO as well."""
     ir_datasets_id: str
     """Its name in ir_datasets, with the judgements of `split`."""
+    aliases: tuple[str, ...] = ()
+    """Other names by which it is asked for."""
     hub_id: str
     """Its data set on the Hugging Face hub."""
     source: str = _BEIR
@@ -46,6 +67,7 @@ def _row(name: str, title: str, num_passages: int, num_judged_queries: int, task
         "name": name,
         "title": title,
         "num_passages": num_passages,
+        "mean_words": _MEAN_WORDS[name],
         "num_judged_queries": num_judged_queries,
         "task": task,
         "ir_datasets_id": f"beir/{name}",
@@ -60,6 +82,7 @@ CORPORA: tuple[Corpus, ...] = (
         task="Given a web search query, retrieve relevant passages that answer the query",
         split="dev",
         ir_datasets_id="beir/msmarco/dev",
+        aliases=("msmarco-passage",),
         source=f"{_BEIR}; the paper scores dev with nDCG@10",
     ),
     _row(
@@ -128,9 +151,11 @@ CORPORA: tuple[Corpus, ...] = (
 
 
 def find_corpus(name: str) -> Corpus | None:
-    """The row of a catalog name, of a title of the paper or of a hub id; None for any other."""
+    """The row of a catalog name or another name for it, of a title of the paper or of a hub id; None for any other."""
     lowered = name.lower()
-    return next((row for row in CORPORA if lowered in (row.name, row.title.lower(), row.hub_id.lower())), None)
+    return next(
+        (row for row in CORPORA if lowered in (row.name, row.title.lower(), row.hub_id.lower(), *row.aliases)), None
+    )
 
 
 def corpus(name: str) -> Corpus:

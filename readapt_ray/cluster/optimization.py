@@ -62,12 +62,12 @@ class OptimizationConfig(StageConfig):
     wait until all workers can run."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its workers."""
-    checkpoint_every_steps: int = Field(default=100, ge=1)
-    """Number of steps between checkpoints. A killed run resumes from the last one."""
+    checkpoint_every_s: float = Field(default=300.0, ge=0)
+    """Seconds between checkpoints; 0 makes one after each step. A killed run resumes from the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Number of checkpoints to keep; older ones are deleted."""
     max_failures: int = Field(default=3, ge=-1)
-    """How many times dead workers are restarted; -1 means without limit."""
+    """How many times dead workers are restarted without a new checkpoint in between; -1 means without limit."""
     check_memory: bool = True
     """Refuse to start when the estimated memory exceeds the memory of a worker. Turn it off if the estimate is
     wrong for your model."""
@@ -85,7 +85,7 @@ class OptimizationConfig(StageConfig):
 
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {
         "min_workers",
-        "checkpoint_every_steps",
+        "checkpoint_every_s",
         "keep_checkpoints",
         "max_failures",
         "check_memory",
@@ -98,7 +98,7 @@ class OptimizationConfig(StageConfig):
             "num_workers",
             "min_workers",
             "num_cpus_per_worker",
-            "checkpoint_every_steps",
+            "checkpoint_every_s",
             "keep_checkpoints",
             "max_failures",
             "check_memory",
@@ -133,7 +133,7 @@ def optimization(config: OptimizationConfig) -> "Optimization":
         max_gradient_norm=config.max_gradient_norm,
         zero_stage=config.zero_stage,
         seed=config.seed,
-        checkpoint_every_steps=config.checkpoint_every_steps,
+        checkpoint_every_s=config.checkpoint_every_s,
         keep_checkpoints=config.keep_checkpoints,
     )
 

@@ -16,7 +16,7 @@ import numpy as np
 from readapt_ray.artifacts import Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.cluster import connection, on_worker, placement
+from readapt_ray.cluster import autoscaling, connection, on_worker, placement
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.evaluation.scale_search import ScalePair
@@ -69,6 +69,7 @@ class ScaleScoring:
         self.seconds: dict[str, float] = {}
         """What the pairs of this process took, in all actors."""
         self._num_workers, self._job, self._sample, self._workspace = num_workers, job, sample, workspace
+        self._num_actors = 0
         self._each: dict[str, float] = {}
         """What an actor asks for."""
         self._idle: list[Any] = []
@@ -103,10 +104,13 @@ class ScaleScoring:
         from ray.exceptions import RayActorError
 
         if self._new_actor is None:
-            self._start_all()
+            self._start_all(len(pairs))
         waiting = list(pairs)
         num_left, num_vain_losses = len(pairs), 0
-        with placement.said_when_too_small(1, self._each, who="actors"):
+        with (
+            autoscaling.requested(min(self._num_actors, len(pairs)), self._each, least=1),
+            placement.said_when_too_small(1, self._each, who="actors"),
+        ):
             while num_left:
                 while waiting and self._idle:
                     actor, pair = self._idle.pop(), waiting.pop(0)
@@ -129,13 +133,15 @@ class ScaleScoring:
                     num_left, num_vain_losses = num_left - 1, 0
                     yield found
 
-    def _start_all(self) -> None:
+    def _start_all(self, num_pairs: int) -> None:
         import ray
 
         on_gpus = bool(connection.connect().num_gpus)
         self._each = {"CPU": 1, "GPU": int(on_gpus)}
         count = self._num_workers or (max(1, placement.room_for(self._each)) if on_gpus else 1)
+        count = min(count, num_pairs)
         placement.check_placement(count, self._each, who="actors")
+        self._num_actors = count
         remote = ray.remote(num_cpus=1, num_gpus=int(on_gpus))(_ScaleScorer)
         job, sample = replace(self._job, driver_node=on_worker.this_node()), ray.put(self._sample)
         self._new_actor = lambda: remote.remote(job, sample)

@@ -8,9 +8,10 @@ costs the shards in flight.
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from readapt_ray import errors
-from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster import autoscaling, connection, nodes, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, pickled_shards
 from readapt_ray.errors import CorruptFileError, PlacementError, WorkerError
@@ -101,44 +102,66 @@ def _whole_footer(shard: DataShard, job: EmbedJob) -> Footer | None:
 
 def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[int]:
     """The number of passages of each shard, as it is written."""
-    num_nodes = connection.connect().num_nodes
+    connection.connect()
     connection.check_seen_by_all(job.vectors)
     num_workers, num_cpus, num_gpus = place_actors(placement, len(pending))
+    each = {"CPU": num_cpus, "GPU": num_gpus}
+    budgets: set[int] = set()
+    from ray.exceptions import RayError
+
+    try:
+        with autoscaling.requested(num_workers, each, least=1):
+            pool = _pool_sizes(placement, num_workers, each, len(pending))
+            for batch in _batches(pending, job, each, pool):
+                for kind, message in zip(batch["error"].tolist(), batch["message"].tolist(), strict=True):
+                    if kind:
+                        raise getattr(errors, kind)(message)
+                _tell_lowered(set(batch["batch_tokens"].tolist()) - {0}, budgets)
+                yield int(batch["num_rows"].sum())
+    except RayError as error:
+        raise connection.cause_of(error) from None
+
+
+def _pool_sizes(placement: Placement, num_workers: int, each: Mapping[str, float], num_pending: int) -> dict[str, int]:
+    """Return how many actors the pool has: as many as have room now, and more when nodes come late or return.
+
+    On one machine nothing comes, and a pool of fixed size starts all its actors at once.
+    """
+    if connection.connect().num_nodes == 1 and not autoscaling.may_grow(each):
+        return {"size": num_workers}
+    now = max(1, min(num_workers, nodes.room_for(each)))
+    return {"min_size": now, "max_size": max(now, placement.num_workers or num_pending)}
+
+
+def _batches(
+    pending: Sequence[DataShard], job: EmbedJob, each: Mapping[str, float], pool: dict[str, int]
+) -> Iterator[dict[str, Any]]:
+    """What the actors say of the shards that they wrote."""
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.exceptions import RayError
     from ray.util.annotations import RayDeprecationWarning
 
     dataset = ray.data.from_items(pickled_shards(pending), override_num_blocks=len(pending))
     dataset.context.execution_no_progress_timeout_s = -1
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
-    restarts = {} if num_nodes > 1 else {"max_restarts": 0}
+    restarts = {"max_restarts": 0} if "size" in pool else {}
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # Ray 2.64 needs another way
         written = dataset.map_batches(
             ShardEncoder,
-            fn_constructor_args=(job, on_worker.this_node(), num_cpus),
+            fn_constructor_args=(job, on_worker.this_node(), each["CPU"]),
             batch_size=1,
             compute=ActorPoolStrategy(
-                size=num_workers,
+                **pool,
                 max_tasks_in_flight_per_actor=SHARDS_AT_A_TIME,
                 max_concurrent_calls_per_actor=SHARDS_AT_A_TIME,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
+            num_cpus=each["CPU"],
+            num_gpus=each["GPU"],
             **restarts,
         )
-    budgets: set[int] = set()
-    try:
-        for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
-            for kind, message in zip(batch["error"].tolist(), batch["message"].tolist(), strict=True):
-                if kind:
-                    raise getattr(errors, kind)(message)
-            _tell_lowered(set(batch["batch_tokens"].tolist()) - {0}, budgets)
-            yield int(batch["num_rows"].sum())
-    except RayError as error:
-        raise connection.cause_of(error) from None
+    yield from written.iter_batches(batch_size=None, prefetch_batches=0)
 
 
 def _tell_lowered(found: set[int], told: set[int]) -> None:

@@ -63,6 +63,7 @@ class RunMonitor:
         self._rows: list[dict[str, Any]] = []
         self._error: Exception | None = None
         self._held: Any = None
+        self._kept_step = 0
         self._gauges = {
             name: Gauge(f"readapt_{stage}_{name}", description=f"{name} of the last step of readapt {stage}")
             for name in ("step", *MEASURED)
@@ -87,6 +88,14 @@ class RunMonitor:
     def error(self) -> Exception | None:
         """What ends the run."""
         return self._error
+
+    def keep(self, step: int) -> None:
+        """Note that a checkpoint of this step is being written."""
+        self._kept_step = max(self._kept_step, step)
+
+    def kept_step(self) -> int:
+        """The step of the newest checkpoint of this run; 0 before the first."""
+        return self._kept_step
 
     def hold(self, placement_group: Any) -> None:
         """Keep the placement group of the workers that start."""
@@ -123,6 +132,7 @@ class StepPoster:
             first = self._unkept[0]["step"]
             (self._folder / f"step-{first:09d}-{step:09d}.jsonl").write_text(_lines(self._unkept))
             self._unkept = []
+        self._monitor.keep.remote(step)
 
 
 @contextlib.contextmanager

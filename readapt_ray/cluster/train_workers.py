@@ -7,7 +7,6 @@ group, and starts them again after a failure, with fewer where nodes were lost a
 
 import contextlib
 import functools
-import itertools
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import shape_of
-from readapt_ray.cluster import connection, on_worker, placement, step_metrics
+from readapt_ray.cluster import autoscaling, connection, on_worker, placement, step_metrics
 from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization, worker_setup
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.seeds import derive_seed
@@ -94,11 +93,10 @@ def run_workers(
         "resources_per_worker": resources,
         "use_gpu": use_gpu,
     }
-    new_trainer = functools.partial(
-        _new_trainer, {"work": work, "job": job}, workspace.location, config, scaling, controllers
-    )
+    new_trainer = functools.partial(_new_trainer, {"work": work, "job": job}, workspace.location, scaling, controllers)
     try:
         with (
+            autoscaling.requested(num_workers, resources, least=least),
             step_metrics.followed(monitor, workspace, config.trackers),
             placement.said_when_too_small(least, resources, who="workers"),
         ):
@@ -133,7 +131,6 @@ def _start_monitor(stage: str) -> Any:
 def _new_trainer(
     loop: dict[str, Any],
     output: Location,
-    config: OptimizationConfig,
     scaling: dict[str, Any],
     controllers: list[Any],
 ) -> Any:
@@ -150,7 +147,9 @@ def _new_trainer(
         train_loop_config=loop,
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
-            name="workers", storage_path=storage, failure_config=FailureConfig(max_failures=config.max_failures)
+            name="workers",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=0),  # `_fit` counts
         ),
         torch_config=ProcessGroupConfig(
             backend="nccl" if scaling["use_gpu"] else "gloo", monitor=loop["job"]["monitor"]
@@ -172,10 +171,36 @@ def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> st
 
 
 def _fit(trainer: Callable[[], Any], monitor: Any, max_failures: int) -> None:
-    """Train; workers that are lost while they start are started again, as Ray Train does with those lost later.
+    """Train; start lost workers again, until they die more than `max_failures` times without a checkpoint in between.
 
-    Ray Train (2.60) gives up where that happens between the forming of the process group and the first line of the
-    work, and keeps the placement group until the driver ends.
+    Ray Train would count all failures of a run, and a run on spot instances lasts through many.
+    """
+    import ray
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    num_failures, step = 0, 0
+    while True:
+        try:
+            trainer().fit()
+            return
+        except TrainingFailedError as error:
+            if ray.get(monitor.error.remote()) is not None:
+                return
+            _release_failed_start(error, monitor)
+            before, step = step, ray.get(monitor.kept_step.remote())
+            num_failures = 1 if step > before else num_failures + 1
+            if 0 <= max_failures < num_failures:
+                raise
+            logger.warning("workers were lost after the checkpoint of step %d; they are started again", step)
+
+
+def _release_failed_start(error: Exception, monitor: Any) -> None:
+    """Release what workers hold that were lost between the forming of the process group and the first line of the work.
+
+    Ray Train (2.60) keeps their placement group until the driver ends.
+
+    Raises:
+        ControllerError: the controller failed for another reason.
     """
     import ray
     from ray.exceptions import RayActorError
@@ -184,19 +209,12 @@ def _fit(trainer: Callable[[], Any], monitor: Any, max_failures: int) -> None:
 
     from readapt_ray.cluster.process_group import StartError
 
-    for num_failures in itertools.count(1):
-        try:
-            trainer().fit()
-        except ControllerError as error:
-            if not isinstance(error.controller_failure, (RayActorError, StartError)):
-                raise
-            if (held := ray.get(monitor.held.remote())) is not None:
-                remove_placement_group(held)
-            if 0 <= max_failures < num_failures:
-                raise
-            logger.warning("workers were lost while they started; they are started again (%d)", num_failures)
-        else:
-            return
+    if not isinstance(error, ControllerError):
+        return
+    if not isinstance(error.controller_failure, (RayActorError, StartError)):
+        raise error
+    if (held := ray.get(monitor.held.remote())) is not None:
+        remove_placement_group(held)
 
 
 def _entered(config: dict[str, Any]) -> None:

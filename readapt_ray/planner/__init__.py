@@ -11,10 +11,11 @@ from readapt_ray.catalog.shapes import model_shape, pretrained_shape
 from readapt_ray.config import Config
 from readapt_ray.planner import machines, rates, scaling, stages
 from readapt_ray.planner.corpus import encoding_of, measure_corpus
+from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
 from readapt_ray.planner.rates import Rates
-from readapt_ray.planner.scaling import Limit
+from readapt_ray.planner.scaling import Cell, Limit
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
@@ -48,29 +49,56 @@ class Plan:
     """Of each kind of index, as the run's options have it."""
     passage_limits: list[Limit]
     worker_limits: list[Limit]
+    grid: dict[int, dict[int, Cell]]
+    """The same run at other numbers of passages, and of GPUs (nodes, where there is no GPU)."""
 
     @property
-    def seconds(self) -> tuple[float, float, float]:
-        """Low, expected and high, of all stages one after another."""
-        return (
-            sum(each.low_s for each in self.stages),
-            sum(each.seconds for each in self.stages),
-            sum(each.high_s for each in self.stages),
-        )
+    def costs(self) -> tuple[Cost, Cost, Cost]:
+        """Time and money of the whole run: low, expected and high."""
+        return self.costs_of(self.stages)
+
+    def costs_of(self, stages: list[StageEstimate]) -> tuple[Cost, Cost, Cost]:
+        """Time and money of some stages: low, expected and high."""
+        durations: tuple[Duration, ...] = (lambda each: each.low_s, lambda each: each.seconds, lambda each: each.high_s)
+        low, mid, high = (cost_of(stages, self.setting.cluster, duration) for duration in durations)
+        return low, mid, high
+
+    @property
+    def model_stages(self) -> list[StageEstimate]:
+        """Those that make the models and the vectors: what GPUs are for."""
+        return [each for each in self.stages if each.stage in ("train", "merge", "embed")]
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What the figures rest on beside the measured rates, a sentence each."""
+        cluster = self.setting.cluster
+        rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
+        lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
+        lines += [f"weights are read at {stages.LOAD_BYTES_PER_S / 1e9:g} GB/s, each model once per node"]
+        if cluster.growing_usd_per_hour:
+            lines += [
+                f"GPU nodes start in {START_S / 60:.0f} minutes, all at once, and end after {cluster.idle_timeout_s / 60:g} idle "
+                f"minutes; their prices run from the start",
+                "no spot node is taken away; each one that is costs a data shard, or up to five minutes of training",
+            ]
+        return lines
 
     @property
     def out_bytes(self) -> float:
         """Of all artifacts."""
         return sum(each.out_bytes for each in self.stages)
 
-    def usd(self, seconds: float) -> float:
-        """What the whole cluster costs for so long."""
-        return seconds / 3600 * self.setting.cluster.usd_per_hour
-
     @property
     def problems(self) -> list[str]:
         """What cannot fit, each as one sentence."""
-        return [
+        short = [f"{each.name} cannot run: {each.problem}" for each in self.stages if each.problem]
+        short += [
+            f"{each.stage} cannot be made of {self.setting.corpus.num_passages:,} passages: {each.what}, from {each.at:,.0f} on; take "
+            f"{each.mend}"
+            for each in self.passage_limits
+            if each.stage and each.at < self.setting.corpus.num_passages
+        ]
+        return short + [
             f"{each.name} cannot run: a worker needs {each.memory.arithmetic()}; {each.memory.mend}"
             for each in self.stages
             if each.memory is not None and each.memory.is_checked and not each.memory.fits
@@ -95,6 +123,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         index_bytes=stages.index_bytes(_first(steps, "index"), setting.corpus.num_passages, setting.dimension),
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
+        grid=scaling.grid(steps, setting),
     )
 
 

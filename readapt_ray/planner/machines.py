@@ -22,6 +22,7 @@ _USABLE_SHARE: Final = 0.94
 """Share of a GPU's memory that can be used; the rest is the driver's and fragmentation."""
 _RAY_MAX_WORKERS: Final = 2
 """What Ray takes where a launcher file does not say."""
+_GPU_STAGES: Final = ("train", "finetune", "embed", "tune")
 _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), or a list of nodes"
 
 
@@ -31,6 +32,7 @@ class NodeGroup:
 
     name: str
     count: int
+    """At most."""
     cpus: int
     memory_bytes: float
     gpu: str = ""
@@ -39,8 +41,15 @@ class NodeGroup:
     gpu_memory_bytes: float = 0.0
     usd_per_hour: float = 0.0
     """Of one node."""
+    min_count: int | None = None
+    """Nodes that are always up; None means all of them."""
     has_bfloat16_units: bool = False
     """Whether its CPUs are known to have matrix units for bfloat16."""
+
+    @property
+    def num_lasting(self) -> int:
+        """Nodes that are up for the whole run; only groups with GPUs are let go by a run."""
+        return self.count if self.min_count is None or not self.gpus else min(self.count, self.min_count)
 
     @property
     def cpu_share_bytes(self) -> float:
@@ -54,6 +63,8 @@ class Cluster:
 
     name: str
     groups: tuple[NodeGroup, ...]
+    idle_timeout_s: float = 300.0
+    """How long an idle node stays up, and is paid for, where the autoscaler may take it."""
 
     @property
     def num_gpus(self) -> int:
@@ -66,6 +77,11 @@ class Cluster:
         return sum(group.count * group.cpus for group in self.groups)
 
     @property
+    def num_lasting_cpus(self) -> int:
+        """CPUs of the nodes that are up while no stage needs GPUs; all where none is."""
+        return sum(group.num_lasting * group.cpus for group in self.groups) or self.num_cpus
+
+    @property
     def num_nodes(self) -> int:
         """In all."""
         return sum(group.count for group in self.groups)
@@ -74,6 +90,20 @@ class Cluster:
     def usd_per_hour(self) -> float:
         """Of the whole cluster."""
         return sum(group.count * group.usd_per_hour for group in self.groups)
+
+    @property
+    def lasting_usd_per_hour(self) -> float:
+        """Of the nodes that are up for the whole run."""
+        return sum(group.num_lasting * group.usd_per_hour for group in self.groups)
+
+    @property
+    def growing_usd_per_hour(self) -> float:
+        """Of the nodes that are up only while GPUs are needed."""
+        return self.usd_per_hour - self.lasting_usd_per_hour
+
+    def usd_per_hour_of(self, stage: str) -> float:
+        """Return what the nodes cost that are up while a stage runs."""
+        return self.lasting_usd_per_hour + (self.growing_usd_per_hour if stage in _GPU_STAGES else 0.0)
 
     @property
     def gpu_groups(self) -> tuple[NodeGroup, ...]:
@@ -107,8 +137,9 @@ class Cluster:
         parts = []
         for group in self.groups:
             gpus = f", {group.gpus} x {group.gpu}" if group.gpus else ""
+            count = f"{group.num_lasting} to {group.count}" if group.num_lasting < group.count else f"{group.count}"
             parts.append(
-                f"{group.count} x {group.name} ({group.cpus} CPUs, {group.memory_bytes / _GB:.0f} GB{gpus}, {group.usd_per_hour:.2f} USD/h)"
+                f"{count} x {group.name} ({group.cpus} CPUs, {group.memory_bytes / _GB:.0f} GB{gpus}, {group.usd_per_hour:.2f} USD/h)"
             )
         return "; ".join(parts)
 
@@ -134,7 +165,15 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
     groups = tuple(group for group in groups if group.count)
     if not groups:
         raise InputError(f"{uri!r} has no node: all its groups count 0")
-    return Cluster(name=str(values.get("cluster_name") or location.name), groups=groups)
+    name = str(values.get("cluster_name") or location.name)
+    return Cluster(name=name, groups=groups, idle_timeout_s=_idle_timeout_s(values))
+
+
+def _idle_timeout_s(values: dict[str, Any]) -> float:
+    """Return how long an idle node stays up, as a launcher file or a KubeRay manifest says; Ray's defaults where it does not."""
+    if "cluster_name" in values:
+        return 60.0 * float(values.get("idle_timeout_minutes", 5))
+    return float((_ray_cluster(values).get("autoscalerOptions") or {}).get("idleTimeoutSeconds", 60))
 
 
 def _this_machine() -> NodeGroup:
@@ -241,6 +280,8 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
             spot = scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
         count = 1 if name == head else int(kind.get("max_workers", most))
         group = _group(name, count, _machine(machine, prices, where), prices, spot=spot, where=where)
+        group = replace(group, cpus=int((kind.get("resources") or {}).get("CPU", group.cpus)))
+        group = group if name == head else replace(group, min_count=int(kind.get("min_workers", 0)))
         (heads if name == head else workers).append(group)
     return (*heads, *_within(most, workers))
 
@@ -255,10 +296,15 @@ def _within(most: int, groups: list[NodeGroup]) -> list[NodeGroup]:
 
 def _kuberay(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
     """Groups of a RayCluster, or of the one inside a RayJob or RayService, each at the most replicas that it may have."""
-    spec = values.get("spec") or {}
-    spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
+    spec = _ray_cluster(values)
     head = {"groupName": "head", "replicas": 1, **(spec.get("headGroupSpec") or {})}
     return tuple(_pods(group, prices, where) for group in (head, *(spec.get("workerGroupSpecs") or [])))
+
+
+def _ray_cluster(values: dict[str, Any]) -> dict[str, Any]:
+    """The cluster of a RayCluster, or of the one inside a RayJob or RayService."""
+    spec = values.get("spec") or {}
+    return dict(spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec)
 
 
 def _pods(group: dict[str, Any], prices: PriceTable, where: str) -> NodeGroup:
@@ -281,7 +327,7 @@ def _pods(group: dict[str, Any], prices: PriceTable, where: str) -> NodeGroup:
         on_demand=price,
         spot=price,
     )
-    return _group(name, count, machine, prices, where=where)
+    return replace(_group(name, count, machine, prices, where=where), min_count=int(group.get("minReplicas", count)))
 
 
 _SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {

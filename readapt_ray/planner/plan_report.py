@@ -4,24 +4,27 @@ from typing import Any
 
 from readapt_ray import progress
 from readapt_ray.evaluation.tables import aligned_table
-from readapt_ray.planner import Plan
+from readapt_ray.planner import Plan, scaling
+from readapt_ray.planner.cost import Cost, stage_usd
 
 
 def text(plan: Plan) -> str:
     """The whole plan."""
-    parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _limits(plan), _basis(plan)]
+    parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _grid(plan), _limits(plan), _basis(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
 def values(plan: Plan) -> dict[str, Any]:
     """The plan as JSON values; seconds, bytes, USD."""
-    low, mid, high = plan.seconds
+    low, mid, high = plan.costs
     corpus, cluster = plan.setting.corpus, plan.setting.cluster
     return {
         "corpus": vars(corpus),
         "cluster": {"name": cluster.name, "num_gpus": cluster.num_gpus, "usd_per_hour": cluster.usd_per_hour},
-        "seconds": {"low": low, "expected": mid, "high": high},
-        "usd": {"low": plan.usd(low), "expected": plan.usd(mid), "high": plan.usd(high)},
+        "seconds": {"low": low.seconds, "expected": mid.seconds, "high": high.seconds},
+        "usd": {"low": low.usd, "expected": mid.usd, "high": high.usd},
+        "waiting_usd": mid.waiting_usd,
+        "assumptions": plan.assumptions,
         "out_bytes": plan.out_bytes,
         "stages": [
             {
@@ -37,6 +40,9 @@ def values(plan: Plan) -> dict[str, Any]:
             }
             for each in plan.stages
         ],
+        "grid": {
+            str(size): {str(workers): vars(cell) for workers, cell in row.items()} for size, row in plan.grid.items()
+        },
         "limits": {
             "passages": [vars(limit) for limit in plan.passage_limits],
             "workers": [vars(limit) for limit in plan.worker_limits],
@@ -47,7 +53,6 @@ def values(plan: Plan) -> dict[str, Any]:
 
 def _heading(plan: Plan) -> str:
     corpus, cluster = plan.setting.corpus, plan.setting.cluster
-    low, mid, high = plan.seconds
     return "\n".join(
         [
             f"corpus   {corpus.note}",
@@ -56,16 +61,26 @@ def _heading(plan: Plan) -> str:
             f"{count(corpus.num_passages * corpus.embed_tokens)} tokens",
             f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.dimension}",
             f"cluster  {cluster.describe()}",
-            f"in all   {duration(mid)} ({duration(low)} to {duration(high)}), {_usd(plan.usd(mid))} ({_usd(plan.usd(low))} to "
-            f"{_usd(plan.usd(high))}), {size(plan.out_bytes)} on disk",
+            f"in all   {_cost(plan.costs)}, {size(plan.out_bytes)} on disk",
+            f"of it    {_cost(plan.costs_of(plan.model_stages))} for adapter, merge and vectors",
         ]
+    )
+
+
+def _cost(costs: tuple[Cost, Cost, Cost]) -> str:
+    low, mid, high = costs
+    waiting = f", {_usd(mid.waiting_usd)} of it while GPU nodes start and idle" if mid.waiting_usd else ""
+    return (
+        f"{duration(mid.seconds)} ({duration(low.seconds)} to {duration(high.seconds)}), "
+        f"{_usd(mid.usd)} ({_usd(low.usd)} to {_usd(high.usd)}){waiting}"
     )
 
 
 def _stages(plan: Plan) -> str:
     rows = [("artifact", "work", "on", "time", "range", "USD", "leaves", "")]
     for each in plan.stages:
-        note = "; ".join(filter(None, [each.note, "" if each.rate.is_measured else "rate not measured"]))
+        beside = "beside the next" if each.is_beside_next else ""
+        note = "; ".join(filter(None, [each.note, beside, "" if each.rate.is_measured else "rate not measured"]))
         rows.append(
             (
                 each.name,
@@ -73,7 +88,7 @@ def _stages(plan: Plan) -> str:
                 f"{each.workers} x {each.device}",
                 duration(each.seconds),
                 f"{duration(each.low_s)} to {duration(each.high_s)}",
-                _usd(plan.usd(each.seconds)),
+                _usd(stage_usd(each, plan.setting.cluster)),
                 size(each.out_bytes),
                 note,
             )
@@ -96,6 +111,18 @@ def _sizes(plan: Plan) -> str:
     return f"an index in memory: {kinds}\nkeeping the artifacts: {_usd(month)} a month in an object store"
 
 
+def _grid(plan: Plan) -> str:
+    kind = "GPU" if plan.setting.cluster.num_gpus else "node"
+    rows = [
+        ("passages", *(f"{workers:,} {kind}{'s' * (workers > 1)}" for workers in scaling.WORKERS), "first to break")
+    ]
+    for num_passages, cells in plan.grid.items():
+        broken = [limit.what for limit in plan.passage_limits if limit.at < num_passages]
+        shown = (duration(cell.seconds) + (f", {_usd(cell.usd)}" if cell.usd else "") for cell in cells.values())
+        rows.append((count(num_passages), *shown, broken[0] if broken else ""))
+    return "at other sizes\n" + aligned_table(rows)
+
+
 def _limits(plan: Plan) -> str:
     kind = "GPUs" if plan.setting.cluster.num_gpus else "nodes"
     lines = ["what breaks, in this order"]
@@ -111,7 +138,8 @@ def _basis(plan: Plan) -> str:
         if sources
         else "  none: run a part of the corpus first, and plan again"
     )
-    return f"measured rates\n{measured}\nprices: {plan.prices.source}"
+    assumed = "\n".join(f"  {line}" for line in plan.assumptions)
+    return f"measured rates\n{measured}\nassumed\n{assumed}\nprices: {plan.prices.source}"
 
 
 def duration(seconds: float) -> str:

@@ -81,6 +81,12 @@ FIXED_S: Final = {
 """Seconds before and after the work: processes start, models are loaded, results are committed."""
 
 
+def describe_gpu_share(stage: str) -> str:
+    """Say at what share of a GPU's peak a stage is planned where nothing was measured."""
+    share, slower, faster = _GPU_SHARE[stage]
+    return f"{stage} at {share:.0%} of a GPU's peak, {faster:g} times as fast to {slower:g} times as slow"
+
+
 class Rates:
     """The rates of a plan."""
 

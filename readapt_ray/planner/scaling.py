@@ -1,5 +1,6 @@
-"""What breaks first as a corpus or a cluster grows.
+"""The same run at other sizes: hours and money, and what breaks first as a corpus or a cluster grows.
 
+Both come from the estimates of the stages, so the table of other sizes and the limits agree.
 Each limit is a count of passages or of workers beyond which something that does not grow with the cluster decides:
 the one process that ingests, the driver's memory, the number of files, the batch, a flat scan.
 """
@@ -9,11 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from readapt_ray.planner import stages
+from readapt_ray.planner.cost import cost_of
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
-from readapt_ray.recipes.chain import Step
+from readapt_ray.recipes.chain import Step, runs_beside_next
 from readapt_ray.stages.embed import MAX_SHARD_ROWS
+from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
 
+PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
 WORKERS: Final = (1, 8, 64, 256, 1000)
 
 _DAY_S: Final = 86_400
@@ -38,6 +42,8 @@ class Limit:
     """What happens from there on."""
     mend: str
     """What to change."""
+    stage: str = ""
+    """The artifact that cannot be made from there on; empty where it only takes longer."""
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
@@ -52,14 +58,40 @@ def scaled(cluster: Cluster, workers: int) -> Cluster:
         cpus=max(1, fast.cpus // fast.gpus),
         memory_bytes=fast.memory_bytes / fast.gpus,
         usd_per_hour=fast.usd_per_hour / fast.gpus,
+        min_count=None if fast.min_count is None else min(fast.min_count * fast.gpus, workers),
     )
     return replace(cluster, groups=(one, *(group for group in cluster.groups if not group.gpus)))
 
 
 def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[StageEstimate]:
     """Every stage that has something to do."""
-    found = (stages.estimate_stage(step, name, setting) for name, step in steps)
-    return [each for each in found if each is not None]
+    found = []
+    for position, (name, step) in enumerate(steps):
+        estimate = stages.estimate_stage(step, name, setting)
+        if estimate is not None:
+            beside = bool(setting.cluster.num_gpus) and runs_beside_next([each for _, each in steps], position)
+            found.append(replace(estimate, is_beside_next=beside))
+    return found
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run of one size on so many workers."""
+
+    seconds: float
+    usd: float
+
+
+def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[int, Cell]]:
+    """Return what the run takes at each of PASSAGES, with each of WORKERS GPUs (nodes, where there is no GPU)."""
+    return {size: {workers: _cell(steps, setting, size, workers) for workers in WORKERS} for size in PASSAGES}
+
+
+def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int, workers: int) -> Cell:
+    cluster = scaled(setting.cluster, workers)
+    found = estimates(steps, replace(setting, cluster=cluster, corpus=setting.corpus.of(num_passages)))
+    cost = cost_of(found, cluster, lambda stage: stage.seconds)
+    return Cell(cost.seconds, cost.usd)
 
 
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
@@ -80,11 +112,14 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
             _SHARE_OF_MEMORY * head_bytes / id_bytes,
             f"ingest holds {id_bytes} bytes per passage: over the head node's memory ({head_bytes / 1e9:.0f} GB)",
             "--deduplicate none, a larger head node, or parts",
+            "corpus",
         ),
         Limit(
             _SHARE_OF_MEMORY * head_bytes / _EMBED_DRIVER_BYTES,
-            f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats",
+            f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats: over the head node's memory "
+            f"({head_bytes / 1e9:.0f} GB)",
             "a larger head node, or parts",
+            "vectors",
         ),
         Limit(
             float(rows * _MAX_FILES),
@@ -122,21 +157,25 @@ def _flat_index_limits(setting: Setting) -> list[Limit]:
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
     """Return what stops a larger cluster from being a faster one, in the order in which it does."""
     configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
-    batch_size = configs["train"].batch_size
-    limits = [
-        Limit(
-            float(batch_size),
-            f"train shares out batch_size = {batch_size} blocks a step: more workers have nothing to do",
-            "raise train.batch_size (it changes the result), or train on fewer GPUs than you embed with",
-        )
-    ]
     many = scaled(setting.cluster, max(WORKERS))
+    limits = [_batch_limit(configs["train"], setting, many)]
     shards = stages.embed_workers(configs["embed"].model_copy(update={"num_workers": None}), setting.corpus, many)
     if shards < many.num_gpus or not setting.cluster.num_gpus:
         what = f"embed has {shards:,} data shards: more actors have nothing to do"
         limits.append(Limit(float(shards), what, "lower embed.rows_per_shard"))
     limits += _stuck(steps, setting)
     return sorted(limits, key=lambda limit: limit.at)
+
+
+def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
+    """The number of workers from which a step of training has nothing for more."""
+    step = stages.train_step_size(train.model_copy(update={"num_workers": None}), setting.corpus, many)
+    if train.batch_size == "auto":
+        what = f"a run takes {MIN_STEPS} steps of {TOKENS_PER_WORKER:,} tokens per worker: more workers stay out of training"
+        return Limit(float(step.num_workers), what, "train on more passages or epochs")
+    what = f"train shares out batch_size = {step.batch_size} blocks a step: more workers have nothing to do"
+    mend = "raise train.batch_size (it changes the result), or train on fewer GPUs than you embed with"
+    return Limit(float(step.batch_size), what, mend)
 
 
 def _stuck(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:

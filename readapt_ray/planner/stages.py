@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from readapt_ray.catalog.shapes import ModelShape
+from readapt_ray.cluster.batches import BATCH_MEND, least_workers
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
@@ -14,8 +15,9 @@ from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, vector_bytes
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.embed import shard_rows
+from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
-_LOAD_BYTES_PER_S: Final = 5e8
+LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
@@ -41,6 +43,15 @@ class StageEstimate:
     rate: Rate
     memory: Memory | None = None
     note: str = ""
+    is_beside_next: bool = False
+    """Whether it runs at the same time as the stage after it."""
+    problem: str = ""
+    """Why the stage would refuse to start, memory aside."""
+
+    @property
+    def needs_gpus(self) -> bool:
+        """Whether its workers take GPUs."""
+        return self.device != CPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +95,26 @@ def train_workers(config: Any, cluster: Cluster) -> int:
     return int(config.num_workers or cluster.num_nodes)
 
 
-def train_steps(config: Any, corpus: Corpus) -> int:
-    """Optimizer steps."""
-    blocks = float(corpus.num_passages)
+def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
+    """What a step of training takes, and on how many workers: as training will choose it."""
+    num_blocks = float(corpus.num_passages)
     if config.mode == "packed":
-        blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
-    return max(1, math.ceil(blocks / int(config.batch_size))) * int(config.num_epochs)
+        num_blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
+    size = PackedSize(
+        num_blocks=num_blocks * config.num_epochs,
+        num_passages=float(corpus.num_passages * config.num_epochs),
+        num_tokens=corpus.num_passages * corpus.train_tokens * config.num_epochs,
+    )
+    offered = train_workers(config, cluster)
+    if config.batch_size == "auto":
+        return choose_step_size(size, num_workers=offered, least_workers=least_workers(config, offered))
+    return replace(choose_step_size(size, num_workers=offered, batch_size=config.batch_size), num_workers=offered)
+
+
+def train_steps(config: Any, corpus: Corpus, step: StepSize) -> int:
+    """Optimizer steps."""
+    num_tokens = corpus.num_passages * corpus.train_tokens
+    return max(1, math.ceil(num_tokens / step.num_tokens)) * int(config.num_epochs)
 
 
 def _device(cluster: Cluster) -> tuple[str, float]:
@@ -115,6 +140,7 @@ def _timed(
     floor_s: float = 0.0,
     needs: Memory | None = None,
     note: str = "",
+    problem: str = "",
 ) -> StageEstimate:
     """Fixed seconds, and the work at so many units times the rate; never under the floor."""
     fixed = FIXED_S[stage] + fixed_s
@@ -133,6 +159,7 @@ def _timed(
         rate=rate,
         memory=needs,
         note=note,
+        problem=problem,
     )
 
 
@@ -149,7 +176,7 @@ def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
 def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = corpus.num_passages * corpus.train_tokens
-    workers = max(1, min(setting.cluster.num_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
+    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
     rate = _cpu_rate(setting, "pack")
     return _timed(name, "pack", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=2.2 * work)
 
@@ -159,10 +186,11 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     from readapt_ray.training.speed import run_flops
 
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.pretrained
-    workers = train_workers(config, cluster)
-    busy = min(workers, config.batch_size)
+    step = train_step_size(config, corpus, cluster)
+    workers = step.num_workers
+    busy = min(workers, step.batch_size)
     device, peak = _device(cluster)
-    steps = train_steps(config, corpus)
+    steps = train_steps(config, corpus, step)
     adapter = train_adapter(config, shape)
     work = run_flops(
         shape,
@@ -176,7 +204,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
     rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
-    idle = f"{workers - busy} of {workers} workers have nothing to do" if busy < workers else ""
+    mend = BATCH_MEND.format(num_workers=workers, batch_size=busy)
     is_floor = floor > work / (units * rate.value)
     bound = ", so short that what a step costs at least decides" if is_floor else ""
     return _timed(
@@ -189,14 +217,13 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=device,
         error=corpus.error,
         out_bytes=(30.0 if adapter is None else 28.0) * num_trained(shape, adapter),
-        fixed_s=2 * shape.num_parameters / _LOAD_BYTES_PER_S,
+        fixed_s=2 * shape.num_parameters / LOAD_BYTES_PER_S,
         floor_s=floor,
         needs=train_memory(config, shape, cluster, workers),
         note="; ".join(
-            filter(
-                None, [f"{steps:,} steps of {config.batch_size} blocks{bound}", idle, _float32_note(config, cluster)]
-            )
+            filter(None, [f"{steps:,} steps of {step.batch_size:,} blocks{bound}", _float32_note(config, cluster)])
         ),
+        problem=f"a step has {busy} blocks for {workers} workers; {mend}" if busy < workers else "",
     )
 
 
@@ -222,7 +249,7 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
         device=device,
         error=corpus.error,
         out_bytes=corpus.num_passages * (number_bytes * setting.dimension + more_bytes + 30.0),
-        fixed_s=shape.num_parameters * (2 if is_low else 4) / _LOAD_BYTES_PER_S,
+        fixed_s=shape.num_parameters * (2 if is_low else 4) / LOAD_BYTES_PER_S,
         needs=embed_memory(config, shape, cluster),
         note=_float32_note(config, cluster),
     )
@@ -251,7 +278,7 @@ def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     size = 4.0 * corpus.num_passages * setting.dimension
     shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else SHARD_BYTES
-    workers = max(1, min(setting.cluster.num_cpus, math.ceil(size / shard)))
+    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(size / shard)))
     known = {} if config.factory else index_bytes(config, corpus.num_passages, setting.dimension)
     taken = "time" if config.kind in known else "time and bytes"
     return _timed(
@@ -271,7 +298,7 @@ def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
     pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
-    workers = max(1, min(setting.cluster.num_cpus, pieces))
+    workers = max(1, min(setting.cluster.num_lasting_cpus, pieces))
     return _timed(
         name,
         "search",
@@ -281,7 +308,7 @@ def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
         workers=workers,
         error=corpus.error,
         out_bytes=45.0 * corpus.num_queries * min(config.top_k, corpus.num_passages),
-        fixed_s=2 * setting.retriever.num_parameters / _LOAD_BYTES_PER_S,
+        fixed_s=2 * setting.retriever.num_parameters / LOAD_BYTES_PER_S,
         note=f"{corpus.num_queries:,} queries",
     )
 

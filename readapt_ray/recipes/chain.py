@@ -4,6 +4,7 @@ A run is a list of steps, each a stage with its config, all made and checked bef
 starts. `train_on_passages` is the one pair of stages that the command line joins.
 """
 
+import functools
 import importlib
 import json
 import logging
@@ -18,6 +19,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
 from readapt_ray.config import Config, StageConfig
 from readapt_ray.errors import CorpusError, InputError, ModelError
+from readapt_ray.recipes.background import InBackground
 from readapt_ray.stages import STAGES
 from readapt_ray.storage import Location
 
@@ -267,17 +269,50 @@ def run(config: RunConfig) -> dict[str, Artifact]:
     outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
     judged = True
+    beside: tuple[Step, InBackground[Artifact]] | None = None
     for number, step in enumerate(steps, 1):
         if step.needs_judgements and not judged:
             continue
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
-        made[step.name] = run_stage(step.stage, step.config)
+        if runs_beside_next(steps, number - 1) and _leaves_gpus_idle(step):
+            beside = step, InBackground(functools.partial(run_stage, step.stage, step.config))
+            continue
+        try:
+            made[step.name] = run_stage(step.stage, step.config)
+        except Exception:
+            if beside is not None:
+                beside[1].wait()
+            raise
+        if beside is not None:
+            made[beside[0].name] = beside[1].result()
+            beside = None
         if step.stage == "ingest":
             (root / RUN_NAME).write_text(
                 json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
             )
             judged = _has_judgements(config, steps)
     return made
+
+
+def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
+    """Whether a step that needs no GPU goes before one that embeds and does not read it, so both can run at once.
+
+    So the retriever's vectors are made while the adapted model is merged, and the adapted ones while the first index is built.
+    """
+    step, *later = steps[position : position + 2]
+    if step.stage not in ("merge", "index") or not later or later[0].stage != "embed":
+        return False
+    config = later[0].config
+    return step.config.output not in [getattr(config, name) for name in type(config).inputs]
+
+
+def _leaves_gpus_idle(step: Step) -> bool:
+    """Whether there is something to do, and GPUs that it would leave idle."""
+    if artifacts.read_manifest(step.config.output) is not None:
+        return False
+    from readapt_ray.cluster import connection
+
+    return bool(connection.connect().num_gpus)
 
 
 def _check_models(config: RunConfig) -> None:

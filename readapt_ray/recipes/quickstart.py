@@ -59,7 +59,7 @@ def recipe(root: str) -> RunConfig:
             "micro_batch_tokens": 4096,
             "num_workers": 2,
             "num_cpus_per_worker": 1,
-            "checkpoint_every_steps": 25,
+            "checkpoint_every_s": 20,
         },
         merge={"readapter_scale": 1.0, "knowledge_scale": 0.5},
         evaluate={"measures": "nDCG@10,R@100"},

@@ -8,7 +8,6 @@ options. What does not fit together is refused before anything starts.
 
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray import hardware
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
@@ -66,7 +65,7 @@ def bind_version(name: str, config: VersionConfig) -> Any:
             max_ongoing_requests=64,
             ray_actor_options={"num_cpus": config.num_cpus_per_index_actor},
             **_LIFE,
-        ).bind(spec, mine, max(1, hardware.num_cores() // len(dealt)))
+        ).bind(spec, mine, len(dealt))
         for number, mine in enumerate(dealt)
     ]
     encoder = EncoderReplica.options(  # type: ignore[attr-defined]
@@ -110,7 +109,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         corpus_fingerprint=corpus.fingerprint if corpus else None,
         batch_tokens=config.batch_tokens,
         num_slots=num_replicas,
-        num_threads=config.num_threads or max(1, hardware.num_cores() // num_replicas),
+        num_threads=config.num_threads,
         processes=config.processes(),
     )
 

@@ -19,6 +19,7 @@ from ray import serve
 
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
 from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
 
@@ -51,7 +52,8 @@ class VersionSpec:
     corpus_fingerprint: str | None
     batch_tokens: int | None
     num_slots: int
-    num_threads: int
+    num_threads: int | None
+    """None shares the cores of the node that a replica runs on."""
     processes: Mapping[str, Any]
     """The options of its processes: how many, with what."""
 
@@ -131,7 +133,9 @@ class EncoderReplica:
         self._spec = spec
         self._slices = slices
         self._model = open_model(spec.retriever)
-        self._compute = _Worker(functools.partial(_set_torch_threads, spec.num_threads))
+        self._compute = _Worker(
+            functools.partial(_set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
+        )
         # Questions are short and of any length: padding would be half of a batch.
         load = functools.partial(
             Encoder.load, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True
@@ -205,11 +209,11 @@ class EncoderReplica:
 class IndexReplica:
     """Holds some shards of a version's index."""
 
-    def __init__(self, spec: VersionSpec, names: Sequence[str], num_threads: int) -> None:
+    def __init__(self, spec: VersionSpec, names: Sequence[str], num_slices: int) -> None:
         from readapt_ray.retrieval.vector_index import VectorIndex
         from readapt_ray.serving.index_slice import IndexSlice
 
-        self._compute = _Worker(functools.partial(_set_faiss_threads, num_threads))
+        self._compute = _Worker(functools.partial(_set_faiss_threads, cores_per_process(num_slices)))
         index = VectorIndex.open(str(spec.index))
         if (index.artifact.fingerprint, index.encoder["fingerprint"]) != (
             spec.index_fingerprint,

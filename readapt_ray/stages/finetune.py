@@ -14,7 +14,7 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
-from readapt_ray.cluster import on_worker, train_workers
+from readapt_ray.cluster import batches, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
@@ -101,6 +101,7 @@ def _finetune(
 ) -> None:
     import pyarrow.parquet as pq
 
+    batches.check_batch_feeds(config, config.batch_size, "pairs")
     pairs = workspace.location / "pairs" / "part-00000.parquet"
     if not pairs.is_file():
         labelled_pairs.write_pairs(source, model, encoding, pairs, num_negatives=config.num_negatives)

@@ -52,7 +52,7 @@ def pack(config: PackConfig) -> Artifact:
     from readapt_ray.training import packing
 
     corpus = artifacts.open_artifact(config.corpus, "ingest")
-    model = models.open_model(config.pretrained)
+    model = models.open_model(config.pretrained, with_weights=False)
     tokenizer = model.tokenizer
     if packing.end_id(tokenizer) is None:
         raise ModelError(
@@ -162,7 +162,7 @@ def _pack_file(
 
     target = Location(blocks_uri) / f"part-{part['index']:05d}.parquet"
     if not target.is_file():
-        tokenizer = models.open_model(job["pretrained"]).tokenizer
+        tokenizer = models.open_model(job["pretrained"], with_weights=False).tokenizer
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 

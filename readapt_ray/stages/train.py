@@ -7,7 +7,7 @@ loss once an epoch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
-from readapt_ray.cluster import on_worker, train_workers
+from readapt_ray.cluster import batches, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.cluster.pack_options import PACK_OPTIONS, PackOptions
 from readapt_ray.errors import CorpusError, ModelError
@@ -34,8 +34,10 @@ class TrainConfig(PackOptions, OptimizationConfig):
     objective: Objective | None = None
     """causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If omitted, what
     the model has a head for."""
-    batch_size: int = Field(default=4, ge=1)
-    """Blocks per step, over all workers."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    """Blocks per step, over all workers. auto gives each worker at least 16,384 tokens per step, but takes at least 500
+    steps, on fewer workers if the corpus is small. learning_rate is then the rate for 4 passages per step: it grows
+    with the square root of the passages per step, at most fivefold."""
     micro_batch_tokens: int = Field(default=4096, ge=8)
     """Tokens per forward and backward pass. Lower it when memory is short; the result stays the same."""
 
@@ -109,22 +111,36 @@ def objective_of(model: OpenModel) -> Objective:
 
 
 def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: Workspace) -> None:
+    packed = blocks.manifest.counts
+    config, batch_size = _with_batch_size(config, packed, workspace.location)
     job = {
         "config": {**config.settings(), "pretrained": on_worker.model_name(model)},
         "blocks": on_worker.absolute(blocks.location / "blocks").uri,
         "passages": on_worker.absolute(Location(blocks.manifest.config["corpus"]) / "passages").uri,
         "block_tokens": blocks.manifest.config["block_tokens"],
-        "mean_tokens": blocks.manifest.counts["num_tokens"] / max(1, blocks.manifest.counts["num_passages"]),
+        "mean_tokens": packed["num_tokens"] / max(1, packed["num_passages"]),
         "output": on_worker.absolute(workspace.location).uri,
     }
     outcome = train_workers.run_workers("train", _work, job, workspace, config)
-    packed = blocks.manifest.counts
     workspace.counts = {
-        "num_steps": -(-packed["num_blocks"] // config.batch_size) * config.num_epochs,
+        "num_steps": -(-packed["num_blocks"] // batch_size) * config.num_epochs,
         "num_passages": packed["num_passages"] * config.num_epochs,
         "num_tokens": packed["num_tokens"] * config.num_epochs,
     }
-    workspace.details = outcome.details()
+    workspace.details = {**outcome.details(), "batch_size": batch_size, "learning_rate": config.learning_rate}
+
+
+def _with_batch_size(config: TrainConfig, packed: dict[str, int], output: Location) -> tuple[TrainConfig, int]:
+    """Choose the batch size, or see that the one given feeds all workers."""
+    from readapt_ray.training.step_size import PackedSize
+
+    if config.batch_size == "auto":
+        names = ("num_blocks", "num_passages", "num_tokens")
+        size = PackedSize(**{name: packed[name] * config.num_epochs for name in names})
+        config = batches.with_batch_size(config, size, output)
+    assert config.batch_size != "auto"
+    batches.check_batch_feeds(config, config.batch_size, "blocks")
+    return config, config.batch_size
 
 
 def _work(job: dict[str, Any]) -> None:
@@ -134,7 +150,7 @@ def _work(job: dict[str, Any]) -> None:
     from readapt_ray.training.packing import Masking, end_id
 
     config = TrainConfig.model_validate(job["config"])
-    assert config.objective is not None
+    assert config.objective is not None and config.batch_size != "auto"
     longest_pass = max(config.micro_batch_tokens, job["block_tokens"])
     worker = train_workers.TrainWorker(
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass

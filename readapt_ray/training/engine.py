@@ -36,7 +36,8 @@ class Optimization:
     zero_stage: int
     """What DeepSpeed partitions over workers: 0 nothing, 1 optimizer state, 2 also gradients, 3 also parameters."""
     seed: int
-    checkpoint_every_steps: int
+    checkpoint_every_s: float
+    """Seconds between checkpoints; 0 makes one after each step."""
     keep_checkpoints: int = 2
 
 
@@ -165,6 +166,19 @@ class DeepSpeedEngine:
 
     def _clipped_norm(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self.trained.values(), self._max_gradient_norm)
+
+    def agree(self, answer: bool) -> bool:
+        """Return worker 0's answer on every worker. Collective where ZeRO partitions; elsewhere each keeps its own."""
+        if not self.is_partitioned:
+            return answer
+        told = torch.tensor(int(answer), device=self.device)
+        torch.distributed.broadcast(told, src=0)
+        return bool(told)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether all workers have to take part in `state`, since each holds a part of it."""
+        return self._zero_stage > 0
 
     def state(self) -> dict[str, Tensor]:
         """Trained tensors and Adam's moments, whole, on the CPU. Collective where ZeRO partitions."""

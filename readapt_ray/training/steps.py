@@ -117,6 +117,7 @@ def run_steps(
     warmup_steps = int(optimization.warmup_fraction * data_order.num_steps)
     first_step = _resume(engine, checkpoints, data_order)
     writer = CheckpointWriter(checkpoints, data_order, keep=optimization.keep_checkpoints)
+    clock = CheckpointClock(optimization.checkpoint_every_s)
     try:
         for step, (batch, waited_s) in enumerate(_timed(objective.batches(first_step)), start=first_step):
             started_s = time.monotonic()
@@ -143,14 +144,41 @@ def run_steps(
                         **_speed(work.num_tokens, seconds, engine, flops_per_token),
                     )
                 )
-            if (step + 1) % optimization.checkpoint_every_steps == 0 or step + 1 == data_order.num_steps:
-                state = engine.state()
-                if engine.worker_rank == 0:
-                    reporter.keep(step + 1)
-                    writer.save(step + 1, state)
+            if step + 1 == data_order.num_steps or engine.agree(clock.is_due()):
+                _save(engine, step + 1, reporter, writer)
     finally:
         writer.wait()
     torch.distributed.barrier()
+
+
+class CheckpointClock:
+    """Says when a checkpoint is due.
+
+    Args:
+        every_s: seconds from one to the next; the first are counted from now.
+    """
+
+    def __init__(self, every_s: float) -> None:
+        self._every_s = every_s
+        self._last_s = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether one is due; the next one is then counted from here."""
+        now_s = time.monotonic()
+        if now_s - self._last_s < self._every_s:
+            return False
+        self._last_s = now_s
+        return True
+
+
+def _save(engine: DeepSpeedEngine, step: int, reporter: Reporter, writer: CheckpointWriter) -> None:
+    """Write a checkpoint. Only worker 0 copies its state to the CPU, unless each worker holds a part of it."""
+    if engine.worker_rank != 0 and not engine.is_partitioned:
+        return
+    state = engine.state()
+    if engine.worker_rank == 0:
+        reporter.keep(step)
+        writer.save(step, state)
 
 
 def _speed(num_tokens: int, seconds: float, engine: DeepSpeedEngine, flops_per_token: float) -> dict[str, Any]:

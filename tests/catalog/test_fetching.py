@@ -151,3 +151,28 @@ def test_what_a_training_left_beside_a_model_is_not_fetched(tmp_path: Path, monk
     assert {name for name, _ in Location(str(found)).listing(recursive=True)} == wanted
     shutil.rmtree(folder / "checkpoints")
     assert models.open_model(f"file://{folder}").folder == found
+
+
+def test_a_tokenizer_is_fetched_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "cache"))
+    whole = factories.tiny_decoder(tmp_path / "whole")
+    fetched: list[str] = []
+
+    def snapshot_download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        target = tmp_path / "hub" / (revision or COMMIT)
+        target.mkdir(parents=True, exist_ok=True)
+        for path in whole.iterdir():
+            if any(path.match(pattern) for pattern in allow_patterns) and not (target / path.name).exists():
+                shutil.copyfile(path, target / path.name)
+                fetched.append(path.name)
+        return str(target)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    expected = models.open_model(str(whole)).tokenizer_fingerprint
+    for name in ("me/it", f"file://{whole}"):
+        small = models.open_model(name, with_weights=False)
+        assert small.tokenizer_fingerprint == expected
+        assert small.tokenizer.vocab_size == models.open_model(str(whole)).tokenizer.vocab_size
+        assert not list(small.folder.glob("*.safetensors"))
+        assert list(models.open_model(name).folder.glob("*.safetensors")), "the weights come when they are needed"
+    assert fetched[-1].endswith(".safetensors")

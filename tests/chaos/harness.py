@@ -286,7 +286,7 @@ def _experiment(folder: Path) -> Path:
             "num_workers": 2,
             "num_cpus_per_worker": 1,
             "lora_dropout": 0.1,
-            "checkpoint_every_steps": 6,
+            "checkpoint_every_s": 0,
             "dtype": "float32",
         }
         factories.run_file(

@@ -258,7 +258,7 @@ def test_a_node_with_other_versions_is_named(monkeypatch: pytest.MonkeyPatch, ot
     monkeypatch.setattr(connection, "_on_each", answers)
     ((name, version),) = other.items()
     with pytest.raises(PlacementError, match=rf"10\.0\.0\.2 has .*{name} {version}.*; install the same") as refused:
-        connection._check_alike([])
+        connection.check_alike([])
     assert "10.0.0.1" not in str(refused.value)
 
 

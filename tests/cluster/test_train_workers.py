@@ -1,14 +1,17 @@
 """What all workers have in common: the type that they compute in, and the model."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
+from ray.train.v2.api.exceptions import WorkerGroupError
 
 from readapt_ray import hardware
 from readapt_ray.cluster import connection, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
-from readapt_ray.errors import FingerprintMismatchError
+from readapt_ray.errors import FingerprintMismatchError, TrainingDivergedError
 from readapt_ray.stages.train import TrainConfig, train
 from readapt_ray.storage import Location
 from tests import factories
@@ -76,3 +79,50 @@ def test_the_manifest_and_the_output_say_what_auto_was(
         )
     )
     assert made.manifest.details["dtype"] == (tmp_path / "out/dtype").read_text() == "bfloat16"
+
+
+class FakeMonitor:
+    """Answers as the actor does, and counts the checkpoint of each start in a list."""
+
+    def __init__(self, kept: list[int], error: Exception | None = None) -> None:
+        self.kept, self.starts, self._error = kept, 0, error
+
+    @property
+    def error(self) -> Any:
+        return SimpleNamespace(remote=lambda: self._error)
+
+    @property
+    def kept_step(self) -> Any:
+        return SimpleNamespace(remote=lambda: self.kept[self.starts - 1])
+
+    def trainer(self) -> Any:
+        return SimpleNamespace(fit=self._fail)
+
+    def _fail(self) -> None:
+        self.starts += 1
+        if self.starts < len(self.kept):
+            raise WorkerGroupError("a worker died", {0: RuntimeError("died")})
+
+
+def test_failures_are_counted_from_the_last_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    spot = FakeMonitor([100, 200, 200, 300, 400, 400, 500, 500])
+    train_workers._fit(spot.trainer, spot, 2)
+    assert spot.starts == 8, "seven failures, never more than two without a checkpoint in between"
+    stuck = FakeMonitor([100, 200, 200, 200, 200, 200])
+    with pytest.raises(WorkerGroupError):
+        train_workers._fit(stuck.trainer, stuck, 2)
+    assert stuck.starts == 4
+    endless = FakeMonitor([0] * 30)
+    train_workers._fit(endless.trainer, endless, -1)
+    assert endless.starts == 30
+    never = FakeMonitor([5, 5])
+    with pytest.raises(WorkerGroupError):
+        train_workers._fit(never.trainer, never, 0)
+
+
+def test_an_error_of_ours_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monitor = FakeMonitor([0, 0, 0], TrainingDivergedError("the loss became nan"))
+    train_workers._fit(monitor.trainer, monitor, 3)
+    assert monitor.starts == 1

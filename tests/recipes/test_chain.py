@@ -1,6 +1,8 @@
 """The main job: its plan for real models, and a whole run on tiny ones."""
 
 import json
+import threading
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import yaml
 
 from readapt_ray import artifacts, cli, status
 from readapt_ray.catalog import retrievers
-from readapt_ray.errors import InputError
+from readapt_ray.errors import InputError, ModelError
 from readapt_ray.recipes import chain, quickstart
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.storage import Location
@@ -21,7 +23,7 @@ FILES = sorted(JOBS.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> None:
+def test_the_shipped_experiments_resolve_to_the_papers_settings_and_use_all_gpus_unless_named_paper(file: Path) -> None:
     config = RunConfig.parse(yaml.safe_load(file.read_text()), where=file.name)
     steps = {step.name: step for step in chain.plan_run(config)}
     assert list(steps) == [
@@ -38,10 +40,12 @@ def test_the_shipped_experiments_resolve_to_the_papers_settings(file: Path) -> N
         "report",
     ]
     train: Any = steps["adapter"].config
-    assert (train.lora_rank, train.lora_alpha, train.lora_dropout, train.batch_size) == (32, 64, 0.05, 4)
+    assert (train.lora_rank, train.lora_alpha, train.lora_dropout) == (32, 64, 0.05)
     assert (train.learning_rate, train.num_epochs, train.method) == (2e-4, 1, "dora")
     blocks: Any = steps["blocks"].config
-    assert (blocks.mode, blocks.block_tokens) == ("passage", 1024)
+    is_papers = file.stem.endswith("-paper")
+    assert (blocks.mode, train.batch_size) == (("passage", 4) if is_papers else ("packed", "auto"))
+    assert blocks.block_tokens == 1024
     merge: Any = steps["adapted"].config
     assert (merge.readapter_scale, merge.knowledge_scale) == (1.0, 0.5)
     row = retrievers.retriever(config.retriever)
@@ -67,7 +71,8 @@ def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus
 
 
 def test_there_is_a_file_for_each_promised_model() -> None:
-    assert [file.stem for file in FILES] == ["e5-mistral", "qwen3-embedding-0.6b", "repllama"]
+    models = ("e5-mistral", "qwen3-embedding-0.6b", "repllama")
+    assert {file.stem for file in FILES} == {f"{model}{variant}" for model in models for variant in ("", "-paper")}
 
 
 def test_a_wrong_section_is_named() -> None:
@@ -342,3 +347,66 @@ def test_tune_without_labels_says_that_its_queries_are_pseudo(ray_session: None,
     )
     assert artifact.manifest.details["queries"] == "pseudo-queries made from the corpus"
     assert artifact.manifest.counts["num_queries"] == 20
+
+
+class Stages:
+    """Stand-ins for stages: each writes down when it began and ended, and waits for another where it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, has_gpus: bool = True, broken: str = "") -> None:
+        self.events: list[tuple[str, str]] = []
+        self.began: dict[str, threading.Event] = defaultdict(threading.Event)
+        self.waits: dict[str, str] = {}
+        self._broken = broken
+        monkeypatch.setattr(chain, "run_stage", self._run)
+        monkeypatch.setattr(chain, "_leaves_gpus_idle", lambda step: has_gpus)
+        for name in ("_check_models", "_check_files", "_has_judgements"):
+            monkeypatch.setattr(chain, name, lambda *_: False)
+
+    def _run(self, stage: str, config: Any) -> str:
+        name = config.output.partition("/root/")[2]
+        self.events.append(("begin", name))
+        self.began[name].set()
+        if name in self.waits:
+            assert self.began[self.waits[name]].wait(20), f"{name} and {self.waits[name]} do not run at once"
+        if name == self._broken:
+            raise ModelError("broken")
+        self.events.append(("end", name))
+        return name
+
+
+def run_of(tmp_path: Path) -> RunConfig:
+    return RunConfig(root=str(tmp_path / "root"), source="x", pretrained="a", retriever="b")
+
+
+def test_gpus_embed_with_the_retriever_while_the_adapted_model_is_merged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch)
+    stages.waits = {"adapted": "vectors/retriever", "index/retriever": "vectors/adapted"}
+    made = chain.run(run_of(tmp_path))
+    assert set(made) == {name for _, name in stages.events}
+    order = stages.events.index
+    assert order(("end", "adapter")) < order(("begin", "vectors/retriever"))
+    assert order(("end", "adapted")) < order(("begin", "index/retriever"))
+    assert order(("end", "adapted")) < order(("begin", "vectors/adapted")), "it is made with that model"
+    assert order(("end", "index/retriever")) < order(("begin", "index/adapted"))
+
+
+def test_without_gpus_one_stage_runs_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch, has_gpus=False)
+    chain.run(run_of(tmp_path))
+    names = [name for what, name in stages.events if what == "begin"]
+    assert stages.events == [(what, name) for name in names for what in ("begin", "end")]
+
+
+def test_what_fails_in_the_background_fails_the_run_after_the_stage_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch, broken="adapted")
+    with pytest.raises(ModelError, match="broken"):
+        chain.run(run_of(tmp_path))
+    assert ("end", "vectors/retriever") in stages.events, "it is kept for the next start"
+    assert ("begin", "vectors/adapted") not in stages.events

@@ -34,7 +34,7 @@ def main(folder: Path, then: str) -> None:
         "corpus": str(blocks),
         "num_workers": 2,
         "num_cpus_per_worker": 1,
-        "checkpoint_every_steps": 5,
+        "checkpoint_every_s": 0,
         "lora_dropout": 0.1,
         "learning_rate": 5e-3,
         "dtype": "float32",

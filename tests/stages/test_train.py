@@ -50,6 +50,23 @@ def trained(packed: tuple[Path, Path], output: Path, **options: Any) -> Artifact
     return train(TrainConfig(pretrained=str(base), corpus=str(blocks), output=str(output), **{**values, **options}))
 
 
+def test_a_batch_that_cannot_feed_every_worker_is_refused_with_the_number_that_would(
+    packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(PlacementError, match=r"batch_size = 1 blocks cannot feed 2 workers: give batch_size 2 or more"):
+        trained(packed, tmp_path / "a", num_workers=2, batch_size=1)
+
+
+def test_a_batch_size_of_our_choice_and_its_learning_rate_are_in_the_manifest(
+    packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """160 passages are few for 500 steps: one block per worker and step, and the rate stays that of 4 passages."""
+    artifact = trained(packed, tmp_path / "a", num_workers=2, batch_size="auto", learning_rate=1e-3)
+    details = artifact.manifest.details
+    assert (details["batch_size"], details["num_workers"], details["learning_rate"]) == (2, 2, 1e-3)
+    assert artifact.manifest.counts["num_steps"] == 80 == len(read_metrics(artifact.location))
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
@@ -128,7 +145,7 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(
     packed: tuple[Path, Path], tmp_path: Path, zero_stage: int
 ) -> None:
     """SIGKILL after the first checkpoint; the rest is trained from there, with dropout, to the same adapter."""
-    options = {"num_workers": 2, "checkpoint_every_steps": 5, "lora_dropout": 0.1, "zero_stage": zero_stage}
+    options = {"num_workers": 2, "checkpoint_every_s": 0, "lora_dropout": 0.1, "zero_stage": zero_stage}
     calm = trained(packed, tmp_path / "calm", **options)
     left_over = worker_processes()
     killed: set[int] = set()
@@ -169,10 +186,10 @@ def test_a_run_goes_on_with_another_number_of_workers(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("readapt_ray.cluster.step_metrics.join", _out_of_space)
         with pytest.raises(OSError, match="no space"):
-            trained(packed, target, num_workers=3 - second, checkpoint_every_steps=7)
-    for file in sorted((target / "checkpoints").iterdir())[-1:]:
+            trained(packed, target, num_workers=3 - second, checkpoint_every_s=0, keep_checkpoints=100)
+    for file in sorted((target / "checkpoints").iterdir())[28:]:
         file.write_bytes(file.read_bytes()[:-10])  # as a cut write would leave it, were writes not atomic
-    artifact = trained(packed, target, num_workers=second, checkpoint_every_steps=7)
+    artifact = trained(packed, target, num_workers=second, checkpoint_every_s=0)
     rows = read_metrics(artifact.location)
     assert [row["step"] for row in rows] == list(range(1, rows[-1]["num_steps"] + 1))
     assert sum(row["num_passages"] for row in rows) == 160

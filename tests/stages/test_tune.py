@@ -205,6 +205,16 @@ def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
     assert tried.seconds == {"weights": 3.5}
 
 
+def test_no_more_actors_start_than_there_are_pairs(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=0))
+    tried = search(tmp_path, num_workers=2)
+    tried.score(PAIRS[:1])
+    assert len(tried._idle) + len(tried._busy) == 1
+    tried.stop()
+
+
 def test_the_pair_of_an_actor_that_died_is_anothers_and_not_for_ever(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -68,7 +68,7 @@ def record_seeds(folder: Path) -> None:
         run_steps(
             engine,
             objective,
-            Optimization(**{**OPTIMIZATION, "seed": seed}, zero_stage=0, checkpoint_every_steps=9),
+            Optimization(**{**OPTIMIZATION, "seed": seed}, zero_stage=0, checkpoint_every_s=9),
             checkpoints=Location(str(folder / f"checkpoints-{seed}")),
             reporter=MagicMock(),
             flops_per_token=1.0,
@@ -150,6 +150,4 @@ def new_engine(device: str, zero_stage: int, *, seed: int = 0) -> DeepSpeedEngin
     model = nn.Sequential(nn.Linear(24, 16))
     dora.add_adapters(model, dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.1, targets=("0",)))
     optimization: Any = {**OPTIMIZATION, "seed": seed}
-    return DeepSpeedEngine(
-        model.to(device), Optimization(**optimization, zero_stage=zero_stage, checkpoint_every_steps=1)
-    )
+    return DeepSpeedEngine(model.to(device), Optimization(**optimization, zero_stage=zero_stage, checkpoint_every_s=9))

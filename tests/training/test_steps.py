@@ -5,12 +5,14 @@ import multiprocessing
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from readapt_ray.training import packing
+from readapt_ray.training import packing, steps
 from tests import factories
 from tests.training import attempt as attempts
 from tests.training.attempt import Attempt
@@ -32,6 +34,35 @@ def run(folder: Path, base: Path, attempt: Attempt) -> list[int | None]:
     for each in workers:
         each.join(timeout=300)
     return [each.exitcode for each in workers]
+
+
+def test_checkpoints_come_by_the_clock_and_not_by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 50.0
+    monkeypatch.setattr(steps.time, "monotonic", lambda: now_s)
+    clock = steps.CheckpointClock(300.0)
+    due = []
+    for step in range(1, 11):
+        now_s += 100.0 if step != 7 else 250.0
+        due.append(clock.is_due())
+    assert [step for step, is_due in enumerate(due, 1) if is_due] == [3, 6, 8]
+    every_step = steps.CheckpointClock(0.0)
+    assert all(every_step.is_due() for _ in range(3))
+
+
+@pytest.mark.parametrize(("is_partitioned", "copies"), [(False, [0]), (True, [0, 1, 2])])
+def test_only_the_writer_copies_its_state_unless_workers_hold_parts_of_it(
+    is_partitioned: bool, copies: list[int]
+) -> None:
+    copied, written = [], []
+    for rank in range(3):
+        engine: Any = SimpleNamespace(
+            worker_rank=rank, is_partitioned=is_partitioned, state=lambda rank=rank: copied.append(rank) or {}
+        )
+        reporter: Any = SimpleNamespace(keep=lambda step: written.append(("lines", step)))
+        writer: Any = SimpleNamespace(save=lambda step, state: written.append(("state", step)))
+        steps._save(engine, 7, reporter, writer)
+    assert copied == copies
+    assert written == [("lines", 7), ("state", 7)]
 
 
 @pytest.fixture(scope="module")

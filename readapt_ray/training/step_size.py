@@ -1,0 +1,85 @@
+"""How much a training step takes where batch_size is auto: enough for every worker, and enough steps to learn in.
+
+In: the size of the packed corpus and the number of workers. Out: blocks per step, how many of the workers that
+feeds, and the factor of the learning rate. Plain arithmetic; `readapt plan` uses it too.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+TOKENS_PER_WORKER: Final = 16_384
+"""Least tokens per worker and step. With fewer, what a GPU does once per step (starting kernels, exchanging gradients,
+the optimizer) takes longer than the products."""
+MIN_STEPS: Final = 500
+"""Least optimizer steps per run; a small corpus takes smaller steps, and then fewer workers."""
+REFERENCE_PASSAGES: Final = 4
+"""Passages per step that the learning rate is given for: the paper's batch."""
+MAX_RATE_FACTOR: Final = 5.0
+"""Adapters diverge at much higher rates however large the batch is; 5 x 2e-4 is the usual upper end for LoRA."""
+
+_ROUNDING: Final = 1 + 1e-9
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSize:
+    """A packed corpus, over all epochs; a plan has estimates."""
+
+    num_blocks: float
+    num_passages: float
+    num_tokens: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSize:
+    """What a step takes."""
+
+    batch_size: int
+    """Blocks, over all workers."""
+    num_workers: int
+    """Workers that so many blocks keep busy; at most those that were offered."""
+    num_tokens: float
+    """Mean tokens per step."""
+    rate_factor: float
+    """What the learning rate is multiplied by."""
+
+    def describe(self, num_offered: int) -> str:
+        """Say it in one line, with why workers stay idle where some do."""
+        said = (
+            f"{self.batch_size:,} blocks ({self.num_tokens:,.0f} tokens) per step on {self.num_workers} "
+            f"{'worker' if self.num_workers == 1 else 'workers'}, learning rate x {self.rate_factor:.2f}"
+        )
+        if self.num_workers == num_offered and self.num_tokens * _ROUNDING >= TOKENS_PER_WORKER * num_offered:
+            return said
+        return (
+            f"{said}; the corpus is small for {num_offered} workers of {TOKENS_PER_WORKER:,} tokens per step, and a run "
+            f"takes at least {MIN_STEPS} steps"
+        )
+
+
+def choose_step_size(
+    size: PackedSize, *, num_workers: int, least_workers: int = 1, batch_size: int | None = None
+) -> StepSize:
+    """Choose what a step takes.
+
+    Each worker gets TOKENS_PER_WORKER tokens, unless the run would then have fewer than MIN_STEPS steps. The learning
+    rate grows with the square root of the passages per step, as Adam's does (Malladi et al., 2022), MAX_RATE_FACTOR at most.
+
+    Args:
+        size: of the packed corpus.
+        num_workers: how many there could be.
+        least_workers: how many take part however small the corpus is.
+        batch_size: what the run began with; None chooses.
+    """
+    mean_tokens = size.num_tokens / max(1.0, size.num_blocks)
+    if batch_size is None:
+        enough = math.ceil(TOKENS_PER_WORKER * num_workers / max(1.0, mean_tokens))
+        batch_size = max(least_workers, min(enough, int(size.num_blocks // MIN_STEPS)))
+    num_tokens = batch_size * mean_tokens
+    num_passages = batch_size * size.num_passages / max(1.0, size.num_blocks)
+    return StepSize(
+        batch_size=batch_size,
+        num_workers=max(least_workers, min(num_workers, int(num_tokens * _ROUNDING / TOKENS_PER_WORKER))),
+        num_tokens=num_tokens,
+        rate_factor=min(MAX_RATE_FACTOR, max(1.0, math.sqrt(num_passages / REFERENCE_PASSAGES))),
+    )
