@@ -31,6 +31,11 @@ _BUILTIN_FOLDER = Path(__file__).parent.parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def is_hub_id(target: str) -> bool:
+    """Return whether a name has the form of a hub id, `owner/name`, and there is no such file or folder here."""
+    return bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
+
+
 class Model(ModelFolder):
     """A model on this machine's disk, and the other models that it refers to."""
 
@@ -101,7 +106,7 @@ def find_model(name: str) -> Model:
     elif (folder_of_user := _own_folder(name)) is not None:
         folder = folder_of_user
         _check_finished(Location(str(folder)), name)
-    elif _HUB_ID.fullmatch(target) and not Path(target).exists():
+    elif is_hub_id(target):
         folder = fetching.from_hub(name, target, revision)
     else:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
