@@ -81,7 +81,7 @@ def test_a_model_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(ModelError, match="is unfinished"):
             check_reachable(uri)
         store.client.put_object(Bucket=object_store.BUCKET, Key="other/notes.txt", Body=b"")
-        with pytest.raises(ModelError, match="has neither config.json"):
+        with pytest.raises(ModelError, match=r"has neither config\.json"):
             check_reachable(f"s3://{object_store.BUCKET}/other")
         with pytest.raises(ModelError, match="is empty or does not exist"):
             check_reachable(f"s3://{object_store.BUCKET}/none")

@@ -37,20 +37,20 @@ def test_gpus_that_all_agree_on(machine: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "wanted", "text", "fails"),
+    ("says", "wanted", "text", "fails"),
     [
-        ([H100.replace("580.65.06", "550.54.15")], {}, 1, "driver 550.54.15 is too old .* install driver 580", True),
-        ([H100], {"cuda": None}, 1, r"torch .* cannot use GPUs; install a build for CUDA", True),
-        ([H100, H100], {"count": 1}, 2, "torch sees 1 of 2 GPUs; look with nvidia-smi", True),
-        ([], {}, 4, r"Ray gives 4 GPUs to workers here and nvidia-smi lists none; .* --gpus all", True),
-        ([H100], {}, 0, "1 GPUs are not used, since Ray has none here; start Ray with --num-gpus=1", False),
-        ([H100.replace(", 1", ", 40000")], {}, 1, r"memory is in use on GPU 0 \(40,000 of 81,559 MiB\); end", False),
+        (([H100.replace("580.65.06", "550.54.15")], {}), 1, "driver 550.54.15 is too old .* install driver 580", True),
+        (([H100], {"cuda": None}), 1, r"torch .* cannot use GPUs; install a build for CUDA", True),
+        (([H100, H100], {"count": 1}), 2, "torch sees 1 of 2 GPUs; look with nvidia-smi", True),
+        (([], {}), 4, r"Ray gives 4 GPUs to workers here and nvidia-smi lists none; .* --gpus all", True),
+        (([H100], {}), 0, "1 GPUs are not used, since Ray has none here; start Ray with --num-gpus=1", False),
+        (([H100.replace(", 1", ", 40000")], {}), 1, r"memory is in use on GPU 0 \(40,000 of 81,559 MiB\); end", False),
     ],
 )
 def test_what_is_wrong_is_one_line(
-    machine: Any, rows: list[str], options: dict[str, Any], wanted: int, text: str, fails: bool
+    machine: Any, says: tuple[list[str], dict[str, Any]], wanted: int, text: str, fails: bool
 ) -> None:
-    machine(*rows, **options)
+    machine(*says[0], **says[1])
     (problem,) = gpus.check_gpus(wanted).problems
     assert problem.fails is fails
     assert re.search(text, problem.text), problem.text

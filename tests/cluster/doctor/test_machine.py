@@ -47,17 +47,17 @@ def test_a_small_disk_that_is_full_and_one_that_may_not_be_written(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("total", "free", "text", "fails"),
+    ("space", "text", "fails"),
     [
-        (1000 * GB, 30 * GB, "30.0 of 1000.0 GB free, too little", True),  # Ray does not spill above 95%
-        (100 * GB, 0.5 * GB, "0.5 of 100.0 GB free, too little", True),
-        (100 * GB, 15 * GB, "15 GB free; models of 7 billion", False),
+        ((1000 * GB, 30 * GB), "30.0 of 1000.0 GB free, too little", True),  # Ray does not spill above 95%
+        ((100 * GB, 0.5 * GB), "0.5 of 100.0 GB free, too little", True),
+        ((100 * GB, 15 * GB), "15 GB free; models of 7 billion", False),
     ],
 )
 def test_little_space(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, total: float, free: float, text: str, fails: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, space: tuple[float, float], text: str, fails: bool
 ) -> None:
-    usage(monkeypatch, total=total, free=free)
+    usage(monkeypatch, total=space[0], free=space[1])
     (problem,) = disks.check_disks([tmp_path]).problems
     assert text in problem.text and problem.fails is fails
 
