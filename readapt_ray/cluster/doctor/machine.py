@@ -88,7 +88,9 @@ def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
 
     def look(name: str) -> Finding:
         cache = environment.cache_folder() if "://" in retrievers.hub_id(name) else Path(HF_HUB_CACHE)
-        to_fetch[cache] += check_reachable(name)
+        num_bytes = check_reachable(name)
+        if num_bytes:
+            to_fetch[cache] += num_bytes
         return Finding("ok")
 
     silent = "{!r} was not found by then: give this node a way to the hub (HF_ENDPOINT, HTTPS_PROXY), or give a folder or a URI"

@@ -51,7 +51,7 @@ def test_each_sickness_of_a_node_is_a_line_and_a_hung_one_holds_nobody_up(tmp_pa
     assert "ok, " in row and "fails" not in row
     assert re.search(r"^connections: each of 3 nodes reaches each other$", text, re.MULTILINE)
     assert re.search(r"^all-reduce: 3 workers by gloo", text, re.MULTILINE)
-    assert f"will fail: {len(patterns)};" in done.stderr
+    assert f"will fail: {len(patterns)};" in done.stderr, text
 
 
 @pytest.mark.slow
