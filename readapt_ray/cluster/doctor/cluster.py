@@ -48,6 +48,8 @@ def check_cluster(root: str | None, models: tuple[str, ...]) -> Report:
             for at in range(_gpus(node))
         }
         actors += gpu_workers.values()
+        for worker in (gpu_workers or inspectors).values():
+            worker.load_torch.remote()
         answering = _examine(inspectors, usable, orders, report)
         report.together.update(check_network(answering, gpu_workers))
     finally:

@@ -1,6 +1,7 @@
 """A process on each node that checks it, and that exchanges data with those on the other nodes."""
 
 import dataclasses
+import importlib
 import socket
 import threading
 import time
@@ -41,6 +42,11 @@ class Inspector:
 
         session = ray._private.worker._global_node.get_session_dir_path()
         return check_machine(dataclasses.replace(orders, ray_folder=session))
+
+    def load_torch(self) -> None:
+        """Import what `all_reduce` needs, which may take longer than the exchange, while other checks run."""
+        importlib.import_module("torch.distributed")
+        importlib.import_module("readapt_ray.cluster.process_group")
 
     def now(self) -> float:
         """Return what this node's clock says, in unix seconds."""

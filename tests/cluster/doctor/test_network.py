@@ -2,16 +2,22 @@
 
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
-from readapt_ray.cluster.doctor import network
+from readapt_ray import cli
+from readapt_ray.cluster.doctor import cluster, network
 from readapt_ray.cluster.doctor.inspector import Address, Exchange, Inspector
+from readapt_ray.cluster.doctor.report import Report
+from readapt_ray.cluster.doctor.root import Probe
 from readapt_ray.errors import PlacementError
+from readapt_ray.storage import Location
 
 
 class Ahead(Inspector):
@@ -106,6 +112,34 @@ def test_gpus_that_another_job_has_are_left_out(
     (problem,) = found["GPUs"].problems
     assert found["GPUs"].shown == "1 of 2 free" and not problem.fails
     assert problem.text.startswith("GPU 1 of n gave no worker: in use by another job")
+
+
+def test_the_command_on_a_running_cluster(
+    started: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(cluster, "CHECKS_S", 60.0)
+    monkeypatch.setattr(cluster, "STARTS_S", 60.0)
+    options = ["--root", str(tmp_path / "run"), "--models", "quickstart-retriever"]
+    assert cli.main(["doctor", "--cluster", *options]) == 0, capsys.readouterr().out
+    header, row, *_ = capsys.readouterr().out.splitlines()
+    assert header.split() == ["machine", "packages", "GPUs", "shared", "memory", "disk", "root", "models", "clock"]
+    (node,) = ray.nodes()
+    assert row.startswith(f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})")
+    assert row.endswith("1 of 1  ok")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_root_that_hangs_on_the_driver_is_a_line_and_no_node_looks_at_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hang = threading.Event()
+    monkeypatch.setattr(cluster, "CHECKS_S", 0.2)
+    monkeypatch.setattr(Probe, "place", lambda self: hang.wait())
+    report = Report()
+    orders = cluster._orders(Probe(Location(str(tmp_path))), (), report)
+    assert orders.root is None
+    assert f"the driver: root: no answer within 0.2 s; {tmp_path} hangs: look at its mount" in report.text()
+    hang.set()
 
 
 def test_clocks(started: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
