@@ -16,16 +16,8 @@ from readapt_ray.cluster.doctor import disks, gpus, root
 from readapt_ray.cluster.doctor.findings import Check, Finding, Problem, failed, run_checks
 from readapt_ray.storage import Location
 
-PACKAGES = {
-    "torch": ("torch",),
-    "ray": ("ray",),
-    "transformers": ("transformers",),
-    "peft": ("peft",),
-    "deepspeed": ("deepspeed",),
-    "faiss": ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu12"),
-    "pyarrow": ("pyarrow",),
-}
-"""Packages that every node needs, by module, with the names that they are installed by."""
+PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "faiss", "pyarrow")
+"""Modules that the stages import on every node."""
 
 
 @dataclass(frozen=True, kw_only=True)

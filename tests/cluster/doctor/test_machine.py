@@ -124,7 +124,7 @@ def test_models_for_which_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PACKAGES", {"torch": ("torch",), "no_such_module": ("no-such-module",)})
+    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no_such_module"))
     (problem,) = machine.check_packages().problems
     assert problem.text.startswith("no_such_module cannot be imported; install")
 
