@@ -34,6 +34,7 @@ _COMMANDS: dict[str, str] = {
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
+    "doctor": "see within a minute what will fail on this machine, or on all nodes of a cluster, and how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
     "status": "show what is done, running and missing in the folder of a run",
 }
@@ -254,6 +255,27 @@ def _plan(arguments: Sequence[str]) -> None:
         raise PlacementError("; ".join(found.problems))
 
 
+def _doctor(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
+    from readapt_ray.cluster import doctor
+
+    parser = flags.Parser("doctor", _COMMANDS["doctor"])
+    groups = flags.add_flags(parser, doctor.DoctorConfig)
+    groups[0].add_argument(
+        "--config", metavar="FILE.yaml", help="File of a run: check its root, pretrained and retriever as well."
+    )
+    options = parser.parsed(arguments)
+    values = flags.given(doctor.DoctorConfig, options)
+    if options.config:
+        run = flags.read_options(options.config)
+        values.setdefault("models", [run[name] for name in ("pretrained", "retriever") if name in run])
+        values.setdefault("root", run.get("root"))
+    report = doctor.examine(doctor.DoctorConfig.parse(values, where="readapt doctor", flags=True))
+    print(report.text())
+    if report.num_failing:
+        raise ReadaptError(f"will fail: {report.num_failing}; mend what is listed, and run doctor again")
+
+
 def _compare(arguments: Sequence[str]) -> None:
     from readapt_ray import flags
     from readapt_ray.recipes import compare
@@ -327,8 +349,9 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "status": _status,
     "quickstart": _quickstart,
     "plan": _plan,
+    "doctor": _doctor,
 }
-_WITHOUT_STATE = ("serve", "plan", "status")
+_WITHOUT_STATE = ("serve", "plan", "status", "doctor")
 
 
 def _set_option(values: dict[str, Any], change: str) -> None:

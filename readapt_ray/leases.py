@@ -28,7 +28,8 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 _HEARTBEAT_S = 5.0
-_STALE_S = 30.0
+STALE_S = 30.0
+"""A heartbeat that is older, by this machine's clock, is that of a process that ended."""
 _FIELDS = {"stage", "owner", "pid", "heartbeat"}
 _FIRST_CHARACTERS = '{"stage": "'
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -74,7 +75,7 @@ def is_cut_short(file: Location) -> bool:
 def is_alive(lease: Mapping[str, Any]) -> bool:
     """Whether the process that a lease names seems to work, at one look: the clock of another machine is believed."""
     known = _is_alive_here(lease)
-    return abs(time.time() - float(lease["heartbeat"])) < _STALE_S if known is None else known
+    return abs(time.time() - float(lease["heartbeat"])) < STALE_S if known is None else known
 
 
 def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None:
@@ -88,7 +89,7 @@ def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None
         return None
     known = _is_alive_here(lease)
     if known is None:
-        logger.info("%s was in use by %s; watching %.0f s whether it still is", location, _process(lease), _STALE_S)
+        logger.info("%s was in use by %s; watching %.0f s whether it still is", location, _process(lease), STALE_S)
         known = _beats(file, lease)
     if known:
         raise _in_use(lease, location)
@@ -97,7 +98,7 @@ def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None
 
 def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
     """Whether a lease changes while it is watched."""
-    end_s = time.monotonic() + _STALE_S
+    end_s = time.monotonic() + STALE_S
     while time.monotonic() < end_s:
         time.sleep(_HEARTBEAT_S)
         latest = read_lease(file)

@@ -74,7 +74,7 @@ def drivers(tmp_path: Path) -> Iterator[Any]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A heartbeat that is watched for a second."""
     monkeypatch.setattr(leases, "_HEARTBEAT_S", 0.1)
-    monkeypatch.setattr(leases, "_STALE_S", 1.0)
+    monkeypatch.setattr(leases, "STALE_S", 1.0)
 
 
 def said(process: subprocess.Popen[str]) -> list[str]:

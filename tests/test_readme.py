@@ -51,6 +51,7 @@ WORK = (
     "readapt_ray.recipes.quickstart.run",
     "readapt_ray.serving.server.serve",
     "readapt_ray.status.status_table",
+    "readapt_ray.cluster.doctor.examine",
 )
 """The functions that do the work of commands; those of stages are reached through `stage_parts`."""
 

@@ -1,7 +1,7 @@
 """The files of a model, brought from the hub or an object store onto this machine's disk.
 
 In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer: safetensors, and pickled weights
-only where there are no others. What else a folder of ours holds (checkpoints, pairs, logs) stays where it is. A hub
+only where there are no others. `seen_on_hub` and `seen_at_uri` fetch no weights: they see that a model can be had. What else a folder of ours holds (checkpoints, pairs, logs) stays where it is. A hub
 that is busy is asked again for half a minute, one that cannot be reached for six seconds.
 """
 
@@ -9,17 +9,24 @@ import errno
 import logging
 import re
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog import model_cache, pickled
 from readapt_ray.errors import InputError, ModelError, ReadaptError, first_line
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
+T = TypeVar("T")
+
+_CONFIGURATION = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
 _SMALL_SUFFIXES = tuple(suffix for suffix in MODEL_SUFFIXES if suffix != ".safetensors")
 _SMALL_PATTERNS = tuple(f"*{suffix}" for suffix in _SMALL_SUFFIXES)
 _PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
@@ -49,6 +56,23 @@ def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weight
         ModelError: the hub has no such model or does not give it, or offline it is not in the cache.
         ReadaptError: the hub could not be reached, or went on failing.
     """
+    return _asked_again(name, hub_id, lambda: _snapshot(hub_id, revision, with_weights=with_weights))
+
+
+def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Path, int]:
+    """See that the hub gives a model to this machine, and fetch its configuration alone.
+
+    Returns:
+        The snapshot's folder, and how many bytes of weights are not on this machine yet.
+
+    Raises:
+        ModelError, ReadaptError: as `from_hub`.
+    """
+    return _asked_again(name, hub_id, lambda: _configuration(hub_id, revision))
+
+
+def _asked_again(name: str, hub_id: str, fetch: Callable[[], T]) -> T:
+    """Return what `fetch` returns; a hub that is busy or cannot be reached is asked again."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # The error of the HTTP library (httpx, httpx2 in later releases) and OSError; hf_xet raises RuntimeError.
@@ -56,7 +80,7 @@ def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weight
     attempt = 0
     while True:
         try:
-            return _snapshot(hub_id, revision, with_weights=with_weights)
+            return fetch()
         except InputError:
             raise
         except Exception as error:
@@ -89,6 +113,29 @@ def _snapshot(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
     return folder
 
 
+def _configuration(hub_id: str, revision: str | None) -> tuple[Path, int]:
+    from huggingface_hub import HfApi, snapshot_download
+
+    folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_CONFIGURATION)))
+    if pickled.has_safetensors(folder) or any(folder.glob(pickled.PICKLED[0])):
+        return folder, 0
+    files = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
+    sizes_bytes = {file.rfilename: file.size or 0 for file in files}
+    return folder, sum(_to_fetch(sizes_bytes).values())
+
+
+def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
+    """Return the files of a model among those of its folder, by relative name; pickled weights if there are no others."""
+    names = [name for name in sizes_bytes if _OF_THE_MODEL.fullmatch(name)]
+    has_safetensors = any(name.endswith(".safetensors") for name in names)
+    return {
+        name: sizes_bytes[name]
+        for name in names
+        if name.endswith(MODEL_SUFFIXES)
+        or (not has_safetensors and any(Path(name).match(pattern) for pattern in pickled.PICKLED))
+    }
+
+
 def _cause(error: Exception) -> BaseException:
     """What the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -113,24 +160,31 @@ def from_uri(uri: str, *, with_weights: bool = True) -> Path:
     Raises:
         ModelError: the folder is empty or does not exist, or a file did not arrive whole.
     """
-    source = Location(uri)
-    listing = [(name, info) for name, info in source.listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
+    sizes_bytes, key = _at_uri(uri, with_weights=with_weights)
+    return model_cache.fetched(Location(uri), sizes_bytes, key)
+
+
+def seen_at_uri(uri: str) -> tuple[list[str], int]:
+    """See that there is a model in an object store, without fetching it.
+
+    Returns:
+        The relative names of its files, and how many bytes of them are not on this machine yet.
+
+    Raises:
+        ModelError: the folder is empty or does not exist.
+    """
+    sizes_bytes, key = _at_uri(uri, with_weights=True)
+    cached = environment.cache_folder() / "models" / key
+    return list(sizes_bytes), sum(size for name, size in sizes_bytes.items() if not (cached / name).is_file())
+
+
+def _at_uri(uri: str, *, with_weights: bool) -> tuple[dict[str, int], str]:
+    """Return the sizes of a model's files, and what stands for their content."""
+    listing = [(name, info) for name, info in Location(uri).listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
     if not listing:
         raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")
-    has_safetensors = any(name.endswith(".safetensors") for name, _ in listing)
-    sizes_bytes = {
-        name: int(info.size)
-        for name, info in listing
-        if name.endswith(MODEL_SUFFIXES)
-        or (not has_safetensors and any(Path(name).match(pattern) for pattern in pickled.PICKLED))
-    }
+    sizes_bytes = _to_fetch({name: int(info.size) for name, info in listing})
     if not with_weights:
         sizes_bytes = {name: size for name, size in sizes_bytes.items() if Path(name).suffix in _SMALL_SUFFIXES}
-    key = fingerprint(
-        [
-            uri,
-            *([] if with_weights else ["without weights"]),
-            [(name, info.size, info.mtime_ns) for name, info in listing],
-        ]
-    )
-    return model_cache.fetched(source, sizes_bytes, key)
+    told = [] if with_weights else ["without weights"]
+    return sizes_bytes, fingerprint([uri, *told, [(name, info.size, info.mtime_ns) for name, info in listing]])

@@ -35,6 +35,11 @@ _BUILTIN_FOLDER = Path(__file__).parent.parent / "data"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def is_hub_id(target: str) -> bool:
+    """Return whether a name has the form of a hub id, `owner/name`, and there is no such file or folder here."""
+    return bool(_HUB_ID.fullmatch(target)) and not Path(target).exists()
+
+
 @dataclass(frozen=True)
 class OpenModel(ModelFolder):
     """A model on this machine's disk, as it is when it is first asked: what is read or hashed is kept.
@@ -155,7 +160,7 @@ def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
     elif (folder_of_user := own_folder(name)) is not None:
         folder = folder_of_user
         _check_finished(Location(str(folder)), name)
-    elif _HUB_ID.fullmatch(target) and not Path(target).exists():
+    elif is_hub_id(target):
         folder = fetching.from_hub(name, target, revision, with_weights=with_weights)
     else:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])

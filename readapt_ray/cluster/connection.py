@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import environment, hardware
-from readapt_ray.cluster.nodes import alive, describe_nodes
+from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
 
@@ -58,8 +58,11 @@ class Resources:
     num_nodes: int
 
 
-def connect() -> Resources:
+def connect(*, check_versions: bool = True) -> Resources:
     """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; nothing happens where it runs already.
+
+    Args:
+        check_versions: refuse nodes that do not run what the driver runs.
 
     Raises:
         InputError: `RAY_ADDRESS` is where jobs are submitted to.
@@ -76,7 +79,7 @@ def connect() -> Resources:
             _join(os.environ.get("RAY_ADDRESS"))
         _hush_ray_data()
         nodes = _nodes_that_came(num_nodes if joins else 1)
-        if joins and len(nodes) > 1:
+        if joins and check_versions and len(nodes) > 1:
             check_alike(nodes)
     totals = ray.cluster_resources()
     num_gpus = max(int(totals.get("GPU", 0)), environment.num_gpus() or 0)
@@ -182,7 +185,21 @@ def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
         PlacementError: some do not; it names them.
     """
 
-    def installed() -> dict[str, str]:  # nested, so that it travels to nodes without the package
+    installed = version_reader()
+    here = installed()
+    other = {where: found for where, found in _on_each(nodes, installed).items() if not _is_alike(here, found)}
+    if other:
+        raise PlacementError(
+            f"nodes differ: the driver has {_named(here)}, but "
+            + "; ".join(f"{where} has {_named(found)}" for where, found in sorted(other.items()))
+            + "; install the same on all of them, or leave those nodes out (`readapt doctor --cluster` looks for more)"
+        )
+
+
+def version_reader() -> Callable[[], dict[str, str]]:
+    """A function that returns the versions of this package and of torch; it travels to nodes without the package."""
+
+    def installed() -> dict[str, str]:  # nested, so that it is sent by value
         import importlib.metadata
         import importlib.util
 
@@ -194,14 +211,14 @@ def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
                 found[module] = _UNINSTALLED if importlib.util.find_spec(module) else "missing"
         return found
 
-    here = installed()
-    other = {where: found for where, found in _on_each(nodes, installed).items() if not _is_alike(here, found)}
-    if other:
-        raise PlacementError(
-            f"nodes differ: the driver has {_named(here)}, but "
-            + "; ".join(f"{where} has {_named(found)}" for where, found in sorted(other.items()))
-            + "; install the same on all of them, or leave those nodes out"
-        )
+    return installed
+
+
+def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
+    """How a node's versions differ from the driver's, and what to do; empty where they are alike."""
+    if _is_alike(here, there):
+        return ""
+    return f"has {_named(there)}, the driver has {_named(here)}; install the same on all nodes, or leave this one out"
 
 
 def _is_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
@@ -254,23 +271,16 @@ def check_seen_by_all(folder: Location) -> None:
 def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
     """What a function gives on each node, by the node's address; a node that dies meanwhile is Ray's to replace."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    started = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(function)
-        started[f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"] = task.remote(*args)
-    ray.wait(list(started.values()), num_returns=len(started), timeout=_NODE_ANSWERS_S)
-    answers = {}
-    for where, reference in started.items():
-        try:
-            answers[where] = ray.get(reference, timeout=0)
-        except ray.exceptions.RayTaskError:
-            raise
-        except ray.exceptions.RayError as error:
-            logger.warning("node %s did not answer: %s", where, first_line(error))
-    return answers
+    found = {}
+    for where, answer in answers(start_on_each(nodes, function, *args), timeout_s=_NODE_ANSWERS_S).items():
+        if isinstance(answer, ray.exceptions.RayTaskError):
+            raise answer
+        if isinstance(answer, ray.exceptions.RayError):
+            logger.warning("node %s did not answer: %s", where, first_line(answer))
+        else:
+            found[where] = answer
+    return found
 
 
 def all_have_bfloat16_units() -> bool:

@@ -1,7 +1,7 @@
-"""The nodes of the cluster that this process has joined, and how messages name them."""
+"""The nodes of the cluster that this process has joined, what functions return on each, and how messages name them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from readapt_ray import hardware
@@ -43,3 +43,46 @@ def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
         ", ".join(f"{count} {'node' if count == 1 else 'nodes'} with {what}" for what, count in kinds.items())
         or "no node"
     )
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """A node by its address and the beginning of Ray's id, since several may run on one machine."""
+    return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
+
+
+def only_on(node: Mapping[str, Any]) -> Any:
+    """Ray's strategy for a task or an actor that belongs to one node."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+
+
+def start_on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+    """Start a function on each node; return Ray's references to what it returns, by the node's name."""
+    import ray
+
+    started = {}
+    for node in nodes:
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=only_on(node))(function)
+        started[name_of(node)] = task.remote(*args)
+    return started
+
+
+def answers(started: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
+    """Return the values of Ray's references by name; in place of a value the error that it ended with.
+
+    Args:
+        started: references.
+        timeout_s: how long to wait for all of them; those that are not there by then are a `GetTimeoutError`.
+    """
+    import ray
+
+    if started:
+        ray.wait(list(started.values()), num_returns=len(started), timeout=timeout_s)
+    found: dict[str, Any] = {}
+    for name, reference in started.items():
+        try:
+            found[name] = ray.get(reference, timeout=0)
+        except ray.exceptions.RayError as error:
+            found[name] = error
+    return found

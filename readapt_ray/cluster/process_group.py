@@ -47,7 +47,9 @@ class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
             worker_group.execute(choose_interface)
             super().on_start(worker_group, backend_config)
         except Exception as error:
-            raise StartError(f"the workers' process group did not form: {error}") from error
+            raise StartError(
+                f"the workers' process group did not form (`readapt doctor --cluster` tests the network): {error}"
+            ) from error
 
 
 def choose_interface() -> None:

@@ -1,0 +1,48 @@
+"""See that a model can be had on this machine before a run needs it, without fetching its weights."""
+
+import json
+from pathlib import Path
+
+from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
+from readapt_ray.catalog import fetching, models, retrievers
+from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
+
+
+def check_reachable(name: str) -> int:
+    """See that `open_model` would find a model here, and the model that an adapter was trained on.
+
+    Args:
+        name: as `open_model` takes it.
+
+    Returns:
+        How many bytes would be fetched first; 0 if all of it is on this machine.
+
+    Raises:
+        ModelError: there is no such model, it is gated, or what is there is not a model.
+        ReadaptError: the hub could not be reached, or went on failing.
+    """
+    plain, revision = (name, None) if Path(name).exists() else retrievers.split_commit(name)
+    target = retrievers.hub_id(plain)
+    if "://" in target:
+        files, num_bytes = fetching.seen_at_uri(target)
+        if CONFIG_NAME not in files and ADAPTER_CONFIG_NAME not in files:
+            raise ModelError(f"{name!r} is not a model: it has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
+        if LEASE_NAME in files and MANIFEST_NAME not in files:
+            raise ModelError(f"{name!r} is unfinished; run the stage that makes it again, or wait for its end")
+        return num_bytes
+    if Path(plain).expanduser().is_dir() or not models.is_hub_id(target):
+        models.open_model(name)  # or its error, which lists what a name may be
+        return 0
+    folder, num_bytes = fetching.seen_on_hub(plain, target, revision)
+    return num_bytes + _base_bytes(folder, name)
+
+
+def _base_bytes(folder: Path, name: str) -> int:
+    """Return the bytes to fetch of the model that an adapter was trained on; 0 if the folder is no adapter's."""
+    file = folder / ADAPTER_CONFIG_NAME
+    if file.is_file():
+        return check_reachable(str(json.loads(file.read_text())["base_model_name_or_path"]))
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelError(f"{name!r} is not a model: the hub has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME} of it")
+    return 0

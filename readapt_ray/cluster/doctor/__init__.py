@@ -1,0 +1,27 @@
+"""`readapt doctor`: what will fail on this machine or this cluster, within a minute and before a run."""
+
+from typing import ClassVar
+
+from readapt_ray.cluster.doctor.report import Report
+from readapt_ray.config import Config
+
+
+class DoctorConfig(Config):
+    """What to look at."""
+
+    cluster: bool = False
+    """Check every node of the cluster of RAY_ADDRESS (as a submitted job: its own), and the network between them."""
+    root: str | None = None
+    """Folder or URI that a run will write to."""
+    models: tuple[str, ...] = ()
+    """Models that a run will use: catalog names, folders, URIs or hub ids. Their weights are not fetched."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"cluster", "models"})
+
+
+def examine(config: DoctorConfig) -> Report:
+    """Check this machine, or all nodes of a cluster."""
+    from readapt_ray.cluster.doctor import cluster, here
+
+    check = cluster.check_cluster if config.cluster else here.check_here
+    return check(config.root, config.models)

@@ -1,0 +1,124 @@
+"""The checks of all nodes of a cluster, at the same time on each.
+
+A node, a check or a worker that does not answer in time is a line in the report. Three nodes on one machine take 13 s;
+with one that does not answer and one whose disk hangs it is less than a minute.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from readapt_ray.cluster import connection, nodes, on_worker
+from readapt_ray.cluster.doctor.findings import Check, Finding, failed, run_checks
+from readapt_ray.cluster.doctor.inspector import Inspector
+from readapt_ray.cluster.doctor.machine import Orders
+from readapt_ray.cluster.doctor.network import check_clock, check_network
+from readapt_ray.cluster.doctor.report import Report
+from readapt_ray.cluster.doctor.root import Probe
+from readapt_ray.errors import first_line
+from readapt_ray.storage import Location
+
+CHECKS_S = 10.0
+STARTS_S = 10.0
+"""For a process that checks to start."""
+DRIVER = "the driver"
+
+Nodes = dict[str, dict[str, Any]]
+
+
+def check_cluster(root: str | None, models: tuple[str, ...]) -> Report:
+    """Check every node of the cluster of RAY_ADDRESS, and the network between them."""
+    import ray
+
+    connection.connect(check_versions=False)
+    report = Report()
+    up = {nodes.name_of(node): node for node in nodes.alive()}
+    read_versions = connection.version_reader()
+    versions = nodes.start_on_each(list(up.values()), read_versions)
+    probe = None if root is None else Probe(on_worker.absolute(Location(root)))
+    actors: list[Any] = []
+    try:
+        orders = _orders(probe, models, report)
+        usable = _alike(up, read_versions(), nodes.answers(versions, timeout_s=STARTS_S), report)
+        inspectors = {name: _start(node) for name, node in usable.items()}
+        actors += inspectors.values()
+        gpu_workers = {
+            f"GPU {at} of {name}": _start(node, num_gpus=1)
+            for name, node in usable.items()
+            for at in range(_gpus(node))
+        }
+        actors += gpu_workers.values()
+        for worker in (gpu_workers or inspectors).values():
+            worker.load_torch.remote()
+        answering = _examine(inspectors, usable, orders, report)
+        report.together.update(check_network(answering, gpu_workers))
+    finally:
+        for actor in actors:
+            ray.kill(actor)
+        if probe is not None:
+            probe.remove()
+    return report
+
+
+def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Orders:
+    """Place the driver's file in the root. Where that fails on a local disk, nodes do not look at it, too."""
+    orders = Orders(root=None, models=models, limit_s=CHECKS_S)
+    if probe is None:
+        return orders
+    hangs = f"{probe.root} hangs: look at its mount, or at the network to its store"
+    found = run_checks([Check("root", probe.place, hangs)], limit_s=CHECKS_S)
+    if found["root"].problems:
+        report.add(DRIVER, found)
+    if probe.name is None and probe.root.is_local:
+        return orders
+    return dataclasses.replace(orders, root=str(probe.root), probe_name=probe.name)
+
+
+def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: Report) -> Nodes:
+    """Return the nodes that can be examined, those that answer and have the package, and report differing versions."""
+    usable = {}
+    for name, there in said.items():
+        if isinstance(there, Exception):
+            report.add(name, {"versions": _silent(there)})
+            continue
+        text = connection.difference(here, there)
+        report.add(name, {"versions": failed(text)} if text else {})
+        if there["readapt_ray"] != "missing":
+            usable[name] = up[name]
+    return usable
+
+
+def _silent(error: Exception) -> Finding:
+    import ray
+
+    late = isinstance(error, ray.exceptions.GetTimeoutError)
+    reason = f"no answer within {STARTS_S + CHECKS_S:g} s" if late else first_line(error)
+    return failed(f"the node does not work: {reason}; restart it, or leave it out")
+
+
+def _gpus(node: Mapping[str, Any]) -> int:
+    return int(node["Resources"].get("GPU", 0))
+
+
+def _start(node: Mapping[str, Any], num_gpus: int = 0) -> Any:
+    import ray
+
+    options = {"num_cpus": 0, "num_gpus": num_gpus, "max_concurrency": 4, "scheduling_strategy": nodes.only_on(node)}
+    return ray.remote(**options)(Inspector).remote()
+
+
+def _examine(inspectors: Mapping[str, Any], up: Nodes, orders: Orders, report: Report) -> dict[str, Any]:
+    """Let all nodes be checked, and return the inspectors of those that answered."""
+    started = {}
+    for name, inspector in inspectors.items():
+        store_bytes = int(up[name]["Resources"].get("object_store_memory", 0))
+        own = dataclasses.replace(orders, num_gpus=_gpus(up[name]), store_bytes=store_bytes)
+        started[name] = inspector.examine.remote(own)
+    answering = {}
+    for name, said in nodes.answers(started, timeout_s=STARTS_S + CHECKS_S).items():
+        if isinstance(said, Exception):
+            report.add(name, {"checks": _silent(said)})
+        else:
+            answering[name] = inspectors[name]
+            report.add(name, {**said, "clock": check_clock(inspectors[name])})
+    return answering

@@ -1,0 +1,13 @@
+"""The checks of this machine alone, without Ray."""
+
+import platform
+
+from readapt_ray.cluster.doctor.machine import Orders, check_machine
+from readapt_ray.cluster.doctor.report import Report
+
+
+def check_here(root: str | None, models: tuple[str, ...]) -> Report:
+    """Check this machine."""
+    report = Report()
+    report.add(platform.node() or "this machine", check_machine(Orders(root=root, models=models)))
+    return report

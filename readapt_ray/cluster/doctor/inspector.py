@@ -1,0 +1,122 @@
+"""A process on each node that checks it, and that exchanges data with those on the other nodes."""
+
+import dataclasses
+import importlib
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from readapt_ray.cluster.doctor.findings import Finding
+from readapt_ray.cluster.doctor.machine import Orders, check_machine
+from readapt_ray.errors import WorkerError
+
+Address = tuple[str, int]
+
+_NCCL_BYTES, _GLOO_BYTES = 256 << 20, 8 << 20
+_NUM_EXCHANGES = 3
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What an all-reduce measured."""
+
+    backend: str
+    bytes_per_s: float
+    """Each way through the slowest link of a ring: 2 (n - 1) / n times the data, by the time (NCCL's bus bandwidth)."""
+
+
+class Inspector:
+    """An actor. It has a GPU only where it is one of a process group of GPUs."""
+
+    def __init__(self) -> None:
+        self._listening: Any = None
+        self._store: Any = None
+
+    def examine(self, orders: Orders) -> dict[str, Finding]:
+        """Check this node."""
+        import ray
+
+        session = ray._private.worker._global_node.get_session_dir_path()
+        return check_machine(dataclasses.replace(orders, ray_folder=session))
+
+    def load_torch(self) -> None:
+        """Import what `all_reduce` needs, which may take longer than the exchange, while other checks run."""
+        importlib.import_module("torch.distributed")
+        importlib.import_module("readapt_ray.cluster.process_group")
+
+    def now(self) -> float:
+        """Return what this node's clock says, in unix seconds."""
+        return time.time()
+
+    def listen(self) -> Address:
+        """Take connections from now on; return where."""
+        import ray
+
+        host = ray.util.get_node_ip_address()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listening = socket.create_server((host, 0), family=family, backlog=1024)
+        return host, int(self._listening.getsockname()[1])
+
+    def unreachable(self, addresses: Sequence[Address], limit_s: float) -> list[int]:
+        """Return which of these addresses cannot be connected to, by their places in the list."""
+        reached: set[int] = set()
+
+        def connect(place: int) -> None:
+            try:
+                with socket.create_connection(addresses[place], timeout=limit_s):
+                    reached.add(place)
+            except OSError:
+                pass
+
+        threads = [threading.Thread(target=connect, args=(place,), daemon=True) for place in range(len(addresses))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(limit_s)
+        return sorted(set(range(len(addresses))) - reached)
+
+    def open_store(self, num_workers: int, limit_s: float) -> Address:
+        """Open the place where workers meet; return where."""
+        import ray
+        import torch
+
+        host = ray.util.get_node_ip_address()
+        limit = timedelta(seconds=limit_s)
+        distributed: Any = torch.distributed  # its annotations lack TCPStore
+        self._store = distributed.TCPStore(host, 0, num_workers, is_master=True, timeout=limit, wait_for_workers=False)
+        return host, int(self._store.port)
+
+    def all_reduce(self, worker_rank: int, num_workers: int, meeting: Address, limit_s: float) -> Exchange:
+        """Sum a tensor over all workers, as training sums gradients, and measure how fast.
+
+        Raises:
+            RuntimeError: the group did not form in time.
+        WorkerError: the sum is wrong.
+        """
+        import torch
+
+        from readapt_ray.cluster.process_group import choose_interface
+
+        choose_interface()
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        device = "cuda" if backend == "nccl" else "cpu"
+        distributed: Any = torch.distributed
+        limit = timedelta(seconds=limit_s)
+        store = self._store or distributed.TCPStore(*meeting, num_workers, is_master=False, timeout=limit)
+        distributed.init_process_group(backend, store=store, rank=worker_rank, world_size=num_workers, timeout=limit)
+        num_bytes = _NCCL_BYTES if backend == "nccl" else _GLOO_BYTES
+        tensor = torch.ones(num_bytes // 4, device=device)
+        distributed.all_reduce(tensor)
+        if float(tensor.min()) != num_workers or float(tensor.max()) != num_workers:
+            raise WorkerError(f"the sum over {num_workers} workers is wrong")
+        started_s = time.monotonic()
+        for _ in range(_NUM_EXCHANGES):
+            distributed.all_reduce(tensor)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds = (time.monotonic() - started_s) / _NUM_EXCHANGES
+        return Exchange(backend, 2 * (num_workers - 1) / num_workers * num_bytes / seconds)

@@ -1,0 +1,98 @@
+"""All checks of one machine: what `readapt doctor` looks at here, and on every node of a cluster."""
+
+import importlib.metadata
+import importlib.util
+import shutil
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from readapt_ray import environment
+from readapt_ray.catalog import retrievers
+from readapt_ray.catalog.reachable import check_reachable
+from readapt_ray.cluster.doctor import disks, gpus, root
+from readapt_ray.cluster.doctor.findings import Check, Finding, Problem, failed, run_checks
+from readapt_ray.storage import Location
+
+PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "faiss", "pyarrow")
+"""Modules that the stages import on every node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orders:
+    """What to look at on a machine."""
+
+    root: str | None
+    """Folder or URI of all artifacts; None: not looked at."""
+    probe_name: str | None = None
+    """File in the root that the driver wrote."""
+    models: tuple[str, ...] = ()
+    """Models that must be there, or be to be had."""
+    num_gpus: int | None = None
+    """What Ray gives to workers there; None without Ray."""
+    store_bytes: int = 0
+    """Of Ray's object store there."""
+    ray_folder: str = ""
+    """Where Ray spills to."""
+    limit_s: float = 15.0
+    """How long all checks may take."""
+
+
+def check_machine(orders: Orders) -> dict[str, Finding]:
+    """Return what each check found, by its column in the table."""
+    return run_checks(_checks(orders), limit_s=orders.limit_s)
+
+
+def _checks(orders: Orders) -> list[Check]:
+    num_gpus = orders.num_gpus or 0
+    folders = disks.working_folders(orders.ray_folder)
+    driver_hangs = "the driver hangs: look with nvidia-smi and dmesg, and restart this machine"
+    disk_hangs = "a disk hangs: look with df and dmesg, and mount it again or leave this node out"
+    root_hangs = f"{orders.root} hangs: look at its mount, or at the network to its store"
+    no_way = "give it a way to the hub (HF_ENDPOINT, HTTPS_PROXY), or give models as folders or URIs"
+    checks = [
+        Check("packages", check_packages, disk_hangs),
+        Check("GPUs", lambda: gpus.check_gpus(orders.num_gpus), driver_hangs),
+        Check("shared memory", lambda: disks.check_shared_memory(orders.store_bytes, num_gpus), disk_hangs),
+        Check("disk", lambda: disks.check_disks(folders), disk_hangs),
+    ]
+    if orders.root is not None:
+        place = Location(orders.root)
+        checks.append(Check("root", lambda: root.check_root(place, orders.probe_name), root_hangs))
+    if orders.models:
+        checks.append(Check("models", lambda: check_models(orders.models, orders.limit_s - 1), no_way))
+    return checks
+
+
+def check_packages() -> Finding:
+    """See that what the stages import is installed."""
+    missing = [module for module in PACKAGES if importlib.util.find_spec(module) is None]
+    if missing:
+        return failed(f"{', '.join(missing)} cannot be imported; install readapt-ray there with its dependencies")
+    return Finding(f"torch {importlib.metadata.version('torch')}")
+
+
+def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
+    """See that each model is here, or would be given to this machine and has room on its disk."""
+    to_fetch: dict[Path, int] = defaultdict(int)
+
+    def look(name: str) -> Finding:
+        cache = environment.cache_folder() if "://" in retrievers.hub_id(name) else Path(HF_HUB_CACHE)
+        num_bytes = check_reachable(name)
+        if num_bytes:
+            to_fetch[cache] += num_bytes
+        return Finding("ok")
+
+    silent = "{!r} was not found by then: give this node a way to the hub (HF_ENDPOINT, HTTPS_PROXY), or give a folder or a URI"
+    checks = [Check(name, lambda name=name: look(name), silent.format(name)) for name in models]  # type: ignore[misc]
+    found = run_checks(checks, limit_s=limit_s)
+    problems = [problem for finding in found.values() for problem in finding.problems]
+    for cache, num_bytes in to_fetch.items():
+        free = shutil.disk_usage(disks.existing(cache)).free
+        if num_bytes > free:
+            text = f"models to fetch take {num_bytes / 1e9:.1f} GB and {cache} has {free / 1e9:.1f} GB free"
+            problems.append(Problem(f"{text}; free some, or name a larger disk by READAPT_CACHE and HF_HOME"))
+    fails = sum(bool(finding.problems) for finding in found.values())
+    return Finding(f"{len(models) - fails} of {len(models)}", tuple(problems))

@@ -1,0 +1,62 @@
+"""GPUs, by an nvidia-smi and a torch of our own."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from readapt_ray.cluster.doctor import gpus
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A machine whose nvidia-smi and torch say this."""
+
+    def with_these(*rows: str, cuda: str | None = "13.0", count: int | None = None) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text("#!/bin/sh\ncat <<EOF\n" + "\n".join(rows) + "\nEOF\n")
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(rows) if count is None else count)
+
+    return with_these
+
+
+H100 = "NVIDIA H100 80GB HBM3, 580.65.06, 81559, 1"
+
+
+def test_gpus_that_all_agree_on(machine: Any) -> None:
+    machine(H100, H100)
+    for wanted in (2, None):
+        found = gpus.check_gpus(wanted)
+        assert found.shown == "2 x NVIDIA H100 80GB HBM3, driver 580.65.06"
+        assert not found.problems
+
+
+@pytest.mark.parametrize(
+    ("says", "wanted", "text", "fails"),
+    [
+        (([H100.replace("580.65.06", "550.54.15")], {}), 1, "driver 550.54.15 is too old .* install driver 580", True),
+        (([H100], {"cuda": None}), 1, r"torch .* cannot use GPUs; install a build for CUDA", True),
+        (([H100, H100], {"count": 1}), 2, "torch sees 1 of 2 GPUs; look with nvidia-smi", True),
+        (([], {}), 4, r"Ray gives 4 GPUs to workers here and nvidia-smi lists none; .* --gpus all", True),
+        (([H100], {}), 0, "1 GPUs are not used, since Ray has none here; start Ray with --num-gpus=1", False),
+        (([H100.replace(", 1", ", 40000")], {}), 1, r"memory is in use on GPU 0 \(40,000 of 81,559 MiB\); end", False),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    machine: Any, says: tuple[list[str], dict[str, Any]], wanted: int, text: str, fails: bool
+) -> None:
+    machine(*says[0], **says[1])
+    (problem,) = gpus.check_gpus(wanted).problems
+    assert problem.fails is fails
+    assert re.search(text, problem.text), problem.text
+
+
+def test_a_machine_without_gpus_has_no_problem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for wanted in (0, None):
+        assert gpus.check_gpus(wanted) == gpus.Finding("none")
