@@ -19,6 +19,7 @@ from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_sh
 from readapt_ray.errors import InputError
 from readapt_ray.planner import machines, plan_report, rates, scaling, worker_memory
 from readapt_ray.planner.corpus import Corpus
+from readapt_ray.planner.cost import stage_usd
 from readapt_ray.planner.machines import read_cluster
 from readapt_ray.planner.prices import PRICES_FILE, read_prices
 from readapt_ray.planner.stages import StageEstimate
@@ -643,3 +644,18 @@ def test_a_head_that_is_too_small_for_the_corpus_is_refused_before_anything_cost
         "over the head node's memory (8 GB), from 39,436,620 on; take a larger head node, or parts"
     )
     assert len(make_plan(run_file, cluster=cluster, num_passages=60_000_000).problems) == 2
+
+
+def test_a_stage_pays_for_as_many_gpu_nodes_as_it_has_workers(run_file: Path) -> None:
+    cluster = write(run_file, launcher(max_workers=8, gpu=8, cpu=0), "launcher.yaml")
+    few, all_of_them = (
+        make_plan(run_file, {"train": {"block_tokens": 64, "batch_size": 8, "num_workers": count}}, cluster=cluster)
+        for count in (2, 8)
+    )
+    trained = [stage(each, "train") for each in (few, all_of_them)]
+    hourly = PRICES.machines[MACHINES["gpu"]].on_demand
+    head = PRICES.machines[MACHINES["head"]].on_demand
+    by_hand = [each.seconds / 3600 * (head + each.workers * hourly) for each in trained]
+    assert [stage_usd(each, few.setting.cluster) for each in trained] == pytest.approx(by_hand)
+    waiting = few.costs_of(trained[:1])[1]
+    assert waiting.usd == pytest.approx(by_hand[0] + 300 / 3600 * head + waiting.waiting_usd)

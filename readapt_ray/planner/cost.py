@@ -1,7 +1,7 @@
 """What a run costs: which nodes are up for how long, and so how much.
 
 Nodes of a group's `min_workers` are up for the whole run. Those above it come when a stage needs GPUs, which takes some
-minutes, and end some idle minutes after the last one that did; all of it is paid for. Stages that run side by side take
+minutes, and end some idle minutes after the last one that did; all of it is paid for, and for as many as the stage has workers. Stages that run side by side take
 the time of the longer one.
 """
 
@@ -42,7 +42,7 @@ def rounds(stages: Sequence[StageEstimate]) -> list[list[StageEstimate]]:
 def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duration) -> Cost:
     """Return what stages cost on a cluster, one round after the other."""
     idle_s = cluster.idle_timeout_s
-    total_s = working_s = waiting_s = 0.0
+    total_s = working_s = waiting_s = 0.0  # working_s counts the seconds of all GPU nodes, of fewer in proportion
     let_go_s: float | None = None
     """When the last stage with GPUs ended."""
     for each in rounds(stages):
@@ -55,7 +55,7 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
         lasts_s = max(duration(stage) for stage in each)
         total_s += lasts_s
         if needs_gpus:
-            working_s += lasts_s
+            working_s += lasts_s * max(_share_up(stage, cluster) for stage in each)
             let_go_s = total_s
     waiting_s += 0.0 if let_go_s is None else idle_s
     waiting_usd = cluster.growing_usd_per_hour * waiting_s / 3600
@@ -68,4 +68,10 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
 
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
     """Return what the nodes cost that are up while a stage runs; nodes that start or are idle are not in it."""
-    return stage.seconds / 3600 * cluster.usd_per_hour_of(stage.stage)
+    growing = cluster.growing_usd_per_hour * _share_up(stage, cluster)
+    return stage.seconds / 3600 * (cluster.lasting_usd_per_hour + growing)
+
+
+def _share_up(stage: StageEstimate, cluster: Cluster) -> float:
+    """Return the share of the GPU nodes that a stage asks for."""
+    return min(1.0, stage.workers / cluster.num_gpus) if stage.needs_gpus and cluster.num_gpus else 0.0

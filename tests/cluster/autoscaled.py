@@ -1,6 +1,6 @@
 """Embeds on a cluster of Ray's fake nodes, whose autoscaler (version 2) brings and takes them; for test_autoscaling.py.
 
-python -m tests.cluster.autoscaled FOLDER
+RAY_AUTH_MODE=token RAY_AUTH_TOKEN=... python -m tests.cluster.autoscaled FOLDER
 
 Writes FOLDER/said.json. Ray's own AutoscalingCluster wants a file that its wheel lacks, and stops every Ray of the machine.
 The GPUs are made up: the nodes say that they have one each, and encoders compute on CPUs.
@@ -8,7 +8,6 @@ The GPUs are made up: the nodes say that they have one each, and encoders comput
 
 import json
 import os
-import secrets
 import subprocess
 import sys
 import tempfile
@@ -127,9 +126,6 @@ def main(folder: Path) -> None:
     import ray
 
     port = processes.free_port()
-    os.environ.update(
-        RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)
-    )  # Ray reads them when it is first used
     os.environ.update(RAY_ADDRESS=f"127.0.0.1:{port}", READAPT_NUM_GPUS="2")
     retriever = factories.write_contract(
         factories.full_retriever(folder / "retriever", factories.tiny_decoder(folder / "b"))

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -85,7 +87,8 @@ def test_nothing_is_asked_for_where_the_cluster_is_what_is_up(monkeypatch: pytes
 @pytest.mark.timeout(900)
 def test_a_run_takes_nodes_loses_one_gets_it_back_and_lets_them_go(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.cluster.autoscaled", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((tmp_path / "said.json").read_text())
     assert (said["before"], said["after"], said["num_vectors"]) == (0, 0, 3000)

@@ -20,7 +20,7 @@ _NODE = {"num_cpus": 1, "object_store_memory": 100 << 20}
 
 
 def main(folder: Path, then: str) -> None:
-    """Train undisturbed into `calm`, and into `hit` with a node killed after the first checkpoint."""
+    """Train undisturbed into `calm`, and into `hit` with a node killed after the sixth checkpoint."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": 100 << 20, "include_dashboard": False},
@@ -35,6 +35,7 @@ def main(folder: Path, then: str) -> None:
         "num_workers": 2,
         "num_cpus_per_worker": 1,
         "checkpoint_every_s": 0,
+        "keep_checkpoints": 1000,
         "lora_dropout": 0.1,
         "learning_rate": 5e-3,
         "dtype": "float32",
@@ -43,7 +44,7 @@ def main(folder: Path, then: str) -> None:
     train(TrainConfig(**options, output=str(folder / "calm")))
 
     def kill() -> None:
-        while not list((folder / "hit" / "checkpoints").glob("step-*")):
+        while not (folder / "hit" / "checkpoints" / "step-000000006.safetensors").exists():
             if done.wait(0.02):
                 return
         cluster.remove_node(victims[1], allow_graceful=False)
