@@ -47,7 +47,17 @@ _LEFTOVERS = ""
 """Placeholder for the fingerprint while an artifact is being cleared. It matches none, so a half-cleared folder is never resumed."""
 _OUR_MANIFEST = re.compile(rb'\{\s*"stage"')
 """How each manifest of ours begins."""
-_VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
+_VERSIONED_PACKAGES = (
+    "readapt-ray",
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "faiss-cpu",
+    "faiss-gpu",
+    "pyarrow",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries
+from readapt_ray.retrieval.faiss_build import faiss, train
 from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.storage import Location
 
@@ -167,7 +167,7 @@ def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], 
             index.add(parts.pop())
     if parts:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        index.train(training_sample(whole, index))
+        train(index, training_sample(whole, index))
         index.add(whole)
     return IndexShard(index, np.array(doc_ids, dtype=object))
 
