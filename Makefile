@@ -1,4 +1,6 @@
 PYTHON ?= python3
+# cpu or gpu: which build of FAISS to install.
+EXTRA  ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
@@ -34,9 +36,9 @@ $(BIN)/python:
 $(VENV)/runtime: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (a minute or two) ..."
 	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e .
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA)]'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/runtime
-	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRA),test,dev]'
 	@touch $@

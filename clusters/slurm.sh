@@ -22,8 +22,12 @@ port="${READAPT_PORT:-$((20000 + SLURM_JOB_ID % 10000))}"
 # Not by a pipe: one whose reader is done early ends the writer, and with pipefail this script.
 nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 head_node="${nodes%%$'\n'*}"
-addresses="$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" hostname --ip-address)"
-head_ip="${addresses%% *}"
+# The address from which the head reaches the last node is one that the nodes reach: its own name may mean 127.0.1.1.
+own_address='import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    probe.connect((sys.argv[1], 9))
+    print(probe.getsockname()[0])'
+head_ip="$(srun --nodes=1 --ntasks=1 --nodelist="$head_node" "$python" -c "$own_address" "${nodes##*$'\n'}")"
 
 # Ray runs what reaches its ports: a token that only this user can read, gone with the job.
 umask 077
@@ -34,6 +38,7 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
 cpus="${SLURM_CPUS_PER_TASK:-1}"
 gpus="${SLURM_GPUS_ON_NODE:-0}"
+export SRUN_CPUS_PER_TASK="$cpus" # since Slurm 22.05 a step of srun has one CPU unless it is told the number again
 srun --nodes=1 --ntasks=1 --nodelist="$head_node" --overlap \
   "$ray" start --head --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
   --num-cpus="$cpus" --num-gpus="$gpus" --temp-dir="/tmp/ray-$SLURM_JOB_ID" --block &

@@ -48,7 +48,17 @@ logger = logging.getLogger("readapt_ray")
 FORMAT_VERSION = 1
 _OUR_MANIFEST = re.compile(rb'\{\s*"stage"')
 """How each manifest of ours begins."""
-_VERSIONED_PACKAGES = ("readapt-ray", "ray", "torch", "transformers", "peft", "deepspeed", "faiss-cpu", "pyarrow")
+_VERSIONED_PACKAGES = (
+    "readapt-ray",
+    "ray",
+    "torch",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "faiss-cpu",
+    "faiss-gpu",
+    "pyarrow",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Store]:
+def running(host: str = "127.0.0.1") -> Iterator[Store]:
     """The server, with its address and keys in the environment of this process and its children."""
     from moto.server import DomainDispatcherApplication, create_backend_app
 
@@ -45,8 +45,8 @@ def running() -> Iterator[Store]:
             return [_BUSY]
         return moto(environ, start_response)
 
-    server = make_server("127.0.0.1", 0, application, threaded=True)
-    endpoint = f"http://127.0.0.1:{server.server_port}"
+    server = make_server(host, 0, application, threaded=True)
+    endpoint = f"http://{host}:{server.server_port}"
     before = dict(os.environ)
     os.environ.update(KEYS, AWS_ENDPOINT_URL=endpoint, AWS_REGION="us-east-1", AWS_EC2_METADATA_DISABLED="true")
     thread = threading.Thread(target=server.serve_forever, daemon=True)

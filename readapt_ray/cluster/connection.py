@@ -222,8 +222,11 @@ def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
 
 
 def _is_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether versions are the same; code that came in a job's working directory has none, and is the driver's own."""
-    pairs = [(one[name], other[name]) for name in one]
+    """Whether versions are the same; code that came in a job's working directory has none, and is the driver's own.
+
+    Builds of one version are alike: torch is 2.13.0+cpu on a head without GPUs and 2.13.0+cu130 on a GPU node.
+    """
+    pairs = [(one[name].partition("+")[0], other[name].partition("+")[0]) for name in one]
     return all(a == b or (_UNINSTALLED in (a, b) and "missing" not in (a, b)) for a, b in pairs)
 
 

@@ -83,7 +83,7 @@ def load_encoder(
 def faiss_on_one_thread() -> Any:
     """FAISS for a task of one CPU. Its own BLAS takes all cores, and waits for them busily, unless told before it is loaded."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    import faiss
+    from readapt_ray.retrieval.faiss_build import faiss
 
     faiss.omp_set_num_threads(1)
     return faiss

@@ -11,13 +11,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard
 from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.storage import Location

@@ -9,11 +9,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
+from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec
 from readapt_ray.seeds import random_generator
 

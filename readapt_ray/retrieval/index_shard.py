@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries
+from readapt_ray.retrieval.faiss_build import faiss, train
 
 DELETED = ""
 """Stands for the doc_id of a vector that is no longer found."""
@@ -150,7 +150,7 @@ def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], 
             index.add(parts.pop())
     if parts:
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        index.train(training_sample(whole, index))
+        train(index, training_sample(whole, index))
         index.add(whole)
     return IndexShard(index, np.array(doc_ids, dtype=object))
 

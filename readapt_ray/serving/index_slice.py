@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.exact import Hits, TopK, search_exact
+from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.index_files import ShardRecord, read_shard
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard, search_shards
 from readapt_ray.serving.versions import DocFilter

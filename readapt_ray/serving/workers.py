@@ -110,8 +110,9 @@ def _set_torch_threads(num_threads: int) -> None:
 
 
 def _set_faiss_threads(num_threads: int) -> None:
-    import faiss
     import torch
+
+    from readapt_ray.retrieval.faiss_build import faiss
 
     faiss.omp_set_num_threads(num_threads)
     torch.set_num_threads(num_threads)

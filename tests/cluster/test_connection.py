@@ -262,6 +262,16 @@ def test_a_node_with_other_versions_is_named(monkeypatch: pytest.MonkeyPatch, ot
     assert "10.0.0.1" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("driver", "node"), [("2.13.0+cpu", "2.13.0+cu130"), ("2.13.0+cpu", "2.13.0"), ("2.13.0", "2.13.0+cu130")]
+)
+def test_builds_of_one_torch_are_alike_and_other_versions_are_not(driver: str, node: str) -> None:
+    """As wheels name themselves: +cpu from the index for CPUs, +cu130 or nothing from PyPI."""
+    assert connection._is_alike({**VERSIONS, "torch": driver}, {**VERSIONS, "torch": node})
+    assert not connection._is_alike({**VERSIONS, "torch": driver}, {**VERSIONS, "torch": "2.12.1+cu130"})
+    assert not connection._is_alike({**VERSIONS, "torch": driver}, {**VERSIONS, "torch": "2.13.0rc1+cu130"})
+
+
 def test_code_from_a_working_directory_has_no_version_and_is_the_drivers() -> None:
     assert connection._is_alike(VERSIONS, {**VERSIONS, "readapt_ray": "from a folder"})
     assert not connection._is_alike(
