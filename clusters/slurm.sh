@@ -38,7 +38,7 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 
 cpus="${SLURM_CPUS_PER_TASK:-1}"
 gpus="${SLURM_GPUS_ON_NODE:-0}"
-export SRUN_CPUS_PER_TASK="$cpus" # since Slurm 22.05 a step of srun has one CPU unless it is told the number again
+export SRUN_CPUS_PER_TASK="$cpus" # since Slurm 22.05 srun takes it from here, and no longer what sbatch was given
 srun --nodes=1 --ntasks=1 --nodelist="$head_node" --overlap \
   "$ray" start --head --node-ip-address="$head_ip" --port="$port" --dashboard-host=127.0.0.1 \
   --num-cpus="$cpus" --num-gpus="$gpus" --temp-dir="/tmp/ray-$SLURM_JOB_ID" --block &

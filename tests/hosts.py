@@ -118,7 +118,7 @@ def wait_until(happened: Callable[[], object], what: str, limit_s: float = 60) -
     deadline_s = time.monotonic() + limit_s
     while not happened():
         assert time.monotonic() < deadline_s, f"waited {limit_s:.0f} s for {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def _furnish(host: Path, key: Path, addresses: Mapping[str, str], environment: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 
 from readapt_ray import planner
 from readapt_ray.cluster import step_metrics
+from readapt_ray.planner import machines, prices
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.serving import keys, server
 from tests import factories
@@ -102,6 +104,95 @@ def test_a_launched_cluster_listens_on_loopback_and_asks_for_the_token(provider:
     for command in (head, config["worker_start_ray_commands"][-1]):
         assert command.startswith("RAY_AUTH_MODE=token ") and " ray start " in command
     assert list(config["file_mounts"].values()) == ["~/.ray/auth_token"]
+
+
+PROVIDERS_AND_TYPES = [(provider, kind) for provider in ("aws", "gcp") for kind in ("head", "cpu", "gpu")]
+NEEDED_DRIVER = {"12": 525, "13": 580}
+"""Oldest NVIDIA driver that runs a CUDA of each major version (NVIDIA's table of minor version compatibility)."""
+CUDA_OF_TORCH = {"2.13.0": "13"}
+"""CUDA of the torch wheels on PyPI, by their metadata (cuda-toolkit)."""
+
+
+def commands_before_the_container(provider: str, kind: str) -> list[str]:
+    config = read(f"{provider}.yaml")
+    own = config["available_node_types"][kind].get("initialization_commands")
+    return list(own or config["initialization_commands"])
+
+
+@pytest.mark.parametrize(("provider", "kind"), PROVIDERS_AND_TYPES)
+def test_every_machine_gets_docker_and_a_login_before_its_image_is_pulled(provider: str, kind: str) -> None:
+    commands = commands_before_the_container(provider, kind)
+    image = json.dumps(read(f"{provider}.yaml")["available_node_types"][kind]["node_config"])
+    brings_docker = "deeplearning" in image  # the images that cloud providers make for GPUs
+    assert brings_docker or any("docker.io" in command for command in commands)
+    assert any({"aws": "ecr-login", "gcp": "docker login"}[provider] in command for command in commands)
+    assert any("/var/run/docker.sock" in command for command in commands)
+    for command in commands:
+        shellcheck(f"#!/bin/bash\n{command}\n")
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp"])
+def test_a_driver_that_is_too_old_for_torch_ends_the_node_with_a_message(provider: str, tmp_path: Path) -> None:
+    [pinned] = re.findall(r"^torch==(.+)$", (REPOSITORY / "constraints.txt").read_text(), re.MULTILINE)
+    needed = NEEDED_DRIVER[CUDA_OF_TORCH[pinned]]
+    [check] = [each for each in commands_before_the_container(provider, "gpu") if "nvidia-smi" in each]
+    for driver, is_enough in ((f"{needed}.95.05", True), (f"{needed - 10}.211.01", False), ("", False)):
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/bash\necho {driver}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", check], env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) is is_enough
+        assert is_enough or f"{needed} or newer" in done.stdout
+    for named in re.findall(r"nvidia-(\d{3})", (CLUSTERS / f"{provider}.yaml").read_text()):
+        assert int(named) >= needed
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp"])
+def test_models_and_spilled_objects_of_gpu_nodes_lie_on_their_nvme(provider: str) -> None:
+    options = read(f"{provider}.yaml")["available_node_types"]["gpu"]["docker"]["worker_run_options"]
+    mounts = dict(reversed(option.removeprefix("-v ").split(":")) for option in options if option.startswith("-v "))
+    assert mounts.keys() == {"/home/readapt/.cache", "/tmp/ray"}
+    [made] = [each for each in commands_before_the_container(provider, "gpu") if "-o 1000 -g 1000" in each]
+    assert all(folder in made for folder in mounts.values())
+
+
+@pytest.mark.parametrize("provider", ["aws", "gcp"])
+def test_nothing_is_installed_into_the_images_when_a_node_starts(provider: str) -> None:
+    from ray.autoscaler._private.util import fillout_defaults, merge_setup_commands
+
+    config = merge_setup_commands(fillout_defaults(read(f"{provider}.yaml")))
+    for name in ("setup_commands", "head_setup_commands", "worker_setup_commands"):
+        assert config[name] == []
+
+
+def test_volumes_of_aws_are_as_fast_as_the_page_counts_on() -> None:
+    types = read("aws.yaml")["available_node_types"]
+    disks = [kind["node_config"]["BlockDeviceMappings"][0]["Ebs"] for kind in types.values()]
+    assert {disk["Throughput"] for disk in disks} == {500}
+    assert "0.5 GB/s" in (CLUSTERS / "README.md").read_text()
+
+
+def test_folders_that_the_pages_write_stay_at_home_when_a_job_is_submitted(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import create_package
+
+    written = {"readapt-run", "readapt-quickstart"}
+    for page in (
+        REPOSITORY / "README.md",
+        *REPOSITORY.glob("*/README.md"),
+        *REPOSITORY.glob("readapt_ray/*/README.md"),
+    ):
+        outputs = re.findall(r"--(?:output|root) ([a-z][\w.-]*)(?:/[\w./-]*)?(?=[\s`])", page.read_text())
+        written.update(outputs)
+    project = tmp_path / "project"
+    for folder in (*written, "readapt_ray", "jobs"):
+        (project / folder).mkdir(parents=True)
+        (project / folder / "file.txt").write_text(folder)
+    shutil.copy(REPOSITORY / ".rayignore", project)
+    create_package(str(project), tmp_path / "package.zip", include_gitignore=False)
+    with zipfile.ZipFile(tmp_path / "package.zip") as package:
+        kept = {name.split("/")[0] for name in package.namelist()}
+    assert "run" in written
+    assert kept == {"readapt_ray", "jobs", ".rayignore"}
 
 
 def test_the_options_of_ray_start_exist() -> None:
@@ -210,6 +301,23 @@ def test_the_sizes_fit_the_models_that_they_were_chosen_for(name: str, experimen
     assert found.setting.cluster.num_gpus == 8
     held = next(limit for limit in found.passage_limits if "ingest holds" in limit.what)
     assert held.at > 100_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("aws.yaml", "ACCOUNT"), ("gcp.yaml", "PROJECT"), ("kuberay/rayjob.yaml", "BUCKET, REGISTRY")],
+)
+def test_words_that_are_still_to_be_filled_in_are_named_by_the_plan(
+    name: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = prices.read_prices(None)
+    machines.read_cluster(str(CLUSTERS / name), table)
+    assert f"{name} still has {words} in it: fill it in before you start the cluster" in caplog.text
+    caplog.clear()
+    filled = re.sub(r"\b(ACCOUNT|PROJECT|REGISTRY|BUCKET)\b", "ours", (CLUSTERS / name).read_text())
+    (tmp_path / "filled.yaml").write_text(filled)
+    machines.read_cluster(str(tmp_path / "filled.yaml"), table)
+    assert not caplog.records
 
 
 def shellcheck(script: str) -> None:

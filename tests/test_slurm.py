@@ -54,7 +54,7 @@ def test_a_run_that_is_killed_goes_on_when_it_is_submitted_again(slurm: Slurm) -
         lambda: slurm.is_done() or list((root / "adapter/checkpoints").glob("step-*")), "a checkpoint", limit_s=400
     )
     assert not slurm.is_done(), first.read_text()
-    assert cpus_of_raylets(slurm) == {"0,1"}  # all that were asked for: srun alone would bind a step to one
+    assert cpus_of_raylets(slurm) == {"0,1"}  # all that were asked for
     slurm.said("scancel", "--signal=KILL", "--full", first.stem)
     wait_until(slurm.is_done, "the job to end")
     wait_until(lambda: not cpus_of_raylets(slurm), "Ray to end with its job")

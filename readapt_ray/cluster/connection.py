@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import environment, hardware
+from readapt_ray.cluster import launcher
 from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
@@ -170,12 +171,20 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
             raise PlacementError(
                 f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {describe_nodes(nodes)}; start the others, "
-                f"or want fewer"
+                f"or want fewer{_why_not_launched()}"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
-            logger.info("waiting for nodes: %d are wanted, there is %s", wanted, describe_nodes(nodes))
+            logger.info(
+                "waiting for nodes: %d are wanted, there is %s%s", wanted, describe_nodes(nodes), _why_not_launched()
+            )
         time.sleep(_WAIT_POLL_S)
+
+
+def _why_not_launched() -> str:
+    """What the cluster launcher could not start, as the end of a message; nothing where all went well."""
+    failures = launcher.failures()
+    return f"; the launcher could not start {'; '.join(failures)}" if failures else ""
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:

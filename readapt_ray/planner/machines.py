@@ -5,7 +5,9 @@ manifest (`kind: RayCluster`, `RayJob` or `RayService`), a plain list (`nodes`),
 machine type has come from a table that the user can replace.
 """
 
+import logging
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -15,6 +17,10 @@ from readapt_ray.errors import InputError
 from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
 from readapt_ray.storage import Location
 
+logger = logging.getLogger("readapt_ray")
+
+_PLACEHOLDER: Final = re.compile(r"\b(?:ACCOUNT|PROJECT|REGISTRY|BUCKET)\b")
+"""Words of our cluster files that a user replaces."""
 _GB: Final = 1_000_000_000
 _OBJECT_STORE_SHARE: Final = 0.3
 """Share of a node's memory that Ray sets aside for its object store."""
@@ -154,6 +160,8 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
         return Cluster(name="local", groups=(_this_machine(),))
     location = Location(uri)
     values = read_mapping(location, "a cluster")
+    if left := sorted(set(_PLACEHOLDER.findall(str(values)))):
+        logger.warning("%s still has %s in it: fill it in before you start the cluster", uri, ", ".join(left))
     if "nodes" in values:
         groups = _plain(values, prices, uri)
     elif "cluster_name" in values:

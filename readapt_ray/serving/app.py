@@ -6,6 +6,7 @@ same builders serve `readapt serve`, and the config file that `serve deploy` and
 options. What does not fit together is refused before anything starts.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from readapt_ray.artifacts import open_artifact
@@ -63,7 +64,7 @@ def bind_version(name: str, config: VersionConfig) -> Any:
             name=f"index-{number}",
             num_replicas=config.index_replicas,
             max_ongoing_requests=64,
-            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor},
+            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": slice_bytes(config.index, mine)},
             **_LIFE,
         ).bind(spec, mine, len(dealt))
         for number, mine in enumerate(dealt)
@@ -77,6 +78,15 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         **_scale(config),
     )
     return encoder.bind(spec, *slices)
+
+
+def slice_bytes(index: str | None, names: Sequence[str]) -> int:
+    """Return the memory of some shards, which Ray sets aside so that a slice never starts on a node without room for it.
+
+    A shard takes twice its size while it is read.
+    """
+    sizes = {each["name"]: each["num_bytes"] for each in open_artifact(str(index), "index").manifest.details["shards"]}
+    return int(sum(sizes[name] for name in names) + max(sizes[name] for name in names))
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":

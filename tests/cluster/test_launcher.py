@@ -1,0 +1,39 @@
+"""What the cluster launcher could not start, in one line with what to do."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from readapt_ray.cluster import launcher
+
+QUOTA = "An error occurred (VcpuLimitExceeded) when calling the RunInstances operation: You have requested more vCPU capacity"
+
+
+def told(monkeypatch: pytest.MonkeyPatch, *details: str) -> list[str]:
+    failed = [
+        SimpleNamespace(ray_node_type_name="gpu", instance_type_name="p5.4xlarge", details=text) for text in details
+    ]
+    monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    status: Any = SimpleNamespace(failed_launches=failed)
+    monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: status)
+    return launcher.failures()
+
+
+def test_each_failure_is_told_once_in_one_line_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    [line] = told(monkeypatch, f"{QUOTA}\nTraceback", QUOTA)
+    assert line == f"gpu (p5.4xlarge): {QUOTA}; ask AWS for the quota of its family (Service Quotas, EC2, vCPUs)"
+
+
+@pytest.mark.parametrize("code", sorted(launcher._ADVICE))
+def test_known_codes_have_a_remedy_and_others_are_told_as_they_are(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(monkeypatch, f"{code}: no") == [f"gpu (p5.4xlarge): {code}: no; {launcher._ADVICE[code]}"]
+    assert told(monkeypatch, "something else") == ["gpu (p5.4xlarge): something else"]
+
+
+def test_a_cluster_without_a_launcher_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Any:
+        raise RuntimeError("not connected")
+
+    monkeypatch.setattr("ray.get_runtime_context", none)
+    assert launcher.failures() == []
