@@ -179,6 +179,7 @@ def bind_gateway(config: ServeConfig) -> Any:
         limits,
         read_keys(config.api_keys),
         allow_anonymous=config.allow_anonymous,
+        cors_origins=config.cors_origins,
         num_gateways=config.num_gateways,
         traces=config.traces,
     )

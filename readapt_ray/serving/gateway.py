@@ -15,7 +15,7 @@ from ray import serve
 
 from readapt_ray.config import Config
 from readapt_ray.serving.api import build_api
-from readapt_ray.serving.guard import App, Guard
+from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
@@ -47,11 +47,19 @@ class Gateway:
     """Answers HTTP."""
 
     def __init__(
-        self, limits: Limits, keys: Sequence[ApiKey], *, allow_anonymous: bool, num_gateways: int, traces: bool
+        self,
+        limits: Limits,
+        keys: Sequence[ApiKey],
+        *,
+        allow_anonymous: bool,
+        cors_origins: Sequence[str],
+        num_gateways: int,
+        traces: bool,
     ) -> None:
         self._limits = limits
         self._keys = KeyRing(keys, share=1 / num_gateways)
         self._allow_anonymous = allow_anonymous
+        self._cors_origins = cors_origins
         self._traces = traces
         self._telemetry = Telemetry()
         self._service = SearchService(limits, self._telemetry)
@@ -65,7 +73,7 @@ class Gateway:
             from readapt_ray.serving.spans import RequestSpans
 
             spans = RequestSpans()
-        return Guard(
+        guard = Guard(
             build_api(self._service, gather_metrics),
             keys=self._keys,
             allow_anonymous=self._allow_anonymous,
@@ -74,6 +82,7 @@ class Gateway:
             telemetry=self._telemetry,
             spans=spans,
         )
+        return with_cors(guard, self._cors_origins) if self._cors_origins else guard
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve what a `GatewayConfig` says, once every version in it is up."""

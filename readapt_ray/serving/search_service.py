@@ -6,12 +6,14 @@ its first to its last step by the version that it began with.
 
 import asyncio
 import functools
+import importlib.metadata
 import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
-from readapt_ray.serving import schema
+from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import Batcher, QueueFullError
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
@@ -38,6 +40,13 @@ _INLINE_CHARACTERS = 20_000
 _INLINE_NUMBERS = 50_000
 _INLINE_HITS = 500
 _TOKENIZING_THREADS = 2
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    vectors: NDArray[np.float32]
+    fingerprint: str
+    """Of the encoder."""
 
 
 class SearchService:
@@ -90,14 +99,26 @@ class SearchService:
         """List the versions, the default first."""
         return self._registry.models()
 
+    def info(self) -> schema.ServerInfo:
+        """Describe the default version and the limits, in the words of text-embeddings-inference."""
+        model = self._registry.model(schema.DEFAULT_MODEL)
+        return schema.ServerInfo(
+            version=importlib.metadata.version("readapt-ray"),
+            model_id=model.id,
+            model_sha=model.encoder_fingerprint,
+            max_input_length=max(model.max_query_tokens, model.max_passage_tokens),
+            max_client_batch_size=self.limits.max_inputs,
+            max_concurrent_requests=self.limits.max_requests,
+            auto_truncate=self.limits.truncate,
+        )
+
     def model(self, name: str) -> schema.ServedModel:
         """Describe one version.
 
         Raises:
             RequestError: there is none of this name.
         """
-        name, _ = self._registry.named(name)
-        return next(each for each in self._registry.models().data if each.id == name)
+        return self._registry.model(name)
 
     async def readiness(self) -> schema.Readiness:
         """Say whether every version encodes and searches, found out by doing it at most once per second."""
@@ -109,31 +130,77 @@ class SearchService:
         Raises:
             RequestError: the request cannot be answered.
         """
-        name, version = self._registry.named(body.model)
+        made = await self._embedded(body, trace, param="input")
+        return await _written(
+            made.vectors.size <= _INLINE_NUMBERS,
+            answers.embeddings_json,
+            made.vectors,
+            as_base64=body.encoding_format == "base64",
+            model=trace.version,
+            fingerprint=made.fingerprint,
+            num_tokens=trace.num_tokens,
+        )
+
+    async def embed_for_cohere(self, body: cohere.EmbedRequest, trace: Trace) -> bytes:
+        """Return a `cohere.EmbedResponse` as JSON.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        made = await self._embedded(body.as_embeddings_request(), trace, param="texts")
+        return await _written(
+            made.vectors.size <= _INLINE_NUMBERS,
+            cohere.embed_json,
+            made.vectors,
+            body,
+            trace.request_id,
+            trace.num_tokens,
+        )
+
+    async def _embedded(self, body: schema.EmbeddingsRequest, trace: Trace, *, param: str) -> _Embedded:
+        name, version, kind_of_model = self._registry.named(body.model)
         trace.version = name
         info = version.info
         dimensions = body.dimensions or info.dimension
         if dimensions > info.dimension:
             message = f"'dimensions' is {dimensions:,}; this model's vectors have {info.dimension:,} numbers"
             raise invalid(message, "dimensions")
+        self._check_token_ids(body, info.encoder_fingerprint)
+        kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
+        truncate = self.limits.truncate if body.truncate is None else body.truncate
         async with self._deadline(body.timeout_s):
-            rows = await self._tokenized(
-                version, body.input, body.input_type, trace, param="input", truncate=body.truncate
-            )
+            rows = await self._tokenized(version, body.input, kind, trace, param=param, truncate=truncate)
             vectors = await self._encoded(version, rows, trace)
         if dimensions < info.dimension:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return await _written(
-            vectors.size <= _INLINE_NUMBERS,
-            schema.embeddings_json,
-            vectors,
-            as_base64=body.encoding_format == "base64",
-            model=name,
-            fingerprint=info.encoder_fingerprint,
-            num_tokens=trace.num_tokens,
+        return _Embedded(vectors, info.encoder_fingerprint)
+
+    def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
+        """Refuse token ids that may be another tokenizer's: their vectors would be those of other texts."""
+        is_text = isinstance(body.input, str) or isinstance(body.input[0], str)
+        if is_text or self.limits.accept_token_ids or body.fingerprint == encoder_fingerprint:
+            return
+        raise RequestError(
+            "'input' holds token ids, which mean other words to each tokenizer; send text (LangChain: "
+            "check_embedding_ctx_length=False). Ids of this model's own tokenizer need its encoder_fingerprint as 'fingerprint'",
+            param="input",
+            code="token_ids_refused",
         )
+
+    async def count_tokens(self, body: schema.TokenizeRequest, trace: Trace) -> schema.TokenizeResponse:
+        """Return the token ids of a text, template and specials included, however long it is.
+
+        Raises:
+            RequestError: there is no such model, or the text is empty or not Unicode.
+        """
+        name, version, kind_of_model = self._registry.named(body.model)
+        trace.version = name
+        kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
+        ids = await asyncio.to_thread(version.tokenizer.whole, body.prompt, kind, param="prompt")
+        limit = version.tokenizer.max_tokens(kind)
+        return schema.TokenizeResponse(count=len(ids), max_model_len=limit, tokens=ids)
 
     async def search(self, body: schema.SearchRequest, trace: Trace) -> bytes:
         """Return a `SearchResponse` as JSON.
@@ -155,7 +222,7 @@ class SearchService:
             self._telemetry.partial(name)
         return await _written(
             sum(map(len, found.ranked)) <= _INLINE_HITS,
-            schema.search_json,
+            answers.search_json,
             found.ranked,
             passages,
             model=name,
@@ -172,7 +239,7 @@ class SearchService:
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError:
-            message = f"no answer within {seconds:g} s"
+            message = f"no answer within {seconds:g} s; send fewer texts at a time, or start the server with a higher --timeout-s"
             raise RequestError(message, status=504, code="deadline_exceeded", retry_after_s=1) from None
 
     async def _tokenized(

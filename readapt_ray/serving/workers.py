@@ -150,7 +150,7 @@ class EncoderReplica:
 
     async def describe(self) -> VersionInfo:
         """What this version is."""
-
+        config = self._model.config
         sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
             fingerprint=self._fingerprint,
@@ -164,6 +164,7 @@ class EncoderReplica:
             corpus=self._spec.corpus,
             corpus_fingerprint=self._spec.corpus_fingerprint,
             created=self._created,
+            matryoshka=bool(config.get("is_matryoshka") or config.get("matryoshka_dimensions")),
             processes=self._spec.processes,
         )
 

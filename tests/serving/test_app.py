@@ -61,7 +61,7 @@ def test_search_over_two_actors_equals_exact_search(served, world):
 
 
 def test_the_fingerprint_of_a_version_is_known_before_it_is_served(served, world):
-    [model] = served.get("/v1/models").json()["data"]
+    model, *_ = served.get("/v1/models").json()["data"]
     assert (model["id"], model["num_vectors"]) == ("tiny", 40)
     assert model["fingerprint"] == check_version("tiny", world.config())
     ready = served.get("/readyz").json()
