@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import answers, cohere, schema
-from readapt_ray.serving.batching import Batcher, QueueFullError
+from readapt_ray.serving.batching import Batcher, QueueFullError, RequestTooLargeError
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
@@ -168,9 +169,9 @@ class SearchService:
         self._check_token_ids(body, info.encoder_fingerprint)
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
         truncate = self.limits.truncate if body.truncate is None else body.truncate
-        async with self._deadline(body.timeout_s):
+        async with self._deadline(body.timeout_s) as deadline_s:
             rows = await self._tokenized(version, body.input, kind, trace, param=param, truncate=truncate)
-            vectors = await self._encoded(version, rows, trace)
+            vectors = await self._encoded(version, rows, trace, deadline_s)
         if dimensions < info.dimension:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
@@ -213,8 +214,8 @@ class SearchService:
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")
-        async with self._deadline(body.timeout_s):
-            vectors, found = await self._searched(version, body, trace)
+        async with self._deadline(body.timeout_s) as deadline_s:
+            vectors, found = await self._searched(version, body, trace, deadline_s)
             passages = await _passages(version, found) if body.with_text else {}
         self.side_searches.shadow(registry, name, body, found)
         self.side_searches.probe(registry, name, vectors, body, found)
@@ -232,12 +233,13 @@ class SearchService:
         )
 
     @asynccontextmanager
-    async def _deadline(self, wanted_s: float | None) -> AsyncIterator[None]:
-        """Give up when the time of a request is over. This also drops what it has in a queue."""
+    async def _deadline(self, wanted_s: float | None) -> AsyncIterator[float]:
+        """Give up when the time of a request is over, and drop what it has in a queue. Gives the end by the event loop's clock."""
         seconds = min(wanted_s or self.limits.timeout_s, self.limits.timeout_s)
         try:
-            async with asyncio.timeout(seconds):
-                yield
+            deadline_s = asyncio.get_running_loop().time() + seconds
+            async with asyncio.timeout_at(deadline_s):
+                yield deadline_s
         except TimeoutError:
             message = f"no answer within {seconds:g} s; send fewer texts at a time, or start the server with a higher --timeout-s"
             raise RequestError(message, status=504, code="deadline_exceeded", retry_after_s=1) from None
@@ -265,9 +267,21 @@ class SearchService:
             rows += block
         return rows
 
-    async def _encoded(self, version: Version, rows: list[list[int]], trace: Trace) -> NDArray[np.float32]:
+    async def _encoded(
+        self, version: Version, rows: list[list[int]], trace: Trace, deadline_s: float
+    ) -> NDArray[np.float32]:
         try:
-            vectors, timing = await _by_this_version(version.batcher.submit(rows))
+            vectors, timing = await _by_this_version(version.batcher.submit(rows, deadline_s=deadline_s))
+        except RequestTooLargeError as error:
+            advice = (
+                f"send at most {error.num_rows:,} such texts at a time" if error.num_rows else "send a shorter text"
+            )
+            raise RequestError(
+                f"{len(rows):,} texts of {trace.num_tokens:,} tokens would not be encoded in time at the present rate; {advice}, "
+                f"or start the server with more replicas or a higher --timeout-s",
+                status=413,
+                code="request_too_large",
+            ) from None
         except QueueFullError as error:
             raise RequestError(
                 "too much waits already; try again after the seconds in Retry-After",
@@ -295,7 +309,7 @@ class SearchService:
         )
 
     async def _searched(
-        self, version: Version, body: schema.SearchRequest, trace: Trace
+        self, version: Version, body: schema.SearchRequest, trace: Trace, deadline_s: float = math.inf
     ) -> tuple[NDArray[np.float32], Found]:
         """Return the vectors of the queries, and what was found for them."""
         if body.query is None:
@@ -303,7 +317,7 @@ class SearchService:
             trace.num_items = len(vectors)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(version, rows, trace)
+            vectors = await self._encoded(version, rows, trace, deadline_s)
         before_s = time.perf_counter()
         try:
             found = await _by_this_version(version.backend.search(vectors, body.top_k, doc_filter(body)))

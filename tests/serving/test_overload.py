@@ -146,3 +146,21 @@ def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(version, m
     in_a_thread, inline = asyncio.run(run())
     assert in_a_thread == inline
     assert sum(len(each["hits"]) for each in inline["data"]) == 20 * 40
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once(world):
+    """Not with 504 after the time is up, with the work thrown away."""
+
+    async def run():
+        slow = LocalVersion.load(world, batch_tokens=100)
+        slow.delay_s = 0.2
+        async with local_server({"tiny": slow}, timeout_s=4.0) as server, server.client() as client:
+            assert (await client.post(EMBEDDINGS, json={"input": ["array"] * 20})).status_code == 200
+            refused = await client.post(EMBEDDINGS, json={"input": ["array"] * 2000})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (413, "request_too_large")
+            fitting = int(error["message"].split("send at most ")[1].split(" such")[0])
+            assert "higher --timeout-s" in error["message"]
+            assert (await client.post(EMBEDDINGS, json={"input": ["array"] * (fitting // 2)})).status_code == 200
+
+    asyncio.run(run())
