@@ -38,6 +38,7 @@ _KNOWN_PATHS = _OPEN_PATHS | {
     "/embeddings", "/info", "/metrics", "/rerank", "/tokenize", "/v1/embeddings", "/v1/models", "/v1/rerank", "/v1/search",
     "/v2/embed", "/v2/rerank",
 }  # fmt: skip
+_WHILE_STOPPING = frozenset({"/health", "/healthz", "/metrics"})
 _MAX_ID_CHARACTERS = 128
 
 
@@ -72,7 +73,20 @@ class Guard:
         self._telemetry = telemetry
         self._spans = spans
         self._under_way = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_stopping = False
         self._buffered_bytes = 0
+
+    def stop_accepting(self, *, give_up: bool = False) -> int:
+        """Answer requests with 503 from now on, and with `give_up` those under way too.
+
+        Returns:
+            How many are under way.
+        """
+        self._is_stopping = True
+        for task in self._tasks if give_up else ():
+            task.cancel()
+        return len(self._tasks)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -85,9 +99,12 @@ class Guard:
         before_s = time.perf_counter()
         counted = scope["method"] == "POST"
         self._under_way += counted
+        task = asyncio.current_task()
         body, answer = None, _Answer(send, trace, has_body=scope["method"] != "HEAD")
         try:
             self._admit(scope, headers, trace)
+            if counted and task:
+                self._tasks.add(task)
             body = await self._body(headers, receive)
             if body is not None:
                 # HEAD is answered as GET is, without the body.
@@ -96,13 +113,17 @@ class Guard:
         except RequestError as error:
             await send_error(answer, error)
         except asyncio.CancelledError:
-            answer.status = CLIENT_WENT_AWAY
-            raise
+            if not self._is_stopping or answer.has_begun:
+                answer.status = CLIENT_WENT_AWAY
+                raise
+            await send_error(answer, _stopping())
         except Exception:
             # The API has answered with the number already; here the log gets the whole story.
             logger.exception("request %s failed", trace.request_id)
         finally:
             self._under_way -= counted
+            if task:
+                self._tasks.discard(task)
             self._buffered_bytes -= len(body or b"")
             self._record(scope, headers, trace, answer.status, time.perf_counter() - before_s)
 
@@ -110,9 +131,11 @@ class Guard:
         """Refuse who may not ask, or asks too much.
 
         Raises:
-            RequestError: with 401, 403 or 429.
+            RequestError: with 401, 403, 429 or 503.
         """
         path = scope["path"]
+        if self._is_stopping and path not in _WHILE_STOPPING:
+            raise _stopping()
         if self._keys:
             if path not in _OPEN_PATHS:
                 self._check_key(headers.get("authorization"), trace)
@@ -228,12 +251,14 @@ class _Answer:
 
     def __init__(self, send: Send, trace: Trace, *, has_body: bool) -> None:
         self.status = CLIENT_WENT_AWAY
+        self.has_begun = False
         self._send = send
         self._trace = trace
         self._has_body = has_body
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.has_begun = True
             self.status = message["status"]
             parts = [f"{name};dur={1000 * seconds:.1f}" for name, seconds in self._trace.seconds.items()]
             if parts:
@@ -255,6 +280,11 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _stopping() -> RequestError:
+    message = "this server is stopping; try again after the seconds in Retry-After"
+    return RequestError(message, status=503, code="stopping", retry_after_s=1)
 
 
 def with_cors(app: App, origins: Sequence[str]) -> App:

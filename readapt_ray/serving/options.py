@@ -109,6 +109,9 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may call this server from a browser, such as https://app.example; * for all. If omitted,
     none."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """Seconds that requests under way may take to end when the server is told to stop. New ones get 503 in the meantime.
+    Set it below what your supervisor waits before it kills."""
     num_gateways: int = Field(default=1, ge=1)
     """Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core busy."""
     traces: bool = False
@@ -136,7 +139,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             "max_body_bytes",
             "max_inputs",
         }
-        | {"timeout_s", "lost_shards", "shard_timeout_s"}
+        | {"timeout_s", "drain_s", "lost_shards", "shard_timeout_s"}
     )
 
     @model_validator(mode="after")
