@@ -95,9 +95,9 @@ def _environment(binary: str, timeout_s: float) -> dict[str, str]:
 
 
 def _max_connections() -> int:
-    """Each takes two file descriptors."""
+    """Each takes two file descriptors, and half of one for pipes."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, hard // 2 - 100))
+    return _MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, hard // 3))
 
 
 def _binary() -> str | None:

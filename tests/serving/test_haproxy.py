@@ -100,8 +100,10 @@ def test_who_does_not_finish_a_header_is_sent_away(tmp_path, monkeypatch):
     monkeypatch.setattr(haproxy, "_HEADER_S", 1)
     config = tmp_path / "haproxy.cfg"
     ports = haproxy._free_ports(3)
-    config.write_text(CONFIG.format(ports=ports))
-    start = settings("127.0.0.1")["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    found = settings("127.0.0.1")
+    limit = found["RAY_SERVE_HAPROXY_MAXCONN"]  # it starts with so many only where there are files enough
+    config.write_text(f"global\n    maxconn {limit}\n" + CONFIG.format(ports=ports))
+    start = found["RAY_SERVE_HAPROXY_BINARY_PATH"]
     process = subprocess.Popen([start, "-db", "-f", str(config)])
     try:
         client = connected(ports[1])
