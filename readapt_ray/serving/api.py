@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from readapt_ray.serving import schema
+from readapt_ray.serving import cohere, schema
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import Trace
@@ -52,12 +52,15 @@ def build_api(service: SearchService, gather_metrics: Callable[[], Awaitable[str
     )
     _add_errors(app)
     _add_work(app, service)
+    _add_models(app, service)
+    _add_refusals(app)
     _add_health(app, service, gather_metrics)
     _add_pages(app)
     return app
 
 
 def _add_work(app: FastAPI, service: SearchService) -> None:
+    @app.post("/embeddings", include_in_schema=False)
     @app.post("/v1/embeddings", response_model=schema.EmbeddingsResponse, responses=_ERRORS)
     async def embeddings(body: schema.EmbeddingsRequest, request: Request) -> Response:
         """The vectors of texts, as OpenAI's API has it."""
@@ -68,17 +71,38 @@ def _add_work(app: FastAPI, service: SearchService) -> None:
         """The best passages for queries, or for their vectors."""
         return Response(await service.search(body, _trace(request)), media_type="application/json")
 
+    @app.post("/v2/embed", response_model=cohere.EmbedResponse, responses=_ERRORS)
+    async def embed(body: cohere.EmbedRequest, request: Request) -> Response:
+        """The vectors of texts, as Cohere's API has it."""
+        return Response(await service.embed_for_cohere(body, _trace(request)), media_type="application/json")
+
+    @app.post("/tokenize", responses=_ERRORS)
+    async def tokenize(body: schema.TokenizeRequest, request: Request) -> schema.TokenizeResponse:
+        """The token ids of a text, to cut long documents by."""
+        return await service.count_tokens(body, _trace(request))
+
+
+def _add_models(app: FastAPI, service: SearchService) -> None:
     @app.get("/v1/models", responses={each: _ERRORS[each] for each in (401, 403, 429)})
     async def models() -> schema.ModelList:
-        """The versions that are served."""
+        """The versions that are served, each for queries, for passages and for text as it is."""
         return service.models()
 
-    @app.get("/v1/models/{model}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
+    @app.get("/v1/models/{model:path}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
     async def model(model: str) -> schema.ServedModel:
         """One of the versions that are served."""
         return service.model(model)
 
+    @app.get("/info", responses={each: _ERRORS[each] for each in (401, 403, 429, 503)})
+    async def info() -> schema.ServerInfo:
+        """The default version and the limits of this server."""
+        return service.info()
+
+
+def _add_refusals(app: FastAPI) -> None:
+    @app.post("/rerank", include_in_schema=False)
     @app.post("/v1/rerank", include_in_schema=False)
+    @app.post("/v2/rerank", include_in_schema=False)
     async def rerank() -> Response:
         raise RequestError(
             "this server retrieves and does not rerank; send what /v1/search found to a reranker's server",
@@ -88,6 +112,7 @@ def _add_work(app: FastAPI, service: SearchService) -> None:
 
 
 def _add_health(app: FastAPI, service: SearchService, gather_metrics: Callable[[], Awaitable[str]]) -> None:
+    @app.get("/health", include_in_schema=False)
     @app.get("/healthz", responses={403: _ERRORS[403]})
     async def healthz() -> schema.Health:
         """Whether this process answers; nothing else is looked at."""
@@ -127,8 +152,7 @@ async def _return(page: Response) -> Response:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refuse(_: Request, error: RequestError) -> JSONResponse:
-        headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
-        return JSONResponse(error.body, status_code=error.status, headers=headers)
+        return JSONResponse(error.body, status_code=error.status, headers=error.headers)
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -14,7 +14,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
-from readapt_ray.serving.names import ENCODER_DEPLOYMENT
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.versions import LossPolicy
 
@@ -173,7 +173,7 @@ def bind_gateway(config: ServeConfig) -> Any:
     # What a gateway refuses itself, in OpenAI's words, comes before Ray's own limit.
     most = 2 * config.max_requests + 64
     return Gateway.options(  # type: ignore[attr-defined]
-        name="gateway",
+        name=GATEWAY_DEPLOYMENT,
         num_replicas=config.num_gateways,
         max_ongoing_requests=most,
         max_queued_requests=most,
@@ -183,11 +183,12 @@ def bind_gateway(config: ServeConfig) -> Any:
         user_config=state.model_dump(mode="json"),
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False).model_dump(),
-        **_LIFE,
+        **_LIFE | {"graceful_shutdown_timeout_s": config.drain_s},
     ).bind(
         limits,
         read_keys(config.api_keys),
         allow_anonymous=config.allow_anonymous,
+        cors_origins=config.cors_origins,
         num_gateways=config.num_gateways,
         traces=config.traces,
     )

@@ -4,12 +4,16 @@ Enters: the token ids of a request. Leaves: their vectors. Whenever the encoder 
 budget of tokens; while it is busy, rows wait. Whose rows go next is start-time fair queueing (Goyal, Vin and Cheng,
 1996) with tokens for bytes: among n requests that wait, each gets one n-th of the tokens, so a
 request of one row overtakes the rest of one with thousands, and the thousands still go on.
+
+A request is accepted only if, at the present rate, it and all that wait would be done in half of the time that each has
+left. The other half is for the requests that come later and overtake it.
 """
 
 import asyncio
+import functools
 import heapq
 import itertools
-import time
+import math
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +25,9 @@ Rows = Sequence[Sequence[int]]
 Encode = Callable[[list[Sequence[int]]], Awaitable[NDArray[np.float32]]]
 
 _RATE_SMOOTHING = 0.2
+_RATE_KNOWN_FOR_S = 60.0
+"""How long the rate holds after the last batch that showed it."""
+_SHARE_OF_TIME = 0.5
 
 
 class QueueFullError(Exception):
@@ -29,6 +36,14 @@ class QueueFullError(Exception):
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; room in about {retry_after_s:.1f} s")
         self.retry_after_s = retry_after_s
+
+
+class RequestTooLargeError(Exception):
+    """A request could not be done in its time even if nothing else waited. `num_rows`: how many of its rows could."""
+
+    def __init__(self, num_rows: int) -> None:
+        super().__init__(f"about {num_rows:,} rows could be encoded in time")
+        self.num_rows = num_rows
 
 
 @dataclass
@@ -50,7 +65,10 @@ class _Job:
     """Rows that are not back yet."""
     queued: int
     """Rows that wait."""
+    queued_tokens: int
+    """Their tokens."""
     came_s: float
+    deadline_s: float
     started_s: float | None = None
     batches: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -88,7 +106,10 @@ class Batcher:
         self._virtual = 0.0
         self._waiting: set[_Job] = set()
         self._queued_tokens = 0
+        self._encoding_tokens = 0
+        self._num_slots = num_slots
         self._tokens_per_s = 0.0
+        self._rate_seen_s = -math.inf
         self._timer: asyncio.TimerHandle | None = None
         self._owners: dict[asyncio.Task[None], list[_Job]] = {}
 
@@ -97,22 +118,30 @@ class Batcher:
         """Tokens that wait now."""
         return self._queued_tokens
 
-    async def submit(self, rows: Rows) -> tuple[NDArray[np.float32], Timing]:
-        """The vectors of a request's rows, [N, D].
+    async def submit(self, rows: Rows, *, deadline_s: float = math.inf) -> tuple[NDArray[np.float32], Timing]:
+        """The vectors of a request's rows, [N, D], wanted before the event loop's clock shows `deadline_s`.
 
         When the caller is cancelled (its client went away, its deadline passed), the rows that wait are forgotten,
         and a batch that was for nobody else is cancelled.
 
         Raises:
-            QueueFullError: too many tokens wait.
+            QueueFullError: too many tokens wait, or this request or another would not be done in time.
+            RequestTooLargeError: the request alone would not be done in time.
             Exception: whatever encoding these rows raised; requests in the same batch do not get it.
         """
         num_tokens = sum(map(len, rows))
-        if self._queued_tokens and self._queued_tokens + num_tokens > self._max_queued_tokens:
-            rate = self._tokens_per_s or self._batch_tokens
-            raise QueueFullError(self._queued_tokens / rate)
         loop = asyncio.get_running_loop()
-        job = _Job(rows, [None] * len(rows), loop.create_future(), len(rows), len(rows), time.perf_counter())
+        job = _Job(
+            rows=rows,
+            vectors=[None] * len(rows),
+            done=loop.create_future(),
+            left=len(rows),
+            queued=len(rows),
+            queued_tokens=num_tokens,
+            came_s=loop.time(),
+            deadline_s=deadline_s,
+        )
+        self._admit(job)
         tag = self._virtual
         for place, row in enumerate(rows):
             heapq.heappush(self._heap, (tag, next(self._numbers), job, place))
@@ -125,15 +154,36 @@ class Batcher:
         finally:
             self._forget(job)
         started_s = job.started_s or job.came_s
-        timing = Timing(started_s - job.came_s, time.perf_counter() - started_s)
+        timing = Timing(started_s - job.came_s, loop.time() - started_s)
         return np.stack([vector for vector in job.vectors if vector is not None]), timing
+
+    def _admit(self, job: _Job) -> None:
+        """Refuse a request that cannot be done in time, or that would make another late."""
+        if self._queued_tokens and self._queued_tokens + job.queued_tokens > self._max_queued_tokens:
+            raise QueueFullError(self._queued_tokens / (self._tokens_per_s or self._batch_tokens))
+        now_s = job.came_s
+        if now_s > self._rate_seen_s + _RATE_KNOWN_FOR_S:
+            return
+        rate = self._tokens_per_s * self._num_slots
+        time_s = _SHARE_OF_TIME * (job.deadline_s - now_s)
+        if job.queued_tokens > rate * time_s:
+            raise RequestTooLargeError(int(len(job.rows) * rate * time_s / job.queued_tokens))
+        jobs = sorted((*self._waiting, job), key=lambda each: each.queued_tokens)
+        before, others = self._encoding_tokens, len(jobs)
+        for each in jobs:
+            # Those that wait take turns: each larger one has had as many tokens encoded when this one is done.
+            done_in_s = (before + others * each.queued_tokens) / rate
+            left_s = each.deadline_s - now_s
+            if _SHARE_OF_TIME * left_s < done_in_s and (each is job or done_in_s < left_s):
+                raise QueueFullError(done_in_s - _SHARE_OF_TIME * left_s)
+            before, others = before + each.queued_tokens, others - 1
 
     def _forget(self, job: _Job) -> None:
         """Drop what waits for a request that has its answer, or wants none any more."""
         if not job.done.done():
             job.done.cancel()
         if job.queued:
-            self._queued_tokens -= sum(len(job.rows[place]) for _, _, owner, place in self._heap if owner is job)
+            self._queued_tokens -= job.queued_tokens
             self._heap = [entry for entry in self._heap if entry[2] is not job]
             heapq.heapify(self._heap)
             job.queued = 0
@@ -146,7 +196,7 @@ class Batcher:
         """Send batches while there are rows and a free slot."""
         while self._heap and self._free_slots:
             oldest_s = min(job.came_s for job in self._waiting)
-            remaining_s = self._wait_s - (time.perf_counter() - oldest_s)
+            remaining_s = self._wait_s - (asyncio.get_running_loop().time() - oldest_s)
             if self._queued_tokens < self._batch_tokens and remaining_s > 0:
                 self._set_timer(remaining_s)
                 return
@@ -170,6 +220,7 @@ class Batcher:
             batch.append((job, place))
             num_tokens += length
             job.queued -= 1
+            job.queued_tokens -= length
             if not job.queued:
                 self._waiting.discard(job)
         self._virtual += num_tokens / num_jobs
@@ -178,16 +229,20 @@ class Batcher:
 
     def _send(self, batch: list[tuple[_Job, int]]) -> None:
         self._free_slots -= 1
-        now_s = time.perf_counter()
-        task = asyncio.get_running_loop().create_task(self._run(batch))
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        num_tokens = sum(len(job.rows[place]) for job, place in batch)
+        self._encoding_tokens += num_tokens
+        task = loop.create_task(self._run(batch))
         self._owners[task] = list(dict.fromkeys(job for job, _ in batch))
         for job in self._owners[task]:
             job.started_s = job.started_s or now_s
             job.batches.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(functools.partial(self._finished, num_tokens))
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _finished(self, num_tokens: int, task: asyncio.Task[None]) -> None:
         self._free_slots += 1
+        self._encoding_tokens -= num_tokens
         for job in self._owners.pop(task):
             job.batches.discard(task)
         self._pump()
@@ -213,11 +268,11 @@ class Batcher:
             return
         rows = [job.rows[place] for job, place in wanted]
         num_tokens = sum(map(len, rows))
-        before_s = time.perf_counter()
+        clock = asyncio.get_running_loop().time
+        before_s = clock()
         vectors = await self._encode(rows)
-        seconds = time.perf_counter() - before_s
-        rate = num_tokens / max(seconds, 1e-6)
-        self._tokens_per_s += (_RATE_SMOOTHING if self._tokens_per_s else 1.0) * (rate - self._tokens_per_s)
+        seconds = clock() - before_s
+        self._note_rate(num_tokens, seconds, clock())
         if self._on_batch:
             self._on_batch(len(rows), num_tokens, seconds)
         for (job, place), vector in zip(wanted, vectors, strict=True):
@@ -225,6 +280,13 @@ class Batcher:
             job.left -= 1
             if not job.left and not job.done.done():
                 job.done.set_result(None)
+
+    def _note_rate(self, num_tokens: int, seconds: float, now_s: float) -> None:
+        """Learn from batches that are nearly full: small ones take longer per token, and come when there is time."""
+        if 2 * num_tokens >= self._batch_tokens:
+            rate, is_known = num_tokens / max(seconds, 1e-6), now_s < self._rate_seen_s + _RATE_KNOWN_FOR_S
+            self._tokens_per_s += (_RATE_SMOOTHING if is_known else 1.0) * (rate - self._tokens_per_s)
+            self._rate_seen_s = now_s
 
 
 def _fail(job: _Job, error: Any) -> None:

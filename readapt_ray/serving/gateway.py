@@ -7,6 +7,7 @@ Which versions it serves, and how, is its `user_config`: Ray Serve changes it in
 import asyncio
 import logging
 import urllib.request
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray import serve
 
 from readapt_ray.config import Config
 from readapt_ray.serving.api import build_api
-from readapt_ray.serving.guard import App, Guard
+from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
@@ -47,14 +48,24 @@ class Gateway:
     """Answers HTTP."""
 
     def __init__(
-        self, limits: Limits, keys: Sequence[ApiKey], *, allow_anonymous: bool, num_gateways: int, traces: bool
+        self,
+        limits: Limits,
+        keys: Sequence[ApiKey],
+        *,
+        allow_anonymous: bool,
+        cors_origins: Sequence[str],
+        num_gateways: int,
+        traces: bool,
     ) -> None:
         self._limits = limits
         self._keys = KeyRing(keys, share=1 / num_gateways)
         self._allow_anonymous = allow_anonymous
+        self._cors_origins = cors_origins
         self._traces = traces
         self._telemetry = Telemetry()
         self._service = SearchService(limits, self._telemetry)
+        self._guard: Guard | None = None
+        self._id = uuid.uuid4().hex
         self._versions: dict[str, RayBackend] = {}
         """By their applications, whose handles they hold."""
 
@@ -65,7 +76,7 @@ class Gateway:
             from readapt_ray.serving.spans import RequestSpans
 
             spans = RequestSpans()
-        return Guard(
+        guard = self._guard = Guard(
             build_api(self._service, gather_metrics),
             keys=self._keys,
             allow_anonymous=self._allow_anonymous,
@@ -74,6 +85,15 @@ class Gateway:
             telemetry=self._telemetry,
             spans=spans,
         )
+        return with_cors(guard, self._cors_origins) if self._cors_origins else guard
+
+    async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
+        """Answer requests with 503 from now on, and with `give_up` those under way too.
+
+        Returns:
+            Which gateway this is, and how many requests are under way.
+        """
+        return self._id, self._guard.stop_accepting(give_up=give_up) if self._guard else 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve what a `GatewayConfig` says, once every version in it is up."""

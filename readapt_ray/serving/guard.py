@@ -9,9 +9,11 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
+
+from starlette.middleware.cors import CORSMiddleware
 
 from readapt_ray.serving.keys import KeyRing
 from readapt_ray.serving.options import Limits, is_loopback
@@ -31,8 +33,13 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 CLIENT_WENT_AWAY = 499
 _BUFFERED_BYTES = 256 << 20
 """Of bodies that a gateway holds at once."""
-_OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/openapi.json", "/docs"})
-_KNOWN_PATHS = _OPEN_PATHS | {"/v1/embeddings", "/v1/search", "/v1/models", "/v1/rerank", "/metrics"}
+_OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz", "/openapi.json", "/docs"})
+_KNOWN_PATHS = _OPEN_PATHS | {
+    "/embeddings", "/info", "/metrics", "/rerank", "/tokenize", "/v1/embeddings", "/v1/models", "/v1/rerank", "/v1/search",
+    "/v2/embed", "/v2/rerank",
+}  # fmt: skip
+_WHILE_STOPPING = frozenset({"/health", "/healthz", "/metrics"})
+_MAX_ID_CHARACTERS = 128
 
 
 class Guard:
@@ -66,7 +73,20 @@ class Guard:
         self._telemetry = telemetry
         self._spans = spans
         self._under_way = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_stopping = False
         self._buffered_bytes = 0
+
+    def stop_accepting(self, *, give_up: bool = False) -> int:
+        """Answer requests with 503 from now on, and with `give_up` those under way too.
+
+        Returns:
+            How many are under way.
+        """
+        self._is_stopping = True
+        for task in self._tasks if give_up else ():
+            task.cancel()
+        return len(self._tasks)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -74,48 +94,48 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        trace = Trace(request_id=headers.get("x-request-id") or uuid.uuid4().hex)
+        trace = Trace(request_id=headers.get("x-request-id", "")[:_MAX_ID_CHARACTERS] or uuid.uuid4().hex)
         scope.setdefault("state", {})["trace"] = trace
         before_s = time.perf_counter()
-        status = CLIENT_WENT_AWAY
         counted = scope["method"] == "POST"
         self._under_way += counted
-        body = None
-
-        async def send_noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                if trace.seconds:
-                    parts = (f"{name};dur={1000 * seconds:.1f}" for name, seconds in trace.seconds.items())
-                    message["headers"] = [*message["headers"], (b"server-timing", ", ".join(parts).encode())]
-            await send(message)
-
+        task = asyncio.current_task()
+        body, answer = None, _Answer(send, trace, has_body=scope["method"] != "HEAD")
         try:
             self._admit(scope, headers, trace)
+            if counted and task:
+                self._tasks.add(task)
             body = await self._body(headers, receive)
             if body is not None:
-                await self._app(scope, _replayed(body, receive), send_noting)
+                # HEAD is answered as GET is, without the body.
+                asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+                await self._app(asked, _replayed(body, receive), answer)
         except RequestError as error:
-            await send_error(send_noting, error)
+            await send_error(answer, error)
         except asyncio.CancelledError:
-            status = CLIENT_WENT_AWAY
-            raise
+            if not self._is_stopping or answer.has_begun:
+                answer.status = CLIENT_WENT_AWAY
+                raise
+            await send_error(answer, _stopping())
         except Exception:
             # The API has answered with the number already; here the log gets the whole story.
             logger.exception("request %s failed", trace.request_id)
         finally:
             self._under_way -= counted
+            if task:
+                self._tasks.discard(task)
             self._buffered_bytes -= len(body or b"")
-            self._record(scope, headers, trace, status, time.perf_counter() - before_s)
+            self._record(scope, headers, trace, answer.status, time.perf_counter() - before_s)
 
     def _admit(self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace) -> None:
         """Refuse who may not ask, or asks too much.
 
         Raises:
-            RequestError: with 401, 403 or 429.
+            RequestError: with 401, 403, 429 or 503.
         """
         path = scope["path"]
+        if self._is_stopping and path not in _WHILE_STOPPING:
+            raise _stopping()
         if self._keys:
             if path not in _OPEN_PATHS:
                 self._check_key(headers.get("authorization"), trace)
@@ -226,6 +246,28 @@ class Guard:
         logger.info("%s %s %d", scope["method"], path, status, extra={"http": shown})
 
 
+class _Answer:
+    """Passes on what is sent, with `Server-Timing`, and notes the status."""
+
+    def __init__(self, send: Send, trace: Trace, *, has_body: bool) -> None:
+        self.status = CLIENT_WENT_AWAY
+        self.has_begun = False
+        self._send = send
+        self._trace = trace
+        self._has_body = has_body
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            self.status = message["status"]
+            parts = [f"{name};dur={1000 * seconds:.1f}" for name, seconds in self._trace.seconds.items()]
+            if parts:
+                message["headers"] = [*message["headers"], (b"server-timing", ", ".join(parts).encode())]
+        elif not self._has_body:
+            message = {**message, "body": b""}
+        await self._send(message)
+
+
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives the body once, and then what comes after it."""
     given = False
@@ -240,11 +282,26 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
+def _stopping() -> RequestError:
+    message = "this server is stopping; try again after the seconds in Retry-After"
+    return RequestError(message, status=503, code="stopping", retry_after_s=1)
+
+
+def with_cors(app: App, origins: Sequence[str]) -> App:
+    """Let web pages of these origins call `app` from a browser, whose preflight requests carry no API key."""
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["retry-after", "server-timing", "x-request-id"],
+    )
+
+
 async def send_error(send: Send, error: RequestError) -> None:
     """Answer with an error."""
     content = json.dumps(error.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(error.retry_after_s).encode()))
+    headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": content})

@@ -7,8 +7,10 @@ the nodes of a cluster is their owner's affair, see clusters/README.md.
 import atexit
 import contextlib
 import importlib.util
+import math
 import os
 import random
+import resource
 import shlex
 import shutil
 import socket
@@ -31,28 +33,36 @@ _FILES = {
     "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": "metrics.sock",
     "RAY_SERVE_HAPROXY_BINARY_PATH": "start",
 }
+_FOLDERS: list[Path] = []
+_HEADER_S = 10
+"""Seconds in which the headers of a request must come."""
+_SPARE_S = 15
+"""How much longer HAProxy waits for a client than the gateways, which say why they give up."""
+_MAX_CONNECTIONS = 16_384
 _PORTS = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
 _PORT_RANGE = range(20_000, 30_000)
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 """Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
 _START = """#!/bin/sh
-# Called as `start -db -f CONFIG ...` by Ray. Statistics are for this machine alone; HAProxy goes when Ray's process goes.
-sed -i -E '/^(listen stats|frontend prometheus)/,/^backend|^frontend h/ s/bind \\*?:/bind 127.0.0.1:/' "$3"
+# Called as `start -db -f CONFIG ...` by Ray. Statistics are for this machine alone; who does not send the headers of a
+# request soon is sent away; HAProxy goes when Ray's process goes.
+sed -i -E -e 's/^( *)timeout client .*/&\\n\\1timeout http-request {header_s}s/' \\
+    -e '/^(listen stats|frontend prometheus)/,/^backend|^frontend h/ s/bind \\*?:/bind 127.0.0.1:/' "$3"
 exec setpriv --pdeathsig KILL {binary} "$@"
 """
 
 
 @contextlib.contextmanager
-def preferred(host: str) -> Iterator[None]:
+def preferred(host: str, timeout_s: float) -> Iterator[None]:
     """Make the Ray that starts in this context serve through HAProxy, unless the environment says otherwise.
 
-    Do nothing if HAProxy is not installed or cannot bind this host. Afterwards the environment is as before: the settings
+    It waits no longer for a client than the gateways do, which is `timeout_s`. Do nothing if HAProxy is not installed or cannot bind this host. Afterwards the environment is as before: the settings
     are for Ray's processes, not for this one.
     """
     fits = host in _HOSTS and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
     binary = _binary() if fits else None
     before = dict(os.environ)
-    os.environ.update(_environment(binary) | before if binary else {})
+    os.environ.update(_environment(binary, timeout_s) | before if binary else {})
     try:
         yield
     finally:
@@ -60,17 +70,34 @@ def preferred(host: str) -> Iterator[None]:
             del os.environ[name]
 
 
-def _environment(binary: str) -> dict[str, str]:
+def remove_folders() -> None:
+    """Remove the files of every HAProxy that this process started."""
+    for folder in _FOLDERS:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _environment(binary: str, timeout_s: float) -> dict[str, str]:
     # Who may write to its control socket may stop it: the folder is this user's alone, and each server has its own.
     # A socket's path may have some 100 characters, and the id of Ray's node is 56 of them.
     folder = Path(tempfile.mkdtemp(prefix="readapt-", dir="/tmp"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _FOLDERS.append(folder)
+    atexit.register(remove_folders)
     start = folder / "start"
-    start.write_text(_START.format(binary=shlex.quote(binary)))
+    start.write_text(_START.format(binary=shlex.quote(binary), header_s=_HEADER_S))
     start.chmod(0o700)
     files = {name: f"{folder}/{file}" for name, file in _FILES.items()}
     ports = zip(_PORTS, _free_ports(len(_PORTS)), strict=True)
-    return _SETTINGS | files | {f"RAY_SERVE_{name}": str(port) for name, port in ports}
+    waits = {
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(math.ceil(timeout_s) + _SPARE_S),
+        "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
+    }
+    return _SETTINGS | waits | files | {f"RAY_SERVE_{name}": str(port) for name, port in ports}
+
+
+def _max_connections() -> int:
+    """Each takes two file descriptors, and half of one for pipes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, hard // 3))
 
 
 def _binary() -> str | None:

@@ -13,7 +13,7 @@ from readapt_ray.yaml_files import options_of, read_yaml
 
 
 class Limits(Config):
-    """How much a request may ask for, and how much a gateway takes at once."""
+    """What a request may ask for, and how much a gateway takes at once."""
 
     batch_wait_s: float = Field(default=0.0, ge=0, le=10)
     """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
@@ -27,6 +27,12 @@ class Limits(Config):
     """Maximum size of a request in bytes. Above it the answer is 413."""
     max_inputs: int = Field(default=2048, ge=1, le=2048)
     """Maximum number of texts per request."""
+    truncate: bool = False
+    """Cut texts that are too long, unless the request says `"truncate": false`. Without it they are refused. Set it for
+    clients that cannot ask for it."""
+    accept_token_ids: bool = False
+    """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids, which
+    LangChain sends by default, give those of other texts."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds until a request is given up with 504. A request can ask for less. Raise it if clients send many texts per
     request to a slow encoder."""
@@ -100,6 +106,12 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     $READAPT_API_KEYS. Without keys only clients on this machine are answered."""
     allow_anonymous: bool = False
     """Answer other machines without API keys. Use it only behind a gateway that checks who asks."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins of web pages that may call this server from a browser, such as https://app.example; * for all. If omitted,
+    none."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """Seconds that requests under way may take to end when the server is told to stop. New ones get 503 in the meantime.
+    Set it below what your supervisor waits before it kills."""
     num_gateways: int = Field(default=1, ge=1)
     """Number of processes that speak HTTP and form batches. Raise it if one keeps a CPU core busy."""
     traces: bool = False
@@ -117,8 +129,17 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         | {"num_replicas", "max_replicas", "num_cpus_per_replica", "num_gpus_per_replica", "num_cpus_per_index_actor"}
     )
     safety: ClassVar[frozenset[str]] = frozenset(
-        {"api_keys", "allow_anonymous", "max_requests", "max_queued_tokens", "max_body_bytes", "max_inputs"}
-        | {"timeout_s", "lost_shards", "shard_timeout_s"}
+        {
+            "api_keys",
+            "allow_anonymous",
+            "accept_token_ids",
+            "cors_origins",
+            "max_requests",
+            "max_queued_tokens",
+            "max_body_bytes",
+            "max_inputs",
+        }
+        | {"timeout_s", "drain_s", "lost_shards", "shard_timeout_s"}
     )
 
     @model_validator(mode="after")

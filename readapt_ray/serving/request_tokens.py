@@ -10,8 +10,8 @@ from typing import Any
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.templates import Kind, TextTokenizer
-from readapt_ray.serving.schema import RequestError, invalid
+from readapt_ray.retrieval.templates import TextTokenizer
+from readapt_ray.serving.schema import Kind, RequestError, invalid
 
 _NO_LIMIT_TOKENS = 1 << 40
 _CHARACTERS_PER_TOKEN = 32
@@ -26,16 +26,30 @@ _BLOCK_CHARACTERS = 200_000
 Item = str | list[int]
 
 
+class _KindTokenizer:
+    """Makes token ids of queries and passages, and of raw text, which is put into no template."""
+
+    def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
+        longest = max(encoding.max_query_tokens, encoding.max_passage_tokens)
+        raw = encoding.model_copy(update={"query_template": "{text}", "max_query_tokens": longest})
+        self._filled = TextTokenizer(tokenizer, encoding)
+        self._raw = TextTokenizer(tokenizer, raw)
+
+    def ids(self, texts: Sequence[str], kind: Kind) -> list[list[int]]:
+        return self._raw.ids(texts, "query") if kind == "raw" else self._filled.ids(texts, kind)
+
+
 class InputTokenizer:
     """Makes rows of token ids from what a request gives, or says what is wrong with it."""
 
     def __init__(self, tokenizer: Any, encoding: Encoding) -> None:
         self._tokenizer = tokenizer
-        self._limits = {"query": encoding.max_query_tokens, "passage": encoding.max_passage_tokens}
+        query, passage = encoding.max_query_tokens, encoding.max_passage_tokens
+        self._limits: dict[Kind, int] = {"query": query, "passage": passage, "raw": max(query, passage)}
         self._most = {kind: _CHARACTERS_PER_TOKEN * limit + _SPARE_CHARACTERS for kind, limit in self._limits.items()}
         unlimited = {"max_query_tokens": _NO_LIMIT_TOKENS, "max_passage_tokens": _NO_LIMIT_TOKENS}
-        self._whole = TextTokenizer(tokenizer, encoding.model_copy(update=unlimited))
-        self._cut = TextTokenizer(tokenizer, encoding)
+        self._whole = _KindTokenizer(tokenizer, encoding.model_copy(update=unlimited))
+        self._cut = _KindTokenizer(tokenizer, encoding)
 
     def blocks(
         self, given: str | Sequence[Any], kind: Kind, *, param: str, truncate: bool, max_inputs: int
@@ -44,7 +58,7 @@ class InputTokenizer:
 
         Args:
             given: a text, a list of texts, or token ids in either form.
-            kind: query or passage.
+            kind: query, passage or raw.
             param: the request's name for it, for errors.
             truncate: cut what is too long, instead of refusing it.
             max_inputs: texts at most.
@@ -63,6 +77,25 @@ class InputTokenizer:
             if size >= _BLOCK_CHARACTERS or place == len(items):
                 yield self._rows(items[first:place], names[first:place], kind, param, truncate=truncate)
                 first, size = place, 0
+
+    def max_tokens(self, kind: Kind) -> int:
+        """Return the longest text of a kind in tokens."""
+        return self._limits[kind]
+
+    def whole(self, text: str, kind: Kind, *, param: str) -> list[int]:
+        """Return the token ids of a text, however long it is; but no more of it is read than could be within the limit twice.
+
+        Raises:
+            RequestError: it is empty, not Unicode, or far too long.
+        """
+        if len(text) > 2 * self._most[kind]:
+            raise self._too_long(f"'{param}' has {_size(text)}", kind, param)
+        if not text.strip():
+            raise RequestError(f"'{param}' is empty", param=param, code="empty")
+        try:
+            return self._whole.ids([text], kind)[0]
+        except InputError:
+            raise invalid(f"'{param}' holds text that is not valid Unicode", param) from None
 
     def _rows(
         self, items: Sequence[Item], names: Sequence[str], kind: Kind, param: str, *, truncate: bool
@@ -99,7 +132,7 @@ class InputTokenizer:
 
     def _too_long(self, what: str, kind: Kind, param: str) -> RequestError:
         return RequestError(
-            f'{what}; a {kind} may have {self._limits[kind]:,} tokens; shorten it, or send "truncate": true to have it cut',
+            f'{what}; a {"text" if kind == "raw" else kind} may have {self._limits[kind]:,} tokens; shorten it, or send "truncate": true to have it cut',
             param=param,
             code="context_length_exceeded",
         )

@@ -1,15 +1,8 @@
 """What goes over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
-import base64
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
-import orjson
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
-
-from readapt_ray.records import Passage
 
 MAX_INPUTS = 2048
 """Texts in a request at most, as OpenAI has it."""
@@ -30,13 +23,24 @@ Text = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 31)]
 # Without fail_fast, pydantic makes an error of every wrong element: a body of a million takes half a minute.
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Vector = Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=MAX_DIMENSION)]
 Texts = Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 Inputs = Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 Vectors = Vector | Annotated[list[Vector], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 DocIds = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_DOC_IDS)]
-Kind = Literal["query", "passage"]
+Kind = Literal["query", "passage", "raw"]
+"""Which of the model's templates a text is put into; `raw` for none."""
+InputType = Literal["query", "passage", "raw", "search_query", "search_document", "document"]
+KIND_OF_INPUT_TYPE: dict[InputType, Kind] = {
+    "query": "query",
+    "search_query": "query",
+    "passage": "passage",
+    "search_document": "passage",
+    "document": "passage",
+    "raw": "raw",
+}
+Switch = Annotated[bool, Field(strict=True)]
 
 
 class _Request(BaseModel):
@@ -44,8 +48,9 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
     model: Text | None = None
-    """The version that answers, as `GET /v1/models` names it; `default`, or nothing, takes the default."""
-    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """The version that answers, as `GET /v1/models` names it; `default`, or nothing, takes the default. `NAME-passage` and
+    `NAME-raw` put the texts into the template of passages, or into none."""
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False, strict=True)
     """Seconds after which no answer is wanted any more; the server's own limit holds as well. Not in OpenAI's API."""
 
 
@@ -54,20 +59,26 @@ class EmbeddingsRequest(_Request):
 
     input: Inputs
     """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer: they are decoded and
-    take the same road as text."""
+    take the same road as text. Token ids need `fingerprint`, or a server that was started with --accept-token-ids."""
+    fingerprint: Text | None = None
+    """The `encoder_fingerprint` of the model whose tokenizer made the token ids. Not in OpenAI's API."""
     encoding_format: Literal["float", "base64"] | None = None
     """Numbers, which is the default, or the bytes of little-endian float32 in base64."""
     dimensions: int | None = Field(default=None, ge=1, strict=True)
     """Length of the vectors: the first numbers are kept and, for a model of unit vectors, brought to length 1 again.
-    Worth having for models that were trained for it."""
-    input_type: Kind = "query"
-    """Which of the model's templates the texts are put into. Not in OpenAI's API."""
-    truncate: bool = False
-    """Cut a text that is too long, instead of refusing it. Not in OpenAI's API."""
+    Worth having for models that were trained for it: `matryoshka` in `GET /v1/models`."""
+    input_type: InputType | None = None
+    """Which of the model's templates the texts are put into; `raw` for none. If omitted, what the model's name says:
+    query, unless it ends in -passage or -raw. Not in OpenAI's API."""
+    truncate: Switch | None = None
+    """Cut a text that is too long, instead of refusing it. If omitted, as the server's --truncate says. Not in OpenAI's
+    API."""
 
 
 class SearchRequest(_Request):
-    """`POST /v1/search`: give `query`, or `vector` with `fingerprint`."""
+    """`POST /v1/search`: give `query`, or `vector` with `fingerprint`. Other fields than these are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     query: Texts | None = None
     """A query, or a list of up to 2,048 queries."""
@@ -81,12 +92,13 @@ class SearchRequest(_Request):
     """Search only passages whose doc_id begins so."""
     doc_ids: DocIds | None = None
     """Search only these passages, up to 10,000."""
-    with_text: bool = True
+    with_text: Switch = True
     """Title and text of each passage, where the server has the corpus."""
-    truncate: bool = True
+    truncate: Switch = True
     """Cut a query that is too long, as `readapt search` does; false refuses it."""
     user: Text | None = None
-    """Where versions share the traffic, the same user gets the same version."""
+    """Where versions share the traffic, the same user gets the same version. They share the searches that name no
+    `model`."""
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -170,7 +182,7 @@ class SearchResponse(BaseModel):
 
 
 class ServedModel(BaseModel):
-    """A version that is served, in OpenAI's words."""
+    """A version that is served, for one kind of text, in OpenAI's words."""
 
     id: str
     object: Literal["model"] = "model"
@@ -178,7 +190,13 @@ class ServedModel(BaseModel):
     owned_by: str = "readapt_ray"
     default: bool
     """Whether it answers requests that name no model."""
+    version: str
+    """Name of the version."""
+    input_type: Kind
+    """Which template its texts are put into, unless the request says."""
     dimension: int
+    matryoshka: bool
+    """Whether the model was trained for fewer `dimensions`, as its own config says."""
     fingerprint: str
     """Of encoder, index and corpus together."""
     encoder_fingerprint: str
@@ -196,6 +214,42 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
+
+
+class TokenizeRequest(_Request):
+    """`POST /tokenize`, as vLLM has it."""
+
+    prompt: Text
+    """A text."""
+    input_type: InputType | None = None
+    """As for `/v1/embeddings`."""
+
+
+class TokenizeResponse(BaseModel):
+    """The token ids of a text, template and special tokens included, before anything is cut."""
+
+    count: int
+    max_model_len: int
+    """Longest text of this kind, in tokens."""
+    tokens: list[int]
+
+
+class ServerInfo(BaseModel):
+    """`GET /info`: the default version and the limits, in the words of text-embeddings-inference."""
+
+    version: str
+    """Of readapt_ray."""
+    model_id: str
+    model_sha: str
+    """The `encoder_fingerprint`."""
+    max_input_length: int
+    """Longest text in tokens."""
+    max_client_batch_size: int
+    """Texts per request."""
+    max_concurrent_requests: int
+    """Per gateway."""
+    auto_truncate: bool
+    """Whether a text that is too long is cut unless the request says otherwise."""
 
 
 class Health(BaseModel):
@@ -252,6 +306,12 @@ class RequestError(Exception):
         self.retry_after_s = retry_after_s
         self.body = error_body(message, status=status, param=param, code=code)
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer."""
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return headers | {"www-authenticate": "Bearer"} if self.status == 401 else headers
+
 
 def invalid(message: str, param: str) -> RequestError:
     """Make the error of a field whose value cannot be used."""
@@ -276,7 +336,7 @@ _EXPECTED = {
     "vector": f"must be a list of up to {MAX_DIMENSION:,} finite numbers, or 1 to {MAX_INPUTS:,} such lists",
     "fingerprint": "must be a string",
     "encoding_format": "must be 'float' or 'base64'",
-    "input_type": "must be 'query' or 'passage'",
+    "input_type": "must be 'query' (or 'search_query'), 'passage' (or 'search_document', 'document') or 'raw'",
     "top_k": f"must be a whole number from 1 to {MAX_TOP_K:,}",
     "dimensions": "must be a whole number from 1 to the model's own",
     "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
@@ -286,6 +346,10 @@ _EXPECTED = {
     "truncate": "must be true or false",
     "with_text": "must be true or false",
     "timeout_s": "must be a number over 0",
+    "texts": f"must be a list of 1 to {MAX_INPUTS:,} strings",
+    "embedding_types": "must be a list of 'float' or 'base64'",
+    "output_dimension": "must be a whole number from 1 to the model's own",
+    "prompt": "must be a string",
 }
 
 
@@ -298,56 +362,13 @@ def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str
     if first["type"] == "json_invalid" or not place or not isinstance(place[0], str):
         return error_body(NOT_AN_OBJECT)
     param = place[0]
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(SearchRequest.model_fields)
+        return error_body(
+            f"{param[:100]!r} is no field of a search; it takes {known}", param=param[:100], code="unknown_field"
+        )
     if first["type"] == "missing":
         return error_body(
             f"'{param}' is required: it {_EXPECTED[param]}", param=param, code="missing_required_parameter"
         )
     return error_body(f"'{param}' {_EXPECTED.get(param, 'cannot be used')}", param=param, code="invalid_value")
-
-
-def to_base64(vector: NDArray[np.float32]) -> str:
-    """The bytes of little-endian float32, as OpenAI's clients decode them."""
-    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
-
-
-def embeddings_json(
-    vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
-) -> bytes:
-    """An `EmbeddingsResponse` as JSON: written by hand, since validating millions of numbers costs more than making them."""
-    data = [
-        {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
-        for index, vector in enumerate(vectors)
-    ]
-    return orjson.dumps(_answer(data, model, fingerprint, num_tokens), option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def search_json(
-    ranked: Sequence[Sequence[tuple[str, float]]],
-    passages: Mapping[str, Passage],
-    *,
-    model: str,
-    fingerprint: str,
-    num_tokens: int,
-    missing: Sequence[str],
-) -> bytes:
-    """A `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there is a text of."""
-    data = [
-        {
-            "object": "search_result",
-            "index": index,
-            "hits": [_hit(rank, *hit, passages.get(hit[0])) for rank, hit in enumerate(hits, start=1)],
-        }
-        for index, hits in enumerate(ranked)
-    ]
-    body = _answer(data, model, fingerprint, num_tokens)
-    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
-
-
-def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-    return {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
-
-
-def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:
-    title, text = (passage.title, passage.text) if passage else (None, None)
-    return {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text}

@@ -6,12 +6,15 @@ its first to its last step by the version that it began with.
 
 import asyncio
 import functools
+import importlib.metadata
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,8 +23,8 @@ from numpy.typing import NDArray
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
-from readapt_ray.serving import schema
-from readapt_ray.serving.batching import Batcher, QueueFullError
+from readapt_ray.serving import answers, cohere, schema
+from readapt_ray.serving.batching import Batcher, QueueFullError, RequestTooLargeError
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
@@ -38,6 +41,13 @@ _INLINE_CHARACTERS = 20_000
 _INLINE_NUMBERS = 50_000
 _INLINE_HITS = 500
 _TOKENIZING_THREADS = 2
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    vectors: NDArray[np.float32]
+    fingerprint: str
+    """Of the encoder."""
 
 
 class SearchService:
@@ -90,14 +100,26 @@ class SearchService:
         """List the versions, the default first."""
         return self._registry.models()
 
+    def info(self) -> schema.ServerInfo:
+        """Describe the default version and the limits, in the words of text-embeddings-inference."""
+        model = self._registry.model(schema.DEFAULT_MODEL)
+        return schema.ServerInfo(
+            version=importlib.metadata.version("readapt-ray"),
+            model_id=model.id,
+            model_sha=model.encoder_fingerprint,
+            max_input_length=max(model.max_query_tokens, model.max_passage_tokens),
+            max_client_batch_size=self.limits.max_inputs,
+            max_concurrent_requests=self.limits.max_requests,
+            auto_truncate=self.limits.truncate,
+        )
+
     def model(self, name: str) -> schema.ServedModel:
         """Describe one version.
 
         Raises:
             RequestError: there is none of this name.
         """
-        name, _ = self._registry.named(name)
-        return next(each for each in self._registry.models().data if each.id == name)
+        return self._registry.model(name)
 
     async def readiness(self) -> schema.Readiness:
         """Say whether every version encodes and searches, found out by doing it at most once per second."""
@@ -109,31 +131,77 @@ class SearchService:
         Raises:
             RequestError: the request cannot be answered.
         """
-        name, version = self._registry.named(body.model)
+        made = await self._embedded(body, trace, param="input")
+        return await _written(
+            made.vectors.size <= _INLINE_NUMBERS,
+            answers.embeddings_json,
+            made.vectors,
+            as_base64=body.encoding_format == "base64",
+            model=trace.version,
+            fingerprint=made.fingerprint,
+            num_tokens=trace.num_tokens,
+        )
+
+    async def embed_for_cohere(self, body: cohere.EmbedRequest, trace: Trace) -> bytes:
+        """Return a `cohere.EmbedResponse` as JSON.
+
+        Raises:
+            RequestError: the request cannot be answered.
+        """
+        made = await self._embedded(body.as_embeddings_request(), trace, param="texts")
+        return await _written(
+            made.vectors.size <= _INLINE_NUMBERS,
+            cohere.embed_json,
+            made.vectors,
+            body,
+            trace.request_id,
+            trace.num_tokens,
+        )
+
+    async def _embedded(self, body: schema.EmbeddingsRequest, trace: Trace, *, param: str) -> _Embedded:
+        name, version, kind_of_model = self._registry.named(body.model)
         trace.version = name
         info = version.info
         dimensions = body.dimensions or info.dimension
         if dimensions > info.dimension:
             message = f"'dimensions' is {dimensions:,}; this model's vectors have {info.dimension:,} numbers"
             raise invalid(message, "dimensions")
-        async with self._deadline(body.timeout_s):
-            rows = await self._tokenized(
-                version, body.input, body.input_type, trace, param="input", truncate=body.truncate
-            )
-            vectors = await self._encoded(version, rows, trace)
+        self._check_token_ids(body, info.encoder_fingerprint)
+        kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
+        truncate = self.limits.truncate if body.truncate is None else body.truncate
+        async with self._deadline(body.timeout_s) as deadline_s:
+            rows = await self._tokenized(version, body.input, kind, trace, param=param, truncate=truncate)
+            vectors = await self._encoded(version, rows, trace, deadline_s)
         if dimensions < info.dimension:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return await _written(
-            vectors.size <= _INLINE_NUMBERS,
-            schema.embeddings_json,
-            vectors,
-            as_base64=body.encoding_format == "base64",
-            model=name,
-            fingerprint=info.encoder_fingerprint,
-            num_tokens=trace.num_tokens,
+        return _Embedded(vectors, info.encoder_fingerprint)
+
+    def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
+        """Refuse token ids that may be another tokenizer's: their vectors would be those of other texts."""
+        is_text = isinstance(body.input, str) or isinstance(body.input[0], str)
+        if is_text or self.limits.accept_token_ids or body.fingerprint == encoder_fingerprint:
+            return
+        raise RequestError(
+            "'input' holds token ids, which mean other words to each tokenizer; send text (LangChain: "
+            "check_embedding_ctx_length=False). Ids of this model's own tokenizer need its encoder_fingerprint as 'fingerprint'",
+            param="input",
+            code="token_ids_refused",
         )
+
+    async def count_tokens(self, body: schema.TokenizeRequest, trace: Trace) -> schema.TokenizeResponse:
+        """Return the token ids of a text, template and specials included, however long it is.
+
+        Raises:
+            RequestError: there is no such model, or the text is empty or not Unicode.
+        """
+        name, version, kind_of_model = self._registry.named(body.model)
+        trace.version = name
+        kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
+        ids = await asyncio.to_thread(version.tokenizer.whole, body.prompt, kind, param="prompt")
+        limit = version.tokenizer.max_tokens(kind)
+        return schema.TokenizeResponse(count=len(ids), max_model_len=limit, tokens=ids)
 
     async def search(self, body: schema.SearchRequest, trace: Trace) -> bytes:
         """Return a `SearchResponse` as JSON.
@@ -146,8 +214,8 @@ class SearchService:
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")
-        async with self._deadline(body.timeout_s):
-            vectors, found = await self._searched(version, body, trace)
+        async with self._deadline(body.timeout_s) as deadline_s:
+            vectors, found = await self._searched(version, body, trace, deadline_s)
             passages = await _passages(version, found) if body.with_text else {}
         self.side_searches.shadow(registry, name, body, found)
         self.side_searches.probe(registry, name, vectors, body, found)
@@ -155,7 +223,7 @@ class SearchService:
             self._telemetry.partial(name)
         return await _written(
             sum(map(len, found.ranked)) <= _INLINE_HITS,
-            schema.search_json,
+            answers.search_json,
             found.ranked,
             passages,
             model=name,
@@ -165,14 +233,15 @@ class SearchService:
         )
 
     @asynccontextmanager
-    async def _deadline(self, wanted_s: float | None) -> AsyncIterator[None]:
-        """Give up when the time of a request is over. This also drops what it has in a queue."""
+    async def _deadline(self, wanted_s: float | None) -> AsyncIterator[float]:
+        """Give up when the time of a request is over, and drop what it has in a queue. Gives the end by the event loop's clock."""
         seconds = min(wanted_s or self.limits.timeout_s, self.limits.timeout_s)
         try:
-            async with asyncio.timeout(seconds):
-                yield
+            deadline_s = asyncio.get_running_loop().time() + seconds
+            async with asyncio.timeout_at(deadline_s):
+                yield deadline_s
         except TimeoutError:
-            message = f"no answer within {seconds:g} s"
+            message = f"no answer within {seconds:g} s; send fewer texts at a time, or start the server with a higher --timeout-s"
             raise RequestError(message, status=504, code="deadline_exceeded", retry_after_s=1) from None
 
     async def _tokenized(
@@ -198,9 +267,21 @@ class SearchService:
             rows += block
         return rows
 
-    async def _encoded(self, version: Version, rows: list[list[int]], trace: Trace) -> NDArray[np.float32]:
+    async def _encoded(
+        self, version: Version, rows: list[list[int]], trace: Trace, deadline_s: float
+    ) -> NDArray[np.float32]:
         try:
-            vectors, timing = await _by_this_version(version.batcher.submit(rows))
+            vectors, timing = await _by_this_version(version.batcher.submit(rows, deadline_s=deadline_s))
+        except RequestTooLargeError as error:
+            advice = (
+                f"send at most {error.num_rows:,} such texts at a time" if error.num_rows else "send a shorter text"
+            )
+            raise RequestError(
+                f"{len(rows):,} texts of {trace.num_tokens:,} tokens would not be encoded in time at the present rate; {advice}, "
+                f"or start the server with more replicas or a higher --timeout-s",
+                status=413,
+                code="request_too_large",
+            ) from None
         except QueueFullError as error:
             raise RequestError(
                 "too much waits already; try again after the seconds in Retry-After",
@@ -228,7 +309,7 @@ class SearchService:
         )
 
     async def _searched(
-        self, version: Version, body: schema.SearchRequest, trace: Trace
+        self, version: Version, body: schema.SearchRequest, trace: Trace, deadline_s: float = math.inf
     ) -> tuple[NDArray[np.float32], Found]:
         """Return the vectors of the queries, and what was found for them."""
         if body.query is None:
@@ -236,7 +317,7 @@ class SearchService:
             trace.num_items = len(vectors)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(version, rows, trace)
+            vectors = await self._encoded(version, rows, trace, deadline_s)
         before_s = time.perf_counter()
         try:
             found = await _by_this_version(version.backend.search(vectors, body.top_k, doc_filter(body)))

@@ -24,7 +24,7 @@ from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
 from readapt_ray.serving import app, haproxy
 from readapt_ray.serving.keys import read_keys
-from readapt_ray.serving.names import ENCODER_DEPLOYMENT
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
 from readapt_ray.storage import Location
 
@@ -33,6 +33,7 @@ logger = logging.getLogger("readapt_ray")
 _ANSWER_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
+_GIVE_UP_S = 5.0
 
 
 def serve(config: ServeConfig, *, blocking: bool = True) -> str:
@@ -74,6 +75,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     if blocking and not config.update:
         _wait_for_signal()
         _end_where_ray_ends()
+        _drain(config.drain_s)
         stop()
     return url
 
@@ -98,7 +100,7 @@ def _refuse_foreign_config(file: Location) -> None:
 
 
 def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:
-    with haproxy.preferred(config.host):
+    with haproxy.preferred(config.host, config.timeout_s):
         connection.connect()
     ray_serve = _ray_serve()
     running = set(ray_serve.status().applications)
@@ -179,6 +181,25 @@ def _described(error: BaseException) -> BaseException:
         return error
     reason = _deployment_message(_ray_serve()) or str(connection.cause_of(error))
     return ReadaptError(f"the server could not start: {reason}")
+
+
+def _drain(seconds: float) -> None:
+    """Let requests under way end, for so many seconds at most; new ones get 503. What is left after that gets 503 too."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
+    gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
+    deadline_s = time.monotonic() + seconds
+    ended: set[str] = set()
+    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # Ray ends by itself
+        # Each call reaches any of them.
+        while len(ended) < sum(deployment.replica_states.values()) and time.monotonic() < deadline_s + _GIVE_UP_S:
+            is_over = time.monotonic() > deadline_s
+            gateway, num_under_way = gateways.stop_accepting.remote(give_up=is_over).result(timeout_s=_GIVE_UP_S)
+            if not num_under_way:
+                ended.add(gateway)
+            time.sleep(_POLL_S)
 
 
 def stop() -> None:
@@ -274,6 +295,7 @@ def _end_where_ray_ends() -> None:
         while not {kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"}:
             time.sleep(_POLL_S)
         node.kill_all_processes(check_alive=False)
+        haproxy.remove_folders()
         os._exit(0)
 
     if node is not None:

@@ -78,7 +78,7 @@ class SideSearches:
         for mine, best in zip(answered.ranked, exact.ranked, strict=True):
             expected = {hit.doc_id for hit in best}
             if expected and not exact.missing:
-                self._telemetry.probed(name, len(expected & {hit.doc_id for hit in mine[:depth]}) / len(expected))
+                self._telemetry.probed(name, len(expected & {hit.doc_id for hit in mine[:depth]}), len(expected))
 
     async def _compare(self, name: str, shadow: str, version: Version, body: SearchRequest, answered: Found) -> None:
         try:
@@ -93,7 +93,7 @@ class SideSearches:
             if depth:
                 shared = {hit.doc_id for hit in top} & {hit.doc_id for hit in its_top}
                 difference = (its_top[0].score - top[0].score) if top and its_top else 0.0
-                self._telemetry.compared(name, shadow, len(shared) / depth, difference)
+                self._telemetry.compared(name, shadow, len(shared), depth, difference)
 
 
 def doc_filter(body: SearchRequest) -> DocFilter | None:

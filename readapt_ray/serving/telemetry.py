@@ -13,7 +13,6 @@ from readapt_ray.serving.batching import Timing
 PREFIX = "ray_readapt_"
 
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
-_SHARES = [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 _ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 _DIFFERENCES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
@@ -42,13 +41,18 @@ class Telemetry:
         self._encode = Histogram("readapt_encode_seconds", "Encoding of a request's texts.", _SECONDS, by_version)
         self._search = Histogram("readapt_search_seconds", "Search of a request's queries.", _SECONDS, by_version)
         self._batch_rows = Histogram("readapt_batch_rows", "Texts in a batch.", _ROWS, by_version)
-        self._batch_fill = Histogram("readapt_batch_fill", "Tokens in a batch over its budget.", _SHARES, by_version)
+        self._batch_tokens = Counter("readapt_batch_tokens", "Tokens in batches.", by_version)
+        self._batch_budget = Counter("readapt_batch_budget", "Tokens that batches had room for.", by_version)
         self._batch_seconds = Histogram("readapt_batch_seconds", "Encoding of a batch.", _SECONDS, by_version)
         self._partial = Counter("readapt_partial_searches", "Searches without a part of the index.", by_version)
         self._not_finite = Counter("readapt_not_finite", "Texts whose vectors had NaN or infinity.", by_version)
-        self._recall = Histogram("readapt_recall", "Share of the 10 best that the index found.", _SHARES, by_version)
+        self._recall_found = Counter(
+            "readapt_recall_found", "Passages of the 10 best that the index found.", by_version
+        )
+        self._recall_due = Counter("readapt_recall_due", "Passages of the 10 best.", by_version)
         both = ("version", "shadow")
-        self._overlap = Histogram("readapt_shadow_overlap", "Share of the first 10 that both found.", _SHARES, both)
+        self._shadow_shared = Counter("readapt_shadow_shared", "Passages of the first 10 that both found.", both)
+        self._shadow_due = Counter("readapt_shadow_due", "Passages of the first 10.", both)
         self._difference = Histogram(
             "readapt_shadow_score_difference", "Between the best scores of the two, without sign.", _DIFFERENCES, both
         )
@@ -76,7 +80,8 @@ class Telemetry:
         """A batch came back from the encoder."""
         tags = {"version": version}
         self._batch_rows.observe(num_rows, tags)
-        self._batch_fill.observe(num_tokens / budget, tags)
+        self._batch_tokens.inc(num_tokens, tags)
+        self._batch_budget.inc(max(budget, num_tokens), tags)
         self._batch_seconds.observe(seconds, tags)
 
     def not_finite(self, version: str, num_texts: int) -> None:
@@ -87,12 +92,20 @@ class Telemetry:
         """A search was answered without a part of the index."""
         self._partial.inc(1, {"version": version})
 
-    def probed(self, version: str, recall: float) -> None:
-        """A search was made again exactly."""
-        self._recall.observe(recall, {"version": version})
+    def probed(self, version: str, num_found: int, num_due: int) -> None:
+        """A search was made again exactly: so many of the best were found, of so many that there are."""
+        _add(self._recall_found, num_found, {"version": version})
+        _add(self._recall_due, num_due, {"version": version})
 
-    def compared(self, version: str, shadow: str, overlap: float, score_difference: float) -> None:
-        """A shadow searched along."""
+    def compared(self, version: str, shadow: str, num_shared: int, num_due: int, score_difference: float) -> None:
+        """A shadow searched along: so many passages of the first were found by both."""
         tags = {"version": version, "shadow": shadow}
-        self._overlap.observe(overlap, tags)
+        _add(self._shadow_shared, num_shared, tags)
+        _add(self._shadow_due, num_due, tags)
         self._difference.observe(abs(score_difference), tags)
+
+
+def _add(counter: Counter, number: int, tags: dict[str, str]) -> None:
+    """Count; a share is of two counters, since Ray exports sums of histograms from the middles of their buckets."""
+    if number:
+        counter.inc(number, tags)

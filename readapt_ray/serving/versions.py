@@ -72,6 +72,8 @@ class VersionInfo:
     """Of that corpus; another one at the same place has other texts."""
     created: int = 0
     """Seconds since 1970."""
+    matryoshka: bool = False
+    """Whether the model's config says that it was trained for fewer dimensions."""
     processes: Mapping[str, Any] = field(default_factory=dict)
     """The options of its processes."""
 
@@ -208,6 +210,10 @@ def _place(user: str) -> float:
     return int.from_bytes(hashlib.sha256(user.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
+_SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": "-raw"}
+"""What follows the name of a version where a client can say the kind of its texts by the model alone."""
+
+
 @dataclass(frozen=True)
 class Registry:
     """The versions by name, and the routing among them: one state, replaced as a whole."""
@@ -217,36 +223,57 @@ class Registry:
 
     def models(self) -> schema.ModelList:
         """List the versions, the default first."""
-        listed = [
-            schema.ServedModel(
-                id=name,
-                created=info.created,
-                default=name == self.routing.default,
-                dimension=info.dimension,
-                fingerprint=info.fingerprint,
-                encoder_fingerprint=info.encoder_fingerprint,
-                num_vectors=info.num_vectors,
-                **{each: getattr(info.encoding, each) for each in schema.SHOWN_OF_ENCODING},
-            )
-            for name, info in ((name, each.info) for name, each in self.versions.items())
-        ]
-        return schema.ModelList(data=sorted(listed, key=lambda model: not model.default))
+        names = sorted(self.versions, key=lambda name: name != self.routing.default)
+        data = [self._described(name, kind) for name in names for kind in _SUFFIXES]
+        return schema.ModelList(data=[each for each in data if each.id == each.version or each.id not in self.versions])
 
-    def named(self, model: str | None) -> tuple[str, Version]:
-        """Find the version of this name; the default for None or `default`.
+    def model(self, model: str) -> schema.ServedModel:
+        """Describe the version of this name, for the kind of text that the name says.
 
         Raises:
             RequestError: there is none.
         """
-        is_default = model is None or (model == schema.DEFAULT_MODEL and model not in self.versions)
-        name = self.routing.default if is_default or model is None else model
+        name, _, kind = self.named(model)
+        return self._described(name, kind)
+
+    def _described(self, name: str, kind: schema.Kind) -> schema.ServedModel:
+        info = self.versions[name].info
+        return schema.ServedModel(
+            id=name + _SUFFIXES[kind],
+            created=info.created,
+            default=name == self.routing.default and kind == "query",
+            version=name,
+            input_type=kind,
+            dimension=info.dimension,
+            matryoshka=info.matryoshka,
+            fingerprint=info.fingerprint,
+            encoder_fingerprint=info.encoder_fingerprint,
+            num_vectors=info.num_vectors,
+            **{each: getattr(info.encoding, each) for each in schema.SHOWN_OF_ENCODING},
+        )
+
+    def named(self, model: str | None) -> tuple[str, Version, schema.Kind]:
+        """Find the version of this name, and the kind of text that the name says; the default for None or `default`.
+
+        Raises:
+            RequestError: there is none.
+        """
+        name, kind = self._without_suffix(model or schema.DEFAULT_MODEL)
+        if name == schema.DEFAULT_MODEL and name not in self.versions:
+            name = self.routing.default
         if name in self.versions:
-            return name, self.versions[name]
+            return name, self.versions[name], kind
         if not self.versions:
             raise RequestError("no version is up yet; try again soon", status=503, retry_after_s=1)
         known = ", ".join(map(repr, self.versions))
         message = f"no model {name[:200]!r} here; this server has {known}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
+
+    def _without_suffix(self, model: str) -> tuple[str, schema.Kind]:
+        for kind, suffix in _SUFFIXES.items():
+            if suffix and model.endswith(suffix) and model not in self.versions:
+                return model.removesuffix(suffix), kind
+        return model, "query"
 
     def for_search(self, body: schema.SearchRequest) -> tuple[str, Version]:
         """Find the version that a search names, or that made its vectors, or that the split chooses.
@@ -255,12 +282,10 @@ class Registry:
             RequestError: there is none, or its encoder did not make the vectors.
         """
         if body.vector is None:
-            if body.model and body.model != schema.DEFAULT_MODEL:
-                return self.named(body.model)
-            return self.named(self.routing.of_search(body.user) or None)
+            return self.named(body.model or self.routing.of_search(body.user))[:2]
         made_by = [name for name, each in self.versions.items() if each.info.encoder_fingerprint == body.fingerprint]
         if body.model:
-            name, _ = self.named(body.model)
+            name, *_ = self.named(body.model)
             made_by = [each for each in made_by if each == name]
         if not made_by:
             raise RequestError(
@@ -269,7 +294,7 @@ class Registry:
                 param="fingerprint",
                 code="fingerprint_mismatch",
             )
-        return self.named(self.routing.default if self.routing.default in made_by else made_by[0])
+        return self.named(self.routing.default if self.routing.default in made_by else made_by[0])[:2]
 
 
 def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:

@@ -21,6 +21,7 @@ from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.serving.search_batches import SearchBatches
 from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class EncoderReplica:
 
     async def describe(self) -> VersionInfo:
         """What this version is."""
-
+        config = self._model.config
         sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
             fingerprint=self._fingerprint,
@@ -169,6 +170,7 @@ class EncoderReplica:
             corpus=self._spec.corpus,
             corpus_fingerprint=self._spec.corpus_fingerprint,
             created=self._created,
+            matryoshka=bool(config.get("is_matryoshka") or config.get("matryoshka_dimensions")),
             processes=self._spec.processes,
         )
 
@@ -223,6 +225,7 @@ class IndexReplica:
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
         self._slice = self._compute.wait_for(IndexSlice, index.folder, records)
+        self._search = SearchBatches(functools.partial(self._compute, self._slice.search))
         self._fingerprint = spec.fingerprint(index.encoder["fingerprint"])
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
 
@@ -241,7 +244,7 @@ class IndexReplica:
         """
         _check_fingerprint(version, self._fingerprint)
         if wanted is None:
-            hits = await self._compute(self._slice.search, queries, top_k)
+            hits = await self._search(queries, top_k)
         else:
             hits = await self._scan(queries, top_k, wanted)
         return [[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(len(queries))]
@@ -262,7 +265,7 @@ class IndexReplica:
         """
         _check_fingerprint(version, self._fingerprint)
         if self._slice.num_vectors:
-            await self._compute(self._slice.search, self._probe, 1, None)
+            await self._compute(self._slice.search, self._probe, 1)
         return self._slice.num_vectors
 
     async def check_health(self) -> None:

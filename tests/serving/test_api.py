@@ -72,8 +72,9 @@ def test_the_default_is_a_query_and_one_string_is_a_list_of_one(version, world):
 def test_token_ids_take_the_same_road_as_their_text(version, world):
     ids = [version.info.tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
     expected = world.encoder.encode(TEXTS, "query")
-    np.testing.assert_allclose(vectors_of(post(version, EMBEDDINGS, {"input": ids})), expected, atol=1e-5)
-    np.testing.assert_allclose(vectors_of(post(version, EMBEDDINGS, {"input": ids[1]})), expected[1:2], atol=1e-5)
+    for given, wanted in ((ids, expected), (ids[1], expected[1:2])):
+        answer = post(version, EMBEDDINGS, {"input": given}, accept_token_ids=True)
+        np.testing.assert_allclose(vectors_of(answer), wanted, atol=1e-5)
 
 
 def test_base64_holds_the_same_numbers(version):
@@ -180,7 +181,8 @@ def test_models_and_health(version, world):
     )
     assert [(each["id"], each["default"], each["object"]) for each in models.json()["data"]] == [
         ("tiny", True, "model"),
-        ("other", False, "model"),
+        *((f"tiny{suffix}", False, "model") for suffix in ("-passage", "-raw")),
+        *((f"other{suffix}", False, "model") for suffix in ("", "-passage", "-raw")),
     ]
     assert models.json()["data"][0] == one.json()
     assert one.json()["encoder_fingerprint"] == world.encoder.fingerprint
@@ -293,7 +295,7 @@ def test_texts_of_another_corpus_at_the_same_place_are_not_served(version, world
             (400, "encoding_format", "invalid_value"),
             "'float' or",
         ),
-        (EMBEDDINGS, {"input": "a", "input_type": "doc"}, (400, "input_type", "invalid_value"), "'query' or 'passage'"),
+        (EMBEDDINGS, {"input": "a", "input_type": "doc"}, (400, "input_type", "invalid_value"), "or 'raw'"),
         (EMBEDDINGS, {"input": "a", "dimensions": 33}, (400, "dimensions", "invalid_value"), "'dimensions' is 33"),
         (EMBEDDINGS, {"input": "a", "dimensions": 0}, (400, "dimensions", "invalid_value"), "whole number from 1"),
         (EMBEDDINGS, {"input": "a", "model": "other"}, (404, "model", "model_not_found"), "this server has 'tiny'"),
@@ -316,7 +318,7 @@ def test_texts_of_another_corpus_at_the_same_place_are_not_served(version, world
     ],
 )
 def test_a_bad_request_is_an_openai_error(version, path, body, expected, message):
-    answer = post(version, path, json.dumps(body))
+    answer = post(version, path, json.dumps(body), accept_token_ids=True)
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (answer.status_code, error["param"], error["code"]) == expected, error

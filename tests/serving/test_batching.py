@@ -1,9 +1,11 @@
 import asyncio
+import random
+import selectors
 
 import numpy as np
 import pytest
 
-from readapt_ray.serving.batching import Batcher, QueueFullError
+from readapt_ray.serving.batching import Batcher, QueueFullError, RequestTooLargeError
 
 
 class Encoder:
@@ -228,3 +230,97 @@ def test_each_slot_has_a_batch_on_the_way():
         await task
 
     asyncio.run(run())
+
+
+class SkippingSelector(selectors.DefaultSelector):
+    """Skips the time that an event loop would wait."""
+
+    skipped_s = 0.0
+
+    def select(self, timeout=None):
+        self.skipped_s += timeout or 0
+        return super().select(0)
+
+
+def run_in_no_time(main):
+    """Run a coroutine on a loop whose clock shows only the time that was slept."""
+    selector = SkippingSelector()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.skipped_s
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        loop.close()
+
+
+class SteadyEncoder:
+    """Encodes 1,000 tokens per second and slot, and takes 10 ms more per batch."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+
+    async def __call__(self, rows):
+        num_tokens = sum(map(len, rows))
+        await asyncio.sleep(num_tokens / 1000 + 0.01)
+        self.num_tokens += num_tokens
+        return np.zeros((len(rows), 1), np.float32)
+
+
+async def ask(queue, tokens, timeout_s, row_tokens=20):
+    """How one request ended."""
+    now_s = asyncio.get_running_loop().time()
+    given = [[1] * min(row_tokens, tokens)] * max(1, tokens // row_tokens)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await queue.submit(given, deadline_s=now_s + timeout_s)
+    except TimeoutError:
+        return "late"
+    except QueueFullError:
+        return "429"
+    except RequestTooLargeError:
+        return "413"
+    return "done"
+
+
+@pytest.mark.parametrize("num_slots", [1, 4])
+@pytest.mark.parametrize(
+    "sizes", [[20, 200, 2000, 20_000], [20] * 50 + [10_000], [4000]], ids=["mixed", "bulk", "equal"]
+)
+def test_at_twice_the_capacity_what_is_accepted_is_done_in_time(num_slots, sizes):
+    """Half of the work is refused at once; of the rest under 1% is late, and the encoder is never idle or wasted."""
+    chance, seconds, timeout_s = random.Random(0), 1200.0, 60.0
+
+    async def main():
+        encoder = SteadyEncoder()
+        queue = batcher(encoder, batch_tokens=500, max_queued_tokens=10**9, num_slots=num_slots)
+        tasks, loop = [], asyncio.get_running_loop()
+        while loop.time() < seconds:
+            tokens = chance.choice(sizes)
+            tasks.append((tokens, asyncio.create_task(ask(queue, tokens, timeout_s))))
+            await asyncio.sleep(chance.expovariate(2 * 1000 * num_slots / (sum(sizes) / len(sizes))))
+        return [(tokens, await task) for tokens, task in tasks]
+
+    ended = run_in_no_time(main())
+    done = sum(tokens for tokens, how in ended if how == "done")
+    accepted = [how for _, how in ended if how in ("done", "late")]
+    assert accepted.count("late") < 0.01 * len(accepted)
+    assert done > 0.9 * 1000 * num_slots * seconds / 1.02
+    if len(set(sizes)) > 1:
+        small = [how for tokens, how in ended if tokens == min(sizes)]
+        assert small.count("done") > 0.3 * len(small)
+
+
+def test_what_can_never_be_done_in_time_is_refused_with_what_would_fit():
+    async def main():
+        queue = batcher(SteadyEncoder(), batch_tokens=500)
+        assert await ask(queue, 5000, 60.0) == "done"
+        with pytest.raises(RequestTooLargeError) as caught:
+            await queue.submit([[1] * 20] * 5000, deadline_s=asyncio.get_running_loop().time() + 60)
+        assert 1000 < caught.value.num_rows < 1500
+        await asyncio.sleep(1)
+        assert await ask(queue, 20 * caught.value.num_rows, 60.0) == "done"
+        # What was learned long ago says nothing of now.
+        await asyncio.sleep(3600)
+        assert await ask(queue, 50_000, 60.0) == "done"
+
+    run_in_no_time(main())

@@ -1,8 +1,10 @@
 """HAProxy before the gateways: only where it fits, this user's alone, on this machine alone."""
 
 import os
+import socket
 import stat
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +37,7 @@ listen stats
 def settings(host: str) -> dict[str, str]:
     """What a Ray that starts now would find in its environment."""
     before = dict(os.environ)
-    with haproxy.preferred(host):
+    with haproxy.preferred(host, 60.0):
         found = {name: value for name, value in os.environ.items() if before.get(name) != value}
     assert dict(os.environ) == before
     return found
@@ -71,6 +73,7 @@ def test_its_statistics_are_this_machines_alone(tmp_path, monkeypatch):
     start = settings("127.0.0.1")["RAY_SERVE_HAPROXY_BINARY_PATH"]
     subprocess.run([start, "-db", "-f", str(config), "-c"], check=True)
     binds = [line.split()[1] for line in config.read_text().splitlines() if line.split()[:1] == ["bind"]]
+    assert "timeout http-request 10s" in config.read_text()
     assert binds == [f"127.0.0.1:{ports[0]}", f"*:{ports[1]}", f"127.0.0.1:{ports[2]}"]
 
 
@@ -90,3 +93,42 @@ def test_behind_it_clients_of_other_machines_look_like_ones_own(monkeypatch, has
     monkeypatch.setattr("ray.serve._private.constants.RAY_SERVE_ENABLE_HA_PROXY", has_haproxy)
     monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
     assert gateway._sees_clients() is sees
+
+
+def test_who_does_not_finish_a_header_is_sent_away(tmp_path, monkeypatch):
+    """Or some thousands of them would lock everybody out."""
+    monkeypatch.setattr(haproxy, "_HEADER_S", 1)
+    config = tmp_path / "haproxy.cfg"
+    ports = haproxy._free_ports(3)
+    found = settings("127.0.0.1")
+    limit = found["RAY_SERVE_HAPROXY_MAXCONN"]  # it starts with so many only where there are files enough
+    config.write_text(f"global\n    maxconn {limit}\n" + CONFIG.format(ports=ports))
+    start = found["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    process = subprocess.Popen([start, "-db", "-f", str(config)])
+    try:
+        client = connected(ports[1])
+        client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: ")
+        client.settimeout(4)
+        assert client.recv(1000).startswith(b"HTTP/1.1 408")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def connected(port: int) -> socket.socket:
+    deadline_s = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except OSError:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+
+
+def test_it_waits_no_longer_for_clients_than_the_gateways_and_leaves_nothing():
+    found = settings("127.0.0.1")
+    assert found["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == "75"
+    assert 4096 < int(found["RAY_SERVE_HAPROXY_MAXCONN"]) <= 16_384
+    folder = Path(found["RAY_SERVE_HAPROXY_SOCKET_PATH"]).parent
+    haproxy.remove_folders()
+    assert not folder.exists()

@@ -116,14 +116,14 @@ def test_a_killed_gateway_fails_only_what_was_under_way(started, world: World):
 
 
 @contextlib.contextmanager
-def served_by_command(world: World, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`readapt serve` in a process group of its own, once it serves."""
+def served_by_command(world: World, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`readapt serve` in a process group of its own, once it serves; its port is the first of its `args` after --port."""
     config = world.config(name="tiny")
     command = [sys.executable, "-m", "readapt_ray.cli", "serve", "--retriever", config.retriever]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with log.open("w") as stream:
         server = subprocess.Popen(
-            [*command, "--port", str(config.port)],
+            [*command, "--port", str(config.port), *options],
             env=environment,
             stdout=stream,
             stderr=stream,
@@ -152,12 +152,52 @@ def test_a_killed_server_frees_its_port(world: World, tmp_path):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize(("drain_s", "status"), [("60", 200), ("1", 503)])
+def test_sigterm_lets_requests_under_way_end(world: World, tmp_path, drain_s: str, status: int):
+    """They take 5 seconds here; those that come meanwhile are told to come back, and nothing is left behind."""
+    with served_by_command(world, tmp_path / "log", "--batch-wait-s", "5", "--drain-s", drain_s) as server:
+        folder = _haproxy_folder(server)
+        url = f"http://127.0.0.1:{server.args[server.args.index('--port') + 1]}"
+
+        def embed() -> httpx.Response:
+            return httpx.post(f"{url}/v1/embeddings", json={"input": "array"}, timeout=60)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            running = [pool.submit(embed) for _ in range(3)]
+            time.sleep(1.5)
+            server.terminate()
+            time.sleep(0.7)
+            if status == 200:
+                late = embed()
+                assert (late.status_code, late.headers["retry-after"], late.json()["error"]["code"]) == (
+                    503,
+                    "1",
+                    "stopping",
+                )
+            assert [each.result().status_code for each in running] == [status] * 3
+        told_s = time.monotonic()
+        assert server.wait(60) == 0
+        assert time.monotonic() - told_s < 30
+    assert not folder.exists()
+
+
+@pytest.mark.timeout(300)
 def test_a_signal_to_all_processes_of_a_server_ends_it_soon(world: World, tmp_path):
     """As `timeout` and systemd send it: Ray's own processes are gone before they can be asked to stop."""
     with served_by_command(world, tmp_path / "log") as server:
+        folder = _haproxy_folder(server)
         os.killpg(server.pid, signal.SIGTERM)
         assert server.wait(40) == 0
         assert "GCS" not in (tmp_path / "log").read_text()
+        assert "RpcError" not in (tmp_path / "log").read_text()
+    assert not folder.exists()
+
+
+def _haproxy_folder(server: subprocess.Popen[bytes]) -> Path:
+    """Where its files lie, in the temporary folder."""
+    [proxy] = [each for each in psutil.Process(server.pid).children(recursive=True) if each.name() == "haproxy"]
+    command = proxy.cmdline()
+    return Path(command[command.index("-f") + 1]).parent
 
 
 def _is_free_within(port: int, seconds: float) -> bool:

@@ -146,3 +146,57 @@ def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(version, m
     in_a_thread, inline = asyncio.run(run())
     assert in_a_thread == inline
     assert sum(len(each["hits"]) for each in inline["data"]) == 20 * 40
+
+
+def test_what_cannot_be_done_in_time_is_refused_at_once(world):
+    """Not with 504 after the time is up, with the work thrown away."""
+
+    async def run():
+        slow = LocalVersion.load(world, batch_tokens=100)
+        slow.delay_s = 0.2
+        async with local_server({"tiny": slow}, timeout_s=4.0) as server, server.client() as client:
+            assert (await client.post(EMBEDDINGS, json={"input": ["array"] * 20})).status_code == 200
+            refused = await client.post(EMBEDDINGS, json={"input": ["array"] * 2000})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (413, "request_too_large")
+            fitting = int(error["message"].split("send at most ")[1].split(" such")[0])
+            assert "higher --timeout-s" in error["message"]
+            assert (await client.post(EMBEDDINGS, json={"input": ["array"] * (fitting // 2)})).status_code == 200
+
+    asyncio.run(run())
+
+
+def test_a_server_that_stops_ends_what_is_under_way_and_takes_nothing_new(fresh):
+    fresh.delay_s = 0.5
+
+    async def run():
+        async with local_server({"tiny": fresh}) as server, server.client() as client:
+            running = asyncio.create_task(client.post(EMBEDDINGS, json={"input": "first"}))
+            await asyncio.sleep(0.1)
+            assert server.app.stop_accepting() == 1
+            new, ready, alive = (
+                await client.post(EMBEDDINGS, json={"input": "second"}),
+                await client.get("/readyz"),
+                await client.get("/healthz"),
+            )
+            assert (new.status_code, new.headers["retry-after"], new.json()["error"]["code"]) == (503, "1", "stopping")
+            assert (ready.status_code, alive.status_code) == (503, 200)
+            assert (await running).status_code == 200
+            assert server.app.stop_accepting() == 0
+
+    asyncio.run(run())
+
+
+def test_what_is_not_done_when_a_server_gives_up_is_told_to_come_back(fresh):
+    fresh.delay_s = 5.0
+
+    async def run():
+        async with local_server({"tiny": fresh}) as server, server.client() as client:
+            running = asyncio.create_task(client.post(EMBEDDINGS, json={"input": "first"}))
+            await asyncio.sleep(0.1)
+            assert server.app.stop_accepting(give_up=True) == 1
+            answer = await running
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert server.app.stop_accepting() == 0
+
+    asyncio.run(run())

@@ -1,7 +1,10 @@
 """The page at /, in a real browser."""
 
+import hashlib
+
 import pytest
 
+from readapt_ray.serving.keys import ApiKey
 from tests.serving.browser import chromium
 from tests.serving.conftest import LocalVersion, serving_at
 
@@ -88,11 +91,55 @@ def test_what_a_passage_says_is_shown_and_not_obeyed(world, tmp_path):
         assert page.value("document.querySelectorAll('#columns b').length") == 0
 
 
-def test_an_error_is_said(url, tmp_path):
+def test_an_error_is_said_and_nothing_old_stays_below_it(url, tmp_path):
     with chromium(tmp_path) as page:
         page.call("Page.navigate", url=f"{url}/?q=%20")
         page.wait_for("document.getElementById('status')?.classList.contains('error')")
         assert "is empty" in page.value("document.getElementById('status').textContent")
+        page.call("Page.navigate", url=f"{url}/?q=array")
+        page.wait_for("document.querySelectorAll('#columns section').length === 2")
+        page.value("document.getElementById('query').value = ' '")
+        page.press("Enter")
+        page.wait_for("document.getElementById('status')?.classList.contains('error')")
+        assert page.value("document.querySelectorAll('#columns section').length") == 0
+
+
+def test_one_version_has_no_sides(world, tmp_path):
+    with serving_at({"tiny": LocalVersion.load(world)}) as url, chromium(tmp_path) as page:
+        page.call("Page.navigate", url=f"{url}/?q=array")
+        page.wait_for("document.querySelectorAll('#columns section').length === 1")
+        for side in ("left", "right"):
+            assert page.value(f"getComputedStyle(document.getElementById('{side}').parentElement).display") == "none"
+        assert page.value("document.querySelector('h1').textContent") == "Search"
+        assert page.value("document.querySelector('a[href=docs]') !== null") is True
+
+
+def test_a_link_to_a_version_that_is_gone_says_so(url, tmp_path):
+    with chromium(tmp_path) as page:
+        page.call("Page.navigate", url=f"{url}/?q=array&left=gone&right=base")
+        page.wait_for("document.querySelectorAll('#columns section').length > 0")
+        assert "Not served any more: gone" in page.value("document.getElementById('status').textContent")
+
+
+def test_a_link_keeps_its_query_where_a_key_is_needed(world, tmp_path):
+    key = "a-secret-of-some-length"
+    keys = [ApiKey("alice", hashlib.sha256(key.encode()).hexdigest())]
+    with serving_at({"tiny": LocalVersion.load(world)}, keys=keys) as url, chromium(tmp_path) as page:
+        page.call("Page.navigate", url=f"{url}/?q=array")
+        page.wait_for("document.getElementById('status')?.classList.contains('error')")
+        assert page.value("document.getElementById('query').value") == "array"
+        page.value(f"document.getElementById('key').value = '{key}'")
+        page.press("Enter")
+        page.wait_for("document.querySelectorAll('#columns section').length === 1")
+
+
+def test_a_long_passage_can_be_unfolded(url, tmp_path):
+    with chromium(tmp_path) as page:
+        page.call("Page.navigate", url=f"{url}/?q=array&left=base&right=base")
+        page.wait_for("document.querySelectorAll('#columns li').length === 10")
+        page.value("document.querySelector('.text summary').click()")
+        assert page.value("document.querySelector('.text').open") is True
+        assert page.value("getComputedStyle(document.querySelector('.text summary')).display") == "block"
 
 
 def test_the_page_of_the_api_lists_every_path(url, tmp_path):

@@ -112,7 +112,7 @@ def test_short_texts_stay_on_the_event_loop_and_long_ones_have_threads_of_their_
         return rows(self, *given, **named)
 
     async def run():
-        async with local_server({"tiny": version}) as server, server.client() as client:
+        async with local_server({"tiny": version}, accept_token_ids=True) as server, server.client() as client:
             for given in ("array", [7, 8, 9], "array " * 5000, [7] * 30_000, [[7] * 15_000, [8] * 15_000]):
                 body = {"input": given, "truncate": True}
                 assert (await client.post("/v1/embeddings", json=body)).status_code == 200

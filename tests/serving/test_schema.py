@@ -11,13 +11,13 @@ import pydantic
 import pytest
 
 from readapt_ray.records import Passage
-from readapt_ray.serving import schema, server
+from readapt_ray.serving import answers, schema, server
 
 
 def test_base64_is_little_endian_float32():
     vector = np.array([1.5, -2.0, 3e-5], np.float32)
-    assert np.frombuffer(base64.b64decode(schema.to_base64(vector)), "<f4").tolist() == vector.tolist()
-    assert schema.to_base64(vector.astype(">f4")) == schema.to_base64(vector)
+    assert np.frombuffer(base64.b64decode(answers.to_base64(vector)), "<f4").tolist() == vector.tolist()
+    assert answers.to_base64(vector.astype(">f4")) == answers.to_base64(vector)
 
 
 MANY = 100_000
@@ -59,7 +59,7 @@ def test_no_search_asks_for_more_than_an_answer_holds(changes, num_queries):
 
 def test_a_search_is_written_as_its_model_says():
     ranked = [[("a", 0.5), ("b", -1.25)], []]
-    written = schema.search_json(
+    written = answers.search_json(
         ranked, {"a": Passage("a", "", "text")}, model="m", fingerprint="f", num_tokens=3, missing=["index-1"]
     )
     hits = [

@@ -78,10 +78,10 @@ def test_a_shadow_searches_along_and_is_compared(fresh, world):
 
     mine, its = asyncio.run(run())
     assert len(compared) == len(TEXTS)
-    for left, right, (base, shadow, overlap, difference) in zip(mine, its, compared, strict=True):
+    for left, right, (base, shadow, num_shared, num_due, difference) in zip(mine, its, compared, strict=True):
         ids = [{hit["doc_id"] for hit in each["hits"]} for each in (left, right)]
         assert (base, shadow) == ("base", "adapted")
-        assert overlap == pytest.approx(len(ids[0] & ids[1]) / 10)
+        assert (num_shared, num_due) == (len(ids[0] & ids[1]), 10)
         assert difference == pytest.approx(right["hits"][0]["score"] - left["hits"][0]["score"], abs=1e-6)
 
 
@@ -106,7 +106,7 @@ def test_what_the_index_misses_is_probed(fresh, world):
             return searched
 
     searched = asyncio.run(run())
-    assert probed == [("base", 0.75)]
+    assert probed == [("base", 3, 4)]
     assert searched == [None, DocFilter(prefix=""), DocFilter(prefix="d")], "a filtered search is exact and not probed"
 
 

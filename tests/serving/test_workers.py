@@ -1,6 +1,7 @@
 """The one thread of a worker, and its health; without Ray."""
 
 import asyncio
+import functools
 import threading
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from readapt_ray.errors import WorkerError
 from readapt_ray.serving import index_slice, workers
 from readapt_ray.serving.index_slice import IndexSlice
+from readapt_ray.serving.search_batches import SearchBatches
 from readapt_ray.serving.versions import DocFilter
 
 
@@ -64,6 +66,7 @@ def test_searches_have_their_turn_between_the_blocks_of_a_scan(version, monkeypa
     queries = np.ones((1, version.info.dimension), np.float32)
     index = object.__new__(workers.IndexReplica.func_or_class)
     index._compute, index._slice, index._fingerprint = worker(), held, "f"
+    index._search = SearchBatches(functools.partial(index._compute, held.search))
     done = []
 
     async def search(name, wanted):

@@ -1,0 +1,59 @@
+"""Answers as JSON, written by hand: validating millions of numbers would cost more than making them."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from readapt_ray.records import Passage
+
+
+def to_base64(vector: NDArray[np.float32]) -> str:
+    """The bytes of little-endian float32, as OpenAI's clients decode them."""
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+
+
+def embeddings_json(
+    vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
+) -> bytes:
+    """An `EmbeddingsResponse` as JSON."""
+    data = [
+        {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
+        for index, vector in enumerate(vectors)
+    ]
+    return orjson.dumps(_answer(data, model, fingerprint, num_tokens), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def search_json(
+    ranked: Sequence[Sequence[tuple[str, float]]],
+    passages: Mapping[str, Passage],
+    *,
+    model: str,
+    fingerprint: str,
+    num_tokens: int,
+    missing: Sequence[str],
+) -> bytes:
+    """A `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there is a text of."""
+    data = [
+        {
+            "object": "search_result",
+            "index": index,
+            "hits": [_hit(rank, *hit, passages.get(hit[0])) for rank, hit in enumerate(hits, start=1)],
+        }
+        for index, hits in enumerate(ranked)
+    ]
+    body = _answer(data, model, fingerprint, num_tokens)
+    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
+
+
+def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
+    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
+
+
+def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:
+    title, text = (passage.title, passage.text) if passage else (None, None)
+    return {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text}

@@ -1,0 +1,92 @@
+"""Cohere's API for embeddings, version 2, in front of the same encoder: clients of it say queries from passages by themselves."""
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from readapt_ray.serving.answers import to_base64
+from readapt_ray.serving.schema import MAX_INPUTS, EmbeddingsRequest, InputType, Text
+
+EmbeddingType = Literal["float", "base64"]
+
+
+class EmbedRequest(BaseModel):
+    """`POST /v2/embed`."""
+
+    model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
+
+    model: Text | None = None
+    """As for `/v1/embeddings`."""
+    texts: Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
+    """Up to 2,048 texts."""
+    input_type: InputType | None = None
+    """As for `/v1/embeddings`. Cohere's words are `search_query` and `search_document`."""
+    truncate: Literal["END", "NONE"] = "END"
+    """Cut the end of a text that is too long, or refuse it."""
+    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=2)] | None = None
+    """Numbers, which is the default, or the bytes of little-endian float32 in base64, or both."""
+    output_dimension: int | None = Field(default=None, ge=1, strict=True)
+    """As `dimensions` of `/v1/embeddings`."""
+
+    def as_embeddings_request(self) -> EmbeddingsRequest:
+        """Return the same request in OpenAI's words."""
+        return EmbeddingsRequest(
+            model=self.model,
+            input=self.texts,
+            input_type=self.input_type,
+            truncate=self.truncate == "END",
+            dimensions=self.output_dimension,
+        )
+
+
+class ApiVersion(BaseModel):
+    """Version of Cohere's API that this answer follows."""
+
+    version: Literal["2"] = "2"
+
+
+class BilledUnits(BaseModel):
+    """What Cohere would bill."""
+
+    input_tokens: int
+    """Tokens of the texts, template and specials included."""
+
+
+class Meta(BaseModel):
+    """About the answer."""
+
+    api_version: ApiVersion = ApiVersion()
+    billed_units: BilledUnits
+
+
+class EmbedResponse(BaseModel):
+    """The vectors, by their type, in the order of the texts."""
+
+    id: str
+    response_type: Literal["embeddings_by_type"] = "embeddings_by_type"
+    embeddings: dict[EmbeddingType, list[list[float]] | list[str]]
+    texts: list[str]
+    meta: Meta
+
+
+_WRITERS: dict[EmbeddingType, Callable[[NDArray[np.float32]], Any]] = {
+    "float": np.ascontiguousarray,
+    "base64": lambda vectors: [to_base64(each) for each in vectors],
+}
+
+
+def embed_json(vectors: NDArray[np.float32], body: EmbedRequest, request_id: str, num_tokens: int) -> bytes:
+    """Write an `EmbedResponse` as JSON."""
+    meta = Meta(billed_units=BilledUnits(input_tokens=num_tokens))
+    answer = {
+        "id": request_id,
+        "response_type": "embeddings_by_type",
+        "embeddings": {each: _WRITERS[each](vectors) for each in body.embedding_types or ["float"]},
+        "texts": body.texts,
+        "meta": meta.model_dump(),
+    }
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
