@@ -80,10 +80,10 @@ def load_encoder(
     return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
 
 
-def faiss_on_one_thread() -> Any:
-    """FAISS for a task of one CPU. Its own BLAS takes all cores, and waits for them busily, unless told before it is loaded."""
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+def faiss_on_threads(num_threads: int) -> Any:
+    """FAISS for a task of some CPUs. Its own BLAS takes all cores, and waits for them busily, unless told before it is loaded."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss
 
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(num_threads)
     return faiss

@@ -1,15 +1,17 @@
 """The files of an index shard: write them, find what an earlier run wrote, read and verify them.
 
 A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet`
-(columns doc_id and content_hash, in the order of the index; no doc_id where a passage was deleted). Their checksums
-stand in the artifact's manifest. A shard takes its memory twice while it is read.
+(columns doc_id and content_hash, in the order of the index; no doc_id where a passage was deleted). Beside them, written
+last, `shards/00000.json` says what they are, so that a resumed run reads no vectors and no ids; an approximate shard has
+`shards/00000.recall.npz`, what it finds. Checksums stand in the artifact's manifest. A shard takes its memory twice while it
+is read.
 """
 
 import hashlib
 import io
 import json
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +20,8 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.faiss_build import faiss
+from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard
 from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.storage import Location
@@ -40,6 +44,10 @@ class ShardRecord:
     """FAISS factory string."""
     measured: dict[str, float] | None = None
     """Recall and time of a query; None for an exact shard."""
+    trained: str | None = None
+    """What its lists and codes were trained as: shards that share it can be merged. None for graphs and older indexes."""
+    depth: int | None = None
+    """nprobe or efSearch that it is searched with; None for what stands in its file."""
 
 
 def write_shard(
@@ -51,7 +59,7 @@ def write_shard(
     factory: str = "Flat",
     measured: dict[str, float] | None = None,
 ) -> ShardRecord:
-    """Write a shard, the ids last: where they are, the shard is whole.
+    """Write a shard, its record last: where that is, the shard is whole.
 
     Args:
         folder: the `shards` folder of the artifact.
@@ -62,22 +70,27 @@ def write_shard(
     """
     content = faiss.serialize_index(shard.index).tobytes()
     (folder / f"{name}.faiss").write_bytes(content)
-    metadata = {
-        "index_sha256": hashlib.sha256(content).hexdigest(),
-        "index_bytes": len(content),
-        "encoder": encoder,
-        "factory": factory,
-        "measured": measured,
-    }
-    return _write_ids(folder, name, shard.doc_ids, shard.hashes, metadata)
+    record = ShardRecord(
+        name=name,
+        num_vectors=len(shard.doc_ids),
+        num_bytes=len(content),
+        index_sha256=hashlib.sha256(content).hexdigest(),
+        ids_sha256="",
+        factory=factory,
+        measured=measured,
+        trained=shard.trained,
+    )
+    return _write_ids(folder, record, shard.doc_ids, shard.hashes, encoder)
 
 
 def _write_ids(
-    folder: Location, name: str, doc_ids: NDArray[np.object_], hashes: bytes, metadata: dict[str, Any]
+    folder: Location, record: ShardRecord, doc_ids: NDArray[np.object_], hashes: bytes, encoder: str
 ) -> ShardRecord:
+    """Write the ids and then the record, of whose `num_bytes` the vectors are written."""
     digests: list[bytes | None] = [hashes[start : start + 16] for start in range(0, len(hashes), 16)]
     schema = pa.schema(
-        [("doc_id", pa.string()), ("content_hash", pa.binary(16))], metadata={_METADATA_KEY: json.dumps(metadata)}
+        [("doc_id", pa.string()), ("content_hash", pa.binary(16))],
+        metadata={_METADATA_KEY: json.dumps({"encoder": encoder})},
     )
     columns = [
         pa.array([doc_id or None for doc_id in doc_ids], pa.string()),
@@ -85,8 +98,17 @@ def _write_ids(
     ]
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=schema), sink, use_dictionary=False)
-    (folder / f"{name}.ids.parquet").write_bytes(sink.getvalue())
-    return _record(name, columns[0], metadata, sink.getvalue())
+    content = sink.getvalue()
+    (folder / f"{record.name}.ids.parquet").write_bytes(content)
+    whole = replace(
+        record,
+        num_bytes=record.num_bytes + len(content),
+        ids_sha256=hashlib.sha256(content).hexdigest(),
+        num_deleted=columns[0].null_count,
+    )
+    state = {"encoder": encoder, "ids_bytes": len(content), "record": asdict(whole)}
+    (folder / f"{record.name}.json").write_text(json.dumps(state))
+    return whole
 
 
 def carry_over(
@@ -107,44 +129,27 @@ def carry_over(
     doc_ids, hashes = read_ids(source, record)
     content = _verified(source / f"{record.name}.faiss", record.index_sha256)
     (target / f"{record.name}.faiss").write_bytes(content)
-    metadata = {
-        "index_sha256": record.index_sha256,
-        "index_bytes": len(content),
-        "encoder": encoder,
-        "factory": record.factory,
-        "measured": record.measured,
-    }
-    return _write_ids(target, record.name, np.where(kept, doc_ids, DELETED), hashes, metadata)
+    carried = replace(record, num_bytes=len(content))
+    return _write_ids(target, carried, np.where(kept, doc_ids, DELETED), hashes, encoder)
 
 
-def find_shard(folder: Location, name: str, *, encoder: str) -> ShardRecord | None:
-    """The record of a shard that was written whole for this encoder; None where there is none."""
-    ids, index = folder / f"{name}.ids.parquet", folder / f"{name}.faiss"
-    if not ids.is_file() or not index.is_file():
-        return None
-    content = ids.read_bytes()
-    try:
-        with pq.ParquetFile(io.BytesIO(content)) as file:
-            metadata = json.loads((file.schema_arrow.metadata or {}).get(_METADATA_KEY, b"{}"))
-            doc_ids = file.read(columns=["doc_id"])["doc_id"]
-    except (pa.ArrowInvalid, OSError):
-        return None
-    if metadata.get("encoder") != encoder or metadata.get("index_bytes") != index.size_bytes():
-        return None
-    return _record(name, doc_ids, metadata, content)
-
-
-def _record(name: str, doc_ids: Any, metadata: dict[str, Any], ids: bytes) -> ShardRecord:
-    return ShardRecord(
-        name=name,
-        num_vectors=len(doc_ids),
-        num_bytes=metadata["index_bytes"] + len(ids),
-        index_sha256=metadata["index_sha256"],
-        ids_sha256=hashlib.sha256(ids).hexdigest(),
-        num_deleted=doc_ids.null_count,
-        factory=metadata["factory"],
-        measured=metadata["measured"],
-    )
+def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> dict[str, ShardRecord]:
+    """Return the records of shards that were written whole for this encoder: one listing, and a small file per shard."""
+    sizes = {name: info.size for name, info in folder.listing()}
+    written = [name for name in names if f"{name}.json" in sizes]
+    states = at_once(lambda name: (folder / f"{name}.json").read_bytes(), written)
+    found = {}
+    for name, content in zip(written, states, strict=True):
+        try:
+            state = json.loads(content)
+            record, ids_bytes = ShardRecord(**state["record"]), int(state["ids_bytes"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        due = (record.num_bytes - ids_bytes, ids_bytes)
+        there = (sizes.get(f"{name}.faiss"), sizes.get(f"{name}.ids.parquet"))
+        if there == due and state["encoder"] == encoder:
+            found[name] = record
+    return found
 
 
 def read_ids(folder: Location, record: ShardRecord) -> tuple[NDArray[np.object_], bytes]:
@@ -173,7 +178,8 @@ def read_shard(folder: Location, record: ShardRecord) -> IndexShard:
             f"{folder / record.name}: {index.ntotal} vectors, {len(doc_ids)} ids, {record.num_vectors} in the manifest; "
             f"run `readapt index` again"
         )
-    return IndexShard(index, doc_ids, hashes)
+    set_depth(index, record.depth)
+    return IndexShard(index, doc_ids, hashes, record.trained)
 
 
 def _verified(location: Location, sha256: str) -> bytes:

@@ -24,6 +24,15 @@ _GRAPH_UP_TO = 5_000_000
 _HNSW_LINKS = 32
 _RERANKED = 8
 """Candidates a result that are ranked again by the finer vectors."""
+_MAX_LISTS = 65_536
+_VECTORS_PER_LIST = 39
+"""Below this many training vectors per list FAISS warns."""
+TRAINING_BYTES = 8 << 30
+"""Bytes of float32 vectors that inverted lists and codes are trained on at most, in one task."""
+_FLAT_SHARD_BYTES = 512 << 20
+_SEARCHED_SHARD_BYTES = 8 << 30
+_SEARCHED_SHARD_ROWS = (1 << 20, 4 << 20)
+"""Vectors in a shard of an approximate index, at least and at most: each more shard is one more graph or set of lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +88,8 @@ class IndexOptions:
     """nprobe or efSearch; by default the least that reaches the recall."""
     min_recall: float = 0.95
     """Share of the 10 best, and of the 100 best, that must be found."""
+    is_lossless: bool = False
+    """Whether the vectors came in the storage's own precision, or a lower one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +106,7 @@ class IndexSpec:
 
 
 def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> IndexSpec:
-    """How to make a shard of so many vectors.
+    """How to make an index of so many vectors, cut into shards or not.
 
     Raises:
         InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
@@ -107,21 +118,37 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
     kind = index_kind(options.kind)
     vectors = _QUANTIZERS[options.storage]
     if kind.is_exact or num_vectors < _FLAT_BELOW:
-        return IndexSpec(factory=vectors, depth=None, is_exact=options.storage == "float32")
+        return IndexSpec(factory=vectors, depth=None, is_exact=options.storage == "float32" or options.is_lossless)
     codes = options.code_bytes or _default_codes(dimension)
     if kind.name == "ivf-pq" and dimension % codes:
         raise InputError(
             f"code_bytes = {codes} does not divide the {dimension} numbers of a vector; give one that does"
         )
-    factory = kind.factory.format(lists=_lists(num_vectors), codes=codes, links=_HNSW_LINKS, vectors=vectors)
+    factory = kind.factory.format(lists=_lists(num_vectors, dimension), codes=codes, links=_HNSW_LINKS, vectors=vectors)
     if kind.refined and options.refine:
         return IndexSpec(factory=f"{factory},Refine({vectors})", depth=kind.depth, is_exact=False, reranked=_RERANKED)
     return IndexSpec(factory=factory, depth=kind.depth, is_exact=False)
 
 
-def _lists(num_vectors: int) -> int:
-    """FAISS's guidance: some four square roots, and 39 vectors a list to train on."""
-    return max(1, min(int(4 * math.sqrt(num_vectors)), num_vectors // 39))
+def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
+    """Vectors per shard: as many as one task holds, in shards of one size.
+
+    A flat shard takes 512 MiB as it is stored, so that it loads quickly. An approximate one has 4 million vectors up to
+    512 numbers, and 1 million from 2,048 numbers on.
+    """
+    is_flat = options.factory == "Flat" or (options.factory is None and options.kind == "flat")
+    if is_flat:
+        most = max(1, _FLAT_SHARD_BYTES // (_ELEMENT_BYTES[options.storage] * dimension))
+    else:
+        least, most = _SEARCHED_SHARD_ROWS
+        most = min(most, max(least, _SEARCHED_SHARD_BYTES // (4 * dimension)))
+    return max(1, math.ceil(num_vectors / math.ceil(num_vectors / most))) if num_vectors else most
+
+
+def _lists(num_vectors: int, dimension: int) -> int:
+    """FAISS's guidance: some four square roots, and 39 vectors a list to train on, which must fit one task."""
+    trained = min(num_vectors, TRAINING_BYTES // (4 * dimension)) // _VECTORS_PER_LIST
+    return max(1, min(int(4 * math.sqrt(num_vectors)), trained, _MAX_LISTS))
 
 
 def _default_codes(dimension: int) -> int:

@@ -1,11 +1,14 @@
 """How much of the truth an index finds: measured on vectors of its own, each without itself.
 
-Enters: an index with its vectors. Leaves: recall at 10 and 100 against exact search, the time of a query,
-and the least search depth at which both reach the recall that is asked for. 100 queries over a million vectors of
-384 numbers take some 10 s on one core.
+Enters: the shards of an index, each with the exact best of 100 queries. Leaves: recall at 10 and 100 of all shards
+together, the time of a query, and the least search depth at which both reach the recall that is asked for. A shard's part
+is measured where the shard is built and kept in a file of about a megabyte, so that no process needs all vectors.
 """
 
+import functools
+import io
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +21,9 @@ from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec
 from readapt_ray.seeds import random_generator
 
 _NUM_QUERIES = 100
-_QUERY_BLOCK = 10
 _RANKS = (10, 100)
+_NUM_TRUE = 256
+"""Exact best rows kept per query; what an index finds beyond them counts as missed."""
 _TOLERANCE = 1e-5
 """Score by which a result may miss the k-th best and count as tied with it."""
 _FIRST_DEPTH = {"nprobe": 1, "efSearch": 16}
@@ -33,7 +37,7 @@ class IndexRecall:
     recall_at_10: float
     recall_at_100: float
     query_ms: float
-    """Milliseconds a query at 10 results, on the threads that FAISS had."""
+    """Milliseconds a query at 10 results, of all shards, on the threads that FAISS had."""
     depth: int | None
     """nprobe or efSearch that it is set to."""
 
@@ -41,6 +45,78 @@ class IndexRecall:
     def least_recall(self) -> float:
         """The lower of both."""
         return min(self.recall_at_10, self.recall_at_100)
+
+
+class BestRows:
+    """The exact best rows of each query among vectors that come in chunks.
+
+    Args:
+        queries: [Q, D].
+        own_rows: [Q], the row of each query among the vectors, which is not counted; any other number if it is not there.
+    """
+
+    def __init__(self, queries: NDArray[np.float32], own_rows: NDArray[np.int64]) -> None:
+        self.queries = queries
+        self.own_rows = own_rows
+        self.num_rows = 0
+        self.scores = np.empty((len(queries), 0), np.float32)
+        """[Q, K], falling."""
+        self.rows = np.empty((len(queries), 0), np.int64)
+
+    def add(self, vectors: NDArray[np.float32]) -> None:
+        """Offer the next vectors [N, D]."""
+        rows = np.arange(self.num_rows, self.num_rows + len(vectors))
+        self.num_rows += len(vectors)
+        scores = self.queries @ vectors.T
+        scores[rows == self.own_rows[:, None]] = -np.inf
+        scores = np.concatenate([self.scores, scores], axis=1)
+        rows = np.concatenate([self.rows, np.broadcast_to(rows, (len(self.queries), len(rows)))], axis=1)
+        best = np.argpartition(-scores, _NUM_TRUE, axis=1)[:, :_NUM_TRUE] if scores.shape[1] > _NUM_TRUE else None
+        if best is not None:
+            scores, rows = np.take_along_axis(scores, best, axis=1), np.take_along_axis(rows, best, axis=1)
+        order = np.argsort(-scores, axis=1)
+        self.scores, self.rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+@dataclass(frozen=True)
+class ShardRecall:
+    """What one shard, or several together, find at each depth that was tried, T of them."""
+
+    num_rows: int
+    depths: NDArray[np.int64]
+    """[T], rising; 0 if the index has no depth."""
+    truth: NDArray[np.float32]
+    """[Q, 100], the exact best scores; -inf where there are fewer."""
+    scores: NDArray[np.float32]
+    """[T, Q, 100], as the index scores what it finds; -inf where it finds less."""
+    exact: NDArray[np.float32]
+    """[T, Q, 100], the exact scores of the same; -inf if it is not among the best 256."""
+    query_ms: NDArray[np.float64]
+    """[T]"""
+
+    def to_bytes(self) -> bytes:
+        """Return it as the content of a NumPy file."""
+        sink = io.BytesIO()
+        arrays: dict[str, Any] = vars(self)
+        np.savez_compressed(sink, **arrays)
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "ShardRecall":
+        """Return what `to_bytes` wrote."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            values: dict[str, Any] = {name: arrays[name] for name in arrays.files}
+        return cls(**values | {"num_rows": int(values["num_rows"])})
+
+    def at(self, depth: int) -> int:
+        """Return the place of the deepest depth tried that is not over this one."""
+        return max(0, int(np.searchsorted(self.depths, depth, side="right")) - 1)
+
+
+def query_rows(num_rows: int) -> NDArray[np.int64]:
+    """Return the rows whose vectors are the queries."""
+    rows = random_generator(0, "recall queries").choice(num_rows, min(_NUM_QUERIES, num_rows), replace=False)
+    return np.asarray(rows, np.int64)
 
 
 def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
@@ -54,20 +130,124 @@ def calibrate(index: Any, vectors: NDArray[np.float32], spec: IndexSpec, options
     Raises:
         InputError: it finds too little even when it looks everywhere; the message says which option to raise.
     """
+    rows = query_rows(len(vectors))
+    best = BestRows(np.ascontiguousarray(vectors[rows]), rows)
+    best.add(vectors)
+    measured = settle([measure(index, best, spec, options)], spec, options)
+    set_depth(index, measured.depth)
+    return measured
+
+
+def set_depth(index: Any, depth: int | None) -> None:
+    """Set nprobe or efSearch, whichever an index has."""
+    if depth is None:
+        return
+    name = "nprobe" if faiss.try_extract_index_ivf(index) is not None else "efSearch"
+    faiss.ParameterSpace().set_index_parameter(index, name, depth)
+
+
+def measure(index: Any, best: BestRows, spec: IndexSpec, options: IndexOptions) -> ShardRecall:
+    """Measure a shard at rising depths, to one past that at which it reaches the recall alone; leave it at that one before.
+
+    All shards together often need less: what a shard holds of the best 100 is not its own best 100.
+    """
     refined = faiss.downcast_index(index)
     if hasattr(refined, "k_factor"):
         refined.k_factor = spec.reranked
-    rows = random_generator(0, "recall queries").choice(len(vectors), min(_NUM_QUERIES, len(vectors)), replace=False)
-    bounds = _kth_scores(vectors, rows)
-    measured = None
+    tried: list[tuple[int, NDArray[np.float32], NDArray[np.float32], float]] = []
+    reached = None
     for depth in _depths(index, spec, options):
-        if depth is not None:
-            faiss.ParameterSpace().set_index_parameter(index, str(spec.depth), depth)
-        measured = _measure(index, vectors, rows, bounds, depth)
+        set_depth(index, depth)
+        tried.append((depth or 0, *_found(index, best)))
+        if reached is not None:
+            break
+        alone = _recalls(_gathered(best, tried[-1:]), 0)
+        reached = depth if min(alone) >= options.min_recall else None
+    set_depth(index, reached)
+    return _gathered(best, tried)
+
+
+def _gathered(
+    best: BestRows, tried: Sequence[tuple[int, NDArray[np.float32], NDArray[np.float32], float]]
+) -> ShardRecall:
+    depths, scores, exact, query_ms = zip(*tried, strict=True)
+    return ShardRecall(
+        num_rows=best.num_rows,
+        depths=np.array(depths),
+        truth=_padded(best.scores[:, : _RANKS[-1]]),
+        scores=np.stack(scores),
+        exact=np.stack(exact),
+        query_ms=np.array(query_ms),
+    )
+
+
+def _found(index: Any, best: BestRows) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+    """Search for the queries: the index's scores [Q, 100], the exact ones of the same rows, and milliseconds per query."""
+    started_s = time.perf_counter()
+    index.search(best.queries, _RANKS[0])
+    query_ms = 1000 * (time.perf_counter() - started_s) / max(1, len(best.queries))
+    scores, rows = index.search(best.queries, min(_RANKS[-1] + 1, best.num_rows))
+    exact = np.full(scores.shape, -np.inf, np.float32)
+    for query, (true_rows, true_scores) in enumerate(zip(best.rows, best.scores, strict=True)):
+        order = np.argsort(true_rows)
+        places = order[np.minimum(np.searchsorted(true_rows[order], rows[query]), len(order) - 1)]
+        exact[query] = np.where(true_rows[places] == rows[query], true_scores[places], -np.inf)
+    scores = np.where((rows < 0) | (rows == best.own_rows[:, None]), -np.inf, scores).astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, : _RANKS[-1]]
+    scores, exact = np.take_along_axis(scores, order, axis=1), np.take_along_axis(exact, order, axis=1)
+    return _padded(scores), _padded(exact), query_ms
+
+
+def _padded(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    missing = _RANKS[-1] - scores.shape[1]
+    return np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
+
+
+def settle(shards: Iterable[ShardRecall], spec: IndexSpec, options: IndexOptions) -> IndexRecall:
+    """Find the least depth at which all shards together reach the recall.
+
+    Raises:
+        InputError: they find too little at every depth; the message says which option to raise.
+    """
+    whole = functools.reduce(_together, shards)
+    measured = None
+    for place, depth in enumerate(whole.depths.tolist()):
+        measured = IndexRecall(*_recalls(whole, place), float(whole.query_ms[place]), depth or None)
         if measured.least_recall >= options.min_recall:
             return measured
     assert measured is not None
     raise InputError(_too_low(measured, spec, options))
+
+
+def _together(one: ShardRecall, other: ShardRecall) -> ShardRecall:
+    """Merge what two parts of an index find. A part that was not tried at a depth counts with a lower one."""
+    depths = np.union1d(one.depths, other.depths)
+    places = [(one.at(depth), other.at(depth)) for depth in depths]
+    scores = np.stack([np.concatenate([one.scores[a], other.scores[b]], axis=1) for a, b in places])
+    exact = np.stack([np.concatenate([one.exact[a], other.exact[b]], axis=1) for a, b in places])
+    order = np.argsort(-scores, axis=2, kind="stable")[:, :, : _RANKS[-1]]
+    truth = -np.sort(-np.concatenate([one.truth, other.truth], axis=1), axis=1)
+    return ShardRecall(
+        num_rows=one.num_rows + other.num_rows,
+        depths=depths,
+        truth=truth[:, : _RANKS[-1]],
+        scores=np.take_along_axis(scores, order, axis=2),
+        exact=np.take_along_axis(exact, order, axis=2),
+        query_ms=np.array([one.query_ms[a] + other.query_ms[b] for a, b in places]),
+    )
+
+
+def _recalls(found: ShardRecall, place: int) -> tuple[float, float]:
+    """Recall at 10 and at 100 of what is found at a depth."""
+    recalls = []
+    for rank in _RANKS:
+        num_due = min(rank, found.num_rows - 1)
+        if num_due < 1:
+            recalls.append(1.0)
+            continue
+        bound = found.truth[:, num_due - 1 : num_due] - _TOLERANCE
+        recalls.append(float((found.exact[place][:, :num_due] >= bound).mean()))
+    return recalls[0], recalls[1]
 
 
 def _depths(index: Any, spec: IndexSpec, options: IndexOptions) -> list[int | None]:
@@ -78,38 +258,6 @@ def _depths(index: Any, spec: IndexSpec, options: IndexOptions) -> list[int | No
     last = faiss.extract_index_ivf(index).nlist if spec.depth == "nprobe" else _LAST_EF_SEARCH
     first = _FIRST_DEPTH[spec.depth]
     return [*(first << step for step in range(32) if first << step < last), last]
-
-
-def _kth_scores(vectors: NDArray[np.float32], rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The exact score of the 10th and 100th best of each query other than itself, [Q, 2]."""
-    bounds = np.empty((len(rows), len(_RANKS)), np.float32)
-    for first in range(0, len(rows), _QUERY_BLOCK):
-        block = rows[first : first + _QUERY_BLOCK]
-        scores = vectors[block] @ vectors.T
-        scores[np.arange(len(block)), block] = -np.inf
-        for place, rank in enumerate(_RANKS):
-            kth = min(rank, scores.shape[1] - 1)
-            bounds[first : first + len(block), place] = -np.partition(-scores, kth - 1, axis=1)[:, kth - 1]
-    return bounds
-
-
-def _measure(
-    index: Any, vectors: NDArray[np.float32], rows: NDArray[np.int64], bounds: NDArray[np.float32], depth: int | None
-) -> IndexRecall:
-    queries = np.ascontiguousarray(vectors[rows])
-    started_s = time.perf_counter()
-    index.search(queries, _RANKS[0])
-    query_ms = 1000 * (time.perf_counter() - started_s) / len(rows)
-    _, found = index.search(queries, min(_RANKS[-1] + 1, len(vectors)))
-    recalls = []
-    for place, rank in enumerate(_RANKS):
-        num_due = min(rank, len(vectors) - 1)
-        hits = 0
-        for query, row, bound in zip(found, rows, bounds[:, place], strict=True):
-            others = query[(query >= 0) & (query != row)][:num_due]
-            hits += int((vectors[others] @ vectors[row] >= bound - _TOLERANCE).sum())
-        recalls.append(hits / max(1, num_due * len(rows)))
-    return IndexRecall(recalls[0], recalls[1], query_ms, depth)
 
 
 def _too_low(measured: IndexRecall, spec: IndexSpec, options: IndexOptions) -> str:

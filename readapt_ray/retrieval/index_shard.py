@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries
 from readapt_ray.retrieval.faiss_build import faiss, train
+from readapt_ray.retrieval.index_kinds import TRAINING_BYTES
 
 DELETED = ""
 """Stands for the doc_id of a vector that is no longer found."""
 _TRAINING_ROWS = 65_536
 _TRAINING_ROWS_PER_LIST = 64
+_RUN_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class IndexShard:
     """[N]; empty where a passage was deleted."""
     hashes: bytes = b""
     """16 bytes a vector, of the content of its passage; empty where nothing is known of any."""
+    trained: str | None = None
+    """What its lists and codes were trained as. Shards of one training can be merged; None if nothing is known."""
 
     @functools.cached_property
     def _deleted(self) -> NDArray[np.bool_]:
@@ -120,6 +124,56 @@ def _widened(
     )
 
 
+def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
+    """Merge shards that were trained together, so that a query pays for one index and not for each shard.
+
+    Merged they are what FAISS would have made of all their vectors at once. Graphs cannot be merged and stay as they are.
+    Memory peaks at one shard above the whole.
+    """
+    groups: dict[str | None, list[IndexShard]] = {}
+    for shard in shards:
+        can = shard.trained is not None and _can_merge(shard.index)
+        group = groups.setdefault(shard.trained if can else f"alone-{len(groups)}", [])
+        if group:
+            _merge(group[0].index, shard.index)
+        group.append(IndexShard(None if group else shard.index, shard.doc_ids, shard.hashes, shard.trained))
+    return [
+        IndexShard(
+            group[0].index,
+            np.concatenate([each.doc_ids for each in group]),
+            b"".join(each.hashes for each in group) if all(len(each.hashes) for each in group) else b"",
+            group[0].trained,
+        )
+        for group in groups.values()
+    ]
+
+
+def _can_merge(index: Any) -> bool:
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        return _can_merge(index.base_index) and _can_merge(index.refine_index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _can_merge(index.index)
+    return isinstance(index, faiss.IndexIVF | faiss.IndexFlatCodes)
+
+
+def _merge(index: Any, other: Any) -> None:
+    """Move the vectors of another index behind those of this one."""
+    index, other = faiss.downcast_index(index), faiss.downcast_index(other)
+    if isinstance(index, faiss.IndexRefine):
+        _merge(index.base_index, other.base_index)
+        _merge(index.refine_index, other.refine_index)
+        index.ntotal = index.base_index.ntotal
+    elif isinstance(index, faiss.IndexPreTransform):
+        _merge(index.index, other.index)
+        index.ntotal = index.index.ntotal
+    elif isinstance(index, faiss.IndexIVF):
+        index.nprobe = max(index.nprobe, other.nprobe)
+        index.merge_from(other, index.ntotal)
+    else:
+        index.merge_from(other)
+
+
 def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], top_k: int) -> Hits:
     """The k best over all shards: the same as from one index that holds all their vectors.
 
@@ -170,13 +224,28 @@ def new_index(factory: str, dimension: int) -> Any:
     return index
 
 
+def num_training_rows(index: Any, num_rows: int) -> int:
+    """How many of so many vectors an index is trained on: 64 a list and 65,536 at least, and what fits one task."""
+    lists = faiss.try_extract_index_ivf(index)
+    num_lists = int(lists.nlist) if lists is not None else 0
+    wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
+    return min(num_rows, wanted, max(_TRAINING_ROWS, TRAINING_BYTES // (4 * int(index.d))))
+
+
+def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
+    """Return the rows that an index is trained on: runs of 128, since rows that lie together are read together."""
+    size = num_training_rows(index, num_rows)
+    if size == num_rows:
+        return np.arange(num_rows)
+    starts = np.arange(0, num_rows, _RUN_ROWS)
+    chosen = np.random.default_rng(0).choice(starts, -(-size // _RUN_ROWS), replace=False)
+    rows = (np.sort(chosen)[:, None] + np.arange(_RUN_ROWS)).ravel()
+    return rows[rows < num_rows]
+
+
 def training_sample(vectors: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
     """What an index is trained on: 64 vectors a list, and 65,536 at least, where there are so many."""
-    try:
-        num_lists = faiss.extract_index_ivf(index).nlist
-    except RuntimeError:
-        num_lists = 0
-    size = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
-    if len(vectors) <= size:
+    size = num_training_rows(index, len(vectors))
+    if len(vectors) == size:
         return vectors
     return vectors[np.sort(np.random.default_rng(0).choice(len(vectors), size, replace=False))]

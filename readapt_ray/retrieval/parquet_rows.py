@@ -47,7 +47,8 @@ class ParquetRows:
         tables = []
         for file in np.unique(files):
             location = self.folder / self.counts[file][0]
-            wanted = ordered[files == file] - ends[file]
+            first, last = np.searchsorted(ordered, (ends[file], ends[file + 1]))
+            wanted = ordered[first:last] - ends[file]
             if wanted[-1] - wanted[0] == len(wanted) - 1 and (np.diff(wanted) == 1).all():
                 tables.append(read_rows(location, int(wanted[0]), len(wanted), columns))
             else:

@@ -18,7 +18,7 @@ from readapt_ray.errors import InputError
 from readapt_ray.retrieval.exact import Hits, TopK, search_exact
 from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.index_files import ShardRecord, read_shard
-from readapt_ray.retrieval.index_shard import DELETED, IndexShard, search_shards
+from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, search_shards
 from readapt_ray.serving.versions import DocFilter
 from readapt_ray.storage import Location
 
@@ -94,7 +94,8 @@ class IndexSlice:
     """
 
     def __init__(self, folder: Location, records: Sequence[ShardRecord]) -> None:
-        self._shards = [_SearchableShard(read_shard(folder, record)) for record in records if record.num_vectors]
+        loaded = (read_shard(folder, record) for record in records if record.num_vectors)
+        self._shards = [_SearchableShard(shard) for shard in merged(loaded)]
 
     @property
     def num_vectors(self) -> int:

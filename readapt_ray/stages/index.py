@@ -2,35 +2,49 @@
 
 In: vectors, and an earlier index of them where there is one. Out: `shards/00000.faiss` and
 `shards/00000.ids.parquet` and so on, each built by one Ray task and committed whole, so what was built before
-a kill is not built again. A shard that is not exact is measured against exact search by the task that builds
-it, and refused where it finds too little. On an earlier index nothing is built again: what left the corpus is
-no longer found, and what came is a shard of its own. Memory is about three times a shard's vectors a task.
+a kill is not built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so
+that shards can be merged when they are searched. What is not exact is measured against exact search by the tasks that build
+it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
+again: what left the corpus is no longer found, and what came is a shard of its own. A task holds its shard as FAISS stores
+it, and once more while it is written; the driver holds a line per file of vectors.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
-from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.index_shards import (
+    RECALL_SUFFIX,
+    TRAINED_NAME,
+    UNTRAINED,
+    KeptShard,
+    NewShard,
+    ShardPlan,
+    build_shards,
+    cut_shards,
+    task_cpus,
+    train_once,
+)
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, choose, index_spec
+from readapt_ray.retrieval.index_kinds import IndexOptions, Storage, choose, index_spec, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import packed_hashes, scan_vectors
-from readapt_ray.retrieval.vector_files import SHARD_BYTES, VECTOR_COLUMNS, matrix_of
+from readapt_ray.retrieval.shard_plan import scan_vectors
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.index_files import ShardRecord
 
 logger = logging.getLogger("readapt_ray")
 
-_CHUNK_ROWS = 16384
 _STALE_SHARE = 0.2
 """Share of deleted and added vectors above which a fresh build is advised."""
 
@@ -45,8 +59,9 @@ class IndexConfig(StageConfig):
     kind: Literal["auto", "flat", "ivf-flat", "ivf-pq", "hnsw", "rabitq"] = "flat"
     """Kind of index. flat searches exactly; the others trade recall for speed or memory; auto chooses by size,
     memory and recall."""
-    storage: Literal["float32", "float16", "int8"] = "float32"
-    """How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for the second ranking."""
+    storage: Literal["float32", "float16", "int8"] | None = None
+    """How vectors are stored in flat, ivf-flat and hnsw, and in ivf-pq and rabitq for the second ranking. If omitted,
+    float16 in a flat index of float16 vectors, which loses nothing, and float32 elsewhere."""
     refine: bool = True
     """Keep the vectors beside the codes of ivf-pq and rabitq, to rank the candidates again."""
     code_bytes: int | None = Field(default=None, ge=1)
@@ -61,43 +76,10 @@ class IndexConfig(StageConfig):
     memory_gb: float | None = Field(default=None, gt=0)
     """Maximum memory of the loaded index in GB, used when kind is auto. If omitted, no limit."""
     rows_per_shard: int | None = Field(default=None, ge=1)
-    """Vectors per index shard. If omitted, as many as take 512 MiB in float32."""
+    """Vectors per index shard. If omitted, as many as take 512 MiB in a flat index, and 1 to 4 million in others."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"vectors", "previous"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"min_recall"}
-
-
-@dataclass(frozen=True)
-class _NewShard:
-    """A numbered piece of the vectors, and what it becomes."""
-
-    number: int
-    rows: NDArray[np.int64]
-    spec: IndexSpec
-    options: IndexOptions
-    dimension: int
-    encoder: str
-    vectors: ParquetRows
-    shards: Location
-
-    @property
-    def name(self) -> str:
-        return f"{self.number:05d}"
-
-
-@dataclass(frozen=True)
-class _KeptShard:
-    """A shard of an earlier index, and which of its vectors are still found."""
-
-    record: dict[str, Any]
-    kept: NDArray[np.bool_]
-    encoder: str
-    source: Location
-    shards: Location
-
-    @property
-    def name(self) -> str:
-        return str(self.record["name"])
 
 
 def index(config: IndexConfig) -> Artifact:
@@ -114,31 +96,22 @@ def index(config: IndexConfig) -> Artifact:
     encoder = source.manifest.details["encoder"]
     dimension = int(encoder["dimension"])
     vectors = _open_vectors(source)
-    rows_per_shard = config.rows_per_shard or max(1, SHARD_BYTES // (4 * dimension))
-    options = _index_options(config, vectors.num_rows, dimension)
-    index_spec(options, min(rows_per_shard, vectors.num_rows), dimension)
+    options = _index_options(config, vectors.num_rows, dimension, source.manifest.details.get("vector_dtype"))
+    rows_per_shard = config.rows_per_shard or shard_rows(options, vectors.num_rows, dimension)
+    spec = index_spec(options, vectors.num_rows, dimension)
     previous = _open_previous(config, encoder, options)
 
     def work(workspace: Workspace) -> None:
         shards = on_worker.absolute(workspace.location) / "shards"
         kept, rows = _split_rows(previous, vectors, encoder["fingerprint"], shards)
-        first = 1 + max((int(each.name) for each in kept), default=-1)
-        built = [
-            _NewShard(
-                number=first + place,
-                rows=part,
-                spec=index_spec(options, len(part), dimension),
-                options=options,
-                dimension=dimension,
-                encoder=encoder["fingerprint"],
-                vectors=vectors,
-                shards=shards,
-            )
-            for place, part in enumerate(np.split(rows, np.arange(rows_per_shard, len(rows), rows_per_shard)))
-            if len(part)
-        ]
-        records = _build([*kept, *built], workspace)
-        _summarise(records, len(kept), encoder, options, workspace)
+        plan = ShardPlan(spec, options, dimension, encoder["fingerprint"], shards, num_cpus=1)
+        if len(rows):
+            plan = _prepared(plan, previous, NewShard(0, 0, vectors, rows, plan), rows_per_shard)
+        new = cut_shards(
+            plan, vectors, rows, rows_per_shard, first=1 + max((int(each.name) for each in kept), default=-1)
+        )
+        records = build_shards([*kept, *new], plan, workspace)
+        _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
 
     return produce(
         "index",
@@ -171,14 +144,17 @@ def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexO
     return previous
 
 
-def _index_options(config: IndexConfig, num_vectors: int, dimension: int) -> IndexOptions:
+def _index_options(config: IndexConfig, num_vectors: int, dimension: int, vector_dtype: str | None) -> IndexOptions:
     if config.kind == "auto" and config.factory is None:
         memory_bytes = None if config.memory_gb is None else config.memory_gb * 1e9
         chosen = choose(num_vectors, dimension, memory_bytes=memory_bytes, min_recall=config.min_recall)
         logger.info("index: auto is %s in %s for %s vectors", chosen.kind, chosen.storage, f"{num_vectors:,}")
         return chosen
-    names = ("kind", "storage", "refine", "code_bytes", "factory", "depth", "min_recall")
-    return IndexOptions(**{name: getattr(config, name) for name in names})
+    is_float16 = vector_dtype == "float16"
+    storage: Storage = config.storage or ("float16" if is_float16 and config.kind == "flat" else "float32")
+    names = ("kind", "refine", "code_bytes", "factory", "depth", "min_recall")
+    values = {name: getattr(config, name) for name in names}
+    return IndexOptions(storage=storage, is_lossless=is_float16 and storage == "float16", **values)
 
 
 def _kind_in_words(factory: str | None, kind: str, storage: str) -> str:
@@ -203,10 +179,10 @@ def _open_vectors(source: Artifact) -> ParquetRows:
 
 def _split_rows(
     previous: Artifact | None, vectors: ParquetRows, encoder: str, shards: Location
-) -> tuple[list[_KeptShard], NDArray[np.int64]]:
+) -> tuple[list[KeptShard], NDArray[np.int64] | range]:
     """The shards of an earlier index with what is still found in each, and the rows that none of them has."""
     if previous is None:
-        return [], np.arange(vectors.num_rows)
+        return [], range(vectors.num_rows)
     from readapt_ray.retrieval.index_changes import kept_and_added
     from readapt_ray.retrieval.index_files import ShardRecord
 
@@ -214,103 +190,46 @@ def _split_rows(
     records = previous.manifest.details["shards"]
     now = scan_vectors(vectors.folder, vectors.counts)
     masks, rows = kept_and_added(now, source, [ShardRecord(**record) for record in records])
-    kept = [_KeptShard(record, mask, encoder, source, shards) for record, mask in zip(records, masks, strict=True)]
+    kept = [KeptShard(record, mask, encoder, source, shards) for record, mask in zip(records, masks, strict=True)]
     return kept, rows
 
 
-def _build(shards: Sequence[_NewShard | _KeptShard], workspace: Workspace) -> list[dict[str, Any]]:
-    """Make the shards that are not there; the records of all, in order."""
-    from readapt_ray.retrieval.index_files import find_shard
-
-    records = {}
-    for shard in shards:
-        record = find_shard(shard.shards, shard.name, encoder=shard.encoder)
-        if record is not None and record.num_vectors == _size(shard):
-            records[shard.name] = asdict(record)
-    total = sum(map(_size, shards))
-    done = sum(record["num_vectors"] for record in records.values())
-    workspace.progress(done, total, unit="vectors")
-    pending = [shard for shard in shards if shard.name not in records]
-    for built in _results(pending) if pending else ():
-        records[built["name"]] = built
-        done += built["num_vectors"]
-        workspace.progress(done, total, unit="vectors")
-    return [records[shard.name] for shard in shards]
+def _prepared(plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int) -> ShardPlan:
+    """Train lists and codes, or take those of the earlier index; and lay down what recall is measured with."""
+    num_rows = len(everything.rows)
+    earlier = previous.location / "shards" / TRAINED_NAME if previous else None
+    if previous is not None and earlier is not None and earlier.is_file():
+        earlier.copy_to(plan.shards / TRAINED_NAME)
+        factory = previous.manifest.details["shards"][-1]["factory"]
+        plan = replace(plan, spec=replace(plan.spec, factory=factory))
+    elif previous is not None:
+        plan = replace(plan, spec=index_spec(plan.options, num_rows, plan.dimension))
+    if plan.spec.is_exact and plan.spec.factory in UNTRAINED:
+        return plan
+    plan = replace(plan, num_cpus=task_cpus(plan, min(num_rows, rows_per_shard)))
+    train_once(replace(everything, plan=plan))
+    return plan
 
 
-def _size(shard: _NewShard | _KeptShard) -> int:
-    return len(shard.rows if isinstance(shard, _NewShard) else shard.kept)
+def _settled(
+    records: Sequence["ShardRecord"], num_kept: int, plan: ShardPlan, workspace: Workspace
+) -> list[dict[str, Any]]:
+    """Give all new shards the least depth at which they reach the recall together."""
+    from readapt_ray.retrieval.index_recall import ShardRecall, settle
 
-
-def _results(pending: Sequence[_NewShard | _KeptShard]) -> Iterator[dict[str, Any]]:
-    """Make the shards, one per CPU at a time; yield the record of each as it is made."""
-    import ray
-
-    num_cpus = max(1, connection.connect().num_cpus)
-    connection.check_seen_by_all(pending[0].shards)
-    return run_bounded(ray.remote(num_cpus=1)(_make).remote, pending, num_cpus)
-
-
-def _make(shard: _NewShard | _KeptShard) -> dict[str, Any]:
-    """On a worker: one shard, on one thread."""
-    on_worker.faiss_on_one_thread()
-    from readapt_ray.retrieval.index_files import ShardRecord, carry_over
-
-    if isinstance(shard, _KeptShard):
-        record = ShardRecord(**shard.record)
-        return asdict(carry_over(shard.source, record, shard.kept, shard.shards, encoder=shard.encoder))
-    return _build_shard(shard)
-
-
-def _build_shard(shard: _NewShard) -> dict[str, Any]:
-    """An exact shard grows chunk by chunk; any other is trained, filled and measured with its vectors in memory."""
-    from readapt_ray.retrieval.index_files import write_shard
-    from readapt_ray.retrieval.index_recall import calibrate
-    from readapt_ray.retrieval.index_shard import build_shard
-
-    hashes = bytearray()
-
-    def chunks() -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-        for doc_ids, vectors, digests in _read(shard):
-            hashes.extend(digests)
-            yield doc_ids, vectors
-
-    measured = None
-    if shard.spec.is_exact:
-        built = build_shard(shard.spec.factory, shard.dimension, chunks())
-    else:
-        doc_ids, vectors = _gathered(chunks(), len(shard.rows), shard.dimension)
-        built = build_shard(shard.spec.factory, shard.dimension, [(doc_ids, vectors)])
-        measured = asdict(calibrate(built.index, vectors, shard.spec, shard.options))
-    record = write_shard(
-        shard.shards,
-        shard.name,
-        replace(built, hashes=bytes(hashes)),
-        encoder=shard.encoder,
-        factory=shard.spec.factory,
-        measured=measured,
-    )
-    return asdict(record)
-
-
-def _gathered(
-    chunks: Iterator[tuple[list[str], NDArray[np.float32]]], num_rows: int, dimension: int
-) -> tuple[list[str], NDArray[np.float32]]:
-    doc_ids: list[str] = []
-    vectors = np.empty((num_rows, dimension), np.float32)
-    for names, part in chunks:
-        vectors[len(doc_ids) : len(doc_ids) + len(names)] = part
-        doc_ids.extend(names)
-    return doc_ids, vectors
-
-
-def _read(shard: _NewShard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:
-    """doc_ids, vectors and content hashes of a shard's rows, a chunk at a time."""
-    for start in range(0, len(shard.rows), _CHUNK_ROWS):
-        table = shard.vectors.take(shard.rows[start : start + _CHUNK_ROWS], (*VECTOR_COLUMNS, "content_hash"))
-        doc_ids, vectors = matrix_of(table, shard.vectors.folder)
-        digests = table["content_hash"].to_pylist() if "content_hash" in table.column_names else [None] * len(doc_ids)
-        yield doc_ids, vectors, packed_hashes(digests)
+    made = [asdict(record) for record in records]
+    if plan.spec.is_exact or len(made) == num_kept:
+        return made
+    files = (plan.shards / f"{each['name']}{RECALL_SUFFIX}" for each in made[num_kept:])
+    measured = settle((ShardRecall.from_bytes(file.read_bytes()) for file in files), plan.spec, plan.options)
+    for each in made[num_kept:]:
+        each |= {"measured": asdict(measured), "depth": measured.depth}
+    workspace.details["measured"] = {
+        "recall_at_10": round(measured.recall_at_10, 4),
+        "recall_at_100": round(measured.recall_at_100, 4),
+        "query_ms": round(measured.query_ms, 4),
+    }
+    return made
 
 
 def _summarise(
@@ -325,18 +244,15 @@ def _summarise(
         "num_bytes": num_bytes,
     }
     workspace.details |= {"encoder": encoder, "kind": options.kind, "storage": options.storage, "shards": records}
-    measured = [(record["num_vectors"], record["measured"]) for record in records if record["measured"]]
-    if measured:
-        weight = sum(count for count, _ in measured)
-        names = ("recall_at_10", "recall_at_100", "query_ms")
-        means = {name: round(sum(count * each[name] for count, each in measured) / weight, 4) for name in names}
-        workspace.details["measured"] = means | {"bytes_per_vector": round(num_bytes / max(1, num_vectors), 1)}
+    if "measured" in workspace.details:
+        measured = workspace.details["measured"] | {"bytes_per_vector": round(num_bytes / max(1, num_vectors), 1)}
+        workspace.details["measured"] = measured
         logger.info(
-            "index: %.1f%% of the 10 best are found and %.1f%% of the 100 best, %.2f ms a query and shard, %.0f bytes a vector",
-            100 * means["recall_at_10"],
-            100 * means["recall_at_100"],
-            means["query_ms"],
-            num_bytes / max(1, num_vectors),
+            "index: %.1f%% of the 10 best are found and %.1f%% of the 100 best, %.2f ms a query, %.0f bytes a vector",
+            100 * measured["recall_at_10"],
+            100 * measured["recall_at_100"],
+            measured["query_ms"],
+            measured["bytes_per_vector"],
         )
     if num_kept:
         num_added = sum(record["num_vectors"] for record in records[num_kept:])

@@ -305,7 +305,7 @@ def _search_piece(
         the ids are.
     """
     if isinstance(piece, dict):
-        on_worker.faiss_on_one_thread()
+        on_worker.faiss_on_threads(1)
         from readapt_ray.retrieval.index_files import ShardRecord, read_shard
 
         hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)

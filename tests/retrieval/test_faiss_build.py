@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from readapt_ray.retrieval import faiss_build
-from readapt_ray.retrieval.vector_index import new_index
+from readapt_ray.retrieval.index_shard import new_index
 
 
 def test_exactly_one_distribution_brings_faiss() -> None:
@@ -22,9 +22,7 @@ def test_exactly_one_distribution_brings_faiss() -> None:
     "module", ["retrieval.vector_index", "retrieval.index_recall", "serving.index_slice", "cluster.on_worker"]
 )
 def test_without_faiss_the_message_says_what_to_install(module: str) -> None:
-    code = (
-        f"import sys; sys.modules['faiss'] = None\nimport readapt_ray.{module} as loaded\nloaded.faiss_on_one_thread()"
-    )
+    code = f"import sys; sys.modules['faiss'] = None\nimport readapt_ray.{module} as loaded\nloaded.faiss_on_threads(1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("readapt_ray.errors.InputError: vector indexes need FAISS, which is not installed"), (

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
-from readapt_ray.retrieval.index_files import carry_over, find_shard, read_shard, write_shard
+from readapt_ray.retrieval.index_files import carry_over, find_shards, read_shard, write_shard
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard, build_shard, search_shards
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.storage import Location
@@ -64,10 +64,13 @@ def test_a_shard_on_disk_opens_in_plain_faiss_and_pyarrow(tmp_path):
     (shard,) = _shards(doc_ids, vectors, 300)
     folder = Location(str(tmp_path)) / "shards"
     record = write_shard(folder, "00000", shard, encoder="f")
-    assert (record.num_vectors, record.num_bytes) == (300, sum(each.size_bytes() for each in folder.files()))
-    assert find_shard(folder, "00000", encoder="f") == record
-    assert find_shard(folder, "00000", encoder="other") is None
-    assert find_shard(folder, "00001", encoder="f") is None
+    assert (record.num_vectors, record.num_bytes) == (
+        300,
+        sum(each.size_bytes() for each in (*folder.files(".faiss"), *folder.files(".parquet"))),
+    )
+    assert find_shards(folder, ["00000"], encoder="f") == {"00000": record}
+    assert find_shards(folder, ["00000"], encoder="other") == {}
+    assert find_shards(folder, ["00001"], encoder="f") == {}
     plain = faiss.read_index(str(tmp_path / "shards/00000.faiss"))
     np.testing.assert_array_equal(plain.reconstruct_n(0, 300), vectors)
     assert pq.read_table(tmp_path / "shards/00000.ids.parquet")["doc_id"].to_pylist() == doc_ids
@@ -108,9 +111,9 @@ def test_a_half_written_shard_is_not_found(tmp_path):
     write_shard(folder, "00000", shard, encoder="f")
     ids = (folder / "00000.ids.parquet").read_bytes()
     (folder / "00000.ids.parquet").delete()
-    assert find_shard(folder, "00000", encoder="f") is None
+    assert find_shards(folder, ["00000"], encoder="f") == {}
     (folder / "00000.ids.parquet").write_bytes(ids[:-9])
-    assert find_shard(folder, "00000", encoder="f") is None
+    assert find_shards(folder, ["00000"], encoder="f") == {}
 
 
 @pytest.mark.parametrize("top_k", [1, 5, 40, 300])
@@ -123,7 +126,7 @@ def test_deleted_vectors_are_not_found_and_take_no_place(tmp_path, top_k):
     carried = carry_over(folder, record, kept, target, encoder="f")
     assert (carried.num_vectors, carried.num_deleted) == (300, int((~kept).sum()))
     assert carried.index_sha256 == record.index_sha256
-    assert find_shard(target, "00000", encoder="f") == carried
+    assert find_shards(target, ["00000"], encoder="f") == {"00000": carried}
     ids = pq.read_table(tmp_path / "b/00000.ids.parquet")["doc_id"].to_pylist()
     assert ids == [doc_id if keep else None for doc_id, keep in zip(doc_ids, kept, strict=True)]
     hits = read_shard(target, carried).search(queries, top_k)

@@ -1,0 +1,249 @@
+"""Shards of an index made on Ray: lists and codes trained once, shards built or carried over, each by one task.
+
+In: files of vectors. Out: the files that `retrieval/index_files.py` describes, and beside them `trained.faiss`, the index
+without vectors that every shard began as, and `queries.recall.npz`, vectors that all shards are measured with. A task holds
+its shard as FAISS stores it, and once more while it is written.
+"""
+
+import hashlib
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.artifacts import Workspace
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, vector_bytes
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_plan import packed_hashes
+from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.index_files import ShardRecord
+
+_CHUNK_ROWS = 16384
+TRAINED_NAME = "trained.faiss"
+RECALL_SUFFIX = ".recall.npz"
+_QUERIES_NAME = f"queries{RECALL_SUFFIX}"
+UNTRAINED = ("Flat", "SQfp16")
+_SAMPLE_ROWS = 4096
+_CPU_BYTES = 4 << 30
+"""Memory of a shard for which its task takes another CPU."""
+_CPU_ROWS = 1 << 18
+"""Vectors of an approximate shard for which its task takes another CPU: most of its time is spent on adding them."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How all new shards are made."""
+
+    spec: IndexSpec
+    options: IndexOptions
+    dimension: int
+    encoder: str
+    shards: Location
+    num_cpus: int
+    """Of a task."""
+
+
+@dataclass(frozen=True)
+class NewShard:
+    """A numbered piece of the vectors, and what it becomes."""
+
+    number: int
+    first: int
+    """Place of its first vector among all that are added."""
+    vectors: ParquetRows
+    """The files that its vectors lie in, and no others."""
+    rows: NDArray[np.int64] | range
+    plan: ShardPlan
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return f"{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class KeptShard:
+    """A shard of an earlier index, and which of its vectors are still found."""
+
+    record: dict[str, Any]
+    kept: NDArray[np.bool_]
+    encoder: str
+    source: Location
+    shards: Location
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        return str(self.record["name"])
+
+
+def cut_shards(
+    plan: ShardPlan, vectors: ParquetRows, rows: NDArray[np.int64] | range, rows_per_shard: int, *, first: int
+) -> Iterator[NewShard]:
+    """Cut rows into shards, numbered from `first`; each is told its own files only."""
+    ends = np.cumsum([0, *(count for _, count in vectors.counts)])
+    for place, begin in enumerate(range(0, len(rows), rows_per_shard)):
+        part = rows[begin : begin + rows_per_shard]
+        low, high = np.searchsorted(ends, (part[0], part[-1]), side="right") - 1
+        start = int(ends[low])
+        own = range(part.start - start, part.stop - start) if isinstance(part, range) else part - start
+        yield NewShard(first + place, begin, ParquetRows(vectors.folder, vectors.counts[low : high + 1]), own, plan)
+
+
+def task_cpus(plan: ShardPlan, num_rows: int) -> int:
+    """CPUs of a task that makes a shard of so many vectors: one per 4 GiB of it, and one per 262,144 vectors."""
+    import ray
+
+    connection.connect()
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    stored = 4.0 * plan.dimension if plan.options.factory else vector_bytes(plan.options, plan.dimension)
+    wanted = max(2 * stored * num_rows / _CPU_BYTES, num_rows / _CPU_ROWS)
+    return max(1, min(largest, math.ceil(wanted)))
+
+
+def train_once(everything: NewShard) -> None:
+    """Train lists and codes on a sample of all vectors, in one task, unless a run before did."""
+    import ray
+
+    shards, num_cpus = everything.plan.shards, everything.plan.num_cpus
+    if (shards / TRAINED_NAME).is_file() and (shards / _QUERIES_NAME).is_file():
+        return
+    connection.check_seen_by_all(shards)
+    list(run_bounded(ray.remote(num_cpus=num_cpus)(_train).remote, [everything], 1))
+
+
+def _train(everything: NewShard) -> None:
+    """On a worker: train an index on a sample, and write it without vectors; then the queries that recall is measured with."""
+    plan = everything.plan
+    faiss = on_worker.faiss_on_threads(plan.num_cpus)
+    from readapt_ray.retrieval.faiss_build import train
+    from readapt_ray.retrieval.index_recall import query_rows
+    from readapt_ray.retrieval.index_shard import new_index, training_rows
+
+    location = plan.shards / TRAINED_NAME
+    if not location.is_file():
+        index = new_index(plan.spec.factory, plan.dimension)
+        if not index.is_trained:
+            train(index, _sampled(everything, training_rows(index, len(everything.rows))))
+        location.write_bytes(faiss.serialize_index(index).tobytes())
+    rows = np.sort(query_rows(len(everything.rows)))
+    sink = io.BytesIO()
+    np.savez(sink, rows=rows, vectors=_sampled(everything, rows))
+    (plan.shards / _QUERIES_NAME).write_bytes(sink.getvalue())
+
+
+def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Vectors of rising places among a shard's rows; the files that hold them are read at once."""
+    rows = places + shard.rows.start if isinstance(shard.rows, range) else shard.rows[places]
+    parts = np.array_split(rows, max(1, len(rows) // _SAMPLE_ROWS))
+
+    def read(part: NDArray[np.int64]) -> NDArray[np.float32]:
+        return matrix_of(shard.vectors.take(part, VECTOR_COLUMNS), shard.vectors.folder)[1]
+
+    return np.concatenate(at_once(read, parts))
+
+
+def build_shards(shards: Sequence[NewShard | KeptShard], plan: ShardPlan, workspace: Workspace) -> list["ShardRecord"]:
+    """Make the shards that are not there; the records of all, in order."""
+    from readapt_ray.retrieval.index_files import find_shards
+
+    there = find_shards(plan.shards, [shard.name for shard in shards], encoder=plan.encoder)
+    records = {shard.name: there[shard.name] for shard in shards if _is_whole(shard, there.get(shard.name))}
+    total = sum(map(_size, shards))
+    done = sum(record.num_vectors for record in records.values())
+    workspace.progress(done, total, unit="vectors")
+    pending = [shard for shard in shards if shard.name not in records]
+    for built in _results(pending, plan) if pending else ():
+        records[built.name] = built
+        done += built.num_vectors
+        workspace.progress(done, total, unit="vectors")
+    return [records[shard.name] for shard in shards]
+
+
+def _is_whole(shard: NewShard | KeptShard, record: "ShardRecord | None") -> bool:
+    return record is not None and record.num_vectors == _size(shard)
+
+
+def _size(shard: NewShard | KeptShard) -> int:
+    return len(shard.rows if isinstance(shard, NewShard) else shard.kept)
+
+
+def _results(pending: Sequence[NewShard | KeptShard], plan: ShardPlan) -> Iterator["ShardRecord"]:
+    """Make the shards, as many at a time as there are CPUs; yield the record of each as it is made."""
+    import ray
+
+    num_at_once = max(1, connection.connect().num_cpus // plan.num_cpus)
+    connection.check_seen_by_all(plan.shards)
+    return run_bounded(ray.remote(num_cpus=plan.num_cpus)(_make).remote, pending, num_at_once)
+
+
+def _make(shard: NewShard | KeptShard) -> "ShardRecord":
+    """On a worker: one shard."""
+    if isinstance(shard, NewShard):
+        return _build_shard(shard)
+    from readapt_ray.retrieval.index_files import ShardRecord, carry_over
+
+    return carry_over(shard.source, ShardRecord(**shard.record), shard.kept, shard.shards, encoder=shard.encoder)
+
+
+def _build_shard(shard: NewShard) -> "ShardRecord":
+    """A shard grows chunk by chunk; one that is not exact is measured with queries that all shards share."""
+    plan = shard.plan
+    on_worker.faiss_on_threads(plan.num_cpus)
+    from readapt_ray.retrieval.index_files import write_shard
+    from readapt_ray.retrieval.index_recall import BestRows, measure
+    from readapt_ray.retrieval.index_shard import IndexShard
+
+    index, trained = _empty_index(plan)
+    best = None if plan.spec.is_exact else BestRows(*_queries(shard))
+    doc_ids: list[str] = []
+    hashes = bytearray()
+    for names, vectors, digests in _read(shard):
+        index.add(vectors)
+        doc_ids.extend(names)
+        hashes.extend(digests)
+        if best is not None:
+            best.add(vectors)
+    if best is not None:
+        recall = measure(index, best, plan.spec, plan.options)
+        (plan.shards / f"{shard.name}{RECALL_SUFFIX}").write_bytes(recall.to_bytes())
+    built = IndexShard(index, np.array(doc_ids, dtype=object), bytes(hashes), trained)
+    return write_shard(plan.shards, shard.name, built, encoder=plan.encoder, factory=plan.spec.factory)
+
+
+def _empty_index(plan: ShardPlan) -> tuple[Any, str]:
+    """The trained index without vectors, and what it was trained as."""
+    from readapt_ray.retrieval.faiss_build import faiss
+    from readapt_ray.retrieval.index_shard import new_index
+
+    if plan.spec.is_exact and plan.spec.factory in UNTRAINED:
+        return new_index(plan.spec.factory, plan.dimension), plan.spec.factory
+    content = (plan.shards / TRAINED_NAME).read_bytes()
+    return faiss.deserialize_index(np.frombuffer(content, np.uint8)), hashlib.sha256(content).hexdigest()
+
+
+def _queries(shard: NewShard) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The queries of all shards, and the place of each in this one."""
+    content = (shard.plan.shards / _QUERIES_NAME).read_bytes()
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return arrays["vectors"], arrays["rows"] - shard.first
+
+
+def _read(shard: NewShard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:
+    """doc_ids, vectors and content hashes of a shard's rows, a chunk at a time."""
+    for start in range(0, len(shard.rows), _CHUNK_ROWS):
+        rows = np.asarray(shard.rows[start : start + _CHUNK_ROWS])
+        table = shard.vectors.take(rows, (*VECTOR_COLUMNS, "content_hash"))
+        doc_ids, vectors = matrix_of(table, shard.vectors.folder)
+        digests = table["content_hash"].to_pylist() if "content_hash" in table.column_names else [None] * len(doc_ids)
+        yield doc_ids, np.ascontiguousarray(vectors, np.float32), packed_hashes(digests)
