@@ -18,7 +18,6 @@ import yaml
 
 from readapt_ray import planner
 from readapt_ray.cluster import step_metrics
-from readapt_ray.planner import machines, prices
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.serving import keys, server
 from tests import factories
@@ -301,23 +300,6 @@ def test_the_sizes_fit_the_models_that_they_were_chosen_for(name: str, experimen
     assert found.setting.cluster.num_gpus == 8
     held = next(limit for limit in found.passage_limits if "ingest holds" in limit.what)
     assert held.at > 100_000_000
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("aws.yaml", "ACCOUNT"), ("gcp.yaml", "PROJECT"), ("kuberay/rayjob.yaml", "BUCKET, REGISTRY")],
-)
-def test_words_that_are_still_to_be_filled_in_are_named_by_the_plan(
-    name: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    table = prices.read_prices(None)
-    machines.read_cluster(str(CLUSTERS / name), table)
-    assert f"{name} still has {words} in it: fill it in before you start the cluster" in caplog.text
-    caplog.clear()
-    filled = re.sub(r"\b(ACCOUNT|PROJECT|REGISTRY|BUCKET)\b", "ours", (CLUSTERS / name).read_text())
-    (tmp_path / "filled.yaml").write_text(filled)
-    machines.read_cluster(str(tmp_path / "filled.yaml"), table)
-    assert not caplog.records
 
 
 def shellcheck(script: str) -> None:

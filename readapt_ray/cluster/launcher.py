@@ -3,8 +3,12 @@
 Ray writes this into its own status alone, while a run would wait for the nodes without a word.
 """
 
+import re
+from pathlib import Path
+
 from readapt_ray.errors import first_line
 
+_LOG_BYTES = 1 << 20
 _ADVICE = {
     "VcpuLimitExceeded": "ask AWS for the quota of its family (Service Quotas, EC2, vCPUs)",
     "MaxSpotInstanceCountExceeded": "ask AWS for the spot quota of its family (Service Quotas, EC2, All Spot Requests)",
@@ -25,10 +29,26 @@ def failures() -> list[str]:
     except Exception:  # a cluster without autoscaler, or of another Ray: this only explains another error
         return []
     lines = {
-        f"{each.ray_node_type_name} ({each.instance_type_name}): {_explained(each.details or '')}": None
+        f"{each.ray_node_type_name} ({each.instance_type_name}): "
+        f"{_explained(each.details or _logged(each.ray_node_type_name))}": None
         for each in status.failed_launches
     }
     return list(lines)
+
+
+def _logged(group: str) -> str:
+    """What the launcher's log says of a group, where this runs on the head: Ray 2.60 gives no reason in its status."""
+    import ray
+
+    try:
+        log = Path(ray._private.worker._global_node.get_logs_dir_path()) / "monitor.log"
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _LOG_BYTES))
+            text = file.read().decode(errors="replace")
+    except (AttributeError, OSError):
+        text = ""
+    said = re.findall(rf"Failed to launch \d+ nodes of type {re.escape(group)}: (.*)", text)
+    return str(said[-1]) if said else "no reason is known here; see `ray monitor` and monitor.log on the head"
 
 
 def _explained(details: str) -> str:

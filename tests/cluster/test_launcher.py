@@ -1,5 +1,6 @@
 """What the cluster launcher could not start, in one line with what to do."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,23 @@ def test_each_failure_is_told_once_in_one_line_with_the_remedy(monkeypatch: pyte
 def test_known_codes_have_a_remedy_and_others_are_told_as_they_are(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert told(monkeypatch, f"{code}: no") == [f"gpu (p5.4xlarge): {code}: no; {launcher._ADVICE[code]}"]
     assert told(monkeypatch, "something else") == ["gpu (p5.4xlarge): something else"]
+
+
+def test_the_reason_is_read_from_the_heads_log_where_the_status_has_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    node = SimpleNamespace(get_logs_dir_path=lambda: str(tmp_path))
+    monkeypatch.setattr("ray._private.worker._global_node", node)
+    assert "no reason is known here" in told(monkeypatch, "")[0]
+    failed = "Failed to launch 8 nodes of type {}: Node Launch Exception ({}): You have requested more"
+    lines = [failed.format("gpu", "Old"), failed.format("gpu", "VcpuLimitExceeded"), failed.format("cpu", "Other")]
+    (tmp_path / "monitor.log").write_text(
+        "".join(f"2026-11-28 INFO node_provider.py:491 -- {line}\n" for line in lines)
+    )
+    [line] = told(monkeypatch, "")
+    assert line.startswith(
+        "gpu (p5.4xlarge): Node Launch Exception (VcpuLimitExceeded): You have requested more; ask AWS"
+    )
 
 
 def test_a_cluster_without_a_launcher_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
