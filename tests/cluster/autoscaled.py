@@ -99,8 +99,6 @@ class Watcher(threading.Thread):
     def __init__(self, head: "subprocess.Popen[bytes]", vectors: Path) -> None:
         super().__init__(daemon=True)
         self.counts: list[int] = []
-        self.busy: list[int] = []
-        """GPUs that encoders hold, each time."""
         self.killed_at: int | None = None
         self.done = threading.Event()
         self._head, self._vectors = head, vectors
@@ -109,7 +107,6 @@ class Watcher(threading.Thread):
         """Watch until `done` is set."""
         while not self.done.wait(0.5):
             self.counts.append(num_gpu_nodes())
-            self.busy.append(num_busy_gpus())
             if self.killed_at is None and self.counts[-1] == 2 and list(self._vectors.glob("part-*")):
                 raylets = [each for each in processes.family(self._head) if each.name() == "raylet"]
                 youngest = max(raylets, key=lambda each: each.create_time())
@@ -122,13 +119,6 @@ def num_gpu_nodes() -> int:
     import ray
 
     return sum(bool(node["Alive"] and node["Resources"].get("GPU")) for node in ray.nodes())
-
-
-def num_busy_gpus() -> int:
-    """Count the GPUs that actors hold."""
-    import ray
-
-    return int(ray.cluster_resources().get("GPU", 0) - ray.available_resources().get("GPU", 0))
 
 
 def main(folder: Path) -> None:
@@ -172,7 +162,6 @@ def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, cor
     return {
         "before": before,
         "counts": watcher.counts,
-        "busy": watcher.busy,
         "killed_at": watcher.killed_at,
         "let_go_s": time.monotonic() - ended_s,
         "after": after,

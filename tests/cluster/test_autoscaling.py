@@ -94,9 +94,5 @@ def test_a_run_takes_nodes_loses_one_gets_it_back_and_lets_them_go(tmp_path: Pat
     assert (said["before"], said["after"], said["num_vectors"]) == (0, 0, 3000)
     changes = [count for count, _ in itertools.groupby(said["counts"][said["killed_at"] :])]
     assert changes[:3] == [2, 1, 2] or changes[:2] == [1, 2], f"a node was lost and came back: {changes}"
-    busy_before, busy_after = said["busy"][: said["killed_at"]], said["busy"][said["killed_at"] :]
-    assert max(busy_before) == 2, "the node that came second was taken in"
-    busy = [count for count, _ in itertools.groupby(busy_after)]
-    assert (1, 2) in itertools.pairwise(busy), f"so was the one that returned: {busy}"
     assert said["gpus"], "the manifest says what GPUs did the work, though none was up at its start"
     assert said["let_go_s"] < 100
