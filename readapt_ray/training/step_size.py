@@ -46,15 +46,19 @@ class StepSize:
     def describe(self, num_offered: int) -> str:
         """Say it in one line, with why workers stay idle where some do."""
         said = (
-            f"{self.batch_size:,} blocks ({self.num_tokens:,.0f} tokens) per step on {self.num_workers} "
-            f"{'worker' if self.num_workers == 1 else 'workers'}, learning rate x {self.rate_factor:.2f}"
+            f"{self.batch_size:,} blocks ({self.num_tokens:,.0f} tokens) per step on {_workers(self.num_workers)}, "
+            f"learning rate x {self.rate_factor:.2f}"
         )
         if self.num_workers == num_offered and self.num_tokens * _ROUNDING >= TOKENS_PER_WORKER * num_offered:
             return said
         return (
-            f"{said}; the corpus is small for {num_offered} workers of {TOKENS_PER_WORKER:,} tokens per step, and a run "
+            f"{said}; the corpus is small for {_workers(num_offered)} of {TOKENS_PER_WORKER:,} tokens per step, and a run "
             f"takes at least {MIN_STEPS} steps"
         )
+
+
+def _workers(count: int) -> str:
+    return f"{count} {'worker' if count == 1 else 'workers'}"
 
 
 def choose_step_size(
