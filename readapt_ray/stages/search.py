@@ -1,10 +1,13 @@
 """The search stage: queries and an index, or bare vectors, become a TREC run.
 
 In: queries, the retriever that made the vectors, and an index or vectors. Out: one file
-`FILE.trec`. Ray tasks encode the queries, others search a shard each, and their findings are
-merged into what one index would have given. Memory is a shard a task, and the run in the driver.
+`FILE.trec`. Ray tasks encode the queries, others search a shard each for some thousands of queries, and the row numbers
+that they find are merged into what one index would have given. Their doc_ids are looked up at the end, and the lines
+written before the next queries are searched. Memory is a shard per task, and in the driver the queries and the results of
+four million hits.
 """
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +15,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
@@ -22,14 +26,18 @@ from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
-from readapt_ray.records import Query, ScoredDoc
+from readapt_ray.records import Query
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
+from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 _QUERIES_A_PIECE = 512
+_HITS_A_ROUND = 4_000_000
+"""Results that are searched, looked up and written before the next queries have their turn."""
 
 
 class SearchConfig(StageConfig):
@@ -180,28 +188,61 @@ def _run(
     """Encode, search, merge, write; the number of results."""
     from ray.exceptions import RayError
 
-    from readapt_ray.evaluation.runs import write_run
-    from readapt_ray.retrieval.exact import TopK
+    from readapt_ray.evaluation.runs import write_tables
 
     if config.top_k > source.num_vectors:
         logger.info("top_k = %d is over the %d passages: each query gets all of them", config.top_k, source.num_vectors)
-    depth = config.top_k + config.drop_self_hits
-    best = TopK(len(queries), depth)
+    num_results = 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal num_results
+        pieces = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
+        depth = min(config.top_k + config.drop_self_hits, source.num_vectors)
+        size = max(1, _HITS_A_ROUND // max(1, depth * _QUERIES_A_PIECE))
+        for first in range(0, len(pieces), size):
+            asked = queries[first * _QUERIES_A_PIECE : (first + size) * _QUERIES_A_PIECE]
+            table = _results(config, source, pieces[first : first + size], asked)
+            num_results += len(table)
+            yield table
+
+    tag = config.retriever.rstrip("/").rsplit("/", 1)[-1]
     try:
-        vectors = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
-        for scores, doc_ids in _search_pieces(source, vectors, depth):
-            best.merge(scores, doc_ids)
+        write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:
         raise connection.cause_of(error) from None
-    hits = best.hits()
-    results: list[ScoredDoc] = []
-    for index, query in enumerate(queries):
-        found = hits.of_query(index, query.query_id)
-        if config.drop_self_hits:
-            found = [doc for doc in found if doc.doc_id != query.query_id]
-        results.extend(found[: config.top_k])
-    write_run(workspace.location.uri, results, tag=config.retriever.rstrip("/").rsplit("/", 1)[-1])
-    return len(results)
+    return num_results
+
+
+def _results(config: SearchConfig, source: _Source, vectors: Sequence[Any], queries: Sequence[Query]) -> pa.Table:
+    """What some queries find: query_id, doc_id, score.
+
+    Args:
+        vectors: Ray's references to pieces of the queries' vectors.
+        queries: the queries.
+    """
+    depth = config.top_k + config.drop_self_hits
+    searched = _Pieces(source)
+    best = merge_rows(searched.search(vectors, depth), len(queries), depth)
+    distinct, codes = np.unique(best.rows, return_inverse=True)
+    names = searched.names(distinct)
+    scores, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
+    counted = scores > -np.inf
+    owners = np.repeat(np.arange(len(queries)), counted.sum(axis=1))
+    query_ids = pa.array([query.query_id for query in queries], pa.string()).take(pa.array(owners))
+    table = pa.table(
+        {
+            "query_id": query_ids,
+            "doc_id": names.take(pa.array(codes[counted])),
+            "score": pa.array(scores[counted].astype(np.float64)),
+        }
+    )
+    if not config.drop_self_hits:
+        return table
+    others = pc.not_equal(table["doc_id"], table["query_id"]).to_numpy()
+    before = np.concatenate([[0], np.cumsum(others)])
+    starts = np.searchsorted(owners, owners)
+    places = before[1:] - before[starts]  # from 1 on, among the kept ones of the same query
+    return table.filter(pa.array(others & (places <= config.top_k)))
 
 
 def _encode_queries(
@@ -212,8 +253,8 @@ def _encode_queries(
     queries: Sequence[Query],
     *,
     workspace: Workspace,
-) -> np.ndarray:
-    """float32 [Q, D]. Pieces of one size, a task for each GPU or core: vectors do not depend on how many there are."""
+) -> list[Any]:
+    """References to float32 [512, D] each: vectors do not depend on how many tasks there are, one for each GPU or core."""
     import ray
 
     texts = [query.text for query in queries]
@@ -232,18 +273,18 @@ def _encode_queries(
         )
         for number in range(num_tasks)
     ]
-    found: list[np.ndarray] = []
+    found: list[Any] = []
     done = 0
     workspace.progress(done, len(texts), unit="queries")
     try:
         for number in range(len(pieces)):
-            found.append(ray.get(next(streams[number % num_tasks])))
-            done += len(found[-1])
+            found.append(next(streams[number % num_tasks]))
+            done += len(ray.get(found[-1]))
             workspace.progress(done, len(texts), unit="queries")
     finally:
         for stream in streams:
             ray.cancel(stream)
-    return np.concatenate(found)
+    return found
 
 
 def _encoded(
@@ -277,44 +318,110 @@ def _encoded(
         yield vectors
 
 
-def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What each task found: scores and doc_ids [Q, K], in the order in which tasks end."""
-    import ray
+@dataclass(frozen=True)
+class _Piece:
+    """What a task searches."""
 
-    total = connection.connect()
-    on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
-    room = max(1, total.num_gpus if on_gpus else total.num_cpus)
-    shared = ray.put(queries)
-    task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0)(_search_piece)
-    place = on_worker.absolute(source.artifact.location)
-    device = "cuda" if on_gpus else "cpu"
-    found = run_bounded(
-        lambda piece: task.remote(place, piece, shared, top_k, device), source.pieces(room), num_at_once=room
-    )
-    for scores, codes, doc_ids in found:
-        yield scores, np.array(doc_ids.to_pylist(), object)[codes]
+    number: int
+    first: int
+    """Number of its first row in the whole."""
+    artifact: Location
+    content: tuple[RowRange, ...] | dict[str, Any]
+    """Ranges of vectors, or the record of an index shard."""
 
 
-def _search_piece(
-    artifact: Location, piece: tuple[RowRange, ...] | dict[str, Any], queries: np.ndarray, top_k: int, device: str
-) -> tuple[np.ndarray, np.ndarray, pa.Array]:
+class _Pieces:
+    """The pieces that tasks search."""
+
+    def __init__(self, source: _Source) -> None:
+        total = connection.connect()
+        self._on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
+        self._room = max(1, total.num_gpus if self._on_gpus else total.num_cpus)
+        contents = source.pieces(self._room)
+        self._ends = np.cumsum([0, *map(_num_rows, contents)])
+        place = on_worker.absolute(source.artifact.location)
+        self._pieces = [
+            _Piece(number, int(self._ends[number]), place, content) for number, content in enumerate(contents)
+        ]
+
+    def search(self, queries: Sequence[Any], top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What each task found: scores and rows [Q, K], in the order in which tasks end."""
+        import ray
+
+        task = ray.remote(num_cpus=1, num_gpus=1 if self._on_gpus else 0)(_search_piece)
+        device = "cuda" if self._on_gpus else "cpu"
+        yield from run_bounded(
+            lambda piece: task.remote(piece, list(queries), top_k, device), self._pieces, num_at_once=self._room
+        )
+
+    def names(self, rows: np.ndarray) -> pa.Array:
+        """The doc_ids of rising row numbers; null for -1, which is no row."""
+        import ray
+
+        task = ray.remote(num_cpus=1)(_names)
+        bounds = np.searchsorted(rows, self._ends)
+        asked = [
+            (piece, rows[low:high] - piece.first)
+            for piece, (low, high) in zip(self._pieces, itertools.pairwise(bounds), strict=True)
+            if high > low
+        ]
+        found = dict(run_bounded(lambda arguments: task.remote(*arguments), asked, num_at_once=self._room))
+        unknown = pa.nulls(int(bounds[0]), pa.string())
+        return pa.concat_arrays([unknown, *(found[number] for number in sorted(found))])
+
+
+def _num_rows(content: tuple[RowRange, ...] | dict[str, Any]) -> int:
+    return int(content["num_vectors"]) if isinstance(content, dict) else sum(each.num_rows for each in content)
+
+
+def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
     """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device.
 
     Returns:
-        Scores [Q, K], and for each the place of its doc_id among the distinct ones: 8 bytes a hit travel, however long
-        the ids are.
+        Scores [Q, K], and the number of each row in the whole, -1 for none: 12 bytes a hit travel.
     """
-    if isinstance(piece, dict):
+    import ray
+
+    vectors = np.concatenate([ray.get(each) for each in queries])
+    if isinstance(piece.content, dict):
         on_worker.faiss_on_threads(1)
         from readapt_ray.retrieval.index_files import ShardRecord, read_shard
 
-        hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)
+        shard = read_shard(piece.artifact / "shards", ShardRecord(**piece.content))
+        hits, doc_ids = shard.search(vectors, top_k), pa.array(shard.doc_ids, pa.string())
     else:
         import torch
 
         from readapt_ray.retrieval.exact import search_exact
 
         torch.set_num_threads(1)
-        hits = search_exact(queries, iterate_vectors(artifact / "vectors", piece), top_k, device=device)
-    distinct = pa.array(hits.doc_ids.ravel(), pa.string()).dictionary_encode(null_encoding="encode")
-    return hits.scores, distinct.indices.to_numpy().reshape(hits.doc_ids.shape), distinct.dictionary
+        names: list[pa.Array] = []
+        ranges = piece.content
+
+        def chunks() -> Iterator[tuple[list[str], np.ndarray]]:
+            for ids, matrix in iterate_vectors(piece.artifact / "vectors", ranges):
+                names.append(pa.array(ids, pa.string()))
+                yield ids, matrix
+
+        hits = search_exact(vectors, chunks(), top_k, device=device)
+        doc_ids = pa.concat_arrays(names)
+    found = pc.index_in(pa.array(hits.doc_ids.ravel(), pa.string()), value_set=doc_ids)
+    rows = found.fill_null(0).to_numpy().astype(np.int64).reshape(hits.scores.shape) + piece.first
+    return hits.scores, np.where(hits.scores > -np.inf, rows, -1)
+
+
+def _names(piece: _Piece, rows: np.ndarray) -> tuple[int, pa.Array]:
+    """On a worker: the doc_ids of some rows of a piece, behind its number."""
+    if isinstance(piece.content, dict):
+        from readapt_ray.retrieval.index_files import ShardRecord, read_ids
+
+        doc_ids, _ = read_ids(piece.artifact / "shards", ShardRecord(**piece.content))
+        return piece.number, pa.array(doc_ids[rows], pa.string())
+    starts = np.cumsum([0, *(each.num_rows for each in piece.content)])
+    found = []
+    for each, (low, high) in zip(piece.content, itertools.pairwise(starts), strict=True):
+        own = rows[np.searchsorted(rows, low) : np.searchsorted(rows, high)] - low
+        if len(own):
+            whole = ParquetRows(piece.artifact / "vectors", ((each.name, each.start + each.num_rows),))
+            found.append(whole.take(own + each.start, ("doc_id",))["doc_id"].combine_chunks())
+    return piece.number, pa.concat_arrays(found)
