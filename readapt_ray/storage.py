@@ -15,6 +15,7 @@ import re
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -27,6 +28,8 @@ from readapt_ray.filesystems import extended, open_filesystem, refuse_credential
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{12}}-(.+)")
+_RANGE_BYTES = 16 << 20
+_RANGES_AT_ONCE = 16
 _READ_ATTEMPTS = 6
 _BACKOFF_S = 0.25
 _MAX_COPY_BYTES = 5 << 30
@@ -186,14 +189,23 @@ class Location:
         attempt = 0
         while True:
             try:
-                with self.filesystem.open_input_stream(self.path, compression=None) as stream:
-                    return bytes(stream.read())
+                return self._read_at_once()
             except OSError as error:
                 # A 503 whose body is longer than the object is not recognised by pyarrow, so not asked again by it.
                 attempt += 1
                 if self.is_local or isinstance(error, FileNotFoundError) or attempt == _READ_ATTEMPTS:
                     raise
                 time.sleep(_BACKOFF_S * 2**attempt)
+
+    def _read_at_once(self) -> bytes:
+        """Read the file; a large one of an object store in ranges, several at a time, since one stream gives 50 to 100 MB/s."""
+        with self.filesystem.open_input_file(self.path) as file:
+            size = file.size()
+            if self.is_local or size <= _RANGE_BYTES:
+                return bytes(file.read())
+            with ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
+                starts = range(0, size, _RANGE_BYTES)
+                return b"".join(pool.map(lambda start: file.read_at(min(_RANGE_BYTES, size - start), start), starts))
 
     def read_text(self) -> str:
         """The whole file as UTF-8."""

@@ -23,6 +23,8 @@ class Store:
     client: Any
     busy: Callable[[str, str], bool] = lambda method, path: False
     refused: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    """Method and path of every request."""
 
     def names(self) -> list[str]:
         """Keys of all objects."""
@@ -39,6 +41,7 @@ def running(host: str = "127.0.0.1") -> Iterator[Store]:
 
     def application(environ: dict[str, Any], start_response: Any) -> Any:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        store.requests.append(f"{method} {path}")
         if store.busy(method, path):
             store.refused.append(f"{method} {path}")
             start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_BUSY)))])

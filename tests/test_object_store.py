@@ -1,6 +1,7 @@
 """Files, artifacts and a whole run on an S3 server: same promises as on a disk, busy or killed; no credentials anywhere."""
 
 import functools
+import http.server
 import json
 import logging
 import os
@@ -8,12 +9,14 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow.fs as pafs
 import pytest
 import yaml
@@ -22,6 +25,9 @@ from readapt_ray import artifact_files, artifacts, cli, filesystems, status, sto
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, InputError
+from readapt_ray.retrieval.index_files import find_shards, write_shard
+from readapt_ray.retrieval.index_shard import build_shard
+from readapt_ray.retrieval.vector_files import read_footer, write_vectors
 from readapt_ray.storage import Location
 from tests import factories, object_store
 from tests.object_store import BUCKET, KEYS, Store
@@ -225,6 +231,70 @@ def test_all_files_of_a_store_share_one_client(store: Store, folder: Location, m
     assert len(made) == 1
     assert Location(f"s3://{BUCKET}/x?region=eu-west-1").filesystem is not files[0].filesystem
     assert len(made) == 2
+
+
+def test_many_files_are_read_over_few_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a server that keeps connections open, which moto's does not."""
+    connections = set()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_HEAD(self) -> None:
+            connections.add(self.client_address)
+            self.send_response(200 if self.command == "HEAD" else 206)
+            for name, value in (("Content-Length", "2"), ("ETag", '"e"'), ("Content-Range", "bytes 0-1/2")):
+                self.send_header(name, value)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            self.wfile.write(b"42")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
+        monkeypatch.setenv(name, value)
+    found = [(Location("s3://some-bucket/folder") / f"{number}").read_text() for number in range(60)]
+    server.shutdown()
+    assert found == ["42"] * 60
+    assert len(connections) <= 4
+
+
+def test_a_large_file_is_read_in_ranges_at_once(
+    store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_RANGE_BYTES", 1000)
+    content = os.urandom(10_500)
+    (folder / "large").write_bytes(content)
+    store.requests.clear()
+    assert (folder / "large").read_bytes() == content
+    assert sum(each.startswith("GET") for each in store.requests) == 11
+
+
+def test_a_resumed_index_lists_its_shards_once_and_reads_a_small_file_of_each(store: Store, folder: Location) -> None:
+    for number in range(40):
+        shard = build_shard("Flat", 4, [([f"d{number}"], np.ones((1, 4), np.float32))])
+        write_shard(folder, f"{number:05d}", shard, encoder="f")
+    store.requests.clear()
+    names = [f"{number:05d}" for number in range(50)]
+    assert len(find_shards(folder, names, encoder="f")) == 40
+    assert sum("?" not in each and each.endswith(BUCKET) for each in store.requests) <= 1
+    assert len(store.requests) <= 40 * 2 + 2
+    assert not any(each.endswith((".faiss", ".parquet")) for each in store.requests)
+
+
+def test_a_footer_is_three_requests(store: Store, folder: Location) -> None:
+    vectors = np.ones((5, 4), np.float32)
+    write_vectors(folder / "a.parquet", list("abcde"), vectors, dtype="float32", metadata={})
+    size_bytes = (folder / "a.parquet").size_bytes()
+    store.requests.clear()
+    footer = read_footer(folder / "a.parquet")
+    assert (footer.num_rows, footer.num_bytes) == (5, size_bytes)
+    assert len(store.requests) <= 3
 
 
 def test_a_forked_process_has_a_client_of_its_own(store: Store, folder: Location) -> None:

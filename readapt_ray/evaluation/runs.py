@@ -85,18 +85,35 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
         InputError: an id is empty or has whitespace in it, a score is not a finite number, or a
             passage stands twice for one query: the format cannot hold it.
     """
-    run = _ranked(_checked((("", doc.query_id, doc.doc_id, doc.score) for doc in scored), uri))
-    for each in (*run.query_ids, *run.doc_ids):
-        if each.encode().split() != [each.encode()]:
-            raise InputError(f"id {each!r} is empty or has whitespace in it, which a TREC run cannot hold; rename it")
+    write_tables(uri, [_checked((("", doc.query_id, doc.doc_id, doc.score) for doc in scored), uri)], tag=tag)
+
+
+def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
+    """Write a run table by table, each as it comes; one is held in memory at a time.
+
+    Args:
+        uri: the file.
+        tables: query_id, doc_id and score (float64); all results of a query stand in one table, each passage once.
+        tag: as in `write_run`.
+
+    Raises:
+        InputError: an id is empty or has whitespace in it.
+    """
     label = "-".join(tag.split()) or "run"
     with Location(uri).open_output() as stream:
-        for index in range(len(run.query_ids)):
-            lines = [
-                f"{doc.query_id} Q0 {doc.doc_id} {rank} {doc.score!r} {label}\n"
-                for rank, doc in enumerate(run.top(index), start=1)
-            ]
-            stream.write("".join(lines).encode())
+        for table in tables:
+            run = _ranked(table)
+            for each in (*run.query_ids, *run.doc_ids):
+                if each.encode().split() != [each.encode()]:
+                    raise InputError(
+                        f"id {each!r} is empty or has whitespace in it, which a TREC run cannot hold; rename it"
+                    )
+            for index in range(len(run.query_ids)):
+                lines = [
+                    f"{doc.query_id} Q0 {doc.doc_id} {rank} {doc.score!r} {label}\n"
+                    for rank, doc in enumerate(run.top(index), start=1)
+                ]
+                stream.write("".join(lines).encode())
 
 
 def read_run(uri: str) -> dict[str, list[ScoredDoc]]:

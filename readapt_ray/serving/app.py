@@ -247,7 +247,7 @@ def check_probe(config: ServeConfig) -> None:
 
     for name, each in config.each_version().items() if config.recall_probe else ():
         for record in VectorIndex.open(each.index).records if each.index else ():
-            if not holds_vectors_whole(record.factory):
+            if record.measured is not None and not holds_vectors_whole(record.factory):  # what is exact is not measured
                 raise InputError(
                     f"recall_probe = {config.recall_probe:g}, but the index of version {name!r} ({record.factory}) does not hold "
                     f"its vectors as they were, so what it misses cannot be told; leave recall_probe out, or serve an index of "

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
+from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce, read_manifest
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.index_shards import (
     RECALL_SUFFIX,
@@ -95,13 +95,16 @@ def index(config: IndexConfig) -> Artifact:
     source = open_artifact(config.vectors, "embed")
     encoder = source.manifest.details["encoder"]
     dimension = int(encoder["dimension"])
-    vectors = _open_vectors(source)
-    options = _index_options(config, vectors.num_rows, dimension, source.manifest.details.get("vector_dtype"))
-    rows_per_shard = config.rows_per_shard or shard_rows(options, vectors.num_rows, dimension)
-    spec = index_spec(options, vectors.num_rows, dimension)
+    num_vectors = int(source.manifest.counts["num_vectors"])
+    options = _index_options(config, num_vectors, dimension, source.manifest.details.get("vector_dtype"))
+    rows_per_shard = config.rows_per_shard or shard_rows(options, num_vectors, dimension)
+    spec = index_spec(options, num_vectors, dimension)
     previous = _open_previous(config, encoder, options)
+    # A finished index is known by its manifest alone: 244,000 footers on an object store take minutes.
+    opened = _open_vectors(source) if read_manifest(config.output) is None else None
 
     def work(workspace: Workspace) -> None:
+        vectors = opened or _open_vectors(source)
         shards = on_worker.absolute(workspace.location) / "shards"
         kept, rows = _split_rows(previous, vectors, encoder["fingerprint"], shards)
         plan = ShardPlan(spec, options, dimension, encoder["fingerprint"], shards, num_cpus=1)

@@ -1,8 +1,10 @@
 """The search stage: queries and an index, or bare vectors, become a TREC run.
 
 In: queries, the retriever that made the vectors, and an index or vectors. Out: one file
-`FILE.trec`. Ray tasks encode the queries, others search a shard each, and their findings are
-merged into what one index would have given. Memory is a shard a task, and the run in the driver.
+`FILE.trec`. Ray tasks encode the queries, others search a shard each for some thousands of queries, and the row numbers
+that they find are merged into what one index would have given. Their doc_ids are looked up at the end, and the lines
+written before the next queries are searched. Memory is a shard per task, and in the driver the queries and the results of
+four million hits.
 """
 
 import logging
@@ -12,24 +14,27 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.placement import Placement, place_actors
+from readapt_ray.cluster.search_pieces import Content, Pieces
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
-from readapt_ray.records import Query, ScoredDoc
+from readapt_ray.records import Query
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
-from readapt_ray.storage import Location
+from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
+from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 
 logger = logging.getLogger("readapt_ray")
 
 _QUERIES_A_PIECE = 512
+_HITS_A_ROUND = 4_000_000
+"""Results that are searched, looked up and written before the next queries have their turn."""
 
 
 class SearchConfig(StageConfig):
@@ -82,7 +87,7 @@ class _Source:
     def num_vectors(self) -> int:
         return int(self.artifact.manifest.counts["num_vectors"])
 
-    def pieces(self, num_cpus: int) -> list[tuple[RowRange, ...] | dict[str, Any]]:
+    def pieces(self, num_cpus: int) -> list[Content]:
         """What each task searches: the record of an index shard, or ranges of rows.
 
         Raises:
@@ -180,28 +185,64 @@ def _run(
     """Encode, search, merge, write; the number of results."""
     from ray.exceptions import RayError
 
-    from readapt_ray.evaluation.runs import write_run
-    from readapt_ray.retrieval.exact import TopK
+    from readapt_ray.evaluation.runs import write_tables
 
     if config.top_k > source.num_vectors:
         logger.info("top_k = %d is over the %d passages: each query gets all of them", config.top_k, source.num_vectors)
-    depth = config.top_k + config.drop_self_hits
-    best = TopK(len(queries), depth)
+    num_results = 0
+
+    def tables() -> Iterator[pa.Table]:
+        nonlocal num_results
+        pieces = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
+        depth = min(config.top_k + config.drop_self_hits, source.num_vectors)
+        size = max(1, _HITS_A_ROUND // max(1, depth * _QUERIES_A_PIECE))
+        for first in range(0, len(pieces), size):
+            asked = queries[first * _QUERIES_A_PIECE : (first + size) * _QUERIES_A_PIECE]
+            table = _results(config, source, pieces[first : first + size], asked)
+            num_results += len(table)
+            yield table
+
+    tag = config.retriever.rstrip("/").rsplit("/", 1)[-1]
     try:
-        vectors = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
-        for scores, doc_ids in _search_pieces(source, vectors, depth):
-            best.merge(scores, doc_ids)
+        write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:
         raise connection.cause_of(error) from None
-    hits = best.hits()
-    results: list[ScoredDoc] = []
-    for index, query in enumerate(queries):
-        found = hits.of_query(index, query.query_id)
-        if config.drop_self_hits:
-            found = [doc for doc in found if doc.doc_id != query.query_id]
-        results.extend(found[: config.top_k])
-    write_run(workspace.location.uri, results, tag=config.retriever.rstrip("/").rsplit("/", 1)[-1])
-    return len(results)
+    return num_results
+
+
+def _results(config: SearchConfig, source: _Source, vectors: Sequence[Any], queries: Sequence[Query]) -> pa.Table:
+    """What some queries find: query_id, doc_id, score.
+
+    Args:
+        vectors: Ray's references to pieces of the queries' vectors.
+        queries: the queries.
+    """
+    depth = config.top_k + config.drop_self_hits
+    total = connection.connect()
+    on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
+    num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)
+    searched = Pieces(source.artifact, source.pieces(num_at_once), on_gpus=on_gpus, num_at_once=num_at_once)
+    best = merge_rows(searched.search(vectors, depth), len(queries), depth)
+    distinct, codes = np.unique(best.rows, return_inverse=True)
+    names = searched.names(distinct)
+    scores, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
+    counted = scores > -np.inf
+    owners = np.repeat(np.arange(len(queries)), counted.sum(axis=1))
+    query_ids = pa.array([query.query_id for query in queries], pa.string()).take(pa.array(owners))
+    table = pa.table(
+        {
+            "query_id": query_ids,
+            "doc_id": names.take(pa.array(codes[counted])),
+            "score": pa.array(scores[counted].astype(np.float64)),
+        }
+    )
+    if not config.drop_self_hits:
+        return table
+    others = pc.not_equal(table["doc_id"], table["query_id"]).to_numpy()
+    before = np.concatenate([[0], np.cumsum(others)])
+    starts = np.searchsorted(owners, owners)
+    places = before[1:] - before[starts]  # from 1 on, among the kept ones of the same query
+    return table.filter(pa.array(others & (places <= config.top_k)))
 
 
 def _encode_queries(
@@ -212,8 +253,8 @@ def _encode_queries(
     queries: Sequence[Query],
     *,
     workspace: Workspace,
-) -> np.ndarray:
-    """float32 [Q, D]. Pieces of one size, a task for each GPU or core: vectors do not depend on how many there are."""
+) -> list[Any]:
+    """References to float32 [512, D] each: vectors do not depend on how many tasks there are, one for each GPU or core."""
     import ray
 
     texts = [query.text for query in queries]
@@ -232,18 +273,18 @@ def _encode_queries(
         )
         for number in range(num_tasks)
     ]
-    found: list[np.ndarray] = []
+    found: list[Any] = []
     done = 0
     workspace.progress(done, len(texts), unit="queries")
     try:
         for number in range(len(pieces)):
-            found.append(ray.get(next(streams[number % num_tasks])))
-            done += len(found[-1])
+            found.append(next(streams[number % num_tasks]))
+            done += len(ray.get(found[-1]))
             workspace.progress(done, len(texts), unit="queries")
     finally:
         for stream in streams:
             ray.cancel(stream)
-    return np.concatenate(found)
+    return found
 
 
 def _encoded(
@@ -275,46 +316,3 @@ def _encoded(
                 f"run in bfloat16 or float32 (`readapt embed --dtype`), or leave the query out"
             )
         yield vectors
-
-
-def _search_pieces(source: _Source, queries: np.ndarray, top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """What each task found: scores and doc_ids [Q, K], in the order in which tasks end."""
-    import ray
-
-    total = connection.connect()
-    on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
-    room = max(1, total.num_gpus if on_gpus else total.num_cpus)
-    shared = ray.put(queries)
-    task = ray.remote(num_cpus=1, num_gpus=1 if on_gpus else 0)(_search_piece)
-    place = on_worker.absolute(source.artifact.location)
-    device = "cuda" if on_gpus else "cpu"
-    found = run_bounded(
-        lambda piece: task.remote(place, piece, shared, top_k, device), source.pieces(room), num_at_once=room
-    )
-    for scores, codes, doc_ids in found:
-        yield scores, np.array(doc_ids.to_pylist(), object)[codes]
-
-
-def _search_piece(
-    artifact: Location, piece: tuple[RowRange, ...] | dict[str, Any], queries: np.ndarray, top_k: int, device: str
-) -> tuple[np.ndarray, np.ndarray, pa.Array]:
-    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device.
-
-    Returns:
-        Scores [Q, K], and for each the place of its doc_id among the distinct ones: 8 bytes a hit travel, however long
-        the ids are.
-    """
-    if isinstance(piece, dict):
-        on_worker.faiss_on_threads(1)
-        from readapt_ray.retrieval.index_files import ShardRecord, read_shard
-
-        hits = read_shard(artifact / "shards", ShardRecord(**piece)).search(queries, top_k)
-    else:
-        import torch
-
-        from readapt_ray.retrieval.exact import search_exact
-
-        torch.set_num_threads(1)
-        hits = search_exact(queries, iterate_vectors(artifact / "vectors", piece), top_k, device=device)
-    distinct = pa.array(hits.doc_ids.ravel(), pa.string()).dictionary_encode(null_encoding="encode")
-    return hits.scores, distinct.indices.to_numpy().reshape(hits.doc_ids.shape), distinct.dictionary

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray import artifacts
+from readapt_ray.cluster.index_shards import cut_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import (
     ArtifactConflictError,
@@ -16,15 +17,19 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
+from readapt_ray.retrieval.index_recall import set_depth
+from readapt_ray.retrieval.index_shard import merged
+from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import content_hash
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.index import IndexConfig, index
+from readapt_ray.storage import Location
 
 ENCODER = {"fingerprint": "f" * 32, "model": "m", "dimension": 8, "dtype": "float32", "encoding": {}}
 
 
-def vectors_artifact(folder, vectors, *, num_files=3, encoder=None, ids=None):
+def vectors_artifact(folder, vectors, *, num_files=3, encoder=None, ids=None, dtype="float32"):
     """What `readapt embed` would write of these vectors [N, D]; the content of a passage is its vector."""
     names = ids or [f"d{row:05d}" for row in range(len(vectors))]
     encoder = encoder or {**ENCODER, "dimension": vectors.shape[1]}
@@ -34,10 +39,10 @@ def vectors_artifact(folder, vectors, *, num_files=3, encoder=None, ids=None):
             location = workspace.location / "vectors" / f"part-{number:05d}.parquet"
             doc_ids = [names[row] for row in rows]
             hashes = pa.array([content_hash("", str(vectors[row].tolist())) for row in rows], pa.binary(16))
-            stored = stored_vectors(doc_ids, vectors[rows], "float32")
+            stored = stored_vectors(doc_ids, vectors[rows], dtype)
             write_stored(location, doc_ids, stored, hashes, metadata={"encoder": encoder, "num_tokens": 0})
         workspace.counts["num_vectors"] = len(vectors)
-        workspace.details |= {"encoder": encoder, "vector_dtype": "float32"}
+        workspace.details |= {"encoder": encoder, "vector_dtype": dtype}
 
     content = artifacts.fingerprint([vectors.tolist(), encoder, names])
     return artifacts.produce("embed", StageConfig(output=str(folder)), inputs={"corpus": content}, work=write)
@@ -231,14 +236,67 @@ def test_an_approximate_index_is_measured_and_refused_where_it_finds_too_little(
     assert 0.9 <= measured["recall_at_10"] <= 1 and 0.8 < measured["recall_at_100"] <= 1
     assert 64 <= measured["bytes_per_vector"] < 130 and measured["query_ms"] > 0
     records = made.manifest.details["shards"]
-    assert [record["factory"] for record in records] == ["IVF51,Flat"] * 2
+    assert [record["factory"] for record in records] == ["IVF102,Flat"] * 2
     plain = faiss.read_index(str(tmp_path / "ivf/shards/00000.faiss"))
-    assert plain.nprobe == records[0]["measured"]["depth"] > 1
+    assert plain.nprobe >= records[0]["depth"] == records[1]["depth"] > 1
     hits = VectorIndex.open(made.uri).search(vectors[:200], 10)
     scores = vectors[:200] @ vectors.T
     exact = [{f"d{row:05d}" for row in rows} for rows in np.argsort(-scores, axis=1)[:, :10]]
     found = np.mean([len(set(each) & due) / 10 for each, due in zip(hits.doc_ids.tolist(), exact, strict=True)])
     assert found >= measured["recall_at_10"] - 0.04
-    with pytest.raises(InputError, match=r"'IVF51,Flat' finds 0.* raise --depth \(nprobe, 1 now\)"):
+    with pytest.raises(InputError, match=r"'IVF102,Flat' finds 0.* raise --depth \(nprobe, 1 now\)"):
         index(_config(tmp_path, "refused", depth=1, **options))
     assert artifacts.read_manifest(str(tmp_path / "refused")) is None
+
+
+@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq", "flat"])
+def test_shards_are_trained_together_and_searched_as_one_index(ray_session, tmp_path, kind):
+    vectors = np.random.default_rng(3).normal(size=(3000, 16)).astype(np.float32)
+    vectors_artifact(tmp_path / "vectors", vectors)
+    cut = index(_config(tmp_path, "cut", kind=kind, rows_per_shard=700))
+    whole = index(_config(tmp_path, "whole", kind=kind, rows_per_shard=3000))
+    (together,) = merged(VectorIndex.open(cut.uri).shards())
+    (one,) = VectorIndex.open(whole.uri).shards()
+    set_depth(together.index, whole.manifest.details["shards"][0]["depth"])
+    found, due = together.search(vectors[:50], 20), one.search(vectors[:50], 20)
+    assert found.doc_ids.tolist() == due.doc_ids.tolist()
+    assert cut.manifest.details.get("measured", {}).keys() == whole.manifest.details.get("measured", {}).keys()
+
+
+def test_what_came_later_is_trained_as_the_earlier_index_was(ray_session, tmp_path):
+    vectors = np.random.default_rng(4).normal(size=(3000, 16)).astype(np.float32)
+    vectors_artifact(tmp_path / "vectors", vectors[:2500])
+    vectors_artifact(tmp_path / "now", vectors)
+    options = {"kind": "ivf-flat", "rows_per_shard": 2500}
+    before = index(_config(tmp_path, "before", **options))
+    after = index(_config(tmp_path, "after", vectors=str(tmp_path / "now"), previous=before.uri, **options))
+    assert len({record["trained"] for record in after.manifest.details["shards"]}) == 1
+    (together,) = merged(VectorIndex.open(after.uri).shards())
+    assert together.index.ntotal == 3000
+
+
+def test_a_flat_index_of_float16_vectors_is_float16_and_exact(ray_session, tmp_path):
+    vectors = np.random.default_rng(5).normal(size=(100, 8)).astype(np.float16)
+    vectors_artifact(tmp_path / "vectors", vectors, dtype="float16")
+    made = index(_config(tmp_path, "flat"))
+    assert made.manifest.details["storage"] == "float16" and "measured" not in made.manifest.details
+    exact = vectors[:9].astype(np.float64) @ vectors.T.astype(np.float64)
+    hits = VectorIndex.open(made.uri).search(vectors[:9].astype(np.float32), 5)
+    assert hits.doc_ids.tolist() == [[f"d{row:05d}" for row in rows] for rows in np.argsort(-exact, axis=1)[:, :5]]
+
+
+def test_a_task_is_told_of_its_own_files_only():
+    vectors = ParquetRows(Location("/nowhere"), tuple((f"{number}", 10) for number in range(1000)))
+    shards = list(cut_shards(None, vectors, range(vectors.num_rows), 25, first=7))
+    assert len(shards) == 400 and max(len(each.vectors.counts) for each in shards) == 3
+    assert [shards[0].name, shards[-1].name] == ["00007", "00406"]
+    assert sum(len(each.rows) for each in shards) == 10_000
+    scattered = list(cut_shards(None, vectors, np.array([3, 9, 25, 26, 9999]), 4, first=0))
+    assert [each.rows.tolist() for each in scattered] == [[3, 9, 25, 26], [9]]
+    assert [each.vectors.counts[-1][0] for each in scattered] == ["2", "999"]
+
+
+def test_a_finished_index_asks_for_no_file_of_vectors(world, built, monkeypatch):
+    root, _ = world
+    monkeypatch.setattr("readapt_ray.stages.index.named_footers", lambda folder: pytest.fail("footers were read"))
+    assert index(_config(root, "index")).fingerprint == built.fingerprint

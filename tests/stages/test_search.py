@@ -28,6 +28,7 @@ from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.stages.search import SearchConfig, search
 from tests import factories
 from tests.data import collection
+from tests.stages.test_index import vectors_artifact
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,27 @@ def test_a_public_model_scores_as_published(tmp_path, ray_session, name, public)
     judgements = [ir_measures.Qrel(query_id, doc_id, int(score)) for query_id, doc_id, score in judged]
     score = ir_measures.calc_aggregate([nDCG @ 10], judgements, ir_measures.read_trec_run(run.uri))[nDCG @ 10]
     assert 100 * score == pytest.approx(public, abs=0.3)
+
+
+@pytest.mark.parametrize("source", ["index", "vectors"])
+@pytest.mark.parametrize("num_values", [2, 10**6])
+def test_rows_of_all_pieces_are_merged_and_named_as_one_sort_would(ray_session, tmp_path, source, num_values):
+    import ray
+
+    random = np.random.default_rng(0)
+    vectors = (random.integers(1, num_values + 1, size=(200, 4)) / num_values).astype(np.float32)
+    names = random.permutation([f"d{row:05d}" for row in range(200)]).tolist()
+    artifact = vectors_artifact(tmp_path / "vectors", vectors, ids=names)
+    if source == "index":
+        artifact = index(IndexConfig(vectors=artifact.uri, output=str(tmp_path / "index"), rows_per_shard=60))
+    queries = [Query(f"q{number}", "") for number in range(29)] + [Query(names[7], "")]
+    asked = random.integers(1, 5, size=(30, 4)).astype(np.float32)
+    config = SearchConfig(retriever="m", queries="q", output="o.trec", top_k=9, drop_self_hits=True, **{source: "x"})
+    pieces = [ray.put(asked[:16]), ray.put(asked[16:])]
+    table = search_stage._results(config, search_stage._Source(artifact), pieces, queries)
+    found = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+    due = []
+    for query, scores in zip(queries, asked @ vectors.T, strict=True):
+        ranked = sorted((-score, name) for score, name in zip(scores.tolist(), names, strict=True))[:10]
+        due += [(query.query_id, name) for _, name in ranked if name != query.query_id][:9]
+    assert sorted((query, name) for query, name, _ in found) == sorted(due)

@@ -338,7 +338,7 @@ def test_bad_input_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_p
     with pytest.raises(ModelError, match=r"neither config\.json"):
         trained((blocks, blocks), tmp_path / "a")
     with pytest.raises(PlacementError, match="5 workers of 1 CPU each cannot be placed: there is room for 2"):
-        trained(packed, tmp_path / "b", num_workers=5)
+        trained(packed, tmp_path / "b", num_workers=5, batch_size=5)
     corpus = str(blocks.parent / "corpus")
     with pytest.raises(ModelError, match="block_tokens = 100000 is more than"):
         pack(PackConfig(pretrained=str(base), corpus=corpus, output=str(tmp_path / "c"), block_tokens=100_000))

@@ -208,7 +208,7 @@ def test_an_actor_that_waits_for_room_keeps_no_pair_from_being_scored(
 def test_no_more_actors_start_than_there_are_pairs(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scale_scoring, "_PairScorer", scorer(tmp_path, dies=0))
+    monkeypatch.setattr(scale_scoring, "_ScaleScorer", scorer(tmp_path, dies=0))
     tried = search(tmp_path, num_workers=2)
     tried.score(PAIRS[:1])
     assert len(tried._idle) + len(tried._busy) == 1

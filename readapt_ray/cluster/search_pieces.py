@@ -1,0 +1,130 @@
+"""Search pieces of an index or of vectors on Ray, a task each, and look up the doc_ids of row numbers.
+
+In: references to query vectors. Out: scores and row numbers, 12 bytes per result, whatever the length of the doc_ids. Memory
+is a shard per task.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors
+from readapt_ray.storage import Location
+
+Content = tuple[RowRange, ...] | dict[str, Any]
+"""What a task searches: ranges of vectors, or the record of an index shard."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a task searches."""
+
+    number: int
+    first: int
+    """Number of its first row in the whole."""
+    artifact: Location
+    content: Content
+    """Ranges of vectors, or the record of an index shard."""
+
+
+class Pieces:
+    """The pieces that tasks search."""
+
+    def __init__(self, artifact: Artifact, contents: Sequence[Content], *, on_gpus: bool, num_at_once: int) -> None:
+        self._on_gpus, self._room = on_gpus, num_at_once
+        self._ends = np.cumsum([0, *map(_num_rows, contents)])
+        place = on_worker.absolute(artifact.location)
+        self._pieces = [
+            _Piece(number, int(self._ends[number]), place, content) for number, content in enumerate(contents)
+        ]
+
+    def search(self, queries: Sequence[Any], top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What each task found: scores and rows [Q, K], in the order in which tasks end."""
+        import ray
+
+        task = ray.remote(num_cpus=1, num_gpus=1 if self._on_gpus else 0)(_search_piece)
+        device = "cuda" if self._on_gpus else "cpu"
+        yield from run_bounded(
+            lambda piece: task.remote(piece, list(queries), top_k, device), self._pieces, num_at_once=self._room
+        )
+
+    def names(self, rows: np.ndarray) -> pa.Array:
+        """The doc_ids of rising row numbers; null for -1, which is no row."""
+        import ray
+
+        task = ray.remote(num_cpus=1)(_names)
+        bounds = np.searchsorted(rows, self._ends)
+        asked = [
+            (piece, rows[low:high] - piece.first)
+            for piece, (low, high) in zip(self._pieces, itertools.pairwise(bounds), strict=True)
+            if high > low
+        ]
+        found = dict(run_bounded(lambda arguments: task.remote(*arguments), asked, num_at_once=self._room))
+        unknown = pa.nulls(int(bounds[0]), pa.string())
+        return pa.concat_arrays([unknown, *(found[number] for number in sorted(found))])
+
+
+def _num_rows(content: Content) -> int:
+    return int(content["num_vectors"]) if isinstance(content, dict) else sum(each.num_rows for each in content)
+
+
+def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
+    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device.
+
+    Returns:
+        Scores [Q, K], and the number of each row in the whole, -1 for none: 12 bytes a hit travel.
+    """
+    import ray
+
+    vectors = np.concatenate([ray.get(each) for each in queries])
+    if isinstance(piece.content, dict):
+        on_worker.faiss_on_threads(1)
+        from readapt_ray.retrieval.index_files import ShardRecord, read_shard
+
+        shard = read_shard(piece.artifact / "shards", ShardRecord(**piece.content))
+        hits, doc_ids = shard.search(vectors, top_k), pa.array(shard.doc_ids, pa.string())
+    else:
+        import torch
+
+        from readapt_ray.retrieval.exact import search_exact
+
+        torch.set_num_threads(1)
+        names: list[pa.Array] = []
+        ranges = piece.content
+
+        def chunks() -> Iterator[tuple[list[str], np.ndarray]]:
+            for ids, matrix in iterate_vectors(piece.artifact / "vectors", ranges):
+                names.append(pa.array(ids, pa.string()))
+                yield ids, matrix
+
+        hits = search_exact(vectors, chunks(), top_k, device=device)
+        doc_ids = pa.concat_arrays(names)
+    found = pc.index_in(pa.array(hits.doc_ids.ravel(), pa.string()), value_set=doc_ids)
+    rows = found.fill_null(0).to_numpy().astype(np.int64).reshape(hits.scores.shape) + piece.first
+    return hits.scores, np.where(hits.scores > -np.inf, rows, -1)
+
+
+def _names(piece: _Piece, rows: np.ndarray) -> tuple[int, pa.Array]:
+    """On a worker: the doc_ids of some rows of a piece, behind its number."""
+    if isinstance(piece.content, dict):
+        from readapt_ray.retrieval.index_files import ShardRecord, read_ids
+
+        doc_ids, _ = read_ids(piece.artifact / "shards", ShardRecord(**piece.content))
+        return piece.number, pa.array(doc_ids[rows], pa.string())
+    starts = np.cumsum([0, *(each.num_rows for each in piece.content)])
+    found = []
+    for each, (low, high) in zip(piece.content, itertools.pairwise(starts), strict=True):
+        own = rows[np.searchsorted(rows, low) : np.searchsorted(rows, high)] - low
+        if len(own):
+            whole = ParquetRows(piece.artifact / "vectors", ((each.name, each.start + each.num_rows),))
+            found.append(whole.take(own + each.start, ("doc_id",))["doc_id"].combine_chunks())
+    return piece.number, pa.concat_arrays(found)

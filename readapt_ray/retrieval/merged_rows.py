@@ -1,0 +1,64 @@
+"""Merge what parts of a corpus found, by row number: ids are looked up once, when all parts have answered.
+
+In: scores and row numbers [Q, K] of each part. Out: the k best of each query, and whatever ties with the last of them,
+since ties go by doc_id. Memory is 12 bytes per query and result, twice.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class RankedRows:
+    """The best rows of Q queries, by falling score."""
+
+    scores: NDArray[np.float32]
+    """[Q, K]; -inf for none."""
+    rows: NDArray[np.int64]
+    """[Q, K]; -1 for none."""
+
+
+def merge_rows(
+    parts: Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]], num_queries: int, top_k: int
+) -> RankedRows:
+    """Merge the findings of parts, in any order.
+
+    Each part has resolved its own ties, so at most k of its rows are kept however many tie.
+
+    Returns:
+        The k best of each query, and columns for those that tie with the k-th.
+    """
+    scores, rows = np.empty((num_queries, 0), np.float32), np.empty((num_queries, 0), np.int64)
+    for more_scores, more_rows in parts:
+        scores = np.concatenate([scores, more_scores], axis=1)
+        rows = np.concatenate([rows, more_rows], axis=1)
+        order = np.argsort(-scores, axis=1, kind="stable")
+        scores, rows = np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+        if scores.shape[1] > top_k:
+            last = scores[:, top_k - 1 : top_k]
+            width = int(((scores > last) | ((scores == last) & (scores > -np.inf))).sum(axis=1).max(initial=0))
+            scores, rows = scores[:, : max(width, top_k)], rows[:, : max(width, top_k)]
+    return RankedRows(scores, rows)
+
+
+def cut_ties(
+    scores: NDArray[np.float32], codes: NDArray[np.int64], names: pa.Array, top_k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Leave the k best of each query; where the last place is tied, the lower doc_id has it.
+
+    Args:
+        scores: [Q, K], falling.
+        codes: [Q, K], places in `names`.
+        names: distinct doc_ids.
+        top_k: results per query.
+    """
+    if scores.shape[1] > top_k:
+        for query in np.flatnonzero((scores[:, top_k] == scores[:, top_k - 1]) & (scores[:, top_k] > -np.inf)):
+            tied = np.flatnonzero(scores[query] == scores[query, top_k - 1])
+            own = codes[query, tied]
+            codes[query, tied] = own[np.argsort(np.array(names.take(pa.array(own)).to_pylist(), object))]
+    return scores[:, :top_k], codes[:, :top_k]
