@@ -49,7 +49,7 @@ def ray_session(pytestconfig: pytest.Config) -> Iterator[None]:
     from readapt_ray.serving import haproxy
 
     os.environ["READAPT_NUM_CPUS"] = "2"
-    with haproxy.preferred("127.0.0.1"):
+    with haproxy.preferred("127.0.0.1", timeout_s=60):
         connection.connect()
     pytestconfig.stash[lanes.RAY_RUNS] = True
     yield

@@ -58,7 +58,7 @@ def bind_version(name: str, config: VersionConfig) -> Any:
 
     spec = version_spec(name, config)
     names = spec.shards
-    dealt = [names[first :: config.index_actors] for first in range(min(config.index_actors, len(names)))]
+    dealt = [names[first :: config.index_actors] for first in range(num_slices(config))]
     slices = [
         IndexReplica.options(  # type: ignore[attr-defined]
             name=f"index-{number}",
@@ -73,13 +73,14 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         name=ENCODER_DEPLOYMENT,
         # One batch in work and one on its way; batches are formed in the gateway.
         max_ongoing_requests=2,
-        ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": _num_gpus(config)},
+        ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": num_gpus(config)},
         **_LIFE,
         **_scale(config),
     )
     return encoder.bind(spec, *slices)
 
 
+<<<<<<< ours
 def slice_bytes(index: str | None, names: Sequence[str]) -> int:
     """Return the memory of some shards, which Ray sets aside so that a slice never starts on a node without room for it.
 
@@ -87,6 +88,11 @@ def slice_bytes(index: str | None, names: Sequence[str]) -> int:
     """
     sizes = {each["name"]: each["num_bytes"] for each in open_artifact(str(index), "index").manifest.details["shards"]}
     return int(sum(sizes[name] for name in names) + max(sizes[name] for name in names))
+=======
+def num_slices(config: VersionConfig) -> int:
+    """How many parts the index of a version is served in."""
+    return min(config.index_actors, len(version_spec("", config).shards))
+>>>>>>> theirs
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
@@ -147,7 +153,8 @@ def _scale(config: VersionConfig) -> dict[str, Any]:
     }
 
 
-def _num_gpus(config: VersionConfig) -> float:
+def num_gpus(config: VersionConfig) -> float:
+    """GPUs that each encoder process of a version asks for."""
     import ray
 
     if config.num_gpus_per_replica is not None:

@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.errors import WorkerError
+from readapt_ray.errors import WorkerError, first_line
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.versions import DocFilter, Found, LossPolicy, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import DocFilter, Found, LossPolicy, PartsDownError, Ranked, VersionInfo, merged
 
 logger = logging.getLogger("ray.serve")
 
 _RETRY_S = 0.1
+_CHECK_S = 2.5
+"""Less than a check of a whole version may take."""
 
 
 class RayBackend:
@@ -77,18 +80,45 @@ class RayBackend:
         """Encode and search for real; the seconds that the encoder took.
 
         Raises:
+            PartsDownError: some parts do not answer or fail; the log says why.
             WorkerError: a slice lost vectors.
-            Exception: whatever a replica raised.
         """
-        handles = [self._encoder, *self._slices.values()]
-        seconds, *sizes = await asyncio.gather(*(_check(each, self.info.fingerprint) for each in handles))
+        handles = {ENCODER_DEPLOYMENT: self._encoder, **self._slices}
+        answers = await asyncio.gather(*(_check(each, self.info.fingerprint) for each in handles.values()))
+        failed = {name: answer for name, answer in zip(handles, answers, strict=True) if isinstance(answer, str)}
+        if failed:
+            causes = await asyncio.to_thread(_causes, self._encoder)
+            for name, answer in failed.items():
+                logger.warning("%s of %s is down: %s", name, self._encoder.app_name, causes.get(name) or answer)
+            raise PartsDownError(sorted(failed))
+        seconds, *sizes = answers
         if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
 
 
 async def _check(handle: Any, fingerprint: str) -> Any:
-    return await handle.check.remote(fingerprint)
+    """What a part answers, or what is wrong with it as text."""
+    try:
+        async with asyncio.timeout(_CHECK_S):
+            return await handle.check.remote(fingerprint)
+    except TimeoutError:
+        return f"no answer within {_CHECK_S:g} s"
+    except Exception as error:
+        return first_line(error) or type(error).__name__
+
+
+def _causes(encoder: Any) -> dict[str, str]:
+    """What Ray Serve says of each part that it cannot start: the last line of the failure."""
+    from ray import serve
+
+    try:
+        deployments = serve.status().applications[encoder.app_name].deployments
+    except Exception as error:  # the controller may be what is down
+        logger.debug("no status of %s: %s", encoder.app_name, error)
+        return {}
+    lines = {name: [line for line in each.message.splitlines() if line.strip()] for name, each in deployments.items()}
+    return {name: each[-1].strip() for name, each in lines.items() if each}
 
 
 async def _persistently(method: Any, *given: Any) -> Any:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 
 from readapt_ray.serving import schema
-from readapt_ray.serving.versions import Version
+from readapt_ray.serving.versions import PartsDownError, Version
 
 logger = logging.getLogger("ray.serve")
 
@@ -41,6 +41,8 @@ async def _check(version: Version) -> schema.CheckResult:
             seconds = await version.backend.check()
     except TimeoutError:
         return schema.CheckResult(ready=False, reason=f"no answer within {_CHECK_S:.0f} s")
+    except PartsDownError as error:
+        return schema.CheckResult(ready=False, reason=str(error))
     except Exception as error:
         # Paths and tracebacks belong in the log, not in the answer.
         logger.warning("version %s is not ready: %s", version.info.fingerprint, error)

@@ -22,9 +22,9 @@ import yaml
 
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
-from readapt_ray.serving import app, haproxy
+from readapt_ray.serving import app, haproxy, server_file, updates
 from readapt_ray.serving.keys import read_keys
-from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
+from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
 from readapt_ray.storage import Location
 
@@ -73,11 +73,23 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
     logger.info("serving %s at %s (%s)", ", ".join(versions), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
+        _say_how_to_update(config.port)
         _wait_for_signal()
+        server_file.remove(config.port)
         _end_where_ray_ends()
         _drain(config.drain_s)
         stop()
     return url
+
+
+def _say_how_to_update(port: int) -> None:
+    import ray
+
+    variables = server_file.write(port, ray.get_runtime_context().gcs_address)
+    named = " ".join(f"{name}={value}" for name, value in variables.items())
+    logger.info(
+        "to change it: %s readapt serve --update --port %d ... (on this machine the port is enough)", named, port
+    )
 
 
 def _refuse_foreign_config(file: Location) -> None:
@@ -100,6 +112,10 @@ def _refuse_foreign_config(file: Location) -> None:
 
 
 def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:
+    import ray
+
+    if config.update and not ray.is_initialized():
+        server_file.join(config.port)
     with haproxy.preferred(config.host, config.timeout_s):
         connection.connect()
     ray_serve = _ray_serve()
@@ -127,27 +143,15 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
 
 
 def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
-    if app.GATEWAY_APP not in running:
-        raise InputError("--update changes a server that runs, and this Ray runs none; start one without it")
     wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
+    updates.check_server(config, running)
+    updates.check_same_versions({each: wanted[each] for each in set(wanted) & running}, fingerprints)
     added = [each for each in wanted if each not in running]
-    for each in set(wanted) & running:
-        name, version = wanted[each]
-        served = _ray_serve().get_deployment_handle(ENCODER_DEPLOYMENT, each).describe.remote().result()
-        if served.fingerprint != fingerprints[name]:
-            raise InputError(
-                f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
-            )
-        asked = {option: value for option, value in version.processes().items() if served.processes[option] != value}
-        other = [f"{option} = {served.processes[option]}, not {value}" for option, value in asked.items()]
-        if other:
-            raise InputError(
-                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
-                f"leave that as it is, or give the same version under another name and let this one go"
-            )
+    updates.check_room([wanted[each][1] for each in added])
     try:
-        if added:
-            _run({each: app.bind_version(*wanted[each]) for each in added})
+        with updates.sigterm_ends_it():
+            if added:
+                _run({each: app.bind_version(*wanted[each]) for each in added})
     except BaseException as error:
         found = _described(error)
         for each in added:

@@ -83,6 +83,13 @@ class VersionInfo:
         return sum(self.slices.values())
 
 
+class PartsDownError(Exception):
+    """Some processes of a version do not answer, or fail."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"not working: {', '.join(names)}; the server's log says why")
+
+
 class Backend(Protocol):
     """The encoder and the index behind a version: on Ray Serve, or in one process for a test."""
 

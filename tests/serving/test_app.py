@@ -123,10 +123,19 @@ def test_a_second_server_and_a_port_in_use_are_refused(served, world):
             serve(world.config(port=port), blocking=False)
     with pytest.raises(InputError, match="serves an app already; change it with --update"):
         serve(world.config(), blocking=False)
+    at = {"name": "tiny", "update": True, "port": served.base_url.port}
     with pytest.raises(InputError, match="'tiny' is served with another retriever, index or corpus"):
-        serve(world.config(name="tiny", **world.version("other"), update=True), blocking=False)
+        serve(world.config(**world.version("other"), **at), blocking=False)
     with pytest.raises(InputError, match="'tiny' runs with num_replicas = 1, not 2, and its processes"):
-        serve(world.config(name="tiny", index_actors=2, num_replicas=2, update=True), blocking=False)
+        serve(world.config(index_actors=2, num_replicas=2, **at), blocking=False)
+    with pytest.raises(InputError, match=rf"runs with port = {at['port']}, not \d+, and an update cannot change that"):
+        serve(world.config(name="tiny", index_actors=2, update=True), blocking=False)
+    with pytest.raises(
+        InputError, match=r"the new versions ask for 1000\.25 CPU, and .* free beside the versions that"
+    ):
+        versions = {"large": world.version("other") | {"num_cpus_per_replica": 1000}}
+        serve(world.config(versions=versions, update=True, port=at["port"]), blocking=False)
+    assert {each["version"] for each in served.get("/v1/models").json()["data"]} == {"tiny"}
     assert served.get("/healthz").status_code == 200
 
 

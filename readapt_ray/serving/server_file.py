@@ -1,0 +1,59 @@
+"""A file per port that says how to reach the Ray of the server there, so that `readapt serve --update` finds it.
+
+It lies in the temporary folder, and only this user can read it.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from readapt_ray.errors import InputError
+
+_VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE")
+
+
+def write(port: int, ray_address: str) -> dict[str, str]:
+    """Write the file of the server at a port.
+
+    Returns:
+        The environment variables by which another process joins its Ray.
+    """
+    values = {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
+    variables = {name: value for name, value in values.items() if value}
+    remove(port)
+    with os.fdopen(os.open(_file(port), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
+        json.dump(variables, stream)
+    return variables
+
+
+def remove(port: int) -> None:
+    """Remove the file of a server that ends."""
+    _file(port).unlink(missing_ok=True)
+
+
+def join(port: int) -> None:
+    """Set the environment variables by which this process joins the Ray of the server at a port, unless they are set.
+
+    Raises:
+        InputError: no server of this user wrote the file.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    try:
+        is_mine = _file(port).lstat().st_uid == os.getuid()
+        found = json.loads(_file(port).read_text()) if is_mine else {}
+    except (OSError, ValueError):
+        found = {}
+    if "RAY_ADDRESS" not in found:
+        raise InputError(
+            f"--update changes a server that runs, and this user started none on this machine at port {port}; give its --port, "
+            f"or the RAY_ADDRESS that it named when it started"
+        )
+    for name in _VARIABLES:
+        if name in found:
+            os.environ.setdefault(name, found[name])
+
+
+def _file(port: int) -> Path:
+    return Path(tempfile.gettempdir()) / f"readapt-serve-{os.getuid()}-{port}.json"

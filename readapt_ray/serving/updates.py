@@ -1,0 +1,107 @@
+"""What an update of a running server cannot do, refused before it changes anything."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence, Set
+from types import FrameType
+
+from readapt_ray.errors import InputError
+from readapt_ray.serving import app
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT
+from readapt_ray.serving.options import ServeConfig, VersionConfig
+
+
+def check_server(config: ServeConfig, running: Set[str]) -> None:
+    """See that this Ray serves, where the update says that it does.
+
+    Raises:
+        InputError: it serves nothing, or at another port or host.
+    """
+    if app.GATEWAY_APP not in running:
+        raise InputError("--update changes a server that runs, and this Ray runs none; start one without it")
+    from ray.serve.context import _get_global_client
+
+    fixed = _get_global_client().http_config
+    for option, served, asked in (("port", fixed.port, config.port), ("host", fixed.host, config.host)):
+        if served != asked:
+            raise InputError(
+                f"the server runs with {option} = {served}, not {asked}, and an update cannot change that; give --{option} {served}, "
+                f"or start another server"
+            )
+
+
+def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerprints: Mapping[str, str]) -> None:
+    """See that versions which are served already are the same.
+
+    Args:
+        kept: name and options of each version, by its application.
+        fingerprints: what each version would be now, by its name.
+
+    Raises:
+        InputError: a version is another one by now, or its processes differ.
+    """
+    from ray import serve
+
+    for each, (name, version) in kept.items():
+        served = serve.get_deployment_handle(ENCODER_DEPLOYMENT, each).describe.remote().result()
+        if served.fingerprint != fingerprints[name]:
+            raise InputError(
+                f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
+            )
+        asked = {option: value for option, value in version.processes().items() if served.processes[option] != value}
+        other = [f"{option} = {served.processes[option]}, not {value}" for option, value in asked.items()]
+        if other:
+            raise InputError(
+                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
+                f"leave that as it is, or give the same version under another name and let this one go"
+            )
+
+
+def check_room(added: Sequence[VersionConfig]) -> None:
+    """See that new versions have room beside those that are served. Only a Ray of one node is looked at: others may grow.
+
+    Raises:
+        InputError: they have none; they would wait for ever.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1:
+        return
+    free, there = ray.available_resources(), ray.cluster_resources()
+    for resource, asked in _asked(added).items():
+        if asked > free.get(resource, 0.0) + 1e-6:
+            raise InputError(
+                f"the new versions ask for {asked:g} {resource}, and {free.get(resource, 0.0):g} of {there.get(resource, 0.0):g} "
+                f"are free beside the versions that are served; lower num_cpus_per_replica, num_gpus_per_replica or "
+                f"num_cpus_per_index_actor, or first update to fewer versions"
+            )
+
+
+def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
+    asked = {"CPU": 0.0, "GPU": 0.0}
+    for each in added:
+        num_slices = app.num_slices(each)
+        asked["CPU"] += each.num_replicas * each.num_cpus_per_replica
+        asked["CPU"] += num_slices * each.index_replicas * each.num_cpus_per_index_actor
+        asked["GPU"] += each.num_replicas * app.num_gpus(each)
+    return asked
+
+
+@contextlib.contextmanager
+def sigterm_ends_it() -> Iterator[None]:
+    """Let SIGTERM end the block by an exception, as Ctrl-C does, so that what an update has added is removed."""
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(_: int, __: FrameType | None) -> None:
+        raise SystemExit(1)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,74 @@
+"""What a gateway says of a version whose processes are down; without Ray."""
+
+import asyncio
+import logging
+from types import SimpleNamespace
+
+import pytest
+from ray import serve
+
+from readapt_ray.serving import ray_backend
+from readapt_ray.serving.ray_backend import RayBackend
+from readapt_ray.serving.readiness import ReadinessCheck
+from readapt_ray.serving.versions import LossPolicy
+
+
+class Handle:
+    """A part of a version; `check` gives a value, raises it, or never ends for None."""
+
+    app_name = "readapt-tiny"
+
+    def __init__(self, answer) -> None:
+        self.answer = answer
+        self.check = SimpleNamespace(remote=self._check)
+
+    async def _check(self, _):
+        if self.answer is None:
+            await asyncio.Event().wait()
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def readiness(encoder, slices):
+    info = SimpleNamespace(fingerprint="f", slices={"index-0": 25, "index-1": 15}, num_vectors=40)
+    backend = RayBackend(info, Handle(encoder), {name: Handle(each) for name, each in slices.items()}, LossPolicy())
+    versions = {"tiny": SimpleNamespace(backend=backend, info=info)}
+    return asyncio.run(ReadinessCheck(versions).result()).versions["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def status(monkeypatch):
+    """Ray Serve's view: the second slice cannot start."""
+    monkeypatch.setattr(ray_backend, "_CHECK_S", 0.1)
+    message = (
+        "The deployment failed to start 3 times.\nTraceback ...\nArtifactMissingError: 'run/cisi-sh' does not exist\n"
+    )
+    deployments = {"encoder": SimpleNamespace(message=""), "index-1": SimpleNamespace(message=message)}
+    application = SimpleNamespace(deployments=deployments)
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"readapt-tiny": application}))
+
+
+def test_a_part_that_cannot_start_is_named_and_the_log_has_the_cause(caplog):
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        found = readiness(0.01, {"index-0": 25, "index-1": None})
+    assert (found.ready, found.reason) == (False, "not working: index-1; the server's log says why")
+    assert [each.getMessage() for each in caplog.records] == [
+        "index-1 of readapt-tiny is down: ArtifactMissingError: 'run/cisi-sh' does not exist"
+    ]
+
+
+def test_without_ray_serves_word_the_log_has_what_was_seen(caplog, monkeypatch):
+    monkeypatch.setattr(serve, "status", lambda: 1 / 0)
+    with caplog.at_level(logging.WARNING, "ray.serve"):
+        found = readiness(RuntimeError("CUDA error"), {"index-0": 25, "index-1": None})
+    assert found.reason == "not working: encoder, index-1; the server's log says why"
+    assert [each.getMessage() for each in caplog.records] == [
+        "encoder of readapt-tiny is down: CUDA error",
+        "index-1 of readapt-tiny is down: no answer within 0.1 s",
+    ]
+
+
+def test_a_version_that_works_is_ready_and_one_that_lost_vectors_is_not():
+    assert readiness(0.01, {"index-0": 25, "index-1": 15}).ready
+    assert not readiness(0.01, {"index-0": 25, "index-1": 14}).ready

@@ -1,0 +1,50 @@
+"""How an update finds the server of a port."""
+
+import os
+import stat
+
+import pytest
+
+from readapt_ray.errors import InputError
+from readapt_ray.serving import server_file
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def test_an_update_joins_the_ray_of_the_server_at_its_port(own_folder, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    named = server_file.write(8000, "127.0.0.1:6379")
+    server_file.write(8001, "127.0.0.1:7777")
+    assert named == {"RAY_ADDRESS": "127.0.0.1:6379", "RAY_AUTH_MODE": "token"}
+    assert {stat.S_IMODE(file.stat().st_mode) for file in own_folder.iterdir()} == {0o600}
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    server_file.join(8000)
+    assert (os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"]) == ("127.0.0.1:6379", "token")
+
+
+def test_an_address_that_somebody_set_is_joined(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    server_file.join(8000)
+    assert os.environ["RAY_ADDRESS"] == "10.0.0.1:6379"
+
+
+def test_without_a_server_at_the_port_no_other_ray_is_joined(own_folder):
+    server_file.write(8000, "127.0.0.1:6379")
+    server_file.remove(8000)
+    server_file.remove(8000)
+    assert list(own_folder.iterdir()) == []
+    for port in (8000, 9000):
+        with pytest.raises(
+            InputError, match=f"started none on this machine at port {port}; give its --port, or the RAY_"
+        ):
+            server_file.join(port)
+    server_file._file(8000).write_text("[")
+    with pytest.raises(InputError, match="at port 8000"):
+        server_file.join(8000)
