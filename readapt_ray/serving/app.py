@@ -80,7 +80,6 @@ def bind_version(name: str, config: VersionConfig) -> Any:
     return encoder.bind(spec, *slices)
 
 
-<<<<<<< ours
 def slice_bytes(index: str | None, names: Sequence[str]) -> int:
     """Return the memory of some shards, which Ray sets aside so that a slice never starts on a node without room for it.
 
@@ -88,11 +87,11 @@ def slice_bytes(index: str | None, names: Sequence[str]) -> int:
     """
     sizes = {each["name"]: each["num_bytes"] for each in open_artifact(str(index), "index").manifest.details["shards"]}
     return int(sum(sizes[name] for name in names) + max(sizes[name] for name in names))
-=======
+
+
 def num_slices(config: VersionConfig) -> int:
     """How many parts the index of a version is served in."""
     return min(config.index_actors, len(version_spec("", config).shards))
->>>>>>> theirs
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":

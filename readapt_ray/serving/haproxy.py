@@ -56,17 +56,19 @@ exec setpriv --pdeathsig KILL {binary} "$@"
 def preferred(host: str, timeout_s: float) -> Iterator[None]:
     """Make the Ray that starts in this context serve through HAProxy, unless the environment says otherwise.
 
-    It waits no longer for a client than the gateways do, which is `timeout_s`. Do nothing if HAProxy is not installed or cannot bind this host. Afterwards the environment is as before: the settings
-    are for Ray's processes, not for this one.
+    It waits no longer for a client than the gateways do, which is `timeout_s`. Do nothing if HAProxy is not installed or
+    cannot bind this host. Afterwards the settings are gone, since they are for Ray's processes and not for this one; what
+    else was set in this context stays.
     """
     fits = host in _HOSTS and "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ
     binary = _binary() if fits else None
-    before = dict(os.environ)
-    os.environ.update(_environment(binary, timeout_s) | before if binary else {})
+    settings = _environment(binary, timeout_s) if binary else {}
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         yield
     finally:
-        for name in os.environ.keys() - before.keys():
+        for name in added:
             del os.environ[name]
 
 
