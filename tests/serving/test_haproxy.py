@@ -55,6 +55,13 @@ def test_its_files_are_this_users_alone():
     assert max(ports) < 32_768, "Linux hands these out to whoever connects"
 
 
+def test_what_ray_sets_when_it_starts_stays(monkeypatch):
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with haproxy.preferred("127.0.0.1", 60.0):
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
 def test_what_somebody_set_stays(monkeypatch):
     monkeypatch.setenv("RAY_SERVE_HAPROXY_METRICS_PORT", "9101")
     found = settings("127.0.0.1")
