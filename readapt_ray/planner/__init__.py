@@ -120,7 +120,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         setting=setting,
         prices=prices,
         stages=scaling.estimates(steps, setting),
-        index_bytes=stages.index_bytes(_first(steps, "index"), setting.corpus.num_passages, setting.dimension),
+        index_bytes=stages.index_bytes(_first(steps, "index"), setting),
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
         grid=scaling.grid(steps, setting),
@@ -151,6 +151,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         pretrained=pretrained_shape(run.pretrained, train.objective),
         retriever=retriever,
         dimension=embed.dimensions or encoding.dimensions or retriever.hidden,
+        vector_dtype=embed.vector_dtype,
     )
 
 

@@ -12,7 +12,7 @@ from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
 from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory, train_adapter, train_memory
 from readapt_ray.recipes.chain import Step
-from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, vector_bytes
+from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, default_storage, vector_bytes
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
 from readapt_ray.stages.embed import shard_rows
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
@@ -65,6 +65,8 @@ class Setting:
     retriever: ModelShape
     dimension: int
     """Numbers of a vector that are kept."""
+    vector_dtype: str
+    """How embed stores them."""
 
 
 def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
@@ -82,10 +84,14 @@ def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
     return max(1, min(config.num_workers or most, most, shards))
 
 
-def index_bytes(config: Any, num_vectors: float, dimension: int) -> dict[str, float]:
+def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
     """Bytes in memory of each kind of index with the run's own options, ids aside."""
-    options = {name: getattr(config, name) for name in ("storage", "refine", "code_bytes")}
-    return {kind.name: num_vectors * vector_bytes(IndexOptions(kind=kind.name, **options), dimension) for kind in KINDS}
+    found = {}
+    for kind in KINDS:
+        storage = config.storage or default_storage(kind.name, setting.vector_dtype)
+        options = IndexOptions(kind=kind.name, storage=storage, refine=config.refine, code_bytes=config.code_bytes)
+        found[kind.name] = setting.corpus.num_passages * vector_bytes(options, setting.dimension)
+    return found
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:
@@ -279,7 +285,7 @@ def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
     size = 4.0 * corpus.num_passages * setting.dimension
     shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else SHARD_BYTES
     workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(size / shard)))
-    known = {} if config.factory else index_bytes(config, corpus.num_passages, setting.dimension)
+    known = {} if config.factory else index_bytes(config, setting)
     taken = "time" if config.kind in known else "time and bytes"
     return _timed(
         name,

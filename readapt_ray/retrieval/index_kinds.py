@@ -130,6 +130,11 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
     return IndexSpec(factory=factory, depth=kind.depth, is_exact=False)
 
 
+def default_storage(kind: str, vector_dtype: str | None) -> Storage:
+    """Return how vectors are stored where the options do not say: a flat index keeps float16 vectors as they are."""
+    return "float16" if vector_dtype == "float16" and kind == "flat" else "float32"
+
+
 def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
     """Vectors per shard: as many as one task holds, in shards of one size.
 

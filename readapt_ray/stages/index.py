@@ -35,7 +35,7 @@ from readapt_ray.cluster.index_shards import (
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.index_kinds import IndexOptions, Storage, choose, index_spec, shard_rows
+from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import scan_vectors
 from readapt_ray.storage import Location
@@ -153,11 +153,10 @@ def _index_options(config: IndexConfig, num_vectors: int, dimension: int, vector
         chosen = choose(num_vectors, dimension, memory_bytes=memory_bytes, min_recall=config.min_recall)
         logger.info("index: auto is %s in %s for %s vectors", chosen.kind, chosen.storage, f"{num_vectors:,}")
         return chosen
-    is_float16 = vector_dtype == "float16"
-    storage: Storage = config.storage or ("float16" if is_float16 and config.kind == "flat" else "float32")
+    storage = config.storage or default_storage(config.kind, vector_dtype)
     names = ("kind", "refine", "code_bytes", "factory", "depth", "min_recall")
     values = {name: getattr(config, name) for name in names}
-    return IndexOptions(storage=storage, is_lossless=is_float16 and storage == "float16", **values)
+    return IndexOptions(storage=storage, is_lossless=vector_dtype == storage == "float16", **values)
 
 
 def _kind_in_words(factory: str | None, kind: str, storage: str) -> str:
