@@ -242,7 +242,7 @@ class Guard:
             "ms": round(1000 * seconds, 2),
             **{f"{name}_ms": round(1000 * value, 2) for name, value in trace.seconds.items()},
         }
-        shown = {name: value for name, value in entry.items() if value not in ("", 0)}
+        shown = {name: value for name, value in entry.items() if name.endswith("_ms") or value not in ("", 0)}
         logger.info("%s %s %d", scope["method"], path, status, extra={"http": shown})
 
 
