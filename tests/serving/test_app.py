@@ -72,9 +72,9 @@ def test_the_fingerprint_of_a_version_is_known_before_it_is_served(served, world
 def test_a_slice_of_the_index_asks_for_the_memory_that_it_takes(ray_session, world):
     from readapt_ray.serving import app
 
-    shards = Path(world.pair()["index"]) / "shards"
+    shards = Path(world.version()["index"]) / "shards"
     sizes = [sum(file.stat().st_size for file in shards.glob(f"0000{number}.*")) for number in (0, 1)]
-    args = {"name": "one", **world.pair(), "index_actors": 1}
+    args = {"name": "one", **world.version(), "index_actors": 1}
     encoder = app.version(args)._bound_deployment
     [index] = encoder.init_args[1:]
     asked = index._bound_deployment._replica_config.ray_actor_options["memory"]
