@@ -73,7 +73,8 @@ def test_a_slice_of_the_index_asks_for_the_memory_that_it_takes(ray_session, wor
     from readapt_ray.serving import app
 
     shards = Path(world.version()["index"]) / "shards"
-    sizes = [sum(file.stat().st_size for file in shards.glob(f"0000{number}.*")) for number in (0, 1)]
+    files = [[shards / f"0000{number}{suffix}" for suffix in (".faiss", ".ids.parquet")] for number in (0, 1)]
+    sizes = [sum(file.stat().st_size for file in each) for each in files]
     args = {"name": "one", **world.version(), "index_actors": 1}
     encoder = app.version(args)._bound_deployment
     [index] = encoder.init_args[1:]
