@@ -55,7 +55,7 @@ def recipe(root: str) -> RunConfig:
             "block_tokens": 128,
             "batch_size": 32,
             "num_epochs": 1,
-            "learning_rate": 5e-4,
+            "learning_rate": 3e-4,
             "micro_batch_tokens": 4096,
             "num_workers": 2,
             "num_cpus_per_worker": 1,
