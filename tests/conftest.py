@@ -35,8 +35,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """See that a test ran in the lane that it belongs to."""
+    """See that a test ran in the lane that it belongs to, once its fixtures are gone."""
     lanes.check(item)
 
 

@@ -27,13 +27,13 @@ def module_of(nodeid: str) -> str:
 
 
 def check(item: pytest.Item) -> None:
-    """Fail a test that uses Ray although its module does not name `ray_session`, and so runs in the wrong lane."""
-    module = module_of(item.nodeid)
-    if uses_ray(module):
-        return
+    """Fail a test that starts a Ray beside `ray_session`, or uses it in a module of the wrong lane."""
     ray = sys.modules.get("ray")
-    started_it = bool(ray and ray.is_initialized()) and not item.config.stash.get(RAY_RUNS, False)
-    if started_it or "ray_session" in getattr(item, "fixturenames", ()):
+    if ray and ray.is_initialized() and not item.config.stash.get(RAY_RUNS, False):
+        ray.shutdown()
+        pytest.fail(f"{item.nodeid} started a Ray of its own: take the fixture ray_session")
+    module = module_of(item.nodeid)
+    if "ray_session" in getattr(item, "fixturenames", ()) and not uses_ray(module):
         pytest.fail(f"{module} uses Ray: name the fixture ray_session in it, so that it runs where Ray is")
 
 

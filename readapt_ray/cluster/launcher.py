@@ -24,6 +24,8 @@ def failures() -> list[str]:
     import ray
     from ray.autoscaler.v2.sdk import get_cluster_status
 
+    if not ray.is_initialized():  # asked for its context, Ray would start itself
+        return []
     try:
         status = get_cluster_status(ray.get_runtime_context().gcs_address)
     except Exception:  # a cluster without autoscaler, or of another Ray: this only explains another error

@@ -15,6 +15,7 @@ def told(monkeypatch: pytest.MonkeyPatch, *details: str) -> list[str]:
     failed = [
         SimpleNamespace(ray_node_type_name="gpu", instance_type_name="p5.4xlarge", details=text) for text in details
     ]
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
     status: Any = SimpleNamespace(failed_launches=failed)
     monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", lambda address: status)
@@ -50,8 +51,18 @@ def test_the_reason_is_read_from_the_heads_log_where_the_status_has_none(
 
 
 def test_a_cluster_without_a_launcher_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> Any:
-        raise RuntimeError("not connected")
+    def none(address: str) -> Any:
+        raise RuntimeError("no autoscaler")
 
-    monkeypatch.setattr("ray.get_runtime_context", none)
+    told(monkeypatch)
+    monkeypatch.setattr("ray.autoscaler.v2.sdk.get_cluster_status", none)
+    assert launcher.failures() == []
+
+
+def test_asking_starts_no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> Any:
+        pytest.fail("Ray starts itself when it is asked for its context")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.get_runtime_context", start)
     assert launcher.failures() == []
