@@ -1,4 +1,4 @@
-"""What does a large packed batch cost in quality? Loss on withheld passages after equal tokens, by size of the step.
+"""Measure what a large packed batch costs in quality: loss on withheld passages after equal tokens, by size of the step.
 
     python benchmarks/batch_size.py --root /tmp/batch --seeds 3
 

@@ -34,7 +34,7 @@ _COMMANDS: dict[str, str] = {
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
-    "doctor": "see within a minute what will fail on this machine, or on all nodes of a cluster, and how to mend it",
+    "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
     "status": "show what is done, running and missing in the folder of a run",
 }

@@ -179,7 +179,7 @@ def seen_at_uri(uri: str) -> tuple[list[str], int]:
 
 
 def _at_uri(uri: str, *, with_weights: bool) -> tuple[dict[str, int], str]:
-    """Return the sizes of a model's files, and what stands for their content."""
+    """Return the sizes of a model's files by name, and a fingerprint of the listing."""
     listing = [(name, info) for name, info in Location(uri).listing(recursive=True) if _OF_THE_MODEL.fullmatch(name)]
     if not listing:
         raise ModelError(f"no model at {uri!r}: the folder is empty or does not exist")

@@ -23,7 +23,7 @@ logger = logging.getLogger("readapt_ray")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 _PLANNED: dict[str, Any] = {"sha256": "", "times": []}
-"""Of a file that is not fetched yet."""
+"""The record of a file that is not fetched yet."""
 
 
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:

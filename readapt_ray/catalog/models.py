@@ -52,7 +52,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def encoding(self) -> Encoding:
-        """How it encodes text.
+        """Return how the model encodes text.
 
         A folder's own files always win: readapt.json, then those of sentence-transformers. The catalog speaks for models
         that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say

@@ -2,34 +2,21 @@
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from concurrent.futures import Future
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class InBackground(Generic[T]):
-    """Runs a function in a thread that ends with the process."""
+def run_in_background(function: Callable[[], T]) -> Future[T]:
+    """Run a function in a thread that ends with the process; threads of an executor would keep a Ctrl-C waiting."""
+    future: Future[T] = Future()
 
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._made: list[T] = []
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._made.append(self._function())
+            future.set_result(function())
         except BaseException as error:
-            self._error = error
+            future.set_exception(error)
 
-    def wait(self) -> None:
-        """Wait for its end, whatever it is."""
-        self._thread.join()
-
-    def result(self) -> T:
-        """Wait for its end, and return what it returned or raise what it raised."""
-        self.wait()
-        if self._error is not None:
-            raise self._error
-        return self._made[0]
+    threading.Thread(target=run, daemon=True).start()
+    return future

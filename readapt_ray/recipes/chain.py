@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models
 from readapt_ray.config import Config, StageConfig
 from readapt_ray.errors import CorpusError, InputError, ModelError
-from readapt_ray.recipes.background import InBackground
+from readapt_ray.recipes.background import run_in_background
 from readapt_ray.stages import STAGES
 from readapt_ray.storage import Location
 
@@ -269,19 +270,19 @@ def run(config: RunConfig) -> dict[str, Artifact]:
     outputs = [{"stage": step.stage, "output": step.name} for step in steps]
     made: dict[str, Artifact] = {}
     judged = True
-    beside: tuple[Step, InBackground[Artifact]] | None = None
+    beside: tuple[Step, Future[Artifact]] | None = None
     for number, step in enumerate(steps, 1):
         if step.needs_judgements and not judged:
             continue
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
         if runs_beside_next(steps, number - 1) and _leaves_gpus_idle(step):
-            beside = step, InBackground(functools.partial(run_stage, step.stage, step.config))
+            beside = step, run_in_background(functools.partial(run_stage, step.stage, step.config))
             continue
         try:
             made[step.name] = run_stage(step.stage, step.config)
         except Exception:
             if beside is not None:
-                beside[1].wait()
+                wait([beside[1]])
             raise
         if beside is not None:
             made[beside[0].name] = beside[1].result()

@@ -194,11 +194,12 @@ def _run(
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
         pieces = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
+        searched = _pieces(source)
         depth = min(config.top_k + config.drop_self_hits, source.num_vectors)
         size = max(1, _HITS_A_ROUND // max(1, depth * _QUERIES_A_PIECE))
         for first in range(0, len(pieces), size):
             asked = queries[first * _QUERIES_A_PIECE : (first + size) * _QUERIES_A_PIECE]
-            table = _results(config, source, pieces[first : first + size], asked)
+            table = _results(config, searched, pieces[first : first + size], asked)
             num_results += len(table)
             yield table
 
@@ -210,18 +211,23 @@ def _run(
     return num_results
 
 
-def _results(config: SearchConfig, source: _Source, vectors: Sequence[Any], queries: Sequence[Query]) -> pa.Table:
-    """What some queries find: query_id, doc_id, score.
+def _pieces(source: _Source) -> Pieces:
+    """Cut what is searched into a piece per task; footers of vectors are read here, once."""
+    total = connection.connect()
+    on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
+    num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)
+    return Pieces(source.artifact, source.pieces(num_at_once), on_gpus=on_gpus, num_at_once=num_at_once)
+
+
+def _results(config: SearchConfig, searched: Pieces, vectors: Sequence[Any], queries: Sequence[Query]) -> pa.Table:
+    """Return what some queries find: query_id, doc_id, score.
 
     Args:
+        searched: the pieces of the index or of the vectors.
         vectors: Ray's references to pieces of the queries' vectors.
         queries: the queries.
     """
     depth = config.top_k + config.drop_self_hits
-    total = connection.connect()
-    on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
-    num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)
-    searched = Pieces(source.artifact, source.pieces(num_at_once), on_gpus=on_gpus, num_at_once=num_at_once)
     best = merge_rows(searched.search(vectors, depth), len(queries), depth)
     distinct, codes = np.unique(best.rows, return_inverse=True)
     names = searched.names(distinct)
@@ -254,7 +260,7 @@ def _encode_queries(
     *,
     workspace: Workspace,
 ) -> list[Any]:
-    """References to float32 [512, D] each: vectors do not depend on how many tasks there are, one for each GPU or core."""
+    """Return references to float32 [512, D] each: vectors do not depend on the number of tasks, one per GPU or core."""
     import ray
 
     texts = [query.text for query in queries]

@@ -83,6 +83,18 @@ def test_queries_in_pieces_for_several_tasks_keep_their_order(world, monkeypatch
 
 
 @pytest.mark.parametrize("source", ["index", "vectors"])
+def test_rounds_of_queries_give_one_run_and_read_footers_once(world, monkeypatch, source):
+    root, passages, queries = world
+    monkeypatch.setattr(search_stage, "_QUERIES_A_PIECE", 3)
+    monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 30)
+    read, named_footers = [], search_stage.named_footers
+    monkeypatch.setattr(search_stage, "named_footers", lambda folder: read.append(folder) or named_footers(folder))
+    artifact = search(_config(root, f"rounds-{source}.trec", source))
+    _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
+    assert len(read) == (source == "vectors")
+
+
+@pytest.mark.parametrize("source", ["index", "vectors"])
 def test_the_run_is_what_numpy_finds(world, source):
     root, passages, queries = world
     artifact = search(_config(root, f"{source}.trec", source))
@@ -223,7 +235,7 @@ def test_rows_of_all_pieces_are_merged_and_named_as_one_sort_would(ray_session, 
     asked = random.integers(1, 5, size=(30, 4)).astype(np.float32)
     config = SearchConfig(retriever="m", queries="q", output="o.trec", top_k=9, drop_self_hits=True, **{source: "x"})
     pieces = [ray.put(asked[:16]), ray.put(asked[16:])]
-    table = search_stage._results(config, search_stage._Source(artifact), pieces, queries)
+    table = search_stage._results(config, search_stage._pieces(search_stage._Source(artifact)), pieces, queries)
     found = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
     due = []
     for query, scores in zip(queries, asked @ vectors.T, strict=True):

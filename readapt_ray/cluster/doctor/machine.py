@@ -1,5 +1,6 @@
 """All checks of one machine: what `readapt doctor` looks at here, and on every node of a cluster."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import shutil
@@ -86,7 +87,7 @@ def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
         return Finding("ok")
 
     silent = "{!r} was not found by then: give this node a way to the hub (HF_ENDPOINT, HTTPS_PROXY), or give a folder or a URI"
-    checks = [Check(name, lambda name=name: look(name), silent.format(name)) for name in models]  # type: ignore[misc]
+    checks = [Check(name, functools.partial(look, name), silent.format(name)) for name in models]
     found = run_checks(checks, limit_s=limit_s)
     problems = [problem for finding in found.values() for problem in finding.problems]
     for cache, num_bytes in to_fetch.items():
