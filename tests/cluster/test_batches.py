@@ -51,4 +51,6 @@ def test_a_batch_smaller_than_the_workers_is_refused_with_what_would_do(monkeypa
     pairs = FinetuneConfig(model="m", corpus="c", output="o", batch_size=6)
     with pytest.raises(PlacementError, match="6 pairs cannot feed 8 workers: give batch_size 8 or more, or"):
         batches.check_batch_feeds(pairs, 6, "pairs")
+    with pytest.raises(PlacementError, match="7 pairs cannot feed 8 workers"):
+        batches.check_batch_feeds(pairs, 7, "pairs")
     batches.check_batch_feeds(config(num_workers=6), 6, "blocks")

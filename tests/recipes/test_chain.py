@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -356,6 +357,7 @@ class Stages:
         self.events: list[tuple[str, str]] = []
         self.began: dict[str, threading.Event] = defaultdict(threading.Event)
         self.waits: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
         self._broken = broken
         monkeypatch.setattr(chain, "run_stage", self._run)
         monkeypatch.setattr(chain, "_leaves_gpus_idle", lambda step: has_gpus)
@@ -370,6 +372,7 @@ class Stages:
             assert self.began[self.waits[name]].wait(20), f"{name} and {self.waits[name]} do not run at once"
         if name == self._broken:
             raise ModelError("broken")
+        time.sleep(self.seconds.get(name, 0.0))
         self.events.append(("end", name))
         return name
 
@@ -410,3 +413,14 @@ def test_what_fails_in_the_background_fails_the_run_after_the_stage_beside_it(
         chain.run(run_of(tmp_path))
     assert ("end", "vectors/retriever") in stages.events, "it is kept for the next start"
     assert ("begin", "vectors/adapted") not in stages.events
+
+
+def test_what_runs_in_the_background_is_waited_for_where_the_stage_beside_it_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "root").mkdir()
+    stages = Stages(monkeypatch, broken="vectors/retriever")
+    stages.waits, stages.seconds = {"vectors/retriever": "adapted"}, {"adapted": 0.5}
+    with pytest.raises(ModelError, match="broken"):
+        chain.run(run_of(tmp_path))
+    assert stages.events[-1] == ("end", "adapted"), "it is kept for the next start"
