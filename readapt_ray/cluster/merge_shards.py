@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from readapt_ray.weights.cast_loss import CastLoss
     from readapt_ray.weights.export import WeightPlan
     from readapt_ray.weights.merge_plan import MergeModels
-    from readapt_ray.weights.readapter import Readapter, Scales
+    from readapt_ray.weights.merging import Readapter, Scales
 
 
 @dataclass(frozen=True, kw_only=True)

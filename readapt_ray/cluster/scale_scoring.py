@@ -182,10 +182,10 @@ class _ScaleScorer:
         from readapt_ray.nn import attention
         from readapt_ray.retrieval.encoder import DTYPES, Encoder
         from readapt_ray.weights.adapter import Adapter
-        from readapt_ray.weights.checkpoint import Checkpoint
-        from readapt_ray.weights.live import LiveReadapter
+        from readapt_ray.weights.live_scales import LiveReadapter
         from readapt_ray.weights.loading import load_model
-        from readapt_ray.weights.readapter import Readapter, open_retriever
+        from readapt_ray.weights.merging import Readapter, open_retriever
+        from readapt_ray.weights.weight_files import Checkpoint
 
         job = self._job
         pretrained, retriever, adapter = (self._same_model(name) for name in MODELS)

@@ -15,7 +15,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import corpora, models, retrievers
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import CorpusError, ModelError
-from readapt_ray.retrieval.templates import fill_passage
+from readapt_ray.retrieval.tokenization import fill_passage
 from readapt_ray.sources.cleaning import checked
 from readapt_ray.sources.opening import open_source
 from readapt_ray.sources.source import BadRow, Limits

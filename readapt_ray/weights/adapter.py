@@ -14,9 +14,9 @@ from typing import Any
 
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Factors
+from readapt_ray.weights.deltas import Factors
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = {

@@ -23,10 +23,10 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_FILES
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
+from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
-from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.weight_files import DTYPE_CODES, Checkpoint
 
 BUNDLE_NAME = "bundle.json"
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from readapt_ray.weights.readapter import TensorRows
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.merging import TensorRows
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
-from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
+from readapt_ray.weights.weight_files import Checkpoint, is_buffer
 
 
 def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn.Module:

@@ -25,10 +25,10 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint, file_header, is_finite, read_header
+from readapt_ray.weights.deltas import Difference, Factors
 from readapt_ray.weights.ordered_map import Budget, ordered_map
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Difference, Factors
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint, file_header, is_finite, read_header
 
 FACTOR_DTYPE = torch.bfloat16
 """Type of stored factors. Its rounding error is part of the reported variance and small against the truncation."""

@@ -12,12 +12,12 @@ from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.bundle import check_base, open_bundle
-from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.compatibility import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.low_rank import check_shapes
+from readapt_ray.weights.merging import Readapter, Scales, one_per_adapter, open_retriever
 from readapt_ray.weights.provenance import MergeInput, hashed_in_background
-from readapt_ray.weights.readapter import Readapter, Scales, one_per_adapter, open_retriever
+from readapt_ray.weights.weight_files import Checkpoint
 
 Roles = tuple[tuple[str, OpenModel], ...]
 """Role and model of each input, the pretrained one first."""

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import Checkpoint, read_header
+from readapt_ray.weights.weight_files import Checkpoint, read_header
 
 _HEAD_FILE = "head.safetensors"
 

@@ -1,4 +1,4 @@
-"""Any pair of scales in a live model, without a reload: what a search over scales needs.
+"""Set the scales of the merge in a model in memory, without loading it again.
 
 In: a loaded headless model and the three inputs of the merge. It holds on the model's device one copy of the
 pretrained weights, of the retriever's (or its factors) and of the adapters' factors; setting the
@@ -13,9 +13,9 @@ import torch
 from readapt_ray.errors import WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.weights.adapter import listed
+from readapt_ray.weights.merging import Readapter, Scales, TensorTerms, one_per_adapter
 from readapt_ray.weights.ordered_map import ordered_map
-from readapt_ray.weights.readapter import Readapter, Scales, TensorTerms, one_per_adapter
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 _DEVICE_SLICE_ELEMENTS = 1 << 24
 _NUM_WAITING = 8

@@ -1,4 +1,4 @@
-"""Memory that is made once and used again: fresh memory costs a page fault for every 4 KiB, more than a sum does."""
+"""Reuse memory buffers: fresh memory costs a page fault for every 4 KiB, more than the sum computed in it."""
 
 import math
 from collections.abc import Sequence

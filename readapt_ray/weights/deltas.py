@@ -1,4 +1,4 @@
-"""What is added to one pretrained weight: `tuned - pretrained`, in each of the forms in which it is stored.
+"""Add `scale * (tuned - pretrained)` to a pretrained weight, in each form in which a difference is stored.
 
 In: rows of the pretrained weight W and of the tuned one, its factors, or the difference itself.
 Out: `total += scale * (tuned - W)`, in place. Memory: at most one buffer of the size of the rows.
@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The equation of RE-AdaptIR, tensor by tensor and a slice of rows at a time.
+"""Merge models by the equation of RE-AdaptIR, tensor by tensor and a slice of rows at a time.
 
     readapted = pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * (tuned - pretrained)
 
@@ -20,10 +20,10 @@ import torch
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME
 from readapt_ray.weights.adapter import Adapter, listed
-from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
+from readapt_ray.weights.deltas import Factors, Term, Whole
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Factors, Term, Whole
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_order
 
 logger = logging.getLogger("readapt_ray")
 

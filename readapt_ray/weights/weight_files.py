@@ -1,4 +1,4 @@
-"""A model's weights as they lie on disk, read a piece at a time.
+"""Read the weight files of a model, a piece at a time.
 
 In: a local folder of safetensors, one file or shards with an index. Out: shapes, types and rows of
 tensors under headless names (`layers.0...`), whatever names the files use. Opening reads headers
@@ -18,8 +18,8 @@ import torch
 
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Whole
+from readapt_ray.weights.deltas import Whole
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 _DTYPES = {
     "F64": torch.float64,

@@ -1,4 +1,4 @@
-"""Whether a model is still the one that it was made from: configs and tokenizers, compared before a weight is read.
+"""Check that a model still is the one that it was made from: compare configs and tokenizers, read no weight.
 
 In: two models on this machine's disk. Out: nothing, or an error that lists what differs and names
 the option that settles it. Weights of equal shapes can belong to models that compute otherwise
