@@ -158,7 +158,6 @@ class Lease:
         if error is None:
             return
         try:
-            self.confirm()
             self.say(is_over=True)
         except (OSError, StorageError) as refused:
             logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
@@ -168,9 +167,13 @@ class Lease:
         return float(round(self._says["seconds_before"] + time.monotonic() - self._started_s, 3))
 
     def say(self, **changes: Any) -> None:
-        """Change what the lease says."""
+        """Change what the lease says.
+
+        Raises:
+            ArtifactConflictError: another process took the artifact over; its lease stays as it is.
+        """
         self._says = {**self._says, **changes}
-        self._write()
+        self._renew()
 
     def confirm(self) -> None:
         """Return if the artifact is still this process's.
@@ -198,15 +201,14 @@ class Lease:
         latest = read_lease(self._file)
         if latest is not None and latest["owner"] != (self._before or {}).get("owner"):
             raise _in_use(latest, self._location)
-        self._write()
+        self._file.write_text(self._text())
         time.sleep(_SETTLE_S)
         self.confirm()
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
-                self.confirm()
-                self._write()
+                self._renew()
             except ArtifactConflictError as lost:
                 logger.error("%s", lost)
                 self._interrupt()
@@ -220,8 +222,13 @@ class Lease:
         if self._is_on_main_thread and is_handled and main is not None and not self._stop.is_set():
             signal.pthread_kill(main, signal.SIGINT)
 
-    def _write(self) -> None:
+    def _renew(self) -> None:
+        """Confirm that the lease is ours and write it, as one step among the threads of this process.
+
+        Else one thread would see that another process took over while a second one writes ours again, and both give way.
+        """
         with self._writing:
+            self.confirm()
             self._file.write_text(self._text())
 
     def _text(self) -> str:
