@@ -61,6 +61,15 @@ def num_cpus() -> int | None:
     return _whole_number("READAPT_NUM_CPUS")
 
 
+def num_gpus() -> int | None:
+    """Return READAPT_NUM_GPUS: how many GPUs Ray's autoscaler may bring; None where the cluster is what is up.
+
+    Raises:
+        InputError: it is not a whole number from 1.
+    """
+    return _whole_number("READAPT_NUM_GPUS")
+
+
 def num_nodes() -> int:
     """Return READAPT_NUM_NODES: how many nodes a cluster must have before work starts; 1 unless it is set.
 

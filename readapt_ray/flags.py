@@ -136,6 +136,8 @@ def _metavar(annotation: Any) -> str:
         return "{" + ",".join(map(str, arguments)) + "}"
     if is_list(annotation):
         return "A,B,..."
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _metavar(arguments[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType) and arguments:
         return _metavar(arguments[0])
     return {int: "N", float: "X", str: "TEXT"}.get(annotation, "FILE")

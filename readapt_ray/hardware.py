@@ -1,11 +1,15 @@
 """What the work was done on, for manifests and heartbeats: this machine, and the cluster once it was joined."""
 
 import functools
+import math
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+_CGROUPS: Final = Path("/sys/fs/cgroup")
+_OWN_CGROUP: Final = Path("/proc/self/cgroup")
 _cluster: dict[str, Any] = {}
 _BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")
 
@@ -26,8 +30,52 @@ def machine_info() -> dict[str, Any]:
 
 
 def num_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: those it may run on, and no more than its container's quota.
+
+    A pod with 8 CPUs on a host with 192 may run on all of them, for 8 CPU seconds per second: 192 threads would spend most
+    of their time waiting for each other.
+    """
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *_quotas()]))
+
+
+def _quotas() -> Iterator[int]:
+    """Yield the CPU quotas of this process's control group and of those above it, rounded up to whole cores.
+
+    Files that are absent say nothing: a container sees its own group as the root, whatever path /proc names.
+    """
+    try:
+        lines = _OWN_CGROUP.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            continue
+        root = _CGROUPS / controllers
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
+            quota = _quota_v1(folder) if controllers else _quota_v2(folder)
+            if quota is not None:
+                yield quota
+
+
+def _quota_v2(folder: Path) -> int | None:
+    """Return the quota of `cpu.max`, which holds microseconds or "max", and a period."""
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(folder: Path) -> int | None:
+    """Return the quota of `cpu.cfs_quota_us`, which is negative where there is none."""
+    try:
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return None if quota <= 0 else math.ceil(quota / period)
+    except (OSError, ValueError):
+        return None
 
 
 def has_bfloat16_units() -> bool:

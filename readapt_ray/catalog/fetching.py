@@ -20,7 +20,9 @@ logger = logging.getLogger("readapt_ray")
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 
-_PATTERNS = tuple(f"*{suffix}" for suffix in MODEL_SUFFIXES)
+_SMALL_SUFFIXES = tuple(suffix for suffix in MODEL_SUFFIXES if suffix != ".safetensors")
+_SMALL_PATTERNS = tuple(f"*{suffix}" for suffix in _SMALL_SUFFIXES)
+_PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
 # The folder's own files, the modules of sentence-transformers (1_Pooling), and the parts of a bundle.
 _OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
 _ATTEMPTS = 5
@@ -34,13 +36,14 @@ _REFUSED = (401, 403, 404)
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def from_hub(name: str, hub_id: str, revision: str | None = None) -> Path:
+def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """A snapshot in the hub's cache.
 
     Args:
         name: what the user calls the model; used in errors.
         hub_id: owner and name.
         revision: a commit; the newest unless given.
+        with_weights: False fetches configuration and tokenizer alone.
 
     Raises:
         ModelError: the hub has no such model or does not give it, or offline it is not in the cache.
@@ -53,7 +56,7 @@ def from_hub(name: str, hub_id: str, revision: str | None = None) -> Path:
     attempt = 0
     while True:
         try:
-            return _snapshot(hub_id, revision)
+            return _snapshot(hub_id, revision, with_weights=with_weights)
         except InputError:
             raise
         except Exception as error:
@@ -73,14 +76,14 @@ def from_hub(name: str, hub_id: str, revision: str | None = None) -> Path:
             time.sleep(wait_s)
 
 
-def _snapshot(hub_id: str, revision: str | None) -> Path:
+def _snapshot(hub_id: str, revision: str | None, *, with_weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
 
-    folder = fetch(*_PATTERNS)
-    if not pickled.has_safetensors(folder):
+    folder = fetch(*(_PATTERNS if with_weights else _SMALL_PATTERNS))
+    if with_weights and not pickled.has_safetensors(folder):
         folder = fetch(*_PATTERNS, *pickled.PICKLED)
     model_cache.checked_snapshot(folder, fetch)
     return folder
@@ -104,8 +107,8 @@ def _is_final(cause: BaseException) -> bool:
     return isinstance(cause, OSError) and cause.errno in _DISK
 
 
-def from_uri(uri: str) -> Path:
-    """The local copy of a model in an object store.
+def from_uri(uri: str, *, with_weights: bool = True) -> Path:
+    """The local copy of a model in an object store; without its weights it is a copy apart.
 
     Raises:
         ModelError: the folder is empty or does not exist, or a file did not arrive whole.
@@ -121,5 +124,13 @@ def from_uri(uri: str) -> Path:
         if name.endswith(MODEL_SUFFIXES)
         or (not has_safetensors and any(Path(name).match(pattern) for pattern in pickled.PICKLED))
     }
-    key = fingerprint([uri, [(name, info.size, info.mtime_ns) for name, info in listing]])
+    if not with_weights:
+        sizes_bytes = {name: size for name, size in sizes_bytes.items() if Path(name).suffix in _SMALL_SUFFIXES}
+    key = fingerprint(
+        [
+            uri,
+            *([] if with_weights else ["without weights"]),
+            [(name, info.size, info.mtime_ns) for name, info in listing],
+        ]
+    )
     return model_cache.fetched(source, sizes_bytes, key)

@@ -132,11 +132,12 @@ class OpenModel(ModelFolder):
         ]
 
 
-def open_model(name: str) -> OpenModel:
+def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
         name: a catalog name, a local folder, a URI, or a hub id; the two from the hub may end with `@` and a commit.
+        with_weights: False brings configuration and tokenizer alone, which is a thousandth of a large model.
 
     Raises:
         ModelError: nothing of that name, or what is there is not a model, unfinished, or computed by code of its own.
@@ -150,16 +151,16 @@ def open_model(name: str) -> OpenModel:
         folder = _BUILTIN_FOLDER / target.removeprefix(_BUILTIN)
     elif "://" in target:
         _check_finished(Location(target), name)
-        folder = fetching.from_uri(target)
+        folder = fetching.from_uri(target, with_weights=with_weights)
     elif (folder_of_user := own_folder(name)) is not None:
         folder = folder_of_user
         _check_finished(Location(str(folder)), name)
     elif _HUB_ID.fullmatch(target) and not Path(target).exists():
-        folder = fetching.from_hub(name, target, revision)
+        folder = fetching.from_hub(name, target, revision, with_weights=with_weights)
     else:
         known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
-    model = OpenModel(name=name, folder=pickled.safe_folder(folder, name))
+    model = OpenModel(name=name, folder=pickled.safe_folder(folder, name) if with_weights else folder)
     if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
     _check_own_code(model)

@@ -54,6 +54,7 @@ class Resources:
 
     num_cpus: int
     num_gpus: int
+    """Those that the autoscaler may bring included (READAPT_NUM_GPUS)."""
     num_nodes: int
 
 
@@ -76,9 +77,10 @@ def connect() -> Resources:
         _hush_ray_data()
         nodes = _nodes_that_came(num_nodes if joins else 1)
         if joins and len(nodes) > 1:
-            _check_alike(nodes)
+            check_alike(nodes)
     totals = ray.cluster_resources()
-    found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=int(totals.get("GPU", 0)), num_nodes=len(nodes))
+    num_gpus = max(int(totals.get("GPU", 0)), environment.num_gpus() or 0)
+    found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=num_gpus, num_nodes=len(nodes))
     hardware.note_cluster(num_nodes=found.num_nodes, num_cpus=found.num_cpus, gpus=_gpus_by_kind(nodes))
     return found
 
@@ -136,7 +138,7 @@ def _start_on_this_machine() -> None:
     ray.init(
         address="local",  # without a word Ray joins what it last saw on this machine, alive or not
         include_dashboard=False,
-        num_cpus=environment.num_cpus(),
+        num_cpus=environment.num_cpus() or hardware.num_cores(),
         logging_level=logging.ERROR,
         log_to_driver=False,
     )
@@ -173,7 +175,7 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
         time.sleep(_WAIT_POLL_S)
 
 
-def _check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
+def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
     """See that all nodes run this package and this torch.
 
     Raises:

@@ -10,7 +10,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from readapt_ray.cluster import connection, nodes
+from readapt_ray import environment
+from readapt_ray.cluster import autoscaling, connection, nodes
 from readapt_ray.errors import PlacementError
 
 logger = logging.getLogger("readapt_ray")
@@ -50,27 +51,37 @@ def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
 def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
     """Number of workers, resources of each, and whether they have a GPU.
 
-    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
-    since threads share weights and need no messages.
-
     Raises:
         PlacementError: the cluster does not have that much.
     """
-    total = connection.connect()
-    if total.num_gpus:
-        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
-        count = num_workers or max(1, room_for(resources))
-    else:
-        most, share = largest_share(num_workers)
-        resources = {"CPU": float(num_cpus_per_worker or share)}
-        count = num_workers or max(1, min(most, room_for(resources)))
+    count, resources = _training_workers(num_workers, num_cpus_per_worker)
     check_placement(count, resources, who="workers")
-    return count, resources, bool(total.num_gpus)
+    return count, resources, "GPU" in resources
+
+
+def num_training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> int:
+    """Number of workers that `place_training` would place."""
+    return _training_workers(num_workers, num_cpus_per_worker)[0]
+
+
+def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float]]:
+    """Number of workers and the resources of each.
+
+    Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
+    since threads share weights and need no messages.
+    """
+    if connection.connect().num_gpus:
+        resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
+        return num_workers or max(1, room_for(resources)), resources
+    most, share = largest_share(num_workers)
+    resources = {"CPU": float(num_cpus_per_worker or share)}
+    return num_workers or max(1, min(most, room_for(resources))), resources
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """How many workers that ask for so much the nodes hold when they are idle."""
-    return sum(_room(node["Resources"], each) for node in nodes.alive())
+    """How many workers that ask for so much the nodes hold when they are idle, those that the autoscaler may bring included."""
+    room = nodes.room_for(each)
+    return max(room, int((environment.num_gpus() or 0) // each["GPU"])) if autoscaling.may_grow(each) else room
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
@@ -87,12 +98,14 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
     """
     import ray
 
+    if autoscaling.may_grow(each) and nodes.room_for(each) < num_workers <= room_for(each):
+        return
     asked = _asked(num_workers, each, who)
     lost_s: float | None = None
     while True:
         known = ray.nodes()
         up = [node for node in known if node["Alive"]]
-        room = sum(_room(node["Resources"], each) for node in up)
+        room = sum(nodes.room_on(node["Resources"], each) for node in up)
         if room >= num_workers:
             break
         lost_s = lost_s or time.monotonic()
@@ -143,7 +156,7 @@ def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: thr
         except (ray.exceptions.RayError, ConnectionError) as error:
             logger.debug("no answer about nodes: %s", error)
             continue
-        room = sum(_room(node["Resources"], each) for node in up)
+        room = sum(nodes.room_on(node["Resources"], each) for node in up)
         small_s = small_s + _ROOM_POLL_S if room < num_workers else 0.0
         if small_s and small_s % _ROOM_LOG_S == _ROOM_SAID_S:
             logger.warning(
@@ -156,11 +169,6 @@ def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: thr
 
 def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
     return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
-
-
-def _room(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """How many of such workers a node holds."""
-    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
 
 
 def largest_share(num_workers: int | None) -> tuple[int, int]:

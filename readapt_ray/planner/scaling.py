@@ -12,16 +12,12 @@ from readapt_ray.planner import stages
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes.chain import Step
-from readapt_ray.stages.embed import MAX_SHARD_ROWS
 
 WORKERS: Final = (1, 8, 64, 256, 1000)
 
 _DAY_S: Final = 86_400
 _ID_BYTES: Final = {"none": 48, "exact": 96, "auto": 96, "near": 4096}
 """Bytes per passage that ingest holds, by `deduplicate` (stages/ingest.py)."""
-_EMBED_DRIVER_BYTES: Final = 142
-"""Bytes per passage in embed's driver: hashes of the ids, sorted, and a file's ids as text; measured over 10M passages
-(benchmarks/results/bookkeeping.json)."""
 _MAX_FILES: Final = 100_000
 _SCAN_BYTES_PER_S: Final = 1e10
 _SHARE_OF_MEMORY: Final = 0.7
@@ -69,7 +65,7 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
     head_bytes = _head(cluster).memory_bytes
-    rows = configs["embed"].rows_per_shard or MAX_SHARD_ROWS
+    rows = stages.embed_rows(configs["embed"], setting)
     limits = [
         Limit(
             _DAY_S * rate / corpus.text_bytes,
@@ -80,11 +76,6 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
             _SHARE_OF_MEMORY * head_bytes / id_bytes,
             f"ingest holds {id_bytes} bytes per passage: over the head node's memory ({head_bytes / 1e9:.0f} GB)",
             "--deduplicate none, a larger head node, or parts",
-        ),
-        Limit(
-            _SHARE_OF_MEMORY * head_bytes / _EMBED_DRIVER_BYTES,
-            f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats",
-            "a larger head node, or parts",
         ),
         Limit(
             float(rows * _MAX_FILES),
@@ -131,7 +122,9 @@ def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[L
         )
     ]
     many = scaled(setting.cluster, max(WORKERS))
-    shards = stages.embed_workers(configs["embed"].model_copy(update={"num_workers": None}), setting.corpus, many)
+    shards = stages.embed_workers(
+        configs["embed"].model_copy(update={"num_workers": None}), replace(setting, cluster=many)
+    )
     if shards < many.num_gpus or not setting.cluster.num_gpus:
         what = f"embed has {shards:,} data shards: more actors have nothing to do"
         limits.append(Limit(float(shards), what, "lower embed.rows_per_shard"))

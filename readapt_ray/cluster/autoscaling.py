@@ -1,0 +1,73 @@
+"""GPU nodes that Ray's autoscaler brings when a stage asks for them, and takes away when none does.
+
+READAPT_NUM_GPUS says how many GPUs the cluster may grow to; without it the cluster is what is up. While a stage
+runs, what it asked for is requested, so that a lost spot node is replaced; afterwards nothing is, and idle nodes end after
+the autoscaler's idle_timeout_minutes.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+
+from readapt_ray import environment
+from readapt_ray.cluster import connection, nodes
+from readapt_ray.errors import PlacementError
+
+logger = logging.getLogger("readapt_ray")
+
+_POLL_S = 1.0
+_SAID_S = 20.0
+_PATIENCE_S = 300.0
+"""How long training waits for the rest of its workers once the least number could start: later ones restart it."""
+
+
+def may_grow(each: Mapping[str, float]) -> bool:
+    """Whether the autoscaler may bring nodes for workers that ask for so much."""
+    return bool(each.get("GPU")) and environment.num_gpus() is not None
+
+
+@contextlib.contextmanager
+def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Iterator[None]:
+    """While the block runs, ask the autoscaler for room for these workers; begin the block once enough is there.
+
+    Args:
+        num_workers: how many are wanted; the block begins at once where all have room.
+        each: what a worker asks for.
+        least: how many the block can begin with, after waiting for the others for five minutes.
+
+    Raises:
+        PlacementError: nodes for `least` did not come within READAPT_WAIT_S seconds, or have other versions.
+    """
+    if not may_grow(each):
+        yield
+        return
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[{name: amount for name, amount in each.items() if amount}] * num_workers)
+    try:
+        _wait(num_workers, each, least)
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def _wait(num_workers: int, each: Mapping[str, float], least: int) -> None:
+    """Wait until there is room; the nodes that came are checked, and noted for manifests."""
+    before = {node["NodeID"] for node in nodes.alive()}
+    started_s, said_s = time.monotonic(), 0.0
+    while (room := nodes.room_for(each)) < num_workers:
+        waited_s = time.monotonic() - started_s
+        if room >= least and (least == 1 or waited_s > _PATIENCE_S):
+            break
+        if waited_s > environment.wait_s():
+            raise PlacementError(
+                f"{least} GPUs are needed and the autoscaler brought {room} within {environment.wait_s():g} s "
+                f"(READAPT_WAIT_S): look at `ray status` for quota and capacity, or lower READAPT_NUM_GPUS"
+            )
+        if waited_s - said_s > _SAID_S:
+            said_s = waited_s
+            logger.info("waiting for GPU nodes: room for %d of %d workers after %.0f s", room, num_workers, waited_s)
+        time.sleep(_POLL_S)
+    connection.check_alike([node for node in nodes.alive() if node["NodeID"] not in before])
+    connection.connect()

@@ -1,0 +1,95 @@
+"""GPU nodes that a stage asks for: what is asked, what is waited for, and fake nodes that really come and go."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from readapt_ray.cluster import autoscaling, connection, nodes, placement
+from readapt_ray.errors import PlacementError
+
+GPU = {"CPU": 1.0, "GPU": 1.0}
+
+
+class FakeCluster:
+    """Nodes that come one a second from the moment that they are asked for; time is made up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+        self.asked: list[int] = []
+        self.checked: list[Any] = []
+        self.now_s, self.most = 0.0, most
+        monkeypatch.setenv("READAPT_NUM_GPUS", "8")
+        monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: self.asked.append(len(bundles)))
+        monkeypatch.setattr(nodes, "alive", self._alive)
+        monkeypatch.setattr(connection, "check_alike", self.checked.extend)
+        monkeypatch.setattr(connection, "connect", lambda: None)
+        monkeypatch.setattr(autoscaling.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(autoscaling.time, "sleep", self._sleep)
+
+    def _alive(self) -> list[dict[str, Any]]:
+        up = min(self.most, int(self.now_s)) if self.asked else 0
+        return [{"NodeID": number, "Resources": {"CPU": 16, "GPU": 1}} for number in range(up)]
+
+    def _sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_nodes_are_asked_for_before_the_work_and_let_go_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, most=8)
+    assert placement.room_for(GPU) == 8
+    with autoscaling.requested(8, GPU, least=8):
+        assert (cluster.asked, cluster.now_s) == ([8], 8)
+    assert cluster.asked == [8, 0]
+    assert len(cluster.checked) == 8, "versions of nodes that come late are compared too"
+
+
+def test_work_that_takes_late_nodes_begins_with_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, most=8)
+    with autoscaling.requested(8, GPU, least=1):
+        assert cluster.now_s == 1
+
+
+def test_training_begins_with_what_came_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, most=5)
+    with autoscaling.requested(8, GPU, least=4):
+        assert 300 < cluster.now_s < 303
+
+
+def test_too_few_nodes_are_an_error_that_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, most=3)
+    with (
+        pytest.raises(
+            PlacementError, match=r"4 GPUs are needed and the autoscaler brought 3 within 900 s .* `ray status`"
+        ),
+        autoscaling.requested(8, GPU, least=4),
+    ):
+        pass
+    assert cluster.asked == [8, 0]
+
+
+def test_nothing_is_asked_for_where_the_cluster_is_what_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, most=8)
+    with autoscaling.requested(8, {"CPU": 1.0, "GPU": 0}, least=8):
+        pass
+    monkeypatch.delenv("READAPT_NUM_GPUS")
+    with autoscaling.requested(8, GPU, least=8):
+        pass
+    assert cluster.asked == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_takes_nodes_loses_one_gets_it_back_and_lets_them_go(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.cluster.autoscaled", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert (said["before"], said["after"], said["num_vectors"]) == (0, 0, 3000)
+    changes = [count for count, _ in itertools.groupby(said["counts"][said["killed_at"] :])]
+    assert changes[:3] == [2, 1, 2] or changes[:2] == [1, 2], f"a node was lost and came back: {changes}"
+    assert said["gpus"], "the manifest says what GPUs did the work, though none was up at its start"
+    assert said["let_go_s"] < 100
