@@ -51,6 +51,8 @@ class EmbedJob:
     """Vectors of an earlier corpus, to be copied from."""
     matches: Matches | None = None
     """Which passages have one of them."""
+    rows_per_shard: int = 0
+    """Passages of a shard; 0 for a sample, whose shards differ."""
     driver_node: str = ""
     num_threads: int = 1
     """Threads of an actor."""

@@ -47,7 +47,7 @@ def encode_shards(
         ReadaptError: what a task or an actor ran into.
     """
     total = sum(map(len, shards))
-    ledger = ShardLedger(shards, job.output, job.encoder["fingerprint"])
+    ledger = ShardLedger(shards, job.output, made_by=job.encoder["fingerprint"], rows_per_shard=job.rows_per_shard)
     ledger.find()
     vain, has_started = 0, False
     while pending := ledger.pending:
@@ -73,7 +73,7 @@ def encode_shards(
 
 def _recorded(pending: Sequence[DataShard], job: EmbedJob, placement: Placement, ledger: ShardLedger) -> Iterator[None]:
     """Note each shard as it is written; the ledger is saved once a minute, and however it ends."""
-    saved_s = time.monotonic()
+    saved_s = -_SAVE_S
     try:
         for figures in _results(pending, job, placement):
             ledger.record(figures["number"], figures)

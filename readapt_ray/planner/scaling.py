@@ -19,6 +19,8 @@ _DAY_S: Final = 86_400
 _ID_BYTES: Final = {"none": 48, "exact": 96, "auto": 96, "near": 4096}
 """Bytes per passage that ingest holds, by `deduplicate` (stages/ingest.py)."""
 _MAX_FILES: Final = 100_000
+_MANY: Final = 10**12
+"""Passages of a corpus that is large for every limit."""
 _SCAN_BYTES_PER_S: Final = 1e10
 _SHARE_OF_MEMORY: Final = 0.7
 _LONG_SCAN_S: Final = 1.0
@@ -65,7 +67,7 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
     head_bytes = _head(cluster).memory_bytes
-    rows = stages.embed_rows(configs["embed"], setting)
+    rows = stages.embed_rows(configs["embed"], replace(setting, corpus=replace(corpus, num_passages=_MANY)))
     limits = [
         Limit(
             _DAY_S * rate / corpus.text_bytes,
@@ -80,7 +82,7 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
         Limit(
             float(rows * _MAX_FILES),
             f"over {_MAX_FILES:,} files of vectors: object listing and Ray Data's bookkeeping take minutes",
-            "embed.rows_per_shard: 65536",
+            "a larger embed.rows_per_shard",
         ),
         *_flat_index_limits(setting),
     ]

@@ -28,6 +28,7 @@ SECONDS = ("encode_s", "wait_s")
 _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])
 _SECONDS_KEY = b"seconds"
 """Times stand in the metadata, so that the rows of two runs are equal."""
+_ROWS_KEY = b"rows_per_shard"
 
 
 class ShardLedger:
@@ -37,12 +38,13 @@ class ShardLedger:
         shards: all of them, numbered from 0.
         output: folder of the artifact.
         made_by: fingerprint of the encoder; a file that another one made is not ours.
+        rows_per_shard: for `begun_rows_per_shard`.
     """
 
-    def __init__(self, shards: Sequence[DataShard], output: Location, made_by: str) -> None:
+    def __init__(self, shards: Sequence[DataShard], output: Location, *, made_by: str, rows_per_shard: int) -> None:
         self.shards = shards
         self.figures: NDArray[Any] = np.zeros(len(shards), _FIGURES)
-        self._output, self._made_by = output, made_by
+        self._output, self._made_by, self._rows_per_shard = output, made_by, rows_per_shard
 
     @property
     def pending(self) -> list[DataShard]:
@@ -68,13 +70,16 @@ class ShardLedger:
         self.figures[number] = tuple(figures[name] for name in _FIGURES.names or ())
 
     def save(self) -> None:
-        """Write `shards.parquet`."""
+        """Write `shards.parquet`, unless nothing is done yet."""
         numbers = np.flatnonzero(self.figures["num_rows"])
+        if not len(numbers):
+            return
         done = self.figures[numbers]
         table = pa.table({"number": numbers, **{name: done[name] for name in COUNTS}})
         seconds = json.dumps({name: done[name].round(3).tolist() for name in SECONDS})
+        said = {_SECONDS_KEY: seconds, b"encoder": self._made_by, _ROWS_KEY: str(self._rows_per_shard)}
         with (self._output / LEDGER_NAME).open_output() as stream:
-            pq.write_table(table.replace_schema_metadata({_SECONDS_KEY: seconds, b"encoder": self._made_by}), stream)
+            pq.write_table(table.replace_schema_metadata(said), stream)
 
     def check_there(self) -> None:
         """See that no file was removed meanwhile; one listing, no file is opened.
@@ -95,13 +100,9 @@ class ShardLedger:
 
     def _load(self, sizes: Mapping[str, int]) -> None:
         """Take from `shards.parquet` what the listing confirms: a file of that name and size."""
-        try:
-            with (self._output / LEDGER_NAME).open_input() as stream:
-                table = pq.read_table(stream)
-        except (FileNotFoundError, pa.ArrowInvalid):
-            return  # there is none yet, or it is damaged: the footers say the same
-        said = table.schema.metadata or {}
-        if said.get(b"encoder") != self._made_by.encode():
+        table = _read_ledger(self._output)
+        said = (table.schema.metadata or {}) if table is not None else {}
+        if table is None or said.get(b"encoder") != self._made_by.encode():
             return
         columns = {name: table[name].to_numpy() for name in COUNTS}
         columns |= {name: np.array(values) for name, values in json.loads(said[_SECONDS_KEY]).items()}
@@ -129,3 +130,18 @@ class ShardLedger:
             "num_bytes": footer.num_bytes,
             "dimension": footer.dimension,
         }
+
+
+def begun_rows_per_shard(output: Location) -> int | None:
+    """Return the passages per shard of what was written before; None where nothing says."""
+    table = _read_ledger(output)
+    return int(table.schema.metadata[_ROWS_KEY]) if table is not None else None
+
+
+def _read_ledger(output: Location) -> pa.Table | None:
+    """Read `shards.parquet`; None where there is none yet, or it is damaged: the footers say the same."""
+    try:
+        with (output / LEDGER_NAME).open_input() as stream:
+            return pq.read_table(stream)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_lease, read_manifest
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.shapes import ModelShape, shape_of
@@ -31,7 +31,7 @@ from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_ledger import ShardLedger
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
@@ -46,7 +46,6 @@ _DEVICE_FLOPS = {"GPU": 4.5e14, "CPU": 1.6e11}
 _SHARD_BYTES = 256 << 20
 """Most bytes of a shard's texts, and of its vectors in float32."""
 _BYTES_PER_TOKEN = 4
-_ROWS_NAME = "rows_per_shard"
 
 
 class TextSize(NamedTuple):
@@ -139,8 +138,7 @@ def embed(config: EmbedConfig) -> Artifact:
         if config.sample is not None:
             estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
         else:
-            (job.output / _ROWS_NAME).write_text(str(rows_per_shard))
-            _encode(job, passages, rows_per_shard, config, workspace)
+            _encode(replace(job, rows_per_shard=rows_per_shard), passages, config, workspace)
         if _state(job.passages) != before:
             raise CorpusError(f"{config.corpus!r} was replaced while it was embedded; embed it with --overwrite")
 
@@ -183,11 +181,12 @@ def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, enc
     if config.rows_per_shard is not None:
         return config.rows_per_shard
     num_passages, output = corpus.manifest.counts["num_passages"], Location(config.output)
-    begun = output / _ROWS_NAME
-    if not config.overwrite and begun.is_file():
-        return int(begun.read_text())
-    if not config.overwrite and (read_manifest(output) or read_lease(output)):
-        return min(4096, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))  # the rule of versions that wrote no such file
+    if not config.overwrite:
+        begun = begun_rows_per_shard(output)
+        if begun:
+            return begun
+        if (output / "vectors").listing(".parquet"):
+            return min(4096, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))  # the rule of versions without a ledger
     holder = model.base if model.is_adapter else model
     shape = shape_of(holder.read_json(CONFIG_NAME), model.name)
     num_bytes = corpus.manifest.counts["num_bytes"] / num_passages
@@ -315,13 +314,11 @@ def _placement(config: EmbedConfig) -> Placement:
     return Placement(config.num_workers, config.num_cpus_per_worker)
 
 
-def _encode(
-    job: EmbedJob, passages: ParquetRows, rows_per_shard: int, config: EmbedConfig, workspace: Workspace
-) -> None:
+def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace: Workspace) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
     joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
     ledger = encode_shards(
-        plan_shards(passages.counts, rows_per_shard),
+        plan_shards(passages.counts, job.rows_per_shard),
         job if joined is None else replace(job, matches=joined.matches),
         _placement(config),
         lambda done, total: workspace.progress(done, total, unit="passages"),

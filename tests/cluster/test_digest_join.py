@@ -53,10 +53,3 @@ def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatc
     assert joined.num_to_encode.sum() == expected.count(-1) == 50
     joined.matches.remove()
     assert not list((tmp_path / "join").iterdir())
-
-
-def test_vectors_of_nothing_match_nothing(ray_session, tmp_path):
-    passages = _passages(tmp_path / "now", {"a": "x", "b": "y"}, with_digests=True)
-    joined = join_digests(passages, ParquetRows(Location(str(tmp_path)), ()), Location(str(tmp_path / "join")))
-    assert joined.changes == Changes(num_unchanged=0, num_changed=0, num_new=2, num_deleted=0)
-    assert joined.matches.rows(0, 2).tolist() == [-1, -1]

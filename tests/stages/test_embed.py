@@ -550,10 +550,9 @@ def test_an_output_keeps_the_size_of_shards_that_it_was_begun_with(world, ray_se
     root, _ = world
     config = _config(root, tmp_path / "out", rows_per_shard=None)
     made = embed(config)
-    assert (tmp_path / "out/rows_per_shard").read_text() == "256"
     monkeypatch.setattr(stage, "shard_rows", lambda *_, **__: 1000)  # as on other devices
     assert embed(config).fingerprint == made.fingerprint
-    (tmp_path / "out/rows_per_shard").unlink()  # as an earlier version left it
+    (tmp_path / "out/shards.parquet").unlink()  # as an earlier version left it
     assert embed(config).fingerprint == made.fingerprint
 
 
@@ -563,7 +562,7 @@ def _figures(number=0):
 
 def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
     """Run the shards with a stub in place of Ray; the names of the footers that were read, in their order."""
-    job = SimpleNamespace(output=Location(str(tmp_path)), encoder={"fingerprint": "ours"})
+    job = SimpleNamespace(output=Location(str(tmp_path)), rows_per_shard=1, encoder={"fingerprint": "ours"})
     read = []
 
     def read_footer(file):
@@ -621,7 +620,7 @@ def test_a_cluster_that_shrinks_under_a_run_is_a_failure_and_not_bad_input(tmp_p
         raise next(starts)
         yield
 
-    job = SimpleNamespace(output=Location(str(tmp_path)), encoder={"fingerprint": "ours"})
+    job = SimpleNamespace(output=Location(str(tmp_path)), rows_per_shard=1, encoder={"fingerprint": "ours"})
     monkeypatch.setattr(shard_runner, "_results", results)
     encode = functools.partial(shard_runner.encode_shards, shards, job, Placement(4, 1), lambda done, total: None)
     with pytest.raises(WorkerError, match="nodes were lost, and what is written stays: 4 actors cannot be placed"):
