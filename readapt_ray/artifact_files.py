@@ -53,7 +53,7 @@ _TRAINED = (
     *RAY_TRAIN,
     ".seen-*",
 )
-_VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*")
+_VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*", "shards.parquet", "join/*.parquet")
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),

@@ -1,9 +1,11 @@
 """What a full run of embed would take, and what it would change, from a sample of the corpus.
 
 In: an embedding job, and the vectors of an earlier run where there are any. Out: the sample's vectors, and an
-estimate with its error bar of tokens, hours and bytes. It costs reading the corpus once and encoding the sample.
+estimate with its error bar of tokens, hours and bytes. It costs reading and encoding the sample; with earlier vectors,
+a join of all digests on the cluster.
 """
 
+import itertools
 import logging
 import math
 import re
@@ -12,25 +14,24 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Workspace
+from readapt_ray.cluster import connection
+from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.cluster.digest_join import NUM_BINS, Joined, join_digests
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
-from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import (
-    Contents,
-    DataShard,
-    first_rows,
-    matching_rows,
-    rows_of_ids,
-    scan_passages,
-    scan_vectors,
-)
-from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, Footer, matrix_of
+from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
+from readapt_ray.retrieval.shard_ledger import ShardLedger
+from readapt_ray.retrieval.shard_plan import DataShard, ranges_between
+from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
+from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
@@ -39,6 +40,7 @@ _LEAST_ROWS = 200
 _NORMAL_95 = 1.96
 _NEIGHBOURS = 10
 _MOST_COMPARED = 10_000
+_FIND_TASKS = 256
 
 
 def sample_rows(spec: str, num_passages: int) -> int:
@@ -55,63 +57,82 @@ def sample_rows(spec: str, num_passages: int) -> int:
 
 
 def estimate_full_run(
-    spec: str, job: EmbedJob, placement: Placement, compared: ParquetRows | None, workspace: Workspace
+    spec: str,
+    job: EmbedJob,
+    passages: ParquetRows,
+    placement: Placement,
+    *,
+    compared: ParquetRows | None,
+    workspace: Workspace,
 ) -> None:
     """Encode a sample, and put what follows from it into the manifest and before the user.
 
     Args:
         spec: the sample, as `sample_rows` takes it.
         job: of the full run; what it would copy is left out of the sample.
+        passages: of the corpus.
         placement: of the full run.
         compared: vectors of another encoder, to say how much the neighbours change.
     """
-    contents = scan_passages(job.passages.folder, job.passages.counts)
-    todo = first_rows(contents.hashes) == np.arange(len(contents))
-    if job.earlier is not None:
-        there = scan_vectors(job.earlier.folder, job.earlier.counts)
-        todo &= matching_rows(contents.hashes, there.hashes) < 0
-    rows = np.flatnonzero(todo)
-    workspace.details |= {"num_passages": len(contents), "num_to_encode": len(rows), "dtype": job.dtype}
-    if not len(rows):
+    joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
+    num_to_encode = passages.num_rows if joined is None else int(joined.num_to_encode.sum())
+    workspace.details |= {"num_passages": passages.num_rows, "num_to_encode": num_to_encode, "dtype": job.dtype}
+    if num_to_encode:
+        size = sample_rows(spec, num_to_encode)
+        shards = _strata(passages, joined, size)
+        ledger = encode_shards(
+            shards,
+            replace(job, earlier=None, matches=joined.matches if joined else None),
+            placement,
+            lambda done, total: workspace.progress(done, total, unit="passages"),
+        )
+        num_workers, _, _ = place_actors(placement, passages.num_rows)
+        workspace.counts["num_vectors"] = ledger.num_rows
+        workspace.details |= _forecast(ledger, num_to_encode, passages.num_rows, num_workers)
+        _tell_forecast(workspace.details, ledger.num_rows)
+        if compared is not None:
+            workspace.details["neighbours"] = _compare_neighbours(job, shards, compared)
+    else:
         logger.info("embed: every passage has its vector already; a full run would only copy")
-        return
-    size = sample_rows(spec, len(rows))
-    rows = np.sort(np.random.default_rng(0).choice(rows, size, replace=False))
-    shards = [
-        DataShard(number, part, np.arange(len(part)), np.full(len(part), -1), contents.hashes[part])
-        for number, part in enumerate(np.array_split(rows, min(_STRATA, size)))
-    ]
-    footers = encode_shards(
-        shards,
-        replace(job, earlier=None),
-        placement,
-        lambda done, total: workspace.progress(done, total, unit="passages"),
-    )
-    num_workers, _, _ = place_actors(placement, len(contents))
-    workspace.counts["num_vectors"] = size
-    workspace.details |= _forecast(footers, int(todo.sum()), len(contents), num_workers)
-    _tell_forecast(workspace.details, size)
-    if compared is not None:
-        workspace.details["neighbours"] = _compare_neighbours(contents, rows, job, shards, compared)
+    if joined is not None:
+        joined.matches.remove()
 
 
-def _forecast(footers: Sequence[Footer], num_to_encode: int, num_passages: int, num_workers: int) -> dict[str, Any]:
+def _strata(passages: ParquetRows, joined: Joined | None, size: int) -> list[DataShard]:
+    """Cut the corpus into 20 parts of about as many passages to encode, and draw the same share of each."""
+    bounds = np.arange(NUM_BINS + 1) * passages.num_rows // NUM_BINS
+    todo = np.diff(bounds) if joined is None else joined.num_to_encode
+    ends = np.concatenate([[0], np.cumsum(todo)])
+    cuts = np.searchsorted(ends, np.linspace(0, ends[-1], min(_STRATA, size) + 1))
+    cuts[-1] = NUM_BINS
+    shards: list[DataShard] = []
+    num_drawn = 0
+    for first, last in itertools.pairwise(np.unique(np.concatenate([[0], cuts])).tolist()):
+        due = round(size * int(ends[last]) / int(ends[-1]))
+        if due > num_drawn:
+            start, end = int(bounds[first]), int(bounds[last])
+            ranges = tuple(ranges_between(passages.counts, start, end))
+            shards.append(DataShard(len(shards), start, ranges, num_drawn=due - num_drawn))
+            num_drawn = due
+    return shards
+
+
+def _forecast(ledger: ShardLedger, num_to_encode: int, num_passages: int, num_workers: int) -> dict[str, Any]:
     """Each a mean over strata times what is to be encoded, with the half-width of its 95% interval."""
+    num_rows = ledger.figures["num_rows"]
 
     def scaled(name: str, factor: float) -> dict[str, float]:
-        means = np.array([float(footer.metadata[name]) / footer.num_rows for footer in footers])
-        weights = np.array([footer.num_rows for footer in footers]) / sum(footer.num_rows for footer in footers)
+        means = ledger.figures[name] / num_rows
         spread = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else float("nan")
         return {
-            "estimate": float(means @ weights) * num_to_encode * factor,
+            "estimate": float(means @ (num_rows / num_rows.sum())) * num_to_encode * factor,
             "plus_minus": _NORMAL_95 * spread * num_to_encode * factor,
         }
 
-    num_rows = sum(footer.num_rows for footer in footers)
     return {
         "tokens": scaled("num_tokens", 1),
         "hours": scaled("encode_s", 1 / 3600 / num_workers),
-        "bytes": round(sum(footer.num_bytes for footer in footers) / num_rows * num_passages),
+        "bytes": round(float(ledger.figures["num_bytes"].sum() / num_rows.sum()) * num_passages),
         "num_workers": num_workers,
     }
 
@@ -143,24 +164,21 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:,.3g} GB"
 
 
-def _compare_neighbours(
-    contents: Contents, rows: NDArray[np.int64], job: EmbedJob, shards: Sequence[DataShard], compared: ParquetRows
-) -> dict[str, float]:
+def _compare_neighbours(job: EmbedJob, shards: Sequence[DataShard], compared: ParquetRows) -> dict[str, float]:
     """How many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
-    earlier = rows_of_ids(contents.ids[rows], scan_vectors(compared.folder, compared.counts).ids)
-    places = np.flatnonzero(earlier >= 0)[:_MOST_COMPARED]
-    if len(places) <= _NEIGHBOURS:
-        logger.warning(
-            "embed: %d passages of the sample have earlier vectors; too few to compare neighbours", len(places)
-        )
-        return {"num_compared": len(places)}
-    _, before = matrix_of(compared.take(earlier[places], VECTOR_COLUMNS), compared.folder)
     written = ParquetRows(job.vectors, tuple((shard.name, len(shard)) for shard in shards))
-    doc_ids, vectors = matrix_of(written.take(np.arange(len(rows)), VECTOR_COLUMNS), job.vectors)
-    order = rows_of_ids(contents.ids[rows[places]], np.fromiter(map(hash, doc_ids), np.int64, len(doc_ids)))
+    doc_ids, vectors = matrix_of(written.take(np.arange(written.num_rows), VECTOR_COLUMNS), job.vectors)
+    before_ids, before = _vectors_of(compared, doc_ids)
+    if len(before_ids) <= _NEIGHBOURS:
+        logger.warning(
+            "embed: %d passages of the sample have earlier vectors; too few to compare neighbours", len(before_ids)
+        )
+        return {"num_compared": len(before_ids)}
+    place = {doc_id: row for row, doc_id in enumerate(doc_ids)}
+    order = [place[doc_id] for doc_id in before_ids]
     shares = _overlaps(_nearest(before), _nearest(vectors[order]))
     result = {
-        "num_compared": len(places),
+        "num_compared": len(before_ids),
         "overlap_at_10": round(float(shares.mean()), 4),
         "plus_minus": round(_NORMAL_95 * float(shares.std(ddof=1)) / math.sqrt(len(shares)), 4),
     }
@@ -170,6 +188,29 @@ def _compare_neighbours(
         100 * result["plus_minus"],
     )
     return result
+
+
+def _vectors_of(compared: ParquetRows, doc_ids: Sequence[str]) -> tuple[list[str], NDArray[np.float32]]:
+    """Return the earlier vectors of some passages, at most 10,000, found by tasks that read their share of the files."""
+    import ray
+
+    wanted = ray.put(pa.array(doc_ids[:_MOST_COMPARED]))
+    find = ray.remote(num_cpus=1)(_found_in)
+    slots = max(1, connection.connect().num_cpus)
+    shares = [compared.counts[first::_FIND_TASKS] for first in range(min(_FIND_TASKS, len(compared.counts)))]
+    tables = list(run_bounded(lambda share: find.remote(compared.folder, share, wanted), shares, slots))
+    return matrix_of(pa.concat_tables(tables).sort_by("doc_id"), compared.folder)
+
+
+def _found_in(folder: Location, counts: RowCounts, wanted: pa.Array) -> pa.Table:
+    """The rows of some files whose doc_id is wanted."""
+    tables = [read_rows(folder / counts[0][0], 0, 0, VECTOR_COLUMNS)]
+    for name, num_rows in counts:
+        ids = read_rows(folder / name, 0, num_rows, ("doc_id",))["doc_id"]
+        rows = np.flatnonzero(pc.is_in(ids, wanted).to_numpy())
+        if len(rows):
+            tables.append(ParquetRows(folder, ((name, num_rows),)).take(rows, VECTOR_COLUMNS))
+    return pa.concat_tables(tables)
 
 
 def _nearest(vectors: NDArray[np.float32]) -> NDArray[np.int64]:

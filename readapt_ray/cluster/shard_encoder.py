@@ -1,15 +1,13 @@
-"""What an embedding actor does: a data shard in, a file of vectors out.
+"""What an embedding actor does: token ids of a data shard in, a file of vectors out.
 
-In: the row numbers of a shard and the job that all actors share. Out: `vectors/part-00000.parquet`, written
+In: rows of Ray Data, a shard each, and the job that all actors share. Out: `vectors/part-00000.parquet`, written
 whole. An actor holds one model and works on two shards at a time: while the vectors of one are computed, the
-other is read, tokenised or written. Memory is the model and two shards.
+other is written. Memory is the model and two shards.
 """
 
 import logging
-import pickle
 import threading
 import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +18,10 @@ from numpy.typing import NDArray
 from readapt_ray import errors
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import on_worker
-from readapt_ray.errors import CorpusError
+from readapt_ray.cluster.digest_join import Matches
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, content_hash
+from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS
+from readapt_ray.retrieval.shard_plan import shard_name
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.storage import Location
 
@@ -33,97 +32,109 @@ SHARDS_AT_A_TIME = 2
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """What an actor must know: the same for all of them."""
+    """What tasks and actors must know: the same for all of them."""
 
     model_name: str
+    tokenizer: str
+    """Fingerprint of the tokenizer."""
     encoder: dict[str, Any]
     """What the metadata of the files say of the encoder."""
     encoding: Encoding
     dtype: str
     vector_dtype: str
     batch_tokens: int | None
-    passages: ParquetRows
-    earlier: ParquetRows | None
+    passages: Location
+    """Folder of the passages."""
+    output: Location
+    """Folder of the artifact."""
+    earlier: ParquetRows | None = None
     """Vectors of an earlier corpus, to be copied from."""
-    vectors: Location
-    """Folder that the vectors are written to."""
+    matches: Matches | None = None
+    """Which passages have one of them."""
+    rows_per_shard: int = 0
+    """Passages of a shard; 0 for a sample, whose shards differ."""
+    driver_node: str = ""
+    num_threads: int = 1
+    """Threads of an actor."""
+
+    @property
+    def vectors(self) -> Location:
+        """Folder that the vectors are written to."""
+        return self.output / "vectors"
+
+
+def cell(shard: pa.Table, name: str) -> pa.Array:
+    """Return the array in a cell of a table of one row; nothing is copied."""
+    return shard[name].combine_chunks().flatten()
 
 
 class ShardEncoder:
-    """An actor: holds the model, and turns one shard a call from passages into a file of vectors."""
+    """An actor: holds the model, and turns one shard a call from token ids into a file of vectors."""
 
-    def __init__(self, job: EmbedJob, driver_node: str, num_threads: int) -> None:
-        self._job, self._driver_node, self._num_threads = job, driver_node, num_threads
+    def __init__(self, job: EmbedJob) -> None:
+        self._job = job
         self._encoder: Any = None
         self._computing = threading.Lock()
         self._idle_since_s: float | None = None
 
-    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """An error is handed back as a value: raised here, Ray Data would bury its message in stack traces."""
-        rows = []
-        for pickled in batch["shard"].tolist():
-            shard: DataShard = pickle.loads(pickled)  # written by this run's own driver
+    def __call__(self, shard: pa.Table) -> pa.Table:
+        """Return what the file of a shard says. An error is handed back as a value: raised here, Ray Data would bury
+        its message in stack traces."""
+        number, error, message = (shard[name][0].as_py() for name in ("number", "error", "message"))
+        figures: dict[str, Any] = dict.fromkeys(COUNTS, 0) | dict.fromkeys(SECONDS, 0.0)
+        if not error:
             try:
-                self._encode(shard)
-                rows.append((len(shard), "", "", self._lowered_budget()))
-            except errors.ReadaptError as error:
-                rows.append((0, type(error).__name__, str(error), 0))
-            except Exception as error:
-                logger.exception("data shard %s failed", shard.name)
-                message = f"data shard {shard.name}: {type(error).__name__}: {error}"
-                rows.append((0, errors.WorkerError.__name__, message, 0))
-        return dict(
-            zip(("num_rows", "error", "message", "batch_tokens"), map(np.array, zip(*rows, strict=True)), strict=True)
-        )
+                figures |= self._encode(number, shard)
+            except errors.ReadaptError as caught:
+                error, message = type(caught).__name__, str(caught)
+            except Exception as caught:
+                logger.exception("data shard %d failed", number)
+                error, message = errors.WorkerError.__name__, f"data shard {number}: {type(caught).__name__}: {caught}"
+        row = {"number": number, "error": error, "message": message, "batch_tokens": self._lowered_budget(), **figures}
+        return pa.Table.from_pylist([row])
 
     def _lowered_budget(self) -> int:
         """The budget in tokens to which a lack of memory brought the encoder down; 0 where there was enough."""
         tokens = self._encoder.batch_tokens if self._encoder else 0
         return tokens if self._encoder and tokens < self._encoder.first_batch_tokens else 0
 
-    def _encode(self, shard: DataShard) -> None:
-        """A text is encoded once, a text that was encoded before is copied, and each row takes its representative's vector."""
-        doc_ids = self._job.passages.take(shard.rows, ("doc_id",))["doc_id"].to_pylist()
-        representatives = np.unique(shard.representatives)
-        fresh, copied = (
-            representatives[shard.earlier[representatives] < 0],
-            representatives[shard.earlier[representatives] >= 0],
-        )
-        stored, metadata = self._encoded(shard, fresh)
+    def _encode(self, number: int, shard: pa.Table) -> dict[str, Any]:
+        """Encode the distinct texts, copy the earlier vectors, and write the vector of each row."""
+        place = cell(shard, "vector").to_numpy()
+        copied, copied_place = np.unique(-1 - place[place < 0], return_inverse=True)
+        stored, metadata = self._encoded(shard, place)
+        num_encoded = len(cell(shard, "lengths"))
         if len(copied) and self._job.earlier is not None:
-            stored.append(self._job.earlier.take(shard.earlier[copied], ("vector", "scale")))
-        place = np.empty(len(shard), np.int64)
-        place[np.concatenate([fresh, copied])] = np.arange(len(representatives))
-        table = pa.concat_tables(stored).take(pa.array(place[shard.representatives]))
-        hashes = pa.array([each.tobytes() for each in shard.hashes], pa.binary(16))
+            stored.append(self._job.earlier.take(copied, ("vector", "scale")))
+            place = place.copy()
+            place[place < 0] = num_encoded + copied_place
+        table = pa.concat_tables(stored).take(pa.array(place))
+        hashes = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), len(place), [None, pa.py_buffer(cell(shard, "hashes").to_numpy().tobytes())]
+        )
+        dimension = table.schema.field("vector").type.list_size
         metadata |= {
-            "encoder": {**self._job.encoder, "dimension": table.schema.field("vector").type.list_size},
-            "num_copied": int((shard.earlier >= 0).sum()),
+            "encoder": {**self._job.encoder, "dimension": dimension},
+            "num_copied": int((cell(shard, "vector").to_numpy() < 0).sum()),
         }
-        write_stored(self._job.vectors / shard.name, doc_ids, table, hashes, metadata=metadata)
+        file = self._job.vectors / shard_name(number)
+        num_bytes = write_stored(file, cell(shard, "doc_id").to_pylist(), table, hashes, metadata=metadata)
+        figures = {name: float(metadata[name]) for name in SECONDS} | {name: metadata.get(name, 0) for name in COUNTS}
+        return figures | {"num_rows": len(place), "num_bytes": num_bytes, "dimension": dimension}
 
-    def _encoded(self, shard: DataShard, places: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
-        """The stored vectors of the passages at these places of a shard, and what making them took."""
-        metadata: dict[str, Any] = {"num_encoded": len(places), "num_tokens": 0, "num_positions": 0}
+    def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
+        """The stored vectors of the distinct texts of a shard, and what making them took."""
+        lengths = cell(shard, "lengths").to_numpy()
+        metadata: dict[str, Any] = {"num_encoded": len(lengths), "num_tokens": 0, "num_positions": 0}
         metadata |= {"encode_s": _seconds(0.0), "wait_s": _seconds(0.0)}
-        if not len(places):
+        if not len(lengths):
             return [], metadata
-        columns = self._job.passages.take(shard.rows[places], PASSAGE_COLUMNS).to_pydict()
-        doc_ids, titles, texts = (columns[name] for name in PASSAGE_COLUMNS)
-        for doc_id, title, text, planned in zip(doc_ids, titles, texts, shard.hashes[places], strict=True):
-            if text is None or content_hash(title, text) != planned.tobytes():
-                raise CorpusError(
-                    f"passage {doc_id!r} changed while the corpus was embedded; run `readapt embed` again"
-                )
+        tokens = np.split(cell(shard, "tokens").to_numpy(), np.cumsum(lengths[:-1]))
         encoder = self._loaded()
-        ids = encoder.tokenize(texts, "passage", [title or "" for title in titles])
-        for doc_id, row in zip(doc_ids, ids, strict=True):
-            if not row:
-                raise CorpusError(f"passage {doc_id!r} gives no token, so it has no vector; leave it out of the corpus")
         with self._computing:
             started_s = time.monotonic()
             before = encoder.work
-            vectors = encoder.encode_ids(ids)
+            vectors = encoder.encode_ids(tokens)
             ended_s = time.monotonic()
             metadata |= {
                 "num_tokens": encoder.work.num_tokens - before.num_tokens,
@@ -132,6 +143,8 @@ class ShardEncoder:
                 "wait_s": _seconds(started_s - self._idle_since_s if self._idle_since_s else 0.0),
             }
             self._idle_since_s = ended_s
+        _, first = np.unique(place[place >= 0], return_index=True)
+        doc_ids = cell(shard, "doc_id").take(pa.array(np.flatnonzero(place >= 0)[first])).to_pylist()
         return [stored_vectors(doc_ids, vectors, self._job.vector_dtype)], metadata
 
     def _loaded(self) -> Any:
@@ -141,8 +154,8 @@ class ShardEncoder:
                 self._job.encoding,
                 self._job.dtype,
                 due=self._job.encoder["fingerprint"],
-                driver_node=self._driver_node,
-                num_threads=self._num_threads,
+                driver_node=self._job.driver_node,
+                num_threads=self._job.num_threads,
                 batch_tokens=self._job.batch_tokens,
             )
             return self._encoder
@@ -151,8 +164,3 @@ class ShardEncoder:
 def _seconds(value: float) -> str:
     """At one width, so that the size of a file does not depend on the clock."""
     return f"{value:012.3f}"
-
-
-def pickled_shards(shards: Sequence[DataShard]) -> list[dict[str, bytes]]:
-    """Return the rows of the data set that the actors map over: one pickled shard each."""
-    return [{"shard": pickle.dumps(shard)} for shard in shards]

@@ -1,123 +1,108 @@
-"""Data shards through embedding actors until each has its file of vectors.
+"""Data shards through Ray Data until each has its file of vectors: read and tokenise, then encode and write.
 
-In: shards and a job. Out: a file a shard, in the job's folder. A file appears whole or not at all, with what
-made it in its own footer, so the files are their own ledger: what is there is done, and a kill at any moment
+In: shards and a job. Out: a file per shard, in the job's folder. Tasks on any idle core read and tokenise; a pool of
+actors, one per GPU, encodes and writes, and grows and shrinks with the nodes. A file appears whole or not at all, with
+what made it in its own footer, so the files are their own ledger: what is there is done, and a kill at any moment
 costs the shards in flight.
 """
 
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from readapt_ray import errors
 from readapt_ray.cluster import autoscaling, connection, nodes, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
-from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder, pickled_shards
-from readapt_ray.errors import CorruptFileError, PlacementError, WorkerError
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder
+from readapt_ray.errors import PlacementError, WorkerError
+from readapt_ray.retrieval.shard_ledger import ShardLedger
 from readapt_ray.retrieval.shard_plan import DataShard
-from readapt_ray.retrieval.vector_files import Footer, read_footer
 
 logger = logging.getLogger("readapt_ray")
 
 _MAX_VAIN_STARTS = 3
+_SAVE_S = 60.0
+_SHARED_CPUS = 0.1
+"""CPUs that every encoder leaves to tasks that read: where no core is idle, they share those of the encoders."""
 
 
 def encode_shards(
     shards: Sequence[DataShard], job: EmbedJob, placement: Placement, progress: Callable[[int, int], None]
-) -> list[Footer]:
+) -> ShardLedger:
     """Encode what has no file yet; go on with what is left when an actor dies.
 
     Args:
+        shards: numbered from 0.
+        job: the same for all of them.
+        placement: of the encoding actors.
         progress: is told the passages done, and all.
-
-    Returns:
-        What each file says of itself, in the order of the shards.
 
     Raises:
         PlacementError: the cluster does not have what the actors ask for.
         WorkerError: it had that at first, and nodes were lost; or actors died again and again.
         CorruptFileError: files that were written are gone.
-        ReadaptError: what an actor ran into.
+        ReadaptError: what a task or an actor ran into.
     """
     total = sum(map(len, shards))
-    footers = _written(shards, job)
-    vain = 0
-    has_started = False
-    while pending := [shard for shard in shards if shard.name not in footers]:
-        done = total - sum(map(len, pending))
-        progress(done, total)
+    ledger = ShardLedger(shards, job.output, made_by=job.encoder["fingerprint"], rows_per_shard=job.rows_per_shard)
+    ledger.find()
+    vain, has_started = 0, False
+    while pending := ledger.pending:
+        progress(ledger.num_rows, total)
         vain += 1
-        has_failed = True
         try:
-            for num_rows in _results(pending, job, placement):
+            for _ in _recorded(pending, job, placement, ledger):
                 vain = 0
-                done += num_rows
-                progress(done, total)
-            has_failed = False
+                progress(ledger.num_rows, total)
+            ledger.check_there()
         except WorkerError as error:
             if vain >= _MAX_VAIN_STARTS:
                 raise
             logger.warning("%s; the actors are started again for what is left", error)
+            ledger.find()
         except PlacementError as error:
             if not has_started:
                 raise
             raise WorkerError(f"nodes were lost, and what is written stays: {error}") from None
         has_started = True
-        footers |= _written(pending, job)
-        if not has_failed:
-            _check_there(shards, footers, job)
-    return [footers[shard.name] for shard in shards]
+    return ledger
 
 
-def _check_there(shards: Sequence[DataShard], footers: Mapping[str, Footer], job: EmbedJob) -> None:
-    """See that no file of an earlier shard was removed meanwhile; one listing, no file is opened."""
-    there = {name for name, _ in job.vectors.listing(".parquet")}
-    lost = [shard.name for shard in shards if shard.name not in there or shard.name not in footers]
-    if lost:
-        raise CorruptFileError(
-            f"{len(lost)} files were written to {job.vectors} and are not there, {lost[0]} first; see what removes them, "
-            f"and run `readapt embed` again"
-        )
-
-
-def _written(shards: Sequence[DataShard], job: EmbedJob) -> dict[str, Footer]:
-    """Read the footer of each shard whose file is there and is one that this job would have written."""
-    there = {name for name, _ in job.vectors.listing(".parquet")}
-    found = [shard for shard in shards if shard.name in there]
-    footers = at_once(lambda shard: _whole_footer(shard, job), found)
-    return {shard.name: footer for shard, footer in zip(found, footers, strict=True) if footer is not None}
-
-
-def _whole_footer(shard: DataShard, job: EmbedJob) -> Footer | None:
+def _recorded(pending: Sequence[DataShard], job: EmbedJob, placement: Placement, ledger: ShardLedger) -> Iterator[None]:
+    """Note each shard as it is written; the ledger is saved once a minute, and however it ends."""
+    saved_s = -_SAVE_S
     try:
-        footer = read_footer(job.vectors / shard.name)
-    except CorruptFileError as error:
-        logger.warning("%s; it is computed again", error)
-        return None
-    made_by = footer.metadata.get("encoder", {}).get("fingerprint")
-    return footer if footer.num_rows == len(shard) and made_by == job.encoder["fingerprint"] else None
+        for figures in _results(pending, job, placement):
+            ledger.record(figures["number"], figures)
+            if time.monotonic() - saved_s > _SAVE_S:
+                ledger.save()
+                saved_s = time.monotonic()
+            yield
+    finally:
+        ledger.save()
 
 
-def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[int]:
-    """The number of passages of each shard, as it is written."""
+def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[dict[str, Any]]:
+    """The figures of each shard, as it is written."""
     connection.connect()
     connection.check_seen_by_all(job.vectors)
     num_workers, num_cpus, num_gpus = place_actors(placement, len(pending))
     each = {"CPU": num_cpus, "GPU": num_gpus}
+    job = replace(job, num_threads=num_cpus, driver_node=on_worker.this_node())
     budgets: set[int] = set()
     from ray.exceptions import RayError
 
     try:
         with autoscaling.requested(num_workers, each, least=1):
             pool = _pool_sizes(placement, num_workers, each, len(pending))
-            for batch in _batches(pending, job, each, pool):
-                for kind, message in zip(batch["error"].tolist(), batch["message"].tolist(), strict=True):
-                    if kind:
-                        raise getattr(errors, kind)(message)
-                _tell_lowered(set(batch["batch_tokens"].tolist()) - {0}, budgets)
-                yield int(batch["num_rows"].sum())
+            for figures in _stream(pending, job, each, pool):
+                if figures["error"]:
+                    raise getattr(errors, figures["error"])(figures["message"])
+                _tell_lowered({figures["batch_tokens"]} - {0}, budgets)
+                yield figures
     except RayError as error:
         raise connection.cause_of(error) from None
 
@@ -133,7 +118,12 @@ def _pool_sizes(placement: Placement, num_workers: int, each: Mapping[str, float
     return {"min_size": now, "max_size": max(now, placement.num_workers or num_pending)}
 
 
-def _batches(
+def _reader_cpus(num_encoders: int, each: Mapping[str, float]) -> float:
+    """Return the CPUs that a task asks for: a core where the encoders leave some idle, else what they leave of theirs."""
+    return 1 if connection.connect().num_cpus - num_encoders * each["CPU"] >= 1 else _SHARED_CPUS
+
+
+def _stream(
     pending: Sequence[DataShard], job: EmbedJob, each: Mapping[str, float], pool: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
     """What the actors say of the shards that they wrote."""
@@ -141,27 +131,37 @@ def _batches(
     from ray.data import ActorPoolStrategy
     from ray.util.annotations import RayDeprecationWarning
 
-    dataset = ray.data.from_items(pickled_shards(pending), override_num_blocks=len(pending))
-    dataset.context.execution_no_progress_timeout_s = -1
+    from readapt_ray.cluster.shard_source import ShardSource, tokenize_shard
+
+    texts = replace(job, earlier=None)
+    reader_cpus = _reader_cpus(pool.get("size") or pool["min_size"], each)
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
     restarts = {"max_restarts": 0} if "size" in pool else {}
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # Ray 2.64 needs another way
-        written = dataset.map_batches(
+        shards = ray.data.read_datasource(ShardSource(pending, texts), num_cpus=reader_cpus)
+        shards.context.execution_no_progress_timeout_s = -1
+        shards.context.target_max_block_size = 1  # a block has one row: a shard goes its way as soon as it is read
+        tokens = shards.map_batches(
+            tokenize_shard, fn_args=(texts,), batch_size=1, batch_format="pyarrow", num_cpus=reader_cpus
+        )
+        written = tokens.map_batches(
             ShardEncoder,
-            fn_constructor_args=(job, on_worker.this_node(), each["CPU"]),
+            fn_constructor_args=(job,),
             batch_size=1,
+            batch_format="pyarrow",
             compute=ActorPoolStrategy(
                 **pool,
                 max_tasks_in_flight_per_actor=SHARDS_AT_A_TIME,
                 max_concurrent_calls_per_actor=SHARDS_AT_A_TIME,
                 enable_true_multi_threading=True,
             ),
-            num_cpus=each["CPU"],
+            num_cpus=each["CPU"] - _SHARED_CPUS,
             num_gpus=each["GPU"],
             **restarts,
         )
-    yield from written.iter_batches(batch_size=None, prefetch_batches=0)
+    for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        yield from batch.to_pylist()
 
 
 def _tell_lowered(found: set[int], told: set[int]) -> None:

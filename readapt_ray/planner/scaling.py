@@ -14,7 +14,6 @@ from readapt_ray.planner.cost import cost_of
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes.chain import Step, runs_beside_next
-from readapt_ray.stages.embed import MAX_SHARD_ROWS
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
 
 PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
@@ -23,10 +22,9 @@ WORKERS: Final = (1, 8, 64, 256, 1000)
 _DAY_S: Final = 86_400
 _ID_BYTES: Final = {"none": 48, "exact": 96, "auto": 96, "near": 4096}
 """Bytes per passage that ingest holds, by `deduplicate` (stages/ingest.py)."""
-_EMBED_DRIVER_BYTES: Final = 142
-"""Bytes per passage in embed's driver: hashes of the ids, sorted, and a file's ids as text; measured over 10M passages
-(benchmarks/results/bookkeeping.json)."""
 _MAX_FILES: Final = 100_000
+_MANY: Final = 10**12
+"""Passages of a corpus that is large for every limit."""
 _SCAN_BYTES_PER_S: Final = 1e10
 _SHARE_OF_MEMORY: Final = 0.7
 _LONG_SCAN_S: Final = 1.0
@@ -101,7 +99,7 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
     head_bytes = _head(cluster).memory_bytes
-    rows = configs["embed"].rows_per_shard or MAX_SHARD_ROWS
+    rows = stages.embed_rows(configs["embed"], replace(setting, corpus=replace(corpus, num_passages=_MANY)))
     limits = [
         Limit(
             _DAY_S * rate / corpus.text_bytes,
@@ -115,16 +113,9 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
             "corpus",
         ),
         Limit(
-            _SHARE_OF_MEMORY * head_bytes / _EMBED_DRIVER_BYTES,
-            f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats: over the head node's memory "
-            f"({head_bytes / 1e9:.0f} GB)",
-            "a larger head node, or parts",
-            "vectors",
-        ),
-        Limit(
             float(rows * _MAX_FILES),
             f"over {_MAX_FILES:,} files of vectors: object listing and Ray Data's bookkeeping take minutes",
-            "embed.rows_per_shard: 65536",
+            "a larger embed.rows_per_shard",
         ),
         *_flat_index_limits(setting),
     ]
@@ -159,7 +150,9 @@ def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[L
     configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
     many = scaled(setting.cluster, max(WORKERS))
     limits = [_batch_limit(configs["train"], setting, many)]
-    shards = stages.embed_workers(configs["embed"].model_copy(update={"num_workers": None}), setting.corpus, many)
+    shards = stages.embed_workers(
+        configs["embed"].model_copy(update={"num_workers": None}), replace(setting, cluster=many)
+    )
     if shards < many.num_gpus or not setting.cluster.num_gpus:
         what = f"embed has {shards:,} data shards: more actors have nothing to do"
         limits.append(Limit(float(shards), what, "lower embed.rows_per_shard"))

@@ -14,7 +14,7 @@ from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory
 from readapt_ray.recipes.chain import Step
 from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, default_storage, vector_bytes
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
-from readapt_ray.stages.embed import shard_rows
+from readapt_ray.stages.embed import TextSize, shard_rows
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
 LOAD_BYTES_PER_S: Final = 5e8
@@ -76,9 +76,20 @@ def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | N
     return _ESTIMATES[step.stage](step.config, name, setting)
 
 
-def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
+def embed_rows(config: Any, setting: Setting) -> int:
+    """Passages of a data shard."""
+    corpus = setting.corpus
+    text = TextSize(corpus.embed_tokens, corpus.text_bytes)
+    on_gpus = bool(setting.cluster.num_gpus)
+    return int(
+        config.rows_per_shard
+        or shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
+    )
+
+
+def embed_workers(config: Any, setting: Setting) -> int:
     """Actors that have something to do."""
-    rows = config.rows_per_shard or shard_rows(corpus.num_passages)
+    corpus, cluster, rows = setting.corpus, setting.cluster, embed_rows(config, setting)
     shards = math.ceil(corpus.num_passages / rows)
     most = cluster.num_gpus or max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
     return max(1, min(config.num_workers or most, most, shards))
@@ -240,7 +251,7 @@ def _merge(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
-    workers = embed_workers(config, corpus, cluster)
+    workers = embed_workers(config, setting)
     is_low = cluster.computes_low(config.dtype)
     device, peak = _device(cluster)
     rate = setting.rates.of("embed", device, peak if is_low else peak / 8, is_low=is_low)

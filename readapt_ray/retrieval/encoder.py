@@ -32,6 +32,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
 
+Tokens = Sequence[int] | np.ndarray
+"""Token ids of one text."""
+
 
 @dataclass(frozen=True)
 class EncodedTokens:
@@ -153,7 +156,7 @@ class Encoder:
         """The token ids that `encode` would feed to the model, specials included."""
         return self._tokenizer.ids(texts, kind, titles)
 
-    def encode_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def encode_ids(self, rows: Sequence[Tokens]) -> np.ndarray:
         """The vectors of token ids as `tokenize` gives them: float32 [N, D].
 
         A batch that does not fit the memory halves the budget, for good.
@@ -162,11 +165,14 @@ class Encoder:
             InputError: a row is empty.
             ModelError: one text alone does not fit the memory, or has an id that the model does not know.
         """
-        first_seen: dict[tuple[int, ...], int] = {}
-        place = np.fromiter((first_seen.setdefault(tuple(row), len(first_seen)) for row in rows), np.int64, len(rows))
-        distinct = list(first_seen)
-        if () in first_seen:
-            index = int(np.flatnonzero(place == first_seen[()])[0])
+        arrays = [np.asarray(row, np.int64) for row in rows]
+        first_seen: dict[bytes, int] = {}
+        place = np.fromiter(
+            (first_seen.setdefault(row.tobytes(), len(first_seen)) for row in arrays), np.int64, len(rows)
+        )
+        distinct = [arrays[index] for index in np.unique(place, return_index=True)[1]]
+        if b"" in first_seen:
+            index = int(np.flatnonzero(place == first_seen[b""])[0])
             raise InputError(f"texts[{index}] gives no token, so it has no vector; leave it out")
         vectors = np.empty((len(distinct), self.dimension), dtype=np.float32)
         pending = token_batches([len(row) for row in distinct], self.batch_tokens)[::-1]
@@ -184,7 +190,7 @@ class Encoder:
                 pending = [rest[each] for each in cut][::-1]
         return vectors[place]
 
-    def _halve_budget(self, texts: Sequence[Sequence[int]]) -> None:
+    def _halve_budget(self, texts: Sequence[Tokens]) -> None:
         if len(texts) == 1:
             raise ModelError(
                 f"a text of {len(texts[0])} tokens does not fit the memory of {self.device}; lower the maximum length in "
@@ -197,7 +203,7 @@ class Encoder:
         logger.warning("out of memory with %d tokens in a batch; going on with %d", tried, self.batch_tokens)
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def _forward(self, rows: Sequence[Tokens]) -> np.ndarray:
         """One batch: float32 [B, D]."""
         vectors = self._forward_pass.pooled(rows)[:, : self.dimension]
         if self.encoding.normalize:

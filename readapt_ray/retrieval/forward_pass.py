@@ -43,7 +43,7 @@ class ForwardPass:
         self._accepted = frozenset(inspect.signature(network.forward).parameters)
         self._num_embeddings = int(network.get_input_embeddings().num_embeddings)
 
-    def pooled(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def pooled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
         """The vectors of B texts' token ids, on the device: float32 [B, H].
 
         Raises:
@@ -70,7 +70,7 @@ class ForwardPass:
         self.is_packed = alike
         return alike
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _padded(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
         """Pooled, [B, H]: each text a row, padded on the right."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
@@ -84,7 +84,7 @@ class ForwardPass:
         hidden = self._hidden(ids, np.broadcast_to(positions, ids.shape), attention_mask=mask)
         return pool(hidden, mask, self._pooling)
 
-    def _packed(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _packed(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
         """Pooled, [B, H]: all texts in one row."""
         lengths = [len(row) for row in rows]
         ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]

@@ -6,6 +6,7 @@ doc_ids, so that the statistics of its row groups find one. Memory is that of th
 gives some 400 MB of vectors a second on one core.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,8 @@ class Footer:
     schema: pa.Schema
     num_bytes: int
     metadata: dict[str, Any]
+    digest: str
+    """Stands for sizes and statistics of its first row group: equal for a copy of the file."""
 
     @property
     def dimension(self) -> int:
@@ -88,8 +91,10 @@ def read_footer(location: Location) -> Footer:
     with explain_damage(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
         schema = file.schema_arrow
         stored = (schema.metadata or {}).get(METADATA_KEY, b"{}")
+        first_group = str(file.metadata.row_group(0).to_dict()) if file.metadata.num_rows else ""
+        digest = hashlib.blake2b(first_group.encode(), digest_size=16).hexdigest()
         num_bytes = stream.seek(0, io.SEEK_END)  # known already: no request
-        return Footer(file.metadata.num_rows, schema, num_bytes, dict(json.loads(stored)))
+        return Footer(file.metadata.num_rows, schema, num_bytes, dict(json.loads(stored)), digest)
 
 
 def stored_vectors(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str) -> pa.Table:
@@ -145,8 +150,8 @@ def write_vectors(
 
 def write_stored(
     location: Location, doc_ids: Sequence[str], stored: pa.Table, hashes: pa.Array, *, metadata: Mapping[str, Any]
-) -> None:
-    """Write vectors that are already as they are stored.
+) -> int:
+    """Write vectors that are already as they are stored, and return the size of the file in bytes.
 
     Args:
         doc_ids: of the N rows.
@@ -169,6 +174,7 @@ def write_stored(
             use_dictionary=False,
             write_statistics=["doc_id"],
         )
+        return stream.tell()
 
 
 def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:

@@ -1,23 +1,26 @@
 """The embed stage: passages become vectors, a numbered data shard at a time.
 
 In: a corpus and a retriever, and the vectors of an earlier corpus where there are any. Out:
-`vectors/part-00000.parquet` and so on. A shard is read, encoded and written whole by one actor, so what was
-committed before a kill is not computed again, and every passage stands once. Identical texts are encoded
-once, and those that an earlier artifact holds are copied. Two CPU cores with AMX encode some 230 passages of
-89 tokens a second with all-MiniLM-L6-v2; memory is the model and two shards an actor, 142 bytes a passage in
-the driver.
+`vectors/part-00000.parquet` and so on. The shards are planned from the sizes of files alone. Ray Data reads and
+tokenises them on idle cores, and actors encode and write each as a whole, so what was committed before a kill is not
+computed again, and every passage stands once. Texts that an earlier artifact holds are copied, and within a
+shard identical texts are encoded once. Two CPU cores with AMX encode some 230 passages of 89 tokens a second with
+all-MiniLM-L6-v2; memory is the model and two shards an actor; the driver holds 400 bytes a shard.
 """
 
 import logging
-from dataclasses import asdict
-from typing import Any, ClassVar, Literal
+import os
+from dataclasses import asdict, replace
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
-from readapt_ray.cluster import on_worker
+from readapt_ray.catalog.shapes import ModelShape, shape_of
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.digest_join import Changes, join_digests
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.placement import Placement
@@ -25,25 +28,31 @@ from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import (
-    PASSAGE_COLUMNS,
-    Contents,
-    changes_since,
-    cut_shards,
-    matching_rows,
-    scan_passages,
-    scan_vectors,
-)
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 _MIN_SHARD_ROWS = 256
-MAX_SHARD_ROWS = 4096
 _SHARDS = 32
+_SHARD_S = 45.0
+_DEVICE_FLOPS = {"GPU": 4.5e14, "CPU": 1.6e11}
+"""FLOPs per second of a large GPU and of a CPU core with AMX, at the share of the peak that encoders reach."""
+_SHARD_BYTES = 256 << 20
+"""Most bytes of a shard's texts, and of its vectors in float32."""
+_BYTES_PER_TOKEN = 4
+
+
+class TextSize(NamedTuple):
+    """How long a passage is, on average."""
+
+    num_tokens: float
+    num_bytes: float
 
 
 class EmbedConfig(StageConfig):
@@ -71,7 +80,8 @@ class EmbedConfig(StageConfig):
     """Keep only the first dimensions of each vector and normalise it again (for Matryoshka models). If omitted, all
     of them, or what the encoding says."""
     rows_per_shard: int | None = Field(default=None, ge=1)
-    """Passages per data shard, the unit of work. If omitted, a 32nd of the corpus, from 256 to 4,096."""
+    """Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's work, at least 256 and at
+    most a 32nd of the corpus."""
     num_workers: int | None = Field(default=None, ge=1)
     """Number of encoding actors. If omitted, one per GPU; without GPUs one per num_cpus_per_worker CPUs."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
@@ -86,9 +96,20 @@ class EmbedConfig(StageConfig):
     )
 
 
-def shard_rows(num_passages: int) -> int:
-    """Return the passages of a data shard where the options do not say."""
-    return min(MAX_SHARD_ROWS, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
+def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: int, *, on_gpus: bool) -> int:
+    """Return the passages of a data shard where the options do not say: some 45 seconds of a device's work.
+
+    Args:
+        num_passages: of the corpus.
+        text: of a passage, on average.
+        shape: of the retriever.
+        dimension: numbers of a vector.
+        on_gpus: whether the encoders compute on GPUs.
+    """
+    flops = text.num_tokens * shape.forward_flops(text.num_tokens)
+    at_work = _SHARD_S * _DEVICE_FLOPS["GPU" if on_gpus else "CPU"] / flops
+    in_memory = _SHARD_BYTES / max(text.num_bytes, 4.0 * dimension)
+    return max(_MIN_SHARD_ROWS, int(min(at_work, in_memory, num_passages / _SHARDS)))
 
 
 def embed(config: EmbedConfig) -> Artifact:
@@ -96,7 +117,7 @@ def embed(config: EmbedConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the corpus is not the output of `readapt ingest`, or `previous` not that of `readapt embed`.
-        CorpusError: it is empty, lacks a column, or a doc_id stands in it twice; or a passage gives no vector.
+        CorpusError: it is empty, lacks a column, holds a file twice, or was altered; or a passage gives no vector.
         FingerprintMismatchError: `previous` was made by another model, or is stored otherwise.
         ModelError: the retriever is not a model, or cannot be used with its encoding.
         CorruptFileError: a file of the corpus was cut short or altered, or is gone.
@@ -107,27 +128,18 @@ def embed(config: EmbedConfig) -> Artifact:
     model, encoding = _open_retriever(config)
     passages = _open_passages(corpus, config.corpus)
     config = _resolve(config, passages.num_rows)
-    encoder = describe_encoder(model, encoding, config.dtype)
-    previous, other = _open_previous(config, encoder)
-    rows_per_shard = config.rows_per_shard or shard_rows(passages.num_rows)
-    job = EmbedJob(
-        model_name=on_worker.model_name(model),
-        encoder=encoder,
-        encoding=encoding,
-        dtype=config.dtype,
-        vector_dtype=config.vector_dtype,
-        batch_tokens=config.batch_tokens,
-        passages=passages,
-        earlier=previous,
-        vectors=on_worker.absolute(Location(config.output)) / "vectors",
-    )
+    job = _job(config, model, encoding)
+    previous, other = _open_previous(config, job.encoder)
+    rows_per_shard = _rows_per_shard(config, corpus, model, encoding)
+    job = replace(job, earlier=previous)
 
     def work(workspace: Workspace) -> None:
+        before = _state(job.passages)
         if config.sample is not None:
-            estimate_full_run(config.sample, job, _placement(config), other, workspace)
+            estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
         else:
-            _encode(job, rows_per_shard, config, workspace)
-        if open_artifact(config.corpus, "ingest").fingerprint != corpus.fingerprint:
+            _encode(replace(job, rows_per_shard=rows_per_shard), passages, config, workspace)
+        if _state(job.passages) != before:
             raise CorpusError(f"{config.corpus!r} was replaced while it was embedded; embed it with --overwrite")
 
     return produce(
@@ -139,9 +151,58 @@ def embed(config: EmbedConfig) -> Artifact:
             "corpus": corpus.fingerprint,
             **_sampled_against(config),
         },
-        identity={"rows_per_shard": rows_per_shard, "encoder": encoder["fingerprint"]},
+        identity={"rows_per_shard": rows_per_shard, "encoder": job.encoder["fingerprint"]},
         work=work,
     )
+
+
+def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
+    """What the options and the model say of the job."""
+    return EmbedJob(
+        model_name=on_worker.model_name(model),
+        tokenizer=model.tokenizer_fingerprint,
+        encoder=describe_encoder(model, encoding, config.dtype),
+        encoding=encoding,
+        dtype=config.dtype,
+        vector_dtype=config.vector_dtype,
+        batch_tokens=config.batch_tokens,
+        passages=on_worker.absolute(Location(config.corpus)) / "passages",
+        output=on_worker.absolute(Location(config.output)),
+    )
+
+
+def _state(passages: Location) -> str:
+    """What a listing says of the files of a corpus: other files, sizes or times are another state."""
+    return fingerprint([(name, info.size, info.mtime_ns) for name, info in passages.listing(".parquet")])
+
+
+def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, encoding: Encoding) -> int:
+    """Return the passages of a shard: as asked, else what the output was begun with, else what suits the devices."""
+    if config.rows_per_shard is not None:
+        return config.rows_per_shard
+    num_passages, output = corpus.manifest.counts["num_passages"], Location(config.output)
+    if not config.overwrite:
+        begun = begun_rows_per_shard(output)
+        if begun:
+            return begun
+        if (output / "vectors").listing(".parquet"):
+            return min(4096, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))  # the rule of versions without a ledger
+    holder = model.base if model.is_adapter else model
+    shape = shape_of(holder.read_json(CONFIG_NAME), model.name)
+    num_bytes = corpus.manifest.counts["num_bytes"] / num_passages
+    text = TextSize(min(num_bytes / _BYTES_PER_TOKEN + 1, float(encoding.max_passage_tokens)), num_bytes)
+    return shard_rows(num_passages, text, shape, encoding.dimensions or shape.hidden, on_gpus=_on_gpus())
+
+
+def _on_gpus() -> bool:
+    """Whether encoders compute on GPUs."""
+    import ray
+
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
+        return bool(connection.connect().num_gpus)
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
@@ -183,7 +244,7 @@ def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
     """Open the passages of a corpus. The ends of all files are read, so a truncated one is found here.
 
     Raises:
-        CorpusError: there are none, or a file lacks a column.
+        CorpusError: there are none, a file lacks a column, or one is there twice.
         CorruptFileError: a file was cut short, or is gone.
     """
     passages = on_worker.absolute(corpus.location / "passages")
@@ -194,11 +255,23 @@ def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
             raise CorpusError(
                 f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
             )
+    _check_no_copies(passages, footers)
     rows = ParquetRows(passages, row_counts(footers))
     check_complete(corpus, rows.num_rows, "passages")
     if rows.num_rows == 0:
         raise CorpusError(f"{given!r} has no passages; ingest a corpus that has some")
     return rows
+
+
+def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
+    """Refuse a corpus in which one file is the copy of another: their footers are equal."""
+    seen: dict[str, str] = {}
+    for name, footer in footers.items():
+        if footer.num_rows and footer.digest in seen:
+            raise CorpusError(
+                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids stand twice; ingest the corpus again"
+            )
+        seen[footer.digest] = name
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
@@ -241,46 +314,41 @@ def _placement(config: EmbedConfig) -> Placement:
     return Placement(config.num_workers, config.num_cpus_per_worker)
 
 
-def _encode(job: EmbedJob, rows_per_shard: int, config: EmbedConfig, workspace: Workspace) -> None:
+def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace: Workspace) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
-    contents = scan_passages(job.passages.folder, job.passages.counts)
-    earlier = scan_vectors(job.earlier.folder, job.earlier.counts) if job.earlier else None
-    matches = None if earlier is None else matching_rows(contents.hashes, earlier.hashes)
-    footers = encode_shards(
-        list(cut_shards(contents, rows_per_shard, matches)),
-        job,
+    joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
+    ledger = encode_shards(
+        plan_shards(passages.counts, job.rows_per_shard),
+        job if joined is None else replace(job, matches=joined.matches),
         _placement(config),
         lambda done, total: workspace.progress(done, total, unit="passages"),
     )
+    figures = ledger.figures
     workspace.counts |= {
-        "num_vectors": sum(footer.num_rows for footer in footers),
-        "num_tokens": int(summed(footers, "num_tokens")),
-        "num_bytes": sum(footer.num_bytes for footer in footers),
+        "num_vectors": ledger.num_rows,
+        "num_tokens": int(figures["num_tokens"].sum()),
+        "num_bytes": int(figures["num_bytes"].sum()),
     }
     workspace.details |= {
-        "encoder": {**job.encoder, "dimension": footers[0].dimension},
+        "encoder": {**job.encoder, "dimension": int(figures["dimension"][0])},
         "vector_dtype": job.vector_dtype,
-        "work": _tell_work(footers),
+        "work": _tell_work(ledger),
     }
-    if earlier is not None:
-        workspace.details["changes"] = _tell_changes(contents, earlier, str(config.previous))
+    if joined is not None:
+        workspace.details["changes"] = _tell_changes(joined.changes, str(config.previous))
+        joined.matches.remove()
 
 
-def summed(footers: list[Footer], name: str) -> float:
-    """A figure of all files together."""
-    return sum(float(footer.metadata.get(name, 0)) for footer in footers)
-
-
-def _tell_work(footers: list[Footer]) -> dict[str, float]:
+def _tell_work(ledger: ShardLedger) -> dict[str, float]:
     """How the encoders spent their time, all runs that made these files together."""
-    busy_s, waited_s = summed(footers, "encode_s"), summed(footers, "wait_s")
-    tokens, positions = summed(footers, "num_tokens"), summed(footers, "num_positions")
+    total = {name: float(ledger.figures[name].sum()) for name in ledger.figures.dtype.names or ()}
+    busy_s, waited_s = total["encode_s"], total["wait_s"]
     work = {
-        "num_encoded": int(summed(footers, "num_encoded")),
-        "num_copied": int(summed(footers, "num_copied")),
+        "num_encoded": int(total["num_encoded"]),
+        "num_copied": int(total["num_copied"]),
         "encoder_seconds": round(busy_s, 3),
         "waiting_share": round(waited_s / max(busy_s + waited_s, 1e-9), 4),
-        "padding_share": round(1 - tokens / max(positions, 1), 4),
+        "padding_share": round(1 - total["num_tokens"] / max(total["num_positions"], 1), 4),
     }
     logger.info(
         "embed: %s texts encoded; the encoders waited %.1f%% of their time for input, %.1f%% of what they computed was padding",
@@ -291,8 +359,8 @@ def _tell_work(footers: list[Footer]) -> dict[str, float]:
     return work
 
 
-def _tell_changes(contents: Contents, earlier: Contents, previous: str) -> dict[str, int]:
-    changes = asdict(changes_since(contents, earlier))
+def _tell_changes(found: Changes, previous: str) -> dict[str, int]:
+    changes = asdict(found)
     counted = ", ".join(f"{count:,} {name.removeprefix('num_')}" for name, count in changes.items())
     logger.info("embed: passages against %s: %s", previous, counted)
     return changes

@@ -1,21 +1,16 @@
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.shard_plan import (
-    Changes,
     Contents,
-    changes_since,
     content_hash,
-    cut_shards,
     first_rows,
     matching_rows,
-    scan_passages,
+    plan_shards,
+    ranges_between,
     scan_vectors,
 )
-from readapt_ray.retrieval.vector_files import write_vectors
+from readapt_ray.retrieval.vector_files import RowRange, write_vectors
 from readapt_ray.storage import Location
 
 
@@ -48,64 +43,23 @@ def test_rows_without_a_content_hash_match_nothing():
     assert matching_rows(contents.hashes, np.zeros((2, 2), np.uint64)).tolist() == [-1, -1]
 
 
-def test_a_text_that_stood_before_goes_to_the_shard_where_it_stood():
-    contents = _contents(list("abcdeafaghib"))
-    earlier = np.arange(100, 112)
-    shards = list(cut_shards(contents, 4, earlier))
-    assert [shard.rows.tolist() for shard in shards] == [[0, 1, 2, 3, 5, 7, 11], [4, 6], [8, 9, 10]]
-    assert [shard.representatives.tolist() for shard in shards] == [[0, 1, 2, 3, 0, 0, 1], [0, 1], [0, 1, 2]]
-    assert [shard.earlier.tolist() for shard in shards] == [
-        [100, 101, 102, 103, 105, 107, 111],
-        [104, 106],
-        [108, 109, 110],
+def test_shards_are_ranges_of_files_with_every_row_once():
+    shards = plan_shards([("a", 5), ("b", 0), ("c", 4)], 4)
+    assert [shard.ranges for shard in shards] == [
+        (RowRange("a", 0, 4),),
+        (RowRange("a", 4, 1), RowRange("c", 0, 3)),
+        (RowRange("c", 3, 1),),
     ]
-    assert [shard.name for shard in shards] == [f"part-{number:05d}.parquet" for number in range(3)]
+    assert [(shard.first, len(shard), shard.name) for shard in shards] == [
+        (0, 4, "part-00000.parquet"),
+        (4, 4, "part-00001.parquet"),
+        (8, 1, "part-00002.parquet"),
+    ]
+    assert list(ranges_between([("a", 5), ("b", 0), ("c", 4)], 3, 7)) == [RowRange("a", 3, 2), RowRange("c", 0, 2)]
 
 
-@pytest.mark.parametrize("rows_per_shard", [1, 3, 7, 100])
-def test_every_row_stands_in_one_shard_and_none_grows_without_bound(rows_per_shard):
-    rng = np.random.default_rng(0)
-    contents = _contents([str(number) for number in rng.integers(0, 5, 90)])
-    shards = list(cut_shards(contents, rows_per_shard))
-    assert sorted(np.concatenate([shard.rows for shard in shards]).tolist()) == list(range(90))
-    assert max(map(len, shards)) <= 2 * rows_per_shard
-    for shard in shards:
-        np.testing.assert_array_equal(shard.hashes[shard.representatives], contents.hashes[shard.rows])
-
-
-def test_a_shard_may_have_nothing_of_its_own_left():
-    shards = list(cut_shards(_contents(list("abab")), 2))
-    assert [(shard.number, shard.rows.tolist()) for shard in shards] == [(0, [0, 1, 2, 3])]
-
-
-def test_changes_are_counted():
-    before = _contents(list("abcd"), ids=[1, 2, 3, 4])
-    after = _contents(list("abxe"), ids=[4, 2, 3, 9])
-    assert changes_since(after, before) == Changes(num_unchanged=1, num_changed=2, num_new=1, num_deleted=1)
-    assert changes_since(after, _contents([])) == Changes(0, 0, 4, 0)
-    assert changes_since(_contents([]), before) == Changes(0, 0, 0, 4)
-
-
-def test_a_corpus_and_its_vectors_are_scanned(tmp_path):
+def test_vectors_that_do_not_say_their_content_match_nothing(tmp_path):
     folder = Location(str(tmp_path))
-    rows = {"doc_id": ["b", "a"], "title": ["t", None], "text": ["x", "y"]}
-    pq.write_table(pa.table(rows), tmp_path / "p")
-    contents = scan_passages(folder, [("p", 2)])
-    assert contents.hashes.tobytes() == content_hash("t", "x") + content_hash("", "y")
     write_vectors(folder / "v", ["a", "b"], np.ones((2, 3)), dtype="float32", metadata={})
     vectors = scan_vectors(folder, [("v", 2)])
-    assert vectors.ids.tolist() == contents.ids[::-1].tolist() and not vectors.hashes.any()
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"doc_id": ["a", "a"]}, "'a' stands in p and again in p"),
-        ({"doc_id": ["a", None]}, "passage None .* has no doc_id or text"),
-        ({"text": [None, "y"]}, "passage 'b' .* has no doc_id or text"),
-    ],
-)
-def test_a_corpus_that_cannot_be_embedded_is_refused(tmp_path, changes, named):
-    pq.write_table(pa.table({"doc_id": ["b", "a"], "title": ["", ""], "text": ["x", "y"]} | changes), tmp_path / "p")
-    with pytest.raises(CorpusError, match=named):
-        scan_passages(Location(str(tmp_path)), [("p", 2)])
+    assert vectors.ids.tolist() == [hash("a"), hash("b")] and not vectors.hashes.any()

@@ -1,0 +1,147 @@
+"""What is known of each data shard that was written: its file, and what making it took.
+
+The files are their own ledger: a file is written whole, with what made it in its footer. `shards.parquet` beside them
+repeats what the footers say, so that resuming takes one listing: only files that it does not list are opened.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.shard_plan import DataShard
+from readapt_ray.retrieval.vector_files import read_footer
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+LEDGER_NAME = "shards.parquet"
+COUNTS = ("num_rows", "num_bytes", "dimension", "num_encoded", "num_copied", "num_tokens", "num_positions")
+SECONDS = ("encode_s", "wait_s")
+_FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])
+_SECONDS_KEY = b"seconds"
+"""Times stand in the metadata, so that the rows of two runs are equal."""
+_ROWS_KEY = b"rows_per_shard"
+
+
+class ShardLedger:
+    """The shards of a run, and figures of those that are written: some 100 bytes each.
+
+    Args:
+        shards: all of them, numbered from 0.
+        output: folder of the artifact.
+        made_by: fingerprint of the encoder; a file that another one made is not ours.
+        rows_per_shard: for `begun_rows_per_shard`.
+    """
+
+    def __init__(self, shards: Sequence[DataShard], output: Location, *, made_by: str, rows_per_shard: int) -> None:
+        self.shards = shards
+        self.figures: NDArray[Any] = np.zeros(len(shards), _FIGURES)
+        self._output, self._made_by, self._rows_per_shard = output, made_by, rows_per_shard
+
+    @property
+    def pending(self) -> list[DataShard]:
+        """Return the shards that have no file yet."""
+        return [shard for shard in self.shards if not self.figures["num_rows"][shard.number]]
+
+    @property
+    def num_rows(self) -> int:
+        """Return the passages that are done."""
+        return int(self.figures["num_rows"].sum())
+
+    def find(self) -> None:
+        """Take in what is written: one listing, and the footers of files that the ledger does not know."""
+        sizes = self._sizes()
+        self._load(sizes)
+        unknown = [shard for shard in self.pending if shard.name in sizes]
+        for shard, figures in zip(unknown, at_once(self._read, unknown), strict=True):
+            if figures is not None:
+                self.record(shard.number, figures)
+
+    def record(self, number: int, figures: Mapping[str, Any]) -> None:
+        """Note that a shard is written."""
+        self.figures[number] = tuple(figures[name] for name in _FIGURES.names or ())
+
+    def save(self) -> None:
+        """Write `shards.parquet`, unless nothing is done yet."""
+        numbers = np.flatnonzero(self.figures["num_rows"])
+        if not len(numbers):
+            return
+        done = self.figures[numbers]
+        table = pa.table({"number": numbers, **{name: done[name] for name in COUNTS}})
+        seconds = json.dumps({name: done[name].round(3).tolist() for name in SECONDS})
+        said = {_SECONDS_KEY: seconds, b"encoder": self._made_by, _ROWS_KEY: str(self._rows_per_shard)}
+        with (self._output / LEDGER_NAME).open_output() as stream:
+            pq.write_table(table.replace_schema_metadata(said), stream)
+
+    def check_there(self) -> None:
+        """See that no file was removed meanwhile; one listing, no file is opened.
+
+        Raises:
+            CorruptFileError: files that were written are gone.
+        """
+        sizes = self._sizes()
+        lost = [shard.name for shard in self.shards if shard.name not in sizes]
+        if lost:
+            raise CorruptFileError(
+                f"{len(lost)} files were written to {self._output / 'vectors'} and are not there, {lost[0]} first; see "
+                f"what removes them, and run `readapt embed` again"
+            )
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: int(info.size) for name, info in (self._output / "vectors").listing(".parquet")}
+
+    def _load(self, sizes: Mapping[str, int]) -> None:
+        """Take from `shards.parquet` what the listing confirms: a file of that name and size."""
+        table = _read_ledger(self._output)
+        said = (table.schema.metadata or {}) if table is not None else {}
+        if table is None or said.get(b"encoder") != self._made_by.encode():
+            return
+        columns = {name: table[name].to_numpy() for name in COUNTS}
+        columns |= {name: np.array(values) for name, values in json.loads(said[_SECONDS_KEY]).items()}
+        for index, number in enumerate(table["number"].to_pylist()):
+            figures = {name: values[index] for name, values in columns.items()}
+            if number < len(self.shards) and self._confirms(self.shards[number], figures, sizes):
+                self.record(number, figures)
+
+    def _confirms(self, shard: DataShard, figures: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
+        return bool(sizes.get(shard.name) == figures["num_bytes"] and len(shard) == figures["num_rows"])
+
+    def _read(self, shard: DataShard) -> dict[str, Any] | None:
+        """Read the footer of a file; None where the file is damaged or another run's."""
+        try:
+            footer = read_footer(self._output / "vectors" / shard.name)
+        except CorruptFileError as error:
+            logger.warning("%s; it is computed again", error)
+            return None
+        made_by = footer.metadata.get("encoder", {}).get("fingerprint")
+        if made_by != self._made_by or footer.num_rows != len(shard):
+            return None
+        figures = {name: float(footer.metadata.get(name, 0)) for name in _FIGURES.names or ()}
+        return figures | {
+            "num_rows": footer.num_rows,
+            "num_bytes": footer.num_bytes,
+            "dimension": footer.dimension,
+        }
+
+
+def begun_rows_per_shard(output: Location) -> int | None:
+    """Return the passages per shard of what was written before; None where nothing says."""
+    table = _read_ledger(output)
+    return int(table.schema.metadata[_ROWS_KEY]) if table is not None else None
+
+
+def _read_ledger(output: Location) -> pa.Table | None:
+    """Read `shards.parquet`; None where there is none yet, or it is damaged: the footers say the same."""
+    try:
+        with (output / LEDGER_NAME).open_input() as stream:
+            return pq.read_table(stream)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None

@@ -1,0 +1,55 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray.cluster import digest_join
+from readapt_ray.cluster.digest_join import Changes, join_digests
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_plan import content_hash
+from readapt_ray.retrieval.vector_files import write_stored
+from readapt_ray.storage import Location
+
+
+def _passages(folder, rows, *, with_digests):
+    table = pa.table({"doc_id": list(rows), "title": [""] * len(rows), "text": list(rows.values())})
+    if with_digests:
+        table = table.append_column("content_hash", pa.array(_hashes(rows), pa.binary(16)))
+    folder.mkdir()
+    half = len(rows) // 2
+    pq.write_table(table.slice(0, half), folder / "a.parquet")
+    pq.write_table(table.slice(half), folder / "b.parquet")
+    return ParquetRows(Location(str(folder)), (("a.parquet", half), ("b.parquet", len(rows) - half)))
+
+
+def _vectors(folder, rows):
+    folder.mkdir()
+    vectors = pa.table({"vector": pa.array([[1.0, 0.0]] * len(rows), pa.list_(pa.float32(), 2))})
+    hashes = pa.array(_hashes(rows), pa.binary(16))
+    write_stored(Location(str(folder / "v.parquet")), list(rows), vectors, hashes, metadata={})
+    return ParquetRows(Location(str(folder)), (("v.parquet", len(rows)),))
+
+
+def _hashes(rows):
+    return [content_hash("", text) for text in rows.values()]
+
+
+@pytest.mark.parametrize("with_digests", [True, False])
+def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatch, with_digests):
+    rng = np.random.default_rng(0)
+    before = {f"d{number:04d}": f"text {number}" for number in range(300)}
+    now = {key: before[key] for key in rng.permutation(sorted(before))[:200].tolist()}
+    now |= dict.fromkeys(list(now)[:20], "another text") | {f"n{number}": f"new {number}" for number in range(30)}
+    now["moved"] = before["d0001"]
+    monkeypatch.setattr(digest_join, "_CHUNK_ROWS", 70)
+    passages = _passages(tmp_path / "now", now, with_digests=with_digests)
+    joined = join_digests(passages, _vectors(tmp_path / "before", before), Location(str(tmp_path / "join")))
+    assert joined.matches.num_partitions == 5
+    assert joined.changes == Changes(num_unchanged=180, num_changed=20, num_new=31, num_deleted=100)
+    rows = {text: number for number, text in enumerate(before.values())}
+    expected = [rows.get(text, -1) for text in now.values()]
+    assert joined.matches.rows(0, len(now)).tolist() == expected
+    assert joined.matches.rows(50, 40).tolist() == expected[50:90]
+    assert joined.num_to_encode.sum() == expected.count(-1) == 50
+    joined.matches.remove()
+    assert not list((tmp_path / "join").iterdir())
