@@ -22,8 +22,8 @@ from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster import connection
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.digest_join import NUM_BINS, Joined, join_digests
+from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement, place_actors
-from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration

@@ -1,14 +1,13 @@
-"""What an embedding actor does: token ids of a data shard in, a file of vectors out.
+"""What an embedding actor does: token ids, or texts, of a data shard in, a file of vectors out.
 
 In: rows of Ray Data, a shard each, and the job that all actors share. Out: `vectors/part-00000.parquet`, written
 whole. An actor holds one model and works on two shards at a time: while the vectors of one are computed, the
-other is written. Memory is the model and two shards.
+other is tokenised where no task did it, or written. Memory is the model and two shards.
 """
 
 import logging
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,56 +15,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray import errors
-from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import on_worker
-from readapt_ray.cluster.digest_join import Matches
-from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.cluster.embed_job import EmbedJob, cell
+from readapt_ray.cluster.shard_tokens import tokenize_shard
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS
 from readapt_ray.retrieval.shard_plan import shard_name
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
-from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 SHARDS_AT_A_TIME = 2
-
-
-@dataclass(frozen=True)
-class EmbedJob:
-    """What tasks and actors must know: the same for all of them."""
-
-    model_name: str
-    tokenizer: str
-    """Fingerprint of the tokenizer."""
-    encoder: dict[str, Any]
-    """What the metadata of the files say of the encoder."""
-    encoding: Encoding
-    dtype: str
-    vector_dtype: str
-    batch_tokens: int | None
-    passages: Location
-    """Folder of the passages."""
-    output: Location
-    """Folder of the artifact."""
-    earlier: ParquetRows | None = None
-    """Vectors of an earlier corpus, to be copied from."""
-    matches: Matches | None = None
-    """Which passages have one of them."""
-    rows_per_shard: int = 0
-    """Passages of a shard; 0 for a sample, whose shards differ."""
-    driver_node: str = ""
-    num_threads: int = 1
-    """Threads of an actor."""
-
-    @property
-    def vectors(self) -> Location:
-        """Folder that the vectors are written to."""
-        return self.output / "vectors"
-
-
-def cell(shard: pa.Table, name: str) -> pa.Array:
-    """Return the array in a cell of a table of one row; nothing is copied."""
-    return shard[name].combine_chunks().flatten()
 
 
 class ShardEncoder:
@@ -100,6 +59,8 @@ class ShardEncoder:
 
     def _encode(self, number: int, shard: pa.Table) -> dict[str, Any]:
         """Encode the distinct texts, copy the earlier vectors, and write the vector of each row."""
+        if "tokens" not in shard.column_names:
+            shard = tokenize_shard(shard, lambda texts, titles: self._loaded().tokenize(texts, "passage", titles))
         place = cell(shard, "vector").to_numpy()
         copied, copied_place = np.unique(-1 - place[place < 0], return_inverse=True)
         stored, metadata = self._encoded(shard, place)

@@ -1,7 +1,8 @@
 """Data shards through Ray Data until each has its file of vectors: read and tokenise, then encode and write.
 
 In: shards and a job. Out: a file per shard, in the job's folder. Tasks on any idle core read and tokenise; a pool of
-actors, one per GPU, encodes and writes, and grows and shrinks with the nodes. A file appears whole or not at all, with
+actors, one per GPU, encodes and writes, and grows and shrinks with the nodes. Where CPUs encode and none is idle, the
+actors tokenise. A file appears whole or not at all, with
 what made it in its own footer, so the files are their own ledger: what is there is done, and a kill at any moment
 costs the shards in flight.
 """
@@ -15,8 +16,9 @@ from typing import Any
 
 from readapt_ray import errors
 from readapt_ray.cluster import autoscaling, connection, nodes, on_worker
+from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement, place_actors
-from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, EmbedJob, ShardEncoder
+from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, ShardEncoder
 from readapt_ray.errors import PlacementError, WorkerError
 from readapt_ray.retrieval.shard_ledger import ShardLedger
 from readapt_ray.retrieval.shard_plan import DataShard
@@ -118,9 +120,9 @@ def _pool_sizes(placement: Placement, num_workers: int, each: Mapping[str, float
     return {"min_size": now, "max_size": max(now, placement.num_workers or num_pending)}
 
 
-def _reader_cpus(num_encoders: int, each: Mapping[str, float]) -> float:
-    """Return the CPUs that a task asks for: a core where the encoders leave some idle, else what they leave of theirs."""
-    return 1 if connection.connect().num_cpus - num_encoders * each["CPU"] >= 1 else _SHARED_CPUS
+def _has_idle_cores(num_encoders: int, each: Mapping[str, float]) -> bool:
+    """Return whether the encoders leave a core to tasks that read and tokenise."""
+    return connection.connect().num_cpus - num_encoders * each["CPU"] >= 1
 
 
 def _stream(
@@ -131,10 +133,12 @@ def _stream(
     from ray.data import ActorPoolStrategy
     from ray.util.annotations import RayDeprecationWarning
 
-    from readapt_ray.cluster.shard_source import ShardSource, tokenize_shard
+    from readapt_ray.cluster.shard_source import ShardSource
+    from readapt_ray.cluster.shard_tokens import tokenize_in_task
 
     texts = replace(job, earlier=None)
-    reader_cpus = _reader_cpus(pool.get("size") or pool["min_size"], each)
+    idle_cores = _has_idle_cores(pool.get("size") or pool["min_size"], each)
+    reader_cpus = 1 if idle_cores else _SHARED_CPUS
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
     restarts = {"max_restarts": 0} if "size" in pool else {}
@@ -142,10 +146,11 @@ def _stream(
         shards = ray.data.read_datasource(ShardSource(pending, texts), num_cpus=reader_cpus)
         shards.context.execution_no_progress_timeout_s = -1
         shards.context.target_max_block_size = 1  # a block has one row: a shard goes its way as soon as it is read
-        tokens = shards.map_batches(
-            tokenize_shard, fn_args=(texts,), batch_size=1, batch_format="pyarrow", num_cpus=reader_cpus
-        )
-        written = tokens.map_batches(
+        if idle_cores or each["GPU"]:  # on CPUs alone a task would take a core from the encoders
+            shards = shards.map_batches(
+                tokenize_in_task, fn_args=(texts,), batch_size=1, batch_format="pyarrow", num_cpus=reader_cpus
+            )
+        written = shards.map_batches(
             ShardEncoder,
             fn_constructor_args=(job,),
             batch_size=1,

@@ -21,10 +21,10 @@ from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.digest_join import Changes, join_digests
+from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.placement import Placement
-from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
