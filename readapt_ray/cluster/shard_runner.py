@@ -120,9 +120,17 @@ def _pool_sizes(placement: Placement, num_workers: int, each: Mapping[str, float
     return {"min_size": now, "max_size": max(now, placement.num_workers or num_pending)}
 
 
-def _has_idle_cores(num_encoders: int, each: Mapping[str, float]) -> bool:
-    """Return whether the encoders leave a core to tasks that read and tokenise."""
-    return connection.connect().num_cpus - num_encoders * each["CPU"] >= 1
+def _num_idle_cores(num_encoders: int, each: Mapping[str, float]) -> int:
+    """Return the cores that the encoders leave to tasks."""
+    return int(connection.connect().num_cpus - num_encoders * each["CPU"])
+
+
+def tasks_tokenize(num_encoders: int, each: Mapping[str, float]) -> bool:
+    """Return whether tasks tokenise, and not the encoders.
+
+    Where CPUs encode and none is idle, a task would take a core from them, and load the tokenizer once more.
+    """
+    return each["GPU"] > 0 or _num_idle_cores(num_encoders, each) >= 1
 
 
 def _stream(
@@ -137,8 +145,8 @@ def _stream(
     from readapt_ray.cluster.shard_tokens import tokenize_in_task
 
     texts = replace(job, earlier=None)
-    idle_cores = _has_idle_cores(pool.get("size") or pool["min_size"], each)
-    reader_cpus = 1 if idle_cores else _SHARED_CPUS
+    num_encoders = pool.get("size") or pool["min_size"]
+    reader_cpus = 1 if _num_idle_cores(num_encoders, each) >= 1 else _SHARED_CPUS
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
     restarts = {"max_restarts": 0} if "size" in pool else {}
@@ -146,7 +154,7 @@ def _stream(
         shards = ray.data.read_datasource(ShardSource(pending, texts), num_cpus=reader_cpus)
         shards.context.execution_no_progress_timeout_s = -1
         shards.context.target_max_block_size = 1  # a block has one row: a shard goes its way as soon as it is read
-        if idle_cores or each["GPU"]:  # on CPUs alone a task would take a core from the encoders
+        if tasks_tokenize(num_encoders, each):
             shards = shards.map_batches(
                 tokenize_in_task, fn_args=(texts,), batch_size=1, batch_format="pyarrow", num_cpus=reader_cpus
             )

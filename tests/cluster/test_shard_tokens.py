@@ -1,0 +1,75 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from readapt_ray.catalog.models import open_model
+from readapt_ray.cluster import connection, on_worker, shard_runner
+from readapt_ray.cluster.embed_job import EmbedJob
+from readapt_ray.cluster.shard_encoder import ShardEncoder
+from readapt_ray.cluster.shard_source import ShardSource
+from readapt_ray.cluster.shard_tokens import tokenize_in_task
+from readapt_ray.errors import WorkerError
+from readapt_ray.retrieval.shard_plan import plan_shards
+from readapt_ray.stages.embed import describe_encoder
+from readapt_ray.storage import Location
+from tests import factories
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_worker, "this_node", lambda: "")
+    passages = factories.small_corpus(40)
+    passages[6] = passages[3]._replace(doc_id="twin")
+    factories.ingest_artifact(tmp_path / "corpus", passages, num_files=1)
+    folder = factories.tiny_encoder(tmp_path / "model", headless=True)
+    factories.write_contract(folder)
+    model = open_model(str(folder))
+    return EmbedJob(
+        model_name=str(folder),
+        tokenizer=model.tokenizer_fingerprint,
+        encoder=describe_encoder(model, model.encoding, "float32"),
+        encoding=model.encoding,
+        dtype="float32",
+        vector_dtype="float32",
+        batch_tokens=None,
+        passages=Location(str(tmp_path / "corpus/passages")),
+        output=Location(str(tmp_path / "out")),
+    )
+
+
+def _rows(job):
+    """The first 20 and the last 20 passages, as the read tasks yield them."""
+    (name,) = (name for name, _ in job.passages.listing(".parquet"))
+    return [row for task in ShardSource(plan_shards([(name, 40)], 20), job).get_read_tasks() for row in task()]
+
+
+def test_an_encoder_that_tokenises_writes_what_it_writes_of_tokens(job, tmp_path):
+    encoder, tables = ShardEncoder(job), []
+    for tokenize in (lambda row: row, lambda row: tokenize_in_task(row, job)):
+        told = [encoder(tokenize(row)).to_pylist()[0] for row in _rows(job)]
+        assert [(each["number"], each["error"], each["num_encoded"]) for each in told] == [(0, "", 19), (1, "", 20)]
+        tables.append(pq.read_table(tmp_path / "out/vectors"))
+    assert tables[0]["doc_id"].to_pylist() == tables[1]["doc_id"].to_pylist()
+    vectors = [np.array(table["vector"].to_pylist()) for table in tables]
+    np.testing.assert_array_equal(*vectors)
+
+
+def test_an_error_goes_through_both_ways_as_a_row(job):
+    (name,) = (name for name, _ in job.passages.listing(".parquet"))
+    (job.passages / name).delete()
+    broken = next(iter(ShardSource(plan_shards([(name, 40)], 40), job).get_read_tasks()[0]()))
+    for row in (broken, tokenize_in_task(broken, job)):
+        told = ShardEncoder(job)(row).to_pylist()[0]
+        assert told["error"] in (WorkerError.__name__, "CorruptFileError") and name in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("num_cpus", "num_encoders", "num_gpus", "in_tasks"), [(2, 2, 0, False), (2, 1, 0, True), (2, 2, 1, True)]
+)
+def test_tasks_tokenise_where_they_take_no_core_from_an_encoder(
+    num_cpus, num_encoders, num_gpus, in_tasks, monkeypatch
+):
+    monkeypatch.setattr(connection, "connect", lambda: SimpleNamespace(num_cpus=num_cpus))
+    assert shard_runner.tasks_tokenize(num_encoders, {"CPU": 1, "GPU": num_gpus}) is in_tasks
