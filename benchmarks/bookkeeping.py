@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for passages, model and artifacts")
     parser.add_argument("--sizes", default="100000,1000000,10000000")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/bookkeeping.json"))
+    parser.add_argument("--stages", default=",".join(STAGES), help="those to measure; each needs what comes before it")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
@@ -60,7 +61,7 @@ def main() -> None:
     for size in sizes:
         make_inputs(options.work / str(size), size)
         found = known.setdefault(str(size), {})
-        for stage in STAGES:
+        for stage in options.stages.split(","):
             if stage not in found:
                 found[stage] = by_driver(stage, options.work, size)
                 print(size, stage, found[stage], flush=True)
