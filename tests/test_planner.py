@@ -639,7 +639,9 @@ def test_a_head_that_is_too_small_for_the_corpus_is_refused_before_anything_cost
     cluster = write(run_file, {"nodes": nodes}, "small-head.yaml")
     assert make_plan(run_file, cluster=cluster, num_passages=58_000_000).problems == []
     (problem,) = make_plan(run_file, cluster=cluster, num_passages=60_000_000).problems
-    assert problem.startswith("corpus cannot be made of 60,000,000 passages") and "(8 GB), from 58,333,333 on" in problem
+    assert (
+        problem.startswith("corpus cannot be made of 60,000,000 passages") and "(8 GB), from 58,333,333 on" in problem
+    )
 
 
 def test_a_stage_pays_for_as_many_gpu_nodes_as_it_has_workers(run_file: Path) -> None:
