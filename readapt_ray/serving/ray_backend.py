@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -88,13 +89,19 @@ class RayBackend:
         failed = {name: answer for name, answer in zip(handles, answers, strict=True) if isinstance(answer, str)}
         if failed:
             causes = await asyncio.to_thread(_causes, self._encoder)
+            failed = {name: causes.get(name) or answer for name, answer in sorted(failed.items())}
             for name, answer in failed.items():
-                logger.warning("%s of %s is down: %s", name, self._encoder.app_name, causes.get(name) or answer)
-            raise PartsDownError(sorted(failed))
+                logger.warning("%s of %s is down: %s", name, self._encoder.app_name, answer)
+            raise PartsDownError({name: _without_folders(answer) for name, answer in failed.items()})
         seconds, *sizes = answers
         if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
+
+
+def _without_folders(cause: str) -> str:
+    """Leave out where files lie, which is not for everybody who asks whether the server is ready."""
+    return re.sub(r"[^\s'\"(]*/", "", cause)
 
 
 async def _check(handle: Any, fingerprint: str) -> Any:

@@ -86,8 +86,8 @@ class VersionInfo:
 class PartsDownError(Exception):
     """Some processes of a version do not answer, or fail."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(f"not working: {', '.join(names)}; the server's log says why")
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__(f"not working: {'; '.join(f'{name} ({cause})' for name, cause in causes.items())}")
 
 
 class Backend(Protocol):
