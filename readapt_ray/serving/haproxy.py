@@ -52,7 +52,7 @@ _PORT_RANGE = range(20_000, 30_000)
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 """Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
 _START = """#!/bin/sh
-exec {python} -ISB {script} {binary} {header_s} "$@"
+exec {python} -ISB {script} {binary} {header_s} {folder} "$@"
 """
 _ERRORS = {
     502: ("Bad Gateway", "the connection to the gateway was lost; try again"),
@@ -112,7 +112,8 @@ def _environment(binary: str, timeout_s: float) -> dict[str, str]:
     atexit.register(remove_folders)
     start = folder / "start"
     python, script = shlex.quote(sys.executable), shlex.quote(haproxy_start.__file__)
-    start.write_text(_START.format(python=python, script=script, binary=shlex.quote(binary), header_s=_HEADER_S))
+    values = {"python": python, "script": script, "binary": shlex.quote(binary), "header_s": _HEADER_S}
+    start.write_text(_START.format(**values, folder=folder))
     start.chmod(0o700)
     _write_errors(folder)
     files = {name: f"{folder}/{file}" for name, file in _FILES.items()}

@@ -1,7 +1,7 @@
 """Start HAProxy as Ray asks, with a safer configuration. Ray runs this file as a script, so it imports no package.
 
-Enters: the configuration that Ray wrote. Leaves: the same file changed, and `standby.cfg` beside it, by which
-`haproxy_standby` starts HAProxy again if it dies. The process becomes HAProxy, so that Ray finds it under its process id.
+Enters: the configuration that Ray wrote. Leaves: the same file changed, and `standby.cfg`, by which `haproxy_standby` starts
+HAProxy again if it dies. The process becomes HAProxy, so that Ray finds it under its process id.
 """
 
 import os
@@ -44,7 +44,7 @@ def rewritten(config: str, folder: Path, header_s: str) -> str:
 
 def has_routes(config: str) -> bool:
     """Whether requests go anywhere."""
-    return "use_backend " in config
+    return any(line.strip().startswith("use_backend ") for line in config.splitlines())
 
 
 def error_file(folder: Path, status: int) -> Path:
@@ -67,19 +67,26 @@ def _standby_to_replace(folder: Path) -> list[str]:
     return ["-sf", pid] if is_ours else []
 
 
-def main(binary: str, header_s: str, *arguments: str) -> None:
-    """Become HAProxy, which ends when Ray's process does."""
+def main(binary: str, header_s: str, folder: Path, *arguments: str) -> None:
+    """Become HAProxy, which ends when Ray's process does.
+
+    Args:
+        binary: of HAProxy.
+        header_s: seconds in which the headers of a request must come.
+        folder: of this server's files. Ray's configuration lies in a folder of the node below it.
+        arguments: those that Ray gives.
+    """
     file = Path(arguments[arguments.index("-f") + 1])
-    config = rewritten(file.read_text(), file.parent, header_s)
+    config = rewritten(file.read_text(), folder, header_s)
     file.write_text(config)
     replaced = []
     if has_routes(config):
-        fresh = file.parent / f"{STANDBY_CONFIG}.new"
+        fresh = folder / f"{STANDBY_CONFIG}.new"
         fresh.write_text(without_control(config))
-        fresh.rename(file.parent / STANDBY_CONFIG)
-        replaced = _standby_to_replace(file.parent)
+        fresh.rename(folder / STANDBY_CONFIG)
+        replaced = _standby_to_replace(folder)
     os.execvp("setpriv", ["setpriv", "--pdeathsig", "KILL", binary, *arguments, *replaced])
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), *sys.argv[4:])

@@ -36,6 +36,7 @@ frontend prometheus
     mode http
 frontend http_frontend
     bind *:{ports[1]}
+    # use_backend rules come here
     default_backend default_backend
 {routes}
 backend default_backend
@@ -200,8 +201,10 @@ class Asking:
 
 
 def written(found: dict[str, str], ports: list[int], *, routes: str = ROUTES) -> Path:
-    """A configuration as Ray writes it."""
-    config = Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
+    """A configuration as Ray writes it, in a folder of the node."""
+    file = Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
+    config = file.parent / "node" / file.name
+    config.parent.mkdir(exist_ok=True)
     limit = found["RAY_SERVE_HAPROXY_MAXCONN"]  # it starts with so many only where there are files enough
     config.write_text(CONFIG.format(ports=ports, folder=config.parent, limit=limit, routes=routes))
     return config
