@@ -3,8 +3,8 @@
 In: vectors, and an earlier index of them where there is one. Out: `shards/00000.faiss` and
 `shards/00000.ids.parquet` and so on, each built by one Ray task and committed whole, so what was built before
 a kill is not built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so
-that shards can be merged when they are searched. What is not exact is measured against exact search by the tasks that build
-it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
+that shards can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks
+that build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
 again: what left the corpus is no longer found, and what came is a shard of its own. A task holds its shard as FAISS stores
 it, and once more while it is written; the driver holds a line per file of vectors.
 """
@@ -20,6 +20,7 @@ from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce, read_manifest
 from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.bm25_shards import build_word_shards
 from readapt_ray.cluster.index_shards import (
     RECALL_SUFFIX,
     TRAINED_NAME,
@@ -29,9 +30,12 @@ from readapt_ray.cluster.index_shards import (
     ShardPlan,
     build_shards,
     cut_shards,
+    lay_down_queries,
+    measured_with_vectors,
     task_cpus,
     train_once,
 )
+from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
@@ -71,10 +75,12 @@ class IndexConfig(StageConfig):
     depth: int | None = Field(default=None, ge=1)
     """nprobe (ivf) or efSearch (hnsw). If omitted, the smallest value that reaches min_recall."""
     min_recall: float = Field(default=0.95, gt=0, le=1)
-    """Fraction of the exact top 10, and of the top 100, that an approximate index must find; below it the index is
-    refused."""
+    """Fraction of the exact top 10, and of the top 100, that an approximate index must find for queries: those of the
+    corpus, or else pieces of its passages. Below it the index is refused."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Maximum memory of the loaded index in GB, used when kind is auto. If omitted, no limit."""
+    bm25: bool = False
+    """Also index the words of the passages, for `search --mode bm25` and `hybrid`. The corpus of the vectors is read."""
     rows_per_shard: int | None = Field(default=None, ge=1)
     """Vectors per index shard. If omitted, as many as take 512 MiB in a flat index, and 1 to 4 million in others."""
 
@@ -105,16 +111,19 @@ def index(config: IndexConfig) -> Artifact:
 
     def work(workspace: Workspace) -> None:
         vectors = opened or _open_vectors(source)
+        corpus = corpus_of(source) if config.bm25 else None
         shards = on_worker.absolute(workspace.location) / "shards"
         kept, rows = _split_rows(previous, vectors, encoder["fingerprint"], shards)
         plan = ShardPlan(spec, options, dimension, encoder["fingerprint"], shards, num_cpus=1)
         if len(rows):
-            plan = _prepared(plan, previous, NewShard(0, 0, vectors, rows, plan), rows_per_shard)
+            plan = _prepared(plan, previous, NewShard(0, 0, vectors, rows, plan), rows_per_shard, source)
         new = cut_shards(
             plan, vectors, rows, rows_per_shard, first=1 + max((int(each.name) for each in kept), default=-1)
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
+        if corpus is not None:
+            workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 
     return produce(
         "index",
@@ -196,7 +205,9 @@ def _split_rows(
     return kept, rows
 
 
-def _prepared(plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int) -> ShardPlan:
+def _prepared(
+    plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int, source: Artifact
+) -> ShardPlan:
     """Train lists and codes, or take those of the earlier index; and lay down what recall is measured with."""
     num_rows = len(everything.rows)
     earlier = previous.location / "shards" / TRAINED_NAME if previous else None
@@ -209,6 +220,8 @@ def _prepared(plan: ShardPlan, previous: Artifact | None, everything: NewShard, 
     if plan.spec.is_exact and plan.spec.factory in UNTRAINED:
         return plan
     plan = replace(plan, num_cpus=task_cpus(plan, min(num_rows, rows_per_shard)))
+    if not plan.spec.is_exact:
+        lay_down_queries(plan, lambda: recall_queries(source))
     train_once(replace(everything, plan=plan))
     return plan
 
@@ -230,6 +243,7 @@ def _settled(
         "recall_at_10": round(measured.recall_at_10, 4),
         "recall_at_100": round(measured.recall_at_100, 4),
         "query_ms": round(measured.query_ms, 4),
+        "with_queries": not measured_with_vectors(plan),
     }
     return made
 
