@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.records import PASSAGE_SCHEMA, Passage
+from readapt_ray.retrieval.kept_columns import kept_columns
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -45,6 +46,8 @@ class PassageStore:
         doc_ids = pa.concat_arrays([each.cast(pa.large_string()) for each in ids])
         self._order = pc.sort_indices(doc_ids).to_numpy()
         self._sorted = doc_ids.take(pa.array(self._order))
+        self.columns = {name: str(kind) for name, kind in kept_columns(files).items()}
+        """What searches can be filtered by, with the type of each column."""
         self._row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(self._read_row_group)
 
     @classmethod

@@ -155,7 +155,7 @@ class Guard:
             raise RequestError(
                 "no valid API key; send one as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
             )
-        trace.key = key.name
+        trace.key, trace.within = key.name, key.within
         wait_s = self._keys.wait_s(key)
         if wait_s:
             message = f"the key {key.name!r} may make {key.requests_per_minute:g} requests per minute"

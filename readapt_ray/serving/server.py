@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from readapt_ray.cluster import connection
-from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError, first_line
+from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
 from readapt_ray.serving import app, haproxy, server_file, updates
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
@@ -69,6 +69,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         _check_port(config.host, config.port)
     fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
+    app.check_keys(config, keys)
     url = f"http://{_reachable(config.host)}:{config.port}"
     _deploy(config, url, fingerprints)
     if not config.update:
@@ -158,7 +159,7 @@ def _start_proxies(config: ServeConfig) -> None:
         _ray_serve().start(http_options=HTTPOptions(host=config.host, port=config.port))
     except RayError as error:
         raise ReadaptError(
-            f"the server could not start: Ray Serve's HTTP proxy did not come up ({first_line(error)}); "
+            f"the server could not start: Ray Serve's HTTP proxy did not come up ({connection.cause_of(error)}); "
             f"where the machine is busy with other work, try again when it is not"
         ) from None
 
