@@ -93,7 +93,7 @@ class WordIndex:
         # corpus: k1 (1 - b + b length / mean) is all that the formula knows of it. Frequencies are a factor of a column.
         weight = K1 * B * np.mean([len(each) for each in ids]) / (whole.num_words / whole.num_passages)
         k1 = K1 * (1 - B) + weight
-        index = _bm25s().BM25(k1=k1, b=weight / k1, method="lucene", dtype="float64")
+        index = import_bm25s().BM25(k1=k1, b=weight / k1, method="lucene", dtype="float64")
         index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
         scores = index.scores
         own = np.diff(scores["indptr"])
@@ -164,7 +164,12 @@ def _rarity(num_with: NDArray[np.int64], num_passages: int) -> NDArray[np.float6
     return rarity
 
 
-def _bm25s() -> Any:
+def import_bm25s() -> Any:
+    """Return the library that makes the scores; searching needs none.
+
+    Raises:
+        InputError: it is not installed.
+    """
     try:
         import bm25s
     except ModuleNotFoundError as missing:

@@ -52,9 +52,17 @@ def error_file(folder: Path, status: int) -> Path:
     return folder / f"{status}.http"
 
 
-def without_control(config: str) -> str:
-    """Leave out the control socket. Ray then sees that the HAProxy which it started is gone, and starts another."""
-    return "".join(line for line in config.splitlines(keepends=True) if not line.strip().startswith("stats socket"))
+def for_clients_alone(config: str) -> str:
+    """Leave out the control socket and the statistics, which Ray's next HAProxy needs for itself.
+
+    Without the socket Ray sees that the HAProxy which it started is gone, and starts another.
+    """
+    section, lines = "", []
+    for line in config.splitlines():
+        section = line.strip() if line[:1].strip() else section
+        if section not in _PRIVATE and not line.strip().startswith("stats socket"):
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _standby_to_replace(folder: Path) -> list[str]:
@@ -82,7 +90,7 @@ def main(binary: str, header_s: str, folder: Path, *arguments: str) -> None:
     replaced = []
     if has_routes(config):
         fresh = folder / f"{STANDBY_CONFIG}.new"
-        fresh.write_text(without_control(config))
+        fresh.write_text(for_clients_alone(config))
         fresh.rename(folder / STANDBY_CONFIG)
         replaced = _standby_to_replace(folder)
     os.execvp("setpriv", ["setpriv", "--pdeathsig", "KILL", binary, *arguments, *replaced])

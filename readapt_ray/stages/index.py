@@ -38,6 +38,7 @@ from readapt_ray.cluster.index_shards import (
 from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
+from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
@@ -95,7 +96,7 @@ def index(config: IndexConfig) -> Artifact:
         ArtifactMissingError: the vectors are not the output of `readapt embed`, or `previous` not that of `readapt index`.
         FingerprintMismatchError: `previous` is an index of vectors of another model, or of another kind.
         CorruptFileError: a file of vectors was cut short, altered, or made by another model.
-        InputError: the kind does not fit, or finds less than `min_recall`; the message says what to raise.
+        InputError: bm25s is not installed; the kind does not fit, or finds less than `min_recall`; the message says what to raise.
         ArtifactConflictError: the output holds another index.
     """
     source = open_artifact(config.vectors, "embed")
@@ -106,6 +107,8 @@ def index(config: IndexConfig) -> Artifact:
     rows_per_shard = config.rows_per_shard or shard_rows(options, num_vectors, dimension)
     spec = index_spec(options, num_vectors, dimension)
     previous = _open_previous(config, encoder, options)
+    if config.bm25:
+        import_bm25s()
     # A finished index is known by its manifest alone: 244,000 footers on an object store take minutes.
     opened = _open_vectors(source) if read_manifest(config.output) is None else None
 

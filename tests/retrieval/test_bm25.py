@@ -1,12 +1,14 @@
 """BM25: shards score as one index, and as the formula says."""
 
 import math
+import sys
 
 import bm25s
 import numpy as np
 import pytest
 
-from readapt_ray.retrieval.bm25 import K1, B, WordCounts, WordIndex, search_words, words
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.bm25 import K1, B, WordCounts, WordIndex, import_bm25s, search_words, words
 from readapt_ray.retrieval.fusion import reciprocal_rank_fusion
 from tests.factories import small_corpus
 
@@ -92,3 +94,9 @@ def test_rankings_are_fused_by_reciprocal_rank():
     assert fused == [("c", 1 / 63 + 1 / 61), ("a", 1 / 61), ("b", 1 / 62)]
     assert [doc_id for doc_id, _ in reciprocal_rank_fusion([["b", "a"], ["a", "b"]], 2)] == ["a", "b"]
     assert reciprocal_rank_fusion([[], []], 5) == []
+
+
+def test_without_bm25s_one_is_told_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(InputError, match=r"pip install 'readapt-ray\[bm25\]'"):
+        import_bm25s()

@@ -213,7 +213,7 @@ def written(found: dict[str, str], ports: list[int], *, routes: str = ROUTES) ->
 @contextlib.contextmanager
 def started(found: dict[str, str], config: Path, *, control: bool = False) -> Iterator[subprocess.Popen[bytes]]:
     """HAProxy as Ray starts it; with `control` once it answers at its control socket."""
-    process = subprocess.Popen([found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+    process = subprocess.Popen([found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config), "-dR"])
     try:
         deadline_s = time.monotonic() + 20
         while control and f"Pid: {process.pid}" not in shown_info(config.parent):
