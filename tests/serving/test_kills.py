@@ -175,6 +175,8 @@ def test_a_killed_proxy_is_back_within_two_seconds(world: World, tmp_path, which
         failed = [(at_s - died_s, *rest) for at_s, *rest in load.answers if rest[0] != 200]
         assert set(statuses) == {0, 200}, failed
         assert all(at_s < 2 for at_s, *_ in failed), failed
+        server.terminate()
+        assert server.wait(60) == 0
 
 
 def _haproxies(server: subprocess.Popen[bytes]) -> set[psutil.Process]:
