@@ -13,8 +13,15 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray import environment
-from readapt_ray.errors import ArtifactConflictError, InputError, PlacementError, ReadaptError
+from readapt_ray import environment, log_output
+from readapt_ray.errors import (
+    UNREADABLE,
+    ArtifactConflictError,
+    InputError,
+    PlacementError,
+    ReadaptError,
+    unreadable,
+)
 from readapt_ray.stages import STAGES
 
 if TYPE_CHECKING:
@@ -45,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
     try:
-        _set_up_output()
+        warnings.filterwarnings("ignore")
+        log_output.write_to_terminal()
         _run_command(command, given[1:])
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
@@ -54,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
         print(f"\nreadapt: interrupted{goes_on}", file=sys.stderr)
         return 130
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"readapt: error: {' '.join(str(error).split())}; give a path that may be read", file=sys.stderr)
+    except UNREADABLE as error:
+        print(f"readapt: error: {unreadable(error)}", file=sys.stderr)
         return InputError.exit_code
     except Exception as error:
         if environment.shows_tracebacks():
@@ -82,16 +90,6 @@ def _run_command(command: str, arguments: Sequence[str]) -> None:
         _RUNNERS[command](arguments)
     else:
         _run_stage(command, arguments)
-
-
-def _set_up_output() -> None:
-    warnings.filterwarnings("ignore")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("readapt_ray")
-    logger.handlers = [handler]
-    logger.setLevel(environment.log_level())
-    logger.propagate = False
 
 
 def _overview() -> str:
@@ -169,15 +167,10 @@ def _run_parser(command: str) -> "flags.Parser":
 
 
 def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
-    from readapt_ray import flags
-    from readapt_ray.recipes import chain
+    from readapt_ray.recipes import run_file
 
-    values = flags.read_options(options.config)
-    for change in options.set:
-        _set_option(values, change)
-    if options.root:
-        values["root"] = options.root
-    return chain.RunConfig.parse(values, where=options.config)
+    changes = dict(map(run_file.parse_change, options.set))
+    return run_file.read_run(options.config, changes | ({"root": options.root} if options.root else {}))
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
@@ -212,7 +205,7 @@ def _with_options_of_run(error: ArtifactConflictError, config: "chain.RunConfig"
 
 def _sections() -> str:
     """What a run's YAML file holds, from the configs."""
-    from readapt_ray import flags
+    from readapt_ray.config import default
     from readapt_ray.recipes import chain
 
     fields = chain.RunConfig.model_fields
@@ -221,7 +214,7 @@ def _sections() -> str:
     lines = ["Options of the file:"]
     for name, field in fields.items():
         if name not in configs:
-            lines += _entry(f"{name}: {field.description} {flags.default(field)}")
+            lines += _entry(f"{name}: {field.description} {default(field)}")
     lines.append("Sections of the file, and the options in each; `readapt STAGE --help` explains them:")
     for name in (name for name in fields if name in configs):
         wired = (
@@ -302,7 +295,7 @@ def _serve(arguments: Sequence[str]) -> None:
 
 
 def _status(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags, status
+    from readapt_ray import flags, root_status
     from readapt_ray.storage import Location
 
     parser = flags.Parser("status", _COMMANDS["status"])
@@ -324,7 +317,7 @@ def _status(arguments: Sequence[str]) -> None:
         from readapt_ray.planner.prices import read_prices
 
         usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour_of
-    print(status.status_table(Location(options.root), usd_per_hour))
+    print(root_status.status_table(Location(options.root), usd_per_hour))
 
 
 def _quickstart(arguments: Sequence[str]) -> None:
@@ -352,25 +345,6 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "doctor": _doctor,
 }
 _WITHOUT_STATE = ("serve", "plan", "status", "doctor")
-
-
-def _set_option(values: dict[str, Any], change: str) -> None:
-    import yaml
-
-    name, mark, text = change.partition("=")
-    if not mark or not name:
-        raise InputError(f"--set {change!r} is not NAME=VALUE, such as train.lora_rank=16")
-    *sections, option = name.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise InputError(f"--set {change!r}: {section!r} is not a section")
-    try:
-        values[option] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        if text.lstrip().startswith(("[", "{")):
-            raise InputError(f"--set {change!r}: {text!r} is not a whole YAML list or section") from None
-        values[option] = text  # such as "a,b",c, which is a list of two
 
 
 if __name__ == "__main__":

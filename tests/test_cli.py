@@ -250,7 +250,7 @@ def test_no_worker_starts_on_bad_input() -> None:
                 "recipes.compare",
                 "recipes.paper.experiments",
                 "planner",
-                "status",
+                "root_status",
                 "serving.options",
             )
         ),

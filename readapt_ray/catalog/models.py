@@ -17,6 +17,7 @@ from readapt_ray.artifacts import fingerprint, read_lease, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.model_folder import ModelFolder
+from readapt_ray.config import meant
 from readapt_ray.errors import ModelError, first_line
 from readapt_ray.model_file_names import (
     ADAPTER_CONFIG_NAME,
@@ -163,8 +164,9 @@ def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
     elif is_hub_id(target):
         folder = fetching.from_hub(name, target, revision, with_weights=with_weights)
     else:
-        known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
-        raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
+        known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
+        hint = meant(name, known) or f"the catalog has {', '.join(known)}"
+        raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
     model = OpenModel(name=name, folder=pickled.safe_folder(folder, name) if with_weights else folder)
     if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")

@@ -1,6 +1,7 @@
 """The main job: its plan for real models, and a whole run on tiny ones."""
 
 import json
+import re
 import threading
 import time
 from collections import defaultdict
@@ -11,7 +12,8 @@ import ir_measures
 import pytest
 import yaml
 
-from readapt_ray import artifacts, cli, status
+import readapt_ray as ra
+from readapt_ray import artifacts, cli, root_status
 from readapt_ray.catalog import retrievers
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.recipes import chain, quickstart
@@ -212,7 +214,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     lines = ["query-id\tcorpus-id\tscore", *(f"{q.query_id}\t{q.doc_id}\t{q.relevance}" for q in qrels)]
     (beir / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
-    (folder / "run.yaml").write_text(
+    (folder / "my-run.yaml").write_text(
         yaml.safe_dump(
             {
                 "source": str(beir),
@@ -229,10 +231,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_run_measures_what_an_independent_computation_measures(
     ray_session: None, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tiny / "root"
+    root = tiny / "run"
     assert (
         cli.main(
-            ["run", "--config", str(tiny / "run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+            ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
         )
         == 0
     )
@@ -245,17 +247,47 @@ def test_a_whole_run_measures_what_an_independent_computation_measures(
         expected = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run)[ir_measures.nDCG @ 10]
         assert measured[name]["nDCG@10"] == pytest.approx(expected, abs=1e-9)
     assert json.loads((root / "adapted" / "manifest.json").read_text())["details"]["knowledge_scale"] == [0.75]
-    assert {row["state"] for row in status.rows(Location(str(root)))} == {"done"}
+    assert {row["state"] for row in root_status.rows(Location(str(root)))} == {"done"}
 
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "run.json"}
     assert (
         cli.main(
-            ["run", "--config", str(tiny / "run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+            ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
         )
         == 0
     )
     after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "run.json"}
     assert before == after
+
+
+def test_the_readmes_python_runs_and_finds_what_the_run_found(
+    ray_session: None, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the root of the whole run above, so that its stages are complete."""
+    readme = (JOBS.parent / "README.md").read_text()
+    (block,) = (each for each in re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S) if "readapt_ray" in each)
+    monkeypatch.chdir(tiny)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert "report" in names["made"]
+    texts = {each.doc_id: each for each in factories.small_corpus(60)}
+    assert all((texts[hit.doc_id].title, texts[hit.doc_id].text) == (hit.title, hit.text) for hit in names["hits"])
+    assert names["vectors"].shape == (2, 32)
+    assert str(Path("run/corpus")) in capsys.readouterr().out
+    assert names["made"]["vectors/adapted"].to_ray().count() == 60
+
+    query, *_ = factories.small_queries(factories.small_corpus(60), 12)[0]
+    found = names["retriever"].search(query.text, top_k=5)
+    lines = [line.split() for line in Path("run/runs/adapted.trec").read_text().splitlines()]
+    expected = [(line[2], float(line[4])) for line in lines if line[0] == query.query_id][:5]
+    assert [hit.doc_id for hit in found] == [doc_id for doc_id, _ in expected]
+    assert [hit.score for hit in found] == pytest.approx([score for _, score in expected], abs=1e-5)
+    with pytest.raises(InputError, match="top_k = 0"):
+        names["retriever"].search("a", top_k=0)
+    with pytest.raises(InputError, match="search_all takes a list"):
+        names["retriever"].search(["a"])
+    with pytest.raises(InputError, match="was not made by"):
+        ra.Retriever(retriever=tiny / "retriever", index="run/index/adapted")
 
 
 def _trec_qrels(file: Path) -> list[str]:
@@ -267,7 +299,7 @@ def _trec_qrels(file: Path) -> list[str]:
 def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "plain.jsonl"
     source.write_text((tiny / "beir" / "corpus.jsonl").read_text())
-    values = yaml.safe_load((tiny / "run.yaml").read_text())
+    values = yaml.safe_load((tiny / "my-run.yaml").read_text())
     made = chain.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
     assert list(made) == [
         "corpus",
@@ -279,7 +311,7 @@ def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny
         "vectors/adapted",
         "index/adapted",
     ]
-    states = {row["artifact"]: row["state"] for row in status.rows(Location(str(tmp_path / "root")))}
+    states = {row["artifact"]: row["state"] for row in root_status.rows(Location(str(tmp_path / "root")))}
     assert states["report"] == "missing"
     assert states["adapted"] == "done"
 

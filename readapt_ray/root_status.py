@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from readapt_ray import artifacts, leases
@@ -57,29 +57,32 @@ def _planned(file: Location) -> list[dict[str, str]]:
 
 def status_table(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> str:
     """The rows as aligned text, and their sum."""
-    found = rows(root, usd_per_hour)
+    return as_table(rows(root, usd_per_hour), root.uri)
+
+
+def as_table(found: Sequence[dict[str, Any]], root: str) -> str:
+    """Rows as aligned text, and their sum."""
     if not found:
-        return f"no artifact under {root.uri}"
+        return f"no artifact under {root}"
+    has_cost = "usd" in found[0]
     lines = [("artifact", "stage", "state", "time", "USD", "")]
     for row in found:
         cost = f"{row['usd']:,.2f}" if "usd" in row else ""
         spent = duration(row["seconds"]) if row["seconds"] else ""
         lines.append((row["artifact"], row["stage"], row["state"], spent, cost, row["what"]))
     seconds = sum(row["seconds"] for row in found)
-    total = f"{sum(row['usd'] for row in found):,.2f}" if usd_per_hour is not None else ""
+    total = f"{sum(row['usd'] for row in found):,.2f}" if has_cost else ""
     num_done = sum(row["state"] == "done" for row in found)
     lines.append(("", "", f"{num_done} of {len(found)} done", duration(seconds), total, ""))
-    return aligned_table(lines if usd_per_hour is not None else [(*line[:4], line[5]) for line in lines])
+    return aligned_table(lines if has_cost else [(*line[:4], line[5]) for line in lines])
 
 
 def _done(location: Location) -> dict[str, Any] | None:
     manifest = artifacts.read_manifest(location)
     if manifest is None:
         return None
-    counts = ", ".join(
-        f"{value:,} {name.removeprefix('num_').replace('_', ' ')}" for name, value in manifest.counts.items()
-    )
-    return {"stage": manifest.stage, "state": "done", "seconds": manifest.seconds, "what": counts}
+    what = artifacts.counted(manifest.counts)
+    return {"stage": manifest.stage, "state": "done", "seconds": manifest.seconds, "what": what}
 
 
 def _unfinished(location: Location) -> dict[str, Any]:
