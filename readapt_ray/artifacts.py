@@ -177,7 +177,10 @@ def names_under(root: Location) -> list[str]:
 
 
 def _is_artifact(location: Location) -> bool:
-    return read_manifest(location) is not None or read_lease(location) is not None
+    try:
+        return read_manifest(location) is not None or read_lease(location) is not None
+    except CorruptFileError:
+        return True  # one of ours that was cut short
 
 
 def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:

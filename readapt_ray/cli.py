@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from readapt_ray import environment, log_output
 from readapt_ray.errors import (
     UNREADABLE,
-    ArtifactConflictError,
     InputError,
     PlacementError,
     ReadaptError,
@@ -43,7 +42,7 @@ _COMMANDS: dict[str, str] = {
     "serve": "serve a retriever and its index over HTTP",
     "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
-    "status": "show what is done, running and missing in the folder of a run",
+    "status": "show what is done, stale, running, failed and missing in the folder of a run",
 }
 
 
@@ -163,6 +162,12 @@ def _run_parser(command: str) -> "flags.Parser":
         metavar="NAME=VALUE",
         help="Change one option of the file, such as train.lora_rank=16. Can be given several times.",
     )
+    parser.add_argument(
+        "--encoding",
+        metavar="FILE.json",
+        help="JSON file with the retriever's pooling, prompts and special tokens. If omitted, that of the file, of the "
+        "retriever's folder or of the catalog.",
+    )
     return parser
 
 
@@ -170,37 +175,28 @@ def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
     from readapt_ray.recipes import run_file
 
     changes = dict(map(run_file.parse_change, options.set))
-    return run_file.read_run(options.config, changes | ({"root": options.root} if options.root else {}))
+    given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
+    return run_file.read_run(options.config, changes | given)
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
-    from readapt_ray.recipes import chain
+    from readapt_ray.recipes import running
 
-    config = _run_config(_run_parser("run").parsed(arguments))
-    try:
-        made = chain.run(config)
-    except ArtifactConflictError as error:
-        raise _with_options_of_run(error, config) from None
+    parser = _run_parser("run")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Make again all that is stale: made with other options or from other inputs, and what was made from that.",
+    )
+    parser.add_argument(
+        "--from", dest="from_stage", metavar="STAGE", help="As --overwrite, but only for this stage and those after it."
+    )
+    options = parser.parsed(arguments)
+    made = running.run(_run_config(options), overwrite=options.overwrite, from_stage=options.from_stage)
     for artifact in made.values():
         _tell(artifact)
     for name, artifact in made.items():
         print(f"{name:20} {artifact.uri}")
-
-
-def _with_options_of_run(error: ArtifactConflictError, config: "chain.RunConfig") -> ArtifactConflictError:
-    """Say what `run` can do where a stage refused to overwrite its output."""
-    from readapt_ray.recipes import chain
-
-    stage = next((step.stage for step in chain.plan_run(config) if step.config.output == error.output), None)
-    if stage is None:
-        return error
-    section = "train" if stage == "pack" else stage
-    return ArtifactConflictError(
-        f"{error.output!r} already holds something else ({error.difference}); give another --root, or --set "
-        f"{section}.overwrite=true to replace it; the stages after it may then say the same",
-        output=error.output,
-        difference=error.difference,
-    )
 
 
 def _sections() -> str:

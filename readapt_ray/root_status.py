@@ -1,20 +1,26 @@
-"""What is done, running, stopped and missing under a root, how fast it goes, and what it cost."""
+"""What is done, stale, running, stopped, failed and missing under a root, how fast it goes, and what it cost."""
 
-import json
+import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from readapt_ray import artifacts, leases
-from readapt_ray.errors import InputError
+from readapt_ray.artifact_files import MANIFEST_NAME, record_of
+from readapt_ray.errors import InputError, ReadaptError, first_line
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.progress import duration, figure
-from readapt_ray.recipes.chain import RUN_NAME
+from readapt_ray.recipes import standing
+from readapt_ray.recipes.chain import RunConfig, plan_run
+from readapt_ray.recipes.running import LOG_NAME, read_record
 from readapt_ray.storage import Location
 
 
 def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> list[dict[str, Any]]:
-    """One row an artifact: its folder, stage, state (done, running, stopped, missing), seconds and what it says.
+    """One row an artifact: its folder, stage, state, seconds and what it says.
+
+    The states: done, stale (made from something else than what stands in the root, or with other options than the run
+    has), running, stopped, failed, unreadable, missing.
 
     Args:
         usd_per_hour: of the cluster, by stage; then each row has `usd`, too.
@@ -24,35 +30,60 @@ def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> 
     """
     if not root.is_folder():
         raise InputError(f"no folder {root.uri!r}; give the root of a run, or a folder of artifacts")
-    found: dict[str, dict[str, Any]] = {}
-    for name in artifacts.names_under(root):
-        location = root if name == "." else root / name
-        found[name] = {"artifact": name, **(_done(location) or _unfinished(location))}
-    planned = _planned(root / RUN_NAME)
-    order = [step["output"] for step in planned]
-    for step in planned:
-        missing = {"artifact": step["output"], "stage": step["stage"], "state": "missing", "seconds": 0.0, "what": ""}
-        found.setdefault(step["output"], missing)
+    record = read_record(root)
+    planned = {step["output"]: step["stage"] for step in record.get("steps", [])}
+    names = {*artifacts.names_under(root), *planned}
+    found = {
+        name: {"artifact": name, **_row(root if name == "." else root / name, planned.get(name, ""))} for name in names
+    }
+    _note_stale(found, record)
+    _note_failure(found, root, record.get("failed") or {})
     if usd_per_hour is not None:
         for row in found.values():
             row["usd"] = row["seconds"] / 3600 * usd_per_hour(row["stage"])
+    order = list(planned)
     return sorted(
         found.values(),
         key=lambda row: (order.index(row["artifact"]) if row["artifact"] in order else len(order), row["artifact"]),
     )
 
 
-def _planned(file: Location) -> list[dict[str, str]]:
-    """Return stage and output of each step of the run that wrote this file; none where another program wrote it."""
+def _row(location: Location, stage: str) -> dict[str, Any]:
+    """What one artifact says; one that cannot be read spoils no other."""
     try:
-        values = json.loads(file.read_bytes()) if file.is_file() else {}
-    except ValueError:
-        return []
-    steps = values.get("steps") if isinstance(values, dict) else None
-    is_ours = isinstance(steps, list) and all(
-        isinstance(each, dict) and {"stage", "output"} <= each.keys() for each in steps
-    )
-    return steps if isinstance(steps, list) and is_ours else []
+        row = _done(location) or _unfinished(location, stage)
+    except (ReadaptError, ValueError, TypeError, AttributeError, KeyError) as error:
+        return {"stage": stage, "state": "unreadable", "seconds": 0.0, "what": first_line(error)}
+    manifest = record_of(location, MANIFEST_NAME)
+    if row["state"] == "missing" and manifest.is_file():
+        return {**row, "state": "unreadable", "what": f"{manifest} is not a manifest"}
+    return row
+
+
+def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> None:
+    """Mark what the run of `run.json` would make again."""
+    if any(row["state"] == "unreadable" for row in found.values()):
+        return
+    try:
+        steps = plan_run(RunConfig.parse(record["config"]))
+        standings = standing.standings(steps, record["steps"], reads_models=False)
+    except (ReadaptError, KeyError):
+        return  # the run of another release
+    for each in standings:
+        row = found.get(each.step.name)
+        if row is not None and each.is_stale and row["state"] == "done":
+            reasons = [*each.changes, *(f"made from {name}, which is stale" for name in each.stale_inputs)]
+            row.update(state="stale", what="; ".join(reasons))
+
+
+def _note_failure(found: dict[str, dict[str, Any]], root: Location, failed: Mapping[str, Any]) -> None:
+    """Say of the step that failed last what it said, when, on which host, and where the log is."""
+    row = found.get(str(failed.get("output")))
+    if row is None or row["state"] not in ("missing", "stopped", "failed"):
+        return
+    when = datetime.datetime.fromtimestamp(float(failed["time"])).astimezone().strftime("%Y-%m-%d %H:%M")
+    log = f"; log: {root / LOG_NAME}" if (root / LOG_NAME).is_file() else ""
+    row.update(state="failed", what=f"{failed['error']} ({when} on {failed['host']}{log})")
 
 
 def status_table(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> str:
@@ -85,10 +116,10 @@ def _done(location: Location) -> dict[str, Any] | None:
     return {"stage": manifest.stage, "state": "done", "seconds": manifest.seconds, "what": what}
 
 
-def _unfinished(location: Location) -> dict[str, Any]:
+def _unfinished(location: Location, stage: str) -> dict[str, Any]:
     lease: dict[str, Any] | None = artifacts.read_lease(location)
     if lease is None:
-        return {"stage": "", "state": "missing", "seconds": 0.0, "what": ""}
+        return {"stage": stage, "state": "missing", "seconds": 0.0, "what": ""}
     alive = leases.is_alive(lease)
     progress = lease["progress"]
     done, total, rate = progress["done"], progress["total"], progress["rate"]
@@ -101,6 +132,8 @@ def _unfinished(location: Location) -> dict[str, Any]:
         if total:
             parts.append(f"ETA {duration((total - done) / rate)}")
     if not alive:
-        parts.append(f"last sign {duration(time.time() - lease['heartbeat'])} ago on {lease['host']}")
-    state = "running" if alive else "stopped"
+        parts.append(f"last heartbeat {duration(time.time() - lease['heartbeat'])} ago on {lease['host']}")
+        if error := lease.get("error"):
+            parts.insert(0, error)
+    state = "running" if alive else "failed" if lease.get("error") else "stopped"
     return {"stage": lease["stage"], "state": state, "seconds": lease["seconds"], "what": ", ".join(parts)}

@@ -12,7 +12,7 @@ import pytest
 from readapt_ray import cli, flags
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.evaluation.runs import write_run
-from readapt_ray.recipes import chain
+from readapt_ray.recipes import chain, running
 from readapt_ray.records import ScoredDoc
 from readapt_ray.stages import STAGES
 from tests import factories
@@ -317,7 +317,7 @@ def test_evaluate_and_run_print_verdict_and_tables_and_not_where_the_runs_are_fr
     assert out.splitlines()[-1] == str(tmp_path / "report")
     file = tmp_path / "run.yaml"
     file.write_text("source: a\npretrained: b\nretriever: c\n")
-    monkeypatch.setattr(chain, "run", lambda _: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
+    monkeypatch.setattr(running, "run", lambda *_, **__: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
     assert cli.main(["run", "--config", str(file)]) == 0
     of_run = capsys.readouterr().out
     assert of_run.splitlines()[:-1] == out.splitlines()[:-1]
@@ -346,10 +346,9 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
         f"root: {tmp_path}/root\n"
     )
     said = refused(capsys, "run", "--config", str(file))
-    assert f"'{tmp_path}/root/corpus' already holds something else" in said
-    assert said.endswith(
-        "give another --root, or --set ingest.overwrite=true to replace it; the stages after it may then say the same"
-    )
+    assert f"under '{tmp_path}/root' stands what was made otherwise: " in said
+    assert "Stale, with the time each took: corpus (" in said
+    assert said.endswith("with --overwrite (or --from ingest), or give another --root")
     options = cli._run_parser("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])
     ingest, *others = chain.plan_run(cli._run_config(options))
     assert ingest.config.overwrite

@@ -44,7 +44,7 @@ REQUEST_FIELDS = {
     "/v1/search": schema.SearchRequest.model_fields.keys(),
 }
 WORK = (
-    "readapt_ray.recipes.chain.run",
+    "readapt_ray.recipes.running.run",
     "readapt_ray.recipes.chain.train_on_passages",
     "readapt_ray.recipes.compare.compare",
     "readapt_ray.recipes.paper.experiments.run",

@@ -38,7 +38,7 @@ def test_a_stage_whose_heartbeat_ended_is_stopped_and_says_where(tmp_path: Path)
     building(tmp_path / "vectors", host="elsewhere", boot="other", heartbeat=time.time() - 120)
     row = only(tmp_path)
     assert row["state"] == "stopped"
-    assert row["what"].endswith("last sign 2 min 00 s ago on elsewhere")
+    assert row["what"].endswith("last heartbeat 2 min 00 s ago on elsewhere")
 
 
 def test_a_stage_whose_process_died_on_this_machine_is_stopped_at_once(tmp_path: Path) -> None:

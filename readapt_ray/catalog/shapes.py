@@ -112,6 +112,16 @@ def objective_of(config: dict[str, Any]) -> Objective | None:
     return None
 
 
+def usable_positions(config: dict[str, Any], name: str) -> int | None:
+    """Return the longest text that a model has positions for, by its config.json; None where it has no limit.
+
+    Raises:
+        ModelError: transformers does not know its kind.
+    """
+    positions = config.get("max_position_embeddings")
+    return None if positions is None else int(positions) - shape_of(config, name).first_position
+
+
 def shape_of(values: dict[str, Any], name: str, objective: Objective | None = None) -> ModelShape:
     """Return the shape of the model that a config.json describes.
 

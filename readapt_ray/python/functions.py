@@ -131,15 +131,19 @@ def run(
     *,
     root: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    from_stage: str | None = None,
 ) -> dict[str, Artifact]:
     """Run the main job of a YAML file: adapt a retriever to a corpus, re-embed it, evaluate.
 
-    What is complete already is not done again.
+    What is complete already is not done again. What was made with other options is refused, and made again on request.
 
     Args:
         config: the file, or a RunConfig.
         root: folder or URI to write all artifacts to. If omitted, that of the file.
         overrides: options in place of the file's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
+        overwrite: make again all that is stale: made with other options or from other inputs.
+        from_stage: as overwrite, but only for this stage and those after it.
 
     Returns:
         The artifacts by their folder under the root: corpus, adapter, adapted, report ...
@@ -147,7 +151,7 @@ def run(
     Raises:
         InputError: an option is unknown or wrong, or an input cannot be used; found before any stage starts.
     """
-    from readapt_ray.recipes import chain, run_file
+    from readapt_ray.recipes import run_file, running
 
     with _as_told():
         changes = {**(overrides or {}), **({} if root is None else {"root": root})}
@@ -155,7 +159,8 @@ def run(
             config = run_file.read_run(str(config), changes)
         elif changes:
             config = run_file.changed(config.model_dump(exclude_unset=True), changes, where="ra.run")
-        return {name: of(each) for name, each in chain.run(config).items()}
+        made = running.run(config, overwrite=overwrite, from_stage=from_stage)
+        return {name: of(each) for name, each in made.items()}
 
 
 def status(root: str | Path) -> Results:

@@ -13,7 +13,7 @@ import yaml
 import readapt_ray as ra
 from readapt_ray import artifacts, log_output
 from readapt_ray.python import functions
-from readapt_ray.recipes import chain, run_file
+from readapt_ray.recipes import run_file, running
 from readapt_ray.storage import Location
 from tests import factories, stub
 
@@ -133,7 +133,7 @@ def test_overrides_are_names_with_dots_or_sections_and_win_over_the_file(
     values = {"source": "a", "pretrained": "b", "retriever": "c", "train": {"lora_rank": 8, "seed": 3}}
     file.write_text(yaml.safe_dump(values))
     given: list[Any] = []
-    monkeypatch.setattr(chain, "run", lambda config: given.append(config) or {})
+    monkeypatch.setattr(running, "run", lambda config, **_: given.append(config) or {})
     dotted = {"train.lora_rank": 4, "merge.knowledge_scale": 0.25}
     nested = {"train": {"lora_rank": 4}, "merge": {"knowledge_scale": 0.25}}
     for overrides in (dotted, nested):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ir_measures
@@ -16,7 +17,7 @@ import readapt_ray as ra
 from readapt_ray import artifacts, cli, root_status
 from readapt_ray.catalog import retrievers
 from readapt_ray.errors import InputError, ModelError
-from readapt_ray.recipes import chain, quickstart
+from readapt_ray.recipes import chain, quickstart, run_checks, running
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.storage import Location
 from tests import factories
@@ -155,7 +156,7 @@ def test_a_run_looks_for_the_files_that_its_sections_name(tmp_path: Path) -> Non
     for section, option in (("train", "exclude"), ("train", "only"), ("merge", "measures"), ("search", "qrels")):
         config = RunConfig(**models, root=str(tmp_path / "root"), **{section: {option: str(tmp_path / "absent")}})
         with pytest.raises(InputError, match=rf"section '{section}': {option} = .*absent'.* is not there"):
-            chain.run(config)
+            running.run(config)
     assert not (tmp_path / "root").exists()
 
 
@@ -172,7 +173,7 @@ def test_a_run_asks_for_the_encoding_of_each_stage_that_needs_it_before_it_train
     }
     for section in ("embed", "merge"):
         with pytest.raises(InputError, match="encoding"):
-            chain.run(RunConfig(**values, **{section: {"encoding": str(contract)}}))
+            running.run(RunConfig(**values, **{section: {"encoding": str(contract)}}))
     assert not (tmp_path / "r").exists()
 
 
@@ -300,7 +301,7 @@ def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny
     source = tmp_path / "plain.jsonl"
     source.write_text((tiny / "beir" / "corpus.jsonl").read_text())
     values = yaml.safe_load((tiny / "my-run.yaml").read_text())
-    made = chain.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
+    made = running.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
     assert list(made) == [
         "corpus",
         "blocks",
@@ -391,12 +392,12 @@ class Stages:
         self.waits: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self._broken = broken
-        monkeypatch.setattr(chain, "run_stage", self._run)
-        monkeypatch.setattr(chain, "_leaves_gpus_idle", lambda step: has_gpus)
-        for name in ("_check_models", "_check_files", "_has_judgements"):
-            monkeypatch.setattr(chain, name, lambda *_: False)
+        monkeypatch.setattr(running, "run_stage", self._run)
+        monkeypatch.setattr(running, "_leaves_gpus_idle", lambda step: has_gpus)
+        monkeypatch.setattr(running, "_has_judgements", lambda *_: False)
+        monkeypatch.setattr(run_checks, "check_run", lambda *_: [])
 
-    def _run(self, stage: str, config: Any) -> str:
+    def _run(self, stage: str, config: Any) -> SimpleNamespace:
         name = config.output.partition("/root/")[2]
         self.events.append(("begin", name))
         self.began[name].set()
@@ -406,7 +407,7 @@ class Stages:
             raise ModelError("broken")
         time.sleep(self.seconds.get(name, 0.0))
         self.events.append(("end", name))
-        return name
+        return SimpleNamespace(fingerprint=name)
 
 
 def run_of(tmp_path: Path) -> RunConfig:
@@ -419,7 +420,7 @@ def test_gpus_embed_with_the_retriever_while_the_adapted_model_is_merged(
     (tmp_path / "root").mkdir()
     stages = Stages(monkeypatch)
     stages.waits = {"adapted": "vectors/retriever", "index/retriever": "vectors/adapted"}
-    made = chain.run(run_of(tmp_path))
+    made = running.run(run_of(tmp_path))
     assert set(made) == {name for _, name in stages.events}
     order = stages.events.index
     assert order(("end", "adapter")) < order(("begin", "vectors/retriever"))
@@ -431,7 +432,7 @@ def test_gpus_embed_with_the_retriever_while_the_adapted_model_is_merged(
 def test_without_gpus_one_stage_runs_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     stages = Stages(monkeypatch, has_gpus=False)
-    chain.run(run_of(tmp_path))
+    running.run(run_of(tmp_path))
     names = [name for what, name in stages.events if what == "begin"]
     assert stages.events == [(what, name) for name in names for what in ("begin", "end")]
 
@@ -442,7 +443,7 @@ def test_what_fails_in_the_background_fails_the_run_after_the_stage_beside_it(
     (tmp_path / "root").mkdir()
     stages = Stages(monkeypatch, broken="adapted")
     with pytest.raises(ModelError, match="broken"):
-        chain.run(run_of(tmp_path))
+        running.run(run_of(tmp_path))
     assert ("end", "vectors/retriever") in stages.events, "it is kept for the next start"
     assert ("begin", "vectors/adapted") not in stages.events
 
@@ -454,5 +455,5 @@ def test_what_runs_in_the_background_is_waited_for_where_the_stage_beside_it_fai
     stages = Stages(monkeypatch, broken="vectors/retriever")
     stages.waits, stages.seconds = {"vectors/retriever": "adapted"}, {"adapted": 0.5}
     with pytest.raises(ModelError, match="broken"):
-        chain.run(run_of(tmp_path))
+        running.run(run_of(tmp_path))
     assert stages.events[-1] == ("end", "adapted"), "it is kept for the next start"
