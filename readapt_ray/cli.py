@@ -1,7 +1,7 @@
 """The command `readapt`: every stage with its options as flags, and what ties stages together.
 
 Flags, types, defaults and help come from the stages' configs. Exit code 0 on success, 2 on bad input,
-1 on a failure, 130 after Ctrl-C; a server that is told to stop ends with 0.
+1 on a failure, 130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray import environment, log_output
+from readapt_ray import environment, log_output, termination
 from readapt_ray.errors import (
     UNREADABLE,
     InputError,
@@ -52,15 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = given[0] if given else "--help"
     try:
         warnings.filterwarnings("ignore")
+        termination.end_as_ctrl_c_does()
         log_output.write_to_terminal()
         _run_command(command, given[1:])
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
-        print(f"\nreadapt: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        what, code = ("terminated", 143) if isinstance(stop, termination.Terminated) else ("interrupted", 130)
+        print(f"\nreadapt: {what}{goes_on}", file=sys.stderr)
+        return code
     except UNREADABLE as error:
         print(f"readapt: error: {unreadable(error)}", file=sys.stderr)
         return InputError.exit_code
@@ -98,7 +100,7 @@ def _overview() -> str:
         "usage: readapt COMMAND [OPTIONS]\n\n"
         + "\n".join(lines)
         + "\n\n`readapt COMMAND --help` shows the options of a command. Exit code 0 on success, 2 on bad input, 1 on a "
-        "failure,\n130 after Ctrl-C; a server that is told to stop ends with 0."
+        "failure,\n130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0."
     )
 
 
@@ -180,7 +182,7 @@ def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
-    from readapt_ray.recipes import running
+    from readapt_ray.recipes import run_end, running
 
     parser = _run_parser("run")
     parser.add_argument(
@@ -192,11 +194,11 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
         "--from", dest="from_stage", metavar="STAGE", help="As --overwrite, but only for this stage and those after it."
     )
     options = parser.parsed(arguments)
-    made = running.run(_run_config(options), overwrite=options.overwrite, from_stage=options.from_stage)
+    config = _run_config(options)
+    made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage)
     for artifact in made.values():
         _tell(artifact)
-    for name, artifact in made.items():
-        print(f"{name:20} {artifact.uri}")
+    print(run_end.closing(config, made))
 
 
 def _sections() -> str:

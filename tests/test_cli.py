@@ -54,7 +54,7 @@ def test_help_names_every_command_and_every_option() -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert all(f"\n  {name}" in out for name in (*STAGES, "run", "serve", "status", "quickstart"))
-    assert "130 after Ctrl-C" in out
+    assert "130 after Ctrl-C, 143 after SIGTERM" in out
 
 
 @pytest.mark.parametrize("command", [*STAGES, "serve"])
@@ -294,6 +294,40 @@ def test_an_interruption_says_how_to_go_on_where_one_can(
     assert ("run the same command again" in said) == goes_on
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_one_line() -> None:
+    script = (
+        "import signal, sys, time; from readapt_ray import cli, termination\n"
+        "def work(_):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"  # as Ray does when it starts
+        "    termination.take_back(); print('ready', flush=True); time.sleep(60)\n"
+        "cli._RUNNERS['run'] = work; sys.exit(cli.main(['run']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.split() == [
+        "readapt:",
+        "terminated;",
+        "run",
+        "the",
+        "same",
+        "command",
+        "again",
+        "and",
+        "it",
+        "goes",
+        "on",
+        "where",
+        "it",
+        "stopped",
+    ]
+
+
 @pytest.fixture
 def evaluation(pieces: Path, tmp_path: Path) -> list[str]:
     """The arguments that measure two runs."""
@@ -320,8 +354,10 @@ def test_evaluate_and_run_print_verdict_and_tables_and_not_where_the_runs_are_fr
     monkeypatch.setattr(running, "run", lambda *_, **__: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
     assert cli.main(["run", "--config", str(file)]) == 0
     of_run = capsys.readouterr().out
-    assert of_run.splitlines()[:-1] == out.splitlines()[:-1]
-    assert of_run.splitlines()[-1].split() == ["report", str(tmp_path / "report")]
+    table, closing = out.splitlines()[:-1], of_run.splitlines()[-3:]
+    assert of_run.splitlines()[: len(table)] == table
+    assert closing[0].split() == ["report", str(tmp_path / "report")]
+    assert closing[2] == f"report: {tmp_path}/report/report.html"
 
 
 def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

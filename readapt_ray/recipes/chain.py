@@ -142,8 +142,8 @@ class RunConfig(Config):
     index: Section = Field(default_factory=dict)
     """Options of index."""
     search: Section = Field(default_factory=dict)
-    """Options of search. If omitted, top_k is what the measures need and at least 100, and drop_self_hits is what
-    the catalog says of the source."""
+    """Options of search. If omitted, top_k is what the measures need and at least 100, drop_self_hits is what the
+    catalog says of the source, and only the queries that are judged are searched."""
     evaluate: Section = Field(default_factory=dict)
     """Options of evaluate, such as measures."""
 
@@ -261,6 +261,7 @@ class _Plan:
         defaults = {
             **({"top_k": depth_of(report.config.settings()["measures"])} if report else {}),
             "drop_self_hits": drops_self_hits(self._config.source),
+            "qrels": self._qrels,
         }
         for name, model in self._retrievers.items():
             yield self._step(

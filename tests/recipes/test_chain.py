@@ -69,6 +69,11 @@ def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus
         return depth, drops
 
     assert searched() == (100, False)
+    steps = {step.name: step.config for step in chain.plan_run(RunConfig(**VALUES, split="dev"))}
+    judged: Any = [steps[f"runs/{arm}.trec"] for arm in ("retriever", "adapted")]
+    assert {each.qrels for each in judged} == {"readapt-run/corpus/qrels/dev.parquet"}, (
+        "others would be searched for nothing"
+    )
     assert searched(source="arguana", evaluate={"measures": "nDCG@10,R@1000"}) == (1000, True)
     own = {"top_k": 30, "drop_self_hits": False}
     assert searched(source="arguana", evaluate={"measures": ["R@1000"]}, search=own) == (30, False)
@@ -144,7 +149,7 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
         "merge": ["measures"],
         "embed": [],
         "index": ["factory"],
-        "search": ["qrels"],
+        "search": [],
         "evaluate": ["measures", "names"],
     }
 

@@ -253,7 +253,17 @@ def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureF
     desk.is_judged = False
     assert desk.run() == 0
     assert desk.made == ALL[:8]
-    assert "--set queries=FILE --set qrels=FILE would give numbers" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "--set queries=FILE --set qrels=FILE would give numbers" in said.err
+    lines = [line.split() for line in said.out.splitlines()]
+    (tune,) = (line for line in lines if line[:2] == ["readapt", "tune"])
+    (serve,) = (line for line in lines if line[:2] == ["readapt", "serve"])
+    assert tune[2:] == [
+        *("--pretrained", desk.values["pretrained"], "--retriever", desk.values["retriever"]),
+        *("--adapter", f"{desk.root}/adapter", "--corpus", f"{desk.root}/corpus", "--output", f"{desk.root}/scales"),
+    ]
+    places = {"retriever": "adapted", "index": "index/adapted", "corpus": "corpus"}
+    assert serve[2:] == [word for name, place in places.items() for word in (f"--{name}", f"{desk.root}/{place}")]
     assert cli.main(["status", "--root", str(desk.root)]) == 0
     assert "8 of 8 done" in capsys.readouterr().out
 
