@@ -207,6 +207,7 @@ def evaluate(
     names: Sequence[str] = (),
     queries: str | Path = '',
     corpus: str | Path = '',
+    require: Sequence[str] = (),
     num_permutations: int = 10000,
     seed: int = 0,
 ) -> Artifact:
@@ -227,6 +228,9 @@ def evaluate(
         names: Names of the runs in the report, separated by commas. If omitted, the names of their files.
         queries: Queries, to show their texts in the report: a file or folder.
         corpus: Output of `readapt ingest`, to show titles and texts in the report.
+        require: What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005"
+            (the whole 95% interval of the difference from the first run lies above it) or "nDCG@10 >= 0.3" (the
+            mean). For each run after the first.
         num_permutations: Number of random permutations in the significance test, and of bootstrap samples in
             the intervals. (default: 10000)
         seed: Random seed for the significance test and the intervals. (default: 0)
@@ -705,6 +709,7 @@ def serve(
     num_gateways: int = 1,
     traces: bool = False,
     update: bool = False,
+    require_report: str | Path | None = None,
     write_config: str | Path | None = None,
 ) -> None:
     """Serve a retriever and its index over HTTP until interrupted.
@@ -786,6 +791,8 @@ def serve(
             `traces`. (default: no)
         update: Bring the server that runs on this Ray to these options without dropping a request, instead of
             starting one. (default: no)
+        require_report: Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it
+            measured each version.
         write_config: Write the file that `serve deploy` and KubeRay's RayService read, and start nothing.
 
     Returns:

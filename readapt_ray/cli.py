@@ -10,7 +10,7 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from readapt_ray import environment, log_output, termination
@@ -114,6 +114,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
     artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
     _tell(artifact)
     print(artifact.uri)
+    _end_by_requirements([artifact])
 
 
 def _tell(artifact: "Artifact") -> None:
@@ -123,6 +124,17 @@ def _tell(artifact: "Artifact") -> None:
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
     elif artifact.manifest.stage == "ingest":
         _tell_left_out(artifact.manifest.details)
+
+
+def _end_by_requirements(made: Iterable["Artifact"]) -> None:
+    """End with 1 if a requirement of a report does not hold.
+
+    Raises:
+        ReadaptError: one does not.
+    """
+    checked = [each for artifact in made for each in artifact.manifest.details.get("requirements", ())]
+    if failed := [each["sentence"] for each in checked if not each["holds"]]:
+        raise ReadaptError(f"{len(failed)} of {len(checked)} requirements do not hold: {' '.join(failed)}")
 
 
 def _tell_left_out(details: dict[str, Any]) -> None:
@@ -199,6 +211,7 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
     for artifact in made.values():
         _tell(artifact)
     print(run_end.closing(config, made))
+    _end_by_requirements(made.values())
 
 
 def _sections() -> str:

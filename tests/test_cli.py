@@ -360,6 +360,20 @@ def test_evaluate_and_run_print_verdict_and_tables_and_not_where_the_runs_are_fr
     assert closing[2] == f"report: {tmp_path}/report/report.html"
 
 
+def test_evaluate_ends_with_1_where_what_is_required_does_not_hold(
+    evaluation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holds, fails = "nDCG@10 >= base - 0.005", "nDCG@10 >= base + 0.9"
+    assert cli.main([*evaluation, "--require", holds]) == 0
+    assert f"adapted: `{holds}` holds (difference" in capsys.readouterr().out
+    for _ in range(2):  # when it is measured, and when the report is there
+        assert cli.main([*evaluation, "--require", f"{holds},{fails}", "--overwrite"]) == 1
+        said = capsys.readouterr()
+        assert f"1 of 2 requirements do not hold: adapted: {fails} does not hold (difference" in said.err
+    assert "does not hold" in (tmp_path / "report" / "report.html").read_text()
+    assert cli.main([*evaluation, "--require", "nDCG@7 >= base", "--overwrite"]) == 2
+
+
 def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [("1", "one"), ("2", "two"), ("3", "one"), ("4", ""), ("5", " "), ("1", "three")]
     source = tmp_path / "rows.jsonl"

@@ -41,6 +41,7 @@ def build_report(
     provenance: Mapping[str, Any],
     num_permutations: int,
     seed: int,
+    requirements: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Put together all that the report says, as JSON values.
 
@@ -54,6 +55,7 @@ def build_report(
         provenance: of each run, whatever is known.
         num_permutations: of the tests, for the record.
         seed: of the tests and of the intervals.
+        requirements: what must hold, and whether it does; see `requirements.py`.
     """
     names = list(runs)
     query_ids = measurements[names[0]].query_ids
@@ -79,6 +81,7 @@ def build_report(
         "num_queries": len(query_ids),
         "num_unjudged": len(query_texts.keys() - set(query_ids)),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
+        "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
         "runs": [
             {
@@ -149,6 +152,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     measures = report["measures"]
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
+    lines += [f"{markdown(each['run'])}: `{each['text']}` {each['outcome']}\n" for each in report["requirements"]]
     lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
     lines += markdown_table(
         ["run", *measures],

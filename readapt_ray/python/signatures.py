@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from readapt_ray.config import Config, options_text
 
-_MORE_PATHS = frozenset({"output", "root", "exclude", "only", "previous", "api_keys", "negatives"})
+_MORE_PATHS = frozenset({"output", "root", "exclude", "only", "previous", "api_keys", "negatives", "require_report"})
 _NO_PATHS = frozenset({"host", "name"})
 """Options that stand among the inputs in --help and are not paths."""
 

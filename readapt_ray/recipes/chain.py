@@ -213,8 +213,12 @@ def _check_merge(steps: Sequence[Step]) -> None:
 
 
 def _check_evaluate(steps: Sequence[Step]) -> None:
-    """Refuse what evaluate takes by itself, but what does not fit two retrievers."""
+    """Refuse what evaluate takes by itself, but what does not fit two retrievers, and requirements that are none."""
+    from readapt_ray.evaluation.requirements import parse_requirement
+
     evaluate: Any = steps[-1].config
+    for each in evaluate.require:
+        parse_requirement(each, evaluate.measures)
     if evaluate.names and (len(evaluate.names) != len(evaluate.runs) or len(set(evaluate.names)) < len(evaluate.names)):
         raise InputError(
             f"section 'evaluate': names = {list(evaluate.names)}: the run compares {len(evaluate.runs)} retrievers; give "

@@ -110,12 +110,13 @@ VALUES = {"source": "x", "pretrained": "a", "retriever": "b"}
         ("search", "encoding", "y.json"),
         ("evaluate", "names", ["only one"]),
         ("evaluate", "names", "same,same"),
+        ("evaluate", "require", "nDCG@10 > better"),
         ("train", "torch_compile", True),
     ],
 )
 def test_what_a_run_cannot_honour_is_refused_before_anything_starts(section: str, option: str, value: Any) -> None:
     options = {option: value} | ({"zero_stage": 3} if option == "torch_compile" else {})
-    with pytest.raises(InputError, match=f"section '{section}': {option}.*;") as refused:
+    with pytest.raises(InputError, match=f"(section '{section}': )?{option}.*[;,]") as refused:
         chain.plan_run(RunConfig(**VALUES, **{section: options}))
     assert "\n" not in str(refused.value)
 
@@ -150,7 +151,7 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
         "embed": [],
         "index": ["factory"],
         "search": [],
-        "evaluate": ["measures", "names"],
+        "evaluate": ["measures", "names", "require"],
     }
 
 
