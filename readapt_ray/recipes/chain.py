@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 RUN_NAME = "run.json"
 BASE, ADAPTED = "retriever", "adapted"
+RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate")
+"""The stages of a run, in order."""
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
@@ -166,12 +168,17 @@ def plan_run(config: RunConfig) -> list[Step]:
         InputError: options of sections are unknown or wrong; one message that names all, with their sections.
     """
     problems = Problems()
-    steps = _Plan(config, problems).steps()
+    steps = plan_steps(config, problems)
     problems.raise_them()
+    return steps
+
+
+def plan_steps(config: RunConfig, problems: "Problems") -> list[Step]:
+    """As `plan_run`, but what is wrong is noted, and the steps that it concerns are left out."""
+    steps = _Plan(config, problems).steps()
     for check in (_check_merge, _check_evaluate):
         with problems.noted():
-            check(steps)
-    problems.raise_them()
+            check({step.stage: step.config for step in steps})
     return steps
 
 
@@ -190,6 +197,10 @@ class Problems:
             if str(error) not in map(str, self._found):
                 self._found.append(error)
 
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self._found)
+
     def raise_them(self) -> None:
         """Raise what was noted.
 
@@ -203,20 +214,22 @@ class Problems:
             raise InputError(f"{len(self._found)} things are wrong, and nothing was started:{lines}")
 
 
-def _check_merge(steps: Sequence[Step]) -> None:
+def _check_merge(configs: Mapping[str, Any]) -> None:
     """Refuse what merge takes by itself, but what does not fit one adapter."""
-    merge: Any = next(step.config for step in steps if step.stage == "merge")
-    if isinstance(merge.knowledge_scale, tuple):
+    merge = configs.get("merge")
+    if merge and isinstance(merge.knowledge_scale, tuple):
         raise InputError(
             f"section 'merge': knowledge_scale = {list(merge.knowledge_scale)}: the run trains one adapter; give one number"
         )
 
 
-def _check_evaluate(steps: Sequence[Step]) -> None:
+def _check_evaluate(configs: Mapping[str, Any]) -> None:
     """Refuse what evaluate takes by itself, but what does not fit two retrievers, and requirements that are none."""
     from readapt_ray.evaluation.requirements import parse_requirement
 
-    evaluate: Any = steps[-1].config
+    evaluate = configs.get("evaluate")
+    if evaluate is None:
+        return
     for each in evaluate.require:
         parse_requirement(each, evaluate.measures)
     if evaluate.names and (len(evaluate.names) != len(evaluate.runs) or len(set(evaluate.names)) < len(evaluate.names)):

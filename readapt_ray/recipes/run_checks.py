@@ -18,13 +18,17 @@ from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
 
 
-def check_run(config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]]) -> list[Standing]:
+def check_run(
+    config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], problems: Problems
+) -> list[Standing]:
     """Refuse a run that would fail later for what is known now.
 
     Args:
         config: the run.
-        steps: its steps; those whose config says `overwrite` may replace what is stale.
+        steps: its steps, without those whose options are wrong; those whose config says `overwrite` may replace what is
+            stale.
         noted: what `run.json` notes of each step.
+        problems: what is wrong with the options.
 
     Returns:
         The steps whose artifacts are stale and are to be made again.
@@ -32,9 +36,8 @@ def check_run(config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[
     Raises:
         InputError: one message with all that is wrong.
     """
-    problems = Problems()
-    by_stage = {step.stage: step.config for step in steps}
-    stale: list[Standing] = []
+    is_whole = not problems
+    by_stage: dict[str, Any] = {step.stage: step.config for step in steps}
     pretrained = retriever = None
     with problems.noted():
         retriever = models.open_model(config.retriever)
@@ -43,14 +46,15 @@ def check_run(config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[
     if retriever is not None:
         with problems.noted():
             _check_encoding(config, retriever)
-    if pretrained is not None:
-        for check in (_check_layers, _check_positions):
+    for stage, check in (("train", _check_layers), ("pack", _check_positions)):
+        if pretrained is not None and stage in by_stage:
             with problems.noted():
-                check(pretrained, by_stage)
+                check(pretrained, by_stage[stage])
     for step in steps:
         with problems.noted():
             _check_files(config, step)
-    if pretrained is not None and retriever is not None:
+    stale: list[Standing] = []
+    if is_whole and pretrained is not None and retriever is not None:
         with problems.noted():
             stale = _check_root(config, steps, noted, pretrained)
     problems.raise_them()
@@ -78,7 +82,7 @@ def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
             )
 
 
-def _check_layers(pretrained: OpenModel, configs: Mapping[str, Any]) -> None:
+def _check_layers(pretrained: OpenModel, train: Any) -> None:
     """See that the pretrained model has a head to train with and layers that take an adapter."""
     from readapt_ray.cluster.train_workers import target_modules
     from readapt_ray.stages.train import objective_of
@@ -87,16 +91,14 @@ def _check_layers(pretrained: OpenModel, configs: Mapping[str, Any]) -> None:
         raise ModelError(
             f"pretrained = {pretrained.name!r} is an adapter; give the model that it was trained on: {pretrained.base.name!r}"
         )
-    train = configs["train"]
     objective = train.objective or objective_of(pretrained)
     targets = target_modules(train, pretrained)
     if targets:
         shapes.shape_of(pretrained.config, pretrained.name, objective).adapted(targets)
 
 
-def _check_positions(pretrained: OpenModel, configs: Mapping[str, Any]) -> None:
+def _check_positions(pretrained: OpenModel, pack: Any) -> None:
     """See that blocks are no longer than the pretrained model's positions."""
-    pack = configs["pack"]
     if "block_tokens" not in pack.model_fields_set:
         return
     positions = shapes.usable_positions(pretrained.config, pretrained.name)

@@ -21,7 +21,16 @@ from readapt_ray.config import meant
 from readapt_ray.errors import CorpusError, InputError, first_line
 from readapt_ray.recipes import run_checks, standing
 from readapt_ray.recipes.background import run_in_background
-from readapt_ray.recipes.chain import RUN_NAME, RunConfig, Step, plan_run, run_stage, runs_beside_next
+from readapt_ray.recipes.chain import (
+    RUN_NAME,
+    RUN_STAGES,
+    Problems,
+    RunConfig,
+    Step,
+    plan_steps,
+    run_stage,
+    runs_beside_next,
+)
 from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
 
@@ -44,11 +53,14 @@ def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = 
     Raises:
         InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
     """
-    steps = _with_overwriting(plan_run(config), overwrite=overwrite, from_stage=from_stage)
+    problems = Problems()
+    steps = plan_steps(config, problems)
+    with problems.noted():
+        steps = _with_overwriting(steps, overwrite=overwrite, from_stage=from_stage)
     root = Location(config.root)
     artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
     before = read_record(root)
-    stale = run_checks.check_run(config, steps, before.get("steps", []))
+    stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
     if stale:
         logger.info("made again: %s", standing.summary(stale))
     record = _Record(root, config, steps, before)
@@ -129,18 +141,16 @@ class _Record:
 
 def _with_overwriting(steps: Sequence[Step], *, overwrite: bool, from_stage: str | None) -> list[Step]:
     """The steps, with `overwrite` in the configs of those that may replace what is stale."""
-    stages = [step.stage for step in steps]
-    if from_stage is not None and from_stage not in stages:
-        hint = meant(from_stage, stages) or f"the stages are {', '.join(dict.fromkeys(stages))}"
+    if from_stage is not None and from_stage not in RUN_STAGES:
+        hint = meant(from_stage, RUN_STAGES) or f"the stages are {', '.join(RUN_STAGES)}"
         raise InputError(f"--from {from_stage!r} is no stage of the run; {hint}")
-    if from_stage == "train":
-        from_stage = "pack"  # options of train decide how passages are packed, too
-    first = len(steps) if from_stage is None else stages.index(from_stage)
+    first = RUN_STAGES.index(from_stage) if from_stage else len(RUN_STAGES)
+    first -= from_stage == "train"  # options of train decide how passages are packed, too
     return [
         dataclasses.replace(step, config=step.config.model_copy(update={"overwrite": True}))
-        if overwrite or number >= first
+        if overwrite or RUN_STAGES.index(step.stage) >= first
         else step
-        for number, step in enumerate(steps)
+        for step in steps
     ]
 
 

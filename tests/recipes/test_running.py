@@ -185,8 +185,13 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
     ):
         assert each in said
     assert not desk.root.exists()
-    assert desk.run(train={"lora_rnak": 1}, embed={"dtpye": "float32"}, merge={"knowledge_scale": [0.5, 0.1]}) == 2
+    options = {"train": {"lora_rnak": 1}, "embed": {"dtpye": "float32"}, "merge": {"knowledge_scale": [0.5, 0.1]}}
+    assert desk.run("--from", "mreg", **options, pretrained="quickstart-pretraind") == 2
     said = capsys.readouterr().err
+    assert "5 things are wrong" in said
+    assert "did you mean 'quickstart-pretrained'" in said
+    assert "--from 'mreg' is no stage of the run" in said
+    assert "the run trains one adapter; give one number" in said
     assert "'lora_rnak'; did you mean 'lora_rank'" in said
     assert "'dtpye'; did you mean 'dtype'" in said
 
@@ -203,7 +208,7 @@ def test_one_encoding_serves_merge_and_embed(desk: Desk, models: Path, tmp_path:
         config = run_file.read_run(_written(desk), {})
     steps = chain.plan_run(config)
     assert {step.config.encoding.pooling for step in steps if step.stage in ("merge", "embed")} == {"mean"}
-    run_checks.check_run(config, steps, [])
+    run_checks.check_run(config, steps, [], chain.Problems())
     assert desk.run("--encoding", str(encoding)) == 0 if place == "flag" else desk.run() == 0
 
 
@@ -214,7 +219,7 @@ def _written(desk: Desk) -> str:
 
 def check(desk: Desk, **values: Any) -> None:
     config = chain.RunConfig.parse({**desk.values, **values})
-    run_checks.check_run(config, chain.plan_run(config), [])
+    run_checks.check_run(config, chain.plan_run(config), [], chain.Problems())
 
 
 def test_what_training_needs_is_checked_first(desk: Desk, models: Path, tmp_path: Path) -> None:
