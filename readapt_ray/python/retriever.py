@@ -15,6 +15,7 @@ from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError
+from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.records import Passage, ScoredDoc
 
 Kind = Literal["query", "passage"]
@@ -46,6 +47,7 @@ class Encoder:
         InputError: the model cannot be found or loaded, or nothing says how it takes text.
     """
 
+    @refusing_in_our_words
     def __init__(
         self,
         retriever: Place,
@@ -79,6 +81,7 @@ class Encoder:
         """Stands for all that decides a vector."""
         return self._encoder.fingerprint
 
+    @refusing_in_our_words
     def encode(
         self, texts: str | Sequence[str], kind: Kind, *, titles: Sequence[str] | None = None
     ) -> NDArray[np.float32]:
@@ -121,6 +124,7 @@ class Retriever:
         InputError: one of them cannot be found, or the index was made by another model.
     """
 
+    @refusing_in_our_words
     def __init__(
         self, *, retriever: Place, index: Place, corpus: Place | None = None, device: str | None = None
     ) -> None:
@@ -138,6 +142,7 @@ class Retriever:
         self._num_vectors = opened.num_vectors
         self._index = _named(index)
 
+    @refusing_in_our_words
     def search(self, query: str, top_k: int = 10) -> list[Hit]:
         """The best passages of a query, best first.
 
@@ -152,6 +157,7 @@ class Retriever:
             raise InputError(f"query = {query!r}: must be a text; search_all takes a list of them")
         return self.search_all([query], top_k)[0]
 
+    @refusing_in_our_words
     def search_all(self, queries: Sequence[str], top_k: int = 10) -> list[list[Hit]]:
         """The best passages of each query; see `search`."""
         from readapt_ray.retrieval.index_shard import search_shards

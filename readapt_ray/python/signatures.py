@@ -4,16 +4,21 @@
 and type checkers, which do not run code.
 """
 
+import functools
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic.fields import FieldInfo
 
-from readapt_ray.config import Config, options_text
+from readapt_ray.config import Config, meant, options_text
+from readapt_ray.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _MORE_PATHS = frozenset({"output", "root", "exclude", "only", "previous", "api_keys", "negatives", "require_report"})
 _NO_PATHS = frozenset({"host", "name"})
@@ -41,6 +46,28 @@ def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
     how = f"Give the options by name, or all of them as one {config_class.__name__}."
     raises = "Raises:\n    InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named."
     return "\n\n".join([f"{summary[0].upper()}{summary[1:]}.", how, options_text(config_class), returns, raises])
+
+
+def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which refuses an unknown or missing parameter with our own error, and says what was meant."""
+    signature = inspect.signature(function)
+    known = [name for name in signature.parameters if name != "self"]
+    name = f"ra.{function.__qualname__.removesuffix('.__init__')}"
+
+    @functools.wraps(function)
+    def call(*given: P.args, **options: P.kwargs) -> R:
+        try:
+            signature.bind(*given, **options)
+        except TypeError as error:
+            unknown = [each for each in options if each not in known]
+            hints = [
+                f"unknown option {each!r}; {meant(each, known) or 'the options are ' + ', '.join(known)}"
+                for each in unknown
+            ]
+            raise InputError(f"{name}: {'; '.join(hints) or error}") from None
+        return function(*given, **options)
+
+    return call
 
 
 def _default(field: FieldInfo) -> Any:

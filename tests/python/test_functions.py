@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -107,6 +108,14 @@ def test_paths_are_annotated_and_taken_wherever_a_path_is(monkeypatch: pytest.Mo
         ),
         (lambda: ra.Encoding(pooling="men", add_bos=True, add_eos=True), "pooling = .*did you mean 'mean'"),
         (lambda: ra.run("absent.yaml"), "no file 'absent.yaml'"),
+        (lambda: ra.run("a.yaml", overides={}), r"ra\.run: unknown option 'overides'; did you mean 'overrides'"),
+        (lambda: ra.Retriever(retreiver="a", index="b"), r"ra\.Retriever: .*'retreiver'; did you mean 'retriever'"),
+        (lambda: ra.Retriever(retriever="a"), r"ra\.Retriever: missing a required .*'index'"),
+        (lambda: ra.Encoder("quickstart-retriever", dtyp="x"), r"ra\.Encoder: .*'dtyp'; did you mean 'dtype'"),
+        (lambda: ra.Encoder("quickstart-retriever", dtype="float8"), "dtype = 'float8'; it must be one of"),
+        (lambda: ra.Encoder("quickstart-retriever").encode(["a"]), r"ra\.Encoder\.encode: missing .*'kind'"),
+        (lambda: ra.Encoder("quickstart-retriever").encode(["a"], kind="qery"), "kind = .*did you mean 'query'"),
+        (lambda: ra.Encoder("quickstart-retriever").encode([3], kind="query"), "texts\\[0\\]|string|text"),
         (lambda: ra.status("absent"), "no folder 'absent'"),
         (lambda: ra.open_artifact("absent"), "'absent' does not exist"),
         (lambda: ra.Encoder("quickstart-retreiver"), "no model .*did you mean 'quickstart-retriever'"),
@@ -124,6 +133,17 @@ def test_a_path_that_may_not_be_read_is_an_error_of_ours(monkeypatch: pytest.Mon
     monkeypatch.setattr("readapt_ray.stages.index.index", refuse)
     with pytest.raises(ra.InputError, match="'/secret'; give a path that may be read"):
         ra.index(vectors="a", output="b")
+
+
+def test_an_encoder_encodes_one_text_or_several_as_the_package_does() -> None:
+    encoder = ra.Encoder("quickstart-retriever")
+    several = encoder.encode(["split a tensor", "join threads"], kind="query")
+    assert several.shape == (2, encoder.dimension)
+    assert encoder.encode("split a tensor", kind="query") == pytest.approx(several[0], abs=1e-6)
+    passages = encoder.encode(["a text"], "passage", titles=["a title"])
+    assert not np.allclose(passages, encoder.encode(["a text"], "passage"))
+    assert repr(encoder) == "Encoder('quickstart-retriever'): 256 dimensions, cpu"
+    assert len(encoder.fingerprint) == 32
 
 
 def test_overrides_are_names_with_dots_or_sections_and_win_over_the_file(
