@@ -29,7 +29,7 @@ def refuse_what_is_there(
         ArtifactConflictError: another artifact that may not be replaced, or files that no stage made.
     """
     if there is None:
-        refuse_foreign_files(location, config)
+        _refuse_foreign_files(location, config)
         return
     if there["fingerprint"] == ours["fingerprint"]:
         return
@@ -49,12 +49,8 @@ def refuse_what_is_there(
         )
 
 
-def refuse_foreign_files(location: Location, config: StageConfig) -> None:
-    """Refuse an output in which anything lies but a lease of ours: it may be the root of a run, a home or a mount.
-
-    Raises:
-        ArtifactConflictError: something else lies there.
-    """
+def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
+    """Refuse an output in which anything lies but a lease of ours: it may be the root of a run, a home or a mount."""
     lease = record_of(location, LEASE_NAME)
     is_ours = leases.is_cut_short(lease) or leases.read_lease(lease) is not None
     if is_single_file(location):

@@ -132,7 +132,7 @@ def _check_root(
     for each in found:
         location = Location(each.step.config.output)
         if each.record is None:
-            outputs.refuse_foreign_files(location, each.step.config)
+            outputs.refuse_what_is_there(location, each.step.config, {}, None)
         elif not each.is_complete and leases.is_alive(each.record):
             raise ArtifactConflictError(
                 f"process {each.record['pid']} on {each.record['host']} is writing {location}; wait for it to end, or give "
