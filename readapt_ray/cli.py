@@ -58,9 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt as stop:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        is_terminated = termination.is_told(stop)
+        if isinstance(stop, SystemExit) and not is_terminated:
+            raise
         goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
-        what, code = ("terminated", 143) if isinstance(stop, termination.Terminated) else ("interrupted", 130)
+        what, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
         print(f"\nreadapt: {what}{goes_on}", file=sys.stderr)
         return code
     except UNREADABLE as error:

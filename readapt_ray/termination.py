@@ -28,5 +28,10 @@ def take_back() -> None:
         end_as_ctrl_c_does()
 
 
+def is_told(stop: BaseException) -> bool:
+    """Whether SIGTERM ended the work: by our handler, or by Ray's, which exits with the number of the signal."""
+    return isinstance(stop, Terminated) or (isinstance(stop, SystemExit) and stop.code == signal.SIGTERM)
+
+
 def _end(_: int, __: FrameType | None) -> None:
     raise Terminated

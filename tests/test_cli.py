@@ -328,6 +328,17 @@ def test_sigterm_ends_a_command_as_ctrl_c_does_with_one_line() -> None:
     ]
 
 
+def test_sigterm_while_ray_starts_ends_so_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli._RUNNERS, "run", lambda _: sys.exit(15))  # Ray's own handler
+    assert cli.main(["run"]) == 143
+    assert "readapt: terminated; run the same command again" in capsys.readouterr().err
+    monkeypatch.setitem(cli._RUNNERS, "run", lambda _: sys.exit(3))
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+
+
 @pytest.fixture
 def evaluation(pieces: Path, tmp_path: Path) -> list[str]:
     """The arguments that measure two runs."""

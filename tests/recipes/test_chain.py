@@ -287,9 +287,10 @@ def test_the_readmes_python_runs_and_finds_what_the_run_found(
     query, *_ = factories.small_queries(factories.small_corpus(60), 12)[0]
     found = names["retriever"].search(query.text, top_k=5)
     lines = [line.split() for line in Path("run/runs/adapted.trec").read_text().splitlines()]
-    expected = [(line[2], float(line[4])) for line in lines if line[0] == query.query_id][:5]
-    assert [hit.doc_id for hit in found] == [doc_id for doc_id, _ in expected]
-    assert [hit.score for hit in found] == pytest.approx([score for _, score in expected], abs=1e-5)
+    expected = {line[2]: float(line[4]) for line in lines if line[0] == query.query_id}
+    assert len(found) == 5
+    for hit, best in zip(found, sorted(expected.values(), reverse=True), strict=False):  # near ties may change places
+        assert (hit.score, expected[hit.doc_id]) == pytest.approx((best, best), abs=1e-4)
     with pytest.raises(InputError, match="top_k = 0"):
         names["retriever"].search("a", top_k=0)
     with pytest.raises(InputError, match="search_all takes a list"):
