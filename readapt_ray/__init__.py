@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from readapt_ray.serving.server import serve
     from readapt_ray.stages.embed import EmbedConfig, embed
     from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
+    from readapt_ray.stages.export import ExportConfig, export
     from readapt_ray.stages.finetune import FinetuneConfig, finetune
     from readapt_ray.stages.index import IndexConfig, index
     from readapt_ray.stages.ingest import IngestConfig, ingest
@@ -52,6 +53,7 @@ _HOMES: dict[str, str] = {
     "TrainConfig": "stages.train",
     **dict.fromkeys(("EmbedConfig", "embed"), "stages.embed"),
     **dict.fromkeys(("EvaluateConfig", "evaluate"), "stages.evaluate"),
+    **dict.fromkeys(("ExportConfig", "export"), "stages.export"),
     **dict.fromkeys(("FinetuneConfig", "finetune"), "stages.finetune"),
     **dict.fromkeys(("IndexConfig", "index"), "stages.index"),
     **dict.fromkeys(("IngestConfig", "ingest"), "stages.ingest"),
@@ -67,6 +69,7 @@ __all__ = [
     "Encoder",
     "Encoding",
     "EvaluateConfig",
+    "ExportConfig",
     "FinetuneConfig",
     "IndexConfig",
     "IngestConfig",
@@ -83,6 +86,7 @@ __all__ = [
     "TuneConfig",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "index",
     "ingest",

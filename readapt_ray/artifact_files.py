@@ -93,6 +93,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
     "index": ("shards/*.faiss", "shards/*.ids.parquet", "shards/*.json", "shards/*.recall.npz", "shards/.seen-*"),
+    "export": ("rows/part-*.parquet", "rows/.seen-*", "deleted/part-*.parquet"),
     "search": (),
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
