@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from readapt_ray.cluster import connection
 from readapt_ray.cluster.bounded_tasks import run_bounded
-from readapt_ray.targets.sending import Done, ExportJob, delete_lost, look_up, send_file
+from readapt_ray.storage import Location
+from readapt_ray.targets.sending import ROWS, Done, ExportJob, delete_lost, look_up, send_file
 
 _SMALL_BYTES = 64 << 20
 """Float32 vectors that are sent without starting Ray."""
@@ -46,7 +47,9 @@ def _here(job: ExportJob) -> Iterator[Done]:
 
 def _on_ray(job: ExportJob, max_writers: int | None) -> Iterator[Done]:
     num_cpus = connection.connect().num_cpus
-    connection.check_seen_by_all(job.output / "rows")
+    folders = [job.output / ROWS, *([Location(job.address.folder)] if job.address.folder else [])]
+    for folder in folders:
+        connection.check_seen_by_all(folder)
     import ray
 
     num_at_once = min(max_writers or num_cpus, max(1, num_cpus))

@@ -53,6 +53,10 @@ class ExportConfig(StageConfig):
     batch_rows: int = Field(default=256, ge=1)
     """Rows per request. Lower it if the database refuses requests as too large."""
 
+    overwrite: bool = False
+    """Replace a collection that holds another export, and an artifact in the output that was made or begun with other
+    options. Without this both are refused; what readapt did not write is always refused."""
+
     inputs: ClassVar[frozenset[str]] = frozenset({"vectors", "corpus", "previous"})
     operational: ClassVar[frozenset[str]] = frozenset({"check", "batch_rows"})
 

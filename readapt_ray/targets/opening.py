@@ -10,6 +10,9 @@ from readapt_ray.filesystems import refuse_credentials
 from readapt_ray.targets import addresses, files, lance, milvus, opensearch, pgvector, qdrant
 from readapt_ray.targets.target import Target
 
+_SHOWN = 400
+"""Characters of a client's error that are shown: some repeat all that was sent."""
+
 
 class Kind(NamedTuple):
     """A row of the table of targets."""
@@ -70,4 +73,4 @@ def open_target(address: addresses.Address) -> Iterator[Target]:
     except (ReadaptError, KeyboardInterrupt):
         raise
     except Exception as error:
-        raise TargetError(f"{address.uri}: {type(error).__name__}: {first_line(error)}") from error
+        raise TargetError(f"{address.uri}: {type(error).__name__}: {first_line(error)[:_SHOWN]}") from error
