@@ -19,12 +19,12 @@ def is_small(job: ExportJob) -> bool:
     return job.vectors.num_rows * job.layout.dimension * 4 <= _SMALL_BYTES
 
 
-def send_all(job: ExportJob, *, max_writers: int | None, report: Callable[[int], None]) -> Done:
+def send_all(job: ExportJob, *, max_writers: int, report: Callable[[int], None]) -> Done:
     """Send and delete what is not noted as done.
 
     Args:
         job: what is sent.
-        max_writers: how many tasks may write at once; None for one per CPU.
+        max_writers: how many tasks may write at once.
         report: called with the number of rows that are done.
 
     Raises:
@@ -45,14 +45,14 @@ def _here(job: ExportJob) -> Iterator[Done]:
         yield delete_lost(job, lookups, number)
 
 
-def _on_ray(job: ExportJob, max_writers: int | None) -> Iterator[Done]:
+def _on_ray(job: ExportJob, max_writers: int) -> Iterator[Done]:
     num_cpus = connection.connect().num_cpus
     folders = [job.output / ROWS, *([Location(job.address.folder)] if job.address.folder else [])]
     for folder in folders:
         connection.check_seen_by_all(folder)
     import ray
 
-    num_at_once = min(max_writers or num_cpus, max(1, num_cpus))
+    num_at_once = max(1, min(max_writers, num_cpus))
     shared = ray.put(job)
     lookups = ray.remote(num_cpus=1)(look_up).remote(shared)
     send, delete = ray.remote(num_cpus=1)(send_file), ray.remote(num_cpus=1)(delete_lost)

@@ -98,7 +98,7 @@ def export(config: ExportConfig) -> Artifact:
         )
         with open_target(job.address) as target:
             target.finish()
-            _check_count(target, job)
+            _check_collection(target, job)
             _summarise(done, job, record, workspace)
             if config.check and total:
                 _compare(target, config, source, job, workspace)
@@ -236,7 +236,11 @@ def _refuse_what_is_there(config: ExportConfig, job: ExportJob, record: Record, 
     )
 
 
-def _check_count(target: Target, job: ExportJob) -> None:
+def _check_collection(target: Target, job: ExportJob) -> None:
+    if (target.record() or {}).get("export") != job.fingerprint:
+        raise TargetError(
+            f"{job.address.uri} was taken by another export meanwhile; remove the collection and run one of them again"
+        )
     found, due = target.count(), job.vectors.num_rows
     if found < due:
         raise TargetError(

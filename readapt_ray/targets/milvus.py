@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.targets import addresses
-from readapt_ray.targets.target import Layout, Record, check_bytes, check_dimension, matrix, payloads
+from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_bytes, check_dimension, matrix, payloads
 
 VARIABLES = "MILVUS_TOKEN"
 _MAX_DIMENSION = 32_768
@@ -33,7 +33,7 @@ class MilvusTarget:
         with addresses.client_of("milvus"):
             from pymilvus import DataType, MilvusClient
         self._name, self._types = address.name, DataType
-        self.max_writers = None if address.host else 1
+        self.max_writers = SERVER_WRITERS if address.host else 1
         if address.host:
             uri, token = address.http_url(19530), os.environ.get("MILVUS_TOKEN", "")
             self._client: Any = MilvusClient(uri, token=token, timeout=_TIMEOUT_S)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.targets import addresses
-from readapt_ray.targets.target import Layout, Record, check_bytes, check_dimension, matrix, payloads
+from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_bytes, check_dimension, matrix, payloads
 
 VARIABLES = "OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD"
 _MAX_DIMENSION = 16_000
@@ -25,7 +25,7 @@ _KEY = "readapt"
 class OpenSearchTarget:
     """An index of OpenSearch."""
 
-    max_writers: int | None = None
+    max_writers = SERVER_WRITERS
 
     def __init__(self, address: addresses.Address) -> None:
         addresses.check_options(address, ("tls",))

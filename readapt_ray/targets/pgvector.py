@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.targets import addresses
-from readapt_ray.targets.target import Layout, Record, matrix, payloads
+from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, matrix, payloads
 
 VARIABLES = "PGPASSWORD"
 _MOST = {"vector": 2_000, "halfvec": 4_000}
@@ -27,7 +27,7 @@ _COLUMNS = ("doc_id", "title", "text", "payload")
 class PgvectorTarget:
     """A table of PostgreSQL."""
 
-    max_writers: int | None = None
+    max_writers = SERVER_WRITERS
 
     def __init__(self, address: addresses.Address) -> None:
         addresses.check_options(address, ("table", "type", *_PASSED_ON))

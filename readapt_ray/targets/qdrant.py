@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 from readapt_ray.targets import addresses
-from readapt_ray.targets.target import Layout, Record, check_dimension, matrix, payloads
+from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_dimension, matrix, payloads
 
 VARIABLES = "QDRANT_API_KEY"
 _MAX_DIMENSION = 65_536
@@ -32,7 +32,7 @@ class QdrantTarget:
         with addresses.client_of("qdrant"):
             from qdrant_client import QdrantClient, models
         self._name, self._models = address.name, models
-        self.max_writers = None if address.host else 1
+        self.max_writers = SERVER_WRITERS if address.host else 1
         if address.host:
             self._client: Any = QdrantClient(
                 url=address.http_url(6333), api_key=os.environ.get("QDRANT_API_KEY"), timeout=_TIMEOUT_S

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
 
+SERVER_WRITERS = 16
+"""Tasks that write to a server at once: its connections are few (PostgreSQL has 100), whatever the size of the cluster."""
+
 Record = Mapping[str, Any]
 """What is stored in or beside a collection: the fingerprints of the encoder and of the export, dimension, columns."""
 
@@ -41,8 +44,8 @@ class Target(Protocol):
     """A collection of a vector database, with an open connection."""
 
     @property
-    def max_writers(self) -> int | None:
-        """How many tasks may write at once; None for no limit."""
+    def max_writers(self) -> int:
+        """How many tasks may write at once."""
 
     def close(self) -> None:
         """Close the connection."""

@@ -123,6 +123,14 @@ def test_rows_that_others_deleted_are_missed(world: Path, monkeypatch: pytest.Mo
         exported(world, f"files:{world}/files")
 
 
+def test_a_collection_that_another_export_took_meanwhile_is_a_failure(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FilesTarget, "finish", lambda self: self.set_record({"export": "another"}))
+    with pytest.raises(TargetError, match="was taken by another export meanwhile"):
+        exported(world, f"files:{world}/files")
+
+
 def test_vectors_of_int8_are_sent_as_what_they_stand_for(world: Path) -> None:
     worlds.write(world / "int8", ROWS, dtype="int8")
     artifact = exported(world / "int8", f"files:{world}/files", check=30)
