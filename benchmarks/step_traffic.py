@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from readapt_ray.nn import attention, norms
+from readapt_ray.nn.precision import products_in
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.packing import Batch, Block, Masking
 
@@ -138,16 +139,19 @@ class _Counting(TorchDispatchMode):
         if name in _NO_KERNEL:
             return func(*args, **(kwargs or {}))
         is_mask = name in ("index", "index_put_") and any(each.dtype == torch.bool for each in tree_leaves(args[1]))
-        self.count.host_syncs += name in _WAITS or is_mask
+        is_on_host = not is_mask and not any(each.is_meta for each in given)
+        self.count.host_syncs += (name in _WAITS or is_mask) and not is_on_host
         if is_mask:  # as if all were chosen
             self.count.add("nonzero", given[1].nbytes)
             out = given[0].flatten(0, given[1].ndim - 1).clone()
-        elif name == "_local_scalar_dense":
+        elif name == "_local_scalar_dense" and not is_on_host:
             return 0
         else:
             out = func(*args, **(kwargs or {}))
         read = given[1:] if name in _OVERWRITES else given
         written = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        if not any(each.is_meta for each in (*given, *written)):
+            return out
         self.count.add(name, sum(map(_span, read)) + sum(map(_span, written)))
         if _KIND_OF.get(name.rstrip("_")) == "gemm":
             left, right = args[-2:]
@@ -219,6 +223,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
         mock.patch.object(attention, "_KERNEL_DEVICE", "meta"),
         mock.patch.object(attention, "_is_able", lambda _: True),
         mock.patch.object(_AsOnCuda, "count", count),
+        mock.patch.object(torch, "Generator", mock.Mock(**{"return_value.manual_seed.return_value": None})),
         _AsOnCuda(),
         _Counting(count),
     ):
@@ -250,7 +255,7 @@ def make_batch(num_tokens: int, *, is_masked: bool) -> Batch:
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
     """The loss of a batch, as a training worker computes it."""
-    with torch.autocast("meta", torch.bfloat16):
+    with products_in(torch.bfloat16, model, "meta"):
         return objectives.loss_sum(model, batch)
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention, norms
-from readapt_ray.training.packing import IGNORED, Batch
+from readapt_ray.training.packing import Batch
 
 _CPU_CHUNK_TOKENS = 128
 _MIN_CHUNK_TOKENS = 32
@@ -88,25 +88,26 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
-        self._labels_BT: Tensor | None = None
+        self._labels: tuple[Tensor, Tensor] | None = None
 
     @contextlib.contextmanager
-    def predicting(self, labels_BT: Tensor) -> Iterator[None]:
-        """Inside, the layer gives the loss of these labels, int64 [B, T], IGNORED where there is none."""
-        self._labels_BT = labels_BT
+    def predicting(self, labels_BT: Tensor, places_N: Tensor) -> Iterator[None]:
+        """Inside, the layer gives the loss of the labels, int64 [B, T], at these places of the flattened batch."""
+        self._labels = labels_BT, places_N
         try:
             yield
         finally:
-            self._labels_BT = None
+            self._labels = None
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Logits [B, T, V], or a float32 scalar."""
-        if self._labels_BT is None:
+        if self._labels is None:
             return functional.linear(hidden_BTH, self.weight, self.bias)
-        chosen = self._labels_BT != IGNORED
-        hidden_NH = hidden_BTH[chosen]
+        labels_BT, places_N = self._labels
+        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, places_N)
         weight_VH = self.weight.to(hidden_NH.dtype)
-        return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, self.bias, self._labels_BT[chosen])  # type: ignore[no-untyped-call,no-any-return]
+        labels_N = labels_BT.flatten().index_select(0, places_N)
+        return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, self.bias, labels_N)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def prepare(model: Any, name: str) -> None:
@@ -143,7 +144,7 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
         model: a language model that `prepare` made ready.
         batch: as `collate` makes it, on the model's device.
     """
-    with model.get_output_embeddings().predicting(batch.labels):
+    with model.get_output_embeddings().predicting(batch.labels, batch.label_places):
         return model(  # type: ignore[no-any-return]
             input_ids=batch.input_ids,
             position_ids=batch.position_ids + first_position(model),
