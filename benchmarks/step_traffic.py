@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from readapt_ray.nn import attention, norms
+from readapt_ray.nn import attention, gated, norms
 from readapt_ray.nn.precision import products_in
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.packing import Batch, Block, Masking
@@ -239,6 +239,7 @@ def make_model(name: str, num_layers: int) -> Any:
         model = auto.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         objectives.prepare(model, name)
         norms.fuse(model)
+        gated.fuse(model)
         shape = dora.AdapterShape(method="dora", rank=32, alpha=64.0, dropout=0.05, targets=TARGETS[name])
         dora.add_adapters(model, shape)
     return model.train()

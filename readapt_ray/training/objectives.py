@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
-from readapt_ray.nn import attention, norms
+from readapt_ray.nn import attention, gated, norms
 from readapt_ray.training.packing import Batch
 
 _CPU_CHUNK_TOKENS = 128
@@ -111,7 +111,7 @@ class LossHead(nn.Module):
 
 
 def prepare(model: Any, name: str) -> None:
-    """Put a LossHead in place of a language model's output layer, and attention.py's and norms.py's kernels into its layers.
+    """Put a LossHead in place of a language model's output layer, and attention.py's, norms.py's and gated.py's kernels into its layers.
 
     Args:
         model: a transformers `*ForCausalLM` or `*ForMaskedLM`.
@@ -135,6 +135,7 @@ def prepare(model: Any, name: str) -> None:
     attention.install(model, name)
     if head.weight.device.type == "cuda":
         norms.fuse(model)
+        gated.fuse(model)
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
