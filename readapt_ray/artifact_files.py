@@ -56,7 +56,13 @@ _TRAINED = (
 _VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*")
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
-    "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),
+    "ingest": (
+        "passages/part-*.parquet",
+        "passages/.seen-*",
+        "exchange/*",
+        "queries/part-*.parquet",
+        "qrels/*.parquet",
+    ),
     "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),

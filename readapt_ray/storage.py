@@ -123,6 +123,11 @@ class Location:
         """The length of the file."""
         return int(self._info().size)
 
+    def size_and_time(self) -> tuple[int, int | None]:
+        """The length of the file, and when it was written, in nanoseconds."""
+        info = self._info()
+        return int(info.size or 0), info.mtime_ns
+
     def _info(self) -> pafs.FileInfo:
         return self.filesystem.get_file_info(self.path)
 

@@ -54,6 +54,10 @@ class TableSource(Source):
     def _files(self) -> list[DataFile]:
         return source_files(self._location, self._table_format.suffixes)
 
+    def files(self) -> list[DataFile]:
+        """Return the files in the order in which they are read."""
+        return self._files
+
     def check(self) -> None:
         """The first file with rows has the columns."""
         files = self._files

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.sources.lines import Line, read_lines, refuse_damaged
-from readapt_ray.sources.source import MISSING, BadRow, Limits, Row
+from readapt_ray.sources.source import MISSING, BadRow, Limits, Row, Span
 from readapt_ray.storage import Location
 
 ID_NAMES: Final = ("doc_id", "_id", "id")
@@ -75,8 +75,10 @@ class TableFormat(Protocol):
     def columns(self, file: Location, label: str) -> Columns | None:
         """Which columns make a passage; None for a file without rows. Raises CorpusError where none do."""
 
-    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:
-        """The rows; `advance` is told the part of the file, from 0 to 1, that was read."""
+    def rows(
+        self, file: Location, label: str, limits: Limits, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
+        """The rows; `advance` is told the part of the file, from 0 to 1, that was read, `span` the part to read."""
 
 
 class JsonLines:
@@ -97,12 +99,16 @@ class JsonLines:
             raise CorpusError(f"{label} is not JSON Lines: none of its first {len(peeked)} lines is a JSON object")
         return passage_columns(list(keys), label) if peeked else None
 
-    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:
+    def rows(
+        self, file: Location, label: str, limits: Limits, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
         """A row for each line that is an object."""
         columns = self.columns(file, label)
         if columns is None:
             return
-        for line in read_lines(file, label, max_line_bytes=limits.max_line_bytes, advance=_shares(file, advance)):
+        for line in read_lines(
+            file, label, max_line_bytes=limits.max_line_bytes, advance=_shares(file, advance), span=span
+        ):
             value = parsed_object(line, label)
             if isinstance(value, BadRow):
                 yield value
@@ -150,16 +156,19 @@ class Tsv:
             )
         return (["id", "text"] if len(fields) == 2 else ["id", "title", "text"]), False
 
-    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:
+    def rows(
+        self, file: Location, label: str, limits: Limits, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
         """A row for each line that has all columns."""
         header = self._header(file, label)
         if header is None:
             return
         names, is_named = header
+        is_named &= span is None or span.start == 0
         columns = passage_columns(names, label)
         id_at, text_at = names.index(columns.doc_id), names.index(columns.text)
         title_at = names.index(columns.title) if columns.title else None
-        lines = read_lines(file, label, max_line_bytes=limits.max_line_bytes, advance=_shares(file, advance))
+        lines = read_lines(file, label, max_line_bytes=limits.max_line_bytes, advance=_shares(file, advance), span=span)
         for line in lines:
             if isinstance(line, BadRow):
                 yield line
@@ -202,13 +211,15 @@ def parquet_rows(
     label: str,
     pick: Callable[[list[str]], Sequence[str]],
     advance: Advance = lambda _: None,
+    span: Span | None = None,
 ) -> Iterator[tuple[str, tuple[object, ...]] | BadRow]:
     """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
     number = 0
     with open_parquet(file, label) as parquet:
         columns = pick(parquet.schema_arrow.names)
+        groups = list(range(parquet.num_row_groups) if span is None else range(span.start, span.end))
         try:
-            for batch in parquet.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+            for batch in parquet.iter_batches(_BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False):
                 for values in zip(*(_cells(batch.column(name)) for name in columns), strict=True):
                     number += 1
                     try:
@@ -216,6 +227,8 @@ def parquet_rows(
                     except UnicodeDecodeError:
                         yield BadRow(f"{label}:{number}", "not_utf8")
                 advance(number / parquet.metadata.num_rows)
+            if span is not None:
+                span.num_lines = number
         except READ_ERRORS as error:
             refuse_damaged(label, f"after row {number}", error)
             raise
@@ -232,12 +245,19 @@ class Parquet:
         with open_parquet(file, label) as parquet:
             return passage_columns(parquet.schema_arrow.names, label) if parquet.metadata.num_rows else None
 
-    def rows(self, file: Location, label: str, limits: Limits, advance: Advance) -> Iterator[Row | BadRow]:  # noqa: ARG002 - the protocol's signature
+    def rows(
+        self,
+        file: Location,
+        label: str,
+        limits: Limits,  # noqa: ARG002 - the protocol's signature
+        advance: Advance,
+        span: Span | None = None,
+    ) -> Iterator[Row | BadRow]:
         """A row for each row."""
         columns = self.columns(file, label)
         if columns is None:
             return
-        for row in parquet_rows(file, label, lambda _: [name for name in columns if name], advance):
+        for row in parquet_rows(file, label, lambda _: [name for name in columns if name], advance, span):
             if isinstance(row, BadRow):
                 yield row
             else:
