@@ -100,7 +100,7 @@ def by_itself(way: str, options: argparse.Namespace) -> dict[str, Any]:
 def measured(way: str, source: Path, output: Path) -> dict[str, Any]:
     """Ingest in this process or with its Ray."""
     stage = sys.modules["readapt_ray.stages.ingest"]
-    stage.__dict__["MIN_PARALLEL_PIECES"] = _NEVER if way == "one_process" else 2
+    stage.__dict__["MIN_PARALLEL_BYTES"] = _NEVER if way == "one_process" else 0
     shutil.rmtree(output, ignore_errors=True)
     started_s = time.monotonic()
     manifest = ingest(IngestConfig(source=str(source), output=str(output))).manifest

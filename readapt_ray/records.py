@@ -41,11 +41,9 @@ _HASH_BYTES = 16
 
 
 def content_hash(title: str | None, text: str) -> bytes:
-    """Return 16 bytes that stand for title and text: two of ten billion passages share one with a chance of 1 in 10^19."""
-    digest = hashlib.blake2b((title or "").encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES)
-    digest.update(b"\0")
-    digest.update(text.encode("utf-8", "surrogatepass"))
-    return digest.digest()
+    """Return 16 bytes that stand for title and text: any two of ten billion share it with a chance of 1.5 in 10^19."""
+    content = f"{title or ''}\0{text}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 
 
 PASSAGE_SCHEMA = pa.schema(

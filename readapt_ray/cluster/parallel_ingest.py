@@ -2,10 +2,11 @@
 
 Three rounds of Ray tasks. First each piece writes its passages, and 16-byte digests of ids and contents. Then each partition
 of the digests is read by one task, which finds repeats: of passages that share an id or a content the first in
-the order of the source stays. Last the pieces that hold repeats are written again without them. The driver holds some 100
-bytes per piece. A task that is lost is done again; a run that is killed goes on from the files that are there.
+the order of the source stays. Last the pieces that hold repeats are written again without them. The driver holds some
+hundred bytes per file and piece. A task that is lost is done again; a run that is killed goes on from the files that are there.
 """
 
+import dataclasses
 import json
 import logging
 from collections import Counter
@@ -15,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from readapt_ray import artifact_files
-from readapt_ray.artifacts import Workspace
+from readapt_ray.artifacts import Workspace, fingerprint
 from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.nodes import alive
 from readapt_ray.errors import CorpusError
@@ -29,9 +30,10 @@ logger = logging.getLogger("readapt_ray")
 
 _PARTITION_BYTES = 512 << 20
 _TASKS_PER_CPU = 2
-_PART_NAME = "part-PPPPPPNNNNN.parquet"
-"""The piece, and the number in it."""
 _PLACE = (1 << ROW_BITS) - 1
+_SUMMARY = "summary.json"
+_PLAN = "plan"
+_PARTS = "passages/part-*.parquet"
 
 
 def num_partitions(total_bytes: int) -> int:
@@ -47,6 +49,7 @@ class ParallelIngest:
     ) -> None:
         self._workspace, self._pieces, self._job = workspace, pieces, job
         self._fails = fails_on_bad_rows
+        self._exchange = workspace.location / "exchange"
         self._options: dict[str, Any] = {"num_cpus": 1}
         self._num_at_once = 1
 
@@ -57,22 +60,28 @@ class ParallelIngest:
             CorpusError: a file changed or is damaged, no passage is left, or a row is bad and none may be.
         """
         self._place()
-        self._remove_other_parts()
-        summary = self._workspace.location / "exchange" / "summary.json"
+        self._remove_other_plan()
+        summary = self._exchange / _SUMMARY
         if not summary.is_file():
             summary.write_text(json.dumps(self._read_and_compare()))
         found = json.loads(summary.read_text())
         self._take_out(found)
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
-        artifact_files.clear(self._workspace.location / "exchange", ("*",))
-        (self._workspace.location / "exchange").remove_if_empty()
+        # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
+        summary.write_text(json.dumps(found | {"lists": {}}))
+        artifact_files.clear(self._exchange, ("*",), keep=_SUMMARY)
+        artifact_files.clear(self._workspace.location, (f"exchange/{_SUMMARY}",))
+        artifact_files.remove_temporary(self._workspace.location, (_PARTS,))
 
-    def _remove_other_parts(self) -> None:
-        """Remove what one process left of this ingest: its parts have other numbers."""
-        for name, _ in (self._workspace.location / "passages").listing(".parquet"):
-            if len(name) != len(_PART_NAME):
-                (self._workspace.location / "passages" / name).delete()
+    def _remove_other_plan(self) -> None:
+        """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
+        plan = fingerprint([dataclasses.asdict(piece) for piece in self._pieces] + [self._job.num_partitions])
+        kept, summary = self._exchange / _PLAN, self._exchange / _SUMMARY
+        if kept.read_text() != plan if kept.is_file() else not summary.is_file():
+            summary.delete()
+            artifact_files.clear(self._workspace.location, (_PARTS, "exchange/*"))
+            kept.write_text(plan)
 
     def _place(self) -> None:
         """Tasks go anywhere, but to this node alone where the source lies on its disk."""
@@ -82,7 +91,7 @@ class ParallelIngest:
         placement.check_placement(1, {"CPU": 1}, who="tasks")
         self._num_at_once = _TASKS_PER_CPU * max(resources.num_cpus, 1)
         connection.check_seen_by_all(self._job.output / "passages")
-        if self._pieces[0].file.is_local and len(alive()) > 1:
+        if self._pieces[0].ranges[0].file.is_local and len(alive()) > 1:
             here = NodeAffinitySchedulingStrategy(on_worker.this_node(), soft=False)
             self._options = {"num_cpus": 0, "scheduling_strategy": here}
             self._num_at_once = max(1, resources.num_cpus // resources.num_nodes)
@@ -104,12 +113,15 @@ class ParallelIngest:
             num_read += sum(found["parts"].values())
             total = round(num_read * len(self._pieces) / len(read))
             self._workspace.progress(num_read, total, unit="passages")
+        pieces = [read[number] for number in range(len(self._pieces))]
+        chunks = [piece["num_chunks"] for piece in pieces]
         partitions = range(self._job.num_partitions)
-        ids = list(self._tasks(piece_files.repeated_ids, ((number,) for number in partitions)))
+        ids = list(self._tasks(piece_files.repeated_ids, ((number, chunks) for number in partitions)))
         with_lost_ids = sorted(found["partition"] for found in ids if found["count"])
         wanted = partitions if self._job.drops_duplicates else ()
-        contents = list(self._tasks(piece_files.repeated_contents, ((number, with_lost_ids) for number in wanted)))
-        pieces = [read[number] for number in range(len(self._pieces))]
+        contents = list(
+            self._tasks(piece_files.repeated_contents, ((number, chunks, with_lost_ids) for number in wanted))
+        )
         bad_rows = self._bad_rows(pieces, ids)
         lost = [*ids, *contents]
         num_kept = num_read - sum(found["count"] for found in lost)
@@ -140,10 +152,8 @@ class ParallelIngest:
             first = sorted(first)[:NUM_NAMED]
         num_repeated = sum(found["count"] for found in ids)
         reasons.update({"duplicate_id": num_repeated} if num_repeated else {})
-        before = self._lines_before(pieces)
-        named = [
-            BadRow(f"{self._pieces[number].label}:{before[number] + line}", reason) for number, line, reason in first
-        ]
+        places = self._places(pieces, [(number, line) for number, line, _ in first])
+        named = [BadRow(place, reason) for place, (_, _, reason) in zip(places, first, strict=True)]
         for row in named:
             if self._fails:
                 raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
@@ -154,13 +164,20 @@ class ParallelIngest:
             "first": [row._asdict() for row in named],
         }
 
-    def _lines_before(self, pieces: Sequence[dict[str, Any]]) -> list[int]:
-        """Return for each piece how many lines its file has before it."""
-        before: list[int] = []
+    def _places(self, pieces: Sequence[dict[str, Any]], lines: Sequence[tuple[int, int]]) -> list[str]:
+        """Return file and line, as one process names them, of ordered pairs of piece and line in the piece."""
+        found: list[str] = []
+        label, in_file = "", 0
         for number, piece in enumerate(self._pieces):
-            is_first = not number or self._pieces[number - 1].label != piece.label
-            before.append(0 if is_first else before[-1] + pieces[number - 1]["num_lines"])
-        return before
+            in_piece = 0
+            for each, num_lines in zip(piece.ranges, pieces[number]["num_lines"], strict=True):
+                in_file = in_file if each.label == label else 0
+                label = each.label
+                while len(found) < len(lines) and lines[len(found)] <= (number, in_piece + num_lines):
+                    found.append(f"{label}:{in_file + lines[len(found)][1] - in_piece}")
+                in_piece += num_lines
+                in_file += num_lines
+        return found
 
     def _duplicates(self, pieces: Sequence[dict[str, Any]], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         first = sorted(tuple(pair) for found in contents for pair in found["first"])[:NUM_NAMED]

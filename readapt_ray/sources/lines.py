@@ -22,10 +22,11 @@ _LINES_PER_ADVANCE = 256
 
 
 class Line(NamedTuple):
-    """A line without its end. `number` counts from 1."""
+    """A line without its end. `number` counts from 1; `start` is its first byte in the file, decompressed."""
 
     number: int
     text: str
+    start: int
 
 
 def plain_name(name: str) -> str:
@@ -72,7 +73,7 @@ def read_lines(
             if start:
                 position += _skip_line(stream, limit, end - start) - 1
             while position < end and (data := stream.readline(limit)):
-                position += len(data)
+                line_start, position = position, position + len(data)
                 number += 1
                 if advance is not None and number % _LINES_PER_ADVANCE == 0:
                     advance(raw.tell())
@@ -80,7 +81,7 @@ def read_lines(
                     position += _skip_line(stream, limit, end - position)
                     yield BadRow(f"{label}:{number}", "long_text")
                     continue
-                yield from _decoded(data, number, label, begins_file=number == 1 and not start)
+                yield from _decoded(data, number, label, line_start)
             if span is not None:
                 span.num_lines = number
     except READ_ERRORS as error:
@@ -131,13 +132,13 @@ def _skip_line(stream: IO[bytes], limit: int, most: int) -> int:
     return num_read
 
 
-def _decoded(data: bytes, number: int, label: str, *, begins_file: bool) -> Iterator[Line | BadRow]:
+def _decoded(data: bytes, number: int, label: str, start: int) -> Iterator[Line | BadRow]:
     try:
         text = data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
         yield BadRow(f"{label}:{number}", "not_utf8")
         return
-    if begins_file:
+    if not start:
         text = text.removeprefix("\ufeff")
     if text.strip():
-        yield Line(number, text)
+        yield Line(number, text, start)

@@ -30,20 +30,24 @@ class PartWriter:
         self.num_rows = 0
         self._folder, self._rows_per_file = folder, rows_per_file
         self._group: list[Passage] = []
+        self._hashes: list[bytes] = []
         self._group_bytes = 0
         self._groups: list[pa.Table] = []
         self._part_bytes = 0
         self._starts = [0]
 
-    def add(self, passage: Passage, num_bytes: int) -> None:
-        """Take one passage of so many bytes."""
+    def add(self, passage: Passage, num_bytes: int) -> bytes:
+        """Take one passage of so many bytes; return the hash of its title and text."""
+        hashed = content_hash(passage.title, passage.text)
         self._group.append(passage)
+        self._hashes.append(hashed)
         self._group_bytes += num_bytes
         self.num_rows += 1
         if len(self._group) == ROW_GROUP_ROWS or self._group_bytes >= _ROW_GROUP_BYTES:
             self._close_group()
         if self.num_rows - self._starts[-1] == self._rows_per_file or self._part_bytes >= _PART_BYTES:
             self._close_part()
+        return hashed
 
     def close(self) -> None:
         """Write what is left. Parts behind the last, which only another stream could have left, go."""
@@ -75,9 +79,9 @@ class PartWriter:
         return self._folder / f"part-{self._prefix}{part:05d}.parquet"
 
     def _close_group(self) -> None:
-        self._groups.append(passage_table(self._group))
+        self._groups.append(passage_table(self._group, self._hashes))
         self._part_bytes += self._group_bytes
-        self._group, self._group_bytes = [], 0
+        self._group, self._hashes, self._group_bytes = [], [], 0
 
     def _close_part(self) -> None:
         if self._group:
@@ -91,10 +95,9 @@ class PartWriter:
         self._groups, self._part_bytes = [], 0
 
 
-def passage_table(passages: list[Passage]) -> pa.Table:
+def passage_table(passages: list[Passage], hashes: list[bytes]) -> pa.Table:
     """Return passages as Arrow, with the hash of each one's title and text."""
     columns = [[passage[number] for passage in passages] for number in range(len(Passage._fields))]
-    hashes = [content_hash(passage.title, passage.text) for passage in passages]
     arrays = [pa.array(column, field.type) for column, field in zip([*columns, hashes], PASSAGE_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=PASSAGE_SCHEMA)
 

@@ -1,7 +1,8 @@
 """What one task of a parallel ingest does: read a piece, find repeats in a partition, take repeats out of a piece.
 
 In `passages/` a piece first writes all its passages. Parts from which repeats were taken are marked in their footers, so that
-a run that was killed goes on. `exchange/` holds digests and what each task found, and is removed at the end.
+a run that was killed goes on. `exchange/` holds digests and what each task found, and is removed at the end. A task holds
+one part of passages, and the digests of a million of them or of one partition.
 """
 
 import json
@@ -16,16 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.records import PASSAGE_SCHEMA, Passage, content_hash
+from readapt_ray.records import PASSAGE_SCHEMA
 from readapt_ray.sources import exchange
 from readapt_ray.sources.cleaning import checked, num_bytes
 from readapt_ray.sources.duplicates import digest
 from readapt_ray.sources.parts import PartWriter
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.source import BadRow, Limits, Span
+from readapt_ray.sources.source import BadRow, Limits
 from readapt_ray.storage import Location
 
 NUM_NAMED = 20
+_CHUNK_ROWS = 1 << 20
+"""Passages whose digests are written to one file."""
 _FILTERED = b"readapt.repeats_taken_out"
 
 
@@ -41,77 +44,98 @@ class PieceJob:
     num_pieces: int
     num_partitions: int
 
-    def file(self, what: str, number: int) -> Location:
+    def file(self, what: str, number: int, chunk: int = 0) -> Location:
         """Return the place of one file of the exchange."""
-        return self.output / "exchange" / f"{what}-{number:06d}"
+        return self.output / "exchange" / f"{what}-{number:06d}-{chunk:05d}"
 
     def files(self, what: str, numbers: Iterable[int]) -> list[Location]:
         """Return the places of several files of the exchange."""
         return [self.file(what, number) for number in numbers]
 
+    def chunk_files(self, what: str, num_chunks: Iterable[int]) -> list[Location]:
+        """Return the places of the digests of all pieces, given how many files each piece has."""
+        return [self.file(what, piece, chunk) for piece, num in enumerate(num_chunks) for chunk in range(num)]
+
 
 class _Digests:
-    """Digests of the passages of a piece, as records for the exchange."""
+    """Writes digests of the passages of a piece for the exchange, a million of them to a file."""
 
-    def __init__(self, piece: int) -> None:
+    def __init__(self, job: PieceJob, piece: int) -> None:
+        self.num_chunks = 0
+        self._job, self._piece = job, piece
         self._first = piece << exchange.ROW_BITS
-        self._ids, self._contents = bytearray(), bytearray()
-        self._lines, self._sizes = array("I"), array("I")
+        self._clear()
 
-    def add(self, passage: Passage, place: str, size_bytes: int) -> None:
-        self._ids += digest(passage.doc_id)
-        self._contents += content_hash(passage.title, passage.text)
-        self._lines.append(int(place.rpartition(":")[2]))
+    def add(self, doc_id: str, content: bytes, line: int, size_bytes: int) -> None:
+        self._ids += digest(doc_id)
+        self._contents += content
+        self._lines.append(line)
         self._sizes.append(size_bytes)
+        if len(self._lines) == _CHUNK_ROWS:
+            self.flush()
 
-    def write(self, job: PieceJob, number: int) -> None:
-        num_rows = len(self._lines)
+    def flush(self) -> None:
+        """Write what was added since the last time."""
+        if not self._lines:
+            return
+        job, num_rows = self._job, len(self._lines)
         ids, contents = np.zeros(num_rows, exchange.ID), np.zeros(num_rows, exchange.CONTENT)
         for records, digests in ((ids, self._ids), (contents, self._contents)):
             records["key"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
             records["row"] = np.arange(self._first, self._first + num_rows, dtype="<u8")
             records["size"] = np.frombuffer(self._sizes, np.uint32)
-        ids["line"] = np.frombuffer(self._lines, np.uint32)
+        ids["line"] = np.frombuffer(self._lines, np.uint64)
         ids["partition"] = exchange.partition_of(contents["key"], job.num_partitions)
         by_id = exchange.partition_of(ids["key"], job.num_partitions)
-        exchange.write_partitions(job.file("ids", number), ids, by_id, job.num_partitions)
+        to = job.file("ids", self._piece, self.num_chunks)
+        exchange.write_partitions(to, ids, by_id, job.num_partitions)
         if job.drops_duplicates:
-            exchange.write_partitions(job.file("contents", number), contents, ids["partition"], job.num_partitions)
+            to = job.file("contents", self._piece, self.num_chunks)
+            exchange.write_partitions(to, contents, ids["partition"], job.num_partitions)
+        self._first += num_rows
+        self.num_chunks += 1
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids, self._contents = bytearray(), bytearray()
+        self._lines, self._sizes = array("Q"), array("I")
 
 
 def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     """Write the passages of a piece and their digests, unless they are there; return what the piece holds.
 
-    Lines in the result are counted from the begin of the piece.
+    Lines in the result are counted from the beginning of the piece.
     """
     record = job.file("piece", piece.number)
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
     writer = PartWriter(job.output / "passages", rows_per_file=job.rows_per_file, prefix=f"{piece.number:06d}")
-    digests, span = _Digests(piece.number), Span(piece.start, piece.end)
+    digests = _Digests(job, piece.number)
     reasons: Counter[str] = Counter()
     first: list[tuple[int, str]] = []
+    num_lines: list[int] = []
     total_bytes = num_changed_ids = 0
-    for row in piece.rows(job.table_format, job.limits, span):
+    for line, row in piece.rows(job.table_format, job.limits, num_lines):
         passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=job.limits.max_text_bytes)
         if isinstance(passage, BadRow):
             reasons[passage.reason] += 1
             if len(first) < NUM_NAMED:
-                first.append((int(passage.place.rpartition(":")[2]), passage.reason))
+                first.append((line, passage.reason))
             continue
         num_changed_ids += not isinstance(row, BadRow) and str(row.doc_id) != passage.doc_id
         size_bytes = num_bytes(passage.title) + num_bytes(passage.text)
         total_bytes += size_bytes
-        digests.add(passage, row.place, size_bytes)
-        writer.add(passage, size_bytes)
+        content = writer.add(passage, size_bytes)
+        digests.add(passage.doc_id, content, line, size_bytes)
     writer.close()
-    digests.write(job, piece.number)
+    digests.flush()
     found = {
         "number": piece.number,
         "parts": writer.rows_by_file(),
         "num_bytes": total_bytes,
-        "num_lines": span.num_lines,
+        "num_lines": num_lines,
+        "num_chunks": digests.num_chunks,
         "num_changed_ids": num_changed_ids,
         "reasons": dict(reasons),
         "first": first,
@@ -120,11 +144,9 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     return found
 
 
-def repeated_ids(partition: int, job: PieceJob) -> dict[str, Any]:
+def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[str, Any]:
     """Find the passages whose doc_id an earlier one has; of them only the first stays."""
-    records = exchange.read_partition(
-        job.files("ids", range(job.num_pieces)), partition, job.num_partitions, exchange.ID
-    )
+    records = exchange.read_partition(job.chunk_files("ids", num_chunks), partition, job.num_partitions, exchange.ID)
     lost, _ = exchange.repeats(records)
     if len(lost):
         rows = _only_rows(lost["row"])
@@ -134,10 +156,10 @@ def repeated_ids(partition: int, job: PieceJob) -> dict[str, Any]:
     return _found(partition, lost) | {"first": list(zip(first["row"].tolist(), first["line"].tolist(), strict=True))}
 
 
-def repeated_contents(partition: int, with_lost_ids: list[int], job: PieceJob) -> dict[str, Any]:
+def repeated_contents(partition: int, num_chunks: list[int], with_lost_ids: list[int], job: PieceJob) -> dict[str, Any]:
     """Find the passages whose title and text an earlier one has, rows of repeated doc_ids left out."""
     num = job.num_partitions
-    records = exchange.read_partition(job.files("contents", range(job.num_pieces)), partition, num, exchange.CONTENT)
+    records = exchange.read_partition(job.chunk_files("contents", num_chunks), partition, num, exchange.CONTENT)
     left_out = exchange.read_partition(job.files("lost-ids", with_lost_ids), partition, num, exchange.ROW)
     lost, kept = exchange.repeats(records[~np.isin(records["row"], left_out["row"])])
     if len(lost):

@@ -4,10 +4,11 @@ One line, or one batch of 512 Parquet rows, is in memory at a time.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.sources.lines import Line, read_lines, refuse_damaged
 from readapt_ray.sources.source import MISSING, BadRow, Limits, Row, Span
-from readapt_ray.storage import Location
+from readapt_ray.storage import Location, state_of
 
 ID_NAMES: Final = ("doc_id", "_id", "id")
 TITLE_NAMES: Final = ("title",)
@@ -25,8 +26,13 @@ QUERY_ID_NAMES: Final = ("query_id", "_id", "id", "qid", "query-id")
 QUERY_TEXT_NAMES: Final = ("text", "query", "contents", "body")
 _PEEKED_LINES = 100
 _BATCH_ROWS = 512
+_REMEMBERED_FILES = 64
 
 Advance = Callable[[float], None]
+
+
+Cut = Literal["lines", "row groups", "nowhere"]
+"""Where each line is a row; where there are row groups; where a row may hold line breaks."""
 
 
 class Columns(NamedTuple):
@@ -72,6 +78,10 @@ class TableFormat(Protocol):
     def suffixes(self) -> tuple[str, ...]:
         """How its files end."""
 
+    @property
+    def is_cut_at(self) -> Cut:
+        """Where a file can be cut into parts that are read on their own."""
+
     def columns(self, file: Location, label: str) -> Columns | None:
         """Which columns make a passage; None for a file without rows. Raises CorpusError where none do."""
 
@@ -86,18 +96,11 @@ class JsonLines:
 
     name = "jsonl"
     suffixes = (".jsonl", ".ndjson")
+    is_cut_at: Final = "lines"
 
     def columns(self, file: Location, label: str) -> Columns | None:
         """From the keys of the first hundred objects."""
-        keys: dict[str, None] = {}
-        peeked = list(itertools.islice(read_lines(file, label), _PEEKED_LINES))
-        for line in peeked:
-            value = parsed_object(line, label)
-            if isinstance(value, dict):
-                keys |= dict.fromkeys(value)
-        if peeked and not keys:
-            raise CorpusError(f"{label} is not JSON Lines: none of its first {len(peeked)} lines is a JSON object")
-        return passage_columns(list(keys), label) if peeked else None
+        return _json_columns(file, label, state_of(file.info()))
 
     def rows(
         self, file: Location, label: str, limits: Limits, advance: Advance, span: Span | None = None
@@ -118,6 +121,22 @@ class JsonLines:
             yield Row(place, value.get(columns.doc_id, MISSING), title, value.get(columns.text, MISSING))
 
 
+@functools.lru_cache(maxsize=_REMEMBERED_FILES)
+def _json_columns(file: Location, label: str, state: str) -> Columns | None:
+    """Find the columns once per process and state of a file, since each range of it asks for them."""
+    del state
+    keys: dict[str, None] = {}
+    num_peeked = 0
+    for line in itertools.islice(read_lines(file, label), _PEEKED_LINES):
+        num_peeked += 1
+        value = parsed_object(line, label)
+        if isinstance(value, dict):
+            keys |= dict.fromkeys(value)
+    if num_peeked and not keys:
+        raise CorpusError(f"{label} is not JSON Lines: none of its first {num_peeked} lines is a JSON object")
+    return passage_columns(list(keys), label) if num_peeked else None
+
+
 def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
     """The JSON object that a line holds, or why it holds none."""
     if isinstance(line, BadRow):
@@ -134,37 +153,21 @@ class Tsv:
 
     name = "tsv"
     suffixes = (".tsv",)
+    is_cut_at: Final = "lines"
 
     def columns(self, file: Location, label: str) -> Columns | None:
         """From the first line."""
-        header = self._header(file, label)
+        header = _tsv_header(file, label, state_of(file.info()))
         return None if header is None else passage_columns(header[0], label)
-
-    def _header(self, file: Location, label: str) -> tuple[list[str], bool] | None:
-        """The columns' names, and whether the first line gives them."""
-        first = next((line for line in read_lines(file, label) if isinstance(line, Line)), None)
-        if first is None:
-            return None
-        fields = first.text.split("\t")
-        names = [field.strip().lower() for field in fields]
-        if set(names) & set(ID_NAMES) or (set(names) & set(TEXT_NAMES) and len(set(names)) > 1):
-            return names, True
-        if len(fields) not in (2, 3):
-            raise CorpusError(
-                f"{label} has {len(fields)} columns and no line of names; give id and text, or id, title and text, "
-                f"set apart by tabs, or a first line that names the columns"
-            )
-        return (["id", "text"] if len(fields) == 2 else ["id", "title", "text"]), False
 
     def rows(
         self, file: Location, label: str, limits: Limits, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
         """A row for each line that has all columns."""
-        header = self._header(file, label)
+        header = _tsv_header(file, label, state_of(file.info()))
         if header is None:
             return
-        names, is_named = header
-        is_named &= span is None or span.start == 0
+        names, names_at = header
         columns = passage_columns(names, label)
         id_at, text_at = names.index(columns.doc_id), names.index(columns.text)
         title_at = names.index(columns.title) if columns.title else None
@@ -172,13 +175,32 @@ class Tsv:
         for line in lines:
             if isinstance(line, BadRow):
                 yield line
-            elif is_named:
-                is_named = False
+            elif line.start == names_at:
+                continue
             elif len(fields := line.text.split("\t")) != len(names):
                 yield BadRow(f"{label}:{line.number}", "wrong_columns")
             else:
                 title = None if title_at is None else fields[title_at]
                 yield Row(f"{label}:{line.number}", fields[id_at], title, fields[text_at])
+
+
+@functools.lru_cache(maxsize=_REMEMBERED_FILES)
+def _tsv_header(file: Location, label: str, state: str) -> tuple[list[str], int | None] | None:
+    """The columns' names, and where the line that gives them begins; None where no line does."""
+    del state
+    first = next((line for line in read_lines(file, label) if isinstance(line, Line)), None)
+    if first is None:
+        return None
+    fields = first.text.split("\t")
+    names = [field.strip().lower() for field in fields]
+    if set(names) & set(ID_NAMES) or (set(names) & set(TEXT_NAMES) and len(set(names)) > 1):
+        return names, first.start
+    if len(fields) not in (2, 3):
+        raise CorpusError(
+            f"{label} has {len(fields)} columns and no line of names; give id and text, or id, title and text, "
+            f"set apart by tabs, or a first line that names the columns"
+        )
+    return (["id", "text"] if len(fields) == 2 else ["id", "title", "text"]), None
 
 
 def _cells(column: pa.Array) -> Iterator[object]:
@@ -239,6 +261,7 @@ class Parquet:
 
     name = "parquet"
     suffixes = (".parquet",)
+    is_cut_at: Final = "row groups"
 
     def columns(self, file: Location, label: str) -> Columns | None:
         """From the schema."""

@@ -1,7 +1,7 @@
 """Ingest: from any source to clean passages in Parquet, with queries and judgements where it has them.
 
 Enters a source by name, one row at a time; leaves `passages/part-00000.parquet` ..., perhaps
-`queries/part-00000.parquet` and `qrels/<split>.parquet`. A folder of tables without labels, of 256 MB or more, is read
+`queries/part-00000.parquet` and `qrels/<split>.parquet`. A folder of tables without labels, of 64 MB or more, is read
 by Ray tasks (`cluster/parallel_ingest.py`), unless near duplicates are dropped. Anything else is read by one process, some
 30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many again for its
 text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts
@@ -46,8 +46,8 @@ logger = logging.getLogger("readapt_ray")
 
 _Record = TypeVar("_Record", Query, Qrel)
 
-MIN_PARALLEL_PIECES = 4
-"""A source of fewer pieces is read sooner by one process than Ray starts."""
+MIN_PARALLEL_BYTES = 64 << 20
+"""A source of fewer bytes, decompressed, is read sooner by one process than Ray starts."""
 _NUM_NAMED = 20
 _ROWS_PER_PROGRESS = 500
 
@@ -68,7 +68,7 @@ class IngestConfig(StageConfig):
     near_threshold: float = Field(default=0.8, ge=0.1, le=0.95)
     """Jaccard similarity of three-word sequences above which two passages are near duplicates (estimated with
     MinHash, error about 0.04). Used with deduplicate = near."""
-    max_text_bytes: int = Field(default=DEFAULT_MAX_TEXT_BYTES, ge=1)
+    max_text_bytes: int = Field(default=DEFAULT_MAX_TEXT_BYTES, ge=1, le=1 << 30)
     """Maximum size of title and text together, in bytes of UTF-8; a row of this size or more is a bad row."""
     max_passage_chars: int = Field(default=DEFAULT_MAX_PASSAGE_CHARS, ge=1)
     """Maximum length of a passage from a text or Markdown file, in characters; longer files are split between
@@ -115,7 +115,7 @@ def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, lim
     if type(source) is not TableSource or config.deduplicate == "near":
         return False
     pieces, total_bytes = plan_pieces(source)
-    if len(pieces) < MIN_PARALLEL_PIECES:
+    if total_bytes < MIN_PARALLEL_BYTES:
         return False
     job = PieceJob(
         output=on_worker.absolute(workspace.location),

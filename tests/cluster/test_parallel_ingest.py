@@ -1,37 +1,63 @@
 """Ingest in many tasks gives what one process gives: rows, bad rows, duplicates and counts."""
 
+import functools
+import gzip
 import json
+import os
 import random
+import signal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray.cluster import parallel_ingest
-from readapt_ray.errors import CorpusError
-from readapt_ray.sources import pieces
-from readapt_ray.sources.lines import read_lines
-from readapt_ray.sources.opening import open_source
-from readapt_ray.sources.source import BadRow, Limits, Span
+from readapt_ray.cluster import connection, parallel_ingest
+from readapt_ray.errors import CorpusError, StorageError
+from readapt_ray.sources import piece_files, pieces
 from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
+from tests import small_disk
+
+KINDS = ("jsonl", "tsv", "parquet", "gz")
+NEVER = 1 << 60
 
 
-def _ingested(source, output, **options):
+def _ingested(source, output, *, min_bytes, **options):
+    """Counts, details and rows of an ingest that starts tasks where the source has at least so many bytes."""
     config = {"source": str(source), "output": str(output), "max_text_bytes": 400, "rows_per_file": 7}
-    manifest = ingest(IngestConfig.parse(config | options)).manifest
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("readapt_ray.stages.ingest.MIN_PARALLEL_BYTES", min_bytes)
+        manifest = ingest(IngestConfig.parse(config | options)).manifest
     rows = [row for file in sorted((output / "passages").glob("part-*")) for row in pq.read_table(file).to_pylist()]
     return manifest.counts, manifest.details, rows
 
 
+_one = functools.partial(_ingested, min_bytes=NEVER)
+_many = functools.partial(_ingested, min_bytes=0)
+
+
 @pytest.fixture
 def many_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 700)
-    monkeypatch.setattr(parallel_ingest, "_PARTITION_BYTES", 3000)
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 2000)
+    monkeypatch.setattr(parallel_ingest, "_PARTITION_BYTES", 8000)
 
 
-def _rows(num_rows=400):
-    draw = random.Random(0)
+@pytest.fixture
+def no_ray(monkeypatch):
+    """Tasks run in this process and end in any order."""
+
+    def tasks(self, function, items):
+        items = list(items)
+        random.Random(len(items)).shuffle(items)
+        for item in items:
+            yield function(*item, job=self._job)
+
+    monkeypatch.setattr(parallel_ingest.ParallelIngest, "_tasks", tasks)
+    monkeypatch.setattr(parallel_ingest.ParallelIngest, "_place", lambda self: None)
+
+
+def _rows(num_rows=400, draw=None):
+    draw = draw or random.Random(0)
     for number in range(num_rows):
         kind = draw.randrange(12)
         row = {"_id": f"d{number}", "title": f"t{number % 3}", "text": f"text é {number} " * draw.randrange(1, 6)}
@@ -45,110 +71,206 @@ def _rows(num_rows=400):
         yield row
 
 
-def _write(folder, kind):
-    folder.mkdir()
-    for name, chosen in (("a", slice(0, 300)), ("b", slice(300, None))):
-        rows = list(_rows())[chosen]
-        if kind == "jsonl":
-            lines = [json.dumps(row).encode() for row in rows]
-            lines[5:5] = [b"", b"{not json", b'"\xff"', b"[1]"]
-            (folder / f"{name}.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines))
-        elif kind == "tsv":
-            lines = [f"{row['_id']}\t{row['title']}\t{row['text']}" for row in rows]
-            lines[9] = "one field"
-            (folder / f"{name}.tsv").write_text("\r\n".join(["id\ttitle\ttext", *lines, "", ""]))
-        else:
-            table = pa.Table.from_pylist([row | {"text": str(row["text"])} for row in rows])
-            pq.write_table(table, folder / f"{name}.parquet", row_group_size=11)
+def _write_file(path, kind, rows, draw):
+    """Write rows with what files have: a BOM, either line end, blank and bad lines, no line end after the last."""
+    if kind == "parquet":
+        table = pa.Table.from_pylist([row | {"text": str(row["text"])} for row in rows])
+        pq.write_table(table, path, row_group_size=draw.rand[1, 2, 3, 9])
+        return
+    if kind == "tsv":
+        lines = [f"{row['_id']}\t{row['title']}\t{row['text']}".encode() for row in rows]
+        lines.insert(draw.randrange(len(lines) + 1), b"one field")
+        lines.insert(0, b"id\ttitle\ttext")
+        first = 1
+    else:
+        lines = [json.dumps(row, ensure_ascii=draw.random() < 0.5).encode() for row in rows]
+        lines[3:3] = [b"{not json", b"[1]"]
+        first = 0
+    lines.insert(draw.randrange(first, len(lines) + 1), b'"\xff"')
+    lines.insert(draw.randrange(first, len(lines) + 1), b"x" * draw.randrange(3000, 5000))
+    blank = [b"", b" "] * draw.randrange(3)
+    lines[draw.randrange(first, len(lines)) : 0] = blank
+    end = draw.choice([b"\n", b"\r\n"])
+    content = draw.choice([b"", b"\xef\xbb\xbf"]) + end * draw.randrange(90) + end.join(lines) + draw.choice([b"", end])
+    path.write_bytes(gzip.compress(content) if kind == "gz" else content)
+
+
+def _write(folder, kind, draw=None, sizes=(300, 100)):
+    """Write rows into files of these sizes, of which two have the same name."""
+    draw = draw or random.Random(0)
+    rows = list(_rows(sum(sizes), draw))
+    suffix = "jsonl.gz" if kind == "gz" else kind
+    for number, size in enumerate(sizes):
+        path = folder / ("x" if number == 1 else ".") / f"{max(number - 1, 0)}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_file(path, kind, rows[:size], draw)
+        rows = rows[size:]
     return folder
 
 
-@pytest.mark.parametrize("deduplicate", ["exact", "none"])
-@pytest.mark.parametrize("kind", ["jsonl", "tsv", "parquet"])
-def test_many_tasks_give_what_one_gives(tmp_path, ray_session, request, kind, deduplicate):
+@pytest.mark.parametrize("seed", range(24))
+def test_any_cut_gives_what_one_process_gives(tmp_path, no_ray, monkeypatch, seed):
+    draw = random.Random(seed)
+    kind = KINDS[seed % len(KINDS)]
+    sizes = [draw.randrange(5, 120) for _ in range(draw.randrange(1, 5))]
+    source = _write(tmp_path / "source", kind, draw, sizes)
+    if kind in ("jsonl", "tsv"):
+        (source / f"05.{kind}").write_bytes(b"")
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", draw.choice([40, 150, 700, 3000, 100_000]))
+    monkeypatch.setattr(parallel_ingest, "_PARTITION_BYTES", draw.choice([300, 3000, 100_000]))
+    monkeypatch.setattr(piece_files, "_CHUNK_ROWS", draw.choice([1, 3, 1000]))
+    options = {"deduplicate": draw.choice(["exact", "none"]), "rows_per_file": draw.choice([3, 1000])}
+    one = _one(source, tmp_path / "one", **options)
+    assert _many(source, tmp_path / "many", **options) == one
+    assert [file.name for file in (tmp_path / "many").iterdir() if file.is_dir()] == ["passages"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_tasks_give_what_one_gives(tmp_path, ray_session, many_pieces, kind):
     source = _write(tmp_path / "source", kind)
-    one = _ingested(source, tmp_path / "one", deduplicate=deduplicate)
-    request.getfixturevalue("many_pieces")
-    planned, _ = pieces.plan_pieces(open_source(str(source), "auto", Limits()))
-    assert len(planned) > 10
-    many = _ingested(source, tmp_path / "many", deduplicate=deduplicate)
-    assert many == one
+    one = _one(source, tmp_path / "one")
+    assert _many(source, tmp_path / "many") == one
     assert one[1]["bad_rows"]["by_reason"]["duplicate_id"] > 5
-    assert (one[1]["duplicates"]["dropped"] > 5) == (deduplicate == "exact")
-    assert not (tmp_path / "many" / "exchange").exists()
-    assert len(list((tmp_path / "many" / "passages").iterdir())) > 10
+    assert one[1]["duplicates"]["dropped"] > 5
 
 
-def test_policy_fail_names_the_same_row(tmp_path, ray_session, request):
+def test_policy_fail_names_the_same_row(tmp_path, no_ray, many_pieces):
     source = _write(tmp_path / "source", "jsonl")
     told = []
-    for name in ("one", "many"):
+    for name, way in (("one", _one), ("many", _many)):
         with pytest.raises(CorpusError) as raised:
-            _ingested(source, tmp_path / name, bad_rows="fail")
+            way(source, tmp_path / name, bad_rows="fail")
         told.append(str(raised.value))
-        request.getfixturevalue("many_pieces")
     assert told[0] == told[1]
 
 
-@pytest.mark.parametrize("round_", ["repeated_ids", "repeated_contents", "take_out_repeats"])
-def test_stopped_in_any_round_it_goes_on(tmp_path, ray_session, many_pieces, monkeypatch, round_):
-    source = _write(tmp_path / "source", "tsv")
-    whole = _ingested(source, tmp_path / "whole")
-    calls = []
+def test_a_small_source_is_read_without_ray(tmp_path, monkeypatch):
+    monkeypatch.setattr(connection, "connect", lambda: pytest.fail("Ray was started"))
+    for number in range(10):
+        _write(tmp_path / "source" / str(number), "jsonl", random.Random(number))
+    _ingested(tmp_path / "source", tmp_path / "out", min_bytes=64 << 20)
 
-    def failing(*args, **options):
+
+@pytest.mark.usefixtures("no_ray", "many_pieces")
+@pytest.mark.parametrize("name", ["read_piece", "repeated_ids", "repeated_contents", "take_out_repeats"])
+def test_stopped_in_any_round_it_goes_on(tmp_path, monkeypatch, name):
+    source = _write(tmp_path / "source", "tsv")
+    whole = _many(source, tmp_path / "whole")
+    _stop_at(monkeypatch, piece_files, name, 3)
+    with pytest.raises(KeyboardInterrupt):
+        _many(source, tmp_path / "out")
+    assert _many(source, tmp_path / "out") == whole
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 9])
+def test_stopped_while_the_exchange_is_removed_it_goes_on(tmp_path, no_ray, many_pieces, monkeypatch, call):
+    source = _write(tmp_path / "source", "tsv")
+    whole = _many(source, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(parallel_ingest.artifact_files, "clear", _clears_then_stops(call))
+        with pytest.raises(KeyboardInterrupt):
+            _many(source, tmp_path / "out")
+    assert _many(source, tmp_path / "out") == whole
+
+
+def _clears_then_stops(num_files):
+    """Remove so many files of the exchange, in any order as an object store does, and stop."""
+
+    def clear(location, patterns, **options):
+        if location.name != "exchange":
+            return
+        files = location.files()
+        random.Random(num_files).shuffle(files)
+        for file in [each for each in files if each.name != options.get("keep")][: num_files * 5]:
+            file.delete()
+        raise KeyboardInterrupt
+
+    return clear
+
+
+def test_a_release_that_cuts_otherwise_begins_anew(tmp_path, no_ray, many_pieces, monkeypatch):
+    source = _write(tmp_path / "source", "jsonl")
+    whole = _many(source, tmp_path / "whole")
+    for name in ("repeated_contents", "take_out_repeats"):
+        with monkeypatch.context() as patched:
+            _stop_at(patched, piece_files, name, 2)
+            with pytest.raises(KeyboardInterrupt):
+                _many(source, tmp_path / name)
+        with monkeypatch.context() as patched:
+            patched.setattr(pieces, "MIN_PIECE_BYTES", 3300)
+            assert _many(source, tmp_path / name) == whole
+
+
+def _stop_at(patched, module, name, call):
+    """Raise at one of the calls of a function."""
+    calls = []
+    real = getattr(module, name)
+
+    def stops(*args, **options):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    real = getattr(parallel_ingest.piece_files, round_)
-    with monkeypatch.context() as patched:
-        patched.setattr(parallel_ingest.ParallelIngest, "_tasks", _in_this_process)
-        patched.setattr(parallel_ingest.piece_files, round_, failing)
-        with pytest.raises(KeyboardInterrupt):
-            _ingested(source, tmp_path / "out")
-    assert _ingested(source, tmp_path / "out") == whole
+    patched.setattr(module, name, stops)
 
 
-def _in_this_process(self, function, items):
-    for item in items:
-        yield function(*item, job=self._job)
-
-
-def test_lines_belong_to_the_piece_in_which_they_begin(tmp_path):
-    file = tmp_path / "c.txt"
-    file.write_bytes(b"one\n\ntwo\n" + b"x" * 50 + b"\nlast")
-    whole = list(read_lines(Location(str(file)), "c", max_line_bytes=20))
-    size = file.stat().st_size
-    for cut in range(1, size):
-        found, before = [], 0
-        for start, end in ((0, cut), (cut, size)):
-            span = Span(start, end)
-            for each in read_lines(Location(str(file)), "c", max_line_bytes=20, span=span):
-                if isinstance(each, BadRow):
-                    found.append(each._replace(place=f"c:{before + int(each.place[2:])}"))
-                else:
-                    found.append(each._replace(number=before + each.number))
-            before += span.num_lines
-        assert found == whole, cut
-        assert before == 5
-
-
-def test_a_file_that_changes_after_planning_is_refused(tmp_path, many_pieces):
+@pytest.mark.usefixtures("ray_session", "many_pieces")
+@pytest.mark.parametrize(
+    ("name", "num_files"),
+    [("read_piece", 0), ("read_piece", 2), ("repeated_ids", 0), ("repeated_contents", 0), ("take_out_repeats", 0)],
+)
+def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeypatch, name, num_files):
     source = _write(tmp_path / "source", "jsonl")
-    planned, _ = pieces.plan_pieces(open_source(str(source), "auto", Limits()))
-    with (source / "a.jsonl").open("a") as file:
-        file.write("{}\n")
-    with pytest.raises(CorpusError, match=r"a\.jsonl changed while it was read"):
-        list(planned[0].rows("jsonl", Limits(), Span(planned[0].start, planned[0].end)))
+    one = _one(source, tmp_path / "one")
+    mark = tmp_path / "killed"
+    real = getattr(piece_files, name)
+
+    def killed_while_it_writes(*args, **options):
+        written = []
+        publish = Location._publish
+
+        def publishes_or_dies(self, temporary):
+            if len(written) == num_files and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            written.append(temporary)
+            publish(self, temporary)
+
+        Location._publish = publishes_or_dies
+        try:
+            return real(*args, **options)
+        finally:
+            Location._publish = publish
+
+    monkeypatch.setattr(piece_files, name, killed_while_it_writes)
+    assert _many(source, tmp_path / "many") == one
+    assert mark.exists()
+    assert not list((tmp_path / "many").rglob(".tmp-*"))
 
 
-def test_a_large_compressed_file_is_one_piece_and_said(tmp_path, many_pieces, caplog):
-    import gzip
+@pytest.mark.usefixtures("ray_session", "many_pieces")
+@pytest.mark.parametrize("name", ["read_piece", "repeated_ids", "repeated_contents", "take_out_repeats"])
+def test_a_disk_that_fills_is_named_and_it_goes_on_when_there_is_room(tmp_path, monkeypatch, name):
+    source = _write(tmp_path / "source", "jsonl")
+    one = _one(source, tmp_path / "one")
+    with small_disk.mounted(tmp_path / "disk", 16 << 20) as is_there:
+        if not is_there:
+            pytest.skip("mounting is not permitted")
+        disk, mark, real = tmp_path / "disk", tmp_path / "filled", getattr(piece_files, name)
 
-    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(random.Random(0).randbytes(5000)))
-    with caplog.at_level("WARNING"):
-        planned, _ = pieces.plan_pieces(open_source(str(tmp_path / "c.jsonl.gz"), "jsonl", Limits()))
-    assert len(planned) == 1
-    assert "one task reads all" in caplog.text
+        def fills(*args, **options):
+            if not mark.exists():
+                mark.touch()
+                small_disk.fill(disk)
+            return real(*args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(piece_files, name, fills)
+            with pytest.raises(StorageError, match="no space is left on its disk; free some"):
+                _many(source, disk / "out")
+        for file in (disk / "out" / "passages").glob("part-*"):
+            pq.read_table(file)
+        small_disk.free(disk)
+        assert _many(source, disk / "out") == one
+        assert not list((disk / "out").rglob(".tmp-*"))
