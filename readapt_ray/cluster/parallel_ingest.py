@@ -6,7 +6,6 @@ the order of the source stays. Last the pieces that hold repeats are written aga
 hundred bytes per file and piece. A task that is lost is done again; a run that is killed goes on from the files that are there.
 """
 
-import dataclasses
 import json
 import logging
 from collections import Counter
@@ -76,7 +75,8 @@ class ParallelIngest:
 
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
-        plan = fingerprint([dataclasses.asdict(piece) for piece in self._pieces] + [self._job.num_partitions])
+        ranges = [[(each.label, each.start, each.end) for each in piece.ranges] for piece in self._pieces]
+        plan = fingerprint([ranges, self._job.num_partitions])
         kept, summary = self._exchange / _PLAN, self._exchange / _SUMMARY
         if kept.read_text() != plan if kept.is_file() else not summary.is_file():
             summary.delete()
