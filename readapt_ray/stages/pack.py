@@ -99,7 +99,12 @@ def _pack(
 
     placement.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
-    job = {"pretrained": on_worker.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
+    job = {
+        "pretrained": on_worker.model_name(model),
+        "tokenizer": model.tokenizer_fingerprint,
+        "mode": config.mode,
+        "block_tokens": config.block_tokens,
+    }
     blocks = on_worker.absolute(workspace.location) / "blocks"
     connection.check_seen_by_all(blocks)
     shared_lists = ray.put(lists)
@@ -156,9 +161,9 @@ def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> tuple[int, dict[s
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(pretrained: str, process: int) -> Any:
+def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any:
     """Return the one tokenizer of this process."""
-    del process  # a forked process loads its own
+    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded anew, and so by a forked process
     return models.open_model(pretrained, with_weights=False).tokenizer
 
 
@@ -182,7 +187,7 @@ def _pack_file(
 
     target = Location(blocks_uri) / f"part-{part['index']:05d}.parquet"
     if not target.is_file():
-        tokenizer = _tokenizer(job["pretrained"], os.getpid())
+        tokenizer = _tokenizer(job["pretrained"], job["tokenizer"], os.getpid())
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 

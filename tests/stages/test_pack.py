@@ -108,13 +108,18 @@ def test_blocks_are_no_longer_than_the_model_has_positions_unless_asked(base: Pa
 def test_a_tokenizer_is_loaded_once_per_process(base: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = []
     real = stage.models.open_model
-    monkeypatch.setattr(stage.models, "open_model", lambda name: opened.append(name) or real(name))
-    job = {"pretrained": str(base), "mode": "packed", "block_tokens": 32}
+    monkeypatch.setattr(
+        stage.models, "open_model", lambda name, **options: opened.append(name) or real(name, **options)
+    )
+    job = {"pretrained": str(base), "tokenizer": "a", "mode": "packed", "block_tokens": 32}
     file = str(corpus / "passages" / "part-00000.parquet")
     for index in range(2):
         part = {"index": index, "file": file, "first_number": 0}
         assert stage._pack_file(part, str(corpus.parent / "blocks"), job, {})["num_blocks"]
     assert opened == [str(base)]
+    replaced = {"index": 2, "file": file, "first_number": 0}
+    stage._pack_file(replaced, str(corpus.parent / "blocks"), job | {"tokenizer": "b"}, {})
+    assert opened == [str(base)] * 2
 
 
 def test_footers_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
