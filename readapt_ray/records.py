@@ -1,4 +1,4 @@
-"""The four records that the whole package speaks of, and how each lies in Parquet."""
+"""Define the four records of the field, and how each is stored in Parquet."""
 
 import hashlib
 from typing import NamedTuple
@@ -15,14 +15,14 @@ class Passage(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What is searched for."""
+    """A text to search for."""
 
     query_id: str
     text: str
 
 
 class Qrel(NamedTuple):
-    """A judgement: how relevant a passage is to a query; 0 is not at all."""
+    """A judgement: how relevant a passage is to a query; 0 means not at all."""
 
     query_id: str
     doc_id: str
@@ -55,7 +55,7 @@ QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("r
 
 
 def vector_schema(dimension: int, dtype: str) -> pa.Schema:
-    """Vectors as plain Arrow: `dtype` is float32, float16 or int8, `dimension` numbers a row.
+    """Return the Arrow schema of vectors: `dtype` is float32, float16 or int8, `dimension` numbers per row.
 
     int8 vectors have a `scale`: a number times it is what was encoded. `content_hash` is of title and text.
     """
