@@ -23,7 +23,7 @@ from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
-from readapt_ray.retrieval.templates import Kind, TextTokenizer
+from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
 from readapt_ray.weights.loading import load_model
 
 logger = logging.getLogger("readapt_ray")
