@@ -183,6 +183,7 @@ class _ScaleScorer:
         from readapt_ray.retrieval.encoder import DTYPES, Encoder
         from readapt_ray.weights.adapter import Adapter
         from readapt_ray.weights.checkpoint import Checkpoint
+        from readapt_ray.weights.dense import load_dense
         from readapt_ray.weights.live import LiveReadapter
         from readapt_ray.weights.loading import load_model
         from readapt_ray.weights.readapter import Readapter, open_retriever
@@ -202,6 +203,7 @@ class _ScaleScorer:
             job.encoding,
             identify=str,
             packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
+            dense=load_dense(retriever, device=device),
         )
         passages, queries = self._sample.passages, self._sample.queries
         self._passage_ids = self._encoder.tokenize(

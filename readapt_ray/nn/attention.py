@@ -42,7 +42,7 @@ def install(model: Any, name: str) -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    if not model._can_set_attn_implementation():
+    if not is_exchangeable(model):
         raise ModelError(
             f"{name} ({type(model).__name__}) does not take attention functions of transformers' AttentionInterface, which "
             f"passages end to end need; give a model whose class does"
@@ -50,6 +50,11 @@ def install(model: Any, name: str) -> None:
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _no_mask)
     model.set_attn_implementation(NAME)
+
+
+def is_exchangeable(model: Any) -> bool:
+    """Return whether a transformers model takes attention functions of transformers' AttentionInterface."""
+    return bool(model._can_set_attn_implementation())
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -24,6 +24,7 @@ from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.templates import Kind, TextTokenizer
+from readapt_ray.weights.dense import DenseHead, load_dense
 from readapt_ray.weights.loading import load_model
 
 logger = logging.getLogger("readapt_ray")
@@ -53,6 +54,7 @@ class Encoder:
             the weights of a large model takes a while.
         batch_tokens: tokens in a batch at most, padding included; one text may exceed it.
         packed: lay texts end to end where that gives the vectors that padding gives.
+        dense: linear layers that pooled vectors go through, on the same device.
 
     Raises:
         ModelError: the encoding asks for more tokens than the model has positions.
@@ -67,6 +69,7 @@ class Encoder:
         identify: Callable[[], str],
         batch_tokens: int | None = None,
         packed: bool = False,
+        dense: DenseHead | None = None,
     ) -> None:
         self.network = network
         self.encoding = encoding
@@ -77,7 +80,8 @@ class Encoder:
         self._identify = identify
         self._tokenizer = TextTokenizer(tokenizer, encoding)
         self._forward_pass = ForwardPass(network, encoding.pooling)
-        self._hidden_size = int(network.config.hidden_size)
+        self._dense = dense
+        self._width = int(network.config.hidden_size) if dense is None else dense.width
         self._check_sizes(network.config)
         self.is_packed = packed and self._forward_pass.pack()
         """Whether texts are laid end to end, without padding."""
@@ -121,12 +125,13 @@ class Encoder:
             identify=functools.partial(encoder_fingerprint, model, encoding, dtype),
             batch_tokens=batch_tokens,
             packed=attention.has_kernel(torch.device(device), DTYPES[dtype]) if packed is None else packed,
+            dense=load_dense(model, device=device),
         )
 
     @property
     def dimension(self) -> int:
         """Numbers in a vector."""
-        return self.encoding.dimensions or self._hidden_size
+        return self.encoding.dimensions or self._width
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -199,7 +204,10 @@ class Encoder:
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """One batch: float32 [B, D]."""
-        vectors = self._forward_pass.pooled(rows)[:, : self.dimension]
+        vectors = self._forward_pass.pooled(rows)
+        if self._dense is not None:
+            vectors = self._dense(vectors)
+        vectors = vectors[:, : self.dimension]
         if self.encoding.normalize:
             vectors = normalized(vectors)
         width = 0 if self.is_packed else max(map(len, rows))
@@ -218,9 +226,9 @@ class Encoder:
                 f"the encoding allows {wanted} tokens, but the model has {positions - first} positions; "
                 f"lower max_query_tokens and max_passage_tokens"
             )
-        if self.dimension > config.hidden_size:
+        if self.dimension > self._width:
             raise ModelError(
-                f"dimensions = {self.dimension}, but the model's vectors have {config.hidden_size} numbers; give at most that"
+                f"dimensions = {self.dimension}, but the model's vectors have {self._width} numbers; give at most that"
             )
 
 

@@ -7,9 +7,9 @@ float32 besides.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
+
+T = TypeVar("T")
 
 
 def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -81,12 +83,21 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    return with_best_attention(load)
+
+
+def with_best_attention(load: Callable[..., T]) -> T:
+    """Return what transformers loads with torch's own attention, or with the class's only one (MPNet, Gemma 2, DeBERTa).
+
+    Args:
+        load: one of transformers' functions; it takes `attn_implementation`.
+    """
     try:
         return load(attn_implementation="sdpa")
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        return load(attn_implementation="eager")  # MPNet, Gemma 2, DeBERTa: their classes have no other
+        return load(attn_implementation="eager")
 
 
 @torch.no_grad()
