@@ -37,7 +37,7 @@ LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 BERT_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
 
 _LLAMA_LIKE = (
-    "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2",
+    "llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2",
     "olmo3", "smollm3", "nomic_bert", "eurobert",
 )  # fmt: skip
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra")

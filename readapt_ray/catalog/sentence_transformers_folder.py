@@ -11,6 +11,7 @@ from typing import Any
 
 from readapt_ray.catalog.dense_layers import check_reads_vector, dense_layers, read_modules
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.likely_encoding import usable_positions
 from readapt_ray.catalog.model_folder import ModelFolder
 from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
@@ -18,8 +19,6 @@ from readapt_ray.model_file_names import MODULES_NAME, PROMPTS_NAME
 
 logger = logging.getLogger("readapt_ray")
 
-# Families whose first position lies behind that of the padding.
-_COUNTS_FROM_PADDING = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
 _POOLINGS = {"cls": "cls", "mean": "mean", "lasttoken": "last"}
 _QUERY_PROMPTS = ("query",)
 _PASSAGE_PROMPTS = ("document", "passage", "corpus")
@@ -121,11 +120,7 @@ def _similarity(model: ModelFolder, encoder: Mapping[str, Any]) -> str:
 
 def _longest_text(model: ModelFolder, tokenizer: Any) -> int:
     """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
-    config = model.config
-    positions = int(config.get("max_position_embeddings") or 512)
-    if config.get("model_type") in _COUNTS_FROM_PADDING:
-        positions -= int(config.get("pad_token_id") or 0) + 1
-    return min(int(tokenizer.model_max_length), positions)
+    return min(int(tokenizer.model_max_length), usable_positions(model.config))
 
 
 def _pooling_config(model: ModelFolder, path: str) -> dict[str, Any]:
