@@ -9,7 +9,7 @@ all-MiniLM-L6-v2 on one CPU core with AMX, passages of 89 tokens: 50 a second in
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -24,8 +24,9 @@ from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.templates import Kind, TextTokenizer
+from readapt_ray.retrieval.vector_files import is_usable
 from readapt_ray.weights.dense import DenseHead, load_dense
-from readapt_ray.weights.loading import load_model
+from readapt_ray.weights.loading import in_float32, load_model
 
 logger = logging.getLogger("readapt_ray")
 
@@ -41,6 +42,8 @@ class EncodedTokens:
     num_tokens: int = 0
     num_positions: int = 0
     """Tokens with their padding."""
+    num_again: int = 0
+    """Texts that were encoded again in float32."""
 
 
 class Encoder:
@@ -189,6 +192,24 @@ class Encoder:
                 pending = [rest[each] for each in cut][::-1]
         return vectors[place]
 
+    def encode_usable(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        """As `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in float32.
+
+        Returns:
+            float32 [N, D]; what float32 does not mend is as it was, and `is_usable` finds it.
+        """
+        vectors = self.encode_ids(rows)
+        unusable = np.flatnonzero(~is_usable(vectors))
+        if not len(unusable) or next(self.network.parameters()).dtype == torch.float32:
+            return vectors
+        again = [rows[index] for index in unusable.tolist()]
+        with in_float32(self.network) as is_possible:
+            if is_possible:
+                vectors[unusable] = self.encode_ids(again)
+        self.work = replace(self.work, num_again=self.work.num_again + len(again))
+        logger.info("encoded again in float32, since their vectors were NaN, infinite or zero: %d texts", len(again))
+        return vectors
+
     def _halve_budget(self, texts: Sequence[Sequence[int]]) -> None:
         if len(texts) == 1:
             raise ModelError(
@@ -212,8 +233,10 @@ class Encoder:
             vectors = normalized(vectors)
         width = 0 if self.is_packed else max(map(len, rows))
         num_tokens = sum(map(len, rows))
-        self.work = EncodedTokens(
-            self.work.num_tokens + num_tokens, self.work.num_positions + (width * len(rows) or num_tokens)
+        self.work = replace(
+            self.work,
+            num_tokens=self.work.num_tokens + num_tokens,
+            num_positions=self.work.num_positions + (width * len(rows) or num_tokens),
         )
         return vectors.cpu().numpy()
 

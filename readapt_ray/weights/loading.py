@@ -7,6 +7,7 @@ float32 besides.
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
+
+logger = logging.getLogger("readapt_ray")
 
 T = TypeVar("T")
 
@@ -98,6 +101,28 @@ def with_best_attention(load: Callable[..., T]) -> T:
         if "scaled_dot_product_attention" not in str(error):
             raise
         return load(attn_implementation="eager")
+
+
+@contextlib.contextmanager
+def in_float32(module: torch.nn.Module) -> Iterator[bool]:
+    """Widen a module's parameters to float32 for a while; each returns to its own type without loss.
+
+    It costs twice the memory of a model in bfloat16. Gives False, and nothing is changed, where there is not so much. A
+    weight that was itself too large for float16 stays infinite.
+    """
+    narrow = [(each, each.dtype) for each in module.parameters() if each.dtype != torch.float32]
+    try:
+        try:
+            for parameter, _ in narrow:
+                parameter.data = parameter.data.float()
+            is_possible = True
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to compute in float32: what overflows is not encoded again")
+            is_possible = False
+        yield is_possible
+    finally:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()
