@@ -48,7 +48,7 @@ def test_vectors_are_those_of_sentence_transformers_packed_or_padded(made, name)
 def test_vectors_do_not_depend_on_the_batch(made, name):
     _, _, folder = made(name)
     model = models.open_model(str(folder))
-    texts = [each.text for each in factories.small_corpus(60)]
+    texts = [each.text for each in factories.small_corpus(30)]
     for packed in (False, True):
         few, many = (
             Encoder.load(model, device="cpu", packed=packed, batch_tokens=tokens).encode(texts, "passage")
