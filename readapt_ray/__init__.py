@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from readapt_ray.stages.search import SearchConfig, search
     from readapt_ray.stages.train import TrainConfig
     from readapt_ray.stages.tune import TuneConfig, tune
-    from readapt_ray.weights.equation import readapted_weight
+    from readapt_ray.weights.reference import readapted_weight
 
 _HOMES: dict[str, str] = {
     **dict.fromkeys(("Artifact", "Manifest", "open_artifact"), "artifacts"),
@@ -45,7 +45,7 @@ _HOMES: dict[str, str] = {
     **dict.fromkeys(("Measurement", "measure"), "evaluation.measures"),
     **dict.fromkeys(("RunConfig", "plan_run", "run"), "recipes.chain"),
     "Encoder": "retrieval.encoder",
-    "readapted_weight": "weights.equation",
+    "readapted_weight": "weights.reference",
     "ServeConfig": "serving.options",
     "serve": "serving.server",
     "train": "recipes.chain:train_on_passages",

@@ -660,3 +660,18 @@ def test_a_stage_pays_for_as_many_gpu_nodes_as_it_has_workers(run_file: Path) ->
     assert [stage_usd(each, few.setting.cluster) for each in trained] == pytest.approx(by_hand)
     waiting = few.costs_of(trained[:1])[1]
     assert waiting.usd == pytest.approx(by_hand[0] + 300 / 3600 * head + waiting.waiting_usd)
+
+
+@pytest.mark.parametrize(
+    ("value", "as_count", "as_bytes"),
+    [
+        (0, "0", "0 B"),
+        (999.6, "1 K", "1 KB"),
+        (8.84e6, "8.84 M", "8.84 MB"),
+        (1e9, "1 B", "1 GB"),
+        (3e12, "3 T", "3 TB"),
+        (2.4e16, "24,000 T", "24 PB"),
+    ],
+)
+def test_numbers_have_the_units_that_people_use_and_bytes_those_of_bytes(value, as_count, as_bytes):
+    assert (plan_report.count(value), plan_report.size(value)) == (as_count, as_bytes)

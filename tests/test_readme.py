@@ -22,8 +22,8 @@ from readapt_ray import cli
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.recipes import chain
 from readapt_ray.serving import answers, schema
-from readapt_ray.serving.api import build_api
 from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.routes import build_api
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGE = REPOSITORY / "readapt_ray"

@@ -21,8 +21,9 @@ from readapt_ray import errors
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import CorpusError
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, content_hash
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.storage import Location
 

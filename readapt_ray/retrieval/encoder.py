@@ -23,7 +23,7 @@ from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
-from readapt_ray.retrieval.templates import Kind, TextTokenizer
+from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
 from readapt_ray.retrieval.vector_files import is_usable
 from readapt_ray.weights.dense import DenseHead, load_dense
 from readapt_ray.weights.loading import in_float32, load_model

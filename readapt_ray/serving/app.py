@@ -228,7 +228,7 @@ def check_version(name: str, config: VersionConfig) -> str:
         FingerprintMismatchError: the index was made by another model, or encoded otherwise.
     """
     from readapt_ray.retrieval.encoder import encoder_fingerprint
-    from readapt_ray.retrieval.templates import TextTokenizer
+    from readapt_ray.retrieval.tokenization import TextTokenizer
 
     spec = version_spec(name, config)
     model = open_model(config.retriever)

@@ -170,8 +170,8 @@ def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[s
 
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
-    from readapt_ray.retrieval.templates import TextTokenizer
-    from readapt_ray.weights.checkpoint import Checkpoint
+    from readapt_ray.retrieval.tokenization import TextTokenizer
+    from readapt_ray.weights.weight_files import Checkpoint
 
     model = open_model(config.retriever)
     encoding = config.encoding or model.encoding

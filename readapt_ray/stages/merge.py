@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from readapt_ray.weights.export import WeightPlan
     from readapt_ray.weights.low_rank import Stored
     from readapt_ray.weights.merge_plan import MergePlan
-    from readapt_ray.weights.readapter import Readapter, Scales
+    from readapt_ray.weights.merging import Readapter, Scales
 
 logger = logging.getLogger("readapt_ray")
 
@@ -272,7 +272,7 @@ def _low_rank(
 ) -> Iterator[tuple["Readapter", list["Stored"]]]:
     """The models, with the retriever's difference truncated where that was asked for."""
     from readapt_ray.weights.low_rank import StoredDifference, write_difference
-    from readapt_ray.weights.readapter import Readapter
+    from readapt_ray.weights.merging import Readapter
 
     if config.low_rank is None:
         yield whole, []

@@ -21,8 +21,8 @@ from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
-from readapt_ray.weights.checkpoint import StoredTensor, modern_name, stored_tensors
 from readapt_ray.weights.loading import load_model, with_best_attention
+from readapt_ray.weights.weight_files import StoredTensor, modern_name, stored_tensors
 
 _SHARD_BYTES = 2 << 30
 

@@ -1,4 +1,4 @@
-"""A retriever and its knowledge as a small folder next to their base: the factors instead of the sums.
+"""Store a retriever and its knowledge as factors in a small folder, to be added to their base model when loaded.
 
     bundle.json            base (name, revision, SHA-256 of its files), scales, encoding, what the factors hold
     readapter.safetensors  the retriever's difference (`low_rank`), or retriever/, the adapter that it is
@@ -29,11 +29,11 @@ from readapt_ray.model_file_names import (
 )
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
 from readapt_ray.weights.dense import copy_dense, modules_of
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
+from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
-from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.weight_files import DTYPE_CODES, Checkpoint
 
 BUNDLE_NAME = "bundle.json"
 
@@ -57,7 +57,7 @@ def write_bundle(
     sources: Mapping[str, Mapping[str, Any]],
     report: Callable[[int], None],
 ) -> list[Stored]:
-    """Write the folder; what a killed call finished is not made again.
+    """Write the folder; resume after a killed call.
 
     Args:
         target: the folder.
@@ -113,33 +113,33 @@ def _copy(folder: Path, names: Sequence[str], target: Location) -> None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Such a folder on this machine's disk."""
+    """A folder of factors on this machine's disk."""
 
     model: OpenModel
     content: Mapping[str, Any]
 
     @property
     def scales(self) -> Scales:
-        """Those that it was written with."""
+        """The scales that it was written with."""
         return Scales(self.content["readapter_scale"], tuple(self.content["knowledge_scale"]))
 
     @property
     def encoding(self) -> Encoding:
-        """How the retriever wants its text."""
+        """The encoding of its retriever."""
         return Encoding.parse(self.content["encoding"], where=str(self.model.folder / BUNDLE_NAME))
 
     @property
     def base_name(self) -> str:
-        """What the base was called when the bundle was written."""
+        """The name of the base when the bundle was written."""
         return str(self.content["sources"]["pretrained"]["name"])
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What took no part in it, with the model that held it."""
+        """Tensors that took no part, with the model that held them."""
         return tuple(self.content["left_out"])
 
     def readapter(self, base: Checkpoint) -> Readapter:
-        """The models as differences from their base.
+        """Return the models as differences from their base.
 
         Raises:
             WeightMismatchError: they do not fit it.
@@ -168,7 +168,7 @@ class Bundle:
 
 
 def open_bundle(model: OpenModel) -> Bundle:
-    """The bundle in a folder.
+    """Open the bundle in a folder.
 
     Raises:
         ModelError: there is none, or it is of another format.
@@ -186,7 +186,7 @@ def open_bundle(model: OpenModel) -> Bundle:
 
 
 def check_base(model: OpenModel, base: MergeInput) -> None:
-    """Refuse another base than the one that the factors of a bundle were made of.
+    """Refuse a base that is not the one the factors were made from.
 
     Raises:
         WeightMismatchError: it is another.

@@ -14,7 +14,7 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import CONFIG_NAME, SINGLE_NAME
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import read_header
+from readapt_ray.weights.weight_files import read_header
 
 FIRST_NUMBER = 2
 """Of a layer among the modules: behind Transformer and Pooling."""

@@ -1,4 +1,4 @@
-"""A model in memory, ready to encode: headless, in eval mode, adapters laid on their base.
+"""Load a model into memory, ready to encode: headless, in eval mode, adapters applied.
 
 In: a model on this machine's disk. Out: the module that transformers' `AutoModel` makes of it, with
 every weight accounted for. It costs the model's size in its type, and for an adapter one weight in
@@ -17,7 +17,7 @@ import torch
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
-from readapt_ray.weights.checkpoint import Checkpoint, is_buffer
+from readapt_ray.weights.weight_files import Checkpoint, is_buffer
 
 logger = logging.getLogger("readapt_ray")
 
@@ -73,7 +73,7 @@ def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch
 
 
 def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
-    """The module, and the report on which tensors it found."""
+    """Return the module, and the report on which tensors it found."""
     from transformers import AutoModel
 
     load = functools.partial(

@@ -1,4 +1,4 @@
-"""The files beside the weights: what transformers, sentence-transformers and readapt read to encode alike.
+"""Write the files beside the weights, so that transformers, sentence-transformers and readapt encode alike.
 
 In: the config of the model that gives the weights, and the encoding. Out: config.json, the
 tokenizer, the modules of sentence-transformers (as its releases since version 2 read them, and as
@@ -47,7 +47,7 @@ _TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
 
 
 def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict[str, Any]:
-    """The config.json of the headless model.
+    """Return the config.json of the headless model.
 
     Args:
         config: that of the model that the weights are of.
@@ -79,7 +79,7 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
 
 
 def _older_rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The rotary embedding as it was written before transformers 5, which is what other servers still read."""
+    """Return the rotary embedding as transformers before version 5 wrote it, for servers that still read that."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping) or not rope:
         return {}
@@ -105,7 +105,7 @@ def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompts(encoding: Encoding) -> dict[str, str]:
-    """The templates as sentence-transformers' prompts: what stands before a query and before a document.
+    """Return the templates as prompts of sentence-transformers: the text before a query and before a document.
 
     A template with words behind the text has no such form and is left out.
 
@@ -134,7 +134,7 @@ def write_model_files(
     contract: Mapping[str, Any],
     dense_of: OpenModel | None = None,
 ) -> None:
-    """Write everything but the weights and the model card.
+    """Write every file but the weights and the model card.
 
     Args:
         target: the model folder.

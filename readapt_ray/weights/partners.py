@@ -12,7 +12,7 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.model_file_names import TOKENIZER_FILES
 from readapt_ray.weights.adapter import listed
-from readapt_ray.weights.checkpoint import Checkpoint, natural_order
+from readapt_ray.weights.weight_files import Checkpoint, natural_order
 
 logger = logging.getLogger("readapt_ray")
 

@@ -21,11 +21,11 @@ from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_files import write_shard
 from readapt_ray.retrieval.index_shard import build_shard
 from readapt_ray.retrieval.vector_index import VectorIndex
-from readapt_ray.serving.api import build_api
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.options import Limits, ServeConfig
+from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans

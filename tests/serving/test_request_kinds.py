@@ -8,7 +8,7 @@ import pytest
 from readapt_ray.catalog.models import open_model
 from readapt_ray.retrieval.encoder import Encoder
 from tests.serving.conftest import LocalVersion
-from tests.serving.test_api import EMBEDDINGS, SEARCH, TEXTS, ask, post, vectors_of
+from tests.serving.test_routes import EMBEDDINGS, SEARCH, TEXTS, ask, post, vectors_of
 
 COHERE = "/v2/embed"
 

@@ -7,8 +7,8 @@ from safetensors.torch import load_file, save_file
 
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
-from readapt_ray.weights.terms import Factors
+from readapt_ray.weights.deltas import Factors
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 from tests.weights import oracles
 

@@ -11,12 +11,12 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.export import plan_shards, write_weights
+from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.model_card import model_card
 from readapt_ray.weights.model_files import headless_config, prompts, write_model_files
-from readapt_ray.weights.readapter import Readapter, Scales
 from readapt_ray.weights.tokenizer import edge_tokens, write_tokenizer
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 
 
@@ -56,7 +56,7 @@ def test_shards_hold_every_tensor_once_within_the_bound(tmp_path, dtype, max_sha
 
 @pytest.mark.parametrize("shards", [1, 4])
 def test_the_same_bytes_by_any_number_of_cores(tmp_path, monkeypatch, shards):
-    monkeypatch.setattr("readapt_ray.weights.readapter._SLICE_ELEMENTS", 1000)
+    monkeypatch.setattr("readapt_ray.weights.merging._SLICE_ELEMENTS", 1000)
     pretrained = factories.tiny_decoder(tmp_path / "pre", dtype="bfloat16", shards=shards)
     before = Checkpoint(pretrained)
     retriever = Checkpoint(factories.full_retriever(tmp_path / "ret", pretrained, shards=shards))

@@ -6,7 +6,7 @@ from readapt_ray.catalog import retrievers
 from readapt_ray.catalog.encoding import Encoding, EncodingOption, read_encoding
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import InputError, ModelError
-from readapt_ray.retrieval.templates import TextTokenizer, fill_passage, fill_query
+from readapt_ray.retrieval.tokenization import TextTokenizer, fill_passage, fill_query
 from tests import factories
 
 REPLLAMA = retrievers.retriever("repllama").encoding

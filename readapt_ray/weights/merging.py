@@ -1,4 +1,4 @@
-"""The equation of RE-AdaptIR, tensor by tensor and a slice of rows at a time.
+"""Merge models by the equation of RE-AdaptIR, tensor by tensor and a slice of rows at a time.
 
     readapted = pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * (tuned - pretrained)
 
@@ -19,11 +19,11 @@ import torch
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order
+from readapt_ray.weights.deltas import Factors, Term, Whole
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
 from readapt_ray.weights.partners import check_embeddings, check_floating, check_partners
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Factors, Term, Whole
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_order
 
 logger = logging.getLogger("readapt_ray")
 
@@ -33,7 +33,7 @@ _SLICE_ELEMENTS = 1 << 18
 
 @dataclass(frozen=True)
 class Scales:
-    """How much of each difference is laid on; one knowledge scale for each knowledge adapter."""
+    """The scale of each difference; one knowledge scale per knowledge adapter."""
 
     readapter: float
     knowledge: tuple[float, ...]
@@ -146,7 +146,7 @@ def _add(
 
 
 class Readapter:
-    """Models that fit each other, and every readapted tensor that can be made of them."""
+    """Models that fit each other, and every readapted tensor that can be computed from them."""
 
     def __init__(
         self,
@@ -196,17 +196,17 @@ class Readapter:
         return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._leading(name).shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The retriever's type of a tensor; where the retriever is an adapter, that of what it is laid on."""
+        """Return the retriever's type of a tensor; for an adapter, the type of the weight that it is applied to."""
         if isinstance(self.retriever, StoredDifference) and name in self.retriever.dtypes:
             return self.retriever.dtypes[name]
         return self._leading(name).dtype(name)
 
     def slices(self, name: str, num_elements: int | None = None) -> Iterator[tuple[int, int]]:
-        """First and last row of each slice that is made at once; the same wherever and by however many it is made.
+        """Yield the first and last row of each slice; the same slices for any number of workers.
 
         Args:
             name: the tensor.
@@ -224,7 +224,7 @@ class Readapter:
     def rows(
         self, name: str, start: int, stop: int, scales: Scales, scratch: ScratchBuffers | None = None
     ) -> TensorRows:
-        """Rows `start` to `stop` of a readapted tensor: one of `slices`.
+        """Return rows `start` to `stop` of a readapted tensor: one of `slices`.
 
         Raises:
             ModelError: an input holds NaN or infinity; the tensor is named.
@@ -239,12 +239,12 @@ class Readapter:
         return rows
 
     def weight(self, name: str, scales: Scales) -> torch.Tensor:
-        """A whole readapted tensor in float32."""
+        """Return a whole readapted tensor in float32."""
         parts = [self.rows(name, start, stop, scales).readapted for start, stop in self.slices(name)]
         return torch.cat(parts) if self.shape(name) else parts[0]
 
     def walk(self, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every readapted tensor by name, float32, one at a time."""
+        """Yield every readapted tensor by name, float32, one at a time."""
         for name in self.names():
             yield name, self.weight(name, scales)
 
@@ -296,7 +296,7 @@ class Readapter:
                 )
 
     def _shared_rows(self, name: str) -> int:
-        """How many rows the pretrained model has to offer."""
+        """Return the number of rows that the pretrained model has."""
         if name not in self.pretrained:
             return 0
         shape = self.pretrained.shape(name)
@@ -307,7 +307,7 @@ class Readapter:
 
 
 def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
-    """Whether every input has a part in the sum."""
+    """Return whether every input contributes to the sum."""
     laid = list(zip(tensor_terms.terms, (scales.readapter, *scales.knowledge), strict=True))
     if any(term is not None and scale == 0 for term, scale in laid):
         return False
@@ -316,7 +316,7 @@ def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
 
 
 def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:
-    """A retriever as it is published: full weights, or an adapter laid on the pretrained model."""
+    """Open a retriever as it is published: full weights, or an adapter of the pretrained model."""
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return Adapter(folder, pretrained, name=name)
     return Checkpoint(folder, name=name)

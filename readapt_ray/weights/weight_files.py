@@ -1,4 +1,4 @@
-"""A model's weights as they lie on disk, read a piece at a time.
+"""Read the weight files of a model, a piece at a time.
 
 In: a local folder of safetensors, one file or shards with an index. Out: shapes, types and rows of
 tensors under headless names (`layers.0...`), whatever names the files use. Opening reads headers
@@ -18,8 +18,8 @@ import torch
 
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Whole
+from readapt_ray.weights.deltas import Whole
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 _DTYPES = {
     "F64": torch.float64,
@@ -63,7 +63,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies."""
+    """The file and position of one tensor."""
 
     stored_name: str
     """Its name in the file."""
@@ -77,7 +77,7 @@ class StoredTensor:
     def read(
         self, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
-        """Rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
+        """Return rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
 
         Args:
             start: the first row.
@@ -103,7 +103,7 @@ class StoredTensor:
 
 
 def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
-    """One read gives at most 2 GiB, so go on until the buffer is full."""
+    """Read until the buffer is full: one read returns at most 2 GiB."""
     view = content.numpy().data
     done = 0
     while done < len(view):
@@ -114,7 +114,7 @@ def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one safetensors file by its stored name, from the header alone.
+    """Return every tensor of one safetensors file by its stored name, from the header alone.
 
     Raises:
         ModelError: it is not safetensors, or it is shorter than its header says.
@@ -166,7 +166,7 @@ def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
 
 
 def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """What stands before the tensors of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
+    """Return the header of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
 
     Args:
         entries: name, type and shape of each tensor, in the order in which they follow.
@@ -221,49 +221,49 @@ class Checkpoint:
             raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
 
     def names(self) -> list[str]:
-        """All tensors, numbers in names compared as numbers: the same order however the files are cut."""
+        """All tensors, sorted with numbers compared as numbers: the same order however the files are split."""
         return sorted(self._tensors, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor on disk."""
+        """Return the type of a tensor on disk."""
         return self._tensors[name].dtype
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
-        """A tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
+        """Return a tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
         return self._tensors[name].read(start, stop, scratch, role)
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Whole:
-        """What a model of full weights adds to rows of the pretrained one."""
+        """Return what a model of full weights adds to rows of the pretrained one."""
         return Whole(rows=self.read(name, start, stop, scratch, role))
 
     def match(self, stored_name: str) -> str | None:
-        """The headless name of a tensor that another file names with or without a base prefix; None if unknown."""
+        """Return the headless name of a tensor that another file names with or without a base prefix; None if unknown."""
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
         return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
 
 
 def base_prefix(backbone: Iterable[str]) -> str:
-    """What stands before every name of a headed model (`model.`, `bert.`); empty for a headless one."""
+    """Return the prefix of every name of a headed model (`model.`, `bert.`); empty for a headless one."""
     names = list(backbone)
     return next((prefix for prefix in _BASE_PREFIXES if names and all(each.startswith(prefix) for each in names)), "")
 
 
 def is_head(stored_name: str) -> bool:
-    """Whether a tensor or module belongs to a language-model head or a classifier."""
+    """Return whether a tensor or module belongs to a language-model head or a classifier."""
     return bool(_HEAD.match(f"{stored_name}."))
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that the model computes by itself (old checkpoints store some)."""
+    """Return whether the model computes this tensor by itself (old checkpoints store some)."""
     return bool(_BUFFER.search(name))
 
 
@@ -279,7 +279,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key in which `layers.2` comes before `layers.10`."""
+    """Return a sort key by which `layers.2` comes before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

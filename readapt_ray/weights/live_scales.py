@@ -1,4 +1,4 @@
-"""Any pair of scales in a live model, without a reload: what a search over scales needs.
+"""Set the scales of the merge in a model in memory, without loading it again.
 
 In: a loaded headless model and the three inputs of the merge. It holds on the model's device one copy of the
 pretrained weights, of the retriever's (or its factors) and of the adapters' factors; setting the
@@ -13,16 +13,16 @@ import torch
 from readapt_ray.errors import WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.weights.adapter import listed
+from readapt_ray.weights.merging import Readapter, Scales, TensorTerms, one_per_adapter
 from readapt_ray.weights.ordered_map import ordered_map
-from readapt_ray.weights.readapter import Readapter, Scales, TensorTerms, one_per_adapter
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 _DEVICE_SLICE_ELEMENTS = 1 << 24
 _NUM_WAITING = 8
 
 
 class LiveReadapter:
-    """Writes readapted weights into a module in place."""
+    """Write readapted weights into a module in place."""
 
     def __init__(self, module: torch.nn.Module, readapter: Readapter) -> None:
         """Read every input of the merge onto the module's device.
@@ -47,7 +47,7 @@ class LiveReadapter:
         self._of_thread = _OfThread()
 
     def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
-        """Write the weights of these scales, equal to what a merge writes in the module's type.
+        """Write the weights for these scales; they equal what a merge writes in the module's type.
 
         Args:
             readapter_scale: share of the retrieval skill kept.
@@ -88,7 +88,7 @@ class LiveReadapter:
 
 
 class _OfThread(threading.local):
-    """What each thread has for itself."""
+    """Buffers and streams of one thread."""
 
     def __init__(self) -> None:
         self.scratch = ScratchBuffers()

@@ -1,6 +1,6 @@
-"""The equation of RE-AdaptIR for one weight, as the paper writes it.
+"""Compute the equation of RE-AdaptIR for one weight, as the paper writes it.
 
-This is the reference. `readapter.py` computes the same a slice of rows at a time, from low-rank factors, without
+This is the reference. `merging.py` computes the same a slice of rows at a time, from low-rank factors, without
 storing a dense difference; its tests compare the two.
 """
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
-from readapt_ray.weights import readapter as readapter_module
+from readapt_ray.weights import merging as readapter_module
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
-from readapt_ray.weights.equation import readapted_weight
-from readapt_ray.weights.readapter import Readapter, Scales, TensorTerms, open_retriever
-from readapt_ray.weights.terms import Difference, Whole
+from readapt_ray.weights.deltas import Difference, Whole
+from readapt_ray.weights.merging import Readapter, Scales, TensorTerms, open_retriever
+from readapt_ray.weights.reference import readapted_weight
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 from tests.weights import oracles
 

@@ -1,4 +1,4 @@
-"""The HTTP API of a gateway: paths, bodies and errors; what happens behind them is the search service's."""
+"""Route HTTP requests: paths, bodies and errors; `search_service.py` makes the answers."""
 
 import functools
 from collections.abc import Awaitable, Callable

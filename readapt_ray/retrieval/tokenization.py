@@ -1,4 +1,4 @@
-"""From text to token ids, by hand: no tokenizer's own idea of BOS, EOS or truncation slips in.
+"""Turn text into token ids: templates, special tokens and truncation are applied here, none by the tokenizer.
 
 Enters: texts (and titles) and the `Encoding` of a retriever. Leaves: one list of token ids a
 text, no longer than the encoding allows, with BOS (CLS) and EOS (SEP) where it wants them. A

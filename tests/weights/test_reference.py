@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from readapt_ray.errors import WeightMismatchError
-from readapt_ray.weights.equation import readapted_weight
+from readapt_ray.weights.reference import readapted_weight
 
 
 def test_by_hand():

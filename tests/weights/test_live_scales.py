@@ -5,12 +5,12 @@ import torch
 
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
-from readapt_ray.weights import readapter as readapter_module
+from readapt_ray.weights import merging as readapter_module
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
-from readapt_ray.weights.live import LiveReadapter
+from readapt_ray.weights.live_scales import LiveReadapter
 from readapt_ray.weights.loading import load_model
-from readapt_ray.weights.readapter import Readapter, Scales, open_retriever
+from readapt_ray.weights.merging import Readapter, Scales, open_retriever
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 
 SCALES = [(1.0, 0.5), (1.0, 0.0), (0.0, 0.0), (0.4, 0.5), (0.4, 1.0), (1.0, 0.5)]

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import save_file
 
 from readapt_ray.errors import ModelError
-from readapt_ray.weights.checkpoint import Checkpoint, is_finite, natural_order, read_header
+from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_order, read_header
 from tests import factories
 
 

@@ -7,7 +7,7 @@ from readapt_ray.artifacts import produce
 from readapt_ray.catalog.models import open_model
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ModelError, WeightMismatchError
-from readapt_ray.weights.agreement import check_bases, check_configs, check_tokenizers
+from readapt_ray.weights.compatibility import check_bases, check_configs, check_tokenizers
 from readapt_ray.weights.provenance import hashed_in_background
 from tests import factories
 
