@@ -365,7 +365,7 @@ def lora_adapter(
     import transformers
 
     base = Path(base)
-    encoder = json.loads((base / "config.json").read_text())["model_type"] == "bert"
+    encoder = json.loads((base / "config.json").read_text())["architectures"][0].endswith(("MaskedLM", "BertModel"))
     headed = "AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM"
     loader = getattr(transformers, "AutoModel" if headless else headed)
     kept = transformers.utils.logging.get_verbosity()

@@ -41,7 +41,7 @@ def install(model: Any, name: str) -> None:
     """
     from transformers import AttentionInterface
 
-    if not model._can_set_attn_implementation():
+    if not is_exchangeable(model):
         raise ModelError(
             f"{name} ({type(model).__name__}) does not take attention functions of transformers' AttentionInterface, which "
             f"passages end to end need; give a model whose class does"
@@ -49,6 +49,11 @@ def install(model: Any, name: str) -> None:
     # No mask function beside it: with one, transformers looks for packed rows, and the host waits for the device.
     AttentionInterface.register(NAME, attend)
     model.set_attn_implementation(NAME)
+
+
+def is_exchangeable(model: Any) -> bool:
+    """Return whether a transformers model takes attention functions of transformers' AttentionInterface."""
+    return bool(model._can_set_attn_implementation())
 
 
 def attend(  # noqa: PLR0917 -- the order is transformers'

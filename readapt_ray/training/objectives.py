@@ -6,6 +6,7 @@ made on the way. On a CPU the last chunk is filled up, so that all have one shap
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.nn import functional
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention, gated, norms
-from readapt_ray.training.packing import Batch
+from readapt_ray.training.packing import IGNORED, Batch
+
+logger = logging.getLogger("readapt_ray")
 
 _CPU_CHUNK_TOKENS = 128
 _MIN_CHUNK_TOKENS = 32
@@ -118,7 +121,7 @@ def prepare(model: Any, name: str) -> None:
         name: what the user calls it.
 
     Raises:
-        ModelError: its head is not linear, its logits are scaled or capped behind it, or its attention is its own.
+        ModelError: its head is not linear, or its logits are scaled or capped behind it.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -132,7 +135,10 @@ def prepare(model: Any, name: str) -> None:
                 f"give a model without"
             )
     model.set_output_embeddings(LossHead(head))
-    attention.install(model, name)
+    if attention.is_exchangeable(model):
+        attention.install(model, name)
+    else:
+        logger.info("%s: its attention cannot keep packed passages apart, so each is padded to the longest", name)
     if head.weight.device.type == "cuda":
         norms.fuse(model)
         gated.fuse(model)
@@ -145,6 +151,12 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
         model: a language model that `prepare` made ready.
         batch: as `collate` makes it, on the model's device.
     """
+    if not attention.is_exchangeable(model):
+        rows = batch.in_rows()
+        labels = rows.pop("labels")
+        rows["position_ids"] += first_position(model)
+        with model.get_output_embeddings().predicting(labels, (labels.flatten() != IGNORED).nonzero().flatten()):
+            return model(**rows).logits  # type: ignore[no-any-return]
     with model.get_output_embeddings().predicting(batch.labels, batch.label_places):
         return model(  # type: ignore[no-any-return]
             input_ids=batch.input_ids,

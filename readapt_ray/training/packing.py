@@ -204,6 +204,19 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        """Return input_ids, position_ids, labels and attention_mask with each passage in a row of its own, padded.
+
+        For models whose attention cannot keep passages apart that lie end to end.
+        """
+        lengths = self.passage_ends.diff()[:, None]
+        places = torch.arange(self.longest_passage, device=lengths.device)
+        is_filled = places < lengths
+        index = (self.passage_ends[:-1, None] + places.minimum(lengths - 1)).long()
+        rows = {name: getattr(self, name)[0][index] for name in ("input_ids", "position_ids", "labels")}
+        rows["labels"].masked_fill_(~is_filled, IGNORED)
+        return {**rows, "attention_mask": is_filled.long()}
+
 
 def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Batch:
     """Passages end to end, then as much padding as makes a length that occurs often.

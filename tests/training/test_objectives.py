@@ -260,7 +260,6 @@ def test_the_prepared_model_still_gives_logits_and_its_own_weights(tmp_path: Pat
     [
         (lambda model: model.set_output_embeddings(torch.nn.Identity()), "no linear output layer"),
         (lambda model: setattr(model.config, "final_logit_softcapping", 30.0), "final_logit_softcapping = 30.0"),
-        (lambda model: setattr(model, "_can_set_attn_implementation", lambda: False), "AttentionInterface"),
     ],
 )
 def test_a_model_that_would_be_trained_wrongly_is_refused(spoil: Callable[[Any], None], message: str) -> None:
