@@ -19,7 +19,6 @@ from readapt_ray.model_file_names import (
     INDEX_NAME,
     LENGTH_NAME,
     MODULES_NAME,
-    NORMALIZE_CONFIG_NAME,
     POOLING_CONFIG_NAME,
     PROMPTS_NAME,
     SINGLE_NAME,
@@ -56,7 +55,13 @@ _TRAINED = (
 _VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*")
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
-    "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),
+    "ingest": (
+        "passages/part-*.parquet",
+        "passages/.seen-*",
+        "exchange/*",
+        "queries/part-*.parquet",
+        "qrels/*.parquet",
+    ),
     "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),
@@ -67,7 +72,9 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         CONTRACT_NAME,
         MODULES_NAME,
         POOLING_CONFIG_NAME,
-        NORMALIZE_CONFIG_NAME,
+        f"*_Dense/{CONFIG_NAME}",
+        f"*_Dense/{SINGLE_NAME}",
+        f"*_Normalize/{CONFIG_NAME}",
         LENGTH_NAME,
         PROMPTS_NAME,
         "model.safetensors.cast.json",

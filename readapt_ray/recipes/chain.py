@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import Field
 
@@ -263,7 +263,7 @@ def run(config: RunConfig) -> dict[str, Artifact]:
         InputError: a model cannot be found or an option is wrong; found before any stage starts.
     """
     steps = plan_run(config)
-    _check_models(config)
+    _check_models(config, steps)
     _check_files(config, steps)
     root = Location(config.root)
     artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
@@ -316,14 +316,17 @@ def _leaves_gpus_idle(step: Step) -> bool:
     return bool(connection.connect().num_gpus)
 
 
-def _check_models(config: RunConfig) -> None:
-    """Find the models, and how the retriever encodes, before anything is trained.
+def _check_models(config: RunConfig, steps: Sequence[Step]) -> None:
+    """Find the models, which layers are trained and how the retriever encodes, before anything is trained.
 
     Raises:
-        ModelError: a model cannot be found, or a stage would not know the retriever's encoding.
+        ModelError: a model cannot be found or trained, or a stage would not know the retriever's encoding.
     """
+    from readapt_ray.stages.train import check_pretrained
+
     retriever = models.open_model(config.retriever)
     models.open_model(config.pretrained)
+    check_pretrained(cast("TrainConfig", next(step.config for step in steps if step.stage == "train")))
     unknown = [stage for stage in ("merge", "embed") if getattr(config, stage).get("encoding") is None]
     if unknown:
         try:
@@ -375,11 +378,12 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
     """
     from readapt_ray.stages.pack import PackConfig, pack
-    from readapt_ray.stages.train import train
+    from readapt_ray.stages.train import check_pretrained, train
 
     manifest = artifacts.read_manifest(config.corpus)
     if manifest is not None and manifest.stage == "pack":
         return train(config)
+    check_pretrained(config)
     given = {name: getattr(config, name) for name in config.model_fields_set}
     packed = pack(
         PackConfig(
