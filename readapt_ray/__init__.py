@@ -16,7 +16,7 @@ import importlib
 from typing import Any
 
 _FROM_CONFIGS = (
-    *("ingest", "pack", "train", "finetune", "merge", "embed", "index", "search", "evaluate", "tune"),
+    *("ingest", "pack", "train", "finetune", "merge", "embed", "index", "search", "evaluate", "tune", "export"),
     *("compare", "paper", "serve"),
 )
 """Functions whose parameters are the options of a config."""
@@ -45,6 +45,7 @@ _HOMES: dict[str, str] = {
     "SearchConfig": "stages.search",
     "EvaluateConfig": "stages.evaluate",
     "TuneConfig": "stages.tune",
+    "ExportConfig": "stages.export",
 }
 """The public names, and the module of each. `__init__.pyi` is made from it (`make stub`)."""
 

@@ -27,6 +27,7 @@ from readapt_ray.recipes.paper.options import PaperConfig as PaperConfig
 from readapt_ray.serving.options import ServeConfig as ServeConfig
 from readapt_ray.stages.embed import EmbedConfig as EmbedConfig
 from readapt_ray.stages.evaluate import EvaluateConfig as EvaluateConfig
+from readapt_ray.stages.export import ExportConfig as ExportConfig
 from readapt_ray.stages.finetune import FinetuneConfig as FinetuneConfig
 from readapt_ray.stages.index import IndexConfig as IndexConfig
 from readapt_ray.stages.ingest import IngestConfig as IngestConfig
@@ -45,6 +46,7 @@ __all__ = [
     "Encoder",
     "Encoding",
     "EvaluateConfig",
+    "ExportConfig",
     "FinetuneConfig",
     "Hit",
     "IndexConfig",
@@ -66,6 +68,7 @@ __all__ = [
     "compare",
     "embed",
     "evaluate",
+    "export",
     "finetune",
     "index",
     "ingest",
@@ -156,6 +159,7 @@ def embed(
     num_workers: int | None = None,
     num_cpus_per_worker: int | None = None,
     batch_tokens: int | None = None,
+    max_left_out: int = 100,
 ) -> Artifact:
     """Turn passages into vectors.
 
@@ -186,6 +190,8 @@ def embed(
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
         batch_tokens: Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a
             GPU. Lower it when memory is short.
+        max_left_out: Maximum number of passages that are left out because their vector is NaN, infinite or
+            zero, also in float32. The manifest names them; more of them stop the run. (default: 100)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
@@ -243,6 +249,51 @@ def evaluate(
     """
 @overload
 def evaluate(config: EvaluateConfig, /) -> Artifact: ...
+
+@overload
+def export(
+    *,
+    output: str | Path,
+    vectors: str | Path,
+    to: str,
+    overwrite: bool = False,
+    corpus: str | Path | None = None,
+    previous: str | Path | None = None,
+    with_text: bool = True,
+    check: int = 20,
+    batch_rows: int = 256,
+) -> Artifact:
+    """Send vectors to a vector database: Qdrant, LanceDB, pgvector, OpenSearch, Milvus, files.
+
+    Give the options by name, or all of them as one ExportConfig.
+
+    Options:
+        output: Folder or URI to write the artifact to. (required)
+        overwrite: Replace a collection that holds another export, and an artifact in the output that was made
+            or begun with other options. Without this both are refused; what readapt did not write is always
+            refused. (default: no)
+        vectors: Vectors: the output of `readapt embed`. (required)
+        to: Where the vectors go: qdrant://HOST:6333/COLLECTION, lancedb:FOLDER/TABLE,
+            postgresql://USER@HOST/DATABASE?table=TABLE, opensearch://HOST:9200/INDEX,
+            milvus://HOST:19530/COLLECTION or files:FOLDER. Credentials are read from the environment.
+            (required)
+        corpus: Passages: the output of `readapt ingest` that the vectors were made of. Needed unless with_text
+            is off.
+        previous: Output of an earlier export to the same collection. Only what changed since is sent, and what
+            the corpus lost is deleted. If omitted, the collection must not exist.
+        with_text: Send title, text and the other columns of the passages along. (default: yes)
+        check: Vectors of the corpus to query the target with at the end, to compare its ten best with exact
+            search; 0 for none. (default: 20)
+        batch_rows: Rows per request. Lower it if the database refuses requests as too large. (default: 256)
+
+    Returns:
+        The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def export(config: ExportConfig, /) -> Artifact: ...
 
 @overload
 def finetune(
@@ -969,8 +1020,8 @@ def tune(
             1000)
         max_passages: Maximum number of passages in the sample that is searched; judged ones are always in it.
             (default: 20000)
-        dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, else
-            float32. (default: auto)
+        dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+            AVX512_BF16, else float32. (default: auto)
         num_workers: Number of actors, each with one model, that share the work. If omitted, one per GPU, or one
             without GPUs.
         seed: Random seed for the sample of passages and for the split of the queries. (default: 0)

@@ -40,6 +40,7 @@ _COMMANDS: dict[str, str] = {
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
+    "encoding": "show how a model turns text into vectors (pooling, prompts, special tokens), or write it into its folder",
     "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
     "status": "show what is done, stale, running, failed and missing in the folder of a run",
@@ -308,6 +309,19 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.parse("serve", _COMMANDS["serve"], ServeConfig, arguments))
 
 
+def _encoding(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
+    from readapt_ray.catalog.contracts import show_contract
+
+    parser = flags.Parser("encoding", _COMMANDS["encoding"])
+    parser.add_argument("--model", required=True, help="A catalog name, a folder, a URI or a hub id. (required)")
+    parser.add_argument(
+        "--write", action="store_true", help="Write it as readapt.json into the model's folder, unless it is there."
+    )
+    options = parser.parsed(arguments)
+    print(show_contract(options.model, write=options.write))
+
+
 def _status(arguments: Sequence[str]) -> None:
     from readapt_ray import flags, root_status
     from readapt_ray.storage import Location
@@ -357,8 +371,9 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _quickstart,
     "plan": _plan,
     "doctor": _doctor,
+    "encoding": _encoding,
 }
-_WITHOUT_STATE = ("serve", "plan", "status", "doctor")
+_WITHOUT_STATE = ("serve", "plan", "status", "doctor", "encoding")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,10 @@ class TrainingDivergedError(ReadaptError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
+class TargetError(ReadaptError):
+    """A vector database cannot be reached, or refuses what was sent."""
+
+
 class WorkerError(ReadaptError):
     """A process of the cluster failed for a reason that is not the user's."""
 

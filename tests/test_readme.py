@@ -53,6 +53,7 @@ WORK = (
     "readapt_ray.serving.server.serve",
     "readapt_ray.root_status.status_table",
     "readapt_ray.cluster.doctor.examine",
+    "readapt_ray.catalog.contracts.show_contract",
 )
 """The functions that do the work of commands; those of stages are reached through `stage_parts`."""
 

@@ -330,11 +330,12 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
     """
     from readapt_ray.stages.pack import PackConfig, pack
-    from readapt_ray.stages.train import train
+    from readapt_ray.stages.train import check_pretrained, train
 
     manifest = artifacts.read_manifest(config.corpus)
     if manifest is not None and manifest.stage == "pack":
         return train(config)
+    check_pretrained(config)
     given = {name: getattr(config, name) for name in config.model_fields_set}
     packed = pack(
         PackConfig(

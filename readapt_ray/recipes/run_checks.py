@@ -83,18 +83,10 @@ def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
 
 
 def _check_layers(pretrained: OpenModel, train: Any) -> None:
-    """See that the pretrained model has a head to train with and layers that take an adapter."""
-    from readapt_ray.cluster.train_workers import target_modules
-    from readapt_ray.stages.train import objective_of
+    """Check that the pretrained model has a head to train with and layers that take an adapter."""
+    from readapt_ray.stages.train import resolve
 
-    if pretrained.is_adapter:
-        raise ModelError(
-            f"pretrained = {pretrained.name!r} is an adapter; give the model that it was trained on: {pretrained.base.name!r}"
-        )
-    objective = train.objective or objective_of(pretrained)
-    targets = target_modules(train, pretrained)
-    if targets:
-        shapes.shape_of(pretrained.config, pretrained.name, objective).adapted(targets)
+    resolve(train, pretrained)
 
 
 def _check_positions(pretrained: OpenModel, pack: Any) -> None:

@@ -19,6 +19,7 @@ from readapt_ray.catalog import retrievers
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.recipes import chain, quickstart, run_checks, running
 from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.stages.train import TrainConfig
 from readapt_ray.storage import Location
 from tests import factories
 
@@ -465,3 +466,24 @@ def test_what_runs_in_the_background_is_waited_for_where_the_stage_beside_it_fai
     with pytest.raises(ModelError, match="broken"):
         running.run(run_of(tmp_path))
     assert stages.events[-1] == ("end", "adapted"), "it is kept for the next start"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["LlamaModel"]}, "no language-model head"),
+        ({"model_type": "gpt2"}, "no target modules are known"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_packing(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(8))
+    with pytest.raises(ModelError, match=said):
+        chain.train_on_passages(
+            TrainConfig(pretrained=str(base), corpus=str(tmp_path / "corpus"), output=str(tmp_path / "adapter"))
+        )
+    assert not (tmp_path / "adapter-blocks").exists()
