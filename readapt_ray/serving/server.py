@@ -23,7 +23,7 @@ import yaml
 
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
-from readapt_ray.serving import app, haproxy, server_file, updates
+from readapt_ray.serving import app, haproxy, report_gate, server_file, updates
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
@@ -70,6 +70,8 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
     app.check_keys(config, keys)
+    if config.require_report:
+        report_gate.check_report(config.require_report, versions)
     url = f"http://{_reachable(config.host)}:{config.port}"
     _deploy(config, url, fingerprints)
     if not config.update:

@@ -126,7 +126,7 @@ def search(config: SearchConfig) -> Artifact:
     )
     model = open_model(config.retriever)
     encoding = config.encoding or Encoding.parse(source.encoder["encoding"], where=source.artifact.uri)
-    _check_encoder(model, encoding, source)
+    check_encoder(model, encoding, source.artifact)
     if config.mode != "dense" and not source.words:
         raise InputError(
             f"mode = {config.mode!r}, but index {config.index!r} was built without BM25; build it with --bm25"
@@ -151,11 +151,15 @@ def search(config: SearchConfig) -> Artifact:
     )
 
 
-def _check_encoder(model: OpenModel, encoding: Encoding, source: _Source) -> None:
-    """Refuse vectors that this model with this encoding would not have made."""
+def check_encoder(model: OpenModel, encoding: Encoding, made: Artifact) -> None:
+    """Refuse vectors, or an index of them, that this model with this encoding would not have made.
+
+    Raises:
+        FingerprintMismatchError: another model or encoding made them.
+    """
     from readapt_ray.retrieval.encoder import encoder_fingerprint
 
-    recorded = source.encoder
+    recorded = made.manifest.details["encoder"]
     if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
         return
     wanted = encoding.model_dump(mode="json")
@@ -168,7 +172,7 @@ def _check_encoder(model: OpenModel, encoding: Encoding, source: _Source) -> Non
         "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
     )
     raise FingerprintMismatchError(
-        f"{source.artifact.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
+        f"{made.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
         f"that made it, or run `readapt embed` with this one into another output"
     )
 

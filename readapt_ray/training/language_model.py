@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from readapt_ray.nn.precision import products_in
 from readapt_ray.training import objectives, packing
 from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.checkpoints import DataOrder
@@ -25,7 +26,7 @@ class LanguageModelling:
         reader: the blocks in training order.
         pad_id: the token that fills short rows.
         micro_batch_tokens: of one forward and backward pass, at most; a longer passage goes alone.
-        dtype: of matrix products; below float32 they run under autocast.
+        dtype: of matrix products; below float32 they run under autocast where weights have another type.
         masking: an encoder's.
     """
 
@@ -56,7 +57,7 @@ class LanguageModelling:
 
         def loss_of(part: list[Block]) -> Tensor:
             tensors = packing.collate(part, pad_id=self.pad_id, masking=self.masking, step=step)
-            with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with products_in(self.dtype, self.model, engine.device.type):
                 return objectives.loss_sum(self.model, tensors.to(engine.device)) / num_labels
 
         num_tokens = sum(len(each.input_ids) for each in passages)

@@ -17,7 +17,7 @@ the mask token, 10% a random one, 10% stay. Which ones is a function of seed, st
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -188,6 +188,12 @@ class Batch:
     """int32 [passages + 1]: 0, then where each passage ends; the padding counts as a passage."""
     longest_passage: int
     """Tokens."""
+    label_places: torch.Tensor = field(default_factory=lambda: torch.tensor(-1))
+    """int64 [N]: places of the labels in the row. Found on the host, since a device would have to be waited for."""
+
+    def __post_init__(self) -> None:
+        if self.label_places.ndim == 0:
+            object.__setattr__(self, "label_places", (self.labels.flatten() != IGNORED).nonzero().flatten())
 
     def to(self, device: str | torch.device) -> "Batch":
         """The same on another device."""
@@ -197,6 +203,19 @@ class Batch:
             if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
+
+    def in_rows(self) -> dict[str, torch.Tensor]:
+        """Return input_ids, position_ids, labels and attention_mask with each passage in a row of its own, padded.
+
+        For models whose attention cannot keep passages apart that lie end to end.
+        """
+        lengths = self.passage_ends.diff()[:, None]
+        places = torch.arange(self.longest_passage, device=lengths.device)
+        is_filled = places < lengths
+        index = (self.passage_ends[:-1, None] + places.minimum(lengths - 1)).long()
+        rows = {name: getattr(self, name)[0][index] for name in ("input_ids", "position_ids", "labels")}
+        rows["labels"].masked_fill_(~is_filled, IGNORED)
+        return {**rows, "attention_mask": is_filled.long()}
 
 
 def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Batch:

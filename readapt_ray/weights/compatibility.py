@@ -30,7 +30,7 @@ _PROBES = ("Hello, world! 1,234", "query: Ünïcode 数据 🙂", "two\nlines  a
 
 
 def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
-    """Compare what decides how weights are used, with each library default filled in.
+    """Compare the configs that decide how weights are used, with library defaults filled in.
 
     Raises:
         WeightMismatchError: options differ; each is listed with both values.
@@ -49,7 +49,7 @@ def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
 
 
 def check_knowledge(retriever: MergeInput, knowledge: Sequence[tuple[OpenModel, MergeInput]]) -> None:
-    """Refuse as knowledge what holds retrieval skill: that would be laid on twice.
+    """Refuse as knowledge a model that holds retrieval skill: it would be added twice.
 
     Raises:
         ModelError: it is the retriever itself, or the output of a merge.
@@ -78,7 +78,7 @@ def _options(model: OpenModel) -> dict[str, Any]:
 
 
 def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabulary: bool) -> None:
-    """Compare the ids of all tokens, and how text is cut.
+    """Compare the ids of all tokens, and how text is split.
 
     Args:
         pretrained: the model before.
@@ -126,7 +126,7 @@ def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabula
 
 
 def check_bases(pretrained: MergeInput, adapters: Sequence[OpenModel], *, accept: bool) -> None:
-    """Compare the model that each adapter was trained on with the one that it is laid on.
+    """Compare the model that each adapter was trained on with the one that it is applied to.
 
     What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is only a warning.
 

@@ -14,7 +14,7 @@ from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 @dataclass(frozen=True, kw_only=True)
 class Whole:
-    """The tuned weight itself, the rows in hand."""
+    """The tuned weight itself; the rows are in memory."""
 
     rows: torch.Tensor
     """[O, I], of any type."""
@@ -30,7 +30,7 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """`tuned - pretrained`, the rows in hand."""
+    """`tuned - pretrained`; the rows are in memory."""
 
     rows: torch.Tensor
     """[O, I], of any type."""
@@ -46,7 +46,7 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """What an adapter does to a weight W [O, I]."""
+    """The update of a LoRA or DoRA adapter to a weight W [O, I]."""
 
     A_rI: torch.Tensor
     """The inner factor [rank, I]."""
@@ -91,13 +91,13 @@ class Factors:
         total_OI.add_(tuned_OI.mul_(d_O1 * scale)).sub_(weight_OI, alpha=scale)
 
     def update(self, weight_OI: torch.Tensor, first_row: int = 0) -> torch.Tensor:
-        """`tuned - pretrained` of the rows of W from `first_row` on, in the type of `weight_OI`."""
+        """Return `tuned - pretrained` of the rows of W from `first_row` on, in the type of `weight_OI`."""
         update_OI = torch.zeros_like(weight_OI)
         self.add_to(update_OI, weight_OI, 1.0, first_row, ScratchBuffers())
         return update_OI
 
     def to(self, device: torch.device) -> "Factors":
-        """The same factors on a device."""
+        """Return the same factors on a device."""
         magnitude = None if self.magnitude is None else self.magnitude.to(device)
         return Factors(A_rI=self.A_rI.to(device), B_Or=self.B_Or.to(device), magnitude=magnitude, scaling=self.scaling)
 

@@ -22,7 +22,7 @@ _NUM_WAITING = 8
 
 
 class LiveReadapter:
-    """Writes readapted weights into a module in place."""
+    """Write readapted weights into a module in place."""
 
     def __init__(self, module: torch.nn.Module, readapter: Readapter) -> None:
         """Read every input of the merge onto the module's device.
@@ -47,7 +47,7 @@ class LiveReadapter:
         self._of_thread = _OfThread()
 
     def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
-        """Write the weights of these scales, equal to what a merge writes in the module's type.
+        """Write the weights for these scales; they equal what a merge writes in the module's type.
 
         Args:
             readapter_scale: share of the retrieval skill kept.
@@ -88,7 +88,7 @@ class LiveReadapter:
 
 
 class _OfThread(threading.local):
-    """What each thread has for itself."""
+    """Buffers and streams of one thread."""
 
     def __init__(self) -> None:
         self.scratch = ScratchBuffers()

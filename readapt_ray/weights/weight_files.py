@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class StoredTensor:
-    """Where one tensor lies."""
+    """The file and position of one tensor."""
 
     stored_name: str
     """Its name in the file."""
@@ -77,7 +77,7 @@ class StoredTensor:
     def read(
         self, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
-        """Rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
+        """Return rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
 
         Args:
             start: the first row.
@@ -103,7 +103,7 @@ class StoredTensor:
 
 
 def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
-    """One read gives at most 2 GiB, so go on until the buffer is full."""
+    """Read until the buffer is full: one read returns at most 2 GiB."""
     view = content.numpy().data
     done = 0
     while done < len(view):
@@ -114,7 +114,7 @@ def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """Every tensor of one safetensors file by its stored name, from the header alone.
+    """Return every tensor of one safetensors file by its stored name, from the header alone.
 
     Raises:
         ModelError: it is not safetensors, or it is shorter than its header says.
@@ -146,8 +146,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
+    """Refuse tensors without numbers: a worker under ZeRO-3 saved its part of the model as the whole.
+
+    Args:
+        stored: the tensors by name.
+        what: what they are of, in the words of the error.
+
+    Raises:
+        ModelError: some are empty; the first is named.
+    """
+    empty = [f"{name} {list(each.shape)}" for name, each in stored.items() if 0 in each.shape]
+    if empty:
+        raise ModelError(
+            f"{what} has {len(empty)} empty tensors, such as {empty[0]}: it was saved under ZeRO-3 without gathering its "
+            f"weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make it from the checkpoint with "
+            f"DeepSpeed's zero_to_fp32.py"
+        )
+
+
 def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
-    """What stands before the tensors of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
+    """Return the header of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
 
     Args:
         entries: name, type and shape of each tensor, in the order in which they follow.
@@ -183,6 +202,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or str(folder)
         stored = stored_tensors(folder, self.name)
+        check_not_empty(stored, f"the model {self.name!r}")
         self.heads = tuple(sorted(each for each in stored if _HEAD.match(each)))
         backbone = [each for each in stored if not _HEAD.match(each)]
         prefix = base_prefix(backbone)
@@ -201,49 +221,49 @@ class Checkpoint:
             raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
 
     def names(self) -> list[str]:
-        """All tensors, numbers in names compared as numbers: the same order however the files are cut."""
+        """All tensors, sorted with numbers compared as numbers: the same order however the files are split."""
         return sorted(self._tensors, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
+        """Return the shape of a tensor."""
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a tensor on disk."""
+        """Return the type of a tensor on disk."""
         return self._tensors[name].dtype
 
     def read(
         self, name: str, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
     ) -> torch.Tensor:
-        """A tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
+        """Return a tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
         return self._tensors[name].read(start, stop, scratch, role)
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Whole:
-        """What a model of full weights adds to rows of the pretrained one."""
+        """Return what a model of full weights adds to rows of the pretrained one."""
         return Whole(rows=self.read(name, start, stop, scratch, role))
 
     def match(self, stored_name: str) -> str | None:
-        """The headless name of a tensor that another file names with or without a base prefix; None if unknown."""
+        """Return the headless name of a tensor that another file names with or without a base prefix; None if unknown."""
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
         return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
 
 
 def base_prefix(backbone: Iterable[str]) -> str:
-    """What stands before every name of a headed model (`model.`, `bert.`); empty for a headless one."""
+    """Return the prefix of every name of a headed model (`model.`, `bert.`); empty for a headless one."""
     names = list(backbone)
     return next((prefix for prefix in _BASE_PREFIXES if names and all(each.startswith(prefix) for each in names)), "")
 
 
 def is_head(stored_name: str) -> bool:
-    """Whether a tensor or module belongs to a language-model head or a classifier."""
+    """Return whether a tensor or module belongs to a language-model head or a classifier."""
     return bool(_HEAD.match(f"{stored_name}."))
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is one that the model computes by itself (old checkpoints store some)."""
+    """Return whether the model computes this tensor by itself (old checkpoints store some)."""
     return bool(_BUFFER.search(name))
 
 
@@ -259,7 +279,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key in which `layers.2` comes before `layers.10`."""
+    """Return a sort key by which `layers.2` comes before `layers.10`."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 

@@ -296,7 +296,8 @@ def test_the_default_changes_under_load_without_a_failed_request(started, world:
     names = [name for _, _, name in sorted(load.answers)]
     assert (names[0], names[-1]) == ("base", "adapted")
     assert set(names) == {"base", "adapted"}
-    assert [each["id"] for each in httpx.get(f"{url}/v1/models", timeout=60).json()["data"]] == ["adapted"]
+    models = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    assert [each["id"] for each in models] == ["adapted", "adapted-passage", "adapted-raw"]
     assert set(ray.serve.status().applications) == {"readapt", "readapt-adapted"}
 
 

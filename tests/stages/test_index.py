@@ -19,12 +19,12 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval import index_kinds
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import merged
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import content_hash
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.stages.embed import EmbedConfig, embed

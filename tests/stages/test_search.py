@@ -189,7 +189,7 @@ def test_queries_are_encoded_on_no_node_that_has_other_weights(world, monkeypatc
     root, passages, queries = world
     monkeypatch.setattr(on_worker, "this_node", lambda: "another")
     _same(read_run(search(_config(root, "far.trec")).uri), _by_hand(root, passages, queries, 10))
-    monkeypatch.setattr(search_stage, "_check_encoder", lambda *_: None)  # what the driver saw was right
+    monkeypatch.setattr(search_stage, "check_encoder", lambda *_: None)  # what the driver saw was right
     with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):
         search(_config(root, "far-other.trec", retriever=str(root / "other")))
 

@@ -1,4 +1,4 @@
-"""A headless model with the language-model head of another: what training on text needs of a retriever.
+"""Put the language-model head of one model on the body of another: training on text needs a head, retrievers have none.
 
 In: a model folder without a head and the pretrained model that it came from. Out: a folder that
 `AutoModelForCausalLM` loads whole. It costs a copy of the weights.
@@ -18,7 +18,7 @@ _HEAD_FILE = "head.safetensors"
 
 
 def add_head(headless: Location, pretrained: Path, target: Location) -> Location:
-    """Write the body of one model and the head of another.
+    """Write a model with the body of one model and the head of another.
 
     Args:
         headless: a local model folder.
