@@ -281,7 +281,7 @@ def test_the_readmes_python_runs_and_finds_what_the_run_found(
     assert "report" in names["made"]
     texts = {each.doc_id: each for each in factories.small_corpus(60)}
     assert all((texts[hit.doc_id].title, texts[hit.doc_id].text) == (hit.title, hit.text) for hit in names["hits"])
-    assert names["vectors"].shape == (2, 32)
+    assert names["vectors"].shape == (1, 32)
     assert str(Path("run/corpus")) in capsys.readouterr().out
     assert names["made"]["vectors/adapted"].to_ray().count() == 60
 
@@ -290,8 +290,9 @@ def test_the_readmes_python_runs_and_finds_what_the_run_found(
     lines = [line.split() for line in Path("run/runs/adapted.trec").read_text().splitlines()]
     expected = {line[2]: float(line[4]) for line in lines if line[0] == query.query_id}
     assert len(found) == 5
-    for hit, best in zip(found, sorted(expected.values(), reverse=True), strict=False):  # near ties may change places
-        assert (hit.score, expected[hit.doc_id]) == pytest.approx((best, best), abs=1e-4)
+    # In bfloat16 a query alone and one in a batch differ in the third digit, so near ties may change places.
+    for hit, best in zip(found, sorted(expected.values(), reverse=True), strict=False):
+        assert (hit.score, expected[hit.doc_id]) == pytest.approx((best, best), abs=3e-3)
     with pytest.raises(InputError, match="top_k = 0"):
         names["retriever"].search("a", top_k=0)
     with pytest.raises(InputError, match="search_all takes a list"):
