@@ -98,7 +98,7 @@ def compare(
     output: str | Path,
     queries: str | Path | None = None,
     qrels: str | Path | None = None,
-    measures: Sequence[str] = ("nDCG@10", "R@10", "R@100"),
+    measures: Sequence[str] = ('nDCG@10', 'R@10', 'R@100'),
     drop_self_hits: bool | None = None,
     finetune: bool = False,
     readapt: bool = False,
@@ -139,9 +139,9 @@ def compare(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def compare(config: CompareConfig, /) -> Results: ...
+
 @overload
 def embed(
     *,
@@ -152,8 +152,8 @@ def embed(
     previous: str | Path | None = None,
     sample: str | None = None,
     encoding: Encoding | str | Path | None = None,
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
-    vector_dtype: Literal["float32", "float16", "int8"] = "float32",
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = 'auto',
+    vector_dtype: Literal['float32', 'float16', 'int8'] = 'float32',
     dimensions: int | None = None,
     rows_per_shard: int | None = None,
     num_workers: int | None = None,
@@ -199,9 +199,9 @@ def embed(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def embed(config: EmbedConfig, /) -> Artifact: ...
+
 @overload
 def evaluate(
     *,
@@ -209,10 +209,10 @@ def evaluate(
     runs: Sequence[str | Path],
     qrels: str | Path,
     overwrite: bool = False,
-    measures: Sequence[str] = ("nDCG@10", "R@100", "RR@10"),
+    measures: Sequence[str] = ('nDCG@10', 'R@100', 'RR@10'),
     names: Sequence[str] = (),
-    queries: str | Path = "",
-    corpus: str | Path = "",
+    queries: str | Path = '',
+    corpus: str | Path = '',
     require: Sequence[str] = (),
     num_permutations: int = 10000,
     seed: int = 0,
@@ -247,9 +247,9 @@ def evaluate(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def evaluate(config: EvaluateConfig, /) -> Artifact: ...
+
 @overload
 def export(
     *,
@@ -292,9 +292,9 @@ def export(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def export(config: ExportConfig, /) -> Artifact: ...
+
 @overload
 def finetune(
     *,
@@ -302,7 +302,7 @@ def finetune(
     model: str | Path,
     corpus: str | Path,
     overwrite: bool = False,
-    method: Literal["dora", "lora", "full"] = "lora",
+    method: Literal['dora', 'lora', 'full'] = 'lora',
     lora_rank: int = 32,
     lora_alpha: float = 64.0,
     lora_dropout: float = 0.0,
@@ -313,7 +313,7 @@ def finetune(
     warmup_fraction: float = 0.05,
     max_gradient_norm: float = 1.0,
     seed: int = 0,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
     zero_stage: Literal[0, 1, 2, 3] = 0,
@@ -324,8 +324,8 @@ def finetune(
     keep_checkpoints: int = 2,
     max_failures: int = 3,
     check_memory: bool = True,
-    trackers: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
-    split: str = "train",
+    trackers: Sequence[Literal['tensorboard', 'wandb', 'mlflow']] = (),
+    split: str = 'train',
     negatives: str | Path | None = None,
     num_negatives: int = 1,
     encoding: Encoding | str | Path | None = None,
@@ -404,9 +404,9 @@ def finetune(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def finetune(config: FinetuneConfig, /) -> Artifact: ...
+
 @overload
 def index(
     *,
@@ -414,8 +414,8 @@ def index(
     vectors: str | Path,
     overwrite: bool = False,
     previous: str | Path | None = None,
-    kind: Literal["auto", "flat", "ivf-flat", "ivf-pq", "hnsw", "rabitq"] = "flat",
-    storage: Literal["float32", "float16", "int8"] | None = None,
+    kind: Literal['auto', 'flat', 'ivf-flat', 'ivf-pq', 'hnsw', 'rabitq'] = 'flat',
+    storage: Literal['float32', 'float16', 'int8'] | None = None,
     refine: bool = True,
     code_bytes: int | None = None,
     factory: str | None = None,
@@ -461,18 +461,18 @@ def index(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def index(config: IndexConfig, /) -> Artifact: ...
+
 @overload
 def ingest(
     *,
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
-    format: Literal["auto", "beir", "jsonl", "tsv", "parquet", "text", "ir_datasets", "hub", "python-docs"] = "auto",
-    bad_rows: Literal["skip", "fail"] = "skip",
-    deduplicate: Literal["auto", "none", "exact", "near"] = "auto",
+    format: Literal['auto', 'beir', 'jsonl', 'tsv', 'parquet', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    bad_rows: Literal['skip', 'fail'] = 'skip',
+    deduplicate: Literal['auto', 'none', 'exact', 'near'] = 'auto',
     near_threshold: float = 0.8,
     max_text_bytes: int = 10000000,
     max_passage_chars: int = 2000,
@@ -509,9 +509,9 @@ def ingest(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def ingest(config: IngestConfig, /) -> Artifact: ...
+
 @overload
 def merge(
     *,
@@ -525,8 +525,8 @@ def merge(
     knowledge_scale: float | Sequence[float] = 0.5,
     low_rank: float | None = None,
     factors: bool = False,
-    accept: Sequence[Literal["config", "tokenizer", "vocabulary", "base"]] = (),
-    dtype: Literal["retriever", "float32", "float16", "bfloat16"] = "retriever",
+    accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
+    dtype: Literal['retriever', 'float32', 'float16', 'bfloat16'] = 'retriever',
     max_shard_bytes: int = 5000000000,
     encoding: Encoding | str | Path | None = None,
     num_workers: int = 0,
@@ -575,9 +575,9 @@ def merge(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def merge(config: MergeConfig, /) -> Artifact: ...
+
 @overload
 def pack(
     *,
@@ -585,7 +585,7 @@ def pack(
     pretrained: str | Path,
     corpus: str | Path,
     overwrite: bool = False,
-    mode: Literal["passage", "packed"] = "passage",
+    mode: Literal['passage', 'packed'] = 'passage',
     block_tokens: int = 1024,
     exclude: str | Path | None = None,
     only: str | Path | None = None,
@@ -615,39 +615,24 @@ def pack(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def pack(config: PackConfig, /) -> Artifact: ...
+
 @overload
 def paper(
     *,
-    root: str | Path = "readapt-paper",
-    experiments: Sequence[str] = ("table1",),
-    retriever: str | Path = "e5-mistral",
+    root: str | Path = 'readapt-paper',
+    experiments: Sequence[str] = ('table1',),
+    retriever: str | Path = 'e5-mistral',
     pretrained: str | Path | None = None,
-    corpora: Sequence[str | Path] = (
-        "msmarco",
-        "fever",
-        "hotpotqa",
-        "nq",
-        "quora",
-        "arguana",
-        "climate-fever",
-        "dbpedia-entity",
-        "fiqa",
-        "nfcorpus",
-        "scidocs",
-        "scifact",
-        "trec-covid",
-        "webis-touche2020",
-    ),
-    general: str | Path = "msmarco",
+    corpora: Sequence[str | Path] = ('msmarco', 'fever', 'hotpotqa', 'nq', 'quora', 'arguana', 'climate-fever', 'dbpedia-entity', 'fiqa', 'nfcorpus', 'scidocs', 'scifact', 'trec-covid', 'webis-touche2020'),
+    general: str | Path = 'msmarco',
     data: str | Path | None = None,
     seeds: Sequence[int] = (0,),
     sizes: Sequence[int] = (1000, 10000, 100000, 1000000),
     readapter_scale: float = 1.0,
     knowledge_scale: float = 0.5,
-    measure: str = "nDCG@10",
+    measure: str = 'nDCG@10',
     train: dict[str, Any] = {},
     embed: dict[str, Any] = {},
     search: dict[str, Any] = {},
@@ -688,9 +673,9 @@ def paper(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def paper(config: PaperConfig, /) -> Results: ...
+
 @overload
 def search(
     *,
@@ -701,7 +686,7 @@ def search(
     index: str | Path | None = None,
     vectors: str | Path | None = None,
     qrels: str | Path | None = None,
-    mode: Literal["dense", "bm25", "hybrid"] = "dense",
+    mode: Literal['dense', 'bm25', 'hybrid'] = 'dense',
     top_k: int = 100,
     drop_self_hits: bool = False,
     encoding: Encoding | str | Path | None = None,
@@ -736,17 +721,17 @@ def search(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def search(config: SearchConfig, /) -> Artifact: ...
+
 @overload
 def serve(
     *,
-    retriever: str | Path = "",
+    retriever: str | Path = '',
     index: str | Path | None = None,
     corpus: str | Path | None = None,
     encoding: Encoding | str | Path | None = None,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    dtype: Literal['float32', 'float16', 'bfloat16'] | None = None,
     batch_tokens: int | None = None,
     num_replicas: int = 1,
     max_replicas: int | None = None,
@@ -764,16 +749,16 @@ def serve(
     truncate: bool = False,
     accept_token_ids: bool = False,
     timeout_s: float = 60.0,
-    shadow: str = "",
+    shadow: str = '',
     shadow_share: float = 1.0,
     recall_probe: float = 0.0,
-    lost_shards: Literal["wait", "partial", "error"] = "wait",
+    lost_shards: Literal['wait', 'partial', 'error'] = 'wait',
     shard_timeout_s: float = 2.0,
-    name: str = "",
+    name: str = '',
     versions: dict[str, dict[str, Any]] | None = None,
-    default: str = "",
+    default: str = '',
     split: Sequence[str] = (),
-    host: str = "127.0.0.1",
+    host: str = '127.0.0.1',
     port: int = 8000,
     api_keys: str | Path | None = None,
     allow_anonymous: bool = False,
@@ -874,9 +859,9 @@ def serve(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def serve(config: ServeConfig, /) -> None: ...
+
 @overload
 def train(
     *,
@@ -884,7 +869,7 @@ def train(
     pretrained: str | Path,
     corpus: str | Path,
     overwrite: bool = False,
-    method: Literal["dora", "lora", "full"] = "dora",
+    method: Literal['dora', 'lora', 'full'] = 'dora',
     lora_rank: int = 32,
     lora_alpha: float = 64.0,
     lora_dropout: float = 0.05,
@@ -895,7 +880,7 @@ def train(
     warmup_fraction: float = 0.0,
     max_gradient_norm: float = 1.0,
     seed: int = 0,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
     gradient_checkpointing: bool = False,
     torch_compile: bool = False,
     zero_stage: Literal[0, 1, 2, 3] = 0,
@@ -906,13 +891,13 @@ def train(
     keep_checkpoints: int = 2,
     max_failures: int = 3,
     check_memory: bool = True,
-    trackers: Sequence[Literal["tensorboard", "wandb", "mlflow"]] = (),
-    mode: Literal["passage", "packed"] = "passage",
+    trackers: Sequence[Literal['tensorboard', 'wandb', 'mlflow']] = (),
+    mode: Literal['passage', 'packed'] = 'passage',
     block_tokens: int = 1024,
     exclude: str | Path | None = None,
     only: str | Path | None = None,
-    objective: Literal["causal_lm", "masked_lm"] | None = None,
-    batch_size: int | Literal["auto"] = 4,
+    objective: Literal['causal_lm', 'masked_lm'] | None = None,
+    batch_size: int | Literal['auto'] = 4,
     micro_batch_tokens: int = 4096,
 ) -> Artifact:
     """Train a knowledge adapter on unlabelled passages.
@@ -989,9 +974,9 @@ def train(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def train(config: TrainConfig, /) -> Artifact: ...
+
 @overload
 def tune(
     *,
@@ -1006,15 +991,15 @@ def tune(
     readapter_scales: Sequence[float] = (1.0,),
     knowledge_scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     num_refinements: int = 1,
-    measure: str = "nDCG@10",
+    measure: str = 'nDCG@10',
     drop_self_hits: bool | None = None,
     max_queries: int = 1000,
     max_passages: int = 20000,
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = 'auto',
     num_workers: int | None = None,
     seed: int = 0,
     encoding: Encoding | str | Path | None = None,
-    accept: Sequence[Literal["vocabulary"]] = (),
+    accept: Sequence[Literal['vocabulary']] = (),
 ) -> Artifact:
     """Find the best scales for merge on withheld queries.
 
@@ -1058,6 +1043,5 @@ def tune(
     Raises:
         InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
     """
-
 @overload
 def tune(config: TuneConfig, /) -> Artifact: ...
