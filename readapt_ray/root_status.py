@@ -87,12 +87,12 @@ def _note_failure(found: dict[str, dict[str, Any]], root: Location, failed: Mapp
 
 
 def status_table(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> str:
-    """The rows as aligned text, and their sum."""
+    """Return what is under a root as aligned text, as `readapt status` prints it."""
     return as_table(rows(root, usd_per_hour), root.uri)
 
 
 def as_table(found: Sequence[dict[str, Any]], root: str) -> str:
-    """Rows as aligned text, and their sum."""
+    """Return rows as aligned text, and their sum."""
     if not found:
         return f"no artifact under {root}"
     has_cost = "usd" in found[0]

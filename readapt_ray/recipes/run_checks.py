@@ -62,7 +62,7 @@ def check_run(
 
 
 def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
-    """See that merge and embed know how the retriever takes text, and that it has the positions for it."""
+    """Check that merge and embed know how the retriever takes text, and that it has the positions for it."""
     own = [getattr(config, stage).get("encoding") or config.encoding for stage in ("merge", "embed")]
     if None in own:
         try:
@@ -90,19 +90,17 @@ def _check_layers(pretrained: OpenModel, train: Any) -> None:
 
 
 def _check_positions(pretrained: OpenModel, pack: Any) -> None:
-    """See that blocks are no longer than the pretrained model's positions."""
-    if "block_tokens" not in pack.model_fields_set:
-        return
-    positions = shapes.usable_positions(pretrained.config, pretrained.name)
-    if positions is not None and pack.block_tokens > positions:
-        raise ModelError(
-            f"section 'train': block_tokens = {pack.block_tokens} is more than the {positions} positions of "
-            f"{pretrained.name!r}; give at most {positions}"
-        )
+    """Check that blocks are no longer than the pretrained model's positions."""
+    from readapt_ray.stages.pack import within_positions
+
+    try:
+        within_positions(pack, pretrained)
+    except ModelError as error:
+        raise ModelError(f"section 'train': {error}") from None
 
 
 def _check_files(config: RunConfig, step: Step) -> None:
-    """See that the files which the user's sections name are there, and queries and qrels."""
+    """Check that the files which the user's sections name are there, and queries and qrels."""
     section = "train" if step.stage == "pack" else step.stage
     for name in sorted(type(step.config).inputs & getattr(config, section).keys()):
         value = getattr(step.config, name)
@@ -119,7 +117,7 @@ def _check_files(config: RunConfig, step: Step) -> None:
 def _check_root(
     config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], pretrained: OpenModel
 ) -> list[Standing]:
-    """See that all outputs are free, or ours and what the run would make, or may be overwritten; and that there is room."""
+    """Check that all outputs are free, or ours and what the run would make, or may be overwritten; and that there is room."""
     found = standing.standings(steps, noted, reads_models=True)
     for each in found:
         location = Location(each.step.config.output)
@@ -144,7 +142,7 @@ def _check_root(
 
 
 def _check_room(root: Location, pretrained: OpenModel) -> None:
-    """See that the disk has room for the adapted model, which is as large as the pretrained one."""
+    """Check that the disk has room for the adapted model, which is as large as the pretrained one."""
     if not root.is_local:
         return
     folder = root.local_path.absolute()

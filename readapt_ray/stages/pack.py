@@ -62,13 +62,7 @@ def pack(config: PackConfig) -> Artifact:
         raise ModelError(
             f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
         )
-    positions = _usable_positions(model)
-    if positions and "block_tokens" not in config.model_fields_set:
-        config = config.model_copy(update={"block_tokens": min(config.block_tokens, positions)})
-    if positions and config.block_tokens > positions:
-        raise ModelError(
-            f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
-        )
+    config = within_positions(config, model)
     inputs = {"corpus": corpus.fingerprint, "pretrained": model.tokenizer_fingerprint}
     lists = {name: read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
     inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
@@ -77,13 +71,20 @@ def pack(config: PackConfig) -> Artifact:
     )
 
 
-def _usable_positions(model: models.OpenModel) -> int | None:
-    """Return the longest text that the model has positions for; None where it has no limit."""
-    config = model.config
-    positions = config.get("max_position_embeddings")
-    if positions is None:
-        return None
-    return int(positions) - shapes.shape_of(config, model.name).first_position
+def within_positions(config: PackConfig, model: models.OpenModel) -> PackConfig:
+    """Return the config with the default of `block_tokens` lowered to the model's positions.
+
+    Raises:
+        ModelError: `block_tokens` was given, and is more than the model's positions.
+    """
+    positions = shapes.usable_positions(model.config, model.name)
+    if positions is None or config.block_tokens <= positions:
+        return config
+    if "block_tokens" not in config.model_fields_set:
+        return config.model_copy(update={"block_tokens": positions})
+    raise ModelError(
+        f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
+    )
 
 
 def _pack(

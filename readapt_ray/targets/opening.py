@@ -70,7 +70,7 @@ def open_target(address: addresses.Address) -> Iterator[Target]:
     try:
         with contextlib.closing(TARGETS[address.scheme].make(address)) as target:
             yield target
-    except (ReadaptError, KeyboardInterrupt):
+    except ReadaptError:
         raise
     except Exception as error:
         raise TargetError(f"{address.uri}: {type(error).__name__}: {first_line(error)[:_SHOWN]}") from error

@@ -136,15 +136,16 @@ def delete_lost(job: ExportJob, lookups: Lookups, number: int) -> Done:
     if not ledger.is_file():
         doc_ids = read_rows(job.previous.folder / name, 0, count, ("doc_id",))["doc_id"]
         lost = doc_ids.filter(pa.array(~lookups.now.find(doc_ids.to_pylist())[1]))
-        for first in range(0, len(lost), job.batch_rows):
-            batch = lost.slice(first, job.batch_rows).to_pylist()
-            _insist(job, functools.partial(_delete, doc_ids=batch))
+        batches = [lost.slice(at, job.batch_rows).to_pylist() for at in range(0, len(lost), job.batch_rows)]
+        if batches:
+            _insist(job, functools.partial(_delete, batches=batches))
         _write_ledger(ledger, pa.table({"doc_id": lost}), Done(0, 0, len(lost), 0))
     return _read_ledger(ledger)
 
 
-def _delete(target: Target, doc_ids: list[str]) -> None:
-    target.delete(doc_ids)
+def _delete(target: Target, batches: list[list[str]]) -> None:
+    for doc_ids in batches:
+        target.delete(doc_ids)
 
 
 def _rows(job: ExportJob, lookups: Lookups, stored: pa.Table, name: str) -> pa.Table:
