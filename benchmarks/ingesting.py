@@ -1,10 +1,10 @@
-"""Ingest in one process and in Ray tasks, over made passages in one JSON Lines file.
+"""Ingest generated passages from one JSON Lines file, in one process and in Ray tasks.
 
     python benchmarks/ingesting.py --work DIR --size 1000000
 
-Passages are 40 words; one in 50 repeats an earlier text, one in 500 an earlier id. Each way runs in a process of its own,
-Ray's start included. Told are seconds, CPU seconds of the process and its Ray together, and the peak memory of the driver. 1,000,000
-passages want 2 GB under DIR.
+A passage has 40 words; one in 50 repeats an earlier text, one in 500 an earlier id. Each of the two runs has its own process,
+and its time includes Ray's start. Reported are seconds, CPU seconds of the process with its Ray, and the driver's peak
+memory. 1,000,000 passages need 2 GB under DIR.
 """
 
 import argparse
@@ -48,7 +48,7 @@ _NEVER = 1 << 60
 
 
 def main() -> None:
-    """Measure both ways, or, told one, that one in this process."""
+    """Measure both ways, or only the one that `--way` names, in this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the source and the artifacts")
     parser.add_argument("--size", type=int, default=1_000_000, help="number of passages")
@@ -98,7 +98,7 @@ def by_itself(way: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured(way: str, source: Path, output: Path) -> dict[str, Any]:
-    """Ingest in this process or with its Ray."""
+    """Ingest in this process, or by tasks of a Ray that it starts."""
     stage = sys.modules["readapt_ray.stages.ingest"]
     stage.__dict__["MIN_PARALLEL_BYTES"] = _NEVER if way == "one_process" else 0
     shutil.rmtree(output, ignore_errors=True)

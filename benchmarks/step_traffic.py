@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, counted without one: kernels, arithmetic, bytes, saved activations, waits.
+"""Count what a training step asks of a GPU, without one: kernels, arithmetic, bytes, saved activations, host syncs.
 
     python benchmarks/step_traffic.py                     # a table of all shapes
     python benchmarks/step_traffic.py --shapes mistral-7b --json
@@ -101,7 +101,7 @@ _NOT_ELEMENTWISE = ("gemm", "attention")
 
 @dataclass
 class Count:
-    """What some operations ask of a device."""
+    """Kernels, bytes and arithmetic of some operations."""
 
     kernels: collections.Counter[str] = field(default_factory=collections.Counter)
     """Starts, by operation."""
@@ -117,17 +117,17 @@ class Count:
 
     @property
     def elementwise_bytes(self) -> int:
-        """Of all but matrix products and attention."""
+        """Bytes of all kernels but matrix products and attention."""
         return sum(size for kind, size in self.num_bytes.items() if kind not in _NOT_ELEMENTWISE)
 
 
 def _span(tensor: Tensor) -> int:
-    """Bytes of a tensor; what is broadcast is read once."""
+    """Return the bytes of a tensor; what is broadcast is read once."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 class _Counting(TorchDispatchMode):
-    """Adds every operation below autograd to a count."""
+    """Add every operation below autograd to a count."""
 
     def __init__(self, count: Count) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ class _Counting(TorchDispatchMode):
 
 
 class _FusedNorm(torch.autograd.Function):
-    """CUDA's kernels for root-mean-square norms, which the meta device takes apart."""
+    """CUDA's single kernels for root-mean-square norms, which the meta device takes apart."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class _FusedNorm(torch.autograd.Function):
 
 
 class _Autocast(contextlib.ContextDecorator):
-    """In place of torch.autocast, which refuses the meta device; `_AsOnCuda` does what it says."""
+    """Stand in for torch.autocast, which refuses the meta device; `_AsOnCuda` casts as it would."""
 
     is_on = False
 
@@ -196,7 +196,7 @@ _IN_FLOAT32 = {functional.rms_norm, functional.layer_norm}
 
 
 class _AsOnCuda(TorchFunctionMode):
-    """Norms and dropout as single kernels; the types that CUDA's autocast gives (torch's list for `CUDA Ops`)."""
+    """Run norms and dropout as single kernels, and cast as CUDA's autocast does (torch's list for `CUDA Ops`)."""
 
     count = Count()
     """Of the passes that run now."""
@@ -231,7 +231,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
 
 
 def make_model(name: str, num_layers: int) -> Any:
-    """A language model of a shape on the meta device with adapters, made ready as for training."""
+    """Return a language model of a shape on the meta device with adapters, made ready as for training."""
     options = dict(SHAPES[name], num_hidden_layers=num_layers)
     config = AutoConfig.for_model(**options)
     auto = AutoModelForMaskedLM if name == "modernbert-base" else AutoModelForCausalLM
@@ -246,7 +246,7 @@ def make_model(name: str, num_layers: int) -> Any:
 
 
 def make_batch(num_tokens: int, *, is_masked: bool) -> Batch:
-    """Passages of 80 tokens, end to end in one row of the meta device."""
+    """Return passages of 80 tokens, end to end in one row on the meta device."""
     lengths = [PASSAGE_TOKENS] * (num_tokens // PASSAGE_TOKENS)
     lengths += [num_tokens - sum(lengths)] if sum(lengths) < num_tokens else []
     passages = [Block(np.ones(length, np.int32), (length,), (number,)) for number, length in enumerate(lengths)]
@@ -255,14 +255,14 @@ def make_batch(num_tokens: int, *, is_masked: bool) -> Batch:
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
-    """The loss of a batch, as a training worker computes it."""
+    """Return the loss of a batch, as a training worker computes it."""
     with products_in(torch.bfloat16, model, "meta"):
         return objectives.loss_sum(model, batch)
 
 
 @dataclass
 class Pass:
-    """A forward and a backward pass."""
+    """The counts of a forward and a backward pass."""
 
     forward: Count
     backward: Count
@@ -270,7 +270,7 @@ class Pass:
 
     @property
     def counts(self) -> tuple[Count, Count]:
-        """Of both."""
+        """The sum of both counts."""
         return self.forward, self.backward
 
 
@@ -311,7 +311,7 @@ def _per_layer(few: float, many: float) -> float:
 
 
 def measure(name: str, num_tokens: int) -> dict[str, Any]:
-    """Every figure of a shape."""
+    """Return every figure of a shape."""
     batch = make_batch(num_tokens, is_masked=name == "modernbert-base")
     models = [make_model(name, num) for num in (FEW, MANY)]
     few, many = (run_pass(model, batch) for model in models)

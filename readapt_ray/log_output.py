@@ -1,4 +1,4 @@
-"""Where the package's log lines go: to the terminal of a command, or to a script's or a notebook's output."""
+"""Send the package's log lines to the terminal of a command, or to the output of a script or notebook."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""What is done, stale, running, stopped, failed and missing under a root, how fast it goes, and what it cost."""
+"""Find what is done, stale, running, stopped, failed and missing under a root, how fast it goes, and what it cost."""
 
 import datetime
 import time
@@ -49,7 +49,7 @@ def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> 
 
 
 def _row(location: Location, stage: str) -> dict[str, Any]:
-    """What one artifact says; one that cannot be read spoils no other."""
+    """Return the row of one artifact; one that cannot be read affects no other."""
     try:
         row = _done(location) or _unfinished(location, stage)
     except (ReadaptError, ValueError, TypeError, AttributeError, KeyError) as error:

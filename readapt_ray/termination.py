@@ -19,7 +19,7 @@ _AGAIN_S = 0.05
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: whoever cleans up after Ctrl-C cleans up after it, too."""
+    """SIGTERM was received. It is a KeyboardInterrupt, so that cleanup after Ctrl-C runs."""
 
 
 _is_ours = threading.Event()
@@ -34,13 +34,13 @@ def end_as_ctrl_c_does() -> None:
 
 
 def take_back() -> None:
-    """Put our handler in again, if this process had it; only the main thread can."""
+    """Install our handler again if this process had it; only the main thread can."""
     if _is_ours.is_set():
         end_as_ctrl_c_does()
 
 
 def is_told(stop: BaseException) -> bool:
-    """Whether SIGTERM ended the work: by our handler, or by Ray's, which exits with the number of the signal."""
+    """Return whether SIGTERM ended the work: by our handler, or by Ray's, which exits with the number of the signal."""
     return isinstance(stop, Terminated) or (isinstance(stop, SystemExit) and stop.code == signal.SIGTERM)
 
 

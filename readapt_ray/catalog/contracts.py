@@ -1,4 +1,4 @@
-"""What `readapt encoding` does: show how a model encodes text, and write it into its folder as readapt.json."""
+"""`readapt encoding`: show how a model encodes text, and write it into its folder as readapt.json."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Linear layers behind the pooling, as sentence-transformers keeps them in a model's folder (its Dense modules).
+"""Read the linear layers behind the pooling that sentence-transformers keeps in a model's folder (Dense modules).
 
 In: a folder with `modules.json`. Out: the size, activation and subfolder of each layer; no weight is read. LaBSE has one,
 EmbeddingGemma two.
@@ -22,7 +22,7 @@ _VECTOR = "sentence_embedding"
 
 @dataclass(frozen=True, kw_only=True)
 class DenseLayer:
-    """One layer: the vector times a matrix, and a function of each number."""
+    """One layer: a matrix, an optional bias, and an activation."""
 
     path: str
     """Its subfolder, such as `2_Dense`."""

@@ -1,4 +1,4 @@
-"""The most likely encoding of a model whose folder says nothing, from its architecture and its tokenizer.
+"""Guess the encoding of a model whose folder says nothing, from its architecture and its tokenizer.
 
 In: config.json and the tokenizer. Out: a guess for the user to look at; it is shown or written, and never used unasked.
 """

@@ -30,7 +30,7 @@ _TEXTS = ("doc_id", "title", "text")
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard of the index, and where its passages may lie in the corpus."""
+    """A shard of the index, and the part of the corpus that holds its passages."""
 
     record: "ShardRecord"
     first: int
@@ -72,14 +72,14 @@ def build_word_shards(
 
 
 def _count(shard: _Shard) -> WordCounts:
-    """On a worker: the words of a shard's passages."""
+    """Count the words of a shard's passages, in a Ray task."""
     counts = WordCounts()
     counts.add(each for each in _passages(shard) if each is not None)
     return counts
 
 
 def _build(shard: _Shard, whole: WordCounts) -> tuple[str, str]:
-    """On a worker: the scores of a shard, written; its name and their SHA-256."""
+    """Write the BM25 scores of a shard in a Ray task; return the file's name and SHA-256."""
     from readapt_ray.retrieval.index_files import words_file
 
     content = WordIndex.build([each or [] for each in _passages(shard)], whole).to_bytes()
@@ -88,7 +88,7 @@ def _build(shard: _Shard, whole: WordCounts) -> tuple[str, str]:
 
 
 def _passages(shard: _Shard) -> list[list[str] | None]:
-    """The words of each passage in the order of the shard; None where it was deleted."""
+    """Yield the words of each passage in the order of the shard; None where it was deleted."""
     from readapt_ray.retrieval.index_files import read_ids
     from readapt_ray.retrieval.index_shard import DELETED
 

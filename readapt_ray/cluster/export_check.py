@@ -20,17 +20,17 @@ TOP_K = 10
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a target's ten best are those of exact search."""
+    """Overlap of a target's ten best with those of exact search."""
 
     num_queries: int
     overlap_at_10: float
-    """On average."""
+    """Mean over the queries."""
     lowest: float
-    """Of one query."""
+    """The smallest overlap of any query."""
 
 
 def compare(target: Target, source: Artifact, vectors: ParquetRows, num_queries: int, *, is_small: bool) -> Agreement:
-    """Ask the target for vectors that are evenly spread over the corpus."""
+    """Query the target with vectors that are evenly spread over the corpus, and compare with exact search."""
     rows = np.unique(np.linspace(0, vectors.num_rows - 1, min(num_queries, vectors.num_rows)).astype(np.int64))
     _, queries = matrix_of(vectors.take(rows, VECTOR_COLUMNS), vectors.folder)
     queries = queries.copy()  # torch wants an array that may be written

@@ -1,4 +1,4 @@
-"""Ingest on the cluster: pieces of the source in tasks, repeats found by an exchange of digests through files.
+"""Ingest on the cluster: read pieces of the source in tasks, and find duplicates by an exchange of digests.
 
 Three rounds of Ray tasks. First each piece writes its passages, and 16-byte digests of ids and contents. Then each partition
 of the digests is read by one task, which finds repeats: of passages that share an id or a content the first in
@@ -41,7 +41,7 @@ def num_partitions(total_bytes: int) -> int:
 
 
 class ParallelIngest:
-    """One run over the pieces of a source."""
+    """Ingest the pieces of one source."""
 
     def __init__(
         self, workspace: Workspace, pieces: Sequence[Piece], job: PieceJob, *, fails_on_bad_rows: bool
@@ -84,7 +84,7 @@ class ParallelIngest:
             kept.write_text(plan)
 
     def _place(self) -> None:
-        """Tasks go anywhere, but to this node alone where the source lies on its disk."""
+        """Let tasks run anywhere; if the source is on this node's disk, only here."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         resources = connection.connect()
@@ -143,7 +143,7 @@ class ParallelIngest:
         }
 
     def _bad_rows(self, pieces: Sequence[dict[str, Any]], ids: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Sum up what is left out, and name the first rows in the order of the source."""
+        """Sum up the rows that are left out, and name the first in the order of the source."""
         reasons: Counter[str] = Counter()
         first = [(row >> ROW_BITS, line, "duplicate_id") for found in ids for row, line in found["first"]]
         for number, piece in enumerate(pieces):

@@ -80,7 +80,7 @@ def _encoded(
     batch_tokens: int | None,
     num_threads: int,
 ) -> Iterator[np.ndarray]:
-    """On a worker: the vectors of each piece's queries."""
+    """Encode the queries of each piece, in a Ray actor."""
     loaded = on_worker.load_encoder(
         retriever,
         encoding,

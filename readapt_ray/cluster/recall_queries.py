@@ -1,4 +1,4 @@
-"""The queries that the recall of an index is measured with.
+"""Choose the queries that the recall of an index is measured with.
 
 They are the corpus' own queries, and where it has fewer than 100, pieces of up to eight words of its passages. An index's
 own vectors would say too much: a graph finds best what it was built from.
@@ -92,7 +92,7 @@ def recall_texts(corpus: Artifact) -> list[str]:
 
 
 def _some_passages(corpus: Artifact, number: int, random: np.random.Generator) -> Sequence[str]:
-    """The texts of passages from a few files: a corpus may have thousands."""
+    """Return the texts of passages from a few files: a corpus may have thousands."""
     folder = corpus.location / "passages"
     names = [name for name, _ in folder.listing(".parquet")]
     names = [names[place] for place in random.permutation(len(names))[:_MAX_FILES]]
@@ -102,7 +102,7 @@ def _some_passages(corpus: Artifact, number: int, random: np.random.Generator) -
 
 
 def _piece(text: str, random: np.random.Generator) -> str:
-    """One to eight words of a text that follow each other."""
+    """Return one to eight consecutive words of a text."""
     length = int(random.integers(1, _MAX_WORDS + 1))
     words = text.split()
     if len(text) > 2 * _CHARACTERS_A_WORD * len(words):

@@ -1,4 +1,4 @@
-"""What must hold of a run before it ships: `nDCG@10 >= base - 0.005`, or `nDCG@10 >= 0.3`.
+"""Check what must hold of a run before it ships: `nDCG@10 >= base - 0.005`, or `nDCG@10 >= 0.3`.
 
 Enter requirements as text, means and comparisons with the baseline; leaves for each run whether each holds. Against the
 baseline it is a test of non-inferiority: the whole 95% interval of the difference must lie above the margin, so too few
@@ -20,7 +20,7 @@ _FORM = re.compile(
 
 
 class Requirement(NamedTuple):
-    """A measure, and what it must reach at least."""
+    """A measure, and the least value that it must reach."""
 
     text: str
     measure: str
@@ -58,7 +58,7 @@ def parse_requirement(text: str, measures: Sequence[str]) -> Requirement:
 def check_requirements(
     requirements: Iterable[Requirement], means: Mapping[str, Mapping[str, float]], comparisons: Sequence[Comparison]
 ) -> list[dict[str, Any]]:
-    """Whether each requirement holds for each run after the first; of a single run, for that one.
+    """Check each requirement for each run after the first; for a single run, check that one.
 
     Args:
         requirements: what must hold.

@@ -1,4 +1,4 @@
-"""The gated MLP of transformers' decoders with one tensor of its width less kept for the backward pass.
+"""Replace transformers' gated MLPs by one that saves one tensor less for the backward pass.
 
 Autograd keeps silu(gate) for the product; here the backward pass computes it again.
 """
@@ -14,7 +14,7 @@ _FAMILIES = frozenset(f"{family}MLP" for family in ("Llama", "Mistral", "Qwen2",
 
 
 class GatedMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer, 2020).
+    """Compute down(silu(gate(x)) * up(x)) (SwiGLU; Shazeer, 2020).
 
     Args:
         mlp: transformers' own; its layers are shared, so names and checkpoints stay as they are.
@@ -33,7 +33,7 @@ class GatedMLP(nn.Module):
 
 
 class _SiluTimes(torch.autograd.Function):
-    """silu(gate) * up."""
+    """Compute silu(gate) * up, and silu(gate) again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class _SiluTimes(torch.autograd.Function):
 
 
 def fuse(model: nn.Module) -> int:
-    """Put it in place of a model's gated MLPs with silu; how many there were."""
+    """Replace a model's gated MLPs with silu; return how many there were."""
     found = [
         name
         for name, module in model.named_modules()

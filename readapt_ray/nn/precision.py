@@ -1,4 +1,4 @@
-"""Which type products are computed in."""
+"""Choose the data type of matrix products in a forward pass."""
 
 import contextlib
 

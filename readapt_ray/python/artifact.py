@@ -1,4 +1,4 @@
-"""An artifact as a notebook wants it: short to print, and its rows as a table.
+"""Give artifacts what a notebook needs: a short repr, and their rows as a table.
 
 A table holds what the stage made: passages, blocks, vectors, a training log, ranked results, measures per query.
 """
@@ -35,7 +35,7 @@ _LOGS = ("train", "finetune")
 
 
 class Artifact(artifacts.Artifact):
-    """What a stage made: where it lies, what its manifest says, and its rows.
+    """The output of a stage: its location, its manifest and its rows.
 
     It can be given wherever a path is taken: `ra.train(corpus=corpus, ...)`.
     """
@@ -52,7 +52,7 @@ class Artifact(artifacts.Artifact):
         return self.location.local_path
 
     def __fspath__(self) -> str:
-        """Where it lies, so that it stands for its path or URI."""
+        """Return the location, so that the artifact can be given where a path is taken."""
         return self.uri
 
     def __repr__(self) -> str:
@@ -73,7 +73,7 @@ class Artifact(artifacts.Artifact):
         ]
 
     def to_arrow(self) -> pa.Table:
-        """All rows in memory.
+        """Return all rows in memory.
 
         Raises:
             InputError: the artifact is a model.
@@ -102,7 +102,7 @@ class Artifact(artifacts.Artifact):
         return self.to_arrow().to_pandas()
 
     def to_ray(self) -> "ray.data.Dataset":
-        """The rows as a Ray data set, which reads files when they are needed.
+        """Return the rows as a Ray Dataset, which reads files when they are needed.
 
         Raises:
             InputError: the artifact is a model.
@@ -129,13 +129,13 @@ class Artifact(artifacts.Artifact):
 
 
 def of(artifact: artifacts.Artifact) -> Artifact:
-    """The same artifact, for a notebook."""
+    """Return the same artifact as one for notebooks."""
     return Artifact(**{each.name: getattr(artifact, each.name) for each in dataclasses.fields(artifact)})
 
 
 @refusing_in_our_words
 def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
-    """The complete artifact in a folder.
+    """Open the complete artifact in a folder.
 
     Args:
         uri: its folder or URI.
@@ -168,7 +168,7 @@ class Results:
         return f"<pre>{html.escape(self._text)}</pre>"
 
     def to_pandas(self) -> "pd.DataFrame":
-        """The rows as pandas has them."""
+        """Return the rows as a pandas DataFrame."""
         import pandas as pd
 
         return pd.DataFrame(self.rows)

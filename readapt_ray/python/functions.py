@@ -1,4 +1,4 @@
-"""The functions of `import readapt_ray as ra`: a stage, a run, a comparison, each by its options.
+"""Make the functions of `import readapt_ray as ra` from the configs of stages, runs and comparisons.
 
 They take what the commands take, show progress without any set-up of logging, and refuse as the commands do.
 """
@@ -62,7 +62,7 @@ _RETURNS = {
 
 @functools.cache
 def function_of(name: str) -> Callable[..., Any]:
-    """The function of a row of the table, with the signature and the docstring that its config gives it."""
+    """Return the function of a row of the table, with the signature and docstring of its config."""
     work = FUNCTIONS[name]
     config_class: type[Config] = _found(work.config)
 
@@ -83,7 +83,7 @@ def _found(place: str) -> Any:
 
 
 def _config(name: str, config_class: type[Config], given: tuple[Any, ...], options: dict[str, Any]) -> Config:
-    """The options of a call as a config.
+    """Make a config from the options of a call.
 
     Raises:
         InputError: an option is unknown, missing or wrong, or was given without its name.
@@ -99,7 +99,7 @@ def _config(name: str, config_class: type[Config], given: tuple[Any, ...], optio
 
 
 def _presented(name: str, result: Any) -> Any:
-    """What a notebook gets: artifacts and tables that print well."""
+    """Wrap artifacts and tables so that they print well in a notebook."""
     if isinstance(result, artifacts.Artifact):
         return of(result)
     if name == "compare":

@@ -1,4 +1,4 @@
-"""A retriever in a notebook: encode texts, and search an index, in this process and without Ray.
+"""Encode texts and search an index in this process, without Ray.
 
 The whole index lies in memory, and so does the model. A corpus gives hits their titles and texts.
 """
@@ -78,14 +78,14 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for all that decides a vector."""
+        """Hash of everything that decides a vector."""
         return self._encoder.fingerprint
 
     @refusing_in_our_words
     def encode(
         self, texts: str | Sequence[str], kind: Kind, *, titles: Sequence[str] | None = None
     ) -> NDArray[np.float32]:
-        """The vectors of texts.
+        """Encode texts.
 
         Args:
             texts: N texts, or one.
@@ -112,7 +112,7 @@ class Encoder:
 
 
 class Retriever:
-    """A retriever with its index, ready to be asked.
+    """A retriever with its index in memory.
 
     Args:
         retriever: the model that made the vectors.
@@ -144,7 +144,7 @@ class Retriever:
 
     @refusing_in_our_words
     def search(self, query: str, top_k: int = 10) -> list[Hit]:
-        """The best passages of a query, best first.
+        """Return the best passages for a query, best first.
 
         Args:
             query: a text; `search_all` takes several.
@@ -159,7 +159,7 @@ class Retriever:
 
     @refusing_in_our_words
     def search_all(self, queries: Sequence[str], top_k: int = 10) -> list[list[Hit]]:
-        """The best passages of each query; see `search`."""
+        """Return the best passages for each query; see `search`."""
         from readapt_ray.retrieval.index_shard import search_shards
 
         if not len(queries):
@@ -179,5 +179,5 @@ def _hit(scored: ScoredDoc, passage: Passage | None) -> Hit:
 
 
 def _named(place: Place) -> str:
-    """The name, path or URI of a model, an index or a corpus."""
+    """Return the name, path or URI of a model, an index or a corpus."""
     return place.uri if isinstance(place, Artifact) else str(place)

@@ -1,4 +1,4 @@
-"""Signatures and docstrings of the functions of `import readapt_ray`, from the configs that also make flags and `--help`.
+"""Make signatures and docstrings for `import readapt_ray` from the configs that also make flags and `--help`.
 
 `inspect.signature`, `help` and completion in notebooks show them. `readapt_ray/__init__.pyi` holds the same for editors
 and type checkers, which do not run code.
@@ -26,7 +26,7 @@ _NO_PATHS = frozenset({"host", "name"})
 
 
 def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:
-    """Options as parameters, each given by name, the required ones first."""
+    """Return a signature with the options as keyword-only parameters, the required ones first."""
     fields = sorted(config_class.model_fields.items(), key=lambda item: not item[1].is_required())
     paths = (config_class.inputs | _MORE_PATHS) - _NO_PATHS
     parameters = [
@@ -42,14 +42,14 @@ def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:
 
 
 def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
-    """What `help` shows below the signature."""
+    """Return the text that `help` shows below the signature."""
     how = f"Give the options by name, or all of them as one {config_class.__name__}."
     raises = "Raises:\n    InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named."
     return "\n\n".join([f"{summary[0].upper()}{summary[1:]}.", how, options_text(config_class), returns, raises])
 
 
 def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which refuses an unknown or missing parameter with our own error, and says what was meant."""
+    """Wrap a function so that it refuses an unknown or missing parameter with our own error and the nearest spelling."""
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name != "self"]
     name = f"ra.{function.__qualname__.removesuffix('.__init__')}"
@@ -75,7 +75,9 @@ def _default(field: FieldInfo) -> Any:
 
 
 def _accepted(annotation: Any, *, is_path: bool) -> Any:
-    """What a caller may give for an option: text also as a path, lists of any kind, an encoding also as a file."""
+    """Return the types that a caller may give for an option: text also as a path, lists of any kind, an encoding as a
+    file.
+    """
     if annotation is str:
         return str | Path if is_path else str
     arguments = [each for each in typing.get_args(annotation) if each is not Ellipsis]
@@ -92,7 +94,7 @@ def _accepted(annotation: Any, *, is_path: bool) -> Any:
 
 
 def written(signature: inspect.Signature) -> tuple[list[str], str]:
-    """The parameters of a signature, and what it returns, as source that knows typing's names, Path and Sequence."""
+    """Return the parameters and the return type of a signature as source code."""
     parameters = [
         f"{each.name}: {_written(each.annotation)}"
         + ("" if each.default is inspect.Parameter.empty else f" = {each.default!r}")

@@ -1,4 +1,4 @@
-"""What can be known of a run before its first stage starts, checked at once.
+"""Check everything that can be known of a run before its first stage starts.
 
 Models and how they take text, the head and the layers that training needs, lengths against positions, files, room on
 the disk, and what stands under the root already. All that is wrong is said in one message.

@@ -1,4 +1,4 @@
-"""What the end of a run says: where the report is, and the commands that one needs next."""
+"""Print the end of a run: where the report is, and the commands that one needs next."""
 
 import shlex
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""From a run's YAML file, and changes of single options, to its config."""
+"""Read a run's YAML file into its config, with changes of single options."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +12,7 @@ from readapt_ray.yaml_files import options_of, read_yaml
 
 
 def read_run(file: str, changes: Mapping[str, Any]) -> RunConfig:
-    """The config of a run.
+    """Read the config of a run from its file.
 
     Args:
         file: its YAML file.
@@ -26,14 +26,14 @@ def read_run(file: str, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def changed(values: dict[str, Any], changes: Mapping[str, Any], *, where: str) -> RunConfig:
-    """The config of a run from options by name, some of them changed; see `read_run`."""
+    """Make the config of a run from options by name, some of them changed; see `read_run`."""
     for name, value in _by_name(changes):
         _change(values, name, value)
     return RunConfig.parse(values, where=where)
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """Name and value of `NAME=VALUE`, whose value is YAML.
+    """Split `NAME=VALUE` into the name and the value, which is YAML.
 
     Raises:
         InputError: it is something else.

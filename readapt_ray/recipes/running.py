@@ -1,4 +1,4 @@
-"""The main job: checks first, then stage after stage; `run.json` under the root says what was asked for and what failed.
+"""Run the main job: checks first, then stage after stage; record it in `run.json` under the root.
 
 In: a run's config. Out: its artifacts. `readapt-run.log` beside `run.json` holds the log of all starts.
 """
@@ -72,7 +72,7 @@ def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = 
 
 
 def read_record(root: Location) -> dict[str, Any]:
-    """What `run.json` under a root says; nothing where there is none of ours."""
+    """Return the content of `run.json` under a root; empty if there is none of ours."""
     file = root / RUN_NAME
     try:
         values = json.loads(file.read_bytes()) if file.is_file() else {}
@@ -140,7 +140,7 @@ class _Record:
 
 
 def _with_overwriting(steps: Sequence[Step], *, overwrite: bool, from_stage: str | None) -> list[Step]:
-    """The steps, with `overwrite` in the configs of those that may replace what is stale."""
+    """Return the steps, with `overwrite` set in the configs of those that may replace stale artifacts."""
     if from_stage is not None and from_stage not in RUN_STAGES:
         hint = meant(from_stage, RUN_STAGES) or f"the stages are {', '.join(RUN_STAGES)}"
         raise InputError(f"--from {from_stage!r} is no stage of the run; {hint}")
@@ -183,7 +183,7 @@ def _run_steps(config: RunConfig, steps: list[Step], record: _Record, made: dict
 
 
 def _leaves_gpus_idle(step: Step) -> bool:
-    """Whether there is something to do, and GPUs that it would leave idle."""
+    """Return whether a step has work to do and would leave GPUs idle."""
     if artifacts.read_manifest(step.config.output) is not None:
         return False
     from readapt_ray.cluster import connection
@@ -192,7 +192,7 @@ def _leaves_gpus_idle(step: Step) -> bool:
 
 
 def _has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
-    """Whether there is what search and evaluate need; says so where there is not.
+    """Return whether search and evaluate have what they need; log it if not.
 
     Raises:
         CorpusError: only one of queries and qrels is there.

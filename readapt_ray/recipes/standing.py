@@ -1,4 +1,4 @@
-"""What stands under the root of a run, compared with what the run would make there now.
+"""Compare what is under the root of a run with what the run would make there now.
 
 In: the steps of a run, and the manifests and leases under its root. Out: for each step whether its artifact is there,
 and why it is stale: made with other options, from another input, or from a stale artifact. Nothing large is read, but
@@ -25,7 +25,7 @@ _CAPPED = {("pack", "block_tokens")}
 
 @dataclass(frozen=True)
 class Standing:
-    """A step of a run, and what stands where its artifact belongs."""
+    """A step of a run, and the artifact at its output."""
 
     step: Step
     record: Mapping[str, Any] | None = None
@@ -38,12 +38,12 @@ class Standing:
 
     @property
     def is_stale(self) -> bool:
-        """Whether it was made from something else than the run would make it from."""
+        """Whether it was made from other options or inputs than the run would use."""
         return bool(self.changes or self.stale_inputs)
 
     @property
     def seconds(self) -> float:
-        """What it took."""
+        """Seconds that it took."""
         return float(self.record["seconds"]) if self.record else 0.0
 
 
@@ -108,7 +108,7 @@ def _inputs(step: Step) -> Iterator[tuple[str, str]]:
 
 
 def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
-    """The step that makes an input, or the folder in which it lies."""
+    """Return the step that makes an input, or the folder that it is in."""
     path = f"{value.partition('?')[0]}/"
     return next(
         (each for each in found.values() if path.startswith(f"{each.step.config.output.partition('?')[0]}/")), None
@@ -118,7 +118,7 @@ def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
 def _has_changed(
     step: Step, name: str, value: str, record: Mapping[str, Any], source: Standing | None, *, reads_models: bool
 ) -> bool:
-    """Whether an input is not what the artifact was made from, as far as that can be told without reading it."""
+    """Return whether an input differs from what the artifact was made from, as far as can be told without reading it."""
     known: str | None = record.get("inputs", {}).get(name)
     if known is None or isinstance(getattr(step.config, name), tuple):
         return False
@@ -133,7 +133,7 @@ def _has_changed(
 
 
 def summary(stale: Sequence[Standing]) -> str:
-    """What is stale and why, and how long each took, as one sentence."""
+    """Return what is stale and why, and how long each took, as one sentence."""
     reasons = dict.fromkeys(change for each in stale for change in each.changes)
     parts = [f"{each.step.name} ({duration(each.seconds)})" for each in stale]
     total = duration(sum(each.seconds for each in stale))

@@ -1,4 +1,4 @@
-"""BM25 over the words of passages, with statistics of the whole corpus.
+"""Compute BM25 scores over the words of passages, with statistics of the whole corpus.
 
 Enters: the passages of an index shard, and how often each word stands in all shards. Leaves: a sparse matrix of scores
 that `bm25s` made, 8 bytes per distinct word of a passage. Scores of shards are those of one index over all passages.
@@ -35,7 +35,7 @@ def words(text: str) -> list[str]:
 
 @dataclass
 class WordCounts:
-    """How often words stand in passages."""
+    """Number of passages that each word is in."""
 
     num_passages: int = 0
     num_words: int = 0
@@ -163,7 +163,7 @@ def search_words(
 
 
 def _rarity(num_with: NDArray[np.int64], num_passages: int) -> NDArray[np.float64]:
-    """The inverse document frequency of words, as Lucene has it."""
+    """Return the inverse document frequency of words, as Lucene computes it."""
     rarity: NDArray[np.float64] = np.log(1 + (num_passages - num_with + 0.5) / (num_with + 0.5))
     return rarity
 

@@ -1,4 +1,4 @@
-"""Columns that a corpus has beside doc_id, title and text, to filter searches by.
+"""Filter searches by columns that a corpus has beside doc_id, title and text.
 
 Enters: the files of the passages, and the doc_ids of some vectors. Leaves: the columns in the order of these, null where
 there is no passage. In memory lie the columns of these passages, and while they are read those of a million others.
@@ -45,7 +45,7 @@ def kept_columns(files: Sequence[Location]) -> dict[str, pa.DataType]:
 
 
 def _is_comparable(kind: pa.DataType) -> bool:
-    """A value or a list of values."""
+    """Return whether a type is a value that filters can compare, or a list of such values."""
     kind = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
     return _is_text(kind) or _is_number(kind) or pa.types.is_boolean(kind) or pa.types.is_temporal(kind)
 
@@ -108,7 +108,7 @@ class KeptColumns:
 
 
 def _tables(files: Sequence[Location], columns: list[str]) -> Iterator[pa.Table]:
-    """These columns of all files, about a million rows at a time."""
+    """Yield these columns of all files, about a million rows at a time."""
     read: list[pa.Table] = []
     for number, file in enumerate(files, start=1):
         with file.open_input() as stream:

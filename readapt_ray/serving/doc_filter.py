@@ -1,4 +1,4 @@
-"""Filters of a search: as requests and API keys write them, and as the parts of an index apply them."""
+"""Define filters of a search: as requests and API keys write them, and as the parts of an index apply them."""
 
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
@@ -19,7 +19,7 @@ _Comparable = Annotated[int, Field(strict=True)] | _Number | _Text
 
 
 class Bounds(BaseModel):
-    """Values from one to another; dates are written as in ISO 8601."""
+    """A range of values; dates are written as in ISO 8601."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -1,4 +1,4 @@
-"""Stand in for HAProxy when it dies: Ray notices after half a minute.
+"""Start HAProxy again when it dies, until Ray does: Ray notices after half a minute.
 
 A thread tries to connect to the port five times per second. If nobody listens, it starts HAProxy with the last configuration
 that had routes. Ray's next HAProxy takes over from it (`haproxy_start`).
@@ -21,7 +21,7 @@ _END_S = 10.0
 
 
 class Standby:
-    """Starts HAProxy again where it died, until `end`.
+    """Watch HAProxy's port, and start HAProxy again when nobody listens, until `end`.
 
     Args:
         binary: of HAProxy.
@@ -41,7 +41,7 @@ class Standby:
         self._thread.start()
 
     def end(self) -> None:
-        """Watch no more, and end the HAProxy that this has started."""
+        """Stop watching, and end the HAProxy that this has started."""
         self._ended.set()
         self._thread.join(_END_S)
 

@@ -43,7 +43,7 @@ def rewritten(config: str, folder: Path, header_s: str) -> str:
 
 
 def has_routes(config: str) -> bool:
-    """Whether requests go anywhere."""
+    """Return whether the configuration sends requests anywhere."""
     return any(line.strip().startswith("use_backend ") for line in config.splitlines())
 
 

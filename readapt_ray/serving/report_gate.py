@@ -1,4 +1,4 @@
-"""`--require-report`: serve only what a report measured, and only if what the report requires holds."""
+"""`--require-report`: serve only what a report measured, and only if its requirements hold."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Records that many tasks hand to many others through files: sorted by receiver, so that each reads its range alone.
+"""Exchange records between tasks through files that are sorted by partition, so that each task reads only its own.
 
 A file is a header of offsets and the records. A task that dies leaves no file, so it is done again. Digests have 128 bits:
 that any two of ten billion passages share one by chance, so that one of them is left out, is 1.5 in 10^19.

@@ -1,4 +1,5 @@
-"""What one task of a parallel ingest does: read a piece, find repeats in a partition, take repeats out of a piece.
+"""Do the work of one task of a parallel ingest: read a piece, find duplicates in a partition, or remove them from a
+piece.
 
 In `passages/` a piece first writes all its passages. Parts from which repeats were taken are marked in their footers, so that
 a run that was killed goes on. `exchange/` holds digests and what each task found, and is removed at the end. A task holds
@@ -34,7 +35,7 @@ _FILTERED = b"readapt.repeats_taken_out"
 
 @dataclass(frozen=True, kw_only=True)
 class PieceJob:
-    """What all tasks of one ingest share."""
+    """What all tasks of one ingest need to know."""
 
     output: Location
     table_format: str
@@ -58,7 +59,7 @@ class PieceJob:
 
 
 class _Digests:
-    """Writes digests of the passages of a piece for the exchange, a million of them to a file."""
+    """Write digests of the passages of a piece for the exchange, a million of them per file."""
 
     def __init__(self, job: PieceJob, piece: int) -> None:
         self.num_chunks = 0

@@ -1,4 +1,4 @@
-"""A source of rows cut into pieces that are read on their own: byte ranges of text files, row groups of Parquet.
+"""Split a source of rows into pieces that are read independently: byte ranges of text files, row groups of Parquet.
 
 Enters: the files of a `TableSource`. Leaves: pieces of 16 to 512 MB, in the order of the rows; small files share one. The cut
 depends on the files alone, never on the cluster. A line belongs to the range in which its first byte lies. A compressed
@@ -30,7 +30,7 @@ _TIMES_DECOMPRESSED = 5
 
 @dataclass(frozen=True)
 class FileRange:
-    """A part of one file: of its bytes, or of its row groups."""
+    """A part of one file: a range of its bytes, or of its row groups."""
 
     label: str
     file: Location
@@ -40,7 +40,7 @@ class FileRange:
     end: int
 
     def check_unchanged(self) -> None:
-        """See that the file is still what was listed.
+        """Check that the file still is the one that was listed.
 
         Raises:
             CorpusError: it is not.
@@ -53,7 +53,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one task reads: ranges of one file, or of several that follow each other."""
+    """The file ranges that one task reads."""
 
     number: int
     ranges: tuple[FileRange, ...]

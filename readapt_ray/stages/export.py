@@ -1,4 +1,4 @@
-"""The export stage: vectors become rows of a vector database.
+"""The export stage: send vectors to a vector database.
 
 In: vectors, the corpus that they are of, and an earlier export where there is one. Out: a collection in the target,
 and `rows/part-00000.parquet` and so on: what was sent, by file of vectors. A Ray task sends a file of vectors, and what

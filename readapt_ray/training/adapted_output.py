@@ -1,4 +1,4 @@
-"""The output of an adapted linear layer, and its gradients with few bytes moved and kept.
+"""Compute the output of an adapted linear layer and its gradients, with few bytes moved and kept.
 
     y = d * (W x + s B A x), d = m / norm        without d for LoRA
 
@@ -52,7 +52,7 @@ class AdaptedOutput(torch.autograd.Function):
         scaling: float,
         probability: float,
     ) -> Tensor:
-        """[..., I] to [..., O], in the type of `base`."""
+        """Map [..., I] to [..., O], in the type of `base`."""
         if base is None:
             assert weight_OI is not None
             base = functional.linear(x, weight_OI)
@@ -68,7 +68,7 @@ class AdaptedOutput(torch.autograd.Function):
         if magnitude_O is not None and norm_O is not None:
             share_O = torch.div(magnitude_O, norm_O, out=torch.empty_like(norm_O, dtype=base.dtype))
             y_NO.mul_(share_O)
-        kept_mask = mask if x.device.type == "cpu" else None
+        kept_mask = mask if keeps_mask(x.device.type) else None
         scaled_y = None if share_O is None else base
         ctx.save_for_backward(
             weight_OI, x, scaled_A_RI, cast_B_OR, low_rank_NR, scaled_y, magnitude_O, share_O, kept_mask
@@ -77,7 +77,7 @@ class AdaptedOutput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of base, x, A, B and m, in their places."""
+        """Return the gradients of base, x, A, B and m, in the order of forward's parameters."""
         weight_OI, x, scaled_A_RI, B_OR, low_rank_NR, y, magnitude_O, share_O, mask = ctx.saved_tensors
         gradient_NO, magnitude_grad = gradients[0].flatten(0, -2), None
         if share_O is not None:
@@ -102,6 +102,11 @@ class AdaptedOutput(torch.autograd.Function):
         return base_grad, None, x_grad, A_grad, B_grad, magnitude_grad, None, None, None
 
 
+def keeps_mask(device_type: str) -> bool:
+    """Return whether the mask is kept for the backward pass: on a CPU, where drawing it again takes longer."""
+    return device_type == "cpu"
+
+
 def column_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
     """Return the sum over N of one * other, [O].
 
@@ -114,13 +119,13 @@ def column_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
 
 
 def diagonal_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
-    """`column_products` by matrix products, for a multiple of 64 columns."""
+    """Compute `column_products` by matrix products, for a multiple of 64 columns."""
     one, other = (each.reshape(len(each), -1, _BLOCK).transpose(0, 1) for each in (one_NO, other_NO))
     return torch.bmm(one.mT, other).diagonal(dim1=1, dim2=2).flatten()
 
 
 def _dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The input of A, [N, I]."""
+    """Return the input of A after dropout, [N, I]."""
     return (x if mask is None else x * mask).flatten(0, -2).to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""The linear layers behind the pooling (`catalog/dense_layers.py`) in memory, and copied beside a merged model.
+"""Load the linear layers behind the pooling (`catalog/dense_layers.py`), and copy them beside a merged model.
 
 They are part of the retriever alone: a pretrained model has none, so a merge takes them as they are. They compute in
 float32, whatever the type of the model; EmbeddingGemma's two take 19 MB.
@@ -21,7 +21,7 @@ FIRST_NUMBER = 2
 
 
 class DenseHead(nn.Sequential):
-    """The layers in their order. `width` is how many numbers come out."""
+    """The Dense layers in order. `width` is the length of its output."""
 
     def __init__(self, parts: Sequence[nn.Module], width: int) -> None:
         super().__init__(*parts)

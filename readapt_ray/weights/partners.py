@@ -1,4 +1,4 @@
-"""Whether the weights of two models can be subtracted: the same tensors in the same shapes, and floating-point.
+"""Check that the weights of two models can be subtracted: the same tensors, in the same shapes, and floating-point.
 
 In: checkpoints, of which headers alone are read. Out: nothing, or an error that lists every tensor that does not fit.
 """

@@ -76,7 +76,7 @@ def test_previous_sends_what_changed_and_deletes_what_the_corpus_lost(place: Pla
     rows[worlds.doc_id(2)]["url"] = "https://example.org/moved"
     rows["new"] = {"title": "", "text": "a new text", "url": None}
     worlds.write(tmp_path / "new", rows, num_files=3)
-    artifact = exported(tmp_path / "new", place, previous=previous.uri, check=59)
+    artifact = exported(tmp_path / "new", place, previous=previous.uri, check=59, batch_rows=1)
     assert place.read() == expected(rows)
     changes = {"num_unchanged": 56, "num_changed": 2, "num_new": 1, "num_deleted": 2}
     assert artifact.manifest.details["changes"] == changes

@@ -112,13 +112,14 @@ def test_the_factored_norm_is_the_norm() -> None:
         assert torch.allclose(layer.norm, dense.norm(dim=1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.3])
+@pytest.mark.parametrize(("probability", "keeps_mask"), [(0.0, True), (0.3, True), (0.3, False)])
 @pytest.mark.parametrize("is_partitioned", [False, True])
 @pytest.mark.parametrize("method", ["dora", "lora"])
 def test_the_output_and_its_gradients_equal_the_reference(
-    method: str, is_partitioned: bool, probability: float
+    method: str, is_partitioned: bool, probability: float, keeps_mask: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float64, with the mask that the function draws. A magnitude of zero stays."""
+    """In float64, with the mask that the function draws, kept or drawn again as on a GPU. A magnitude of zero stays."""
+    monkeypatch.setattr("readapt_ray.training.adapted_output.keeps_mask", lambda device_type: keeps_mask)
     made = torch.Generator().manual_seed(3)
     sizes = ((2, 5, 6), (2, 6), (4, 2), (4,))
     x, A, B, m = (torch.randn(size, generator=made, dtype=torch.float64).requires_grad_() for size in sizes)
