@@ -137,3 +137,15 @@ def test_vectors_of_int8_are_sent_as_what_they_stand_for(world: Path) -> None:
     found, due = rows_in(world / "files"), worlds.matrix_of(ROWS)
     assert max(abs(due - [found[name]["vector"] for name in ROWS]).ravel()) < 0.01
     assert artifact.manifest.details["check"]["lowest"] == 1.0
+
+
+def test_the_check_says_how_many_of_the_ten_best_the_target_finds(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search = FilesTarget.search
+
+    def half_of_the_first(self: FilesTarget, vectors: Any, top_k: int) -> list[list[str]]:
+        first, *others = search(self, vectors, top_k)
+        return [[*first[:5], *(f"no {place}" for place in range(5))], *others]
+
+    monkeypatch.setattr(FilesTarget, "search", half_of_the_first)
+    found = exported(world, f"files:{world}/there", check=10).manifest.details["check"]
+    assert found == {"num_queries": 10, "overlap_at_10": 0.95, "lowest": 0.5}
