@@ -13,13 +13,13 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUFFIX = ".safetensors"
 _NAME = re.compile(rf"step-\d{{9,}}{re.escape(_SUFFIX)}")
@@ -72,7 +72,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
+    def save(self, step: int, state: "dict[str, Tensor]") -> None:
         """Begin to write the state after `step` steps, once the one before it is whole.
 
         Args:
@@ -90,7 +90,9 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, step: int, state: "dict[str, Tensor]") -> None:
+        from safetensors.torch import save as to_safetensors
+
         place = dict(zip(("epoch", "num_consumed"), self._data_order.consumed(step), strict=True))
         header = {"step": step, **place, **self._data_order.identity(), "order_version": _ORDER_VERSION}
         metadata = {name: json.dumps(value) for name, value in header.items()}
@@ -99,12 +101,14 @@ class CheckpointWriter:
             old.delete()
 
 
-def newest_checkpoint(folder: Location, data_order: DataOrder) -> tuple[int, dict[str, Tensor]] | None:
+def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, dict[str, Tensor]] | None":
     """The step and state of the newest whole checkpoint; None where there is none.
 
     Raises:
         CorruptFileError: checkpoints are there and none can be read, or the newest is in another data order.
     """
+    from safetensors.torch import load_file
+
     found = _newest(folder, data_order)
     if found is None:
         return None

@@ -25,7 +25,8 @@ from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
 from readapt_ray.training.packing import padded_width
 from readapt_ray.training.pairs import PairReader, Texts
-from readapt_ray.training.steps import NAMED_PASSAGES, StepWork
+from readapt_ray.training.shares import NAMED_PASSAGES
+from readapt_ray.training.steps import StepWork
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What each worker computes in each step: its micro-batches, cut from the blocks of all workers, as tensors.
+"""What each worker computes in each step: its micro-batches, cut from the blocks of all workers, as arrays.
 
 Passages are dealt to the workers in turn. Passes are collective where ZeRO partitions, so all workers run as many:
 a worker short of one repeats a passage at weight zero. Shares travel as Arrow tables, a row a step, 12 bytes a token.
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from readapt_ray.training import packing
-from readapt_ray.training.packing import Batch, Block, Masking
-from readapt_ray.training.steps import NAMED_PASSAGES
+from readapt_ray.training.packing import Batch, Block, Masking, Row
 
+NAMED_PASSAGES = 20
+"""Of a step whose loss is no number, in the message."""
 _TOKENS = ("input_ids", "position_ids", "labels")
 _COUNTS = ("step", "worker_rank", "num_own", "num_parts", "num_labels", "num_tokens", "num_slots", "num_passages")
 
@@ -27,7 +27,7 @@ class Share:
     step: int
     """Steps before this one."""
     worker_rank: int
-    batches: Sequence[Batch]
+    rows: Sequence[Row]
     """Micro-batches, and last the one to repeat at weight zero, where this worker has fewer than others."""
     num_own: int
     """Micro-batches that count."""
@@ -45,8 +45,8 @@ class Share:
     @property
     def parts(self) -> list[tuple[Batch, float]]:
         """Return micro-batches with their weights, as many as every other worker's."""
-        own = [(batch, 1.0) for batch in self.batches[: self.num_own]]
-        return own + [(self.batches[-1], 0.0)] * (self.num_parts - self.num_own)
+        own = [(row.batch(), 1.0) for row in self.rows[: self.num_own]]
+        return own + [(self.rows[-1].batch(), 0.0)] * (self.num_parts - self.num_own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Cutting:
         filler = [passages[:1]]
         return [
             Share(
-                batches=[self._collate(part, step) for part in own + filler * (len(own) < of_all["num_parts"])],
+                rows=[self._lay_out(part, step) for part in own + filler * (len(own) < of_all["num_parts"])],
                 worker_rank=rank,
                 num_own=len(own),
                 **of_all,
@@ -90,8 +90,8 @@ class Cutting:
             for rank, own in enumerate(groups)
         ]
 
-    def _collate(self, part: Sequence[Block], step: int) -> Batch:
-        return packing.collate(part, pad_id=self.pad_id, masking=self.masking, step=step)
+    def _lay_out(self, part: Sequence[Block], step: int) -> Row:
+        return packing.lay_out(part, pad_id=self.pad_id, masking=self.masking, step=step)
 
 
 def _row_tokens(part: Sequence[Block]) -> int:
@@ -101,43 +101,33 @@ def _row_tokens(part: Sequence[Block]) -> int:
 def shares_to_table(shares: Sequence[Share]) -> pa.Table:
     """Return shares of consecutive steps as a table, a row a share."""
     columns = {name: pa.array([getattr(share, name) for share in shares], pa.int64()) for name in _COUNTS}
-    for name in _TOKENS:
-        columns[name] = _lists([[getattr(batch, name)[0] for batch in share.batches] for share in shares])
-    columns["passage_ends"] = _lists([[batch.passage_ends for batch in share.batches] for share in shares])
-    columns["widths"] = pa.array([[batch.input_ids.shape[1] for batch in share.batches] for share in shares])
-    columns["num_ends"] = pa.array([[len(batch.passage_ends) for batch in share.batches] for share in shares])
+    for name in (*_TOKENS, "passage_ends"):
+        columns[name] = _lists([[getattr(row, name) for row in share.rows] for share in shares])
+    columns["widths"] = pa.array([[len(row.input_ids) for row in share.rows] for share in shares])
+    columns["num_ends"] = pa.array([[len(row.passage_ends) for row in share.rows] for share in shares])
     columns["first_passages"] = pa.array([share.first_passages for share in shares], pa.list_(pa.int64()))
     return pa.table(columns)
 
 
 def table_to_shares(table: pa.Table) -> Iterator[Share]:
     """Yield the shares of a table of `shares_to_table`."""
-    for row in range(table.num_rows):
-        tokens = [_split(table, name, "widths", row, np.int64) for name in _TOKENS]
-        ends = _split(table, "passage_ends", "num_ends", row, np.int32)
+    for index in range(table.num_rows):
+        tokens = [_split(table, name, "widths", index, np.int64) for name in _TOKENS]
+        ends = _split(table, "passage_ends", "num_ends", index, np.int32)
         yield Share(
-            batches=[
-                Batch(
-                    **{name: each[None] for name, each in zip(_TOKENS, of_batch, strict=True)},
-                    passage_ends=batch_ends,
-                    longest_passage=int(batch_ends.diff().max()),
-                )
-                for *of_batch, batch_ends in zip(*tokens, ends, strict=True)
-            ],
-            first_passages=table["first_passages"][row].as_py(),
-            **{name: table[name][row].as_py() for name in _COUNTS},
+            rows=[Row(*each) for each in zip(*tokens, ends, strict=True)],
+            first_passages=table["first_passages"][index].as_py(),
+            **{name: table[name][index].as_py() for name in _COUNTS},
         )
 
 
-def _lists(rows: Sequence[Sequence[torch.Tensor]]) -> pa.Array:
-    """A column of lists of int32: each row's tensors one after the other."""
-    offsets = np.cumsum([0, *(sum(len(each) for each in row) for row in rows)])
-    values = torch.cat([each for row in rows for each in row]).int().numpy()
+def _lists(rows: Sequence[Sequence[np.ndarray]]) -> pa.Array:
+    """A column of lists of int32: each row's arrays one after the other."""
+    offsets = np.cumsum([0, *(sum(map(len, row)) for row in rows)])
+    values = np.concatenate([each for row in rows for each in row]).astype(np.int32)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))
 
 
-def _split(
-    table: pa.Table, name: str, lengths: str, row: int, dtype: type[np.integer[Any]]
-) -> tuple[torch.Tensor, ...]:
+def _split(table: pa.Table, name: str, lengths: str, row: int, dtype: type[np.integer[Any]]) -> list[np.ndarray]:
     values = table[name][row].values.to_numpy().astype(dtype)
-    return torch.split(torch.from_numpy(values), table[lengths][row].as_py())
+    return np.split(values, np.cumsum(table[lengths][row].as_py())[:-1])

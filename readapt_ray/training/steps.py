@@ -20,8 +20,6 @@ from readapt_ray.training.speed import peak_flops
 
 T = TypeVar("T")
 B = TypeVar("B")
-NAMED_PASSAGES = 20
-"""Of a step whose loss is no number, in the message."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """What each worker computes in a step, and how it travels."""
 
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -55,10 +57,11 @@ def test_shares_travel_whole(masking: Masking | None) -> None:
     cutting = Cutting(pad_id=0, micro_batch_tokens=64, masking=masking)
     sent = [cutting.shares(blocks_of(num), 3, step)[2] for step, num in enumerate((40, 2, 17))]
     for one, other in zip(sent, table_to_shares(shares_to_table(sent)), strict=True):
-        told, heard = ({**vars(share), "batches": None, "first_passages": None} for share in (one, other))
+        told, heard = ({**vars(share), "rows": None, "first_passages": None} for share in (one, other))
         assert told == heard
         assert list(one.first_passages) == list(other.first_passages)
-        for ours, theirs in zip(one.batches, other.batches, strict=True):
+        for (ours, weight), (theirs, same) in zip(one.parts, other.parts, strict=True):
+            assert weight == same
             assert_same(ours, theirs)
 
 
@@ -70,3 +73,9 @@ def assert_same(one: Batch, other: Batch) -> None:
             assert torch.equal(value, there), name
         else:
             assert value == there, name
+
+
+def test_reading_loads_no_torch() -> None:
+    """It would take every process of the data stream a second of a core and 200 MB."""
+    code = "import sys, readapt_ray.cluster.block_stream; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
