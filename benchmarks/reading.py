@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--workers", default="1,2", help="numbers of workers, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/reading.json"))
     options = parser.parse_args()
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    ray.init("local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
     counts = [int(each) for each in options.workers.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         write_blocks(Path(folder) / "blocks", options.steps * max(counts) * STEP_TOKENS)
