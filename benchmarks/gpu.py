@@ -335,10 +335,10 @@ def weights(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """`readapt merge` as a command, and a change of scales in a live model."""
     from readapt_ray.catalog.models import open_model
     from readapt_ray.weights.adapter import Adapter
-    from readapt_ray.weights.checkpoint import Checkpoint
-    from readapt_ray.weights.live import LiveReadapter
+    from readapt_ray.weights.live_scales import LiveReadapter
     from readapt_ray.weights.loading import load_model
-    from readapt_ray.weights.readapter import Readapter
+    from readapt_ray.weights.merging import Readapter
+    from readapt_ray.weights.weight_files import Checkpoint
 
     work = emptied(options.work / "models")
     models = [merging.write_model(work / name, options.shape, seed) for seed, name in enumerate(("pre", "retriever"))]

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from readapt_ray.weights.checkpoint import file_header
+from readapt_ray.weights.weight_files import file_header
 
 RESULTS = Path(__file__).parent / "results" / "merging.json"
 SHAPES = {
@@ -274,10 +274,10 @@ import json, time, torch
 from pathlib import Path
 from readapt_ray.catalog.models import open_model
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
-from readapt_ray.weights.live import LiveReadapter
+from readapt_ray.weights.weight_files import Checkpoint
+from readapt_ray.weights.live_scales import LiveReadapter
 from readapt_ray.weights.loading import load_model
-from readapt_ray.weights.readapter import Readapter
+from readapt_ray.weights.merging import Readapter
 before = Checkpoint(Path({str(work / "pretrained")!r}))
 after = Checkpoint(Path({str(work / "retriever")!r}))
 seconds = []

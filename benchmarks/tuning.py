@@ -93,9 +93,9 @@ def parts(corpus: str, adapter: str) -> dict[str, float]:
     from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
     from readapt_ray.weights.adapter import Adapter
-    from readapt_ray.weights.checkpoint import Checkpoint
-    from readapt_ray.weights.live import LiveReadapter
-    from readapt_ray.weights.readapter import Readapter, open_retriever
+    from readapt_ray.weights.live_scales import LiveReadapter
+    from readapt_ray.weights.merging import Readapter, open_retriever
+    from readapt_ray.weights.weight_files import Checkpoint
 
     torch.set_num_threads(1)
     pretrained, retriever, knowledge = (models.open_model(name) for name in (PRETRAINED, RETRIEVER, adapter))

@@ -1,4 +1,4 @@
-"""Which files in an output folder are ours: patterns that every lease and manifest lists.
+"""Tell which files in an output folder are ours, by the patterns that every lease and manifest lists.
 
 In: the folder of an artifact, and the patterns of its record. Out: what is in the way, or what was removed. A
 pattern is a path relative to the artifact in which `*` stands for anything but a slash, so a record of 244,000
@@ -19,7 +19,6 @@ from readapt_ray.model_file_names import (
     INDEX_NAME,
     LENGTH_NAME,
     MODULES_NAME,
-    NORMALIZE_CONFIG_NAME,
     POOLING_CONFIG_NAME,
     PROMPTS_NAME,
     SINGLE_NAME,
@@ -56,7 +55,13 @@ _TRAINED = (
 _VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*")
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
-    "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),
+    "ingest": (
+        "passages/part-*.parquet",
+        "passages/.seen-*",
+        "exchange/*",
+        "queries/part-*.parquet",
+        "qrels/*.parquet",
+    ),
     "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),
@@ -67,7 +72,9 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         CONTRACT_NAME,
         MODULES_NAME,
         POOLING_CONFIG_NAME,
-        NORMALIZE_CONFIG_NAME,
+        f"*_Dense/{CONFIG_NAME}",
+        f"*_Dense/{SINGLE_NAME}",
+        f"*_Normalize/{CONFIG_NAME}",
         LENGTH_NAME,
         PROMPTS_NAME,
         "model.safetensors.cast.json",
@@ -92,7 +99,15 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     ),
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
-    "index": ("shards/*.faiss", "shards/*.ids.parquet", "shards/*.json", "shards/*.recall.npz", "shards/.seen-*"),
+    "index": (
+        "shards/*.faiss",
+        "shards/*.ids.parquet",
+        "shards/*.json",
+        "shards/*.recall.npz",
+        "shards/*.bm25.npz",
+        "shards/.seen-*",
+    ),
+    "export": ("rows/part-*.parquet", "rows/.seen-*", "deleted/part-*.parquet"),
     "search": (),
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
@@ -101,7 +116,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
 
 
 def record_of(location: Location, name: str) -> Location:
-    """Return where the manifest or the lease of an artifact lies."""
+    """Return the location of the manifest or the lease of an artifact."""
     return location.beside(f".{name}") if is_single_file(location) else location / name
 
 
@@ -187,7 +202,7 @@ def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few of some names, and how many more there are."""
+    """Return the first few of some names as text, and how many more there are."""
     shown = [name.encode(errors="backslashreplace").decode() for name in names[:_NUM_NAMED]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more" if more else "")
@@ -199,7 +214,7 @@ def _holds_a_file(folder: Location) -> bool:
 
 
 def _parents(patterns: Iterable[str]) -> set[str]:
-    """The folders, as patterns, that matching files lie in at any depth."""
+    """Return the folders, as patterns, in which matching files may be at any depth."""
     parts = [each.split("/") for each in patterns]
     return {"/".join(each[:depth]) for each in parts for depth in range(1, len(each))}
 

@@ -1,4 +1,4 @@
-"""Artifacts: folders whose `manifest.json`, written last, says that they are complete.
+"""Produce and open artifacts: folders whose `manifest.json`, written last, says that they are complete.
 
 A stage calls `produce` with its config, the fingerprints of its inputs and the work to do.
 
@@ -63,7 +63,7 @@ _VERSIONED_PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a complete artifact says of itself."""
+    """Describe a complete artifact; the content of `manifest.json`."""
 
     stage: str
     fingerprint: str
@@ -87,25 +87,25 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A complete artifact: where it lies and what it says of itself."""
+    """A complete artifact: its location and its manifest."""
 
     location: Location
     manifest: Manifest
 
     @property
     def fingerprint(self) -> str:
-        """The fingerprint of its content."""
+        """The fingerprint of its options and inputs."""
         return self.manifest.fingerprint
 
     @property
     def uri(self) -> str:
-        """Where it lies."""
+        """The location as text."""
         return self.location.uri
 
 
 @dataclass
 class Workspace:
-    """The folder that a stage fills. What it leaves in `counts` and `details` goes into the manifest."""
+    """The folder that a stage fills; `counts` and `details` go into the manifest."""
 
     location: Location
     fingerprint: str
@@ -114,7 +114,7 @@ class Workspace:
     details: dict[str, Any] = field(default_factory=dict)
 
     def progress(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
-        """Say how far the work is; shown to the user and to `readapt status`."""
+        """Report how far the work is, to the user and to `readapt status`."""
         self.reporter.update(done, total, unit=unit, note=note)
 
 
@@ -125,7 +125,7 @@ def fingerprint(content: Any) -> str:
 
 
 def read_manifest(uri: str | Location) -> Manifest | None:
-    """Return the manifest of the artifact in a folder; None where there is none, so no complete artifact.
+    """Return the manifest of the artifact in a folder, or None where no complete artifact is.
 
     A `manifest.json` of another program is none.
 
@@ -153,7 +153,7 @@ def read_manifest(uri: str | Location) -> Manifest | None:
 
 
 def names_under(root: Location) -> list[str]:
-    """The artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
+    """Return the artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
 
     What lies inside an artifact is not listed, so a root with millions of files takes a few requests. Records are
     told by what they say: a `manifest.json` of another program makes no artifact.
@@ -177,7 +177,10 @@ def names_under(root: Location) -> list[str]:
 
 
 def _is_artifact(location: Location) -> bool:
-    return read_manifest(location) is not None or read_lease(location) is not None
+    try:
+        return read_manifest(location) is not None or read_lease(location) is not None
+    except CorruptFileError:
+        return True  # one of ours that was cut short
 
 
 def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
@@ -200,7 +203,7 @@ def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) ->
 
 
 def open_artifact(uri: str, stage: str) -> Artifact:
-    """The complete artifact of a stage.
+    """Open the complete artifact of a stage.
 
     Raises:
         ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
@@ -229,7 +232,7 @@ def produce(
     work: Callable[[Workspace], None],
     identity: Mapping[str, Any] | None = None,
 ) -> Artifact:
-    """Make the artifact of a stage, unless it is there.
+    """Make the artifact of a stage, unless it is complete already.
 
     Args:
         stage: the stage's name.
@@ -268,7 +271,8 @@ def produce(
     }
     outputs.refuse_what_is_there(location, config, ours, there)
     manifest = _fill(location, ours, work, there=there, before=before)
-    logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
+    counts = counted(manifest.counts)
+    logger.info("%s: done in %s%s", stage, duration(manifest.seconds), counts and f", {counts}")
     return Artifact(location, manifest)
 
 
@@ -280,7 +284,7 @@ def _fill(
     there: Mapping[str, Any] | None,
     before: Mapping[str, Any] | None,
 ) -> Manifest:
-    """Do the work under a lease, on what is there if it is the same, on nothing if it is not."""
+    """Do the work under a lease: resume what is there if its fingerprint is the same, else start from nothing."""
     stage, identified = ours["stage"], ours["fingerprint"]
     goes_on = there is not None and there["fingerprint"] == identified
     replaces = there is not None and not goes_on
@@ -336,5 +340,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return "".join(f", {value:,} {name.removeprefix('num_').replace('_', ' ')}" for name, value in counts.items())
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
+    return ", ".join(
+        f"{value:,} {_singular(unit) if value == 1 else unit}"
+        for unit, value in ((name.removeprefix("num_").replace("_", " "), value) for name, value in counts.items())
+    )
+
+
+def _singular(plural: str) -> str:
+    return f"{plural[:-3]}y" if plural.endswith("ies") else plural.removesuffix("s")

@@ -1,4 +1,4 @@
-"""Whether a file that cannot be read is damaged itself, or the disk or network that it lies on failed for now.
+"""Tell a damaged file from a disk or network that failed for the moment.
 
 pyarrow tells both by the same exceptions: a Parquet file cut short and a busy object store are OSErrors without a
 number, and some answers of Google's store are plain ArrowExceptions.
@@ -14,7 +14,7 @@ _STORES = ("AWS Error", "google::cloud::Status", "UNAVAILABLE", "Azure Error")
 
 
 def is_damage(error: Exception) -> bool:
-    """Whether one of `READ_ERRORS` speaks of the file's content; reading again would raise it again."""
+    """Return whether one of `READ_ERRORS` is about the file's content, so that reading again would raise it again."""
     if isinstance(error, MemoryError) or any(store in str(error) for store in _STORES):
         return False
     return not (isinstance(error, OSError) and error.errno is not None)

@@ -1,4 +1,4 @@
-"""The environment variables of readapt_ray: where each is read, and what it may hold.
+"""Read the environment variables of readapt_ray.
 
 READAPT_API_KEYS, which is a small file in itself, is read in `serving/keys.py`.
 """

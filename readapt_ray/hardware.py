@@ -1,4 +1,4 @@
-"""What the work was done on, for manifests and heartbeats: this machine, and the cluster once it was joined."""
+"""Describe the machine and the cluster, for manifests, heartbeats and the sizes of thread pools."""
 
 import functools
 import math
@@ -24,7 +24,7 @@ def note_cluster(*, num_nodes: int, num_cpus: int, gpus: dict[str, int]) -> None
 
 
 def machine_info() -> dict[str, Any]:
-    """The driver's machine, and the cluster where there is one."""
+    """Describe the driver's machine, and the cluster if one was joined."""
     found: dict[str, Any] = {"driver": _this_machine()}
     return found | ({"cluster": dict(_cluster)} if _cluster else {})
 
@@ -79,7 +79,7 @@ def _quota_v1(folder: Path) -> int | None:
 
 
 def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies matrices faster in bfloat16 than in float32: by AMX or by AVX512_BF16.
+    """Return whether this CPU multiplies matrices faster in bfloat16 than in float32 (AMX or AVX512_BF16).
 
     With AVX512_BF16 alone (AMD Zen 4, one core) all-MiniLM-L6-v2 encodes 1.8 times, and the quickstart's model trains
     1.8 times as many tokens per second as in float32.
@@ -91,7 +91,7 @@ def has_bfloat16_units() -> bool:
 
 
 def memory_bytes() -> int:
-    """Of this machine, free or not."""
+    """Return the memory of this machine in bytes, free or not."""
     import psutil
 
     return int(psutil.virtual_memory().total)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from readapt_ray.errors import ArtifactConflictError, StorageError
+from readapt_ray.errors import ArtifactConflictError, StorageError, first_line
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
@@ -38,7 +38,7 @@ _SETTLE_S = 0.5
 
 
 def owner() -> dict[str, Any]:
-    """What stands for this process in a lease."""
+    """Return the fields of a lease that identify this process."""
     return {
         "owner": uuid.uuid4().hex,
         **_machine(),
@@ -49,7 +49,7 @@ def owner() -> dict[str, Any]:
 
 
 def read_lease(file: Location) -> dict[str, Any] | None:
-    """What a `building.json` says; None where there is none, or where another program wrote it."""
+    """Return the content of a `building.json`; None if there is none or another program wrote it."""
     try:
         values = json.loads(file.read_bytes())
     except (*_NO_FILE, ValueError):
@@ -58,7 +58,7 @@ def read_lease(file: Location) -> dict[str, Any] | None:
 
 
 def is_cut_short(file: Location) -> bool:
-    """Return whether a lease of ours lies there that a killed process only began to write.
+    """Return whether a file is the beginning of a lease that a killed process did not finish writing.
 
     On a local disk the first lease of an output is created in place, so a kill can leave its beginning, or nothing.
     """
@@ -73,13 +73,13 @@ def is_cut_short(file: Location) -> bool:
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:
-    """Whether the process that a lease names seems to work, at one look: the clock of another machine is believed."""
+    """Return whether the process of a lease seems to run, at one look: the clock of another machine is believed."""
     known = _is_alive_here(lease)
     return abs(time.time() - float(lease["heartbeat"])) < STALE_S if known is None else known
 
 
 def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None:
-    """The lease of the process that worked on the artifact at `location` and has stopped; None where there is none.
+    """Return the lease of a process that worked on the artifact at `location` and has stopped, or None.
 
     Raises:
         ArtifactConflictError: it goes on.
@@ -97,7 +97,7 @@ def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None
 
 
 def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
-    """Whether a lease changes while it is watched."""
+    """Return whether a lease changes while it is watched."""
     end_s = time.monotonic() + STALE_S
     while time.monotonic() < end_s:
         time.sleep(_HEARTBEAT_S)
@@ -110,7 +110,7 @@ def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
 
 
 class Lease:
-    """Holds the artifact at `location` for this process until the block ends.
+    """Hold the artifact at `location` for this process until the block ends.
 
     After an error `building.json` stays, as a mark to go on from; after success it is the caller's to delete.
     A main thread that works while another process takes the artifact over is interrupted, as by Ctrl-C.
@@ -158,22 +158,25 @@ class Lease:
         if error is None:
             return
         try:
-            self.confirm()
-            self.say(is_over=True)
+            self.say(is_over=True, error=first_line(error) if isinstance(error, Exception) else "")
         except (OSError, StorageError) as refused:
             logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
 
     def seconds(self) -> float:
-        """How long the work has taken, by earlier processes, too."""
+        """Return how long the work has taken, earlier processes included."""
         return float(round(self._says["seconds_before"] + time.monotonic() - self._started_s, 3))
 
     def say(self, **changes: Any) -> None:
-        """Change what the lease says."""
+        """Change what the lease says.
+
+        Raises:
+            ArtifactConflictError: another process took the artifact over; its lease stays as it is.
+        """
         self._says = {**self._says, **changes}
-        self._write()
+        self._renew()
 
     def confirm(self) -> None:
-        """Return if the artifact is still this process's.
+        """Return if this process still holds the artifact.
 
         Raises:
             ArtifactConflictError: another process took it over, or removed it.
@@ -198,15 +201,14 @@ class Lease:
         latest = read_lease(self._file)
         if latest is not None and latest["owner"] != (self._before or {}).get("owner"):
             raise _in_use(latest, self._location)
-        self._write()
+        self._file.write_text(self._text())
         time.sleep(_SETTLE_S)
         self.confirm()
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT_S):
             try:
-                self.confirm()
-                self._write()
+                self._renew()
             except ArtifactConflictError as lost:
                 logger.error("%s", lost)
                 self._interrupt()
@@ -220,8 +222,13 @@ class Lease:
         if self._is_on_main_thread and is_handled and main is not None and not self._stop.is_set():
             signal.pthread_kill(main, signal.SIGINT)
 
-    def _write(self) -> None:
+    def _renew(self) -> None:
+        """Confirm that the lease is ours and write it, as one step among the threads of this process.
+
+        Else one thread would see that another process took over while a second one writes ours again, and both give way.
+        """
         with self._writing:
+            self.confirm()
             self._file.write_text(self._text())
 
     def _text(self) -> str:
@@ -244,12 +251,12 @@ def _in_use(lease: Mapping[str, Any], location: Location) -> ArtifactConflictErr
 
 
 def _machine() -> dict[str, str]:
-    """Where a pid means the same process: containers may share the name of a host and its boot, and not their pids."""
+    """Identify the machine on which a pid means the same process: containers may share host name and boot, not pids."""
     return {"host": socket.gethostname(), "boot": _boot_id(), "pid_namespace": _pid_namespace()}
 
 
 def _is_alive_here(lease: Mapping[str, Any]) -> bool | None:
-    """Whether the process that a lease names works; None where it runs elsewhere, so that its pid says nothing."""
+    """Return whether the process of a lease runs; None if it is on another machine, so that its pid says nothing."""
     if lease.get("is_over"):
         return False
     if any(lease.get(name) != value for name, value in _machine().items()):

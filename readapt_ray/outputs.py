@@ -1,4 +1,4 @@
-"""What may be written to an output, and what is removed from it first.
+"""Decide what may be written to an output, and clear it first.
 
 In: the output, the record (manifest or lease) that lies there, and what a stage wants to write. Out: a refusal that
 names what is in the way, or a folder from which the files of an earlier artifact are gone.
@@ -23,7 +23,7 @@ LEFTOVERS = ""
 def refuse_what_is_there(
     location: Location, config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any] | None
 ) -> None:
-    """Say what stands in the way. `there` is a manifest or a lease.
+    """Raise an error that names what is in the way. `there` is a manifest or a lease.
 
     Raises:
         ArtifactConflictError: another artifact that may not be replaced, or files that no stage made.
@@ -50,7 +50,7 @@ def refuse_what_is_there(
 
 
 def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
-    """Refuse an output in which anything lies but a lease of ours: it may be the root of a run, a home or a mount."""
+    """Refuse an output that holds files other than a lease of ours: it may be the root of a run, a home or a mount."""
     lease = record_of(location, LEASE_NAME)
     is_ours = leases.is_cut_short(lease) or leases.read_lease(lease) is not None
     if is_single_file(location):
@@ -69,7 +69,7 @@ def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
 
 
 def listed_files(record: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """The patterns of the files that a manifest or lease calls its own; of earlier releases, what their stages wrote."""
+    """Return the patterns of the files that a manifest or lease lists; for earlier releases, what their stages wrote."""
     if record is None:
         return ()
     return tuple(record.get("files") or STAGE_FILES.get(record["stage"], ()))
@@ -95,7 +95,7 @@ def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str
 
 
 def forget_if_empty(location: Location, files: Sequence[str]) -> None:
-    """Leave no trace of work that was refused before it wrote anything, so that mended input is not another artifact."""
+    """Remove the lease of work that was refused before it wrote anything, so that corrected input can start afresh."""
     if location.is_file():
         return
     artifact_files.remove_empty_folders(location, files)
@@ -104,7 +104,7 @@ def forget_if_empty(location: Location, files: Sequence[str]) -> None:
 
 
 def clear(location: Location, listed: Sequence[str]) -> None:
-    """Remove what a record lists; the manifest first, so that it never stands over a part of the data."""
+    """Remove the files that a record lists; the manifest first, so that it never describes a part of the data."""
     record_of(location, MANIFEST_NAME).delete()
     if location.is_file():
         location.delete()

@@ -1,5 +1,6 @@
-"""The four records that the whole package speaks of, and how each lies in Parquet."""
+"""Define the four records of the field, and how each is stored in Parquet."""
 
+import hashlib
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -14,14 +15,14 @@ class Passage(NamedTuple):
 
 
 class Query(NamedTuple):
-    """What is searched for."""
+    """A text to search for."""
 
     query_id: str
     text: str
 
 
 class Qrel(NamedTuple):
-    """A judgement: how relevant a passage is to a query; 0 is not at all."""
+    """A judgement: how relevant a passage is to a query; 0 means not at all."""
 
     query_id: str
     doc_id: str
@@ -36,13 +37,25 @@ class ScoredDoc(NamedTuple):
     score: float
 
 
-PASSAGE_SCHEMA = pa.schema([("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+_HASH_BYTES = 16
+
+
+def content_hash(title: str | None, text: str) -> bytes:
+    """Return 16 bytes that stand for title and text: any two of ten billion share it with a chance of 1.5 in 10^19."""
+    content = f"{title or ''}\0{text}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
+
+
+PASSAGE_SCHEMA = pa.schema(
+    [("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("content_hash", pa.binary(_HASH_BYTES))]
+)
+"""Passages that an older ingest wrote have no `content_hash`."""
 QUERY_SCHEMA = pa.schema([("query_id", pa.string()), ("text", pa.string())])
 QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("relevance", pa.int64())])
 
 
 def vector_schema(dimension: int, dtype: str) -> pa.Schema:
-    """Vectors as plain Arrow: `dtype` is float32, float16 or int8, `dimension` numbers a row.
+    """Return the Arrow schema of vectors: `dtype` is float32, float16 or int8, `dimension` numbers per row.
 
     int8 vectors have a `scale`: a number times it is what was encoded. `content_hash` is of title and text.
     """

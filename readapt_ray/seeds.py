@@ -1,4 +1,4 @@
-"""Seeds of random draws: one function makes all of them, so that no two uses share draws.
+"""Derive the seeds of random draws in one place, so that no two uses share draws.
 
 Adding a step number to a seed makes step 0 of seed 1 draw what step 1 of seed 0 draws, and NumPy takes [seed], [seed, 0]
 and [seed, 0, 0] for the same seed. A hash of all parts has neither fault.

@@ -1,4 +1,4 @@
-"""Files and folders on any filesystem that `pyarrow.fs` opens by URI.
+"""Read, write and list files and folders on any filesystem that `pyarrow.fs` opens by URI.
 
 A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Whole files only: a
 write is seen entirely or not at all (a temporary name, then a rename on a disk, or a copy inside an
@@ -71,7 +71,7 @@ class Location:
 
     @property
     def filesystem(self) -> pafs.FileSystem:
-        """The pyarrow filesystem that holds it."""
+        """The pyarrow filesystem of this location."""
         return self._opened[0]
 
     @property
@@ -81,7 +81,7 @@ class Location:
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies on this machine's disk."""
+        """Whether it is on this machine's disk."""
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
     @property
@@ -104,30 +104,31 @@ class Location:
         return Location(extended(self.uri, f"/{part}"))
 
     def beside(self, suffix: str) -> "Location":
-        """The place whose name has this suffix after this one's."""
+        """Return the location whose name is this name plus a suffix."""
         return Location(extended(self.uri, suffix))
 
     def exists(self) -> bool:
-        """Whether there is a file or folder here."""
-        return bool(self._info().type != pafs.FileType.NotFound)
+        """Return whether there is a file or folder."""
+        return bool(self.info().type != pafs.FileType.NotFound)
 
     def is_file(self) -> bool:
-        """Whether there is a file here."""
-        return bool(self._info().type == pafs.FileType.File)
+        """Return whether there is a file."""
+        return bool(self.info().type == pafs.FileType.File)
 
     def is_folder(self) -> bool:
-        """Whether there is a folder here."""
-        return bool(self._info().type == pafs.FileType.Directory)
+        """Return whether there is a folder."""
+        return bool(self.info().type == pafs.FileType.Directory)
 
     def size_bytes(self) -> int:
-        """The length of the file."""
-        return int(self._info().size)
+        """Return the length of the file in bytes."""
+        return int(self.info().size)
 
-    def _info(self) -> pafs.FileInfo:
+    def info(self) -> pafs.FileInfo:
+        """Return what the filesystem says of it: kind, size and time."""
         return self.filesystem.get_file_info(self.path)
 
     def files(self, suffix: str = "", *, recursive: bool = False) -> list["Location"]:
-        """The files in this folder in the order of their names; none where there is no folder.
+        """Return the files in this folder in the order of their names; none if there is no folder.
 
         Temporary files of unfinished writes are left out.
         """
@@ -148,7 +149,7 @@ class Location:
         return sorted(found, key=lambda pair: pair[0])
 
     def children(self) -> tuple[list[str], list[str]]:
-        """Names of the files and of the folders right under this folder, temporary ones left out."""
+        """Return the names of the files and folders directly in this folder, without temporary ones."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
         infos = [each for each in self.filesystem.get_file_info(selector) if not each.base_name.startswith(_TEMPORARY)]
         files = [each.base_name for each in infos if each.type == pafs.FileType.File]
@@ -181,7 +182,7 @@ class Location:
         return sorted(files), sorted(folders)
 
     def read_bytes(self) -> bytes:
-        """The whole file.
+        """Return the content of the file.
 
         Raises:
             FileNotFoundError: there is none.
@@ -198,7 +199,7 @@ class Location:
                 time.sleep(_BACKOFF_S * 2**attempt)
 
     def _read_at_once(self) -> bytes:
-        """Read the file; a large one of an object store in ranges, several at a time, since one stream gives 50 to 100 MB/s."""
+        """Read the file; a large one from an object store in parallel ranges, since one stream gives 50 to 100 MB/s."""
         with self.filesystem.open_input_file(self.path) as file:
             size = file.size()
             if self.is_local or size <= _RANGE_BYTES:
@@ -208,15 +209,15 @@ class Location:
                 return b"".join(pool.map(lambda start: file.read_at(min(_RANGE_BYTES, size - start), start), starts))
 
     def read_text(self) -> str:
-        """The whole file as UTF-8."""
+        """Return the content of the file as UTF-8."""
         return self.read_bytes().decode("utf-8")
 
     def open_input(self) -> IO[bytes]:
-        """A readable, seekable binary file."""
+        """Open a readable, seekable binary file."""
         return self.filesystem.open_input_file(self.path)  # type: ignore[no-any-return]
 
     def write_bytes(self, data: bytes) -> None:
-        """Write the whole file, replacing one that is there.
+        """Write the whole file, replacing an existing one.
 
         Raises:
             StorageError: the disk is full, or the folder may not be written.
@@ -225,11 +226,11 @@ class Location:
             stream.write(data)
 
     def write_text(self, text: str) -> None:
-        """Write the whole file as UTF-8, replacing one that is there."""
+        """Write the whole file as UTF-8, replacing an existing one."""
         self.write_bytes(text.encode("utf-8"))
 
     def create_text(self, text: str) -> bool:
-        """Write the file on a local disk unless there is one; of several processes only one is told True.
+        """Create the file on a local disk unless it exists; if several processes try, only one gets True.
 
         Unlike other writes this one may be seen half.
 
@@ -253,7 +254,7 @@ class Location:
 
     @contextlib.contextmanager
     def open_output(self) -> Iterator[IO[bytes]]:
-        """A binary file to write; it appears under its name when the block ends without an error.
+        """Open a binary file to write; it gets its name when the block ends without an error.
 
         Raises:
             StorageError: the disk is full, or the folder may not be written.
@@ -290,7 +291,7 @@ class Location:
             raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {mend}{again}") from error
 
     def _publish(self, temporary: str) -> None:
-        """Give a written file its name."""
+        """Rename a written file to its final name."""
         if self.is_local:
             with Path(temporary).open("rb") as written:
                 os.fsync(written.fileno())
@@ -329,7 +330,7 @@ class Location:
                 self.filesystem.delete_file(self.path)
 
     def remove_if_empty(self) -> None:
-        """Remove a folder of a local disk if nothing is in it. Object stores have no empty folders, only marks of them."""
+        """Remove a folder of a local disk if it is empty. Object stores have no empty folders, only markers of them."""
         if self.is_local:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)
@@ -364,15 +365,12 @@ class Location:
         A store is not read, so that a corpus of terabytes is not fetched to be recognised.
         """
         if self.is_file():
-            infos = [(self.name, self, self._info())]
+            infos = [(self.name, self, self.info())]
         else:
             infos = [
                 (name, self / name, info) for name, info in self.listing(recursive=True) if name.endswith(suffixes)
             ]
-        return {
-            name: location.sha256() if self.is_local else f"{info.size}:{info.mtime_ns}"
-            for name, location, info in infos
-        }
+        return {name: location.sha256() if self.is_local else state_of(info) for name, location, info in infos}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -381,7 +379,12 @@ def _sha256_of(location: Location, state: tuple[int, ...]) -> str:
     return location._sha256()
 
 
+def state_of(info: pafs.FileInfo) -> str:
+    """Return size and time of a file; they differ when it was written again."""
+    return f"{info.size}:{info.mtime_ns}"
+
+
 def name_when_whole(name: str) -> str | None:
-    """The name that a temporary file of a write of ours would get at its end; None for any other file."""
+    """Return the final name of a temporary file that a write of ours made; None for any other file."""
     found = _TEMPORARY_NAME.fullmatch(name)
     return found[1] if found else None

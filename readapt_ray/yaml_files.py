@@ -1,4 +1,4 @@
-"""YAML that users wrote: every mistake in it is one line that names the file and the place."""
+"""Read YAML that users wrote: every mistake becomes one line that names the file and the place."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ def read_yaml(location: Location, what: str) -> list[Any]:
 
 
 def parse_yaml(text: str, where: str) -> list[Any]:
-    """Return the documents of a YAML text; `where` is what the error calls it.
+    """Return the documents of a YAML text; errors call it `where`.
 
     Raises:
         InputError: it is not YAML.

@@ -17,6 +17,7 @@ from readapt_ray import artifacts, leases
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, InputError
+from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 from tests import object_store
 
@@ -181,6 +182,22 @@ def test_no_manifest_is_written_over_the_work_of_another(tmp_path: Path) -> None
     assert lease is not None
     assert lease["owner"] == "other"
     assert artifacts.read_manifest(str(tmp_path / "a")) is None
+
+
+def test_what_a_lease_says_is_not_written_over_the_lease_of_another(tmp_path: Path) -> None:
+    """Else the first sees the other's lease and gives way, and the other sees this one and gives way, too."""
+    file = Location(str(tmp_path / "building.json"))
+    lease = leases.Lease(
+        file,
+        Location(str(tmp_path)),
+        ProgressReporter("copy"),
+        before=None,
+        says={"stage": "copy", "seconds_before": 0.0},
+    )
+    with pytest.raises(ArtifactConflictError, match="process 1 on there"), lease:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"owner": "other", "pid": 1, "host": "there"}))
+        lease.say(files=["a"])
+    assert json.loads(file.read_text())["owner"] == "other"
 
 
 @pytest.mark.usefixtures("soon")

@@ -136,10 +136,10 @@ def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict
 
 
 def test_a_compiled_run_that_training_would_start_is_planned_too() -> None:
-    """7B at 4,096 tokens needs 39.7 GB by the old plan and 20.9 GB compiled, between which a GPU's memory may lie."""
+    """7B needs 41.4 GB as it is and 38.2 GB compiled, between which a GPU's memory may be."""
     shape = pretrained_shape("mistralai/Mistral-7B-v0.1")
     gpu = machines.NodeGroup(
-        name="g", count=1, cpus=8, memory_bytes=2e11, gpu="L40", gpus=1, gpu_flops=1e14, gpu_memory_bytes=48e9
+        name="g", count=1, cpus=8, memory_bytes=2e11, gpu="L40", gpus=1, gpu_flops=1e14, gpu_memory_bytes=42.5e9
     )
     cluster = machines.Cluster(name="c", groups=(gpu,))
     fits = {}
@@ -660,3 +660,18 @@ def test_a_stage_pays_for_as_many_gpu_nodes_as_it_has_workers(run_file: Path) ->
     assert [stage_usd(each, few.setting.cluster) for each in trained] == pytest.approx(by_hand)
     waiting = few.costs_of(trained[:1])[1]
     assert waiting.usd == pytest.approx(by_hand[0] + 300 / 3600 * head + waiting.waiting_usd)
+
+
+@pytest.mark.parametrize(
+    ("value", "as_count", "as_bytes"),
+    [
+        (0, "0", "0 B"),
+        (999.6, "1 K", "1 KB"),
+        (8.84e6, "8.84 M", "8.84 MB"),
+        (1e9, "1 B", "1 GB"),
+        (3e12, "3 T", "3 TB"),
+        (2.4e16, "24,000 T", "24 PB"),
+    ],
+)
+def test_numbers_have_the_units_that_people_use_and_bytes_those_of_bytes(value, as_count, as_bytes):
+    assert (plan_report.count(value), plan_report.size(value)) == (as_count, as_bytes)

@@ -1,4 +1,4 @@
-"""GPU nodes that Ray's autoscaler brings when a stage asks for them, and takes away when none does.
+"""Ask Ray's autoscaler for GPU nodes when a stage needs them, and release them when none does.
 
 READAPT_NUM_GPUS says how many GPUs the cluster may grow to; without it the cluster is what is up. While a stage
 runs, what it asked for is requested, so that a lost spot node is replaced; afterwards nothing is, and idle nodes end after
@@ -23,13 +23,13 @@ _PATIENCE_S = 300.0
 
 
 def may_grow(each: Mapping[str, float]) -> bool:
-    """Whether the autoscaler may bring nodes for workers that ask for so much."""
+    """Return whether the autoscaler may add nodes for workers with these resources."""
     return bool(each.get("GPU")) and environment.num_gpus() is not None
 
 
 @contextlib.contextmanager
 def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Iterator[None]:
-    """While the block runs, ask the autoscaler for room for these workers; begin the block once enough is there.
+    """Ask the autoscaler for room for these workers while the block runs; enter the block once there is enough.
 
     Args:
         num_workers: how many are wanted; the block begins at once where all have room.
@@ -53,7 +53,7 @@ def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Ite
 
 
 def _wait(num_workers: int, each: Mapping[str, float], least: int) -> None:
-    """Wait until there is room; the nodes that came are checked, and noted for manifests."""
+    """Wait until there is room; check the nodes that were added, and note them for manifests."""
     before = {node["NodeID"] for node in nodes.alive()}
     started_s, said_s = time.monotonic(), 0.0
     while (room := nodes.room_for(each)) < num_workers:

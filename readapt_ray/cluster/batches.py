@@ -1,4 +1,4 @@
-"""Batches that feed every worker: chosen where batch_size is auto, else checked before anything starts."""
+"""Make sure that a batch feeds every worker: choose the batch size if it is auto, else check it before anything starts."""
 
 import logging
 from typing import TYPE_CHECKING, TypeVar
@@ -19,7 +19,8 @@ C = TypeVar("C", bound=OptimizationConfig)
 
 
 def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
-    """Return the config with the batch size that auto stands for, the workers that it feeds and their learning rate.
+    """Return the config with `batch_size: auto` replaced by a number, with as many workers as it feeds and their
+    learning rate.
 
     The batch size of an output is chosen once, and kept in it: a run that goes on with other workers takes the same steps.
 
@@ -49,12 +50,14 @@ def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
 
 
 def least_workers(config: OptimizationConfig, offered: int) -> int:
-    """Return how many workers train however small the corpus is: those asked for, and all that share a model by ZeRO."""
+    """Return how many workers train however small the corpus is: those asked for, and all that ZeRO shares a model
+    over.
+    """
     return offered if config.num_workers or config.zero_stage else 1
 
 
 def check_batch_feeds(config: OptimizationConfig, batch_size: int, unit: str) -> None:
-    """See that each worker gets a part of each batch.
+    """Check that each worker gets a part of each batch.
 
     Args:
         config: how many workers were asked for.

@@ -1,4 +1,4 @@
-"""Ray tasks of which only a few run at once, so that results and memory keep their bounds."""
+"""Run a few Ray tasks at a time, so that memory for their results stays bounded."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar

@@ -1,4 +1,4 @@
-"""The one place that starts or joins Ray: quiet on the terminal, complete in the log files.
+"""Start or join Ray, in this one place: quiet on the terminal, complete in the log files.
 
 On a cluster whose nodes come up one by one, READAPT_NUM_NODES says how many to wait for when it is joined
 (READAPT_WAIT_S seconds at most, 900 by default); without it, 50 seconds for the first node that has a CPU.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from readapt_ray import environment, hardware
+from readapt_ray import environment, hardware, termination
 from readapt_ray.cluster import launcher
 from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
@@ -51,7 +51,7 @@ _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 @dataclass(frozen=True)
 class Resources:
-    """What the cluster has in all."""
+    """Resources of the whole cluster."""
 
     num_cpus: int
     num_gpus: int
@@ -60,7 +60,7 @@ class Resources:
 
 
 def connect(*, check_versions: bool = True) -> Resources:
-    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; nothing happens where it runs already.
+    """Join the cluster of `RAY_ADDRESS`, or start Ray on this machine; do nothing if Ray runs already.
 
     Args:
         check_versions: refuse nodes that do not run what the driver runs.
@@ -78,6 +78,7 @@ def connect(*, check_versions: bool = True) -> Resources:
         joins = not ray.is_initialized()
         if joins:
             _join(os.environ.get("RAY_ADDRESS"))
+        termination.take_back()
         _hush_ray_data()
         nodes = _nodes_that_came(num_nodes if joins else 1)
         if joins and check_versions and len(nodes) > 1:
@@ -149,13 +150,13 @@ def _start_on_this_machine() -> None:
 
 
 def _of_the_job() -> dict[str, str]:
-    """The variables that the runtime environment of a submitted job sets for all workers; Ray lets none be set twice."""
+    """Return the variables that a submitted job's runtime environment sets for all workers; Ray lets none be set twice."""
     of_job = json.loads(os.environ.get(_JOB_VARIABLE, "{}")).get("runtime_env") or {}
     return dict(of_job.get("env_vars") or {})
 
 
 def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
-    """The nodes that are up, once there are as many as are waited for.
+    """Return the nodes that are up, once there are as many as `READAPT_NUM_NODES` asks for.
 
     Raises:
         PlacementError: they did not come in time, or none of them has a CPU for tasks.
@@ -182,13 +183,13 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
 
 
 def _why_not_launched() -> str:
-    """What the cluster launcher could not start, as the end of a message; nothing where all went well."""
+    """Return, as the end of a message, what the cluster launcher could not start; empty if nothing failed."""
     failures = launcher.failures()
     return f"; the launcher could not start {'; '.join(failures)}" if failures else ""
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
-    """See that all nodes run this package and this torch.
+    """Check that all nodes run the same version of this package and of torch.
 
     Raises:
         PlacementError: some do not; it names them.
@@ -206,7 +207,7 @@ def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
 
 
 def version_reader() -> Callable[[], dict[str, str]]:
-    """A function that returns the versions of this package and of torch; it travels to nodes without the package."""
+    """Return a function that reads the versions of this package and of torch on a node, even one without the package."""
 
     def installed() -> dict[str, str]:  # nested, so that it is sent by value
         import importlib.metadata
@@ -224,14 +225,14 @@ def version_reader() -> Callable[[], dict[str, str]]:
 
 
 def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """How a node's versions differ from the driver's, and what to do; empty where they are alike."""
+    """Return how a node's versions differ from the driver's, and what to do; empty if they do not."""
     if _is_alike(here, there):
         return ""
     return f"has {_named(there)}, the driver has {_named(here)}; install the same on all nodes, or leave this one out"
 
 
 def _is_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Whether versions are the same; code that came in a job's working directory has none, and is the driver's own.
+    """Return whether versions are the same; code from a job's working directory has none and is the driver's own.
 
     Builds of one version are alike: torch is 2.13.0+cpu on a head without GPUs and 2.13.0+cu130 on a GPU node.
     """
@@ -244,7 +245,7 @@ def _named(versions: Mapping[str, str]) -> str:
 
 
 def check_seen_by_all(folder: Location) -> None:
-    """See before workers start that every node sees a folder: a local one on the head's disk alone is lost work.
+    """Check that every node sees a folder before workers start: on the head's local disk their work would be lost.
 
     A folder in the place to which Ray unpacked a job's working directory is warned of: Ray removes it.
 
@@ -281,7 +282,7 @@ def check_seen_by_all(folder: Location) -> None:
 
 
 def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """What a function gives on each node, by the node's address; a node that dies meanwhile is Ray's to replace."""
+    """Return what a function returns on each node, by the node's address; skip nodes that die meanwhile."""
     import ray
 
     found = {}
@@ -296,7 +297,7 @@ def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *
 
 
 def all_have_bfloat16_units() -> bool:
-    """Whether every node with CPUs computes fast in bfloat16."""
+    """Return whether every node with CPUs computes fast in bfloat16."""
     nodes = alive()
     if len(nodes) == 1:
         return hardware.has_bfloat16_units()
@@ -305,7 +306,7 @@ def all_have_bfloat16_units() -> bool:
 
 
 def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:
-    """Number of GPUs of each kind, by Ray's names of them."""
+    """Return the number of GPUs of each kind, by Ray's names for them."""
     gpus: Counter[str] = Counter()
     for node in nodes:
         resources = node["Resources"]
@@ -326,7 +327,7 @@ def _hush_ray_data() -> None:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """What really went wrong inside Ray's wrappings: our own error where there is one, with its message."""
+    """Return the error inside Ray's wrappers: our own error if there is one, with its message."""
     from ray.exceptions import RayTaskError
 
     seen: list[BaseException] = []
@@ -350,7 +351,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def disconnect() -> None:
-    """Leave Ray; a Ray that `connect` started on this machine ends."""
+    """Leave Ray; stop it if `connect` started it on this machine."""
     import ray
 
     with contextlib.suppress(ConnectionError):

@@ -1,4 +1,4 @@
-"""The type that encoders compute in: as asked, and where nothing is, one for the whole output."""
+"""Choose the data type that encoders compute in: one type for the whole output."""
 
 import os
 
@@ -8,7 +8,7 @@ from readapt_ray.config import StageConfig
 
 
 def encoding_dtype(config: StageConfig, asked: str) -> str:
-    """What `auto` stands for: what the output was begun with, else what suits the devices that will encode."""
+    """Return the type that `auto` stands for: the one the output was begun with, else the one that suits the devices."""
     from readapt_ray.retrieval.encoder import suitable_dtype
 
     if asked != "auto":

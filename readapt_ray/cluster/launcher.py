@@ -39,7 +39,7 @@ def failures() -> list[str]:
 
 
 def _logged(group: str) -> str:
-    """What the launcher's log says of a group, where this runs on the head: Ray 2.60 gives no reason in its status."""
+    """Return what the launcher's log on the head says of a group: Ray 2.60 gives no reason in its status."""
     import ray
 
     try:
@@ -54,7 +54,7 @@ def _logged(group: str) -> str:
 
 
 def _explained(details: str) -> str:
-    """Give a provider's message, with the remedy where it is a known one."""
+    """Return a provider's message, with the remedy if it is a known one."""
     advice = next((text for code, text in _ADVICE.items() if code in details), None)
     message = first_line(Exception(details))
     return f"{message}; {advice}" if advice else message

@@ -1,4 +1,4 @@
-"""Weight files of a merge, written by Ray tasks on any node of a cluster.
+"""Write the weight files of a merge by Ray tasks, on any node of a cluster.
 
 In: the names of the models, as every node can find them, and the plan of files. Out: the files that
 were not there, in a place that every node can write. Each task process reads its inputs once to see
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from readapt_ray.weights.cast_loss import CastLoss
     from readapt_ray.weights.export import WeightPlan
     from readapt_ray.weights.merge_plan import MergeModels
-    from readapt_ray.weights.readapter import Readapter, Scales
+    from readapt_ray.weights.merging import Readapter, Scales
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardJob:
-    """What every task has to know."""
+    """What every task needs to know."""
 
     models: "MergeModels"
     fingerprints: tuple[str, ...]
@@ -36,7 +36,7 @@ class ShardJob:
 
 
 def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int], None]) -> "CastLoss":
-    """Write the files that are not there, a few at once, then the index.
+    """Write the missing files, a few at once, then the index.
 
     Args:
         job: what is written.
@@ -64,7 +64,7 @@ def write_on_cluster(job: ShardJob, *, num_workers: int, report: Callable[[int],
 
 
 def _write(job: ShardJob, number: int) -> int:
-    """Task: write one file; return its bytes."""
+    """Write one file in a Ray task; return its bytes."""
     from readapt_ray.weights import export
 
     readapter = _open(job.models, job.fingerprints)
@@ -82,7 +82,7 @@ def _write(job: ShardJob, number: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _open(models: "MergeModels", fingerprints: tuple[str, ...]) -> "Readapter":
-    """Open the models as this node finds them, and compare them with those of the driver by their content."""
+    """Open the models that this node finds, and check that their content is that of the driver's."""
     from readapt_ray.weights.merge_plan import plan_merge
 
     plan = plan_merge(models)

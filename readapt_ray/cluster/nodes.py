@@ -1,4 +1,4 @@
-"""The nodes of the cluster that this process has joined, what functions return on each, and how messages name them."""
+"""Describe the nodes of the cluster, and run functions on each of them."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -15,23 +15,23 @@ def alive() -> list[dict[str, Any]]:
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """Return how many workers that ask for so much the nodes that are up hold when they are idle."""
+    """Return how many workers with these resources fit on the nodes that are up when these are idle."""
     return sum(room_on(node["Resources"], each) for node in alive())
 
 
 def room_on(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """Return how many of such workers a node holds."""
+    """Return how many such workers fit on a node."""
     return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
 
 
 def cores_per_process(num_processes: int) -> int:
-    """Return the cores of this node that each of so many processes has, spread evenly over the nodes that have CPUs."""
+    """Return the cores of this node per process, if so many processes are spread evenly over the nodes with CPUs."""
     num_nodes = max(1, sum(bool(node["Resources"].get("CPU")) for node in alive()))
     return max(1, hardware.num_cores() // -(-num_processes // num_nodes))
 
 
 def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
-    """The nodes by what they have, such as `2 nodes with 8 CPU and 1 GPU`."""
+    """Describe the nodes by their resources, such as `2 nodes with 8 CPU and 1 GPU`."""
     kinds = Counter(
         " and ".join(
             f"{node['Resources'].get(name, 0):g} {name}" for name in ("CPU", "GPU") if node["Resources"].get(name)
@@ -46,19 +46,19 @@ def describe_nodes(nodes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def name_of(node: Mapping[str, Any]) -> str:
-    """A node by its address and the beginning of Ray's id, since several may run on one machine."""
+    """Name a node by its address and the start of Ray's id, since several nodes may run on one machine."""
     return f"{node['NodeManagerAddress']} ({node['NodeID'][:8]})"
 
 
 def only_on(node: Mapping[str, Any]) -> Any:
-    """Ray's strategy for a task or an actor that belongs to one node."""
+    """Return Ray's strategy for a task or actor that must run on one node."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
 def start_on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Start a function on each node; return Ray's references to what it returns, by the node's name."""
+    """Start a function on each node; return Ray's references to the results by node name."""
     import ray
 
     started = {}
@@ -69,7 +69,7 @@ def start_on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., An
 
 
 def answers(started: Mapping[str, Any], *, timeout_s: float) -> dict[str, Any]:
-    """Return the values of Ray's references by name; in place of a value the error that it ended with.
+    """Return the values of Ray's references by name, or the error that a reference ended with.
 
     Args:
         started: references.

@@ -1,4 +1,4 @@
-"""Helpers for code on Ray workers: absolute paths, loading the driver's model, limits on threads."""
+"""Help code on Ray workers: absolute paths, the driver's model, limits on threads."""
 
 import os
 from collections.abc import Callable, Collection
@@ -25,7 +25,7 @@ def model_name(model: OpenModel) -> str:
 
 
 def this_node() -> str:
-    """The node that this process runs on, by Ray's id."""
+    """Return Ray's id of the node that this process runs on."""
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
@@ -62,7 +62,7 @@ def load_encoder(
     num_threads: int,
     batch_tokens: int | None,
 ) -> "Encoder":
-    """A worker's encoder, seen to be the driver's.
+    """Load the encoder of a worker, and check that it is the driver's model.
 
     Args:
         due: the fingerprint of the encoder, as the driver found it.

@@ -1,4 +1,4 @@
-"""Options that training a language model and training a retriever share, and what they stand for."""
+"""Define the options that train and finetune share."""
 
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
@@ -17,7 +17,7 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class OptimizationConfig(StageConfig):
-    """What is trained, how it descends, and on which workers."""
+    """What is trained, by which optimizer settings, and on which workers."""
 
     method: Literal["dora", "lora", "full"] = "dora"
     """Train DoRA adapters (dora), LoRA adapters (lora) or all weights (full)."""
@@ -108,7 +108,7 @@ class OptimizationConfig(StageConfig):
 
 
 def adapter_shape(config: OptimizationConfig, targets: tuple[str, ...]) -> "AdapterShape | None":
-    """The adapter that the options ask for; None where all weights are trained."""
+    """Return the adapter that the options ask for; None if all weights are trained."""
     from readapt_ray.training.dora import AdapterShape
 
     if config.method == "full":
@@ -123,7 +123,7 @@ def adapter_shape(config: OptimizationConfig, targets: tuple[str, ...]) -> "Adap
 
 
 def optimization(config: OptimizationConfig) -> "Optimization":
-    """How to descend."""
+    """Return the settings of the optimizer."""
     from readapt_ray.training.engine import Optimization
 
     return Optimization(
@@ -147,7 +147,7 @@ def worker_setup(
     dtype: "torch.dtype",
     device_type: str,
 ) -> "WorkerSetup":
-    """Return what the options ask of a worker's memory; the check before training and `readapt plan` both use it."""
+    """Return the options that decide a worker's memory, for the check before training and for `readapt plan`."""
     from readapt_ray.training.memory import WorkerSetup
 
     return WorkerSetup(

@@ -1,4 +1,4 @@
-"""Which passages are packed into blocks, and how: options of pack, and of train where it packs passages itself."""
+"""Define which passages are packed into blocks, and how: options of pack, and of train where it packs passages itself."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Where workers and actors go: how many, with what resources, and what happens while there is no room for them.
+"""Decide where workers and actors run: how many, with which resources, and what happens while there is no room.
 
 In: what the user asked for, and the nodes. Out: a count and the resources of each, or an error before anything starts.
 """
@@ -27,14 +27,14 @@ _SETTLE_S = 3.0
 
 @dataclass(frozen=True)
 class Placement:
-    """What the user asked for; None is for us to choose."""
+    """What the user asked for; None leaves the choice to us."""
 
     num_workers: int | None
     num_cpus_per_worker: int | None
 
 
 def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
-    """Actors, CPUs of each and GPUs of each.
+    """Return the number of actors, and the CPUs and GPUs of each.
 
     Raises:
         PlacementError: the cluster does not have that much.
@@ -49,7 +49,7 @@ def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
 
 
 def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float], bool]:
-    """Number of workers, resources of each, and whether they have a GPU.
+    """Return the number of workers, the resources of each, and whether each has a GPU.
 
     Raises:
         PlacementError: the cluster does not have that much.
@@ -60,12 +60,12 @@ def place_training(num_workers: int | None, num_cpus_per_worker: int | None) -> 
 
 
 def num_training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> int:
-    """Number of workers that `place_training` would place."""
+    """Return the number of workers that `place_training` would place."""
     return _training_workers(num_workers, num_cpus_per_worker)[0]
 
 
 def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) -> tuple[int, dict[str, float]]:
-    """Number of workers and the resources of each.
+    """Return the number of workers and the resources of each.
 
     Default: one worker a GPU; without GPUs one worker that has all the cores of a machine to itself,
     since threads share weights and need no messages.
@@ -79,13 +79,13 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
 
 
 def room_for(each: Mapping[str, float]) -> int:
-    """How many workers that ask for so much the nodes hold when they are idle, those that the autoscaler may bring included."""
+    """Return how many workers with these resources the idle nodes hold, with those that the autoscaler may add."""
     room = nodes.room_for(each)
     return max(room, int((environment.num_gpus() or 0) // each["GPU"])) if autoscaling.may_grow(each) else room
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
-    """See before a stage starts that its workers fit on the nodes; say so where they must wait for others to end.
+    """Check before a stage starts that its workers fit on the nodes; log when they must wait for others to end.
 
     Where nodes were lost it waits 45 seconds for others in their place.
 
@@ -172,7 +172,7 @@ def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
 
 
 def largest_share(num_workers: int | None) -> tuple[int, int]:
-    """Number of workers, one a node that has CPUs unless given, and the most CPUs that each of so many can have."""
+    """Return the number of workers (one per node with CPUs unless given) and the most CPUs that each can have."""
     cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes.alive()]
     count = num_workers or max(1, sum(each > 0 for each in cpus))
     fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)

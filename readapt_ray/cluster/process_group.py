@@ -1,4 +1,4 @@
-"""How workers form the process group that they train in."""
+"""Form the process group that workers train in."""
 
 import os
 import socket
@@ -11,12 +11,12 @@ from ray.train.torch.config import TorchConfig, _TorchBackend
 
 
 class StartError(Exception):
-    """Workers did not come as far as their work."""
+    """Workers failed before their work began."""
 
 
 @dataclass
 class ProcessGroupConfig(TorchConfig):  # type: ignore[misc]
-    """Ray Train's configuration for it, with a backend that works across nodes.
+    """Ray Train's configuration of the process group, with a backend that works across nodes.
 
     Left to itself Gloo takes the address that the host's name stands for, and many systems say 127.0.1.1 there
     (Debian's /etc/hosts): workers of two nodes then never meet.
@@ -27,15 +27,15 @@ class ProcessGroupConfig(TorchConfig):  # type: ignore[misc]
 
     @property
     def backend_cls(self) -> type["ProcessGroupBackend"]:
-        """What sets the workers up."""
+        """The class that sets the workers up."""
         return ProcessGroupBackend
 
 
 class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
-    """What sets the workers up; it runs in Ray Train's controller."""
+    """Set the workers up; runs in Ray Train's controller."""
 
     def on_start(self, worker_group: Any, backend_config: ProcessGroupConfig) -> None:
-        """Form the group.
+        """Form the process group.
 
         Raises:
             StartError: it cannot be formed. Ray Train (2.60) itself starts the workers again where one is lost

@@ -1,4 +1,4 @@
-"""Pairs of scales scored on actors: each holds the ingredients of the merge, and writes a pair into a live encoder.
+"""Score pairs of scales on actors: each holds the inputs of the merge, and sets the scales of an encoder in memory.
 
 In: pairs of scales, and a sample of queries, passages and judgements. Out: the measure of every query with every pair,
 kept as it is found, so that another process goes on. A pair costs one pass over the weights and the encoding of the sample.
@@ -34,7 +34,7 @@ _MAX_VAIN_LOSSES = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """What is searched, and for what; judgements by query_id and doc_id."""
+    """Passages and queries of the search, and judgements by query_id and doc_id."""
 
     passages: list[Passage]
     queries: list[Query]
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ScoringJob:
-    """What every actor must know, beside the sample."""
+    """What every actor needs beside the sample."""
 
     models: dict[str, str]
     """MODEL of each role, as a worker finds it."""
@@ -58,7 +58,7 @@ class ScoringJob:
 
 
 class ScaleScoring:
-    """Scores pairs on actors, which start with the first pair that is not there already.
+    """Score pairs on actors; they start with the first pair that was not scored before.
 
     An actor gets a pair once it has loaded the models, so one that must wait for room keeps nobody waiting. The pair
     of an actor that died is another's.
@@ -78,7 +78,7 @@ class ScaleScoring:
         self._new_actor: Callable[[], Any] | None = None
 
     def score(self, pairs: Sequence[ScalePair]) -> None:
-        """Score these pairs; what an earlier process scored is read."""
+        """Score these pairs; read what an earlier process scored."""
         from ray.exceptions import RayError
 
         waiting = []
@@ -165,7 +165,7 @@ class ScaleScoring:
 
 
 class _ScaleScorer:
-    """Actor: a live encoder whose scales can be set, and what it has to find."""
+    """Actor with an encoder whose scales can be set, and with the sample."""
 
     def __init__(self, job: ScoringJob, sample: Sample) -> None:
         self._job, self._sample = job, sample
@@ -182,10 +182,11 @@ class _ScaleScorer:
         from readapt_ray.nn import attention
         from readapt_ray.retrieval.encoder import DTYPES, Encoder
         from readapt_ray.weights.adapter import Adapter
-        from readapt_ray.weights.checkpoint import Checkpoint
-        from readapt_ray.weights.live import LiveReadapter
+        from readapt_ray.weights.dense import load_dense
+        from readapt_ray.weights.live_scales import LiveReadapter
         from readapt_ray.weights.loading import load_model
-        from readapt_ray.weights.readapter import Readapter, open_retriever
+        from readapt_ray.weights.merging import Readapter, open_retriever
+        from readapt_ray.weights.weight_files import Checkpoint
 
         job = self._job
         pretrained, retriever, adapter = (self._same_model(name) for name in MODELS)
@@ -202,6 +203,7 @@ class _ScaleScorer:
             job.encoding,
             identify=str,
             packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
+            dense=load_dense(retriever, device=device),
         )
         passages, queries = self._sample.passages, self._sample.queries
         self._passage_ids = self._encoder.tokenize(
@@ -215,7 +217,7 @@ class _ScaleScorer:
         return model
 
     def score(self, pair: ScalePair) -> tuple[ScalePair, dict[str, float], dict[str, float]]:
-        """The pair, the measure of every query with these scales, and the seconds of each part."""
+        """Return the pair, the measure of every query with these scales, and the seconds of each part."""
         marks = [time.monotonic()]
         self._live.set_scales(*pair)
         marks.append(time.monotonic())
@@ -237,7 +239,7 @@ class _ScaleScorer:
 def measure_sample(
     sample: Sample, scores_QP: np.ndarray, measure: str, *, drop_self_hits: bool = False, name: str = "sample"
 ) -> "Measurement":
-    """Measure every query, on as many of its best passages as the measure looks at.
+    """Measure every query on as many of its best passages as the measure looks at.
 
     Args:
         sample: Q queries, P passages.

@@ -21,8 +21,9 @@ from readapt_ray import errors
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import CorpusError
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, content_hash
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.storage import Location
 
@@ -47,6 +48,8 @@ class EmbedJob:
     """Vectors of an earlier corpus, to be copied from."""
     vectors: Location
     """Folder that the vectors are written to."""
+    max_left_out: int = 0
+    """Passages without a usable vector that a shard may have."""
 
 
 class ShardEncoder:
@@ -123,16 +126,18 @@ class ShardEncoder:
         with self._computing:
             started_s = time.monotonic()
             before = encoder.work
-            vectors = encoder.encode_ids(ids)
+            vectors = encoder.encode_usable(ids)
             ended_s = time.monotonic()
             metadata |= {
                 "num_tokens": encoder.work.num_tokens - before.num_tokens,
                 "num_positions": encoder.work.num_positions - before.num_positions,
+                "num_again": encoder.work.num_again - before.num_again,
                 "encode_s": _seconds(ended_s - started_s),
                 "wait_s": _seconds(started_s - self._idle_since_s if self._idle_since_s else 0.0),
             }
             self._idle_since_s = ended_s
-        return [stored_vectors(doc_ids, vectors, self._job.vector_dtype)], metadata
+        job = self._job
+        return [stored_vectors(doc_ids, vectors, job.vector_dtype, max_left_out=job.max_left_out)], metadata
 
     def _loaded(self) -> Any:
         with self._computing:

@@ -97,7 +97,8 @@ def _whole_footer(shard: DataShard, job: EmbedJob) -> Footer | None:
         logger.warning("%s; it is computed again", error)
         return None
     made_by = footer.metadata.get("encoder", {}).get("fingerprint")
-    return footer if footer.num_rows == len(shard) and made_by == job.encoder["fingerprint"] else None
+    num_rows = footer.num_rows + len(footer.left_out)
+    return footer if num_rows == len(shard) and made_by == job.encoder["fingerprint"] else None
 
 
 def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[int]:

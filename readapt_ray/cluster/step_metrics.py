@@ -1,4 +1,4 @@
-"""The step metrics of a run: to the driver's terminal, JSONL, Ray's metrics, and trackers by option.
+"""Report the step metrics of a run: terminal, JSONL, Ray's metrics, and optional trackers.
 
 Worker 0 writes the lines of all steps up to a checkpoint before the checkpoint itself, a file each
 (`metrics/step-N.jsonl`), so that whatever dies, every step that counts has its line, once; the end of the
@@ -70,23 +70,23 @@ class RunMonitor:
         }
 
     def post(self, rows: list[dict[str, Any]]) -> None:
-        """Take rows of worker 0."""
+        """Add rows of worker 0."""
         self._rows.extend(rows)
         for name, gauge in self._gauges.items():
             if rows and rows[-1][name] is not None:
                 gauge.set(float(rows[-1][name]))
 
     def take(self) -> list[dict[str, Any]]:
-        """The rows since the last call."""
+        """Return the rows since the last call."""
         rows, self._rows = self._rows, []
         return rows
 
     def fail(self, error: Exception) -> None:
-        """Keep an error that no new start would mend; the first one counts."""
+        """Record an error that a restart would not cure; the first one counts."""
         self._error = self._error or error
 
     def error(self) -> Exception | None:
-        """What ends the run."""
+        """Return the error that ends the run."""
         return self._error
 
     def keep(self, step: int) -> None:
@@ -94,20 +94,20 @@ class RunMonitor:
         self._kept_step = max(self._kept_step, step)
 
     def kept_step(self) -> int:
-        """The step of the newest checkpoint of this run; 0 before the first."""
+        """Return the step of the newest checkpoint of this run; 0 before the first."""
         return self._kept_step
 
     def hold(self, placement_group: Any) -> None:
-        """Keep the placement group of the workers that start."""
+        """Remember the placement group of the workers that start."""
         self._held = placement_group
 
     def held(self) -> Any:
-        """That of the last start; None where none was."""
+        """Return the placement group of the last start; None before the first."""
         return self._held
 
 
 class StepPoster:
-    """Worker 0's reporter (training/steps.py): to the monitor a second's worth at a time, to files for good."""
+    """Report steps as worker 0: to the monitor once per second, to files for good."""
 
     def __init__(self, monitor: Any, output: Location) -> None:
         self._monitor = monitor
@@ -137,7 +137,7 @@ class StepPoster:
 
 @contextlib.contextmanager
 def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Iterator[None]:
-    """While the block runs, show what the monitor has, once a second; afterwards join the lines.
+    """Show what the monitor has, once per second, while the block runs; join the lines afterwards.
 
     Raises:
         InputError: a tracker's package is not installed.
@@ -180,7 +180,7 @@ def _show(monitor: Any, workspace: Workspace, logs: list[_Log], latest: deque[di
 
 
 def note(rows: Sequence[dict[str, Any]]) -> str:
-    """The latest steps in a few words for the terminal: of the last one, and speeds over all of them."""
+    """Format the latest steps for the terminal: values of the last one, speeds over all of them."""
     last = rows[-1]
     seconds = max(sum(row["seconds"] for row in rows), 1e-9)
 
@@ -197,7 +197,7 @@ def note(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def join(location: Location) -> list[dict[str, Any]]:
-    """Make `metrics.jsonl` of the lines that workers kept; the rows in order, each step once."""
+    """Join the lines that workers kept into `metrics.jsonl`: rows in order, each step once."""
     rows = {row["step"]: row for row in read_metrics(location)}
     parts = _parts(location)
     for file in parts:
@@ -210,26 +210,26 @@ def join(location: Location) -> list[dict[str, Any]]:
 
 
 def kept_steps(location: Location) -> int:
-    """The last step whose line workers kept so far."""
+    """Return the last step whose line workers kept so far."""
     files = _parts(location)
     return int(files[-1].name.removesuffix(".jsonl").rsplit("-", 1)[-1]) if files else 0
 
 
 def kept_peak_bytes(location: Location, *, after_step: int) -> int:
-    """The most memory that worker 0 reported after a step; 0 where it kept no line since."""
+    """Return the most memory that worker 0 reported after a step; 0 if it kept no line since."""
     files = _parts(location)
     rows = [json.loads(line) for file in files[-1:] for line in file.read_text().splitlines()]
     return max((int(row["peak_memory_bytes"]) for row in rows if row["step"] > after_step), default=0)
 
 
 def read_metrics(location: Location) -> list[dict[str, Any]]:
-    """The step metrics of a finished run, in order; empty where there are none."""
+    """Return the step metrics of a finished run, in order; empty if there are none."""
     file = location / METRICS_NAME
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def _parts(location: Location) -> list[Location]:
-    """The files of lines that workers kept, in order. What else lies in their folder is not ours."""
+    """Return the files of lines that workers kept, in order; other files in their folder are ignored."""
     folder = location / _PARTS_NAME
     return [folder / name for name, _ in folder.listing(".jsonl") if _PART.fullmatch(name)]
 
@@ -260,7 +260,7 @@ def _tensorboard(workspace: Workspace) -> Iterator[_Log]:
 
 @contextlib.contextmanager
 def _wandb(workspace: Workspace) -> Iterator[_Log]:
-    """Write a run of Weights & Biases; its own environment variables say where and who."""
+    """Write a run of Weights & Biases, configured by its own environment variables."""
     name, run_id = workspace.location.name, workspace.fingerprint
     run = _installed("wandb").init(project=_PROJECT, name=name, id=run_id, resume="allow")
     try:
@@ -271,7 +271,7 @@ def _wandb(workspace: Workspace) -> Iterator[_Log]:
 
 @contextlib.contextmanager
 def _mlflow(workspace: Workspace) -> Iterator[_Log]:
-    """Write a run of MLflow; MLFLOW_TRACKING_URI says where."""
+    """Write a run of MLflow, to the server of MLFLOW_TRACKING_URI."""
     mlflow = _installed("mlflow")
     mlflow.set_experiment(_PROJECT)
     with mlflow.start_run(run_name=workspace.location.name):

@@ -1,4 +1,4 @@
-"""How long one query takes, asked alone: encoding it, and searching vectors in memory exactly.
+"""Measure how long one query takes alone: encoding it, and searching vectors in memory exactly.
 
 In: an encoder, queries and vectors. Out: medians in milliseconds. It costs a query's time for each
 query, twice for the first, which warms the model up.

@@ -1,4 +1,4 @@
-"""What is measured and on which results: options that name measures, how deep a run must be, and what is left out of it."""
+"""Define the options that name measures, and how deep runs must be for them."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -12,7 +12,7 @@ _LEAST_DEPTH = 100
 
 
 def _one_measure(text: str) -> str:
-    """The name by which a measure is found in what was measured: `MRR@10` becomes `RR@10`."""
+    """Return the canonical name of a measure: `MRR@10` becomes `RR@10`."""
     from readapt_ray.evaluation.measures import parse_measures
 
     names = list(parse_measures(text))
@@ -26,7 +26,7 @@ MeasureOption = Annotated[str, AfterValidator(_one_measure)]
 
 
 def depth_of(measures: str | Sequence[str]) -> int:
-    """How many results a query must have for these measures: as many as the deepest one looks at, and at least 100.
+    """Return how many results per query these measures need: the largest cutoff, and at least 100.
 
     Raises:
         InputError: a name is not known.

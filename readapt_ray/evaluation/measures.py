@@ -1,4 +1,4 @@
-"""Measures of retrieval quality, by their usual names, through ir-measures.
+"""Compute measures of retrieval quality, by their usual names, through ir-measures.
 
 Enter a run and judgements; leaves the value of each measure for each judged query, and the mean.
 A judged query without results counts as zero; a query without judgements is named, never averaged
@@ -89,7 +89,7 @@ def measure(
 
 
 def parse_measures(names: str | Sequence[str]) -> dict[str, Any]:
-    """Measures by their usual names: `nDCG@10`, `R@100`, `RR@10`, `AP(rel=2)`, ...
+    """Parse measures by their usual names: `nDCG@10`, `R@100`, `RR@10`, `AP(rel=2)`, ...
 
     Args:
         names: a list, or one text with commas between the names.
@@ -114,7 +114,7 @@ def describe_measures(names: str | Sequence[str]) -> dict[str, str]:
 
 @functools.cache
 def known_measures() -> tuple[str, ...]:
-    """The families of measures that can be computed here, without their cutoffs."""
+    """Return the families of measures that can be computed here, without their cutoffs."""
     supported = {
         each.NAME
         for name in _PROVIDERS
@@ -125,7 +125,7 @@ def known_measures() -> tuple[str, ...]:
 
 
 def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
-    """Judgements by query and passage.
+    """Return judgements by query and passage.
 
     Raises:
         InputError: there is none, or a passage has two different judgements for one query.
@@ -177,7 +177,7 @@ def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *
 
 
 def recall_curve(run: Run, judgements: Judgements, cutoffs: Sequence[int]) -> list[float]:
-    """R@k in the mean over the judged queries, for each k; equal to what `measure_run` gives for it."""
+    """Return the mean R@k over the judged queries for each k; equal to what `measure_run` gives."""
     doc_codes = {doc_id: code for code, doc_id in enumerate(run.doc_ids)}
     query_codes = {query_id: index for index, query_id in enumerate(run.query_ids)}
     wanted, weights = [], []
@@ -226,7 +226,7 @@ def _provider() -> Any:
 
 
 def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
-    """The measures by how many results decide them; None for those that look at all, or at nearly all."""
+    """Return the measures by the number of results that decide them; None for those that look at all, or nearly all."""
     groups: dict[int | None, list[Any]] = {}
     for measure in measures.values():
         cuts = measure.NAME in _CUT_FAMILIES and not measure.params.get("judged_only")

@@ -1,4 +1,4 @@
-"""Small plots as inline SVG: no script, no font and no colour from outside.
+"""Draw small plots as inline SVG: no script, font or colour from outside.
 
 Colours are the page's CSS variables (`--gain`, `--loss`, `--series-0` ...), so that a plot follows
 light and dark. Text from outside is escaped here.
@@ -30,7 +30,7 @@ class Point(NamedTuple):
 
 
 def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> Markup:
-    """Bars of a per-query difference.
+    """Draw a bar for each query's difference.
 
     Args:
         bars: a label and a difference for each query, the largest gain first; of more than 400 every
@@ -65,7 +65,7 @@ def difference_plot(bars: Sequence[tuple[str, float]], *, description: str) -> M
 
 
 def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, description: str) -> Markup:
-    """Lines over a logarithmic axis of ranks, each with its name at its end.
+    """Draw lines over a logarithmic axis of ranks, each with its name at its end.
 
     Args:
         series: a value from 0 to 1 at each cutoff, by name.
@@ -104,7 +104,7 @@ def line_plot(series: Mapping[str, Sequence[float]], cutoffs: Sequence[int], *, 
 
 
 def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description: str) -> Markup:
-    """Lines with error bars over a linear axis, each with its name at its end.
+    """Draw lines with error bars over a linear axis, each with its name at its end.
 
     Args:
         series: the points of each line, by name.
@@ -165,7 +165,7 @@ def _line_with_bars(
 
 
 def nice_ceiling(value: float) -> float:
-    """The smallest of 1, 2, 2.5, 4, 5, 8, 10 times a power of ten that is not below a positive value."""
+    """Return the smallest of 1, 2, 2.5, 4, 5, 8, 10 times a power of ten that is not below a positive value."""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 2.5, 4, 5, 8, 10) if step * power >= value * (1 - 1e-9))
 
@@ -175,7 +175,7 @@ def _around(reach: float) -> tuple[float, ...]:
 
 
 def _spread(heights: Sequence[float]) -> list[float]:
-    """The heights of labels, moved apart so that none covers another, in the order given."""
+    """Return the heights of labels, moved apart so that none covers another, in the order given."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     moved = list(heights)
     for above, below in itertools.pairwise(order):
@@ -185,7 +185,7 @@ def _spread(heights: Sequence[float]) -> list[float]:
 
 
 def _region_labels(labels: Sequence[tuple[float, str]]) -> list[str]:
-    """Labels below the axis, pushed to the right where they would touch."""
+    """Draw labels below the axis, pushed to the right where they would touch."""
     parts, edge = [], float(_LEFT)
     room = [len(text) * 7.0 for _, text in labels]
     for index, (centre, text) in enumerate(labels):

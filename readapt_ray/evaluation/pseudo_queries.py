@@ -1,4 +1,4 @@
-"""Queries that a corpus asks itself, for those who have no labels.
+"""Make queries from the passages themselves, for corpora without labels.
 
 In: passages. Out: queries, each with the one passage that answers it, and the passages without what was
 made a query: the title where it says enough, else the first sentence. A retriever that finds a text by its
@@ -45,7 +45,7 @@ def with_pseudo_queries(
 
 
 def split_query(passage: Passage) -> tuple[str, Passage] | None:
-    """A passage as a query and the rest that answers it; None where it is too short for both."""
+    """Split a passage into a query and the rest that answers it; None if it is too short for both."""
     title, text = passage.title.strip(), passage.text.strip()
     if _says_enough(title) and len(text) >= MIN_REST_CHARS and title not in text:
         return title, passage._replace(title="", text=text)
@@ -56,5 +56,5 @@ def split_query(passage: Passage) -> tuple[str, Passage] | None:
 
 
 def _says_enough(text: str) -> bool:
-    """Four words; Chinese and Japanese, which set none apart, are counted by two characters a word."""
+    """Return whether a text has four words; Chinese and Japanese, which have no spaces, count two characters as a word."""
     return len(text.split()) + len(_CJK.findall(text)) // 2 >= MIN_QUERY_WORDS

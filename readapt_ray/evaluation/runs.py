@@ -1,4 +1,4 @@
-"""Runs: ranked results in the TREC format, `query_id Q0 doc_id rank score tag` a line.
+"""Read and write runs: ranked results in the TREC format, one `query_id Q0 doc_id rank score tag` per line.
 
 Enters and leaves: text files that trec_eval, ir-measures and pyserini read. In memory a run lies in
 columns, so that ten million lines take some seconds to read; `read_run` gives plain records.
@@ -46,7 +46,7 @@ class Run:
 
     @classmethod
     def of(cls, results: Mapping[str, Sequence[ScoredDoc]], *, name: str = "run") -> "Run":
-        """A run from records, whatever their order; `name` is what errors call it.
+        """Make a run from records in any order; errors call it `name`.
 
         Raises:
             InputError: a score is not a finite number, or a passage stands twice for one query.
@@ -55,16 +55,16 @@ class Run:
         return _ranked(_checked(rows, name))
 
     def __len__(self) -> int:
-        """The number of results."""
+        """Return the number of results."""
         return len(self.codes)
 
     @property
     def depth(self) -> int:
-        """The most results that a query has."""
+        """The most results that any query has."""
         return int(np.diff(self.offsets).max(initial=0))
 
     def top(self, index: int, num_docs: int | None = None) -> list[ScoredDoc]:
-        """The first `num_docs` results of the query at place `index`; all where that is None."""
+        """Return the first `num_docs` results of the query at `index`; all if None."""
         first, last = int(self.offsets[index]), int(self.offsets[index + 1])
         if num_docs is not None:
             last = min(last, first + num_docs)
@@ -89,7 +89,7 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
 
 
 def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
-    """Write a run table by table, each as it comes; one is held in memory at a time.
+    """Write a run table by table as they come; one is held in memory at a time.
 
     Args:
         uri: the file.
@@ -117,7 +117,7 @@ def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
 
 
 def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
-    """The results of each query of a run file, in trec_eval's order.
+    """Return the results of each query of a run file, in trec_eval's order.
 
     The rank in the file is not believed, as trec_eval does not believe it.
 
@@ -129,7 +129,7 @@ def read_run(uri: str) -> dict[str, list[ScoredDoc]]:
 
 
 def load_run(uri: str) -> Run:
-    """A run file in columns; 10 million lines take some six seconds on two cores.
+    """Load a run file in columns; 10 million lines take some six seconds on two cores.
 
     Raises:
         InputError: there is no such file, a line does not have the six fields, a score is not a
@@ -146,7 +146,7 @@ def load_run(uri: str) -> Run:
 
 
 def _read_at_once(location: Location) -> Run | None:
-    """Read by Arrow; None where anything is unusual, so that reading by lines can say what and where."""
+    """Read with Arrow; return None if anything is unusual, so that reading by lines can say what and where."""
     try:
         with location.filesystem.open_input_stream(location.path) as stream:
             table = csv.read_csv(
@@ -171,7 +171,7 @@ def _read_at_once(location: Location) -> Run | None:
 
 
 def _lines(location: Location) -> Iterator[_Row]:
-    """The rows of a run file, whatever its whitespace."""
+    """Yield the rows of a run file, whatever its whitespace."""
     with io.BufferedReader(location.open_input()) as stream:  # type: ignore[type-var]
         for number, line in enumerate(stream, start=1):
             where = f"line {number}"
@@ -202,7 +202,7 @@ def _excerpt(line: bytes) -> str:
 
 
 def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
-    """The rows as columns, each seen to hold a finite score and a passage that is new to its query."""
+    """Return the rows as columns; check that scores are finite and that no query has a passage twice."""
     query_ids: list[str] = []
     doc_ids: list[str] = []
     scores: list[float] = []
@@ -226,7 +226,7 @@ def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
 
 
 def _ranked(table: pa.Table) -> Run:
-    """Group by query and put into trec_eval's order, without moving what is in it already."""
+    """Group by query and sort into trec_eval's order, without moving rows that are in it already."""
     queries, docs = _encoded(table["query_id"]), _encoded(table["doc_id"])
     query_codes, codes = queries.indices.to_numpy().astype(np.int64), docs.indices.to_numpy().astype(np.int64)
     scores = table["score"].to_numpy()

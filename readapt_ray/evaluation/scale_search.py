@@ -1,4 +1,4 @@
-"""A search over pairs of scales: which to try, which is best, and what may be said of it.
+"""Search over pairs of scales: choose which to try and which is best, and report it.
 
 In: the value of every query with every pair. One half of the queries chooses the pair; what is reported
 comes from the other half, which had no say.
@@ -25,13 +25,13 @@ Values = Mapping[ScalePair, Mapping[str, float]]
 
 
 def coarse_pairs(readapter_scales: Sequence[float], knowledge_scales: Sequence[float]) -> list[ScalePair]:
-    """Every pair once, the retriever as it is among them."""
+    """Return every pair once, the unchanged retriever among them."""
     pairs = dict.fromkeys(product(readapter_scales, knowledge_scales))
     return list(pairs if RETRIEVER in pairs else {RETRIEVER: None, **pairs})
 
 
 def finer_pairs(tried: Collection[ScalePair], best: ScalePair) -> list[ScalePair]:
-    """The pairs half way between the best one and its neighbours, on each axis that has some.
+    """Return the pairs half way between the best one and its neighbours on each axis.
 
     With (1, 0), (1, 0.5) and (1, 1) tried and (1, 0.5) best: (1, 0.25) and (1, 0.75).
     """
@@ -47,13 +47,13 @@ def _halved(values: Sequence[float], best: float) -> list[float]:
 
 
 def halves(query_ids: Sequence[str], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Places of the queries that choose, and of those that report."""
+    """Split the queries into those that choose the scales and those that report."""
     order = np.random.default_rng(seed).permutation(len(query_ids))
     return order[: len(order) // 2], order[len(order) // 2 :]
 
 
 def best_pair(values: Values, seed: int) -> ScalePair:
-    """The best pair by the tuning half; of equal ones the nearest to the retriever as it is."""
+    """Return the best pair on the tuning half; of equal ones the nearest to the unchanged retriever."""
     query_ids = sorted(values[RETRIEVER])
     tuning, _ = halves(query_ids, seed)
     table = _table(values, query_ids)
@@ -66,7 +66,7 @@ def best_pair(values: Values, seed: int) -> ScalePair:
 
 
 def describe_search(values: Values, *, measure: str, seed: int, queries: str) -> dict[str, Any]:
-    """All that a report of the search says, as JSON values.
+    """Return all that a report of the search says, as JSON values.
 
     Args:
         values: by pair and query.

@@ -1,4 +1,4 @@
-"""Whether one run is better than another, or only luckier with these queries.
+"""Test whether one run is better than another, or only luckier with these queries.
 
 Enter the values of a measure for the same queries in two or more runs; leave, for each run against
 the baseline, the mean difference with a bootstrap interval, the p-value of a paired randomisation
@@ -106,7 +106,7 @@ def compare(
 
 
 def paired(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The difference for each query, float64 [Q]; what differs by rounding only is made exactly zero.
+    """Return the difference for each query, float64 [Q]; differences by rounding only become exactly zero.
 
     Raises:
         InputError: not the same number of queries, or none.
@@ -122,7 +122,7 @@ def paired(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> NDArra
 def randomisation_test(
     differences: NDArray[np.float64], *, num_permutations: int = 10_000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Two-sided paired randomisation test of the mean difference: under the null hypothesis each sign is a coin toss.
+    """Test the mean difference by paired randomisation, two-sided: under the null hypothesis each sign is a coin toss.
 
     All sign flips are made where there are no more than `num_permutations`: then the p-value is
     exact. Otherwise they are drawn, and the observed one is counted among them: (b + 1) / (m + 1),
@@ -151,7 +151,7 @@ def randomisation_test(
 def bootstrap_interval(
     values: NDArray[np.float64], *, num_resamples: int = 10_000, confidence: float = 0.95, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Percentile bootstrap interval of the mean over queries.
+    """Return the percentile bootstrap interval of the mean over queries.
 
     Args:
         values: float64 [Q, K]: K columns over the same Q queries, resampled together.
@@ -175,7 +175,7 @@ def bootstrap_interval(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the adjusted p-values, in the order given (Holm, 1979)."""
+    """Correct p-values by Holm's step-down procedure; returned in the order given (Holm, 1979)."""
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
     floor = 0.0
@@ -210,7 +210,7 @@ def _drawn_flips(num_queries: int, num_permutations: int, seed: int) -> Iterator
 
 
 def _chunk_sizes(num_rows: int, num_columns: int) -> Iterator[int]:
-    """Sizes that add up to `num_rows`, each small enough to be held as a matrix."""
+    """Yield sizes that add up to `num_rows`, each small enough to be held as a matrix."""
     size = max(1, _CHUNK_ELEMENTS // max(1, num_columns))
     for start in range(0, num_rows, size):
         yield min(size, num_rows - start)

@@ -1,4 +1,4 @@
-"""Tables as text: Markdown for reports, aligned columns for the terminal; and how numbers stand in them."""
+"""Format tables as text: Markdown for reports, aligned columns for the terminal."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""`readapt plan`: hours, memory, bytes and money of a run before it starts, and how they grow.
+"""`readapt plan`: estimate hours, memory, bytes and cost of a run before it starts, and how they grow.
 
 In: a run's config, a cluster's file, and whatever the root already measured. Out: a `Plan`, which `report.text` shows.
 It reads a sample of the corpus and configs of models; no weight is read and Ray is not started.
@@ -23,7 +23,7 @@ from readapt_ray.sources.source import Limits
 
 
 class PlanConfig(Config):
-    """The options of `readapt plan` besides the run's own."""
+    """Options of `readapt plan` besides those of the run."""
 
     cluster: str
     """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a list of nodes, or `local`."""
@@ -40,7 +40,7 @@ class PlanConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run is expected to take."""
+    """The estimate of a run."""
 
     setting: Setting
     prices: PriceTable
@@ -54,23 +54,23 @@ class Plan:
 
     @property
     def costs(self) -> tuple[Cost, Cost, Cost]:
-        """Time and money of the whole run: low, expected and high."""
+        """Return time and cost of the whole run: low, expected and high."""
         return self.costs_of(self.stages)
 
     def costs_of(self, stages: list[StageEstimate]) -> tuple[Cost, Cost, Cost]:
-        """Time and money of some stages: low, expected and high."""
+        """Return time and cost of some stages: low, expected and high."""
         durations: tuple[Duration, ...] = (lambda each: each.low_s, lambda each: each.seconds, lambda each: each.high_s)
         low, mid, high = (cost_of(stages, self.setting.cluster, duration) for duration in durations)
         return low, mid, high
 
     @property
     def model_stages(self) -> list[StageEstimate]:
-        """Those that make the models and the vectors: what GPUs are for."""
+        """Return the stages that make the models and the vectors, which need GPUs."""
         return [each for each in self.stages if each.stage in ("train", "merge", "embed")]
 
     @property
     def assumptions(self) -> list[str]:
-        """What the figures rest on beside the measured rates, a sentence each."""
+        """Return what the figures assume beside the measured rates, one sentence each."""
         cluster = self.setting.cluster
         rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
         lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
@@ -85,12 +85,12 @@ class Plan:
 
     @property
     def out_bytes(self) -> float:
-        """Of all artifacts."""
+        """Return the bytes of all artifacts."""
         return sum(each.out_bytes for each in self.stages)
 
     @property
     def problems(self) -> list[str]:
-        """What cannot fit, each as one sentence."""
+        """Return what does not fit, one sentence each."""
         short = [f"{each.name} cannot run: {each.problem}" for each in self.stages if each.problem]
         short += [
             f"{each.stage} cannot be made of {self.setting.corpus.num_passages:,} passages: {each.what}, from {each.at:,.0f} on; take "
@@ -156,5 +156,5 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
 
 
 def _first(steps: list[tuple[str, Step]], stage: str) -> Any:
-    """The options of the first step of a stage."""
+    """Return the options of the first step of a stage."""
     return next(step.config for _, step in steps if step.stage == stage)

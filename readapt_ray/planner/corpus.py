@@ -1,4 +1,4 @@
-"""How much text there is: passages counted or estimated, tokens and bytes from a sample.
+"""Measure a corpus: count or estimate its passages, and estimate tokens and bytes from a sample.
 
 What the root already holds is counted exactly (the manifests of ingest and pack); a source is read as ingest
 reads it, up to a bound. Some seconds; memory is the sample.
@@ -15,7 +15,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import corpora, models, retrievers
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import CorpusError, ModelError
-from readapt_ray.retrieval.templates import fill_passage
+from readapt_ray.retrieval.tokenization import fill_passage
 from readapt_ray.sources.cleaning import checked
 from readapt_ray.sources.opening import open_source
 from readapt_ray.sources.source import BadRow, Limits
@@ -32,7 +32,7 @@ _UNKNOWN_TOKENIZER_ERROR: Final = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
-    """What the stages will read. Means are per passage."""
+    """The size of a corpus. Means are per passage."""
 
     num_passages: int
     text_bytes: float
@@ -47,7 +47,7 @@ class Corpus:
     """Where the figures are from."""
 
     def of(self, num_passages: int) -> "Corpus":
-        """As many passages of this kind."""
+        """Return a corpus of `num_passages` passages of this kind."""
         return replace(self, num_passages=num_passages)
 
 
@@ -117,7 +117,7 @@ def measure_corpus(
 
 
 def _known_corpus(row: corpora.Corpus, num_passages: int | None, num_queries: int | None) -> Corpus:
-    """Return what the catalog says of a corpus, so that a plan need not fetch gigabytes."""
+    """Return the size of a corpus from the catalog, so that a plan need not fetch gigabytes."""
     text_bytes = row.mean_words * _BYTES_A_WORD
     num_tokens = text_bytes / _BYTES_A_TOKEN + 2
     count = num_passages or row.num_passages
@@ -136,7 +136,7 @@ def _known_corpus(row: corpora.Corpus, num_passages: int | None, num_queries: in
 
 
 def _ingested_sample(artifact: Artifact) -> _Sample:
-    """Rows spread over all files."""
+    """Sample rows that are spread over all files."""
     import pyarrow.parquet as pq
 
     files = (artifact.location / "passages").files(".parquet")
@@ -162,7 +162,7 @@ def _ingested_sample(artifact: Artifact) -> _Sample:
 
 
 def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
-    """A sample drawn evenly from the first rows; what is behind them is estimated from the share that was read."""
+    """Sample the first rows evenly; estimate the rest from the share of bytes that was read."""
     source = open_source(name, format, limits)
     source.check()
     rng = random.Random(0)
@@ -202,7 +202,7 @@ def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
 
 
 def encoding_of(retriever: str) -> Encoding:
-    """How a retriever wants its text; the folder of one outside the catalog must be at hand.
+    """Return the encoding of a retriever; the folder of one outside the catalog must be on this machine.
 
     Raises:
         ModelError: it is not at hand, or nothing says.
@@ -212,7 +212,7 @@ def encoding_of(retriever: str) -> Encoding:
 
 
 def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
-    """Tokens of each text without specials, and whether the model's own tokenizer counted them."""
+    """Return the number of tokens of each text without specials, and whether the model's own tokenizer counted them."""
     tokenizer = _tokenizer(model)
     if tokenizer is None:
         return [round(len(text.encode()) / _BYTES_A_TOKEN) for text in texts], False
@@ -220,7 +220,7 @@ def _counts(model: str, texts: Sequence[str]) -> tuple[list[int], bool]:
 
 
 def _tokenizer(model: str) -> Any:
-    """The tokenizer, from a folder or from what the hub's cache holds; nothing is fetched."""
+    """Return the tokenizer from a folder or from the hub's cache; fetch nothing."""
     from transformers import AutoTokenizer
 
     row = models.find_row(model)

@@ -1,4 +1,4 @@
-"""What a run costs: which nodes are up for how long, and so how much.
+"""Compute what a run costs: which nodes are up for how long.
 
 Nodes of a group's `min_workers` are up for the whole run. Those above it come when a stage needs GPUs, which takes some
 minutes, and end some idle minutes after the last one that did; all of it is paid for, and for as many as the stage has workers. Stages that run side by side take
@@ -20,7 +20,7 @@ Duration = Callable[[StageEstimate], float]
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Time and money of all stages at one of their durations."""
+    """Time and cost of all stages for one of their durations."""
 
     seconds: float
     usd: float
@@ -67,7 +67,7 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
 
 
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
-    """Return what the nodes cost that are up while a stage runs; nodes that start or are idle are not in it."""
+    """Return the cost of the nodes that are up while a stage runs, without those that start or are idle."""
     growing = cluster.growing_usd_per_hour * _share_up(stage, cluster)
     return stage.seconds / 3600 * (cluster.lasting_usd_per_hour + growing)
 

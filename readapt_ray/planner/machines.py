@@ -1,4 +1,4 @@
-"""The cluster that a plan is for: node groups with their CPUs, memory, GPUs and price.
+"""Read the cluster that a plan is for: node groups with their CPUs, memory, GPUs and price.
 
 Read from what a cluster is started with: a Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay
 manifest (`kind: RayCluster`, `RayJob` or `RayService`), a plain list (`nodes`), or `local`, this machine. Prices and what a
@@ -54,18 +54,18 @@ class NodeGroup:
 
     @property
     def num_lasting(self) -> int:
-        """Nodes that are up for the whole run; only groups with GPUs are let go by a run."""
+        """Nodes that are up for the whole run; only groups with GPUs are scaled down during it."""
         return self.count if self.min_count is None or not self.gpus else min(self.count, self.min_count)
 
     @property
     def cpu_share_bytes(self) -> float:
-        """Memory per CPU, without Ray's object store."""
+        """Memory per CPU in bytes, without Ray's object store."""
         return self.memory_bytes * (1 - _OBJECT_STORE_SHARE) / max(1, self.cpus)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """All nodes."""
+    """All nodes of a cluster."""
 
     name: str
     groups: tuple[NodeGroup, ...]
@@ -74,41 +74,41 @@ class Cluster:
 
     @property
     def num_gpus(self) -> int:
-        """In all."""
+        """GPUs of all nodes."""
         return sum(group.count * group.gpus for group in self.groups)
 
     @property
     def num_cpus(self) -> int:
-        """In all."""
+        """CPUs of all nodes."""
         return sum(group.count * group.cpus for group in self.groups)
 
     @property
     def num_lasting_cpus(self) -> int:
-        """CPUs of the nodes that are up while no stage needs GPUs; all where none is."""
+        """CPUs of the nodes that are up while no stage needs GPUs; all CPUs if there are none such."""
         return sum(group.num_lasting * group.cpus for group in self.groups) or self.num_cpus
 
     @property
     def num_nodes(self) -> int:
-        """In all."""
+        """Number of nodes."""
         return sum(group.count for group in self.groups)
 
     @property
     def usd_per_hour(self) -> float:
-        """Of the whole cluster."""
+        """Price of the whole cluster in USD per hour."""
         return sum(group.count * group.usd_per_hour for group in self.groups)
 
     @property
     def lasting_usd_per_hour(self) -> float:
-        """Of the nodes that are up for the whole run."""
+        """Price in USD per hour of the nodes that are up for the whole run."""
         return sum(group.num_lasting * group.usd_per_hour for group in self.groups)
 
     @property
     def growing_usd_per_hour(self) -> float:
-        """Of the nodes that are up only while GPUs are needed."""
+        """Price in USD per hour of the nodes that are up only while GPUs are needed."""
         return self.usd_per_hour - self.lasting_usd_per_hour
 
     def usd_per_hour_of(self, stage: str) -> float:
-        """Return what the nodes cost that are up while a stage runs."""
+        """Return the price in USD per hour of the nodes that are up while a stage runs."""
         return self.lasting_usd_per_hour + (self.growing_usd_per_hour if stage in _GPU_STAGES else 0.0)
 
     @property
@@ -122,13 +122,15 @@ class Cluster:
         return max(self.groups, key=lambda group: group.memory_bytes)
 
     def computes_low(self, dtype: str) -> bool:
-        """Whether a model computes in bfloat16 or float16; `auto` means float32 on CPUs that may lack units for it."""
+        """Return whether a model computes in bfloat16 or float16; `auto` means float32 on CPUs that may lack units for
+        it.
+        """
         if dtype == "auto":
             return bool(self.num_gpus) or all(group.has_bfloat16_units for group in self.groups)
         return dtype != "float32"
 
     def room(self, cpus: int, num_workers: int | None) -> tuple[float, str]:
-        """Return the bytes that one worker of so many CPUs may take, and what that is a part of."""
+        """Return the bytes that a worker with so many CPUs may take, and the name of what limits them."""
         if self.gpu_groups:
             smallest = min(self.gpu_groups, key=lambda group: group.gpu_memory_bytes)
             return smallest.gpu_memory_bytes * _USABLE_SHARE, f"one {smallest.gpu}"
@@ -139,7 +141,7 @@ class Cluster:
         return group.memory_bytes * (1 - _OBJECT_STORE_SHARE) / on_a_node, group.name
 
     def describe(self) -> str:
-        """One line."""
+        """Return the cluster as one line."""
         parts = []
         for group in self.groups:
             gpus = f", {group.gpus} x {group.gpu}" if group.gpus else ""
@@ -151,7 +153,7 @@ class Cluster:
 
 
 def read_cluster(uri: str, prices: PriceTable) -> Cluster:
-    """The cluster of a file, or of this machine where the file is `local`.
+    """Read the cluster from a file, or describe this machine if the file is `local`.
 
     Raises:
         InputError: there is no such file, its kind is unknown, or a machine of it is not in the price table.
@@ -178,7 +180,9 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
 
 
 def _idle_timeout_s(values: dict[str, Any]) -> float:
-    """Return how long an idle node stays up, as a launcher file or a KubeRay manifest says; Ray's defaults where it does not."""
+    """Return the seconds after which the autoscaler stops an idle node, from a launcher file or KubeRay manifest, else
+    Ray's default.
+    """
     if "cluster_name" in values:
         return 60.0 * float(values.get("idle_timeout_minutes", 5))
     return float((_ray_cluster(values).get("autoscalerOptions") or {}).get("idleTimeoutSeconds", 60))
@@ -195,7 +199,7 @@ def _this_machine() -> NodeGroup:
 
 
 class _PlainNode(Config):
-    """A group of a plain list."""
+    """A node group in a plain list."""
 
     name: str
     """What to call it."""
@@ -245,7 +249,7 @@ def _machine(kind: str, prices: PriceTable, where: str) -> Machine:
 
 
 def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot: bool = False, where: str) -> NodeGroup:
-    """Nodes of one machine type, with what the price table says of their GPU."""
+    """Return nodes of one machine type, with what the price table says of their GPU."""
     device = prices.gpus.get(machine.gpu)
     if machine.gpus and device is None:
         raise InputError(
@@ -267,7 +271,7 @@ def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot:
 
 
 def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
-    """Groups of a Ray cluster launcher file, each at the most workers that it may have within what all together may."""
+    """Return the groups of a Ray cluster launcher file, each with its maximum of workers, within the maximum of all."""
     provider = str((values.get("provider") or {}).get("type", ""))
     if provider not in ("aws", "gcp"):
         raise InputError(
@@ -295,7 +299,7 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
 
 
 def _within(most: int, groups: list[NodeGroup]) -> list[NodeGroup]:
-    """The groups with so many nodes in all at most; those with GPUs get theirs first, since the long stages ask for them."""
+    """Limit the groups to a number of nodes in all; groups with GPUs first, since the long stages ask for them."""
     counts: dict[str, int] = {}
     for group in sorted(groups, key=lambda each: -each.gpus):
         counts[group.name] = min(group.count, most - sum(counts.values()))
@@ -303,14 +307,14 @@ def _within(most: int, groups: list[NodeGroup]) -> list[NodeGroup]:
 
 
 def _kuberay(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:
-    """Groups of a RayCluster, or of the one inside a RayJob or RayService, each at the most replicas that it may have."""
+    """Return the groups of a RayCluster, RayJob or RayService, each with its maximum of replicas."""
     spec = _ray_cluster(values)
     head = {"groupName": "head", "replicas": 1, **(spec.get("headGroupSpec") or {})}
     return tuple(_pods(group, prices, where) for group in (head, *(spec.get("workerGroupSpecs") or [])))
 
 
 def _ray_cluster(values: dict[str, Any]) -> dict[str, Any]:
-    """The cluster of a RayCluster, or of the one inside a RayJob or RayService."""
+    """Return the RayCluster, or the one inside a RayJob or RayService."""
     spec = values.get("spec") or {}
     return dict(spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec)
 
@@ -344,7 +348,7 @@ _SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
 
 
 def _quantity(value: Any) -> float:
-    """A Kubernetes quantity (4, 500m, 16Gi) as a number."""
+    """Parse a Kubernetes quantity (4, 500m, 16Gi) to a number."""
     text = str(value).strip()
     for suffix in sorted(_SUFFIXES, key=len, reverse=True):
         if text.endswith(suffix):

@@ -1,4 +1,4 @@
-"""A plan as text for people, and as plain values for programs."""
+"""Format a plan as text for people and as plain values for programs."""
 
 from typing import Any
 
@@ -7,15 +7,18 @@ from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.planner import Plan, scaling
 from readapt_ray.planner.cost import Cost, stage_usd
 
+_NUMBERS = ("", "K", "M", "B", "T")
+_SI = ("", "K", "M", "G", "T", "P", "E")
+
 
 def text(plan: Plan) -> str:
-    """The whole plan."""
+    """Return the whole plan as text."""
     parts = [_heading(plan), _stages(plan), _memory(plan), _sizes(plan), _grid(plan), _limits(plan), _basis(plan)]
     return "\n\n".join(part for part in parts if part)
 
 
 def values(plan: Plan) -> dict[str, Any]:
-    """The plan as JSON values; seconds, bytes, USD."""
+    """Return the plan as JSON values; seconds, bytes, USD."""
     low, mid, high = plan.costs
     corpus, cluster = plan.setting.corpus, plan.setting.cluster
     return {
@@ -84,7 +87,7 @@ def _stages(plan: Plan) -> str:
         rows.append(
             (
                 each.name,
-                f"{count(each.work)} {each.unit}",
+                f"{_scaled(each.work, _SI) if each.unit == 'FLOP' else count(each.work)} {each.unit}",
                 f"{each.workers} x {each.device}",
                 duration(each.seconds),
                 f"{duration(each.low_s)} to {duration(each.high_s)}",
@@ -143,7 +146,7 @@ def _basis(plan: Plan) -> str:
 
 
 def duration(seconds: float) -> str:
-    """As in progress; long ones in days and years."""
+    """Format seconds as progress does; long durations in days and years."""
     days = seconds / 86_400
     if days < 3:
         return progress.duration(seconds)
@@ -151,17 +154,21 @@ def duration(seconds: float) -> str:
 
 
 def count(value: float) -> str:
-    """A number as people say it: 950, 12.9 K, 8.84 M, 1.2 G, 3 T, 29 P."""
-    for unit in ("", "K", "M", "G", "T", "P", "E"):
-        if abs(value) < 999.5 or unit == "E":
-            return f"{value:.3g} {unit}".strip()
-        value /= 1000
-    return str(value)
+    """Format a number for people: 950, 12.9 K, 8.84 M, 1.2 B, 3 T."""
+    return _scaled(value, _NUMBERS)
 
 
 def size(num_bytes: float) -> str:
-    """Bytes with a unit, in powers of 1,000."""
-    return f"{count(num_bytes)}B" if num_bytes >= 999.5 else f"{num_bytes:.0f} B"
+    """Format bytes with a unit, in powers of 1,000."""
+    return f"{_scaled(num_bytes, _SI)}B" if num_bytes >= 999.5 else f"{num_bytes:.0f} B"
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    for unit in units[:-1]:
+        if abs(value) < 999.5:
+            return f"{value:.3g} {unit}".strip()
+        value /= 1000
+    return f"{value:,.0f} {units[-1]}" if value >= 999.5 else f"{value:.3g} {units[-1]}"
 
 
 def _usd(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What machines, GPUs and storage have and cost: a YAML file, ours or the user's."""
+"""Read what machines, GPUs and storage have and cost: a YAML file, ours or the user's."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ PRICES_FILE: Final = Path(__file__).parent.parent / "data" / "prices.yaml"
 
 
 class Device(Config):
-    """A GPU: what one of it can do (its maker's data sheet)."""
+    """A GPU and its peak rates, from its maker's data sheet."""
 
     tflops: float
     """Dense bfloat16 (float16 before Ampere) TFLOP/s."""
@@ -38,7 +38,7 @@ class Machine(Config):
 
 
 class Storage(Config):
-    """What an object store costs."""
+    """Prices of an object store."""
 
     usd_per_gb_month: float
     """A gigabyte kept for a month."""
@@ -49,7 +49,7 @@ class Storage(Config):
 
 
 class PriceTable(Config):
-    """Machines, GPUs and what they cost. Replace it with `--prices FILE.yaml`."""
+    """Machines, GPUs and their prices. `--prices FILE.yaml` replaces it."""
 
     source: str
     """Where the prices are from, and of when."""
@@ -62,7 +62,7 @@ class PriceTable(Config):
 
 
 def read_prices(uri: str | None) -> PriceTable:
-    """The price table of a file, or the one that comes with the package.
+    """Read the price table of a file, or the one that comes with the package.
 
     Raises:
         InputError: there is no such file, or it is not a price table.
@@ -72,7 +72,7 @@ def read_prices(uri: str | None) -> PriceTable:
 
 
 def read_mapping(location: Location, what: str) -> dict[str, Any]:
-    """The options of a YAML file; of several documents the first of Ray's, else the first.
+    """Return the options of a YAML file; of several documents the first that Ray would read, else the first.
 
     Raises:
         InputError: there is no such file, or it holds no options; `what` says what it should be.

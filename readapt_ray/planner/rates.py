@@ -1,4 +1,4 @@
-"""How fast a stage is, per GPU or per CPU: as measured in finished roots, else as a table says.
+"""Estimate how fast a stage is per GPU or CPU: measured in finished roots, else from a table.
 
 The table's CPU rates were measured on a Xeon with AMX (2026-11-22, the quickstart); its GPU rates are the share of the
 data sheet's peak that such models are known to reach, and wide. A root that was measured narrows them.
@@ -42,7 +42,7 @@ _WARM_UP_S: Final = 0.5
 
 @dataclass(frozen=True)
 class Rate:
-    """Work a second of one GPU or CPU, and by what factor it may be slower or faster."""
+    """Work per second of one GPU or CPU, and the factor by which it may be slower or faster."""
 
     value: float
     slower: float
@@ -51,7 +51,7 @@ class Rate:
 
     @property
     def is_measured(self) -> bool:
-        """Whether a finished root gave it."""
+        """Whether a finished root gave this rate."""
         return self.source != "table"
 
 
@@ -82,7 +82,7 @@ FIXED_S: Final = {
 
 
 def describe_gpu_share(stage: str) -> str:
-    """Say at what share of a GPU's peak a stage is planned where nothing was measured."""
+    """Say which share of a GPU's peak a stage is planned with if nothing was measured."""
     share, slower, faster = _GPU_SHARE[stage]
     return f"{stage} at {share:.0%} of a GPU's peak, {faster:g} times as fast to {slower:g} times as slow"
 
@@ -95,14 +95,15 @@ class Rates:
 
     @property
     def sources(self) -> list[str]:
-        """Every measured rate as a line."""
+        """Return every measured rate as a line."""
         return [
             f"{stage} on {device}: {value:.3g} {WORK_UNITS[stage]}/s ({source})"
             for (stage, device), (value, source) in sorted(self._measured.items())
         ]
 
     def of(self, stage: str, device: str, peak_flops: float, *, is_low: bool) -> Rate:
-        """The rate of one GPU (its name and peak) or CPU; one measured on an A100 is also that of an A100-80GB.
+        """Return the rate of one GPU (its name and peak) or CPU; a rate measured on an A100 also serves for an
+        A100-80GB.
 
         Args:
             is_low: whether products are in bfloat16 or float16, which a CPU with matrix units does faster.
@@ -122,7 +123,7 @@ class Rates:
 
 
 def measure(roots: list[str], planned: Cluster) -> Rates:
-    """The rates of all complete artifacts under these roots.
+    """Measure the rates of all complete artifacts under these roots.
 
     Args:
         roots: folders or URIs; one that is not there has no rates.
@@ -212,7 +213,7 @@ _WORK: Final[dict[str, Callable[[Manifest], float]]] = {
 
 
 def _counted_s(manifest: Manifest, place: Location, units: float) -> float | None:
-    """Seconds of all devices together that the work itself took, where the stage counted them."""
+    """Return the seconds of all devices together that the work itself took, if the stage counted them."""
     steps = place / "metrics.jsonl"
     if manifest.stage == "train" and steps.is_file():
         lines = steps.read_text().splitlines()
@@ -228,17 +229,17 @@ def _counted_s(manifest: Manifest, place: Location, units: float) -> float | Non
 
 
 def _is_copied(manifest: Manifest) -> bool:
-    """Whether vectors came from an earlier corpus: their tokens cost nothing, and tell no rate."""
+    """Return whether vectors were copied from an earlier corpus: they took no time, so they tell no rate."""
     return bool(manifest.details.get("work", {}).get("num_copied"))
 
 
 def _working_s(manifest: Manifest) -> float:
-    """Seconds without what would also pass for an empty corpus; at least a third of all."""
+    """Return the seconds without those that an empty corpus would take, too; at least a third of all."""
     return max(manifest.seconds - FIXED_S[manifest.stage], manifest.seconds / 3)
 
 
 def _units(manifest: Manifest, planned: Cluster) -> tuple[str, float]:
-    """The kind of device that did the work, and how many of them."""
+    """Return the kind of device that did the work, and how many of them."""
     cluster: dict[str, Any] = manifest.hardware.get("cluster") or {
         "num_cpus": planned.num_cpus,
         "gpus": {group.gpu: group.count * group.gpus for group in planned.gpu_groups},
@@ -260,7 +261,7 @@ def _units(manifest: Manifest, planned: Cluster) -> tuple[str, float]:
 
 
 def _pieces(manifest: Manifest) -> float:
-    """How many tasks there were to share out."""
+    """Return the number of tasks that the work was split into."""
     if manifest.stage == "pack":
         return max(1.0, -(-manifest.counts["num_passages"] // ROWS_PER_FILE))
     if manifest.stage == "index":

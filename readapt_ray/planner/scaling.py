@@ -1,4 +1,4 @@
-"""The same run at other sizes: hours and money, and what breaks first as a corpus or a cluster grows.
+"""Plan the same run at other sizes: hours and cost, and what breaks first as a corpus or a cluster grows.
 
 Both come from the estimates of the stages, so the table of other sizes and the limits agree.
 Each limit is a count of passages or of workers beyond which something that does not grow with the cluster decides:
@@ -34,7 +34,7 @@ _LONG_SCAN_S: Final = 1.0
 
 @dataclass(frozen=True)
 class Limit:
-    """A size from which something that does not grow with the cluster decides."""
+    """A size beyond which something that does not grow with the cluster is the bottleneck."""
 
     at: float
     """Passages or workers."""
@@ -47,7 +47,7 @@ class Limit:
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
-    """The cluster with so many GPUs (nodes, where it has no GPU); other groups stay."""
+    """Return the cluster with this many GPUs (nodes if it has no GPU); other groups stay."""
     if not cluster.gpu_groups:
         return replace(cluster, groups=(replace(cluster.largest, count=workers),))
     fast = cluster.gpu_groups[0]
@@ -64,7 +64,7 @@ def scaled(cluster: Cluster, workers: int) -> Cluster:
 
 
 def estimates(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[StageEstimate]:
-    """Every stage that has something to do."""
+    """Estimate every stage that has something to do."""
     found = []
     for position, (name, step) in enumerate(steps):
         estimate = stages.estimate_stage(step, name, setting)
@@ -83,7 +83,7 @@ class Cell:
 
 
 def grid(steps: Sequence[tuple[str, Step]], setting: Setting) -> dict[int, dict[int, Cell]]:
-    """Return what the run takes at each of PASSAGES, with each of WORKERS GPUs (nodes, where there is no GPU)."""
+    """Estimate the run at each of PASSAGES with each of WORKERS GPUs (nodes if there is no GPU)."""
     return {size: {workers: _cell(steps, setting, size, workers) for workers in WORKERS} for size in PASSAGES}
 
 
@@ -137,7 +137,7 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
 
 
 def _flat_index_limits(setting: Setting) -> list[Limit]:
-    """What breaks where vectors are neither compressed nor searched approximately."""
+    """Return what breaks if vectors are neither compressed nor searched approximately."""
     cluster, flat = setting.cluster, 4.0 * setting.dimension
     scanned = _SCAN_BYTES_PER_S * max(1, cluster.num_cpus / 8)
     return [
@@ -155,7 +155,7 @@ def _flat_index_limits(setting: Setting) -> list[Limit]:
 
 
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """Return what stops a larger cluster from being a faster one, in the order in which it does."""
+    """Return what keeps a larger cluster from being faster, in the order in which it does."""
     configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
     many = scaled(setting.cluster, max(WORKERS))
     limits = [_batch_limit(configs["train"], setting, many)]
@@ -168,7 +168,7 @@ def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[L
 
 
 def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
-    """The number of workers from which a step of training has nothing for more."""
+    """Return the number of workers beyond which a training step has no work for more."""
     step = stages.train_step_size(train.model_copy(update={"num_workers": None}), setting.corpus, many)
     if train.batch_size == "auto":
         what = f"a run takes {MIN_STEPS} steps of {TOKENS_PER_WORKER:,} tokens per worker: more workers stay out of training"
@@ -179,7 +179,7 @@ def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
 
 
 def _stuck(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
-    """The number of workers from which most of the time goes to stages that more workers do not help."""
+    """Return the number of workers beyond which most time goes to stages that more workers do not speed up."""
     kind = "GPUs" if setting.cluster.num_gpus else "nodes"
     alone = estimates(steps, replace(setting, cluster=scaled(setting.cluster, 1)))
     for workers in WORKERS[1:]:

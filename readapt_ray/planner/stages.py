@@ -1,4 +1,4 @@
-"""Each stage of a run on a cluster: its work, workers, hours, memory and bytes."""
+"""Estimate each stage of a run on a cluster: its work, workers, hours, memory and bytes."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 
 @dataclass(frozen=True, kw_only=True)
 class StageEstimate:
-    """One stage of a run."""
+    """The estimate of one stage."""
 
     name: str
     """Folder of its artifact."""
@@ -70,14 +70,14 @@ class Setting:
 
 
 def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
-    """One stage; None for one that has nothing to do."""
+    """Estimate one stage; None if it has nothing to do."""
     if step.needs_judgements and not setting.corpus.num_queries:
         return None
     return _ESTIMATES[step.stage](step.config, name, setting)
 
 
 def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
-    """Actors that have something to do."""
+    """Return the number of embedding actors that have work."""
     rows = config.rows_per_shard or shard_rows(corpus.num_passages)
     shards = math.ceil(corpus.num_passages / rows)
     most = cluster.num_gpus or max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
@@ -85,7 +85,7 @@ def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
 
 
 def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
-    """Bytes in memory of each kind of index with the run's own options, ids aside."""
+    """Return the bytes in memory of each kind of index with the run's own options, without ids."""
     found = {}
     for kind in KINDS:
         storage = config.storage or default_storage(kind.name, setting.vector_dtype)
@@ -95,14 +95,14 @@ def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:
-    """Ray Train workers."""
+    """Return the number of Ray Train workers."""
     if cluster.num_gpus:
         return int(min(config.num_workers or cluster.num_gpus, cluster.num_gpus))
     return int(config.num_workers or cluster.num_nodes)
 
 
 def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
-    """What a step of training takes, and on how many workers: as training will choose it."""
+    """Return the size of a training step and its number of workers, as training will choose them."""
     num_blocks = float(corpus.num_passages)
     if config.mode == "packed":
         num_blocks = corpus.num_passages * corpus.train_tokens / (config.block_tokens - corpus.train_tokens / 2)
@@ -118,13 +118,13 @@ def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
 
 
 def train_steps(config: Any, corpus: Corpus, step: StepSize) -> int:
-    """Optimizer steps."""
+    """Return the number of optimizer steps."""
     num_tokens = corpus.num_passages * corpus.train_tokens
     return max(1, math.ceil(num_tokens / step.num_tokens)) * int(config.num_epochs)
 
 
 def _device(cluster: Cluster) -> tuple[str, float]:
-    """The GPU that a synchronous step waits for, or a CPU."""
+    """Return the slowest GPU, for which a synchronous step waits, or a CPU."""
     if not cluster.gpu_groups:
         return CPU, 0.0
     slowest = min(cluster.gpu_groups, key=lambda group: group.gpu_flops)
@@ -148,7 +148,7 @@ def _timed(
     note: str = "",
     problem: str = "",
 ) -> StageEstimate:
-    """Fixed seconds, and the work at so many units times the rate; never under the floor."""
+    """Return fixed seconds plus the work at so many units times the rate; never less than the floor."""
     fixed = FIXED_S[stage] + fixed_s
     working = max(work / (units * rate.value), floor_s)
     return StageEstimate(
@@ -262,7 +262,9 @@ def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 
 def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_low: bool) -> float:
-    """How many times the rate all workers reach: shards go to whoever is free, so unlike GPUs add up."""
+    """Return the sum of all workers' rates as a multiple of the rate; shards go to whoever is free, so unlike GPUs add
+    up.
+    """
     cluster = setting.cluster
     if not cluster.num_gpus:
         return float(min(cluster.num_cpus, workers * (config.num_cpus_per_worker or 1)))
@@ -274,7 +276,7 @@ def _embed_units(config: Any, setting: Setting, workers: int, rate: Rate, *, is_
 
 
 def _float32_note(config: Any, cluster: Cluster) -> str:
-    """Say where `auto` was taken for the slower of what it may mean."""
+    """Say where `auto` was taken for the slower of the types that it may mean."""
     if config.dtype != "auto" or cluster.computes_low("auto"):
         return ""
     return "in float32, as dtype auto is on CPUs without bfloat16 units"

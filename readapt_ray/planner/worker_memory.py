@@ -1,4 +1,4 @@
-"""What one worker of a stage needs and what it has; for training it is the very estimate that training makes."""
+"""Estimate what one worker of a stage needs and what it has; for training by the estimate that training itself makes."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,22 +27,22 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """Bytes of all parts."""
+        """Sum of all parts in bytes."""
         return sum(self.parts.values())
 
     @property
     def fits(self) -> bool:
-        """Whether a worker can hold it."""
+        """Whether a worker has enough memory."""
         return self.needed <= self.available
 
     def arithmetic(self) -> str:
-        """The sum, part by part."""
+        """Return the sum, part by part, as text."""
         terms = " + ".join(f"{name} {size / 1e9:.2f}" for name, size in self.parts.items())
         return f"{terms} = {self.needed / 1e9:.2f} GB of {self.available / 1e9:.2f} GB ({self.where})"
 
 
 def train_adapter(config: Any, shape: ModelShape) -> "AdapterShape | None":
-    """The adapter that train would make; None where all weights are trained.
+    """Return the adapter that train would make; None if all weights are trained.
 
     Raises:
         ModelError: the options name no layers, and none are known for the model's family.
@@ -54,7 +54,7 @@ def train_adapter(config: Any, shape: ModelShape) -> "AdapterShape | None":
 
 
 def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: int) -> Memory:
-    """What a training worker needs: the very estimate that training makes before it starts."""
+    """Return what a training worker needs: the estimate that training makes before it starts."""
     import torch
 
     from readapt_ray.training import memory
@@ -82,7 +82,7 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
 
 
 def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
-    """An embedding actor: weights, a batch's activations, a data shard."""
+    """Return what an embedding actor needs: weights, the activations of a batch, a data shard."""
     from readapt_ray.training.memory import process_bytes
 
     width = 2 if cluster.computes_low(config.dtype) else 4
@@ -102,7 +102,7 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
 
 
 def index_memory(shard_bytes: float, group: NodeGroup) -> Memory:
-    """What an indexing task needs: about three times its shard."""
+    """Return what an indexing task needs: about three times its shard."""
     return Memory(
         parts={"shard": 3.0 * shard_bytes, "process": 3e8},
         available=group.cpu_share_bytes,

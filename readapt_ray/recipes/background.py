@@ -1,4 +1,4 @@
-"""Work in a thread beside other work, whose result or error is asked for later."""
+"""Run work in a thread beside other work; its result or error is asked for later."""
 
 import threading
 from collections.abc import Callable
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def run_in_background(function: Callable[[], T]) -> Future[T]:
-    """Run a function in a thread that ends with the process; threads of an executor would keep a Ctrl-C waiting."""
+    """Run a function in a daemon thread; threads of an executor would keep a Ctrl-C waiting."""
     future: Future[T] = Future()
 
     def run() -> None:

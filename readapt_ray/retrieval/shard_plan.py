@@ -6,7 +6,6 @@ before is copied. It reads the corpus once (some 300,000 passages a second on on
 a passage.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,20 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.storage import Location
 
 PASSAGE_COLUMNS = ("doc_id", "title", "text")
 _READ_ROWS = 16384
 _HASH_BYTES = 16
-
-
-def content_hash(title: str | None, text: str) -> bytes:
-    """16 bytes that stand for what is encoded of a passage."""
-    digest = hashlib.blake2b((title or "").encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES)
-    digest.update(b"\0")
-    digest.update(text.encode("utf-8", "surrogatepass"))
-    return digest.digest()
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import ray
 from ray import serve
 
 from readapt_ray.config import Config
-from readapt_ray.serving.api import build_api
 from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
+from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
 from readapt_ray.serving.versions import LossPolicy, Routing, VersionInfo

@@ -10,7 +10,7 @@ from typing import Any
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.templates import TextTokenizer
+from readapt_ray.retrieval.tokenization import TextTokenizer
 from readapt_ray.serving.schema import Kind, RequestError, invalid
 
 _NO_LIMIT_TOKENS = 1 << 40

@@ -79,10 +79,13 @@ class EmbedConfig(StageConfig):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a GPU. Lower it when
     memory is short."""
+    max_left_out: int = Field(default=100, ge=0)
+    """Maximum number of passages that are left out because their vector is NaN, infinite or zero, also in float32. The
+    manifest names them; more of them stop the run."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous"}
+        {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous", "max_left_out"}
     )
 
 
@@ -120,6 +123,7 @@ def embed(config: EmbedConfig) -> Artifact:
         passages=passages,
         earlier=previous,
         vectors=on_worker.absolute(Location(config.output)) / "vectors",
+        max_left_out=config.max_left_out,
     )
 
     def work(workspace: Workspace) -> None:
@@ -166,8 +170,8 @@ def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[s
 
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
-    from readapt_ray.retrieval.templates import TextTokenizer
-    from readapt_ray.weights.checkpoint import Checkpoint
+    from readapt_ray.retrieval.tokenization import TextTokenizer
+    from readapt_ray.weights.weight_files import Checkpoint
 
     model = open_model(config.retriever)
     encoding = config.encoding or model.encoding
@@ -261,6 +265,7 @@ def _encode(job: EmbedJob, rows_per_shard: int, config: EmbedConfig, workspace: 
         "encoder": {**job.encoder, "dimension": footers[0].dimension},
         "vector_dtype": job.vector_dtype,
         "work": _tell_work(footers),
+        "left_out": _tell_left_out(footers, config.max_left_out),
     }
     if earlier is not None:
         workspace.details["changes"] = _tell_changes(contents, earlier, str(config.previous))
@@ -278,6 +283,7 @@ def _tell_work(footers: list[Footer]) -> dict[str, float]:
     work = {
         "num_encoded": int(summed(footers, "num_encoded")),
         "num_copied": int(summed(footers, "num_copied")),
+        "num_encoded_again": int(summed(footers, "num_again")),
         "encoder_seconds": round(busy_s, 3),
         "waiting_share": round(waited_s / max(busy_s + waited_s, 1e-9), 4),
         "padding_share": round(1 - tokens / max(positions, 1), 4),
@@ -289,6 +295,25 @@ def _tell_work(footers: list[Footer]) -> dict[str, float]:
         100 * work["padding_share"],
     )
     return work
+
+
+def _tell_left_out(footers: list[Footer], max_left_out: int) -> list[str]:
+    """Name the passages without a usable vector.
+
+    Raises:
+        CorpusError: there are more than are allowed.
+    """
+    doc_ids = [doc_id for footer in footers for doc_id in footer.left_out]
+    if not doc_ids:
+        return []
+    named = ", ".join(map(repr, doc_ids[:10])) + " ..." * (len(doc_ids) > 10)
+    if len(doc_ids) > max_left_out or not any(footer.num_rows for footer in footers):
+        raise CorpusError(
+            f"{len(doc_ids)} passages have vectors that are NaN, infinite or zero, also in float32 ({named}), and "
+            f"max_left_out = {max_left_out}; look at them and at the model, or allow more with --max-left-out"
+        )
+    logger.warning("embed: left out, since their vectors are NaN, infinite or zero, also in float32: %s", named)
+    return doc_ids
 
 
 def _tell_changes(contents: Contents, earlier: Contents, previous: str) -> dict[str, int]:

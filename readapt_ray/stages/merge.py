@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from readapt_ray.weights.export import WeightPlan
     from readapt_ray.weights.low_rank import Stored
     from readapt_ray.weights.merge_plan import MergePlan
-    from readapt_ray.weights.readapter import Readapter, Scales
+    from readapt_ray.weights.merging import Readapter, Scales
 
 logger = logging.getLogger("readapt_ray")
 
@@ -223,6 +223,7 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
         tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
         contract={"fingerprint": workspace.fingerprint},
+        dense_of=models.dense_of,
     )
 
 
@@ -271,7 +272,7 @@ def _low_rank(
 ) -> Iterator[tuple["Readapter", list["Stored"]]]:
     """The models, with the retriever's difference truncated where that was asked for."""
     from readapt_ray.weights.low_rank import StoredDifference, write_difference
-    from readapt_ray.weights.readapter import Readapter
+    from readapt_ray.weights.merging import Readapter
 
     if config.low_rank is None:
         yield whole, []
@@ -302,6 +303,7 @@ def _write_factors(workspace: Workspace, merged: _Merge) -> None:
         encoding=models.encoding,
         config_of=models.config_of,
         tokenizer_of=models.tokenizer_of,
+        dense_of=models.dense_of,
         sources={each.role: each.to_json() for each in merged.plan.sources},
         report=_element_report(workspace, readapter),
     )

@@ -75,26 +75,42 @@ def train(config: TrainConfig) -> Artifact:
             raise CorpusError(
                 f"{name} = {wanted!r}, but {config.corpus!r} was packed with {name} = {packed!r}; pack again"
             )
-    model = models.open_model(config.pretrained)
-    if model.is_adapter:
-        raise ModelError(
-            f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
-        )
+    model, config = resolve(config, models.open_model(config.pretrained))
     if blocks.manifest.inputs["pretrained"] != model.tokenizer_fingerprint:
         raise ModelError(
             f"{config.corpus!r} was packed with the tokenizer of {blocks.manifest.config['pretrained']!r}, which is not that "
             f"of {config.pretrained!r}; pack the passages again with this model"
         )
-    config = config.model_copy(
-        update={
-            "objective": config.objective or objective_of(model),
-            "target_modules": train_workers.target_modules(config, model),
-        }
-    )
     inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint}
     return artifacts.produce(
         "train", config, inputs=inputs, work=lambda workspace: _train(config, model, blocks, workspace)
     )
+
+
+def check_pretrained(config: TrainConfig) -> None:
+    """Check that the model can be trained as asked, before any passage is packed; fetch no weight.
+
+    Raises:
+        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
+    """
+    resolve(config, models.open_model(config.pretrained, with_weights=False))
+
+
+def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConfig]:
+    """Fill in the objective and the target modules that follow from the model; no weight is read.
+
+    Raises:
+        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
+    """
+    if model.is_adapter:
+        raise ModelError(
+            f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
+        )
+    objective = config.objective or objective_of(model)
+    targets = train_workers.target_modules(config, model)
+    if targets:
+        shapes.shape_of(model.config, model.name, objective).adapted(targets)
+    return model, config.model_copy(update={"objective": objective, "target_modules": targets})
 
 
 def objective_of(model: OpenModel) -> Objective:

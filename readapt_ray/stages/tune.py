@@ -68,7 +68,8 @@ class TuneConfig(StageConfig):
     max_passages: int = Field(default=20_000, ge=1)
     """Maximum number of passages in the sample that is searched; judged ones are always in it."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX, else float32."""
+    """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+    AVX512_BF16, else float32."""
     num_workers: int | None = Field(default=None, ge=1)
     """Number of actors, each with one model, that share the work. If omitted, one per GPU, or one without GPUs."""
     seed: int = Field(default=0, ge=0)

@@ -20,6 +20,7 @@ import torch.distributed.nn
 from torch import Tensor, nn
 
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.nn.precision import products_in
 from readapt_ray.retrieval.pooling import normalized, pool
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
@@ -40,7 +41,7 @@ class Contrast:
         temperature: divides the inner product.
         both_directions: also tell each passage's query from all queries, at equal weight.
         micro_batch_tokens: padded tokens of one forward and backward pass, at most; a longer text goes alone.
-        dtype: of matrix products; below float32 they run under autocast.
+        dtype: of matrix products; below float32 they run under autocast where weights have another type.
         seed: of dropout.
     """
 
@@ -129,7 +130,7 @@ class Contrast:
         return loss_of
 
     def _encode(self, engine: DeepSpeedEngine, texts: Texts, part: Sequence[int]) -> Tensor:
-        with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with products_in(self.dtype, self.model, engine.device.type):
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:

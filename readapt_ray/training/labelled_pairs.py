@@ -92,7 +92,7 @@ def write_pairs(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from readapt_ray.retrieval.templates import TextTokenizer
+    from readapt_ray.retrieval.tokenization import TextTokenizer
     from readapt_ray.training.pairs import PAIR_SCHEMA
 
     pairs = _file_pairs(source.file) if source.file is not None else iter(_judged_pairs(source, num_negatives))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from readapt_ray.nn.precision import products_in
 from readapt_ray.training import objectives
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine
@@ -24,7 +25,7 @@ class LanguageModelling:
             it already.
         data_order: which blocks, in which order.
         batches: gives this worker's share of every step from a first one on.
-        dtype: of matrix products; below float32 they run under autocast.
+        dtype: of matrix products; below float32 they run under autocast where weights have another type.
     """
 
     model: Any
@@ -44,7 +45,7 @@ class LanguageModelling:
             )
 
         def loss_of(part: Batch) -> Tensor:
-            with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            with products_in(self.dtype, self.model, engine.device.type):
                 return objectives.loss_sum(self.model, part.to(engine.device)) / batch.num_labels
 
         return StepWork(

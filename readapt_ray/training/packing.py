@@ -190,6 +190,8 @@ class Batch:
     """int32 [passages + 1]: 0, then where each passage ends; the padding counts as a passage."""
     longest_passage: int
     """Tokens."""
+    label_places: "torch.Tensor"
+    """int64 [N]: places of the labels in the row. Found on the host, since a device would have to be waited for."""
 
     def to(self, device: "str | torch.device") -> "Batch":
         """The same on another device."""
@@ -201,6 +203,21 @@ class Batch:
             if isinstance(value, torch.Tensor)
         }
         return replace(self, **moved)
+
+    def in_rows(self) -> "dict[str, torch.Tensor]":
+        """Return input_ids, position_ids, labels and attention_mask with each passage in a row of its own, padded.
+
+        For models whose attention cannot keep passages apart that lie end to end.
+        """
+        import torch
+
+        lengths = self.passage_ends.diff()[:, None]
+        places = torch.arange(self.longest_passage, device=lengths.device)
+        is_filled = places < lengths
+        index = (self.passage_ends[:-1, None] + places.minimum(lengths - 1)).long()
+        rows = {name: getattr(self, name)[0][index] for name in ("input_ids", "position_ids", "labels")}
+        rows["labels"].masked_fill_(~is_filled, IGNORED)
+        return {**rows, "attention_mask": is_filled.long()}
 
 
 @dataclass(frozen=True)
@@ -222,6 +239,7 @@ class Row:
             labels=torch.from_numpy(self.labels)[None],
             passage_ends=torch.from_numpy(self.passage_ends),
             longest_passage=int(np.diff(self.passage_ends).max()),
+            label_places=torch.from_numpy(np.flatnonzero(self.labels != IGNORED)),
         )
 
 

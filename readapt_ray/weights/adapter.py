@@ -1,4 +1,4 @@
-"""A PEFT adapter (LoRA or DoRA) read as factors: what it adds to each weight of the model it is laid on.
+"""Read a PEFT adapter (LoRA or DoRA) as factors, and compute what it adds to each weight of its base model.
 
 In: a folder that PEFT saved. Out: for each adapted weight the factors A and B, the scaling and, for
 DoRA, the magnitude. Opening reads headers only and checks every module against the model; the
@@ -14,9 +14,17 @@ from typing import Any
 
 from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
-from readapt_ray.weights.checkpoint import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Factors
+from readapt_ray.weights.deltas import Factors
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import (
+    Checkpoint,
+    StoredTensor,
+    check_not_empty,
+    is_finite,
+    is_head,
+    natural_order,
+    read_header,
+)
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = {
@@ -88,7 +96,7 @@ class Adapter:
         return bool(self._config.get("use_dora"))
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Factors:
-        """What is added to rows of a weight: the factors of the whole; see `Factors.add_to`."""
+        """Return what is added to rows of a weight: the factors of the whole; see `Factors.add_to`."""
         del start, stop, scratch, role
         return self.factors(name)
 
@@ -112,7 +120,7 @@ class Adapter:
         )
 
     def _scaling(self, name: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; patterns are matched as PEFT does."""
+        """Return alpha / rank, or alpha / sqrt(rank) for rank-stabilised LoRA; patterns are matched as PEFT does."""
         patterns = self._config.get("alpha_pattern") or {}
         matched = next(
             (each for each in patterns if re.match(rf"(.*\.)?({each})$", self._paths[name])), self._paths[name]
@@ -155,7 +163,7 @@ class Adapter:
 
 
 def listed(problems: list[str]) -> str:
-    """The first few of a list of differences, and how many more there are."""
+    """Return the first few of a list of differences as text, and how many more there are."""
     shown = "; ".join(problems[:_NUM_LISTED])
     return f"{shown}; and {len(problems) - _NUM_LISTED} more" if len(problems) > _NUM_LISTED else shown
 
@@ -194,7 +202,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
-    """The stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
+    """Return the stored factors by module path (without PEFT's prefix) and kind (A, B, magnitude)."""
     path = folder / ADAPTER_WEIGHTS_NAME
     if not path.is_file():
         raise ModelError(
@@ -202,7 +210,9 @@ def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
         )
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
-    for stored_name, stored in read_header(path).items():
+    found = read_header(path)
+    check_not_empty(found, f"the adapter {name!r}")
+    for stored_name, stored in found.items():
         suffix = next((each for each in _KINDS if stored_name.endswith(each)), None)
         if suffix is None or not stored_name.startswith(_PEFT_PREFIX):
             unknown.append(stored_name)

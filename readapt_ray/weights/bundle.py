@@ -1,9 +1,9 @@
-"""A retriever and its knowledge as a small folder next to their base: the factors instead of the sums.
+"""Store a retriever and its knowledge as factors in a small folder, to be added to their base model when loaded.
 
     bundle.json            base (name, revision, SHA-256 of its files), scales, encoding, what the factors hold
     readapter.safetensors  the retriever's difference (`low_rank`), or retriever/, the adapter that it is
     knowledge-1/ ...       the knowledge adapters as plain PEFT folders, or difference.safetensors
-    config.json, tokenizer the retriever's
+    config.json, tokenizer, 2_Dense/   the retriever's
 
 In: checked models and scales. Out: such a folder, from which any pair of scales can be made again
 with the base alone. Memory: that of `low_rank`.
@@ -20,13 +20,20 @@ import torch
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
-from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_FILES
+from readapt_ray.model_file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    MODULES_NAME,
+    TOKENIZER_FILES,
+)
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import DTYPE_CODES, Checkpoint
+from readapt_ray.weights.dense import copy_dense, modules_of
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
+from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
-from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.weight_files import DTYPE_CODES, Checkpoint
 
 BUNDLE_NAME = "bundle.json"
 
@@ -46,10 +53,11 @@ def write_bundle(
     encoding: Encoding,
     config_of: OpenModel,
     tokenizer_of: OpenModel,
+    dense_of: OpenModel,
     sources: Mapping[str, Mapping[str, Any]],
     report: Callable[[int], None],
 ) -> list[Stored]:
-    """Write the folder; what a killed call finished is not made again.
+    """Write the folder; resume after a killed call.
 
     Args:
         target: the folder.
@@ -59,6 +67,7 @@ def write_bundle(
         encoding: how the retriever wants its text.
         config_of: the model whose config.json is the retriever's.
         tokenizer_of: the model whose tokenizer is the retriever's.
+        dense_of: the model whose Dense modules are the retriever's.
         sources: what the models are, by role; `pretrained` is the base.
         report: called with the elements of weights done so far.
 
@@ -67,6 +76,8 @@ def write_bundle(
     """
     _copy(config_of.folder, (CONFIG_NAME,), target)
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
+    if dense := copy_dense(dense_of, target):
+        (target / MODULES_NAME).write_text(json.dumps(modules_of(["Transformer", "Pooling", *dense]), indent=2) + "\n")
     stored: list[Stored] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
         _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), target / _RETRIEVER)
@@ -102,33 +113,33 @@ def _copy(folder: Path, names: Sequence[str], target: Location) -> None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Such a folder on this machine's disk."""
+    """A folder of factors on this machine's disk."""
 
     model: OpenModel
     content: Mapping[str, Any]
 
     @property
     def scales(self) -> Scales:
-        """Those that it was written with."""
+        """The scales that it was written with."""
         return Scales(self.content["readapter_scale"], tuple(self.content["knowledge_scale"]))
 
     @property
     def encoding(self) -> Encoding:
-        """How the retriever wants its text."""
+        """The encoding of its retriever."""
         return Encoding.parse(self.content["encoding"], where=str(self.model.folder / BUNDLE_NAME))
 
     @property
     def base_name(self) -> str:
-        """What the base was called when the bundle was written."""
+        """The name of the base when the bundle was written."""
         return str(self.content["sources"]["pretrained"]["name"])
 
     @property
     def left_out(self) -> tuple[str, ...]:
-        """What took no part in it, with the model that held it."""
+        """Tensors that took no part, with the model that held them."""
         return tuple(self.content["left_out"])
 
     def readapter(self, base: Checkpoint) -> Readapter:
-        """The models as differences from their base.
+        """Return the models as differences from their base.
 
         Raises:
             WeightMismatchError: they do not fit it.
@@ -157,7 +168,7 @@ class Bundle:
 
 
 def open_bundle(model: OpenModel) -> Bundle:
-    """The bundle in a folder.
+    """Open the bundle in a folder.
 
     Raises:
         ModelError: there is none, or it is of another format.
@@ -175,7 +186,7 @@ def open_bundle(model: OpenModel) -> Bundle:
 
 
 def check_base(model: OpenModel, base: MergeInput) -> None:
-    """Refuse another base than the one that the factors of a bundle were made of.
+    """Refuse a base that is not the one the factors were made from.
 
     Raises:
         WeightMismatchError: it is another.

@@ -1,4 +1,4 @@
-"""What the cast to the output type lost of the intended update, for each kind of tensor.
+"""Measure what the cast to the output type lost of the intended update, for each kind of tensor.
 
 bfloat16 keeps 8 bits of a weight, so an update a hundredth of its size is mostly rounding. In: rows
 in float32 and what they were cast to. Out: of each kind of tensor (`layers.*.mlp.up_proj.weight`)
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from readapt_ray.weights.readapter import TensorRows
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.merging import TensorRows
+from readapt_ray.weights.reused_buffers import ScratchBuffers
 
 
 @dataclass
@@ -36,7 +36,7 @@ class CastLoss:
 
     @classmethod
     def of(cls, name: str, rows: TensorRows, cast: torch.Tensor, scratch: ScratchBuffers) -> "CastLoss":
-        """The loss of a slice; it uses up `rows.pretrained`.
+        """Measure the loss of a slice; `rows.pretrained` is overwritten.
 
         Args:
             name: of the tensor.
@@ -54,11 +54,11 @@ class CastLoss:
         return cls({kind: _Squares(update, knowledge, error)})
 
     def is_finite(self) -> bool:
-        """Whether all sums are; then so is every value that entered them."""
+        """Whether all sums are finite; then so is every value that entered them."""
         return all(math.isfinite(value) for each in self.squares.values() for value in dataclasses.astuple(each))
 
     def add(self, other: "CastLoss") -> None:
-        """Add what other slices lost."""
+        """Add the sums of other slices."""
         for kind, squares in other.squares.items():
             mine = self.squares.setdefault(kind, _Squares())
             mine.update += squares.update
@@ -73,12 +73,12 @@ class CastLoss:
         }
 
     def to_json(self) -> str:
-        """The sums, to go on with after a kill."""
+        """Return the sums as JSON, to resume from."""
         return json.dumps({kind: dataclasses.asdict(each) for kind, each in self.squares.items()})
 
     @classmethod
     def from_json(cls, text: str) -> "CastLoss":
-        """What `to_json` wrote."""
+        """Restore what `to_json` returned."""
         return cls({kind: _Squares(**values) for kind, values in json.loads(text).items()})
 
 

@@ -22,10 +22,10 @@ from readapt_ray.hardware import num_cores
 from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
 from readapt_ray.storage import Location
 from readapt_ray.weights.cast_loss import CastLoss
-from readapt_ray.weights.checkpoint import file_header, is_finite
+from readapt_ray.weights.merging import Readapter, Scales, TensorRows
 from readapt_ray.weights.ordered_map import ordered_map
-from readapt_ray.weights.readapter import Readapter, Scales, TensorRows
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import file_header, is_finite
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

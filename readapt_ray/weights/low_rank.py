@@ -1,4 +1,5 @@
-"""Differences between two models as a small file: LoRE's truncated SVD of each weight, or the difference itself.
+"""Store the difference between two models in a small file: a truncated SVD of each weight (LoRE), or the difference
+itself.
 
 In: the pretrained model and one made from it (full weights). Out: `NAME.safetensors` with, for each
 weight that changed, `W.lore_B` [O, r] and `W.lore_A` [r, I] (`tuned - pretrained` is about B A), or
@@ -25,10 +26,10 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.hardware import num_cores
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint, file_header, is_finite, read_header
+from readapt_ray.weights.deltas import Difference, Factors
 from readapt_ray.weights.ordered_map import Budget, ordered_map
-from readapt_ray.weights.scratch import ScratchBuffers
-from readapt_ray.weights.terms import Difference, Factors
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint, file_header, is_finite, read_header
 
 FACTOR_DTYPE = torch.bfloat16
 """Type of stored factors. Its rounding error is part of the reported variance and small against the truncation."""
@@ -48,7 +49,7 @@ _COST = 2.75
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """How the difference of one weight is kept."""
+    """How the difference of one weight is stored."""
 
     name: str
     shape: tuple[int, ...]
@@ -58,7 +59,7 @@ class Stored:
     """Share of the squared difference that it holds."""
 
     def entries(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """Name, type and shape of the tensors in the file."""
+        """Return name, type and shape of the tensors in the file."""
         if self.rank is None:
             return [(self.name + _WHOLE, torch.float32, self.shape)]
         if self.rank == 0:
@@ -70,12 +71,12 @@ class Stored:
 
 
 class StoredDifference:
-    """Such a file, as what a retriever or a tuned model adds to the pretrained one."""
+    """A stored difference, as what a retriever or tuned model adds to the pretrained one."""
 
     def __init__(
         self, path: Path, base: Checkpoint, *, name: str, dtypes: dict[str, torch.dtype] | None = None
     ) -> None:
-        """Read the header and check it against the model that it is laid on.
+        """Read the header and check it against the model that it is added to.
 
         Args:
             path: the safetensors file.
@@ -111,7 +112,7 @@ class StoredDifference:
         return name in self._kinds
 
     def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Difference | Factors:
-        """What is added to rows of a weight."""
+        """Return what is added to rows of a weight."""
         if self._kinds[name] == _WHOLE:
             return Difference(rows=self._stored[name + _WHOLE].read(start, stop, scratch, role))
         return self.factors(name)
@@ -128,7 +129,7 @@ DeltaSource = Checkpoint | Adapter | StoredDifference
 
 
 def check_shapes(pretrained: Checkpoint, tuned: DeltaSource) -> None:
-    """Refuse a vocabulary that grew or shrank: there is no difference of new words.
+    """Refuse a vocabulary that grew or shrank: new words have no difference.
 
     Raises:
         WeightMismatchError: a tensor has another shape.
@@ -151,7 +152,7 @@ def write_difference(
     variance: float | None,
     report: Callable[[int], None],
 ) -> list[Stored]:
-    """Write `tuned - pretrained` into one file; what an earlier, killed call finished is not made again.
+    """Write `tuned - pretrained` into one file; resume after a killed call.
 
     Args:
         pretrained: the weights before.
@@ -208,7 +209,7 @@ def _finished(parts: Location, name: str) -> Stored | None:
 def _decomposed(
     pretrained: Checkpoint, tuned: DeltaSource, name: str, variance: float | None, parts: Location
 ) -> Stored:
-    """One weight, with its factors and its record written: the record last."""
+    """Decompose one weight; write its factors, then its record."""
     shape = pretrained.shape(name)
     changed = False
     for rows in _difference(pretrained, tuned, name):  # all of it, so that NaN is found before hours are spent
@@ -235,7 +236,7 @@ def _decomposed(
 
 
 def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterator[torch.Tensor]:
-    """`tuned - pretrained` in float32, some rows at a time."""
+    """Return `tuned - pretrained` in float32, some rows at a time."""
     shape = pretrained.shape(name)
     num_rows = shape[0] if shape else 1
     for start in range(0, num_rows, _ROWS):
@@ -255,7 +256,7 @@ def _difference(pretrained: Checkpoint, tuned: DeltaSource, name: str) -> Iterat
 def truncated_svd(
     difference_OI: torch.Tensor, variance: float, *, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """The fewest singular directions that hold a share of the squared difference.
+    """Return the fewest singular directions that hold a share of the squared difference.
 
     Matrices with a short side are decomposed as they are, large ones through a random sketch that grows until it holds enough
     (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1).
@@ -293,7 +294,7 @@ def truncated_svd(
 
 
 def _squared(matrix: torch.Tensor) -> float:
-    """The squared norm, some rows at a time: no second matrix."""
+    """Return the squared norm, some rows at a time, without a second matrix."""
     total = 0.0
     for start in range(0, len(matrix), _ROWS):
         total += float(matrix[start : start + _ROWS].square().sum(dtype=torch.float64))
@@ -301,7 +302,9 @@ def _squared(matrix: torch.Tensor) -> float:
 
 
 def _exact(difference_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All directions of a matrix with a short side, by the eigenvectors of the square one: B, A, squared values."""
+    """Return all directions of a matrix with a short side, by the eigenvectors of its Gram matrix: B, A, squared
+    values.
+    """
     num_rows, num_columns = difference_OI.shape
     tall = num_rows >= num_columns
     short_LS = difference_OI if tall else difference_OI.T
@@ -317,7 +320,7 @@ def _exact(difference_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 def _range(difference_OI: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """An orthonormal basis of about the leading `size` left singular directions [O, size]."""
+    """Return an orthonormal basis of about the leading `size` left singular directions [O, size]."""
     sketch_IS = torch.randn(difference_OI.shape[1], size, generator=generator)
     basis_OS: torch.Tensor = torch.linalg.qr(difference_OI @ sketch_IS).Q
     del sketch_IS
@@ -334,7 +337,7 @@ def _truncated(
     squares_S: torch.Tensor,
     variance: float,
 ) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """The leading directions, as few as hold the share after they were rounded."""
+    """Return the leading directions, as few as hold the share after rounding."""
     num_rows, num_columns = difference_OI.shape
     most = num_rows * num_columns // (num_rows + num_columns)  # bfloat16 factors against a float32 difference
     total = _squared(difference_OI)

@@ -1,4 +1,4 @@
-"""The plan of a merge: from the names of models to a `Readapter`, with every check that needs no weights.
+"""Plan a merge: turn names of models into a `Readapter`, with every check that needs no weights.
 
 In: names of models, as the user gave them. Out: the opened models and what they are. Headers, configs and
 tokenizers are read (kilobytes), and every file is hashed once, on all cores.
@@ -12,12 +12,12 @@ from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.agreement import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.bundle import check_base, open_bundle
-from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.compatibility import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.low_rank import check_shapes
+from readapt_ray.weights.merging import Readapter, Scales, one_per_adapter, open_retriever
 from readapt_ray.weights.provenance import MergeInput, hashed_in_background
-from readapt_ray.weights.readapter import Readapter, Scales, one_per_adapter, open_retriever
+from readapt_ray.weights.weight_files import Checkpoint
 
 Roles = tuple[tuple[str, OpenModel], ...]
 """Role and model of each input, the pretrained one first."""
@@ -49,6 +49,8 @@ class MergePlan:
     """The model whose config.json the result gets."""
     tokenizer_of: OpenModel
     """The model whose tokenizer the result gets."""
+    dense_of: OpenModel
+    """The model whose Dense modules the result gets."""
     sources: tuple[MergeInput, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
     bundle_scales: Scales | None = None
@@ -71,7 +73,7 @@ class MergePlan:
 
 
 def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
-    """Find, open and check the models of a merge. All cores hash the files meanwhile.
+    """Find, open and check the models of a merge; hash their files on all cores meanwhile.
 
     Args:
         models: what the user named.
@@ -96,7 +98,7 @@ def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
 
 
 def _check_origins(roles: Roles, plan: MergePlan) -> None:
-    """Compare the pretrained model with the one that each of the others was made on."""
+    """Compare the pretrained model with the one that each other model was made from."""
     pretrained, second, *others = plan.sources
     if plan.models.bundle is not None:
         check_base(roles[1][1], pretrained)
@@ -113,7 +115,7 @@ def _find_models(pretrained: str, retriever: str, adapters: Sequence[str]) -> Ro
 
 
 def _find_bundle(bundle: str, pretrained: str | None) -> Roles:
-    """The bundle says what its base is, unless `pretrained` does."""
+    """Return the bundle and its base: the one it names, unless `pretrained` is given."""
     model = _find("bundle", bundle)
     return (("pretrained", _find("pretrained", pretrained or open_bundle(model).base_name)), ("bundle", model))
 
@@ -143,6 +145,7 @@ def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
         encoding=models.encoding or retriever.encoding,
         config_of=pretrained if retriever.is_adapter else retriever,
         tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
+        dense_of=retriever,
         sources=(),
     )
 
@@ -160,6 +163,7 @@ def _open_bundled(roles: Roles, models: MergeModels) -> MergePlan:
         encoding=models.encoding or bundle.encoding,
         config_of=model,
         tokenizer_of=model,
+        dense_of=model,
         sources=(),
         bundle_scales=bundle.scales,
         left_out=bundle.left_out,

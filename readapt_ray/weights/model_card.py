@@ -1,4 +1,4 @@
-"""README.md of a merged model: what it was made from, how to use it, what the cast lost.
+"""Write README.md of a merged model: what it was made from, how to use it, what the cast lost.
 
 In: the ingredients, the encoding, the scales. Out: Markdown with the metadata that the hub reads.
 The same models and options give the same text.
@@ -29,7 +29,7 @@ def model_card(
     measures: Sequence[str],
     notes: Sequence[str],
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
         encoding: how text becomes a vector.
@@ -151,7 +151,7 @@ def _percent(share: Share) -> str:
 
 
 def _limits(encoding: Encoding) -> list[str]:
-    """What one limit and plain prompts cannot say."""
+    """Say what stock clients must know of limits and prompts."""
     notes = []
     if encoding.max_query_tokens != encoding.max_passage_tokens:
         notes.append(
@@ -172,7 +172,7 @@ def _limits(encoding: Encoding) -> list[str]:
 
 
 def truncation_note(stored: Sequence[Stored]) -> list[str]:
-    """What was left of the retriever's difference, where it was truncated; no line where nothing was."""
+    """Say what was left of the retriever's difference if it was truncated; else nothing."""
     factored = [each for each in stored if each.rank]
     if not factored:
         return []
@@ -185,7 +185,7 @@ def truncation_note(stored: Sequence[Stored]) -> list[str]:
 
 
 def measures_of(uri: str) -> list[str]:
-    """What `readapt tune` or `readapt evaluate` found, as lines of Markdown.
+    """Return what `readapt tune` or `readapt evaluate` found, as lines of Markdown.
 
     Raises:
         InputError: there is no such output.

@@ -1,4 +1,4 @@
-"""Work on every core with the results in order, and no more of them in memory than the cores need.
+"""Map over all cores with results in order, holding no more results in memory than the cores need.
 
 In: a function and its arguments, an iterator that is read as it is used. Out: the results in the
 order of the arguments. Each thread computes by itself: what a sum gives must not depend on how many
@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 def ordered_map(
     work: Callable[[Item], Result], items: Iterable[Item], *, num_threads: int, num_waiting: int = 0
 ) -> Generator[Result]:
-    """`map` over threads.
+    """Apply a function in threads; yield the results in order.
 
     Args:
         work: what is done to each item; called in threads where torch uses one core.
@@ -57,7 +57,7 @@ def _threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 class Budget:
-    """Bytes that may be in use at once; who asks for more waits. A single request is always met."""
+    """Limit the bytes in use at once; a request for more waits. A single request is always granted."""
 
     def __init__(self, num_bytes: int) -> None:
         self._free = self._whole = num_bytes

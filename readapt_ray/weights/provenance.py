@@ -1,4 +1,4 @@
-"""What a merged model was made from, so that it can be checked and made again.
+"""Record what a merged model was made from, so that it can be checked and made again.
 
 In: models on this machine's disk. Out: for each its name, revision, fingerprint and the SHA-256 of
 every file that decides its content. All cores hash, while the main thread checks the models: about
@@ -39,11 +39,11 @@ class MergeInput:
 
     @property
     def weight_files(self) -> dict[str, str]:
-        """SHA-256 of the files that hold weights."""
+        """Return the SHA-256 of each file that holds weights."""
         return {name: digest for name, digest in self.files.items() if name.endswith(_WEIGHTS)}
 
     def to_json(self) -> dict[str, Any]:
-        """What a manifest or a bundle says of it."""
+        """Return the record as a manifest or bundle stores it."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -96,7 +96,7 @@ def _sha256(path: Path, stopped: threading.Event) -> str:
 
 
 def command_line(stage: str, options: Mapping[str, Any]) -> str:
-    """The command that makes the same again; `options` by name, those with None left out."""
+    """Return the command that makes the same again; options that are None are left out."""
     parts = [f"readapt {stage}"]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from readapt_ray.catalog.retrievers import RETRIEVERS
-from readapt_ray.retrieval.templates import TextTokenizer
+from readapt_ray.retrieval.tokenization import TextTokenizer
 
 QUERY, TITLE, TEXT = "how Deep?", "Seas", "very deep"
 WEB = "Given a web search query, retrieve relevant passages that answer the query"

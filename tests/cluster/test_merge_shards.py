@@ -6,7 +6,7 @@ from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.storage import Location
 from readapt_ray.weights.export import plan_shards
 from readapt_ray.weights.merge_plan import MergeModels, plan_merge
-from readapt_ray.weights.readapter import Scales
+from readapt_ray.weights.merging import Scales
 from tests import factories
 
 

@@ -4,11 +4,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.shard_plan import (
     Changes,
     Contents,
     changes_since,
-    content_hash,
     cut_shards,
     first_rows,
     matching_rows,

@@ -10,6 +10,8 @@ from readapt_ray.retrieval.vector_files import (
     cut,
     iterate_vectors,
     read_footer,
+    stored_vectors,
+    write_stored,
     write_vectors,
 )
 from readapt_ray.storage import Location
@@ -147,3 +149,19 @@ def test_damaged_files_are_named(tmp_path):
         values = pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
         pq.write_table(pa.table({"doc_id": ["a", "b"], "vector": values}), location.path)
         list(iterate_vectors(Location(str(tmp_path)), [RowRange(location.name, 0, 2)]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_vectors_that_cannot_be_searched_are_left_out_up_to_a_bound(tmp_path, dtype):
+    vectors = np.arange(1, 13, dtype=np.float32).reshape(4, 3)
+    vectors[1, 2], vectors[3] = np.nan, 0
+    location = Location(str(tmp_path)) / "x.parquet"
+    with pytest.raises(CorpusError, match=r"'b' holds NaN .*2 of 4 passages are like it, and max_left_out = 1"):
+        stored_vectors(list("abcd"), vectors, dtype, max_left_out=1)
+    stored = stored_vectors(list("abcd"), vectors, dtype, max_left_out=2)
+    write_stored(location, list("abcd"), stored, pa.nulls(4, pa.binary(16)), metadata={"num_tokens": 7})
+    footer = read_footer(location)
+    assert (footer.num_rows, footer.left_out) == (2, ["b", "d"])
+    ((doc_ids, read),) = iterate_vectors(Location(str(tmp_path)), [RowRange("x.parquet", 0, 2)])
+    assert doc_ids == ["a", "c"]
+    np.testing.assert_allclose(read, vectors[[0, 2]], atol=0.05)

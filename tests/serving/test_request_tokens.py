@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from readapt_ray.retrieval.templates import TextTokenizer
+from readapt_ray.retrieval.tokenization import TextTokenizer
 from readapt_ray.serving import request_tokens, search_service
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError

@@ -31,7 +31,7 @@ from readapt_ray.errors import (
     PlacementError,
     WorkerError,
 )
-from readapt_ray.records import vector_schema
+from readapt_ray.records import Passage, vector_schema
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, suitable_dtype
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
 from readapt_ray.stages.embed import EmbedConfig, embed
@@ -417,11 +417,30 @@ def test_errors_of_actors_come_out_as_our_own(world, ray_session, tmp_path):
     tensors = factories.read_tensors(broken)
     tensors["norm.weight"][:] = float("nan")
     factories.write_tensors(broken, tensors)
-    config = _config(root, tmp_path / "out", retriever=str(broken))
+    config = _config(root, tmp_path / "out", retriever=str(broken), max_left_out=3)
     with pytest.raises(CorpusError, match=r"the vector of 'd\d+' holds NaN") as caught:
         embed(config)
     assert caught.value.exit_code == 2 and "Traceback" not in str(caught.value)
     assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_passages_without_a_vector_are_left_out_counted_and_named(ray_session, tmp_path, caplog):
+    caplog.set_level("WARNING", "readapt_ray")
+    passages = [*factories.small_corpus(30), Passage("bad", "", "the file ÿ"), Passage("worse", "", "ÿ the path")]
+    factories.ingest_artifact(tmp_path / "corpus", passages)
+    model = factories.write_contract(factories.tiny_decoder(tmp_path / "model", headless=True))
+    tensors = factories.read_tensors(model)
+    tensors["embed_tokens.weight"][factories.decoder_tokenizer()("ÿ")["input_ids"][-1]] = float("nan")
+    factories.write_tensors(model, tensors)
+    config = EmbedConfig(retriever=str(model), corpus=str(tmp_path / "corpus"), output=str(tmp_path / "out"))
+    with pytest.raises(CorpusError, match="2 of 32 passages are like it, and max_left_out = 1"):
+        embed(config.model_copy(update={"max_left_out": 1}))
+    made = embed(config)
+    assert made.manifest.counts["num_vectors"] == 30
+    assert sorted(made.manifest.details["left_out"]) == ["bad", "worse"]
+    assert "left out, since their vectors are NaN" in caplog.text and "'bad', 'worse'" in caplog.text
+    doc_ids = pq.read_table(tmp_path / "out/vectors")["doc_id"].to_pylist()
+    assert sorted(doc_ids) == [each.doc_id for each in passages[:30]]
 
 
 @pytest.fixture

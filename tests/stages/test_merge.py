@@ -15,7 +15,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, WeightMismatchError
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights import export
-from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 from tests.weights import oracles
 

@@ -25,6 +25,7 @@ def test_the_worked_example_of_the_module() -> None:
     assert batch.position_ids[0, :9].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
     assert batch.labels[0, :9].tolist() == [6, 7, IGNORED, 9, IGNORED, 4, 4, 4, IGNORED]
     assert batch.labels[0, 9:].eq(IGNORED).all()
+    assert batch.label_places.tolist() == [0, 1, 3, 5, 6, 7]
     assert (batch.passage_ends.tolist(), batch.longest_passage) == ([0, 3, 5, 9, 16], 7)
 
 

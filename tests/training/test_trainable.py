@@ -4,7 +4,7 @@ import torch
 
 from readapt_ray.storage import Location
 from readapt_ray.training import trainable
-from readapt_ray.weights.checkpoint import Checkpoint, stored_tensors
+from readapt_ray.weights.weight_files import Checkpoint, stored_tensors
 from tests import factories
 
 

@@ -4,10 +4,10 @@ import torch
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.cast_loss import CastLoss
-from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.export import plan_shards, write_weights
-from readapt_ray.weights.readapter import Readapter, Scales, TensorRows
-from readapt_ray.weights.scratch import ScratchBuffers
+from readapt_ray.weights.merging import Readapter, Scales, TensorRows
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 
 

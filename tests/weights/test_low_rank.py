@@ -11,9 +11,9 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.storage import Location
 from readapt_ray.weights import low_rank
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
 from readapt_ray.weights.low_rank import StoredDifference, truncated_svd, write_difference
-from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.merging import Readapter, Scales
+from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 
 
@@ -154,7 +154,7 @@ import os, signal, sys
 from pathlib import Path
 from readapt_ray.storage import Location
 from readapt_ray.weights import low_rank
-from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.weight_files import Checkpoint
 svd, count = low_rank.truncated_svd, []
 def counting(*given, **options):
     count.append(1)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from readapt_ray.weights.checkpoint import file_header
+from readapt_ray.weights.weight_files import file_header
 
 SIDE = 2048
 MERGE = """
@@ -17,9 +17,9 @@ import json, sys, threading
 from pathlib import Path
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.checkpoint import Checkpoint
+from readapt_ray.weights.weight_files import Checkpoint
 from readapt_ray.weights.export import plan_shards, write_weights
-from readapt_ray.weights.readapter import Readapter, Scales
+from readapt_ray.weights.merging import Readapter, Scales
 
 def merge(folder):
     before = Checkpoint(folder / "pre")

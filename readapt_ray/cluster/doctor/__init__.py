@@ -1,4 +1,4 @@
-"""`readapt doctor`: what will fail on this machine or this cluster, within a minute and before a run."""
+"""`readapt doctor`: find what will fail on this machine or cluster, within a minute, before a run."""
 
 from typing import ClassVar
 
@@ -7,7 +7,7 @@ from readapt_ray.config import Config
 
 
 class DoctorConfig(Config):
-    """What to look at."""
+    """Options of `readapt doctor`."""
 
     cluster: bool = False
     """Check every node of the cluster of RAY_ADDRESS (as a submitted job: its own), and the network between them."""

@@ -1,4 +1,4 @@
-"""The checks of all nodes of a cluster, at the same time on each.
+"""Check all nodes of a cluster, all at the same time.
 
 A node, a check or a worker that does not answer in time is a line in the report. Three nodes on one machine take 13 s;
 with one that does not answer and one whose disk hangs it is less than a minute.
@@ -61,7 +61,7 @@ def check_cluster(root: str | None, models: tuple[str, ...]) -> Report:
 
 
 def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Orders:
-    """Place the driver's file in the root. Where that fails on a local disk, nodes do not look at it, too."""
+    """Write the driver's probe file into the root. If that fails on a local disk, the nodes skip the check."""
     orders = Orders(root=None, models=models, limit_s=CHECKS_S)
     if probe is None:
         return orders
@@ -75,7 +75,7 @@ def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Ord
 
 
 def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: Report) -> Nodes:
-    """Return the nodes that can be examined, those that answer and have the package, and report differing versions."""
+    """Return the nodes that answer and have the package, and report differing versions."""
     usable = {}
     for name, there in said.items():
         if isinstance(there, Exception):
@@ -108,7 +108,7 @@ def _start(node: Mapping[str, Any], num_gpus: int = 0) -> Any:
 
 
 def _examine(inspectors: Mapping[str, Any], up: Nodes, orders: Orders, report: Report) -> dict[str, Any]:
-    """Let all nodes be checked, and return the inspectors of those that answered."""
+    """Check every node, and return the inspectors of those that answered."""
     started = {}
     for name, inspector in inspectors.items():
         store_bytes = int(up[name]["Resources"].get("object_store_memory", 0))

@@ -1,4 +1,4 @@
-"""Whether the disks and the shared memory of this machine have room, can be written, and are fast enough."""
+"""Check that the disks and the shared memory of this machine have room, can be written and are fast enough."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ _LEAST_SHARED_BYTES = 1 * _GB
 
 
 def working_folders(ray_folder: str) -> list[Path]:
-    """Return where work writes on this machine: Ray's folder, into which it spills, and the caches of models."""
+    """Return the folders that work writes to on this machine: Ray's spill folder and the caches of models."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return [Path(ray_folder or tempfile.gettempdir()), environment.cache_folder(), Path(HF_HUB_CACHE)]
@@ -80,7 +80,7 @@ def space_problems(folder: Path) -> tuple[Problem, ...]:
 
 
 def _bytes_per_s(folder: Path, num_bytes: int) -> float:
-    """Write a file and see it on the disk."""
+    """Write a file and measure the speed until it is on the disk."""
     started_s = time.monotonic()
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".readapt-doctor-") as file:
         file.write(os.urandom(1 << 20) * max(1, num_bytes >> 20))
@@ -91,7 +91,7 @@ def _bytes_per_s(folder: Path, num_bytes: int) -> float:
 
 
 def check_shared_memory(store_bytes: int, num_gpus: int) -> Finding:
-    """See that shared memory holds Ray's objects and what NCCL exchanges.
+    """Check that shared memory is large enough for Ray's objects and NCCL's buffers.
 
     Args:
         store_bytes: of Ray's object store on this machine; 0 without Ray.

@@ -1,4 +1,4 @@
-"""What a check finds, and checks that run side by side, each with a time limit."""
+"""Define what a check reports, and run checks side by side, each with a time limit."""
 
 import threading
 import time
@@ -10,7 +10,7 @@ from readapt_ray.errors import ReadaptError, first_line
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, and after a semicolon what to do."""
+    """What is wrong and, after a semicolon, what to do."""
 
     text: str
     fails: bool = True
@@ -19,7 +19,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check says in the table, and its problems."""
+    """The result of a check: its cell in the table, and its problems."""
 
     shown: str
     problems: tuple[Problem, ...] = ()
@@ -27,7 +27,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """Something to look at on one machine."""
+    """A check that runs on one machine."""
 
     name: str
     """Column of the table."""
@@ -38,7 +38,7 @@ class Check:
 
 
 def failed(text: str) -> Finding:
-    """Return a finding of one problem."""
+    """Return a finding with one problem."""
     return Finding("fails", (Problem(text),))
 
 

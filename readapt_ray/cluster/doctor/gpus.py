@@ -1,4 +1,4 @@
-"""Whether the GPUs of this machine can be used: driver, torch, and as many as Ray was told of."""
+"""Check that the GPUs of this machine can be used: the driver, torch's build, and the number that Ray was told."""
 
 import subprocess
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _BUSY_MIB = 1024
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, as nvidia-smi describes it."""
+    """A GPU as nvidia-smi describes it."""
 
     name: str
     driver: str
@@ -37,7 +37,7 @@ def check_gpus(num_wanted: int | None) -> Finding:
 
 
 def installed_gpus() -> list[Gpu]:
-    """Return what nvidia-smi lists; nothing where there is no nvidia-smi, or no driver."""
+    """Return the GPUs that nvidia-smi lists; none where there is no nvidia-smi or no driver."""
     command = ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWERS_S, check=False)

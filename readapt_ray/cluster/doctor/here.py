@@ -1,4 +1,4 @@
-"""The checks of this machine alone, without Ray."""
+"""Check this machine alone, without Ray."""
 
 import platform
 

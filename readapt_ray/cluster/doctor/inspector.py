@@ -1,4 +1,4 @@
-"""A process on each node that checks it, and that exchanges data with those on the other nodes."""
+"""An actor on each node that runs its checks and exchanges data with the other nodes."""
 
 import dataclasses
 import importlib
@@ -22,7 +22,7 @@ _NUM_EXCHANGES = 3
 
 @dataclass(frozen=True)
 class Exchange:
-    """What an all-reduce measured."""
+    """Bandwidth and time of an all-reduce."""
 
     backend: str
     bytes_per_s: float
@@ -30,7 +30,7 @@ class Exchange:
 
 
 class Inspector:
-    """An actor. It has a GPU only where it is one of a process group of GPUs."""
+    """An actor that checks its node. It takes a GPU only where it joins a process group of GPUs."""
 
     def __init__(self) -> None:
         self._listening: Any = None
@@ -44,16 +44,16 @@ class Inspector:
         return check_machine(dataclasses.replace(orders, ray_folder=session))
 
     def load_torch(self) -> None:
-        """Import what `all_reduce` needs, which may take longer than the exchange, while other checks run."""
+        """Import what `all_reduce` needs while other checks run; importing may take longer than the exchange."""
         importlib.import_module("torch.distributed")
         importlib.import_module("readapt_ray.cluster.process_group")
 
     def now(self) -> float:
-        """Return what this node's clock says, in unix seconds."""
+        """Return the time by this node's clock, in unix seconds."""
         return time.time()
 
     def listen(self) -> Address:
-        """Take connections from now on; return where."""
+        """Start to accept connections; return the address."""
         import ray
 
         host = ray.util.get_node_ip_address()
@@ -62,7 +62,7 @@ class Inspector:
         return host, int(self._listening.getsockname()[1])
 
     def unreachable(self, addresses: Sequence[Address], limit_s: float) -> list[int]:
-        """Return which of these addresses cannot be connected to, by their places in the list."""
+        """Return the indices of the addresses that cannot be connected to."""
         reached: set[int] = set()
 
         def connect(place: int) -> None:
@@ -80,7 +80,7 @@ class Inspector:
         return sorted(set(range(len(addresses))) - reached)
 
     def open_store(self, num_workers: int, limit_s: float) -> Address:
-        """Open the place where workers meet; return where."""
+        """Open the store through which workers find each other; return its address."""
         import ray
         import torch
 

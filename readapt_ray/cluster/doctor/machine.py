@@ -1,4 +1,4 @@
-"""All checks of one machine: what `readapt doctor` looks at here, and on every node of a cluster."""
+"""Run all checks of one machine, here or on a node of a cluster."""
 
 import functools
 import importlib.metadata
@@ -23,7 +23,7 @@ PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "faiss", "pyarr
 
 @dataclass(frozen=True, kw_only=True)
 class Orders:
-    """What to look at on a machine."""
+    """Which checks to run on a machine, and on what."""
 
     root: str | None
     """Folder or URI of all artifacts; None: not looked at."""
@@ -68,7 +68,7 @@ def _checks(orders: Orders) -> list[Check]:
 
 
 def check_packages() -> Finding:
-    """See that what the stages import is installed."""
+    """Check that the packages which the stages import are installed."""
     missing = [module for module in PACKAGES if importlib.util.find_spec(module) is None]
     if missing:
         return failed(f"{', '.join(missing)} cannot be imported; install readapt-ray there with its dependencies")
@@ -76,7 +76,7 @@ def check_packages() -> Finding:
 
 
 def check_models(models: tuple[str, ...], limit_s: float) -> Finding:
-    """See that each model is here, or would be given to this machine and has room on its disk."""
+    """Check that each model is here, or can be fetched and has room on the disk."""
     to_fetch: dict[Path, int] = defaultdict(int)
 
     def look(name: str) -> Finding:

@@ -1,4 +1,4 @@
-"""Whether the nodes' clocks agree, their processes reach each other, and sum tensors over all workers, and how fast."""
+"""Check that the nodes' clocks agree and their processes reach each other; measure an all-reduce over all workers."""
 
 import time
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _MEND_CLOCK = "start chrony or ntpd there: heartbeats of leases and signatures o
 
 
 def check_clock(inspector: Any) -> Finding:
-    """Compare a node's clock with the driver's: the least of a few, and never more than the way there and back hides."""
+    """Compare a node's clock with the driver's: take the least difference of a few tries, less the round trip."""
     import ray
 
     offsets = []
@@ -43,7 +43,7 @@ def check_clock(inspector: Any) -> Finding:
 
 
 def check_network(inspectors: Mapping[str, Any], gpu_workers: Mapping[str, Any]) -> dict[str, Finding]:
-    """Connect every node with every other, then sum a tensor over all workers.
+    """Connect every node with every other node, then sum a tensor over all workers.
 
     Args:
         inspectors: one per node, by the node's name.

@@ -1,4 +1,4 @@
-"""What `readapt doctor` prints: a row for each machine, then a line for each thing that is wrong."""
+"""Print what `readapt doctor` found: a row per machine, then a line per problem."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,16 +20,16 @@ class Report:
     """Findings on all machines as one, such as an all-reduce."""
 
     def add(self, machine: str, found: Mapping[str, Finding]) -> None:
-        """Note what was found on a machine."""
+        """Add the findings of a machine."""
         self.rows.setdefault(machine, {}).update(found)
 
     @property
     def num_failing(self) -> int:
-        """How many things will fail, each counted once however many machines have it."""
+        """Count the problems; one that several machines have counts once."""
         return sum(problem.fails for _, problem in self._machines())
 
     def text(self) -> str:
-        """The table and the lines under it."""
+        """Return the table and the lines under it."""
         lines = [self._table(), *(f"{name}: {finding.shown}" for name, finding in self.together.items())]
         for title, fails in (("Will fail:", True), ("Slower than it need be:", False)):
             found = [(where, problem.text) for (where, problem) in self._lines() if problem.fails is fails]
@@ -47,7 +47,7 @@ class Report:
         )
 
     def _machines(self) -> dict[tuple[str, Problem], list[str]]:
-        """The machines that have each problem, by check and problem."""
+        """Return the machines that have each problem, by check and problem."""
         found: dict[tuple[str, Problem], list[str]] = {}
         for machine, row in [*self.rows.items(), (_ALL, self.together)]:
             for name, finding in row.items():

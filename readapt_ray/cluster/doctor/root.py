@@ -1,4 +1,4 @@
-"""Whether the folder for all artifacts can be read and written, from every node, and is the same one there."""
+"""Check that every node can read and write the folder for all artifacts, and that it is the same folder."""
 
 import time
 import uuid
@@ -13,7 +13,9 @@ _CONTENT = b"readapt doctor\n"
 
 
 class Probe:
-    """A file of the driver's in the root, which every node should see. Folders that it had to make go with it."""
+    """A file that the driver writes into the root and every node should see. It is removed with the folders made for
+    it.
+    """
 
     def __init__(self, root: Location) -> None:
         self.root = root

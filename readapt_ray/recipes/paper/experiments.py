@@ -1,4 +1,4 @@
-"""Running the paper's experiments, one after another, seed by seed."""
+"""Run the paper's experiments, one after another, seed by seed."""
 
 import logging
 

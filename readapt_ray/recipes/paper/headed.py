@@ -1,4 +1,4 @@
-"""A headless model with the language-model head of another: what training on text needs of a retriever.
+"""Put the language-model head of one model on the body of another: training on text needs a head, retrievers have none.
 
 In: a model folder without a head and the pretrained model that it came from. Out: a folder that
 `AutoModelForCausalLM` loads whole. It costs a copy of the weights.
@@ -12,13 +12,13 @@ from safetensors.torch import save
 
 from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
-from readapt_ray.weights.checkpoint import Checkpoint, read_header
+from readapt_ray.weights.weight_files import Checkpoint, read_header
 
 _HEAD_FILE = "head.safetensors"
 
 
 def add_head(headless: Location, pretrained: Path, target: Location) -> Location:
-    """Write the body of one model and the head of another.
+    """Write a model with the body of one model and the head of another.
 
     Args:
         headless: a local model folder.

@@ -1,4 +1,4 @@
-"""The options of `readapt paper`, and the corpora that they name."""
+"""Define the options of `readapt paper`, and find the corpora that they name."""
 
 import re
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 class PaperConfig(Config):
-    """Which experiments, with which retriever, on which corpora."""
+    """Options of `readapt paper`."""
 
     root: str = "readapt-paper"
     """Folder or URI to write all artifacts and tables to."""
@@ -68,7 +68,7 @@ class PaperConfig(Config):
     @field_validator("corpora", mode="after")
     @classmethod
     def _joined(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        """Put the packages of `NAME=python-docs:A,B` together again."""
+        """Join the packages of `NAME=python-docs:A,B` again."""
         joined: list[str] = []
         for each in value:
             is_package = joined and "=python-docs:" in joined[-1] and "=" not in each
@@ -88,7 +88,7 @@ class PaperConfig(Config):
 
 @dataclass(frozen=True)
 class Collection:
-    """A corpus of the reproduction: where it comes from and how it is scored."""
+    """A corpus of the reproduction: its source and how it is scored."""
 
     name: str
     source: str
@@ -98,7 +98,7 @@ class Collection:
 
 
 def collection(text: str, data: str | None) -> Collection:
-    """Return a corpus by its catalog name, or as NAME=SOURCE.
+    """Return a corpus by its catalog name, or from NAME=SOURCE.
 
     Raises:
         CorpusError: it is neither, or the catalog name is also that of a folder here.

@@ -1,4 +1,4 @@
-"""Figures that others published: what an outcome of ours stands beside.
+"""List figures that others published, to print beside ours.
 
 The paper's tables (RE-AdaptIR, arXiv 2406.14764, nDCG@10 times 100), and scores of the unchanged models from
 the embeddings-benchmark/results repository. The paper's own base scores of E5-Mistral are lower than those, for
@@ -71,14 +71,14 @@ _PUBLIC: dict[tuple[str, str], float] = {
 
 
 def paper_scores(retriever: str, corpus: str) -> PaperScores | None:
-    """nDCG@10 times 100 in the paper's Table 1, before and after; None for what it does not have."""
+    """Return nDCG@10 times 100 in the paper's Table 1, before and after; None if it has no such row."""
     if retriever not in _PAPER_RETRIEVERS or corpus not in _TABLE_1:
         return None
     return _TABLE_1[corpus][_PAPER_RETRIEVERS.index(retriever)]
 
 
 def paper_gain(retriever: str, corpus: str, arm: str) -> float | None:
-    """Gain over base, in points of nDCG@10, in the paper's Tables 1 and 2; None for what they do not have."""
+    """Return the gain over base, in points of nDCG@10, in the paper's Tables 1 and 2; None if they have no such row."""
     in_table_2 = _TABLE_2.get(retriever, {}).get(corpus)
     if in_table_2 is not None and arm in _TABLE_2_ARMS:
         return in_table_2[_TABLE_2_ARMS.index(arm)]
@@ -87,5 +87,5 @@ def paper_gain(retriever: str, corpus: str, arm: str) -> float | None:
 
 
 def public_score(retriever: str, corpus: str) -> float | None:
-    """nDCG@10 times 100 of the unchanged retriever as embeddings-benchmark has it; None where it is not known here."""
+    """Return nDCG@10 times 100 of the unchanged retriever by embeddings-benchmark; None if it is not known here."""
     return _PUBLIC.get((retriever, corpus))

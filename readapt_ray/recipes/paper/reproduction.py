@@ -1,4 +1,4 @@
-"""The paper's experiments over one corpus or many: which artifacts, in which order, under which root.
+"""Run the paper's experiments over one corpus or many: which artifacts, in which order, under which root.
 
     ROOT/CORPUS/corpus                  passages, queries, qrels
     ROOT/CORPUS/subsets/PASSAGES-SEED   passages that an adapter is trained on, where these are not all
@@ -51,7 +51,7 @@ _WHOLE_CORPUS = frozenset({"table1", "baselines"})
 
 
 class Reproduction:
-    """One retriever on some corpora.
+    """The experiments of one retriever on some corpora.
 
     Raises:
         InputError: a corpus, a model or an option is unknown or wrong; found before any stage starts.
@@ -95,7 +95,7 @@ class Reproduction:
                 )
 
     def steps(self, experiment: str, seed: int) -> Iterator[tuple[Collection, Variant]]:
-        """What is searched for an experiment with one seed, corpus after corpus."""
+        """Yield what is searched for an experiment with one seed, corpus after corpus."""
         for each in self.collections.values():
             for variant in variants_of(experiment, self.config.sizes):
                 if self._applies(each, variant) and (variant.has_seed or seed == self.config.seeds[0]):
@@ -109,7 +109,7 @@ class Reproduction:
         return self._domain(own, variant) is not None
 
     def _has_passages(self, own: Collection, variant: Variant) -> bool:
-        """Whether the corpus has such passages at all; where it has none, this is said once."""
+        """Return whether the corpus has such passages at all; if it has none, log it once."""
         key = (own.name, variant.name)
         if key not in self._has_some:
             self._has_some[key] = bool(_wanted(self.corpus(own), own, variant.passages, 0))
@@ -125,7 +125,7 @@ class Reproduction:
         return self._has_some[key]
 
     def _domain(self, own: Collection, variant: Variant) -> Collection | None:
-        """Whose passages a variant's adapter is trained on; None where there is no such corpus."""
+        """Return the corpus that a variant's adapter is trained on; None if there is none."""
         if variant.domain == "own":
             return own
         if variant.domain == "general":
@@ -134,15 +134,15 @@ class Reproduction:
         return self.collections[names[(names.index(own.name) + 1) % len(names)]] if len(names) > 1 else None
 
     def corpus(self, own: Collection) -> Artifact:
-        """The ingested corpus."""
+        """Return the ingested corpus, made first if need be."""
         return self._make("ingest", {}, source=own.source, output=f"{self._folder(own)}/corpus")
 
     def run_file(self, own: Collection, variant: Variant, seed: int) -> str:
-        """Where the run of a variant lies."""
+        """Return the location of a variant's run."""
         return f"{self._folder(own)}/runs/{_label(variant, seed)}.trec"
 
     def search(self, own: Collection, variant: Variant, seed: int) -> Artifact:
-        """The run of a variant, made with all that it needs."""
+        """Make the run of a variant with all that it needs."""
         model = self._model(own, variant, seed)
         corpus = self.corpus(own)
         vectors = self._make(
@@ -201,7 +201,7 @@ class Reproduction:
         )
 
     def _continued(self, own: Collection, seed: int) -> str:
-        """An adapter that was trained on the retriever itself, with the language-model head of the pretrained one."""
+        """Train an adapter on the retriever itself, with the language-model head of the pretrained model."""
         from readapt_ray.recipes.paper.headed import add_head
 
         folder = f"{self._folder(own)}/models/retriever"
@@ -245,7 +245,7 @@ class Reproduction:
         return {} if row is None else {"target_modules": row.dora_targets}
 
     def _passages(self, source: Collection, variant: Variant, seed: int) -> str:
-        """The passages that an adapter is trained on: the corpus, or a part of it ingested again."""
+        """Return the passages that an adapter is trained on: the corpus, or a part of it ingested again."""
         corpus = self.corpus(source)
         if variant.passages == "all":
             return corpus.uri
@@ -273,7 +273,7 @@ def _label(variant: Variant, seed: int) -> str:
 
 
 def _with_task(encoding: Encoding, task: str) -> Encoding:
-    """The encoding with the corpus's own instruction, where the retriever takes one."""
+    """Return the encoding with the corpus's own instruction, if the retriever takes one."""
     return encoding.model_copy(update={"task": task}) if task and "{task}" in encoding.query_template else encoding
 
 
@@ -285,7 +285,7 @@ def _rows(corpus: Artifact) -> Iterator[dict[str, Any]]:
 
 
 def _wanted(corpus: Artifact, source: Collection, passages: str, seed: int) -> set[str]:
-    """The doc_ids of a part: a larger number of passages of the same seed holds the smaller one."""
+    """Choose the doc_ids of a part; for the same seed, a larger part contains every smaller one."""
     doc_ids = [row["doc_id"] for row in _rows(corpus)]
     if passages.isdecimal():
         order = random_generator(seed, "passages").permutation(len(doc_ids))

@@ -1,4 +1,4 @@
-"""What each experiment compares: variants, a row each.
+"""List what each experiment compares, one variant per row.
 
 A variant is a model made of the pretrained model, the retriever and an adapter, and searched with. The
 first variant of an experiment is its baseline.
@@ -30,12 +30,12 @@ class Variant:
 
     @property
     def is_base(self) -> bool:
-        """The retriever as it is."""
+        """Whether it is the retriever as published."""
         return self.name == BASE
 
     @property
     def has_seed(self) -> bool:
-        """Whether a seed changes it: not where nothing of a trained adapter is in it."""
+        """Whether a seed changes it: only if it contains a trained adapter."""
         return not self.is_base and self.knowledge_scale != 0.0
 
 
@@ -54,7 +54,7 @@ EXPERIMENTS: dict[str, str] = {
 
 
 def variants_of(experiment: str, sizes: tuple[int, ...] = ()) -> list[Variant]:
-    """The variants of an experiment, its baseline first; `sizes` are the numbers of passages of figure2."""
+    """Return the variants of an experiment, its baseline first; `sizes` are the numbers of passages of figure2."""
     further = {
         "table1": [],
         "table2": [

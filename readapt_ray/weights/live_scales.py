@@ -1,0 +1,122 @@
+"""Set the scales of the merge in a model in memory, without loading it again.
+
+In: a loaded headless model and the three inputs of the merge. It holds on the model's device one copy of the
+pretrained weights, of the retriever's (or its factors) and of the adapters' factors; setting the
+scales costs a pass over the weights that change.
+"""
+
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from readapt_ray.errors import WeightMismatchError
+from readapt_ray.hardware import num_cores
+from readapt_ray.weights.adapter import listed
+from readapt_ray.weights.merging import Readapter, Scales, TensorTerms, one_per_adapter
+from readapt_ray.weights.ordered_map import ordered_map
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+
+_DEVICE_SLICE_ELEMENTS = 1 << 24
+_NUM_WAITING = 8
+
+
+class LiveReadapter:
+    """Write readapted weights into a module in place."""
+
+    def __init__(self, module: torch.nn.Module, readapter: Readapter) -> None:
+        """Read every input of the merge onto the module's device.
+
+        Args:
+            module: a headless model of the same architecture, as `load_model` gives; its weights are replaced.
+            readapter: what they are made of.
+
+        Raises:
+            WeightMismatchError: the module has other tensors; all of them are listed.
+            ModelError: an input holds NaN or infinity.
+        """
+        self._readapter = readapter
+        self._parameters = dict(module.named_parameters())
+        _check_module(self._parameters, readapter)
+        self._tensor_terms: dict[str, TensorTerms] = {
+            name: readapter.tensor_terms(name, self._parameters[name].device)
+            for name in readapter.names()
+            if name in self._parameters
+        }
+        self._written: Scales | None = None
+        self._of_thread = _OfThread()
+
+    def set_scales(self, readapter_scale: float, knowledge_scale: float | Sequence[float]) -> None:
+        """Write the weights for these scales; they equal what a merge writes in the module's type.
+
+        Args:
+            readapter_scale: share of the retrieval skill kept.
+            knowledge_scale: share of the new domain added; one number for all knowledge adapters, or one each.
+
+        Raises:
+            InputError: a scale is not finite, or there are not as many as adapters.
+        """
+        scales = Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self._readapter.knowledge)))
+        before, self._written = self._written, None
+        changed = [
+            name
+            for name, tensor_terms in self._tensor_terms.items()
+            if before is None or _changes(tensor_terms, before, scales)
+        ]
+        slices = (
+            (name, start, stop)
+            for name in changed
+            for start, stop in self._readapter.slices(name, _slice_elements(self._parameters[name].device))
+        )
+        on_cpu = all(parameter.device.type == "cpu" for parameter in self._parameters.values())
+
+        @torch.no_grad()  # it does not reach into threads
+        def write(each: tuple[str, int, int]) -> None:
+            name, start, stop = each
+            scratch = self._of_thread.scratch
+            rows = self._tensor_terms[name].cut(start, stop).rows(scales, start, scratch)
+            parameter = self._parameters[name]
+            (parameter[start:stop] if parameter.ndim else parameter).copy_(rows.readapted)
+
+        if on_cpu:
+            for _ in ordered_map(write, slices, num_threads=num_cores(), num_waiting=_NUM_WAITING):
+                pass
+        else:
+            for each in slices:
+                write(each)
+        self._written = scales
+
+
+class _OfThread(threading.local):
+    """Buffers and streams of one thread."""
+
+    def __init__(self) -> None:
+        self.scratch = ScratchBuffers()
+
+
+def _changes(tensor_terms: TensorTerms, before: Scales, now: Scales) -> bool:
+    old, new = ((scales.readapter, *scales.knowledge) for scales in (before, now))
+    return any(term is not None and one != other for term, one, other in zip(tensor_terms.terms, old, new, strict=True))
+
+
+def _slice_elements(device: torch.device) -> int | None:
+    """An accelerator is kept busy by large slices, a CPU by those that stay in its cache."""
+    return None if device.type == "cpu" else _DEVICE_SLICE_ELEMENTS
+
+
+def _check_module(parameters: dict[str, torch.nn.Parameter], readapter: Readapter) -> None:
+    problems = []
+    for name in sorted({*parameters, *readapter.names()}):
+        if name.startswith("pooler."):
+            continue
+        if name not in parameters:
+            problems.append(f"{name}: not in the live model")
+        elif name not in readapter.names():
+            problems.append(f"{name}: only in the live model")
+        elif tuple(parameters[name].shape) != readapter.shape(name):
+            problems.append(f"{name}: {list(parameters[name].shape)} live, {list(readapter.shape(name))} on disk")
+    if problems:
+        raise WeightMismatchError(
+            f"the live model is not of the kind of {readapter.pretrained.name!r}: {listed(problems)}; "
+            f"load it from the retriever that the scales are set for"
+        )

@@ -1,0 +1,322 @@
+"""Merge models by the equation of RE-AdaptIR, tensor by tensor and a slice of rows at a time.
+
+    readapted = pretrained + readapter_scale * (retriever - pretrained) + knowledge_scale * (tuned - pretrained)
+
+In: the weights before retrieval training, the retriever (full weights, an adapter or stored
+differences) and any number of knowledge adapters or tuned models. Out: float32 rows of every weight
+of the headless model; only who writes them casts. It costs one read of each input, and memory for a
+slice: no dense difference is ever stored.
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from readapt_ray.errors import InputError, ModelError, WeightMismatchError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME
+from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.deltas import Factors, Term, Whole
+from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
+from readapt_ray.weights.partners import check_embeddings, check_floating, check_partners
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_order
+
+logger = logging.getLogger("readapt_ray")
+
+# 1 MiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
+_SLICE_ELEMENTS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scale of each difference; one knowledge scale per knowledge adapter."""
+
+    readapter: float
+    knowledge: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for scale in (self.readapter, *self.knowledge):
+            if not math.isfinite(scale):
+                raise InputError(f"the scale {scale} is not a finite number; give one such as 0.5")
+
+
+def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
+    """Return one knowledge scale per adapter; a single number is used for all of them.
+
+    Raises:
+        InputError: there are neither one nor as many scales as adapters.
+    """
+    given = tuple(knowledge_scale) if isinstance(knowledge_scale, Sequence) else (knowledge_scale,)
+    if len(given) == 1:
+        return given * num_adapters
+    if len(given) != num_adapters:
+        raise InputError(f"{len(given)} knowledge scales for {num_adapters} adapters; give one for all, or one each")
+    return given
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorRows:
+    """Rows of one readapted tensor in float32. Their memory is reused for the next rows, so use them first."""
+
+    readapted: torch.Tensor
+    pretrained: torch.Tensor
+    """The same rows before any tuning."""
+    retrieval: torch.Tensor
+    """The same rows with a knowledge scale of 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorTerms:
+    """The pretrained rows of one tensor, and what is added to them."""
+
+    name: str
+    start: torch.Tensor
+    """The pretrained rows; the retriever's, where only it has the tensor (a pooler, new words)."""
+    terms: tuple[Term | None, ...]
+    """What the retriever and each knowledge adapter add; None where they leave the tensor alone."""
+
+    def rows(self, scales: Scales, first_row: int = 0, scratch: ScratchBuffers | None = None) -> TensorRows:
+        """Add the scaled changes to the pretrained rows in float32 (RE-AdaptIR, section 2.2).
+
+        A scale of 0 leaves its term out, and a readapter_scale of 1 begins at a retriever of full
+        weights, so that (0, 0) is the pretrained weight and (1, 0) the retriever to the last bit.
+
+        Args:
+            scales: how much of each difference.
+            first_row: where these rows stand in the whole tensor.
+            scratch: where the rows are made; memory of their own without.
+
+        Raises:
+            WeightMismatchError: the shapes differ.
+        """
+        scratch = scratch or ScratchBuffers()
+        retriever, *knowledge = zip(self.terms, (scales.readapter, *scales.knowledge), strict=True)
+        for term, _ in (retriever, *knowledge):
+            if term is not None and not isinstance(term, Factors) and term.rows.shape != self.start.shape:
+                shapes = list(self.start.shape), list(term.rows.shape)
+                raise WeightMismatchError(f"{self.name!r} has the shapes {shapes[0]} and {shapes[1]}, not one")
+        pretrained = scratch.float32("pretrained", self.start)
+        if isinstance(retriever[0], Whole) and retriever[1] == 1:
+            total = scratch.float32("total", retriever[0].rows)
+        else:
+            total = scratch.float32("total", self.start)
+            _add(retriever, total, pretrained, first_row, scratch)
+        laid = [each for each in knowledge if each[0] is not None and each[1] != 0]
+        retrieval = scratch.float32("retrieval", total) if laid else total
+        for each in laid:
+            _add(each, total, pretrained, first_row, scratch)
+        return TensorRows(readapted=total, pretrained=pretrained, retrieval=retrieval)
+
+    def cut(self, start: int, stop: int) -> "TensorTerms":
+        """Return the terms of rows `start` to `stop` of a whole tensor."""
+        if not self.start.ndim:
+            return self
+        terms = tuple(
+            each if each is None or isinstance(each, Factors) else replace(each, rows=each.rows[start:stop])
+            for each in self.terms
+        )
+        return TensorTerms(name=self.name, start=self.start[start:stop], terms=terms)
+
+    def with_unchanged(self, rows: torch.Tensor) -> "TensorTerms":
+        """Append rows that scaling must not change (new vocabulary)."""
+        terms: list[Term | None] = []
+        for each in self.terms:
+            if each is None or isinstance(each, Factors):
+                terms.append(each)
+            else:
+                more = rows if isinstance(each, Whole) else torch.zeros_like(rows)
+                terms.append(replace(each, rows=torch.cat([each.rows, more])))
+        return TensorTerms(name=self.name, start=torch.cat([self.start, rows]), terms=tuple(terms))
+
+
+def _add(
+    scaled: tuple[Term | None, float],
+    total: torch.Tensor,
+    weight: torch.Tensor,
+    first_row: int,
+    scratch: ScratchBuffers,
+) -> None:
+    term, scale = scaled
+    if term is not None and scale != 0:
+        term.add_to(total, weight, scale, first_row, scratch)
+
+
+class Readapter:
+    """Models that fit each other, and every readapted tensor that can be computed from them."""
+
+    def __init__(
+        self,
+        pretrained: Checkpoint,
+        retriever: DeltaSource,
+        knowledge: Sequence[DeltaSource] = (),
+        *,
+        accept_vocabulary: bool = False,
+    ) -> None:
+        """Check from the headers that all fit.
+
+        Args:
+            pretrained: the weights before any tuning.
+            retriever: full weights, or a difference from `pretrained`.
+            knowledge: the same of each corpus.
+            accept_vocabulary: take a retriever with more or fewer words: rows that only it has are kept as
+                they are, rows that it lacks are dropped.
+
+        Raises:
+            WeightMismatchError: a tensor of another shape or without a partner; all of them are listed.
+            ModelError: weights that are not floating-point (quantised).
+        """
+        self.pretrained = pretrained
+        self.retriever = retriever
+        self.knowledge = tuple(knowledge)
+        checkpoints = [each for each in (pretrained, retriever, *self.knowledge) if isinstance(each, Checkpoint)]
+        for checkpoint in checkpoints:
+            check_floating(checkpoint)
+            check_embeddings(checkpoint)
+        self.carried: tuple[str, ...] = ()
+        """Tensors that only one side has and no vector depends on; they are kept as they are."""
+        if isinstance(retriever, Checkpoint):
+            self.carried = check_partners(pretrained, retriever, accept_vocabulary=accept_vocabulary, may_pad=True)
+        for each in self.knowledge:
+            if isinstance(each, Checkpoint):
+                check_partners(pretrained, each, accept_vocabulary=False)
+        self.dropped = tuple(f"{each.name}: {head}" for each in self._inputs() for head in each.heads)
+        """Tensors of LM heads and classifiers, with the model that holds them."""
+        if self.dropped:
+            logger.info("language-model heads take no part in a vector and are left out: %s", ", ".join(self.dropped))
+
+    def _inputs(self) -> tuple[DeltaSource, ...]:
+        return (self.pretrained, self.retriever, *self.knowledge)
+
+    def names(self) -> list[str]:
+        """Every tensor of the readapted model."""
+        return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._leading(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the retriever's type of a tensor; for an adapter, the type of the weight that it is applied to."""
+        if isinstance(self.retriever, StoredDifference) and name in self.retriever.dtypes:
+            return self.retriever.dtypes[name]
+        return self._leading(name).dtype(name)
+
+    def slices(self, name: str, num_elements: int | None = None) -> Iterator[tuple[int, int]]:
+        """Yield the first and last row of each slice; the same slices for any number of workers.
+
+        Args:
+            name: the tensor.
+            num_elements: how large a slice may be; what fits a core's cache unless given.
+        """
+        shape = self.shape(name)
+        num_rows = shape[0] if shape else 1
+        step = max(1, (num_elements or _SLICE_ELEMENTS) * num_rows // max(math.prod(shape), 1))
+        # Words that only the retriever has are made apart: there is nothing to subtract from them.
+        shared = min(num_rows, self._shared_rows(name))
+        for first, last in ((0, shared), (shared, num_rows)):
+            for start in range(first, last, step):
+                yield start, min(start + step, last)
+
+    def rows(
+        self, name: str, start: int, stop: int, scales: Scales, scratch: ScratchBuffers | None = None
+    ) -> TensorRows:
+        """Return rows `start` to `stop` of a readapted tensor: one of `slices`.
+
+        Raises:
+            ModelError: an input holds NaN or infinity; the tensor is named.
+        """
+        scratch = scratch or ScratchBuffers()
+        tensor_terms = self._terms_of_rows(name, start, stop, scratch)
+        rows = tensor_terms.rows(scales, start, scratch)
+        # NaN and infinity survive every sum that they enter, so a finite result speaks for its inputs.
+        all_entered = _all_enter(tensor_terms, scales)
+        if not all_entered or not is_finite(rows.readapted):
+            self._check_finite(tensor_terms)
+        return rows
+
+    def weight(self, name: str, scales: Scales) -> torch.Tensor:
+        """Return a whole readapted tensor in float32."""
+        parts = [self.rows(name, start, stop, scales).readapted for start, stop in self.slices(name)]
+        return torch.cat(parts) if self.shape(name) else parts[0]
+
+    def walk(self, scales: Scales) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every readapted tensor by name, float32, one at a time."""
+        for name in self.names():
+            yield name, self.weight(name, scales)
+
+    def tensor_terms(self, name: str, device: torch.device) -> TensorTerms:
+        """Read the terms of a whole tensor onto a device.
+
+        Raises:
+            ModelError: an input holds NaN or infinity; the tensor is named.
+        """
+        num_rows = self.shape(name)[0] if self.shape(name) else 1
+        shared = min(num_rows, self._shared_rows(name))
+        whole = self._terms_of_rows(name, 0, shared or num_rows, ScratchBuffers())
+        self._check_finite(whole)
+        if 0 < shared < num_rows:
+            alone = self._terms_of_rows(name, shared, num_rows, ScratchBuffers())
+            self._check_finite(alone)
+            whole = whole.with_unchanged(alone.start)
+        terms = tuple(
+            each.to(device) if isinstance(each, Factors) else each and replace(each, rows=each.rows.to(device))
+            for each in whole.terms
+        )
+        return TensorTerms(name=name, start=whole.start.to(device), terms=terms)
+
+    def _terms_of_rows(self, name: str, start: int, stop: int, scratch: ScratchBuffers) -> TensorTerms:
+        """Read what rows are made of. They must lie entirely inside or outside the pretrained vocabulary."""
+        sources = (self.retriever, *self.knowledge)
+        if start >= self._shared_rows(name):
+            alone = self._leading(name).read(name, start, stop, scratch, "start")
+            return TensorTerms(name=name, start=alone, terms=(None,) * len(sources))
+        terms = tuple(
+            source.term(name, start, stop, scratch, f"term {number}") if name in source else None
+            for number, source in enumerate(sources)
+        )
+        return TensorTerms(name=name, start=self.pretrained.read(name, start, stop, scratch, "start"), terms=terms)
+
+    def _check_finite(self, tensor_terms: TensorTerms) -> None:
+        tensors = [tensor_terms.start]
+        tensors += [each.rows for each in tensor_terms.terms if each is not None and not isinstance(each, Factors)]
+        holders = [self.pretrained if tensor_terms.name in self.pretrained else self.retriever]
+        holders += [
+            source
+            for source, each in zip((self.retriever, *self.knowledge), tensor_terms.terms, strict=True)
+            if each is not None and not isinstance(each, Factors)
+        ]
+        for tensor, holder in zip(tensors, holders, strict=True):
+            if not is_finite(tensor):
+                raise ModelError(
+                    f"tensor {tensor_terms.name!r} of {holder.name!r} holds NaN or infinity; fetch or train that model again"
+                )
+
+    def _shared_rows(self, name: str) -> int:
+        """Return the number of rows that the pretrained model has."""
+        if name not in self.pretrained:
+            return 0
+        shape = self.pretrained.shape(name)
+        return shape[0] if shape else 1
+
+    def _leading(self, name: str) -> Checkpoint:
+        return self.retriever if isinstance(self.retriever, Checkpoint) and name in self.retriever else self.pretrained
+
+
+def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
+    """Return whether every input contributes to the sum."""
+    laid = list(zip(tensor_terms.terms, (scales.readapter, *scales.knowledge), strict=True))
+    if any(term is not None and scale == 0 for term, scale in laid):
+        return False
+    begins_at_retriever = isinstance(tensor_terms.terms[0], Whole) and scales.readapter == 1
+    return not begins_at_retriever or any(term is not None and term.reads_weight for term in tensor_terms.terms[1:])
+
+
+def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = None) -> Checkpoint | Adapter:
+    """Open a retriever as it is published: full weights, or an adapter of the pretrained model."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return Adapter(folder, pretrained, name=name)
+    return Checkpoint(folder, name=name)

@@ -1,0 +1,331 @@
+"""Read the weight files of a model, a piece at a time.
+
+In: a local folder of safetensors, one file or shards with an index. Out: shapes, types and rows of
+tensors under headless names (`layers.0...`), whatever names the files use. Opening reads headers
+only (kilobytes); reading holds nothing but the rows asked for: no memory map, so that the memory of
+a merge does not grow with the model.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
+from readapt_ray.weights.deltas import Whole
+from readapt_ray.weights.reused_buffers import ScratchBuffers
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DTYPE_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+"""How safetensors writes each torch type."""
+
+_BASE_PREFIXES = (
+    "model.",
+    "bert.",
+    "roberta.",
+    "transformer.",
+    "gpt_neox.",
+    "distilbert.",
+    "electra.",
+    "mpnet.",
+    "deberta.",
+    "albert.",
+    "camembert.",
+)
+_HEAD = re.compile(
+    r"(lm_head|cls|score|classifier|pre_classifier|qa_outputs|predictions|embed_out|mlm_head|lm_predictions"
+    r"|generator_predictions|generator_lm_head|discriminator_predictions|vocab_transform|vocab_layer_norm"
+    r"|vocab_projector)\.|head\.(dense|norm)\.|decoder\.(weight|bias)$"
+)
+_BUFFER = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq|masked_bias|attn\.bias)$|^embeddings\.token_type_ids$")
+_OLD_NORM = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """The file and position of one tensor."""
+
+    stored_name: str
+    """Its name in the file."""
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """Its first byte in the file."""
+    num_bytes: int
+
+    def read(
+        self, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
+    ) -> torch.Tensor:
+        """Return rows `start` to `stop` along the first axis, or all; on the CPU in the type on disk.
+
+        Args:
+            start: the first row.
+            stop: the row behind the last; all unless given.
+            scratch: where they are put, under `role`; in a new tensor without.
+            role: see `scratch`.
+
+        Raises:
+            ModelError: the file became shorter than its header says.
+            IndexError: there are fewer rows.
+        """
+        num_rows = self.shape[0] if self.shape else 1
+        stop = num_rows if stop is None else stop
+        if stop > num_rows:
+            raise IndexError(f"rows {start} to {stop} of {self.stored_name!r}, which has {num_rows}")
+        row_bytes = self.num_bytes // self.shape[0] if self.shape and self.shape[0] else self.num_bytes
+        shape = (stop - start, *self.shape[1:]) if self.shape else ()
+        rows = (scratch or ScratchBuffers()).empty(role, shape, self.dtype, torch.device("cpu"))
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + row_bytes * start)
+            _fill(file, rows.reshape(-1).view(torch.uint8), self.path)
+        return rows
+
+
+def _fill(file: io.FileIO, content: torch.Tensor, path: Path) -> None:
+    """Read until the buffer is full: one read returns at most 2 GiB."""
+    view = content.numpy().data
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise ModelError(f"{path} is cut short; fetch or copy it again")
+        done += count
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of one safetensors file by its stored name, from the header alone.
+
+    Raises:
+        ModelError: it is not safetensors, or it is shorter than its header says.
+    """
+    num_file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        num_header_bytes = int.from_bytes(file.read(8), "little")
+        if num_file_bytes < 8 or num_header_bytes > min(_MAX_HEADER_BYTES, num_file_bytes - 8):
+            raise ModelError(f"{path} is not safetensors, or is cut short; fetch or copy it again")
+        try:
+            header = json.loads(file.read(num_header_bytes))
+            found = {
+                name: StoredTensor(
+                    stored_name=name,
+                    path=path,
+                    dtype=_DTYPES[value["dtype"]],
+                    shape=tuple(value["shape"]),
+                    offset=8 + num_header_bytes + value["data_offsets"][0],
+                    num_bytes=value["data_offsets"][1] - value["data_offsets"][0],
+                )
+                for name, value in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ModelError(f"{path} has a header that is not that of safetensors: {error}") from error
+    end = max((tensor.offset + tensor.num_bytes for tensor in found.values()), default=0)
+    if end > num_file_bytes:
+        raise ModelError(f"{path} is cut short: {num_file_bytes:,} bytes of {end:,}; fetch or copy it again")
+    return found
+
+
+def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
+    """Refuse tensors without numbers: a worker under ZeRO-3 saved its part of the model as the whole.
+
+    Args:
+        stored: the tensors by name.
+        what: what they are of, in the words of the error.
+
+    Raises:
+        ModelError: some are empty; the first is named.
+    """
+    empty = [f"{name} {list(each.shape)}" for name, each in stored.items() if 0 in each.shape]
+    if empty:
+        raise ModelError(
+            f"{what} has {len(empty)} empty tensors, such as {empty[0]}: it was saved under ZeRO-3 without gathering its "
+            f"weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make it from the checkpoint with "
+            f"DeepSpeed's zero_to_fp32.py"
+        )
+
+
+def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
+    """Return the header of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
+
+    Args:
+        entries: name, type and shape of each tensor, in the order in which they follow.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in entries:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class Checkpoint:
+    """The weights of a headless model, under the names that `AutoModel` gives them.
+
+    LM heads, classifiers and buffers that the model computes by itself are not among them; `heads`
+    and `buffers` name what was left aside, so that nothing is dropped unsaid.
+    """
+
+    def __init__(self, folder: Path, *, name: str | None = None) -> None:
+        """Read the headers.
+
+        Args:
+            folder: a local model folder.
+            name: what the user calls the model; used in errors.
+
+        Raises:
+            ModelError: no safetensors there, a shard is missing or cut short, or two tensors have one name.
+        """
+        self.folder = folder
+        self.name = name or str(folder)
+        stored = stored_tensors(folder, self.name)
+        check_not_empty(stored, f"the model {self.name!r}")
+        self.heads = tuple(sorted(each for each in stored if _HEAD.match(each)))
+        backbone = [each for each in stored if not _HEAD.match(each)]
+        prefix = base_prefix(backbone)
+        headless = {each: modern_name(each.removeprefix(prefix)) for each in backbone}
+        self.buffers = tuple(sorted(each for each, short in headless.items() if _BUFFER.search(short)))
+        self._tensors: dict[str, StoredTensor] = {}
+        for each in backbone:
+            if each in self.buffers:
+                continue
+            if headless[each] in self._tensors:
+                raise ModelError(
+                    f"{self.name!r} holds {headless[each]!r} twice, once as {each!r}; its files are mixed up"
+                )
+            self._tensors[headless[each]] = stored[each]
+        if not self._tensors:
+            raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
+
+    def names(self) -> list[str]:
+        """All tensors, sorted with numbers compared as numbers: the same order however the files are split."""
+        return sorted(self._tensors, key=natural_order)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type of a tensor on disk."""
+        return self._tensors[name].dtype
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, scratch: ScratchBuffers | None = None, role: str = ""
+    ) -> torch.Tensor:
+        """Return a tensor, or its rows `start` to `stop`, in its type on disk; see `StoredTensor.read`."""
+        return self._tensors[name].read(start, stop, scratch, role)
+
+    def term(self, name: str, start: int, stop: int, scratch: ScratchBuffers, role: str) -> Whole:
+        """Return what a model of full weights adds to rows of the pretrained one."""
+        return Whole(rows=self.read(name, start, stop, scratch, role))
+
+    def match(self, stored_name: str) -> str | None:
+        """Return the headless name of a tensor that another file names with or without a base prefix; None if unknown."""
+        candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
+        return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
+
+
+def base_prefix(backbone: Iterable[str]) -> str:
+    """Return the prefix of every name of a headed model (`model.`, `bert.`); empty for a headless one."""
+    names = list(backbone)
+    return next((prefix for prefix in _BASE_PREFIXES if names and all(each.startswith(prefix) for each in names)), "")
+
+
+def is_head(stored_name: str) -> bool:
+    """Return whether a tensor or module belongs to a language-model head or a classifier."""
+    return bool(_HEAD.match(f"{stored_name}."))
+
+
+def is_buffer(name: str) -> bool:
+    """Return whether the model computes this tensor by itself (old checkpoints store some)."""
+    return bool(_BUFFER.search(name))
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; without a mask, so thirty times as fast as isfinite().all()."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype == torch.float32 and tensor.is_contiguous():
+        flat = tensor.view(-1)
+        if math.isfinite(torch.dot(flat, flat)):  # a sum of squares is finite only where each of them is
+            return True
+    return bool(torch.stack(torch.aminmax(tensor)).isfinite().all())  # aminmax hands NaN on
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """Return a sort key by which `layers.2` comes before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def modern_name(name: str) -> str:
+    """Return a tensor's name as transformers writes it now: old BERT files call a norm's weight and bias gamma and beta."""
+    for old, new in _OLD_NORM.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
+    """Return every tensor of a model folder by its stored name, from the one file or from those that the index lists.
+
+    Args:
+        folder: a local model folder.
+        name: what the user calls the model; used in errors.
+
+    Raises:
+        ModelError: no safetensors there, or a shard is missing or cut short.
+    """
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        single = folder / SINGLE_NAME
+        if single.is_file():
+            return read_header(single)
+        raise ModelError(f"{name!r} has no weights: {folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is not an index of weights: {error!r}") from error
+    if (folder / SINGLE_NAME).is_file() and SINGLE_NAME not in shards:
+        raise ModelError(
+            f"{name!r} has its weights twice, in {SINGLE_NAME} and in the files of {INDEX_NAME}, and libraries differ in which "
+            f"they read; remove one of the two from {folder}"
+        )
+    missing = [shard for shard in shards if "/" in shard or not (folder / shard).is_file()]
+    if missing:
+        raise ModelError(
+            f"{name!r} lacks {len(missing)} of {len(shards)} weight files, first {missing[0]!r}; fetch it again"
+        )
+    stored = {each: tensor for shard in shards for each, tensor in read_header(folder / shard).items()}
+    lost = sorted(each for each in weight_map if each not in stored)
+    if lost:
+        raise ModelError(
+            f"{name!r} lacks {len(lost)} tensors of its index, first {lost[0]!r} of {weight_map[lost[0]]}; fetch it again"
+        )
+    return stored
