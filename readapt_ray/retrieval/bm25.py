@@ -11,13 +11,15 @@ import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.exact import Hits, TopK
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.exact import Hits
 
 K1 = 1.5
 B = 0.75
@@ -135,7 +137,7 @@ def search_words(
     queries: Sequence[str],
     top_k: int,
     passing: NDArray[np.bool_] | None = None,
-) -> Hits:
+) -> "Hits":
     """Return the k best passages of each query; those without any of its words are never found.
 
     Args:
@@ -145,6 +147,8 @@ def search_words(
         top_k: k.
         passing: rows that may be found; None for all.
     """
+    from readapt_ray.retrieval.exact import Hits, TopK  # imports torch, which building an index does without
+
     found = []
     for first in range(0, len(queries), _QUERIES_AT_ONCE):
         block = queries[first : first + _QUERIES_AT_ONCE]

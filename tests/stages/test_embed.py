@@ -549,7 +549,7 @@ def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
 
     def read_footer(file):
         read.append(file.name)
-        return SimpleNamespace(num_rows=1, metadata={"encoder": {"fingerprint": "ours"}})
+        return SimpleNamespace(num_rows=1, metadata={"encoder": {"fingerprint": "ours"}}, left_out=[])
 
     def results(pending, job, placement):
         for shard in pending:
