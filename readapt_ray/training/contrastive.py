@@ -24,9 +24,9 @@ from readapt_ray.nn.precision import products_in
 from readapt_ray.retrieval.pooling import normalized, pool
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
-from readapt_ray.training.language_model import weighted
 from readapt_ray.training.packing import padded_width
 from readapt_ray.training.pairs import PairReader, Texts
+from readapt_ray.training.shares import NAMED_PASSAGES
 from readapt_ray.training.steps import StepWork
 
 
@@ -71,7 +71,7 @@ class Contrast:
         groups = [_groups(share, self.micro_batch_tokens) for share in shares]
         num_parts = max(map(len, groups))
         texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
-        parts = weighted(own, num_parts, filler=own[0])
+        parts = [(part, 1.0) for part in own] + [(own[0], 0.0)] * (num_parts - len(own))
         if num_parts > 1:
             loss_of = self._cached(engine, shares, parts, step=step)
         else:
@@ -91,7 +91,8 @@ class Contrast:
                 for rank, each in enumerate(groups)
                 for group in each
             ),
-            passages=self.reader.doc_numbers(batch).tolist(),
+            num_passages=len(batch),
+            first_passages=self.reader.doc_numbers(batch[:NAMED_PASSAGES]).tolist(),
         )
 
     def _cached(
