@@ -4,7 +4,7 @@ EXTRA  ?= cpu
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow check format stub clean
 
 quickstart: $(VENV)/runtime
 	@$(BIN)/readapt quickstart
@@ -24,6 +24,11 @@ check: $(VENV)/dev
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Signatures for editors, from the configs; run it when an option changed.
+stub: $(VENV)/dev
+	$(BIN)/python -m tests.stub > readapt_ray/__init__.pyi.new
+	mv readapt_ray/__init__.pyi.new readapt_ray/__init__.pyi
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,15 +1,17 @@
-"""What grows with the corpus on the driver and the head: every stage over made passages, with a model that costs next to nothing.
+"""Measure the memory of driver and head that grows with the corpus: every stage over generated passages.
 
     python benchmarks/bookkeeping.py --work DIR --sizes 100000,1000000,10000000
 
-The forward pass is a stub: an encoder of one layer, 16 wide, with a vocabulary of 384. Passages are made: eight words and a number, in Parquet files.
-Each stage has a driver of its own that starts Ray, as a job does; its peak memory is told, and that of Ray's head (GCS and
-raylet), the seconds of the stage without Ray's start, and the seconds that the same command takes again when there is
-nothing left to do. "worse than linear" is how much longer a passage takes than with the size before. Killed, it goes on where it stopped:
-stages that are measured are not measured again. 10,000,000 passages want 40 GB under DIR and an hour on two cores.
+The forward pass is a stub: an encoder of one layer, 16 wide, with a vocabulary of 384. A passage is eight words and a
+number, in Parquet files. Each stage runs in a driver of its own that starts Ray, as a job does. Reported are the peak memory
+of the driver, of Ray's head (GCS and raylet) and of Ray's largest worker; the seconds of the stage without Ray's start;
+and the seconds of the same command when there is nothing left to do. "worse than linear" is the time per passage divided by that
+of the size before. A killed benchmark resumes: what is measured is not measured again. 10,000,000 passages need 40 GB
+under DIR and an hour on two cores.
 """
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -21,7 +23,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for passages, model and artifacts")
     parser.add_argument("--sizes", default="100000,1000000,10000000")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/bookkeeping.json"))
-    parser.add_argument("--stages", default=",".join(STAGES), help="those to measure; each needs what comes before it")
+    parser.add_argument("--stages", default=",".join(STAGES), help="stages to measure, in this order")
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
@@ -115,7 +116,7 @@ def by_driver(stage: str, work: Path, size: int) -> dict[str, Any]:
 
 
 def measured(stage: str, folder: Path) -> dict[str, Any]:
-    """Seconds, and peak bytes of driver and head."""
+    """Seconds, and peak bytes of driver, head and the largest worker."""
     import readapt_ray as ra
     from readapt_ray.cluster import connection
 
@@ -142,29 +143,41 @@ def measured(stage: str, folder: Path) -> dict[str, Any]:
     }
     os.environ.setdefault("READAPT_NUM_CPUS", str(hardware.num_cores()))
     connection.connect()
-    with head_memory() as head:
+    with ray_memory() as (head, workers):
         before_s = time.perf_counter()
         work[stage]()
         seconds = time.perf_counter() - before_s
     driver_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": round(seconds, 1), "driver_GB": _gb(driver_bytes), "head_GB": _gb(max(head, default=0))}
+    return {
+        "seconds": round(seconds, 1),
+        "driver_GB": _gb(driver_bytes),
+        "head_GB": _gb(max(head, default=0)),
+        "largest_worker_GB": _gb(max(workers, default=0)),
+    }
 
 
-@contextmanager
-def head_memory() -> Iterator[list[int]]:
-    """Bytes of Ray's GCS and raylet together, sampled."""
-    samples: list[int] = []
+@contextlib.contextmanager
+def ray_memory() -> Iterator[tuple[list[int], list[int]]]:
+    """Bytes of Ray's GCS and raylet together, and of its largest worker without shared memory, sampled."""
+    head_bytes: list[int] = []
+    worker_bytes: list[int] = []
     ended = threading.Event()
 
     def sample() -> None:
-        head = [each for each in psutil.Process().children(recursive=True) if each.name() in _HEAD]
         while not ended.wait(_SAMPLE_S):
-            samples.append(sum(each.memory_info().rss for each in head))
+            head, workers = 0, [0]
+            for each in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    name, memory = each.name(), each.memory_info()
+                    head += memory.rss if name in _HEAD else 0
+                    workers.append(memory.rss - memory.shared if name.startswith("ray::") else 0)
+            head_bytes.append(head)
+            worker_bytes.append(max(workers))
 
     thread = threading.Thread(target=sample)
     thread.start()
     try:
-        yield samples
+        yield head_bytes, worker_bytes
     finally:
         ended.set()
         thread.join()

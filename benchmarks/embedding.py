@@ -95,14 +95,13 @@ def write_corpus(work: Path, found: set[str], num_passages: int) -> tuple[int, i
     from readapt_ray import artifacts
     from readapt_ray.catalog.models import open_model
     from readapt_ray.config import StageConfig
-    from readapt_ray.records import PASSAGE_SCHEMA
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
     texts = random.Random(0).sample(sorted(found), min(num_passages, len(found)))
     rows = {"doc_id": [f"d{row:06d}" for row in range(len(texts))], "title": [""] * len(texts), "text": texts}
 
     def write(workspace: artifacts.Workspace) -> None:
-        table = pa.Table.from_pydict(rows, schema=PASSAGE_SCHEMA)
+        table = pa.table(rows)
         with (workspace.location / "passages/part-00000.parquet").open_output() as stream:
             pq.write_table(table, stream, row_group_size=4096)
         workspace.counts["num_passages"] = len(texts)

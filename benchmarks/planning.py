@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from readapt_ray import artifacts, planner
-from readapt_ray.recipes import chain, quickstart
+from readapt_ray.recipes import chain, quickstart, running
 from readapt_ray.recipes.chain import RunConfig
 
 
@@ -31,9 +31,9 @@ def main() -> None:
     os.environ.setdefault("READAPT_NUM_CPUS", "2")
     whole, quarter = (cut_corpus(options.work, count) for count in (options.passages, options.passages // 4))
     unmeasured = planned(whole, ())
-    chain.run(quarter)
+    running.run(quarter)
     measured = planned(whole, (quarter.root,))
-    chain.run(whole)
+    running.run(whole)
     taken = {name: seconds(f"{whole.root}/{name}") for name in unmeasured}
     result = {
         "command": f"python benchmarks/planning.py --passages {options.passages}",

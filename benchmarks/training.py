@@ -47,11 +47,11 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import measure_shape
 from readapt_ray.sources.python_docs import read_docstrings
 from readapt_ray.training import dora, objectives, packing
-from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Block
+from readapt_ray.training.shares import Cutting, Share
 from readapt_ray.training.speed import flops_per_token, peak_flops
 from readapt_ray.training.trainable import spend_less
 
@@ -195,18 +195,11 @@ def _padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-class _Sequential(BlockReader):
-    """Blocks in the order in which they were made, from memory."""
-
-    def __init__(self, blocks: list[Block], batch_size: int) -> None:
-        whole = len(blocks) - len(blocks) % batch_size
-        self.data_order = DataOrder(num_units=whole, batch_size=batch_size, num_epochs=1, seed=0)
-        self._made = blocks
-
-    def steps(self, first_step: int) -> Iterator[list[Block]]:
-        size = self.data_order.batch_size
-        for step in range(first_step, self.data_order.num_steps):
-            yield self._made[step * size : (step + 1) * size]
+def shares_of(blocks: list[Block], data_order: DataOrder, cutting: Cutting, first_step: int) -> Iterator[Share]:
+    """Blocks in the order in which they were made, from memory, for one worker."""
+    size = data_order.batch_size
+    for step in range(first_step, data_order.num_steps):
+        yield cutting.shares(blocks[step * size : (step + 1) * size], 1, step)[0]
 
 
 class Ours:
@@ -231,8 +224,11 @@ class Ours:
         )
         spend_less(model, gradient_checkpointing=gradient_checkpointing, compile_layers=compile_layers, zero_stage=0)
         self.model = model
+        whole = len(blocks) - len(blocks) % batch_size
+        data_order = DataOrder(num_units=whole, batch_size=batch_size, num_epochs=1, seed=0)
+        cutting = Cutting(pad_id=0, micro_batch_tokens=micro_batch_tokens)
         self._objective = LanguageModelling(
-            model=model, reader=_Sequential(blocks, batch_size), pad_id=0, micro_batch_tokens=micro_batch_tokens,
+            model=model, data_order=data_order, batches=functools.partial(shares_of, blocks, data_order, cutting),
             dtype=dtype,
         )  # fmt: skip
         self._engine = DeepSpeedEngine(

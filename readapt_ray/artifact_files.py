@@ -19,7 +19,6 @@ from readapt_ray.model_file_names import (
     INDEX_NAME,
     LENGTH_NAME,
     MODULES_NAME,
-    NORMALIZE_CONFIG_NAME,
     POOLING_CONFIG_NAME,
     PROMPTS_NAME,
     SINGLE_NAME,
@@ -53,10 +52,16 @@ _TRAINED = (
     *RAY_TRAIN,
     ".seen-*",
 )
-_VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*", "shards.parquet", "join/*.parquet")
+_VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*", "shards.parquet", "join/digests-*")
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
-    "ingest": ("passages/part-*.parquet", "queries/part-*.parquet", "qrels/*.parquet"),
+    "ingest": (
+        "passages/part-*.parquet",
+        "passages/.seen-*",
+        "exchange/*",
+        "queries/part-*.parquet",
+        "qrels/*.parquet",
+    ),
     "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),
@@ -67,7 +72,9 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         CONTRACT_NAME,
         MODULES_NAME,
         POOLING_CONFIG_NAME,
-        NORMALIZE_CONFIG_NAME,
+        f"*_Dense/{CONFIG_NAME}",
+        f"*_Dense/{SINGLE_NAME}",
+        f"*_Normalize/{CONFIG_NAME}",
         LENGTH_NAME,
         PROMPTS_NAME,
         "model.safetensors.cast.json",
@@ -92,7 +99,15 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     ),
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
-    "index": ("shards/*.faiss", "shards/*.ids.parquet", "shards/*.json", "shards/*.recall.npz", "shards/.seen-*"),
+    "index": (
+        "shards/*.faiss",
+        "shards/*.ids.parquet",
+        "shards/*.json",
+        "shards/*.recall.npz",
+        "shards/*.bm25.npz",
+        "shards/.seen-*",
+    ),
+    "export": ("rows/part-*.parquet", "rows/.seen-*", "deleted/part-*.parquet"),
     "search": (),
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),

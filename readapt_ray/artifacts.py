@@ -177,7 +177,10 @@ def names_under(root: Location) -> list[str]:
 
 
 def _is_artifact(location: Location) -> bool:
-    return read_manifest(location) is not None or read_lease(location) is not None
+    try:
+        return read_manifest(location) is not None or read_lease(location) is not None
+    except CorruptFileError:
+        return True  # one of ours that was cut short
 
 
 def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
@@ -268,7 +271,8 @@ def produce(
     }
     outputs.refuse_what_is_there(location, config, ours, there)
     manifest = _fill(location, ours, work, there=there, before=before)
-    logger.info("%s: done in %s%s", stage, duration(manifest.seconds), _counted(manifest.counts))
+    counts = counted(manifest.counts)
+    logger.info("%s: done in %s%s", stage, duration(manifest.seconds), counts and f", {counts}")
     return Artifact(location, manifest)
 
 
@@ -336,5 +340,13 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _counted(counts: Mapping[str, int]) -> str:
-    return "".join(f", {value:,} {name.removeprefix('num_').replace('_', ' ')}" for name, value in counts.items())
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
+    return ", ".join(
+        f"{value:,} {_singular(unit) if value == 1 else unit}"
+        for unit, value in ((name.removeprefix("num_").replace("_", " "), value) for name, value in counts.items())
+    )
+
+
+def _singular(plural: str) -> str:
+    return f"{plural[:-3]}y" if plural.endswith("ies") else plural.removesuffix("s")

@@ -1,7 +1,7 @@
 """The command `readapt`: every stage with its options as flags, and what ties stages together.
 
 Flags, types, defaults and help come from the stages' configs. Exit code 0 on success, 2 on bad input,
-1 on a failure, 130 after Ctrl-C; a server that is told to stop ends with 0.
+1 on a failure, 130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0.
 """
 
 import argparse
@@ -10,11 +10,17 @@ import logging
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray import environment
-from readapt_ray.errors import ArtifactConflictError, InputError, PlacementError, ReadaptError
+from readapt_ray import environment, log_output, termination
+from readapt_ray.errors import (
+    UNREADABLE,
+    InputError,
+    PlacementError,
+    ReadaptError,
+    unreadable,
+)
 from readapt_ray.stages import STAGES
 
 if TYPE_CHECKING:
@@ -34,9 +40,10 @@ _COMMANDS: dict[str, str] = {
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
+    "encoding": "show how a model turns text into vectors (pooling, prompts, special tokens), or write it into its folder",
     "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
-    "status": "show what is done, running and missing in the folder of a run",
+    "status": "show what is done, stale, running, failed and missing in the folder of a run",
 }
 
 
@@ -45,17 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
     try:
-        _set_up_output()
+        warnings.filterwarnings("ignore")
+        termination.end_as_ctrl_c_does()
+        log_output.write_to_terminal()
         _run_command(command, given[1:])
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        is_terminated = termination.is_told(stop)
+        if isinstance(stop, SystemExit) and not is_terminated:
+            raise
         goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
-        print(f"\nreadapt: interrupted{goes_on}", file=sys.stderr)
-        return 130
-    except (PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"readapt: error: {' '.join(str(error).split())}; give a path that may be read", file=sys.stderr)
+        what, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
+        print(f"\nreadapt: {what}{goes_on}", file=sys.stderr)
+        return code
+    except UNREADABLE as error:
+        print(f"readapt: error: {unreadable(error)}", file=sys.stderr)
         return InputError.exit_code
     except Exception as error:
         if environment.shows_tracebacks():
@@ -84,16 +97,6 @@ def _run_command(command: str, arguments: Sequence[str]) -> None:
         _run_stage(command, arguments)
 
 
-def _set_up_output() -> None:
-    warnings.filterwarnings("ignore")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    logger = logging.getLogger("readapt_ray")
-    logger.handlers = [handler]
-    logger.setLevel(environment.log_level())
-    logger.propagate = False
-
-
 def _overview() -> str:
     width = max(map(len, _COMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, text in _COMMANDS.items()]
@@ -101,7 +104,7 @@ def _overview() -> str:
         "usage: readapt COMMAND [OPTIONS]\n\n"
         + "\n".join(lines)
         + "\n\n`readapt COMMAND --help` shows the options of a command. Exit code 0 on success, 2 on bad input, 1 on a "
-        "failure,\n130 after Ctrl-C; a server that is told to stop ends with 0."
+        "failure,\n130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0."
     )
 
 
@@ -115,6 +118,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
     artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
     _tell(artifact)
     print(artifact.uri)
+    _end_by_requirements([artifact])
 
 
 def _tell(artifact: "Artifact") -> None:
@@ -124,6 +128,17 @@ def _tell(artifact: "Artifact") -> None:
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
     elif artifact.manifest.stage == "ingest":
         _tell_left_out(artifact.manifest.details)
+
+
+def _end_by_requirements(made: Iterable["Artifact"]) -> None:
+    """End with 1 if a requirement of a report does not hold.
+
+    Raises:
+        ReadaptError: one does not.
+    """
+    checked = [each for artifact in made for each in artifact.manifest.details.get("requirements", ())]
+    if failed := [each["sentence"] for each in checked if not each["holds"]]:
+        raise ReadaptError(f"{len(failed)} of {len(checked)} requirements do not hold: {' '.join(failed)}")
 
 
 def _tell_left_out(details: dict[str, Any]) -> None:
@@ -165,54 +180,47 @@ def _run_parser(command: str) -> "flags.Parser":
         metavar="NAME=VALUE",
         help="Change one option of the file, such as train.lora_rank=16. Can be given several times.",
     )
+    parser.add_argument(
+        "--encoding",
+        metavar="FILE.json",
+        help="JSON file with the retriever's pooling, prompts and special tokens. If omitted, that of the file, of the "
+        "retriever's folder or of the catalog.",
+    )
     return parser
 
 
 def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
-    from readapt_ray import flags
-    from readapt_ray.recipes import chain
+    from readapt_ray.recipes import run_file
 
-    values = flags.read_options(options.config)
-    for change in options.set:
-        _set_option(values, change)
-    if options.root:
-        values["root"] = options.root
-    return chain.RunConfig.parse(values, where=options.config)
+    changes = dict(map(run_file.parse_change, options.set))
+    given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
+    return run_file.read_run(options.config, changes | given)
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
-    from readapt_ray.recipes import chain
+    from readapt_ray.recipes import run_end, running
 
-    config = _run_config(_run_parser("run").parsed(arguments))
-    try:
-        made = chain.run(config)
-    except ArtifactConflictError as error:
-        raise _with_options_of_run(error, config) from None
+    parser = _run_parser("run")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="Make again all that is stale: made with other options or from other inputs, and what was made from that.",
+    )
+    parser.add_argument(
+        "--from", dest="from_stage", metavar="STAGE", help="As --overwrite, but only for this stage and those after it."
+    )
+    options = parser.parsed(arguments)
+    config = _run_config(options)
+    made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage)
     for artifact in made.values():
         _tell(artifact)
-    for name, artifact in made.items():
-        print(f"{name:20} {artifact.uri}")
-
-
-def _with_options_of_run(error: ArtifactConflictError, config: "chain.RunConfig") -> ArtifactConflictError:
-    """Say what `run` can do where a stage refused to overwrite its output."""
-    from readapt_ray.recipes import chain
-
-    stage = next((step.stage for step in chain.plan_run(config) if step.config.output == error.output), None)
-    if stage is None:
-        return error
-    section = "train" if stage == "pack" else stage
-    return ArtifactConflictError(
-        f"{error.output!r} already holds something else ({error.difference}); give another --root, or --set "
-        f"{section}.overwrite=true to replace it; the stages after it may then say the same",
-        output=error.output,
-        difference=error.difference,
-    )
+    print(run_end.closing(config, made))
+    _end_by_requirements(made.values())
 
 
 def _sections() -> str:
     """What a run's YAML file holds, from the configs."""
-    from readapt_ray import flags
+    from readapt_ray.config import default
     from readapt_ray.recipes import chain
 
     fields = chain.RunConfig.model_fields
@@ -221,7 +229,7 @@ def _sections() -> str:
     lines = ["Options of the file:"]
     for name, field in fields.items():
         if name not in configs:
-            lines += _entry(f"{name}: {field.description} {flags.default(field)}")
+            lines += _entry(f"{name}: {field.description} {default(field)}")
     lines.append("Sections of the file, and the options in each; `readapt STAGE --help` explains them:")
     for name in (name for name in fields if name in configs):
         wired = (
@@ -301,8 +309,21 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.parse("serve", _COMMANDS["serve"], ServeConfig, arguments))
 
 
+def _encoding(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
+    from readapt_ray.catalog.contracts import show_contract
+
+    parser = flags.Parser("encoding", _COMMANDS["encoding"])
+    parser.add_argument("--model", required=True, help="A catalog name, a folder, a URI or a hub id. (required)")
+    parser.add_argument(
+        "--write", action="store_true", help="Write it as readapt.json into the model's folder, unless it is there."
+    )
+    options = parser.parsed(arguments)
+    print(show_contract(options.model, write=options.write))
+
+
 def _status(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags, status
+    from readapt_ray import flags, root_status
     from readapt_ray.storage import Location
 
     parser = flags.Parser("status", _COMMANDS["status"])
@@ -324,7 +345,7 @@ def _status(arguments: Sequence[str]) -> None:
         from readapt_ray.planner.prices import read_prices
 
         usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour_of
-    print(status.status_table(Location(options.root), usd_per_hour))
+    print(root_status.status_table(Location(options.root), usd_per_hour))
 
 
 def _quickstart(arguments: Sequence[str]) -> None:
@@ -350,27 +371,9 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "quickstart": _quickstart,
     "plan": _plan,
     "doctor": _doctor,
+    "encoding": _encoding,
 }
-_WITHOUT_STATE = ("serve", "plan", "status", "doctor")
-
-
-def _set_option(values: dict[str, Any], change: str) -> None:
-    import yaml
-
-    name, mark, text = change.partition("=")
-    if not mark or not name:
-        raise InputError(f"--set {change!r} is not NAME=VALUE, such as train.lora_rank=16")
-    *sections, option = name.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise InputError(f"--set {change!r}: {section!r} is not a section")
-    try:
-        values[option] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        if text.lstrip().startswith(("[", "{")):
-            raise InputError(f"--set {change!r}: {text!r} is not a whole YAML list or section") from None
-        values[option] = text  # such as "a,b",c, which is a list of two
+_WITHOUT_STATE = ("serve", "plan", "status", "doctor", "encoding")
 
 
 if __name__ == "__main__":

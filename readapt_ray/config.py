@@ -5,15 +5,19 @@ field; the command line, the YAML file and a notebook all make the same object.
 """
 
 import difflib
+import inspect
 import json
+import os
 import re
+import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import pydantic
 from pydantic import BaseModel, ConfigDict
+from pydantic.fields import FieldInfo
 
 from readapt_ray.errors import InputError
 
@@ -68,6 +72,34 @@ class _Names(dict[str, object]):
         return self._spelled(name)
 
 
+def options_text(config_class: type[BaseModel]) -> str:
+    """The options of a config as the lines of a docstring: each with what it means and its default."""
+    lines = ["Options:"]
+    for name, field in config_class.model_fields.items():
+        text = " ".join(f"{name}: {field.description or ''} {default(field)}".split())
+        lines += textwrap.wrap(
+            text,
+            108,
+            initial_indent="    ",
+            subsequent_indent="        ",
+            break_on_hyphens=False,
+            break_long_words=False,
+        )
+    return "\n".join(lines)
+
+
+def default(field: FieldInfo) -> str:
+    """The default of an option in brackets, or that it is required."""
+    if field.is_required():
+        return "(required)"
+    if field.default is None or field.default in ("", ()) or field.default_factory is not None:
+        return ""
+    value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return f"(default: {value})"
+
+
 class Config(BaseModel):
     """A frozen set of options. Unknown options and wrong values are refused by name."""
 
@@ -80,15 +112,50 @@ class Config(BaseModel):
     safety: ClassVar[frozenset[str]] = frozenset()
     """Options that say what is refused, replaced, retried or kept."""
 
+    def __init__(self, /, **values: Any) -> None:
+        """Make a config from options by name.
+
+        Raises:
+            InputError: one message that names every wrong option, its value and what is allowed.
+        """
+        try:
+            super().__init__(**values)
+        except pydantic.ValidationError as error:
+            raise self._refusal(error, type(self).__name__) from None
+
+    # So pydantic calls it for a config that a user makes, and not for one inside another, whose errors it collects.
+    vars(__init__)["__pydantic_base_init__"] = True
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """List the options in the docstring, for `help` and notebooks."""
+        cls.__doc__ = "\n\n".join((inspect.cleandoc(cls.__doc__ or cls.__name__), options_text(cls)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse: what a stage was given stays as it is.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"{type(self).__name__}: {name} = {value!r}: a config cannot be changed; make another with "
+            f"config.model_copy(update={{{name!r}: {value!r}}})"
+        )
+
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _split_lists(cls, values: Any) -> Any:
-        """Split the text of each list option, whether it comes from a flag, a file or Python."""
+    def _plain_values(cls, values: Any) -> Any:
+        """Make texts of paths, and lists of the texts of list options, whether from a flag, a file or Python."""
         if not isinstance(values, dict):
             return values
-        return {
-            name: cls._split_text(name, value) if isinstance(value, str) else value for name, value in values.items()
-        }
+        return {name: cls._plain(name, value) for name, value in values.items()}
+
+    @classmethod
+    def _plain(cls, name: str, value: Any) -> Any:
+        field = cls.model_fields.get(name)
+        if isinstance(value, os.PathLike) and field is not None and is_only_list(field.annotation):
+            return [os.fspath(value)]  # with any comma in its name
+        return cls._split_text(name, value) if isinstance(value, str) else _without_paths(value)
 
     @classmethod
     def _split_text(cls, name: str, text: str) -> str | list[str]:
@@ -116,9 +183,12 @@ class Config(BaseModel):
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
-            known = sorted(cls.model_fields)
-            problems = _join(_describe(problem, known, flags) for problem in error.errors(include_url=False))
-            raise InputError(f"{where or cls.__name__}: {problems}") from None
+            raise cls._refusal(error, where or cls.__name__, flags=flags) from None
+
+    @classmethod
+    def _refusal(cls, error: pydantic.ValidationError, where: str, *, flags: bool = False) -> InputError:
+        problems = _join(_describe(problem, cls, flags) for problem in error.errors(include_url=False))
+        return InputError(f"{where}: {problems}")
 
 
 class StageConfig(Config):
@@ -140,6 +210,15 @@ class StageConfig(Config):
         """The options that decide what comes out."""
         left_out = {"output", "overwrite"} | self.inputs | self.operational
         return {name: value for name, value in self.settings().items() if name not in left_out}
+
+
+def _without_paths(value: Any) -> Any:
+    """The same value with the text of each path in place of the path."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_paths, value))
+    return {name: _without_paths(each) for name, each in value.items()} if type(value) is dict else value
 
 
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -234,12 +313,27 @@ def _join(problems: Iterable[_Problem]) -> str:
     return "; ".join(clauses.values())
 
 
-def _describe(problem: Any, known: list[str], flags: bool) -> _Problem:
+def _known_at(config_class: type[Config], path: Sequence[Any]) -> list[str]:
+    """The options of a config, or of the config inside it in which the last part of a path stands."""
+    for part in path[:-1]:
+        field = config_class.model_fields.get(str(part))
+        inner = _alternatives(field.annotation) if field else []
+        config_class = next(
+            (each for each in inner if isinstance(each, type) and issubclass(each, Config)), config_class
+        )
+    return sorted(config_class.model_fields)
+
+
+def _describe(problem: Any, config_class: type[Config], flags: bool) -> _Problem:
+    known = _known_at(config_class, problem["loc"])
     # pydantic puts the type that it tried last into the place of a value that may have several
-    path = ".".join(str(part) for part in problem["loc"] if part in known or not _TYPE_NAME.fullmatch(str(part)))
+    path = ".".join(
+        str(part) for part in problem["loc"] if part in config_class.model_fields or not _TYPE_NAME.fullmatch(str(part))
+    )
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return _Problem("", f"unknown option {path!r}; {meant(path, known) or 'the options are ' + ', '.join(known)}")
+        hint = meant(path.rpartition(".")[2], known) or "the options are " + ", ".join(known)
+        return _Problem("", f"unknown option {path!r}; {hint}")
     if kind == "missing":
         return _Problem("", f"option {flag(path) if flags else repr(path)} is required and was not given")
     option = f"{flag(path) if flags else path} = {json.dumps(problem['input'], default=str)}: " if path else ""

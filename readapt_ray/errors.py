@@ -69,6 +69,10 @@ class TrainingDivergedError(ReadaptError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""
 
 
+class TargetError(ReadaptError):
+    """A vector database cannot be reached, or refuses what was sent."""
+
+
 class WorkerError(ReadaptError):
     """A process of the cluster failed for a reason that is not the user's."""
 
@@ -76,3 +80,12 @@ class WorkerError(ReadaptError):
 def first_line(error: Exception) -> str:
     """The first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
+"""What Python raises for a path that the user must mend."""
+
+
+def unreadable(error: Exception) -> InputError:
+    """The same as one message of ours."""
+    return InputError(f"{' '.join(str(error).split())}; give a path that may be read")

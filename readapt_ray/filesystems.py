@@ -52,8 +52,12 @@ def extended(uri: str, tail: str) -> str:
     return longer if _split(longer) == (longer, "") else f"{longer}?"
 
 
-def refuse_credentials(uri: str) -> None:
+def refuse_credentials(uri: str, *, variables: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
     """Refuse a URI that holds credentials: they would stand in logs and manifests.
+
+    Args:
+        uri: of a file, a folder or a server.
+        variables: the environment variables to set instead.
 
     Raises:
         InputError: it does.
@@ -61,7 +65,7 @@ def refuse_credentials(uri: str) -> None:
     if "://" in uri and _holds_credentials(uri):
         raise InputError(
             f"a URI that begins with {uri.partition('://')[0]}:// holds credentials; give it without them, and set them in the "
-            f"environment (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machine a role"
+            f"environment ({variables}) or give the machine a role"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from pydantic.fields import FieldInfo
 
-from readapt_ray.config import Config, flag, is_list, meant
+from readapt_ray.config import Config, default, flag, is_list, meant
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
@@ -85,8 +85,9 @@ def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._Argu
         if typing.get_origin(field.annotation) is dict:
             continue  # a section of options, for the file
         if field.annotation is bool or bool in typing.get_args(field.annotation):
-            known = "" if field.default is None else f" (default: {'yes' if field.default else 'no'})"
-            group.add_argument(flag(name), action=argparse.BooleanOptionalAction, help=text + known)
+            group.add_argument(
+                flag(name), action=argparse.BooleanOptionalAction, help=f"{text} {default(field)}".rstrip()
+            )
         else:
             group.add_argument(flag(name), metavar=_metavar(field.annotation), help=f"{text} {default(field)}".rstrip())
     return groups
@@ -118,16 +119,6 @@ def _notes(config_class: type[Config]) -> str:
             f"The file of --config can also hold the sections {', '.join(sections)}: options of these stages by name."
         )
     return " ".join(notes)
-
-
-def default(field: FieldInfo) -> str:
-    """The default of an option in brackets, or that it is required."""
-    if field.is_required():
-        return "(required)"
-    if field.default is None or field.default in ("", ()):
-        return ""
-    value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
-    return f"(default: {value})"
 
 
 def _metavar(annotation: Any) -> str:

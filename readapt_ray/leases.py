@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from readapt_ray.errors import ArtifactConflictError, StorageError
+from readapt_ray.errors import ArtifactConflictError, StorageError, first_line
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
@@ -158,7 +158,7 @@ class Lease:
         if error is None:
             return
         try:
-            self.say(is_over=True)
+            self.say(is_over=True, error=first_line(error) if isinstance(error, Exception) else "")
         except (OSError, StorageError) as refused:
             logger.debug("cannot write %s: %s", self._file, refused)  # `error` says what went wrong
 

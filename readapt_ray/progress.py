@@ -36,7 +36,8 @@ class ProgressReporter:
 
     def __enter__(self) -> Self:
         # A terminal shows one bar; what runs in another thread beside it writes lines.
-        if sys.stderr.isatty() and threading.current_thread() is threading.main_thread():
+        shows = sys.stderr.isatty() and logger.level <= logging.INFO
+        if shows and threading.current_thread() is threading.main_thread():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=28),

@@ -1,5 +1,6 @@
 """Define the four records of the field, and how each is stored in Parquet."""
 
+import hashlib
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -36,7 +37,19 @@ class ScoredDoc(NamedTuple):
     score: float
 
 
-PASSAGE_SCHEMA = pa.schema([("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+_HASH_BYTES = 16
+
+
+def content_hash(title: str | None, text: str) -> bytes:
+    """Return 16 bytes that stand for title and text: any two of ten billion share it with a chance of 1.5 in 10^19."""
+    content = f"{title or ''}\0{text}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
+
+
+PASSAGE_SCHEMA = pa.schema(
+    [("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("content_hash", pa.binary(_HASH_BYTES))]
+)
+"""Passages that an older ingest wrote have no `content_hash`."""
 QUERY_SCHEMA = pa.schema([("query_id", pa.string()), ("text", pa.string())])
 QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("relevance", pa.int64())])
 

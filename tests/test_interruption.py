@@ -1,4 +1,4 @@
-"""`readapt run` under Ctrl-C and SIGKILL of the driver, in a process of its own with a Ray of its own."""
+"""`readapt run` under Ctrl-C, SIGTERM and SIGKILL of the driver, in a process of its own with a Ray of its own."""
 
 import os
 import signal
@@ -96,14 +96,18 @@ def undisturbed(experiment: Path) -> dict[str, object]:
     return content(root)
 
 
-def test_ctrl_c_at_every_stage_and_then_the_same_command(experiment: Path, undisturbed: dict[str, object]) -> None:
-    root = experiment / "interrupted"
+@pytest.mark.parametrize(("sent", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_at_every_stage_and_then_the_same_command(
+    experiment: Path, undisturbed: dict[str, object], sent: signal.Signals, expected: int
+) -> None:
+    root = experiment / sent.name
     for stage in STAGES:
-        code, out = hit(experiment, root, stage, signal.SIGINT, 0.7 if stage not in ("train", "embed") else 12.0)
-        assert code in (130, 0), (stage, out)
-        if code == 130:
+        code, out = hit(experiment, root, stage, sent, 0.7 if stage not in ("train", "embed") else 12.0)
+        assert code in (expected, 0), (stage, out)
+        if code == expected:
             assert "run the same command again" in out
             assert "Traceback" not in out, out
+            assert "stack trace" not in out.lower(), out
     finish(experiment, root)
     assert content(root) == undisturbed
 

@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 import pytest
 import yaml
 
-from readapt_ray import artifact_files, artifacts, cli, filesystems, status, storage
+from readapt_ray import artifact_files, artifacts, cli, filesystems, root_status, storage
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, InputError
@@ -128,11 +128,11 @@ def test_an_artifact_on_a_store_keeps_its_promises(store: Store, folder: Locatio
     with pytest.raises(KeyboardInterrupt):
         artifacts.produce("merge", config, inputs={}, work=work)
     assert artifacts.read_manifest(config.output) is None
-    assert {row["state"] for row in status.rows(folder)} <= {"running", "stopped"}
+    assert {row["state"] for row in root_status.rows(folder)} <= {"running", "stopped"}
     for _ in range(2):
         artifacts.produce("merge", config, inputs={}, work=work)
     assert len(runs) == 2
-    assert [row["state"] for row in status.rows(folder)] == ["done"]
+    assert [row["state"] for row in root_status.rows(folder)] == ["done"]
     assert artifacts.names_under(folder) == ["made"]
 
 

@@ -136,10 +136,10 @@ def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict
 
 
 def test_a_compiled_run_that_training_would_start_is_planned_too() -> None:
-    """7B at 4,096 tokens needs 39.7 GB by the old plan and 20.9 GB compiled, between which a GPU's memory may lie."""
+    """7B needs 41.4 GB as it is and 38.2 GB compiled, between which a GPU's memory may be."""
     shape = pretrained_shape("mistralai/Mistral-7B-v0.1")
     gpu = machines.NodeGroup(
-        name="g", count=1, cpus=8, memory_bytes=2e11, gpu="L40", gpus=1, gpu_flops=1e14, gpu_memory_bytes=48e9
+        name="g", count=1, cpus=8, memory_bytes=2e11, gpu="L40", gpus=1, gpu_flops=1e14, gpu_memory_bytes=42.5e9
     )
     cluster = machines.Cluster(name="c", groups=(gpu,))
     fits = {}

@@ -51,7 +51,9 @@ def read_encoding(uri: str) -> Encoding:
     """
     location = Location(uri)
     if not location.is_file():
-        raise InputError(f"no file {uri!r}; give a JSON file with pooling, templates and specials")
+        raise InputError(
+            f"no file {uri!r}; give a JSON file with pooling, templates and special tokens, as `readapt encoding` shows it"
+        )
     try:
         values = json.loads(location.read_text())
     except ValueError as error:

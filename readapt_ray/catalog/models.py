@@ -16,8 +16,10 @@ from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
 from readapt_ray.artifacts import fingerprint, read_lease, read_manifest
 from readapt_ray.catalog import fetching, pickled, retrievers, sentence_transformers_folder
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.likely_encoding import as_contract, guess_encoding
 from readapt_ray.catalog.model_folder import ModelFolder
-from readapt_ray.errors import ModelError, first_line
+from readapt_ray.config import meant
+from readapt_ray.errors import ModelError, ReadaptError, first_line
 from readapt_ray.model_file_names import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
@@ -163,8 +165,9 @@ def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
     elif is_hub_id(target):
         folder = fetching.from_hub(name, target, revision, with_weights=with_weights)
     else:
-        known = ", ".join([*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)])
-        raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog ({known})")
+        known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
+        hint = meant(name, known) or f"the catalog has {', '.join(known)}"
+        raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
     model = OpenModel(name=name, folder=pickled.safe_folder(folder, name) if with_weights else folder)
     if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
@@ -222,16 +225,18 @@ def _check_own_code(model: OpenModel) -> None:
     )
 
 
-def _encoding_of(model: OpenModel) -> Encoding:
+def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
+    """Return how a model encodes text, and what says so; None where nothing does."""
     contract = model.read_json(CONTRACT_NAME)
     if contract:
-        return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME))
+        return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME)), CONTRACT_NAME
     row = _catalog_row(model)
     if row is not None:
-        return row.encoding
+        return row.encoding, f"the catalog's row of {row.name}"
     if (model.folder / MODULES_NAME).is_file():
         options = model._tokenizer_holder.read_json(TOKENIZER_CONFIG_NAME)
-        return sentence_transformers_folder.read_encoding(model, model.tokenizer, options)
+        encoding = sentence_transformers_folder.read_encoding(model, model.tokenizer, options)
+        return encoding, f"sentence-transformers' files ({MODULES_NAME})"
     row = retrievers.find_copied(_place(model))
     if row is not None:
         logger.info(
@@ -240,10 +245,29 @@ def _encoding_of(model: OpenModel) -> Encoding:
             model.name,
             row.hub_id,
         )
-        return row.encoding
+        return row.encoding, f"the catalog's row of {row.name}, of which it has the name"
+    return None
+
+
+def likely_encoding(model: OpenModel) -> Encoding:
+    """Guess how a model encodes text, from its architecture and tokenizer."""
+    try:
+        holder, tokenizer = model.base if model.is_adapter else model, model.tokenizer
+    except ReadaptError:  # the guess stands in an error message: it must not bring another
+        holder, tokenizer = model, None
+    return guess_encoding(holder.config, tokenizer)
+
+
+def _encoding_of(model: OpenModel) -> Encoding:
+    found = find_encoding(model)
+    if found is not None:
+        return found[0]
+    likely = likely_encoding(model)
     raise ModelError(
         f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
-        f"is not in the catalog; pass --encoding FILE.json with pooling, templates and specials, or a catalog name"
+        f"is not in the catalog; pass --encoding FILE.json, or let `readapt encoding --model {model.name} --write` write "
+        f"{CONTRACT_NAME}. Pooling is likely {likely.pooling!r}; look up in its model card how it was trained, also whether "
+        f"it puts words before queries and passages:\n{as_contract(likely)}"
     )
 
 

@@ -35,12 +35,24 @@ class Retriever(Config):
 
 LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 BERT_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
-_PHI_TARGETS = ("qkv_proj", "gate_up_proj", "down_proj")
+
+_LLAMA_LIKE = (
+    "llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2",
+    "olmo3", "smollm3", "nomic_bert", "eurobert",
+)  # fmt: skip
+_BERT_LIKE = ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra")
 
 TARGETS_BY_FAMILY: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "olmo2", "smollm3"), LLAMA_TARGETS),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT_TARGETS),
-    "phi3": _PHI_TARGETS,
+    **dict.fromkeys(_LLAMA_LIKE, LLAMA_TARGETS),
+    **dict.fromkeys(_BERT_LIKE, BERT_TARGETS),
+    "phi3": ("qkv_proj", "gate_up_proj", "down_proj"),
+    "modernbert": ("Wqkv", "Wi", "mlp.Wo"),
+    "modernbert-decoder": ("q_proj", "k_proj", "v_proj", "Wi", "mlp.Wo"),
+    "mpnet": ("attn.q", "attn.k", "attn.v", "intermediate.dense", "output.dense"),
+    "distilbert": ("q_lin", "k_lin", "v_lin", "lin1", "lin2"),
+    "albert": ("query", "key", "value", "ffn", "ffn_output"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"),
+    "jina_embeddings_v3": ("q_proj", "k_proj", "v_proj", "fc1", "fc2"),
 }
 """Query, key, value, up and down projections by the `model_type` of transformers' configs."""
 

@@ -5,12 +5,13 @@ sentence-transformers gives; what has no such form is refused by name.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
+from readapt_ray.catalog.dense_layers import check_reads_vector, dense_layers, read_modules
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.likely_encoding import usable_positions
 from readapt_ray.catalog.model_folder import ModelFolder
 from readapt_ray.catalog.special_tokens import added_by_itself, only_token
 from readapt_ray.errors import ModelError
@@ -39,13 +40,18 @@ def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[
     Raises:
         ModelError: it has modules, poolings, prompts or special tokens that no encoding can say.
     """
-    modules = json.loads((model.folder / MODULES_NAME).read_text(encoding="utf-8"))
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
+    modules = read_modules(model)
+    kinds = [kind for kind, _ in modules]
+    layers = kinds[2:-1] if kinds[-1] == "Normalize" else kinds[2:]
+    if kinds[:2] != ["Transformer", "Pooling"] or set(layers) - {"Dense"}:
         raise ModelError(
-            f"{model.name!r} has the modules {kinds}; understood are Transformer, Pooling and Normalize, in this order"
+            f"{model.name!r} has the modules {kinds}; understood are Transformer, Pooling, Dense and Normalize, in this order"
         )
-    pooling = model.read_json(f"{modules[1]['path']}/config.json")
+    dense_layers(model)
+    for kind, path in modules:
+        if kind == "Normalize":
+            check_reads_vector(model, path, model.read_json(f"{path}/config.json"))
+    pooling = _pooling_config(model, modules[1][1])
     settings = next((found for found in map(model.read_json, _SETTINGS) if found), {})
     encoder = model.read_json(PROMPTS_NAME)
     limit = int(settings.get("max_seq_length") or _longest_text(model, tokenizer))
@@ -114,12 +120,20 @@ def _similarity(model: ModelFolder, encoder: Mapping[str, Any]) -> str:
 
 def _longest_text(model: ModelFolder, tokenizer: Any) -> int:
     """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
-    positions = model.config.get("max_position_embeddings") or 512
-    return min(int(tokenizer.model_max_length), int(positions))
+    return min(int(tokenizer.model_max_length), usable_positions(model.config))
+
+
+def _pooling_config(model: ModelFolder, path: str) -> dict[str, Any]:
+    if not (model.folder / path / "config.json").is_file():
+        raise ModelError(
+            f"{path}/config.json is missing in {model.folder}, though {MODULES_NAME} names {path!r}: copy or fetch the "
+            f"whole folder of {model.name!r} again, or give --encoding FILE.json with its pooling"
+        )
+    return model.read_json(f"{path}/config.json")
 
 
 def _pooling(model: ModelFolder, config: Mapping[str, Any]) -> str:
-    chosen = _pooling_modes(config)
+    chosen = _pooling_modes(config) or ["mean"]  # what sentence-transformers takes where no mode is on
     if len(chosen) != 1 or chosen[0] not in _POOLINGS:
         raise ModelError(f"{model.name!r} pools by {chosen}; understood is one of {sorted(_POOLINGS)}")
     return _POOLINGS[chosen[0]]

@@ -112,6 +112,16 @@ def objective_of(config: dict[str, Any]) -> Objective | None:
     return None
 
 
+def usable_positions(config: dict[str, Any], name: str) -> int | None:
+    """Return the longest text that a model has positions for, by its config.json; None where it has no limit.
+
+    Raises:
+        ModelError: transformers does not know its kind.
+    """
+    positions = config.get("max_position_embeddings")
+    return None if positions is None else int(positions) - shape_of(config, name).first_position
+
+
 def shape_of(values: dict[str, Any], name: str, objective: Objective | None = None) -> ModelShape:
     """Return the shape of the model that a config.json describes.
 
@@ -148,7 +158,7 @@ def measure_shape(model: Any, name: str) -> ModelShape:
         intermediate=int(getattr(config, "intermediate_size", None) or 4 * config.hidden_size),
         num_layers=int(config.num_hidden_layers),
         attention_width=heads * int(getattr(config, "head_dim", None) or config.hidden_size // heads),
-        is_causal=not any(path.endswith(retrievers.BERT_TARGETS[0]) for path in linears),
+        is_causal=any(getattr(layer, "is_causal", False) for layer in layers.values()),
         num_parameters=sum(each.numel() for each in model.parameters()),
         num_matrix_parameters=sum(
             each.numel() for layer in multiplied for each in layer.parameters(recurse=False) if each.ndim >= 2

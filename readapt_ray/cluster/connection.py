@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from readapt_ray import environment, hardware
+from readapt_ray import environment, hardware, termination
 from readapt_ray.cluster import launcher
 from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
@@ -78,6 +78,7 @@ def connect(*, check_versions: bool = True) -> Resources:
         joins = not ray.is_initialized()
         if joins:
             _join(os.environ.get("RAY_ADDRESS"))
+        termination.take_back()
         _hush_ray_data()
         nodes = _nodes_that_came(num_nodes if joins else 1)
         if joins and check_versions and len(nodes) > 1:

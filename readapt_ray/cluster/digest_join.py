@@ -1,39 +1,36 @@
 """Which passages have a vector already: digests of the corpus and of earlier vectors, joined on the cluster.
 
-In: passages and earlier vectors. Out: files that say for each passage of known content which earlier row has its vector,
-and counts of what changed. Tasks cut the digests into partitions by their first bits, then each partition is joined by
-a task of its own; the driver sees counts alone. A task holds four million rows of either side, some 600 MB.
+In: passages and earlier vectors. Out: files that say for each passage which earlier row has its vector, and counts of what
+changed. Three rounds of Ray tasks: digests are exchanged by partition, each partition is joined, and the matches go back into
+the order of the corpus. The driver sees counts alone. A task holds four million rows of either side, some 600 MB.
 """
 
-import hashlib
-import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray import artifact_files
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.connection import connect
-from readapt_ray.retrieval.footers import at_once
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
-from readapt_ray.retrieval.shard_plan import (
-    PASSAGE_COLUMNS,
-    DataShard,
-    content_hash,
-    hashes_of,
-    matching_rows,
-    plan_shards,
-)
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, hashes_of, matching_rows, plan_shards
+from readapt_ray.sources.duplicates import digest
+from readapt_ray.sources.exchange import partition_of, read_partition, write_partitions
 from readapt_ray.storage import Location
 
 _CHUNK_ROWS = 4_000_000
 _READ_ROWS = 65_536
-_MATCH_GROUP_ROWS = 65_536
 NUM_BINS = 4096
+
+_CONTENT = np.dtype([("key", "<u8", 2), ("row", "<i8")])
+_ID = np.dtype([("key", "<u8", 2), ("content", "<u8", 2)])
+_MATCH = np.dtype([("row", "<i8"), ("earlier", "<i8")])
+_EARLIER = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -48,27 +45,25 @@ class Changes:
 
 @dataclass(frozen=True)
 class Matches:
-    """Earlier vectors of the passages, in files of their own."""
+    """The earlier row of each passage, in a file per `chunk_rows` passages."""
 
     folder: Location
-    num_partitions: int
+    chunk_rows: int
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return for each passage from `first` on the earlier row that has its vector; -1 where there is none."""
-        earlier = np.full(num_rows, -1, np.int64)
-        wanted = [("row", ">=", first), ("row", "<", first + num_rows)]
-
-        def read(partition: int) -> pa.Table:
-            with (self.folder / _match_name(partition)).open_input() as stream:
-                return pq.read_table(stream, filters=wanted)
-
-        for table in at_once(read, range(self.num_partitions)):
-            earlier[table["row"].to_numpy() - first] = table["earlier"].to_numpy()
-        return earlier
+        parts = [np.empty(0, _EARLIER)]
+        for chunk in range(first // self.chunk_rows, -(-(first + num_rows) // self.chunk_rows)):
+            begin = chunk * self.chunk_rows
+            start, end = max(first, begin), min(first + num_rows, begin + self.chunk_rows)
+            with _file(self.folder, "earlier", chunk).open_input() as file:
+                file.seek((start - begin) * _EARLIER.itemsize)
+                parts.append(np.frombuffer(file.read((end - start) * _EARLIER.itemsize), _EARLIER))
+        return np.concatenate(parts)
 
     def remove(self) -> None:
-        """Remove the files."""
-        at_once(lambda file: file.delete(), self.folder.files(".parquet"))
+        """Remove all files of the join."""
+        artifact_files.clear(self.folder, (_name("*"),))
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,12 @@ class Joined:
     matches: Matches
     changes: Changes
     num_to_encode: NDArray[np.int64]
-    """Passages without an earlier vector in each of 4,096 equal parts of the corpus."""
+    """Passages without an earlier vector in each part of the corpus between `bin_bounds`."""
+
+
+def bin_bounds(num_passages: int) -> NDArray[np.int64]:
+    """Return where each of 4,096 equal parts of a corpus begins, and where the last one ends."""
+    return np.arange(NUM_BINS + 1) * num_passages // NUM_BINS
 
 
 def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) -> Joined:
@@ -89,112 +89,111 @@ def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) 
         earlier: vectors of an earlier corpus.
         folder: where the files go; every node sees it.
     """
+    num_partitions = max(1, -(-max(passages.num_rows, earlier.num_rows) // _CHUNK_ROWS))
+    sides = {"now": passages, "before": earlier}
+    chunks = {side: plan_shards(rows.counts, _CHUNK_ROWS) for side, rows in sides.items()}
+    splits = [(side, sides[side].folder, chunk) for side, planned in chunks.items() for chunk in planned]
+    for _ in _tasks(_split, ((*split, folder, num_partitions) for split in splits)):
+        pass
+    num_chunks = {side: len(planned) for side, planned in chunks.items()}
+    counts: Counter[str] = Counter()
+    joins = ((number, folder, num_partitions, num_chunks) for number in range(num_partitions))
+    for found in _tasks(_join, ((*join, _CHUNK_ROWS) for join in joins)):
+        counts.update(found)
+    num_to_encode = np.zeros(NUM_BINS, np.int64)
+    ordered = ((chunk, folder, num_partitions, num_chunks["now"], passages.num_rows) for chunk in chunks["now"])
+    for found in _tasks(_in_order, ordered):
+        num_to_encode += found
+    return Joined(Matches(folder, _CHUNK_ROWS), Changes(**counts), num_to_encode)
+
+
+def _tasks(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     import ray
 
-    slots = max(1, connect().num_cpus)
-    num_partitions = -(-max(passages.num_rows, earlier.num_rows, 1) // _CHUNK_ROWS)
-    split = ray.remote(num_cpus=1)(_split)
-    sides = {"now": passages, "before": earlier}
-    chunks = [(side, chunk) for side, rows in sides.items() for chunk in plan_shards(rows.counts, _CHUNK_ROWS)]
-
-    def start_split(item: tuple[str, DataShard]) -> Any:
-        side, chunk = item
-        return split.remote(side, sides[side].folder, chunk, folder, num_partitions)
-
-    for _ in run_bounded(start_split, chunks, slots):
-        pass
-    join = ray.remote(num_cpus=1)(_join)
-    numbers = {side: [chunk.number for each, chunk in chunks if each == side] for side in sides}
-
-    def start_join(partition: int) -> Any:
-        return join.remote(partition, numbers, folder, passages.num_rows)
-
-    counts = dict.fromkeys(asdict(Changes(0, 0, 0, 0)), 0)
-    bins = np.zeros(NUM_BINS, np.int64)
-    for found, part in run_bounded(start_join, range(num_partitions), slots):
-        counts = {name: count + found[name] for name, count in counts.items()}
-        bins += part
-    return Joined(Matches(folder, num_partitions), Changes(**counts), bins)
+    task = ray.remote(num_cpus=1)(function)
+    return run_bounded(lambda item: task.remote(*item), items, max(1, connect().num_cpus))
 
 
 def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_partitions: int) -> None:
-    """Write the digests of some rows by the partition of their content, and those of their ids by that of the id."""
-    hashes, ids = [], []
+    """Write digests of some rows: those of contents by the partition of the content, those of ids by that of the id."""
+    contents, ids = np.zeros(len(chunk), _CONTENT), np.zeros(len(chunk), _ID)
+    contents["row"] = np.arange(chunk.first, chunk.first + len(chunk))
+    done = 0
     for each in chunk.ranges:
         for start in range(each.start, each.start + each.num_rows, _READ_ROWS):
             num_rows = min(_READ_ROWS, each.start + each.num_rows - start)
-            found = _digests(source / each.name, start, num_rows, of_passages=side == "now")
-            hashes.append(found[0])
-            ids.append(found[1])
-    content, named = np.concatenate(hashes), np.concatenate(ids)
-    rows = np.arange(chunk.first, chunk.first + len(content))
-    _write_parts(folder / f"{side}-content-{chunk.number:05d}.parquet", content, {"row": rows}, num_partitions)
-    values = {"content_0": content[:, 0], "content_1": content[:, 1]}
-    _write_parts(folder / f"{side}-ids-{chunk.number:05d}.parquet", named, values, num_partitions)
+            rows = slice(done, done + num_rows)
+            contents["key"][rows], ids["key"][rows] = _digests(source / each.name, start, num_rows)
+            done += num_rows
+    ids["content"] = contents["key"]
+    for what, records in (("contents", contents), ("ids", ids)):
+        to = _file(folder, f"{side}-{what}", chunk.number)
+        write_partitions(to, records, partition_of(records["key"], num_partitions), num_partitions)
 
 
-def _digests(file: Location, start: int, num_rows: int, *, of_passages: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the digests of the contents and of the doc_ids of some rows, [N, 2] each."""
+def _digests(file: Location, start: int, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """Return the digests of the contents and of the doc_ids of some passages or vectors, [N, 2] each."""
     table = read_rows(file, start, num_rows, ("doc_id", "content_hash"))
-    doc_ids = table["doc_id"].to_pylist()
-    if of_passages and "content_hash" not in table.column_names:
+    contents = hashes_of(table)
+    if "content_hash" not in table.column_names:
         texts = read_rows(file, start, num_rows, PASSAGE_COLUMNS[1:])
-        pairs = zip(texts["title"].to_pylist(), texts["text"].to_pylist(), strict=True)
-        packed = b"".join(content_hash(title, text or "") for title, text in pairs)
-        contents = np.frombuffer(packed, np.uint64).reshape(-1, 2)
-    else:
-        contents = hashes_of(table)
-    packed = b"".join(hashlib.blake2b((each or "").encode(), digest_size=16).digest() for each in doc_ids)
+        if texts.column_names:  # passages of an older ingest
+            pairs = zip(texts["title"].to_pylist(), texts["text"].to_pylist(), strict=True)
+            packed = b"".join(content_hash(title, text or "") for title, text in pairs)
+            contents = np.frombuffer(packed, np.uint64).reshape(-1, 2)
+    packed = b"".join(digest(doc_id or "") for doc_id in table["doc_id"].to_pylist())
     return contents, np.frombuffer(packed, np.uint64).reshape(-1, 2)
 
 
-def _write_parts(file: Location, keys: NDArray[Any], values: dict[str, NDArray[Any]], num_partitions: int) -> None:
-    """Write one row group per partition; a key's partition follows from its first bits."""
-    partition = ((keys[:, 0] >> np.uint64(32)) * np.uint64(num_partitions)) >> np.uint64(32)
-    order = np.argsort(partition, kind="stable")
-    ends = np.searchsorted(partition[order], np.arange(num_partitions + 1))
-    table = pa.table({"key_0": keys[order, 0], "key_1": keys[order, 1], **{k: v[order] for k, v in values.items()}})
-    with (
-        file.open_output() as stream,
-        pq.ParquetWriter(stream, table.schema, use_dictionary=False, compression="none") as writer,
-    ):
-        for start, end in itertools.pairwise(ends.tolist()):
-            writer.write_table(table.slice(start, end - start), row_group_size=max(1, end - start))
-
-
-def _read_parts(folder: Location, side: str, what: str, numbers: Sequence[int], partition: int) -> pa.Table:
-    def read(number: int) -> pa.Table:
-        with (folder / f"{side}-{what}-{number:05d}.parquet").open_input() as stream, pq.ParquetFile(stream) as file:
-            return file.read_row_group(partition)
-
-    return pa.concat_tables(at_once(read, numbers))
-
-
 def _join(
-    partition: int, numbers: dict[str, list[int]], folder: Location, num_passages: int
-) -> tuple[dict[str, int], NDArray[np.int64]]:
-    """Join one partition: write its matches, and return the changes and the passages to encode by part of the corpus."""
-    now, before = (_read_parts(folder, side, "content", numbers[side], partition) for side in ("now", "before"))
-    place = matching_rows(_pairs(now, "key"), _pairs(before, "key"))
-    rows, known = now["row"].to_numpy(), place >= 0
-    matched, order = rows[known], np.argsort(rows[known])
-    earlier = before["row"].to_numpy()[place[known]]
-    with (folder / _match_name(partition)).open_output() as stream:
-        pq.write_table(
-            pa.table({"row": matched[order], "earlier": earlier[order]}), stream, row_group_size=_MATCH_GROUP_ROWS
-        )
-    bins = np.bincount(rows[~known] * NUM_BINS // num_passages, minlength=NUM_BINS)
-    now, before = (_read_parts(folder, side, "ids", numbers[side], partition) for side in ("now", "before"))
-    place = matching_rows(_pairs(now, "key"), _pairs(before, "key"))
+    number: int, folder: Location, num_partitions: int, num_chunks: dict[str, int], chunk_rows: int
+) -> dict[str, int]:
+    """Join one partition: write its matches by where the passages stand, and count the changes."""
+
+    def read(what: str, dtype: np.dtype[np.void]) -> Sequence[NDArray[np.void]]:
+        return [
+            read_partition(
+                [_file(folder, f"{side}-{what}", chunk) for chunk in range(num)], number, num_partitions, dtype
+            )
+            for side, num in num_chunks.items()
+        ]
+
+    now, before = read("contents", _CONTENT)
+    place = matching_rows(now["key"], before["key"])
     known = place >= 0
-    same = (_pairs(now, "content")[known] == _pairs(before, "content")[place[known]]).all(axis=1).sum()
-    counts = {"num_unchanged": int(same), "num_changed": int(known.sum() - same)}
-    return counts | {"num_new": int((~known).sum()), "num_deleted": before.num_rows - int(known.sum())}, bins
+    matches = np.zeros(int(known.sum()), _MATCH)
+    matches["row"], matches["earlier"] = now["row"][known], before["row"][place[known]]
+    write_partitions(_file(folder, "matches", number), matches, matches["row"] // chunk_rows, num_chunks["now"])
+    now, before = read("ids", _ID)
+    place = matching_rows(now["key"], before["key"])
+    known = place >= 0
+    num_known = int(known.sum())
+    num_unchanged = int((now["content"][known] == before["content"][place[known]]).all(axis=1).sum())
+    return {
+        "num_unchanged": num_unchanged,
+        "num_changed": num_known - num_unchanged,
+        "num_new": len(now) - num_known,
+        "num_deleted": len(before) - num_known,
+    }
 
 
-def _pairs(table: pa.Table, name: str) -> NDArray[Any]:
-    return np.stack([table[f"{name}_0"].to_numpy(), table[f"{name}_1"].to_numpy()], axis=1)
+def _in_order(
+    chunk: DataShard, folder: Location, num_partitions: int, num_chunks: int, num_passages: int
+) -> NDArray[np.int64]:
+    """Write the earlier rows of some passages in their order, and count those to encode between `bin_bounds`."""
+    files = [_file(folder, "matches", number) for number in range(num_partitions)]
+    matches = read_partition(files, chunk.number, num_chunks, _MATCH)
+    earlier = np.full(len(chunk), -1, _EARLIER)
+    earlier[matches["row"] - chunk.first] = matches["earlier"]
+    with _file(folder, "earlier", chunk.number).open_output() as file:
+        file.write(earlier.tobytes())
+    to_encode = chunk.first + np.flatnonzero(earlier < 0)
+    return np.diff(np.searchsorted(to_encode, bin_bounds(num_passages)))
 
 
-def _match_name(partition: int) -> str:
-    return f"matches-{partition:05d}.parquet"
+def _file(folder: Location, what: str, number: int) -> Location:
+    return folder / _name(f"{what}-{number:05d}")
+
+
+def _name(what: str) -> str:
+    return f"digests-{what}"

@@ -40,6 +40,8 @@ class EmbedJob:
     """Vectors of an earlier corpus, to be copied from."""
     matches: Matches | None = None
     """Which passages have one of them."""
+    max_left_out: int = 0
+    """Passages without a usable vector that a shard may have."""
     rows_per_shard: int = 0
     """Passages of a shard; 0 for a sample, whose shards differ."""
     driver_node: str = ""

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster import connection
 from readapt_ray.cluster.bounded_tasks import run_bounded
-from readapt_ray.cluster.digest_join import NUM_BINS, Joined, join_digests
+from readapt_ray.cluster.digest_join import NUM_BINS, Joined, bin_bounds, join_digests
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_runner import encode_shards
@@ -87,11 +87,11 @@ def estimate_full_run(
             lambda done, total: workspace.progress(done, total, unit="passages"),
         )
         num_workers, _, _ = place_actors(placement, passages.num_rows)
-        workspace.counts["num_vectors"] = ledger.num_rows
+        workspace.counts["num_vectors"] = ledger.num_vectors
         workspace.details |= _forecast(ledger, num_to_encode, passages.num_rows, num_workers)
-        _tell_forecast(workspace.details, ledger.num_rows)
+        _tell_forecast(workspace.details, size)
         if compared is not None:
-            workspace.details["neighbours"] = _compare_neighbours(job, shards, compared)
+            workspace.details["neighbours"] = _compare_neighbours(job, ledger, compared)
     else:
         logger.info("embed: every passage has its vector already; a full run would only copy")
     if joined is not None:
@@ -100,7 +100,7 @@ def estimate_full_run(
 
 def _strata(passages: ParquetRows, joined: Joined | None, size: int) -> list[DataShard]:
     """Cut the corpus into 20 parts of about as many passages to encode, and draw the same share of each."""
-    bounds = np.arange(NUM_BINS + 1) * passages.num_rows // NUM_BINS
+    bounds = bin_bounds(passages.num_rows)
     todo = np.diff(bounds) if joined is None else joined.num_to_encode
     ends = np.concatenate([[0], np.cumsum(todo)])
     cuts = np.searchsorted(ends, np.linspace(0, ends[-1], min(_STRATA, size) + 1))
@@ -119,7 +119,7 @@ def _strata(passages: ParquetRows, joined: Joined | None, size: int) -> list[Dat
 
 def _forecast(ledger: ShardLedger, num_to_encode: int, num_passages: int, num_workers: int) -> dict[str, Any]:
     """Each a mean over strata times what is to be encoded, with the half-width of its 95% interval."""
-    num_rows = ledger.figures["num_rows"]
+    num_rows = np.array([len(shard) for shard in ledger.shards])
 
     def scaled(name: str, factor: float) -> dict[str, float]:
         means = ledger.figures[name] / num_rows
@@ -164,9 +164,10 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:,.3g} GB"
 
 
-def _compare_neighbours(job: EmbedJob, shards: Sequence[DataShard], compared: ParquetRows) -> dict[str, float]:
+def _compare_neighbours(job: EmbedJob, ledger: ShardLedger, compared: ParquetRows) -> dict[str, float]:
     """How many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
-    written = ParquetRows(job.vectors, tuple((shard.name, len(shard)) for shard in shards))
+    names = [shard.name for shard in ledger.shards]
+    written = ParquetRows(job.vectors, tuple(zip(names, ledger.figures["num_rows"].tolist(), strict=True)))
     doc_ids, vectors = matrix_of(written.take(np.arange(written.num_rows), VECTOR_COLUMNS), job.vectors)
     before_ids, before = _vectors_of(compared, doc_ids)
     if len(before_ids) <= _NEIGHBOURS:

@@ -8,7 +8,7 @@ its shard as FAISS stores it, and once more while it is written.
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,14 @@ from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.retrieval.index_files import ShardRecord
+    from readapt_ray.retrieval.index_recall import BestRows
 
 _CHUNK_ROWS = 16384
 TRAINED_NAME = "trained.faiss"
 RECALL_SUFFIX = ".recall.npz"
 _QUERIES_NAME = f"queries{RECALL_SUFFIX}"
+_NO_ROW = np.iinfo(np.int64).min // 2
+"""Row of a query that is no vector of the index."""
 UNTRAINED = ("Flat", "SQfp16")
 _SAMPLE_ROWS = 4096
 _CPU_BYTES = 4 << 30
@@ -111,6 +114,29 @@ def task_cpus(plan: ShardPlan, num_rows: int) -> int:
     return max(1, min(largest, math.ceil(wanted)))
 
 
+def lay_down_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | None]) -> None:
+    """Write the queries that recall is measured with, unless a run before did. If none are found, training takes vectors.
+
+    Args:
+        find: returns the vectors [Q, D] of queries.
+    """
+    vectors = None if (plan.shards / _QUERIES_NAME).is_file() else find()
+    if vectors is not None:
+        _write_queries(plan, np.full(len(vectors), _NO_ROW), vectors)
+
+
+def _write_queries(plan: ShardPlan, rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
+    sink = io.BytesIO()
+    np.savez(sink, rows=rows, vectors=vectors)
+    (plan.shards / _QUERIES_NAME).write_bytes(sink.getvalue())
+
+
+def measured_with_vectors(plan: ShardPlan) -> bool:
+    """Return whether recall is measured with vectors of the index, and not with queries."""
+    rows = _queries(plan)[1]
+    return bool((rows != _NO_ROW).any())
+
+
 def train_once(everything: NewShard) -> None:
     """Train lists and codes on a sample of all vectors, in one task, unless a run before did."""
     import ray
@@ -123,7 +149,7 @@ def train_once(everything: NewShard) -> None:
 
 
 def _train(everything: NewShard) -> None:
-    """On a worker: train an index on a sample, and write it without vectors; then the queries that recall is measured with."""
+    """On a worker: train an index on a sample, and write it without vectors; then queries to measure recall with, if none are."""
     plan = everything.plan
     faiss = on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.faiss_build import train
@@ -136,10 +162,9 @@ def _train(everything: NewShard) -> None:
         if not index.is_trained:
             train(index, _sampled(everything, training_rows(index, len(everything.rows))))
         location.write_bytes(faiss.serialize_index(index).tobytes())
-    rows = np.sort(query_rows(len(everything.rows)))
-    sink = io.BytesIO()
-    np.savez(sink, rows=rows, vectors=_sampled(everything, rows))
-    (plan.shards / _QUERIES_NAME).write_bytes(sink.getvalue())
+    if not (plan.shards / _QUERIES_NAME).is_file():
+        rows = np.sort(query_rows(len(everything.rows)))
+        _write_queries(plan, rows, _sampled(everything, rows))
 
 
 def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -201,11 +226,11 @@ def _build_shard(shard: NewShard) -> "ShardRecord":
     plan = shard.plan
     on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.index_files import write_shard
-    from readapt_ray.retrieval.index_recall import BestRows, measure
+    from readapt_ray.retrieval.index_recall import measure
     from readapt_ray.retrieval.index_shard import IndexShard
 
     index, trained = _empty_index(plan)
-    best = None if plan.spec.is_exact else BestRows(*_queries(shard))
+    best = None if plan.spec.is_exact else _best_rows(shard)
     doc_ids: list[str] = []
     hashes = bytearray()
     for names, vectors, digests in _read(shard):
@@ -232,11 +257,18 @@ def _empty_index(plan: ShardPlan) -> tuple[Any, str]:
     return faiss.deserialize_index(np.frombuffer(content, np.uint8)), hashlib.sha256(content).hexdigest()
 
 
-def _queries(shard: NewShard) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The queries of all shards, and the place of each in this one."""
-    content = (shard.plan.shards / _QUERIES_NAME).read_bytes()
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return arrays["vectors"], arrays["rows"] - shard.first
+def _best_rows(shard: NewShard) -> "BestRows":
+    """The queries of all shards, with the place of each in this one."""
+    from readapt_ray.retrieval.index_recall import BestRows
+
+    vectors, rows = _queries(shard.plan)
+    return BestRows(vectors, rows - shard.first)
+
+
+def _queries(plan: ShardPlan) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The vectors [Q, D] of the queries, and the row of each among all vectors."""
+    with np.load(io.BytesIO((plan.shards / _QUERIES_NAME).read_bytes()), allow_pickle=False) as arrays:
+        return arrays["vectors"], arrays["rows"]
 
 
 def _read(shard: NewShard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:

@@ -182,6 +182,7 @@ class _ScaleScorer:
         from readapt_ray.nn import attention
         from readapt_ray.retrieval.encoder import DTYPES, Encoder
         from readapt_ray.weights.adapter import Adapter
+        from readapt_ray.weights.dense import load_dense
         from readapt_ray.weights.live_scales import LiveReadapter
         from readapt_ray.weights.loading import load_model
         from readapt_ray.weights.merging import Readapter, open_retriever
@@ -202,6 +203,7 @@ class _ScaleScorer:
             job.encoding,
             identify=str,
             packed=attention.has_kernel(torch.device(device), DTYPES[job.dtype]),
+            dense=load_dense(retriever, device=device),
         )
         passages, queries = self._sample.passages, self._sample.queries
         self._passage_ids = self._encoder.tokenize(

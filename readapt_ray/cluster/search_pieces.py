@@ -7,7 +7,7 @@ is a shard per task.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,9 @@ from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.exact import Hits
 
 Content = tuple[RowRange, ...] | dict[str, Any]
 """What a task searches: ranges of vectors, or the record of an index shard."""
@@ -55,6 +58,23 @@ class Pieces:
         device = "cuda" if self._on_gpus else "cpu"
         yield from run_bounded(
             lambda piece: task.remote(piece, list(queries), top_k, device), self._pieces, num_at_once=self._room
+        )
+
+    def search_words(
+        self, texts: Sequence[str], sha256s: dict[str, str], top_k: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """What each task found by BM25, as `search`.
+
+        Args:
+            texts: the queries.
+            sha256s: of the BM25 scores of each index shard, by its name.
+            top_k: results per query.
+        """
+        import ray
+
+        task = ray.remote(num_cpus=1)(_search_words)
+        yield from run_bounded(
+            lambda piece: task.remote(piece, list(texts), sha256s, top_k), self._pieces, num_at_once=self._room
         )
 
     def names(self, rows: np.ndarray) -> pa.Array:
@@ -108,6 +128,26 @@ def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str
 
         hits = search_exact(vectors, chunks(), top_k, device=device)
         doc_ids = pa.concat_arrays(names)
+    return _numbered(hits, doc_ids, piece)
+
+
+def _search_words(
+    piece: _Piece, texts: Sequence[str], sha256s: dict[str, str], top_k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """On a worker: the words of an index shard; returns what `_search_piece` does."""
+    from readapt_ray.retrieval.bm25 import search_words
+    from readapt_ray.retrieval.index_files import ShardRecord, read_ids, read_words
+
+    assert isinstance(piece.content, dict)
+    record = ShardRecord(**piece.content)
+    folder = piece.artifact / "shards"
+    doc_ids, _ = read_ids(folder, record)
+    hits = search_words([read_words(folder, record.name, sha256s[record.name])], doc_ids, texts, top_k)
+    return _numbered(hits, pa.array(doc_ids, pa.string()), piece)
+
+
+def _numbered(hits: "Hits", doc_ids: pa.Array, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
+    """Scores [Q, K], and the number of each row in the whole."""
     found = pc.index_in(pa.array(hits.doc_ids.ravel(), pa.string()), value_set=doc_ids)
     rows = found.fill_null(0).to_numpy().astype(np.int64).reshape(hits.scores.shape) + piece.first
     return hits.scores, np.where(hits.scores > -np.inf, rows, -1)

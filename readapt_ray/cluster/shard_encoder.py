@@ -81,7 +81,9 @@ class ShardEncoder:
         file = self._job.vectors / shard_name(number)
         num_bytes = write_stored(file, cell(shard, "doc_id").to_pylist(), table, hashes, metadata=metadata)
         figures = {name: float(metadata[name]) for name in SECONDS} | {name: metadata.get(name, 0) for name in COUNTS}
-        return figures | {"num_rows": len(place), "num_bytes": num_bytes, "dimension": dimension}
+        num_left_out = table["vector"].null_count
+        figures |= {"num_rows": len(place) - num_left_out, "num_left_out": num_left_out}
+        return figures | {"num_bytes": num_bytes, "dimension": dimension}
 
     def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
         """The stored vectors of the distinct texts of a shard, and what making them took."""
@@ -95,18 +97,20 @@ class ShardEncoder:
         with self._computing:
             started_s = time.monotonic()
             before = encoder.work
-            vectors = encoder.encode_ids(tokens)
+            vectors = encoder.encode_usable(tokens)
             ended_s = time.monotonic()
             metadata |= {
                 "num_tokens": encoder.work.num_tokens - before.num_tokens,
                 "num_positions": encoder.work.num_positions - before.num_positions,
+                "num_again": encoder.work.num_again - before.num_again,
                 "encode_s": _seconds(ended_s - started_s),
                 "wait_s": _seconds(started_s - self._idle_since_s if self._idle_since_s else 0.0),
             }
             self._idle_since_s = ended_s
         _, first = np.unique(place[place >= 0], return_index=True)
         doc_ids = cell(shard, "doc_id").take(pa.array(np.flatnonzero(place >= 0)[first])).to_pylist()
-        return [stored_vectors(doc_ids, vectors, self._job.vector_dtype)], metadata
+        job = self._job
+        return [stored_vectors(doc_ids, vectors, job.vector_dtype, max_left_out=job.max_left_out)], metadata
 
     def _loaded(self) -> Any:
         with self._computing:

@@ -2,9 +2,8 @@
 
 In: shards and a job. Out: a file per shard, in the job's folder. Tasks on any idle core read and tokenise; a pool of
 actors, one per GPU, encodes and writes, and grows and shrinks with the nodes. Where CPUs encode and none is idle, the
-actors tokenise. A file appears whole or not at all, with
-what made it in its own footer, so the files are their own ledger: what is there is done, and a kill at any moment
-costs the shards in flight.
+actors tokenise. A file appears whole or not at all, with what made it in its own footer, so the files are their own
+ledger: what is there is done, and a kill at any moment costs the shards in flight.
 """
 
 import logging
@@ -53,12 +52,12 @@ def encode_shards(
     ledger.find()
     vain, has_started = 0, False
     while pending := ledger.pending:
-        progress(ledger.num_rows, total)
+        progress(ledger.num_done, total)
         vain += 1
         try:
             for _ in _recorded(pending, job, placement, ledger):
                 vain = 0
-                progress(ledger.num_rows, total)
+                progress(ledger.num_done, total)
             ledger.check_there()
         except WorkerError as error:
             if vain >= _MAX_VAIN_STARTS:
@@ -142,22 +141,17 @@ def _stream(
     from ray.util.annotations import RayDeprecationWarning
 
     from readapt_ray.cluster.shard_source import ShardSource
-    from readapt_ray.cluster.shard_tokens import tokenize_in_task
 
-    texts = replace(job, earlier=None)
     num_encoders = pool.get("size") or pool["min_size"]
     reader_cpus = 1 if _num_idle_cores(num_encoders, each) >= 1 else _SHARED_CPUS
     # With restarts, Ray prints a line of its own on the user's terminal. On one machine we do without, and
     # `encode_shards` starts again; on several, one lost node must not stop the actors of the others.
     restarts = {"max_restarts": 0} if "size" in pool else {}
     with warnings.catch_warnings(action="ignore", category=RayDeprecationWarning):  # Ray 2.64 needs another way
-        shards = ray.data.read_datasource(ShardSource(pending, texts), num_cpus=reader_cpus)
+        source = ShardSource(pending, replace(job, earlier=None), tokenizes=tasks_tokenize(num_encoders, each))
+        shards = ray.data.read_datasource(source, num_cpus=reader_cpus)
         shards.context.execution_no_progress_timeout_s = -1
         shards.context.target_max_block_size = 1  # a block has one row: a shard goes its way as soon as it is read
-        if tasks_tokenize(num_encoders, each):
-            shards = shards.map_batches(
-                tokenize_in_task, fn_args=(texts,), batch_size=1, batch_format="pyarrow", num_cpus=reader_cpus
-            )
         written = shards.map_batches(
             ShardEncoder,
             fn_constructor_args=(job,),

@@ -1,7 +1,7 @@
 """Where the passages of embed enter Ray Data: read tasks yield data shards.
 
-In: planned shards. Out: a row per shard, with doc_ids, titles, texts and content hashes of its passages, and the
-earlier rows that have their vectors where these are known. Memory of a task is one shard.
+In: planned shards. Out: a row per shard, with doc_ids, content hashes and texts of its passages, or token ids in place
+of texts, and the earlier rows that have their vectors where these are known. Memory of a task is one shard.
 """
 
 import functools
@@ -17,9 +17,11 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from readapt_ray.cluster.embed_job import EmbedJob, or_error, shard_row
+from readapt_ray.cluster.shard_tokens import tokenize_in_task
 from readapt_ray.errors import CorpusError
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, content_hash
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard
 from readapt_ray.storage import Location
 
 _MAX_READ_TASKS = 2000
@@ -27,11 +29,17 @@ _DIGEST_COLUMN = "content_hash"
 
 
 class ShardSource(Datasource):  # type: ignore[misc]  # Ray's classes have no types
-    """The shards of a run as a source of Ray Data: a block of one row per shard."""
+    """The shards of a run as a source of Ray Data: a block of one row per shard.
 
-    def __init__(self, shards: Sequence[DataShard], job: EmbedJob) -> None:
+    Args:
+        shards: to be read.
+        job: of the run.
+        tokenizes: whether the rows have token ids and not texts.
+    """
+
+    def __init__(self, shards: Sequence[DataShard], job: EmbedJob, *, tokenizes: bool) -> None:
         super().__init__()
-        self._shards, self._job = shards, job
+        self._shards, self._job, self._tokenizes = shards, job, tokenizes
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Return nothing: blocks are one row each however large they are."""
@@ -42,14 +50,19 @@ class ShardSource(Datasource):  # type: ignore[misc]  # Ray's classes have no ty
         num_tasks = min(len(self._shards), _MAX_READ_TASKS)
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [
-            ReadTask(functools.partial(_read_shards, self._shards[number::num_tasks], self._job), unknown)
+            ReadTask(functools.partial(_rows, self._shards[number::num_tasks], self._job, self._tokenizes), unknown)
             for number in range(num_tasks)
         ]
 
 
-def _read_shards(shards: Sequence[DataShard], job: EmbedJob) -> Iterator[pa.Table]:
+def _rows(shards: Sequence[DataShard], job: EmbedJob, tokenizes: bool) -> Iterator[pa.Table]:
     for shard in shards:
-        yield or_error(shard.number, functools.partial(_read, shard, job))
+        yield or_error(shard.number, functools.partial(_row, shard, job, tokenizes))
+
+
+def _row(shard: DataShard, job: EmbedJob, tokenizes: bool) -> pa.Table:
+    row = _read(shard, job)
+    return tokenize_in_task(row, job) if tokenizes else row
 
 
 def _read(shard: DataShard, job: EmbedJob) -> pa.Table:

@@ -15,22 +15,20 @@ import pyarrow as pa
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import on_worker
-from readapt_ray.cluster.embed_job import EmbedJob, cell, or_error, shard_row
+from readapt_ray.cluster.embed_job import EmbedJob, cell, shard_row
 from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.shard_plan import first_rows
 from readapt_ray.retrieval.tokenization import TextTokenizer
 
 
 def tokenize_in_task(shard: pa.Table, job: EmbedJob) -> pa.Table:
-    """Return the row of a shard with token ids in place of texts; the process keeps the tokenizer."""
-    if shard["error"][0].as_py():
-        return shard
+    """As `tokenize_shard`, with a tokenizer that the process keeps."""
 
     def tokenize(texts: list[str], titles: list[str]) -> list[list[int]]:
         tokenizer = _tokenizer(job.model_name, job.encoding.model_dump_json(), job.tokenizer, job.driver_node)
         return tokenizer.ids(texts, "passage", titles)
 
-    return or_error(shard["number"][0].as_py(), functools.partial(tokenize_shard, shard, tokenize))
+    return tokenize_shard(shard, tokenize)
 
 
 def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], list[list[int]]]) -> pa.Table:

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace, read_lease
@@ -25,6 +25,9 @@ from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, 
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.seeds import derive_seed
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.cluster.block_stream import BlockStream
 
 logger = logging.getLogger("readapt_ray")
 
@@ -62,6 +65,8 @@ def run_workers(
     job: dict[str, Any],
     workspace: Workspace,
     config: OptimizationConfig,
+    *,
+    stream: "BlockStream | None" = None,
 ) -> Outcome:
     """Run `work(job)` on Ray Train workers until all of them end.
 
@@ -71,6 +76,7 @@ def run_workers(
         job: plain values.
         workspace: progress goes there, step metrics into its `metrics.jsonl`.
         config: how many workers, and how often they are started again after one of them died.
+        stream: the workers' data, where it comes through Ray Data.
 
     Raises:
         ReadaptError: the workers' own, with its message; or one that says how they died.
@@ -93,7 +99,9 @@ def run_workers(
         "resources_per_worker": resources,
         "use_gpu": use_gpu,
     }
-    new_trainer = functools.partial(_new_trainer, {"work": work, "job": job}, workspace.location, scaling, controllers)
+    new_trainer = functools.partial(
+        _new_trainer, {"work": work, "job": job}, workspace.location, scaling, controllers, stream=stream
+    )
     try:
         with (
             autoscaling.requested(num_workers, resources, least=least),
@@ -133,6 +141,8 @@ def _new_trainer(
     output: Location,
     scaling: dict[str, Any],
     controllers: list[Any],
+    *,
+    stream: "BlockStream | None",
 ) -> Any:
     """Return Ray's trainer of this work. Its controller, once it runs, is the only one in `controllers`."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -145,6 +155,8 @@ def _new_trainer(
     made = TorchTrainer(
         _entered,
         train_loop_config=loop,
+        datasets={} if stream is None else {stream.name: stream.no_dataset},
+        dataset_config=stream,
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="workers",

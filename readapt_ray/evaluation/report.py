@@ -41,6 +41,7 @@ def build_report(
     provenance: Mapping[str, Any],
     num_permutations: int,
     seed: int,
+    requirements: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Put together all that the report says, as JSON values.
 
@@ -54,6 +55,7 @@ def build_report(
         provenance: of each run, whatever is known.
         num_permutations: of the tests, for the record.
         seed: of the tests and of the intervals.
+        requirements: what must hold, and whether it does; see `requirements.py`.
     """
     names = list(runs)
     query_ids = measurements[names[0]].query_ids
@@ -77,7 +79,9 @@ def build_report(
         "measures": measures,
         "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
+        "num_unjudged": len(query_texts.keys() - set(query_ids)),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
+        "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
         "runs": [
             {
@@ -120,7 +124,7 @@ def page_template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=value, signed=signed, p=p_value, pretty=_pretty)
+    environment.filters.update(value=value, signed=signed, p=p_value, pretty=_pretty, unjudged=_unjudged)
     return environment.get_template(name)
 
 
@@ -148,16 +152,19 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     measures = report["measures"]
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
+    lines += [f"{markdown(each['run'])}: `{each['text']}` {each['outcome']}\n" for each in report["requirements"]]
     lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
     lines += markdown_table(
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
     )
+    if report["num_unjudged"]:
+        lines += ["", _unjudged(report)]
     lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     for run in report["runs"]:
         for key, meaning in (
             ("without_results", "judged, without results"),
-            ("without_judgements", "not judged, left out"),
+            ("without_judgements", "without judgements in these qrels, left out"),
         ):
             if run[key]:
                 lines += ["", markdown(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
@@ -181,6 +188,11 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         known = _pretty(run["provenance"]).replace("```", "'''")
         lines += [f"### {markdown(run['name'])}", "", "```json", known, "```", ""]
     return "\n".join(lines) + "\n"
+
+
+def _unjudged(report: Mapping[str, Any]) -> str:
+    total = report["num_queries"] + report["num_unjudged"]
+    return f"{report['num_queries']:,} of the {total:,} queries are judged in these qrels; only these count."
 
 
 def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:

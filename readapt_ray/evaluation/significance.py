@@ -8,6 +8,7 @@ test (Smucker et al., CIKM 2007), Holm's correction over the runs, and wins, tie
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,16 +163,53 @@ def bootstrap_interval(
     Returns:
         float64 [2, K]: the lower and the upper end.
     """
-    num_queries = len(values)
-    rng = np.random.default_rng(seed)
-    means = []
-    for size in _chunk_sizes(num_resamples, num_queries):
-        drawn = rng.integers(0, num_queries, (size, num_queries))
-        drawn += np.arange(size)[:, None] * num_queries
-        times = np.bincount(drawn.ravel(), minlength=size * num_queries).reshape(size, num_queries)
-        means.append(times.astype(np.float64) @ values / num_queries)
     tail = (1 - confidence) / 2
-    return np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    return np.quantile(_resampled_means(values, num_resamples, seed), [tail, 1 - tail], axis=0)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """One run against the baseline over several sets of queries, each set with the same weight."""
+
+    difference: float
+    """Mean over the sets of the mean difference over queries."""
+    interval: tuple[float, float]
+    """95% bootstrap interval; queries are drawn within each set."""
+    p_value: float
+    """Two-sided, of one paired randomisation test over all queries, each with its weight in `difference`."""
+    detectable: float
+    """Difference that this test finds in 80% of such studies."""
+
+
+def combine(differences: Sequence[NDArray[np.float64]], *, seed: int = 0) -> Combined:
+    """Test one difference over several sets of queries, so that a small effect which is in all of them can be seen.
+
+    Args:
+        differences: float64 [Q] for each set: the difference for each query, two or more queries a set.
+        seed: of the draws.
+    """
+    num_sets = len(differences)
+    weighted = np.concatenate([each / (len(each) * num_sets) for each in differences])
+    drawn = np.mean(
+        [_resampled_means(each[:, None], 10_000, seed + place) for place, each in enumerate(differences)], 0
+    )
+    lower, upper = np.quantile(drawn[:, 0], [0.025, 0.975])
+    return Combined(
+        difference=float(weighted.sum()),
+        interval=(float(lower), float(upper)),
+        p_value=float(randomisation_test(weighted[:, None], seed=seed)[0]),
+        detectable=detectable_difference(differences),
+    )
+
+
+def detectable_difference(differences: Sequence[NDArray[np.float64]]) -> float:
+    """Return the mean difference that a two-sided test at 5% finds with 80% power, by the normal approximation.
+
+    Args:
+        differences: float64 [Q] for each set of queries, as for `combine`; their spread is what counts, not their mean.
+    """
+    variances = [each.var(ddof=1) / len(each) for each in differences]
+    return float((NormalDist().inv_cdf(0.975) + NormalDist().inv_cdf(0.8)) * np.sqrt(sum(variances)) / len(differences))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -194,6 +232,19 @@ def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
     return [
         each if each.p_value is None else replace(each, p_holm=next(adjusted[each.measure])) for each in comparisons
     ]
+
+
+def _resampled_means(values: NDArray[np.float64], num_resamples: int, seed: int) -> NDArray[np.float64]:
+    """Return float64 [num_resamples, K]: means over queries that are drawn with replacement."""
+    num_queries = len(values)
+    rng = np.random.default_rng(seed)
+    means = []
+    for size in _chunk_sizes(num_resamples, num_queries):
+        drawn = rng.integers(0, num_queries, (size, num_queries))
+        drawn += np.arange(size)[:, None] * num_queries
+        times = np.bincount(drawn.ravel(), minlength=size * num_queries).reshape(size, num_queries)
+        means.append(times.astype(np.float64) @ values / num_queries)
+    return np.concatenate(means)
 
 
 def _all_flips(num_queries: int) -> Iterator[NDArray[np.uint8]]:

@@ -40,20 +40,20 @@ def install(model: Any, name: str) -> None:
         ModelError: its attention cannot be exchanged.
     """
     from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
 
-    if not model._can_set_attn_implementation():
+    if not is_exchangeable(model):
         raise ModelError(
             f"{name} ({type(model).__name__}) does not take attention functions of transformers' AttentionInterface, which "
             f"passages end to end need; give a model whose class does"
         )
+    # No mask function beside it: with one, transformers looks for packed rows, and the host waits for the device.
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, _no_mask)
     model.set_attn_implementation(NAME)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Which tokens see which follows from the passages' ends."""
+def is_exchangeable(model: Any) -> bool:
+    """Return whether a transformers model takes attention functions of transformers' AttentionInterface."""
+    return bool(model._can_set_attn_implementation())
 
 
 def attend(  # noqa: PLR0917 -- the order is transformers'

@@ -6,6 +6,7 @@ hidden states for each. Elsewhere than on CUDA nothing changes: torch has no suc
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -31,8 +32,9 @@ class FusedRMSNorm(nn.Module):
         self.eps = float(norm.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to the same, in the type of `x`."""
-        return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        """[..., H] to the same, in the type of `x`; CUDA's autocast would give float32."""
+        with torch.autocast(x.device.type, enabled=False):
+            return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def fuse(model: nn.Module) -> int:

@@ -4,12 +4,9 @@ A run is a list of steps, each a stage with its config, all made and checked bef
 starts. `train_on_passages` is the one pair of stages that the command line joins.
 """
 
-import functools
+import contextlib
 import importlib
-import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +14,19 @@ from pydantic import Field
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
-from readapt_ray.catalog import models
+from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, StageConfig
-from readapt_ray.errors import CorpusError, InputError, ModelError
-from readapt_ray.recipes.background import run_in_background
+from readapt_ray.errors import InputError, ReadaptError
 from readapt_ray.stages import STAGES
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.stages.train import TrainConfig
 
-logger = logging.getLogger("readapt_ray")
-
 RUN_NAME = "run.json"
 BASE, ADAPTED = "retriever", "adapted"
+RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate")
+"""The stages of a run, in order."""
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
@@ -134,6 +130,9 @@ class RunConfig(Config):
     """File of judgements to evaluate with. If omitted, the source's own, if it has any."""
     split: str = "test"
     """Which of the source's own qrels to evaluate with: test, dev, train."""
+    encoding: EncodingOption = None
+    """JSON file with the retriever's pooling, prompts and special tokens, for merge and embed. If omitted, what its
+    folder or the catalog says."""
     ingest: Section = Field(default_factory=dict)
     """Options of ingest."""
     train: Section = Field(default_factory=dict)
@@ -145,8 +144,8 @@ class RunConfig(Config):
     index: Section = Field(default_factory=dict)
     """Options of index."""
     search: Section = Field(default_factory=dict)
-    """Options of search. If omitted, top_k is what the measures need and at least 100, and drop_self_hits is what
-    the catalog says of the source."""
+    """Options of search. If omitted, top_k is what the measures need and at least 100, drop_self_hits is what the
+    catalog says of the source, and only the queries that are judged are searched."""
     evaluate: Section = Field(default_factory=dict)
     """Options of evaluate, such as measures."""
 
@@ -166,21 +165,73 @@ def plan_run(config: RunConfig) -> list[Step]:
     """The steps of a run in order.
 
     Raises:
-        InputError: an option of a section is unknown or wrong; the section is named.
+        InputError: options of sections are unknown or wrong; one message that names all, with their sections.
     """
-    steps = _Plan(config).steps()
-    _check_values(steps)
+    problems = Problems()
+    steps = plan_steps(config, problems)
+    problems.raise_them()
     return steps
 
 
-def _check_values(steps: Sequence[Step]) -> None:
-    """Refuse values that a stage takes by itself, but that do not fit two retrievers and one adapter."""
-    merge: Any = next(step.config for step in steps if step.stage == "merge")
-    if isinstance(merge.knowledge_scale, tuple):
+def plan_steps(config: RunConfig, problems: "Problems") -> list[Step]:
+    """As `plan_run`, but what is wrong is noted, and the steps that it concerns are left out."""
+    steps = _Plan(config, problems).steps()
+    for check in (_check_merge, _check_evaluate):
+        with problems.noted():
+            check({step.stage: step.config for step in steps})
+    return steps
+
+
+class Problems:
+    """What is wrong, gathered from several checks so that one message lists all of it."""
+
+    def __init__(self) -> None:
+        self._found: list[ReadaptError] = []
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Note what a check raises, and go on."""
+        try:
+            yield
+        except ReadaptError as error:
+            if str(error) not in map(str, self._found):
+                self._found.append(error)
+
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return bool(self._found)
+
+    def raise_them(self) -> None:
+        """Raise what was noted.
+
+        Raises:
+            InputError: that one error, or one that lists all.
+        """
+        if len(self._found) == 1:
+            raise self._found[0]
+        if self._found:
+            lines = "".join(f"\n  - {error}" for error in self._found)
+            raise InputError(f"{len(self._found)} things are wrong, and nothing was started:{lines}")
+
+
+def _check_merge(configs: Mapping[str, Any]) -> None:
+    """Refuse what merge takes by itself, but what does not fit one adapter."""
+    merge = configs.get("merge")
+    if merge and isinstance(merge.knowledge_scale, tuple):
         raise InputError(
             f"section 'merge': knowledge_scale = {list(merge.knowledge_scale)}: the run trains one adapter; give one number"
         )
-    evaluate: Any = steps[-1].config
+
+
+def _check_evaluate(configs: Mapping[str, Any]) -> None:
+    """Refuse what evaluate takes by itself, but what does not fit two retrievers, and requirements that are none."""
+    from readapt_ray.evaluation.requirements import parse_requirement
+
+    evaluate = configs.get("evaluate")
+    if evaluate is None:
+        return
+    for each in evaluate.require:
+        parse_requirement(each, evaluate.measures)
     if evaluate.names and (len(evaluate.names) != len(evaluate.runs) or len(set(evaluate.names)) < len(evaluate.names)):
         raise InputError(
             f"section 'evaluate': names = {list(evaluate.names)}: the run compares {len(evaluate.runs)} retrievers; give "
@@ -191,18 +242,21 @@ def _check_values(steps: Sequence[Step]) -> None:
 class _Plan:
     """The steps of a run, each made from the user's section and what the run itself sets."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, problems: Problems) -> None:
         self._config = config
+        self._problems = problems
+        self._encoding = {} if config.encoding is None else {"encoding": config.encoding}
         self._retrievers = {BASE: config.retriever, ADAPTED: self._at(ADAPTED)}
         self._queries = config.queries or self._at("corpus/queries")
         self._qrels = config.qrels or self._at(f"corpus/qrels/{config.split}.parquet")
 
     def steps(self) -> list[Step]:
-        """Return all steps in order."""
+        """Return all steps in order; without those whose options are wrong."""
         report = self._report()
-        return [*self._adapt(), *self._embed(), *self._search(report), report]
+        steps = [*self._adapt(), *self._embed(), *self._search(report), report]
+        return [step for step in steps if step is not None]
 
-    def _adapt(self) -> Iterator[Step]:
+    def _adapt(self) -> Iterator[Step | None]:
         config = self._config
         models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": self._at("adapter")}
         blocks = {"pretrained": config.pretrained, "corpus": self._at("blocks")}
@@ -210,19 +264,21 @@ class _Plan:
         yield self._step("corpus", "ingest", config.ingest, source=config.source)
         yield self._step("blocks", "pack", pack_options(config.train), **passages)
         yield self._step("adapter", "train", config.train, **blocks)
-        yield self._step(ADAPTED, "merge", config.merge, **models)
+        yield self._step(ADAPTED, "merge", {**self._encoding, **config.merge}, **models)
 
-    def _embed(self) -> Iterator[Step]:
+    def _embed(self) -> Iterator[Step | None]:
         for name, model in self._retrievers.items():
-            yield self._step(f"vectors/{name}", "embed", self._config.embed, retriever=model, corpus=self._at("corpus"))
+            options = {**self._encoding, **self._config.embed}
+            yield self._step(f"vectors/{name}", "embed", options, retriever=model, corpus=self._at("corpus"))
             yield self._step(f"index/{name}", "index", self._config.index, vectors=self._at(f"vectors/{name}"))
 
-    def _search(self, report: Step) -> Iterator[Step]:
+    def _search(self, report: Step | None) -> Iterator[Step | None]:
         from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 
         defaults = {
-            "top_k": depth_of(report.config.settings()["measures"]),
+            **({"top_k": depth_of(report.config.settings()["measures"])} if report else {}),
             "drop_self_hits": drops_self_hits(self._config.source),
+            "qrels": self._qrels,
         }
         for name, model in self._retrievers.items():
             yield self._step(
@@ -234,7 +290,7 @@ class _Plan:
                 queries=self._queries,
             )
 
-    def _report(self) -> Step:
+    def _report(self) -> Step | None:
         return self._step(
             "report",
             "evaluate",
@@ -245,54 +301,14 @@ class _Plan:
             corpus=self._at("corpus"),
         )
 
-    def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step:
-        config = stage_config(stage, options, RUN_RULES, **wired, output=self._at(name))
-        return Step(name, stage, config, needs_judgements=stage in ("search", "evaluate"))
+    def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step | None:
+        config = None
+        with self._problems.noted():
+            config = stage_config(stage, options, RUN_RULES, **wired, output=self._at(name))
+        return None if config is None else Step(name, stage, config, needs_judgements=stage in ("search", "evaluate"))
 
     def _at(self, name: str) -> str:
         return (Location(self._config.root) / name).uri
-
-
-def run(config: RunConfig) -> dict[str, Artifact]:
-    """Run the main job; what is complete already is not done again.
-
-    Returns:
-        The artifacts by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
-
-    Raises:
-        InputError: a model cannot be found or an option is wrong; found before any stage starts.
-    """
-    steps = plan_run(config)
-    _check_models(config)
-    _check_files(config, steps)
-    root = Location(config.root)
-    artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
-    outputs = [{"stage": step.stage, "output": step.name} for step in steps]
-    made: dict[str, Artifact] = {}
-    judged = True
-    beside: tuple[Step, Future[Artifact]] | None = None
-    for number, step in enumerate(steps, 1):
-        if step.needs_judgements and not judged:
-            continue
-        logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
-        if runs_beside_next(steps, number - 1) and _leaves_gpus_idle(step):
-            beside = step, run_in_background(functools.partial(run_stage, step.stage, step.config))
-            continue
-        try:
-            made[step.name] = run_stage(step.stage, step.config)
-        except Exception:
-            if beside is not None:
-                wait([beside[1]])
-            raise
-        if beside is not None:
-            made[beside[0].name] = beside[1].result()
-            beside = None
-        if step.stage == "ingest":
-            (root / RUN_NAME).write_text(
-                json.dumps({"config": config.model_dump(mode="json"), "steps": outputs}, indent=2) + "\n"
-            )
-            judged = _has_judgements(config, steps)
-    return made
 
 
 def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
@@ -307,67 +323,6 @@ def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
     return step.config.output not in [getattr(config, name) for name in type(config).inputs]
 
 
-def _leaves_gpus_idle(step: Step) -> bool:
-    """Whether there is something to do, and GPUs that it would leave idle."""
-    if artifacts.read_manifest(step.config.output) is not None:
-        return False
-    from readapt_ray.cluster import connection
-
-    return bool(connection.connect().num_gpus)
-
-
-def _check_models(config: RunConfig) -> None:
-    """Find the models, and how the retriever encodes, before anything is trained.
-
-    Raises:
-        ModelError: a model cannot be found, or a stage would not know the retriever's encoding.
-    """
-    retriever = models.open_model(config.retriever)
-    models.open_model(config.pretrained)
-    unknown = [stage for stage in ("merge", "embed") if getattr(config, stage).get("encoding") is None]
-    if unknown:
-        try:
-            _ = retriever.encoding
-        except ModelError as error:
-            sections = " and ".join(repr(stage) for stage in unknown)
-            raise ModelError(f"{error}; in a run, encoding is an option of section {sections}") from None
-
-
-def _check_files(config: RunConfig, steps: Sequence[Step]) -> None:
-    """See that the files which the user's sections name are there.
-
-    Raises:
-        InputError: one is not there.
-    """
-    for step in steps:
-        section = "train" if step.stage == "pack" else step.stage
-        for name in sorted(type(step.config).inputs & getattr(config, section).keys()):
-            value = getattr(step.config, name)
-            if isinstance(value, str) and not Location(value).exists():
-                raise InputError(
-                    f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists"
-                )
-
-
-def _has_judgements(config: RunConfig, steps: list[Step]) -> bool:
-    """Whether there is what search and evaluate need; says so where there is not.
-
-    Raises:
-        CorpusError: only one of queries and qrels is there.
-    """
-    evaluation: Any = steps[-1].config
-    there = {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
-    if all(there.values()):
-        return True
-    if any(there.values()) or config.queries or config.qrels:
-        absent = next(name for name, present in there.items() if not present)
-        raise CorpusError(
-            f"no {absent} at {getattr(evaluation, absent)!r}; evaluation needs queries and qrels: give both, or a split that the source has"
-        )
-    logger.info("the corpus has no queries and qrels: nothing to evaluate with, so search and evaluate are left out")
-    return False
-
-
 def train_on_passages(config: "TrainConfig") -> Artifact:
     """Train on passages or on blocks: passages are first packed, into the folder OUTPUT-blocks.
 
@@ -375,11 +330,12 @@ def train_on_passages(config: "TrainConfig") -> Artifact:
         ArtifactMissingError: the corpus is neither the output of ingest nor of pack.
     """
     from readapt_ray.stages.pack import PackConfig, pack
-    from readapt_ray.stages.train import train
+    from readapt_ray.stages.train import check_pretrained, train
 
     manifest = artifacts.read_manifest(config.corpus)
     if manifest is not None and manifest.stage == "pack":
         return train(config)
+    check_pretrained(config)
     given = {name: getattr(config, name) for name in config.model_fields_set}
     packed = pack(
         PackConfig(

@@ -21,7 +21,7 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import connection
 from readapt_ray.progress import duration
-from readapt_ray.recipes import chain
+from readapt_ray.recipes import chain, running
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
@@ -77,7 +77,7 @@ def run(root: str) -> None:
     is_new = artifacts.read_manifest(f"{root}/corpus") is None
     with connection.connecting_ahead() if is_new else contextlib.nullcontext():
         choose_passages(ingest(IngestConfig(source=config.source, output=f"{root}/corpus")), root)
-    made = chain.run(config)
+    made = running.run(config)
     answer = _answer(root, made)
     console = Console(width=min(110, Console().width) if Console().is_terminal else 110, highlight=False)
     _print_measures(console, made)

@@ -9,7 +9,7 @@ all-MiniLM-L6-v2 on one CPU core with AMX, passages of 89 tokens: 50 a second in
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -24,7 +24,9 @@ from readapt_ray.nn import attention
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
-from readapt_ray.weights.loading import load_model
+from readapt_ray.retrieval.vector_files import is_usable
+from readapt_ray.weights.dense import DenseHead, load_dense
+from readapt_ray.weights.loading import in_float32, load_model
 
 logger = logging.getLogger("readapt_ray")
 
@@ -43,6 +45,8 @@ class EncodedTokens:
     num_tokens: int = 0
     num_positions: int = 0
     """Tokens with their padding."""
+    num_again: int = 0
+    """Texts that were encoded again in float32."""
 
 
 class Encoder:
@@ -56,6 +60,7 @@ class Encoder:
             the weights of a large model takes a while.
         batch_tokens: tokens in a batch at most, padding included; one text may exceed it.
         packed: lay texts end to end where that gives the vectors that padding gives.
+        dense: linear layers that pooled vectors go through, on the same device.
 
     Raises:
         ModelError: the encoding asks for more tokens than the model has positions.
@@ -70,6 +75,7 @@ class Encoder:
         identify: Callable[[], str],
         batch_tokens: int | None = None,
         packed: bool = False,
+        dense: DenseHead | None = None,
     ) -> None:
         self.network = network
         self.encoding = encoding
@@ -80,7 +86,8 @@ class Encoder:
         self._identify = identify
         self._tokenizer = TextTokenizer(tokenizer, encoding)
         self._forward_pass = ForwardPass(network, encoding.pooling)
-        self._hidden_size = int(network.config.hidden_size)
+        self._dense = dense
+        self._width = int(network.config.hidden_size) if dense is None else dense.width
         self._check_sizes(network.config)
         self.is_packed = packed and self._forward_pass.pack()
         """Whether texts are laid end to end, without padding."""
@@ -124,12 +131,13 @@ class Encoder:
             identify=functools.partial(encoder_fingerprint, model, encoding, dtype),
             batch_tokens=batch_tokens,
             packed=attention.has_kernel(torch.device(device), DTYPES[dtype]) if packed is None else packed,
+            dense=load_dense(model, device=device),
         )
 
     @property
     def dimension(self) -> int:
         """Numbers in a vector."""
-        return self.encoding.dimensions or self._hidden_size
+        return self.encoding.dimensions or self._width
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -190,6 +198,24 @@ class Encoder:
                 pending = [rest[each] for each in cut][::-1]
         return vectors[place]
 
+    def encode_usable(self, rows: Sequence[Tokens]) -> np.ndarray:
+        """As `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in float32.
+
+        Returns:
+            float32 [N, D]; what float32 does not mend is as it was, and `is_usable` finds it.
+        """
+        vectors = self.encode_ids(rows)
+        unusable = np.flatnonzero(~is_usable(vectors))
+        if not len(unusable) or next(self.network.parameters()).dtype == torch.float32:
+            return vectors
+        again = [rows[index] for index in unusable.tolist()]
+        with in_float32(self.network) as is_possible:
+            if is_possible:
+                vectors[unusable] = self.encode_ids(again)
+        self.work = replace(self.work, num_again=self.work.num_again + len(again))
+        logger.info("encoded again in float32, since their vectors were NaN, infinite or zero: %d texts", len(again))
+        return vectors
+
     def _halve_budget(self, texts: Sequence[Tokens]) -> None:
         if len(texts) == 1:
             raise ModelError(
@@ -205,13 +231,18 @@ class Encoder:
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Tokens]) -> np.ndarray:
         """One batch: float32 [B, D]."""
-        vectors = self._forward_pass.pooled(rows)[:, : self.dimension]
+        vectors = self._forward_pass.pooled(rows)
+        if self._dense is not None:
+            vectors = self._dense(vectors)
+        vectors = vectors[:, : self.dimension]
         if self.encoding.normalize:
             vectors = normalized(vectors)
         width = 0 if self.is_packed else max(map(len, rows))
         num_tokens = sum(map(len, rows))
-        self.work = EncodedTokens(
-            self.work.num_tokens + num_tokens, self.work.num_positions + (width * len(rows) or num_tokens)
+        self.work = replace(
+            self.work,
+            num_tokens=self.work.num_tokens + num_tokens,
+            num_positions=self.work.num_positions + (width * len(rows) or num_tokens),
         )
         return vectors.cpu().numpy()
 
@@ -224,9 +255,9 @@ class Encoder:
                 f"the encoding allows {wanted} tokens, but the model has {positions - first} positions; "
                 f"lower max_query_tokens and max_passage_tokens"
             )
-        if self.dimension > config.hidden_size:
+        if self.dimension > self._width:
             raise ModelError(
-                f"dimensions = {self.dimension}, but the model's vectors have {config.hidden_size} numbers; give at most that"
+                f"dimensions = {self.dimension}, but the model's vectors have {self._width} numbers; give at most that"
             )
 
 

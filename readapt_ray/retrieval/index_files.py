@@ -3,7 +3,7 @@
 A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet`
 (columns doc_id and content_hash, in the order of the index; no doc_id where a passage was deleted). Beside them, written
 last, `shards/00000.json` says what they are, so that a resumed run reads no vectors and no ids; an approximate shard has
-`shards/00000.recall.npz`, what it finds. Checksums stand in the artifact's manifest. A shard takes its memory twice while it
+`shards/00000.recall.npz`, what it finds, and `shards/00000.bm25.npz` holds its BM25 scores. Checksums stand in the artifact's manifest. A shard takes its memory twice while it
 is read.
 """
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.bm25 import WordIndex
 from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.footers import at_once
 from readapt_ray.retrieval.index_recall import set_depth
@@ -180,6 +181,20 @@ def read_shard(folder: Location, record: ShardRecord) -> IndexShard:
         )
     set_depth(index, record.depth)
     return IndexShard(index, doc_ids, hashes, record.trained)
+
+
+def words_file(folder: Location, name: str) -> Location:
+    """Return the file with the BM25 scores of a shard."""
+    return folder / f"{name}.bm25.npz"
+
+
+def read_words(folder: Location, name: str, sha256: str) -> WordIndex:
+    """Load the BM25 scores of a shard.
+
+    Raises:
+        CorruptFileError: the file is gone, or is not the one that was written.
+    """
+    return WordIndex.from_bytes(_verified(words_file(folder, name), sha256))
 
 
 def _verified(location: Location, sha256: str) -> bytes:

@@ -1,4 +1,4 @@
-"""How much of the truth an index finds: measured on vectors of its own, each without itself.
+"""How much of the truth an index finds for queries, or else for vectors of its own, each without itself.
 
 Enters: the shards of an index, each with the exact best of 100 queries. Leaves: recall at 10 and 100 of all shards
 together, the time of a query, and the least search depth at which both reach the recall that is asked for. A shard's part

@@ -6,17 +6,21 @@ per number.
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from readapt_ray.retrieval.bm25 import WordIndex
 from readapt_ray.retrieval.exact import Hits, TopK, check_queries
 from readapt_ray.retrieval.faiss_build import faiss, train
 from readapt_ray.retrieval.index_kinds import TRAINING_BYTES
 
+_untyped: Any = faiss
+"""FAISS' own types do not know how Python calls its constructors."""
 DELETED = ""
 """Stands for the doc_id of a vector that is no longer found."""
 _TRAINING_ROWS = 65_536
@@ -35,6 +39,8 @@ class IndexShard:
     """16 bytes a vector, of the content of its passage; empty where nothing is known of any."""
     trained: str | None = None
     """What its lists and codes were trained as. Shards of one training can be merged; None if nothing is known."""
+    words: tuple[WordIndex, ...] = ()
+    """The BM25 scores of its passages, in parts whose rows follow each other; none where they are not wanted."""
 
     @functools.cached_property
     def _deleted(self) -> NDArray[np.bool_]:
@@ -63,6 +69,25 @@ class IndexShard:
             found = self._best(index, parameters, queries[lacking], top_k)
             hits.scores[lacking], hits.doc_ids[lacking] = found.scores, found.doc_ids
         return hits
+
+    def search_among(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Hits:
+        """The k best of some rows of this shard, ties by doc_id; an approximate index may find fewer.
+
+        The fewer rows there are, the more lists are probed and the more of a graph is visited.
+
+        Args:
+            queries: [Q, D].
+            top_k: k.
+            rows: rising; none of them is deleted.
+
+        Raises:
+            InputError: the dimensions differ, or top_k is under 1.
+        """
+        check_queries(queries, self.index.d)
+        chosen = np.zeros(self.index.ntotal, bool)
+        chosen[rows] = True
+        selector = _untyped.IDSelectorBitmap(np.packbits(chosen, bitorder="little"))
+        return self._best(self.index, _among(self.index, selector, len(chosen) / max(1, len(rows))), queries, top_k)
 
     def _best(self, index: Any, parameters: Any, queries: NDArray[np.float32], top_k: int) -> Hits:
         """The k best of what one search looks at.
@@ -119,10 +144,26 @@ def _probing(index: Any, num_lists: int) -> Any:
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         below = _probing(index.base_index, num_lists)
-        return faiss.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)  # type: ignore[call-arg]
+        return _untyped.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)
     if isinstance(index, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=_probing(index.index, num_lists))  # type: ignore[call-arg]
-    return faiss.SearchParametersIVF(nprobe=num_lists)  # type: ignore[call-arg]
+        return _untyped.SearchParametersPreTransform(index_params=_probing(index.index, num_lists))
+    return _untyped.SearchParametersIVF(nprobe=num_lists)
+
+
+def _among(index: Any, selector: Any, factor: float) -> Any:
+    """Parameters of one search among the rows of a selector, that looks at so many times more of the index."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexRefine):
+        below = _among(index.base_index, selector, factor)
+        return _untyped.IndexRefineSearchParameters(k_factor=index.k_factor, base_index_params=below)
+    if isinstance(index, faiss.IndexPreTransform):
+        return _untyped.SearchParametersPreTransform(index_params=_among(index.index, selector, factor))
+    if isinstance(index, faiss.IndexIVF):
+        num_lists = min(index.nlist, math.ceil(factor * index.nprobe))
+        return _untyped.SearchParametersIVF(sel=selector, nprobe=num_lists)
+    if isinstance(index, faiss.IndexHNSW):
+        return _untyped.SearchParametersHNSW(sel=selector, efSearch=math.ceil(factor * index.hnsw.efSearch))
+    return _untyped.SearchParameters(sel=selector)
 
 
 def _widened(
@@ -147,13 +188,14 @@ def merged(shards: Iterable[IndexShard]) -> list[IndexShard]:
         group = groups.setdefault(shard.trained if can else f"alone-{len(groups)}", [])
         if group:
             _merge(group[0].index, shard.index)
-        group.append(IndexShard(None if group else shard.index, shard.doc_ids, shard.hashes, shard.trained))
+        group.append(replace(shard, index=None) if group else shard)
     return [
         IndexShard(
             group[0].index,
             np.concatenate([each.doc_ids for each in group]),
             b"".join(each.hashes for each in group) if all(len(each.hashes) for each in group) else b"",
             group[0].trained,
+            tuple(part for each in group for part in each.words),
         )
         for group in groups.values()
     ]

@@ -35,7 +35,7 @@ class ParquetRows:
     def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
         """Some rows, in the order asked for; of each file only the row groups that hold them are read.
 
-        Columns that a file does not have are left out.
+        A column that no file has is left out; one that some lack is null there.
 
         Raises:
             CorruptFileError: a file was cut short or altered, is gone, or has fewer rows.
@@ -55,7 +55,9 @@ class ParquetRows:
                 tables.append(_scattered(location, wanted, columns))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
-        return pa.concat_tables(tables).take(pa.array(back)) if tables else pa.table({})
+        if not tables:
+            return pa.table({})
+        return pa.concat_tables(tables, promote_options="default").take(pa.array(back))
 
 
 def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
-from readapt_ray.records import PASSAGE_SCHEMA, Passage
+from readapt_ray.records import Passage
+from readapt_ray.retrieval.kept_columns import kept_columns
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -28,7 +29,7 @@ class PassageStore:
     """Titles and texts of a corpus."""
 
     def __init__(self, files: list[Location]) -> None:
-        """Read the doc_ids of Parquet files with the columns of PASSAGE_SCHEMA.
+        """Read the doc_ids of Parquet files with the columns of `Passage`.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -45,6 +46,8 @@ class PassageStore:
         doc_ids = pa.concat_arrays([each.cast(pa.large_string()) for each in ids])
         self._order = pc.sort_indices(doc_ids).to_numpy()
         self._sorted = doc_ids.take(pa.array(self._order))
+        self.columns = {name: str(kind) for name, kind in kept_columns(files).items()}
+        """What searches can be filtered by, with the type of each column."""
         self._row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(self._read_row_group)
 
     @classmethod
@@ -112,7 +115,7 @@ def _read_ids(file: Location) -> list[pa.Array]:
     try:
         with file.open_input() as stream:
             parquet = pq.ParquetFile(stream)
-            missing = set(PASSAGE_SCHEMA.names) - set(parquet.schema_arrow.names)
+            missing = set(Passage._fields) - set(parquet.schema_arrow.names)
             if missing:
                 raise CorruptFileError(f"{file} lacks the columns {sorted(missing)}; ingest the corpus again")
             return [

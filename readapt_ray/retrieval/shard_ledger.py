@@ -23,7 +23,17 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 LEDGER_NAME = "shards.parquet"
-COUNTS = ("num_rows", "num_bytes", "dimension", "num_encoded", "num_copied", "num_tokens", "num_positions")
+COUNTS = (
+    "num_rows",
+    "num_left_out",
+    "num_bytes",
+    "dimension",
+    "num_encoded",
+    "num_again",
+    "num_copied",
+    "num_tokens",
+    "num_positions",
+)
 SECONDS = ("encode_s", "wait_s")
 _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])
 _SECONDS_KEY = b"seconds"
@@ -49,12 +59,17 @@ class ShardLedger:
     @property
     def pending(self) -> list[DataShard]:
         """Return the shards that have no file yet."""
-        return [shard for shard in self.shards if not self.figures["num_rows"][shard.number]]
+        return [shard for shard in self.shards if not self.figures["num_bytes"][shard.number]]
 
     @property
-    def num_rows(self) -> int:
-        """Return the passages that are done."""
+    def num_vectors(self) -> int:
+        """Return the vectors that are written."""
         return int(self.figures["num_rows"].sum())
+
+    @property
+    def num_done(self) -> int:
+        """Return the passages that are done: those with a vector, and those that have no usable one."""
+        return self.num_vectors + int(self.figures["num_left_out"].sum())
 
     def find(self) -> None:
         """Take in what is written: one listing, and the footers of files that the ledger does not know."""
@@ -71,7 +86,7 @@ class ShardLedger:
 
     def save(self) -> None:
         """Write `shards.parquet`, unless nothing is done yet."""
-        numbers = np.flatnonzero(self.figures["num_rows"])
+        numbers = np.flatnonzero(self.figures["num_bytes"])
         if not len(numbers):
             return
         done = self.figures[numbers]
@@ -80,6 +95,11 @@ class ShardLedger:
         said = {_SECONDS_KEY: seconds, b"encoder": self._made_by, _ROWS_KEY: str(self._rows_per_shard)}
         with (self._output / LEDGER_NAME).open_output() as stream:
             pq.write_table(table.replace_schema_metadata(said), stream)
+
+    def left_out(self) -> list[str]:
+        """Return the doc_ids of passages without a usable vector; only footers that name some are read."""
+        files = [self._file(self.shards[number]) for number in np.flatnonzero(self.figures["num_left_out"]).tolist()]
+        return [doc_id for footer in at_once(read_footer, files) for doc_id in footer.left_out]
 
     def check_there(self) -> None:
         """See that no file was removed meanwhile; one listing, no file is opened.
@@ -112,24 +132,25 @@ class ShardLedger:
                 self.record(number, figures)
 
     def _confirms(self, shard: DataShard, figures: Mapping[str, Any], sizes: Mapping[str, int]) -> bool:
-        return bool(sizes.get(shard.name) == figures["num_bytes"] and len(shard) == figures["num_rows"])
+        is_whole = len(shard) == figures["num_rows"] + figures["num_left_out"]
+        return bool(is_whole and sizes.get(shard.name) == figures["num_bytes"])
 
     def _read(self, shard: DataShard) -> dict[str, Any] | None:
         """Read the footer of a file; None where the file is damaged or another run's."""
         try:
-            footer = read_footer(self._output / "vectors" / shard.name)
+            footer = read_footer(self._file(shard))
         except CorruptFileError as error:
             logger.warning("%s; it is computed again", error)
             return None
         made_by = footer.metadata.get("encoder", {}).get("fingerprint")
-        if made_by != self._made_by or footer.num_rows != len(shard):
+        if made_by != self._made_by or footer.num_rows + len(footer.left_out) != len(shard):
             return None
         figures = {name: float(footer.metadata.get(name, 0)) for name in _FIGURES.names or ()}
-        return figures | {
-            "num_rows": footer.num_rows,
-            "num_bytes": footer.num_bytes,
-            "dimension": footer.dimension,
-        }
+        figures |= {"num_rows": footer.num_rows, "num_left_out": len(footer.left_out)}
+        return figures | {"num_bytes": footer.num_bytes, "dimension": footer.dimension}
+
+    def _file(self, shard: DataShard) -> Location:
+        return self._output / "vectors" / shard.name
 
 
 def begun_rows_per_shard(output: Location) -> int | None:

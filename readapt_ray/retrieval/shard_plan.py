@@ -4,7 +4,6 @@ Enters: name and number of rows of each passages file. Leaves: shards, each a ra
 read for the plan, so it takes seconds and memory of some 300 bytes per shard at any size of corpus.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,14 +18,6 @@ from readapt_ray.storage import Location
 PASSAGE_COLUMNS = ("doc_id", "title", "text")
 _READ_ROWS = 65536
 _HASH_BYTES = 16
-
-
-def content_hash(title: str | None, text: str) -> bytes:
-    """16 bytes that stand for what is encoded of a passage."""
-    digest = hashlib.blake2b((title or "").encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES)
-    digest.update(b"\0")
-    digest.update(text.encode("utf-8", "surrogatepass"))
-    return digest.digest()
 
 
 @dataclass(frozen=True)

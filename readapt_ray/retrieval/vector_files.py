@@ -57,6 +57,11 @@ class Footer:
         """Numbers in a vector."""
         return int(self.schema.field("vector").type.list_size)
 
+    @property
+    def left_out(self) -> list[str]:
+        """The doc_ids whose vector cannot be searched, so that they have no row."""
+        return list(self.metadata.get("left_out", []))
+
 
 def cut(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[RowRange]]:
     """Cut the rows of files into shards of equal size, the last one smaller.
@@ -97,7 +102,9 @@ def read_footer(location: Location) -> Footer:
         return Footer(file.metadata.num_rows, schema, num_bytes, dict(json.loads(stored)), digest)
 
 
-def stored_vectors(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str) -> pa.Table:
+def stored_vectors(
+    doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str, *, max_left_out: int = 0
+) -> pa.Table:
     """Vectors as they are stored: the column `vector`, and for int8 `scale`.
 
     int8 is symmetric: the largest number of a vector becomes 127 or -127.
@@ -106,23 +113,28 @@ def stored_vectors(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], d
         doc_ids: of the N vectors; for the message of an error.
         vectors: [N, D].
         dtype: float32, float16 or int8.
+        max_left_out: so many vectors may be null, since they are not finite in `dtype`, or zero; `write_stored` leaves
+            their rows out.
 
     Raises:
-        CorpusError: a vector is not finite in `dtype`, or zero; the message names its doc_id.
+        CorpusError: more vectors are not finite in `dtype`, or zero; the message names the first doc_id.
     """
     with np.errstate(over="ignore"):
         cast = np.ascontiguousarray(vectors, dtype="float32" if dtype == "int8" else dtype)
-    fault = find_fault(doc_ids, cast)
-    if fault:
+    unusable = ~is_usable(cast)
+    if unusable.sum() > max_left_out:
         raise CorpusError(
-            f"{fault}, so it cannot be searched; look at that passage and at the model, or compute in float32"
+            f"{find_fault(doc_ids, cast)}, so it cannot be searched; {unusable.sum()} of {len(cast)} passages are like it, and "
+            f"max_left_out = {max_left_out}: look at that passage and at the model"
         )
+    mask = pa.array(unusable)
     columns = {}
     if dtype == "int8":
+        cast[unusable] = 1
         scales = np.abs(cast).max(axis=1) / np.float32(127)
         cast = np.rint(cast / scales[:, None]).astype(np.int8)
         columns["scale"] = pa.array(scales)
-    numbers = pa.FixedSizeListArray.from_arrays(pa.array(cast.reshape(-1)), cast.shape[1])
+    numbers = pa.FixedSizeListArray.from_arrays(pa.array(cast.reshape(-1)), cast.shape[1], mask=mask)
     return pa.table({"vector": numbers, **columns})
 
 
@@ -151,7 +163,7 @@ def write_vectors(
 def write_stored(
     location: Location, doc_ids: Sequence[str], stored: pa.Table, hashes: pa.Array, *, metadata: Mapping[str, Any]
 ) -> int:
-    """Write vectors that are already as they are stored, and return the size of the file in bytes.
+    """Write vectors that are already as they are stored, but for rows whose vector is null: the footer names those.
 
     Args:
         doc_ids: of the N rows.
@@ -161,6 +173,10 @@ def write_stored(
     """
     table = stored.add_column(0, "doc_id", pa.array(doc_ids, pa.string())).append_column("content_hash", hashes)
     element = table.schema.field("vector").type
+    is_null = table["vector"].is_null()
+    if left_out := table.filter(is_null)["doc_id"].to_pylist():
+        table = table.filter(pc.invert(is_null))
+        metadata = {**metadata, "left_out": sorted(left_out)}
     names = {pa.float32(): "float32", pa.float16(): "float16", pa.int8(): "int8"}
     schema = vector_schema(element.list_size, names[element.value_type])
     table = table.select(schema.names).cast(schema).take(pc.sort_indices(table["doc_id"]))
@@ -177,14 +193,19 @@ def write_stored(
         return stream.tell()
 
 
+def is_usable(vectors: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
+    """Return which vectors can be searched: those that are finite, and not zero. bool [N]."""
+    usable: NDArray[np.bool_] = np.isfinite(vectors).all(axis=1) & vectors.any(axis=1)
+    return usable
+
+
 def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:
     """What is wrong with the first vector that cannot be searched, named by doc_id; empty where all are well."""
-    finite = np.isfinite(vectors).all(axis=1)
-    sound = finite & vectors.any(axis=1)
-    if sound.all():
+    usable = is_usable(vectors)
+    if usable.all():
         return ""
-    index = int(np.flatnonzero(~sound)[0])
-    state = "is zero" if finite[index] else "holds NaN or infinity"
+    index = int(np.flatnonzero(~usable)[0])
+    state = "is zero" if np.isfinite(vectors[index]).all() else "holds NaN or infinity"
     return f"the vector of {doc_ids[index]!r} {state}"
 
 

@@ -40,6 +40,11 @@ class VectorIndex:
         return dict(self.artifact.manifest.details["encoder"])
 
     @property
+    def words(self) -> dict[str, str]:
+        """SHA-256 of the BM25 scores of each shard, by its name; empty for an index without BM25."""
+        return dict(self.artifact.manifest.details.get("bm25", {}))
+
+    @property
     def num_vectors(self) -> int:
         """Vectors in all shards that are found."""
         return sum(record.num_vectors - record.num_deleted for record in self.records)

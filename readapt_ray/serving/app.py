@@ -9,11 +9,14 @@ options. What does not fit together is refused before anything starts.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
+from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.versions import LossPolicy
@@ -120,6 +123,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         index=on_worker.absolute(index.location).uri if index else None,
         index_fingerprint=index.fingerprint if index else None,
         shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
+        has_words="bm25" in index.manifest.details if index else False,
         corpus=on_worker.absolute(corpus.location).uri if corpus else None,
         corpus_fingerprint=corpus.fingerprint if corpus else None,
         batch_tokens=config.batch_tokens,
@@ -259,6 +263,26 @@ def check_probe(config: ServeConfig) -> None:
                     f"its vectors as they were, so what it misses cannot be told; leave recall_probe out, or serve an index of "
                     f"--storage float32 (for ivf-pq and rabitq with --refine)"
                 )
+
+
+def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
+    """Find out before anything starts whether every version can be restricted as the API keys ask.
+
+    Raises:
+        InputError: a corpus has no such column, or there is none.
+    """
+    from readapt_ray.retrieval.kept_columns import KeptColumns, kept_columns
+
+    for name, each in config.each_version().items() if any(key.within for key in keys) else ():
+        if not each.index:
+            continue
+        files = (open_artifact(each.corpus, "ingest").location / "passages").files(".parquet") if each.corpus else []
+        columns = KeptColumns(pa.schema(list(kept_columns(files).items())).empty_table())
+        for key in keys:
+            try:
+                columns.passing(key.within.conditions if key.within else ())
+            except InputError as error:
+                raise InputError(f"the API key {key.name!r} cannot search in version {name!r}: {error}") from None
 
 
 def _mismatch(

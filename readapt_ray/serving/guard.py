@@ -131,7 +131,7 @@ class Guard:
         """Refuse who may not ask, or asks too much.
 
         Raises:
-            RequestError: with 401, 403, 429 or 503.
+            RequestError: with 401, 403, 415, 429 or 503.
         """
         path = scope["path"]
         if self._is_stopping and path not in _WHILE_STOPPING:
@@ -141,6 +141,8 @@ class Guard:
                 self._check_key(headers.get("authorization"), trace)
         elif not self._allow_anonymous:
             self._check_loopback(scope, headers)
+        if headers.get("content-encoding", "identity") != "identity":
+            raise RequestError("bodies must not be compressed", status=415, code="unsupported_encoding")
         if self._under_way > self._limits.max_requests:
             raise RequestError(
                 f"{self._limits.max_requests:,} requests are under way already; try again after the seconds in Retry-After",
@@ -155,7 +157,7 @@ class Guard:
             raise RequestError(
                 "no valid API key; send one as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
             )
-        trace.key = key.name
+        trace.key, trace.within = key.name, key.within
         wait_s = self._keys.wait_s(key)
         if wait_s:
             message = f"the key {key.name!r} may make {key.requests_per_minute:g} requests per minute"

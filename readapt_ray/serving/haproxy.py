@@ -7,6 +7,7 @@ the nodes of a cluster is their owner's affair, see clusters/README.md.
 import atexit
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import random
@@ -14,9 +15,15 @@ import resource
 import shlex
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from readapt_ray.serving import haproxy_start
+from readapt_ray.serving.haproxy_standby import Standby
+from readapt_ray.serving.haproxy_start import STANDBY_CONFIG
+from readapt_ray.serving.schema import error_body
 
 _SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -24,6 +31,7 @@ _SETTINGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30",
 }
 _FILES = {
     "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": "haproxy.cfg",
@@ -44,12 +52,14 @@ _PORT_RANGE = range(20_000, 30_000)
 _HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
 """Gateways listen on the same host as HAProxy, which looks for them at 127.0.0.1."""
 _START = """#!/bin/sh
-# Called as `start -db -f CONFIG ...` by Ray. Statistics are for this machine alone; who does not send the headers of a
-# request soon is sent away; HAProxy goes when Ray's process goes.
-sed -i -E -e 's/^( *)timeout client .*/&\\n\\1timeout http-request {header_s}s/' \\
-    -e '/^(listen stats|frontend prometheus)/,/^backend|^frontend h/ s/bind \\*?:/bind 127.0.0.1:/' "$3"
-exec setpriv --pdeathsig KILL {binary} "$@"
+exec {python} -ISB {script} {binary} {header_s} {folder} "$@"
 """
+_ERRORS = {
+    502: ("Bad Gateway", "the connection to the gateway was lost; try again"),
+    503: ("Service Unavailable", "no gateway is up; try again soon"),
+    504: ("Gateway Timeout", "the gateway did not answer in time; try again"),
+}
+_STANDBYS: list[Standby] = []
 
 
 @contextlib.contextmanager
@@ -72,6 +82,22 @@ def preferred(host: str, timeout_s: float) -> Iterator[None]:
             del os.environ[name]
 
 
+def watch(host: str, port: int) -> None:
+    """From now on start HAProxy again where it dies, if the Ray that this process started serves through it."""
+    binary = _binary()
+    folders = [folder for folder in _FOLDERS if (folder / STANDBY_CONFIG).exists()]
+    if binary and folders:
+        _STANDBYS.append(Standby(binary, folders[-1], host, port))
+
+
+def unwatch() -> None:
+    """Watch HAProxy no more, and end the one that stood in for it."""
+    while _STANDBYS:
+        _STANDBYS.pop().end()
+    for folder in _FOLDERS:
+        (folder / STANDBY_CONFIG).unlink(missing_ok=True)
+
+
 def remove_folders() -> None:
     """Remove the files of every HAProxy that this process started."""
     for folder in _FOLDERS:
@@ -85,8 +111,11 @@ def _environment(binary: str, timeout_s: float) -> dict[str, str]:
     _FOLDERS.append(folder)
     atexit.register(remove_folders)
     start = folder / "start"
-    start.write_text(_START.format(binary=shlex.quote(binary), header_s=_HEADER_S))
+    python, script = shlex.quote(sys.executable), shlex.quote(haproxy_start.__file__)
+    values = {"python": python, "script": script, "binary": shlex.quote(binary), "header_s": _HEADER_S}
+    start.write_text(_START.format(**values, folder=folder))
     start.chmod(0o700)
+    _write_errors(folder)
     files = {name: f"{folder}/{file}" for name, file in _FILES.items()}
     ports = zip(_PORTS, _free_ports(len(_PORTS)), strict=True)
     waits = {
@@ -94,6 +123,21 @@ def _environment(binary: str, timeout_s: float) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_MAXCONN": str(_max_connections()),
     }
     return _SETTINGS | waits | files | {f"RAY_SERVE_{name}": str(port) for name, port in ports}
+
+
+def _write_errors(folder: Path) -> None:
+    """Write what HAProxy answers by itself, in OpenAI's shape."""
+    for status in haproxy_start.ERRORS:
+        reason, message = _ERRORS[status]
+        body = json.dumps(error_body(message, status=status))
+        headers = [
+            f"HTTP/1.1 {status} {reason}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Connection: close",
+            "Retry-After: 1",
+        ]
+        haproxy_start.error_file(folder, status).write_text("\r\n".join([*headers, "", body]), newline="")
 
 
 def _max_connections() -> int:

@@ -1,34 +1,42 @@
 """Some shards of an index in memory: searched whole, or only among some doc_ids; without Ray.
 
-A filtered search is exact among the vectors that the index holds: it scores those of the passages that pass, a block at
-a time, read back from the index.
+A filtered search that leaves few passages is exact among the vectors that the index holds: it scores those of the passages
+that pass, a block at a time, read back from the index. Of many passages FAISS searches those that pass; what finds fewer than
+it should is searched exactly.
 """
 
 import bisect
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
+from readapt_ray.retrieval.bm25 import search_words
 from readapt_ray.retrieval.exact import Hits, TopK, search_exact
 from readapt_ray.retrieval.faiss_build import faiss
-from readapt_ray.retrieval.index_files import ShardRecord, read_shard
+from readapt_ray.retrieval.index_files import ShardRecord, read_shard, read_words
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, search_shards
-from readapt_ray.serving.versions import DocFilter
+from readapt_ray.retrieval.kept_columns import KeptColumns
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.storage import Location
 
 _BLOCK_ROWS = 16384
+_SCANNED_ROWS = 32768
+"""Rows of a shard up to which a filtered search compares all that pass."""
 _WHOLE = re.compile(r"((IVF|HNSW|NSG)\w*,)?Flat|HNSW\d*|.+,(RFlat|Refine\(Flat\))")
 
 
 @dataclass(frozen=True)
 class _SearchableShard:
     shard: IndexShard
+    columns: KeptColumns | None = None
+    """Of its passages, to filter by."""
     order: NDArray[np.int64] = field(init=False)
     """Rows that are not deleted, by rising doc_id."""
     ids: NDArray[np.object_] = field(init=False)
@@ -44,22 +52,73 @@ class _SearchableShard:
             lists.make_direct_map()
 
     def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
-        """The rows that pass a filter."""
+        """The rows that pass a filter, rising.
+
+        Raises:
+            InputError: there is no such column, or it holds no such values.
+        """
+        passing = [] if wanted.within is None else [self.rows(wanted.within)]
         if wanted.prefix is not None:
-            size = len(wanted.prefix)
-            first = bisect.bisect_left(self.ids, wanted.prefix, key=lambda doc_id: doc_id[:size])
-            last = bisect.bisect_right(self.ids, wanted.prefix, key=lambda doc_id: doc_id[:size])
-            return np.sort(self.order[first:last])
-        names = np.array(wanted.doc_ids, dtype=object)
+            passing.append(self._rows_of_prefix(wanted.prefix))
+        if wanted.doc_ids is not None:
+            passing.append(self._rows_of_ids(wanted.doc_ids))
+        if wanted.conditions:
+            if self.columns is None:
+                raise InputError("this server has no corpus beside the index, so there are no columns to filter by")
+            passing.append(np.flatnonzero(self.columns.passing(wanted.conditions)))
+        if not passing:
+            return np.sort(self.order)
+        return functools.reduce(functools.partial(np.intersect1d, assume_unique=True), passing)
+
+    def _rows_of_prefix(self, prefix: str) -> NDArray[np.int64]:
+        size = len(prefix)
+        first = bisect.bisect_left(self.ids, prefix, key=lambda doc_id: doc_id[:size])
+        last = bisect.bisect_right(self.ids, prefix, key=lambda doc_id: doc_id[:size])
+        return np.sort(self.order[first:last])
+
+    def _rows_of_ids(self, doc_ids: tuple[str, ...]) -> NDArray[np.int64]:
+        names = np.array(doc_ids, dtype=object)
         places = np.minimum(np.searchsorted(self.ids, names), len(self.ids) - 1)
         return np.unique(self.order[places[self.ids[places] == names]]) if len(self.ids) else self.order
 
-    def chunks(self, wanted: DocFilter) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-        """doc_ids and vectors [N, D] of the rows that pass, a block at a time."""
-        rows = self.rows(wanted)
+    def scan(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Iterator[Hits]:
+        """The k best of each query among the rows, for each block of them."""
         for first in range(0, len(rows), _BLOCK_ROWS):
             block = rows[first : first + _BLOCK_ROWS]
-            yield self.shard.doc_ids[block].tolist(), _vectors(self.shard.index, block)
+            yield search_exact(
+                queries, [(self.shard.doc_ids[block].tolist(), _vectors(self.shard.index, block))], top_k
+            )
+
+    def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Hits:
+        """The k best of each text by BM25."""
+        passing = None
+        if wanted is not None:
+            passing = np.zeros(len(self.shard.doc_ids), bool)
+            passing[self.rows(wanted)] = True
+        return search_words(self.shard.words, self.shard.doc_ids, texts, top_k, passing)
+
+    def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits]:
+        """What passes a filter, in parts: the k best of each query are among them."""
+        rows = self.rows(wanted)
+        if wanted.is_exact or len(rows) <= _SCANNED_ROWS:
+            yield from self.scan(queries, top_k, rows)
+            return
+        found = self.shard.search_among(queries, top_k, rows)
+        lacking = np.flatnonzero(np.count_nonzero(found.scores > -np.inf, axis=1) < min(top_k, len(rows)))
+        found.scores[lacking] = -np.inf
+        yield found
+        for each in self.scan(queries[lacking], top_k, rows) if len(lacking) else ():
+            scores = np.full((len(queries), each.scores.shape[1]), -np.inf, np.float32)
+            doc_ids = np.empty(scores.shape, object)
+            scores[lacking], doc_ids[lacking] = each.scores, each.doc_ids
+            yield Hits(scores, doc_ids)
+
+
+def _loaded(folder: Location, record: ShardRecord, words: Mapping[str, str]) -> IndexShard:
+    shard = read_shard(folder, record)
+    if record.name not in words:
+        return shard
+    return replace(shard, words=(read_words(folder, record.name, words[record.name]),))
 
 
 def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -88,14 +147,27 @@ class IndexSlice:
     Args:
         folder: where the shards lie.
         records: those of this slice.
+        corpus: the files of its passages, whose columns searches may be filtered by.
+        words: SHA-256 of the BM25 scores of each shard, by its name; empty where none are there.
 
     Raises:
         CorruptFileError: a file of a shard is gone, cut short or altered.
     """
 
-    def __init__(self, folder: Location, records: Sequence[ShardRecord]) -> None:
-        loaded = (read_shard(folder, record) for record in records if record.num_vectors)
-        self._shards = [_SearchableShard(shard) for shard in merged(loaded)]
+    def __init__(
+        self,
+        folder: Location,
+        records: Sequence[ShardRecord],
+        corpus: Sequence[Location] = (),
+        words: Mapping[str, str] | None = None,
+    ) -> None:
+        shards = merged(_loaded(folder, record, words or {}) for record in records if record.num_vectors)
+        columns = KeptColumns.read(corpus, [doc_id for each in shards for doc_id in each.doc_ids]) if corpus else None
+        starts = itertools.accumulate((len(each.doc_ids) for each in shards), initial=0)
+        self._shards = [
+            _SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None)
+            for start, shard in zip(starts, shards, strict=False)
+        ]
 
     @property
     def num_vectors(self) -> int:
@@ -112,6 +184,18 @@ class IndexSlice:
             return search_shards((each.shard for each in self._shards), queries, top_k)
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
+    def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Hits:
+        """The k best of each text by BM25.
+
+        Raises:
+            InputError: there is no such column to filter by, or it holds no such values.
+        """
+        best = TopK(len(texts), top_k)
+        for each in self._shards:
+            found = each.search_words(texts, top_k, wanted)
+            best.merge(found.scores, found.doc_ids)
+        return best.hits()
+
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
         """As `search` with a filter, with a pause after each block but the last: None stands for a pause.
 
@@ -119,10 +203,9 @@ class IndexSlice:
             InputError: the dimensions differ, or this kind of index cannot be filtered.
         """
         best = TopK(len(queries), top_k)
-        chunks = itertools.chain.from_iterable(each.chunks(wanted) for each in self._shards)
-        for number, chunk in enumerate(chunks):
+        parts = itertools.chain.from_iterable(each.search(queries, top_k, wanted) for each in self._shards)
+        for number, found in enumerate(parts):
             if number:
                 yield None
-            found = search_exact(queries, [chunk], top_k)
             best.merge(found.scores, found.doc_ids)
         yield best.hits()

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from readapt_ray.errors import InputError
+from readapt_ray.serving.doc_filter import DocFilter, FilterFields, doc_filter
 from readapt_ray.storage import Location
 
 ENVIRONMENT = "READAPT_API_KEYS"
@@ -33,13 +35,15 @@ class ApiKey:
     """Hexadecimal digest of the key."""
     requests_per_minute: float | None = None
     """Requests a minute at most; None for no limit."""
+    within: DocFilter | None = None
+    """What its searches are restricted to; None for nothing."""
 
 
 def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
     """The keys of a file, or of the environment where no file is named; none where there is neither.
 
-    Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600}`; a key may be given as
-    `sha256:` and its digest.
+    Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}}`; a key may be
+    given as `sha256:` and its digest.
 
     Raises:
         InputError: the file is not there, is not such a list, or a key is too short to be one.
@@ -64,9 +68,10 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
 def _parse(name: str, entry: Any, where: str) -> ApiKey:
     values = entry if isinstance(entry, dict) else {"key": entry}
     key, rate = values.get("key"), values.get("requests_per_minute")
-    unknown = sorted(set(values) - {"key", "requests_per_minute"})
+    unknown = sorted(set(values) - {"key", "requests_per_minute", "within"})
     if unknown:
-        raise InputError(f"{where}: {name!r} has {unknown}; a key has `key` and `requests_per_minute`")
+        raise InputError(f"{where}: {name!r} has {unknown}; a key has `key`, `requests_per_minute` and `within`")
+    within = _within(name, values["within"], where) if "within" in values else None
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
         raise InputError(f"{where}: requests_per_minute of {name!r} is {rate!r}; it must be a number over 0")
     # No message shows a key.
@@ -76,8 +81,21 @@ def _parse(name: str, entry: Any, where: str) -> ApiKey:
         digest = key.removeprefix(_HASHED).lower()
         if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise InputError(f"{where}: the key of {name!r} begins with {_HASHED} but no SHA-256 follows")
-        return ApiKey(name, digest, rate)
-    return ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), rate)
+        return ApiKey(name, digest, rate, within)
+    return ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), rate, within)
+
+
+def _within(name: str, given: Any, where: str) -> DocFilter:
+    """The filter of a key. One that restricts nothing is refused: it was meant to."""
+    try:
+        found = doc_filter(FilterFields.model_validate(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("within", *first["loc"])))
+        raise InputError(f"{where}: {place} of {name!r}: {first['msg']}") from None
+    if found is None:
+        raise InputError(f"{where}: `within` of {name!r} must have `doc_id_prefix`, `doc_ids` or `filter`")
+    return found
 
 
 class KeyRing:

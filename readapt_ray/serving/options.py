@@ -118,6 +118,8 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """Send OpenTelemetry traces of requests over OTLP to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the extra `traces`."""
     update: bool = False
     """Bring the server that runs on this Ray to these options without dropping a request, instead of starting one."""
+    require_report: str | None = None
+    """Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it measured each version."""
     write_config: str | None = None
     """Write the file that `serve deploy` and KubeRay's RayService read, and start nothing."""
 
@@ -131,6 +133,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     safety: ClassVar[frozenset[str]] = frozenset(
         {
             "api_keys",
+            "require_report",
             "allow_anonymous",
             "accept_token_ids",
             "cors_origins",

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import WorkerError, first_line
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.versions import DocFilter, Found, LossPolicy, PartsDownError, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import Found, LossPolicy, PartsDownError, Ranked, VersionInfo, merged
 
 logger = logging.getLogger("ray.serve")
 
@@ -53,23 +55,36 @@ class RayBackend:
             InputError: the index cannot be filtered.
             RequestError: a slice is lost, and the policy is an error, or all are.
         """
+        return await self._searched("search", vectors, top_k, wanted)
+
+    async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
+        """The k best of each text by BM25.
+
+        Raises:
+            FingerprintMismatchError: a slice holds another version by now.
+            InputError: the index cannot be filtered so.
+            RequestError: a slice is lost, and the policy is an error, or all are.
+        """
+        return await self._searched("search_words", texts, top_k, wanted)
+
+    async def _searched(self, method: str, queries: Any, top_k: int, wanted: DocFilter | None) -> Found:
         names = list(self._slices)
-        answers = await asyncio.gather(*(self._search_slice(name, vectors, top_k, wanted) for name in names))
+        answers = await asyncio.gather(*(self._search_slice(name, method, queries, top_k, wanted) for name in names))
         missing = [name for name, answer in zip(names, answers, strict=True) if answer is None]
         if missing and (self.policy.lost_shards == "error" or len(missing) == len(names)):
             message = f"{len(missing)} of {len(names)} parts of the index do not answer; try again"
             raise RequestError(message, status=503, code="index_incomplete", retry_after_s=1)
-        return Found(merged([answer for answer in answers if answer is not None], len(vectors), top_k), missing)
+        return Found(merged([answer for answer in answers if answer is not None], len(queries), top_k), missing)
 
     async def _search_slice(
-        self, name: str, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None
+        self, name: str, method: str, queries: Any, top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]] | None:
         """What a slice found; None where it is lost."""
         limit_s = None if self.policy.lost_shards == "wait" else self.policy.shard_timeout_s
         try:
             async with asyncio.timeout(limit_s):
                 found: list[list[Ranked]] = await _persistently(
-                    self._slices[name].search, self.info.fingerprint, vectors, top_k, wanted
+                    getattr(self._slices[name], method), self.info.fingerprint, queries, top_k, wanted
                 )
                 return found
         except TimeoutError:
@@ -88,13 +103,19 @@ class RayBackend:
         failed = {name: answer for name, answer in zip(handles, answers, strict=True) if isinstance(answer, str)}
         if failed:
             causes = await asyncio.to_thread(_causes, self._encoder)
+            failed = {name: causes.get(name) or answer for name, answer in sorted(failed.items())}
             for name, answer in failed.items():
-                logger.warning("%s of %s is down: %s", name, self._encoder.app_name, causes.get(name) or answer)
-            raise PartsDownError(sorted(failed))
+                logger.warning("%s of %s is down: %s", name, self._encoder.app_name, answer)
+            raise PartsDownError({name: _without_folders(answer) for name, answer in failed.items()})
         seconds, *sizes = answers
         if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
+
+
+def _without_folders(cause: str) -> str:
+    """Leave out where files lie, which is not for everybody who asks whether the server is ready."""
+    return re.sub(r"[^\s'\"(]*/", "", cause)
 
 
 async def _check(handle: Any, fingerprint: str) -> Any:

@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
+from readapt_ray.serving.doc_filter import MAX_DOC_IDS, MAX_VALUES, FilterFields
+
 MAX_INPUTS = 2048
 """Texts in a request at most, as OpenAI has it."""
 MAX_TOKEN_IDS = 1 << 17
@@ -13,7 +15,6 @@ MAX_DIMENSION = 1 << 16
 MAX_TOP_K = 1000
 MAX_HITS = 50_000
 """Passages that a request may ask for, over all of its queries."""
-MAX_DOC_IDS = 10_000
 NOT_AN_OBJECT = "the body must be a JSON object, sent as application/json"
 DEFAULT_MODEL = "default"
 """What a client may call the default version, whichever it is."""
@@ -28,7 +29,6 @@ Vector = Annotated[list[Number], Field(fail_fast=True, min_length=1, max_length=
 Texts = Text | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 Inputs = Texts | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
 Vectors = Vector | Annotated[list[Vector], Field(fail_fast=True, min_length=1, max_length=MAX_INPUTS)]
-DocIds = Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MAX_DOC_IDS)]
 Kind = Literal["query", "passage", "raw"]
 """Which of the model's templates a text is put into; `raw` for none."""
 InputType = Literal["query", "passage", "raw", "search_query", "search_document", "document"]
@@ -40,6 +40,8 @@ KIND_OF_INPUT_TYPE: dict[InputType, Kind] = {
     "document": "passage",
     "raw": "raw",
 }
+Mode = Literal["dense", "bm25", "hybrid"]
+"""Search by vectors, by words, or by both."""
 Switch = Annotated[bool, Field(strict=True)]
 
 
@@ -75,7 +77,7 @@ class EmbeddingsRequest(_Request):
     API."""
 
 
-class SearchRequest(_Request):
+class SearchRequest(FilterFields, _Request):
     """`POST /v1/search`: give `query`, or `vector` with `fingerprint`. Other fields than these are refused."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -86,12 +88,11 @@ class SearchRequest(_Request):
     """A query's vector, or a list of them, instead of texts."""
     fingerprint: Text | None = None
     """The `encoder_fingerprint` of what made the vectors; they are searched in no other index."""
+    mode: Mode = "dense"
+    """Search by vectors (`dense`), by words (`bm25`), or by both, fused by reciprocal rank (`hybrid`). `modes` in
+    `GET /v1/models` says what the index can do."""
     top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, strict=True)
     """Passages for each query; over the number of passages it gives all of them. All queries together may ask for 50,000."""
-    doc_id_prefix: Text | None = None
-    """Search only passages whose doc_id begins so."""
-    doc_ids: DocIds | None = None
-    """Search only these passages, up to 10,000."""
     with_text: Switch = True
     """Title and text of each passage, where the server has the corpus."""
     truncate: Switch = True
@@ -104,10 +105,10 @@ class SearchRequest(_Request):
     def _one_of_each(self) -> Self:
         if (self.query is None) == (self.vector is None):
             raise ValueError("give either 'query' or 'vector'")
+        if self.query is None and self.mode != "dense":
+            raise ValueError(f"'mode' {self.mode!r} searches for words, so it needs 'query'")
         if self.vector is not None and self.fingerprint is None:
             raise ValueError("a 'vector' needs the 'fingerprint' of what made it, as /v1/models has it")
-        if self.doc_ids is not None and self.doc_id_prefix is not None:
-            raise ValueError("give 'doc_ids' or 'doc_id_prefix', not both")
         return self
 
     @model_validator(mode="after")
@@ -203,6 +204,10 @@ class ServedModel(BaseModel):
     """Of what makes the vectors."""
     num_vectors: int
     """Vectors in its index; 0 without one."""
+    columns: dict[str, str]
+    """What searches can be filtered by, with the type of each column."""
+    modes: list[Mode]
+    """How it can be searched; empty without an index."""
     max_query_tokens: int
     max_passage_tokens: int
     query_template: str
@@ -337,10 +342,13 @@ _EXPECTED = {
     "fingerprint": "must be a string",
     "encoding_format": "must be 'float' or 'base64'",
     "input_type": "must be 'query' (or 'search_query'), 'passage' (or 'search_document', 'document') or 'raw'",
+    "mode": "must be 'dense', 'bm25' or 'hybrid'",
     "top_k": f"must be a whole number from 1 to {MAX_TOP_K:,}",
     "dimensions": "must be a whole number from 1 to the model's own",
     "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
     "doc_id_prefix": "must be a string",
+    "filter": f"must be an object of columns, each with a value, a list of up to {MAX_VALUES:,} values, or bounds such as "
+    '{"gte": 2020, "lt": 2024}',
     "model": "must be a string",
     "user": "must be a string",
     "truncate": "must be true or false",
@@ -357,7 +365,7 @@ def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str
     """What pydantic found wrong with a body, as one error that names the first wrong field."""
     first = errors[0]
     place = [part for part in first["loc"] if part != "body"]
-    if first["type"] == "value_error":
+    if first["type"] == "value_error" and place[:1] != ["filter"]:
         return error_body(first["msg"].removeprefix("Value error, "), code="invalid_value")
     if first["type"] == "json_invalid" or not place or not isinstance(place[0], str):
         return error_body(NOT_AN_OBJECT)

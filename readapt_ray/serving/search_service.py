@@ -25,11 +25,13 @@ from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import Batcher, QueueFullError, RequestTooLargeError
+from readapt_ray.serving.doc_filter import doc_filter
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.shadow_and_probe import SideSearches, doc_filter
+from readapt_ray.serving.search_modes import check_mode, search_by_mode
+from readapt_ray.serving.shadow_and_probe import SideSearches
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version
 
@@ -217,8 +219,8 @@ class SearchService:
         async with self._deadline(body.timeout_s) as deadline_s:
             vectors, found = await self._searched(version, body, trace, deadline_s)
             passages = await _passages(version, found) if body.with_text else {}
-        self.side_searches.shadow(registry, name, body, found)
-        self.side_searches.probe(registry, name, vectors, body, found)
+        self.side_searches.shadow(registry, name, body, found, within=trace.within)
+        self.side_searches.probe(registry, name, vectors, body, found, within=trace.within)
         if found.missing:
             self._telemetry.partial(name)
         return await _written(
@@ -312,15 +314,22 @@ class SearchService:
         self, version: Version, body: schema.SearchRequest, trace: Trace, deadline_s: float = math.inf
     ) -> tuple[NDArray[np.float32], Found]:
         """Return the vectors of the queries, and what was found for them."""
+        check_mode(body.mode, version.backend)
+        texts = [body.query] if isinstance(body.query, str) else body.query or []
         if body.query is None:
             vectors = _given_vectors(body.vector, version.info.dimension)
             trace.num_items = len(vectors)
+        elif body.mode == "bm25":
+            vectors = np.zeros((len(texts), 0), np.float32)
+            trace.num_items = len(texts)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
             vectors = await self._encoded(version, rows, trace, deadline_s)
         before_s = time.perf_counter()
+        wanted = doc_filter(body, trace.within)
         try:
-            found = await _by_this_version(version.backend.search(vectors, body.top_k, doc_filter(body)))
+            search = search_by_mode(body.mode, version.backend, vectors, texts, top_k=body.top_k, wanted=wanted)
+            found = await _by_this_version(search)
         except InputError as error:
             raise RequestError(str(error), code="invalid_value") from None
         trace.seconds["search"] = time.perf_counter() - before_s

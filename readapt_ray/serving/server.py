@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
@@ -22,7 +23,7 @@ import yaml
 
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
-from readapt_ray.serving import app, haproxy, server_file, updates
+from readapt_ray.serving import app, haproxy, report_gate, server_file, updates
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
@@ -68,8 +69,13 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         _check_port(config.host, config.port)
     fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
+    app.check_keys(config, keys)
+    if config.require_report:
+        report_gate.check_report(config.require_report, versions)
     url = f"http://{_reachable(config.host)}:{config.port}"
     _deploy(config, url, fingerprints)
+    if not config.update:
+        haproxy.watch(_reachable(config.host), config.port)
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
     logger.info("serving %s at %s (%s)", ", ".join(versions), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
@@ -116,6 +122,8 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
 
     if config.update and not ray.is_initialized():
         server_file.join(config.port)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no colour codes in a file of logs
     with haproxy.preferred(config.host, config.timeout_s):
         connection.connect()
     ray_serve = _ray_serve()
@@ -127,10 +135,8 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
         raise InputError(
             "this Ray cluster serves an app already; change it with --update, stop it, or use another cluster"
         )
-    from ray.serve.config import HTTPOptions
-
     try:
-        ray_serve.start(http_options=HTTPOptions(host=config.host, port=config.port))
+        _start_proxies(config)
         versions = {
             app.version_app_name(name): app.bind_version(name, each) for name, each in config.each_version().items()
         }
@@ -140,6 +146,24 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
         found = _described(error)
         stop()
         raise found from None
+
+
+def _start_proxies(config: ServeConfig) -> None:
+    """Let Ray Serve listen on the port.
+
+    Raises:
+        ReadaptError: its proxies did not start in time.
+    """
+    from ray.exceptions import RayError
+    from ray.serve.config import HTTPOptions
+
+    try:
+        _ray_serve().start(http_options=HTTPOptions(host=config.host, port=config.port))
+    except RayError as error:
+        raise ReadaptError(
+            f"the server could not start: Ray Serve's HTTP proxy did not come up ({connection.cause_of(error)}); "
+            f"where the machine is busy with other work, try again when it is not"
+        ) from None
 
 
 def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
@@ -210,6 +234,7 @@ def stop() -> None:
     """Stop serving and free the port; nothing happens where nothing is served. Ray itself goes on."""
     import ray
 
+    haproxy.unwatch()
     if not ray.is_initialized():
         return
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from readapt_ray.serving.doc_filter import DocFilter, doc_filter
 from readapt_ray.serving.schema import SearchRequest
 from readapt_ray.serving.telemetry import Telemetry, Trace
-from readapt_ray.serving.versions import DocFilter, Found, Registry, Version
+from readapt_ray.serving.versions import Found, Registry, Version
 
 logger = logging.getLogger("ray.serve")
 
 _MAX_SEARCHES = 4
 _DEPTH = 10
-_EVERY_PASSAGE = DocFilter(prefix="")
-"""A filtered search is exact, so this one is."""
+_EVERY_PASSAGE = DocFilter(is_exact=True)
 
 Search = Callable[[Version, SearchRequest, Trace], Awaitable[tuple[NDArray[np.float32], Found]]]
 
@@ -42,19 +42,35 @@ class SideSearches:
         self.tasks: set[asyncio.Task[None]] = set()
         """Searches in progress."""
 
-    def shadow(self, registry: Registry, name: str, body: SearchRequest, found: Found) -> None:
+    def shadow(
+        self, registry: Registry, name: str, body: SearchRequest, found: Found, *, within: DocFilter | None
+    ) -> None:
         """Search with the shadow version too, if there is one and it keeps up."""
         shadow = registry.routing.shadow_of(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
             return
         if not registry.versions[shadow].batcher.queued_tokens:
-            self._start(self._compare(name, shadow, registry.versions[shadow], body, found))
+            trace = Trace(version=shadow, within=within)
+            self._start(self._compare(name, trace, registry.versions[shadow], body, found))
 
     def probe(
-        self, registry: Registry, name: str, vectors: NDArray[np.float32], body: SearchRequest, found: Found
+        self,
+        registry: Registry,
+        name: str,
+        vectors: NDArray[np.float32],
+        body: SearchRequest,
+        found: Found,
+        *,
+        within: DocFilter | None,
     ) -> None:
-        """Repeat the search exactly, if recall is probed and no other probe is in progress."""
-        if doc_filter(body) or found.missing or self._probing or not registry.routing.probes():
+        """Repeat the search exactly, if recall is probed, it was plain, and no other probe is in progress."""
+        if (
+            body.mode != "dense"
+            or doc_filter(body, within)
+            or found.missing
+            or self._probing
+            or not registry.routing.probes()
+        ):
             return
         self._probing = True
         self._start(self._measure_recall(name, registry.versions[name], vectors, found, min(body.top_k, _DEPTH)))
@@ -80,10 +96,11 @@ class SideSearches:
             if expected and not exact.missing:
                 self._telemetry.probed(name, len(expected & {hit.doc_id for hit in mine[:depth]}), len(expected))
 
-    async def _compare(self, name: str, shadow: str, version: Version, body: SearchRequest, answered: Found) -> None:
+    async def _compare(self, name: str, trace: Trace, version: Version, body: SearchRequest, answered: Found) -> None:
+        shadow = trace.version
         try:
             async with asyncio.timeout(self._timeout_s):
-                _, other = await self._search(version, body, Trace(version=shadow))
+                _, other = await self._search(version, body, trace)
         except Exception as error:
             logger.warning("shadow %s did not answer: %s", shadow, error or type(error).__name__)
             return
@@ -94,10 +111,3 @@ class SideSearches:
                 shared = {hit.doc_id for hit in top} & {hit.doc_id for hit in its_top}
                 difference = (its_top[0].score - top[0].score) if top and its_top else 0.0
                 self._telemetry.compared(name, shadow, len(shared), depth, difference)
-
-
-def doc_filter(body: SearchRequest) -> DocFilter | None:
-    """Return the filter that a search asks for; None for none."""
-    if body.doc_ids is None and body.doc_id_prefix is None:
-        return None
-    return DocFilter(body.doc_id_prefix, tuple(body.doc_ids or ()))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from ray.util.metrics import Counter, Histogram
 
 from readapt_ray.serving.batching import Timing
+from readapt_ray.serving.doc_filter import DocFilter
 
 PREFIX = "ray_readapt_"
 
@@ -23,6 +24,8 @@ class Trace:
 
     request_id: str = ""
     key: str = ""
+    within: DocFilter | None = None
+    """The filter of the API key, which every search of the request is within."""
     version: str = ""
     num_items: int = 0
     num_tokens: int = 0

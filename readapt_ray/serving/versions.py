@@ -23,16 +23,9 @@ from readapt_ray.errors import InputError
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import schema
 from readapt_ray.serving.batching import Batcher
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError
-
-
-@dataclass(frozen=True)
-class DocFilter:
-    """Restrict a search to passages whose doc_id has a prefix, or is listed."""
-
-    prefix: str | None = None
-    doc_ids: tuple[str, ...] = ()
 
 
 class Ranked(NamedTuple):
@@ -66,6 +59,8 @@ class VersionInfo:
     """Batches that its replicas can encode at once."""
     slices: Mapping[str, int] = field(default_factory=dict)
     """The parts of its index, each with the number of its vectors; empty without an index."""
+    has_words: bool = False
+    """Whether its index has BM25 scores."""
     corpus: str | None = None
     """Folder or URI with the titles and texts of its passages."""
     corpus_fingerprint: str | None = None
@@ -86,8 +81,8 @@ class VersionInfo:
 class PartsDownError(Exception):
     """Some processes of a version do not answer, or fail."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(f"not working: {', '.join(names)}; the server's log says why")
+    def __init__(self, causes: Mapping[str, str]) -> None:
+        super().__init__(f"not working: {'; '.join(f'{name} ({cause})' for name, cause in causes.items())}")
 
 
 class Backend(Protocol):
@@ -100,6 +95,9 @@ class Backend(Protocol):
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
         """Find the k best passages of each query [Q, D]."""
+
+    async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
+        """Find the k best passages of each text by BM25."""
 
     async def check(self) -> float:
         """Encode and search for real, and return the seconds that the encoder took.
@@ -244,7 +242,7 @@ class Registry:
         return self._described(name, kind)
 
     def _described(self, name: str, kind: schema.Kind) -> schema.ServedModel:
-        info = self.versions[name].info
+        info, store = self.versions[name].info, self.versions[name].store
         return schema.ServedModel(
             id=name + _SUFFIXES[kind],
             created=info.created,
@@ -256,6 +254,8 @@ class Registry:
             fingerprint=info.fingerprint,
             encoder_fingerprint=info.encoder_fingerprint,
             num_vectors=info.num_vectors,
+            columns=dict(store.columns) if store and info.num_vectors else {},
+            modes=_modes(info),
             **{each: getattr(info.encoding, each) for each in schema.SHOWN_OF_ENCODING},
         )
 
@@ -302,6 +302,13 @@ class Registry:
                 code="fingerprint_mismatch",
             )
         return self.named(self.routing.default if self.routing.default in made_by else made_by[0])[:2]
+
+
+def _modes(info: VersionInfo) -> list[schema.Mode]:
+    """How a version can be searched."""
+    if not info.slices:
+        return []
+    return ["dense", "bm25", "hybrid"] if info.has_words else ["dense"]
 
 
 def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:

@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from readapt_ray.artifacts import fingerprint
+from readapt_ray.artifacts import fingerprint, open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.search_batches import SearchBatches
-from readapt_ray.serving.versions import DocFilter, Ranked, VersionInfo
+from readapt_ray.serving.versions import Ranked, VersionInfo
+from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.retrieval.exact import Hits
@@ -49,6 +51,8 @@ class VersionSpec:
     index_fingerprint: str | None
     shards: tuple[str, ...]
     """Names of the shards of the index."""
+    has_words: bool
+    """Whether the index has BM25 scores."""
     corpus: str | None
     corpus_fingerprint: str | None
     batch_tokens: int | None
@@ -167,6 +171,7 @@ class EncoderReplica:
             batch_tokens=self._encoder.batch_tokens,
             num_slots=self._spec.num_slots,
             slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
+            has_words=self._spec.has_words,
             corpus=self._spec.corpus,
             corpus_fingerprint=self._spec.corpus_fingerprint,
             created=self._created,
@@ -224,7 +229,7 @@ class IndexReplica:
         ):
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
-        self._slice = self._compute.wait_for(IndexSlice, index.folder, records)
+        self._slice = self._compute.wait_for(IndexSlice, index.folder, records, _passage_files(spec), index.words)
         self._search = SearchBatches(functools.partial(self._compute, self._slice.search))
         self._fingerprint = spec.fingerprint(index.encoder["fingerprint"])
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
@@ -247,7 +252,19 @@ class IndexReplica:
             hits = await self._search(queries, top_k)
         else:
             hits = await self._scan(queries, top_k, wanted)
-        return [[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(len(queries))]
+        return _ranked(hits)
+
+    async def search_words(
+        self, version: str, texts: Sequence[str], top_k: int, wanted: DocFilter | None
+    ) -> list[list[Ranked]]:
+        """The k best of each text by BM25, best first.
+
+        Raises:
+            FingerprintMismatchError: the texts are meant for another version.
+            InputError: the index cannot be filtered so.
+        """
+        _check_fingerprint(version, self._fingerprint)
+        return _ranked(await self._compute(self._slice.search_words, texts, top_k, wanted))
 
     async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
         """A filtered search; others have their turn between two blocks of it, and it ends with its request."""
@@ -271,6 +288,20 @@ class IndexReplica:
     async def check_health(self) -> None:
         """Asked by Ray Serve, which replaces this process when it fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
+
+
+def _ranked(hits: "Hits") -> list[list[Ranked]]:
+    return [[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(query, "")] for query in range(len(hits.scores))]
+
+
+def _passage_files(spec: VersionSpec) -> list[Location]:
+    """The files of the passages, if the version has a corpus."""
+    if spec.corpus is None:
+        return []
+    corpus = open_artifact(spec.corpus, "ingest")
+    if corpus.fingerprint != spec.corpus_fingerprint:
+        raise FingerprintMismatchError(f"corpus {spec.corpus!r} is not the one that this version was set up with")
+    return (corpus.location / "passages").files(".parquet")
 
 
 def _check_fingerprint(meant: str, held: str) -> None:

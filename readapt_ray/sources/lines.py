@@ -5,6 +5,7 @@ One line is in memory at a time, and of a line over the bound only the bound.
 
 import contextlib
 import io
+import sys
 from collections.abc import Callable, Iterator
 from typing import IO, NamedTuple, cast
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 
 from readapt_ray.damage import READ_ERRORS, is_damage
 from readapt_ray.errors import CorpusError, first_line
-from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.sources.source import BadRow, Limits, Span
 from readapt_ray.storage import Location
 
 COMPRESSED_SUFFIXES = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
@@ -21,10 +22,11 @@ _LINES_PER_ADVANCE = 256
 
 
 class Line(NamedTuple):
-    """A line without its end. `number` counts from 1."""
+    """A line without its end. `number` counts from 1; `start` is its first byte in the file, decompressed."""
 
     number: int
     text: str
+    start: int
 
 
 def plain_name(name: str) -> str:
@@ -35,12 +37,18 @@ def plain_name(name: str) -> str:
     return lowered
 
 
+def is_compressed(name: str) -> bool:
+    """Whether a file's name ends as compressed ones do."""
+    return name.lower().endswith(tuple(COMPRESSED_SUFFIXES))
+
+
 def read_lines(
     location: Location,
     label: str,
     *,
     max_line_bytes: int | None = None,
     advance: Callable[[int], None] | None = None,
+    span: Span | None = None,
 ) -> Iterator[Line | BadRow]:
     """The lines of a file that are not blank; those too long or not UTF-8 as bad rows.
 
@@ -49,24 +57,33 @@ def read_lines(
         label: what to call it in a place.
         max_line_bytes: bound on one line, as `Limits` has it where not given.
         advance: called now and then with the bytes of the file (compressed) that were read.
+        span: bytes of a file that is not compressed; the lines that begin there are read and numbered from 1.
 
     Raises:
         CorpusError: the file cannot be read to its end.
     """
     limit = max_line_bytes or Limits().max_line_bytes
-    number = 0
+    start, end = (span.start, span.end) if span is not None else (0, sys.maxsize)
+    number, position = 0, start
     try:
         with contextlib.closing(location.open_input()) as raw:
+            if start:
+                raw.seek(start - 1)
             stream = io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES)
-            while data := stream.readline(limit):
+            if start:
+                position += _skip_line(stream, limit, end - start) - 1
+            while position < end and (data := stream.readline(limit)):
+                line_start, position = position, position + len(data)
                 number += 1
                 if advance is not None and number % _LINES_PER_ADVANCE == 0:
                     advance(raw.tell())
                 if len(data) == limit and not data.endswith(b"\n"):
-                    _skip_line(stream, limit)
+                    position += _skip_line(stream, limit, end - position)
                     yield BadRow(f"{label}:{number}", "long_text")
                     continue
-                yield from _decoded(data, number, label)
+                yield from _decoded(data, number, label, line_start)
+            if span is not None:
+                span.num_lines = number
     except READ_ERRORS as error:
         refuse_damaged(label, f"after line {number}", error)
         raise
@@ -105,18 +122,23 @@ def _decompressed(raw: IO[bytes], name: str) -> io.RawIOBase:
     return cast(io.RawIOBase, raw)
 
 
-def _skip_line(stream: IO[bytes], limit: int) -> None:
-    while (rest := stream.readline(limit)) and not rest.endswith(b"\n"):
-        continue
+def _skip_line(stream: IO[bytes], limit: int, most: int) -> int:
+    """Read on to the end of the line, or past `most` bytes; return how many were read."""
+    num_read = 0
+    while num_read <= most and (rest := stream.readline(limit)):
+        num_read += len(rest)
+        if rest.endswith(b"\n"):
+            break
+    return num_read
 
 
-def _decoded(data: bytes, number: int, label: str) -> Iterator[Line | BadRow]:
+def _decoded(data: bytes, number: int, label: str, start: int) -> Iterator[Line | BadRow]:
     try:
         text = data.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError:
         yield BadRow(f"{label}:{number}", "not_utf8")
         return
-    if number == 1:
+    if not start:
         text = text.removeprefix("\ufeff")
     if text.strip():
-        yield Line(number, text)
+        yield Line(number, text, start)

@@ -12,43 +12,49 @@ from collections.abc import Iterable
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from readapt_ray.records import PASSAGE_SCHEMA, Passage
+from readapt_ray.records import PASSAGE_SCHEMA, Passage, content_hash
 from readapt_ray.storage import Location
 
 ROW_GROUP_ROWS = 4096
 _ROW_GROUP_BYTES = 32 << 20
 _PART_BYTES = 256 << 20
-_PART = re.compile(r"part-(\d{5,})\.parquet")
 
 
 class PartWriter:
     """Takes passages one by one. `num_rows` is how many it took."""
 
-    def __init__(self, folder: Location, *, rows_per_file: int) -> None:
+    def __init__(self, folder: Location, *, rows_per_file: int, prefix: str = "") -> None:
+        """`prefix` stands before the numbers of the parts, in digits."""
+        self._name = re.compile(rf"part-{prefix}(\d{{5,}})\.parquet")
+        self._prefix = prefix
         self.num_rows = 0
         self._folder, self._rows_per_file = folder, rows_per_file
         self._group: list[Passage] = []
+        self._hashes: list[bytes] = []
         self._group_bytes = 0
         self._groups: list[pa.Table] = []
         self._part_bytes = 0
         self._starts = [0]
 
-    def add(self, passage: Passage, num_bytes: int) -> None:
-        """Take one passage of so many bytes."""
+    def add(self, passage: Passage, num_bytes: int) -> bytes:
+        """Take one passage of so many bytes; return the hash of its title and text."""
+        hashed = content_hash(passage.title, passage.text)
         self._group.append(passage)
+        self._hashes.append(hashed)
         self._group_bytes += num_bytes
         self.num_rows += 1
         if len(self._group) == ROW_GROUP_ROWS or self._group_bytes >= _ROW_GROUP_BYTES:
             self._close_group()
         if self.num_rows - self._starts[-1] == self._rows_per_file or self._part_bytes >= _PART_BYTES:
             self._close_part()
+        return hashed
 
     def close(self) -> None:
         """Write what is left. Parts behind the last, which only another stream could have left, go."""
         if self.num_rows > self._starts[-1]:
             self._close_part()
         for name, _ in self._folder.listing(".parquet"):
-            found = _PART.fullmatch(name)
+            found = self._name.fullmatch(name)
             if found and int(found[1]) >= len(self._starts) - 1:
                 (self._folder / name).delete()
 
@@ -64,14 +70,18 @@ class PartWriter:
             found.update({row: column[row - self._starts[part]].as_py() for row in wanted})
         return found
 
+    def rows_by_file(self) -> dict[str, int]:
+        """Return how many rows each part has, by its name; after `close`."""
+        ends = zip(self._starts, self._starts[1:], strict=False)
+        return {self._file(part).name: end - start for part, (start, end) in enumerate(ends)}
+
     def _file(self, part: int) -> Location:
-        return self._folder / f"part-{part:05d}.parquet"
+        return self._folder / f"part-{self._prefix}{part:05d}.parquet"
 
     def _close_group(self) -> None:
-        columns = [list(column) for column in zip(*self._group, strict=True)]
-        self._groups.append(pa.Table.from_arrays([pa.array(c, pa.string()) for c in columns], schema=PASSAGE_SCHEMA))
+        self._groups.append(passage_table(self._group, self._hashes))
         self._part_bytes += self._group_bytes
-        self._group, self._group_bytes = [], 0
+        self._group, self._hashes, self._group_bytes = [], [], 0
 
     def _close_part(self) -> None:
         if self._group:
@@ -83,6 +93,13 @@ class PartWriter:
                     writer.write_table(group)
         self._starts.append(self.num_rows)
         self._groups, self._part_bytes = [], 0
+
+
+def passage_table(passages: list[Passage], hashes: list[bytes]) -> pa.Table:
+    """Return passages as Arrow, with the hash of each one's title and text."""
+    columns = [[passage[number] for passage in passages] for number in range(len(Passage._fields))]
+    arrays = [pa.array(column, field.type) for column, field in zip([*columns, hashes], PASSAGE_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=PASSAGE_SCHEMA)
 
 
 def _holds(file: Location, groups: list[pa.Table]) -> bool:

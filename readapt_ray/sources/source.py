@@ -39,6 +39,11 @@ class BadRow(NamedTuple):
     place: str
     reason: str
 
+    @property
+    def told(self) -> str:
+        """Its place and reason in words."""
+        return f"{self.place}: {REASONS[self.reason]}"
+
 
 REASONS: Final[dict[str, str]] = {
     "missing_text": "it has no text field",
@@ -59,6 +64,15 @@ REASONS: Final[dict[str, str]] = {
     "not_python": "it does not parse as Python",
 }
 """Every reason for which a row is bad, in words."""
+
+
+@dataclass
+class Span:
+    """A part of a file: bytes of a text, row groups of Parquet. Who reads it to its end sets `num_lines`."""
+
+    start: int
+    end: int
+    num_lines: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

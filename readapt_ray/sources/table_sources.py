@@ -15,7 +15,7 @@ from readapt_ray.sources.judgements import iter_qrels, iter_queries
 from readapt_ray.sources.lines import plain_name, refuse_damaged
 from readapt_ray.sources.source import BadRow, Limits, Row, Source
 from readapt_ray.sources.tables import JsonLines, TableFormat
-from readapt_ray.storage import Location
+from readapt_ray.storage import Location, state_of
 
 logger = logging.getLogger("readapt_ray")
 
@@ -40,7 +40,11 @@ class DataFile(NamedTuple):
         info = self.info
         if info is None or info.size is None or info.mtime_ns is None or self.location.is_local:
             return list(self.location.content_fingerprint().values())
-        return [f"{info.size}:{info.mtime_ns}"]
+        return [self.state()]
+
+    def state(self) -> str:
+        """Its size and time as they were when it was listed."""
+        return state_of(self.info or self.location.info())
 
 
 class TableSource(Source):
@@ -53,6 +57,10 @@ class TableSource(Source):
     @functools.cached_property
     def _files(self) -> list[DataFile]:
         return source_files(self._location, self._table_format.suffixes)
+
+    def files(self) -> list[DataFile]:
+        """Return the files in the order in which they are read."""
+        return self._files
 
     def check(self) -> None:
         """The first file with rows has the columns."""
@@ -118,8 +126,9 @@ class LabelledTableSource(TableSource):
 
 def source_files(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, ...] = HIDDEN) -> list[DataFile]:
     """A file, or the `data_files` of a folder; how many hidden ones were left out is logged."""
-    if location.is_file():
-        return [DataFile(location.name, location)]
+    info = location.info()
+    if info.type == pafs.FileType.File:
+        return [DataFile(location.name, location, info)]
     files = data_files(location, suffixes, hidden=())
     left_out = [file.label for file in files if not is_data(file.label, suffixes, hidden)]
     if left_out:

@@ -20,6 +20,9 @@ STAGES: dict[str, Stage] = {
     "merge": Stage("MergeConfig", "add the retriever's and the adapter's weight changes to the pretrained model"),
     "embed": Stage("EmbedConfig", "turn passages into vectors"),
     "index": Stage("IndexConfig", "build a FAISS index from vectors"),
+    "export": Stage(
+        "ExportConfig", "send vectors to a vector database: Qdrant, LanceDB, pgvector, OpenSearch, Milvus, files"
+    ),
     "search": Stage("SearchConfig", "search for queries and write the best passages as a TREC run"),
     "evaluate": Stage("EvaluateConfig", "measure runs against judgements, test the difference, write a report"),
     "tune": Stage("TuneConfig", "find the best scales for merge on withheld queries"),

@@ -1,11 +1,11 @@
 """The embed stage: passages become vectors, a numbered data shard at a time.
 
-In: a corpus and a retriever, and the vectors of an earlier corpus where there are any. Out:
-`vectors/part-00000.parquet` and so on. The shards are planned from the sizes of files alone. Ray Data reads and
-tokenises them on idle cores (where CPUs encode and none is idle, the encoders tokenise), and actors encode and write each
-as a whole, so what was committed before a kill is not computed again, and every passage stands once. Texts that an earlier artifact holds are copied, and within a
-shard identical texts are encoded once. Two CPU cores with AMX encode some 230 passages of 89 tokens a second with
-all-MiniLM-L6-v2; memory is the model and two shards an actor; the driver holds 400 bytes a shard.
+In: a corpus and a retriever, and the vectors of an earlier corpus where there are any. Out: `vectors/part-00000.parquet`
+and so on. The shards are planned from the sizes of files alone. Ray Data reads and tokenises them on idle cores, and
+actors encode them and write each as a whole, so what was written before a kill is not computed again, and every passage
+stands once. Texts that an earlier artifact holds are copied, and within a shard identical texts are encoded once. Two CPU
+cores with AMX encode some 230 passages of 89 tokens per second with all-MiniLM-L6-v2. An actor holds the model and two
+shards, the driver 800 bytes per shard.
 """
 
 import logging
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
-from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.shapes import ModelShape, shape_of
@@ -89,10 +89,13 @@ class EmbedConfig(StageConfig):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a GPU. Lower it when
     memory is short."""
+    max_left_out: int = Field(default=100, ge=0)
+    """Maximum number of passages that are left out because their vector is NaN, infinite or zero, also in float32. The
+    manifest names them; more of them stop the run."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous"}
+        {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous", "max_left_out"}
     )
 
 
@@ -168,6 +171,7 @@ def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
         batch_tokens=config.batch_tokens,
         passages=on_worker.absolute(Location(config.corpus)) / "passages",
         output=on_worker.absolute(Location(config.output)),
+        max_left_out=config.max_left_out,
     )
 
 
@@ -185,8 +189,8 @@ def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, enc
         begun = begun_rows_per_shard(output)
         if begun:
             return begun
-        if (output / "vectors").listing(".parquet"):
-            return min(4096, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))  # the rule of versions without a ledger
+        if read_manifest(output):  # of a version without a ledger, by its rule
+            return min(4096, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
     holder = model.base if model.is_adapter else model
     shape = shape_of(holder.read_json(CONFIG_NAME), model.name)
     num_bytes = corpus.manifest.counts["num_bytes"] / num_passages
@@ -325,7 +329,7 @@ def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace
     )
     figures = ledger.figures
     workspace.counts |= {
-        "num_vectors": ledger.num_rows,
+        "num_vectors": ledger.num_vectors,
         "num_tokens": int(figures["num_tokens"].sum()),
         "num_bytes": int(figures["num_bytes"].sum()),
     }
@@ -333,6 +337,7 @@ def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace
         "encoder": {**job.encoder, "dimension": int(figures["dimension"][0])},
         "vector_dtype": job.vector_dtype,
         "work": _tell_work(ledger),
+        "left_out": _tell_left_out(ledger, config.max_left_out),
     }
     if joined is not None:
         workspace.details["changes"] = _tell_changes(joined.changes, str(config.previous))
@@ -346,6 +351,7 @@ def _tell_work(ledger: ShardLedger) -> dict[str, float]:
     work = {
         "num_encoded": int(total["num_encoded"]),
         "num_copied": int(total["num_copied"]),
+        "num_encoded_again": int(total["num_again"]),
         "encoder_seconds": round(busy_s, 3),
         "waiting_share": round(waited_s / max(busy_s + waited_s, 1e-9), 4),
         "padding_share": round(1 - total["num_tokens"] / max(total["num_positions"], 1), 4),
@@ -357,6 +363,25 @@ def _tell_work(ledger: ShardLedger) -> dict[str, float]:
         100 * work["padding_share"],
     )
     return work
+
+
+def _tell_left_out(ledger: ShardLedger, max_left_out: int) -> list[str]:
+    """Name the passages without a usable vector.
+
+    Raises:
+        CorpusError: there are more than are allowed.
+    """
+    doc_ids = ledger.left_out()
+    if not doc_ids:
+        return []
+    named = ", ".join(map(repr, doc_ids[:10])) + " ..." * (len(doc_ids) > 10)
+    if len(doc_ids) > max_left_out or not ledger.num_vectors:
+        raise CorpusError(
+            f"{len(doc_ids)} passages have vectors that are NaN, infinite or zero, also in float32 ({named}), and "
+            f"max_left_out = {max_left_out}; look at them and at the model, or allow more with --max-left-out"
+        )
+    logger.warning("embed: left out, since their vectors are NaN, infinite or zero, also in float32: %s", named)
+    return doc_ids
 
 
 def _tell_changes(found: Changes, previous: str) -> dict[str, int]:

@@ -8,7 +8,7 @@ seconds.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.evaluation import measures as measuring
 from readapt_ray.evaluation import report as reporting
+from readapt_ray.evaluation.requirements import Requirement, check_requirements, parse_requirement
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.evaluation.tables import named
@@ -50,6 +51,9 @@ class EvaluateConfig(StageConfig):
     """Queries, to show their texts in the report: a file or folder."""
     corpus: str = ""
     """Output of `readapt ingest`, to show titles and texts in the report."""
+    require: tuple[str, ...] = ()
+    """What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005" (the whole 95% interval
+    of the difference from the first run lies above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
     """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
     seed: int = Field(default=0, ge=0)
@@ -79,6 +83,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
         CorpusError: the runs and the judgements are of different corpora.
     """
     measures = measuring.parse_measures(config.measures)
+    required = [parse_requirement(each, list(measures)) for each in config.require]
     files = dict(zip(_names(config), config.runs, strict=True))
     inputs = _fingerprints(config, files)
     # Bad input is found before the output folder is touched; a complete artifact is not measured again.
@@ -86,7 +91,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     loaded = _load(config, files, measures) if is_new else None
 
     def work(workspace: Workspace) -> None:
-        _write(workspace, config, files, loaded or _load(config, files, measures))
+        _write(workspace, config, files, loaded or _load(config, files, measures), required)
 
     return produce("evaluate", config, inputs=inputs, work=work, identity={"names": list(files)})
 
@@ -192,7 +197,13 @@ def _warn(name: str, measurement: measuring.Measurement) -> None:
         logger.warning("%s: %d queries without judgements are left out: %s", name, len(unjudged), named(unjudged))
 
 
-def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str], loaded: _Loaded) -> None:
+def _write(
+    workspace: Workspace,
+    config: EvaluateConfig,
+    files: Mapping[str, str],
+    loaded: _Loaded,
+    required: Sequence[Requirement],
+) -> None:
     measurements = loaded.measurements
     comparisons = compare(
         {name: each.values for name, each in measurements.items()},
@@ -200,6 +211,7 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
         num_resamples=config.num_permutations,
         seed=config.seed,
     )
+    requirements = check_requirements(required, {name: each.means for name, each in measurements.items()}, comparisons)
     report = reporting.build_report(
         loaded.runs,
         measurements,
@@ -210,6 +222,7 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
         provenance={name: _provenance(uri) for name, uri in files.items()},
         num_permutations=config.num_permutations,
         seed=config.seed,
+        requirements=requirements,
     )
     folder = workspace.location
     _write_per_query(folder / "per_query.parquet", measurements)
@@ -220,6 +233,7 @@ def _write(workspace: Workspace, config: EvaluateConfig, files: Mapping[str, str
     (folder / "report.html").write_text(reporting.to_html(report))
     workspace.counts = {"num_runs": len(files), "num_queries": summary["num_queries"]}
     workspace.details = {**summary, "verdicts": [each["sentence"] for each in report["verdicts"]]}
+    workspace.details["requirements"] = requirements
     if loaded.corpus is not None:
         workspace.details["qrels_of_unknown_passages"] = loaded.num_unknown
 

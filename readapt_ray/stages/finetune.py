@@ -13,6 +13,7 @@ from pydantic import Field
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
+from readapt_ray.catalog.dense_layers import dense_layers
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.cluster import batches, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
@@ -80,6 +81,11 @@ def finetune(config: FinetuneConfig) -> Artifact:
     if model.is_adapter:
         raise ModelError(
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
+        )
+    if layers := dense_layers(model):
+        raise ModelError(
+            f"{config.model!r} has the layer {layers[0].path} behind its pooling, which finetune does not train; give a model "
+            f"whose modules are Transformer, Pooling and Normalize alone"
         )
     encoding = config.encoding or model.encoding
     config = config.model_copy(update={"target_modules": train_workers.target_modules(config, model)})

@@ -3,8 +3,8 @@
 In: vectors, and an earlier index of them where there is one. Out: `shards/00000.faiss` and
 `shards/00000.ids.parquet` and so on, each built by one Ray task and committed whole, so what was built before
 a kill is not built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so
-that shards can be merged when they are searched. What is not exact is measured against exact search by the tasks that build
-it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
+that shards can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks
+that build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
 again: what left the corpus is no longer found, and what came is a shard of its own. A task holds its shard as FAISS stores
 it, and once more while it is written; the driver holds a line per file of vectors.
 """
@@ -20,6 +20,7 @@ from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce, read_manifest
 from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.bm25_shards import build_word_shards
 from readapt_ray.cluster.index_shards import (
     RECALL_SUFFIX,
     TRAINED_NAME,
@@ -29,11 +30,15 @@ from readapt_ray.cluster.index_shards import (
     ShardPlan,
     build_shards,
     cut_shards,
+    lay_down_queries,
+    measured_with_vectors,
     task_cpus,
     train_once,
 )
+from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
+from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
@@ -71,10 +76,12 @@ class IndexConfig(StageConfig):
     depth: int | None = Field(default=None, ge=1)
     """nprobe (ivf) or efSearch (hnsw). If omitted, the smallest value that reaches min_recall."""
     min_recall: float = Field(default=0.95, gt=0, le=1)
-    """Fraction of the exact top 10, and of the top 100, that an approximate index must find; below it the index is
-    refused."""
+    """Fraction of the exact top 10, and of the top 100, that an approximate index must find for queries: those of the
+    corpus, or else pieces of its passages. Below it the index is refused."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Maximum memory of the loaded index in GB, used when kind is auto. If omitted, no limit."""
+    bm25: bool = False
+    """Also index the words of the passages, for `search --mode bm25` and `hybrid`. The corpus of the vectors is read."""
     rows_per_shard: int | None = Field(default=None, ge=1)
     """Vectors per index shard. If omitted, as many as take 512 MiB in a flat index, and 1 to 4 million in others."""
 
@@ -89,7 +96,7 @@ def index(config: IndexConfig) -> Artifact:
         ArtifactMissingError: the vectors are not the output of `readapt embed`, or `previous` not that of `readapt index`.
         FingerprintMismatchError: `previous` is an index of vectors of another model, or of another kind.
         CorruptFileError: a file of vectors was cut short, altered, or made by another model.
-        InputError: the kind does not fit, or finds less than `min_recall`; the message says what to raise.
+        InputError: bm25s is not installed; the kind does not fit, or finds less than `min_recall`; the message says what to raise.
         ArtifactConflictError: the output holds another index.
     """
     source = open_artifact(config.vectors, "embed")
@@ -100,21 +107,26 @@ def index(config: IndexConfig) -> Artifact:
     rows_per_shard = config.rows_per_shard or shard_rows(options, num_vectors, dimension)
     spec = index_spec(options, num_vectors, dimension)
     previous = _open_previous(config, encoder, options)
+    if config.bm25:
+        import_bm25s()
     # A finished index is known by its manifest alone: 244,000 footers on an object store take minutes.
     opened = _open_vectors(source) if read_manifest(config.output) is None else None
 
     def work(workspace: Workspace) -> None:
         vectors = opened or _open_vectors(source)
+        corpus = corpus_of(source) if config.bm25 else None
         shards = on_worker.absolute(workspace.location) / "shards"
         kept, rows = _split_rows(previous, vectors, encoder["fingerprint"], shards)
         plan = ShardPlan(spec, options, dimension, encoder["fingerprint"], shards, num_cpus=1)
         if len(rows):
-            plan = _prepared(plan, previous, NewShard(0, 0, vectors, rows, plan), rows_per_shard)
+            plan = _prepared(plan, previous, NewShard(0, 0, vectors, rows, plan), rows_per_shard, source)
         new = cut_shards(
             plan, vectors, rows, rows_per_shard, first=1 + max((int(each.name) for each in kept), default=-1)
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
+        if corpus is not None:
+            workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 
     return produce(
         "index",
@@ -196,7 +208,9 @@ def _split_rows(
     return kept, rows
 
 
-def _prepared(plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int) -> ShardPlan:
+def _prepared(
+    plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int, source: Artifact
+) -> ShardPlan:
     """Train lists and codes, or take those of the earlier index; and lay down what recall is measured with."""
     num_rows = len(everything.rows)
     earlier = previous.location / "shards" / TRAINED_NAME if previous else None
@@ -209,6 +223,8 @@ def _prepared(plan: ShardPlan, previous: Artifact | None, everything: NewShard, 
     if plan.spec.is_exact and plan.spec.factory in UNTRAINED:
         return plan
     plan = replace(plan, num_cpus=task_cpus(plan, min(num_rows, rows_per_shard)))
+    if not plan.spec.is_exact:
+        lay_down_queries(plan, lambda: recall_queries(source))
     train_once(replace(everything, plan=plan))
     return plan
 
@@ -230,6 +246,7 @@ def _settled(
         "recall_at_10": round(measured.recall_at_10, 4),
         "recall_at_100": round(measured.recall_at_100, 4),
         "query_ms": round(measured.query_ms, 4),
+        "with_queries": not measured_with_vectors(plan),
     }
     return made
 

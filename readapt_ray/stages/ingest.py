@@ -1,8 +1,9 @@
 """Ingest: from any source to clean passages in Parquet, with queries and judgements where it has them.
 
 Enters a source by name, one row at a time; leaves `passages/part-00000.parquet` ..., perhaps
-`queries/part-00000.parquet` and `qrels/<split>.parquet`. One process, some 30,000 passages of 80
-words a second. In memory: one part, 32 to 48 bytes a passage for its id and as many again for its
+`queries/part-00000.parquet` and `qrels/<split>.parquet`. A folder of tables without labels, of 64 MB or more, is read
+by Ray tasks (`cluster/parallel_ingest.py`), unless near duplicates are dropped. Anything else is read by one process, some
+30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many again for its
 text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts
 do not depend on when a process was killed: the next one reads the source again and keeps the parts
 that are there.
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
+from readapt_ray.cluster import on_worker, parallel_ingest
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError
 from readapt_ray.evaluation.tables import named
@@ -27,21 +29,25 @@ from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, dupl
 from readapt_ray.sources.labels import repointed, with_passage
 from readapt_ray.sources.opening import Format, open_source
 from readapt_ray.sources.parts import PartWriter
+from readapt_ray.sources.piece_files import PieceJob
+from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.source import (
     DEFAULT_MAX_PASSAGE_CHARS,
     DEFAULT_MAX_TEXT_BYTES,
-    REASONS,
     BadRow,
     Limits,
     Row,
     Source,
 )
+from readapt_ray.sources.table_sources import TableSource
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
 _Record = TypeVar("_Record", Query, Qrel)
 
+MIN_PARALLEL_BYTES = 64 << 20
+"""A source of fewer bytes, decompressed, is read sooner by one process than Ray starts."""
 _NUM_NAMED = 20
 _ROWS_PER_PROGRESS = 500
 
@@ -62,7 +68,7 @@ class IngestConfig(StageConfig):
     near_threshold: float = Field(default=0.8, ge=0.1, le=0.95)
     """Jaccard similarity of three-word sequences above which two passages are near duplicates (estimated with
     MinHash, error about 0.04). Used with deduplicate = near."""
-    max_text_bytes: int = Field(default=DEFAULT_MAX_TEXT_BYTES, ge=1)
+    max_text_bytes: int = Field(default=DEFAULT_MAX_TEXT_BYTES, ge=1, le=1 << 30)
     """Maximum size of title and text together, in bytes of UTF-8; a row of this size or more is a bad row."""
     max_passage_chars: int = Field(default=DEFAULT_MAX_PASSAGE_CHARS, ge=1)
     """Maximum length of a passage from a text or Markdown file, in characters; longer files are split between
@@ -92,7 +98,8 @@ def ingest(config: IngestConfig) -> Artifact:
     resolved = resolved.model_copy(update=defaults)
 
     def work(workspace: Workspace) -> None:
-        _Ingestion(workspace, resolved, source, deduplicate).run()
+        if not _in_parallel(workspace, resolved, source, limits):
+            _Ingestion(workspace, resolved, source, deduplicate).run()
 
     return produce("ingest", resolved, inputs={"source": source.fingerprint()}, work=work)
 
@@ -101,6 +108,27 @@ def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> D
     if deduplicate != "auto":
         return deduplicate
     return "none" if source.has_qrels and not source.labels_from_passages else "exact"
+
+
+def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, limits: Limits) -> bool:
+    """Read a large source of rows without labels on the cluster; False where one process is to read it."""
+    if type(source) is not TableSource or config.deduplicate == "near":
+        return False
+    pieces, total_bytes = plan_pieces(source)
+    if total_bytes < MIN_PARALLEL_BYTES:
+        return False
+    job = PieceJob(
+        output=on_worker.absolute(workspace.location),
+        table_format=source.format,
+        limits=limits,
+        rows_per_file=config.rows_per_file,
+        drops_duplicates=config.deduplicate == "exact",
+        num_pieces=len(pieces),
+        num_partitions=parallel_ingest.num_partitions(total_bytes),
+    )
+    run = parallel_ingest.ParallelIngest(workspace, pieces, job, fails_on_bad_rows=config.bad_rows == "fail")
+    run.run()
+    return True
 
 
 class _BadRows:
@@ -112,13 +140,12 @@ class _BadRows:
         self._first: list[BadRow] = []
 
     def add(self, row: BadRow) -> None:
-        said = f"{row.place}: {REASONS[row.reason]}"
         if self._policy == "fail":
-            raise CorpusError(f"bad row at {said}; mend it, or leave such rows out with --bad-rows skip")
+            raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
         self._reasons[row.reason] += 1
         if len(self._first) < _NUM_NAMED:
             self._first.append(row)
-            logger.warning("ingest: left out %s", said)
+            logger.warning("ingest: left out %s", row.told)
 
     def good(self, records: Iterable[_Record | BadRow]) -> list[_Record]:
         found = []

@@ -223,6 +223,7 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
         tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
         contract={"fingerprint": workspace.fingerprint},
+        dense_of=models.dense_of,
     )
 
 
@@ -302,6 +303,7 @@ def _write_factors(workspace: Workspace, merged: _Merge) -> None:
         encoding=models.encoding,
         config_of=models.config_of,
         tokenizer_of=models.tokenizer_of,
+        dense_of=models.dense_of,
         sources={each.role: each.to_json() for each in merged.plan.sources},
         report=_element_report(workspace, readapter),
     )

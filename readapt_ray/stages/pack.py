@@ -5,7 +5,10 @@ after a kill only the files that are missing are made. Memory is that of one fil
 everywhere that of the ids to leave out or to take.
 """
 
+import functools
 import logging
+import os
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -19,6 +22,7 @@ from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
+from readapt_ray.retrieval import footers
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -58,13 +62,7 @@ def pack(config: PackConfig) -> Artifact:
         raise ModelError(
             f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
         )
-    positions = _usable_positions(model)
-    if positions and "block_tokens" not in config.model_fields_set:
-        config = config.model_copy(update={"block_tokens": min(config.block_tokens, positions)})
-    if positions and config.block_tokens > positions:
-        raise ModelError(
-            f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
-        )
+    config = within_positions(config, model)
     inputs = {"corpus": corpus.fingerprint, "pretrained": model.tokenizer_fingerprint}
     lists = {name: read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
     inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
@@ -73,13 +71,20 @@ def pack(config: PackConfig) -> Artifact:
     )
 
 
-def _usable_positions(model: models.OpenModel) -> int | None:
-    """Return the longest text that the model has positions for; None where it has no limit."""
-    config = model.config
-    positions = config.get("max_position_embeddings")
-    if positions is None:
-        return None
-    return int(positions) - shapes.shape_of(config, model.name).first_position
+def within_positions(config: PackConfig, model: models.OpenModel) -> PackConfig:
+    """Return the config with the default of `block_tokens` lowered to the model's positions.
+
+    Raises:
+        ModelError: `block_tokens` was given, and is more than the model's positions.
+    """
+    positions = shapes.usable_positions(model.config, model.name)
+    if positions is None or config.block_tokens <= positions:
+        return config
+    if "block_tokens" not in config.model_fields_set:
+        return config.model_copy(update={"block_tokens": positions})
+    raise ModelError(
+        f"block_tokens = {config.block_tokens} is more than the {positions} positions of {config.pretrained!r}; give at most {positions}"
+    )
 
 
 def _pack(
@@ -95,7 +100,12 @@ def _pack(
 
     placement.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
-    job = {"pretrained": on_worker.model_name(model), "mode": config.mode, "block_tokens": config.block_tokens}
+    job = {
+        "pretrained": on_worker.model_name(model),
+        "tokenizer": model.tokenizer_fingerprint,
+        "mode": config.mode,
+        "block_tokens": config.block_tokens,
+    }
     blocks = on_worker.absolute(workspace.location) / "blocks"
     connection.check_seen_by_all(blocks)
     shared_lists = ray.put(lists)
@@ -124,13 +134,12 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     parts, num_passages = [], 0
     wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
     num_found = dict.fromkeys(lists, 0)
-    for index, file in enumerate((corpus.location / "passages").files(".parquet")):
+    files = (corpus.location / "passages").files(".parquet")
+    surveyed = footers.at_once(functools.partial(_survey, wanted=wanted), files)
+    for index, (file, (num_rows, in_file)) in enumerate(zip(files, surveyed, strict=True)):
         parts.append({"index": index, "file": on_worker.absolute(file).uri, "first_number": num_passages})
-        with file.open_input() as stream, pq.ParquetFile(stream) as opened:
-            num_passages += opened.metadata.num_rows
-            for batch in opened.iter_batches(columns=["doc_id"]) if lists else ():
-                for name, ids in wanted.items():
-                    num_found[name] += pc.sum(pc.is_in(batch["doc_id"], value_set=ids)).as_py() or 0
+        num_passages += num_rows
+        num_found = {name: count + in_file[name] for name, count in num_found.items()}
     expected = corpus.manifest.counts["num_passages"]
     if num_passages != expected:
         raise CorruptFileError(
@@ -140,6 +149,23 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     for name, found in num_found.items():
         _check_found(name, found, len(lists[name]), corpus)
     return parts, num_passages
+
+
+def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> tuple[int, dict[str, int]]:
+    """Count the passages of a file, and how many of them each list names."""
+    found = dict.fromkeys(wanted, 0)
+    with file.open_input() as stream, pq.ParquetFile(stream) as opened:
+        for batch in opened.iter_batches(columns=["doc_id"]) if wanted else ():
+            for name, ids in wanted.items():
+                found[name] += pc.sum(pc.is_in(batch["doc_id"], value_set=ids)).as_py() or 0
+        return opened.metadata.num_rows, found
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any:
+    """Return the one tokenizer of this process."""
+    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded anew, and so by a forked process
+    return models.open_model(pretrained, with_weights=False).tokenizer
 
 
 def _check_found(name: str, num_found: int, num_listed: int, corpus: Artifact) -> None:
@@ -162,7 +188,7 @@ def _pack_file(
 
     target = Location(blocks_uri) / f"part-{part['index']:05d}.parquet"
     if not target.is_file():
-        tokenizer = models.open_model(job["pretrained"], with_weights=False).tokenizer
+        tokenizer = _tokenizer(job["pretrained"], job["tokenizer"], os.getpid())
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 

@@ -7,10 +7,11 @@ written before the next queries are searched. Memory is a shard per task, and in
 four million hits.
 """
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +21,19 @@ from pydantic import Field, model_validator
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
-from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.placement import Placement, place_actors
+from readapt_ray.cluster import connection, query_vectors
+from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
+from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
 from readapt_ray.records import Query
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 
 logger = logging.getLogger("readapt_ray")
 
-_QUERIES_A_PIECE = 512
 _HITS_A_ROUND = 4_000_000
 """Results that are searched, looked up and written before the next queries have their turn."""
 
@@ -50,6 +51,8 @@ class SearchConfig(StageConfig):
     """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
     qrels: str | None = None
     """File of judgements: only queries that are judged in it are searched. If omitted, all queries are."""
+    mode: Literal["dense", "bm25", "hybrid"] = "dense"
+    """Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was built with bm25."""
     top_k: int = Field(default=100, ge=1)
     """Results per query; all passages if there are fewer."""
     drop_self_hits: bool = False
@@ -66,6 +69,8 @@ class SearchConfig(StageConfig):
     def _one_source(self) -> Self:
         if (self.index is None) == (self.vectors is None):
             raise OptionError("give exactly one of {index} and {vectors}")
+        if self.mode != "dense" and self.index is None:
+            raise OptionError("{mode} = {value!r} needs an {index} that was built with bm25", value=self.mode)
         if not self.output.partition("?")[0].endswith(".trec"):
             raise OptionError(
                 "{output} = {value!r}: the run is one file; its name must end with .trec", value=self.output
@@ -82,6 +87,11 @@ class _Source:
     @property
     def encoder(self) -> dict[str, Any]:
         return dict(self.artifact.manifest.details["encoder"])
+
+    @property
+    def words(self) -> dict[str, str]:
+        """SHA-256 of the BM25 scores of each shard."""
+        return dict(self.artifact.manifest.details.get("bm25", {}))
 
     @property
     def num_vectors(self) -> int:
@@ -116,7 +126,11 @@ def search(config: SearchConfig) -> Artifact:
     )
     model = open_model(config.retriever)
     encoding = config.encoding or Encoding.parse(source.encoder["encoding"], where=source.artifact.uri)
-    _check_encoder(model, encoding, source)
+    check_encoder(model, encoding, source.artifact)
+    if config.mode != "dense" and not source.words:
+        raise InputError(
+            f"mode = {config.mode!r}, but index {config.index!r} was built without BM25; build it with --bm25"
+        )
     queries = _read_queries(config)
 
     def work(workspace: Workspace) -> None:
@@ -137,11 +151,15 @@ def search(config: SearchConfig) -> Artifact:
     )
 
 
-def _check_encoder(model: OpenModel, encoding: Encoding, source: _Source) -> None:
-    """Refuse vectors that this model with this encoding would not have made."""
+def check_encoder(model: OpenModel, encoding: Encoding, made: Artifact) -> None:
+    """Refuse vectors, or an index of them, that this model with this encoding would not have made.
+
+    Raises:
+        FingerprintMismatchError: another model or encoding made them.
+    """
     from readapt_ray.retrieval.encoder import encoder_fingerprint
 
-    recorded = source.encoder
+    recorded = made.manifest.details["encoder"]
     if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
         return
     wanted = encoding.model_dump(mode="json")
@@ -154,7 +172,7 @@ def _check_encoder(model: OpenModel, encoding: Encoding, source: _Source) -> Non
         "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
     )
     raise FingerprintMismatchError(
-        f"{source.artifact.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
+        f"{made.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
         f"that made it, or run `readapt embed` with this one into another output"
     )
 
@@ -193,22 +211,80 @@ def _run(
 
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
-        pieces = _encode_queries(config, model, source, encoding, queries, workspace=workspace)
+        pieces = (
+            [] if config.mode == "bm25" else _encoded(config, model, source, encoding, queries, workspace=workspace)
+        )
         searched = _pieces(source)
-        depth = min(config.top_k + config.drop_self_hits, source.num_vectors)
-        size = max(1, _HITS_A_ROUND // max(1, depth * _QUERIES_A_PIECE))
-        for first in range(0, len(pieces), size):
-            asked = queries[first * _QUERIES_A_PIECE : (first + size) * _QUERIES_A_PIECE]
-            table = _results(config, searched, pieces[first : first + size], asked)
+        depth = min(_depth(config), source.num_vectors)
+        size = query_vectors.QUERIES_A_PIECE
+        num_pieces = max(1, _HITS_A_ROUND // max(1, depth * size))
+        for first in range(0, -(-len(queries) // size), num_pieces):
+            asked = queries[first * size : (first + num_pieces) * size]
+            table = _found(config, source, searched, pieces[first : first + num_pieces], asked)
             num_results += len(table)
             yield table
 
-    tag = config.retriever.rstrip("/").rsplit("/", 1)[-1]
+    tag = config.retriever.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
         write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:
         raise connection.cause_of(error) from None
     return num_results
+
+
+def _encoded(
+    config: SearchConfig,
+    model: OpenModel,
+    source: _Source,
+    encoding: Encoding,
+    queries: Sequence[Query],
+    *,
+    workspace: Workspace,
+) -> list[Any]:
+    return encode_queries(
+        [query.text for query in queries],
+        model,
+        encoding,
+        source.encoder,
+        batch_tokens=config.batch_tokens,
+        progress=functools.partial(workspace.progress, unit="queries"),
+    )
+
+
+def _depth(config: SearchConfig) -> int:
+    """Results of a search that are looked at: of two that are fused, a hundred at least."""
+    return config.drop_self_hits + (max(config.top_k, DEPTH) if config.mode == "hybrid" else config.top_k)
+
+
+def _found(
+    config: SearchConfig, source: _Source, searched: Pieces, vectors: Sequence[Any], queries: Sequence[Query]
+) -> pa.Table:
+    """Return what some queries find by the mode that is asked for: query_id, doc_id, score."""
+    depth, found = _depth(config), []
+    if config.mode != "bm25":
+        found.append(_results(config, searched, searched.search(vectors, depth), queries))
+    if config.mode != "dense":
+        texts = [query.text for query in queries]
+        found.append(_results(config, searched, searched.search_words(texts, source.words, depth), queries))
+    return found[0] if len(found) == 1 else _fused(found, queries, config.top_k)
+
+
+def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> pa.Table:
+    """Fuse the results of each query, which stand in the order of the queries."""
+    rankings: list[dict[str, list[str]]] = []
+    for table in tables:
+        ranked: dict[str, list[str]] = {}
+        for query_id, doc_id in zip(table["query_id"].to_pylist(), table["doc_id"].to_pylist(), strict=True):
+            ranked.setdefault(query_id, []).append(doc_id)
+        rankings.append(ranked)
+    rows = [
+        (query.query_id, doc_id, score)
+        for query in queries
+        for doc_id, score in reciprocal_rank_fusion([each.get(query.query_id, []) for each in rankings], top_k)
+    ]
+    columns = zip(*rows, strict=True) if rows else ([], [], [])
+    kinds = (("query_id", pa.string()), ("doc_id", pa.string()), ("score", pa.float64()))
+    return pa.table({name: pa.array(column, kind) for (name, kind), column in zip(kinds, columns, strict=True)})
 
 
 def _pieces(source: _Source) -> Pieces:
@@ -219,16 +295,18 @@ def _pieces(source: _Source) -> Pieces:
     return Pieces(source.artifact, source.pieces(num_at_once), on_gpus=on_gpus, num_at_once=num_at_once)
 
 
-def _results(config: SearchConfig, searched: Pieces, vectors: Sequence[Any], queries: Sequence[Query]) -> pa.Table:
+def _results(
+    config: SearchConfig, searched: Pieces, parts: Iterator[tuple[np.ndarray, np.ndarray]], queries: Sequence[Query]
+) -> pa.Table:
     """Return what some queries find: query_id, doc_id, score.
 
     Args:
         searched: the pieces of the index or of the vectors.
-        vectors: Ray's references to pieces of the queries' vectors.
+        parts: scores and rows [Q, K] that each piece found.
         queries: the queries.
     """
-    depth = config.top_k + config.drop_self_hits
-    best = merge_rows(searched.search(vectors, depth), len(queries), depth)
+    depth = _depth(config)
+    best = merge_rows(parts, len(queries), depth)
     distinct, codes = np.unique(best.rows, return_inverse=True)
     names = searched.names(distinct)
     scores, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
@@ -248,77 +326,4 @@ def _results(config: SearchConfig, searched: Pieces, vectors: Sequence[Any], que
     before = np.concatenate([[0], np.cumsum(others)])
     starts = np.searchsorted(owners, owners)
     places = before[1:] - before[starts]  # from 1 on, among the kept ones of the same query
-    return table.filter(pa.array(others & (places <= config.top_k)))
-
-
-def _encode_queries(
-    config: SearchConfig,
-    model: OpenModel,
-    source: _Source,
-    encoding: Encoding,
-    queries: Sequence[Query],
-    *,
-    workspace: Workspace,
-) -> list[Any]:
-    """Return references to float32 [512, D] each: vectors do not depend on the number of tasks, one per GPU or core."""
-    import ray
-
-    texts = [query.text for query in queries]
-    pieces = [texts[first : first + _QUERIES_A_PIECE] for first in range(0, len(texts), _QUERIES_A_PIECE)]
-    num_tasks, num_cpus, num_gpus = place_actors(Placement(None, None), len(pieces))
-    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_encoded)
-    streams = [
-        task.remote(
-            pieces[number::num_tasks],
-            retriever=on_worker.model_name(model),
-            encoding=encoding,
-            encoder=source.encoder,
-            driver_node=on_worker.this_node(),
-            batch_tokens=config.batch_tokens,
-            num_threads=num_cpus,
-        )
-        for number in range(num_tasks)
-    ]
-    found: list[Any] = []
-    done = 0
-    workspace.progress(done, len(texts), unit="queries")
-    try:
-        for number in range(len(pieces)):
-            found.append(next(streams[number % num_tasks]))
-            done += len(ray.get(found[-1]))
-            workspace.progress(done, len(texts), unit="queries")
-    finally:
-        for stream in streams:
-            ray.cancel(stream)
-    return found
-
-
-def _encoded(
-    pieces: Sequence[Sequence[str]],
-    *,
-    retriever: str,
-    encoding: Encoding,
-    encoder: dict[str, Any],
-    driver_node: str,
-    batch_tokens: int | None,
-    num_threads: int,
-) -> Iterator[np.ndarray]:
-    """On a worker: the vectors of each piece's queries."""
-    loaded = on_worker.load_encoder(
-        retriever,
-        encoding,
-        encoder["dtype"],
-        due=encoder["fingerprint"],
-        driver_node=driver_node,
-        num_threads=num_threads,
-        batch_tokens=batch_tokens,
-    )
-    for piece in pieces:
-        vectors = loaded.encode(piece, "query")
-        broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
-        if len(broken):
-            raise ModelError(
-                f"the model gives NaN or infinity for the query {piece[broken[0]]!r} in {encoder['dtype']}; make vectors and "
-                f"run in bfloat16 or float32 (`readapt embed --dtype`), or leave the query out"
-            )
-        yield vectors
+    return table.filter(pa.array(others & (places <= depth - 1)))

@@ -7,7 +7,7 @@ loss once an epoch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,9 @@ from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.cluster.pack_options import PACK_OPTIONS, PackOptions
 from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.cluster.block_stream import BlockStream
 
 
 class TrainConfig(PackOptions, OptimizationConfig):
@@ -72,26 +75,42 @@ def train(config: TrainConfig) -> Artifact:
             raise CorpusError(
                 f"{name} = {wanted!r}, but {config.corpus!r} was packed with {name} = {packed!r}; pack again"
             )
-    model = models.open_model(config.pretrained)
-    if model.is_adapter:
-        raise ModelError(
-            f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
-        )
+    model, config = resolve(config, models.open_model(config.pretrained))
     if blocks.manifest.inputs["pretrained"] != model.tokenizer_fingerprint:
         raise ModelError(
             f"{config.corpus!r} was packed with the tokenizer of {blocks.manifest.config['pretrained']!r}, which is not that "
             f"of {config.pretrained!r}; pack the passages again with this model"
         )
-    config = config.model_copy(
-        update={
-            "objective": config.objective or objective_of(model),
-            "target_modules": train_workers.target_modules(config, model),
-        }
-    )
     inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint}
     return artifacts.produce(
         "train", config, inputs=inputs, work=lambda workspace: _train(config, model, blocks, workspace)
     )
+
+
+def check_pretrained(config: TrainConfig) -> None:
+    """Check that the model can be trained as asked, before any passage is packed; fetch no weight.
+
+    Raises:
+        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
+    """
+    resolve(config, models.open_model(config.pretrained, with_weights=False))
+
+
+def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConfig]:
+    """Fill in the objective and the target modules that follow from the model; no weight is read.
+
+    Raises:
+        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
+    """
+    if model.is_adapter:
+        raise ModelError(
+            f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
+        )
+    objective = config.objective or objective_of(model)
+    targets = train_workers.target_modules(config, model)
+    if targets:
+        shapes.shape_of(model.config, model.name, objective).adapted(targets)
+    return model, config.model_copy(update={"objective": objective, "target_modules": targets})
 
 
 def objective_of(model: OpenModel) -> Objective:
@@ -121,7 +140,9 @@ def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: W
         "mean_tokens": packed["num_tokens"] / max(1, packed["num_passages"]),
         "output": on_worker.absolute(workspace.location).uri,
     }
-    outcome = train_workers.run_workers("train", _work, job, workspace, config)
+    stream = _stream(config, model, Location(job["blocks"]), on_worker.absolute(workspace.location))
+    job["data_order"] = stream.data_order
+    outcome = train_workers.run_workers("train", _work, job, workspace, config, stream=stream)
     workspace.counts = {
         "num_steps": -(-packed["num_blocks"] // batch_size) * config.num_epochs,
         "num_passages": packed["num_passages"] * config.num_epochs,
@@ -143,34 +164,46 @@ def _with_batch_size(config: TrainConfig, packed: dict[str, int], output: Locati
     return config, config.batch_size
 
 
+def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Location) -> "BlockStream":
+    """Describe to Ray Data what the workers train on."""
+    from readapt_ray.cluster.block_stream import BlockStream
+    from readapt_ray.training.blocks import list_row_groups
+    from readapt_ray.training.checkpoints import DataOrder
+    from readapt_ray.training.packing import Masking, end_id
+    from readapt_ray.training.shares import Cutting
+
+    assert config.batch_size != "auto"
+    tokenizer = model.tokenizer
+    masking = None
+    if config.objective == "masked_lm":
+        masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), seed=config.seed)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
+    assert pad_id is not None  # pack refuses a tokenizer without an end token
+    row_groups = list_row_groups(blocks)
+    data_order = DataOrder(
+        num_units=row_groups.num_blocks, batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
+    )
+    cutting = Cutting(pad_id=pad_id, micro_batch_tokens=config.micro_batch_tokens, masking=masking)
+    return BlockStream(row_groups, data_order, cutting, output / "checkpoints")
+
+
 def _work(job: dict[str, Any]) -> None:
     """One worker's part."""
-    from readapt_ray.training.blocks import BlockReader
+    from readapt_ray.cluster import block_stream
     from readapt_ray.training.language_model import LanguageModelling
-    from readapt_ray.training.packing import Masking, end_id
 
     config = TrainConfig.model_validate(job["config"])
-    assert config.objective is not None and config.batch_size != "auto"
+    assert config.objective is not None
+    shares = block_stream.receive(job["data_order"].num_steps)
     longest_pass = max(config.micro_batch_tokens, job["block_tokens"])
     worker = train_workers.TrainWorker(
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
     )
-    tokenizer = worker.source.tokenizer
-    masking = None
-    if config.objective == "masked_lm":
-        masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), seed=config.seed)
-    reader = BlockReader(
-        Location(job["blocks"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
-    )
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
-    assert pad_id is not None  # pack refuses a tokenizer without an end token
     objective = LanguageModelling(
         model=worker.model,
-        reader=reader,
-        pad_id=pad_id,
-        micro_batch_tokens=config.micro_batch_tokens,
+        data_order=job["data_order"],
+        batches=shares,
         dtype=worker.dtype,
-        masking=masking,
     )
     seen = 0.5 if config.objective == "causal_lm" else 1.0
     worker.run(objective, mean_attended=seen * job["mean_tokens"], doc_ids_of=_doc_ids(Location(job["passages"])))

@@ -1,132 +1,186 @@
-"""The order in which blocks are trained on: a seeded shuffle that every worker computes alike.
+"""The order in which blocks are trained on: a seeded shuffle of which any part can be read alone.
 
-The blocks of an epoch lie in one order, given by (seed, epoch) alone: row groups are permuted, then
-the blocks inside each window of row groups. Step s of the epoch takes blocks [s * batch_size,
-(s + 1) * batch_size) of it, and worker r of n every n-th of those from the r-th on. So the number of
-steps done says exactly which blocks were consumed, whatever the number of workers was or will be.
+The blocks of an epoch lie in one order, given by (seed, epoch): row groups are permuted, then the blocks
+inside each window of row groups. Step s of the epoch takes blocks [s * batch_size, (s + 1) * batch_size) of
+it. So the number of steps done says exactly which blocks were consumed, whatever the number of workers was
+or will be.
 
-Each worker reads all blocks and keeps its share: 0.3 GB a million passages of 80 tokens, which a disk
-or an object store gives in seconds while training on it takes minutes.
+A window is read as a whole, since Parquet gives no less than a row group. So the steps of an epoch are cut
+into pieces of several windows: reading all pieces once reads every row group once, and at most one window
+more a piece. What is planned is 8 bytes a row group (256 blocks) and the state of the random generator a piece.
 """
 
-import queue
-import threading
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.footers import at_once
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.packing import Block, table_to_blocks
 
 WINDOW_ROW_GROUPS = 16
-_PREFETCHED_BATCHES = 8
+_WINDOWS_PER_PIECE = 8
+_MOST_PIECES = 4000
 
 
 @dataclass(frozen=True)
-class _RowGroup:
-    file: Location
-    index: int
-    num_blocks: int
+class RowGroups:
+    """The row groups of a folder of blocks, in the order of its files."""
+
+    folder: Location
+    names: tuple[str, ...]
+    """Of the files."""
+    group_ends: np.ndarray
+    """int64: the row groups in each file and all files before it."""
+    group_lengths: np.ndarray
+    """int32: the blocks of each row group."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the blocks of all row groups."""
+        return int(self.group_lengths.sum(dtype=np.int64))
+
+    def read(self, number: int) -> list[Block]:
+        """Return the blocks of one row group.
+
+        Raises:
+            CorruptFileError: its file cannot be read.
+        """
+        at = int(np.searchsorted(self.group_ends, number, side="right"))
+        file = self.folder / self.names[at]
+        try:
+            with file.open_input() as stream:
+                parquet = pq.ParquetFile(stream)
+                return table_to_blocks(
+                    parquet.read_row_group(int(number - self.group_ends[at]) + parquet.num_row_groups)
+                )
+        except (OSError, ValueError) as error:
+            raise _unreadable(file, error) from error
 
 
-class BlockReader:
-    """All blocks of a packed corpus in training order.
-
-    Args:
-        folder: holds the Parquet files of BLOCK_SCHEMA.
-        batch_size: blocks a step, over all workers.
-        num_epochs: times that each block is trained on.
-        seed: of the shuffle.
+def list_row_groups(folder: Location) -> RowGroups:
+    """Read the footer of every file of BLOCK_SCHEMA in a folder, many at once.
 
     Raises:
         CorruptFileError: a file cannot be read.
     """
-
-    def __init__(self, folder: Location, *, batch_size: int, num_epochs: int, seed: int) -> None:
-        self._row_groups = [group for file in folder.files(".parquet") for group in _row_groups(file)]
-        num_blocks = sum(group.num_blocks for group in self._row_groups)
-        self.data_order = DataOrder(num_units=num_blocks, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
-
-    def steps(self, first_step: int) -> Iterator[list[Block]]:
-        """The global batch of every step from `first_step` on, read ahead in a thread."""
-        ready: queue.Queue[list[Block] | BaseException | None] = queue.Queue(_PREFETCHED_BATCHES)
-        stopped = threading.Event()
-
-        def offer(item: list[Block] | BaseException | None) -> bool:
-            while not stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.2)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def read() -> None:
-            try:
-                for batch in self._batches(first_step):
-                    if not offer(batch):
-                        return
-                offer(None)
-            except BaseException as error:
-                offer(error)
-
-        threading.Thread(target=read, daemon=True).start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-
-    def _batches(self, first_step: int) -> Iterator[list[Block]]:
-        first_epoch, consumed = self.data_order.consumed(first_step)
-        for epoch in range(first_epoch, self.data_order.num_epochs):
-            skipped = consumed if epoch == first_epoch else 0
-            batch: list[Block] = []
-            for block in self._epoch(epoch, skipped):
-                batch.append(block)
-                if len(batch) == self.data_order.batch_size:
-                    yield batch
-                    batch = []
-            if batch:
-                yield batch
-
-    def _epoch(self, epoch: int, skipped: int) -> Iterator[Block]:
-        """The blocks of an epoch in order, without the first `skipped`; skipped windows are not read."""
-        random = random_generator(self.data_order.seed, "data order", epoch)
-        groups = [self._row_groups[index] for index in random.permutation(len(self._row_groups))]
-        for start in range(0, len(groups), WINDOW_ROW_GROUPS):
-            window = groups[start : start + WINDOW_ROW_GROUPS]
-            order = random.permutation(sum(group.num_blocks for group in window))
-            if skipped >= len(order):
-                skipped -= len(order)
-                continue
-            blocks = [block for group in window for block in _read_row_group(group)]
-            yield from (blocks[index] for index in order[skipped:])
-            skipped = 0
+    names = tuple(name for name, _ in folder.listing(".parquet"))
+    counts = at_once(lambda name: _row_group_lengths(folder / name), names)
+    return RowGroups(
+        folder=folder,
+        names=names,
+        group_ends=np.cumsum([len(each) for each in counts], dtype=np.int64),
+        group_lengths=np.concatenate([np.empty(0, np.int32), *counts]),
+    )
 
 
-def _row_groups(file: Location) -> list[_RowGroup]:
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive steps of one epoch, and how to find their blocks."""
+
+    first_step: int
+    """Counted from the beginning of the run."""
+    num_steps: int
+    groups: np.ndarray
+    """int32: the row groups from the piece's first window on, in training order."""
+    random: np.random.Generator
+    """Shuffles the windows; in the state that it has before the piece's first window."""
+    num_skipped: int
+    """Blocks of the first windows that earlier steps take."""
+    num_blocks: int
+    """Blocks of the steps."""
+
+
+def pieces(row_groups: RowGroups, data_order: DataOrder, first_step: int) -> Iterator[Piece]:
+    """Cut all steps from `first_step` on into pieces, some thousands at most.
+
+    The state of a generator follows only from its draws, so each window's shuffle is drawn here and forgotten:
+    10 ns a block.
+    """
+    num_windows = -(-len(row_groups.group_lengths) // WINDOW_ROW_GROUPS) * data_order.num_epochs
+    per_piece = max(_WINDOWS_PER_PIECE, -(-num_windows // _MOST_PIECES))
+    first_epoch = first_step // max(1, data_order.steps_per_epoch)
+    for epoch in range(first_epoch, data_order.num_epochs):
+        yield from _epoch_pieces(row_groups, data_order, epoch, first_step, per_piece)
+
+
+def _epoch_pieces(
+    row_groups: RowGroups, data_order: DataOrder, epoch: int, first_step: int, per_piece: int
+) -> Iterator[Piece]:
+    random = random_generator(data_order.seed, "data order", epoch)
+    groups_G = random.permutation(len(row_groups.group_lengths)).astype(np.int32)
+    starts_W = np.arange(0, len(groups_G), WINDOW_ROW_GROUPS)
+    lengths_W = np.add.reduceat(row_groups.group_lengths[groups_G], starts_W, dtype=np.int64)
+    ends_W = np.cumsum(lengths_W)
+    size, begin = data_order.batch_size, epoch * data_order.steps_per_epoch
+    for window in range(0, len(starts_W), per_piece):
+        last = min(window + per_piece, len(starts_W))
+        before = copy.deepcopy(random)
+        for length in lengths_W[window:last]:
+            random.permutation(length)
+        start, end = int(ends_W[window] - lengths_W[window]), int(ends_W[last - 1])
+        # A step belongs to the piece in which its first block lies.
+        step, end_step = max(first_step - begin, -(-start // size)), -(-end // size)
+        if step >= end_step:
+            continue
+        end = min(end_step * size, data_order.num_units)
+        num_windows = int(np.searchsorted(ends_W, end)) + 1
+        yield Piece(
+            first_step=begin + step,
+            num_steps=end_step - step,
+            groups=groups_G[starts_W[window] : num_windows * WINDOW_ROW_GROUPS].copy(),
+            random=before,
+            num_skipped=step * size - start,
+            num_blocks=end - step * size,
+        )
+
+
+def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator[list[Block]]:
+    """Yield the blocks of all workers for each step of a piece; the last batch of an epoch may be smaller.
+
+    Memory is that of one window and one batch.
+    """
+    batch: list[Block] = []
+    num_left = piece.num_blocks
+    for block in _shuffled(row_groups, piece):
+        batch.append(block)
+        num_left -= 1
+        if len(batch) == batch_size or not num_left:
+            yield batch
+            batch = []
+        if not num_left:
+            return
+
+
+def _shuffled(row_groups: RowGroups, piece: Piece) -> Iterator[Block]:
+    """The blocks from the piece's first on; windows that are skipped as a whole are not read."""
+    random = copy.deepcopy(piece.random)
+    num_skipped = piece.num_skipped
+    for start in range(0, len(piece.groups), WINDOW_ROW_GROUPS):
+        window = piece.groups[start : start + WINDOW_ROW_GROUPS]
+        order = random.permutation(row_groups.group_lengths[window].sum(dtype=np.int64))
+        if num_skipped >= len(order):
+            num_skipped -= len(order)
+            continue
+        blocks = [block for group in at_once(row_groups.read, window) for block in group]
+        yield from (blocks[index] for index in order[num_skipped:])
+        num_skipped = 0
+
+
+def _row_group_lengths(file: Location) -> np.ndarray:
     try:
         with file.open_input() as stream:
             metadata = pq.ParquetFile(stream).metadata
     except (OSError, ValueError) as error:
-        raise CorruptFileError(
-            f"{file} cannot be read: {error}; remove the blocks folder and run train again"
-        ) from error
-    return [_RowGroup(file, index, metadata.row_group(index).num_rows) for index in range(metadata.num_row_groups)]
+        raise _unreadable(file, error) from error
+    return np.array([metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)], np.int32)
 
 
-def _read_row_group(group: _RowGroup) -> list[Block]:
-    try:
-        with group.file.open_input() as stream:
-            return table_to_blocks(pq.ParquetFile(stream).read_row_group(group.index))
-    except (OSError, ValueError) as error:
-        raise CorruptFileError(
-            f"{group.file} cannot be read: {error}; remove the blocks folder and run train again"
-        ) from error
+def _unreadable(file: Location, error: Exception) -> CorruptFileError:
+    return CorruptFileError(f"{file} cannot be read: {error}; remove the blocks folder and run train again")

@@ -13,13 +13,13 @@ import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUFFIX = ".safetensors"
 _NAME = re.compile(rf"step-\d{{9,}}{re.escape(_SUFFIX)}")
@@ -72,7 +72,7 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
+    def save(self, step: int, state: "dict[str, Tensor]") -> None:
         """Begin to write the state after `step` steps, once the one before it is whole.
 
         Args:
@@ -90,7 +90,9 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, step: int, state: "dict[str, Tensor]") -> None:
+        from safetensors.torch import save as to_safetensors
+
         place = dict(zip(("epoch", "num_consumed"), self._data_order.consumed(step), strict=True))
         header = {"step": step, **place, **self._data_order.identity(), "order_version": _ORDER_VERSION}
         metadata = {name: json.dumps(value) for name, value in header.items()}
@@ -99,17 +101,41 @@ class CheckpointWriter:
             old.delete()
 
 
-def newest_checkpoint(folder: Location, data_order: DataOrder) -> tuple[int, dict[str, Tensor]] | None:
+def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, dict[str, Tensor]] | None":
     """The step and state of the newest whole checkpoint; None where there is none.
 
     Raises:
         CorruptFileError: checkpoints are there and none can be read, or the newest is in another data order.
     """
+    from safetensors.torch import load_file
+
+    found = _newest(folder, data_order)
+    if found is None:
+        return None
+    step, file = found
+    with tempfile.TemporaryDirectory() as scratch:
+        path = file.local_path if file.is_local else Path(scratch) / file.name
+        if not file.is_local:
+            path.write_bytes(file.read_bytes())
+        return step, load_file(path)
+
+
+def steps_done(folder: Location, data_order: DataOrder) -> int:
+    """The step of the newest whole checkpoint, from its header alone; 0 where there is none.
+
+    Raises:
+        CorruptFileError: as `newest_checkpoint`.
+    """
+    found = _newest(folder, data_order)
+    return found[0] if found else 0
+
+
+def _newest(folder: Location, data_order: DataOrder) -> tuple[int, Location] | None:
     problems = []
     for file in reversed(_files(folder)):
         try:
-            header, state = _read(file)
-        except (SafetensorError, KeyError, ValueError) as error:
+            header = _header(file)
+        except (KeyError, ValueError) as error:
             problems.append(f"{file}: {error}")
             continue
         for name, due in data_order.identity().items():
@@ -123,7 +149,7 @@ def newest_checkpoint(folder: Location, data_order: DataOrder) -> tuple[int, dic
                 f"{file} was written by another version of readapt, in which the same seed gives another order of the data; "
                 f"finish the run with that version, or remove {folder} to start from the beginning"
             )
-        return header["step"], state
+        return header["step"], file
     if problems:
         raise CorruptFileError(
             "no checkpoint can be read: " + "; ".join(problems) + "; remove them to start from the beginning"
@@ -136,12 +162,20 @@ def _files(folder: Location) -> list[Location]:
     return [folder / name for name, _ in folder.listing(_SUFFIX) if _NAME.fullmatch(name)]
 
 
-def _read(file: Location) -> tuple[dict[str, int], dict[str, Tensor]]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = file.local_path if file.is_local else Path(folder) / file.name
-        if not file.is_local:
-            path.write_bytes(file.read_bytes())
-        with safe_open(str(path), framework="pt") as opened:
-            names = list(opened.keys())
-            header = {name: json.loads(value) for name, value in opened.metadata().items()}
-            return {**header, "step": int(header["step"])}, {name: opened.get_tensor(name) for name in names}
+def _header(file: Location) -> dict[str, int]:
+    """What a checkpoint says of itself, if all its bytes are there (the format: 8 bytes of length, JSON, tensors).
+
+    Raises:
+        KeyError, ValueError: it is no checkpoint, or was cut short.
+    """
+    num_bytes = file.size_bytes()
+    with file.open_input() as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > num_bytes:
+            raise ValueError("it is cut short, or no safetensors file")
+        tensors = json.loads(stream.read(length))
+    header = {name: json.loads(value) for name, value in tensors.pop("__metadata__").items()}
+    due = 8 + length + max((each["data_offsets"][1] for each in tensors.values()), default=0)
+    if num_bytes != due:
+        raise ValueError(f"it has {num_bytes} bytes and should have {due}")
+    return {**header, "step": int(header["step"])}

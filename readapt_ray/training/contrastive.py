@@ -20,12 +20,13 @@ import torch.distributed.nn
 from torch import Tensor, nn
 
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.nn.precision import products_in
 from readapt_ray.retrieval.pooling import normalized, pool
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
-from readapt_ray.training.language_model import weighted
 from readapt_ray.training.packing import padded_width
 from readapt_ray.training.pairs import PairReader, Texts
+from readapt_ray.training.shares import NAMED_PASSAGES
 from readapt_ray.training.steps import StepWork
 
 
@@ -40,7 +41,7 @@ class Contrast:
         temperature: divides the inner product.
         both_directions: also tell each passage's query from all queries, at equal weight.
         micro_batch_tokens: padded tokens of one forward and backward pass, at most; a longer text goes alone.
-        dtype: of matrix products; below float32 they run under autocast.
+        dtype: of matrix products; below float32 they run under autocast where weights have another type.
         seed: of dropout.
     """
 
@@ -70,7 +71,7 @@ class Contrast:
         groups = [_groups(share, self.micro_batch_tokens) for share in shares]
         num_parts = max(map(len, groups))
         texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
-        parts = weighted(own, num_parts, filler=own[0])
+        parts = [(part, 1.0) for part in own] + [(own[0], 0.0)] * (num_parts - len(own))
         if num_parts > 1:
             loss_of = self._cached(engine, shares, parts, step=step)
         else:
@@ -90,7 +91,8 @@ class Contrast:
                 for rank, each in enumerate(groups)
                 for group in each
             ),
-            passages=self.reader.doc_numbers(batch).tolist(),
+            num_passages=len(batch),
+            first_passages=self.reader.doc_numbers(batch[:NAMED_PASSAGES]).tolist(),
         )
 
     def _cached(
@@ -128,7 +130,7 @@ class Contrast:
         return loss_of
 
     def _encode(self, engine: DeepSpeedEngine, texts: Texts, part: Sequence[int]) -> Tensor:
-        with torch.autocast(engine.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with products_in(self.dtype, self.model, engine.device.type):
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:

@@ -7,6 +7,7 @@ comes from factors (arXiv 2603.22276), r^2 instead of O * I work, and once an op
     ||W + s B A||^2 = ||W||^2 + 2 s sum(W A^T * B) + s^2 sum(B (A A^T) * B)      row by row
 
 Dropout acts on the input of A alone: the mean of the output is PEFT's, without its second matmul of W.
+adapted_output.py computes the output and its gradients.
 
 Under ZeRO-3 a worker holds a part of each weight: the base layer is called as a module, so that
 DeepSpeed's hooks fetch it, and the norm gathers one layer's weight at a time.
@@ -16,7 +17,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -26,8 +27,8 @@ from torch.nn import functional
 from readapt_ray.catalog.shapes import matching_layers
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.storage import Location
-from readapt_ray.training.dropout import dropout
-from readapt_ray.training.partitioned import gathered
+from readapt_ray.training.adapted_output import AdaptedOutput, adapted_output
+from readapt_ray.training.partitioned import gathered, is_partitioned
 
 AdapterMethod = Literal["dora", "lora"]
 _KEY_PREFIX = "base_model.model."
@@ -81,7 +82,7 @@ class AdaptedLinear(nn.Module):
                 norm = torch.linalg.vector_norm(base.weight.detach().float(), dim=1)
             self.magnitude = nn.Parameter(norm.clone())
             self.register_buffer("base_norm_squared", norm**2, persistent=False)
-            self.register_buffer("norm", norm, persistent=False)
+            self.register_buffer("norm", norm.clamp_min(torch.finfo(norm.dtype).tiny), persistent=False)
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
@@ -92,59 +93,24 @@ class AdaptedLinear(nn.Module):
         with gathered([weight_OI, A, B]):
             cross_O = ((weight_OI @ A.T.to(weight_OI.dtype)).to(B.dtype) * B).sum(1)
             square_O = ((B @ (A @ A.T)) * B).sum(1)
-        self.norm.copy_((self.base_norm_squared + 2 * s * cross_O + s * s * square_O).clamp_min(0).sqrt())
+        square_O = self.base_norm_squared + 2 * s * cross_O + s * s * square_O
+        self.norm.copy_(square_O.clamp_min(0).sqrt().clamp_min(torch.finfo(square_O.dtype).tiny))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
-        base = self.base(x)
-        dropped, kept = dropout(x, self.dropout if self.training else 0.0)
-        low_rank = functional.linear(dropped, self.lora_A.to(x.dtype))
-        scaled_B = (self.lora_B * (self.scaling / kept)).to(base.dtype)
-        base_NO, low_rank_NR = base.flatten(0, -2), low_rank.flatten(0, -2)
-        if self.magnitude is None:
-            y = torch.addmm(base_NO, low_rank_NR, scaled_B.T)
+        probability = self.dropout if self.training else 0.0
+        if torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
+            share = None if self.magnitude is None else self.magnitude / self.norm
+            dropped = functional.dropout(x, probability) if probability else x
+            y = adapted_output(self.base(x), dropped, self.lora_A * self.scaling, self.lora_B, share)
         else:
-            magnitude_over_norm_O = self.magnitude / self.norm.clamp_min(torch.finfo(self.norm.dtype).tiny)
-            if torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
-                y = dora_output(base_NO, low_rank_NR, scaled_B, magnitude_over_norm_O.to(base.dtype))
-            else:
-                y = _DoraOutput.apply(  # type: ignore[no-untyped-call]
-                    base_NO, low_rank_NR, scaled_B, self.magnitude, magnitude_over_norm_O.detach().to(base.dtype)
-                )
-        y = y.view_as(base)
+            weight = self.base.weight
+            norm = None if self.magnitude is None else self.norm
+            base_and_weight = (self.base(x), None) if is_partitioned(weight) else (None, weight)
+            y = AdaptedOutput.apply(  # type: ignore[no-untyped-call]
+                *base_and_weight, x, self.lora_A, self.lora_B, self.magnitude, norm, self.scaling, probability
+            )
         return y if self.bias is None else y + self.bias
-
-
-def dora_output(base_NO: Tensor, low_rank_NR: Tensor, scaled_B_OR: Tensor, magnitude_over_norm_O: Tensor) -> Tensor:
-    """Return DoRA's output without bias: (W x + s B A x) * m / norm, for N tokens. `_DoraOutput` computes it in place."""
-    return torch.addmm(base_NO, low_rank_NR, scaled_B_OR.T) * magnitude_over_norm_O
-
-
-class _DoraOutput(torch.autograd.Function):
-    """`dora_output` in place of `base_NO`, with a gradient for m; the norm is a constant (section 4.3)."""
-
-    @staticmethod
-    def forward(  # noqa: PLR0917 -- autograd passes them by place
-        ctx: Any,
-        base_NO: Tensor,
-        low_rank_NR: Tensor,
-        scaled_B_OR: Tensor,
-        magnitude_O: Tensor,
-        magnitude_over_norm_O: Tensor,
-    ) -> Tensor:
-        ctx.mark_dirty(base_NO)
-        base_NO.addmm_(low_rank_NR, scaled_B_OR.T).mul_(magnitude_over_norm_O)
-        ctx.save_for_backward(base_NO, low_rank_NR, scaled_B_OR, magnitude_over_norm_O, magnitude_O)
-        return base_NO
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        y_NO, low_rank_NR, scaled_B_OR, magnitude_over_norm_O, magnitude_O = ctx.saved_tensors
-        gradient_NO = gradients[0]
-        along_O = (gradient_NO * y_NO).sum(0, dtype=magnitude_O.dtype)
-        magnitude_grad = along_O / torch.where(magnitude_O == 0, 1.0, magnitude_O)
-        scaled_grad_NO = gradient_NO * magnitude_over_norm_O
-        return scaled_grad_NO, scaled_grad_NO @ scaled_B_OR, scaled_grad_NO.T @ low_rank_NR, magnitude_grad, None
 
 
 def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:

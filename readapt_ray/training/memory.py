@@ -16,7 +16,7 @@ from readapt_ray.training.dora import AdapterShape
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
-_KEPT = {"cpu": (16, 6), "cuda": (15, 5), "compiled": (9, 3)}
+_KEPT = {"cpu": (16, 6), "cuda": (12, 3), "compiled": (9, 3)}
 """Tensors of the hidden and of the intermediate size that autograd keeps in a layer, in the type of the products, counted on
 Llama layers with DoRA and dropout; a compiler keeps what the backward pass cannot make again."""
 _CGROUP = Path("/sys/fs/cgroup")

@@ -6,6 +6,7 @@ made on the way. On a CPU the last chunk is filled up, so that all have one shap
 """
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.nn import functional
 
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
-from readapt_ray.nn import attention, norms
+from readapt_ray.nn import attention, gated, norms
 from readapt_ray.training.packing import IGNORED, Batch
+
+logger = logging.getLogger("readapt_ray")
 
 _CPU_CHUNK_TOKENS = 128
 _MIN_CHUNK_TOKENS = 32
@@ -88,36 +91,37 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = linear.weight
         self.register_parameter("bias", linear.bias)
-        self._labels_BT: Tensor | None = None
+        self._labels: tuple[Tensor, Tensor] | None = None
 
     @contextlib.contextmanager
-    def predicting(self, labels_BT: Tensor) -> Iterator[None]:
-        """Inside, the layer gives the loss of these labels, int64 [B, T], IGNORED where there is none."""
-        self._labels_BT = labels_BT
+    def predicting(self, labels_BT: Tensor, places_N: Tensor) -> Iterator[None]:
+        """Inside, the layer gives the loss of the labels, int64 [B, T], at these places of the flattened batch."""
+        self._labels = labels_BT, places_N
         try:
             yield
         finally:
-            self._labels_BT = None
+            self._labels = None
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
         """Logits [B, T, V], or a float32 scalar."""
-        if self._labels_BT is None:
+        if self._labels is None:
             return functional.linear(hidden_BTH, self.weight, self.bias)
-        chosen = self._labels_BT != IGNORED
-        hidden_NH = hidden_BTH[chosen]
+        labels_BT, places_N = self._labels
+        hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, places_N)
         weight_VH = self.weight.to(hidden_NH.dtype)
-        return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, self.bias, self._labels_BT[chosen])  # type: ignore[no-untyped-call,no-any-return]
+        labels_N = labels_BT.flatten().index_select(0, places_N)
+        return _ChunkedCrossEntropy.apply(hidden_NH, weight_VH, self.bias, labels_N)  # type: ignore[no-untyped-call,no-any-return]
 
 
 def prepare(model: Any, name: str) -> None:
-    """Put a LossHead in place of a language model's output layer, and attention.py's and norms.py's kernels into its layers.
+    """Put a LossHead in place of a language model's output layer, and attention.py's, norms.py's and gated.py's kernels into its layers.
 
     Args:
         model: a transformers `*ForCausalLM` or `*ForMaskedLM`.
         name: what the user calls it.
 
     Raises:
-        ModelError: its head is not linear, its logits are scaled or capped behind it, or its attention is its own.
+        ModelError: its head is not linear, or its logits are scaled or capped behind it.
     """
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
@@ -131,9 +135,13 @@ def prepare(model: Any, name: str) -> None:
                 f"give a model without"
             )
     model.set_output_embeddings(LossHead(head))
-    attention.install(model, name)
+    if attention.is_exchangeable(model):
+        attention.install(model, name)
+    else:
+        logger.info("%s: its attention cannot keep packed passages apart, so each is padded to the longest", name)
     if head.weight.device.type == "cuda":
         norms.fuse(model)
+        gated.fuse(model)
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
@@ -143,7 +151,13 @@ def loss_sum(model: Any, batch: Batch) -> Tensor:
         model: a language model that `prepare` made ready.
         batch: as `collate` makes it, on the model's device.
     """
-    with model.get_output_embeddings().predicting(batch.labels):
+    if not attention.is_exchangeable(model):
+        rows = batch.in_rows()
+        labels = rows.pop("labels")
+        rows["position_ids"] += first_position(model)
+        with model.get_output_embeddings().predicting(labels, (labels.flatten() != IGNORED).nonzero().flatten()):
+            return model(**rows).logits  # type: ignore[no-any-return]
+    with model.get_output_embeddings().predicting(batch.labels, batch.label_places):
         return model(  # type: ignore[no-any-return]
             input_ids=batch.input_ids,
             position_ids=batch.position_ids + first_position(model),

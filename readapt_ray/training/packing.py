@@ -18,13 +18,15 @@ the mask token, 10% a random one, 10% stay. Which ones is a function of seed, st
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from readapt_ray.seeds import random_generator
+
+if TYPE_CHECKING:
+    import torch
 
 Mode = Literal["passage", "packed"]
 IGNORED = -100
@@ -178,19 +180,23 @@ def table_to_blocks(table: pa.Table) -> list[Block]:
 class Batch:
     """The tensors of one forward pass: passages end to end in one row of T tokens, then some padding."""
 
-    input_ids: torch.Tensor
+    input_ids: "torch.Tensor"
     """int64 [1, T]"""
-    position_ids: torch.Tensor
+    position_ids: "torch.Tensor"
     """int64 [1, T]; from 0 in each passage."""
-    labels: torch.Tensor
+    labels: "torch.Tensor"
     """int64 [1, T]: the token to predict at this position, or IGNORED."""
-    passage_ends: torch.Tensor
+    passage_ends: "torch.Tensor"
     """int32 [passages + 1]: 0, then where each passage ends; the padding counts as a passage."""
     longest_passage: int
     """Tokens."""
+    label_places: "torch.Tensor"
+    """int64 [N]: places of the labels in the row. Found on the host, since a device would have to be waited for."""
 
-    def to(self, device: str | torch.device) -> "Batch":
+    def to(self, device: "str | torch.device") -> "Batch":
         """The same on another device."""
+        import torch
+
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True)
             for name, value in vars(self).items()
@@ -198,8 +204,51 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def in_rows(self) -> "dict[str, torch.Tensor]":
+        """Return input_ids, position_ids, labels and attention_mask with each passage in a row of its own, padded.
+
+        For models whose attention cannot keep passages apart that lie end to end.
+        """
+        import torch
+
+        lengths = self.passage_ends.diff()[:, None]
+        places = torch.arange(self.longest_passage, device=lengths.device)
+        is_filled = places < lengths
+        index = (self.passage_ends[:-1, None] + places.minimum(lengths - 1)).long()
+        rows = {name: getattr(self, name)[0][index] for name in ("input_ids", "position_ids", "labels")}
+        rows["labels"].masked_fill_(~is_filled, IGNORED)
+        return {**rows, "attention_mask": is_filled.long()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a `Batch` holds, as arrays: made by processes that do not load torch."""
+
+    input_ids: np.ndarray
+    position_ids: np.ndarray
+    labels: np.ndarray
+    passage_ends: np.ndarray
+
+    def batch(self) -> Batch:
+        """Return the tensors; they share this row's memory."""
+        import torch
+
+        return Batch(
+            input_ids=torch.from_numpy(self.input_ids)[None],
+            position_ids=torch.from_numpy(self.position_ids)[None],
+            labels=torch.from_numpy(self.labels)[None],
+            passage_ends=torch.from_numpy(self.passage_ends),
+            longest_passage=int(np.diff(self.passage_ends).max()),
+            label_places=torch.from_numpy(np.flatnonzero(self.labels != IGNORED)),
+        )
+
 
 def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Batch:
+    """Return the tensors of `lay_out`."""
+    return lay_out(passages, pad_id=pad_id, masking=masking, step=step).batch()
+
+
+def lay_out(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Row:
     """Passages end to end, then as much padding as makes a length that occurs often.
 
     Args:
@@ -224,13 +273,7 @@ def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None =
             input_ids[start:end], labels[start:end] = masking.apply(passage.input_ids, step=step, passage_number=number)
     if width > ends[-1]:
         ends = np.append(ends, width)
-    return Batch(
-        input_ids=torch.from_numpy(input_ids)[None],
-        position_ids=torch.from_numpy(position_ids)[None],
-        labels=torch.from_numpy(labels)[None],
-        passage_ends=torch.from_numpy(ends).int(),
-        longest_passage=int(np.diff(ends).max()),
-    )
+    return Row(input_ids, position_ids, labels, ends.astype(np.int32))
 
 
 def micro_batches(passages: Sequence[Block], *, max_tokens: int) -> list[list[Block]]:

@@ -6,6 +6,11 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 holds a part of it on each worker."""
+    return hasattr(parameter, "ds_id")
+
+
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
     """Make parameters whole inside the block, where ZeRO-3 partitions them; elsewhere they are whole already.
@@ -13,7 +18,7 @@ def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None
     Args:
         changed_by_rank: the worker whose changes all others take over.
     """
-    partitioned = [each for each in parameters if hasattr(each, "ds_id")]
+    partitioned = [each for each in parameters if is_partitioned(each)]
     if not partitioned:
         yield
         return

@@ -20,7 +20,6 @@ from readapt_ray.training.speed import peak_flops
 
 T = TypeVar("T")
 B = TypeVar("B")
-_NAMED_PASSAGES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +34,10 @@ class StepWork(Generic[T]):
     """Of text, over all workers."""
     num_slots: int
     """Tokens and padding together, over all workers."""
-    passages: Sequence[int]
-    """The numbers of the passages of the step."""
+    num_passages: int
+    """Over all workers."""
+    first_passages: Sequence[int]
+    """The numbers of the first passages of the step."""
 
 
 class Objective(Protocol[B, T]):
@@ -47,7 +48,7 @@ class Objective(Protocol[B, T]):
         """Which units, in which order."""
 
     def batches(self, first_step: int) -> Iterator[B]:
-        """The batch of every step from `first_step` on; the same on every worker."""
+        """What this worker needs for every step from `first_step` on."""
 
     def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
         """What this worker does with a batch; `step` counts from 0."""
@@ -126,7 +127,7 @@ def run_steps(
             try:
                 outcome = engine.step(work.parts, loss_of=work.loss_of, rate=rate, step=step)
             except TrainingDivergedError as error:
-                raise _named(error, step + 1, work.passages, doc_ids_of) from None
+                raise _named(error, step + 1, work, doc_ids_of) from None
             seconds = time.monotonic() - started_s + waited_s
             if engine.worker_rank == 0:
                 reporter(
@@ -137,7 +138,7 @@ def run_steps(
                         learning_rate=rate * optimization.learning_rate,
                         gradient_norm=outcome.gradient_norm,
                         num_tokens=work.num_tokens,
-                        num_passages=len(work.passages),
+                        num_passages=work.num_passages,
                         padding_share=1 - work.num_tokens / work.num_slots,
                         data_wait_s=waited_s,
                         peak_memory_bytes=peak_memory_bytes(engine.device),
@@ -205,10 +206,10 @@ def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrde
 
 
 def _named(
-    error: TrainingDivergedError, step: int, passages: Sequence[int], doc_ids_of: Callable[[Sequence[int]], list[str]]
+    error: TrainingDivergedError, step: int, work: StepWork[Any], doc_ids_of: Callable[[Sequence[int]], list[str]]
 ) -> TrainingDivergedError:
-    named = doc_ids_of(passages[:_NAMED_PASSAGES])
-    more = f" and {len(passages) - _NAMED_PASSAGES} more" if len(passages) > _NAMED_PASSAGES else ""
+    named = doc_ids_of(work.first_passages)
+    more = f" and {work.num_passages - len(named)} more" if work.num_passages > len(named) else ""
     return TrainingDivergedError(
         f"step {step}: {error}; passages of the step: {', '.join(named)}{more}. The checkpoint before it is kept: lower "
         f"learning_rate, or look for broken passages, and run again with another output or --overwrite"

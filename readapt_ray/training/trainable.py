@@ -4,6 +4,7 @@ Loading under ZeRO-3 holds a worker's part of the model and one tensor: worker 0
 hands it out, so that no worker ever needs room for the whole.
 """
 
+import functools
 import json
 from typing import Any
 
@@ -20,7 +21,7 @@ from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
-from readapt_ray.weights.loading import load_model
+from readapt_ray.weights.loading import load_model, with_best_attention
 from readapt_ray.weights.weight_files import StoredTensor, modern_name, stored_tensors
 
 _SHARD_BYTES = 2 << 30
@@ -53,13 +54,15 @@ def load_for_training(
 
 def _load_with_head(source: OpenModel, objective: Objective, *, dtype: torch.dtype) -> Any:
     try:
-        model, loading = auto_class(objective).from_pretrained(
-            str(source.folder),
-            dtype=dtype,
-            trust_remote_code=False,
-            output_loading_info=True,
-            use_safetensors=True,
-            attn_implementation="sdpa",
+        model, loading = with_best_attention(
+            functools.partial(
+                auto_class(objective).from_pretrained,
+                str(source.folder),
+                dtype=dtype,
+                trust_remote_code=False,
+                output_loading_info=True,
+                use_safetensors=True,
+            )
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
@@ -95,7 +98,7 @@ def _load_partitioned(
             ),
             no_init_weights(),
         ):
-            model = auto_class(objective).from_config(config, attn_implementation="sdpa", dtype=dtype)
+            model: Any = with_best_attention(functools.partial(auto_class(objective).from_config, config, dtype=dtype))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
     model.tie_weights()

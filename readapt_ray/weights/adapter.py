@@ -16,7 +16,15 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.weights.deltas import Factors
 from readapt_ray.weights.reused_buffers import ScratchBuffers
-from readapt_ray.weights.weight_files import Checkpoint, StoredTensor, is_finite, is_head, natural_order, read_header
+from readapt_ray.weights.weight_files import (
+    Checkpoint,
+    StoredTensor,
+    check_not_empty,
+    is_finite,
+    is_head,
+    natural_order,
+    read_header,
+)
 
 _PEFT_PREFIX = "base_model.model."
 _KINDS = {
@@ -202,7 +210,9 @@ def _modules(folder: Path, name: str) -> dict[str, dict[str, StoredTensor]]:
         )
     modules: dict[str, dict[str, StoredTensor]] = {}
     unknown = []
-    for stored_name, stored in read_header(path).items():
+    found = read_header(path)
+    check_not_empty(found, f"the adapter {name!r}")
+    for stored_name, stored in found.items():
         suffix = next((each for each in _KINDS if stored_name.endswith(each)), None)
         if suffix is None or not stored_name.startswith(_PEFT_PREFIX):
             unknown.append(stored_name)

@@ -3,7 +3,7 @@
     bundle.json            base (name, revision, SHA-256 of its files), scales, encoding, what the factors hold
     readapter.safetensors  the retriever's difference (`low_rank`), or retriever/, the adapter that it is
     knowledge-1/ ...       the knowledge adapters as plain PEFT folders, or difference.safetensors
-    config.json, tokenizer the retriever's
+    config.json, tokenizer, 2_Dense/   the retriever's
 
 In: checked models and scales. Out: such a folder, from which any pair of scales can be made again
 with the base alone. Memory: that of `low_rank`.
@@ -20,9 +20,16 @@ import torch
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError
-from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, CONFIG_NAME, TOKENIZER_FILES
+from readapt_ray.model_file_names import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    CONFIG_NAME,
+    MODULES_NAME,
+    TOKENIZER_FILES,
+)
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.dense import copy_dense, modules_of
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
 from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
@@ -46,6 +53,7 @@ def write_bundle(
     encoding: Encoding,
     config_of: OpenModel,
     tokenizer_of: OpenModel,
+    dense_of: OpenModel,
     sources: Mapping[str, Mapping[str, Any]],
     report: Callable[[int], None],
 ) -> list[Stored]:
@@ -59,6 +67,7 @@ def write_bundle(
         encoding: how the retriever wants its text.
         config_of: the model whose config.json is the retriever's.
         tokenizer_of: the model whose tokenizer is the retriever's.
+        dense_of: the model whose Dense modules are the retriever's.
         sources: what the models are, by role; `pretrained` is the base.
         report: called with the elements of weights done so far.
 
@@ -67,6 +76,8 @@ def write_bundle(
     """
     _copy(config_of.folder, (CONFIG_NAME,), target)
     _copy(tokenizer_of.folder, TOKENIZER_FILES, target)
+    if dense := copy_dense(dense_of, target):
+        (target / MODULES_NAME).write_text(json.dumps(modules_of(["Transformer", "Pooling", *dense]), indent=2) + "\n")
     stored: list[Stored] = []
     if isinstance(readapter.retriever, Adapter) and variance is None:
         _copy(readapter.retriever.folder, (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME), target / _RETRIEVER)

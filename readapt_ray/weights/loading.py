@@ -7,9 +7,10 @@ float32 besides.
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,10 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.weight_files import Checkpoint, is_buffer
+
+logger = logging.getLogger("readapt_ray")
+
+T = TypeVar("T")
 
 
 def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn.Module:
@@ -81,12 +86,43 @@ def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
+    return with_best_attention(load)
+
+
+def with_best_attention(load: Callable[..., T]) -> T:
+    """Return what transformers loads with torch's own attention, or with the class's only one (MPNet, Gemma 2, DeBERTa).
+
+    Args:
+        load: one of transformers' functions; it takes `attn_implementation`.
+    """
     try:
         return load(attn_implementation="sdpa")
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        return load(attn_implementation="eager")  # MPNet, Gemma 2, DeBERTa: their classes have no other
+        return load(attn_implementation="eager")
+
+
+@contextlib.contextmanager
+def in_float32(module: torch.nn.Module) -> Iterator[bool]:
+    """Widen a module's parameters to float32 for a while; each returns to its own type without loss.
+
+    It costs twice the memory of a model in bfloat16. Gives False, and nothing is changed, where there is not so much. A
+    weight that was itself too large for float16 stays infinite.
+    """
+    narrow = [(each, each.dtype) for each in module.parameters() if each.dtype != torch.float32]
+    try:
+        try:
+            for parameter, _ in narrow:
+                parameter.data = parameter.data.float()
+            is_possible = True
+        except torch.OutOfMemoryError:
+            logger.warning("no memory to compute in float32: what overflows is not encoded again")
+            is_possible = False
+        yield is_possible
+    finally:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
 
 
 @torch.no_grad()

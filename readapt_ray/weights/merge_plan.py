@@ -49,6 +49,8 @@ class MergePlan:
     """The model whose config.json the result gets."""
     tokenizer_of: OpenModel
     """The model whose tokenizer the result gets."""
+    dense_of: OpenModel
+    """The model whose Dense modules the result gets."""
     sources: tuple[MergeInput, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
     bundle_scales: Scales | None = None
@@ -143,6 +145,7 @@ def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
         encoding=models.encoding or retriever.encoding,
         config_of=pretrained if retriever.is_adapter else retriever,
         tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
+        dense_of=retriever,
         sources=(),
     )
 
@@ -160,6 +163,7 @@ def _open_bundled(roles: Roles, models: MergeModels) -> MergePlan:
         encoding=models.encoding or bundle.encoding,
         config_of=model,
         tokenizer_of=model,
+        dense_of=model,
         sources=(),
         bundle_scales=bundle.scales,
         left_out=bundle.left_out,

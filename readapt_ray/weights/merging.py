@@ -10,7 +10,6 @@ slice: no dense difference is ever stored.
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +18,10 @@ import torch
 
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME
-from readapt_ray.weights.adapter import Adapter, listed
+from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.deltas import Factors, Term, Whole
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
+from readapt_ray.weights.partners import check_embeddings, check_floating, check_partners
 from readapt_ray.weights.reused_buffers import ScratchBuffers
 from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_order
 
@@ -29,10 +29,6 @@ logger = logging.getLogger("readapt_ray")
 
 # 1 MiB in float32: what is in hand of each input stays in a core's cache between one sum and the next.
 _SLICE_ELEMENTS = 1 << 18
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# BERT-like models carry a pooler that no pooling here reads: where one side lacks it, the other's is kept.
-_UNUSED_PREFIX = "pooler."
-_VOCABULARY = re.compile(r"(embed_tokens|word_embeddings|wte|embed_in|tok_embeddings)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -178,15 +174,15 @@ class Readapter:
         self.knowledge = tuple(knowledge)
         checkpoints = [each for each in (pretrained, retriever, *self.knowledge) if isinstance(each, Checkpoint)]
         for checkpoint in checkpoints:
-            _check_floating(checkpoint)
-            _check_embeddings(checkpoint)
+            check_floating(checkpoint)
+            check_embeddings(checkpoint)
         self.carried: tuple[str, ...] = ()
         """Tensors that only one side has and no vector depends on; they are kept as they are."""
         if isinstance(retriever, Checkpoint):
-            self.carried = _check_partners(pretrained, retriever, accept_vocabulary=accept_vocabulary)
+            self.carried = check_partners(pretrained, retriever, accept_vocabulary=accept_vocabulary, may_pad=True)
         for each in self.knowledge:
             if isinstance(each, Checkpoint):
-                _check_partners(pretrained, each, accept_vocabulary=False)
+                check_partners(pretrained, each, accept_vocabulary=False)
         self.dropped = tuple(f"{each.name}: {head}" for each in self._inputs() for head in each.heads)
         """Tensors of LM heads and classifiers, with the model that holds them."""
         if self.dropped:
@@ -324,52 +320,3 @@ def open_retriever(folder: Path, pretrained: Checkpoint, *, name: str | None = N
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return Adapter(folder, pretrained, name=name)
     return Checkpoint(folder, name=name)
-
-
-def _check_floating(checkpoint: Checkpoint) -> None:
-    wrong = [
-        f"{name}: {checkpoint.dtype(name)}" for name in checkpoint.names() if checkpoint.dtype(name) not in _FLOATS
-    ]
-    if wrong:
-        raise ModelError(
-            f"{checkpoint.name!r} is quantised ({listed(wrong)}); give its weights in float32, float16 or bfloat16"
-        )
-
-
-def _check_embeddings(checkpoint: Checkpoint) -> None:
-    """Refuse a tied embedding that is stored only as the head: it would be left out with the head."""
-    if checkpoint.heads and not any(_VOCABULARY.search(name) for name in checkpoint.names()):
-        raise ModelError(
-            f"{checkpoint.name!r} holds a head ({checkpoint.heads[0]}) but no word embeddings; load it once with transformers "
-            f"and save_pretrained it, which stores tied embeddings under their own name"
-        )
-
-
-def _check_partners(pretrained: Checkpoint, tuned: Checkpoint, *, accept_vocabulary: bool) -> tuple[str, ...]:
-    """Return the tensors that one side lacks and that no vector depends on."""
-    only_one = {*pretrained.names()} ^ {*tuned.names()}
-    carried = {name for name in only_one if name.startswith(_UNUSED_PREFIX)}
-    problems = [
-        f"{name}: only in {(pretrained if name in pretrained else tuned).name!r}"
-        for name in sorted(only_one - carried, key=natural_order)
-    ]
-    only_words = not problems
-    for name in pretrained.names():
-        if name not in tuned or pretrained.shape(name) == tuned.shape(name):
-            continue
-        before, after = pretrained.shape(name), tuned.shape(name)
-        is_vocabulary = bool(_VOCABULARY.search(name)) and before[1:] == after[1:]
-        if not (is_vocabulary and accept_vocabulary):
-            problems.append(f"{name}: {list(before)} before, {list(after)} after")
-            only_words = only_words and is_vocabulary
-    if not problems:
-        return tuple(sorted(carried))
-    if only_words:
-        raise WeightMismatchError(
-            f"{tuned.name!r} has another number of words than {pretrained.name!r}: {listed(problems)}. If the words that "
-            f"both have are the same, --accept vocabulary keeps the new ones as they are and drops those that it lacks"
-        )
-    raise WeightMismatchError(
-        f"{tuned.name!r} was not made from {pretrained.name!r}: {listed(problems)}. Give as pretrained the very "
-        f"model that it was trained from (the base_model of its model card, with the same vocabulary)"
-    )

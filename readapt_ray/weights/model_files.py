@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import (
     CONFIG_NAME,
     CONTRACT_NAME,
     LENGTH_NAME,
     MODULES_NAME,
-    NORMALIZE_CONFIG_NAME,
     POOLING_CONFIG_NAME,
     PROMPTS_NAME,
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_NAME,
 )
 from readapt_ray.storage import Location
+from readapt_ray.weights.dense import copy_dense, modules_of
 from readapt_ray.weights.tokenizer import write_tokenizer
 
 logger = logging.getLogger("readapt_ray")
@@ -35,6 +36,13 @@ _POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tok
 _OTHER_POOLING_KEYS = (
     "pooling_mode_max_tokens", "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens",
 )  # fmt: skip
+# What transformers 4 called the base of the rotary embedding in layers of full and of sliding attention, and whether it
+# scaled that of the full ones (configuration_*.py of 4.57.6).
+_LAYERED_ROPE: dict[str, tuple[tuple[str, ...], bool]] = {
+    **dict.fromkeys(("gemma3_text", "gemma3n_text"), (("rope_theta", "rope_local_base_freq"), True)),
+    **dict.fromkeys(("modernbert", "modernbert-decoder"), (("global_rope_theta", "local_rope_theta"), False)),
+    "olmo3": (("rope_theta", "rope_theta"), True),
+}
 _TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
 
 
@@ -62,7 +70,7 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
         key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "transformers_version")
     }
     return {
-        **_older_rope(config),
+        **_older_rope(config, name),
         **kept,
         "architectures": [known if isinstance(known, str) else known[0]],
         "dtype": dtype,
@@ -70,14 +78,30 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
     }
 
 
-def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def _older_rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return the rotary embedding as transformers before version 5 wrote it, for servers that still read that."""
     rope = config.get("rope_parameters")
-    if not isinstance(rope, Mapping) or "rope_theta" not in rope:  # none, or one for each kind of layer
+    if not isinstance(rope, Mapping) or not rope:
         return {}
+    if "rope_theta" in rope:
+        return {"rope_theta": rope["rope_theta"], **_rope_scaling(rope)}
+    full, sliding = (rope.get(kind) or {} for kind in ("full_attention", "sliding_attention"))
+    keys, may_scale = _LAYERED_ROPE.get(str(config.get("model_type")), ((), False))
+    older = dict(zip(keys, (full.get("rope_theta"), sliding.get("rope_theta")), strict=False)) | _rope_scaling(full)
+    is_same = len(set(keys)) == 2 or full.get("rope_theta") == sliding.get("rope_theta")
+    if not keys or not is_same or _rope_scaling(sliding) or (_rope_scaling(full) and not may_scale):
+        logger.warning(
+            "%s has other rotary settings for each kind of layer (rope_parameters in config.json), which no older option can "
+            "say: give the result to servers with transformers 5 or newer alone, since older ones take defaults without a word",
+            name,
+        )
+        return {}
+    return older
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    scales = scaling.get("rope_type", "default") != "default"
-    return {"rope_theta": rope["rope_theta"], **({"rope_scaling": scaling} if scales else {})}
+    return {"rope_scaling": scaling} if scaling.get("rope_type", "default") != "default" else {}
 
 
 def prompts(encoding: Encoding) -> dict[str, str]:
@@ -108,6 +132,7 @@ def write_model_files(
     tokenizer: Any,
     encoding: Encoding,
     contract: Mapping[str, Any],
+    dense_of: OpenModel | None = None,
 ) -> None:
     """Write every file but the weights and the model card.
 
@@ -117,6 +142,7 @@ def write_model_files(
         tokenizer: the retriever's, as transformers loads it.
         encoding: how text becomes a vector.
         contract: what readapt.json holds besides the encoding.
+        dense_of: the model whose Dense modules are copied, weights and all.
 
     Raises:
         ModelError: the tokenizer cannot be exported.
@@ -140,29 +166,23 @@ def write_model_files(
             _write_json(folder / CONFIG_NAME, {**config, "pad_token_id": ids.get(tokens["pad_token"])})
         # Asked of transformers, since models call their width differently (hidden_size, dim, n_embd).
         width = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False).hidden_size
-        _write_sentence_transformers(folder, encoding, int(width))
+        dense = copy_dense(dense_of, Location(str(folder))) if dense_of is not None else []
+        _write_sentence_transformers(folder, encoding, int(width), dense)
         _write_json(folder / CONTRACT_NAME, {"encoding": encoding.model_dump(mode="json"), **contract})
         Location(str(folder)).copy_to(target)
 
 
-def _write_sentence_transformers(folder: Path, encoding: Encoding, dimension: int) -> None:
-    kinds = ["Transformer", "Pooling", *(["Normalize"] if encoding.normalize else [])]
-    modules = [
-        {
-            "idx": number,
-            "name": str(number),
-            "path": "" if kind == "Transformer" else f"{number}_{kind}",
-            "type": f"sentence_transformers.models.{kind}",
-        }
-        for number, kind in enumerate(kinds)
-    ]
-    _write_json(folder / MODULES_NAME, modules)
+def _write_sentence_transformers(folder: Path, encoding: Encoding, hidden_size: int, dense: list[str]) -> None:
+    kinds = ["Transformer", "Pooling", *dense, *(["Normalize"] if encoding.normalize else [])]
+    _write_json(folder / MODULES_NAME, modules_of(kinds))
     modes = {key: kind == encoding.pooling for kind, key in _POOLING_KEYS.items()}
     modes |= dict.fromkeys(_OTHER_POOLING_KEYS, False)
     # vLLM takes the first key that is true for the pooling, so include_prompt stands last.
-    _write_json(folder / POOLING_CONFIG_NAME, {"word_embedding_dimension": dimension, **modes, "include_prompt": True})
+    _write_json(
+        folder / POOLING_CONFIG_NAME, {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True}
+    )
     if encoding.normalize:
-        _write_json(folder / NORMALIZE_CONFIG_NAME, {})
+        _write_json(folder / f"{len(kinds) - 1}_Normalize" / CONFIG_NAME, {})
     limit = max(encoding.max_query_tokens, encoding.max_passage_tokens)
     _write_json(folder / LENGTH_NAME, {"max_seq_length": limit, "do_lower_case": encoding.lower_case})
     similarity = "cosine" if encoding.normalize else "dot"

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,6 +146,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
+def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
+    """Refuse tensors without numbers: a worker under ZeRO-3 saved its part of the model as the whole.
+
+    Args:
+        stored: the tensors by name.
+        what: what they are of, in the words of the error.
+
+    Raises:
+        ModelError: some are empty; the first is named.
+    """
+    empty = [f"{name} {list(each.shape)}" for name, each in stored.items() if 0 in each.shape]
+    if empty:
+        raise ModelError(
+            f"{what} has {len(empty)} empty tensors, such as {empty[0]}: it was saved under ZeRO-3 without gathering its "
+            f"weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make it from the checkpoint with "
+            f"DeepSpeed's zero_to_fp32.py"
+        )
+
+
 def file_header(entries: Iterable[tuple[str, torch.dtype, Sequence[int]]]) -> bytes:
     """Return the header of a safetensors file: its length in 8 bytes, then JSON padded to whole words.
 
@@ -183,6 +202,7 @@ class Checkpoint:
         self.folder = folder
         self.name = name or str(folder)
         stored = stored_tensors(folder, self.name)
+        check_not_empty(stored, f"the model {self.name!r}")
         self.heads = tuple(sorted(each for each in stored if _HEAD.match(each)))
         backbone = [each for each in stored if not _HEAD.match(each)]
         prefix = base_prefix(backbone)

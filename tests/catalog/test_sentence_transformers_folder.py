@@ -143,3 +143,41 @@ def test_settings_under_their_older_names(tmp_path: Path, kind: str) -> None:
     settings = (f"sentence_{kind}_config.json", {"max_seq_length": 17, "do_lower_case": True})
     encoding = _encoding(_folder(tmp_path / "m", settings=settings))
     assert (encoding.max_query_tokens, encoding.max_passage_tokens, encoding.lower_case) == (17, 17, True)
+
+
+def test_a_pooling_folder_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "m")
+    (folder / "1_Pooling/config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"1_Pooling/config.json is missing in .*modules.json names '1_Pooling'.*again"
+    ):
+        _encoding(folder)
+
+
+@pytest.mark.parametrize("option", ["module_input_name", "module_output_name"])
+def test_a_normalize_module_of_something_else_is_refused(tmp_path: Path, option: str) -> None:
+    """sentence-transformers leaves the vector as long as it was."""
+    folder = _folder(tmp_path / "m")
+    (folder / "2_Normalize").mkdir()
+    settings = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"}
+    (folder / "2_Normalize/config.json").write_text(json.dumps(settings))
+    assert _encoding(folder).normalize
+    (folder / "2_Normalize/config.json").write_text(json.dumps(settings | {option: "other"}))
+    with pytest.raises(ModelError, match=rf"2_Normalize .*'other'.*{option} .*2_Normalize/config.json"):
+        _encoding(folder)
+
+
+@pytest.mark.parametrize("config", [{}, {"pooling_mode_mean_tokens": False, "pooling_mode_cls_token": False}])
+def test_a_pooling_that_says_nothing_is_the_mean_as_in_sentence_transformers(
+    tmp_path: Path, config: dict[str, bool]
+) -> None:
+    folder = _folder(tmp_path / "m")
+    (folder / "1_Pooling/config.json").write_text(json.dumps(config | {"embedding_dimension": 32}))
+    assert _encoding(folder).pooling == "mean"
+
+
+def test_modules_that_are_no_list_are_refused(tmp_path: Path) -> None:
+    folder = _folder(tmp_path / "m")
+    (folder / "modules.json").write_text('{"a": 1}')
+    with pytest.raises(ModelError, match=r"modules.json is not a list of modules"):
+        _encoding(folder)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from readapt_ray.catalog import retrievers
 from readapt_ray.catalog.shapes import matching_layers, objective_of, shape_of
 from readapt_ray.errors import ModelError
 
@@ -35,3 +36,16 @@ def test_a_config_that_transformers_does_not_know_is_refused() -> None:
         shape_of({"hidden_size": 3}, "x")
     with pytest.raises(ModelError, match="transformers cannot make 'x'"):
         shape_of({"model_type": "no-such-type"}, "x")
+
+
+@pytest.mark.parametrize("family", retrievers.TARGETS_BY_FAMILY)
+def test_every_layer_of_a_known_family_has_its_targets(family: str) -> None:
+    """ALBERT has one layer, which is used again and again."""
+    sizes = {**SIZES, "pad_token_id": 0, "max_position_embeddings": 64}
+    distil = {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4} if family == "distilbert" else {}
+    made = shape_of({"model_type": family, **sizes, **distil}, family)
+    names = matching_layers([name for name, _, _ in made.linears], retrievers.TARGETS_BY_FAMILY[family])
+    in_layers = [len([name for name in names if f".{number}." in name]) for number in (0, 1)]
+    assert in_layers[0] in (3, 5, 6)
+    assert in_layers[1] in ((0,) if family == "albert" else in_layers[:1])
+    assert sum(in_layers) == len(names) or family == "albert"

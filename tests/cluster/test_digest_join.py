@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -5,8 +7,8 @@ import pytest
 
 from readapt_ray.cluster import digest_join
 from readapt_ray.cluster.digest_join import Changes, join_digests
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import content_hash
 from readapt_ray.retrieval.vector_files import write_stored
 from readapt_ray.storage import Location
 
@@ -44,12 +46,14 @@ def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatc
     monkeypatch.setattr(digest_join, "_CHUNK_ROWS", 70)
     passages = _passages(tmp_path / "now", now, with_digests=with_digests)
     joined = join_digests(passages, _vectors(tmp_path / "before", before), Location(str(tmp_path / "join")))
-    assert joined.matches.num_partitions == 5
     assert joined.changes == Changes(num_unchanged=180, num_changed=20, num_new=31, num_deleted=100)
     rows = {text: number for number, text in enumerate(before.values())}
     expected = [rows.get(text, -1) for text in now.values()]
     assert joined.matches.rows(0, len(now)).tolist() == expected
     assert joined.matches.rows(50, 40).tolist() == expected[50:90]
-    assert joined.num_to_encode.sum() == expected.count(-1) == 50
+    assert joined.matches.rows(60, 171).tolist() == expected[60:231]
+    bounds = digest_join.bin_bounds(len(now))
+    assert joined.num_to_encode.tolist() == [expected[a:b].count(-1) for a, b in itertools.pairwise(bounds.tolist())]
+    assert joined.num_to_encode.sum() == 50
     joined.matches.remove()
     assert not list((tmp_path / "join").iterdir())

@@ -9,8 +9,6 @@ from readapt_ray.cluster import connection, on_worker, shard_runner
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
-from readapt_ray.cluster.shard_tokens import tokenize_in_task
-from readapt_ray.errors import WorkerError
 from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.stages.embed import describe_encoder
 from readapt_ray.storage import Location
@@ -39,16 +37,16 @@ def job(tmp_path, monkeypatch):
     )
 
 
-def _rows(job):
+def _rows(job, *, tokenizes):
     """The first 20 and the last 20 passages, as the read tasks yield them."""
-    (name,) = (name for name, _ in job.passages.listing(".parquet"))
-    return [row for task in ShardSource(plan_shards([(name, 40)], 20), job).get_read_tasks() for row in task()]
+    source = ShardSource(plan_shards([("part-00000.parquet", 40)], 20), job, tokenizes=tokenizes)
+    return [row for task in source.get_read_tasks() for row in task()]
 
 
 def test_an_encoder_that_tokenises_writes_what_it_writes_of_tokens(job, tmp_path):
     encoder, tables = ShardEncoder(job), []
-    for tokenize in (lambda row: row, lambda row: tokenize_in_task(row, job)):
-        told = [encoder(tokenize(row)).to_pylist()[0] for row in _rows(job)]
+    for tokenizes in (False, True):
+        told = [encoder(row).to_pylist()[0] for row in _rows(job, tokenizes=tokenizes)]
         assert [(each["number"], each["error"], each["num_encoded"]) for each in told] == [(0, "", 19), (1, "", 20)]
         tables.append(pq.read_table(tmp_path / "out/vectors"))
     assert tables[0]["doc_id"].to_pylist() == tables[1]["doc_id"].to_pylist()
@@ -57,12 +55,10 @@ def test_an_encoder_that_tokenises_writes_what_it_writes_of_tokens(job, tmp_path
 
 
 def test_an_error_goes_through_both_ways_as_a_row(job):
-    (name,) = (name for name, _ in job.passages.listing(".parquet"))
-    (job.passages / name).delete()
-    broken = next(iter(ShardSource(plan_shards([(name, 40)], 40), job).get_read_tasks()[0]()))
-    for row in (broken, tokenize_in_task(broken, job)):
-        told = ShardEncoder(job)(row).to_pylist()[0]
-        assert told["error"] in (WorkerError.__name__, "CorruptFileError") and name in told["message"]
+    (job.passages / "part-00000.parquet").delete()
+    for tokenizes in (False, True):
+        told = ShardEncoder(job)(_rows(job, tokenizes=tokenizes)[0]).to_pylist()[0]
+        assert told["error"] == "CorruptFileError" and "part-00000.parquet is gone" in told["message"]
 
 
 @pytest.mark.parametrize(

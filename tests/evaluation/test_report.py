@@ -83,6 +83,15 @@ def test_the_verdict_follows_the_corrected_p_value():
     assert _report(runs=("base",))[0]["verdicts"] == []
 
 
+def test_queries_without_judgements_are_counted_where_the_query_file_has_them():
+    report, _ = _report(num_queries=3)
+    assert report["num_unjudged"] == 0
+    said = "3 of the 7 queries are judged in these qrels; only these count."
+    for page in (to_markdown, to_html):
+        assert "are judged in these qrels" not in page(report)
+        assert said in page({**report, "num_unjudged": 4})
+
+
 def test_the_changed_queries_stand_with_both_lists():
     report, asked = _report()
     [change] = report["changes"]

@@ -3,7 +3,16 @@ import pytest
 import scipy.stats
 
 from readapt_ray.errors import InputError
-from readapt_ray.evaluation.significance import ONE_QUERY, bootstrap_interval, compare, holm, paired, randomisation_test
+from readapt_ray.evaluation.significance import (
+    ONE_QUERY,
+    bootstrap_interval,
+    combine,
+    compare,
+    detectable_difference,
+    holm,
+    paired,
+    randomisation_test,
+)
 
 
 def _differences(num_queries, seed=0, shift=0.1):
@@ -128,3 +137,32 @@ def test_what_cannot_be_paired_is_refused():
         paired(np.zeros(2), np.zeros(3))
     with pytest.raises(InputError, match="one or more"):
         paired(np.zeros(0), np.zeros(0))
+
+
+def test_one_set_of_queries_combined_is_the_plain_test():
+    differences = _differences(40)
+    combined = combine([differences])
+    plain = compare({"base": {"m": np.zeros(40)}, "run": {"m": differences}})[0]
+    assert combined.difference == pytest.approx(plain.difference)
+    assert combined.interval == pytest.approx(plain.interval)
+    assert combined.p_value == pytest.approx(plain.p_value)
+
+
+def test_each_set_of_queries_has_the_same_weight():
+    assert combine([np.full(300, 0.1), np.full(10, 0.3)]).difference == pytest.approx(0.2)
+
+
+def test_a_small_difference_in_every_set_is_found_by_all_together():
+    sets = [_differences(150, seed=seed, shift=0.03) for seed in (11, 12, 14, 16)]
+    assert min(randomisation_test(each[:, None])[0] for each in sets) > 0.05
+    assert combine(sets).p_value < 0.01
+
+
+def test_a_detectable_difference_is_found_in_four_of_five_studies():
+    sizes = (40, 80)
+    detectable = detectable_difference([np.tile([0.3, -0.3], size // 2) for size in sizes])
+    rng = np.random.default_rng(0)
+    studies = [[rng.normal(detectable, 0.3, size) for size in sizes] for _ in range(300)]
+    weighted = [np.concatenate([each / len(each) for each in study])[:, None] for study in studies]
+    found = np.mean([randomisation_test(each, num_permutations=500)[0] < 0.05 for each in weighted])
+    assert 0.7 < found < 0.9

@@ -1,21 +1,25 @@
 """The main job: its plan for real models, and a whole run on tiny ones."""
 
 import json
+import re
 import threading
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ir_measures
 import pytest
 import yaml
 
-from readapt_ray import artifacts, cli, status
+import readapt_ray as ra
+from readapt_ray import artifacts, cli, root_status
 from readapt_ray.catalog import retrievers
 from readapt_ray.errors import InputError, ModelError
-from readapt_ray.recipes import chain, quickstart
+from readapt_ray.recipes import chain, quickstart, run_checks, running
 from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.stages.train import TrainConfig
 from readapt_ray.storage import Location
 from tests import factories
 
@@ -66,6 +70,11 @@ def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus
         return depth, drops
 
     assert searched() == (100, False)
+    steps = {step.name: step.config for step in chain.plan_run(RunConfig(**VALUES, split="dev"))}
+    judged: Any = [steps[f"runs/{arm}.trec"] for arm in ("retriever", "adapted")]
+    assert {each.qrels for each in judged} == {"readapt-run/corpus/qrels/dev.parquet"}, (
+        "others would be searched for nothing"
+    )
     assert searched(source="arguana", evaluate={"measures": "nDCG@10,R@1000"}) == (1000, True)
     own = {"top_k": 30, "drop_self_hits": False}
     assert searched(source="arguana", evaluate={"measures": ["R@1000"]}, search=own) == (30, False)
@@ -102,12 +111,13 @@ VALUES = {"source": "x", "pretrained": "a", "retriever": "b"}
         ("search", "encoding", "y.json"),
         ("evaluate", "names", ["only one"]),
         ("evaluate", "names", "same,same"),
+        ("evaluate", "require", "nDCG@10 > better"),
         ("train", "torch_compile", True),
     ],
 )
 def test_what_a_run_cannot_honour_is_refused_before_anything_starts(section: str, option: str, value: Any) -> None:
     options = {option: value} | ({"zero_stage": 3} if option == "torch_compile" else {})
-    with pytest.raises(InputError, match=f"section '{section}': {option}.*;") as refused:
+    with pytest.raises(InputError, match=f"(section '{section}': )?{option}.*[;,]") as refused:
         chain.plan_run(RunConfig(**VALUES, **{section: options}))
     assert "\n" not in str(refused.value)
 
@@ -141,8 +151,8 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
         "merge": ["measures"],
         "embed": [],
         "index": ["factory"],
-        "search": ["qrels"],
-        "evaluate": ["measures", "names"],
+        "search": [],
+        "evaluate": ["measures", "names", "require"],
     }
 
 
@@ -153,7 +163,7 @@ def test_a_run_looks_for_the_files_that_its_sections_name(tmp_path: Path) -> Non
     for section, option in (("train", "exclude"), ("train", "only"), ("merge", "measures"), ("search", "qrels")):
         config = RunConfig(**models, root=str(tmp_path / "root"), **{section: {option: str(tmp_path / "absent")}})
         with pytest.raises(InputError, match=rf"section '{section}': {option} = .*absent'.* is not there"):
-            chain.run(config)
+            running.run(config)
     assert not (tmp_path / "root").exists()
 
 
@@ -170,7 +180,7 @@ def test_a_run_asks_for_the_encoding_of_each_stage_that_needs_it_before_it_train
     }
     for section in ("embed", "merge"):
         with pytest.raises(InputError, match="encoding"):
-            chain.run(RunConfig(**values, **{section: {"encoding": str(contract)}}))
+            running.run(RunConfig(**values, **{section: {"encoding": str(contract)}}))
     assert not (tmp_path / "r").exists()
 
 
@@ -212,7 +222,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     lines = ["query-id\tcorpus-id\tscore", *(f"{q.query_id}\t{q.doc_id}\t{q.relevance}" for q in qrels)]
     (beir / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
-    (folder / "run.yaml").write_text(
+    (folder / "my-run.yaml").write_text(
         yaml.safe_dump(
             {
                 "source": str(beir),
@@ -229,10 +239,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_whole_run_measures_what_an_independent_computation_measures(
     ray_session: None, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tiny / "root"
+    root = tiny / "run"
     assert (
         cli.main(
-            ["run", "--config", str(tiny / "run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+            ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
         )
         == 0
     )
@@ -245,17 +255,53 @@ def test_a_whole_run_measures_what_an_independent_computation_measures(
         expected = ir_measures.calc_aggregate([ir_measures.nDCG @ 10], qrels, run)[ir_measures.nDCG @ 10]
         assert measured[name]["nDCG@10"] == pytest.approx(expected, abs=1e-9)
     assert json.loads((root / "adapted" / "manifest.json").read_text())["details"]["knowledge_scale"] == [0.75]
-    assert {row["state"] for row in status.rows(Location(str(root)))} == {"done"}
+    assert {row["state"] for row in root_status.rows(Location(str(root)))} == {"done"}
 
-    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "run.json"}
+    own = ("run.json", running.LOG_NAME)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name not in own}
     assert (
         cli.main(
-            ["run", "--config", str(tiny / "run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+            ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
         )
         == 0
     )
-    after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name != "run.json"}
+    after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name not in own}
     assert before == after
+
+
+def test_the_readmes_python_runs_and_finds_what_the_run_found(
+    ray_session: None, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the root of the whole run above, so that its stages are complete."""
+    readme = (JOBS.parent / "README.md").read_text()
+    (block,) = (each for each in re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S) if "readapt_ray" in each)
+    monkeypatch.chdir(tiny)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    assert "report" in names["made"]
+    texts = {each.doc_id: each for each in factories.small_corpus(60)}
+    assert all((texts[hit.doc_id].title, texts[hit.doc_id].text) == (hit.title, hit.text) for hit in names["hits"])
+    assert names["vectors"].shape == (1, 32)
+    assert str(Path("run/corpus")) in capsys.readouterr().out
+    assert names["made"]["vectors/adapted"].to_ray().count() == 60
+
+    queries, _ = factories.small_queries(factories.small_corpus(60), 12)
+    lines = [line.split() for line in Path("run/runs/adapted.trec").read_text().splitlines()]
+    ranked = {query.query_id: [line for line in lines if line[0] == query.query_id] for query in queries}
+    found = names["retriever"].search_all([query.text for query in queries], top_k=5)
+    for query, hits in zip(queries, found, strict=True):
+        expected = {line[2]: float(line[4]) for line in ranked[query.query_id]}
+        assert len(hits) == 5
+        assert [hit.score for hit in hits] == pytest.approx(list(expected.values())[:5], abs=1e-5)
+        assert all(hit.score == pytest.approx(expected[hit.doc_id], abs=1e-5) for hit in hits)
+    alone = names["retriever"].search(queries[0].text, top_k=5)  # bfloat16: the batch changes the third digit
+    assert [hit.score for hit in alone] == pytest.approx([hit.score for hit in found[0]], abs=3e-3)
+    with pytest.raises(InputError, match="top_k = 0"):
+        names["retriever"].search("a", top_k=0)
+    with pytest.raises(InputError, match="search_all takes a list"):
+        names["retriever"].search(["a"])
+    with pytest.raises(InputError, match="was not made by"):
+        ra.Retriever(retriever=tiny / "retriever", index="run/index/adapted")
 
 
 def _trec_qrels(file: Path) -> list[str]:
@@ -267,8 +313,8 @@ def _trec_qrels(file: Path) -> list[str]:
 def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "plain.jsonl"
     source.write_text((tiny / "beir" / "corpus.jsonl").read_text())
-    values = yaml.safe_load((tiny / "run.yaml").read_text())
-    made = chain.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
+    values = yaml.safe_load((tiny / "my-run.yaml").read_text())
+    made = running.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
     assert list(made) == [
         "corpus",
         "blocks",
@@ -279,7 +325,7 @@ def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny
         "vectors/adapted",
         "index/adapted",
     ]
-    states = {row["artifact"]: row["state"] for row in status.rows(Location(str(tmp_path / "root")))}
+    states = {row["artifact"]: row["state"] for row in root_status.rows(Location(str(tmp_path / "root")))}
     assert states["report"] == "missing"
     assert states["adapted"] == "done"
 
@@ -359,12 +405,12 @@ class Stages:
         self.waits: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self._broken = broken
-        monkeypatch.setattr(chain, "run_stage", self._run)
-        monkeypatch.setattr(chain, "_leaves_gpus_idle", lambda step: has_gpus)
-        for name in ("_check_models", "_check_files", "_has_judgements"):
-            monkeypatch.setattr(chain, name, lambda *_: False)
+        monkeypatch.setattr(running, "run_stage", self._run)
+        monkeypatch.setattr(running, "_leaves_gpus_idle", lambda step: has_gpus)
+        monkeypatch.setattr(running, "_has_judgements", lambda *_: False)
+        monkeypatch.setattr(run_checks, "check_run", lambda *_: [])
 
-    def _run(self, stage: str, config: Any) -> str:
+    def _run(self, stage: str, config: Any) -> SimpleNamespace:
         name = config.output.partition("/root/")[2]
         self.events.append(("begin", name))
         self.began[name].set()
@@ -374,7 +420,7 @@ class Stages:
             raise ModelError("broken")
         time.sleep(self.seconds.get(name, 0.0))
         self.events.append(("end", name))
-        return name
+        return SimpleNamespace(fingerprint=name)
 
 
 def run_of(tmp_path: Path) -> RunConfig:
@@ -387,7 +433,7 @@ def test_gpus_embed_with_the_retriever_while_the_adapted_model_is_merged(
     (tmp_path / "root").mkdir()
     stages = Stages(monkeypatch)
     stages.waits = {"adapted": "vectors/retriever", "index/retriever": "vectors/adapted"}
-    made = chain.run(run_of(tmp_path))
+    made = running.run(run_of(tmp_path))
     assert set(made) == {name for _, name in stages.events}
     order = stages.events.index
     assert order(("end", "adapter")) < order(("begin", "vectors/retriever"))
@@ -399,7 +445,7 @@ def test_gpus_embed_with_the_retriever_while_the_adapted_model_is_merged(
 def test_without_gpus_one_stage_runs_after_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     stages = Stages(monkeypatch, has_gpus=False)
-    chain.run(run_of(tmp_path))
+    running.run(run_of(tmp_path))
     names = [name for what, name in stages.events if what == "begin"]
     assert stages.events == [(what, name) for name in names for what in ("begin", "end")]
 
@@ -410,7 +456,7 @@ def test_what_fails_in_the_background_fails_the_run_after_the_stage_beside_it(
     (tmp_path / "root").mkdir()
     stages = Stages(monkeypatch, broken="adapted")
     with pytest.raises(ModelError, match="broken"):
-        chain.run(run_of(tmp_path))
+        running.run(run_of(tmp_path))
     assert ("end", "vectors/retriever") in stages.events, "it is kept for the next start"
     assert ("begin", "vectors/adapted") not in stages.events
 
@@ -422,5 +468,26 @@ def test_what_runs_in_the_background_is_waited_for_where_the_stage_beside_it_fai
     stages = Stages(monkeypatch, broken="vectors/retriever")
     stages.waits, stages.seconds = {"vectors/retriever": "adapted"}, {"adapted": 0.5}
     with pytest.raises(ModelError, match="broken"):
-        chain.run(run_of(tmp_path))
+        running.run(run_of(tmp_path))
     assert stages.events[-1] == ("end", "adapted"), "it is kept for the next start"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["LlamaModel"]}, "no language-model head"),
+        ({"model_type": "gpt2"}, "no target modules are known"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_before_packing(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(8))
+    with pytest.raises(ModelError, match=said):
+        chain.train_on_passages(
+            TrainConfig(pretrained=str(base), corpus=str(tmp_path / "corpus"), output=str(tmp_path / "adapter"))
+        )
+    assert not (tmp_path / "adapter-blocks").exists()

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, FingerprintMismatchError
-from readapt_ray.records import PASSAGE_SCHEMA, Passage
+from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.storage import Location
 from tests.factories import ingest_artifact, small_corpus
@@ -23,7 +23,7 @@ def test_every_passage_is_found_and_nothing_else(tmp_path):
 
 def test_many_row_groups_and_more_than_are_kept(tmp_path):
     passages = small_corpus(300)
-    table = pa.Table.from_pylist([each._asdict() for each in passages], schema=PASSAGE_SCHEMA)
+    table = pa.Table.from_pylist([each._asdict() for each in passages])
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=3)
     store = PassageStore([Location(str(tmp_path / "a.parquet"))])
     for _ in range(2):

@@ -74,6 +74,38 @@ def test_an_overflow_in_float16_spoils_its_own_text_only(poisoned, tmp_path, kin
     assert np.isfinite(Encoder.load(open_model(str(folder)), packed=True).encode_ids(texts)).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_overflows_is_encoded_again_in_float32(poisoned, tmp_path, dtype):
+    """The weights are as they were afterwards, and what float32 does not mend stays as it was."""
+    folder = tmp_path / "model"
+    shutil.copytree(poisoned["decoder", POISON], folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = next(each for each in tensors if each.endswith("embed_tokens.weight"))
+    tensors[name][POISON] = 1e37 if dtype == "bfloat16" else 1e4
+    tensors[name][POISON + 1] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    texts = [*TEXTS, [POISON, 20, 21], [POISON + 1, 20]]
+    encoder = Encoder.load(open_model(str(folder)), dtype=dtype, packed=True, batch_tokens=4096)
+    forward = encoder._forward_pass.pooled
+    encoder._forward_pass.pooled = lambda rows: _overflowing(encoder.network, rows, forward(rows))
+    before = {key: tensor.clone() for key, tensor in encoder.network.state_dict().items()}
+    assert [bool(np.isfinite(each).all()) for each in encoder.encode_ids(texts)] == [True] * 5 + [False] * 2
+    found = encoder.encode_usable(texts)
+    assert [bool(np.isfinite(each).all()) for each in found] == [True] * 6 + [False]
+    assert encoder.work.num_again == 2
+    due = Encoder.load(open_model(str(folder)), packed=True).encode_ids(texts[:6])
+    assert np.abs(found[5] - due[5]).max() < 0.05
+    for key, tensor in encoder.network.state_dict().items():
+        assert tensor.dtype == before[key].dtype and torch.equal(tensor.nan_to_num(), before[key].nan_to_num()), key
+
+
+def _overflowing(network, rows, vectors):
+    """On a CPU half the sums are made in float32, so what overflows on a GPU is made NaN by hand."""
+    if next(network.parameters()).dtype != torch.float32:
+        vectors[[row[0] == POISON for row in rows]] = torch.nan
+    return vectors
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 def test_a_token_that_no_text_has_spoils_none(poisoned, kind, packed):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.shard_plan import (
     Contents,
-    content_hash,
     first_rows,
     matching_rows,
     plan_shards,

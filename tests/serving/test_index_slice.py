@@ -4,11 +4,13 @@ import pytest
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.retrieval.index_files import write_shard
 from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
+from readapt_ray.retrieval.index_recall import calibrate
 from readapt_ray.retrieval.index_shard import DELETED, build_shard
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving import index_slice
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole
-from readapt_ray.serving.versions import DocFilter, Ranked, merged
+from readapt_ray.serving.versions import Ranked, merged
 from readapt_ray.storage import Location
 
 IDS = [
@@ -138,3 +140,50 @@ def test_which_index_gives_its_vectors_back_as_they_were(factory, is_whole):
     given_back = index_slice._vectors(index_slice._SearchableShard(shard).shard.index, np.arange(500))
     assert np.array_equal(given_back, vectors) == is_whole
     assert holds_vectors_whole(factory) == is_whole
+
+
+@pytest.fixture(scope="module")
+def clusters():
+    rng = np.random.default_rng(7)
+    centres = rng.normal(size=(200, 32))
+    made = centres[rng.integers(0, 200, 20_000)] + 0.7 * rng.normal(size=(20_000, 32))
+    queries = centres[:50] + 0.7 * rng.normal(size=(50, 32))
+    return [(each / np.linalg.norm(each, axis=1, keepdims=True)).astype(np.float32) for each in (made, queries)]
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf-flat", "hnsw", "rabitq"])
+def test_a_filter_costs_an_approximate_index_no_recall(tmp_path, monkeypatch, clusters, kind):
+    """Whatever it leaves of the passages: of few of them all are compared."""
+    monkeypatch.setattr(index_slice, "_SCANNED_ROWS", 500)
+    vectors, queries = clusters
+    ids = [f"{number % 1000:03d}/{number}" for number in range(len(vectors))]
+    options = IndexOptions(kind=kind)
+    spec = index_spec(options, len(ids), 32)
+    shard = build_shard(spec.factory, 32, [(ids, vectors)])
+    calibrate(shard.index, vectors, spec, options)
+    folder = Location(str(tmp_path))
+    searchable = IndexSlice(folder, [write_shard(folder, "00000", shard, encoder="e")])
+    for prefix, share in (("", 1), ("0", 0.1), ("00", 0.01)):
+        passing = np.array([each.startswith(prefix) for each in ids])
+        assert passing.mean() == share
+        scores = np.where(passing, queries @ vectors.T, -np.inf)
+        exact = np.argsort(-scores, axis=1)[:, :10]
+        hits = searchable.search(queries, 10, DocFilter(prefix=prefix))
+        found = [set(row) for row in hits.doc_ids.tolist()]
+        assert all(len(each) == 10 and all(doc_id.startswith(prefix) for doc_id in each) for each in found)
+        due = [{ids[row] for row in rows} for rows in exact]
+        recall = np.mean([len(mine & its) / 10 for mine, its in zip(found, due, strict=True)])
+        assert recall >= (1.0 if kind == "flat" or share == 0.01 else 0.93), (prefix, recall)
+
+
+def test_what_faiss_misses_among_the_passages_that_pass_is_searched_exactly(tmp_path, monkeypatch, clusters):
+    monkeypatch.setattr(index_slice, "_SCANNED_ROWS", 0)
+    vectors, queries = clusters
+    ids = [str(number) for number in range(2000)]
+    shard = build_shard("IVF50,Flat", 32, [(ids, vectors[:2000])])
+    folder = Location(str(tmp_path))
+    searchable = IndexSlice(folder, [write_shard(folder, "00000", shard, encoder="e")])
+    wanted = DocFilter(doc_ids=tuple(ids[:1500]))
+    exact = np.argsort(-(queries @ vectors[:1500].T), axis=1)[:, :1000]
+    found = searchable.search(queries, 1000, wanted)
+    assert found.doc_ids.tolist() == [[ids[row] for row in rows] for rows in exact]

@@ -130,7 +130,7 @@ def served_by_command(world: World, log: Path, *options: str) -> Iterator[subpro
             start_new_session=True,
         )
     try:
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + 240
         while "serving retriever" not in log.read_text():
             assert server.poll() is None and time.monotonic() < deadline_s, log.read_text()
             time.sleep(0.2)
@@ -145,10 +145,50 @@ def served_by_command(world: World, log: Path, *options: str) -> Iterator[subpro
 def test_a_killed_server_frees_its_port(world: World, tmp_path):
     """HAProxy goes with the rest, although nobody is left to end it."""
     with served_by_command(world, tmp_path / "log") as server:
-        [proxy] = [each for each in psutil.Process(server.pid).children(recursive=True) if each.name() == "haproxy"]
+        [proxy] = _haproxies(server)
         server.kill()
         server.wait()
         proxy.wait(60)
+
+
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("which", ["haproxy", "ray::HAProxy"])
+def test_a_killed_proxy_is_back_within_two_seconds(world: World, tmp_path, which: str):
+    """Ray notices half a minute later; what it starts then takes over without a failed request."""
+    with served_by_command(world, tmp_path / "log", "--index", world.version()["index"]) as server:
+        load = Load(f"http://127.0.0.1:{server.args[server.args.index('--port') + 1]}", 2, QUERY)
+        load.wait_for(50)
+        replaced = _haproxies(server)
+        [victim] = (
+            replaced if which == "haproxy" else [each for each in _children(server) if _title(each).startswith(which)]
+        )
+        victim.kill()
+        died_s = time.monotonic()
+        while not any(at_s > died_s and status == 200 for at_s, status, _ in load.answers):
+            assert time.monotonic() < died_s + 2
+        standby = _haproxies(server) - replaced
+        while standby & (there := _haproxies(server)) or not there:
+            assert time.monotonic() < died_s + 240
+            time.sleep(0.5)
+        load.wait_for(50)
+        statuses = load.end()
+        failed = [(at_s - died_s, *rest) for at_s, *rest in load.answers if rest[0] != 200]
+        assert set(statuses) == {0, 200}, failed
+        assert all(at_s < 2 for at_s, *_ in failed), failed
+        server.terminate()
+        assert server.wait(60) == 0
+
+
+def _haproxies(server: subprocess.Popen[bytes]) -> set[psutil.Process]:
+    found = set()
+    for each in _children(server):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found |= {each} if each.name() == "haproxy" else set()
+    return found
+
+
+def _children(server: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(server.pid).children(recursive=True)
 
 
 @pytest.mark.timeout(300)
@@ -195,7 +235,7 @@ def test_a_signal_to_all_processes_of_a_server_ends_it_soon(world: World, tmp_pa
 
 def _haproxy_folder(server: subprocess.Popen[bytes]) -> Path:
     """Where its files lie, in the temporary folder."""
-    [proxy] = [each for each in psutil.Process(server.pid).children(recursive=True) if each.name() == "haproxy"]
+    [proxy] = _haproxies(server)
     command = proxy.cmdline()
     return Path(command[command.index("-f") + 1]).parent
 

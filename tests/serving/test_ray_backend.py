@@ -41,9 +41,7 @@ def readiness(encoder, slices):
 def status(monkeypatch):
     """Ray Serve's view: the second slice cannot start."""
     monkeypatch.setattr(ray_backend, "_CHECK_S", 0.1)
-    message = (
-        "The deployment failed to start 3 times.\nTraceback ...\nArtifactMissingError: 'run/cisi-sh' does not exist\n"
-    )
+    message = "The deployment failed to start 3 times.\nTraceback ...\nArtifactMissingError: '/srv/run/cisi-sh' does not exist\n"
     deployments = {"encoder": SimpleNamespace(message=""), "index-1": SimpleNamespace(message=message)}
     application = SimpleNamespace(deployments=deployments)
     monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications={"readapt-tiny": application}))
@@ -52,9 +50,12 @@ def status(monkeypatch):
 def test_a_part_that_cannot_start_is_named_and_the_log_has_the_cause(caplog):
     with caplog.at_level(logging.WARNING, "ray.serve"):
         found = readiness(0.01, {"index-0": 25, "index-1": None})
-    assert (found.ready, found.reason) == (False, "not working: index-1; the server's log says why")
+    assert (found.ready, found.reason) == (
+        False,
+        "not working: index-1 (ArtifactMissingError: 'cisi-sh' does not exist)",
+    )
     assert [each.getMessage() for each in caplog.records] == [
-        "index-1 of readapt-tiny is down: ArtifactMissingError: 'run/cisi-sh' does not exist"
+        "index-1 of readapt-tiny is down: ArtifactMissingError: '/srv/run/cisi-sh' does not exist"
     ]
 
 
@@ -62,7 +63,7 @@ def test_without_ray_serves_word_the_log_has_what_was_seen(caplog, monkeypatch):
     monkeypatch.setattr(serve, "status", lambda: 1 / 0)
     with caplog.at_level(logging.WARNING, "ray.serve"):
         found = readiness(RuntimeError("CUDA error"), {"index-0": 25, "index-1": None})
-    assert found.reason == "not working: encoder, index-1; the server's log says why"
+    assert found.reason == "not working: encoder (CUDA error); index-1 (no answer within 0.1 s)"
     assert [each.getMessage() for each in caplog.records] == [
         "encoder of readapt-tiny is down: CUDA error",
         "index-1 of readapt-tiny is down: no answer within 0.1 s",

@@ -149,12 +149,12 @@ def test_head_is_answered_as_get_is_without_a_body(version):
         assert head.headers["content-type"] == got.headers["content-type"]
 
 
-@pytest.mark.parametrize("field", ["topk", "filter", "input_type"])
+@pytest.mark.parametrize("field", ["topk", "filters", "input_type"])
 def test_an_unknown_field_of_a_search_is_refused_by_name(version, field):
     answer = post(version, SEARCH, {"query": "array", field: 3})
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, field, "unknown_field")
-    assert f"{field!r} is no field of a search; it takes model, timeout_s, query" in error["message"]
+    assert f"{field!r} is no field of a search; it takes " in error["message"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import hashlib
 import json
 
@@ -454,3 +455,13 @@ def test_a_web_page_cannot_post_without_saying_json(version):
             return await client.post(EMBEDDINGS, content=b'{"input": "a"}', headers={"content-type": "text/plain"})
 
     assert asyncio.run(run()).status_code == 400
+
+
+def test_a_compressed_body_is_refused_with_the_reason(version):
+    async def run():
+        async with local_server({"tiny": version}) as server, server.client() as client:
+            headers = {"content-encoding": "gzip", "content-type": "application/json"}
+            return await client.post(SEARCH, content=gzip.compress(b'{"query": "array"}'), headers=headers)
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_encoding")

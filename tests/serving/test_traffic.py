@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from readapt_ray.serving.versions import DocFilter, Found, Routing
+from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.serving.versions import Found, Routing
 from tests.serving.conftest import LocalVersion, local_server
 
 TEXTS = ["array shape", "lock a thread", "write the file"]
@@ -107,7 +108,7 @@ def test_what_the_index_misses_is_probed(fresh, world):
 
     searched = asyncio.run(run())
     assert probed == [("base", 3, 4)]
-    assert searched == [None, DocFilter(prefix=""), DocFilter(prefix="d")], "a filtered search is exact and not probed"
+    assert searched == [None, DocFilter(is_exact=True), DocFilter(prefix="d")], "a filtered search is not probed"
 
 
 def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):

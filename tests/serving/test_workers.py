@@ -9,9 +9,9 @@ import pytest
 
 from readapt_ray.errors import WorkerError
 from readapt_ray.serving import index_slice, workers
+from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.search_batches import SearchBatches
-from readapt_ray.serving.versions import DocFilter
 
 
 def worker() -> workers._Worker:

@@ -31,6 +31,14 @@ def test_cleaning_twice_changes_nothing(text):
     assert clean_text(clean_text(text)) == clean_text(text)
 
 
+def test_printable_text_takes_a_shorter_way_to_the_same():
+    printable = [chr(code) for code in range(0x110000) if chr(code).isprintable()]
+    assert len(printable) > 100_000
+    for start in range(0, len(printable), 8):
+        text = " ".join(printable[start : start + 8]) + "e\u0301 "
+        assert clean_text(text) == clean_text(f"\0{text}")  # with a control character it goes the longer way
+
+
 def test_cleaning_is_linear_in_a_long_run_of_white_space():
     started = time.monotonic()
     assert clean_text(" " * 5_000_000 + "a" + " \t" * 2_000_000 + "b") == "a b"

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -32,11 +31,11 @@ from readapt_ray.errors import (
     PlacementError,
     WorkerError,
 )
-from readapt_ray.records import vector_schema
+from readapt_ray.records import Passage, vector_schema
 from readapt_ray.retrieval import shard_ledger
 from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, suitable_dtype
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS
-from readapt_ray.retrieval.shard_plan import content_hash, plan_shards
+from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
 from readapt_ray.stages import embed as stage
 from readapt_ray.stages.embed import EmbedConfig, TextSize, embed, shard_rows
@@ -174,9 +173,7 @@ def _leave_unfinished(folder, manifest):
 
 _DRIVER = """
 import sys
-from readapt_ray.stages import embed as stage
-from readapt_ray.stages.embed import EmbedConfig, TextSize, embed, shard_rows
-from readapt_ray.storage import Location
+from readapt_ray.stages.embed import EmbedConfig, embed
 embed(EmbedConfig(
     retriever=sys.argv[1], corpus=sys.argv[2], output=sys.argv[3], dtype="float32", rows_per_shard=2, num_workers=1
 ))
@@ -263,6 +260,7 @@ def test_a_killed_node_costs_nothing_but_time(world, tmp_path):
 
 
 def test_only_new_and_changed_passages_are_encoded(world, vectors, tmp_path, caplog):
+    """One file of the corpus has no digests, as those of older releases."""
     root, passages = world
     caplog.set_level("INFO", "readapt_ray")
     now = [each for each in passages if each.doc_id not in ("d00001", "d00002")]
@@ -270,6 +268,8 @@ def test_only_new_and_changed_passages_are_encoded(world, vectors, tmp_path, cap
     now[20] = now[20]._replace(doc_id="renamed")
     now += [factories.small_corpus(3, seed=9)[number]._replace(doc_id=f"new{number}") for number in range(3)]
     factories.ingest_artifact(tmp_path / "corpus", now[::-1], num_files=2)
+    older = tmp_path / "corpus/passages/part-00001.parquet"
+    pq.write_table(pq.read_table(older).drop_columns(["content_hash"]), older)
     options = {"corpus": str(tmp_path / "corpus"), "rows_per_shard": 50}
     made = embed(_config(root, tmp_path / "incremental", previous=str(root / "vectors"), **options))
     assert made.manifest.details["changes"] == {
@@ -394,7 +394,7 @@ def test_auto_is_what_suits_the_device_and_what_the_output_was_begun_with(world,
 
 
 def test_a_corpus_that_changes_meanwhile_is_found_out(world, ray_session, tmp_path, monkeypatch):
-    """Its files are replaced after the plan, by ones of as many rows."""
+    """Its files are replaced after the plan, by ones of as many rows; they have no digests, as those of older releases."""
     root, _ = world
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(40))
     plan = stage.plan_shards
@@ -403,7 +403,7 @@ def test_a_corpus_that_changes_meanwhile_is_found_out(world, ray_session, tmp_pa
         path = tmp_path / "corpus/passages/part-00000.parquet"
         table = pq.read_table(path)
         texts = [f"{text} again" if place == 33 else text for place, text in enumerate(table["text"].to_pylist())]
-        pq.write_table(table.set_column(2, "text", [texts]), path)
+        pq.write_table(table.set_column(2, "text", [texts]).drop_columns(["content_hash"]), path)
         return plan(counts, rows_per_shard)
 
     monkeypatch.setattr(stage, "plan_shards", replace_then_plan)
@@ -417,15 +417,9 @@ def test_a_text_that_is_not_the_one_ingested_is_found_by_its_digest(world, ray_s
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(40))
     path = tmp_path / "corpus/passages/part-00000.parquet"
     table = pq.read_table(path)
-    pairs = zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True)
-    digests = [content_hash(title, text) for title, text in pairs]
-    table = table.append_column("content_hash", pa.array(digests, pa.binary(16)))
-    pq.write_table(table, path)
-    config = _config(root, tmp_path / "out", corpus=str(tmp_path / "corpus"))
-    assert embed(config).manifest.counts["num_vectors"] == 40
     texts = [f"{text} again" if place == 33 else text for place, text in enumerate(table["text"].to_pylist())]
     pq.write_table(table.set_column(2, "text", [texts]), path)
-    config = _config(root, tmp_path / "other", corpus=str(tmp_path / "corpus"))
+    config = _config(root, tmp_path / "out", corpus=str(tmp_path / "corpus"))
     with pytest.raises(CorpusError, match="passage 'd00033' was altered after it was ingested"):
         embed(config)
 
@@ -437,11 +431,47 @@ def test_errors_of_actors_come_out_as_our_own(world, ray_session, tmp_path):
     tensors = factories.read_tensors(broken)
     tensors["norm.weight"][:] = float("nan")
     factories.write_tensors(broken, tensors)
-    config = _config(root, tmp_path / "out", retriever=str(broken))
+    config = _config(root, tmp_path / "out", retriever=str(broken), max_left_out=3)
     with pytest.raises(CorpusError, match=r"the vector of 'd\d+' holds NaN") as caught:
         embed(config)
     assert caught.value.exit_code == 2 and "Traceback" not in str(caught.value)
     assert not list((tmp_path / "out").rglob("*.parquet"))
+
+
+def test_passages_without_a_vector_are_left_out_counted_and_named(ray_session, tmp_path, caplog):
+    """The last shard has two passages, and no vector is left of it."""
+    caplog.set_level("WARNING", "readapt_ray")
+    passages = [*factories.small_corpus(30), Passage("bad", "", "the file ÿ"), Passage("worse", "", "ÿ the path")]
+    factories.ingest_artifact(tmp_path / "corpus", passages)
+    model = factories.write_contract(factories.tiny_decoder(tmp_path / "model", headless=True))
+    tensors = factories.read_tensors(model)
+    tensors["embed_tokens.weight"][factories.decoder_tokenizer()("ÿ")["input_ids"][-1]] = float("nan")
+    factories.write_tensors(model, tensors)
+    values = {"retriever": str(model), "corpus": str(tmp_path / "corpus"), "output": str(tmp_path / "out")}
+    config = EmbedConfig.parse(values | {"rows_per_shard": 10})
+    with pytest.raises(CorpusError, match="2 of 2 passages are like it, and max_left_out = 1"):
+        embed(config.model_copy(update={"max_left_out": 1}))
+    made = embed(config)
+    assert made.manifest.counts["num_vectors"] == 30
+    assert sorted(made.manifest.details["left_out"]) == ["bad", "worse"]
+    assert "left out, since their vectors are NaN" in caplog.text and "'bad', 'worse'" in caplog.text
+    doc_ids = pq.read_table(tmp_path / "out/vectors")["doc_id"].to_pylist()
+    assert sorted(doc_ids) == [each.doc_id for each in passages[:30]]
+    _left_out_again(config, made, tmp_path)
+    sample = embed(config.model_copy(update={"sample": "100%"}))
+    assert sample.manifest.counts["num_vectors"] == 30 and sample.manifest.details["tokens"]["estimate"] > 0
+
+
+def _left_out_again(config, made, tmp_path):
+    """Resume from the ledger and from the footers: nothing is computed again, and the manifest says the same."""
+    before = _files(tmp_path, "out")
+    for forgotten in ((), ("shards.parquet",)):
+        _leave_unfinished(tmp_path / "out", json.loads((tmp_path / "out/manifest.json").read_text()))
+        for name in ("manifest.json", *forgotten):
+            (tmp_path / "out" / name).unlink()
+        again = embed(config).manifest
+        assert again.counts == made.manifest.counts and again.details == made.manifest.details
+        assert _files(tmp_path, "out") == before
 
 
 @pytest.fixture
@@ -568,7 +598,7 @@ def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
     def read_footer(file):
         read.append(file.name)
         metadata = {"encoder": {"fingerprint": "ours"}}
-        return SimpleNamespace(num_rows=1, num_bytes=7, dimension=2, metadata=metadata)
+        return SimpleNamespace(num_rows=1, num_bytes=7, dimension=2, metadata=metadata, left_out=[])
 
     def results(pending, job, placement):
         for shard in pending:
@@ -579,7 +609,7 @@ def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
     monkeypatch.setattr(shard_runner, "_results", results)
     shards = plan_shards([("a", num_shards)], 1)
     ledger = shard_runner.encode_shards(shards, job, Placement(1, 1), lambda done, total: None)
-    assert ledger.num_rows == num_shards and not ledger.pending
+    assert ledger.num_vectors == num_shards and not ledger.pending
     return read
 
 

@@ -8,7 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray import artifacts
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster.index_shards import cut_shards
+from readapt_ray.cluster.recall_queries import recall_texts
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import (
     ArtifactConflictError,
@@ -17,14 +19,18 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
+from readapt_ray.records import content_hash
+from readapt_ray.retrieval import index_kinds
+from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import merged
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import content_hash
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 from readapt_ray.retrieval.vector_index import VectorIndex
+from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.storage import Location
+from tests import factories
 
 ENCODER = {"fingerprint": "f" * 32, "model": "m", "dimension": 8, "dtype": "float32", "encoding": {}}
 
@@ -227,7 +233,7 @@ def test_an_earlier_index_is_gone_on_from_without_a_rebuild(world, built, tmp_pa
     assert VectorIndex.open(back.uri).search(queries, 10).doc_ids.tolist() == expected.doc_ids.tolist()
 
 
-def test_an_approximate_index_is_measured_and_refused_where_it_finds_too_little(ray_session, tmp_path):
+def test_an_approximate_index_is_measured_and_refused_where_it_finds_too_little(ray_session, tmp_path, caplog):
     vectors = np.random.default_rng(2).normal(size=(4000, 16)).astype(np.float32)
     vectors_artifact(tmp_path / "vectors", vectors)
     options = {"kind": "ivf-flat", "rows_per_shard": 2000, "min_recall": 0.9}
@@ -235,6 +241,7 @@ def test_an_approximate_index_is_measured_and_refused_where_it_finds_too_little(
     measured = made.manifest.details["measured"]
     assert 0.9 <= measured["recall_at_10"] <= 1 and 0.8 < measured["recall_at_100"] <= 1
     assert 64 <= measured["bytes_per_vector"] < 130 and measured["query_ms"] > 0
+    assert measured["with_queries"] is False and "there is no query to measure with" in caplog.text
     records = made.manifest.details["shards"]
     assert [record["factory"] for record in records] == ["IVF102,Flat"] * 2
     plain = faiss.read_index(str(tmp_path / "ivf/shards/00000.faiss"))
@@ -247,6 +254,41 @@ def test_an_approximate_index_is_measured_and_refused_where_it_finds_too_little(
     with pytest.raises(InputError, match=r"'IVF102,Flat' finds 0.* raise --depth \(nprobe, 1 now\)"):
         index(_config(tmp_path, "refused", depth=1, **options))
     assert artifacts.read_manifest(str(tmp_path / "refused")) is None
+
+
+def test_recall_is_measured_with_queries(ray_session, tmp_path, monkeypatch):
+    """The corpus' own, and else pieces of passages: an index finds its own vectors more easily."""
+    monkeypatch.setattr(index_kinds, "_FLAT_BELOW", 100)
+    monkeypatch.chdir(tmp_path)
+    passages = factories.small_corpus(200)
+    queries, _ = factories.small_queries(passages, 40)
+    corpus = factories.ingest_artifact(tmp_path / "corpus", passages, queries, num_files=3)
+    model = factories.write_contract(factories.tiny_decoder(tmp_path / "model", headless=True))
+    embed(EmbedConfig(retriever="model", corpus="corpus", output="vectors", dtype="float32"))
+    made = VectorIndex.open(
+        index(IndexConfig(vectors="vectors", output="index", kind="ivf-flat", min_recall=0.2, depth=1)).uri
+    )
+    texts = recall_texts(corpus)
+    assert len(texts) == 100 and set(texts[:40]) == {query.text for query in queries}
+    words = " ".join(f"{each.title} {each.text}" for each in passages)
+    assert all(each in words and 1 <= len(each.split()) <= 8 for each in texts[40:])
+
+    vectors = Encoder.load(open_model(str(model))).encode(texts, "query")
+    stored = np.concatenate([shard.index.reconstruct_n(0, len(shard.doc_ids)) for shard in _with_map(made.shards())])
+    exact = -np.sort(-(vectors @ stored.T), axis=1)[:, 9:10]
+    found = next(made.shards()).index.search(vectors, 10)[0]
+    measured = made.artifact.manifest.details["measured"]
+    assert len(stored) == 200 and measured["with_queries"] is True
+    assert (
+        measured["recall_at_10"] == pytest.approx((found >= exact - 1e-5).mean(), abs=1e-3)
+        and found.min() < exact.max()
+    )
+
+
+def _with_map(shards):
+    for shard in shards:
+        shard.index.make_direct_map()
+        yield shard
 
 
 @pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq", "flat"])

@@ -29,7 +29,8 @@ def _run(source, output, **options):
 
 
 def _passages(output):
-    return [tuple(row.values()) for row in pq.read_table(output / "passages").to_pylist()]
+    columns = ["doc_id", "title", "text"]
+    return [tuple(row.values()) for row in pq.read_table(output / "passages", columns=columns).to_pylist()]
 
 
 def _digests(output):
@@ -46,6 +47,8 @@ def test_passages_are_cleaned_and_counted(tmp_path):
     artifact = _run(_corpus(tmp_path / "c.jsonl", GOOD), tmp_path / "out")
     assert _passages(tmp_path / "out") == [("a", "T", "one"), ("b", "", "two\nlines")]
     assert pq.read_schema(tmp_path / "out" / "passages" / "part-00000.parquet").equals(PASSAGE_SCHEMA)
+    hashes = pq.read_table(tmp_path / "out" / "passages")["content_hash"].to_pylist()
+    assert hashes == [hashlib.blake2b(b, digest_size=16).digest() for b in (b"T\0one", b"\0two\nlines")]
     assert artifact.manifest.counts == {"num_passages": 2, "num_bytes": 13}
     assert artifact.manifest.config["format"] == "jsonl"
     assert artifact.manifest.config["deduplicate"] == "exact"

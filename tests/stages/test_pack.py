@@ -1,6 +1,8 @@
 """Which passages pack takes, and what it refuses; the blocks themselves are in tests/training/test_packing.py."""
 
+import importlib
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from readapt_ray.cluster import placement
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError, PlacementError
 from readapt_ray.stages.pack import PackConfig, pack
 from tests import factories
+
+stage = importlib.import_module("readapt_ray.stages.pack")
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 PASSAGES = [each._replace(doc_id=str(number)) for number, each in enumerate(factories.small_corpus(24))]
@@ -99,3 +103,34 @@ def test_blocks_are_no_longer_than_the_model_has_positions_unless_asked(base: Pa
     assert pack(PackConfig(**options)).manifest.config["block_tokens"] == positions
     with pytest.raises(ModelError, match=f"block_tokens = 1024 is more than the {positions} positions"):
         pack(PackConfig(**options, block_tokens=1024))
+
+
+def test_a_tokenizer_is_loaded_once_per_process(base: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    real = stage.models.open_model
+    monkeypatch.setattr(
+        stage.models, "open_model", lambda name, **options: opened.append(name) or real(name, **options)
+    )
+    job = {"pretrained": str(base), "tokenizer": "a", "mode": "packed", "block_tokens": 32}
+    file = str(corpus / "passages" / "part-00000.parquet")
+    for index in range(2):
+        part = {"index": index, "file": file, "first_number": 0}
+        assert stage._pack_file(part, str(corpus.parent / "blocks"), job, {})["num_blocks"]
+    assert opened == [str(base)]
+    replaced = {"index": 2, "file": file, "first_number": 0}
+    stage._pack_file(replaced, str(corpus.parent / "blocks"), job | {"tokenizer": "b"}, {})
+    assert opened == [str(base)] * 2
+
+
+def test_footers_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(8), num_files=4)
+    all_are_open = threading.Barrier(4, timeout=30)
+    real = pq.ParquetFile
+
+    def opened(stream: Any) -> pq.ParquetFile:
+        all_are_open.wait()
+        return real(stream)
+
+    monkeypatch.setattr(stage.pq, "ParquetFile", opened)
+    parts, num_passages = stage._parts(artifact, {})
+    assert ([part["first_number"] for part in parts], num_passages) == ([0, 2, 4, 6], 8)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from ir_measures import nDCG
 
+from readapt_ray import artifacts
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import open_model
-from readapt_ray.cluster import on_worker
+from readapt_ray.cluster import on_worker, query_vectors
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,
@@ -21,9 +22,12 @@ from readapt_ray.errors import (
 )
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.records import Passage, Query
+from readapt_ray.retrieval import bm25
 from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.fusion import reciprocal_rank_fusion
 from readapt_ray.stages import search as search_stage
 from readapt_ray.stages.embed import EmbedConfig, embed
+from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
 from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.stages.search import SearchConfig, search
 from tests import factories
@@ -48,7 +52,7 @@ def world(tmp_path_factory, ray_session):
     # Relative names mean something else in the folder that the workers run in.
     with contextlib.chdir(root):
         embed(EmbedConfig(retriever="model", corpus="corpus", output="vectors", rows_per_shard=25, dtype="float32"))
-        index(IndexConfig(vectors="vectors", output="index", rows_per_shard=40))
+        index(IndexConfig(vectors="vectors", output="index", rows_per_shard=40, bm25=True))
     return root, passages, queries
 
 
@@ -77,7 +81,7 @@ def _same(found, expected):
 
 def test_queries_in_pieces_for_several_tasks_keep_their_order(world, monkeypatch):
     root, passages, queries = world
-    monkeypatch.setattr(search_stage, "_QUERIES_A_PIECE", 3)
+    monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 3)
     artifact = search(_config(root, "pieces.trec"))
     _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
 
@@ -85,7 +89,7 @@ def test_queries_in_pieces_for_several_tasks_keep_their_order(world, monkeypatch
 @pytest.mark.parametrize("source", ["index", "vectors"])
 def test_rounds_of_queries_give_one_run_and_read_footers_once(world, monkeypatch, source):
     root, passages, queries = world
-    monkeypatch.setattr(search_stage, "_QUERIES_A_PIECE", 3)
+    monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 3)
     monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 30)
     read, named_footers = [], search_stage.named_footers
     monkeypatch.setattr(search_stage, "named_footers", lambda folder: read.append(folder) or named_footers(folder))
@@ -185,7 +189,7 @@ def test_queries_are_encoded_on_no_node_that_has_other_weights(world, monkeypatc
     root, passages, queries = world
     monkeypatch.setattr(on_worker, "this_node", lambda: "another")
     _same(read_run(search(_config(root, "far.trec")).uri), _by_hand(root, passages, queries, 10))
-    monkeypatch.setattr(search_stage, "_check_encoder", lambda *_: None)  # what the driver saw was right
+    monkeypatch.setattr(search_stage, "check_encoder", lambda *_: None)  # what the driver saw was right
     with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):
         search(_config(root, "far-other.trec", retriever=str(root / "other")))
 
@@ -196,6 +200,51 @@ def test_vectors_that_were_copied_in_part_are_not_searched(world, tmp_path):
     (tmp_path / "vectors/vectors/part-00001.parquet").unlink()
     with pytest.raises(CorruptFileError, match="vectors holds 35 vectors, and its manifest says 60; copy the folder"):
         search(_config(root, tmp_path / "x.trec", "vectors", vectors=str(tmp_path / "vectors")))
+
+
+def test_words_and_both_are_searched_and_measured_beside_vectors(world):
+    """Shards of 40 and 20 passages score as one index of all of them."""
+    root, passages, queries = world
+    for mode in ("dense", "bm25", "hybrid"):
+        search(_config(root, f"{mode}.trec", mode=mode))
+    texts = [bm25.words(f"{each.title} {each.text}") for each in passages]
+    counts = bm25.WordCounts()
+    counts.add(texts)
+    ids = np.array([each.doc_id for each in passages], dtype=object)
+    whole = bm25.WordIndex.build(texts, counts)
+    runs = {mode: read_run(str(root / f"{mode}.trec")) for mode in ("bm25", "hybrid")}
+    dense = read_run(search(_config(root, "deep.trec", top_k=100)).uri)
+    for query in queries:
+        hits = bm25.search_words([whole], ids, [query.text], 100)
+        by_words = [(doc.doc_id, doc.score) for doc in hits.of_query(0, "")]
+        rankings = [[each.doc_id for each in dense[query.query_id]], [doc_id for doc_id, _ in by_words]]
+        found = {each.doc_id: each.score for each in runs["bm25"][query.query_id]}
+        assert found == {doc_id: pytest.approx(score, rel=1e-6) for doc_id, score in by_words[:10]}
+        # Ties stand in another order in a run file, and two places more or less are at most 1/61 - 1/63.
+        fused, due = runs["hybrid"][query.query_id], dict(reciprocal_rank_fusion(rankings, 60))
+        assert [each.score for each in fused] == pytest.approx(list(due.values())[:10], abs=6e-4)
+        assert all(each.score == pytest.approx(due[each.doc_id], abs=6e-4) for each in fused)
+    files = ",".join(str(root / f"{mode}.trec") for mode in ("bm25", "dense", "hybrid"))
+    evaluate(EvaluateConfig.parse({"runs": files, "qrels": str(root / "qrels.tsv"), "output": str(root / "measures")}))
+    table = (root / "measures/report.md").read_text()
+    assert all(name in table for name in ("bm25", "dense", "hybrid"))
+
+
+def test_words_are_searched_only_where_they_were_indexed(world, tmp_path):
+    root, _, _ = world
+    with contextlib.chdir(root):
+        plain = index(IndexConfig(vectors="vectors", output=str(tmp_path / "plain"))).uri
+        again = index(IndexConfig(vectors="vectors", output=str(tmp_path / "again"), previous="index", bm25=True))
+    before = artifacts.open_artifact(str(root / "index"), "index").manifest.details["bm25"]
+    assert again.manifest.details["bm25"] == before and len(before) == 2
+    with pytest.raises(InputError, match="was built without BM25; build it with --bm25"):
+        search(_config(root, "o.trec", mode="bm25", index=plain))
+    with pytest.raises(InputError, match="needs an index that was built with bm25"):
+        search(_config(root, "o.trec", "vectors", mode="hybrid"))
+    (root / "index/shards/00001.bm25.npz").rename(tmp_path / "words")
+    with pytest.raises(CorruptFileError, match=r"00001\.bm25\.npz is gone"):
+        search(_config(root, "o.trec", mode="bm25"))
+    (tmp_path / "words").rename(root / "index/shards/00001.bm25.npz")
 
 
 @pytest.mark.slow
@@ -235,7 +284,8 @@ def test_rows_of_all_pieces_are_merged_and_named_as_one_sort_would(ray_session, 
     asked = random.integers(1, 5, size=(30, 4)).astype(np.float32)
     config = SearchConfig(retriever="m", queries="q", output="o.trec", top_k=9, drop_self_hits=True, **{source: "x"})
     pieces = [ray.put(asked[:16]), ray.put(asked[16:])]
-    table = search_stage._results(config, search_stage._pieces(search_stage._Source(artifact)), pieces, queries)
+    searched = search_stage._Source(artifact)
+    table = search_stage._found(config, searched, search_stage._pieces(searched), pieces, queries)
     found = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
     due = []
     for query, scores in zip(queries, asked @ vectors.T, strict=True):

@@ -243,6 +243,9 @@ def test_a_retriever_with_more_words_is_tuned_where_that_is_accepted(ray_session
     factories.write_tensors(retriever, tensors | {"embed_tokens.weight": torch.cat([words, words[:6]])})
     settings = json.loads((retriever / "config.json").read_text())
     (retriever / "config.json").write_text(json.dumps(settings | {"vocab_size": len(words) + 6}))
+    tokenizer = factories.decoder_tokenizer()
+    tokenizer.add_tokens(["<query>"])
+    tokenizer.save_pretrained(retriever)
     passages = factories.small_corpus(20)
     factories.ingest_artifact(tmp_path / "corpus", passages, *factories.small_queries(passages, 6))
     models = {"pretrained": str(base), "retriever": str(retriever)}

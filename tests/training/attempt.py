@@ -1,5 +1,6 @@
 """One worker of one attempt at a training run, in a process of its own that may kill itself; for test_steps.py."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,11 +15,14 @@ from transformers import AutoModelForCausalLM
 
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives, steps
-from readapt_ray.training.blocks import BlockReader
+from readapt_ray.training.blocks import RowGroups, list_row_groups
+from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
-from readapt_ray.training.packing import Block
+from readapt_ray.training.packing import Batch, Block
+from readapt_ray.training.shares import Cutting, Share
 from readapt_ray.training.steps import StepReport, StepWork, run_steps
+from tests.training.reading import read_shares
 
 OPTIMIZATION = Optimization(
     learning_rate=5e-3,
@@ -55,9 +59,20 @@ def worker(folder: Path, base: Path, attempt: Attempt, rank: int) -> None:
     torch.manual_seed(OPTIMIZATION.seed)
     shape = dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.1, targets=("q_proj", "up_proj"))
     dora.add_adapters(model, shape)
-    reader = BlockReader(Location(str(folder / "blocks")), batch_size=12, num_epochs=attempt.num_epochs, seed=3)
+    row_groups = list_row_groups(Location(str(folder / "blocks")))
+    data_order = DataOrder(num_units=row_groups.num_blocks, batch_size=12, num_epochs=attempt.num_epochs, seed=3)
+    cutting = Cutting(pad_id=0, micro_batch_tokens=64)
+    numbers = {tuple(each.input_ids): each.passage_numbers[0] for each in _passages(row_groups)}
     objective = _Recorded(
-        LanguageModelling(model=model, reader=reader, pad_id=0, micro_batch_tokens=64, dtype=torch.float32),
+        LanguageModelling(
+            model=model,
+            data_order=data_order,
+            batches=lambda first_step: read_shares(
+                row_groups, data_order, cutting, first_step, of=(rank, attempt.num_workers)
+            ),
+            dtype=torch.float32,
+        ),
+        numbers,
         folder,
         attempt,
     )
@@ -81,25 +96,40 @@ def worker(folder: Path, base: Path, attempt: Attempt, rank: int) -> None:
 class _Recorded:
     """The objective; what a worker is about to train on is written down before it does."""
 
-    def __init__(self, inner: LanguageModelling, folder: Path, attempt: Attempt) -> None:
+    def __init__(
+        self, inner: LanguageModelling, numbers: dict[tuple[int, ...], int], folder: Path, attempt: Attempt
+    ) -> None:
         self.data_order = inner.data_order
         self.batches = inner.batches
         self._inner = inner
+        self._numbers = numbers
         self._folder = folder
         self._attempt = attempt
 
-    def work(self, engine: DeepSpeedEngine, batch: list[Block], step: int) -> StepWork[list[Block]]:
+    def work(self, engine: DeepSpeedEngine, batch: Share, step: int) -> StepWork[Batch]:
         work = self._inner.work(engine, batch, step)
         rank = engine.worker_rank
-        passages = [
-            number for part, weight in work.parts if weight for block in part for number in block.passage_numbers
-        ]
+        passages = [self._numbers[ids] for part, weight in work.parts if weight for ids in _texts(part)]
         row = {"attempt": self._attempt.number, "step": step, "passages": passages}
         with (self._folder / f"history-{self._attempt.number}-{rank}.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self._attempt.kill == (rank, step, "training"):
             work = replace(work, loss_of=_die)
         return work
+
+
+def _passages(row_groups: RowGroups) -> Iterator[Block]:
+    for number in range(len(row_groups.group_lengths)):
+        for block in row_groups.read(number):
+            yield from block.passages()
+
+
+def _texts(part: Batch) -> Iterator[tuple[int, ...]]:
+    """The token ids of each passage of a decoder's micro-batch, without its padding."""
+    (positions,), (ids,), ends = part.position_ids, part.input_ids, part.passage_ends.tolist()
+    for start, end in itertools.pairwise(ends):
+        if positions[end - 1]:  # the positions of padding are 0
+            yield tuple(ids[start:end].tolist())
 
 
 class _EveryFourthStep:

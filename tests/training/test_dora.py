@@ -12,7 +12,9 @@ from torch import nn
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 from readapt_ray.training import dora
+from readapt_ray.training.adapted_output import AdaptedOutput, adapted_output, column_products, diagonal_products
 from readapt_ray.training.dora import AdapterShape
+from readapt_ray.training.dropout import draw_seed, keep_mask, kept_share
 from tests import factories
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
@@ -110,19 +112,78 @@ def test_the_factored_norm_is_the_norm() -> None:
         assert torch.allclose(layer.norm, dense.norm(dim=1), rtol=1e-12)
 
 
-def test_the_output_in_place_and_its_gradients_equal_the_reference() -> None:
+@pytest.mark.parametrize(("probability", "keeps_mask"), [(0.0, True), (0.3, True), (0.3, False)])
+@pytest.mark.parametrize("is_partitioned", [False, True])
+@pytest.mark.parametrize("method", ["dora", "lora"])
+def test_the_output_and_its_gradients_equal_the_reference(
+    method: str, is_partitioned: bool, probability: float, keeps_mask: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with the mask that the function draws, kept or drawn again as on a GPU. A magnitude of zero stays."""
+    monkeypatch.setattr("readapt_ray.training.adapted_output.keeps_mask", lambda device_type: keeps_mask)
+    made = torch.Generator().manual_seed(3)
+    sizes = ((2, 5, 6), (2, 6), (4, 2), (4,))
+    x, A, B, m = (torch.randn(size, generator=made, dtype=torch.float64).requires_grad_() for size in sizes)
+    weight, direction = (torch.randn(size, generator=made, dtype=torch.float64) for size in ((4, 6), (2, 5, 4)))
+    with torch.no_grad():
+        m[1] = 0
+    norm = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    magnitudes, trained = ((m, norm), [x, A, B, m]) if method == "dora" else ((None, None), [x, A, B])
+    torch.manual_seed(5)
+    given = (x @ weight.T, None) if is_partitioned else (None, weight)
+    ours = AdaptedOutput.apply(*given, x, A, B, *magnitudes, 2.0, probability)
+    torch.manual_seed(5)
+    mask = torch.ones_like(x)
+    if probability:
+        mask = keep_mask(x, probability, draw_seed()) / kept_share(probability)
+        assert 0 < int((mask == 0).sum()) < mask.numel()
+    share = m / norm if method == "dora" else None
+    theirs = adapted_output(x @ weight.T, x * mask, 2.0 * A, B, share)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    one, other = (list(torch.autograd.grad((y * direction).sum(), trained)) for y in (ours, theirs))
+    if method == "dora":
+        other[3] = torch.where(m == 0, 0, other[3])
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_column_products_by_diagonals() -> None:
+    one, other = torch.randn(2, 30, 128, dtype=torch.float64)
+    torch.testing.assert_close(diagonal_products(one, other), (one * other).sum(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(column_products(one, other), (one * other).sum(0), rtol=0, atol=1e-12)
+
+
+def test_under_autocast_a_float32_base_computes_in_bfloat16() -> None:
     torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(24, 16), nn.Linear(16, 8))
+    dora.add_adapters(plain, shape(targets=("0", "1")))
+    gradients = []
+    for enabled in (True, False):
+        plain.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = plain(torch.linspace(-1, 1, 72).view(3, 24))
+        y.float().square().sum().backward()
+        gradients.append([each.grad for each in plain.parameters() if each.requires_grad])
+    assert gradients[0][0].dtype == torch.float32
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=0.05)
 
-    def gradients(compute: Any) -> tuple[torch.Tensor, ...]:
-        made = torch.Generator().manual_seed(3)
-        given = [torch.randn(size, generator=made, dtype=torch.float64) for size in ((5, 4), (5, 2), (4, 2), (4,))]
-        base, low_rank, B, magnitude = (each.requires_grad_() for each in given)
-        y = compute(base.clone(), low_rank, B, magnitude, magnitude / torch.tensor([1.0, 2.0, 3.0, 4.0]))
-        return (y.detach(), *torch.autograd.grad(y.square().sum(), [base, low_rank, B, magnitude]))
 
-    reference = gradients(lambda base, low_rank, B, _, share: dora.dora_output(base, low_rank, B, share))
-    in_place = gradients(lambda *given: dora._DoraOutput.apply(*given[:4], given[4].detach()))
-    assert all(torch.allclose(one, other, rtol=1e-12) for one, other in zip(in_place, reference, strict=True))
+def test_a_layer_that_is_computed_again_draws_the_same_dropout() -> None:
+    plain = nn.Sequential(nn.Linear(24, 16))
+    dora.add_adapters(plain, shape(dropout=0.5, targets=("0",)))
+    x = torch.randn(3, 24, requires_grad=True)
+    gradients = []
+    for compute in (plain, lambda given: torch.utils.checkpoint.checkpoint(plain, given, use_reentrant=False)):
+        plain.zero_grad()
+        torch.manual_seed(1)
+        compute(x).square().sum().backward()
+        gradients.append([each.grad.clone() for each in plain.parameters() if each.requires_grad])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_a_mask_that_is_drawn_again_is_the_same_and_keeps_the_share_asked_for() -> None:
+    x = torch.empty(300, 400)
+    one, same, other = (keep_mask(x, 0.05, seed) for seed in (7, 7, 8))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert one.mean().item() == pytest.approx(kept_share(0.05), abs=0.003)
 
 
 def test_a_fresh_adapter_changes_nothing_and_trains_all_its_parts() -> None:

@@ -91,7 +91,14 @@ class RecordsSeeds:
 
     def work(self, engine: DeepSpeedEngine, batch: int, step: int) -> StepWork[Tensor]:
         inputs = torch.ones(8, 24)
-        return StepWork(parts=[(inputs, 0.5)] * 2, loss_of=self._loss, num_tokens=8, num_slots=8, passages=[batch])
+        return StepWork(
+            parts=[(inputs, 0.5)] * 2,
+            loss_of=self._loss,
+            num_tokens=8,
+            num_slots=8,
+            num_passages=1,
+            first_passages=[batch],
+        )
 
     def _loss(self, inputs: Tensor) -> Tensor:
         self.seeds.append(torch.initial_seed())

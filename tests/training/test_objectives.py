@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention
-from readapt_ray.training import dora, objectives, packing
+from readapt_ray.training import adapted_output, dora, objectives, packing
 from readapt_ray.training.packing import IGNORED, Block, Masking
 from readapt_ray.training.trainable import spend_less
 from tests import factories, flash_kernel
@@ -142,7 +142,9 @@ def test_compiled_layers_have_graphs_for_all_lengths_and_no_breaks(
     shape = dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.05, targets=("q_proj", "v_proj", "down_proj"))
     dora.add_adapters(model, shape)
     random_weights_of_adapters(model)
-    monkeypatch.setattr(dora, "dropout", lambda x, share: (torch.nn.functional.dropout(x, share), 1.0))
+    drop = torch.nn.functional.dropout  # the same draws for both
+    monkeypatch.setattr(adapted_output, "draw_seed", lambda: 0)
+    monkeypatch.setattr(adapted_output, "keep_mask", lambda x, share, _: drop(torch.ones_like(x), share).ne(0).to(x))
     batches = [packing.collate(some_passages(num), pad_id=0) for num in (7, 12, 4)]
     num_graphs = []
     compiled = CompileCounterWithBackend("aot_eager")
@@ -258,7 +260,6 @@ def test_the_prepared_model_still_gives_logits_and_its_own_weights(tmp_path: Pat
     [
         (lambda model: model.set_output_embeddings(torch.nn.Identity()), "no linear output layer"),
         (lambda model: setattr(model.config, "final_logit_softcapping", 30.0), "final_logit_softcapping = 30.0"),
-        (lambda model: setattr(model, "_can_set_attn_implementation", lambda: False), "AttentionInterface"),
     ],
 )
 def test_a_model_that_would_be_trained_wrongly_is_refused(spoil: Callable[[Any], None], message: str) -> None:

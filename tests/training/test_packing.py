@@ -2,14 +2,9 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
-import pytest
 from transformers import AutoTokenizer
 
-from readapt_ray.errors import CorruptFileError
-from readapt_ray.storage import Location
 from readapt_ray.training import packing
-from readapt_ray.training.blocks import BlockReader
 from readapt_ray.training.packing import IGNORED, Block
 from tests import factories
 
@@ -30,6 +25,7 @@ def test_the_worked_example_of_the_module() -> None:
     assert batch.position_ids[0, :9].tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3]
     assert batch.labels[0, :9].tolist() == [6, 7, IGNORED, 9, IGNORED, 4, 4, 4, IGNORED]
     assert batch.labels[0, 9:].eq(IGNORED).all()
+    assert batch.label_places.tolist() == [0, 1, 3, 5, 6, 7]
     assert (batch.passage_ends.tolist(), batch.longest_passage) == ([0, 3, 5, 9, 16], 7)
 
 
@@ -82,53 +78,3 @@ def test_text_is_wrapped_in_specials_and_cut(tmp_path: Path) -> None:
     assert len(cut) == 12
     assert cut[-1] != tokenizer.eos_token_id
     assert packing.passage_ids(tokenizer, [], max_tokens=12) == []
-
-
-def write_blocks(folder: Path, num_files: int = 3) -> list[int]:
-    """Files of one-passage blocks, numbered through; all passage numbers."""
-    folder.mkdir(parents=True)
-    first = 0
-    for index in range(num_files):
-        rows = [(first + n, [2, 3, 4]) for n in range(50 + 7 * index)]
-        blocks = list(packing.pack(rows, mode="passage", block_tokens=8))
-        pq.write_table(
-            packing.blocks_to_table(blocks, index << 32), folder / f"part-{index:05d}.parquet", row_group_size=8
-        )
-        first += len(rows)
-    return list(range(first))
-
-
-def numbers(batches: list[list[Block]]) -> list[int]:
-    return [number for batch in batches for block in batch for number in block.passage_numbers]
-
-
-def test_every_block_comes_once_an_epoch_in_another_order_each(tmp_path: Path) -> None:
-    everything = write_blocks(tmp_path / "b")
-    reader = BlockReader(Location(str(tmp_path / "b")), batch_size=10, num_epochs=2, seed=3)
-    batches = list(reader.steps(0))
-    assert len(batches) == reader.data_order.num_steps == 2 * -(-len(everything) // 10)
-    half = reader.data_order.steps_per_epoch
-    first, second = numbers(batches[:half]), numbers(batches[half:])
-    assert sorted(first) == sorted(second) == everything
-    assert first != second
-    assert first != everything
-    again = BlockReader(Location(str(tmp_path / "b")), batch_size=10, num_epochs=2, seed=3)
-    assert numbers(list(again.steps(0))) == first + second
-    other = BlockReader(Location(str(tmp_path / "b")), batch_size=10, num_epochs=2, seed=4)
-    assert numbers(list(other.steps(0))) != first + second
-
-
-@pytest.mark.parametrize("first_step", [1, 7, 17, 18, 25, 36])
-def test_starting_late_gives_the_same_rest(tmp_path: Path, first_step: int) -> None:
-    write_blocks(tmp_path / "b")
-    reader = BlockReader(Location(str(tmp_path / "b")), batch_size=10, num_epochs=2, seed=3)
-    whole = list(reader.steps(0))
-    assert numbers(list(reader.steps(first_step))) == numbers(whole[first_step:])
-
-
-def test_a_truncated_blocks_file_is_named(tmp_path: Path) -> None:
-    write_blocks(tmp_path / "b")
-    file = tmp_path / "b" / "part-00001.parquet"
-    file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(CorruptFileError, match=r"part-00001\.parquet"):
-        BlockReader(Location(str(tmp_path / "b")), batch_size=10, num_epochs=1, seed=0)

@@ -170,3 +170,21 @@ def test_an_adapter_of_a_deeper_model_is_refused(tmp_path, bases):
     folder = factories.dora_adapter(tmp_path / "adapter", deep)
     with pytest.raises(WeightMismatchError, match=r"layers\.2.*no such weight"):
         Adapter(folder, Checkpoint(bases["decoder"]))
+
+
+@pytest.mark.parametrize("is_flat", [True, False])
+def test_what_zero_3_saved_without_gathering_is_named(tmp_path, bases, is_flat):
+    """Its tensors have the shape [0], or [0, n] and [n, 0]."""
+    folder = factories.lora_adapter(tmp_path / "a", bases["decoder"])
+    file = folder / "adapter_model.safetensors"
+    empty = {
+        name: torch.empty(0) if is_flat else each[:0] if "lora_A" in name else each[:, :0]
+        for name, each in load_file(file).items()
+    }
+    save_file(empty, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"20 empty tensors, such as .*\[.*0.*saved under ZeRO-3 without gathering"):
+        Adapter(folder, Checkpoint(bases["decoder"]))
+    base = factories.tiny_decoder(tmp_path / "full")
+    factories.write_tensors(base, {name: each[:0] for name, each in factories.read_tensors(base).items()})
+    with pytest.raises(ModelError, match=r"empty tensors.*ZeRO-3"):
+        Checkpoint(base)

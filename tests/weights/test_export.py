@@ -306,6 +306,48 @@ def test_the_rope_is_written_as_older_libraries_read_it_too(tmp_path, scaling):
     assert headless_config(older, dtype="float32", name="x")["rope_theta"] == 1e4
 
 
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "bases", "scaling", "older"),
+    [
+        (
+            "gemma3_text",
+            (2e6, 2e4),
+            LINEAR,
+            {"rope_theta": 2e6, "rope_local_base_freq": 2e4, "rope_scaling": LINEAR},
+        ),
+        ("modernbert", (3e5, 2e4), {}, {"global_rope_theta": 3e5, "local_rope_theta": 2e4}),
+        ("olmo3", (3e5, 3e5), LINEAR, {"rope_theta": 3e5, "rope_scaling": LINEAR}),
+        ("olmo3", (3e5, 2e4), {}, {}),
+        ("modernbert", (3e5, 2e4), LINEAR, {}),
+        ("ministral", (3e5, 2e4), {}, {}),
+    ],
+)
+def test_a_rope_for_each_kind_of_layer_is_written_as_transformers_4_reads_it(tmp_path, kind, bases, scaling, older):
+    """Or nothing is written, and a warning says so."""
+    from transformers import AutoConfig
+
+    layers = {
+        "full_attention": {"rope_type": "default", "rope_theta": bases[0], **scaling},
+        "sliding_attention": {"rope_type": "default", "rope_theta": bases[1]},
+    }
+    config = AutoConfig.for_model(kind).to_dict() | {"rope_parameters": layers}
+    made = headless_config(config, dtype="float32", name="x")
+    written = {name: value for name, value in made.items() if "rope_" in name and name != "rope_parameters"}
+    assert written == older
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == layers
+
+
+def test_a_rope_that_older_options_cannot_say_is_warned_of(caplog):
+    layers = {kind: {"rope_theta": 1e4, **LINEAR} for kind in ("full_attention", "sliding_attention")}
+    for kind in ("gemma3_text", "modernbert", "ministral"):
+        headless_config({"model_type": kind, "rope_parameters": layers}, dtype="float32", name=kind)
+        assert f"{kind} has other rotary settings for each kind of layer" in caplog.text
+
+
 def test_the_pooling_is_written_as_other_servers_read_it(tmp_path):
     source = factories.tiny_decoder(tmp_path / "in")
     model = open_model(str(source))

@@ -170,8 +170,8 @@ def _change(folder, change):
         (lambda tensors: tensors.pop("norm.weight"), r"norm\.weight: only in 'before'"),
         (lambda tensors: tensors.update(more=torch.ones(2)), r"more: only in 'after'"),
         (
-            lambda tensors: tensors.update({"embed_tokens.weight": torch.zeros(390, 32)}),
-            r"embed_tokens\.weight: \[384, 32\] before, \[390, 32\] after",
+            lambda tensors: tensors.update({"embed_tokens.weight": torch.zeros(383, 32)}),
+            r"embed_tokens\.weight: \[384, 32\] before, \[383, 32\] after",
         ),
     ],
 )
@@ -194,11 +194,39 @@ def test_an_embedding_that_is_stored_only_as_the_head_is_refused(tmp_path):
         Readapter(Checkpoint(pretrained), Checkpoint(pretrained))
 
 
+def _add_token(folder):
+    tokenizer = factories.decoder_tokenizer()
+    tokenizer.add_tokens(["<query>"])
+    tokenizer.save_pretrained(folder)
+
+
+def test_rows_that_no_token_has_are_padding(tmp_path, caplog):
+    """On either side; those of the retriever are kept."""
+    caplog.set_level("INFO", "readapt_ray")
+    plain = factories.tiny_decoder(tmp_path / "plain", headless=True)
+    padded = factories.full_retriever(tmp_path / "padded", plain)
+    zeros = torch.zeros(64, 32)
+    _change(padded, lambda t: t.update({"embed_tokens.weight": torch.cat([t["embed_tokens.weight"], zeros])}))
+    one, other = Checkpoint(plain), Checkpoint(padded)
+    words = [each.read("embed_tokens.weight") for each in (one, other)]
+    made = Readapter(one, other).weight("embed_tokens.weight", Scales(0.5, ()))
+    assert torch.equal(made[384:], zeros)
+    assert torch.allclose(made[:384], (words[0] + words[1][:384]) / 2, atol=1e-7)
+    made = Readapter(other, one).weight("embed_tokens.weight", Scales(0.5, ()))
+    assert torch.allclose(made, (words[0] + words[1][:384]) / 2, atol=1e-7)
+    assert "no token has one of the rows from 384 on, so they are padding" in caplog.text
+    for file in [*plain.glob("token*"), *padded.glob("token*")]:
+        file.unlink()
+    with pytest.raises(WeightMismatchError, match="--accept vocabulary"):
+        Readapter(one, other)
+
+
 def test_words_that_only_the_retriever_has_are_kept_as_they_are(tmp_path):
     pretrained = factories.tiny_decoder(tmp_path / "pre", headless=True)
     retriever = factories.full_retriever(tmp_path / "ret", pretrained)
     new = torch.randn(6, 32)
     _change(retriever, lambda t: t.update({"embed_tokens.weight": torch.cat([t["embed_tokens.weight"], new])}))
+    _add_token(retriever)
     before, after = Checkpoint(pretrained), Checkpoint(retriever)
     with pytest.raises(WeightMismatchError, match=r"another number of words.*--accept vocabulary"):
         Readapter(before, after)

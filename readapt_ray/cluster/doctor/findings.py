@@ -10,7 +10,7 @@ from readapt_ray.errors import ReadaptError, first_line
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong and, after a semicolon, what to do."""
+    """A text that says what is wrong and, after a semicolon, what to do."""
 
     text: str
     fails: bool = True

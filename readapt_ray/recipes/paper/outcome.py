@@ -8,7 +8,7 @@ comparison of the table.
 import datetime
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.evaluation.measures import group_judgements, measure_run, parse_measures
 from readapt_ray.evaluation.runs import load_run
-from readapt_ray.evaluation.significance import Comparison, compare, holm
+from readapt_ray.evaluation.significance import Comparison, combine, compare, holm, paired
 from readapt_ray.evaluation.tables import markdown_table, p_value
 from readapt_ray.recipes.paper import published
 from readapt_ray.recipes.paper.options import Collection
@@ -55,6 +55,7 @@ def write_outcome(reproduction: Reproduction, experiment: str, seeds: Sequence[i
         "settings": reproduction.config.model_dump(mode="json", exclude={"root", "corpora", "data"}),
         "rows": rows,
         "averages": _averages(reproduction, rows),
+        "combined": _combined(found),
     }
     root = Location(reproduction.config.root.rstrip("/"))
     text = to_markdown(result)
@@ -144,6 +145,19 @@ def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dic
     }
 
 
+def _combined(found: Sequence[_Outcome]) -> dict[str, dict[str, Any]]:
+    """Test each variant over all corpora at once, where there are several."""
+    names = [name for name in found[0].values if name != BASE and all(name in each.values for each in found)]
+    if len(found) < 2 or any(each.values[BASE].shape[1] < 2 for each in found):
+        return {}
+    return {
+        name: asdict(
+            combine([paired(each.values[name].mean(axis=0), each.values[BASE].mean(axis=0)) for each in found])
+        )
+        for name in names
+    }
+
+
 def to_markdown(result: dict[str, Any]) -> str:
     """The outcome as one page; scores times 100, as the paper prints them."""
     seeds = result["seeds"]
@@ -176,6 +190,12 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             f"Average over {label}: " + ", ".join(f"{variant} {100 * mean:.1f}" for variant, mean in means.items()),
         ]
+    lines += [
+        f"\n{name} over all corpora at once: {_points(each['difference'], signed=True)} "
+        f"({_points(each['interval'][0], signed=True)} to {_points(each['interval'][1], signed=True)}), "
+        f"p {p_value(each['p_value'])}; a difference of {_points(each['detectable'])} would be found in 80% of such studies"
+        for name, each in result["combined"].items()
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -48,6 +48,9 @@ def test_a_table_has_means_over_seeds_tests_and_the_published_figures(tiny: Path
     assert readapted["p"] == 2 / 2**12 or readapted["p"] == pytest.approx(1 / 2**11, abs=1e-3)
     assert readapted["p_holm"] == pytest.approx(2 * readapted["p"])
     assert result["averages"]["all (2 corpora)"] == {"base": 0.25, "readapted": 0.75}
+    assert result["combined"]["readapted"]["difference"] == pytest.approx(0.5)
+    assert result["combined"]["readapted"]["p_value"] < readapted["p"]
+    assert "readapted over all corpora at once: +50.00" in text
     row = next(line for line in text.splitlines() if line.startswith("| nfcorpus") and "| readapted |" in line)
     assert "| 75.00 | 35.36 | +50.00 |" in row
     assert "paper" not in text.splitlines()[4]

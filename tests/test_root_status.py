@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from readapt_ray import cli, leases, status
+from readapt_ray import cli, leases, root_status
 from readapt_ray.storage import Location
 from tests import factories
 
@@ -23,7 +23,7 @@ def building(folder: Path, **changes: Any) -> None:
 
 
 def only(root: Path, **options: Any) -> dict[str, Any]:
-    (row,) = status.rows(Location(str(root)), **options)
+    (row,) = root_status.rows(Location(str(root)), **options)
     return row
 
 
@@ -38,7 +38,7 @@ def test_a_stage_whose_heartbeat_ended_is_stopped_and_says_where(tmp_path: Path)
     building(tmp_path / "vectors", host="elsewhere", boot="other", heartbeat=time.time() - 120)
     row = only(tmp_path)
     assert row["state"] == "stopped"
-    assert row["what"].endswith("last sign 2 min 00 s ago on elsewhere")
+    assert row["what"].endswith("last heartbeat 2 min 00 s ago on elsewhere")
 
 
 def test_a_stage_whose_process_died_on_this_machine_is_stopped_at_once(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_cost_is_hours_times_the_clusters_price(tmp_path: Path, capsys: pytest.C
 def test_what_lies_inside_an_artifact_is_not_listed(tmp_path: Path) -> None:
     factories.ingest_artifact(tmp_path / "run" / "corpus", factories.small_corpus(5))
     building(tmp_path / "run" / "corpus" / "passages" / "odd", host="elsewhere", boot="other")
-    assert [row["artifact"] for row in status.rows(Location(str(tmp_path)))] == ["run/corpus"]
+    assert [row["artifact"] for row in root_status.rows(Location(str(tmp_path)))] == ["run/corpus"]
 
 
 def test_a_manifest_or_lease_of_another_program_makes_no_artifact(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_manifest_or_lease_of_another_program_makes_no_artifact(tmp_path: Path
     (tmp_path / "site" / "run" / "x.trec.manifest.json").write_text("[]")
     (tmp_path / "map").mkdir()
     (tmp_path / "map" / "building.json").write_text('{"owner": "ACME", "height_m": 300}')
-    assert [(row["artifact"], row["state"]) for row in status.rows(Location(str(tmp_path)))] == [
+    assert [(row["artifact"], row["state"]) for row in root_status.rows(Location(str(tmp_path)))] == [
         ("site/run/corpus", "done")
     ]
 
@@ -82,14 +82,14 @@ def test_a_manifest_or_lease_of_another_program_makes_no_artifact(tmp_path: Path
 def test_a_plan_of_another_program_is_none(content: str, tmp_path: Path) -> None:
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(5))
     (tmp_path / "run.json").write_text(content)
-    assert [row["artifact"] for row in status.rows(Location(str(tmp_path)))] == ["corpus"]
+    assert [row["artifact"] for row in root_status.rows(Location(str(tmp_path)))] == ["corpus"]
 
 
 def test_planned_steps_that_have_not_begun_are_missing(tmp_path: Path) -> None:
     steps = [{"stage": "ingest", "output": "corpus"}, {"stage": "embed", "output": "vectors"}]
     (tmp_path / "run.json").write_text(json.dumps({"steps": steps}))
     building(tmp_path / "vectors", host="elsewhere", boot="other")
-    assert [(row["artifact"], row["state"]) for row in status.rows(Location(str(tmp_path)))] == [
+    assert [(row["artifact"], row["state"]) for row in root_status.rows(Location(str(tmp_path)))] == [
         ("corpus", "missing"),
         ("vectors", "running"),
     ]

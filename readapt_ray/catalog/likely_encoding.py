@@ -1,0 +1,73 @@
+"""Guess the encoding of a model whose folder says nothing, from its architecture and its tokenizer.
+
+In: config.json and the tokenizer. Out: a guess for the user to look at; it is shown or written, and never used unasked.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from readapt_ray.catalog.encoding import Encoding, Pooling
+from readapt_ray.catalog.special_tokens import added_by_itself
+
+_POOLING_BY_FAMILY: Final[dict[str, Pooling]] = {"modernbert": "cls", "bert": "mean", "xlm-roberta": "mean"}
+"""gte-modernbert and granite-embedding-r2 take CLS; E5, GTE and MiniLM the mean."""
+_COUNTS_FROM_PADDING: Final = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
+"""Families whose first position lies behind that of the padding."""
+_MAX_TOKENS: Final = 512
+
+
+def guess_encoding(config: Mapping[str, Any], tokenizer: Any | None) -> Encoding:
+    """Guess how a model encodes text.
+
+    Args:
+        config: its config.json; that of the base of an adapter.
+        tokenizer: as transformers loads it; None where there is none, which counts as one that adds both tokens.
+    """
+    pooling = _POOLING_BY_FAMILY.get(str(config.get("model_type"))) or ("last" if _is_causal(config) else "mean")
+    before, after = added_by_itself(tokenizer) if tokenizer is not None else (["BOS"], ["EOS"])
+    ends = pooling == "last" and getattr(tokenizer, "eos_token", None) is not None
+    limit = min(_MAX_TOKENS, usable_positions(config))
+    return Encoding(
+        pooling=pooling,
+        add_bos=bool(before),
+        add_eos=bool(after) or ends,
+        max_query_tokens=limit,
+        max_passage_tokens=limit,
+    )
+
+
+def usable_positions(config: Mapping[str, Any]) -> int:
+    """Return the longest text in tokens that a model has positions for; 512 where its config does not say."""
+    positions = int(config.get("max_position_embeddings") or _MAX_TOKENS)
+    if config.get("model_type") in _COUNTS_FROM_PADDING:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    return positions
+
+
+def as_contract(encoding: Encoding) -> str:
+    """Return a readapt.json of three lines that says what has no default, and the templates."""
+    named = {name: getattr(encoding, name) for name in ("pooling", "add_bos", "add_eos")}
+    templates = {name: getattr(encoding, name) for name in ("query_template", "passage_template")}
+    limits = {
+        name: getattr(encoding, name)
+        for name in ("max_query_tokens", "max_passage_tokens")
+        if name in _changed(encoding)
+    }
+    first, second = (json.dumps(part)[1:-1] for part in (named, templates | limits))
+    return f'{{"encoding": {{\n  {first},\n  {second}}}}}'
+
+
+def _changed(encoding: Encoding) -> set[str]:
+    return set(encoding.model_dump(exclude_defaults=True))
+
+
+def _is_causal(config: Mapping[str, Any]) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = config.get("model_type")
+    is_decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return is_decoder and not config.get("use_bidirectional_attention") and config.get("is_causal") is not False

@@ -1,0 +1,191 @@
+"""Blocks to Ray Train workers through Ray Data, in the order of training.
+
+A read task takes a piece of the steps (training/blocks.py), reads its blocks once, cuts the shares of all workers
+and yields a row for each (up to 64 steps, worker). Rows go to the workers in turn, so each worker gets its own rows
+whatever the number of workers. The tasks reserve no CPU: they run beside workers that have reserved all CPUs, on
+whatever cores of the cluster are free.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+import ray.train
+from ray.data import ExecutionOptions, ExecutionResources
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from readapt_ray.cluster.connection import cause_of
+from readapt_ray.errors import WorkerError
+from readapt_ray.storage import Location
+from readapt_ray.training import blocks
+from readapt_ray.training.blocks import Piece, RowGroups
+from readapt_ray.training.checkpoints import DataOrder, steps_done
+from readapt_ray.training.shares import Cutting, Share, shares_to_table, table_to_shares
+
+_ROW_TOKENS = 1 << 18
+_ROW_STEPS = 64
+_CHUNK_TOKENS = 1 << 24
+"""Of all workers' rows that a task holds at once: 0.4 GB."""
+_WORKERS_PER_TASK = 4
+"""A core reads and cuts some millions of tokens per second."""
+_BYTES_PER_WORKER = 64 << 20
+"""Of the object store: rows that wait for a worker."""
+_ROWS_AHEAD = 2
+_SHARES_AHEAD = 4
+
+
+class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
+    """Gives every start of the workers a dataset from the last checkpoint's step on.
+
+    Args:
+        row_groups: of the blocks.
+        data_order: which blocks, in which order.
+        cutting: into micro-batches.
+        checkpoints: their folder.
+    """
+
+    name = "blocks"
+
+    def __init__(self, row_groups: RowGroups, data_order: DataOrder, cutting: Cutting, checkpoints: Location) -> None:
+        super().__init__()
+        self._row_groups = row_groups
+        self.data_order = data_order
+        self._cutting = cutting
+        self._checkpoints = checkpoints
+
+    @staticmethod
+    def no_dataset() -> None:
+        """Stand for the dataset that Ray Train wants before the number of workers is known."""
+
+    def configure(self, *, world_size: int, **_: Any) -> list[dict[str, Any]]:
+        """Return the iterator of each worker; Ray Train calls this in an actor, once all workers ask for theirs."""
+        first_step = steps_done(self._checkpoints, self.data_order)
+        source = _Source(self._row_groups, self.data_order, self._cutting, first_step, world_size)
+        dataset = ray.data.read_datasource(
+            source,
+            num_cpus=0,
+            concurrency=1 + world_size // _WORKERS_PER_TASK,
+            override_num_blocks=source.num_tasks,
+        )
+        context = dataset.context
+        context.execution_options = ExecutionOptions(
+            preserve_order=True,
+            resource_limits=ExecutionResources.for_limits(object_store_memory=(4 + world_size) * _BYTES_PER_WORKER),
+        )
+        context.enable_progress_bars = False
+        context.execution_no_progress_timeout_s = -1
+        # A row is then a block. Blocks of several rows would be merged and cut by size, and no longer go in turn.
+        context.target_max_block_size = 1
+        return [{self.name: each} for each in dataset.streaming_split(world_size, equal=False)]
+
+
+class _Source(Datasource):  # type: ignore[misc]
+    """Rows for all workers: for each chunk of steps one per worker, by rank."""
+
+    def __init__(
+        self, row_groups: RowGroups, data_order: DataOrder, cutting: Cutting, first_step: int, num_workers: int
+    ) -> None:
+        shared = ray.put(row_groups)
+        self._tasks = [
+            _read_task(shared, piece, data_order.batch_size, cutting, num_workers)
+            for piece in blocks.pieces(row_groups, data_order, first_step)
+        ]
+        self.num_tasks = len(self._tasks)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        """Unknown."""
+        return None
+
+    def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
+        """Return one task for each piece."""
+        return self._tasks
+
+
+def _read_task(row_groups: Any, piece: Piece, batch_size: int, cutting: Cutting, num_workers: int) -> ReadTask:
+    def read() -> Iterator[pa.Table]:
+        return rows_of(ray.get(row_groups), piece, batch_size, cutting, num_workers)
+
+    return ReadTask(read, BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None))
+
+
+def rows_of(
+    row_groups: RowGroups, piece: Piece, batch_size: int, cutting: Cutting, num_workers: int
+) -> Iterator[pa.Table]:
+    """Yield the rows of a piece: the shares of some steps, for one worker after the other."""
+    most_slots = min(_ROW_TOKENS * num_workers, _CHUNK_TOKENS)
+    waiting: list[list[Share]] = []
+    num_slots = 0
+    for step, batch in enumerate(blocks.read_steps(row_groups, piece, batch_size), start=piece.first_step):
+        shares = cutting.shares(batch, num_workers, step)
+        waiting.append(shares)
+        num_slots += shares[0].num_slots
+        if len(waiting) == _ROW_STEPS or num_slots >= most_slots:
+            yield from map(_row, zip(*waiting, strict=True))
+            waiting, num_slots = [], 0
+    yield from map(_row, zip(*waiting, strict=True))
+
+
+def _row(shares: tuple[Share, ...]) -> pa.Table:
+    """A table of one row that holds the table of the shares."""
+    table = shares_to_table(shares)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    data = sink.getvalue()
+    offsets = pa.array([0, len(data)], pa.int64()).buffers()[1]
+    row = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+    return pa.table({"shares": row})
+
+
+def decoded(rows: pa.Table) -> Iterator[Share]:
+    """Yield the shares in rows of `rows_of`."""
+    for data in rows["shares"]:
+        yield from table_to_shares(pa.ipc.open_stream(data.as_buffer()).read_all())
+
+
+def receive(num_steps: int) -> Callable[[int], Iterator[Share]]:
+    """Begin to fetch this Ray Train worker's shares, and return what yields them from the newest checkpoint's step on.
+
+    A thread fetches and decodes them, from this call on: the stream starts while the model is loaded.
+
+    Args:
+        num_steps: of the run.
+    """
+    fetched = _ahead(_fetched())
+
+    def shares(first_step: int) -> Iterator[Share]:
+        for step in range(first_step, num_steps):
+            if (share := next(fetched, None)) is None:
+                raise RuntimeError(f"the data of step {step} and after did not come")
+            yield share
+
+    return shares
+
+
+def _fetched() -> Iterator[Share]:
+    try:
+        iterator = ray.train.get_dataset_shard(BlockStream.name)
+        for row in iterator.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=_ROWS_AHEAD):
+            yield from decoded(row)
+    except ray.exceptions.RayError as error:
+        cause = cause_of(error)
+        # Lost processes and nodes are Ray's errors: the workers are then started again.
+        raise error if isinstance(cause, WorkerError) else cause from None
+
+
+def _ahead(shares: Iterator[Share]) -> Iterator[Share]:
+    """Begin to fetch in a thread, and return an iterator over what comes."""
+    thread = ThreadPoolExecutor(1, thread_name_prefix="shares")
+    pending = deque(thread.submit(next, shares, None) for _ in range(_SHARES_AHEAD))
+
+    def arrived() -> Iterator[Share]:
+        while (share := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, shares, None))
+            yield share
+
+    return arrived()

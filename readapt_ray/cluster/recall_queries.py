@@ -1,0 +1,112 @@
+"""Choose the queries that the recall of an index is measured with.
+
+They are the corpus' own queries, and where it has fewer than 100, pieces of up to eight words of its passages. An index's
+own vectors would say too much: a graph finds best what it was built from.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.artifacts import Artifact, open_artifact
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.cluster import connection
+from readapt_ray.cluster.query_vectors import encode_queries
+from readapt_ray.errors import FingerprintMismatchError, ReadaptError
+from readapt_ray.retrieval.footers import read_footers, row_counts
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.seeds import random_generator
+
+logger = logging.getLogger("readapt_ray")
+
+NUM_QUERIES = 100
+_MAX_FILES = 4
+_MAX_WORDS = 8
+_CHARACTERS_A_WORD = 6
+"""Where a text has no spaces between words."""
+
+
+def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
+    """Return the vectors [100, D] of queries; None if the corpus or the model of the vectors is no longer there.
+
+    Args:
+        vectors: the output of the embed stage. Its manifest names the corpus and the retriever.
+    """
+    from ray.exceptions import RayError
+
+    try:
+        model, encoding = _retriever(vectors)
+        texts = recall_texts(corpus_of(vectors))
+        pieces = encode_queries(texts, model, encoding, dict(vectors.manifest.details["encoder"]))
+    except (ReadaptError, RayError, KeyError) as error:
+        logger.warning(
+            "index: recall is measured with vectors of the index itself, and may be lower for queries: there is no query to "
+            "measure with (%s)",
+            connection.cause_of(error),
+        )
+        return None
+    import ray
+
+    return np.concatenate(ray.get(pieces))
+
+
+def corpus_of(vectors: Artifact) -> Artifact:
+    """Return the corpus that vectors were made of.
+
+    Raises:
+        ArtifactMissingError: it is no longer there.
+        FingerprintMismatchError: another one lies there.
+    """
+    corpus = open_artifact(vectors.manifest.config["corpus"], "ingest")
+    if corpus.fingerprint != vectors.manifest.inputs["corpus"]:
+        raise FingerprintMismatchError(
+            f"{corpus.uri!r} is not the corpus that {vectors.uri!r} was made of; embed it again"
+        )
+    return corpus
+
+
+def _retriever(vectors: Artifact) -> tuple[OpenModel, Encoding]:
+    from readapt_ray.retrieval.encoder import encoder_fingerprint
+
+    encoder = vectors.manifest.details["encoder"]
+    model = open_model(vectors.manifest.config["retriever"])
+    encoding = Encoding.parse(encoder["encoding"], where=vectors.uri)
+    if encoder_fingerprint(model, encoding, encoder["dtype"]) != encoder["fingerprint"]:
+        raise FingerprintMismatchError(f"{model.name!r} is another model by now")
+    return model, encoding
+
+
+def recall_texts(corpus: Artifact) -> list[str]:
+    """Return 100 queries, always the same for a corpus."""
+    from readapt_ray.sources.judgements import read_queries
+
+    random = random_generator(0, "recall queries")
+    own = [each.text for each in read_queries(corpus.uri)] if (corpus.location / "queries").is_folder() else []
+    chosen = random.choice(len(own), min(NUM_QUERIES, len(own)), replace=False)
+    texts = [own[place] for place in sorted(chosen.tolist())]
+    passages = _some_passages(corpus, NUM_QUERIES - len(texts), random)
+    return texts + [_piece(each, random) for each in passages]
+
+
+def _some_passages(corpus: Artifact, number: int, random: np.random.Generator) -> Sequence[str]:
+    """Return the texts of passages from a few files: a corpus may have thousands."""
+    folder = corpus.location / "passages"
+    names = [name for name, _ in folder.listing(".parquet")]
+    names = [names[place] for place in random.permutation(len(names))[:_MAX_FILES]]
+    rows = ParquetRows(folder, row_counts(dict(zip(names, read_footers(folder, names), strict=True))))
+    table = rows.take(np.sort(random.integers(0, rows.num_rows, number)), ("title", "text"))
+    return [text or title for title, text in zip(*(each.to_pylist() for each in table.columns), strict=True)]
+
+
+def _piece(text: str, random: np.random.Generator) -> str:
+    """Return one to eight consecutive words of a text."""
+    length = int(random.integers(1, _MAX_WORDS + 1))
+    words = text.split()
+    if len(text) > 2 * _CHARACTERS_A_WORD * len(words):
+        start = int(random.integers(0, max(1, len(text) - length * _CHARACTERS_A_WORD)))
+        return text[start : start + length * _CHARACTERS_A_WORD].strip() or text
+    start = int(random.integers(0, max(1, len(words) - length + 1)))
+    return " ".join(words[start : start + length])

@@ -1,0 +1,100 @@
+"""Check what must hold of a run before it ships: `nDCG@10 >= base - 0.005`, or `nDCG@10 >= 0.3`.
+
+Enter requirements as text, means and comparisons with the baseline; leaves for each run whether each holds. Against the
+baseline it is a test of non-inferiority: the whole 95% interval of the difference must lie above the margin, so too few
+queries do not pass. Against a number the mean itself is compared.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from readapt_ray.config import meant
+from readapt_ray.errors import InputError
+from readapt_ray.evaluation.significance import Comparison
+from readapt_ray.evaluation.tables import signed, value
+
+_FORM = re.compile(
+    r"(?P<measure>\S.*?)\s*>=\s*(?:(?P<base>base)(?:\s*(?P<sign>[+-])\s*(?P<margin>\d*\.?\d+))?|(?P<floor>\d*\.?\d+))"
+)
+
+
+class Requirement(NamedTuple):
+    """A measure, and the least value that it must reach."""
+
+    text: str
+    measure: str
+    bound: float
+    """The difference from the baseline, or the mean."""
+    is_relative: bool
+
+
+def parse_requirement(text: str, measures: Sequence[str]) -> Requirement:
+    """Read a requirement.
+
+    Args:
+        text: as a user writes it.
+        measures: those that are measured.
+
+    Raises:
+        InputError: it is none, or its measure is not measured.
+    """
+    found = _FORM.fullmatch(text.strip())
+    if found is None:
+        raise InputError(
+            f"require = {text!r}: must be MEASURE >= base - MARGIN, MEASURE >= base + MARGIN or MEASURE >= NUMBER, such as "
+            f"'nDCG@10 >= base - 0.005'"
+        )
+    measure = found["measure"]
+    if measure not in measures:
+        hint = meant(measure, measures) or f"measured are {', '.join(measures)}; add it to the measures"
+        raise InputError(f"require = {text!r}: {measure!r} is not measured; {hint}")
+    if found["floor"]:
+        return Requirement(text.strip(), measure, float(found["floor"]), is_relative=False)
+    margin = float(found["margin"] or 0.0)
+    return Requirement(text.strip(), measure, -margin if found["sign"] == "-" else margin, is_relative=True)
+
+
+def check_requirements(
+    requirements: Iterable[Requirement], means: Mapping[str, Mapping[str, float]], comparisons: Sequence[Comparison]
+) -> list[dict[str, Any]]:
+    """Check each requirement for each run after the first; for a single run, check that one.
+
+    Args:
+        requirements: what must hold.
+        means: by run and measure; the first run is the baseline.
+        comparisons: of the other runs with it.
+
+    Returns:
+        For each requirement and run: text, run, holds, the outcome with its figures, and all of it as a sentence.
+
+    Raises:
+        InputError: a requirement names the baseline, and there is no run besides it.
+    """
+    baseline, *others = means
+    found = []
+    for each in requirements:
+        if each.is_relative and not others:
+            raise InputError(
+                f"require = {each.text!r} compares with the first run, and there is no other; give two runs"
+            )
+        for run in others or [baseline]:
+            holds, figures = _relative(each, run, comparisons) if each.is_relative else _absolute(each, means[run])
+            outcome = f"{'holds' if holds else 'does not hold'} ({figures})."
+            sentence = f"{run}: {each.text} {outcome}"
+            found.append({"text": each.text, "run": run, "holds": holds, "outcome": outcome, "sentence": sentence})
+    return found
+
+
+def _relative(required: Requirement, run: str, comparisons: Sequence[Comparison]) -> tuple[bool, str]:
+    comparison = next(each for each in comparisons if (each.run, each.measure) == (run, required.measure))
+    if comparison.interval is None:
+        return False, comparison.note
+    low, high = comparison.interval
+    figures = f"difference {signed(comparison.difference)}, 95% interval {signed(low)} to {signed(high)}"
+    return low >= required.bound, figures
+
+
+def _absolute(required: Requirement, means: Mapping[str, float]) -> tuple[bool, str]:
+    mean = means[required.measure]
+    return mean >= required.bound, f"mean {value(mean)}"

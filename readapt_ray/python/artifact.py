@@ -1,0 +1,174 @@
+"""Give artifacts what a notebook needs: a short repr, and their rows as a table.
+
+A table holds what the stage made: passages, blocks, vectors, a training log, ranked results, measures per query.
+"""
+
+import dataclasses
+import datetime
+import html
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from readapt_ray import artifacts
+from readapt_ray.errors import InputError
+from readapt_ray.progress import duration
+from readapt_ray.python.signatures import refusing_in_our_words
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import ray.data
+
+_ROW_FILES = {
+    "ingest": "passages",
+    "pack": "blocks",
+    "embed": "vectors",
+    "embed-sample": "vectors",
+}
+"""Folder of the Parquet files that hold a stage's rows."""
+_LOGS = ("train", "finetune")
+
+
+class Artifact(artifacts.Artifact):
+    """The output of a stage: its location, its manifest and its rows.
+
+    It can be given wherever a path is taken: `ra.train(corpus=corpus, ...)`.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The folder, or the file of a run of `search`.
+
+        Raises:
+            InputError: it lies in an object store; `uri` says where.
+        """
+        if not self.location.is_local:
+            raise InputError(f"{self.uri!r} is no path on this machine; use .uri, or .location to read its files")
+        return self.location.local_path
+
+    def __fspath__(self) -> str:
+        """Return the location, so that the artifact can be given where a path is taken."""
+        return self.uri
+
+    def __repr__(self) -> str:
+        """Three lines: stage and counts, place, when it was made."""
+        return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        head, *rest = map(html.escape, self._lines())
+        return f"<div><b>{head}</b><br>{'<br>'.join(rest)}</div>"
+
+    def _lines(self) -> list[str]:
+        manifest = self.manifest
+        when = datetime.datetime.fromisoformat(manifest.created).strftime("%Y-%m-%d %H:%M UTC")
+        return [
+            f"{manifest.stage}: {artifacts.counted(manifest.counts) or 'complete'}",
+            self.uri,
+            f"made {when} in {duration(manifest.seconds)}, fingerprint {self.fingerprint}",
+        ]
+
+    def to_arrow(self) -> pa.Table:
+        """Return all rows in memory.
+
+        Raises:
+            InputError: the artifact is a model.
+        """
+        stage = self.manifest.stage
+        if stage in _LOGS:
+            lines = (self.location / "metrics.jsonl").read_text().splitlines()
+            return pa.Table.from_pylist([json.loads(line) for line in lines])
+        if stage == "search":
+            from readapt_ray.evaluation.runs import read_run
+
+            scored = [each for docs in read_run(self.uri).values() for each in docs]
+            return pa.Table.from_pylist([each._asdict() for each in scored])
+        if stage == "tune":
+            return pa.Table.from_pylist(json.loads((self.location / "tune.json").read_text())["grid"])
+        return pa.concat_tables(
+            [pq.read_table(io.BytesIO(file.read_bytes())) for file in self._row_files()], promote_options="default"
+        )
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """All rows in memory, as pandas has them.
+
+        Raises:
+            InputError: the artifact is a model.
+        """
+        return self.to_arrow().to_pandas()
+
+    def to_ray(self) -> "ray.data.Dataset":
+        """Return the rows as a Ray Dataset, which reads files when they are needed.
+
+        Raises:
+            InputError: the artifact is a model.
+        """
+        from readapt_ray.cluster import connection
+
+        connection.connect()
+        import ray.data
+
+        if self.manifest.stage not in _ROW_FILES:
+            return ray.data.from_arrow(self.to_arrow())
+        files = self._row_files()
+        return ray.data.read_parquet([each.path for each in files], filesystem=self.location.filesystem)
+
+    def _row_files(self) -> list[Location]:
+        stage = self.manifest.stage
+        if stage in _ROW_FILES:
+            return (self.location / _ROW_FILES[stage]).files(".parquet")
+        if stage == "index":
+            return (self.location / "shards").files(".parquet")
+        if stage == "evaluate":
+            return [self.location / "per_query.parquet"]
+        raise InputError(f"{self.uri!r} is a model, which has no rows; encode with ra.Encoder({self.uri!r})")
+
+
+def of(artifact: artifacts.Artifact) -> Artifact:
+    """Return the same artifact as one for notebooks."""
+    return Artifact(**{each.name: getattr(artifact, each.name) for each in dataclasses.fields(artifact)})
+
+
+@refusing_in_our_words
+def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
+    """Open the complete artifact in a folder.
+
+    Args:
+        uri: its folder or URI.
+        stage: what made it; refuse the artifact of another stage. If omitted, any will do.
+
+    Raises:
+        ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
+    """
+    manifest = artifacts.read_manifest(str(uri))
+    return of(artifacts.open_artifact(str(uri), stage or (manifest.stage if manifest else "STAGE")))
+
+
+class Results:
+    """Rows that print as a table.
+
+    Args:
+        rows: the rows, by name of the column.
+        text: the table as people read it.
+    """
+
+    def __init__(self, rows: list[dict[str, Any]], text: str) -> None:
+        self.rows = rows
+        self._text = text
+
+    def __repr__(self) -> str:
+        """The table as text."""
+        return self._text
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self._text)}</pre>"
+
+    def to_pandas(self) -> "pd.DataFrame":
+        """Return the rows as a pandas DataFrame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows)

@@ -1,0 +1,187 @@
+"""Make the functions of `import readapt_ray as ra` from the configs of stages, runs and comparisons.
+
+They take what the commands take, show progress without any set-up of logging, and refuse as the commands do.
+"""
+
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from readapt_ray import artifacts, log_output
+from readapt_ray.config import Config
+from readapt_ray.errors import UNREADABLE, InputError, unreadable
+from readapt_ray.python.artifact import Artifact, Results, of
+from readapt_ray.python.signatures import docstring_of, refusing_in_our_words, signature_of
+from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.stages import STAGES
+
+
+class Work(NamedTuple):
+    """A row of the table of functions whose options are those of a config."""
+
+    summary: str
+    config: str
+    """Where the config class is: module and name."""
+    function: str
+    """Where the function of a config is."""
+    returns: type[Artifact] | type[Results] | None = Artifact
+
+
+FUNCTIONS: dict[str, Work] = {
+    **{
+        name: Work(stage.summary, f"stages.{name}:{stage.config}", f"stages.{name}:{name}")
+        for name, stage in STAGES.items()
+    },
+    "train": Work(STAGES["train"].summary, "stages.train:TrainConfig", "recipes.chain:train_on_passages"),
+    "compare": Work(
+        "compare retrievers on one corpus", "recipes.compare_plan:CompareConfig", "recipes.compare:compare", Results
+    ),
+    "paper": Work(
+        "reproduce the paper's experiments",
+        "recipes.paper.options:PaperConfig",
+        "recipes.paper.experiments:run",
+        Results,
+    ),
+    "serve": Work(
+        "serve a retriever and its index over HTTP until interrupted",
+        "serving.options:ServeConfig",
+        "serving.server:serve",
+        None,
+    ),
+}
+"""The functions that are made from this table; the others stand below."""
+_RETURNS = {
+    Artifact: "Returns:\n    The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.",
+    Results: "Returns:\n    The rows: they print as a table; `.rows`, `.to_pandas()`.",
+    None: "Returns:\n    Nothing.",
+}
+
+
+@functools.cache
+def function_of(name: str) -> Callable[..., Any]:
+    """Return the function of a row of the table, with the signature and docstring of its config."""
+    work = FUNCTIONS[name]
+    config_class: type[Config] = _found(work.config)
+
+    def call(*given: Any, **options: Any) -> Any:
+        with _as_told():
+            return _presented(name, _found(work.function)(_config(name, config_class, given, options)))
+
+    call.__name__ = call.__qualname__ = name
+    call.__module__ = "readapt_ray"
+    call.__doc__ = docstring_of(work.summary, config_class, _RETURNS[work.returns])
+    call.__signature__ = signature_of(config_class, work.returns)  # type: ignore[attr-defined]
+    return call
+
+
+def _found(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"readapt_ray.{module}"), name)
+
+
+def _config(name: str, config_class: type[Config], given: tuple[Any, ...], options: dict[str, Any]) -> Config:
+    """Make a config from the options of a call.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or was given without its name.
+    """
+    if not given:
+        return config_class.parse(options, where=f"ra.{name}")
+    if len(given) == 1 and isinstance(given[0], config_class) and not options:
+        return given[0]
+    raise InputError(
+        f"ra.{name}: {given[0]!r} has no name; give each option by its name, such as "
+        f"{next(iter(config_class.model_fields))}=..., or one {config_class.__name__} and nothing else"
+    )
+
+
+def _presented(name: str, result: Any) -> Any:
+    """Wrap artifacts and tables so that they print well in a notebook."""
+    if isinstance(result, artifacts.Artifact):
+        return of(result)
+    if name == "compare":
+        from readapt_ray.recipes.compare import to_markdown
+
+        return Results(result["rows"], to_markdown(result))
+    if name == "paper":
+        rows = [{"experiment": experiment, "outcome": text} for experiment, text in result.items()]
+        return Results(rows, "\n".join(result.values()))
+    return None
+
+
+@contextlib.contextmanager
+def _as_told() -> Iterator[None]:
+    """Show progress, and raise only our own errors for what the user can mend.
+
+    Raises:
+        InputError: a path may not be read.
+    """
+    log_output.show_progress()
+    try:
+        yield
+    except UNREADABLE as error:
+        raise unreadable(error) from error
+
+
+@refusing_in_our_words
+def run(
+    config: str | Path | RunConfig,
+    *,
+    root: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    from_stage: str | None = None,
+) -> dict[str, Artifact]:
+    """Run the main job of a YAML file: adapt a retriever to a corpus, re-embed it, evaluate.
+
+    What is complete already is not done again. What was made with other options is refused, and made again on request.
+
+    Args:
+        config: the file, or a RunConfig.
+        root: folder or URI to write all artifacts to. If omitted, that of the file.
+        overrides: options in place of the file's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
+        overwrite: make again all that is stale: made with other options or from other inputs.
+        from_stage: as overwrite, but only for this stage and those after it.
+
+    Returns:
+        The artifacts by their folder under the root: corpus, adapter, adapted, report ...
+
+    Raises:
+        InputError: an option is unknown or wrong, or an input cannot be used; found before any stage starts.
+    """
+    from readapt_ray.recipes import run_file, running
+
+    with _as_told():
+        changes = {**(overrides or {}), **({} if root is None else {"root": root})}
+        if not isinstance(config, RunConfig):
+            config = run_file.read_run(str(config), changes)
+        elif changes:
+            config = run_file.changed(config.model_dump(exclude_unset=True), changes, where="ra.run")
+        made = running.run(config, overwrite=overwrite, from_stage=from_stage)
+        return {name: of(each) for name, each in made.items()}
+
+
+@refusing_in_our_words
+def status(root: str | Path) -> Results:
+    """Show what is done, running and missing in the folder of a run.
+
+    Args:
+        root: the folder or URI that holds the artifacts.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    from readapt_ray import root_status
+    from readapt_ray.storage import Location
+
+    with _as_told():
+        rows = root_status.rows(Location(str(root)))
+        return Results(rows, root_status.as_table(rows, str(root)))
+
+
+def quiet() -> None:
+    """Show warnings only, no progress; READAPT_LOG_LEVEL=WARNING does the same."""
+    log_output.quiet()

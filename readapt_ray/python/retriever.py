@@ -1,0 +1,183 @@
+"""Encode texts and search an index in this process, without Ray.
+
+The whole index lies in memory, and so does the model. A corpus gives hits their titles and texts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog.encoding import Encoding, read_encoding
+from readapt_ray.catalog.models import open_model
+from readapt_ray.config import meant
+from readapt_ray.errors import InputError
+from readapt_ray.python.signatures import refusing_in_our_words
+from readapt_ray.records import Passage, ScoredDoc
+
+Kind = Literal["query", "passage"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Place = str | Path | Artifact
+"""A name, a path, a URI, or what a stage returned."""
+
+
+class Hit(NamedTuple):
+    """A passage that was found. Title and text are empty where no corpus was given."""
+
+    doc_id: str
+    score: float
+    title: str
+    text: str
+
+
+class Encoder:
+    """A retriever that turns texts into vectors.
+
+    Args:
+        retriever: a catalog name, a folder, a URI, a hub id, or the artifact of `ra.merge` or `ra.finetune`.
+        encoding: how it takes text: an `Encoding`, or a JSON file. If omitted, what its folder or the catalog says.
+        dtype: of weights and computation.
+        device: a torch device. If omitted, cuda where there is one, else cpu.
+        batch_tokens: tokens per batch at most. If omitted, what suits the device.
+
+    Raises:
+        InputError: the model cannot be found or loaded, or nothing says how it takes text.
+    """
+
+    @refusing_in_our_words
+    def __init__(
+        self,
+        retriever: Place,
+        *,
+        encoding: Encoding | str | Path | None = None,
+        dtype: Dtype = "float32",
+        device: str | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        from readapt_ray.retrieval import encoder
+
+        if encoding is not None and not isinstance(encoding, Encoding):
+            encoding = read_encoding(str(encoding))
+        self._encoder = encoder.Encoder.load(
+            open_model(_named(retriever)), encoding=encoding, dtype=dtype, device=device, batch_tokens=batch_tokens
+        )
+        self._name = _named(retriever)
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it takes text: templates, special tokens, pooling."""
+        return self._encoder.encoding
+
+    @property
+    def dimension(self) -> int:
+        """Numbers in a vector."""
+        return self._encoder.dimension
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides a vector."""
+        return self._encoder.fingerprint
+
+    @refusing_in_our_words
+    def encode(
+        self, texts: str | Sequence[str], kind: Kind, *, titles: Sequence[str] | None = None
+    ) -> NDArray[np.float32]:
+        """Encode texts.
+
+        Args:
+            texts: N texts, or one.
+            kind: "query" or "passage": retrievers treat them differently.
+            titles: N titles of passages.
+
+        Returns:
+            float32 [N, D] in the order of the texts; [D] of one text.
+
+        Raises:
+            InputError: the kind is neither, or a text is not a text or is empty.
+        """
+        if kind not in get_args(Kind):
+            hint = meant(str(kind), get_args(Kind)) or "queries and passages are encoded differently"
+            raise InputError(f"kind = {kind!r}: must be one of {', '.join(get_args(Kind))}; {hint}")
+        if isinstance(texts, str):
+            vector: NDArray[np.float32] = self._encoder.encode([texts], kind, titles)[0]
+            return vector
+        return self._encoder.encode(list(texts), kind, titles)
+
+    def __repr__(self) -> str:
+        """Its name and size."""
+        return f"Encoder({self._name!r}): {self.dimension} dimensions, {self._encoder.device}"
+
+
+class Retriever:
+    """A retriever with its index in memory.
+
+    Args:
+        retriever: the model that made the vectors.
+        index: the output of `ra.index`, or its folder.
+        corpus: the output of `ra.ingest`, or its folder, for titles and texts of hits.
+        device: a torch device. If omitted, cuda where there is one, else cpu.
+
+    Raises:
+        InputError: one of them cannot be found, or the index was made by another model.
+    """
+
+    @refusing_in_our_words
+    def __init__(
+        self, *, retriever: Place, index: Place, corpus: Place | None = None, device: str | None = None
+    ) -> None:
+        from readapt_ray.retrieval.index_shard import merged
+        from readapt_ray.retrieval.passage_store import PassageStore
+        from readapt_ray.retrieval.vector_index import VectorIndex
+        from readapt_ray.stages.search import check_encoder
+
+        opened = VectorIndex.open(_named(index))
+        self._passages = None if corpus is None else PassageStore.open(_named(corpus))
+        encoding = Encoding.parse(opened.encoder["encoding"], where=opened.artifact.uri)
+        check_encoder(open_model(_named(retriever)), encoding, opened.artifact)
+        self._encoder = Encoder(retriever, encoding=encoding, dtype=opened.encoder["dtype"], device=device)
+        self._shards = merged(opened.shards())
+        self._num_vectors = opened.num_vectors
+        self._index = _named(index)
+
+    @refusing_in_our_words
+    def search(self, query: str, top_k: int = 10) -> list[Hit]:
+        """Return the best passages for a query, best first.
+
+        Args:
+            query: a text; `search_all` takes several.
+            top_k: how many passages, at most all that there are.
+
+        Raises:
+            InputError: top_k is under 1, or the query is not a text or is empty.
+        """
+        if not isinstance(query, str):
+            raise InputError(f"query = {query!r}: must be a text; search_all takes a list of them")
+        return self.search_all([query], top_k)[0]
+
+    @refusing_in_our_words
+    def search_all(self, queries: Sequence[str], top_k: int = 10) -> list[list[Hit]]:
+        """Return the best passages for each query; see `search`."""
+        from readapt_ray.retrieval.index_shard import search_shards
+
+        if not len(queries):
+            return []
+        hits = search_shards(self._shards, self._encoder.encode(queries, "query"), top_k)
+        found = [hits.of_query(place, "") for place in range(len(queries))]
+        passages = self._passages.find({each.doc_id for scored in found for each in scored}) if self._passages else {}
+        return [[_hit(each, passages.get(each.doc_id)) for each in scored] for scored in found]
+
+    def __repr__(self) -> str:
+        """What it searches, and with what."""
+        return f"Retriever of {self._num_vectors:,} passages in {self._index!r} by {self._encoder!r}"
+
+
+def _hit(scored: ScoredDoc, passage: Passage | None) -> Hit:
+    return Hit(scored.doc_id, scored.score, passage.title if passage else "", passage.text if passage else "")
+
+
+def _named(place: Place) -> str:
+    """Return the name, path or URI of a model, an index or a corpus."""
+    return place.uri if isinstance(place, Artifact) else str(place)

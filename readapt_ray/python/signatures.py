@@ -1,0 +1,117 @@
+"""Make signatures and docstrings for `import readapt_ray` from the configs that also make flags and `--help`.
+
+`inspect.signature`, `help` and completion in notebooks show them. `readapt_ray/__init__.pyi` holds the same for editors
+and type checkers, which do not run code.
+"""
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from pydantic.fields import FieldInfo
+
+from readapt_ray.config import Config, meant, options_text
+from readapt_ray.errors import InputError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MORE_PATHS = frozenset({"output", "root", "exclude", "only", "previous", "api_keys", "negatives", "require_report"})
+_NO_PATHS = frozenset({"host", "name"})
+"""Options that stand among the inputs in --help and are not paths."""
+
+
+def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:
+    """Return a signature with the options as keyword-only parameters, the required ones first."""
+    fields = sorted(config_class.model_fields.items(), key=lambda item: not item[1].is_required())
+    paths = (config_class.inputs | _MORE_PATHS) - _NO_PATHS
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=_default(field),
+            annotation=_accepted(field.annotation, is_path=name in paths),
+        )
+        for name, field in fields
+    ]
+    return inspect.Signature(parameters, return_annotation=returns)
+
+
+def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
+    """Return the text that `help` shows below the signature."""
+    how = f"Give the options by name, or all of them as one {config_class.__name__}."
+    raises = "Raises:\n    InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named."
+    return "\n\n".join([f"{summary[0].upper()}{summary[1:]}.", how, options_text(config_class), returns, raises])
+
+
+def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """Wrap a function so that it refuses an unknown or missing parameter with our own error and the nearest spelling."""
+    signature = inspect.signature(function)
+    known = [name for name in signature.parameters if name != "self"]
+    name = f"ra.{function.__qualname__.removesuffix('.__init__')}"
+
+    @functools.wraps(function)
+    def call(*given: P.args, **options: P.kwargs) -> R:
+        try:
+            signature.bind(*given, **options)
+        except TypeError as error:
+            unknown = [each for each in options if each not in known]
+            hints = [
+                f"unknown option {each!r}; {meant(each, known) or 'the options are ' + ', '.join(known)}"
+                for each in unknown
+            ]
+            raise InputError(f"{name}: {'; '.join(hints) or error}") from None
+        return function(*given, **options)
+
+    return call
+
+
+def _default(field: FieldInfo) -> Any:
+    return inspect.Parameter.empty if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def _accepted(annotation: Any, *, is_path: bool) -> Any:
+    """Return the types that a caller may give for an option: text also as a path, lists of any kind, an encoding as a
+    file.
+    """
+    if annotation is str:
+        return str | Path if is_path else str
+    arguments = [each for each in typing.get_args(annotation) if each is not Ellipsis]
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return _accepted(arguments[0], is_path=is_path)
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[tuple(_accepted(each, is_path=is_path) for each in arguments)]  # noqa: UP007
+    if origin is tuple:
+        return Sequence[_accepted(arguments[0], is_path=is_path)]  # type: ignore[misc]
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation | str | Path
+    return annotation
+
+
+def written(signature: inspect.Signature) -> tuple[list[str], str]:
+    """Return the parameters and the return type of a signature as source code."""
+    parameters = [
+        f"{each.name}: {_written(each.annotation)}"
+        + ("" if each.default is inspect.Parameter.empty else f" = {each.default!r}")
+        for each in signature.parameters.values()
+    ]
+    return parameters, _written(signature.return_annotation)
+
+
+def _written(annotation: Any) -> str:
+    arguments = [each for each in typing.get_args(annotation) if each is not Ellipsis]
+    origin = typing.get_origin(annotation)
+    if annotation is None or annotation is type(None):
+        return "None"
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(_written, arguments))
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(map(repr, arguments))}]"
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_written, arguments))}]"
+    return getattr(annotation, "__name__", str(annotation))

@@ -1,0 +1,41 @@
+"""Print the end of a run: where the report is, and the commands that one needs next."""
+
+import shlex
+from collections.abc import Mapping
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.recipes.chain import ADAPTED, RunConfig
+from readapt_ray.storage import Location
+
+
+def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
+    """The artifacts by name, the report's page, and the next commands as they can be pasted.
+
+    Args:
+        config: the run that ended.
+        made: its artifacts, by their folder under the root.
+    """
+    lines = [f"{name:20} {artifact.uri}" for name, artifact in made.items()]
+    if "report" in made:
+        lines += ["", f"report: {made['report'].location / 'report.html'}"]
+    elif "adapter" in made:
+        lines += ["", "Nothing was measured: there are no queries and qrels. Numbers from pseudo-queries:"]
+        models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": made["adapter"].uri}
+        lines.append(
+            _command("tune", **models, corpus=made["corpus"].uri, output=(Location(config.root) / "scales").uri)
+        )
+    if f"index/{ADAPTED}" in made:
+        places = {"retriever": made[ADAPTED].uri, "index": made[f"index/{ADAPTED}"].uri, "corpus": made["corpus"].uri}
+        lines += [
+            "",
+            "Next:",
+            _command("serve", **places),
+            """  curl http://127.0.0.1:8000/v1/search -H "Content-Type: application/json" -d '{"query": "...", "top_k": 3}'""",
+        ]
+    return "\n".join(lines)
+
+
+def _command(command: str, **options: str) -> str:
+    return "  " + shlex.join(
+        ["readapt", command, *(word for name, value in options.items() for word in (f"--{name}", value))]
+    )

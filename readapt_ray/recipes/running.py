@@ -1,0 +1,235 @@
+"""Run the main job: checks first, then stage after stage; record it in `run.json` under the root.
+
+In: a run's config. Out: its artifacts. `readapt-run.log` beside `run.json` holds the log of all starts.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
+
+from readapt_ray import artifacts
+from readapt_ray.artifacts import Artifact
+from readapt_ray.config import meant
+from readapt_ray.errors import CorpusError, InputError, first_line
+from readapt_ray.recipes import run_checks, standing
+from readapt_ray.recipes.background import run_in_background
+from readapt_ray.recipes.chain import (
+    RUN_NAME,
+    RUN_STAGES,
+    Problems,
+    RunConfig,
+    Step,
+    plan_steps,
+    run_stage,
+    runs_beside_next,
+)
+from readapt_ray.recipes.standing import Standing
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+LOG_NAME = "readapt-run.log"
+
+
+def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = None) -> dict[str, Artifact]:
+    """Run the main job; what is complete already is not done again.
+
+    Args:
+        config: the run.
+        overwrite: make again all that is stale: made with other options or from other inputs.
+        from_stage: as overwrite, but only for this stage and those after it.
+
+    Returns:
+        The artifacts by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
+
+    Raises:
+        InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
+    """
+    problems = Problems()
+    steps = plan_steps(config, problems)
+    with problems.noted():
+        steps = _with_overwriting(steps, overwrite=overwrite, from_stage=from_stage)
+    root = Location(config.root)
+    artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
+    before = read_record(root)
+    stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
+    if stale:
+        logger.info("made again: %s", standing.summary(stale))
+    record = _Record(root, config, steps, before)
+    record.begin(stale)
+    made: dict[str, Artifact] = {}
+    with _logged(root), record.failures():
+        _run_steps(config, steps, record, made)
+    return made
+
+
+def read_record(root: Location) -> dict[str, Any]:
+    """Return the content of `run.json` under a root; empty if there is none of ours."""
+    file = root / RUN_NAME
+    try:
+        values = json.loads(file.read_bytes()) if file.is_file() else {}
+    except ValueError:
+        return {}
+    steps = values.get("steps") if isinstance(values, dict) else None
+    is_ours = isinstance(steps, list) and all(
+        isinstance(each, dict) and {"stage", "output"} <= each.keys() for each in steps
+    )
+    return values if is_ours else {}
+
+
+class _Record:
+    """`run.json`: the config, the steps with the options that they were asked for, and what failed last."""
+
+    def __init__(self, root: Location, config: RunConfig, steps: Sequence[Step], before: Mapping[str, Any]) -> None:
+        self._file = root / RUN_NAME
+        self._values: dict[str, Any] = {"config": config.model_dump(mode="json")}
+        known = {each["output"]: each for each in before.get("steps", [])}
+        self._steps = {
+            step.name: {**known.get(step.name, {}), "stage": step.stage, "output": step.name} for step in steps
+        }
+        self.current: Step | None = None
+
+    def begin(self, stale: Sequence[Standing]) -> None:
+        """Note which artifacts are about to be replaced, so that they are known as stale wherever the run ends."""
+        for each in stale:
+            if each.is_complete and each.record:
+                self._steps[each.step.name]["replaces"] = each.record["fingerprint"]
+        self.write()
+
+    def write(self, **changes: Any) -> None:
+        """Write it, with changes."""
+        self._values |= changes
+        self._file.write_text(json.dumps({**self._values, "steps": list(self._steps.values())}, indent=2) + "\n")
+
+    def keep(self, steps: Sequence[Step]) -> None:
+        """Leave out the steps that the run does not have."""
+        self._steps = {step.name: self._steps[step.name] for step in steps}
+
+    def note(self, step: Step, artifact: Artifact) -> None:
+        """Note what an artifact was asked for with."""
+        self._steps[step.name].pop("replaces", None)
+        self._steps[step.name] |= {"fingerprint": artifact.fingerprint, "options": step.config.identity()}
+        self.write()
+
+    @contextlib.contextmanager
+    def failures(self) -> Iterator[None]:
+        """Note what a step raises, for `readapt status`."""
+        try:
+            yield
+        except Exception as error:
+            step = self.current
+            what = first_line(error)
+            with contextlib.suppress(OSError):
+                self.write(
+                    failed={
+                        "output": step.name if step else "",
+                        "error": what,
+                        "time": time.time(),
+                        "host": socket.gethostname(),
+                    }
+                )
+            raise
+
+
+def _with_overwriting(steps: Sequence[Step], *, overwrite: bool, from_stage: str | None) -> list[Step]:
+    """Return the steps, with `overwrite` set in the configs of those that may replace stale artifacts."""
+    if from_stage is not None and from_stage not in RUN_STAGES:
+        hint = meant(from_stage, RUN_STAGES) or f"the stages are {', '.join(RUN_STAGES)}"
+        raise InputError(f"--from {from_stage!r} is no stage of the run; {hint}")
+    first = RUN_STAGES.index(from_stage) if from_stage else len(RUN_STAGES)
+    first -= from_stage == "train"  # options of train decide how passages are packed, too
+    return [
+        dataclasses.replace(step, config=step.config.model_copy(update={"overwrite": True}))
+        if overwrite or RUN_STAGES.index(step.stage) >= first
+        else step
+        for step in steps
+    ]
+
+
+def _run_steps(config: RunConfig, steps: list[Step], record: _Record, made: dict[str, Artifact]) -> None:
+    number = 0
+    beside: tuple[Step, Future[Artifact]] | None = None
+    while number < len(steps):
+        step = steps[number]
+        number += 1
+        logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
+        record.current = step
+        if runs_beside_next(steps, number - 1) and _leaves_gpus_idle(step):
+            beside = step, run_in_background(functools.partial(run_stage, step.stage, step.config))
+            continue
+        try:
+            made[step.name] = run_stage(step.stage, step.config)
+        except Exception:
+            if beside is not None:
+                wait([beside[1]])
+            raise
+        if beside is not None:
+            record.current = beside[0]
+            made[beside[0].name] = beside[1].result()
+            record.note(beside[0], made[beside[0].name])
+            beside = None
+        if step.stage == "ingest" and not _has_judgements(config, steps):
+            steps = [each for each in steps if not each.needs_judgements]
+            record.keep(steps)
+        record.note(step, made[step.name])
+
+
+def _leaves_gpus_idle(step: Step) -> bool:
+    """Return whether a step has work to do and would leave GPUs idle."""
+    if artifacts.read_manifest(step.config.output) is not None:
+        return False
+    from readapt_ray.cluster import connection
+
+    return bool(connection.connect().num_gpus)
+
+
+def _has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
+    """Return whether search and evaluate have what they need; log it if not.
+
+    Raises:
+        CorpusError: only one of queries and qrels is there.
+    """
+    evaluation: Any = steps[-1].config
+    there = {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
+    if all(there.values()):
+        return True
+    if any(there.values()) or config.queries or config.qrels:
+        absent = next(name for name, present in there.items() if not present)
+        raise CorpusError(
+            f"no {absent} at {getattr(evaluation, absent)!r}; evaluation needs queries and qrels: give both, or a split that the source has"
+        )
+    logger.info(
+        "the corpus has no queries and qrels of the split %r, so search and evaluate are left out; --set queries=FILE --set "
+        "qrels=FILE would give numbers, and so would `readapt tune`, which makes pseudo-queries from the passages",
+        config.split,
+    )
+    return False
+
+
+@contextlib.contextmanager
+def _logged(root: Location) -> Iterator[None]:
+    """Append the log to `readapt-run.log` under a local root, with the traceback of what fails."""
+    if not root.is_local:
+        yield
+        return
+    root.local_path.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(root.local_path / LOG_NAME, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        failure = logger.makeRecord(logger.name, logging.ERROR, "", 0, "the run ended here", (), sys.exc_info())
+        handler.handle(failure)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

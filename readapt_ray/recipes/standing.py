@@ -1,0 +1,140 @@
+"""Compare what is under the root of a run with what the run would make there now.
+
+In: the steps of a run, and the manifests and leases under its root. Out: for each step whether its artifact is there,
+and why it is stale: made with other options, from another input, or from a stale artifact. Nothing large is read, but
+for the weights of models that are given (`reads_models`), whose hashes the stages need anyway.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray import artifacts
+from readapt_ray.catalog import models
+from readapt_ray.progress import duration
+from readapt_ray.recipes.chain import Step
+
+_MODELS = ("pretrained", "retriever")
+_RESOLVED: tuple[Any, ...] = (None, "auto", "retriever", (), [])
+"""Values of options that a stage replaces by what they stand for; its manifest has that."""
+
+_CAPPED = {("pack", "block_tokens")}
+"""Options that a stage lowers to what the model takes."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A step of a run, and the artifact at its output."""
+
+    step: Step
+    record: Mapping[str, Any] | None = None
+    """The manifest of a complete artifact, the lease of an unfinished one, or None."""
+    is_complete: bool = False
+    changes: tuple[str, ...] = ()
+    """Why it is stale; empty if it is what the run would make."""
+    stale_inputs: tuple[str, ...] = ()
+    """Names of the stale steps that it was made from."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether it was made from other options or inputs than the run would use."""
+        return bool(self.changes or self.stale_inputs)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that it took."""
+        return float(self.record["seconds"]) if self.record else 0.0
+
+
+def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, reads_models: bool) -> list[Standing]:
+    """Compare each step with what stands at its output.
+
+    Args:
+        steps: all steps, in order.
+        noted: what `run.json` notes of each: the options that an artifact of some fingerprint was asked for with, and the
+            fingerprint of the artifact that an unfinished run is replacing.
+        reads_models: whether to hash the models that are given, to find those that changed.
+
+    Raises:
+        CorruptFileError: a manifest cannot be read.
+    """
+    found: dict[str, Standing] = {}
+    asked = {each["fingerprint"]: each["options"] for each in noted if each.get("fingerprint") and "options" in each}
+    replaced = {each["replaces"] for each in noted if each.get("replaces")}
+    for step in steps:
+        record, is_complete = _record(step)
+        standing = Standing(step, record, is_complete)
+        if record is not None:
+            changes = list(_changed_options(step, record, asked.get(record["fingerprint"])))
+            if not changes and record["fingerprint"] in replaced:
+                changes.append("a run that did not end was about to make it again")
+            stale = []
+            for name, value in _inputs(step):
+                source = _source(value, found)
+                if source is not None and source.is_stale:
+                    stale.append(source.step.name)
+                elif _has_changed(step, name, value, record, source, reads_models=reads_models):
+                    changes.append(f"{name}: its content changed")
+            standing = dataclasses.replace(standing, changes=tuple(changes), stale_inputs=tuple(dict.fromkeys(stale)))
+        found[step.name] = standing
+    return list(found.values())
+
+
+def _record(step: Step) -> tuple[Mapping[str, Any] | None, bool]:
+    manifest = artifacts.read_manifest(step.config.output)
+    if manifest is not None:
+        return dataclasses.asdict(manifest), True
+    return artifacts.read_lease(step.config.output), False
+
+
+def _changed_options(step: Step, record: Mapping[str, Any], asked: Mapping[str, Any] | None) -> Iterator[str]:
+    if record["stage"] != step.stage:
+        yield f"it is the output of {record['stage']!r}"
+        return
+    before = record.get("config", {}) if asked is None else asked
+    section = "train" if step.stage == "pack" else step.stage
+    for name, value in step.config.identity().items():
+        is_resolved = asked is None and (value in _RESOLVED or (step.stage, name) in _CAPPED)
+        if before.get(name) != value and not is_resolved:
+            yield f"{section}.{name}: {before.get(name)!r} there, {value!r} now"
+
+
+def _inputs(step: Step) -> Iterator[tuple[str, str]]:
+    for name in sorted(step.config.inputs):
+        value = getattr(step.config, name)
+        if isinstance(value, str | tuple):
+            yield from ((name, each) for each in ([value] if isinstance(value, str) else value))
+
+
+def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
+    """Return the step that makes an input, or the folder that it is in."""
+    path = f"{value.partition('?')[0]}/"
+    return next(
+        (each for each in found.values() if path.startswith(f"{each.step.config.output.partition('?')[0]}/")), None
+    )
+
+
+def _has_changed(
+    step: Step, name: str, value: str, record: Mapping[str, Any], source: Standing | None, *, reads_models: bool
+) -> bool:
+    """Return whether an input differs from what the artifact was made from, as far as can be told without reading it."""
+    known: str | None = record.get("inputs", {}).get(name)
+    if known is None or isinstance(getattr(step.config, name), tuple):
+        return False
+    if source is not None:
+        is_whole = value == source.step.config.output
+        made = source.record["fingerprint"] if source.record else ""
+        return bool(is_whole and made and made != known)
+    if name not in _MODELS or not reads_models:
+        return False
+    model = models.open_model(value, with_weights=step.stage != "pack")
+    return known != (model.tokenizer_fingerprint if step.stage == "pack" else model.fingerprint)
+
+
+def summary(stale: Sequence[Standing]) -> str:
+    """Return what is stale and why, and how long each took, as one sentence."""
+    reasons = dict.fromkeys(change for each in stale for change in each.changes)
+    parts = [f"{each.step.name} ({duration(each.seconds)})" for each in stale]
+    total = duration(sum(each.seconds for each in stale))
+    return f"{'; '.join(reasons)}. Stale, with the time each took: {', '.join(parts)}; {total} in all"

@@ -1,0 +1,181 @@
+"""Compute BM25 scores over the words of passages, with statistics of the whole corpus.
+
+Enters: the passages of an index shard, and how often each word stands in all shards. Leaves: a sparse matrix of scores
+that `bm25s` made, 8 bytes per distinct word of a passage. Scores of shards are those of one index over all passages.
+
+Words are lower-cased runs of letters and digits, without stemming or stop words, so that any language works; Chinese and
+Japanese characters are a word each. BM25 as in Lucene, with k1 = 1.5 and b = 0.75.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.exact import Hits
+
+K1 = 1.5
+B = 0.75
+_QUERIES_AT_ONCE = 16
+_CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CHARACTERS}]|[^\W_{_CHARACTERS}]+")
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a text, in order."""
+    return _WORD.findall(text.lower())
+
+
+@dataclass
+class WordCounts:
+    """Number of passages that each word is in."""
+
+    num_passages: int = 0
+    num_words: int = 0
+    passages_with: dict[str, int] = field(default_factory=dict)
+    """Number of passages that hold each word."""
+
+    def add(self, passages: Iterable[Sequence[str]]) -> None:
+        """Count the words of more passages."""
+        for each in passages:
+            self.num_passages += 1
+            self.num_words += len(each)
+            for word in set(each):
+                self.passages_with[word] = self.passages_with.get(word, 0) + 1
+
+    def merge(self, other: "WordCounts") -> None:
+        """Count the passages of another shard too."""
+        self.num_passages += other.num_passages
+        self.num_words += other.num_words
+        for word, number in other.passages_with.items():
+            self.passages_with[word] = self.passages_with.get(word, 0) + number
+
+    def only(self, words_of_shard: Iterable[str]) -> "WordCounts":
+        """Leave out the words that a shard does not have."""
+        return WordCounts(
+            self.num_passages, self.num_words, {word: self.passages_with[word] for word in words_of_shard}
+        )
+
+
+@dataclass(frozen=True)
+class WordIndex:
+    """The BM25 scores of the passages of a shard, word by word."""
+
+    vocabulary: Mapping[str, int]
+    """Column of each word."""
+    data: NDArray[np.float32]
+    """Scores, column by column."""
+    indices: NDArray[np.int32]
+    """Row of each score."""
+    indptr: NDArray[np.int64]
+    """Where each column begins."""
+    num_rows: int
+
+    @classmethod
+    def build(cls, passages: Sequence[Sequence[str]], whole: WordCounts) -> "WordIndex":
+        """Score the words of passages.
+
+        Args:
+            passages: the words of each; a row without words is never found.
+            whole: the counts over all shards.
+        """
+        vocabulary: dict[str, int] = {}
+        ids = [[vocabulary.setdefault(word, len(vocabulary)) for word in each] for each in passages]
+        if not vocabulary:
+            empty = np.zeros(0)
+            return cls({}, empty.astype(np.float32), empty.astype(np.int32), np.zeros(1, np.int64), len(passages))
+        # bm25s takes the mean length and the frequencies of this shard. Other k1 and b stand for the mean length of the
+        # corpus: k1 (1 - b + b length / mean) is all that the formula knows of it. Frequencies are a factor of a column.
+        weight = K1 * B * np.mean([len(each) for each in ids]) / (whole.num_words / whole.num_passages)
+        k1 = K1 * (1 - B) + weight
+        index = import_bm25s().BM25(k1=k1, b=weight / k1, method="lucene", dtype="float64")
+        index.index((ids, vocabulary), create_empty_token=False, show_progress=False)
+        scores = index.scores
+        own = np.diff(scores["indptr"])
+        due = np.array([whole.passages_with[word] for word in vocabulary])
+        factor = _rarity(due, whole.num_passages) / _rarity(own, len(passages))
+        data = (scores["data"] * np.repeat(factor, own)).astype(np.float32)
+        indices, indptr = scores["indices"].astype(np.int32), scores["indptr"].astype(np.int64)
+        return cls(vocabulary, data, indices, indptr, len(passages))
+
+    def to_bytes(self) -> bytes:
+        """Return it as the content of a NumPy file."""
+        sink = io.BytesIO()
+        names = np.frombuffer("\n".join(self.vocabulary).encode(), np.uint8)
+        np.savez(sink, words=names, data=self.data, indices=self.indices, indptr=self.indptr, num_rows=self.num_rows)
+        return sink.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> "WordIndex":
+        """Return what `to_bytes` wrote."""
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            names = arrays["words"].tobytes().decode().split("\n")
+            vocabulary = {word: column for column, word in enumerate(names) if word}
+            values = {name: arrays[name] for name in ("data", "indices", "indptr")}
+            return cls(vocabulary, num_rows=int(arrays["num_rows"]), **values)
+
+    def scores(self, query: str) -> NDArray[np.float32]:
+        """Return the score of each row, 0 where no word of the query stands in it."""
+        columns = [self.vocabulary[word] for word in words(query) if word in self.vocabulary]
+        found = np.zeros(self.num_rows, np.float64)
+        for column in columns:
+            part = slice(self.indptr[column], self.indptr[column + 1])
+            found[self.indices[part]] += self.data[part]
+        return found.astype(np.float32)
+
+
+def search_words(
+    parts: Sequence[WordIndex],
+    doc_ids: NDArray[np.object_],
+    queries: Sequence[str],
+    top_k: int,
+    passing: NDArray[np.bool_] | None = None,
+) -> "Hits":
+    """Return the k best passages of each query; those without any of its words are never found.
+
+    Args:
+        parts: indexes whose rows follow each other.
+        doc_ids: of all rows.
+        queries: texts.
+        top_k: k.
+        passing: rows that may be found; None for all.
+    """
+    from readapt_ray.retrieval.exact import Hits, TopK  # imports torch, which building an index does without
+
+    found = []
+    for first in range(0, len(queries), _QUERIES_AT_ONCE):
+        block = queries[first : first + _QUERIES_AT_ONCE]
+        scores = np.stack([np.concatenate([part.scores(query) for part in parts]) for query in block])
+        scores[scores <= 0] = -np.inf
+        if passing is not None:
+            scores[:, ~passing] = -np.inf
+        best = TopK(len(block), top_k)
+        best.add(scores, doc_ids)
+        found.append(best.hits())
+    return Hits(np.concatenate([each.scores for each in found]), np.concatenate([each.doc_ids for each in found]))
+
+
+def _rarity(num_with: NDArray[np.int64], num_passages: int) -> NDArray[np.float64]:
+    """Return the inverse document frequency of words, as Lucene computes it."""
+    rarity: NDArray[np.float64] = np.log(1 + (num_passages - num_with + 0.5) / (num_with + 0.5))
+    return rarity
+
+
+def import_bm25s() -> Any:
+    """Return the library that makes the scores; searching needs none.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        import bm25s
+    except ModuleNotFoundError as missing:
+        raise InputError("BM25 needs bm25s, which is not installed; pip install 'readapt-ray[bm25]'") from missing
+    return bm25s

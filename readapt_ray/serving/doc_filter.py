@@ -1,0 +1,92 @@
+"""Define filters of a search: as requests and API keys write them, and as the parts of an index apply them."""
+
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from readapt_ray.retrieval.kept_columns import Condition
+
+MAX_DOC_IDS = 10_000
+MAX_VALUES = 1_000
+MAX_COLUMNS = 32
+
+_Text = Annotated[str, StringConstraints(strict=True)]
+DocIds = Annotated[list[_Text], Field(fail_fast=True, min_length=1, max_length=MAX_DOC_IDS)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Value = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)] | _Number | _Text
+_Comparable = Annotated[int, Field(strict=True)] | _Number | _Text
+
+
+class Bounds(BaseModel):
+    """A range of values; dates are written as in ISO 8601."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    gt: _Comparable | None = None
+    gte: _Comparable | None = None
+    lt: _Comparable | None = None
+    lte: _Comparable | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.model_fields_set or None in (getattr(self, name) for name in self.model_fields_set):
+            raise ValueError("bounds need a value for gt, gte, lt or lte")
+        return self
+
+
+Columns = Annotated[
+    dict[_Text, _Value | Annotated[list[_Value], Field(fail_fast=True, min_length=1, max_length=MAX_VALUES)] | Bounds],
+    Field(min_length=1, max_length=MAX_COLUMNS),
+]
+
+
+class FilterFields(BaseModel):
+    """The fields that say which passages are searched; all of them must hold."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    doc_id_prefix: _Text | None = None
+    """Search only passages whose doc_id begins so."""
+    doc_ids: DocIds | None = None
+    """Search only these passages, up to 10,000."""
+    filter: Columns | None = None
+    """Search only passages whose columns hold one of these values, or a value within bounds, such as
+    `{"lang": ["en", "de"], "year": {"gte": 2020}}`. Passages without a value are left out. `columns` in `GET /v1/models`
+    says which there are."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> Self:
+        if self.doc_ids is not None and self.doc_id_prefix is not None:
+            raise ValueError("give 'doc_ids' or 'doc_id_prefix', not both")
+        return self
+
+
+@dataclass(frozen=True)
+class DocFilter:
+    """Restrict a search to passages for which all of this holds."""
+
+    prefix: str | None = None
+    doc_ids: tuple[str, ...] | None = None
+    conditions: tuple[Condition, ...] = ()
+    within: "DocFilter | None" = None
+    """Another filter that must hold as well: that of an API key."""
+    is_exact: bool = False
+    """Whether every passage that is left is compared, also in an approximate index."""
+
+
+def doc_filter(fields: FilterFields, within: DocFilter | None = None) -> DocFilter | None:
+    """Return the filter that fields write, within another one; None for none."""
+    own = None
+    if fields.doc_ids is not None or fields.doc_id_prefix is not None or fields.filter is not None:
+        doc_ids = None if fields.doc_ids is None else tuple(fields.doc_ids)
+        conditions = tuple(_condition(column, value) for column, value in (fields.filter or {}).items())
+        own = DocFilter(fields.doc_id_prefix, doc_ids, conditions)
+    return replace(own, within=within) if own and within else own or within
+
+
+def _condition(column: str, value: Any) -> Condition:
+    if isinstance(value, Bounds):
+        bounds: dict[Any, Any] = value.model_dump(exclude_unset=True)
+        return Condition(column, bounds=tuple(bounds.items()))
+    return Condition(column, one_of=tuple(value) if isinstance(value, list) else (value,))

@@ -1,0 +1,81 @@
+"""Start HAProxy again when it dies, until Ray does: Ray notices after half a minute.
+
+A thread tries to connect to the port five times per second. If nobody listens, it starts HAProxy with the last configuration
+that had routes. Ray's next HAProxy takes over from it (`haproxy_start`).
+"""
+
+import contextlib
+import logging
+import socket
+import subprocess
+import threading
+from pathlib import Path
+
+from readapt_ray.serving.haproxy_start import STANDBY_CONFIG, STANDBY_PID
+
+logger = logging.getLogger("readapt_ray")
+
+_POLL_S = 0.2
+_CONNECT_S = 5.0
+_END_S = 10.0
+
+
+class Standby:
+    """Watch HAProxy's port, and start HAProxy again when nobody listens, until `end`.
+
+    Args:
+        binary: of HAProxy.
+        folder: where its configuration lies.
+        host: an address of this machine that it listens on.
+        port: the port that it listens on.
+    """
+
+    def __init__(self, binary: str, folder: Path, host: str, port: int) -> None:
+        self._command = [binary, "-db", "-f", str(folder / STANDBY_CONFIG)]
+        self._folder = folder
+        self._address = (host, port)
+        self._ended = threading.Event()
+        self._process: subprocess.Popen[bytes] | None = None
+        # HAProxy ends with the thread that started it, so this one lives as long as this process.
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop watching, and end the HAProxy that this has started."""
+        self._ended.set()
+        self._thread.join(_END_S)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_POLL_S):
+            self._forget_if_ended()
+            if not self._is_answered():
+                self._start()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _is_answered(self) -> bool:
+        try:
+            socket.create_connection(self._address, timeout=_CONNECT_S).close()
+        except ConnectionRefusedError:
+            return False
+        except OSError:
+            return True  # too busy, which another process would not mend
+        return True
+
+    def _start(self) -> None:
+        if self._process is not None or not (self._folder / STANDBY_CONFIG).exists():
+            return
+        logger.warning("HAProxy is gone; starting it again")
+        self._process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *self._command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        (self._folder / STANDBY_PID).write_text(str(self._process.pid))
+
+    def _forget_if_ended(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            self._process = None
+            with contextlib.suppress(FileNotFoundError):
+                (self._folder / STANDBY_PID).unlink()

@@ -1,0 +1,43 @@
+"""`--require-report`: serve only what a report measured, and only if its requirements hold."""
+
+import json
+from collections.abc import Mapping
+
+from readapt_ray.artifacts import open_artifact
+from readapt_ray.catalog.models import open_model
+from readapt_ray.errors import InputError
+from readapt_ray.serving.options import VersionConfig
+
+
+def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
+    """Refuse versions that a report does not allow.
+
+    Args:
+        uri: output of `readapt evaluate --require`.
+        versions: by name.
+
+    Raises:
+        ArtifactMissingError: there is no such report.
+        InputError: it requires nothing, something that it requires does not hold, or it measured none of the indexes (or
+            retrievers) of a version.
+    """
+    report = open_artifact(uri, "evaluate")
+    required = report.manifest.details.get("requirements") or []
+    if not required:
+        raise InputError(f"report {uri!r} requires nothing; make it with `readapt evaluate --require`")
+    if failed := [each["sentence"] for each in required if not each["holds"]]:
+        raise InputError(f"report {uri!r} does not allow this version: {' '.join(failed)}")
+    runs = json.loads((report.location / "report.json").read_text())["runs"]
+    measured = {value for run in runs for value in run["provenance"].get("inputs", {}).values()}
+    for name, version in versions.items():
+        if not measured & _made_from(version):
+            what = f"index {version.index!r}" if version.index else f"retriever {version.retriever!r}"
+            raise InputError(f"report {uri!r} did not measure version {name!r} ({what}); evaluate a run of it")
+
+
+def _made_from(version: VersionConfig) -> set[str]:
+    """The fingerprints by which a run names what is served: of the index or its vectors, else of the retriever."""
+    if not version.index:
+        return {open_model(version.retriever).fingerprint}
+    manifest = open_artifact(version.index, "index").manifest
+    return {manifest.fingerprint, manifest.inputs["vectors"]}

@@ -1,0 +1,70 @@
+"""Exchange records between tasks through files that are sorted by partition, so that each task reads only its own.
+
+A file is a header of offsets and the records. A task that dies leaves no file, so it is done again. Digests have 128 bits:
+that any two of ten billion passages share one by chance, so that one of them is left out, is 1.5 in 10^19.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.storage import Location
+
+_THREADS = 16
+_OFFSET_BYTES = 8
+
+ID = np.dtype([("key", "<u8", 2), ("row", "<u8"), ("line", "<u8"), ("partition", "<u4"), ("size", "<u4")])
+"""One passage by its doc_id; `partition` is where its content goes."""
+CONTENT = np.dtype([("key", "<u8", 2), ("row", "<u8"), ("size", "<u4")])
+"""One passage by its title and text."""
+ROW = np.dtype([("row", "<u8")])
+ROW_BITS = 40
+"""A row is the number of its piece times 2^40 and its place among the passages of the piece."""
+
+
+def partition_of(keys: NDArray[np.uint64], num_partitions: int) -> NDArray[np.uint32]:
+    """Return where each digest goes: [N]."""
+    return (keys[:, 1] % np.uint64(num_partitions)).astype(np.uint32)
+
+
+def write_partitions(
+    location: Location, records: NDArray[np.void], partitions: NDArray[np.integer], num_partitions: int
+) -> None:
+    """Write records so that each partition can be read alone; within one they keep their order."""
+    order = np.argsort(partitions, kind="stable")
+    offsets = np.searchsorted(partitions[order], np.arange(num_partitions + 1)).astype("<u8")
+    with location.open_output() as file:
+        file.write(offsets.tobytes())
+        file.write(records[order].tobytes())
+
+
+def read_partition(
+    files: Iterable[Location], number: int, num_partitions: int, dtype: np.dtype[np.void]
+) -> NDArray[np.void]:
+    """Return the records of one partition from all files, in the order of the files."""
+
+    def read(location: Location) -> NDArray[np.void]:
+        with location.open_input() as file:
+            file.seek(number * _OFFSET_BYTES)
+            start, end = np.frombuffer(file.read(2 * _OFFSET_BYTES), "<u8").tolist()
+            file.seek((num_partitions + 1) * _OFFSET_BYTES + start * dtype.itemsize)
+            return np.frombuffer(file.read((end - start) * dtype.itemsize), dtype)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return np.concatenate([np.empty(0, dtype), *pool.map(read, files)])
+
+
+def repeats(records: NDArray[np.void]) -> tuple[NDArray[np.void], NDArray[np.uint64]]:
+    """Return the records whose key an earlier row has, in the order of rows, and that earliest row of each.
+
+    The row with the smallest number stays, whatever the order in which tasks ended.
+    """
+    ordered = records[np.lexsort((records["row"], records["key"][:, 1], records["key"][:, 0]))]
+    begins = np.ones(len(ordered), bool)
+    begins[1:] = (ordered["key"][1:] != ordered["key"][:-1]).any(axis=1)
+    first = ordered["row"][begins][np.cumsum(begins) - 1]
+    lost, kept = ordered[~begins], first[~begins]
+    order = np.argsort(lost["row"])
+    return lost[order], kept[order]

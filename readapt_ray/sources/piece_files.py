@@ -1,0 +1,225 @@
+"""Do the work of one task of a parallel ingest: read a piece, find duplicates in a partition, or remove them from a
+piece.
+
+In `passages/` a piece first writes all its passages. Parts from which repeats were taken are marked in their footers, so that
+a run that was killed goes on. `exchange/` holds digests and what each task found, and is removed at the end. A task holds
+one part of passages, and the digests of a million of them or of one partition.
+"""
+
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from readapt_ray.records import PASSAGE_SCHEMA
+from readapt_ray.sources import exchange
+from readapt_ray.sources.cleaning import checked, num_bytes
+from readapt_ray.sources.duplicates import digest
+from readapt_ray.sources.parts import PartWriter
+from readapt_ray.sources.pieces import Piece
+from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.storage import Location
+
+NUM_NAMED = 20
+_CHUNK_ROWS = 1 << 20
+"""Passages whose digests are written to one file."""
+_FILTERED = b"readapt.repeats_taken_out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PieceJob:
+    """What all tasks of one ingest need to know."""
+
+    output: Location
+    table_format: str
+    limits: Limits
+    rows_per_file: int
+    drops_duplicates: bool
+    num_pieces: int
+    num_partitions: int
+
+    def file(self, what: str, number: int, chunk: int = 0) -> Location:
+        """Return the place of one file of the exchange."""
+        return self.output / "exchange" / f"{what}-{number:06d}-{chunk:05d}"
+
+    def files(self, what: str, numbers: Iterable[int]) -> list[Location]:
+        """Return the places of several files of the exchange."""
+        return [self.file(what, number) for number in numbers]
+
+    def chunk_files(self, what: str, num_chunks: Iterable[int]) -> list[Location]:
+        """Return the places of the digests of all pieces, given how many files each piece has."""
+        return [self.file(what, piece, chunk) for piece, num in enumerate(num_chunks) for chunk in range(num)]
+
+
+class _Digests:
+    """Write digests of the passages of a piece for the exchange, a million of them per file."""
+
+    def __init__(self, job: PieceJob, piece: int) -> None:
+        self.num_chunks = 0
+        self._job, self._piece = job, piece
+        self._first = piece << exchange.ROW_BITS
+        self._clear()
+
+    def add(self, doc_id: str, content: bytes, line: int, size_bytes: int) -> None:
+        self._ids += digest(doc_id)
+        self._contents += content
+        self._lines.append(line)
+        self._sizes.append(size_bytes)
+        if len(self._lines) == _CHUNK_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was added since the last time."""
+        if not self._lines:
+            return
+        job, num_rows = self._job, len(self._lines)
+        ids, contents = np.zeros(num_rows, exchange.ID), np.zeros(num_rows, exchange.CONTENT)
+        for records, digests in ((ids, self._ids), (contents, self._contents)):
+            records["key"] = np.frombuffer(digests, "<u8").reshape(-1, 2)
+            records["row"] = np.arange(self._first, self._first + num_rows, dtype="<u8")
+            records["size"] = np.frombuffer(self._sizes, np.uint32)
+        ids["line"] = np.frombuffer(self._lines, np.uint64)
+        ids["partition"] = exchange.partition_of(contents["key"], job.num_partitions)
+        by_id = exchange.partition_of(ids["key"], job.num_partitions)
+        to = job.file("ids", self._piece, self.num_chunks)
+        exchange.write_partitions(to, ids, by_id, job.num_partitions)
+        if job.drops_duplicates:
+            to = job.file("contents", self._piece, self.num_chunks)
+            exchange.write_partitions(to, contents, ids["partition"], job.num_partitions)
+        self._first += num_rows
+        self.num_chunks += 1
+        self._clear()
+
+    def _clear(self) -> None:
+        self._ids, self._contents = bytearray(), bytearray()
+        self._lines, self._sizes = array("Q"), array("I")
+
+
+def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
+    """Write the passages of a piece and their digests, unless they are there; return what the piece holds.
+
+    Lines in the result are counted from the beginning of the piece.
+    """
+    record = job.file("piece", piece.number)
+    if record.is_file():
+        found: dict[str, Any] = json.loads(record.read_text())
+        return found
+    writer = PartWriter(job.output / "passages", rows_per_file=job.rows_per_file, prefix=f"{piece.number:06d}")
+    digests = _Digests(job, piece.number)
+    reasons: Counter[str] = Counter()
+    first: list[tuple[int, str]] = []
+    num_lines: list[int] = []
+    total_bytes = num_changed_ids = 0
+    for line, row in piece.rows(job.table_format, job.limits, num_lines):
+        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=job.limits.max_text_bytes)
+        if isinstance(passage, BadRow):
+            reasons[passage.reason] += 1
+            if len(first) < NUM_NAMED:
+                first.append((line, passage.reason))
+            continue
+        num_changed_ids += not isinstance(row, BadRow) and str(row.doc_id) != passage.doc_id
+        size_bytes = num_bytes(passage.title) + num_bytes(passage.text)
+        total_bytes += size_bytes
+        content = writer.add(passage, size_bytes)
+        digests.add(passage.doc_id, content, line, size_bytes)
+    writer.close()
+    digests.flush()
+    found = {
+        "number": piece.number,
+        "parts": writer.rows_by_file(),
+        "num_bytes": total_bytes,
+        "num_lines": num_lines,
+        "num_chunks": digests.num_chunks,
+        "num_changed_ids": num_changed_ids,
+        "reasons": dict(reasons),
+        "first": first,
+    }
+    record.write_text(json.dumps(found))
+    return found
+
+
+def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[str, Any]:
+    """Find the passages whose doc_id an earlier one has; of them only the first stays."""
+    records = exchange.read_partition(job.chunk_files("ids", num_chunks), partition, job.num_partitions, exchange.ID)
+    lost, _ = exchange.repeats(records)
+    if len(lost):
+        rows = _only_rows(lost["row"])
+        exchange.write_partitions(job.file("lost-ids", partition), rows, lost["partition"], job.num_partitions)
+        _write_lost(job, "drop-ids", partition, rows)
+    first = lost[:NUM_NAMED]
+    return _found(partition, lost) | {"first": list(zip(first["row"].tolist(), first["line"].tolist(), strict=True))}
+
+
+def repeated_contents(partition: int, num_chunks: list[int], with_lost_ids: list[int], job: PieceJob) -> dict[str, Any]:
+    """Find the passages whose title and text an earlier one has, rows of repeated doc_ids left out."""
+    num = job.num_partitions
+    records = exchange.read_partition(job.chunk_files("contents", num_chunks), partition, num, exchange.CONTENT)
+    left_out = exchange.read_partition(job.files("lost-ids", with_lost_ids), partition, num, exchange.ROW)
+    lost, kept = exchange.repeats(records[~np.isin(records["row"], left_out["row"])])
+    if len(lost):
+        _write_lost(job, "drop-contents", partition, _only_rows(lost["row"]))
+    first = lost["row"][:NUM_NAMED].tolist()
+    return _found(partition, lost) | {"first": list(zip(first, kept[:NUM_NAMED].tolist(), strict=True))}
+
+
+def _found(partition: int, lost: NDArray[np.void]) -> dict[str, Any]:
+    return {"partition": partition, "count": len(lost), "num_bytes": int(lost["size"].sum(dtype=np.int64))}
+
+
+def _only_rows(rows: NDArray[np.uint64]) -> NDArray[np.void]:
+    records = np.zeros(len(rows), exchange.ROW)
+    records["row"] = rows
+    return records
+
+
+def _write_lost(job: PieceJob, what: str, partition: int, rows: NDArray[np.void]) -> None:
+    pieces = (rows["row"] >> np.uint64(exchange.ROW_BITS)).astype(np.int64)
+    exchange.write_partitions(job.file(what, partition), rows, pieces, job.num_pieces)
+
+
+def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[int]], job: PieceJob) -> int:
+    """Write the parts of a piece again without the repeats; return how many passages are left.
+
+    Args:
+        number: of the piece.
+        parts: how many passages each part had at first.
+        lists: for "drop-ids" and "drop-contents" the partitions that have any.
+    """
+    files = [file for what, partitions in lists.items() for file in job.files(what, partitions)]
+    lost = exchange.read_partition(files, number, job.num_pieces, exchange.ROW)["row"]
+    places = np.sort(lost - np.uint64(number << exchange.ROW_BITS)).astype(np.int64)
+    start = 0
+    for name, num_rows in parts.items():
+        inside = places[(places >= start) & (places < start + num_rows)] - start
+        if len(inside):
+            _filter(job.output / "passages" / name, inside, num_rows)
+        start += num_rows
+    return start - len(places)
+
+
+def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
+    """Write a part again without some rows; one without rows is removed. Row groups keep their bounds."""
+    if len(lost) == num_rows:
+        file.delete()
+        return
+    keeps = np.ones(num_rows, bool)
+    keeps[lost] = False
+    with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
+        if _FILTERED in (parquet.metadata.metadata or {}):
+            return
+        start = 0
+        with file.open_output() as target, pq.ParquetWriter(target, PASSAGE_SCHEMA, compression="zstd") as writer:
+            for number in range(parquet.num_row_groups):
+                group = parquet.read_row_group(number)
+                kept = group.filter(pa.array(keeps[start : start + group.num_rows]))
+                if kept.num_rows:
+                    writer.write_table(kept)
+                start += group.num_rows
+            writer.add_key_value_metadata({_FILTERED.decode(): "yes"})

@@ -1,0 +1,122 @@
+"""Take apart the URI of a target: a server with a collection, or a folder with a table.
+
+    qdrant://host:6333/COLLECTION?tls=true     scheme, host, port, name, options
+    lancedb:s3://bucket/folder/TABLE           scheme, folder, name
+
+A scheme with `//` names a server, one without names a folder: that of a database which is embedded in the client.
+"""
+
+import contextlib
+import urllib.parse
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from readapt_ray import filesystems
+from readapt_ray.errors import InputError
+from readapt_ray.storage import Location
+
+
+@dataclass(frozen=True)
+class Address:
+    """A URI in its parts."""
+
+    scheme: str
+    name: str
+    """Of the collection, table or index; for PostgreSQL of the database."""
+    folder: str = ""
+    """Where an embedded database lies; empty for a server."""
+    user: str | None = None
+    host: str = ""
+    port: int | None = None
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def uri(self) -> str:
+        """The same address as text; the path of a folder is absolute, so that workers find it."""
+        if not self.host:
+            return f"{self.scheme}:{self.folder}/{self.name}".rstrip("/")
+        user = f"{self.user}@" if self.user else ""
+        port = f":{self.port}" if self.port else ""
+        options = f"?{urllib.parse.urlencode(self.options)}" if self.options else ""
+        return f"{self.scheme}://{user}{self.host}{port}/{urllib.parse.quote(self.name)}{options}"
+
+    def http_url(self, default_port: int) -> str:
+        """The address of an HTTP server; `?tls=true` makes it https."""
+        return f"http{'s' if self.has_tls else ''}://{self.host}:{self.port or default_port}"
+
+    @property
+    def has_tls(self) -> bool:
+        """Whether the connection is encrypted."""
+        return self.options.get("tls", "false") == "true"
+
+
+def parse(uri: str, *, variables: str) -> Address:
+    """Take a URI apart.
+
+    Args:
+        uri: of the target.
+        variables: the environment variables that hold its credentials, for the message.
+
+    Raises:
+        InputError: it holds credentials, or names no host, folder or collection.
+    """
+    scheme, _, rest = uri.partition(":")
+    if not rest.startswith("//"):
+        filesystems.refuse_credentials(rest)
+        folder, _, name = rest.rstrip("/").rpartition("/")
+        if not name:
+            raise InputError(f"to = {uri!r} names no folder; give {scheme}:FOLDER/NAME")
+        return Address(scheme, name, folder=absolute(folder or "."))
+    filesystems.refuse_credentials(uri, variables=variables)
+    parts = urllib.parse.urlsplit(uri)
+    name = urllib.parse.unquote(parts.path.strip("/"))
+    try:
+        port = parts.port
+    except ValueError:
+        raise InputError(f"to = {uri!r} has a port that is no number; give {scheme}://HOST:PORT/NAME") from None
+    if not parts.hostname or not name or "/" in name:
+        raise InputError(f"to = {uri!r} names no host or no collection; give {scheme}://HOST:PORT/NAME")
+    return Address(
+        scheme,
+        name,
+        user=parts.username,
+        host=parts.hostname,
+        port=port,
+        options=dict(urllib.parse.parse_qsl(parts.query)),
+    )
+
+
+def absolute(folder: str) -> str:
+    """Return the absolute path of a local folder, which workers find too; a URI stays as it is."""
+    return folder if "://" in folder else Location(folder).path
+
+
+def check_options(address: Address, known: Collection[str]) -> None:
+    """Refuse an option behind the `?` that a target does not have.
+
+    Raises:
+        InputError: it names the option and those that are known.
+    """
+    unknown = sorted(address.options.keys() - set(known))
+    if unknown:
+        raise InputError(
+            f"to = {address.uri!r}: unknown options {unknown}; known are {', '.join(sorted(known)) or 'none'}"
+        )
+    if address.options.get("tls", "false") not in ("true", "false"):
+        raise InputError(f"to = {address.uri!r}: tls must be true or false")
+
+
+@contextlib.contextmanager
+def client_of(extra: str) -> Iterator[None]:
+    """Say which extra to install where the import in the block fails.
+
+    Raises:
+        InputError: the client is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"an export to {extra} needs its client, which is not installed ({error}); "
+            f"pip install 'readapt-ray[{extra}]' on every node"
+        ) from None

@@ -1,0 +1,114 @@
+"""Send rows to Milvus: `milvus://host:19530/COLLECTION`, or `milvus:FOLDER/COLLECTION` for Milvus Lite.
+
+Title and text are fields of up to 65,535 bytes, further columns of a passage are dynamic fields. The record is a
+property of the collection. The token (or USER:PASSWORD) is in MILVUS_TOKEN.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from readapt_ray.targets import addresses
+from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_bytes, check_dimension, matrix, payloads
+
+VARIABLES = "MILVUS_TOKEN"
+_MAX_DIMENSION = 32_768
+_MAX_BYTES = 65_535
+_TIMEOUT_S = 60
+_TEXTS = ("title", "text")
+_KEY = "readapt"
+
+
+class MilvusTarget:
+    """A collection of Milvus."""
+
+    def __init__(self, address: addresses.Address) -> None:
+        addresses.check_options(address, ("tls",))
+        with addresses.client_of("milvus"):
+            from pymilvus import DataType, MilvusClient
+        self._name, self._types = address.name, DataType
+        self.max_writers = SERVER_WRITERS if address.host else 1
+        if address.host:
+            uri, token = address.http_url(19530), os.environ.get("MILVUS_TOKEN", "")
+            self._client: Any = MilvusClient(uri, token=token, timeout=_TIMEOUT_S)
+        else:
+            Path(address.folder).mkdir(parents=True, exist_ok=True)
+            self._client = MilvusClient(f"{address.folder}/milvus.db")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def check(self, layout: Layout) -> None:
+        """Refuse too many dimensions."""
+        check_dimension(layout, _MAX_DIMENSION, "Milvus")
+
+    def record(self) -> Record | None:
+        """Return what the properties of the collection say."""
+        if not self._client.has_collection(self._name):
+            return None
+        return dict(json.loads(self._client.describe_collection(self._name)["properties"].get(_KEY, "{}")))
+
+    def create(self, layout: Layout, record: Record) -> None:
+        """Make the collection with its record."""
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
+        schema.add_field("doc_id", self._types.VARCHAR, is_primary=True, max_length=_MAX_BYTES)
+        schema.add_field("vector", self._types.FLOAT_VECTOR, dim=layout.dimension)
+        for name in _TEXTS:
+            if name in layout.payload.names:
+                schema.add_field(name, self._types.VARCHAR, max_length=_MAX_BYTES, nullable=True)
+        self._client.create_collection(self._name, schema=schema, properties={_KEY: json.dumps(dict(record))})
+
+    def set_record(self, record: Record) -> None:
+        """Replace the property of the collection."""
+        self._client.alter_collection_properties(self._name, properties={_KEY: json.dumps(dict(record))})
+
+    def drop(self) -> None:
+        """Remove the collection."""
+        self._client.drop_collection(self._name)
+
+    def write(self, part: str, batches: Iterable[pa.Table]) -> None:
+        """Upsert entities, a batch per request."""
+        del part
+        for rows in batches:
+            entities = payloads(rows)
+            for column in ("doc_id", *_TEXTS):
+                check_bytes(entities, column, _MAX_BYTES, "Milvus")
+            numbers = matrix(rows).tolist()
+            self._client.upsert(
+                self._name, [each | {"vector": vector} for each, vector in zip(entities, numbers, strict=True)]
+            )
+
+    def delete(self, doc_ids: Sequence[str]) -> None:
+        """Delete entities. The client does not quote the ids that it is given, so they are quoted here."""
+        self._client.delete(self._name, filter=f"doc_id in {json.dumps(list(doc_ids), ensure_ascii=False)}")
+
+    def finish(self) -> None:
+        """Build the index for the inner product, unless it is there, and load the collection."""
+        if not self._client.list_indexes(self._name):
+            index = self._client.prepare_index_params()
+            index.add_index("vector", index_type="AUTOINDEX", metric_type="IP")
+            self._client.create_index(self._name, index)
+        self._client.load_collection(self._name)
+
+    def count(self) -> int:
+        """Return the number of entities."""
+        found = self._client.query(self._name, filter="", output_fields=["count(*)"], consistency_level="Strong")
+        return int(found[0]["count(*)"])
+
+    def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
+        """Search the collection for all vectors in one request."""
+        found = self._client.search(
+            self._name,
+            data=vectors.tolist(),
+            limit=top_k,
+            search_params={"metric_type": "IP"},
+            consistency_level="Strong",
+        )
+        return [[hit["doc_id"] for hit in hits] for hits in found]

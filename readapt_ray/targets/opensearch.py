@@ -1,0 +1,118 @@
+"""Send rows to an OpenSearch index: `opensearch://host:9200/INDEX`, with `?tls=true` for https.
+
+The vectors are in a field of the type knn_vector (HNSW of FAISS, inner product), the payload in fields beside it. The
+record is in `_meta` of the mapping. User and password are in OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from readapt_ray.targets import addresses
+from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_bytes, check_dimension, matrix, payloads
+
+VARIABLES = "OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD"
+_MAX_DIMENSION = 16_000
+_MAX_ID_BYTES = 512
+_TIMEOUT_S = 60
+_KEY = "readapt"
+
+
+class OpenSearchTarget:
+    """An index of OpenSearch."""
+
+    max_writers = SERVER_WRITERS
+
+    def __init__(self, address: addresses.Address) -> None:
+        addresses.check_options(address, ("tls",))
+        with addresses.client_of("opensearch"):
+            from opensearchpy import OpenSearch, helpers
+        self._name, self._helpers = address.name, helpers
+        user, password = os.environ.get("OPENSEARCH_USERNAME"), os.environ.get("OPENSEARCH_PASSWORD")
+        self._client: Any = OpenSearch(
+            hosts=[{"host": address.host, "port": address.port or 9200}],
+            use_ssl=address.has_tls,
+            http_auth=(user, password) if user and password else None,
+            timeout=_TIMEOUT_S,
+        )
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def check(self, layout: Layout) -> None:
+        """Refuse too many dimensions."""
+        check_dimension(layout, _MAX_DIMENSION, "OpenSearch")
+
+    def record(self) -> Record | None:
+        """Return what `_meta` of the mapping says."""
+        if not self._client.indices.exists(index=self._name):
+            return None
+        (found,) = self._client.indices.get_mapping(index=self._name).values()
+        return dict(found["mappings"].get("_meta", {}).get(_KEY, {}))
+
+    def create(self, layout: Layout, record: Record) -> None:
+        """Make the index with its mapping, which holds the record."""
+        method = {"name": "hnsw", "engine": "faiss", "space_type": "innerproduct"}
+        fields = {
+            "doc_id": {"type": "keyword"},
+            "vector": {"type": "knn_vector", "dimension": layout.dimension, "method": method},
+            **{name: {"type": "text"} for name in ("title", "text") if name in layout.payload.names},
+        }
+        mapping = {"_meta": {_KEY: dict(record)}, "properties": fields}
+        self._client.indices.create(index=self._name, body={"settings": {"index.knn": True}, "mappings": mapping})
+
+    def set_record(self, record: Record) -> None:
+        """Replace the record in `_meta`."""
+        self._client.indices.put_mapping(index=self._name, body={"_meta": {_KEY: dict(record)}})
+
+    def drop(self) -> None:
+        """Remove the index."""
+        self._client.indices.delete(index=self._name)
+
+    def write(self, part: str, batches: Iterable[pa.Table]) -> None:
+        """Index documents in bulk, a batch per request."""
+        del part
+        for rows in batches:
+            documents = payloads(rows)
+            check_bytes(documents, "doc_id", _MAX_ID_BYTES, "OpenSearch")
+            actions = (
+                {"_op_type": "index", "_index": self._name, "_id": each["doc_id"], "_source": each | {"vector": vector}}
+                for each, vector in zip(documents, matrix(rows).tolist(), strict=True)
+            )
+            self._helpers.bulk(self._client, actions, chunk_size=len(documents), max_retries=3)
+
+    def delete(self, doc_ids: Sequence[str]) -> None:
+        """Delete documents in bulk."""
+        actions = ({"_op_type": "delete", "_index": self._name, "_id": each} for each in doc_ids)
+        _, errors = self._helpers.bulk(self._client, actions, raise_on_error=False)
+        refused = [each for each in errors if each["delete"]["status"] != 404]
+        if refused:
+            raise self._helpers.BulkIndexError(f"{len(refused)} deletions failed", refused)
+
+    def finish(self) -> None:
+        """Make what was written visible to searches."""
+        self._client.indices.refresh(index=self._name)
+
+    def count(self) -> int:
+        """Return the number of documents."""
+        return int(self._client.count(index=self._name)["count"])
+
+    def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
+        """Search the index, a request per vector."""
+        found = (
+            self._client.search(
+                index=self._name,
+                body={
+                    "size": top_k,
+                    "_source": False,
+                    "query": {"knn": {"vector": {"vector": each.tolist(), "k": top_k}}},
+                },
+            )
+            for each in vectors
+        )
+        return [[hit["_id"] for hit in answer["hits"]["hits"]] for answer in found]

@@ -1,0 +1,144 @@
+"""Say what a vector database must be able to do, and what a row looks like on its way there.
+
+A row has a `doc_id`, a `vector` of float32, and the payload: the columns of its passage. Writing the same rows again
+changes nothing, so a file of vectors that was sent in part is sent again. Memory is one file of vectors and its
+passages.
+"""
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from readapt_ray.errors import InputError
+
+SERVER_WRITERS = 16
+"""Tasks that write to a server at once: its connections are few (PostgreSQL has 100), whatever the size of the cluster."""
+
+Record = Mapping[str, Any]
+"""What is stored in or beside a collection: the fingerprints of the encoder and of the export, dimension, columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the rows of a collection look like."""
+
+    dimension: int
+    vector_dtype: str
+    """Data type of the vectors in their files: float32, float16 or int8. All are sent as float32."""
+    payload: pa.Schema
+    """The columns beside `doc_id` and `vector`."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """All columns of a row."""
+        vector = pa.list_(pa.float32(), self.dimension)
+        return pa.schema([("doc_id", pa.string()), ("vector", vector), *self.payload])
+
+
+class Target(Protocol):
+    """A collection of a vector database, with an open connection."""
+
+    @property
+    def max_writers(self) -> int:
+        """How many tasks may write at once."""
+
+    def close(self) -> None:
+        """Close the connection."""
+
+    def check(self, layout: Layout) -> None:
+        """Refuse what the database cannot index, before anything is sent.
+
+        Raises:
+            InputError: it names the limit and what to do.
+        """
+
+    def record(self) -> Record | None:
+        """Return the record of the collection: None if there is no collection, empty if readapt did not write it."""
+
+    def create(self, layout: Layout, record: Record) -> None:
+        """Make the collection, and store its record."""
+
+    def set_record(self, record: Record) -> None:
+        """Replace the record."""
+
+    def drop(self) -> None:
+        """Remove the collection."""
+
+    def write(self, part: str, batches: Iterable[pa.Table]) -> None:
+        """Add rows, or replace those of the same doc_id.
+
+        Args:
+            part: name of the file of vectors that they come from, and of the export.
+            batches: rows with the columns of `Layout.schema`.
+        """
+
+    def delete(self, doc_ids: Sequence[str]) -> None:
+        """Remove rows; those that are not there are no error."""
+
+    def finish(self) -> None:
+        """Make everything that was written searchable; build the index where the database does not by itself."""
+
+    def count(self) -> int:
+        """Return the number of rows."""
+
+    def search(self, vectors: NDArray[np.float32], top_k: int) -> list[list[str]]:
+        """Return the doc_ids with the largest inner product for each vector [Q, D], best first."""
+
+
+def matrix(rows: pa.Table) -> NDArray[np.float32]:
+    """Return the vectors of rows as float32 [N, D]."""
+    column = rows["vector"].combine_chunks()
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    numbers = array.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(numbers, np.float32).reshape(-1, array.type.list_size)
+
+
+def payloads(rows: pa.Table) -> list[dict[str, Any]]:
+    """Return the doc_id and the payload of each row as JSON values; a column that is null is left out."""
+    plain = rows.drop_columns(["vector"]).to_pylist()
+    return [{name: _json(value) for name, value in row.items() if value is not None} for row in plain]
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, list):
+        return [_json(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _json(each) for name, each in value.items()}
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def check_dimension(layout: Layout, most: int, database: str) -> None:
+    """Refuse vectors of more numbers than a database can index.
+
+    Raises:
+        InputError: both numbers are named.
+    """
+    if layout.dimension > most:
+        raise InputError(
+            f"{database} indexes vectors of at most {most:,} dimensions, and these have {layout.dimension:,}; embed with "
+            f"--dimensions {most} or fewer if the model was trained for it, or export to another database"
+        )
+
+
+def check_bytes(rows: Iterable[Mapping[str, Any]], column: str, most: int, database: str) -> None:
+    """Refuse a row whose text is longer than a database takes.
+
+    Raises:
+        InputError: it names the doc_id.
+    """
+    for row in rows:
+        size = len(str(row.get(column, "")).encode())
+        if size > most:
+            mend = (
+                "shorten it" if column == "doc_id" else "ingest with --max-passage-chars, or export with --no-with-text"
+            )
+            raise InputError(
+                f"{column} of {str(row['doc_id'])[:80]!r} has {size:,} bytes, and {database} takes at most {most:,}; {mend}"
+            )

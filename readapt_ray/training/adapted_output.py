@@ -1,0 +1,134 @@
+"""Compute the output of an adapted linear layer and its gradients, with few bytes moved and kept.
+
+    y = d * (W x + s B A x), d = m / norm        without d for LoRA
+
+What is kept for the backward pass: input, output, and what has the size of the rank. The dropped input of A is made again:
+on a GPU from the seed, on a CPU from the mask, since random numbers take longer there than memory.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from readapt_ray.training.dropout import draw_seed, keep_mask, kept_share
+
+_BLOCK = 64
+"""Columns of a matrix product of which only the diagonal is wanted."""
+
+
+def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, share_O: Tensor | None) -> Tensor:
+    """Return the output as written above: what a compiler traces, and the reference of `AdaptedOutput`.
+
+    Args:
+        base: W x, [..., O].
+        x: [..., I], dropped out already.
+        scaled_A_RI: s A.
+        B_OR: cast to the type of `x`, as `scaled_A_RI` is.
+        share_O: d; None for LoRA.
+    """
+    low_rank = functional.linear(x, scaled_A_RI.to(x.dtype))
+    updated = base + functional.linear(low_rank, B_OR.to(low_rank.dtype))
+    return updated if share_O is None else updated * share_O.to(base.dtype)
+
+
+class AdaptedOutput(torch.autograd.Function):
+    """`adapted_output` with dropout; the norm has no gradient (DoRA, section 4.3).
+
+    Either `base` is given, which is overwritten, or the weight, which makes the gradient of the input one sum.
+    """
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 -- autograd passes them by place
+        ctx: Any,
+        base: Tensor | None,
+        weight_OI: Tensor | None,
+        x: Tensor,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        magnitude_O: Tensor | None,
+        norm_O: Tensor | None,
+        scaling: float,
+        probability: float,
+    ) -> Tensor:
+        """Map [..., I] to [..., O], in the type of `base`."""
+        if base is None:
+            assert weight_OI is not None
+            base = functional.linear(x, weight_OI)
+        else:
+            ctx.mark_dirty(base)
+        ctx.probability, ctx.seed = probability, draw_seed() if probability else 0
+        ctx.scaling = scaling / kept_share(probability)
+        mask = keep_mask(x, probability, ctx.seed) if probability else None
+        scaled_A_RI, cast_B_OR = _scaled(A_RI, ctx.scaling, base.dtype), B_OR.to(base.dtype)
+        low_rank_NR = _dropped(x, mask, base.dtype) @ scaled_A_RI.T
+        y_NO = base.flatten(0, -2).addmm_(low_rank_NR, cast_B_OR.T)
+        share_O = None
+        if magnitude_O is not None and norm_O is not None:
+            share_O = torch.div(magnitude_O, norm_O, out=torch.empty_like(norm_O, dtype=base.dtype))
+            y_NO.mul_(share_O)
+        kept_mask = mask if keeps_mask(x.device.type) else None
+        scaled_y = None if share_O is None else base
+        ctx.save_for_backward(
+            weight_OI, x, scaled_A_RI, cast_B_OR, low_rank_NR, scaled_y, magnitude_O, share_O, kept_mask
+        )
+        return base
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of base, x, A, B and m, in the order of forward's parameters."""
+        weight_OI, x, scaled_A_RI, B_OR, low_rank_NR, y, magnitude_O, share_O, mask = ctx.saved_tensors
+        gradient_NO, magnitude_grad = gradients[0].flatten(0, -2), None
+        if share_O is not None:
+            along_O = column_products(gradient_NO, y.flatten(0, -2)).to(magnitude_O.dtype)
+            magnitude_grad = along_O.div_(magnitude_O).masked_fill_(magnitude_O == 0, 0)
+            gradient_NO = gradient_NO * share_O
+        if ctx.probability and mask is None:
+            mask = keep_mask(x, ctx.probability, ctx.seed)
+        low_rank_grad_NR = gradient_NO @ B_OR
+        A_grad = _scaled(
+            low_rank_grad_NR.T @ _dropped(x, mask, B_OR.dtype), ctx.scaling, torch.promote_types(x.dtype, torch.float32)
+        )
+        B_grad = gradient_NO.T @ low_rank_NR
+        x_grad = None
+        if ctx.needs_input_grad[2]:
+            x_grad = (low_rank_grad_NR @ scaled_A_RI).view_as(x)
+            if mask is not None:
+                x_grad.mul_(mask)
+            if weight_OI is not None:
+                x_grad.flatten(0, -2).addmm_(gradient_NO, weight_OI.to(gradient_NO.dtype))
+        base_grad = gradient_NO.view_as(gradients[0]) if ctx.needs_input_grad[0] else None
+        return base_grad, None, x_grad, A_grad, B_grad, magnitude_grad, None, None, None
+
+
+def keeps_mask(device_type: str) -> bool:
+    """Return whether the mask is kept for the backward pass: on a CPU, where drawing it again takes longer."""
+    return device_type == "cpu"
+
+
+def column_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
+    """Return the sum over N of one * other, [O].
+
+    Away from a CPU it is the diagonals of matrix products of some columns: some more arithmetic, but nothing of the size
+    of the inputs is written, and each is read once.
+    """
+    if one_NO.device.type == "cpu" or one_NO.shape[1] % _BLOCK:
+        return (one_NO * other_NO).sum(0, dtype=torch.promote_types(one_NO.dtype, torch.float32))
+    return diagonal_products(one_NO, other_NO)
+
+
+def diagonal_products(one_NO: Tensor, other_NO: Tensor) -> Tensor:
+    """Compute `column_products` by matrix products, for a multiple of 64 columns."""
+    one, other = (each.reshape(len(each), -1, _BLOCK).transpose(0, 1) for each in (one_NO, other_NO))
+    return torch.bmm(one.mT, other).diagonal(dim1=1, dim2=2).flatten()
+
+
+def _dropped(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the input of A after dropout, [N, I]."""
+    return (x if mask is None else x * mask).flatten(0, -2).to(dtype)
+
+
+def _scaled(tensor: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Scale, then cast, in one kernel."""
+    return torch.mul(tensor, factor, out=torch.empty_like(tensor, dtype=dtype))

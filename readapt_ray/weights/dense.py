@@ -1,0 +1,76 @@
+"""Load the linear layers behind the pooling (`catalog/dense_layers.py`), and copy them beside a merged model.
+
+They are part of the retriever alone: a pretrained model has none, so a merge takes them as they are. They compute in
+float32, whatever the type of the model; EmbeddingGemma's two take 19 MB.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from readapt_ray.catalog.dense_layers import DenseLayer, dense_layers
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.errors import ModelError
+from readapt_ray.model_file_names import CONFIG_NAME, SINGLE_NAME
+from readapt_ray.storage import Location
+from readapt_ray.weights.weight_files import read_header
+
+FIRST_NUMBER = 2
+"""Of a layer among the modules: behind Transformer and Pooling."""
+
+
+class DenseHead(nn.Sequential):
+    """The Dense layers in order. `width` is the length of its output."""
+
+    def __init__(self, parts: Sequence[nn.Module], width: int) -> None:
+        super().__init__(*parts)
+        self.width = width
+
+
+def load_dense(model: OpenModel, *, device: str) -> DenseHead | None:
+    """Load the layers that a pooled vector goes through; None where there are none.
+
+    Raises:
+        ModelError: a layer cannot be read, or its weights are not of the shape that its config says.
+    """
+    layers = dense_layers(model)
+    if not layers:
+        return None
+    head = DenseHead([part for layer in layers for part in _load(model, layer)], layers[-1].out_features)
+    return head.eval().requires_grad_(False).to(device)
+
+
+def _load(model: OpenModel, layer: DenseLayer) -> tuple[nn.Module, nn.Module]:
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.has_bias)
+    file = model.folder / layer.path / SINGLE_NAME
+    stored = read_header(file)
+    due = {f"linear.{name}": list(each.shape) for name, each in linear.state_dict().items()}
+    found = {name: list(each.shape) for name, each in stored.items()}
+    if found != due:
+        raise ModelError(f"{file} holds the tensors {found} where {due} are due; fetch {model.name!r} again")
+    linear.load_state_dict({name.removeprefix("linear."): each.read().float() for name, each in stored.items()})
+    activation: Any = getattr(nn, layer.activation)()
+    return linear, activation
+
+
+def copy_dense(model: OpenModel, target: Location) -> list[str]:
+    """Copy the layers of a model into another folder, and return their kinds as `modules_of` takes them."""
+    layers = dense_layers(model)
+    for number, layer in enumerate(layers, start=FIRST_NUMBER):
+        for file in (CONFIG_NAME, SINGLE_NAME):
+            Location(str(model.folder / layer.path / file)).copy_to(target / f"{number}_Dense" / file)
+    return ["Dense"] * len(layers)
+
+
+def modules_of(kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Return what modules.json holds of modules of these kinds; each but the first has a subfolder by its number."""
+    return [
+        {
+            "idx": number,
+            "name": str(number),
+            "path": f"{number}_{kind}" if number else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for number, kind in enumerate(kinds)
+    ]

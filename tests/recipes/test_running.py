@@ -1,0 +1,307 @@
+"""A run at the keyboard: what is wrong is said at once, a change makes again what it must, status tells where a run is.
+
+Stages are stand-ins that write manifests and nothing else; checks, records and messages are the real ones.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import readapt_ray as ra
+from readapt_ray import artifacts, cli, root_status
+from readapt_ray.artifacts import Artifact, Workspace
+from readapt_ray.catalog.models import open_model
+from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, StorageError
+from readapt_ray.recipes import chain, run_checks, run_file, running
+from readapt_ray.storage import Location
+from tests import factories
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base = factories.tiny_decoder(folder / "base")
+    factories.write_contract(factories.full_retriever(folder / "retriever", base))
+    factories.full_retriever(folder / "silent", base)
+    return folder
+
+
+class Desk:
+    """A run file in a folder of its own, and stages that write manifests."""
+
+    def __init__(self, folder: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = folder / "root"
+        self.file = folder / "run.yaml"
+        self.values: dict[str, Any] = {
+            "source": str(folder / "source.jsonl"),
+            "root": str(self.root),
+            "pretrained": str(models / "base"),
+            "retriever": str(models / "retriever"),
+        }
+        (folder / "source.jsonl").write_text("")
+        self.made: list[str] = []
+        self.broken = ""
+        self.is_judged = True
+        monkeypatch.setattr(running, "run_stage", self._stage)
+        monkeypatch.setattr(running, "_leaves_gpus_idle", lambda _: False)
+        monkeypatch.setattr(cli, "_tell", lambda _: None)
+
+    def run(self, *arguments: str, **values: Any) -> int:
+        """`readapt run` with these arguments, on the run file changed so."""
+        self.file.write_text(yaml.safe_dump({**self.values, **values}))
+        self.made.clear()
+        return cli.main(["run", "--config", str(self.file), *arguments])
+
+    def states(self) -> dict[str, str]:
+        """The state of each artifact, as `readapt status` tells it."""
+        return {row["artifact"]: row["state"] for row in root_status.rows(Location(str(self.root)))}
+
+    def what(self, name: str) -> str:
+        """What status says of an artifact."""
+        return next(str(row["what"]) for row in root_status.rows(Location(str(self.root))) if row["artifact"] == name)
+
+    def _stage(self, stage: str, config: Any) -> Artifact:
+        def work(workspace: Workspace) -> None:
+            name = str(Path(config.output).relative_to(self.root))
+            if name == self.broken:
+                raise ModelError("it broke\nhere")
+            self.made.append(name)
+            if stage == "search":
+                workspace.location.write_text("")
+            if stage == "ingest" and self.is_judged:
+                (workspace.location / "queries" / "part-0.parquet").write_text("")
+                (workspace.location / "qrels" / "test.parquet").write_text("")
+
+        return artifacts.produce(stage, config, inputs=dict(self._inputs(stage, config)), work=work)
+
+    def _inputs(self, stage: str, config: Any) -> Any:
+        for name in config.inputs:
+            value = getattr(config, name)
+            if isinstance(value, tuple):
+                yield name, artifacts.fingerprint([artifacts.read_manifest(each).fingerprint for each in value])  # type: ignore[union-attr]
+            elif isinstance(value, str) and (manifest := artifacts.read_manifest(value)):
+                yield name, manifest.fingerprint
+            elif name in ("pretrained", "retriever"):
+                model = open_model(value)
+                yield name, model.tokenizer_fingerprint if stage == "pack" else model.fingerprint
+
+
+@pytest.fixture
+def desk(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    return Desk(tmp_path, models, monkeypatch)
+
+
+ALL = [
+    *("corpus", "blocks", "adapter", "adapted", "vectors/retriever", "index/retriever", "vectors/adapted"),
+    *("index/adapted", "runs/retriever.trec", "runs/adapted.trec", "report"),
+]
+AFTER_TRAIN = ["adapter", "adapted", "vectors/adapted", "index/adapted", "runs/adapted.trec", "report"]
+
+
+def test_a_changed_option_is_refused_before_anything_runs_and_overwrite_makes_only_what_is_stale(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run() == 0
+    assert desk.made == ALL
+    assert desk.run() == 0
+    assert desk.made == []
+    assert set(desk.states().values()) == {"done"}
+    capsys.readouterr()
+    for arguments in ([], ["--set", "train.overwrite=true"]):
+        assert desk.run("--set", "train.lora_rank=4", *arguments) == 2
+        (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("readapt: error")]
+        assert "train.lora_rank: 32 there, 4 now. Stale, with the time each took: adapter (" in said
+        assert all(f"{name} (" in said for name in AFTER_TRAIN)
+        assert "blocks (" not in said
+        assert "--overwrite (or --from train), or give another --root" in said or "--from merge" in said
+        assert desk.made == []
+    assert desk.run("--set", "train.lora_rank=4", "--overwrite") == 0
+    assert desk.made == AFTER_TRAIN
+    assert desk.run("--set", "train.lora_rank=8", "--from", "train") == 0
+    assert desk.made == AFTER_TRAIN
+    assert desk.run("--from", "merge") == 2, "the rank of the file is 32 again, and train comes before merge"
+    assert desk.made == []
+    assert desk.run("--from", "mreg") == 2
+    assert "--from 'mreg' is no stage of the run; did you mean 'merge'?" in capsys.readouterr().err
+
+
+def test_an_interrupted_overwriting_goes_on_and_status_tells_what_is_stale_and_what_failed(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run() == 0
+    desk.broken = "adapted"
+    assert desk.run("--set", "train.lora_rank=4", "--overwrite") == 2
+    assert desk.made == ["adapter"]
+    states = desk.states()
+    assert states["adapted"] == "failed"
+    assert desk.what("adapted").startswith("it broke (20")
+    assert f"log: {desk.root / 'readapt-run.log'}" in desk.what("adapted")
+    assert "ModelError: it broke" in (desk.root / "readapt-run.log").read_text()
+    assert {name for name, state in states.items() if state == "stale"} == {"vectors/adapted", *AFTER_TRAIN[3:]} - {
+        "adapted"
+    }
+    assert (
+        desk.what("report")
+        == "a run that did not end was about to make it again; made from runs/adapted.trec, which is stale"
+    )
+    desk.broken = ""
+    assert desk.run("--set", "train.lora_rank=4", "--overwrite") == 0
+    assert desk.made == AFTER_TRAIN[1:]
+    assert set(desk.states().values()) == {"done"}
+
+
+def test_another_model_under_the_same_name_is_found_before_anything_runs(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(desk.values["retriever"], tmp_path / "own")
+    assert desk.run(retriever=str(own)) == 0
+    factories.write_contract(own, query_template="ask: {text}")
+    assert desk.run(retriever=str(own)) == 2
+    said = capsys.readouterr().err
+    assert "retriever: its content changed. Stale" in said
+    assert "adapter (" not in said
+
+
+def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
+    desk: Desk, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {
+        "retriever": str(models / "silent"),
+        "train": {"block_tokens": 100_000, "only": "absent.txt"},
+        "queries": "absent.jsonl",
+    }
+    assert desk.run(**wrong) == 2
+    said = capsys.readouterr().err
+    assert "4 things are wrong, and nothing was started:" in said
+    for each in (
+        "--encoding FILE.json or `encoding: FILE.json` at the top of its file serves all stages",
+        "block_tokens = 100000 is more than the",
+        "section 'train': only = 'absent.txt' is not there",
+        "queries = 'absent.jsonl' is not there",
+    ):
+        assert each in said
+    assert not desk.root.exists()
+    options = {"train": {"lora_rnak": 1}, "embed": {"dtpye": "float32"}, "merge": {"knowledge_scale": [0.5, 0.1]}}
+    assert desk.run("--from", "mreg", **options, pretrained="quickstart-pretraind") == 2
+    said = capsys.readouterr().err
+    assert "5 things are wrong" in said
+    assert "did you mean 'quickstart-pretrained'" in said
+    assert "--from 'mreg' is no stage of the run" in said
+    assert "the run trains one adapter; give one number" in said
+    assert "'lora_rnak'; did you mean 'lora_rank'" in said
+    assert "'dtpye'; did you mean 'dtype'" in said
+
+
+@pytest.mark.parametrize("place", ["flag", "file"])
+def test_one_encoding_serves_merge_and_embed(desk: Desk, models: Path, tmp_path: Path, place: str) -> None:
+    encoding = tmp_path / "encoding.json"
+    encoding.write_text(json.dumps({"pooling": "mean", "add_bos": True, "add_eos": True, "max_passage_tokens": 64}))
+    desk.values["retriever"] = str(models / "silent")
+    changes = {"encoding": str(encoding)}
+    config = run_file.read_run(_written(desk), changes if place == "flag" else {})
+    if place == "file":
+        desk.values |= changes
+        config = run_file.read_run(_written(desk), {})
+    steps = chain.plan_run(config)
+    assert {step.config.encoding.pooling for step in steps if step.stage in ("merge", "embed")} == {"mean"}
+    run_checks.check_run(config, steps, [], chain.Problems())
+    assert desk.run("--encoding", str(encoding)) == 0 if place == "flag" else desk.run() == 0
+
+
+def _written(desk: Desk) -> str:
+    desk.file.write_text(yaml.safe_dump(desk.values))
+    return str(desk.file)
+
+
+def check(desk: Desk, **values: Any) -> None:
+    config = chain.RunConfig.parse({**desk.values, **values})
+    run_checks.check_run(config, chain.plan_run(config), [], chain.Problems())
+
+
+def test_what_training_needs_is_checked_first(desk: Desk, models: Path, tmp_path: Path) -> None:
+    headless = shutil.copytree(models / "base", tmp_path / "headless")
+    config = json.loads((headless / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    with pytest.raises(ModelError, match="has no language-model head"):
+        check(desk, pretrained=str(headless))
+    (headless / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+    with pytest.raises(ModelError, match="gpt2"):
+        check(desk, pretrained=str(headless))
+    with pytest.raises(ModelError, match=r"\['Wqkv'\] match no linear layer; the model has"):
+        check(desk, train={"target_modules": "Wqkv"})
+    adapter = factories.lora_adapter(tmp_path / "adapter", models / "base")
+    with pytest.raises(ModelError, match="is an adapter; give the model that it was trained on"):
+        check(desk, pretrained=str(adapter))
+    encoding = {"pooling": "mean", "add_bos": True, "add_eos": True, "max_passage_tokens": 100_000}
+    with pytest.raises(ModelError, match="the encoding allows 100000 tokens"):
+        check(desk, encoding=encoding)
+
+
+def test_what_lies_in_the_root_and_room_on_the_disk_are_checked_first(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (desk.root / "index" / "adapted").mkdir(parents=True)
+    (desk.root / "index" / "adapted" / "mine.txt").write_text("mine")
+    with pytest.raises(ArtifactConflictError, match=r"mine\.txt that no stage of readapt made"):
+        check(desk)
+    (desk.root / "index" / "adapted" / "mine.txt").unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    with pytest.raises(StorageError, match=r"has 0\.0 GB free, and the adapted model alone takes"):
+        check(desk)
+
+
+def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    desk.is_judged = False
+    assert desk.run() == 0
+    assert desk.made == ALL[:8]
+    said = capsys.readouterr()
+    assert "--set queries=FILE --set qrels=FILE would give numbers" in said.err
+    lines = [line.split() for line in said.out.splitlines()]
+    (tune,) = (line for line in lines if line[:2] == ["readapt", "tune"])
+    (serve,) = (line for line in lines if line[:2] == ["readapt", "serve"])
+    assert tune[2:] == [
+        *("--pretrained", desk.values["pretrained"], "--retriever", desk.values["retriever"]),
+        *("--adapter", f"{desk.root}/adapter", "--corpus", f"{desk.root}/corpus", "--output", f"{desk.root}/scales"),
+    ]
+    places = {"retriever": "adapted", "index": "index/adapted", "corpus": "corpus"}
+    assert serve[2:] == [word for name, place in places.items() for word in (f"--{name}", f"{desk.root}/{place}")]
+    assert cli.main(["status", "--root", str(desk.root)]) == 0
+    assert "8 of 8 done" in capsys.readouterr().out
+
+
+def test_a_bad_manifest_spoils_its_line_and_no_other(desk: Desk) -> None:
+    assert desk.run() == 0
+    for name, text in (("blocks", "{"), ("adapter", '{"stage": "trai'), ("adapted", '{"stage": 3}')):
+        (desk.root / name / "manifest.json").write_text(text)
+    states = desk.states()
+    assert {name for name, state in states.items() if state == "unreadable"} == {"blocks", "adapter", "adapted"}
+    assert states["corpus"] == "done"
+    assert "is not a manifest" in desk.what("adapter")
+    assert "unreadable" in repr(ra.status(desk.root))
+
+
+def test_a_stage_that_fails_by_itself_is_failed_in_status(tmp_path: Path) -> None:
+    from readapt_ray.stages.index import IndexConfig
+
+    def work(workspace: Workspace) -> None:
+        (workspace.location / "shards" / "00000.json").write_text("{}")
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError):
+        artifacts.produce("index", IndexConfig(vectors="v", output=str(tmp_path / "index")), inputs={}, work=work)
+    (row,) = root_status.rows(Location(str(tmp_path)))
+    assert row["state"] == "failed"
+    assert row["what"].startswith("no memory, ")
+
+
+def test_what_cannot_be_a_run_json_of_ours_is_none(tmp_path: Path) -> None:
+    assert running.read_record(Location(str(tmp_path))) == {}
+    for text in ("{", "[]", '{"steps": 3}', '{"steps": [{"stage": "a"}]}'):
+        (tmp_path / "run.json").write_text(text)
+        assert running.read_record(Location(str(tmp_path))) == {}
+    with pytest.raises(InputError, match="--from 'x' is no stage of the run; the stages are"):
+        running._with_overwriting([], overwrite=False, from_stage="x")

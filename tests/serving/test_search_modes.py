@@ -1,0 +1,62 @@
+"""Searches by words, and by both."""
+
+import asyncio
+import dataclasses
+
+import pytest
+
+from readapt_ray.retrieval.bm25 import words
+from readapt_ray.retrieval.fusion import reciprocal_rank_fusion
+from tests.factories import small_corpus
+from tests.serving.conftest import local_server
+
+SEARCH = "/v1/search"
+TEXTS = {each.doc_id: set(words(f"{each.title} {each.text}")) for each in small_corpus(40)}
+QUERIES = ["array shape", "lock a thread"]
+
+
+def asked(version, *bodies):
+    async def run():
+        async with local_server({"tiny": version}) as server, server.client() as client:
+            answers = [await client.post(SEARCH, json={"query": QUERIES, "top_k": 5} | body) for body in bodies]
+            return [*answers, await client.get("/v1/models/tiny")]
+
+    return asyncio.run(run())
+
+
+def ranked(answer):
+    assert answer.status_code == 200, answer.text
+    return [[hit["doc_id"] for hit in each["hits"]] for each in answer.json()["data"]]
+
+
+def test_both_are_fused_by_reciprocal_rank_and_words_need_no_encoder(fresh):
+    bodies = [{"mode": mode, "top_k": 100} for mode in ("dense", "bm25", "hybrid")]
+    dense, by_words, both, model = asked(fresh, *bodies)
+    assert len(fresh.encoded) == 2
+    for query, (mine, its, fused) in enumerate(zip(*map(ranked, (dense, by_words, both)), strict=True)):
+        assert fused == [doc_id for doc_id, _ in reciprocal_rank_fusion([mine, its], 100)]
+        assert set(its) == {doc_id for doc_id, there in TEXTS.items() if there & set(words(QUERIES[query]))}
+    assert model.json()["modes"] == ["dense", "bm25", "hybrid"]
+    hit = both.json()["data"][0]["hits"][0]
+    assert hit["score"] <= 2 / 61 and hit["text"]
+
+
+def test_a_filter_holds_in_every_mode(version):
+    for answer in asked(version, *({"mode": mode, "doc_id_prefix": "d0000"} for mode in ("bm25", "hybrid")))[:-1]:
+        assert all(doc_id.startswith("d0000") for each in ranked(answer) for doc_id in each)
+
+
+@pytest.mark.parametrize(
+    ("has_words", "body", "message"),
+    [
+        (False, {"mode": "bm25"}, "the index was built without BM25"),
+        (False, {"mode": "hybrid"}, "readapt index --bm25"),
+        (True, {"mode": "sparse"}, "'mode' must be 'dense', 'bm25' or 'hybrid'"),
+        (True, {"mode": "hybrid", "query": None, "vector": [1.0], "fingerprint": "f"}, "it needs 'query'"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(version, has_words, body, message):
+    info = dataclasses.replace(version.info, has_words=has_words)
+    answer, model = asked(dataclasses.replace(version, info=info), body)
+    assert answer.status_code == 400 and message in answer.json()["error"]["message"]
+    assert ("bm25" in model.json()["modes"]) == has_words

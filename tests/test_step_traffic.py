@@ -1,0 +1,39 @@
+"""What a training step costs on a GPU, counted by benchmarks/step_traffic.py: whoever adds a kernel or a copy sees it here.
+
+A figure that falls is lowered here with the change that lowers it.
+"""
+
+import pytest
+
+from benchmarks import step_traffic
+
+TOKENS = 4096
+FIGURES = {
+    "mistral-7b": (236, 8.18, 167.8),
+    "llama-2-7b": (236, 8.15, 166.2),
+    "qwen3-0.6b": (238, 2.53, 50.1),
+    "modernbert-base": (168, 1.64, 29.4),
+}
+"""Kernels per layer, elementwise GB per layer, saved KB per token and layer; of forward and backward together."""
+
+
+@pytest.mark.parametrize("shape", FIGURES)
+def test_a_step_starts_no_more_kernels_and_moves_no_more_bytes_than_before(shape: str) -> None:
+    found = step_traffic.measure(shape, TOKENS)
+    names = ("kernels_per_layer", "elementwise_gb_per_layer", "saved_kb_per_token_and_layer")
+    figures = [found[name] for name in names]
+    assert figures == pytest.approx(FIGURES[shape], rel=0.01)
+    assert found["host_syncs"] == 0
+
+
+def test_products_are_counted_as_by_hand() -> None:
+    """Forward and backward; the gradient of a magnitude takes 64 columns of products, of which the diagonal counts."""
+    hidden, intermediate, key = 4096, 14336, 1024
+    sizes = [(hidden, hidden)] * 2 + [(hidden, key)] * 2 + [(hidden, intermediate)] * 2 + [(intermediate, hidden)]
+    frozen = sum(2 * inputs * outputs for inputs, outputs in sizes)
+    low_rank = sum(3 * 32 * (inputs + outputs) for inputs, outputs in sizes)
+    magnitudes = sum(64 * outputs for _, outputs in sizes)
+    found = step_traffic.measure("mistral-7b", TOKENS)
+    assert found["gemm_tflop_per_layer"] == pytest.approx(
+        2 * TOKENS * (frozen + low_rank + magnitudes) / 1e12, abs=1e-3
+    )
