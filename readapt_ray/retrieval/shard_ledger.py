@@ -42,7 +42,7 @@ _ROWS_KEY = b"rows_per_shard"
 
 
 class ShardLedger:
-    """The shards of a run, and figures of those that are written: some 100 bytes each.
+    """The shards of a run, and figures of those that are written: some 600 bytes per shard, and as much again to save them.
 
     Args:
         shards: all of them, numbered from 0.
