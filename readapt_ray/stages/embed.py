@@ -5,7 +5,7 @@ and so on. The shards are planned from the sizes of files alone. Ray Data reads 
 actors encode them and write each as a whole, so what was written before a kill is not computed again, and every passage
 stands once. Texts that an earlier artifact holds are copied, and within a shard identical texts are encoded once. Two CPU
 cores with AMX encode some 230 passages of 89 tokens per second with all-MiniLM-L6-v2. An actor holds the model and two
-shards, the driver at most 1.3 KB per shard.
+shards, the driver some 1.3 KB per shard.
 """
 
 import logging
