@@ -18,7 +18,7 @@ from readapt_ray import errors
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_job import EmbedJob, cell
 from readapt_ray.cluster.shard_tokens import tokenize_shard
-from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS
+from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS, read_figures
 from readapt_ray.retrieval.shard_plan import shard_name
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 
@@ -58,7 +58,15 @@ class ShardEncoder:
         return tokens if self._encoder and tokens < self._encoder.first_batch_tokens else 0
 
     def _encode(self, number: int, shard: pa.Table) -> dict[str, Any]:
-        """Encode the distinct texts, copy the earlier vectors, and write the vector of each row."""
+        """Encode the distinct texts, copy the earlier vectors, and write the vector of each row.
+
+        An actor that was lost may have written the file and not said so: it stays.
+        """
+        file, doc_ids = self._job.vectors / shard_name(number), cell(shard, "doc_id")
+        if file.is_file():
+            written = read_figures(file, num_rows=len(doc_ids), made_by=self._job.encoder["fingerprint"])
+            if written:
+                return written
         if "tokens" not in shard.column_names:
             shard = tokenize_shard(shard, lambda texts, titles: self._loaded().tokenize(texts, "passage", titles))
         place = cell(shard, "vector").to_numpy()
@@ -78,8 +86,7 @@ class ShardEncoder:
             "encoder": {**self._job.encoder, "dimension": dimension},
             "num_copied": int((cell(shard, "vector").to_numpy() < 0).sum()),
         }
-        file = self._job.vectors / shard_name(number)
-        num_bytes = write_stored(file, cell(shard, "doc_id").to_pylist(), table, hashes, metadata=metadata)
+        num_bytes = write_stored(file, doc_ids.to_pylist(), table, hashes, metadata=metadata)
         figures = {name: float(metadata[name]) for name in SECONDS} | {name: metadata.get(name, 0) for name in COUNTS}
         num_left_out = table["vector"].null_count
         figures |= {"num_rows": len(place) - num_left_out, "num_left_out": num_left_out}

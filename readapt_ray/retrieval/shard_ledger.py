@@ -136,21 +136,26 @@ class ShardLedger:
         return bool(is_whole and sizes.get(shard.name) == figures["num_bytes"])
 
     def _read(self, shard: DataShard) -> dict[str, Any] | None:
-        """Read the footer of a file; None where the file is damaged or another run's."""
-        try:
-            footer = read_footer(self._file(shard))
-        except CorruptFileError as error:
-            logger.warning("%s; it is computed again", error)
-            return None
-        made_by = footer.metadata.get("encoder", {}).get("fingerprint")
-        if made_by != self._made_by or footer.num_rows + len(footer.left_out) != len(shard):
-            return None
-        figures = {name: float(footer.metadata.get(name, 0)) for name in _FIGURES.names or ()}
-        figures |= {"num_rows": footer.num_rows, "num_left_out": len(footer.left_out)}
-        return figures | {"num_bytes": footer.num_bytes, "dimension": footer.dimension}
+        return read_figures(self._file(shard), num_rows=len(shard), made_by=self._made_by)
 
     def _file(self, shard: DataShard) -> Location:
         return self._output / "vectors" / shard.name
+
+
+def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, Any] | None:
+    """Return what the file of a shard says; None where it is damaged, or not the whole shard by this encoder."""
+    try:
+        footer = read_footer(file)
+    except CorruptFileError as error:
+        logger.warning("%s; it is computed again", error)
+        return None
+    is_ours = footer.metadata.get("encoder", {}).get("fingerprint") == made_by
+    if not is_ours or footer.num_rows + len(footer.left_out) != num_rows:
+        return None
+    figures: dict[str, Any] = {name: int(footer.metadata.get(name, 0)) for name in COUNTS}
+    figures |= {name: float(footer.metadata.get(name, 0)) for name in SECONDS}
+    figures |= {"num_rows": footer.num_rows, "num_left_out": len(footer.left_out)}
+    return figures | {"num_bytes": footer.num_bytes, "dimension": footer.dimension}
 
 
 def begun_rows_per_shard(output: Location) -> int | None:

@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,9 +50,21 @@ def test_an_encoder_that_tokenises_writes_what_it_writes_of_tokens(job, tmp_path
         told = [encoder(row).to_pylist()[0] for row in _rows(job, tokenizes=tokenizes)]
         assert [(each["number"], each["error"], each["num_encoded"]) for each in told] == [(0, "", 19), (1, "", 20)]
         tables.append(pq.read_table(tmp_path / "out/vectors"))
+        shutil.rmtree(tmp_path / "out/vectors")
     assert tables[0]["doc_id"].to_pylist() == tables[1]["doc_id"].to_pylist()
     vectors = [np.array(table["vector"].to_pylist()) for table in tables]
     np.testing.assert_array_equal(*vectors)
+
+
+def test_a_file_that_a_lost_actor_wrote_and_did_not_tell_of_stays(job, tmp_path):
+    first = ShardEncoder(job)(_rows(job, tokenizes=False)[0])
+    path = tmp_path / "out/vectors/part-00000.parquet"
+    before = path.stat().st_mtime_ns
+    told = ShardEncoder(job)(_rows(job, tokenizes=False)[0])
+    assert told.to_pylist() == first.to_pylist() and path.stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:-50])
+    assert ShardEncoder(job)(_rows(job, tokenizes=False)[0])["error"].to_pylist() == [""]
+    assert pq.read_table(path).num_rows == 20
 
 
 def test_an_error_goes_through_both_ways_as_a_row(job):
