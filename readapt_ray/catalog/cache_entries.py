@@ -1,4 +1,4 @@
-"""Entries of the model cache: filled by one process at a time, kept while in use, and removed when room is needed.
+"""Entries of the cache of models and texts: filled by one process at a time, kept while in use, and removed when room is needed.
 
 In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
 folder NAME lie NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
@@ -23,7 +23,7 @@ from readapt_ray.storage import Location, name_when_whole
 logger = logging.getLogger("readapt_ray")
 
 _GB = 1e9
-_KINDS = ("models", "converted")
+_KINDS = ("models", "converted", "passages")
 _NAME = re.compile(r"[0-9a-f]{32}")
 _in_use: dict[Path, IO[str]] = {}
 """The open `.use` files of this process. Their locks end with the process, however it ends."""
@@ -31,7 +31,7 @@ _room = threading.Lock()
 
 
 def folder_of(kind: str) -> Path:
-    """Return the folder of one kind of entries: `models` for fetched ones, `converted` for pickled weights.
+    """Return the folder of one kind of entries: `models` (fetched), `converted` (pickled weights), `passages` (texts).
 
     Raises:
         InputError: READAPT_CACHE is not a folder.
@@ -92,15 +92,15 @@ def make_room() -> None:
             if _removed_unless_used(each.folder):
                 total_bytes -= each.num_bytes
                 logger.info(
-                    "removed %s (%.1f GB) from the model cache, which may hold %g GB (READAPT_CACHE_GB); of the models there "
-                    "it was not used for longest",
+                    "removed %s (%.1f GB) from the cache, which may hold %g GB (READAPT_CACHE_GB); of what is there it was not used for "
+                    "longest",
                     each.folder,
                     each.num_bytes / _GB,
                     environment.cache_gb(),
                 )
     if total_bytes > limit_bytes:
         logger.info(
-            "the model cache holds %.1f GB, more than READAPT_CACHE_GB = %g: all of it is in use",
+            "the cache holds %.1f GB, more than READAPT_CACHE_GB = %g: all of it is in use",
             total_bytes / _GB,
             environment.cache_gb(),
         )

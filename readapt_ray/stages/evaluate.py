@@ -6,6 +6,7 @@ Runs in this process, without Ray: a run of 10,000 queries with 1,000 results ea
 seconds.
 """
 
+import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from readapt_ray.evaluation.requirements import Requirement, check_requirements,
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.evaluation.tables import named
-from readapt_ray.retrieval.passage_store import PassageStore
+from readapt_ray.retrieval.passage_files import find_passages, missing_ids
 from readapt_ray.sources.judgements import read_qrels, read_queries
 from readapt_ray.storage import Location
 
@@ -70,7 +71,8 @@ class _Loaded:
     measurements: dict[str, measuring.Measurement]
     judgements: dict[str, dict[str, int]]
     query_texts: dict[str, str]
-    corpus: PassageStore | None
+    passage_files: list[Location] | None
+    """Of the corpus; None without one."""
     num_unknown: int
     """Judgements of passages that the corpus does not have."""
 
@@ -143,12 +145,16 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
         runs[name] = load_run(uri)
         measurements[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
         _warn(name, measurements[name])
-    corpus = PassageStore.open(config.corpus) if config.corpus else None
-    num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
-    is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
+    passage_files = _passage_files(config.corpus) if config.corpus else None
+    num_unknown = _num_unknown(judgements, passage_files, config.corpus) if passage_files is not None else 0
+    is_of_corpus = passage_files is not None and num_unknown < sum(map(len, judgements.values()))
     if not is_of_corpus:
         _check_one_corpus(judgements, runs, config)
-    return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown)
+    return _Loaded(runs, measurements, judgements, texts, passage_files, num_unknown)
+
+
+def _passage_files(corpus: str) -> list[Location]:
+    return (open_artifact(corpus, "ingest").location / "passages").files(".parquet")
 
 
 def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:
@@ -167,9 +173,9 @@ def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run],
     )
 
 
-def _num_unknown(judgements: measuring.Judgements, corpus: PassageStore, name: str) -> int:
+def _num_unknown(judgements: measuring.Judgements, passage_files: list[Location], name: str) -> int:
     """How many judgements speak of passages that the corpus does not have; they are named."""
-    missing = corpus.missing(doc_id for judged in judgements.values() for doc_id in judged)
+    missing = missing_ids(passage_files, (doc_id for judged in judgements.values() for doc_id in judged))
     lost = set(missing)
     count = sum(doc_id in lost for judged in judgements.values() for doc_id in judged)
     if count:
@@ -218,7 +224,7 @@ def _write(
         comparisons,
         loaded.judgements,
         query_texts=loaded.query_texts,
-        find_passages=loaded.corpus.find if loaded.corpus is not None else lambda _: {},
+        find_passages=functools.partial(find_passages, loaded.passage_files or ()),
         provenance={name: _provenance(uri) for name, uri in files.items()},
         num_permutations=config.num_permutations,
         seed=config.seed,
@@ -234,7 +240,7 @@ def _write(
     workspace.counts = {"num_runs": len(files), "num_queries": summary["num_queries"]}
     workspace.details = {**summary, "verdicts": [each["sentence"] for each in report["verdicts"]]}
     workspace.details["requirements"] = requirements
-    if loaded.corpus is not None:
+    if loaded.passage_files is not None:
         workspace.details["qrels_of_unknown_passages"] = loaded.num_unknown
 
 
