@@ -1,4 +1,4 @@
-"""Answers as JSON, written by hand: validating millions of numbers would cost more than making them."""
+"""Write answers as JSON by hand: validating millions of numbers would cost more than making them."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from readapt_ray.records import Passage
 
 
 def to_base64(vector: NDArray[np.float32]) -> str:
-    """The bytes of little-endian float32, as OpenAI's clients decode them."""
+    """Return the bytes of little-endian float32, as OpenAI's clients decode them."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
 def embeddings_json(
     vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
 ) -> bytes:
-    """An `EmbeddingsResponse` as JSON."""
+    """Write an `EmbeddingsResponse` as JSON."""
     data = [
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)

@@ -1,4 +1,4 @@
-"""From options to Ray Serve applications: one for each version, one for the gateway before them.
+"""Make Ray Serve applications from options: one for each version, and one for the gateway before them.
 
 An application of its own for each version lets Ray Serve add, replace and remove one without touching the others. The
 same builders serve `readapt serve`, and the config file that `serve deploy` and KubeRay's RayService read:
@@ -31,12 +31,12 @@ _DRAIN_S = 20
 
 
 def version_app_name(name: str) -> str:
-    """The Ray Serve application of a version."""
+    """Return the name of a version's Ray Serve application."""
     return f"{GATEWAY_APP}-{name}"
 
 
 def version(args: dict[str, Any]) -> Any:
-    """The application of one version, from `ServeConfig`'s options for it and its `name`.
+    """Make the application of one version, from `ServeConfig`'s options for it and its `name`.
 
     Raises:
         InputError: an option is wrong; the index or the corpus is not complete.
@@ -47,7 +47,7 @@ def version(args: dict[str, Any]) -> Any:
 
 
 def gateway(args: dict[str, Any]) -> Any:
-    """The application that speaks HTTP, from `ServeConfig`'s options.
+    """Make the application that speaks HTTP, from `ServeConfig`'s options.
 
     Raises:
         InputError: an option is wrong, the file of API keys is, or recall cannot be probed.
@@ -56,7 +56,7 @@ def gateway(args: dict[str, Any]) -> Any:
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
-    """An encoder and the slices of its index."""
+    """Bind an encoder and the slices of its index."""
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
@@ -93,12 +93,12 @@ def slice_bytes(index: str | None, names: Sequence[str]) -> int:
 
 
 def num_slices(config: VersionConfig) -> int:
-    """How many parts the index of a version is served in."""
+    """Return in how many parts the index of a version is served."""
     return min(config.index_actors, len(version_spec("", config).shards))
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
-    """What the processes of a version are started with, by names that mean the same on every node.
+    """Return what the processes of a version are started with, by names that mean the same on every node.
 
     Raises:
         InputError: there is no retriever.
@@ -157,7 +157,7 @@ def _scale(config: VersionConfig) -> dict[str, Any]:
 
 
 def num_gpus(config: VersionConfig) -> float:
-    """GPUs that each encoder process of a version asks for."""
+    """Return how many GPUs each encoder process of a version asks for."""
     import ray
 
     if config.num_gpus_per_replica is not None:
@@ -166,7 +166,7 @@ def num_gpus(config: VersionConfig) -> float:
 
 
 def bind_gateway(config: ServeConfig) -> Any:
-    """What speaks HTTP for these versions."""
+    """Bind the gateway that speaks HTTP for these versions."""
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
@@ -205,7 +205,7 @@ def bind_gateway(config: ServeConfig) -> Any:
 
 
 def serve_config(config: ServeConfig) -> dict[str, Any]:
-    """The same applications as Ray Serve's config file has them, for `serve deploy` and KubeRay's RayService."""
+    """Write the same applications as a Ray Serve config file, for `serve deploy` and KubeRay's RayService."""
     given = config.model_dump(mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port"})
     applications: list[dict[str, Any]] = [
         {
@@ -221,7 +221,7 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
 
 
 def check_version(name: str, config: VersionConfig) -> str:
-    """Find out before anything starts whether retriever, index and corpus can be used and fit together.
+    """Check before anything starts that retriever, index and corpus can be used and fit together.
 
     Returns:
         The fingerprint of the version that they make.
@@ -246,7 +246,7 @@ def check_version(name: str, config: VersionConfig) -> str:
 
 
 def check_probe(config: ServeConfig) -> None:
-    """Find out before anything starts whether recall can be measured where that is asked for.
+    """Check before anything starts that recall can be measured where that is asked for.
 
     Raises:
         InputError: an index does not hold its vectors as they were.
@@ -266,7 +266,7 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
-    """Find out before anything starts whether every version can be restricted as the API keys ask.
+    """Check before anything starts that every version can be restricted as the API keys ask.
 
     Raises:
         InputError: a corpus has no such column, or there is none.

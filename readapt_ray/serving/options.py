@@ -1,4 +1,4 @@
-"""The options of `readapt serve`: one version, or several side by side, and how traffic reaches them."""
+"""Define the options of `readapt serve`: one version, or several side by side, and how requests are routed to them."""
 
 import ipaddress
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -13,7 +13,7 @@ from readapt_ray.yaml_files import options_of, read_yaml
 
 
 class Limits(Config):
-    """What a request may ask for, and how much a gateway takes at once."""
+    """Limits of a request, and of what a gateway holds at once."""
 
     batch_wait_s: float = Field(default=0.0, ge=0, le=10)
     """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
@@ -39,7 +39,7 @@ class Limits(Config):
 
 
 class VersionConfig(Config):
-    """One version, an encoder with its index, and the processes that hold it."""
+    """Options of one version: an encoder with its index, and their processes."""
 
     retriever: str = ""
     """Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions` lists several."""
@@ -73,7 +73,7 @@ class VersionConfig(Config):
     """CPUs that Ray reserves per index process."""
 
     def processes(self) -> dict[str, Any]:
-        """The options that say how many processes there are, and with what; not what they serve."""
+        """Return the options of the processes: how many there are and with what, not what they serve."""
         served = {"retriever", "index", "corpus", "encoding", "dtype"}
         return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
 
@@ -153,7 +153,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         return self
 
     def each_version(self) -> dict[str, VersionConfig]:
-        """Each version by its name, whole.
+        """Return the options of each version by its name, defaults filled in.
 
         Raises:
             InputError: an option of a version is unknown or wrong.
@@ -167,14 +167,14 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def routing(self) -> Routing:
-        """How traffic reaches the versions."""
+        """Return how requests are routed to the versions."""
         same = {name: getattr(self, name) for name in SideOptions.model_fields}
         default = self.default or next(iter(self.each_version()))
         return Routing.parse(same | {"default": default, "split": parse_split(self.split)})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name means this machine alone."""
+    """Return whether an address or name means this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -1,4 +1,4 @@
-"""Searches that no client waits for: a shadow version is compared with the answer, and recall is measured.
+"""Run searches that no client waits for: a shadow version is compared with the answer, and recall is measured.
 
 They start after the answer, a few at a time. If one fails, only the log says so.
 """
@@ -45,7 +45,7 @@ class SideSearches:
     def shadow(
         self, registry: Registry, name: str, body: SearchRequest, found: Found, *, within: DocFilter | None
     ) -> None:
-        """Search with the shadow version too, if there is one and it keeps up."""
+        """Search with the shadow version too, if there is one and it is not behind."""
         shadow = registry.routing.shadow_of(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
             return

@@ -1,4 +1,4 @@
-"""The versions that a server has: what each one is, which one answers a request, and how traffic is split among them.
+"""Hold the versions of a server: what each one is, which one answers a request, and how requests are split among them.
 
 A version is an encoder with the index of its own vectors: one unit with one fingerprint. Every call carries the fingerprint
 that it is meant for, and a process that holds another one refuses it. So a query is never searched in the index of another
@@ -37,7 +37,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found for each query, best first, and which parts of the index did not answer."""
+    """The passages found for each query, best first, and the parts of the index that did not answer."""
 
     ranked: list[list[Ranked]]
     missing: list[str]
@@ -86,7 +86,7 @@ class PartsDownError(Exception):
 
 
 class Backend(Protocol):
-    """The encoder and the index behind a version: on Ray Serve, or in one process for a test."""
+    """The encoder and the index of a version: on Ray Serve, or in one process for a test."""
 
     info: VersionInfo
 
@@ -147,7 +147,7 @@ class SideOptions(Config):
 
 
 class Routing(SideOptions):
-    """How requests that name no version are spread. It is replaced as a whole, between two requests."""
+    """How requests that name no version are spread. The whole routing is replaced between two requests."""
 
     default: str
     """The version that embeds, and searches unless there is a split."""
@@ -221,7 +221,7 @@ _SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": 
 
 @dataclass(frozen=True)
 class Registry:
-    """The versions by name, and the routing among them: one state, replaced as a whole."""
+    """The versions by name with their routing: one state, replaced as a whole."""
 
     versions: Mapping[str, Version] = field(default_factory=dict)
     routing: Routing = field(default_factory=lambda: Routing(default=""))
@@ -305,7 +305,7 @@ class Registry:
 
 
 def _modes(info: VersionInfo) -> list[schema.Mode]:
-    """How a version can be searched."""
+    """Return the modes in which a version can be searched."""
     if not info.slices:
         return []
     return ["dense", "bm25", "hybrid"] if info.has_words else ["dense"]

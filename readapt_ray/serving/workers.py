@@ -1,4 +1,4 @@
-"""The Ray Serve deployments of one version, which compute: an encoder, and the slices of its index.
+"""Define the Ray Serve deployments of one version that compute: an encoder, and the slices of its index.
 
 A health check does real work: the encoder encodes a sentence and compares the vector with the first one that it made, a
 slice searches for a vector. After three failures Ray Serve replaces the process. If the check queues behind other work, work
@@ -68,7 +68,7 @@ class VersionSpec:
 
 
 class _Worker:
-    """One thread that computes, so that the event loop stays free to answer health checks.
+    """Compute in one thread, so that the event loop stays free to answer health checks.
 
     Nothing else may compute in the process, not even at its start: OpenMP keeps threads for each thread that ever did, and
     once those of all are more than the cores, they sleep between two steps instead of spinning. all-MiniLM-L6-v2 took
@@ -82,7 +82,7 @@ class _Worker:
         self._proof: asyncio.Task[Any] | None = None
 
     def wait_for(self, function: Callable[..., R], *given: Any) -> R:
-        """What a function returns, blocking."""
+        """Run a function and wait for its result."""
         return self._pool.submit(function, *given).result()
 
     async def __call__(self, function: Callable[..., R], *given: Any) -> R:
@@ -93,7 +93,7 @@ class _Worker:
         return function(*given)
 
     async def check(self, prove: Callable[[], Awaitable[object]]) -> None:
-        """Let work be proven, or see that what goes before it is under way; a proof that still waits is the next check's too.
+        """Check that the thread works; if it is busy, check that its work is not stuck. One check at a time is queued.
 
         Raises:
             WorkerError: what is under way takes too long.
@@ -125,7 +125,7 @@ def _set_faiss_threads(num_threads: int) -> None:
 
 @serve.deployment
 class EncoderReplica:
-    """Holds a retriever.
+    """Hold a retriever and encode.
 
     Args:
         spec: the version.
@@ -159,7 +159,7 @@ class EncoderReplica:
         self._created = int(time.time())
 
     async def describe(self) -> VersionInfo:
-        """What this version is."""
+        """Describe this version."""
         config = self._model.config
         sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
@@ -180,7 +180,7 @@ class EncoderReplica:
         )
 
     async def encode(self, version: str, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """The vectors [N, D] of rows of token ids.
+        """Return the vectors [N, D] of rows of token ids.
 
         Raises:
             FingerprintMismatchError: they are meant for another version.
@@ -189,7 +189,7 @@ class EncoderReplica:
         return await self._compute(self._encoder.encode_ids, rows)
 
     async def check(self, version: str) -> float:
-        """Encode a sentence; the seconds that it took, waiting for the batch before it included.
+        """Encode a sentence; return the seconds that it took, with the wait for the batch before it.
 
         Raises:
             FingerprintMismatchError: another version is meant.
@@ -201,7 +201,7 @@ class EncoderReplica:
         return time.perf_counter() - before_s
 
     async def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces this process when it fails."""
+        """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
 
     def _check_probe(self, vector: NDArray[np.float32]) -> None:
@@ -215,7 +215,7 @@ class EncoderReplica:
 
 @serve.deployment
 class IndexReplica:
-    """Holds some shards of a version's index."""
+    """Hold some shards of a version's index and search them."""
 
     def __init__(self, spec: VersionSpec, names: Sequence[str], num_slices: int) -> None:
         from readapt_ray.retrieval.vector_index import VectorIndex
@@ -235,13 +235,13 @@ class IndexReplica:
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
 
     async def num_vectors(self) -> int:
-        """Vectors in this slice."""
+        """Count the vectors in this slice."""
         return self._slice.num_vectors
 
     async def search(
         self, version: str, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
-        """The k best of each query [Q, D], best first.
+        """Return the k best of each query [Q, D], best first.
 
         Raises:
             FingerprintMismatchError: the queries are meant for another version.
@@ -257,7 +257,7 @@ class IndexReplica:
     async def search_words(
         self, version: str, texts: Sequence[str], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
-        """The k best of each text by BM25, best first.
+        """Return the k best of each text by BM25, best first.
 
         Raises:
             FingerprintMismatchError: the texts are meant for another version.
@@ -267,7 +267,7 @@ class IndexReplica:
         return _ranked(await self._compute(self._slice.search_words, texts, top_k, wanted))
 
     async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
-        """A filtered search; others have their turn between two blocks of it, and it ends with its request."""
+        """Search with a filter; other searches run between two blocks of it, and it ends with its request."""
         steps = self._slice.scan(queries, top_k, wanted)
         hits: Hits | None = None
         while hits is None:
@@ -275,7 +275,7 @@ class IndexReplica:
         return hits
 
     async def check(self, version: str) -> int:
-        """Search for a vector; the number of vectors.
+        """Search for a vector; return the number of vectors.
 
         Raises:
             FingerprintMismatchError: another version is meant.
@@ -286,7 +286,7 @@ class IndexReplica:
         return self._slice.num_vectors
 
     async def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces this process when it fails."""
+        """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
 
 
@@ -295,7 +295,7 @@ def _ranked(hits: "Hits") -> list[list[Ranked]]:
 
 
 def _passage_files(spec: VersionSpec) -> list[Location]:
-    """The files of the passages, if the version has a corpus."""
+    """List the files of the passages, if the version has a corpus."""
     if spec.corpus is None:
         return []
     corpus = open_artifact(spec.corpus, "ingest")

@@ -1,4 +1,4 @@
-"""Supervised training of a retriever: InfoNCE over the passages of the whole batch of all workers.
+"""Train a retriever with labels: InfoNCE over the passages of the whole batch of all workers.
 
 The batch is not bound by memory (GradCache; Gao et al., 2021): all texts are encoded in micro-batches
 without a graph, the loss and its gradient with respect to each vector are computed, then each micro-batch
@@ -60,7 +60,7 @@ class Contrast:
         return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
-        """The pair numbers of every step from `first_step` on."""
+        """Yield the pair numbers of every step from `first_step` on."""
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
@@ -134,7 +134,8 @@ class Contrast:
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:
-        """This worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all workers.
+        """Return this worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all
+        workers.
 
         Each query is told from the passages and hard negatives of all workers, but for those that answer it, too; in
         the other direction each passage's query from the queries that it does not answer.
@@ -179,7 +180,7 @@ class Contrast:
 
 
 def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
-    """Vectors of tokenised texts with gradients, float32 [B, D]; texts are padded on the right."""
+    """Return the vectors of tokenised texts with gradients, float32 [B, D]; texts are padded on the right."""
     width = padded_width(max(len(ids) for ids in token_ids))
     input_ids = np.zeros((len(token_ids), width), np.int64)
     mask = np.zeros((len(token_ids), width), np.int64)
@@ -196,7 +197,7 @@ def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding
 
 
 def _groups(texts: Texts, max_tokens: int) -> list[list[int]]:
-    """The indexes of texts that are encoded together, longest first: at most `max_tokens` with padding, or one text."""
+    """Group texts that are encoded together, longest first: at most `max_tokens` with padding, or one text."""
     lengths = [len(ids) for ids in texts.token_ids]
     groups: list[list[int]] = []
     width = 0
@@ -209,7 +210,7 @@ def _groups(texts: Texts, max_tokens: int) -> list[list[int]]:
 
 
 def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Every (i, j) where the passage numbers[j] is in relevant[i]."""
+    """Return every (i, j) where the passage numbers[j] is in relevant[i]."""
     places = defaultdict(list)
     for place, number in enumerate(numbers.tolist()):
         places[number].append(place)
@@ -223,7 +224,7 @@ def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple
 
 
 def _gathered(vectors_BD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The vectors of all workers, with gradients to each; `lengths` says how many each has, by rank."""
+    """Gather the vectors of all workers, with gradients to each; `lengths` says how many each has, by rank."""
     longest = max(lengths)
     if len(lengths) == 1 or longest == 0:
         return vectors_BD

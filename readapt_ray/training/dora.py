@@ -1,4 +1,4 @@
-"""Adapters that are trained: LoRA and DoRA layers around frozen linear layers, saved as PEFT saves them.
+"""Train adapters: LoRA and DoRA layers around frozen linear layers, saved as PEFT saves them.
 
 DoRA (Liu et al., 2024): y = d * (W x + s B A x) + bias, d = m / ||W + s B A|| per output row, the norm
 outside the gradient (section 4.3). PEFT builds B A for the norm in every forward pass; here the norm
@@ -36,7 +36,7 @@ _KEY_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """What an adapter is made of."""
+    """The shape of an adapter: rank, layers, type."""
 
     method: AdapterMethod
     rank: int
@@ -86,7 +86,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
-        """Compute ||W + s B A|| anew; to be called after every change of the factors. Collective under ZeRO-3."""
+        """Compute ||W + s B A|| anew; call this after every change of the factors. Collective under ZeRO-3."""
         if self.magnitude is None:
             return
         weight_OI, A, B, s = self.base.weight, self.lora_A, self.lora_B, self.scaling
@@ -133,20 +133,20 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """The wrapped layers of a model by name."""
+    """Return the wrapped layers of a model by name."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
 
 
 def refresh_norms(model: nn.Module) -> None:
-    """Bring every DoRA norm up to date; once after each optimizer step."""
+    """Compute every DoRA norm anew; call this once after each optimizer step."""
     for _, layer in adapted_layers(model):
         layer.refresh_norm()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under the names that PEFT gives them, float32 on the CPU. Collective under ZeRO-3."""
+    """Return the trained tensors under PEFT's names, float32 on the CPU. Collective under ZeRO-3."""
     state = {}
     for name, layer in adapted_layers(model):
         parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}

@@ -1,4 +1,4 @@
-"""The driver of steps: what training on blocks and training on pairs have in common.
+"""Run the training loop, which training on blocks and on pairs share.
 
 Resume from the newest checkpoint, take every step once, save as it goes, report each step.
 """
@@ -24,7 +24,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork(Generic[T]):
-    """One step, as one worker sees it."""
+    """One step of one worker."""
 
     parts: Sequence[tuple[T, float]]
     """Micro-batches with their weights, as many on every worker."""
@@ -41,7 +41,7 @@ class StepWork(Generic[T]):
 
 
 class Objective(Protocol[B, T]):
-    """What is trained on: batches in a fixed order, and what to do with each."""
+    """What is trained: batches in a fixed order, and the work of each."""
 
     @property
     def data_order(self) -> DataOrder:
@@ -56,7 +56,7 @@ class Objective(Protocol[B, T]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step tells."""
+    """Measurements of one step."""
 
     step: int
     """Steps done, this one included."""
@@ -83,7 +83,7 @@ class StepReport:
 
 
 class Reporter(Protocol):
-    """Takes the reports of worker 0."""
+    """Receive the reports of worker 0."""
 
     def __call__(self, report: StepReport) -> None:
         """Take one, soon."""
@@ -102,7 +102,7 @@ def run_steps(
     flops_per_token: float,
     doc_ids_of: Callable[[Sequence[int]], list[str]],
 ) -> None:
-    """Take all steps that no checkpoint holds.
+    """Take all steps after the last checkpoint.
 
     Args:
         checkpoints: their folder.
@@ -153,7 +153,7 @@ def run_steps(
 
 
 class CheckpointClock:
-    """Says when a checkpoint is due.
+    """Decide when a checkpoint is written.
 
     Args:
         every_s: seconds from one to the next; the first are counted from now.
@@ -164,7 +164,7 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether one is due; the next one is then counted from here."""
+        """Return whether a checkpoint is due; the next one is then counted from now."""
         now_s = time.monotonic()
         if now_s - self._last_s < self._every_s:
             return False
@@ -191,7 +191,7 @@ def _speed(num_tokens: int, seconds: float, engine: DeepSpeedEngine, flops_per_t
 
 
 def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrder) -> int:
-    """Load the newest checkpoint, the same on all workers; the number of steps done."""
+    """Load the newest checkpoint, the same on all workers; return the number of steps done."""
     found = newest_checkpoint(checkpoints, data_order)
     step = torch.tensor([found[0] if found else 0], device=engine.device)
     torch.distributed.broadcast(step, src=0)
@@ -227,7 +227,7 @@ def _timed(batches: Iterator[B]) -> Iterator[tuple[B, float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: on the GPU by torch, or by this process."""
+    """Return the most memory held so far: on the GPU by torch, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
