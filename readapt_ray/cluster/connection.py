@@ -172,20 +172,17 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
             raise PlacementError(
                 f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {describe_nodes(nodes)}; start the others, "
-                f"or want fewer{_why_not_launched()}"
+                f"or want fewer{launcher.described_failures()}"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
             logger.info(
-                "waiting for nodes: %d are wanted, there is %s%s", wanted, describe_nodes(nodes), _why_not_launched()
+                "waiting for nodes: %d are wanted, there is %s%s",
+                wanted,
+                describe_nodes(nodes),
+                launcher.described_failures(),
             )
         time.sleep(_WAIT_POLL_S)
-
-
-def _why_not_launched() -> str:
-    """Return, as the end of a message, what the cluster launcher could not start; empty if nothing failed."""
-    failures = launcher.failures()
-    return f"; the launcher could not start {'; '.join(failures)}" if failures else ""
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
