@@ -188,8 +188,9 @@ def check(cloud: Cloud, instance: dict[str, Any]) -> None:
 def asking_for_gpus(cloud: Cloud, address: str, *, wait_s: int) -> Iterator["subprocess.Popen[str]"]:
     """A driver that asks for the nodes of a stage on eight GPUs, and waits for them."""
     stage = (
-        "from readapt_ray.cluster import autoscaling, connection\n"
-        "connection.connect()\n"
+        "import ray\n"
+        "from readapt_ray.cluster import autoscaling\n"
+        "ray.init()\n"
         "with autoscaling.requested(8, {'CPU': 1.0, 'GPU': 1.0}, least=8): pass\n"
     )
     asked = {

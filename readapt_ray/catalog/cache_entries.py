@@ -66,11 +66,24 @@ def locked(entry: Path) -> Iterator[None]:
 
 def keep(entry: Path) -> None:
     """Keep an entry until this process ends, and note that it was used now. Call it inside `locked`."""
-    use = _beside(entry, ".use")
     if entry not in _in_use:
-        _in_use[entry] = _opened(use)
-        fcntl.flock(_in_use[entry], fcntl.LOCK_SH)
-    use.touch()
+        _in_use[entry] = in_use(entry)
+    _beside(entry, ".use").touch()
+
+
+def in_use(entry: Path) -> IO[str]:
+    """Return an open file that keeps an entry until it is closed. Call it inside `locked`."""
+    file = _opened(_beside(entry, ".use"))
+    fcntl.flock(file, fcntl.LOCK_SH)
+    _beside(entry, ".use").touch()
+    return file
+
+
+def remove_unused(kind: str) -> None:
+    """Remove the entries of a kind that no process fills or uses."""
+    for record in folder_of(kind).glob("*.json"):
+        if _NAME.fullmatch(record.stem):
+            remove_unless_used(record.with_suffix(""))
 
 
 def make_room() -> None:
@@ -89,7 +102,7 @@ def make_room() -> None:
         for each in entries:
             if total_bytes <= limit_bytes:
                 return
-            if _removed_unless_used(each.folder):
+            if remove_unless_used(each.folder):
                 total_bytes -= each.num_bytes
                 logger.info(
                     "removed %s (%.1f GB) from the cache, which may hold %g GB (READAPT_CACHE_GB); of what is there it was not used for "
@@ -104,6 +117,18 @@ def make_room() -> None:
             total_bytes / _GB,
             environment.cache_gb(),
         )
+
+
+def remove_unless_used(entry: Path) -> bool:
+    """Remove an entry unless a process fills or uses it; return whether it was removed."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
+        for suffix in (".lock", ".use"):  # in this order: `.use` is only opened and removed under the lock
+            file = stack.enter_context(_opened(_beside(entry, suffix)))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_files(entry)
+        _beside(entry, ".use").unlink()
+        return True
+    return False
 
 
 def remove_files(entry: Path) -> None:
@@ -143,18 +168,6 @@ def _entries() -> Iterator[_Entry]:
                 last_used_s = (use if use.exists() else record).stat().st_mtime
                 num_bytes = sum(int(each["size_bytes"]) for each in noted_files(entry).values())
                 yield _Entry(entry, num_bytes, last_used_s)
-
-
-def _removed_unless_used(entry: Path) -> bool:
-    """Remove an entry that no process fills or uses; False for any other."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
-        for suffix in (".lock", ".use"):  # in this order: `.use` is only opened and removed under the lock
-            file = stack.enter_context(_opened(_beside(entry, suffix)))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_files(entry)
-        _beside(entry, ".use").unlink()
-        return True
-    return False
 
 
 def _beside(entry: Path, suffix: str) -> Path:

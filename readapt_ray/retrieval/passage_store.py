@@ -2,13 +2,16 @@
 
 The copy is an entry of the node's cache (`catalog/cache_entries.py`): `passages.arrow` has titles and texts, uncompressed;
 `keys.npy` and `rows.npy` have the row of each doc_id by its hash. The first process makes it, the others wait for it. What
-searches read stays in the operating system's page cache, and nothing of the corpus is held by a process.
+searches read stays in the operating system's page cache, and nothing of the corpus is held by a process. A copy goes when the
+last store of it is dropped; that of a process that ended goes when another store is opened, or when the same one uses it again.
 """
 
 import logging
 import shutil
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
@@ -37,11 +40,13 @@ class PassageStore:
 
     Args:
         entry: the folder of its copy.
+        use: keeps the copy until it is closed.
         columns: what searches can be filtered by, with the type of each column.
     """
 
-    def __init__(self, entry: Path, columns: dict[str, str]) -> None:
+    def __init__(self, entry: Path, use: IO[str], columns: dict[str, str]) -> None:
         self.columns = columns
+        weakref.finalize(self, _drop, entry, use).atexit = False  # the next start uses the copy again
         self._batches = pa.ipc.open_file(pa.memory_map(str(entry / _TEXTS))).read_all().to_batches()
         self._starts = np.cumsum([0, *(len(each) for each in self._batches)])
         self._lookup = IdLookup(*(np.load(entry / name, mmap_mode="r") for name in (_KEYS, _ROWS)))
@@ -64,12 +69,13 @@ class PassageStore:
         files = (artifact.location / "passages").files(".parquet")
         entry = cache_entries.folder_of("passages") / artifact.fingerprint
         with cache_entries.locked(entry):
-            cache_entries.keep(entry)
+            use = cache_entries.in_use(entry)
             if not _is_whole(entry):
                 _copy(files, entry, artifact)
                 _open_corpus(corpus, artifact.fingerprint)  # nobody made it again in the meantime
                 _note(entry)
-        return cls(entry, {name: str(kind) for name, kind in kept_columns(files).items()})
+        cache_entries.remove_unused("passages")
+        return cls(entry, use, {name: str(kind) for name, kind in kept_columns(files).items()})
 
     def __len__(self) -> int:
         """Return the number of passages."""
@@ -86,6 +92,12 @@ class PassageStore:
             if passage.doc_id == doc_id:  # and not another one with the same hash
                 found[doc_id] = passage
         return found
+
+
+def _drop(entry: Path, use: IO[str]) -> None:
+    """Remove a copy unless another store has it."""
+    use.close()
+    cache_entries.remove_unless_used(entry)
 
 
 def _open_corpus(corpus: str, fingerprint: str | None) -> Artifact:

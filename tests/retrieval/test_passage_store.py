@@ -78,9 +78,10 @@ def test_the_corpus_is_copied_once_and_read_from_the_copy(tmp_path, cache):
 def test_a_copy_that_is_not_whole_is_made_again(tmp_path, cache, name, how):
     passages = small_corpus(20)
     made = ingest_artifact(tmp_path / "corpus", passages)
-    PassageStore.open(made.uri)
+    kept = PassageStore.open(made.uri)
     broken = cache / made.fingerprint / name
     broken.write_bytes(broken.read_bytes()[:-1]) if how == "cut" else broken.unlink()
+    del kept
     assert list(PassageStore.open(made.uri).find(each.doc_id for each in passages).values()) == passages
 
 
@@ -107,15 +108,53 @@ def test_a_process_that_is_killed_while_it_copies_leaves_nothing_that_is_taken_f
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     assert copied_files(cache)  # the texts were whole, the lookup was not
-    assert list(PassageStore.open(made.uri).find(each.doc_id for each in passages).values()) == passages
+    store = PassageStore.open(made.uri)
+    assert list(store.find(each.doc_id for each in passages).values()) == passages
     assert {path.name for path in (cache / made.fingerprint).iterdir()} == {"passages.arrow", "keys.npy", "rows.npy"}
 
 
-def test_a_copy_counts_in_the_cache_and_goes_when_it_is_not_used(tmp_path, cache, monkeypatch):
+def _open_and_end(corpus: str) -> None:
+    _store = PassageStore.open(corpus)
+    os._exit(0)
+
+
+def open_in_a_process(corpus: str) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=_open_and_end, args=(corpus,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_copy_goes_with_the_last_store_of_it(tmp_path, cache):
+    passages = small_corpus(20)
+    made = ingest_artifact(tmp_path / "corpus", passages)
+    first, second = PassageStore.open(made.uri), PassageStore.open(made.uri)
+    del first
+    assert second.find([passages[0].doc_id])
+    assert copied_files(cache)
+    del second
+    assert not copied_files(cache)
+
+
+def test_a_copy_outlives_its_process_until_another_corpus_is_opened(tmp_path, cache):
+    one, two = (ingest_artifact(tmp_path / str(size), small_corpus(size)) for size in (20, 21))
+    open_in_a_process(one.uri)
+    [copy] = copied_files(cache)
+    written_ns = copy.stat().st_mtime_ns
+    again = PassageStore.open(one.uri)
+    assert [each.stat().st_mtime_ns for each in copied_files(cache)] == [written_ns]
+    other = PassageStore.open(two.uri)
+    assert (len(again), len(other), len(copied_files(cache))) == (20, 21, 2)
+    del again, other
+    open_in_a_process(one.uri)
+    other = PassageStore.open(two.uri)
+    assert [path.parent.name for path in copied_files(cache)] == [two.fingerprint]
+    assert len(other) == 21
+
+
+def test_a_copy_counts_in_the_cache_and_goes_when_room_is_needed(tmp_path, cache, monkeypatch):
     made = ingest_artifact(tmp_path / "corpus", small_corpus(20))
-    command = multiprocessing.get_context("spawn").Process(target=PassageStore.open, args=(made.uri,))
-    command.start()
-    command.join()
+    open_in_a_process(made.uri)
     assert copied_files(cache)
     monkeypatch.setenv("READAPT_CACHE_GB", "0")
     cache_entries.make_room()
