@@ -2,14 +2,14 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from readapt_ray import artifacts
 from tests import factories
+from tests.hosts import wait_until
 from tests.job_server import JobServer, job_server
 
 REPOSITORY = Path(__file__).parent.parent
@@ -22,13 +22,6 @@ MAX_PACKAGE_BYTES = 30_000_000
 def server() -> Iterator[JobServer]:
     with job_server() as running:
         yield running
-
-
-def wait_until(happened: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + 180
-    while not happened():
-        assert time.monotonic() < deadline_s, what
-        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -52,9 +45,16 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
             "submit", *working_dir, "python", "jobs/pipeline.py", "--config", str(run_file), "--root", str(root)
         )
 
-    said = submit("first")
-    assert "submitted successfully" in said, said
-    wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training")
+    said: list[str] = []
+
+    def is_submitted() -> bool:
+        """Whether the job server took the job; it refuses as long as its node's agent is not up."""
+        said.append(submit("first"))
+        assert "submitted successfully" in said[-1] or "No available agent" in said[-1], said[-1]
+        return "submitted successfully" in said[-1]
+
+    wait_until(is_submitted, "the job server to take a job", limit_s=180)
+    wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training", limit_s=180)
     (unpacked,) = server.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/readapt_ray")
     names = {path.name for path in unpacked.parent.iterdir()}
     size_bytes = sum(path.stat().st_size for path in unpacked.parent.rglob("*") if path.is_file())
@@ -68,7 +68,7 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     assert "] train -> " in server.job("logs", "first")
 
     submit("second")
-    wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding")
+    wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding", limit_s=180)
     lease = artifacts.read_lease(str(root / "vectors/retriever"))
     assert lease is not None
     os.kill(lease["pid"], signal.SIGKILL)
@@ -77,9 +77,9 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
 
     submit("third")
     assert server.ended("third") == "succeeded", server.job("logs", "third")
-    said = server.job("logs", "third")
+    logs = server.job("logs", "third")
     assert "train: already complete" in said
-    assert "embed: goes on where it stopped" in said
+    assert "embed: goes on where it stopped" in logs
     counts = {
         name: artifacts.open_artifact(str(root / name), stage).manifest.counts
         for name, stage in (("adapter", "train"), ("vectors/adapted", "embed"), ("report", "evaluate"))
