@@ -470,7 +470,9 @@ def ingest(
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
-    format: Literal['auto', 'beir', 'jsonl', 'tsv', 'parquet', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    format: Literal['auto', 'beir', 'jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    columns: Sequence[str] = (),
+    keep: Sequence[str] = (),
     bad_rows: Literal['skip', 'fail'] = 'skip',
     deduplicate: Literal['auto', 'none', 'exact', 'near'] = 'auto',
     near_threshold: float = 0.8,
@@ -490,6 +492,11 @@ def ingest(
             corpus name of the catalog. (required)
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
+        columns: Columns that hold doc_id, title and text, if they are not called so:
+            doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
+            passage, body, headline and more.
+        keep: Other columns to carry along, such as url,date; search and serve give them back, and filters can
+            use them. With NAME:TYPE (string, int64, float64, bool) a type is set.
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
             stops. (default: skip)
         deduplicate: Which duplicates to drop: none, exact (same title and text), or near (also nearly the

@@ -3,9 +3,9 @@
 The whole index lies in memory, and so does the model. A corpus gives hits their titles and texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ class Hit(NamedTuple):
     score: float
     title: str
     text: str
+    columns: Mapping[str, Any] | None = None
+    """The columns that ingest kept."""
 
 
 class Encoder:
@@ -175,7 +177,9 @@ class Retriever:
 
 
 def _hit(scored: ScoredDoc, passage: Passage | None) -> Hit:
-    return Hit(scored.doc_id, scored.score, passage.title if passage else "", passage.text if passage else "")
+    if passage is None:
+        return Hit(scored.doc_id, scored.score, "", "")
+    return Hit(scored.doc_id, scored.score, passage.title, passage.text, passage.columns)
 
 
 def _named(place: Place) -> str:

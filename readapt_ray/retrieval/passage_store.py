@@ -47,7 +47,7 @@ class PassageStore:
         self._order = pc.sort_indices(doc_ids).to_numpy()
         self._sorted = doc_ids.take(pa.array(self._order))
         self.columns = {name: str(kind) for name, kind in kept_columns(files).items()}
-        """What searches can be filtered by, with the type of each column."""
+        """The columns that were kept, by which searches can be filtered, with the type of each."""
         self._row_group = functools.lru_cache(maxsize=_KEPT_ROW_GROUPS)(self._read_row_group)
 
     @classmethod
@@ -99,7 +99,7 @@ class PassageStore:
     def _read_row_group(self, index: int) -> pa.Table:
         file, group = self._groups[index]
         with file.open_input() as stream:
-            return pq.ParquetFile(stream).read_row_group(group, columns=["doc_id", "title", "text"])
+            return pq.ParquetFile(stream).read_row_group(group, columns=["doc_id", "title", "text", *self.columns])
 
 
 def _passage(rows: pa.Table, at: int) -> Passage | None:
@@ -107,7 +107,8 @@ def _passage(rows: pa.Table, at: int) -> Passage | None:
     if at >= len(rows):
         return None
     doc_id, title, text = (rows[name][at].as_py() for name in ("doc_id", "title", "text"))
-    return Passage(doc_id, title or "", text or "")
+    others = rows.column_names[3:]
+    return Passage(doc_id, title or "", text or "", {name: rows[name][at].as_py() for name in others} or None)
 
 
 def _read_ids(file: Location) -> list[pa.Array]:
@@ -115,7 +116,7 @@ def _read_ids(file: Location) -> list[pa.Array]:
     try:
         with file.open_input() as stream:
             parquet = pq.ParquetFile(stream)
-            missing = set(Passage._fields) - set(parquet.schema_arrow.names)
+            missing = {"doc_id", "title", "text"} - set(parquet.schema_arrow.names)
             if missing:
                 raise CorruptFileError(f"{file} lacks the columns {sorted(missing)}; ingest the corpus again")
             return [

@@ -46,7 +46,7 @@ def search_json(
         for index, hits in enumerate(ranked)
     ]
     body = _answer(data, model, fingerprint, num_tokens)
-    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
+    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)}, default=str)
 
 
 def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
@@ -55,5 +55,5 @@ def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens
 
 
 def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:
-    title, text = (passage.title, passage.text) if passage else (None, None)
-    return {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text}
+    title, text, columns = (passage.title, passage.text, passage.columns) if passage else (None, None, None)
+    return {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text, "columns": columns}

@@ -150,13 +150,14 @@ class EmbeddingsResponse(BaseModel):
 
 
 class Hit(BaseModel):
-    """A passage that was found. Without a corpus there is no title and no text."""
+    """A passage that was found. Without a corpus there is no title and no text; `columns` are those that ingest kept."""
 
     rank: int
     doc_id: str
     score: float
     title: str | None = None
     text: str | None = None
+    columns: dict[str, Any] | None = None
 
 
 class SearchResult(BaseModel):

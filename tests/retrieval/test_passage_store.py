@@ -1,3 +1,4 @@
+import datetime
 import shutil
 
 import pyarrow as pa
@@ -28,6 +29,18 @@ def test_many_row_groups_and_more_than_are_kept(tmp_path):
     store = PassageStore([Location(str(tmp_path / "a.parquet"))])
     for _ in range(2):
         assert list(store.find(each.doc_id for each in passages).values()) == passages
+
+
+def test_columns_that_were_kept_come_with_the_passages(tmp_path):
+    day = datetime.date(2020, 1, 2)
+    columns = {"doc_id": ["a", "b"], "title": ["", "t"], "text": ["x", ""], "year": [2020, None], "day": [day, day]}
+    pq.write_table(pa.table(columns | {"nested": [{"k": 1}, None]}), tmp_path / "a.parquet")
+    store = PassageStore([Location(str(tmp_path / "a.parquet"))])
+    assert store.columns == {"year": "int64", "day": "date32[day]"}
+    assert store.find(["b", "a"]) == {
+        "b": Passage("b", "t", "", {"year": None, "day": day}),
+        "a": Passage("a", "", "x", {"year": 2020, "day": day}),
+    }
 
 
 def test_a_corpus_without_passages_and_no_corpus(tmp_path):
