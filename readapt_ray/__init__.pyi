@@ -478,6 +478,9 @@ def ingest(
     near_threshold: float = 0.8,
     max_text_bytes: int = 10000000,
     max_passage_chars: int = 2000,
+    split_tokens: int | None = None,
+    overlap: int = 0,
+    tokenizer: str | Path | None = None,
     rows_per_file: int = 65536,
 ) -> Artifact:
     """Read a corpus from a source: clean it, drop duplicates, keep the ids.
@@ -508,7 +511,13 @@ def ingest(
             is a bad row. (default: 10000000)
         max_passage_chars: Maximum length of a passage from a text or Markdown file, in characters; longer files
             are split between paragraphs. (default: 2000)
-        rows_per_file: Passages per Parquet file. (default: 65536)
+        split_tokens: Split documents of any format into passages of at most this many tokens, between
+            paragraphs or sentences. Passages are called doc#1, doc#2 ...; searches give back documents, by
+            their best passage. If omitted, rows are not split.
+        overlap: Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens.
+            (default: 0)
+        tokenizer: Model whose tokenizer counts for split_tokens: the retriever.
+        rows_per_file: Passages per Parquet file; documents where these are split. (default: 65536)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.

@@ -51,6 +51,8 @@ class ParallelIngest:
         self._exchange = workspace.location / "exchange"
         self._options: dict[str, Any] = {"num_cpus": 1}
         self._num_at_once = 1
+        self.split_counts: list[dict[str, int]] = []
+        """What the parts hold, where documents were split."""
 
     def run(self) -> None:
         """Fill the workspace.
@@ -65,6 +67,9 @@ class ParallelIngest:
             summary.write_text(json.dumps(self._read_and_compare()))
         found = json.loads(summary.read_text())
         self._take_out(found)
+        if self._job.splitting:
+            names = (file.name for file in (self._job.output / "passages").files(".parquet"))
+            self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.

@@ -18,6 +18,7 @@ from readapt_ray.artifacts import open_artifact
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.kept_columns import kept_columns
+from readapt_ray.sources.splitting import PIECE
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -28,12 +29,15 @@ _KEPT_ROW_GROUPS = 64
 class PassageStore:
     """Titles and texts of a corpus."""
 
-    def __init__(self, files: list[Location]) -> None:
+    def __init__(self, files: list[Location], *, is_split: bool = False) -> None:
         """Read the doc_ids of Parquet files with the columns of `Passage`.
+
+        `is_split` says that the passages are parts of documents: the ids of these stand for their first passages.
 
         Raises:
             CorruptFileError: a file cannot be read.
         """
+        self.is_split = is_split
         self._groups: list[tuple[Location, int]] = []
         ids: list[pa.Array] = [pa.array([], pa.string())]
         starts = [0]
@@ -68,7 +72,7 @@ class PassageStore:
                 f"corpus {corpus!r} has the fingerprint {artifact.fingerprint}, and {fingerprint} is meant: it was made "
                 f"again; start what reads it again"
             )
-        return cls((artifact.location / "passages").files(".parquet"))
+        return cls((artifact.location / "passages").files(".parquet"), is_split="split" in artifact.manifest.details)
 
     def __len__(self) -> int:
         """The number of passages."""
@@ -78,8 +82,12 @@ class PassageStore:
         """Those of the passages that the corpus has; none whose file has other rows by now, because it was made again."""
         found = {}
         for doc_id in doc_ids:
-            place = bisect.bisect_left(range(len(self)), doc_id, key=lambda at: self._sorted[at].as_py())
-            if place < len(self) and self._sorted[place].as_py() == doc_id:
+            place = self._place(doc_id)
+            if place is None and self.is_split:
+                first = self.find([f"{doc_id}#1"]).get(f"{doc_id}#1") if self.has_passage(f"{doc_id}#1") else None
+                if first is not None:
+                    found[doc_id] = first._replace(doc_id=doc_id)
+            if place is not None:
                 row = int(self._order[place])
                 group = int(np.searchsorted(self._starts, row, side="right")) - 1
                 passage = _passage(self._row_group(group), row - int(self._starts[group]))
@@ -91,10 +99,21 @@ class PassageStore:
                     found[doc_id] = passage
         return found
 
+    def has_passage(self, doc_id: str) -> bool:
+        """Whether a passage has this id; a document that was split is none."""
+        return self._place(doc_id) is not None
+
+    def _place(self, doc_id: str) -> int | None:
+        place = bisect.bisect_left(range(len(self)), doc_id, key=lambda at: self._sorted[at].as_py())
+        return place if place < len(self) and self._sorted[place].as_py() == doc_id else None
+
     def missing(self, doc_ids: Iterable[str]) -> list[str]:
         """Those of the doc_ids that the corpus has no passage for, each once, in their order."""
         wanted = pa.array(dict.fromkeys(doc_ids), pa.large_string())
-        return [str(each) for each in wanted.filter(pc.invert(pc.is_in(wanted, self._sorted))).to_pylist()]
+        there = self._sorted
+        if self.is_split:
+            there = pa.concat_arrays([there, pc.replace_substring_regex(there, pattern=PIECE, replacement="")])
+        return [str(each) for each in wanted.filter(pc.invert(pc.is_in(wanted, there))).to_pylist()]
 
     def _read_row_group(self, index: int) -> pa.Table:
         file, group = self._groups[index]

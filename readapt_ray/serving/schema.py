@@ -158,6 +158,8 @@ class Hit(BaseModel):
     title: str | None = None
     text: str | None = None
     columns: dict[str, Any] | None = None
+    passage_id: str | None = None
+    """Where ingest split documents, the best passage of the document; title and text are that passage's."""
 
 
 class SearchResult(BaseModel):

@@ -26,6 +26,7 @@ from readapt_ray.sources.pieces import Piece
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow
+from readapt_ray.sources.splitting import Splitting, split_part
 from readapt_ray.storage import Location
 
 NUM_NAMED = 20
@@ -42,6 +43,7 @@ class PieceJob:
     table_format: str
     options: ReadOptions
     kept: pa.Schema
+    splitting: Splitting | None
     rows_per_file: int
     drops_duplicates: bool
     num_pieces: int
@@ -208,6 +210,12 @@ def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[i
             _filter(job.output / "passages" / name, inside, num_rows)
         start += num_rows
     return start - len(places)
+
+
+def split_into_passages(name: str, job: PieceJob) -> dict[str, int]:
+    """Split the documents of a part, unless that was done; return how many it has, and how many passages."""
+    assert job.splitting is not None
+    return split_part(job.output / "passages" / name, job.splitting)
 
 
 def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:

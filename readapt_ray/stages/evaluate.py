@@ -27,11 +27,15 @@ from readapt_ray.evaluation.requirements import Requirement, check_requirements,
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.evaluation.tables import named
+from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.sources.judgements import read_qrels, read_queries
+from readapt_ray.sources.splitting import parent_of
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
+
+_PEEKED_IDS = 1000
 
 
 class EvaluateConfig(StageConfig):
@@ -138,17 +142,37 @@ def _run_identity(uri: str) -> list[Any]:
 def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
     judgements = measuring.group_judgements(read_qrels(config.qrels))
     texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
+    corpus = PassageStore.open(config.corpus) if config.corpus else None
     runs, measurements = {}, {}
     for name, uri in files.items():
-        runs[name] = load_run(uri)
+        runs[name] = _of_documents(load_run(uri), judgements, corpus, name)
         measurements[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
         _warn(name, measurements[name])
-    corpus = PassageStore.open(config.corpus) if config.corpus else None
     num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
     is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
     if not is_of_corpus:
         _check_one_corpus(judgements, runs, config)
     return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown)
+
+
+def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageStore | None, name: str) -> Run:
+    """Merge a run of passages to the documents that were split, by their best passages, where these are judged."""
+    judged = {doc_id for each in judgements.values() for doc_id in each}
+    if judged.isdisjoint(run.doc_ids):
+        is_of_passages = not judged.isdisjoint(map(parent_of, run.doc_ids))
+    else:
+        parts = [doc_id for doc_id in run.doc_ids if doc_id != parent_of(doc_id)][:_PEEKED_IDS]
+        is_of_passages = corpus is not None and corpus.is_split and any(map(corpus.has_passage, parts))
+    if not is_of_passages:
+        return run
+    merged: dict[str, list[ScoredDoc]] = {}
+    for index, query_id in enumerate(run.query_ids):
+        best: dict[str, ScoredDoc] = {}
+        for each in run.top(index):
+            best.setdefault(parent_of(each.doc_id), each._replace(doc_id=parent_of(each.doc_id)))
+        merged[query_id] = list(best.values())
+    logger.info("%s: passages are merged to their documents, by the best of each", name)
+    return Run.of(merged, name=name)
 
 
 def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:

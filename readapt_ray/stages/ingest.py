@@ -12,15 +12,15 @@ that are there.
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
-from readapt_ray.config import StageConfig
+from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError
 from readapt_ray.evaluation.tables import named
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
@@ -36,6 +36,7 @@ from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow, Source
+from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
 from readapt_ray.storage import Location
 
@@ -76,11 +77,28 @@ class IngestConfig(StageConfig):
     max_passage_chars: int = Field(default=DEFAULT_MAX_PASSAGE_CHARS, ge=1)
     """Maximum length of a passage from a text or Markdown file, in characters; longer files are split between
     paragraphs."""
+    split_tokens: int | None = Field(default=None, ge=1)
+    """Split documents of any format into passages of at most this many tokens, between paragraphs or sentences. Passages
+    are called doc#1, doc#2 ...; searches give back documents, by their best passage. If omitted, rows are not split."""
+    overlap: int = Field(default=0, ge=0)
+    """Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens."""
+    tokenizer: str | None = None
+    """Model whose tokenizer counts for split_tokens: the retriever."""
     rows_per_file: int = Field(default=65_536, ge=1)
-    """Passages per Parquet file."""
+    """Passages per Parquet file; documents where these are split."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"source"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
+
+    @model_validator(mode="after")
+    def _splits_by_a_tokenizer(self) -> Self:
+        if self.split_tokens is None:
+            return self
+        if self.tokenizer is None:
+            raise OptionError("{split_tokens} needs a {tokenizer}: the model that will encode the passages")
+        if self.overlap >= self.split_tokens:
+            raise OptionError("{overlap} = {value!r} must be less than {split_tokens}", value=self.overlap)
+        return self
 
 
 def ingest(config: IngestConfig) -> Artifact:
@@ -92,7 +110,7 @@ def ingest(config: IngestConfig) -> Artifact:
     """
     options = ReadOptions(
         max_text_bytes=config.max_text_bytes,
-        max_passage_chars=config.max_passage_chars,
+        max_passage_chars=config.max_text_bytes if config.split_tokens else config.max_passage_chars,
         columns=ColumnChoice.parse(config.columns, config.keep),
     )
     source = open_source(config.source, config.format, options)
@@ -100,15 +118,45 @@ def ingest(config: IngestConfig) -> Artifact:
     deduplicate = _resolved(config.deduplicate, source)
     resolved = config.model_copy(update={"format": source.format, "deduplicate": deduplicate})
     # An option that changes nothing here has its default, so that its value makes no other artifact.
-    idle = {"near_threshold": deduplicate != "near", "max_passage_chars": source.format != "text"}
+    splitting = None
+    if config.split_tokens is not None:
+        splitting = open_splitting(config.split_tokens, config.overlap, str(config.tokenizer))
+    idle = {
+        "near_threshold": deduplicate != "near",
+        "max_passage_chars": source.format != "text" or splitting is not None,
+        "overlap": splitting is None,
+    }
     defaults = {name: IngestConfig.model_fields[name].default for name, is_idle in idle.items() if is_idle}
     resolved = resolved.model_copy(update=defaults)
 
     def work(workspace: Workspace) -> None:
-        if not _in_parallel(workspace, resolved, source, options):
+        if not _in_parallel(workspace, resolved, source, options, splitting):
             _Ingestion(workspace, resolved, source, deduplicate).run()
+            if splitting:
+                files = (workspace.location / "passages").files(".parquet")
+                _record_split(workspace, splitting, [split_part(file, splitting) for file in files])
 
-    return produce("ingest", resolved, inputs={"source": source.fingerprint()}, work=work)
+    inputs = {"source": source.fingerprint()}
+    if splitting:
+        inputs["tokenizer"] = splitting.tokenizer_fingerprint
+    return produce("ingest", resolved, inputs=inputs, work=work)
+
+
+def _record_split(workspace: Workspace, splitting: Splitting, counts: list[dict[str, int]]) -> None:
+    """Put into the manifest what the passages are, and of how many documents."""
+    found = total(counts)
+    num_split = found.pop("num_split_documents")
+    workspace.counts |= found
+    workspace.details["split"] = {
+        "tokens": splitting.max_tokens,
+        "overlap": splitting.overlap,
+        "tokenizer": splitting.tokenizer,
+        "num_split_documents": num_split,
+    }
+    logger.info(
+        "ingest: %d of %d documents were split, which gives %d passages of at most %d tokens",
+        *(num_split, found["num_documents"], found["num_passages"], splitting.max_tokens),
+    )
 
 
 def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> Deduplication:
@@ -117,7 +165,9 @@ def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> D
     return "none" if source.has_qrels and not source.labels_from_passages else "exact"
 
 
-def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, options: ReadOptions) -> bool:
+def _in_parallel(
+    workspace: Workspace, config: IngestConfig, source: Source, options: ReadOptions, splitting: Splitting | None
+) -> bool:
     """Read a large source of rows without labels on the cluster; False where one process is to read it."""
     if type(source) is not TableSource or config.deduplicate == "near":
         return False
@@ -129,6 +179,7 @@ def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, opt
         table_format=source.format,
         options=options,
         kept=source.kept,
+        splitting=splitting,
         rows_per_file=config.rows_per_file,
         drops_duplicates=config.deduplicate == "exact",
         num_pieces=len(pieces),
@@ -136,6 +187,8 @@ def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, opt
     )
     run = parallel_ingest.ParallelIngest(workspace, pieces, job, fails_on_bad_rows=config.bad_rows == "fail")
     run.run()
+    if splitting:
+        _record_split(workspace, splitting, run.split_counts)
     workspace.details["source"] = source.description()
     return True
 
