@@ -156,13 +156,16 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
 
 
 def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageStore | None, name: str) -> Run:
-    """Merge a run of passages to the documents that were split, by their best passages, where these are judged."""
-    judged = {doc_id for each in judgements.values() for doc_id in each}
-    if judged.isdisjoint(run.doc_ids):
-        is_of_passages = not judged.isdisjoint(map(parent_of, run.doc_ids))
-    else:
+    """Merge a run of passages to the documents that were split, by their best passages.
+
+    Without the corpus, a run is one of passages if more documents than passages of it are judged.
+    """
+    if corpus is not None:
         parts = [doc_id for doc_id in run.doc_ids if doc_id != parent_of(doc_id)][:_PEEKED_IDS]
-        is_of_passages = corpus is not None and corpus.is_split and any(map(corpus.has_passage, parts))
+        is_of_passages = corpus.is_split and any(map(corpus.has_passage, parts))
+    else:
+        judged = {doc_id for each in judgements.values() for doc_id in each}
+        is_of_passages = len(judged.intersection(map(parent_of, run.doc_ids))) > len(judged.intersection(run.doc_ids))
     if not is_of_passages:
         return run
     merged: dict[str, list[ScoredDoc]] = {}

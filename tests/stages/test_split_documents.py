@@ -14,11 +14,13 @@ from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactConflictError, InputError
 from readapt_ray.evaluation.runs import read_run
+from readapt_ray.records import Query
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.parents import first_of_each, merged_to_documents
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving.search_modes import search_documents
 from readapt_ray.serving.versions import Found, Ranked
+from readapt_ray.stages import search as search_stage
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
 from readapt_ray.stages.index import IndexConfig, index
@@ -153,24 +155,6 @@ def test_words_are_merged_too(made, mode):
         assert set(ids) <= {f"d{number}" for number in range(12)} | {"d3#7"}
 
 
-def test_evaluate_measures_documents_of_either_run(made):
-    config = {"retriever": str(made / "model"), "index": str(made / "index"), "queries": str(made / "corpus/queries")}
-    search(SearchConfig.parse(config | {"output": str(made / "documents.trec")}))
-    rows = rows_of(open_artifact(str(made / "corpus"), "ingest"))
-    first = {row["parent_id"]: row["doc_id"] for row in reversed(rows)}
-    lines = [line.split() for line in (made / "documents.trec").read_text().splitlines()]
-    passages = "\n".join(" ".join([*line[:2], first[line[2]], *line[3:]]) for line in lines)
-    (made / "passages.trec").write_text(passages)
-    means = []
-    for name in ("documents", "passages"):
-        for number, corpus in enumerate((None, str(made / "corpus"))):
-            values = {"runs": [str(made / f"{name}.trec")], "qrels": str(made / "corpus"), "corpus": corpus}
-            artifact = evaluate(EvaluateConfig.parse(values | {"output": str(made / f"report-{name}-{number}")}))
-            report = json.loads((artifact.location.local_path / "report.json").read_text())
-            means.append(json.dumps(report["runs"], sort_keys=True).replace("passages.trec", "documents.trec"))
-    assert len({each.replace("passages", "documents") for each in means}) == 1
-
-
 def test_the_python_retriever_gives_documents_with_their_best_passage(made):
     retriever = ra.Retriever(retriever=made / "model", index=made / "index", corpus=made / "corpus")
     (due,) = by_hand(made, ["array of shapes"], 4)
@@ -211,3 +195,46 @@ def test_merging_keeps_the_best_passage_of_each_document():
     assert [tuple(row.values()) for row in merged] == [("q", "a", 5.0), ("q", "b", 3.0), ("p", "a", 1.0)]
     assert merged_to_documents(table.slice(0, 0), 2).num_rows == 0
     assert first_of_each(["a#2", "a#1", "b", "a#3", "c"], 2) == [0, 2]
+
+
+def test_search_goes_deeper_until_there_are_enough_documents(caplog):
+    names = [f"a#{number}" for number in range(1, 60)] + ["b", "q#1", "q#2", "d"]
+    depths = []
+
+    def search(depth):
+        depths.append(depth)
+        rows = np.arange(min(depth, len(names)))[None]
+        yield (100.0 - rows).astype(np.float32), rows
+
+    searched = SimpleNamespace(names=lambda rows: pa.array([names[row] for row in rows]))
+    source = SimpleNamespace(num_vectors=len(names))
+    queries = [Query("q", "text")]
+    config = SearchConfig(retriever="m", index="i", queries="q", output="x.trec", top_k=3)
+    table = search_stage._find_documents(config, source, searched, search, queries)
+    assert table.to_pylist() == [
+        {"query_id": "q", "doc_id": doc_id, "score": score}
+        for doc_id, score in (("a", 100.0), ("b", 41.0), ("q", 40.0))
+    ]
+    assert depths == [9, 27, 63]
+    config = config.model_copy(update={"drop_self_hits": True})
+    table = search_stage._find_documents(config, source, searched, search, queries)
+    assert table["doc_id"].to_pylist() == ["a", "b", "d"]
+
+
+def test_evaluate_merges_passages_that_others_ranked(root):
+    corpus = ingested(root, "of-others")
+    rows = rows_of(corpus)
+    firsts = {row["parent_id"]: row["doc_id"] for row in reversed(rows)}
+    for name, ids in (("documents", firsts), ("passages", firsts.values())):
+        lines = [f"q{query} Q0 {each} {rank} {9.0 - rank} x" for query in (0, 3, 6) for rank, each in enumerate(ids)]
+        (root / f"other-{name}.trec").write_text("\n".join(lines))
+    found = []
+    for name in ("documents", "passages"):
+        for with_corpus in ("", corpus.uri):
+            values = {"runs": [str(root / f"other-{name}.trec")], "qrels": corpus.uri, "corpus": with_corpus}
+            output = root / f"of-others-{name}-{bool(with_corpus)}"
+            evaluate(EvaluateConfig.parse(values | {"output": str(output)}))
+            (run,) = json.loads((output / "report.json").read_text())["runs"]
+            found.append((run["means"], run["num_results"]))
+    assert found == [found[0]] * 4
+    assert found[0][0]["nDCG@10"]["mean"] > 0
