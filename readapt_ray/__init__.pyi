@@ -470,12 +470,17 @@ def ingest(
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
-    format: Literal['auto', 'beir', 'jsonl', 'tsv', 'parquet', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    format: Literal['auto', 'beir', 'jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    columns: Sequence[str] = (),
+    keep: Sequence[str] = (),
     bad_rows: Literal['skip', 'fail'] = 'skip',
     deduplicate: Literal['auto', 'none', 'exact', 'near'] = 'auto',
     near_threshold: float = 0.8,
     max_text_bytes: int = 10000000,
     max_passage_chars: int = 2000,
+    split_tokens: int | None = None,
+    overlap: int = 0,
+    tokenizer: str | Path | None = None,
     rows_per_file: int = 65536,
 ) -> Artifact:
     """Read a corpus from a source: clean it, drop duplicates, keep the ids.
@@ -490,6 +495,11 @@ def ingest(
             corpus name of the catalog. (required)
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
+        columns: Columns that hold doc_id, title and text, if they are not called so:
+            doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
+            passage, body, headline and more.
+        keep: Other columns to carry along, such as url,date; search and serve give them back, and filters can
+            use them. With NAME:TYPE (string, int64, float64, bool) a type is set.
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
             stops. (default: skip)
         deduplicate: Which duplicates to drop: none, exact (same title and text), or near (also nearly the
@@ -501,7 +511,13 @@ def ingest(
             is a bad row. (default: 10000000)
         max_passage_chars: Maximum length of a passage from a text or Markdown file, in characters; longer files
             are split between paragraphs. (default: 2000)
-        rows_per_file: Passages per Parquet file. (default: 65536)
+        split_tokens: Split documents of any format into passages of at most this many tokens, between
+            paragraphs or sentences. Passages are called doc#1, doc#2 ...; searches give back documents, by
+            their best passage. If omitted, rows are not split.
+        overlap: Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens.
+            (default: 0)
+        tokenizer: Model whose tokenizer counts for split_tokens: the retriever.
+        rows_per_file: Passages per Parquet file; documents where these are split. (default: 65536)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.

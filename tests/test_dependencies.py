@@ -58,8 +58,8 @@ def test_every_dependency_is_imported() -> None:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("readapt_ray", ["cpu", "datasets", "traces", "bm25", *TARGETS]),
-        ("tests", ["cpu", "datasets", "traces", "bm25", *TARGETS, "test"]),
+        ("readapt_ray", ["cpu", "datasets", "pdf", "traces", "bm25", *TARGETS]),
+        ("tests", ["cpu", "datasets", "pdf", "traces", "bm25", *TARGETS, "test"]),
     ],
 )
 def test_every_import_is_declared(folder: str, extras: list[str]) -> None:

@@ -19,7 +19,7 @@ from readapt_ray.planner.scaling import Cell, Limit
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
-from readapt_ray.sources.source import Limits
+from readapt_ray.sources.read_options import ReadOptions
 
 
 class PlanConfig(Config):
@@ -134,7 +134,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
     corpus = measure_corpus(
         source=run.source,
         format=ingest.format,
-        limits=Limits(max_text_bytes=ingest.max_text_bytes, max_passage_chars=ingest.max_passage_chars),
+        options=ReadOptions(max_text_bytes=ingest.max_text_bytes, max_passage_chars=ingest.max_passage_chars),
         ingested=ingest.output,
         pretrained=run.pretrained,
         retriever=run.retriever,

@@ -18,7 +18,8 @@ from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.retrieval.tokenization import fill_passage
 from readapt_ray.sources.cleaning import checked
 from readapt_ray.sources.opening import open_source
-from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow
 from readapt_ray.storage import Location
 
 SAMPLE_PASSAGES: Final = 2_000
@@ -63,7 +64,7 @@ def measure_corpus(
     *,
     source: str,
     format: Any,
-    limits: Limits,
+    options: ReadOptions,
     ingested: str,
     pretrained: str,
     retriever: str,
@@ -75,7 +76,7 @@ def measure_corpus(
     """Count and sample a corpus.
 
     Args:
-        source, format, limits: as of ingest.
+        source, format, options: as of ingest.
         ingested: where ingest's output would lie; read instead of the source where it is complete.
         pretrained, retriever: whose tokenizers count.
         encoding: how the retriever wants its text.
@@ -92,7 +93,7 @@ def measure_corpus(
     if manifest is not None and manifest.stage == "ingest":
         sample = _ingested_sample(artifacts.open_artifact(ingested, "ingest"))
     else:
-        sample = _source_sample(source, format, limits)
+        sample = _source_sample(source, format, options)
     if not sample.passages:
         raise CorpusError(f"no passage of {source!r} could be read, so there is nothing to plan with")
     trained, train_known = _counts(pretrained, [f"{title} {text}".strip() for title, text in sample.passages])
@@ -161,16 +162,16 @@ def _ingested_sample(artifact: Artifact) -> _Sample:
     )
 
 
-def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
+def _source_sample(name: str, format: Any, options: ReadOptions) -> _Sample:
     """Sample the first rows evenly; estimate the rest from the share of bytes that was read."""
-    source = open_source(name, format, limits)
+    source = open_source(name, format, options)
     source.check()
     rng = random.Random(0)
     kept: list[tuple[str, str]] = []
     seen = 0
     ended = True
     for row in source.rows():
-        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=limits.max_text_bytes)
+        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=options.max_text_bytes)
         if isinstance(passage, BadRow):
             continue
         seen += 1

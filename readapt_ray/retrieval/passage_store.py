@@ -22,7 +22,8 @@ from readapt_ray.errors import FingerprintMismatchError, StorageError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.id_lookup import IdLookup, id_keys
 from readapt_ray.retrieval.kept_columns import kept_columns
-from readapt_ray.retrieval.passage_files import opened, read_batches
+from readapt_ray.retrieval.passage_files import TEXT_COLUMNS, opened, read_batches
+from readapt_ray.sources.splitting import first_piece
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -30,7 +31,6 @@ logger = logging.getLogger("readapt_ray")
 _TEXTS, _KEYS, _ROWS = "passages.arrow", "keys.npy", "rows.npy"
 _BYTES_PER_ROW = 16
 """Of keys and rows."""
-_SCHEMA = pa.schema([(name, pa.large_string()) for name in Passage._fields])
 _BATCH_BYTES = 32 << 20
 """Of a batch of the copy: few enough to open a hundred million passages, small enough to make."""
 
@@ -41,13 +41,16 @@ class PassageStore:
     Args:
         entry: the folder of its copy.
         use: keeps the copy until it is closed.
-        columns: what searches can be filtered by, with the type of each column.
+        is_split: whether the passages are parts of documents; the id of a document then stands for its first passage, too.
     """
 
-    def __init__(self, entry: Path, use: IO[str], columns: dict[str, str]) -> None:
-        self.columns = columns
+    def __init__(self, entry: Path, use: IO[str], *, is_split: bool = False) -> None:
+        self.is_split = is_split
         weakref.finalize(self, _drop, entry, use).atexit = False  # the next start uses the copy again
-        self._batches = pa.ipc.open_file(pa.memory_map(str(entry / _TEXTS))).read_all().to_batches()
+        table = pa.ipc.open_file(pa.memory_map(str(entry / _TEXTS))).read_all()
+        self.columns = {field.name: str(field.type) for field in table.schema if field.name not in TEXT_COLUMNS}
+        """The columns that were kept, by which searches can be filtered, with the type of each."""
+        self._batches = table.to_batches()
         self._starts = np.cumsum([0, *(len(each) for each in self._batches)])
         self._lookup = IdLookup(*(np.load(entry / name, mmap_mode="r") for name in (_KEYS, _ROWS)))
 
@@ -75,7 +78,7 @@ class PassageStore:
                 _open_corpus(corpus, artifact.fingerprint)  # nobody made it again in the meantime
                 _note(entry)
         cache_entries.remove_unused("passages")
-        return cls(entry, use, {name: str(kind) for name, kind in kept_columns(files).items()})
+        return cls(entry, use, is_split="split" in artifact.manifest.details)
 
     def __len__(self) -> int:
         """Return the number of passages."""
@@ -84,14 +87,22 @@ class PassageStore:
     def find(self, doc_ids: Iterable[str]) -> dict[str, Passage]:
         """Return the passages of these doc_ids, without those that the corpus does not have."""
         wanted = list(doc_ids)
-        rows, is_there = self._lookup.find(wanted)
-        found = {}
-        for doc_id, row in zip(np.array(wanted, object)[is_there], rows[is_there].astype(np.int64), strict=True):
-            batch = int(np.searchsorted(self._starts, row, side="right")) - 1
-            passage = Passage(*(column[row - self._starts[batch]].as_py() for column in self._batches[batch].columns))
-            if passage.doc_id == doc_id:  # and not another one with the same hash
-                found[doc_id] = passage
+        found = dict(self._found(wanted))
+        if self.is_split:
+            documents = {first_piece(each): each for each in wanted if each not in found}
+            for passage_id, passage in self._found(list(documents)):
+                found[documents[passage_id]] = passage._replace(doc_id=documents[passage_id])
         return found
+
+    def _found(self, passage_ids: list[str]) -> Iterator[tuple[str, Passage]]:
+        rows, is_there = self._lookup.find(passage_ids)
+        for doc_id, row in zip(np.array(passage_ids, object)[is_there], rows[is_there].astype(np.int64), strict=True):
+            number = int(np.searchsorted(self._starts, row, side="right")) - 1
+            batch, place = self._batches[number], row - self._starts[number]
+            passage_id, title, text = (batch[name][place].as_py() for name in TEXT_COLUMNS)
+            if passage_id == doc_id:  # and not another one with the same hash
+                columns = {name: batch[name][place].as_py() for name in self.columns}
+                yield doc_id, Passage(doc_id, title, text, columns or None)
 
 
 def _drop(entry: Path, use: IO[str]) -> None:
@@ -135,8 +146,9 @@ def _copy(files: list[Location], entry: Path, corpus: Artifact) -> None:
     logger.info("copying the texts of %s to %s (about %.1f GB)", corpus.uri, entry, sum(sizes.values()) / 1e9)
     keys = []
     folder = Location(str(entry))
-    with (folder / _TEXTS).open_output() as stream, pa.ipc.new_file(stream, _SCHEMA) as writer:
-        for batch in _large_batches(files):
+    schema = pa.schema({**dict.fromkeys(TEXT_COLUMNS, pa.large_string()), **kept_columns(files)})
+    with (folder / _TEXTS).open_output() as stream, pa.ipc.new_file(stream, schema) as writer:
+        for batch in _large_batches(files, schema):
             keys.append(id_keys(batch["doc_id"].to_pylist()))
             writer.write_batch(batch)
     lookup = IdLookup.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))
@@ -166,18 +178,16 @@ def _check_room(entry: Path, num_bytes: int, corpus: str) -> None:
         )
 
 
-def _large_batches(files: list[Location]) -> Iterator[pa.RecordBatch]:
-    """Yield all passages in batches of some megabytes; what is null is empty."""
+def _large_batches(files: list[Location], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield all passages in batches of some megabytes; titles and texts that are null are empty."""
     gathered: list[pa.RecordBatch] = []
     for file in files:
-        for batch in read_batches(file, Passage._fields):
-            gathered.append(pa.record_batch([_filled(batch[name]) for name in Passage._fields], schema=_SCHEMA))
+        for batch in read_batches(file, schema.names):
+            columns = [batch[field.name].cast(field.type) for field in schema]
+            columns[: len(TEXT_COLUMNS)] = [each.fill_null("") for each in columns[: len(TEXT_COLUMNS)]]
+            gathered.append(pa.record_batch(columns, schema=schema))
             if sum(each.nbytes for each in gathered) >= _BATCH_BYTES:
                 yield pa.concat_batches(gathered)
                 gathered = []
     if gathered:
         yield pa.concat_batches(gathered)
-
-
-def _filled(column: pa.Array) -> pa.Array:
-    return column.cast(pa.large_string()).fill_null("")

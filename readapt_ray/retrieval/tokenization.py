@@ -30,8 +30,11 @@ def fill_query(encoding: Encoding, text: str) -> str:
 def fill_passage(encoding: Encoding, title: str, text: str) -> str:
     """The text of a passage as the retriever wants it, stripped. Without a title no second space is left.
 
-    `passage: {title} {text}` with an empty title gives `passage: text`, not `passage:  text`.
+    `passage: {title} {text}` with an empty title gives `passage: text`, not `passage:  text`. A passage without text is
+    encoded by its title, also by a template that has no title.
     """
+    if not text and "title" not in {field for _, field in _parts(encoding.passage_template)}:
+        text = title
     filled = _fill(encoding.passage_template, text=text, title=title, task=encoding.task).strip()
     return filled.lower() if encoding.lower_case else filled
 

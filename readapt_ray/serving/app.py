@@ -124,6 +124,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         index_fingerprint=index.fingerprint if index else None,
         shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
         has_words="bm25" in index.manifest.details if index else False,
+        is_split=bool(index and index.manifest.details.get("is_split")),
         corpus=on_worker.absolute(corpus.location).uri if corpus else None,
         corpus_fingerprint=corpus.fingerprint if corpus else None,
         batch_tokens=config.batch_tokens,

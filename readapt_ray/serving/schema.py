@@ -150,13 +150,16 @@ class EmbeddingsResponse(BaseModel):
 
 
 class Hit(BaseModel):
-    """A passage that was found. Without a corpus there is no title and no text."""
+    """A passage that was found. Without a corpus there is no title and no text; `columns` are those that ingest kept."""
 
     rank: int
     doc_id: str
     score: float
     title: str | None = None
     text: str | None = None
+    columns: dict[str, Any] | None = None
+    passage_id: str | None = None
+    """Where ingest split documents, the best passage of the document; title and text are that passage's."""
 
 
 class SearchResult(BaseModel):

@@ -30,7 +30,7 @@ from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.search_modes import check_mode, search_by_mode
+from readapt_ray.serving.search_modes import check_mode, search_documents
 from readapt_ray.serving.shadow_and_probe import SideSearches
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version
@@ -232,6 +232,7 @@ class SearchService:
             fingerprint=version.info.fingerprint,
             num_tokens=trace.num_tokens,
             missing=found.missing,
+            is_split=version.info.is_split,
         )
 
     @asynccontextmanager
@@ -328,7 +329,7 @@ class SearchService:
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:
-            search = search_by_mode(body.mode, version.backend, vectors, texts, top_k=body.top_k, wanted=wanted)
+            search = search_documents(body.mode, version.backend, vectors, texts, top_k=body.top_k, wanted=wanted)
             found = await _by_this_version(search)
         except InputError as error:
             raise RequestError(str(error), code="invalid_value") from None

@@ -61,6 +61,8 @@ class VersionInfo:
     """The parts of its index, each with the number of its vectors; empty without an index."""
     has_words: bool = False
     """Whether its index has BM25 scores."""
+    is_split: bool = False
+    """Whether passages are parts of documents, to which results are merged."""
     corpus: str | None = None
     """Folder or URI with the titles and texts of its passages."""
     corpus_fingerprint: str | None = None

@@ -53,6 +53,8 @@ class VersionSpec:
     """Names of the shards of the index."""
     has_words: bool
     """Whether the index has BM25 scores."""
+    is_split: bool
+    """Whether passages are parts of documents."""
     corpus: str | None
     corpus_fingerprint: str | None
     batch_tokens: int | None
@@ -172,6 +174,7 @@ class EncoderReplica:
             num_slots=self._spec.num_slots,
             slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
             has_words=self._spec.has_words,
+            is_split=self._spec.is_split,
             corpus=self._spec.corpus,
             corpus_fingerprint=self._spec.corpus_fingerprint,
             created=self._created,

@@ -264,6 +264,7 @@ def _encode(job: EmbedJob, rows_per_shard: int, config: EmbedConfig, workspace: 
     workspace.details |= {
         "encoder": {**job.encoder, "dimension": footers[0].dimension},
         "vector_dtype": job.vector_dtype,
+        "is_split": "split" in open_artifact(config.corpus, "ingest").manifest.details,
         "work": _tell_work(footers),
         "left_out": _tell_left_out(footers, config.max_left_out),
     }

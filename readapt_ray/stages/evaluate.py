@@ -6,7 +6,6 @@ Runs in this process, without Ray: a run of 10,000 queries with 1,000 results ea
 seconds.
 """
 
-import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,11 +27,15 @@ from readapt_ray.evaluation.requirements import Requirement, check_requirements,
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.evaluation.tables import named
-from readapt_ray.retrieval.passage_files import find_passages, missing_ids
+from readapt_ray.records import ScoredDoc
+from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.sources.judgements import read_qrels, read_queries
+from readapt_ray.sources.splitting import parent_of
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
+
+_PEEKED_IDS = 1000
 
 
 class EvaluateConfig(StageConfig):
@@ -71,8 +74,7 @@ class _Loaded:
     measurements: dict[str, measuring.Measurement]
     judgements: dict[str, dict[str, int]]
     query_texts: dict[str, str]
-    passage_files: list[Location] | None
-    """Of the corpus; None without one."""
+    corpus: PassageFiles | None
     num_unknown: int
     """Judgements of passages that the corpus does not have."""
 
@@ -140,21 +142,40 @@ def _run_identity(uri: str) -> list[Any]:
 def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
     judgements = measuring.group_judgements(read_qrels(config.qrels))
     texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
+    corpus = PassageFiles.open(config.corpus) if config.corpus else None
     runs, measurements = {}, {}
     for name, uri in files.items():
-        runs[name] = load_run(uri)
+        runs[name] = _of_documents(load_run(uri), judgements, corpus, name)
         measurements[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
         _warn(name, measurements[name])
-    passage_files = _passage_files(config.corpus) if config.corpus else None
-    num_unknown = _num_unknown(judgements, passage_files, config.corpus) if passage_files is not None else 0
-    is_of_corpus = passage_files is not None and num_unknown < sum(map(len, judgements.values()))
+    num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
+    is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
     if not is_of_corpus:
         _check_one_corpus(judgements, runs, config)
-    return _Loaded(runs, measurements, judgements, texts, passage_files, num_unknown)
+    return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown)
 
 
-def _passage_files(corpus: str) -> list[Location]:
-    return (open_artifact(corpus, "ingest").location / "passages").files(".parquet")
+def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageFiles | None, name: str) -> Run:
+    """Merge a run of passages to the documents that were split, by their best passages.
+
+    Without the corpus, a run is one of passages if more documents than passages of it are judged.
+    """
+    if corpus is not None:
+        parts = [doc_id for doc_id in run.doc_ids if doc_id != parent_of(doc_id)][:_PEEKED_IDS]
+        is_of_passages = corpus.is_split and corpus.has_any(parts)
+    else:
+        judged = {doc_id for each in judgements.values() for doc_id in each}
+        is_of_passages = len(judged.intersection(map(parent_of, run.doc_ids))) > len(judged.intersection(run.doc_ids))
+    if not is_of_passages:
+        return run
+    merged: dict[str, list[ScoredDoc]] = {}
+    for index, query_id in enumerate(run.query_ids):
+        best: dict[str, ScoredDoc] = {}
+        for each in run.top(index):
+            best.setdefault(parent_of(each.doc_id), each._replace(doc_id=parent_of(each.doc_id)))
+        merged[query_id] = list(best.values())
+    logger.info("%s: passages are merged to their documents, by the best of each", name)
+    return Run.of(merged, name=name)
 
 
 def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:
@@ -173,9 +194,9 @@ def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run],
     )
 
 
-def _num_unknown(judgements: measuring.Judgements, passage_files: list[Location], name: str) -> int:
+def _num_unknown(judgements: measuring.Judgements, corpus: PassageFiles, name: str) -> int:
     """How many judgements speak of passages that the corpus does not have; they are named."""
-    missing = missing_ids(passage_files, (doc_id for judged in judgements.values() for doc_id in judged))
+    missing = corpus.missing(doc_id for judged in judgements.values() for doc_id in judged)
     lost = set(missing)
     count = sum(doc_id in lost for judged in judgements.values() for doc_id in judged)
     if count:
@@ -224,7 +245,7 @@ def _write(
         comparisons,
         loaded.judgements,
         query_texts=loaded.query_texts,
-        find_passages=functools.partial(find_passages, loaded.passage_files or ()),
+        find_passages=loaded.corpus.find if loaded.corpus is not None else lambda _: {},
         provenance={name: _provenance(uri) for name, uri in files.items()},
         num_permutations=config.num_permutations,
         seed=config.seed,
@@ -240,7 +261,7 @@ def _write(
     workspace.counts = {"num_runs": len(files), "num_queries": summary["num_queries"]}
     workspace.details = {**summary, "verdicts": [each["sentence"] for each in report["verdicts"]]}
     workspace.details["requirements"] = requirements
-    if loaded.passage_files is not None:
+    if loaded.corpus is not None:
         workspace.details["qrels_of_unknown_passages"] = loaded.num_unknown
 
 

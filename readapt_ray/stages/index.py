@@ -125,6 +125,7 @@ def index(config: IndexConfig) -> Artifact:
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
+        workspace.details["is_split"] = bool(source.manifest.details.get("is_split"))
         if corpus is not None:
             workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 

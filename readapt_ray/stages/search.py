@@ -9,7 +9,7 @@ four million hits.
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -30,12 +30,17 @@ from readapt_ray.records import Query
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
+from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 
 logger = logging.getLogger("readapt_ray")
 
 _HITS_A_ROUND = 4_000_000
 """Results that are searched, looked up and written before the next queries have their turn."""
+_PASSAGES_A_DOCUMENT = 3
+"""Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
+_DEEPEST = 100
+"""Passages per document that is wanted at which the search ends."""
 
 
 class SearchConfig(StageConfig):
@@ -92,6 +97,11 @@ class _Source:
     def words(self) -> dict[str, str]:
         """SHA-256 of the BM25 scores of each shard."""
         return dict(self.artifact.manifest.details.get("bm25", {}))
+
+    @property
+    def is_split(self) -> bool:
+        """Whether passages are parts of documents, to which results are merged."""
+        return bool(self.artifact.manifest.details.get("is_split"))
 
     @property
     def num_vectors(self) -> int:
@@ -215,7 +225,7 @@ def _run(
             [] if config.mode == "bm25" else _encoded(config, model, source, encoding, queries, workspace=workspace)
         )
         searched = _pieces(source)
-        depth = min(_depth(config), source.num_vectors)
+        depth = min(_depth(config) * (_PASSAGES_A_DOCUMENT if source.is_split else 1), source.num_vectors)
         size = query_vectors.QUERIES_A_PIECE
         num_pieces = max(1, _HITS_A_ROUND // max(1, depth * size))
         for first in range(0, -(-len(queries) // size), num_pieces):
@@ -260,13 +270,49 @@ def _found(
     config: SearchConfig, source: _Source, searched: Pieces, vectors: Sequence[Any], queries: Sequence[Query]
 ) -> pa.Table:
     """Return what some queries find by the mode that is asked for: query_id, doc_id, score."""
-    depth, found = _depth(config), []
+    find = _find_documents if source.is_split else _find
+    found, words = [], functools.partial(searched.search_words, [query.text for query in queries], source.words)
     if config.mode != "bm25":
-        found.append(_results(config, searched, searched.search(vectors, depth), queries))
+        found.append(find(config, source, searched, functools.partial(searched.search, vectors), queries))
     if config.mode != "dense":
-        texts = [query.text for query in queries]
-        found.append(_results(config, searched, searched.search_words(texts, source.words, depth), queries))
+        found.append(find(config, source, searched, words, queries))
     return found[0] if len(found) == 1 else _fused(found, queries, config.top_k)
+
+
+_Search = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
+"""Searches every piece for so many results per query."""
+
+
+def _find(
+    config: SearchConfig, source: _Source, searched: Pieces, search: _Search, queries: Sequence[Query]
+) -> pa.Table:
+    """Return the best passages of each query."""
+    del source
+    depth = _depth(config)
+    table = _results(searched, search(depth), queries, depth)
+    return _without_self(table, depth - 1) if config.drop_self_hits else table
+
+
+def _find_documents(
+    config: SearchConfig, source: _Source, searched: Pieces, search: _Search, queries: Sequence[Query]
+) -> pa.Table:
+    """Return the best documents of each query, by their best passage: search deeper until there are enough."""
+    wanted = _depth(config)
+    depth = min(_PASSAGES_A_DOCUMENT * wanted, source.num_vectors)
+    while True:
+        passages = _results(searched, search(depth), queries, depth)
+        table = merged_to_documents(passages, wanted)
+        query_ids = [query.query_id for query in queries]
+        lacking = (counts_of(table, query_ids) < wanted) & (counts_of(passages, query_ids) == depth)
+        if depth == source.num_vectors or not lacking.any() or depth >= _DEEPEST * wanted:
+            break
+        depth = min(_PASSAGES_A_DOCUMENT * depth, source.num_vectors)
+    if lacking.any() and depth < source.num_vectors:
+        logger.warning(
+            "%d of %d queries found fewer than %d documents among their %d best passages",
+            *(lacking.sum(), len(queries), wanted, depth),
+        )
+    return _without_self(table, wanted - 1) if config.drop_self_hits else table
 
 
 def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> pa.Table:
@@ -296,7 +342,7 @@ def _pieces(source: _Source) -> Pieces:
 
 
 def _results(
-    config: SearchConfig, searched: Pieces, parts: Iterator[tuple[np.ndarray, np.ndarray]], queries: Sequence[Query]
+    searched: Pieces, parts: Iterator[tuple[np.ndarray, np.ndarray]], queries: Sequence[Query], depth: int
 ) -> pa.Table:
     """Return what some queries find: query_id, doc_id, score.
 
@@ -304,26 +350,24 @@ def _results(
         searched: the pieces of the index or of the vectors.
         parts: scores and rows [Q, K] that each piece found.
         queries: the queries.
+        depth: results per query.
     """
-    depth = _depth(config)
     best = merge_rows(parts, len(queries), depth)
     distinct, codes = np.unique(best.rows, return_inverse=True)
     names = searched.names(distinct)
     scores, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
     counted = scores > -np.inf
     owners = np.repeat(np.arange(len(queries)), counted.sum(axis=1))
-    query_ids = pa.array([query.query_id for query in queries], pa.string()).take(pa.array(owners))
-    table = pa.table(
+    return pa.table(
         {
-            "query_id": query_ids,
+            "query_id": pa.array([query.query_id for query in queries], pa.string()).take(pa.array(owners)),
             "doc_id": names.take(pa.array(codes[counted])),
             "score": pa.array(scores[counted].astype(np.float64)),
         }
     )
-    if not config.drop_self_hits:
-        return table
-    others = pc.not_equal(table["doc_id"], table["query_id"]).to_numpy()
-    before = np.concatenate([[0], np.cumsum(others)])
-    starts = np.searchsorted(owners, owners)
-    places = before[1:] - before[starts]  # from 1 on, among the kept ones of the same query
-    return table.filter(pa.array(others & (places <= depth - 1)))
+
+
+def _without_self(table: pa.Table, top_k: int) -> pa.Table:
+    """Leave out results whose doc_id is the query's, and what is then behind the k best of a query."""
+    others = table.filter(pc.not_equal(table["doc_id"], table["query_id"]))
+    return others.filter(pa.array(ranks(others) < top_k))

@@ -1,3 +1,4 @@
+import datetime
 import multiprocessing
 import os
 import shutil
@@ -14,9 +15,8 @@ from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import ArtifactMissingError, CorruptFileError, FingerprintMismatchError, StorageError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval import id_lookup, passage_store
-from readapt_ray.retrieval.passage_files import find_passages, missing_ids
+from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.retrieval.passage_store import PassageStore
-from readapt_ray.storage import Location
 from tests.factories import ingest_artifact, small_corpus
 
 
@@ -218,8 +218,36 @@ def test_a_file_cut_short_or_without_a_column_is_named(tmp_path):
 def test_some_passages_of_files_are_found_without_a_copy(tmp_path, cache):
     passages = small_corpus(50)
     ingest_artifact(tmp_path / "corpus", passages, num_files=3)
-    files = Location(str(tmp_path / "corpus/passages")).files(".parquet")
+    files = PassageFiles.open(str(tmp_path / "corpus"))
     chosen = {passages[at].doc_id: passages[at] for at in (0, 13, 49)}
-    assert find_passages(files, [*chosen, "none"]) == chosen
-    assert missing_ids(files, ["x", *chosen, "none", "x"]) == ["x", "none"]
+    assert files.find([*chosen, "none"]) == chosen
+    assert files.missing(["x", *chosen, "none", "x"]) == ["x", "none"]
+    assert (files.has_any(["x", passages[49].doc_id]), files.has_any(["x"]), files.has_any([])) == (True, False, False)
     assert not copied_files(cache)
+
+
+def test_columns_that_were_kept_come_with_the_passages(tmp_path):
+    made = ingest_artifact(tmp_path / "corpus", small_corpus(10))
+    [file] = (tmp_path / "corpus/passages").iterdir()
+    day = datetime.date(2020, 1, 2)
+    columns = {"doc_id": ["a", "b"], "title": ["", "t"], "text": ["x", None], "year": [2020, None], "day": [day, day]}
+    pq.write_table(pa.table(columns | {"nested": [{"k": 1}, None]}), file)
+    store = PassageStore.open(made.uri)
+    assert store.columns == {"year": "int64", "day": "date32[day]"}
+    assert store.find(["b", "a"]) == {
+        "b": Passage("b", "t", "", {"year": None, "day": day}),
+        "a": Passage("a", "", "x", {"year": 2020, "day": day}),
+    }
+
+
+def test_a_document_that_was_split_is_its_first_passage(tmp_path):
+    pieces = [Passage("d#1", "t", "one"), Passage("d#2", "t", "two"), Passage("e", "", "whole")]
+    made = ingest_artifact(tmp_path / "corpus", pieces)
+    store = PassageStore.open(made.uri)
+    files = PassageFiles.open(made.uri)
+    assert store.find(["d", "d#2"]) == files.find(["d", "d#2"]) == {"d#2": pieces[1]}
+    store.is_split, files = True, PassageFiles(files.files, is_split=True)
+    expected = {"d": pieces[0]._replace(doc_id="d"), "d#2": pieces[1], "e": pieces[2]}
+    assert store.find(["d", "d#2", "e", "none"]) == files.find(["d", "d#2", "e", "none"]) == expected
+    assert files.missing(["d", "d#2", "d#3", "e"]) == ["d#3"]
+    assert (files.has_any(["d"]), files.has_any(["d", "d#1"])) == (False, True)

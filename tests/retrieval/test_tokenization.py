@@ -41,6 +41,9 @@ def _changed(encoding, **options):
         ("{title} {text}", "A {text} {x}", "{title} }{", "A {text} {x} {title} }{"),
         ("{{literal}} {title} {text}", "", "x", "{literal} x"),
         ("passage: {text}", "dropped", "  x\n", "passage:   x"),
+        ("passage: {text}", "Arrays", "", "passage: Arrays"),
+        ("passage: {title} {text}", "Arrays", "", "passage: Arrays"),
+        ("{text}", "Arrays", "", "Arrays"),
     ],
 )
 def test_passages_are_filled_without_a_double_space(template, title, text, filled):
