@@ -125,6 +125,8 @@ def index(config: IndexConfig) -> Artifact:
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
+        if "truncation" in source.manifest.details:
+            workspace.details["truncation"] = source.manifest.details["truncation"]
         if corpus is not None:
             workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 
