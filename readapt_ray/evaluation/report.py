@@ -88,9 +88,7 @@ def build_report(
             {
                 "name": name,
                 "means": means[name],
-                **_contents(runs[name], measurements[name]),
-                "provenance": provenance[name],
-                "truncation": _truncation(provenance[name]),
+                **_contents(runs[name], measurements[name], provenance[name]),
             }
             for name in names
         ],
@@ -101,20 +99,17 @@ def build_report(
     }
 
 
-def _contents(run: Run, measurement: Measurement) -> dict[str, Any]:
+def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a run holds, and what it lacks."""
+    truncated = provenance.get("details", {}).get("truncation")
     return {
         "num_results": len(run),
         "depth": run.depth,
         "without_results": list(measurement.without_results),
         "without_judgements": list(measurement.without_judgements),
+        "truncation": sentence(truncated) if truncated else "",
+        "provenance": provenance,
     }
-
-
-def _truncation(provenance: Mapping[str, Any]) -> str:
-    """Return what truncation took from the passages that were searched, if the run's manifest says."""
-    found = provenance.get("details", {}).get("truncation")
-    return sentence(found) if found else ""
 
 
 def to_json(report: Mapping[str, Any]) -> str:

@@ -128,15 +128,19 @@ def _pack(
                 f"exclude = {config.exclude!r} and only = {config.only!r} leave none of the {num_passages:,} passages of "
                 f"{config.corpus!r}; check that they name its doc_ids"
             )
+    workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
+
+
+def _tell_truncation(counts: Mapping[str, int], block_tokens: int) -> dict[str, Any]:
     lost = truncation.truncation(
         num_texts=counts["num_passages"],
         num_truncated=counts["num_truncated_passages"],
         num_tokens=counts["num_tokens"],
         num_lost=counts["num_lost_tokens"],
-        max_tokens=config.block_tokens,
+        max_tokens=block_tokens,
     )
-    workspace.counts, workspace.details = counts, {"truncation": lost}
     truncation.warn_of_loss("pack", lost, "raise block_tokens, or ingest shorter passages")
+    return lost
 
 
 def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dict[str, Any]], int]:
