@@ -102,7 +102,7 @@ def _check_positions(pretrained: OpenModel, pack: Any) -> None:
 def _check_files(config: RunConfig, step: Step) -> None:
     """Check that the files which the user's sections name are there, and queries and qrels."""
     section = "train" if step.stage == "pack" else step.stage
-    for name in sorted(type(step.config).inputs & getattr(config, section).keys()):
+    for name in sorted(type(step.config).inputs & getattr(config, section, {}).keys()):
         value = getattr(step.config, name)
         if isinstance(value, str) and not Location(value).exists():
             raise InputError(f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists")

@@ -25,6 +25,7 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
 from readapt_ray.retrieval import footers, truncation
 from readapt_ray.retrieval.vector_files import METADATA_KEY
+from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -102,6 +103,7 @@ def _pack(
 
     placement.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
+    withheld = withheld_numbers(config.withhold, num_passages)
     job = {
         "pretrained": on_worker.model_name(model),
         "tokenizer": model.tokenizer_fingerprint,
@@ -110,10 +112,10 @@ def _pack(
     }
     blocks = on_worker.absolute(workspace.location) / "blocks"
     connection.check_seen_by_all(blocks)
-    shared_lists = ray.put(lists)
+    shared_lists = ray.put((lists, frozenset(withheld)))
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset.context.execution_no_progress_timeout_s = -1
-    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared_lists)))
+    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, *ray.get(shared_lists)))
     counts = dict.fromkeys(("num_blocks", "num_passages", "num_tokens", "num_truncated_passages", "num_lost_tokens"), 0)
     try:
         for row in dataset.iter_rows():
@@ -121,14 +123,21 @@ def _pack(
             workspace.progress(counts["num_passages"], num_passages, unit="passages")
     except ray.exceptions.RayError as error:
         raise connection.cause_of(error) from None
-    if lists:
+    if lists or withheld:
         counts["num_withheld_passages"] = num_passages - counts["num_passages"]
         if not counts["num_passages"]:
             raise CorpusError(
-                f"exclude = {config.exclude!r} and only = {config.only!r} leave none of the {num_passages:,} passages of "
-                f"{config.corpus!r}; check that they name its doc_ids"
+                f"exclude = {config.exclude!r}, only = {config.only!r} and withhold = {config.withhold} leave none of the "
+                f"{num_passages:,} passages of {config.corpus!r}; check that the lists name its doc_ids, or withhold fewer"
             )
     workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
+    workspace.details["withheld"] = withheld
+
+
+def withheld_numbers(withhold: int, num_passages: int) -> list[int]:
+    """Return the numbers of the passages that are left out: always the same for a corpus."""
+    drawn = random_generator(0, "withheld passages").choice(num_passages, min(withhold, num_passages), replace=False)
+    return sorted(drawn.tolist())
 
 
 def _tell_truncation(counts: Mapping[str, int], block_tokens: int) -> dict[str, Any]:
@@ -195,7 +204,11 @@ def _check_found(name: str, num_found: int, num_listed: int, corpus: Artifact) -
 
 
 def _pack_file(
-    part: dict[str, Any], blocks_uri: str, job: dict[str, Any], lists: dict[str, frozenset[str]]
+    part: dict[str, Any],
+    blocks_uri: str,
+    job: dict[str, Any],
+    lists: dict[str, frozenset[str]],
+    withheld: frozenset[int],
 ) -> dict[str, int]:
     """Tokenise and pack one passages file, unless its blocks are there; the counts of it."""
     from readapt_ray.training import packing
@@ -213,9 +226,13 @@ def _pack_file(
                 rows = passages.slice(start, _TEXTS_PER_CALL)
                 columns = (rows[name].to_pylist() for name in ("doc_id", "title", "text"))
                 taken = [
-                    (part["first_number"] + start + offset, f"{title} {text}".strip())
-                    for offset, (doc_id, title, text) in enumerate(zip(*columns, strict=True))
-                    if doc_id not in lists.get("exclude", ()) and doc_id in lists.get("only", (doc_id,))
+                    (number, f"{title} {text}".strip())
+                    for number, (doc_id, title, text) in enumerate(
+                        zip(*columns, strict=True), part["first_number"] + start
+                    )
+                    if number not in withheld
+                    and doc_id not in lists.get("exclude", ())
+                    and doc_id in lists.get("only", (doc_id,))
                 ]
                 ids, lost = packing.passage_ids(tokenizer, [text for _, text in taken], max_tokens=job["block_tokens"])
                 losses.extend(lost)

@@ -45,7 +45,7 @@ class Desk:
         (folder / "source.jsonl").write_text("")
         self.made: list[str] = []
         self.broken = ""
-        self.is_judged = True
+        self.is_judged, self.num_passages = True, 60
         monkeypatch.setattr(running, "run_stage", self._stage)
         monkeypatch.setattr(running, "_leaves_gpus_idle", lambda _: False)
         monkeypatch.setattr(cli, "_tell", lambda _: None)
@@ -70,6 +70,8 @@ class Desk:
             if name == self.broken:
                 raise ModelError("it broke\nhere")
             self.made.append(name)
+            if stage == "ingest":
+                workspace.counts = {"num_passages": self.num_passages}
             if stage == "search":
                 workspace.location.write_text("")
             if stage == "ingest" and self.is_judged:
@@ -257,8 +259,9 @@ def test_what_lies_in_the_root_and_room_on_the_disk_are_checked_first(
 def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     desk.is_judged = False
     assert desk.run() == 0
-    assert desk.made == ALL[:8]
+    assert desk.made == [*ALL[:8], "drift"]
     said = capsys.readouterr()
+    assert f"report: {desk.root}/drift/report.html" in said.out
     assert "--set queries=FILE --set qrels=FILE would give numbers" in said.err
     lines = [line.split() for line in said.out.splitlines()]
     (tune,) = (line for line in lines if line[:2] == ["readapt", "tune"])
@@ -270,7 +273,24 @@ def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureF
     places = {"retriever": "adapted", "index": "index/adapted", "corpus": "corpus"}
     assert serve[2:] == [word for name, place in places.items() for word in (f"--{name}", f"{desk.root}/{place}")]
     assert cli.main(["status", "--root", str(desk.root)]) == 0
-    assert "8 of 8 done" in capsys.readouterr().out
+    assert "9 of 9 done" in capsys.readouterr().out
+    assert desk.run() == 0
+    assert desk.made == []
+
+
+def test_a_run_without_queries_withholds_some_passages_and_does_not_train_again_when_queries_come(desk: Desk) -> None:
+    desk.is_judged, desk.num_passages = False, 60
+    assert desk.run() == 0
+    assert artifacts.read_manifest(str(desk.root / "blocks")).config["withhold"] == 3  # type: ignore[union-attr]
+    files = {name: str(desk.file.parent / f"{name}.tsv") for name in ("queries", "qrels")}
+    for file in files.values():
+        Path(file).write_text("")
+    assert desk.run("--set", f"queries={files['queries']}", "--set", f"qrels={files['qrels']}") == 0
+    assert desk.made == ALL[8:]
+    assert set(desk.states().values()) == {"done"}
+    assert desk.run("--set", "train.withhold=7", "--overwrite") == 0
+    assert desk.made[:2] == ["blocks", "adapter"]
+    assert artifacts.read_manifest(str(desk.root / "blocks")).config["withhold"] == 7  # type: ignore[union-attr]
 
 
 def test_a_bad_manifest_spoils_its_line_and_no_other(desk: Desk) -> None:
