@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray import environment, log_output, termination
+from readapt_ray import environment, library_logs, log_output, termination
 from readapt_ray.errors import (
     UNREADABLE,
     InputError,
@@ -55,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         termination.end_as_ctrl_c_does()
         log_output.write_to_terminal()
+        library_logs.silence()
         _run_command(command, given[1:])
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, library_logs
 from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError, first_line
@@ -224,8 +224,11 @@ def _logged(root: Location) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:
-        yield
-    except BaseException:
+        with library_logs.written_to(root.local_path / LOG_NAME):
+            yield
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            logger.error("the log of this run, with what its libraries said: %s", root.local_path / LOG_NAME)
         failure = logger.makeRecord(logger.name, logging.ERROR, "", 0, "the run ended here", (), sys.exc_info())
         handler.handle(failure)
         raise
