@@ -9,7 +9,7 @@ from typing import Any
 
 from readapt_ray.catalog.shapes import model_shape, pretrained_shape
 from readapt_ray.config import Config
-from readapt_ray.planner import machines, rates, scaling, stages
+from readapt_ray.planner import judged, machines, rates, scaling, stages
 from readapt_ray.planner.corpus import encoding_of, measure_corpus
 from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
 from readapt_ray.planner.machines import Cluster
@@ -26,7 +26,7 @@ class PlanConfig(Config):
     """Options of `readapt plan` besides those of the run."""
 
     cluster: str
-    """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a list of nodes, or `local`."""
+    """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a Slurm script, a list of nodes, or `local`."""
     prices: str | None = None
     """YAML file of machines, GPUs and prices. If omitted, the table of this package."""
     measured: tuple[str, ...] = ()
@@ -141,7 +141,8 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         encoding=encoding,
         block_tokens=pack.block_tokens,
         num_passages=options.num_passages,
-        num_queries=options.num_queries,
+        num_queries=options.num_queries if options.num_queries is not None else judged.num_given(run),
+        split=run.split,
     )
     measured: Rates = rates.measure([run.root, *options.measured], cluster)
     return Setting(
