@@ -131,10 +131,10 @@ def _end_by_requirements(made: Iterable["Artifact"]) -> None:
 
 
 def _tell_left_out(details: dict[str, Any]) -> None:
-    from readapt_ray.sources.source import REASONS
+    from readapt_ray.sources.source import in_words
 
     duplicates, bad = details["duplicates"]["dropped"], details["bad_rows"]
-    reasons = "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in bad["by_reason"].items())
+    reasons = in_words(bad["by_reason"])
     if duplicates or reasons:
         logger.info(
             "ingest: left out as duplicates: %s; as bad rows: %s%s",

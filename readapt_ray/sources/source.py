@@ -5,7 +5,7 @@ at all it yields as a `BadRow`. Cleaning, the bad-row policy and duplicates are 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, NamedTuple
 
@@ -50,7 +50,7 @@ REASONS: Final[dict[str, str]] = {
     "null_text": "its text is null",
     "text_not_string": "its text is not a string",
     "empty_text": "its text is empty",
-    "long_text": "its text is too long",
+    "long_text": "its text is longer than max_text_bytes",
     "missing_id": "it has no id",
     "id_not_string": "its id is neither a string nor a whole number",
     "title_not_string": "its title is not a string",
@@ -64,6 +64,11 @@ REASONS: Final[dict[str, str]] = {
     "not_python": "it does not parse as Python",
 }
 """Every reason for which a row is bad, in words."""
+
+
+def in_words(by_reason: Mapping[str, int]) -> str:
+    """Return how many rows are bad for which reason: "it has no id: 2"."""
+    return "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in by_reason.items())
 
 
 @dataclass

@@ -38,6 +38,7 @@ from readapt_ray.sources.source import (
     Limits,
     Row,
     Source,
+    in_words,
 )
 from readapt_ray.sources.table_sources import TableSource
 from readapt_ray.storage import Location
@@ -212,7 +213,7 @@ class _Ingestion:
         self._writer.close()
         if not self._writer.num_rows:
             raise CorpusError(
-                f"no passages are left of {self._config.source!r}: every row is bad ({self._bad_rows.summary()['by_reason']}); "
+                f"no passages are left of {self._config.source!r}: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); "
                 f"the log names the first of them"
             )
         if self._num_changed_ids:

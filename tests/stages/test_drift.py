@@ -55,7 +55,8 @@ def test_withheld_passages_are_in_no_block_and_are_measured_before_and_after(wor
     assert blocks.manifest.counts["num_withheld_passages"] == len(withheld) == 6
     made = drift(_config(root, output=str(tmp_path / "drift")))
     found = json.loads((tmp_path / "drift/report.json").read_text())
-    texts = [f"{passages[number].title} {passages[number].text}".strip() for number in withheld]
+    rows = pq.read_table(root / "corpus/passages").to_pylist()
+    texts = [f"{rows[number]['title']} {rows[number]['text']}".strip() for number in withheld]
     import torch
 
     models = [open_model(str(root / name)) for name in ("base", "adapter")]
