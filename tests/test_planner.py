@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,7 +18,7 @@ from readapt_ray.catalog import shapes
 from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
 from readapt_ray.errors import InputError
-from readapt_ray.planner import machines, plan_report, rates, scaling, worker_memory
+from readapt_ray.planner import calibration, machines, plan_report, rates, scaling, worker_memory
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.cost import stage_usd
 from readapt_ray.planner.machines import read_cluster
@@ -748,3 +749,25 @@ def test_a_slurm_script_that_does_not_say_enough_is_told_what_to_add(tmp_path: P
         InputError, match=r"does not say the gpu and memory_gb of its nodes; add a line such as #READAPT gpu="
     ):
         read_cluster(str(script), read_prices(None))
+
+
+def test_a_calibration_on_this_machine_prices_the_run(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_SECONDS", 0.2)
+    plain, found = make_plan(run_file, cluster="local"), make_plan(run_file, cluster="local", calibrate=True)
+    sources = {each.stage: each.rate.source for each in found.stages if each.stage in ("train", "embed")}
+    assert sources == {"train": "calibrated on this machine", "embed": "calibrated on this machine"}
+    for each in found.stages:
+        if each.stage in sources:
+            assert 1e6 < each.rate.value < 1e13, "FLOP per second of one core or GPU"
+    assert "calibrated on this machine" in plan_report.text(found)
+    assert {each.rate.source for each in plain.stages} == {"table"}
+
+
+def test_a_rate_is_work_over_the_time_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, lengths = [0.0], iter([9.0, *[0.5] * 20])
+
+    def work() -> None:
+        now_s[0] += next(lengths)
+
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    assert calibration._rounds_per_second(work) == pytest.approx(2.0)
