@@ -6,11 +6,14 @@ Flags, types, defaults and help come from the configs of stages, servers and pla
 import argparse
 import textwrap
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from readapt_ray import flags
-from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.stages import STAGES
+
+if TYPE_CHECKING:
+    from readapt_ray import flags
+    from readapt_ray.config import Config
 
 COMMANDS: dict[str, str] = {
     "quickstart": "run the main job on the docstrings of this machine's Python packages, and show the result",
@@ -26,10 +29,11 @@ COMMANDS: dict[str, str] = {
 }
 
 
-def parser_of(command: str) -> flags.Parser:
+def parser_of(command: str) -> "flags.Parser":
     """Return the parser of a command."""
     if command in _PARSERS:
         return _PARSERS[command]()
+    from readapt_ray import flags
     from readapt_ray.recipes import chain, compare_plan
     from readapt_ray.recipes.paper import options
     from readapt_ray.serving.options import ServeConfig
@@ -68,7 +72,9 @@ def completion(arguments: Sequence[str]) -> str:
     return str(shtab.complete(parser, shell=arguments[0]))
 
 
-def _run_parser(command: str) -> flags.Parser:
+def _run_parser(command: str) -> "flags.Parser":
+    from readapt_ray import flags
+
     parser = flags.Parser(
         command,
         COMMANDS[command],
@@ -100,7 +106,7 @@ def _run_parser(command: str) -> flags.Parser:
     return parser
 
 
-def _pipeline_parser() -> flags.Parser:
+def _pipeline_parser() -> "flags.Parser":
     parser = _run_parser("run")
     parser.add_argument(
         "--overwrite",
@@ -141,8 +147,8 @@ def _entry(text: str) -> list[str]:
     )
 
 
-def _plan_parser() -> flags.Parser:
-    from readapt_ray import planner
+def _plan_parser() -> "flags.Parser":
+    from readapt_ray import flags, planner
 
     parser = _run_parser("plan")
     flags.add_flags(parser, planner.PlanConfig)
@@ -150,7 +156,8 @@ def _plan_parser() -> flags.Parser:
     return parser
 
 
-def _doctor_parser() -> flags.Parser:
+def _doctor_parser() -> "flags.Parser":
+    from readapt_ray import flags
     from readapt_ray.cluster import doctor
 
     parser = flags.Parser("doctor", COMMANDS["doctor"])
@@ -161,7 +168,9 @@ def _doctor_parser() -> flags.Parser:
     return parser
 
 
-def _encoding_parser() -> flags.Parser:
+def _encoding_parser() -> "flags.Parser":
+    from readapt_ray import flags
+
     parser = flags.Parser("encoding", COMMANDS["encoding"])
     parser.add_argument("--model", required=True, help="A catalog name, a folder, a URI or a hub id. (required)")
     parser.add_argument(
@@ -170,7 +179,9 @@ def _encoding_parser() -> flags.Parser:
     return parser
 
 
-def _status_parser() -> flags.Parser:
+def _status_parser() -> "flags.Parser":
+    from readapt_ray import flags
+
     parser = flags.Parser("status", COMMANDS["status"])
     parser.add_argument(
         "--root", required=True, metavar="URI", help="Folder or URI that holds the artifacts. (required)"
@@ -186,7 +197,9 @@ def _status_parser() -> flags.Parser:
     return parser
 
 
-def _quickstart_parser() -> flags.Parser:
+def _quickstart_parser() -> "flags.Parser":
+    from readapt_ray import flags
+
     parser = flags.Parser("quickstart", COMMANDS["quickstart"])
     parser.add_argument(
         "--root",
@@ -197,7 +210,7 @@ def _quickstart_parser() -> flags.Parser:
     return parser
 
 
-_PARSERS: dict[str, Callable[[], flags.Parser]] = {
+_PARSERS: dict[str, Callable[[], "flags.Parser"]] = {
     "run": _pipeline_parser,
     "plan": _plan_parser,
     "doctor": _doctor_parser,
