@@ -77,9 +77,9 @@ class ProgressReporter:
         """The state as one line of text."""
         text = f"{self.label}: {self.done:,}"
         if self.total:
-            text += f" of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f}%)"
+            text += f" of {amount(self.total, self.unit)} ({100 * self.done / self.total:.0f}%)"
         else:
-            text += f" {self.unit}"
+            text = f"{self.label}: {amount(self.done, self.unit)}"
         return ", ".join([text, *self._pace(), *([self.note] if self.note else [])])
 
     def _pace(self) -> list[str]:
@@ -89,6 +89,13 @@ class ProgressReporter:
             return []
         pace = [f"{figure(rate)} {self.unit}/s"]
         return [*pace, f"ETA {duration((self.total - self.done) / rate)}"] if self.total else pace
+
+
+def amount(count: int, unit: str) -> str:
+    """A count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
+    if count == 1:
+        unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+    return f"{count:,} {unit}"
 
 
 def figure(rate: float) -> str:

@@ -9,7 +9,7 @@ from readapt_ray import artifacts, leases
 from readapt_ray.artifact_files import MANIFEST_NAME, record_of
 from readapt_ray.errors import InputError, ReadaptError, first_line
 from readapt_ray.evaluation.tables import aligned_table
-from readapt_ray.progress import duration, figure
+from readapt_ray.progress import amount, duration, figure
 from readapt_ray.recipes import standing, unlabelled
 from readapt_ray.recipes.chain import RunConfig, plan_run
 from readapt_ray.recipes.running import LOG_NAME, read_record
@@ -126,7 +126,7 @@ def _unfinished(location: Location, stage: str) -> dict[str, Any]:
     done, total, rate = progress["done"], progress["total"], progress["rate"]
     parts = [
         f"{done:,}"
-        + (f" of {total:,} {progress['unit']} ({100 * done / total:.0f}%)" if total else f" {progress['unit']}")
+        + (f" of {amount(total, progress['unit'])} ({100 * done / total:.0f}%)" if total else f" {progress['unit']}")
     ]
     if alive and rate > 0:
         parts.append(f"{figure(rate)} {progress['unit']}/s")

@@ -202,3 +202,15 @@ def test_log_lines_stand_whole_above_the_rows_on_a_real_terminal(tmp_path: Path)
     assert any(line.startswith("embed") and "50%" in line for line in lines)
     assert any(re.fullmatch(r"\d\d:\d\d:\d\d a line of the log", line) for line in lines)
     assert lines[-2].endswith("the last line") or lines[-1].endswith("the last line")
+
+
+def test_one_is_not_several() -> None:
+    assert [progress.amount(*each) for each in ((1, "passages"), (2, "queries"), (1, "queries"), (1, "MB"))] == [
+        "1 passage",
+        "2 queries",
+        "1 query",
+        "1 MB",
+    ]
+    reporter = ProgressReporter("embed")
+    reporter.update(1, 1, unit="passages")
+    assert reporter.line() == "embed: 1 of 1 passage (100%)"

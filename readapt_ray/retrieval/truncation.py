@@ -7,6 +7,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from readapt_ray.progress import amount
+
 logger = logging.getLogger("readapt_ray")
 
 _WARNED_SHARE = 0.05
@@ -40,7 +42,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     if not found["num_truncated"]:
         return f"no passage is longer than {found['max_tokens']:,} tokens"
     return (
-        f"{found['num_truncated']:,} of {found['num_texts']:,} passages truncated to {found['max_tokens']:,} tokens, "
+        f"{found['num_truncated']:,} of {amount(found['num_texts'], 'passages')} truncated to {found['max_tokens']:,} tokens, "
         f"{100 * found['lost_share']:.1f}% of the tokens lost"
     )
 
