@@ -23,7 +23,8 @@ class _ToFiles(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         for each in _files:
-            each.handle(record)
+            with contextlib.suppress(OSError):  # its folder is gone, as Ray's logs after the session
+                each.handle(record)
 
 
 class _Caught(logging.Filter):

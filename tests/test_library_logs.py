@@ -48,3 +48,10 @@ def test_a_librarys_own_files_stay_as_they_are(tmp_path: Path) -> None:
     library_logs.silence()
     assert own in logging.getLogger("ray.data").handlers
     own.close()
+
+
+def test_a_file_whose_folder_is_gone_disturbs_nobody(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    library_logs.silence()
+    with library_logs.written_to(tmp_path / "gone" / "log"):
+        logging.getLogger("ray.data").error("nobody reads this")
+    assert capfd.readouterr().err == ""
