@@ -16,7 +16,20 @@ import importlib
 from typing import Any
 
 _FROM_CONFIGS = (
-    *("ingest", "pack", "train", "finetune", "merge", "embed", "index", "search", "evaluate", "tune", "export"),
+    *(
+        "ingest",
+        "pack",
+        "train",
+        "finetune",
+        "merge",
+        "embed",
+        "index",
+        "search",
+        "evaluate",
+        "drift",
+        "tune",
+        "export",
+    ),
     *("compare", "paper", "serve"),
 )
 """Functions whose parameters are the options of a config."""
@@ -44,6 +57,7 @@ _HOMES: dict[str, str] = {
     "IndexConfig": "stages.index",
     "SearchConfig": "stages.search",
     "EvaluateConfig": "stages.evaluate",
+    "DriftConfig": "stages.drift",
     "TuneConfig": "stages.tune",
     "ExportConfig": "stages.export",
 }

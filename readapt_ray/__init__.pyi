@@ -25,6 +25,7 @@ from readapt_ray.recipes.chain import plan_run as plan_run
 from readapt_ray.recipes.compare_plan import CompareConfig as CompareConfig
 from readapt_ray.recipes.paper.options import PaperConfig as PaperConfig
 from readapt_ray.serving.options import ServeConfig as ServeConfig
+from readapt_ray.stages.drift import DriftConfig as DriftConfig
 from readapt_ray.stages.embed import EmbedConfig as EmbedConfig
 from readapt_ray.stages.evaluate import EvaluateConfig as EvaluateConfig
 from readapt_ray.stages.export import ExportConfig as ExportConfig
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "Artifact",
     "CompareConfig",
+    "DriftConfig",
     "EmbedConfig",
     "Encoder",
     "Encoding",
@@ -66,6 +68,7 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "compare",
+    "drift",
     "embed",
     "evaluate",
     "export",
@@ -141,6 +144,41 @@ def compare(
     """
 @overload
 def compare(config: CompareConfig, /) -> Results: ...
+
+@overload
+def drift(
+    *,
+    output: str | Path,
+    adapter: str | Path,
+    vectors: Sequence[str | Path],
+    overwrite: bool = False,
+    num_passages: int = 2000,
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
+) -> Artifact:
+    """Measure without queries what an adaptation changed: loss, vectors, neighbours.
+
+    Give the options by name, or all of them as one DriftConfig.
+
+    Options:
+        output: Folder or URI to write the artifact to. (required)
+        overwrite: Replace an artifact in the output that was made or begun with other options. Without this
+            such an output is refused. (default: no)
+        adapter: Output of `readapt train`. It names the pretrained model and the blocks that it was trained on.
+            (required)
+        vectors: Vectors of the retriever before and after adaptation, separated by a comma: two outputs of
+            `readapt embed` for the same corpus. (required)
+        num_passages: Maximum number of passages whose vectors are compared. (default: 2000)
+        dtype: Data type that the language model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+            AVX512_BF16, else float32. (default: auto)
+
+    Returns:
+        The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def drift(config: DriftConfig, /) -> Artifact: ...
 
 @overload
 def embed(
@@ -604,6 +642,7 @@ def pack(
     mode: Literal['passage', 'packed'] = 'passage',
     block_tokens: int = 1024,
     exclude: str | Path | None = None,
+    withhold: int = 0,
     only: str | Path | None = None,
 ) -> Artifact:
     """Tokenise passages and pack them into blocks (train does it when needed).
@@ -621,6 +660,8 @@ def pack(
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
             or JSONL file with a column doc_id, or qrels.
+        withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
+            measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
         pretrained: Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
@@ -911,6 +952,7 @@ def train(
     mode: Literal['passage', 'packed'] = 'passage',
     block_tokens: int = 1024,
     exclude: str | Path | None = None,
+    withhold: int = 0,
     only: str | Path | None = None,
     objective: Literal['causal_lm', 'masked_lm'] | None = None,
     batch_size: int | Literal['auto'] = 4,
@@ -971,6 +1013,8 @@ def train(
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
             or JSONL file with a column doc_id, or qrels.
+        withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
+            measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
         pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are

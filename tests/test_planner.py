@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -17,13 +18,14 @@ from readapt_ray.catalog import shapes
 from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
 from readapt_ray.errors import InputError
-from readapt_ray.planner import machines, plan_report, rates, scaling, worker_memory
+from readapt_ray.planner import calibration, machines, plan_report, rates, scaling, worker_memory
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.cost import stage_usd
 from readapt_ray.planner.machines import read_cluster
 from readapt_ray.planner.prices import PRICES_FILE, read_prices
 from readapt_ray.planner.stages import StageEstimate
 from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.stages.train import TrainConfig
 from readapt_ray.training import dora, memory
 from readapt_ray.training.dora import AdapterShape
@@ -675,3 +677,97 @@ def test_a_stage_pays_for_as_many_gpu_nodes_as_it_has_workers(run_file: Path) ->
 )
 def test_numbers_have_the_units_that_people_use_and_bytes_those_of_bytes(value, as_count, as_bytes):
     assert (plan_report.count(value), plan_report.size(value)) == (as_count, as_bytes)
+
+
+def test_the_week_of_training_is_the_same_seen_from_a_small_corpus_and_from_a_large_one(run_file: Path) -> None:
+    def week(**options: Any) -> float:
+        return next(limit.at for limit in make_plan(run_file, **options).passage_limits if "over a week" in limit.what)
+
+    assert week(num_passages=300) == pytest.approx(week(num_passages=10_000_000), rel=0.01)
+    at = int(week(num_passages=300))
+    assert stage(make_plan(run_file, num_passages=at), "train").seconds == pytest.approx(7 * 86_400, rel=0.01)
+
+
+def test_only_queries_that_are_judged_in_the_split_count(tmp_path: Path, run_file: Path) -> None:
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl").write_text("".join(f'{{"_id": "d{n}", "text": "text {n}"}}\n' for n in range(30)))
+    (beir / "queries.jsonl").write_text("".join(f'{{"_id": "q{n}", "text": "query {n}"}}\n' for n in range(20)))
+    for split, numbers in (("train", range(17)), ("test", (17, 18))):
+        rows = "".join(f"q{n}\td{n}\t1\n" for n in numbers)
+        (beir / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{rows}")
+    own = {"source": str(beir), "root": str(tmp_path / "none")}
+    assert make_plan(run_file, own).setting.corpus.num_queries == 2
+    assert make_plan(run_file, {**own, "split": "train"}).setting.corpus.num_queries == 17
+    corpus = ingest(IngestConfig(source=str(beir), output=str(tmp_path / "root" / "corpus")))
+    assert corpus.manifest.counts["num_queries"] == 20
+    known = make_plan(run_file, {"source": str(beir), "root": str(tmp_path / "root")}).setting.corpus
+    assert (known.num_queries, known.num_passages) == (2, 30)
+    given = {name: str(tmp_path / f"{name}.tsv") for name in ("queries", "qrels")}
+    Path(given["queries"]).write_text("a\tone\nb\ttwo\nc\tthree\n")
+    Path(given["qrels"]).write_text("a\t0\td1\t1\nc\t0\td2\t1\nc\t0\td3\t0\n")
+    assert make_plan(run_file, {**own, **given}).setting.corpus.num_queries == 2
+
+
+def test_every_file_in_clusters_is_a_cluster_or_says_what_to_give() -> None:
+    prices = read_prices(None)
+    folder = Path(__file__).parent.parent / "clusters"
+    slurm = read_cluster(str(folder / "slurm.sh"), prices)
+    assert (slurm.num_nodes, slurm.num_gpus, slurm.num_cpus) == (2, 8, 64)
+    assert slurm.gpu_groups[0].gpu == "H100"
+    for name in ("aws.yaml", "gcp.yaml", "kuberay/raycluster.yaml", "kuberay/rayjob.yaml", "kuberay/rayservice.yaml"):
+        assert read_cluster(str(folder / name), prices).num_nodes
+    with pytest.raises(
+        InputError, match=r"kuberay' is a folder; give one of its files: .*raycluster\.yaml, rayjob\.yaml"
+    ):
+        read_cluster(str(folder / "kuberay"), prices)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (
+            "--nodes=4\n#SBATCH --gres=gpu:h100:8\n#SBATCH --mem=500G\n#SBATCH --cpus-per-task 16",
+            (4, 8, "H100", 16, 500.0),
+        ),
+        ("--nodes=1-3\n#SBATCH --cpus-per-task=8\n#SBATCH --mem=64000", (3, 0, "", 8, 64.0)),
+        ("--gpus-per-node=2\n#READAPT gpu=L4 memory_gb=100 usd_per_hour=1.5", (1, 2, "L4", 1, 100.0)),
+    ],
+)
+def test_options_of_slurm_are_read(tmp_path: Path, lines: str, expected: tuple[Any, ...]) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text(f"#!/bin/bash\n#SBATCH {lines}\nsrun true\n")
+    (group,) = read_cluster(str(script), read_prices(None)).groups
+    found = (group.count, group.gpus, group.gpu, group.cpus, group.memory_bytes / 1e9)
+    assert found == expected
+
+
+def test_a_slurm_script_that_does_not_say_enough_is_told_what_to_add(tmp_path: Path) -> None:
+    script = tmp_path / "job.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --gpus-per-node=2\n#SBATCH --mem=0\n")
+    with pytest.raises(
+        InputError, match=r"does not say the gpu and memory_gb of its nodes; add a line such as #READAPT gpu="
+    ):
+        read_cluster(str(script), read_prices(None))
+
+
+def test_a_calibration_on_this_machine_prices_the_run(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_SECONDS", 0.2)
+    plain, found = make_plan(run_file, cluster="local"), make_plan(run_file, cluster="local", calibrate=True)
+    sources = {each.stage: each.rate.source for each in found.stages if each.stage in ("train", "embed")}
+    assert sources == {"train": "calibrated on this machine", "embed": "calibrated on this machine"}
+    for each in found.stages:
+        if each.stage in sources:
+            assert 1e6 < each.rate.value < 1e13, "FLOP per second of one core or GPU"
+    assert "calibrated on this machine" in plan_report.text(found)
+    assert {each.rate.source for each in plain.stages} == {"table"}
+
+
+def test_a_rate_is_work_over_the_time_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, lengths = [0.0], iter([9.0, *[0.5] * 20])
+
+    def work() -> None:
+        now_s[0] += next(lengths)
+
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    assert calibration._rounds_per_second(work) == pytest.approx(2.0)

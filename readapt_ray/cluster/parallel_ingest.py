@@ -23,7 +23,7 @@ from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.exchange import ROW_BITS
 from readapt_ray.sources.piece_files import NUM_NAMED, PieceJob
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.source import BadRow
+from readapt_ray.sources.source import BadRow, in_words
 
 logger = logging.getLogger("readapt_ray")
 
@@ -132,7 +132,7 @@ class ParallelIngest:
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
             raise CorpusError(
-                f"no passages are left: every row is bad ({bad_rows['by_reason']}); the log names the first of them"
+                f"no passages are left: every row is bad ({in_words(bad_rows['by_reason'])}); the log names the first of them"
             )
         labels = {"qrels_moved_to_kept_duplicates": 0} if any(found["count"] for found in contents) else {}
         num_bytes = sum(piece["num_bytes"] for piece in pieces) - sum(found["num_bytes"] for found in lost)

@@ -119,7 +119,8 @@ class ShardEncoder:
                     f"passage {doc_id!r} changed while the corpus was embedded; run `readapt embed` again"
                 )
         encoder = self._loaded()
-        ids = encoder.tokenize(texts, "passage", [title or "" for title in titles])
+        ids, losses = encoder.tokenize_with_losses(texts, "passage", [title or "" for title in titles])
+        metadata |= {"num_truncated": sum(map(bool, losses)), "num_lost": sum(losses)}
         for doc_id, row in zip(doc_ids, ids, strict=True):
             if not row:
                 raise CorpusError(f"passage {doc_id!r} gives no token, so it has no vector; leave it out of the corpus")

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from readapt_ray.stages.train import TrainConfig
 
 RUN_NAME = "run.json"
-BASE, ADAPTED = "retriever", "adapted"
-RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate")
-"""The stages of a run, in order."""
+BASE, ADAPTED, DRIFT = "retriever", "adapted", "drift"
+RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate", "drift")
+"""The stages of a run, in order. `drift` is for a corpus without queries, instead of the two before it."""
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:

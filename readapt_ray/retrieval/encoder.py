@@ -161,6 +161,12 @@ class Encoder:
         """The token ids that `encode` would feed to the model, specials included."""
         return self._tokenizer.ids(texts, kind, titles)
 
+    def tokenize_with_losses(
+        self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
+    ) -> tuple[list[list[int]], list[int]]:
+        """As `tokenize`, and how many tokens truncation took from each text."""
+        return self._tokenizer.ids_and_losses(texts, kind, titles)
+
     def encode_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
         """The vectors of token ids as `tokenize` gives them: float32 [N, D].
 

@@ -126,7 +126,13 @@ class TextTokenizer:
         return [fill_passage(self.encoding, title or "", text) for title, text in paired]
 
     def ids(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Token ids of each text, specials included.
+        """Return the token ids of each text; see `ids_and_losses`."""
+        return self.ids_and_losses(texts, kind, titles)[0]
+
+    def ids_and_losses(
+        self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the token ids of each text, specials included, and how many tokens truncation took from each.
 
         What is longer than the encoding allows is cut before the EOS. A text of no tokens gives
         only the specials, and no id at all where there are none.
@@ -137,11 +143,12 @@ class TextTokenizer:
         room = self._room(kind)
         head = [] if self._bos is None else [self._bos]
         tail = [] if self._eos is None else [self._eos]
-        rows = [[*head, *ids[:room], *tail] for ids in self._plain_ids(self.texts(texts, kind, titles))]
+        whole = self._plain_ids(self.texts(texts, kind, titles))
+        rows = [[*head, *ids[:room], *tail] for ids in whole]
         for ids in rows:
             if (head and ids[0] != self._bos) or (tail and ids[-1] != self._eos):
                 raise ModelError(f"ids {ids[:2]}...{ids[-2:]} do not begin and end with {self._bos} and {self._eos}")
-        return rows
+        return rows, [max(0, len(ids) - room) for ids in whole]
 
     def _plain_ids(self, filled: list[str]) -> list[list[int]]:
         try:

@@ -5,7 +5,7 @@ at all it yields as a `BadRow`. Cleaning, the bad-row policy and duplicates are 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
@@ -72,6 +72,11 @@ REASONS: Final[dict[str, str]] = {
     "not_python": "it does not parse as Python",
 }
 """Every reason for which a row is bad, in words."""
+
+
+def in_words(by_reason: Mapping[str, int]) -> str:
+    """Return how many rows are bad for which reason: "it has no id: 2"."""
+    return "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in by_reason.items())
 
 
 @dataclass

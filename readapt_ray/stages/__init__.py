@@ -25,5 +25,6 @@ STAGES: dict[str, Stage] = {
     ),
     "search": Stage("SearchConfig", "search for queries and write the best passages as a TREC run"),
     "evaluate": Stage("EvaluateConfig", "measure runs against judgements, test the difference, write a report"),
+    "drift": Stage("DriftConfig", "measure without queries what an adaptation changed: loss, vectors, neighbours"),
     "tune": Stage("TuneConfig", "find the best scales for merge on withheld queries"),
 }

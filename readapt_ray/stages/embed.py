@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
@@ -25,6 +26,7 @@ from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
+from readapt_ray.retrieval import truncation
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import (
@@ -265,7 +267,7 @@ def _encode(job: EmbedJob, rows_per_shard: int, config: EmbedConfig, workspace: 
         "encoder": {**job.encoder, "dimension": footers[0].dimension},
         "vector_dtype": job.vector_dtype,
         "is_split": "split" in open_artifact(config.corpus, "ingest").manifest.details,
-        "work": _tell_work(footers),
+        **_tell_work(footers, job),
         "left_out": _tell_left_out(footers, config.max_left_out),
     }
     if earlier is not None:
@@ -277,8 +279,8 @@ def summed(footers: list[Footer], name: str) -> float:
     return sum(float(footer.metadata.get(name, 0)) for footer in footers)
 
 
-def _tell_work(footers: list[Footer]) -> dict[str, float]:
-    """How the encoders spent their time, all runs that made these files together."""
+def _tell_work(footers: list[Footer], job: EmbedJob) -> dict[str, Any]:
+    """Return how the encoders spent their time and what truncation took, all runs that made these files together."""
     busy_s, waited_s = summed(footers, "encode_s"), summed(footers, "wait_s")
     tokens, positions = summed(footers, "num_tokens"), summed(footers, "num_positions")
     work = {
@@ -287,15 +289,27 @@ def _tell_work(footers: list[Footer]) -> dict[str, float]:
         "num_encoded_again": int(summed(footers, "num_again")),
         "encoder_seconds": round(busy_s, 3),
         "waiting_share": round(waited_s / max(busy_s + waited_s, 1e-9), 4),
-        "padding_share": round(1 - tokens / max(positions, 1), 4),
+        "padding_share": round(1 - tokens / positions, 4) if positions else 0.0,
     }
-    logger.info(
-        "embed: %s texts encoded; the encoders waited %.1f%% of their time for input, %.1f%% of what they computed was padding",
-        f"{work['num_encoded']:,}",
-        100 * work["waiting_share"],
-        100 * work["padding_share"],
+    lost = truncation.truncation(
+        num_texts=int(work["num_encoded"]),
+        num_truncated=int(summed(footers, "num_truncated")),
+        num_tokens=int(tokens),
+        num_lost=int(summed(footers, "num_lost")),
+        max_tokens=job.encoding.max_passage_tokens,
     )
-    return work
+    if not positions:
+        logger.info("embed: nothing was left to encode; %s vectors copied", f"{work['num_copied']:,}")
+    else:
+        logger.info(
+            "embed: encoded %s; input wait %.1f%%, padding %.1f%%; %s",
+            artifacts.counted({"num_texts": int(work["num_encoded"])}),
+            100 * work["waiting_share"],
+            100 * work["padding_share"],
+            truncation.sentence(lost),
+        )
+    truncation.warn_of_loss("embed", lost, "raise max_passage_tokens of the encoding, or ingest shorter passages")
+    return {"work": work, "truncation": lost}
 
 
 def _tell_left_out(footers: list[Footer], max_left_out: int) -> list[str]:

@@ -141,6 +141,10 @@ def _run_identity(uri: str) -> list[Any]:
 
 def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
     judgements = measuring.group_judgements(read_qrels(config.qrels))
+    if all(relevance <= 0 for judged in judgements.values() for relevance in judged.values()):
+        logger.warning(
+            "no judgement of %r is above 0, so every measure is zero; check the column of relevance", config.qrels
+        )
     texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
     corpus = PassageFiles.open(config.corpus) if config.corpus else None
     runs, measurements = {}, {}

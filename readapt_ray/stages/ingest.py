@@ -35,7 +35,7 @@ from readapt_ray.sources.piece_files import PieceJob
 from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
-from readapt_ray.sources.source import BadRow, Source
+from readapt_ray.sources.source import BadRow, Source, in_words
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
 from readapt_ray.storage import Location
@@ -280,7 +280,7 @@ class _Ingestion:
         self._writer.close()
         if not self._writer.num_rows:
             raise CorpusError(
-                f"no passages are left of {self._config.source!r}: every row is bad ({self._bad_rows.summary()['by_reason']}); "
+                f"no passages are left of {self._config.source!r}: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); "
                 f"the log names the first of them"
             )
         if self._checks.num_changed_ids:

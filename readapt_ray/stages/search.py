@@ -104,6 +104,11 @@ class _Source:
         return bool(self.artifact.manifest.details.get("is_split"))
 
     @property
+    def truncation(self) -> dict[str, Any]:
+        """What truncation took from the passages, if their vectors say."""
+        return {name: value for name, value in self.artifact.manifest.details.items() if name == "truncation"}
+
+    @property
     def num_vectors(self) -> int:
         return int(self.artifact.manifest.counts["num_vectors"])
 
@@ -146,7 +151,7 @@ def search(config: SearchConfig) -> Artifact:
     def work(workspace: Workspace) -> None:
         num_results = _run(config, model, source, encoding, queries, workspace=workspace)
         workspace.counts |= {"num_queries": len(queries), "num_results": num_results}
-        workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors}
+        workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors, **source.truncation}
 
     return produce(
         "search",

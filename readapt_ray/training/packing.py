@@ -110,8 +110,8 @@ def end_id(tokenizer: Any) -> int | None:
     return None if found is None else int(found)
 
 
-def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-    """Return the token ids of whole passages.
+def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Return the token ids of whole passages, and how many tokens truncation took from each.
 
     A decoder's: BOS where the tokenizer has one, the text, EOS where it was not cut. An encoder's (its
     tokenizer has a mask token): CLS, the text, SEP always.
@@ -122,14 +122,15 @@ def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> lis
         max_tokens: longest passage, specials included.
     """
     if not texts:
-        return []
+        return [], []
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     last = end_id(tokenizer)
     start, end = ([] if each is None else [each] for each in (first, last))
-    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens, verbose=False)
+    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    losses = [max(0, len(start) + len(ids) + len(end) - max_tokens) for ids in encoded]
     if tokenizer.mask_token_id is not None:
-        return [start + ids[: max_tokens - len(start) - len(end)] + end for ids in encoded["input_ids"]]
-    return [(start + ids + end)[:max_tokens] for ids in encoded["input_ids"]]
+        return [start + ids[: max_tokens - len(start) - len(end)] + end for ids in encoded], losses
+    return [(start + ids + end)[:max_tokens] for ids in encoded], losses
 
 
 def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens: int) -> Iterator[Block]:

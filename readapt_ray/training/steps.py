@@ -82,8 +82,30 @@ class StepReport:
     """Of worker 0: allocated on its GPU, or resident in its process."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """How far worker 0 is inside a step."""
+
+    step: int
+    """Steps done before this one."""
+    num_steps: int
+    done: int
+    """Micro-batches of this step that are done."""
+    num_parts: int
+    """Micro-batches of this step."""
+    part_s: float
+    """Seconds per micro-batch, without the first, which takes longer."""
+    num_tokens: int
+    """Tokens of text in the whole step over all workers."""
+    peak_memory_bytes: int
+    """Of worker 0, so far."""
+
+
 class Reporter(Protocol):
     """Receive the reports of worker 0."""
+
+    def part(self, report: PartReport) -> None:
+        """Take a report from inside a step, soon."""
 
     def __call__(self, report: StepReport) -> None:
         """Take one, soon."""
@@ -125,7 +147,8 @@ def run_steps(
             rate = linear_schedule(step, num_steps=data_order.num_steps, warmup_steps=warmup_steps)
             work = objective.work(engine, batch, step)
             try:
-                outcome = engine.step(work.parts, loss_of=work.loss_of, rate=rate, step=step)
+                loss_of = _watched(work, engine, reporter, step=step, num_steps=data_order.num_steps)
+                outcome = engine.step(work.parts, loss_of=loss_of, rate=rate, step=step)
             except TrainingDivergedError as error:
                 raise _named(error, step + 1, work, doc_ids_of) from None
             seconds = time.monotonic() - started_s + waited_s
@@ -150,6 +173,33 @@ def run_steps(
     finally:
         writer.wait()
     torch.distributed.barrier()
+
+
+def _watched(
+    work: StepWork[T], engine: DeepSpeedEngine, reporter: Reporter, *, step: int, num_steps: int
+) -> Callable[[T], Tensor]:
+    """Return the loss function of a step that reports, from worker 0, before each micro-batch after the second."""
+    if engine.worker_rank != 0:
+        return work.loss_of
+    starts_s: list[float] = []
+
+    def loss_of(part: T) -> Tensor:
+        starts_s.append(time.monotonic())
+        if len(starts_s) > 2:
+            reporter.part(
+                PartReport(
+                    step=step,
+                    num_steps=num_steps,
+                    done=len(starts_s) - 1,
+                    num_parts=len(work.parts),
+                    part_s=(starts_s[-1] - starts_s[1]) / (len(starts_s) - 2),
+                    num_tokens=work.num_tokens,
+                    peak_memory_bytes=peak_memory_bytes(engine.device),
+                )
+            )
+        return work.loss_of(part)
+
+    return loss_of
 
 
 class CheckpointClock:

@@ -324,10 +324,15 @@ def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny
         "index/retriever",
         "vectors/adapted",
         "index/adapted",
+        "drift",
     ]
     states = {row["artifact"]: row["state"] for row in root_status.rows(Location(str(tmp_path / "root")))}
-    assert states["report"] == "missing"
-    assert states["adapted"] == "done"
+    assert set(states.values()) == {"done"}
+    assert "report" not in states
+    found = made["drift"].manifest.details
+    assert found["loss"]["num_passages"] == made["corpus"].manifest.counts["num_passages"] // 20
+    assert 0 < found["vectors"]["mean_cosine"] < 1
+    assert 0 < found["vectors"]["neighbours_kept"] <= 1
 
 
 def test_tune_scores_the_retriever_as_the_run_does_and_reports_on_the_other_half(
