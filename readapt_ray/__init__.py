@@ -17,7 +17,7 @@ from typing import Any
 
 _FROM_CONFIGS = (
     *("ingest", "pack", "train", "finetune", "merge", "embed", "index", "search", "evaluate", "tune", "export"),
-    *("compare", "paper", "serve"),
+    *("compare", "paper", "serve", "refresh", "find", "clean"),
 )
 """Functions whose parameters are the options of a config."""
 _HOMES: dict[str, str] = {
@@ -35,6 +35,7 @@ _HOMES: dict[str, str] = {
     "PaperConfig": "recipes.paper.options",
     "readapted_weight": "weights.reference",
     "ServeConfig": "serving.options",
+    **dict.fromkeys(("RefreshConfig", "FindConfig", "CleanConfig"), "recipes.refreshing.options"),
     "IngestConfig": "stages.ingest",
     "PackConfig": "stages.pack",
     "TrainConfig": "stages.train",

@@ -40,6 +40,9 @@ _COMMANDS: dict[str, str] = {
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
+    "refresh": "bring vectors, index and export to what a source holds now, reading and encoding what changed",
+    "find": "show where a passage stands under a root",
+    "clean": "remove earlier generations of a root, and what is left of deleted passages",
     "encoding": "show how a model turns text into vectors (pooling, prompts, special tokens), or write it into its folder",
     "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
@@ -309,6 +312,32 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.parse("serve", _COMMANDS["serve"], ServeConfig, arguments))
 
 
+def _refresh(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
+    from readapt_ray.recipes.refreshing.options import RefreshConfig
+    from readapt_ray.recipes.refreshing.refresh import refresh
+
+    config = flags.parse("refresh", _COMMANDS["refresh"], RefreshConfig, arguments)
+    print(f"generation {refresh(config).number} of {config.root}")
+
+
+def _find(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
+    from readapt_ray.recipes.refreshing import find
+    from readapt_ray.recipes.refreshing.options import FindConfig
+
+    config = flags.parse("find", _COMMANDS["find"], FindConfig, arguments)
+    print(find.as_text(find.find(config), config.doc_id, config.root))
+
+
+def _clean(arguments: Sequence[str]) -> None:
+    from readapt_ray import flags
+    from readapt_ray.recipes.refreshing.clean import clean
+    from readapt_ray.recipes.refreshing.options import CleanConfig
+
+    print(clean(flags.parse("clean", _COMMANDS["clean"], CleanConfig, arguments)).text())
+
+
 def _encoding(arguments: Sequence[str]) -> None:
     from readapt_ray import flags
     from readapt_ray.catalog.contracts import show_contract
@@ -338,7 +367,13 @@ def _status(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--prices", metavar="FILE.yaml", help="YAML file of machines and prices. If omitted, the table of this package."
     )
+    parser.add_argument("--history", action="store_true", help="Show each refresh instead: counts, time and advice.")
     options = parser.parsed(arguments)
+    if options.history:
+        from readapt_ray.recipes.refreshing import history
+
+        print(history.as_text(Location(options.root)))
+        return
     usd_per_hour = None
     if options.cluster:
         from readapt_ray.planner.machines import read_cluster
@@ -367,13 +402,16 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "paper": _paper,
     "serve": _serve,
+    "refresh": _refresh,
+    "find": _find,
+    "clean": _clean,
     "status": _status,
     "quickstart": _quickstart,
     "plan": _plan,
     "doctor": _doctor,
     "encoding": _encoding,
 }
-_WITHOUT_STATE = ("serve", "plan", "status", "doctor", "encoding")
+_WITHOUT_STATE = ("serve", "find", "plan", "status", "doctor", "encoding")
 
 
 if __name__ == "__main__":
