@@ -5,6 +5,7 @@ Flags, types, defaults and help come from the stages' configs. Exit code 0 on su
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import sys
@@ -312,30 +313,10 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.parse("serve", _COMMANDS["serve"], ServeConfig, arguments))
 
 
-def _refresh(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags
-    from readapt_ray.recipes.refreshing.options import RefreshConfig
-    from readapt_ray.recipes.refreshing.refresh import refresh
+def _keep_up(command: str, arguments: Sequence[str]) -> None:
+    from readapt_ray.recipes.refreshing import commands
 
-    config = flags.parse("refresh", _COMMANDS["refresh"], RefreshConfig, arguments)
-    print(f"generation {refresh(config).number} of {config.root}")
-
-
-def _find(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags
-    from readapt_ray.recipes.refreshing import find
-    from readapt_ray.recipes.refreshing.options import FindConfig
-
-    config = flags.parse("find", _COMMANDS["find"], FindConfig, arguments)
-    print(find.as_text(find.find(config), config.doc_id, config.root))
-
-
-def _clean(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags
-    from readapt_ray.recipes.refreshing.clean import clean
-    from readapt_ray.recipes.refreshing.options import CleanConfig
-
-    print(clean(flags.parse("clean", _COMMANDS["clean"], CleanConfig, arguments)).text())
+    print(commands.output_of(command, _COMMANDS[command], arguments))
 
 
 def _encoding(arguments: Sequence[str]) -> None:
@@ -402,9 +383,7 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "paper": _paper,
     "serve": _serve,
-    "refresh": _refresh,
-    "find": _find,
-    "clean": _clean,
+    **{name: functools.partial(_keep_up, name) for name in ("refresh", "find", "clean")},
     "status": _status,
     "quickstart": _quickstart,
     "plan": _plan,

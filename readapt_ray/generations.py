@@ -8,6 +8,7 @@ state of the corpus: the old one or the new one. An entry is some 2 KB.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +121,8 @@ def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str,
         if number is not None:
             raise InputError(f"as_of = {number!r} needs a root; give the root of `readapt refresh`, too")
         return dict(values)
+    if not isinstance(given["root"], str | os.PathLike) or not re.fullmatch(r"None|[1-9]\d*", str(number)):
+        return dict(values)  # refused by the type of the option
     root = Location(os.fspath(given["root"]))
     generation = as_of(root, None if number is None else int(number))
     folders = {"retriever": generation.settings["retriever"]}

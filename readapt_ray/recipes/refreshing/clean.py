@@ -15,6 +15,7 @@ from readapt_ray.artifact_files import LEASE_NAME, record_of
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.generations import CORPUS, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
+from readapt_ray.progress import ProgressReporter
 from readapt_ray.recipes.chain import make
 from readapt_ray.recipes.refreshing.lock import locked
 from readapt_ray.recipes.refreshing.options import RULES, CleanConfig
@@ -78,7 +79,8 @@ def clean(config: CleanConfig) -> Freed:
         marked = [replace(each, freed=not needed.issuperset(each.artifacts.values())) for each in there]
         lock.confirm()
         generations.write(root, marked)
-        for trace, _ in useless:
+        # What was made from a corpus is known by the corpus's manifest, so that goes last.
+        for trace, _ in sorted(useless, key=lambda pair: pair[0].stage == STAGE_OF[CORPUS]):
             remove_artifact(trace.location)
         for name in (root / FOLDER_NAME).children()[1]:
             (root / FOLDER_NAME / name).remove_if_empty()
@@ -86,11 +88,23 @@ def clean(config: CleanConfig) -> Freed:
 
 
 def remove_artifact(location: Location) -> None:
-    """Remove an artifact, complete or not: the files that its record lists, and the record."""
+    """Remove an artifact, complete or not: the files that its record lists.
+
+    A lease that lists them lies there until all are gone, so a removal that was killed can go on.
+    """
+    lease = record_of(location, LEASE_NAME)
+    before = leases.wait_until_dead(lease, location)
     manifest = artifacts.read_manifest(location)
-    record = dataclasses.asdict(manifest) if manifest else artifacts.read_lease(location)
-    outputs.clear(location, outputs.listed_files(record))
-    record_of(location, LEASE_NAME).delete()
+    record = dataclasses.asdict(manifest) if manifest else before
+    if record is None:
+        return
+    listed = outputs.listed_files(record)
+    says = {"stage": record["stage"], "fingerprint": outputs.LEFTOVERS, "files": listed, "seconds_before": 0.0}
+    with leases.Lease(
+        lease, location, ProgressReporter("clean"), before=before, says={**says, "config": {}, "inputs": {}}
+    ):
+        outputs.clear(location, listed)
+    lease.delete()
     location.remove_if_empty()
 
 

@@ -345,7 +345,7 @@ def test_a_list_of_generations_that_cannot_be_read_is_left_alone(root: Root, con
     file = Path(root.uri) / "refresh.json"
     file.parent.mkdir()
     file.write_text(content)
-    with pytest.raises(CorruptFileError, match="is not a list of generations .*; restore it from a backup"):
+    with pytest.raises(CorruptFileError, match=r"is not a list of generations .*; restore it from a backup"):
         refreshing.refresh(refreshing.RefreshConfig(root=root.uri, source=str(root.source), retriever="m"))
     assert file.read_text() == content
 

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from tests.recipes.refreshing import root as roots
 from tests.recipes.refreshing.root import Root
 
 NUM_PASSAGES = 240
+EMBED: dict[str, Any] = {"batch_tokens": 1, "num_workers": 1, "dtype": "float32"}
+"""A text per batch: the vector of a text differs in its last bits with the texts that it shares a batch with."""
 
 
 def week(passages: Sequence[Passage]) -> Iterator[tuple[str, list[Passage]]]:
@@ -55,7 +58,7 @@ def test_each_refresh_of_a_week_equals_a_fresh_run(tmp_path: Path) -> None:
     queries = encoder.encode(["a file is read", "the lock of a thread", "an edge of the graph"], "query")
     passages = factories.small_corpus(NUM_PASSAGES)
     root.holds(passages)
-    first = root.refresh(embed={"batch_tokens": 1, "num_workers": 1}, to=f"files:{root.uri}/collection")
+    first = root.refresh(embed=EMBED, to=f"files:{root.uri}/collection")
     vectors = {each.doc_id: root.vectors(first)[each.doc_id] for each in passages}
     seen = dict.fromkeys(passages)
     for name, now in week(passages):
@@ -92,8 +95,7 @@ def _best(vectors: dict[str, bytes], queries: np.ndarray) -> list[list[str]]:
 
 def _compare_with_fresh_stages(root: Root, made: Generation, folder: Path) -> None:
     corpus = ingest(IngestConfig(source=str(root.source), output=str(folder / "corpus")))
-    options = {"batch_tokens": 1, "num_workers": 1}
-    fresh = embed(EmbedConfig(retriever=str(root.model), corpus=corpus.uri, output=str(folder / "vectors"), **options))
+    fresh = embed(EmbedConfig(retriever=str(root.model), corpus=corpus.uri, output=str(folder / "vectors"), **EMBED))
     there = artifacts.open_artifact(made.folder(root.location, "vectors"), "embed")
     assert there.fingerprint == fresh.fingerprint
     assert root.table(made, "vectors", "vectors").equals(_table(fresh))
