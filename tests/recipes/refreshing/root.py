@@ -27,9 +27,9 @@ _DIMENSION = 16
 class Root:
     """A source file, a model, and the root of refreshes."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
+    def __init__(self, folder: Path, model: Path, uri: str | None = None) -> None:
         self.folder, self.model = folder, model
-        self.uri = str(folder / "root")
+        self.uri = uri or str(folder / "root")
         self.source = folder / "corpus.jsonl"
         self.location = Location(self.uri)
 
@@ -50,7 +50,7 @@ class Root:
     def table(self, generation: Generation, name: str, folder: str) -> pa.Table:
         """The rows of the Parquet files of an artifact of a generation."""
         files = (Location(generation.folder(self.location, name)) / folder).files(".parquet")
-        return pa.concat_tables(pq.read_table(each.path) for each in files)
+        return pa.concat_tables(map(read_table, files))
 
     def passages(self, generation: Generation) -> dict[str, tuple[str, str]]:
         """Title and text by doc_id."""
@@ -65,14 +65,18 @@ class Root:
     def files_with(self, needles: dict[str, bytes]) -> list[str]:
         """Search every byte of every file under the root; Parquet columns are decompressed, too."""
         found = []
-        for file in Path(self.uri).rglob("*"):
-            if not file.is_file():
-                continue
-            content = file.read_bytes() + str(file).encode()
-            if file.suffix == ".parquet":
-                content += b"".join(map(_plain_bytes, pq.read_table(file).itercolumns()))
+        for file in (self.location / name for name in self.location.entries()[0]):
+            content = file.read_bytes() + file.uri.encode()
+            if file.name.endswith(".parquet"):
+                content += b"".join(map(_plain_bytes, read_table(file).itercolumns()))
             found += [f"{name} in {file}" for name, needle in needles.items() if needle in content]
         return found
+
+
+def read_table(file: Location) -> pa.Table:
+    """The rows of a Parquet file."""
+    with file.open_input() as stream:
+        return pq.read_table(stream)
 
 
 def _plain_bytes(column: pa.ChunkedArray) -> bytes:
@@ -108,9 +112,7 @@ def _embed(config: Any) -> Artifact:
 
     def work(workspace: Workspace) -> None:
         files = (corpus.location / "passages").files(".parquet")
-        rows = sorted(
-            (row["doc_id"], row["content_hash"]) for each in files for row in pq.read_table(each.path).to_pylist()
-        )
+        rows = sorted((row["doc_id"], row["content_hash"]) for each in files for row in read_table(each).to_pylist())
         schema = vector_schema(_DIMENSION, "float32").with_metadata({b"readapt": json.dumps({"encoder": encoder})})
         columns = {
             "doc_id": [doc_id for doc_id, _ in rows],
@@ -131,7 +133,7 @@ def _index(config: Any) -> Artifact:
     previous = artifacts.open_artifact(config.previous, "index") if config.previous else None
 
     def work(workspace: Workspace) -> None:
-        ids = pq.read_table(f"{vectors.uri}/vectors")["doc_id"].to_pylist()
+        ids = read_table(vectors.location / "vectors/part-00000.parquet")["doc_id"].to_pylist()
         before = previous.manifest.details["ids"] if previous else ids
         shard = {"num_deleted": len(set(before) - set(ids))}
         workspace.details |= {"shards": [shard], "ids": sorted({*before, *ids})}
