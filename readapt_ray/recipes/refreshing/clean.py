@@ -14,7 +14,7 @@ from readapt_ray import artifacts, generations, leases, outputs
 from readapt_ray.artifact_files import LEASE_NAME, record_of
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.tables import aligned_table
-from readapt_ray.generations import CORPUS, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
+from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.recipes.chain import make
 from readapt_ray.recipes.refreshing.lock import locked
@@ -56,11 +56,12 @@ def clean(config: CleanConfig) -> Freed:
 
     Raises:
         ArtifactConflictError: another process refreshes or cleans the root.
-        InputError: the root has no generation.
+        InputError: the root has no generation, or a refresh that was killed while it exported is to be finished first.
     """
     root = Location(config.root)
     if not generations.read(root):
         raise InputError(f"{config.root!r} has no generation; give the root of `readapt refresh` or `readapt run`")
+    _refuse_half_exported(root)
     if not config.yes:
         there = generations.read(root)
         num_deleted = 0 if config.keep else _deleted_vectors(root, there[-1])
@@ -85,6 +86,16 @@ def clean(config: CleanConfig) -> Freed:
         for name in (root / FOLDER_NAME).children()[1]:
             (root / FOLDER_NAME / name).remove_if_empty()
     return Freed(config.root, rows, num_deleted, True)
+
+
+def _refuse_half_exported(root: Location) -> None:
+    """Refuse while a collection is between two states: what was sent is known by an artifact that no generation has yet."""
+    found = traces(root, generations.read(root))
+    if any(each.is_of_refresh and not each.generations and each.name.endswith(f"/{EXPORT}") for each in found):
+        raise InputError(
+            f"a refresh of {root.uri!r} that did not end had begun to change its collection; run `readapt refresh --root "
+            f"{root.uri}` first, which finishes it"
+        )
 
 
 def remove_artifact(location: Location) -> None:

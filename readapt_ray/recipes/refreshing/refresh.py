@@ -26,7 +26,7 @@ from readapt_ray.recipes.chain import make, stage_config
 from readapt_ray.recipes.refreshing.clean import remove_artifact
 from readapt_ray.recipes.refreshing.lock import locked
 from readapt_ray.recipes.refreshing.options import RULES, RefreshConfig, settled, stale
-from readapt_ray.recipes.refreshing.serving import update_server
+from readapt_ray.recipes.refreshing.serving import server_options, update_server
 from readapt_ray.recipes.refreshing.signals import signals
 from readapt_ray.retrieval.corpus_changes import Changes
 from readapt_ray.storage import Location
@@ -50,6 +50,8 @@ def refresh(config: RefreshConfig) -> Generation:
         InputError: the source cannot be read, has shrunk, or other options make stale what is there; nothing changed.
     """
     root = Location(config.root)
+    if config.serve:
+        server_options(config.serve)
     with locked(root) as lock:
         there = generations.read(root)
         made = go_back(config.back, root, there, lock) if config.back else _refreshed(config, root, there, lock)

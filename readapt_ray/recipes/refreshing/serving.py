@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from typing import Any
 
 from readapt_ray.errors import InputError, ReadaptError
 from readapt_ray.flags import read_options
@@ -14,18 +15,27 @@ logger = logging.getLogger("readapt_ray")
 _SET_HERE = ("versions", "retriever", "index", "corpus", "root", "as_of", "update")
 
 
+def server_options(file: str) -> dict[str, Any]:
+    """Read the options of a server.
+
+    Raises:
+        InputError: there is no such file, or it sets what the refresh itself sets.
+    """
+    options = read_options(file)
+    if twice := sorted(options.keys() & set(_SET_HERE)):
+        raise InputError(f"{file!r} sets {', '.join(twice)}, which the refresh itself sets; remove it from the file")
+    return options
+
+
 def update_server(file: str, root: Location, generation: Generation) -> None:
     """Update a server. It answers from the old generation until the new one is up.
 
     The stages of the refresh may have started a Ray of their own, so another process joins that of the server.
 
     Raises:
-        InputError: the file sets what the refresh itself sets.
         ReadaptError: the server could not be updated; the generation is in place all the same.
     """
-    options = read_options(file)
-    if twice := sorted(options.keys() & set(_SET_HERE)):
-        raise InputError(f"{file!r} sets {', '.join(twice)}, which the refresh itself sets; remove it from the file")
+    options = server_options(file)
     model = str(generation.settings["retriever"]).rstrip("/").rsplit("/", 1)[-1]
     name = f"{options.get('name') or model}-{generation.number}"
     given = ["--config", file, "--update", "--root", root.uri, "--as-of", str(generation.number), "--name", name]

@@ -311,6 +311,8 @@ def test_a_collection_between_two_states_is_brought_to_the_one_it_was_going_to(
     with pytest.raises(BaseException, match="killed"):
         root.refresh()
     monkeypatch.setattr(generations, "write", write)
+    with pytest.raises(InputError, match=r"begun to change its collection; run `readapt refresh"):
+        clean(CleanConfig(root=root.uri, yes=True))
     root.holds(PASSAGES[10:])
     assert counts(root.refresh()) == (0, 0, 2, 38)
     assert counts(root.refresh()) == (0, 0, 8, 30)
