@@ -1,16 +1,20 @@
 """Tell what the artifacts under a root are: of which generation, what they were made from, and whether they hold passages."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray import artifacts
 from readapt_ray.artifact_files import is_single_file, record_of
-from readapt_ray.generations import FOLDER_NAME, Generation
+from readapt_ray.generations import FOLDER_NAME, STAGE_OF, Generation
 from readapt_ray.storage import Location
 
 _WEIGHTS = ("train", "finetune", "merge")
 """Stages whose artifacts are models and hold neither passages nor ids."""
+
+
+_OF_REFRESH = re.compile(rf"{FOLDER_NAME}/\d{{5,}}/({'|'.join(STAGE_OF)})")
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Trace:
     @property
     def is_of_refresh(self) -> bool:
         """Whether a refresh made it, complete or not."""
-        return self.name.startswith(f"{FOLDER_NAME}/")
+        return _OF_REFRESH.fullmatch(self.name) is not None
 
     @property
     def holds_passages(self) -> bool:

@@ -144,16 +144,48 @@ def test_a_clean_may_die_before_any_write(base: Root, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_refresh_that_is_killed_goes_on(base: Root, seed: int) -> None:
-    command = [sys.executable, "-m", "tests.recipes.refreshing.killed", str(base.folder), str(base.model)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+    with started(base) as process:
+        wait_until_ready(process)
+        tell(process)
         time.sleep(random.Random(seed).uniform(0, 1.5))
         process.kill()
     present = base.there()[-1]
     assert ids_of_one_state(base, present) == (OLD_IDS if present.number == 1 else NEW_IDS)
     made = base.refresh()
     assert made.number == 2 and ids_of_one_state(base, made) == NEW_IDS
+
+
+def test_of_several_refreshes_at_once_one_works_at_a_time(base: Root) -> None:
+    processes = [started(base), started(base)]
+    for each in processes:
+        wait_until_ready(each)
+    for each in processes:
+        tell(each)
+    ended = [(each.communicate()[1], each.returncode) for each in processes]
+    assert any(code == 0 for _, code in ended)
+    assert all(code == 0 or "is writing" in error for error, code in ended), ended
+    assert [each.number for each in base.there()] == [1, 2]
+    assert ids_of_one_state(base, base.there()[-1]) == NEW_IDS
+
+
+def started(root: Root) -> "subprocess.Popen[str]":
+    """A process that will refresh."""
+    command = [sys.executable, "-m", "tests.recipes.refreshing.killed", str(root.folder), str(root.model)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, text=True, **pipes)
+
+
+def wait_until_ready(process: "subprocess.Popen[str]") -> None:
+    """Return once it has imported all that it needs."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+
+
+def tell(process: "subprocess.Popen[str]") -> None:
+    """Let it begin."""
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 @pytest.mark.slow

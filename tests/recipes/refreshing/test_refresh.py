@@ -245,10 +245,12 @@ def test_clean_keeps_what_it_is_told_to_and_what_others_made(root: Root) -> None
         root.refresh()
     other = Path(root.uri) / "generations/00001/corpus/notes.txt"
     other.write_text("mine")
+    _artifact_of(Path(root.uri) / "generations/mine", "ingest", {})
     assert {row["why"] for row in clean(CleanConfig(root=root.uri, keep=1)).rows} == {"generation 1"}
     clean(CleanConfig(root=root.uri, keep=1, yes=True))
     assert [each.freed for each in root.there()] == [True, False, False]
     assert other.read_text() == "mine"
+    assert "generations/mine" in artifacts.names_under(root.location)
     assert root.refresh(back=2).number == 4
 
 
