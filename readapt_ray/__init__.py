@@ -30,7 +30,7 @@ _FROM_CONFIGS = (
         "tune",
         "export",
     ),
-    *("compare", "paper", "serve"),
+    *("compare", "paper", "serve", "refresh", "find", "clean"),
 )
 """Functions whose parameters are the options of a config."""
 _HOMES: dict[str, str] = {
@@ -48,6 +48,7 @@ _HOMES: dict[str, str] = {
     "PaperConfig": "recipes.paper.options",
     "readapted_weight": "weights.reference",
     "ServeConfig": "serving.options",
+    **dict.fromkeys(("RefreshConfig", "FindConfig", "CleanConfig"), "recipes.refreshing.options"),
     "IngestConfig": "stages.ingest",
     "PackConfig": "stages.pack",
     "TrainConfig": "stages.train",

@@ -24,6 +24,9 @@ from readapt_ray.recipes.chain import RunConfig as RunConfig
 from readapt_ray.recipes.chain import plan_run as plan_run
 from readapt_ray.recipes.compare_plan import CompareConfig as CompareConfig
 from readapt_ray.recipes.paper.options import PaperConfig as PaperConfig
+from readapt_ray.recipes.refreshing.options import CleanConfig as CleanConfig
+from readapt_ray.recipes.refreshing.options import FindConfig as FindConfig
+from readapt_ray.recipes.refreshing.options import RefreshConfig as RefreshConfig
 from readapt_ray.serving.options import ServeConfig as ServeConfig
 from readapt_ray.stages.drift import DriftConfig as DriftConfig
 from readapt_ray.stages.embed import EmbedConfig as EmbedConfig
@@ -42,6 +45,7 @@ from readapt_ray.weights.reference import readapted_weight as readapted_weight
 __all__ = [
     "__version__",
     "Artifact",
+    "CleanConfig",
     "CompareConfig",
     "DriftConfig",
     "EmbedConfig",
@@ -49,6 +53,7 @@ __all__ = [
     "Encoding",
     "EvaluateConfig",
     "ExportConfig",
+    "FindConfig",
     "FinetuneConfig",
     "Hit",
     "IndexConfig",
@@ -60,6 +65,7 @@ __all__ = [
     "PackConfig",
     "PaperConfig",
     "ReadaptError",
+    "RefreshConfig",
     "Results",
     "Retriever",
     "RunConfig",
@@ -67,11 +73,13 @@ __all__ = [
     "ServeConfig",
     "TrainConfig",
     "TuneConfig",
+    "clean",
     "compare",
     "drift",
     "embed",
     "evaluate",
     "export",
+    "find",
     "finetune",
     "index",
     "ingest",
@@ -84,6 +92,7 @@ __all__ = [
     "plan_run",
     "quiet",
     "readapted_weight",
+    "refresh",
     "run",
     "search",
     "serve",
@@ -92,6 +101,32 @@ __all__ = [
     "tune",
 ]
 __version__: str
+
+@overload
+def clean(
+    *,
+    root: str | Path,
+    keep: int = 0,
+    yes: bool = False,
+) -> Results:
+    """Remove earlier generations of a root, and what is left of deleted passages.
+
+    Give the options by name, or all of them as one CleanConfig.
+
+    Options:
+        root: Folder or URI that holds the generations. (required)
+        keep: Number of generations before the present one to keep, to go back to. They hold what was deleted
+            since. (default: 0)
+        yes: Remove what is listed. Without this it is only listed. (default: no)
+
+    Returns:
+        The rows: they print as a table; `.rows`, `.to_pandas()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def clean(config: CleanConfig, /) -> Results: ...
 
 @overload
 def compare(
@@ -332,6 +367,29 @@ def export(
     """
 @overload
 def export(config: ExportConfig, /) -> Artifact: ...
+
+@overload
+def find(
+    *,
+    root: str | Path,
+    doc_id: str,
+) -> Results:
+    """Find where a passage stands under a root.
+
+    Give the options by name, or all of them as one FindConfig.
+
+    Options:
+        root: Folder or URI that holds the generations. (required)
+        doc_id: Id of the passage. (required)
+
+    Returns:
+        The rows: they print as a table; `.rows`, `.to_pandas()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def find(config: FindConfig, /) -> Results: ...
 
 @overload
 def finetune(
@@ -734,6 +792,55 @@ def paper(
 def paper(config: PaperConfig, /) -> Results: ...
 
 @overload
+def refresh(
+    *,
+    root: str | Path,
+    source: str | Path | None = None,
+    retriever: str | Path | None = None,
+    to: str | Path | None = None,
+    serve: str | Path | None = None,
+    back: int | None = None,
+    allow_shrink: bool = False,
+    overwrite: bool = False,
+    ingest: dict[str, Any] | None = None,
+    embed: dict[str, Any] | None = None,
+    index: dict[str, Any] | None = None,
+    export: dict[str, Any] | None = None,
+) -> Results:
+    """Bring vectors, index and export to what a source holds now.
+
+    Give the options by name, or all of them as one RefreshConfig.
+
+    Options:
+        root: Folder or URI that holds the generations; also the root of a `readapt run`. (required)
+        source: The corpus as it is now: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or
+            `python-docs:PACKAGE,...`. If omitted, that of the refresh before.
+        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, that
+            of the refresh before.
+        to: Vector database to keep up to date, as `readapt export --to`. If omitted, that of the refresh
+            before, if it had one.
+        serve: YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to
+            the new generation.
+        back: Number of an earlier generation to make the present one again. The source is not read.
+        allow_shrink: Accept a source with less than half of the passages that the present generation has.
+            Without this it is refused. (default: no)
+        overwrite: Make again all that other options or another model make stale. Without this they are refused.
+            (default: no)
+        ingest: Options of ingest. If omitted, those of the refresh before; so are the other sections.
+        embed: Options of embed.
+        index: Options of index.
+        export: Options of export.
+
+    Returns:
+        The rows: they print as a table; `.rows`, `.to_pandas()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def refresh(config: RefreshConfig, /) -> Results: ...
+
+@overload
 def search(
     *,
     output: str | Path,
@@ -742,6 +849,8 @@ def search(
     overwrite: bool = False,
     index: str | Path | None = None,
     vectors: str | Path | None = None,
+    root: str | Path | None = None,
+    as_of: int | None = None,
     qrels: str | Path | None = None,
     mode: Literal['dense', 'bm25', 'hybrid'] = 'dense',
     top_k: int = 100,
@@ -760,6 +869,9 @@ def search(
         retriever: Model that made the vectors: a catalog name, a folder, a URI or a hub id. (required)
         index: Index to search: the output of `readapt index`. Give this or vectors.
         vectors: Vectors to search exactly: the output of `readapt embed`. Give this or index.
+        root: Root of `readapt refresh`: search the index of its present generation, with its retriever. What is
+            given beside it overrides it.
+        as_of: Number of the generation of `root` to search. If omitted, the present one.
         queries: Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files. (required)
         qrels: File of judgements: only queries that are judged in it are searched. If omitted, all queries are.
         mode: Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was
@@ -825,6 +937,8 @@ def serve(
     traces: bool = False,
     update: bool = False,
     require_report: str | Path | None = None,
+    root: str | Path | None = None,
+    as_of: int | None = None,
     write_config: str | Path | None = None,
 ) -> None:
     """Serve a retriever and its index over HTTP until interrupted.
@@ -908,6 +1022,9 @@ def serve(
             starting one. (default: no)
         require_report: Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it
             measured each version.
+        root: Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. What
+            is given beside it overrides it.
+        as_of: Number of the generation of `root` to serve. If omitted, the present one.
         write_config: Write the file that `serve deploy` and KubeRay's RayService read, and start nothing.
 
     Returns:

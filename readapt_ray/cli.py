@@ -5,6 +5,7 @@ Flags, types, defaults and help come from the stages' configs. Exit code 0 on su
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import sys
@@ -219,6 +220,12 @@ def _serve(arguments: Sequence[str]) -> None:
     serve(flags.parse("serve", COMMANDS["serve"], ServeConfig, arguments))
 
 
+def _keep_up(command: str, arguments: Sequence[str]) -> None:
+    from readapt_ray.recipes.refreshing import commands
+
+    print(commands.output_of(command, COMMANDS[command], arguments))
+
+
 def _encoding(arguments: Sequence[str]) -> None:
     from readapt_ray.catalog.contracts import show_contract
 
@@ -231,6 +238,11 @@ def _status(arguments: Sequence[str]) -> None:
     from readapt_ray.storage import Location
 
     options = parser_of("status").parsed(arguments)
+    if options.history:
+        from readapt_ray.recipes.refreshing import history
+
+        print(history.as_text(Location(options.root)))
+        return
     usd_per_hour = None
     if options.cluster:
         from readapt_ray.planner.machines import read_cluster
@@ -251,13 +263,14 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "paper": _paper,
     "serve": _serve,
+    **{name: functools.partial(_keep_up, name) for name in ("refresh", "find", "clean")},
     "status": _status,
     "quickstart": _quickstart,
     "plan": _plan,
     "doctor": _doctor,
     "encoding": _encoding,
 }
-_WITHOUT_STATE = ("serve", "plan", "status", "doctor", "encoding")
+_WITHOUT_STATE = ("serve", "find", "plan", "status", "doctor", "encoding")
 
 
 if __name__ == "__main__":

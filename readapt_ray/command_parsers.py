@@ -22,6 +22,9 @@ COMMANDS: dict[str, str] = {
     "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
+    "refresh": "bring vectors, index and export to what a source holds now, reading and encoding what changed",
+    "find": "show where a passage stands under a root",
+    "clean": "remove earlier generations of a root, and what is left of deleted passages",
     "encoding": "show how a model turns text into vectors (pooling, prompts, special tokens), or write it into its folder",
     "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
@@ -36,12 +39,16 @@ def parser_of(command: str) -> "flags.Parser":
     from readapt_ray import flags
     from readapt_ray.recipes import chain, compare_plan
     from readapt_ray.recipes.paper import options
+    from readapt_ray.recipes.refreshing import options as refreshing
     from readapt_ray.serving.options import ServeConfig
 
     others: dict[str, type[Config]] = {
         "compare": compare_plan.CompareConfig,
         "paper": options.PaperConfig,
         "serve": ServeConfig,
+        "refresh": refreshing.RefreshConfig,
+        "find": refreshing.FindConfig,
+        "clean": refreshing.CleanConfig,
     }
     config_class = others[command] if command in others else chain.stage_parts(command)[0]
     return flags.config_parser(command, COMMANDS[command], config_class)
@@ -194,6 +201,7 @@ def _status_parser() -> "flags.Parser":
     parser.add_argument(
         "--prices", metavar="FILE.yaml", help="YAML file of machines and prices. If omitted, the table of this package."
     )
+    parser.add_argument("--history", action="store_true", help="Show each refresh instead: counts, time and advice.")
     return parser
 
 

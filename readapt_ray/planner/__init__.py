@@ -19,7 +19,6 @@ from readapt_ray.planner.scaling import Cell, Limit
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
-from readapt_ray.sources.read_options import ReadOptions
 
 
 class PlanConfig(Config):
@@ -137,7 +136,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
     corpus = measure_corpus(
         source=run.source,
         format=ingest.format,
-        options=ReadOptions(max_text_bytes=ingest.max_text_bytes, max_passage_chars=ingest.max_passage_chars),
+        options=ingest.read_options(),
         ingested=ingest.output,
         pretrained=run.pretrained,
         retriever=run.retriever,

@@ -207,7 +207,9 @@ def bind_gateway(config: ServeConfig) -> Any:
 
 def serve_config(config: ServeConfig) -> dict[str, Any]:
     """Write the same applications as a Ray Serve config file, for `serve deploy` and KubeRay's RayService."""
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port"})
+    given = config.model_dump(
+        mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port", "root", "as_of"}
+    )
     applications: list[dict[str, Any]] = [
         {
             "name": version_app_name(name),

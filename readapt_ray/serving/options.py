@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
+from readapt_ray.generations import with_folders
 from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
@@ -120,6 +121,11 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """Bring the server that runs on this Ray to these options without dropping a request, instead of starting one."""
     require_report: str | None = None
     """Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it measured each version."""
+    root: str | None = None
+    """Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. What is given beside it
+    overrides it."""
+    as_of: int | None = Field(default=None, ge=1)
+    """Number of the generation of `root` to serve. If omitted, the present one."""
     write_config: str | None = None
     """Write the file that `serve deploy` and KubeRay's RayService read, and start nothing."""
 
@@ -144,6 +150,11 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
         | {"timeout_s", "drain_s", "lost_shards", "shard_timeout_s"}
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_generation(cls, values: Any) -> Any:
+        return with_folders(values, ("retriever", "index", "corpus")) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

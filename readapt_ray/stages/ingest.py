@@ -100,6 +100,14 @@ class IngestConfig(StageConfig):
             raise OptionError("{overlap} = {value!r} must be less than {split_tokens}", value=self.overlap)
         return self
 
+    def read_options(self) -> ReadOptions:
+        """Return how the source is read."""
+        return ReadOptions(
+            max_text_bytes=self.max_text_bytes,
+            max_passage_chars=self.max_text_bytes if self.split_tokens else self.max_passage_chars,
+            columns=ColumnChoice.parse(self.columns, self.keep),
+        )
+
 
 def ingest(config: IngestConfig) -> Artifact:
     """Read a source into passages, unless they are there.
@@ -108,11 +116,7 @@ def ingest(config: IngestConfig) -> Artifact:
         InputError: the source is missing, empty, without text, or of an unknown format; a bad row
             under `bad_rows="fail"`; no passage is left.
     """
-    options = ReadOptions(
-        max_text_bytes=config.max_text_bytes,
-        max_passage_chars=config.max_text_bytes if config.split_tokens else config.max_passage_chars,
-        columns=ColumnChoice.parse(config.columns, config.keep),
-    )
+    options = config.read_options()
     source = open_source(config.source, config.format, options)
     source.check()
     deduplicate = _resolved(config.deduplicate, source)

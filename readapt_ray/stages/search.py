@@ -26,6 +26,7 @@ from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
+from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
@@ -52,6 +53,11 @@ class SearchConfig(StageConfig):
     """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
     """Vectors to search exactly: the output of `readapt embed`. Give this or index."""
+    root: str | None = None
+    """Root of `readapt refresh`: search the index of its present generation, with its retriever. What is given beside it
+    overrides it."""
+    as_of: int | None = Field(default=None, ge=1)
+    """Number of the generation of `root` to search. If omitted, the present one."""
     queries: str
     """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
     qrels: str | None = None
@@ -67,8 +73,17 @@ class SearchConfig(StageConfig):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "index", "vectors", "queries", "qrels", "encoding"})
+    inputs: ClassVar[frozenset[str]] = frozenset(
+        {"retriever", "index", "vectors", "root", "as_of", "queries", "qrels", "encoding"}
+    )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_generation(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return with_folders(values, ("retriever",) if values.get("vectors") else ("retriever", "index"))
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
