@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from readapt_ray import artifacts, generations, leases, outputs
 from readapt_ray.artifact_files import LEASE_NAME, record_of
+from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
@@ -83,6 +84,7 @@ def clean(config: CleanConfig) -> Freed:
         # What was made from a corpus is known by the corpus's manifest, so that goes last.
         for trace, _ in sorted(useless, key=lambda pair: pair[0].stage == STAGE_OF[CORPUS]):
             remove_artifact(trace.location)
+        cache_entries.remove_unused("passages")
         for name in (root / FOLDER_NAME).children()[1]:
             (root / FOLDER_NAME / name).remove_if_empty()
     return Freed(config.root, rows, num_deleted, True)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from readapt_ray import artifacts, cli, generations
+from readapt_ray.catalog import cache_entries
 from readapt_ray.config import Config
 from readapt_ray.errors import ArtifactConflictError, CorpusError, CorruptFileError, InputError
 from readapt_ray.generations import Generation
@@ -236,6 +237,23 @@ def test_after_clean_no_byte_of_a_deleted_passage_is_left(root: Root) -> None:
     assert clean(CleanConfig(root=root.uri)).text() == "nothing to free"
     assert [each.what for each in root.there()] == ["refresh", "refresh", "compaction"]
     assert root.refresh().number == 3, "nothing changed"
+
+
+def test_clean_removes_the_copies_of_texts_that_no_server_uses(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "cache"))
+    root.refresh()
+    used, left = (cache_entries.folder_of("passages") / (digit * 32) for digit in "12")
+    for entry in (used, left):
+        entry.mkdir(parents=True)
+        (entry / "passages.arrow").write_text(PASSAGES[3].text)
+        cache_entries.note_files(entry, {"passages.arrow": {"size_bytes": 1}})
+    with cache_entries.in_use(used):
+        clean(CleanConfig(root=root.uri))
+        assert left.exists()
+        clean(CleanConfig(root=root.uri, yes=True))
+        assert (used.exists(), left.exists()) == (True, False)
 
 
 def test_clean_keeps_what_it_is_told_to_and_what_others_made(root: Root) -> None:
