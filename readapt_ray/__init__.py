@@ -16,7 +16,20 @@ import importlib
 from typing import Any
 
 _FROM_CONFIGS = (
-    *("ingest", "pack", "train", "finetune", "merge", "embed", "index", "search", "evaluate", "tune", "export"),
+    *(
+        "ingest",
+        "pack",
+        "train",
+        "finetune",
+        "merge",
+        "embed",
+        "bridge",
+        "index",
+        "search",
+        "evaluate",
+        "tune",
+        "export",
+    ),
     *("compare", "paper", "serve"),
 )
 """Functions whose parameters are the options of a config."""
@@ -41,6 +54,7 @@ _HOMES: dict[str, str] = {
     "FinetuneConfig": "stages.finetune",
     "MergeConfig": "stages.merge",
     "EmbedConfig": "stages.embed",
+    "BridgeConfig": "stages.bridge",
     "IndexConfig": "stages.index",
     "SearchConfig": "stages.search",
     "EvaluateConfig": "stages.evaluate",

@@ -38,7 +38,7 @@ def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
     from ray.exceptions import RayError
 
     try:
-        model, encoding = _retriever(vectors)
+        model, encoding = retriever_of(vectors)
         texts = recall_texts(corpus_of(vectors))
         pieces = encode_queries(texts, model, encoding, dict(vectors.manifest.details["encoder"]))
     except (ReadaptError, RayError, KeyError) as error:
@@ -68,7 +68,12 @@ def corpus_of(vectors: Artifact) -> Artifact:
     return corpus
 
 
-def _retriever(vectors: Artifact) -> tuple[OpenModel, Encoding]:
+def retriever_of(vectors: Artifact) -> tuple[OpenModel, Encoding]:
+    """Return the model that made vectors, and its encoding.
+
+    Raises:
+        ReadaptError: it is no longer there, or another one lies there.
+    """
     from readapt_ray.retrieval.encoder import encoder_fingerprint
 
     encoder = vectors.manifest.details["encoder"]

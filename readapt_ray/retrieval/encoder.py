@@ -257,14 +257,22 @@ class Encoder:
 
 def encoder_fingerprint(model: OpenModel, encoding: Encoding, dtype: str) -> str:
     """Stands for all that decides a vector: weights (those of an adapter's base too), encoding, dtype."""
-    return fingerprint(
-        {
-            "weights": model.fingerprint,
-            "base": model.base.fingerprint if model.is_adapter else None,
-            "encoding": encoding.model_dump(mode="json"),
-            "dtype": dtype,
-        }
-    )
+    return fingerprint_of(model.fingerprint, model.base.fingerprint if model.is_adapter else None, encoding, dtype)
+
+
+def fingerprint_of(weights: str, base: str | None, encoding: Encoding, dtype: str) -> str:
+    """Return `encoder_fingerprint` from the fingerprints of a model and, for an adapter, of its base."""
+    return fingerprint({"weights": weights, "base": base, "encoding": encoding.model_dump(mode="json"), "dtype": dtype})
+
+
+def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
+    """What a vector file and a manifest say of the model that made them."""
+    return {
+        "fingerprint": encoder_fingerprint(model, encoding, dtype),
+        "model": model.name,
+        "dtype": dtype,
+        "encoding": encoding.model_dump(mode="json"),
+    }
 
 
 def suitable_dtype(device: str | None = None) -> str:

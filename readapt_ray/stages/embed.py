@@ -17,6 +17,7 @@ from pydantic import Field
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
@@ -106,6 +107,8 @@ def embed(config: EmbedConfig) -> Artifact:
         PlacementError: the cluster does not have what the actors ask for.
         ArtifactConflictError: the output holds vectors of another model or corpus.
     """
+    from readapt_ray.retrieval.encoder import describe_encoder
+
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
     passages = _open_passages(corpus, config.corpus)
@@ -156,18 +159,6 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
     return config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
 
 
-def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
-    """What a vector file and a manifest say of the model that made them."""
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
-
-    return {
-        "fingerprint": encoder_fingerprint(model, encoding, dtype),
-        "model": model.name,
-        "dtype": dtype,
-        "encoding": encoding.model_dump(mode="json"),
-    }
-
-
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
     from readapt_ray.retrieval.tokenization import TextTokenizer
@@ -175,6 +166,9 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
 
     model = open_model(config.retriever)
     encoding = config.encoding or model.encoding
+    if (passages := passages_model(model)) is not None:
+        logger.info("embed: %s is for queries alone; passages are encoded by %s", model.name, passages.name)
+        model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     holder = model.base if model.is_adapter else model
