@@ -23,7 +23,9 @@ def test_a_bridge_that_is_the_identity_finds_all_and_beats_old_queries_that_are_
     random = np.random.default_rng(0)
     passages, queries = random.normal(size=(2, 200, 8)).astype(np.float32)
     noise = random.normal(size=(200, 8)).astype(np.float32)
-    found = measure_bridge(QueryMap("orthogonal", np.eye(8, dtype=np.float32)), Asked(queries, noise), passages, passages)
+    found = measure_bridge(
+        QueryMap("orthogonal", np.eye(8, dtype=np.float32)), Asked(queries, noise), passages, passages
+    )
     assert (found["num_queries"], found["bridged"]) == (200, {"mean": 1.0, "interval": [1.0, 1.0]})
     low, high = found["difference"]["interval"]
     assert found["difference"]["mean"] == pytest.approx(1 - found["old_queries"]["mean"], abs=1e-4)

@@ -2,6 +2,7 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray import artifacts
@@ -17,9 +18,10 @@ from readapt_ray.errors import (
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.python.retriever import Retriever
 from readapt_ray.retrieval.bridge import Bridge
-from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.encoder import Encoder, describe_encoder
+from readapt_ray.retrieval.vector_files import write_vectors
 from readapt_ray.stages.bridge import BridgeConfig, bridge, check_sample
-from readapt_ray.stages.embed import EmbedConfig, embed
+from readapt_ray.stages.embed import EmbedConfig
 from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.stages.search import SearchConfig, search
 from tests import factories
@@ -45,9 +47,30 @@ def world(tmp_path_factory, ray_session):
     return root, passages, queries
 
 
-def _embed(root, model, **options):
-    values = {"retriever": str(root / model), "corpus": str(root / "corpus"), "output": str(root / f"{model}-vectors")}
-    return embed(EmbedConfig.parse(values | {"dtype": "float32"} | options))
+def _embed(root, model, corpus="corpus", output=None, *, dtype="float32", num_files=3):
+    """What `readapt embed` would write, without Ray."""
+    opened, source = open_model(str(root / model)), artifacts.open_artifact(str(root / corpus), "ingest")
+    table = pq.read_table(root / corpus / "passages")
+    doc_ids, titles, texts = (table[name].to_pylist() for name in ("doc_id", "title", "text"))
+    vectors = Encoder.load(opened).encode(texts, "passage", titles)
+    encoder = {**describe_encoder(opened, opened.encoding, "float32"), "dimension": vectors.shape[1]}
+
+    def write(workspace):
+        for number, rows in enumerate(np.array_split(np.arange(len(texts)), num_files)):
+            file = workspace.location / f"vectors/part-{number:05d}.parquet"
+            write_vectors(
+                file, [doc_ids[row] for row in rows], vectors[rows], dtype=dtype, metadata={"encoder": encoder}
+            )
+        workspace.counts["num_vectors"] = len(texts)
+        workspace.details |= {"encoder": encoder, "vector_dtype": dtype}
+
+    config = EmbedConfig(
+        retriever=opened.name,
+        corpus=str(root / corpus),
+        output=str(root / (output or f"{model}-vectors")),
+        vector_dtype=dtype,
+    )
+    return artifacts.produce("embed", config, inputs={"corpus": source.fingerprint}, work=write)
 
 
 def _config(root, output="bridge", **options):
@@ -166,7 +189,7 @@ def test_models_of_unlike_dimensions_are_bridged_and_one_that_is_far_is_not_wort
 def test_a_sample_is_drawn_by_its_seed_and_without_queries_passages_alone_are_measured(world):
     root, passages, _ = world
     factories.ingest_artifact(root / "more", [each._replace(text=f"{each.text} more") for each in passages])
-    _embed(root, "old", corpus=str(root / "more"), output=str(root / "more-vectors"), rows_per_shard=100)
+    _embed(root, "old", "more", "more-vectors", num_files=7)
     options = {"old_vectors": str(root / "more-vectors"), "sample": 520}
     one = bridge(_config(root, "sampled", **options))
     assert one.manifest.counts["num_passages"] == 520
@@ -179,7 +202,7 @@ def test_a_sample_is_drawn_by_its_seed_and_without_queries_passages_alone_are_me
 
 def test_a_bridge_fits_only_the_vectors_and_the_model_that_it_was_made_for(world):
     root, passages, _ = world
-    _embed(root, "old", output=str(root / "half"), vector_dtype="float16")
+    _embed(root, "old", output="half", dtype="float16")
     with pytest.raises(FingerprintMismatchError, match=r"leads to the vectors .*run `readapt bridge` for these"):
         search(_search(root, "x.trec", "vectors", vectors=str(root / "half")))
     with pytest.raises(FingerprintMismatchError, match=r"is not for queries of .*far"):
@@ -199,9 +222,10 @@ def test_bad_inputs_are_refused_before_anything_is_encoded(world):
         bridge(_config(root, "x", corpus=str(root / "other")))
     with pytest.raises(InputError, match=r"sample = 499: .* takes 500 passages at least; give --sample 500 or more"):
         bridge(_config(root, "x", sample=499))
-    _embed(root, "old", corpus=str(factories.ingest_artifact(root / "few", passages[:50]).uri), output=str(root / "fv"))
+    factories.ingest_artifact(root / "few", passages[:50])
+    _embed(root, "old", "few", "few-vectors")
     with pytest.raises(InputError, match=r"has 50 vectors, and a bridge .* takes a sample of 500; embed the corpus"):
-        bridge(_config(root, "x", old_vectors=str(root / "fv")))
+        bridge(_config(root, "x", old_vectors=str(root / "few-vectors")))
     with pytest.raises(InputError, match="4,096 dimensions takes 5,120 passages at least"):
         check_sample(5119, 10**6, 4096)
     assert not (root / "x").exists()
