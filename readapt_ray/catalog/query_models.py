@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.model_file_names import CONTRACT_NAME
 
@@ -49,7 +49,8 @@ class PassagesModel:
 
 def describe_passages(model: OpenModel, encoding: Encoding) -> PassagesModel:
     """Return what a model for queries says of the model of the passages."""
-    return PassagesModel(model.pinned_name, *_fingerprints(model), encoding)
+    folder = own_folder(model.name)
+    return PassagesModel(str(folder) if folder else model.pinned_name, *_fingerprints(model), encoding)
 
 
 def passages_model(model: OpenModel) -> PassagesModel | None:

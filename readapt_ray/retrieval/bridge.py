@@ -7,11 +7,13 @@ import functools
 import hashlib
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from readapt_ray.artifacts import Artifact, fingerprint, open_artifact
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
-from readapt_ray.retrieval.query_maps import QueryMap
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.query_maps import QueryMap
 
 logger = logging.getLogger("readapt_ray")
 
@@ -49,12 +51,14 @@ class Bridge:
         return fingerprint({"encoder": self.new_encoder["fingerprint"], "bridge": self.artifact.fingerprint})
 
     @functools.cached_property
-    def query_map(self) -> QueryMap:
+    def query_map(self) -> "QueryMap":
         """The map.
 
         Raises:
             CorruptFileError: its file was cut short or altered, or is gone.
         """
+        from readapt_ray.retrieval.query_maps import QueryMap
+
         file, details = self.artifact.location / MAP_NAME, self.artifact.manifest.details
         content = file.read_bytes() if file.is_file() else b""
         if hashlib.sha256(content).hexdigest() != details["map_sha256"]:

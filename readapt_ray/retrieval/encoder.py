@@ -265,16 +265,6 @@ def fingerprint_of(weights: str, base: str | None, encoding: Encoding, dtype: st
     return fingerprint({"weights": weights, "base": base, "encoding": encoding.model_dump(mode="json"), "dtype": dtype})
 
 
-def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
-    """What a vector file and a manifest say of the model that made them."""
-    return {
-        "fingerprint": encoder_fingerprint(model, encoding, dtype),
-        "model": model.name,
-        "dtype": dtype,
-        "encoding": encoding.model_dump(mode="json"),
-    }
-
-
 def suitable_dtype(device: str | None = None) -> str:
     """The type that a device computes in fast and well enough: a name of DTYPES.
 

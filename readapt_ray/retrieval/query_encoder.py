@@ -31,6 +31,18 @@ class QueryEncoder:
         return self.bridge.query_fingerprint if self.bridge else str(self.description["fingerprint"])
 
 
+def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
+    """Return what a vector file and a manifest say of the model that made them."""
+    from readapt_ray.retrieval.encoder import encoder_fingerprint
+
+    return {
+        "fingerprint": encoder_fingerprint(model, encoding, dtype),
+        "model": model.name,
+        "dtype": dtype,
+        "encoding": encoding.model_dump(mode="json"),
+    }
+
+
 def query_encoder(
     model: OpenModel, made: Artifact, *, encoding: Encoding | None = None, bridge: Bridge | None = None
 ) -> QueryEncoder:
@@ -64,7 +76,7 @@ def query_encoder(
 def _of_query_model(
     model: OpenModel, passages: PassagesModel, made: Artifact, encoding: Encoding | None
 ) -> QueryEncoder:
-    from readapt_ray.retrieval.encoder import describe_encoder, fingerprint_of
+    from readapt_ray.retrieval.encoder import fingerprint_of
 
     recorded = made.manifest.details["encoder"]
     due = fingerprint_of(passages.weights, passages.base, passages.encoding, recorded["dtype"])

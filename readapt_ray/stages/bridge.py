@@ -25,10 +25,11 @@ from readapt_ray.cluster import bridge_sample, connection, on_worker
 from readapt_ray.cluster.bridge_sample import NewEncoder
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.query_vectors import encode_queries
-from readapt_ray.cluster.recall_queries import retriever_of
+from readapt_ray.cluster.recall_queries import query_encoder_of
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
 from readapt_ray.retrieval.bridge import MAP_NAME
+from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.seeds import random_generator
 
 if TYPE_CHECKING:
@@ -76,8 +77,6 @@ def bridge(config: BridgeConfig) -> Artifact:
         InputError: the sample or the corpus is too small; the message says how many passages it takes.
         ArtifactConflictError: the output holds another bridge.
     """
-    from readapt_ray.retrieval.encoder import describe_encoder
-
     old = open_artifact(config.old_vectors, "embed")
     corpus = _open_corpus(config, old)
     old_encoder = old.manifest.details["encoder"]
@@ -138,9 +137,8 @@ def check_sample(size: int, num_vectors: int, dimension: int) -> None:
 
 
 def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncoder, workspace: Workspace) -> None:
-    """Encode, fit, choose and measure, and write the map."""
-    from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, nearest, objection, recall
-    from readapt_ray.retrieval.query_maps import fit_maps
+    """Encode the sample, choose a map, measure it and write it."""
+    from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objection
 
     connection.connect()
     doc_ids, old_vectors = bridge_sample.old_sample(old, config.sample, config.seed)
@@ -152,24 +150,15 @@ def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncode
         check=lambda dimension: check_sample(len(doc_ids), old.manifest.counts["num_vectors"], dimension),
         progress=lambda done, total: workspace.progress(done, total, unit="passages"),
     )
-    fit, choice, last = _split(len(doc_ids), config.seed)
-    truth = nearest(new_vectors[choice], new_vectors, choice)
-
-    def chosen_by(query_map: "QueryMap") -> float:
-        return float(recall(nearest(query_map(new_vectors[choice]), old_vectors, choice), truth).mean())
-
     workspace.progress(0, note="fitting maps")
-    maps = list(fit_maps(new_vectors[fit], old_vectors[fit], seed=config.seed, recall=chosen_by))
-    recalls = {each.name: round(chosen_by(each), 4) for each in maps}
-    best = max(maps, key=lambda each: recalls[each.name])
-    measured = {
-        "passages": measure_bridge(best, Asked(new_vectors[last], old_vectors[last], last), new_vectors, old_vectors)
-    }
-    if (asked := _asked(corpus, old, new, config.seed)) is not None:
-        measured["queries"] = measure_bridge(best, asked, new_vectors, old_vectors)
+    best, recalls, last = _chosen_map(new_vectors, old_vectors, config.seed)
+    asked = {"passages": Asked(new_vectors[last], old_vectors[last], last)}
+    if (queries := _asked(corpus, old, new, config.seed)) is not None:
+        asked["queries"] = queries
+    measured = {what: measure_bridge(best, each, new_vectors, old_vectors) for what, each in asked.items()}
+    told_by = "queries" if measured.get("queries", {}).get("num_queries", 0) >= _FEW_QUERIES else "passages"
     content = best.to_bytes()
     (workspace.location / MAP_NAME).write_bytes(content)
-    told_by = "queries" if measured.get("queries", {}).get("num_queries", 0) >= _FEW_QUERIES else "passages"
     workspace.counts |= {"num_passages": len(doc_ids), "num_queries": measured[told_by]["num_queries"]}
     workspace.details |= {
         "old_encoder": old.manifest.details["encoder"],
@@ -181,6 +170,24 @@ def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncode
         "not_worth_it": objection(measured[told_by]),
     }
     _tell(workspace.details)
+
+
+def _chosen_map(
+    new: NDArray[np.float32], old: NDArray[np.float32], seed: int
+) -> tuple["QueryMap", dict[str, float], NDArray[np.int64]]:
+    """Return the best map, the recall of each on the passages that chose it, and the rows that are left to measure it."""
+    from readapt_ray.evaluation.bridge_recall import nearest, recall
+    from readapt_ray.retrieval.query_maps import fit_maps
+
+    fit, choice, last = _split(len(new), seed)
+    truth = nearest(new[choice], new, choice)
+
+    def recall_of(query_map: "QueryMap") -> float:
+        return float(recall(nearest(query_map(new[choice]), old, choice), truth).mean())
+
+    maps = list(fit_maps(new[fit], old[fit], seed=seed, recall=recall_of))
+    recalls = {each.name: round(recall_of(each), 4) for each in maps}
+    return max(maps, key=lambda each: recalls[each.name]), recalls, last
 
 
 def _split(size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -208,8 +215,8 @@ def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "Aske
     found = encode_queries(texts, new.model, new.encoding, new.description)
     vectors = np.concatenate(ray.get(found))
     try:
-        model, encoding = retriever_of(old)
-        kept = np.concatenate(ray.get(encode_queries(texts, model, encoding, old.manifest.details["encoder"])))
+        before = query_encoder_of(old)
+        kept = np.concatenate(ray.get(encode_queries(texts, before.model, before.encoding, before.description)))
     except (ReadaptError, ray.exceptions.RayError, KeyError) as error:
         logger.warning(
             "bridge: the old model is not compared on queries, since it is not there (%s)", connection.cause_of(error)

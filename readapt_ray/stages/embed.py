@@ -28,6 +28,7 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     Contents,
@@ -107,8 +108,6 @@ def embed(config: EmbedConfig) -> Artifact:
         PlacementError: the cluster does not have what the actors ask for.
         ArtifactConflictError: the output holds vectors of another model or corpus.
     """
-    from readapt_ray.retrieval.encoder import describe_encoder
-
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
     passages = _open_passages(corpus, config.corpus)

@@ -64,6 +64,9 @@ class MergeConfig(StageConfig):
     accept: tuple[Literal["config", "tokenizer", "vocabulary", "base"], ...] = ()
     """Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is used), base (an
     adapter's base model)."""
+    queries_only: bool = False
+    """Make a model for queries: passages keep the vectors of the retriever. `search` and `serve` accept these with it, and
+    `embed` encodes with the retriever."""
     dtype: Literal["retriever", "float32", "float16", "bfloat16"] = "retriever"
     """Data type of the written weights; retriever keeps the type of each of the retriever's tensors."""
     max_shard_bytes: int = pydantic.Field(default=5_000_000_000, ge=1)
@@ -95,6 +98,11 @@ class MergeConfig(StageConfig):
             )
         if self.bundle is not None and (self.factors or self.low_rank is not None):
             raise OptionError("{factors} and {low_rank} write what a bundle already is; give the three models instead")
+        if self.queries_only and (self.bundle is not None or self.factors):
+            raise OptionError(
+                "{queries_only} names the {retriever} as the model of the passages, and writes a model; give the three models, "
+                "without {factors}"
+            )
         if self.num_workers and (self.factors or self.low_rank is not None):
             raise OptionError(
                 "{num_workers} spreads the weight files of a model over the cluster; factors and a low rank are computed on "
@@ -222,9 +230,20 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
         config=model_files.headless_config(models.config_of.config, dtype=plan.main_dtype, name=models.config_of.name),
         tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
-        contract={"fingerprint": workspace.fingerprint},
+        contract={
+            "fingerprint": workspace.fingerprint,
+            **(_passages_entry(merged) if merged.config.queries_only else {}),
+        },
         dense_of=models.dense_of,
     )
+
+
+def _passages_entry(merged: _Merge) -> dict[str, Any]:
+    """Return what readapt.json says of the retriever, whose vectors the passages keep."""
+    from readapt_ray.catalog.models import open_model
+    from readapt_ray.catalog.query_models import describe_passages
+
+    return describe_passages(open_model(str(merged.config.retriever)), merged.plan.encoding).to_json()
 
 
 def _write_weights(workspace: Workspace, merged: _Merge, readapter: "Readapter", plan: "WeightPlan") -> "CastLoss":
@@ -262,8 +281,12 @@ def _card(merged: _Merge, plan: "WeightPlan", loss: "CastLoss", left_out: Sequen
         survives=loss.survives(),
         dtype=plan.main_dtype,
         measures=merged.measures,
-        notes=[*notes, *truncation_note(stored)],
+        notes=[*_queries_note(merged.config), *notes, *truncation_note(stored)],
     )
+
+
+def _queries_note(config: MergeConfig) -> list[str]:
+    return [f"For queries alone: passages are encoded by {config.retriever}."] if config.queries_only else []
 
 
 @contextlib.contextmanager

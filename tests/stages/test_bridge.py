@@ -18,7 +18,8 @@ from readapt_ray.errors import (
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.python.retriever import Retriever
 from readapt_ray.retrieval.bridge import Bridge
-from readapt_ray.retrieval.encoder import Encoder, describe_encoder
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.vector_files import write_vectors
 from readapt_ray.stages.bridge import BridgeConfig, bridge, check_sample
 from readapt_ray.stages.embed import EmbedConfig
@@ -201,7 +202,7 @@ def test_a_sample_is_drawn_by_its_seed_and_without_queries_passages_alone_are_me
 
 
 def test_a_bridge_fits_only_the_vectors_and_the_model_that_it_was_made_for(world):
-    root, passages, _ = world
+    root, *_ = world
     _embed(root, "old", output="half", dtype="float16")
     with pytest.raises(FingerprintMismatchError, match=r"leads to the vectors .*run `readapt bridge` for these"):
         search(_search(root, "x.trec", "vectors", vectors=str(root / "half")))
