@@ -79,14 +79,15 @@ def _of_query_model(
     from readapt_ray.retrieval.encoder import fingerprint_of
 
     recorded = made.manifest.details["encoder"]
-    due = fingerprint_of(passages.weights, passages.base, passages.encoding, recorded["dtype"])
+    cut = {"dimensions": recorded["encoding"].get("dimensions")}
+    due = fingerprint_of(passages.weights, passages.base, passages.encoding.model_copy(update=cut), recorded["dtype"])
     if due != recorded["fingerprint"]:
         raise FingerprintMismatchError(
             f"{model.name!r} is for queries over vectors of {passages.name!r}, and {made.uri!r} was made by "
             f"{recorded['model']!r} with other weights or another encoding; search vectors that `readapt embed --retriever "
             f"{model.name}` makes"
         )
-    encoding = encoding or model.encoding
+    encoding = encoding or model.encoding.model_copy(update=cut)
     return QueryEncoder(model, encoding, describe_encoder(model, encoding, recorded["dtype"]))
 
 

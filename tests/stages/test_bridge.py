@@ -42,13 +42,13 @@ def world(tmp_path_factory, ray_session):
     factories.write_contract(factories.tiny_decoder(root / "old", headless=True))
     factories.write_contract(factories.full_retriever(root / "new", root / "old", scale=0.01))
     factories.write_contract(factories.tiny_decoder(root / "far", headless=True, seed=9, hidden_size=48))
-    _embed(root, "old")
+    embedded(root, "old")
     index(IndexConfig(vectors=str(root / "old-vectors"), output=str(root / "index")))
     bridge(_config(root))
     return root, passages, queries
 
 
-def _embed(root, model, corpus="corpus", output=None, *, dtype="float32", num_files=3):
+def embedded(root, model, corpus="corpus", output=None, *, dtype="float32", num_files=3):
     """What `readapt embed` would write, without Ray."""
     opened, source = open_model(str(root / model)), artifacts.open_artifact(str(root / corpus), "ingest")
     table = pq.read_table(root / corpus / "passages")
@@ -190,7 +190,7 @@ def test_models_of_unlike_dimensions_are_bridged_and_one_that_is_far_is_not_wort
 def test_a_sample_is_drawn_by_its_seed_and_without_queries_passages_alone_are_measured(world):
     root, passages, _ = world
     factories.ingest_artifact(root / "more", [each._replace(text=f"{each.text} more") for each in passages])
-    _embed(root, "old", "more", "more-vectors", num_files=7)
+    embedded(root, "old", "more", "more-vectors", num_files=7)
     options = {"old_vectors": str(root / "more-vectors"), "sample": 520}
     one = bridge(_config(root, "sampled", **options))
     assert one.manifest.counts["num_passages"] == 520
@@ -203,7 +203,7 @@ def test_a_sample_is_drawn_by_its_seed_and_without_queries_passages_alone_are_me
 
 def test_a_bridge_fits_only_the_vectors_and_the_model_that_it_was_made_for(world):
     root, *_ = world
-    _embed(root, "old", output="half", dtype="float16")
+    embedded(root, "old", output="half", dtype="float16")
     with pytest.raises(FingerprintMismatchError, match=r"leads to the vectors .*run `readapt bridge` for these"):
         search(_search(root, "x.trec", "vectors", vectors=str(root / "half")))
     with pytest.raises(FingerprintMismatchError, match=r"is not for queries of .*far"):
@@ -224,7 +224,7 @@ def test_bad_inputs_are_refused_before_anything_is_encoded(world):
     with pytest.raises(InputError, match=r"sample = 499: .* takes 500 passages at least; give --sample 500 or more"):
         bridge(_config(root, "x", sample=499))
     factories.ingest_artifact(root / "few", passages[:50])
-    _embed(root, "old", "few", "few-vectors")
+    embedded(root, "old", "few", "few-vectors")
     with pytest.raises(InputError, match=r"has 50 vectors, and a bridge .* takes a sample of 500; embed the corpus"):
         bridge(_config(root, "x", old_vectors=str(root / "few-vectors")))
     with pytest.raises(InputError, match="4,096 dimensions takes 5,120 passages at least"):
