@@ -57,7 +57,8 @@ def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[
     folder = old.location / "vectors"
     rows = ParquetRows(folder, row_counts(named_footers(folder)))
     check_complete(old, rows.num_rows, "vectors")
-    return matrix_of(rows.take(_drawn(rows.num_rows, size, seed), VECTOR_COLUMNS), folder)
+    doc_ids, vectors = matrix_of(rows.take(_drawn(rows.num_rows, size, seed), VECTOR_COLUMNS), folder)
+    return doc_ids, np.require(vectors, requirements="W")
 
 
 def _drawn(num_rows: int, size: int, seed: int) -> NDArray[np.int64]:

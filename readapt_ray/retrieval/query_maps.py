@@ -2,11 +2,11 @@
 
 Enters: vectors of the same passages by both models. Leaves: maps (Drift-Adapter, arXiv 2509.23471), for the caller to
 choose from by recall. The paper predicts old vectors from new ones. Here new vectors of passages are predicted from old
-ones, p_new = S p_old, and the query takes the transpose: q_new · (S p_old) = (S' q_new) · p_old. So the map fits the scores
-of the new model, not the position that the old model would have given the query: between a model of 256 dimensions and
-all-MiniLM-L6-v2 that finds 0.29 of the new model's ten best where the paper's way round finds 0.11 (1,118 passages of
-Cranfield). For the orthogonal map both are the same. 16,000 vectors of 4,096 numbers take 0.5 GB for both models
-and their products.
+ones, p_new = S p_old, and the query takes the transpose: q_new · (S p_old) = (S' q_new) · p_old. So the map fits the
+scores of the new model, not the vector that the old model would have given the query. On Cranfield (1,118 passages to
+fit; from a model of 256 dimensions to all-MiniLM-L6-v2) it finds 0.29 of the new model's ten best, and the paper's
+direction 0.11. An orthogonal map is the same in both directions. 16,000 vectors of 4,096 numbers take 0.5 GB for both
+models, and as much for their products.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ _NUM_EPOCHS = 20
 _BATCH, _POOL = 256, 4096
 _LEARNING_RATE = 1e-3
 _TEMPERATURE = 0.02
-_DIRECTION = 1e-12
+_LEAST_LENGTH = 1e-12
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ class QueryMap:
 
     def __call__(self, queries: Matrix) -> Matrix:
         """Map queries [Q, D_new] to float32 [Q, D_old] of length 1, so that scores among normalised vectors are cosines."""
-        mapped = torch.from_numpy(queries @ self.matrix)
+        mapped = queries @ self.matrix
         if self.inward is not None and self.bias is not None and self.outward is not None:
-            hidden = functional.gelu(torch.from_numpy(queries @ self.inward + self.bias))
-            mapped += hidden @ torch.from_numpy(self.outward)
-        return functional.normalize(mapped, dim=1, eps=_DIRECTION).numpy()
+            mapped += functional.gelu(torch.from_numpy(queries @ self.inward + self.bias)).numpy() @ self.outward
+        return functional.normalize(torch.from_numpy(mapped), dim=1, eps=_LEAST_LENGTH).numpy()
 
     def to_bytes(self) -> bytes:
         """Return the map as the content of a safetensors file."""
