@@ -124,6 +124,11 @@ def test_finetune_for_queries_alone_keeps_the_passages(world, ray_session):
             "choose lora or dora",
         ),
         (
+            lambda root: merge(_merge(root, "x", retriever=str(root / "for-queries"))),
+            ModelError,
+            "is for queries alone, and its passages are encoded by .*retriever",
+        ),
+        (
             lambda root: finetune(
                 FinetuneConfig(model=str(root / "for-queries"), corpus=str(root / "corpus"), output=str(root / "x"))
             ),
