@@ -28,6 +28,7 @@ from readapt_ray.recipes.refreshing.options import CleanConfig as CleanConfig
 from readapt_ray.recipes.refreshing.options import FindConfig as FindConfig
 from readapt_ray.recipes.refreshing.options import RefreshConfig as RefreshConfig
 from readapt_ray.serving.options import ServeConfig as ServeConfig
+from readapt_ray.stages.bridge import BridgeConfig as BridgeConfig
 from readapt_ray.stages.drift import DriftConfig as DriftConfig
 from readapt_ray.stages.embed import EmbedConfig as EmbedConfig
 from readapt_ray.stages.evaluate import EvaluateConfig as EvaluateConfig
@@ -45,6 +46,7 @@ from readapt_ray.weights.reference import readapted_weight as readapted_weight
 __all__ = [
     "__version__",
     "Artifact",
+    "BridgeConfig",
     "CleanConfig",
     "CompareConfig",
     "DriftConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "ServeConfig",
     "TrainConfig",
     "TuneConfig",
+    "bridge",
     "clean",
     "compare",
     "drift",
@@ -101,6 +104,49 @@ __all__ = [
     "tune",
 ]
 __version__: str
+
+@overload
+def bridge(
+    *,
+    output: str | Path,
+    old_vectors: str | Path,
+    retriever: str | Path,
+    overwrite: bool = False,
+    corpus: str | Path | None = None,
+    sample: int = 20000,
+    encoding: Encoding | str | Path | None = None,
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = 'auto',
+    seed: int = 0,
+) -> Artifact:
+    """Let a new model's queries search an old model's vectors while re-embedding runs.
+
+    Give the options by name, or all of them as one BridgeConfig.
+
+    Options:
+        output: Folder or URI to write the artifact to. (required)
+        overwrite: Replace an artifact in the output that was made or begun with other options. Without this
+            such an output is refused. (default: no)
+        old_vectors: Vectors to search: the output of `readapt embed` with the old model. (required)
+        retriever: New model, whose queries are to search them: a catalog name, a folder, a URI or a hub id.
+            (required)
+        corpus: Passages of the vectors, if they are no longer where they were embedded from: the output of
+            `readapt ingest`.
+        sample: Passages to encode with the new model; all if there are fewer. It takes as many as 1.25 times
+            the larger dimension, and 500 at least. (default: 20000)
+        encoding: JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or
+            the catalog says.
+        dtype: Data type that the new model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+            AVX512_BF16, else float32. (default: auto)
+        seed: Seed of the sample, of its parts and of the training of the residual map. (default: 0)
+
+    Returns:
+        The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def bridge(config: BridgeConfig, /) -> Artifact: ...
 
 @overload
 def clean(
@@ -140,6 +186,8 @@ def compare(
     drop_self_hits: bool | None = None,
     finetune: bool = False,
     readapt: bool = False,
+    queries_only: bool = False,
+    bridge: bool = False,
     num_timed_queries: int = 50,
     embed_options: dict[str, Any] = {},
     train_options: dict[str, Any] = {},
@@ -165,6 +213,10 @@ def compare(
             (default: no)
         readapt: Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its
             pretrained model. With finetune, also after both. (default: no)
+        queries_only: With readapt or finetune: also compare their models for queries alone, over the
+            retriever's own vectors. (default: no)
+        bridge: With readapt or finetune: also compare their queries behind a bridge to the retriever's own
+            vectors. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
         train_options: Options of train and pack by name (in a YAML file).
@@ -428,6 +480,7 @@ def finetune(
     batch_size: int = 128,
     micro_batch_tokens: int = 16384,
     temperature: float = 0.05,
+    queries_only: bool = False,
     both_directions: bool = False,
 ) -> Artifact:
     """Train a retriever on labelled pairs.
@@ -492,6 +545,9 @@ def finetune(
         micro_batch_tokens: Tokens per forward and backward pass, padding included. Lower it when memory is
             short; batch and result stay the same (GradCache). (default: 16384)
         temperature: Temperature of the InfoNCE loss: cosines are divided by it. (default: 0.05)
+        queries_only: Train queries alone: passages are encoded by the model as it was, so its vectors stay
+            valid. The output is a model for queries, with which `search` and `serve` accept them, and with
+            which `embed` encodes by the model as it was. (default: no)
         both_directions: Also train each passage to find its query among the queries of the batch. (default: no)
 
     Returns:
@@ -638,6 +694,7 @@ def merge(
     low_rank: float | None = None,
     factors: bool = False,
     accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
+    queries_only: bool = False,
     dtype: Literal['retriever', 'float32', 'float16', 'bfloat16'] = 'retriever',
     max_shard_bytes: int = 5000000000,
     encoding: Encoding | str | Path | None = None,
@@ -670,6 +727,8 @@ def merge(
             scales can be made from it later. (default: no)
         accept: Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is
             used), base (an adapter's base model).
+        queries_only: Make a model for queries: passages keep the vectors of the retriever. `search` and `serve`
+            accept these with it, and `embed` encodes with the retriever. (default: no)
         dtype: Data type of the written weights; retriever keeps the type of each of the retriever's tensors.
             (default: retriever)
         max_shard_bytes: Maximum size of a weight file in bytes; a tensor that is larger gets its own file.
@@ -851,6 +910,7 @@ def search(
     vectors: str | Path | None = None,
     root: str | Path | None = None,
     as_of: int | None = None,
+    bridge: str | Path | None = None,
     qrels: str | Path | None = None,
     mode: Literal['dense', 'bm25', 'hybrid'] = 'dense',
     top_k: int = 100,
@@ -866,12 +926,15 @@ def search(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        retriever: Model that made the vectors: a catalog name, a folder, a URI or a hub id. (required)
+        retriever: Model that made the vectors (or that `bridge` is for, or a model for queries alone that names
+            it): a catalog name, a folder, a URI or a hub id. (required)
         index: Index to search: the output of `readapt index`. Give this or vectors.
         vectors: Vectors to search exactly: the output of `readapt embed`. Give this or index.
         root: Root of `readapt refresh`: search the index of its present generation, with its retriever. What is
             given beside it overrides it.
         as_of: Number of the generation of `root` to search. If omitted, the present one.
+        bridge: Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to
+            them.
         queries: Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files. (required)
         qrels: File of judgements: only queries that are judged in it are searched. If omitted, all queries are.
         mode: Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was
@@ -898,6 +961,7 @@ def serve(
     *,
     retriever: str | Path = '',
     index: str | Path | None = None,
+    bridge: str | Path | None = None,
     corpus: str | Path | None = None,
     encoding: Encoding | str | Path | None = None,
     dtype: Literal['float32', 'float16', 'bfloat16'] | None = None,
@@ -948,7 +1012,10 @@ def serve(
     Options:
         retriever: Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions`
             lists several.
-        index: Output folder of `readapt index`, made with this retriever. If omitted, there is no search.
+        index: Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted,
+            there is no search.
+        bridge: Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a
+            version encodes queries alone.
         corpus: Output folder of `readapt ingest`. If omitted, search results have no titles and texts.
         encoding: JSON file that says how the retriever wants its text. If omitted, the index says it, or the
             model's folder.

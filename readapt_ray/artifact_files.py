@@ -99,6 +99,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     ),
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
+    "bridge": (*_VECTORS, "map.safetensors"),
     "index": (
         "shards/*.faiss",
         "shards/*.ids.parquet",

@@ -120,9 +120,10 @@ class Retriever:
     """A retriever with its index in memory.
 
     Args:
-        retriever: the model that made the vectors.
+        retriever: the model that made the vectors, or that the bridge is for.
         index: the output of `ra.index`, or its folder.
         corpus: the output of `ra.ingest`, or its folder, for titles and texts of hits.
+        bridge: the output of `ra.bridge`, or its folder, if an older model made the vectors.
         device: a torch device. If omitted, cuda where there is one, else cpu.
 
     Raises:
@@ -131,18 +132,25 @@ class Retriever:
 
     @refusing_in_our_words
     def __init__(
-        self, *, retriever: Place, index: Place, corpus: Place | None = None, device: str | None = None
+        self,
+        *,
+        retriever: Place,
+        index: Place,
+        corpus: Place | None = None,
+        bridge: Place | None = None,
+        device: str | None = None,
     ) -> None:
+        from readapt_ray.retrieval.bridge import Bridge
         from readapt_ray.retrieval.index_shard import merged
         from readapt_ray.retrieval.passage_store import PassageStore
+        from readapt_ray.retrieval.query_encoder import query_encoder
         from readapt_ray.retrieval.vector_index import VectorIndex
-        from readapt_ray.stages.search import check_encoder
 
         opened = VectorIndex.open(_named(index))
         self._passages = None if corpus is None else PassageStore.open(_named(corpus))
-        encoding = Encoding.parse(opened.encoder["encoding"], where=opened.artifact.uri)
-        check_encoder(open_model(_named(retriever)), encoding, opened.artifact)
-        self._encoder = Encoder(retriever, encoding=encoding, dtype=opened.encoder["dtype"], device=device)
+        self._bridge = None if bridge is None else Bridge.open(_named(bridge))
+        asking = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
+        self._encoder = Encoder(retriever, encoding=asking.encoding, dtype=asking.description["dtype"], device=device)
         self._shards = merged(opened.shards())
         self._num_vectors = opened.num_vectors
         self._is_split = bool(opened.artifact.manifest.details.get("is_split"))
@@ -172,6 +180,7 @@ class Retriever:
         if not len(queries):
             return []
         vectors = self._encoder.encode(queries, "query")
+        vectors = self._bridge.query_map(vectors) if self._bridge else vectors
         depth = top_k
         while True:
             hits = search_shards(self._shards, vectors, depth)

@@ -263,14 +263,12 @@ class Encoder:
 
 def encoder_fingerprint(model: OpenModel, encoding: Encoding, dtype: str) -> str:
     """Stands for all that decides a vector: weights (those of an adapter's base too), encoding, dtype."""
-    return fingerprint(
-        {
-            "weights": model.fingerprint,
-            "base": model.base.fingerprint if model.is_adapter else None,
-            "encoding": encoding.model_dump(mode="json"),
-            "dtype": dtype,
-        }
-    )
+    return fingerprint_of(model.fingerprint, model.base.fingerprint if model.is_adapter else None, encoding, dtype)
+
+
+def fingerprint_of(weights: str, base: str | None, encoding: Encoding, dtype: str) -> str:
+    """Return `encoder_fingerprint` from the fingerprints of a model and, for an adapter, of its base."""
+    return fingerprint({"weights": weights, "base": base, "encoding": encoding.model_dump(mode="json"), "dtype": dtype})
 
 
 def suitable_dtype(device: str | None = None) -> str:

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from readapt_ray.artifacts import open_artifact
+from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
+from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.query_encoder import describe_encoder, query_encoder
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
@@ -111,17 +114,21 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
     num_replicas = max(config.num_replicas, config.max_replicas or 1)
     index = open_artifact(config.index, "index") if config.index else None
     corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
-    made_by = index.manifest.details["encoder"] if index else {}
-    recorded = Encoding.parse(made_by["encoding"], where=str(config.index)) if made_by else None
+    bridge = _bridge_of(config)
+    asked_by = _asked_by(config, index, bridge)
+    recorded = Encoding.parse(asked_by["encoding"], where=str(config.index)) if asked_by else None
     folder = own_folder(config.retriever)
     return VersionSpec(
         name=name,
         retriever=str(folder) if folder is not None else config.retriever,
         encoding=config.encoding or recorded,
-        dtype=config.dtype or made_by.get("dtype", "float32"),
-        encoder_fingerprint=made_by.get("fingerprint"),
+        dtype=config.dtype or asked_by.get("dtype", "float32"),
+        encoder_fingerprint=asked_by.get("fingerprint"),
+        bridge=on_worker.absolute(bridge.artifact.location).uri if bridge else None,
+        bridge_fingerprint=bridge.artifact.fingerprint if bridge else None,
         index=on_worker.absolute(index.location).uri if index else None,
         index_fingerprint=index.fingerprint if index else None,
+        index_encoder=index.manifest.details["encoder"]["fingerprint"] if index else None,
         shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
         has_words="bm25" in index.manifest.details if index else False,
         is_split=bool(index and index.manifest.details.get("is_split")),
@@ -132,6 +139,21 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         num_threads=config.num_threads,
         processes=config.processes(),
     )
+
+
+def _bridge_of(config: VersionConfig) -> Bridge | None:
+    return Bridge.open(config.bridge) if config.bridge else None
+
+
+def _asked_by(config: VersionConfig, index: Artifact | None, bridge: Bridge | None) -> dict[str, Any]:
+    """Return what the index, or the bridge to it, says of the encoder of queries; a model for queries speaks for itself."""
+    if bridge is not None:
+        return bridge.new_encoder
+    made_by = dict(index.manifest.details["encoder"]) if index else {}
+    if not made_by or passages_model(open_model(config.retriever, with_weights=False)) is None:
+        return made_by
+    model = open_model(config.retriever)
+    return describe_encoder(model, config.encoding or model.encoding, made_by["dtype"])
 
 
 _LIFE: dict[str, Any] = {
@@ -224,7 +246,7 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
 
 
 def check_version(name: str, config: VersionConfig) -> str:
-    """Check before anything starts that retriever, index and corpus can be used and fit together.
+    """Check before anything starts that retriever, index, bridge and corpus can be used and fit together.
 
     Returns:
         The fingerprint of the version that they make.
@@ -232,19 +254,29 @@ def check_version(name: str, config: VersionConfig) -> str:
     Raises:
         ModelError: the retriever is not a model, or nothing says how it wants its text.
         ArtifactMissingError: the index or the corpus is not complete.
-        FingerprintMismatchError: the index was made by another model, or encoded otherwise.
+        FingerprintMismatchError: the index was made by another model, or encoded otherwise, or the bridge leads elsewhere.
+        InputError: there is a bridge, and no index that it leads to.
     """
     from readapt_ray.retrieval.encoder import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
+    if config.bridge and not config.index:
+        raise InputError(
+            f"version {name!r} has the bridge {config.bridge!r} and no index; give the index of its old vectors"
+        )
     spec = version_spec(name, config)
     model = open_model(config.retriever)
     encoding = spec.encoding or model.encoding
     TextTokenizer(model.tokenizer, encoding)
     encoder = encoder_fingerprint(model, encoding, spec.dtype)
     if spec.encoder_fingerprint not in (None, encoder):
-        recorded = open_artifact(str(config.index), "index").manifest.details["encoder"]
+        recorded = _asked_by(config, open_artifact(str(config.index), "index"), _bridge_of(config))
         raise _mismatch(model, encoding, spec.dtype, config, recorded)
+    if config.index:
+        bridge = _bridge_of(config)
+        query_encoder(model, open_artifact(config.index, "index"), encoding=encoding, bridge=bridge)
+        if bridge is not None:
+            bridge.warn_if_not_worth_it()
     return spec.fingerprint(encoder)
 
 
@@ -296,6 +328,11 @@ def _mismatch(
     other = {key: value for key, value in wanted.items() if there.get(key) != value}
     differing = [f"{key} is {there.get(key)!r} there and {value!r} here" for key, value in other.items()]
     what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
+    if config.bridge:
+        return FingerprintMismatchError(
+            f"bridge {config.bridge!r} is not for {model.name!r}: {what}; serve the model that it was fitted with, or run "
+            f"`readapt bridge` with this one"
+        )
     return FingerprintMismatchError(
         f"index {config.index!r} does not fit {model.name!r}: {what}; serve the model that made the index, or "
         f"run `readapt embed` and `readapt index` with this one"

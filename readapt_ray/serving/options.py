@@ -45,7 +45,10 @@ class VersionConfig(Config):
     retriever: str = ""
     """Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions` lists several."""
     index: str | None = None
-    """Output folder of `readapt index`, made with this retriever. If omitted, there is no search."""
+    """Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted, there is no search."""
+    bridge: str | None = None
+    """Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a version encodes queries
+    alone."""
     corpus: str | None = None
     """Output folder of `readapt ingest`. If omitted, search results have no titles and texts."""
     encoding: EncodingOption = None
@@ -75,7 +78,7 @@ class VersionConfig(Config):
 
     def processes(self) -> dict[str, Any]:
         """Return the options of the processes: how many there are and with what, not what they serve."""
-        served = {"retriever", "index", "corpus", "encoding", "dtype"}
+        served = {"retriever", "index", "bridge", "corpus", "encoding", "dtype"}
         return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
 
 
@@ -130,7 +133,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """Write the file that `serve deploy` and KubeRay's RayService read, and start nothing."""
 
     inputs: ClassVar[frozenset[str]] = frozenset(
-        {"retriever", "index", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
+        {"retriever", "index", "bridge", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
     )
     operational: ClassVar[frozenset[str]] = frozenset(
         {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}

@@ -205,6 +205,8 @@ class ServedModel(BaseModel):
     """Of encoder, index and corpus together."""
     encoder_fingerprint: str
     """Of what makes the vectors."""
+    passages_by: str
+    """Model that encodes the passages of its index, if this version encodes queries alone; else empty."""
     num_vectors: int
     """Vectors in its index; 0 without one."""
     columns: dict[str, str]

@@ -170,6 +170,12 @@ class SearchService:
             raise invalid(message, "dimensions")
         self._check_token_ids(body, info.encoder_fingerprint)
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
+        if kind == "passage" and info.passages_by:
+            message = (
+                f"version {name!r} encodes queries alone: its passages are encoded by {info.passages_by!r}; ask for "
+                f"'query', or another version"
+            )
+            raise invalid(message, "input_type")
         truncate = self.limits.truncate if body.truncate is None else body.truncate
         async with self._deadline(body.timeout_s) as deadline_s:
             rows = await self._tokenized(version, body.input, kind, trace, param=param, truncate=truncate)

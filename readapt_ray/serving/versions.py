@@ -57,6 +57,8 @@ class VersionInfo:
     batch_tokens: int
     num_slots: int
     """Batches that its replicas can encode at once."""
+    passages_by: str = ""
+    """Model that encodes the passages, if this version encodes queries alone: behind a bridge, or by a model for queries."""
     slices: Mapping[str, int] = field(default_factory=dict)
     """The parts of its index, each with the number of its vectors; empty without an index."""
     has_words: bool = False
@@ -231,7 +233,12 @@ class Registry:
     def models(self) -> schema.ModelList:
         """List the versions, the default first."""
         names = sorted(self.versions, key=lambda name: name != self.routing.default)
-        data = [self._described(name, kind) for name in names for kind in _SUFFIXES]
+        data = [
+            self._described(name, kind)
+            for name in names
+            for kind in _SUFFIXES
+            if kind != "passage" or not self.versions[name].info.passages_by
+        ]
         return schema.ModelList(data=[each for each in data if each.id == each.version or each.id not in self.versions])
 
     def model(self, model: str) -> schema.ServedModel:
@@ -255,6 +262,7 @@ class Registry:
             matryoshka=info.matryoshka,
             fingerprint=info.fingerprint,
             encoder_fingerprint=info.encoder_fingerprint,
+            passages_by=info.passages_by,
             num_vectors=info.num_vectors,
             columns=dict(store.columns) if store and info.num_vectors else {},
             modes=_modes(info),

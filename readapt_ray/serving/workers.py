@@ -19,8 +19,11 @@ from ray import serve
 
 from readapt_ray.artifacts import fingerprint, open_artifact
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.search_batches import SearchBatches
 from readapt_ray.serving.versions import Ranked, VersionInfo
@@ -46,9 +49,14 @@ class VersionSpec:
     encoding: Encoding | None
     dtype: str
     encoder_fingerprint: str | None
-    """As the index has it: a node whose model folder differs is found out. None without an index."""
+    """As the index or the bridge has it: a node whose model folder differs is found out. None without an index."""
+    bridge: str | None
+    """Maps queries to the vectors of the index, if another model made these."""
+    bridge_fingerprint: str | None
     index: str | None
     index_fingerprint: str | None
+    index_encoder: str | None
+    """Fingerprint of what made the vectors of the index."""
     shards: tuple[str, ...]
     """Names of the shards of the index."""
     has_words: bool
@@ -66,7 +74,8 @@ class VersionSpec:
 
     def fingerprint(self, encoder: str) -> str:
         """Return the fingerprint of the version, from that of its encoder."""
-        return fingerprint({"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint})
+        parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
+        return fingerprint(parts | ({"bridge": self.bridge_fingerprint} if self.bridge else {}))
 
 
 class _Worker:
@@ -135,7 +144,6 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
-        from readapt_ray.catalog.models import open_model
         from readapt_ray.retrieval.encoder import Encoder
 
         self._spec = spec
@@ -154,6 +162,10 @@ class EncoderReplica:
                 f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
                 f"put the same files on all nodes, or give a URI"
             )
+        self._bridge = None if spec.bridge is None else Bridge.open(spec.bridge)
+        if self._bridge is not None and self._bridge.artifact.fingerprint != spec.bridge_fingerprint:
+            raise FingerprintMismatchError(f"bridge {spec.bridge!r} is not the one that this version was set up with")
+        self._passages_by = self._bridge.old_encoder["model"] if self._bridge else _passages_by(self._model)
         self._fingerprint = spec.fingerprint(self._encoder.fingerprint)
         self._probe_ids = self._encoder.tokenize([_PROBE], "query")
         self._probe_vector = self._compute.wait_for(self._encoder.encode_ids, self._probe_ids)[0]
@@ -166,10 +178,11 @@ class EncoderReplica:
         sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
             fingerprint=self._fingerprint,
-            encoder_fingerprint=self._encoder.fingerprint,
+            encoder_fingerprint=self._bridge.query_fingerprint if self._bridge else self._encoder.fingerprint,
+            passages_by=self._passages_by,
             encoding=self._encoder.encoding,
             tokenizer=self._model.tokenizer,
-            dimension=self._encoder.dimension,
+            dimension=int(self._bridge.old_encoder["dimension"]) if self._bridge else self._encoder.dimension,
             batch_tokens=self._encoder.batch_tokens,
             num_slots=self._spec.num_slots,
             slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
@@ -189,7 +202,11 @@ class EncoderReplica:
             FingerprintMismatchError: they are meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
-        return await self._compute(self._encoder.encode_ids, rows)
+        return await self._compute(self._encoded, rows)
+
+    def _encoded(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        vectors = self._encoder.encode_ids(rows)
+        return self._bridge.query_map(vectors) if self._bridge else vectors
 
     async def check(self, version: str) -> float:
         """Encode a sentence; return the seconds that it took, with the wait for the batch before it.
@@ -228,13 +245,13 @@ class IndexReplica:
         index = VectorIndex.open(str(spec.index))
         if (index.artifact.fingerprint, index.encoder["fingerprint"]) != (
             spec.index_fingerprint,
-            spec.encoder_fingerprint,
+            spec.index_encoder,
         ):
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
         self._slice = self._compute.wait_for(IndexSlice, index.folder, records, _passage_files(spec), index.words)
         self._search = SearchBatches(functools.partial(self._compute, self._slice.search))
-        self._fingerprint = spec.fingerprint(index.encoder["fingerprint"])
+        self._fingerprint = spec.fingerprint(str(spec.encoder_fingerprint))
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
 
     async def num_vectors(self) -> int:
@@ -291,6 +308,12 @@ class IndexReplica:
     async def check_health(self) -> None:
         """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
+
+
+def _passages_by(model: OpenModel) -> str:
+    """Return the name of the model that encodes the passages, if this one is for queries alone; else an empty text."""
+    passages = passages_model(model)
+    return passages.name if passages else ""
 
 
 def _ranked(hits: "Hits") -> list[list[Ranked]]:

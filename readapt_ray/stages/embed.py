@@ -18,6 +18,7 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
@@ -29,6 +30,7 @@ from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.retrieval import truncation
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     Contents,
@@ -158,18 +160,6 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
     return config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
 
 
-def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
-    """What a vector file and a manifest say of the model that made them."""
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
-
-    return {
-        "fingerprint": encoder_fingerprint(model, encoding, dtype),
-        "model": model.name,
-        "dtype": dtype,
-        "encoding": encoding.model_dump(mode="json"),
-    }
-
-
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
     from readapt_ray.retrieval.tokenization import TextTokenizer
@@ -177,6 +167,9 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
 
     model = open_model(config.retriever)
     encoding = config.encoding or model.encoding
+    if (passages := passages_model(model)) is not None:
+        logger.info("embed: %s is for queries alone; passages are encoded by %s", model.name, passages.name)
+        model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     holder = model.base if model.is_adapter else model

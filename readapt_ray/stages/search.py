@@ -19,19 +19,21 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
-from readapt_ray.catalog.encoding import Encoding, EncodingOption
-from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.encoding import EncodingOption
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import connection, query_vectors
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
+from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
+from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
 from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
+from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 
 logger = logging.getLogger("readapt_ray")
@@ -48,7 +50,8 @@ class SearchConfig(StageConfig):
     """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
 
     retriever: str
-    """Model that made the vectors: a catalog name, a folder, a URI or a hub id."""
+    """Model that made the vectors (or that `bridge` is for, or a model for queries alone that names it): a catalog name, a
+    folder, a URI or a hub id."""
     index: str | None = None
     """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
@@ -58,6 +61,8 @@ class SearchConfig(StageConfig):
     overrides it."""
     as_of: int | None = Field(default=None, ge=1)
     """Number of the generation of `root` to search. If omitted, the present one."""
+    bridge: str | None = None
+    """Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to them."""
     queries: str
     """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
     qrels: str | None = None
@@ -74,7 +79,7 @@ class SearchConfig(StageConfig):
     """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
 
     inputs: ClassVar[frozenset[str]] = frozenset(
-        {"retriever", "index", "vectors", "root", "as_of", "queries", "qrels", "encoding"}
+        {"retriever", "index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
     )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
 
@@ -147,7 +152,7 @@ def search(config: SearchConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the index or the vectors are not the output of their stage.
-        FingerprintMismatchError: they were made by another model, or with another encoding.
+        FingerprintMismatchError: they were made by another model, or with another encoding, or the bridge belongs to others.
         CorpusError: there are no queries, or a row is not one.
         CorruptFileError: a shard was cut short or altered.
     """
@@ -155,8 +160,8 @@ def search(config: SearchConfig) -> Artifact:
         open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")
     )
     model = open_model(config.retriever)
-    encoding = config.encoding or Encoding.parse(source.encoder["encoding"], where=source.artifact.uri)
-    check_encoder(model, encoding, source.artifact)
+    bridge = Bridge.open(config.bridge) if config.bridge else None
+    asking = query_encoder(model, source.artifact, encoding=config.encoding, bridge=bridge)
     if config.mode != "dense" and not source.words:
         raise InputError(
             f"mode = {config.mode!r}, but index {config.index!r} was built without BM25; build it with --bm25"
@@ -164,46 +169,25 @@ def search(config: SearchConfig) -> Artifact:
     queries = _read_queries(config)
 
     def work(workspace: Workspace) -> None:
-        num_results = _run(config, model, source, encoding, queries, workspace=workspace)
+        if bridge is not None:
+            bridge.warn_if_not_worth_it()
+        num_results = _run(config, source, asking, queries, workspace=workspace)
         workspace.counts |= {"num_queries": len(queries), "num_results": num_results}
         workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors, **source.truncation}
+        if asking.fingerprint != source.encoder["fingerprint"]:
+            workspace.details["query_encoder"] = {**asking.description, "query_fingerprint": asking.fingerprint}
 
     return produce(
         "search",
         config,
         inputs={
             "retriever": model.fingerprint,
-            "encoding": fingerprint(encoding.model_dump(mode="json")),
+            "encoding": fingerprint(asking.encoding.model_dump(mode="json")),
+            **({"bridge": bridge.artifact.fingerprint} if bridge else {}),
             "index" if config.index else "vectors": source.artifact.fingerprint,
             "queries": fingerprint([list(query) for query in queries]),
         },
         work=work,
-    )
-
-
-def check_encoder(model: OpenModel, encoding: Encoding, made: Artifact) -> None:
-    """Refuse vectors, or an index of them, that this model with this encoding would not have made.
-
-    Raises:
-        FingerprintMismatchError: another model or encoding made them.
-    """
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
-
-    recorded = made.manifest.details["encoder"]
-    if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
-        return
-    wanted = encoding.model_dump(mode="json")
-    differing = [
-        f"{name} is {recorded['encoding'].get(name)!r} there and {value!r} here"
-        for name, value in wanted.items()
-        if recorded["encoding"].get(name) != value
-    ]
-    what = (
-        "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
-    )
-    raise FingerprintMismatchError(
-        f"{made.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
-        f"that made it, or run `readapt embed` with this one into another output"
     )
 
 
@@ -223,9 +207,8 @@ def _read_queries(config: SearchConfig) -> list[Query]:
 
 def _run(
     config: SearchConfig,
-    model: OpenModel,
     source: _Source,
-    encoding: Encoding,
+    asking: QueryEncoder,
     queries: Sequence[Query],
     *,
     workspace: Workspace,
@@ -241,9 +224,7 @@ def _run(
 
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
-        pieces = (
-            [] if config.mode == "bm25" else _encoded(config, model, source, encoding, queries, workspace=workspace)
-        )
+        pieces = [] if config.mode == "bm25" else _encoded(config, asking, queries, workspace=workspace)
         searched = _pieces(source)
         depth = min(_depth(config) * (_PASSAGES_A_DOCUMENT if source.is_split else 1), source.num_vectors)
         size = query_vectors.QUERIES_A_PIECE
@@ -263,19 +244,14 @@ def _run(
 
 
 def _encoded(
-    config: SearchConfig,
-    model: OpenModel,
-    source: _Source,
-    encoding: Encoding,
-    queries: Sequence[Query],
-    *,
-    workspace: Workspace,
+    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], *, workspace: Workspace
 ) -> list[Any]:
     return encode_queries(
         [query.text for query in queries],
-        model,
-        encoding,
-        source.encoder,
+        asking.model,
+        asking.encoding,
+        asking.description,
+        bridge=asking.bridge,
         batch_tokens=config.batch_tokens,
         progress=functools.partial(workspace.progress, unit="queries"),
     )

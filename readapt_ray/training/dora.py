@@ -13,6 +13,7 @@ Under ZeRO-3 a worker holds a part of each weight: the base layer is called as a
 DeepSpeed's hooks fetch it, and the norm gathers one layer's weight at a time.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ class AdaptedLinear(nn.Module):
         rank = shape.rank
         self.scaling = shape.alpha / rank
         self.dropout = shape.dropout
+        self.is_on = True
+        """Whether the adapter takes part; see `without_adapters`."""
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
@@ -99,7 +102,9 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
         probability = self.dropout if self.training else 0.0
-        if torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
+        if not self.is_on:
+            y: Tensor = self.base(x)
+        elif torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
             share = None if self.magnitude is None else self.magnitude / self.norm
             dropped = functional.dropout(x, probability) if probability else x
             y = adapted_output(self.base(x), dropped, self.lora_A * self.scaling, self.lora_B, share)
@@ -137,6 +142,22 @@ def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let a model compute as it did before it was wrapped, without dropout or gradients."""
+    layers, was_training = [layer for _, layer in adapted_layers(model)], model.training
+    try:
+        model.eval()
+        for layer in layers:
+            layer.is_on = False
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for layer in layers:
+            layer.is_on = True
 
 
 def refresh_norms(model: nn.Module) -> None:
