@@ -300,6 +300,7 @@ def _hush_libraries(*, is_new: bool) -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # Ray's own loses the cause on its way here
     library_logs.silence()
     if is_new and (folder := logs_folder()):
         library_logs.add_file(folder / _DRIVER_LOG)
@@ -323,19 +324,28 @@ def cause_of(error: BaseException) -> BaseException:
     """Return the error inside Ray's wrappers: our own error if there is one, with its message."""
     from ray.exceptions import RayTaskError
 
-    seen: list[BaseException] = []
+    for each in _linked(error, with_contexts=True):
+        if isinstance(each, ReadaptError) and not isinstance(each, RayTaskError):  # Ray's wrapper has the type of both
+            return each
+    return WorkerError(f"a worker failed: {_last_line(_linked(error)[-1])}{_see_logs()}")
+
+
+def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseException]:
+    """Return an error and what caused it, nearest first; with contexts, also what was being handled meanwhile."""
+    from ray.exceptions import RayTaskError
+
+    found: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
         current = pending.pop(0)
-        if current is None or current in seen:
+        if current is None or current in found:
             continue
-        seen.append(current)
-        if isinstance(current, ReadaptError):
-            return current
+        found.append(current)
         inner = [current.cause] if isinstance(current, RayTaskError) else []
         failures = getattr(current, "worker_failures", None) or {}
-        pending += [*inner, *failures.values(), current.__cause__, current.__context__]
-    return WorkerError(f"a worker failed: {_last_line(seen[-1])}{_see_logs()}")
+        pending += [*inner, *failures.values(), current.__cause__]
+        pending += [current.__context__] if with_contexts else []
+    return found
 
 
 def _last_line(error: BaseException) -> str:

@@ -92,7 +92,8 @@ def _write_file(path, kind, rows, draw):
         with path.open("w", newline="") as file:
             writer = csv.writer(file, delimiter="," if kind == "csv" else "\t", quoting=draw.choice([0, 1]))
             writer.writerow(rows[0])
-            writer.writerows((row | {"text": f'a "b"\n{row["text"]}, c'}).values() for row in rows)
+            quoted = (row | ({"text": f'a "b"\n{row["text"]}, c'} if row["text"] else {}) for row in rows)
+            writer.writerows(row.values() for row in quoted)
             writer.writerow(["one field"])
             file.write('"open\n')
         return

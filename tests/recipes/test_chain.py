@@ -145,7 +145,7 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
         for stage, config in steps.items()
     }
     assert places == {
-        "ingest": [],
+        "ingest": ["columns", "keep", "tokenizer"],
         "pack": ["exclude", "only"],
         "train": ["exclude", "only", "target_modules"],
         "merge": ["measures"],
@@ -412,7 +412,6 @@ class Stages:
         self._broken = broken
         monkeypatch.setattr(running, "run_stage", self._run)
         monkeypatch.setattr(running, "_leaves_gpus_idle", lambda step: has_gpus)
-        monkeypatch.setattr(running, "_has_judgements", lambda *_: False)
         monkeypatch.setattr(run_checks, "check_run", lambda *_: [])
 
     def _run(self, stage: str, config: Any) -> SimpleNamespace:

@@ -47,7 +47,7 @@ def root(tmp_path_factory):
     corpus = folder / "corpus.beir"
     (corpus / "qrels").mkdir(parents=True)
     (corpus / "corpus.jsonl").write_text("\n".join(map(json.dumps, documents)))
-    queries = [{"_id": f"q{number}", "text": passages[number].text[:40]} for number in range(0, 40, 3)]
+    queries = [{"_id": f"q{number}", "text": passages[number].text[:40].strip()} for number in range(0, 40, 3)]
     (corpus / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
     lines = [f"{query['_id']}\td{number % 9}\t1" for number, query in enumerate(queries) if number % 9 != 3]
     (corpus / "qrels" / "test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]))
