@@ -1,8 +1,7 @@
 """Split long documents into passages of a number of tokens, between paragraphs or sentences where it can.
 
 Enters: one file of ingested documents. Leaves: the same file with passages `doc#1`, `doc#2` ... in their place, each with the
-title and the kept columns of its document, and its id as `parent_id`. About 200,000 tokens a second on one core; in memory is
-one row group.
+title and the kept columns of its document, and its id as `parent_id`. In memory is one row group.
 """
 
 import bisect
