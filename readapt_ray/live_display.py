@@ -14,8 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 _NOTEBOOK_REFRESH_S = 0.5
-_lock = threading.Lock()
-_display: "_Display | None" = None
 
 
 class Row:
@@ -27,29 +25,18 @@ class Row:
 
     def update(self, done: int, total: int | None, *, pace: str, note: str) -> None:
         """Show how much is done, at which pace."""
-        self._display.progress.update(self._task, completed=done, total=total, pace=pace, note=note)
-        self._display.refresh()
+        self._display.update(self._task, completed=done, total=total, pace=pace, note=note)
 
     def remove(self) -> None:
         """Remove the row; with the last one the display ends."""
-        global _display  # noqa: PLW0603
-        with _lock:
-            self._display.progress.remove_task(self._task)
-            self._display.refresh(is_last=True)
-            if not self._display.progress.tasks:
-                self._display.end()
-                _display = None
+        self._display.remove(self._task)
 
 
 def add_row(label: str) -> Row | None:
     """Return a new row; None where nothing can be shown: no terminal and no notebook."""
-    global _display  # noqa: PLW0603
-    with _lock:
-        if _display is None and (is_terminal() or is_notebook()):
-            _display = _Display()
-        if _display is None:
-            return None
-        return Row(_display, _display.progress.add_task(label, total=None, pace="", note=""))
+    if _display.progress is None and not is_terminal() and not is_notebook():
+        return None
+    return Row(_display, _display.add(label))
 
 
 def is_terminal() -> bool:
@@ -65,36 +52,67 @@ def is_notebook() -> bool:
 
 
 class _Display:
-    """A rich display: drawn by a thread of rich's on a terminal, and by `refresh` in a notebook."""
+    """A rich display, which lasts as long as it has rows: drawn by a thread of rich's on a terminal, by us in a notebook."""
 
     def __init__(self) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TaskProgressColumn(),
-            TextColumn("{task.fields[pace]}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-        )
-        self._is_notebook = not is_terminal()
-        self._refreshed_s = 0.0
+        self._lock = threading.Lock()
+        self.progress: Progress | None = None
+        """None while there is no row."""
         self._handle: Any = None
-        self.progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=self._is_notebook)
-        self.progress.start()
+        self._refreshed_s = 0.0
 
-    def refresh(self, *, is_last: bool = False) -> None:
+    def add(self, label: str) -> TaskID:
+        """Add a row; the first one begins the display."""
+        with self._lock:
+            if self.progress is None:
+                self.progress = _started()
+                self._handle, self._refreshed_s = None, 0.0
+            return self.progress.add_task(label, total=None, pace="", note="")
+
+    def update(self, task: TaskID, **values: Any) -> None:
+        """Change a row."""
+        with self._lock:
+            if self.progress is not None:
+                self.progress.update(task, **values)
+                self._draw(self.progress)
+
+    def remove(self, task: TaskID) -> None:
+        """Remove a row; the last one ends the display."""
+        with self._lock:
+            if self.progress is not None:
+                self.progress.remove_task(task)
+                self._draw(self.progress, is_last=True)
+                if not self.progress.tasks:
+                    self.progress.stop()
+                    self.progress = None
+
+    def _draw(self, progress: Progress, *, is_last: bool = False) -> None:
         """Draw the rows into the output of a notebook's cell, twice per second at most."""
-        if not self._is_notebook or (not is_last and time.monotonic() - self._refreshed_s < _NOTEBOOK_REFRESH_S):
+        if not progress.disable or (not is_last and time.monotonic() - self._refreshed_s < _NOTEBOOK_REFRESH_S):
             return
         self._refreshed_s = time.monotonic()
         from IPython.display import display
 
-        rows = self.progress.make_tasks_table(self.progress.tasks)
+        rows = progress.make_tasks_table(progress.tasks)
         if self._handle is None:
             self._handle = display(rows, display_id=True)
         else:
             self._handle.update(rows)
 
-    def end(self) -> None:
-        """Remove the display from the terminal."""
-        self.progress.stop()
+
+def _started() -> Progress:
+    """Start a display; a disabled one in a notebook, where rich's thread cannot draw."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=28),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[pace]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    progress = Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_terminal())
+    progress.start()
+    return progress
+
+
+_display = _Display()

@@ -36,7 +36,7 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 def shown() -> list[Any]:
     """The rows of the live display."""
-    assert live_display._display is not None
+    assert live_display._display.progress is not None
     return list(live_display._display.progress.tasks)
 
 
@@ -117,7 +117,7 @@ def test_a_terminal_shows_rate_and_eta_beside_the_bar(
         wait(10)
         reporter.update(300)
         assert task.fields["pace"] == "20 passages/s, ETA 35 s"
-    assert live_display._display is None
+    assert live_display._display.progress is None
 
 
 def test_a_run_and_its_stages_share_one_display(
@@ -137,7 +137,7 @@ def test_a_run_and_its_stages_share_one_display(
         wait(60)
         outline.update(1, 9)
         assert [(each.description, each.completed, each.fields["pace"]) for each in shown()] == [("run", 1, "")]
-    assert live_display._display is None
+    assert live_display._display.progress is None
     assert caplog.messages == []
 
 
@@ -170,10 +170,10 @@ def test_a_notebook_shows_rows_in_the_output_of_its_cell(monkeypatch: pytest.Mon
     with ProgressReporter("embed") as reporter:
         reporter.update(3, 10, unit="passages")
     assert len(drawn) == 2, "the row, and its removal"
-    console = Console(width=100, file=io.StringIO())
-    console.print(drawn[0])
-    assert "embed" in console.file.getvalue()  # type: ignore[attr-defined]
-    assert "30%" in console.file.getvalue()  # type: ignore[attr-defined]
+    printed = io.StringIO()
+    Console(width=100, file=printed).print(drawn[0])
+    assert "embed" in printed.getvalue()
+    assert "30%" in printed.getvalue()
 
 
 def test_log_lines_stand_whole_above_the_rows_on_a_real_terminal(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from readapt_ray.cluster.shard_encoder import EmbedJob
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
+from readapt_ray.retrieval import neighbours
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import (
     Contents,
@@ -37,7 +38,6 @@ logger = logging.getLogger("readapt_ray")
 _STRATA = 20
 _LEAST_ROWS = 200
 _NORMAL_95 = 1.96
-_NEIGHBOURS = 10
 _MOST_COMPARED = 10_000
 
 
@@ -149,7 +149,7 @@ def _compare_neighbours(
     """How many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
     earlier = rows_of_ids(contents.ids[rows], scan_vectors(compared.folder, compared.counts).ids)
     places = np.flatnonzero(earlier >= 0)[:_MOST_COMPARED]
-    if len(places) <= _NEIGHBOURS:
+    if len(places) <= neighbours.NUM_NEIGHBOURS:
         logger.warning(
             "embed: %d passages of the sample have earlier vectors; too few to compare neighbours", len(places)
         )
@@ -158,7 +158,7 @@ def _compare_neighbours(
     written = ParquetRows(job.vectors, tuple((shard.name, len(shard)) for shard in shards))
     doc_ids, vectors = matrix_of(written.take(np.arange(len(rows)), VECTOR_COLUMNS), job.vectors)
     order = rows_of_ids(contents.ids[rows[places]], np.fromiter(map(hash, doc_ids), np.int64, len(doc_ids)))
-    shares = _overlaps(_nearest(before), _nearest(vectors[order]))
+    shares = neighbours.shares_kept(before, vectors[order])
     result = {
         "num_compared": len(places),
         "overlap_at_10": round(float(shares.mean()), 4),
@@ -170,19 +170,3 @@ def _compare_neighbours(
         100 * result["plus_minus"],
     )
     return result
-
-
-def _nearest(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The 10 nearest of each other than itself, [N, 10]."""
-    found = np.empty((len(vectors), _NEIGHBOURS), np.int64)
-    for first in range(0, len(vectors), 512):
-        scores = vectors[first : first + 512] @ vectors.T
-        scores[np.arange(len(scores)), np.arange(first, first + len(scores))] = -np.inf
-        found[first : first + 512] = np.argpartition(-scores, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
-    return found
-
-
-def _overlaps(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
-    shared: NDArray[np.bool_] = (one[:, :, None] == other[:, None, :]).any(axis=2)
-    means: NDArray[np.float64] = shared.mean(axis=1)
-    return means

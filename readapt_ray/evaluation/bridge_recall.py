@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from readapt_ray.evaluation.significance import bootstrap_interval, paired
+from readapt_ray.retrieval.neighbours import overlaps
 from readapt_ray.retrieval.query_maps import Matrix, QueryMap
 
 DEPTH = 10
@@ -44,12 +45,6 @@ def nearest(queries: Matrix, passages: Matrix, own: NDArray[np.int64] | None = N
     return found
 
 
-def recall(found: NDArray[np.int64], truth: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the share of each query's true ten that was found: float64 [Q]."""
-    shared: NDArray[np.bool_] = (found[:, :, None] == truth[:, None, :]).any(axis=2)
-    return np.asarray(shared.mean(axis=1), np.float64)
-
-
 def measure_bridge(query_map: QueryMap, asked: Asked, new: Matrix, old: Matrix) -> dict[str, Any]:
     """Measure queries through a bridge, and the old model's own queries beside it.
 
@@ -63,10 +58,10 @@ def measure_bridge(query_map: QueryMap, asked: Asked, new: Matrix, old: Matrix) 
         `bridged` and, if the old model is there, `old_queries` and `difference`: each with mean and interval.
     """
     truth = nearest(asked.new, new, asked.own)
-    bridged = recall(nearest(query_map(asked.new), old, asked.own), truth)
+    bridged = overlaps(nearest(query_map(asked.new), old, asked.own), truth)
     result = {"num_queries": len(bridged), "bridged": _mean(bridged)}
     if asked.old is not None:
-        kept = recall(nearest(asked.old, old, asked.own), truth)
+        kept = overlaps(nearest(asked.old, old, asked.own), truth)
         result |= {"old_queries": _mean(kept), "difference": _mean(paired(bridged, kept))}
     return result
 

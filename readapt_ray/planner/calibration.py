@@ -97,7 +97,7 @@ def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
     batch = packing.collate(blocks, pad_id=0).to(device)
 
     def step() -> None:
-        objectives.loss_sum(network, batch).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(objectives.loss_sum(network, batch))
         network.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

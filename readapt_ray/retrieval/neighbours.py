@@ -23,8 +23,12 @@ def shares_kept(before_ND: NDArray[np.float32], after_ND: NDArray[np.float32]) -
 
     The set must have more than 10 vectors. Sets may differ in dimension.
     """
-    one, other = nearest(before_ND), nearest(after_ND)
-    shared: NDArray[np.bool_] = (one[:, :, None] == other[:, None, :]).any(axis=2)
+    return overlaps(nearest(before_ND), nearest(after_ND))
+
+
+def overlaps(one_NK: NDArray[np.int64], other_NK: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return the share of each row of the one that is in the same row of the other, in any order. float64 [N]."""
+    shared: NDArray[np.bool_] = (one_NK[:, :, None] == other_NK[:, None, :]).any(axis=2)
     means: NDArray[np.float64] = shared.mean(axis=1)
     return means
 

@@ -152,7 +152,7 @@ def _residual(new: Matrix, old: Matrix, start: QueryMap, *, seed: int, recall: C
             mapped = x[batch] @ matrix + functional.gelu(x[batch] @ weights[0] + weights[1]) @ weights[2]
             itself = (batch[:, None] == pool).to(device)
             optimizer.zero_grad()
-            _divergence(x[batch] @ x[pool].T, mapped @ y[pool].T, itself).backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(_divergence(x[batch] @ x[pool].T, mapped @ y[pool].T, itself))
             optimizer.step()
             schedule.step()
         arrays = [each.detach().cpu().numpy().copy() for each in (matrix, *weights)]

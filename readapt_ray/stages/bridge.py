@@ -176,14 +176,15 @@ def _chosen_map(
     new: NDArray[np.float32], old: NDArray[np.float32], seed: int
 ) -> tuple["QueryMap", dict[str, float], NDArray[np.int64]]:
     """Return the best map, the recall of each on the passages that chose it, and the rows that are left to measure it."""
-    from readapt_ray.evaluation.bridge_recall import nearest, recall
+    from readapt_ray.evaluation.bridge_recall import nearest
+    from readapt_ray.retrieval.neighbours import overlaps
     from readapt_ray.retrieval.query_maps import fit_maps
 
     fit, choice, last = _split(len(new), seed)
     truth = nearest(new[choice], new, choice)
 
     def recall_of(query_map: "QueryMap") -> float:
-        return float(recall(nearest(query_map(new[choice]), old, choice), truth).mean())
+        return float(overlaps(nearest(query_map(new[choice]), old, choice), truth).mean())
 
     maps = list(fit_maps(new[fit], old[fit], seed=seed, recall=recall_of))
     recalls = {each.name: round(recall_of(each), 4) for each in maps}

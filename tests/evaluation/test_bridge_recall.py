@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, nearest, objection, recall
+from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, nearest, objection
+from readapt_ray.retrieval.neighbours import overlaps
 from readapt_ray.retrieval.query_maps import QueryMap
 
 
@@ -16,7 +17,7 @@ def test_the_nearest_are_numpys_but_for_the_query_itself():
 
 def test_recall_is_the_share_of_the_true_ten():
     truth = np.arange(10)[None].repeat(2, axis=0)
-    assert recall(np.array([np.arange(5, 15), np.arange(10)]), truth).tolist() == [0.5, 1.0]
+    assert overlaps(np.array([np.arange(5, 15), np.arange(10)]), truth).tolist() == [0.5, 1.0]
 
 
 def test_a_bridge_that_is_the_identity_finds_all_and_beats_old_queries_that_are_noise():

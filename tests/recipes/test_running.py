@@ -315,7 +315,7 @@ def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureF
 def test_a_run_without_queries_withholds_some_passages_and_does_not_train_again_when_queries_come(desk: Desk) -> None:
     desk.is_judged, desk.num_passages = False, 60
     assert desk.run() == 0
-    assert artifacts.read_manifest(str(desk.root / "blocks")).config["withhold"] == 3  # type: ignore[union-attr]
+    assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 3
     files = {name: str(desk.file.parent / f"{name}.tsv") for name in ("queries", "qrels")}
     for file in files.values():
         Path(file).write_text("")
@@ -324,7 +324,7 @@ def test_a_run_without_queries_withholds_some_passages_and_does_not_train_again_
     assert set(desk.states().values()) == {"done"}
     assert desk.run("--set", "train.withhold=7", "--overwrite") == 0
     assert desk.made[:2] == ["blocks", "adapter"]
-    assert artifacts.read_manifest(str(desk.root / "blocks")).config["withhold"] == 7  # type: ignore[union-attr]
+    assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 7
 
 
 def test_a_bad_manifest_spoils_its_line_and_no_other(desk: Desk) -> None:
