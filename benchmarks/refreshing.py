@@ -2,9 +2,9 @@
 
     python benchmarks/refreshing.py --work DIR --sizes 100000,1000000
 
-The forward pass is a stub, as in `bookkeeping.py`, so the figures are those of all else: reading, comparing, copying and
-writing. A real model's time comes on top of `num_encoded` passages only. Of a hundred passages in a row one is changed, added or
-deleted, in turn. Each refresh is a process of its own that starts Ray. Bytes are those of the new generation's files.
+The forward pass is a stub, as in `bookkeeping.py`, so the figures cover everything else: reading, comparing, copying and
+writing. A real model adds the time of encoding `num_encoded` passages. One passage in a hundred is changed, added or deleted.
+Each refresh runs in a new process that starts Ray. Bytes are counted over the files of the new generation.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The commands of `readapt`, a parser for each, and completion of both in a shell.
+"""Define the commands of `readapt`, make a parser for each, and complete both in a shell.
 
 Flags, types, defaults and help come from the configs of stages, servers and plans.
 """
@@ -23,10 +23,10 @@ COMMANDS: dict[str, str] = {
     "paper": "reproduce the paper's experiments on one or several corpora",
     "serve": "serve a retriever and its index over HTTP",
     "refresh": "bring vectors, index and export to what a source holds now, reading and encoding what changed",
-    "find": "show where a passage stands under a root",
+    "find": "find a passage in the artifacts under a root",
     "clean": "remove earlier generations of a root, and what is left of deleted passages",
     "encoding": "show how a model turns text into vectors (pooling, prompts, special tokens), or write it into its folder",
-    "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
+    "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to fix it",
     "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
     "status": "show what is done, stale, running, failed and missing in the folder of a run",
 }
@@ -127,7 +127,7 @@ def _pipeline_parser() -> "flags.Parser":
 
 
 def _sections() -> str:
-    """What a run's YAML file holds, from the configs."""
+    """Describe the sections of a run's YAML file and their options, from the configs."""
     from readapt_ray.config import default
     from readapt_ray.recipes import chain
 

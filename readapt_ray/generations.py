@@ -33,7 +33,7 @@ class Generation:
 
     number: int
     what: str
-    """What made it: run, refresh, compaction, or back to an earlier one."""
+    """How it was made: run, refresh, compaction, or back to an earlier one."""
     created: str
     seconds: float
     settings: dict[str, Any]
@@ -44,14 +44,14 @@ class Generation:
     counts: dict[str, int] = field(default_factory=dict)
     """Passages that were added, changed, deleted and kept since the generation before."""
     signals: dict[str, float] = field(default_factory=dict)
-    """What speaks for adapting the retriever again; see recipes/README.md."""
+    """Figures that show whether to adapt the retriever again; see recipes/README.md."""
     advice: str = ""
     turnover: float = 0.0
     """Changes since the retriever was first used here, as a share of the passages."""
     index_changes: int = 0
     """Vectors that were added to or deleted from the index since it was last built as a whole."""
     freed: bool = False
-    """Whether `readapt clean` removed what no other generation needs."""
+    """Whether `readapt clean` removed the artifacts that no other generation needs."""
 
     def folder(self, root: Location, name: str) -> str:
         """Return the URI of one of its artifacts."""

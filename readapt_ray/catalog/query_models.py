@@ -1,4 +1,4 @@
-"""Models for queries alone: a folder whose readapt.json names another model, which encodes the passages.
+"""Read and write models for queries only: a folder whose readapt.json names another model, which encodes the passages.
 
 `finetune --queries-only` and `merge --queries-only` write it. So vectors of passages stay as they are, and only queries
 change. The entry `passages` of readapt.json holds the passages' model, its fingerprint, that of its base if it is an
@@ -24,7 +24,7 @@ class PassagesModel:
     weights: str
     """Its fingerprint."""
     base: str | None
-    """That of the model under it, if it is an adapter."""
+    """Fingerprint of the base model, if it is an adapter."""
     encoding: Encoding
 
     def to_json(self) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class PassagesModel:
 
         Raises:
             ModelError: it is no longer where it was.
-            FingerprintMismatchError: another model lies there.
+            FingerprintMismatchError: another model is there.
         """
         model = open_model(self.name)
         if _fingerprints(model) != (self.weights, self.base):

@@ -11,7 +11,7 @@ from readapt_ray.errors import WorkerError
 logger = logging.getLogger("readapt_ray")
 
 _TIMED_OUT = "timed out during startup"
-"""What Ray says of its processes that did not come up in 30 s, a limit that no option changes."""
+"""Part of Ray's message when its processes did not start within 30 s. No option changes this limit."""
 _LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 """For a Ray on this machine alone, where nobody gives notice of taking the node away: one process fewer to start."""
 

@@ -52,7 +52,7 @@ class ParallelIngest:
         self._options: dict[str, Any] = {"num_cpus": 1}
         self._num_at_once = 1
         self.split_counts: list[dict[str, int]] = []
-        """What the parts hold, where documents were split."""
+        """Counts of the parts, if documents were split."""
 
     def run(self) -> None:
         """Fill the workspace.

@@ -1,4 +1,4 @@
-"""The report of what an adaptation changed, measured without queries: Markdown, and one HTML page.
+"""Report what an adaptation changed, measured without queries, as Markdown and as one HTML page.
 
 None of the figures says whether the retriever finds better: that takes queries and judgements.
 """

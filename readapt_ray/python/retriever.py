@@ -35,7 +35,7 @@ class Hit(NamedTuple):
     columns: Mapping[str, Any] | None = None
     """The columns that ingest kept."""
     passage_id: str | None = None
-    """Where ingest split documents, the best passage of the document."""
+    """Id of the best passage of the document, if ingest split documents."""
 
 
 class Encoder:

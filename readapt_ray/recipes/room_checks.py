@@ -25,7 +25,7 @@ def check_disk(config: RunConfig, found: Mapping[str, Standing], pretrained: Ope
 
     Args:
         config: the run.
-        found: what stands at each step's output.
+        found: the artifact at each step's output.
         pretrained: as large as the adapted model.
         retriever: its hidden size is the dimension of the vectors.
 
@@ -70,7 +70,7 @@ def check_memory(train: Standing | None, block_tokens: int, pretrained: OpenMode
     """Check that a training step fits into the memory of this machine, where the run starts Ray on it.
 
     Args:
-        train: what stands at the output of train.
+        train: the artifact at the output of train.
         block_tokens: longest block.
         pretrained: the model that is trained.
 

@@ -1,4 +1,4 @@
-"""The output of `readapt bridge`: a map of one model's query vectors, for a search among the vectors of another.
+"""Open the output of `readapt bridge`: a map of one model's query vectors, for a search among the vectors of another.
 
 A bridge belongs to one artifact of vectors and one encoder of queries, and is refused with any other.
 """
@@ -37,22 +37,22 @@ class Bridge:
 
     @property
     def new_encoder(self) -> dict[str, Any]:
-        """What encodes the queries: fingerprint, model, dtype, encoding, dimension."""
+        """Return the description of the queries' encoder: fingerprint, model, dtype, encoding, dimension."""
         return dict(self.artifact.manifest.details["new_encoder"])
 
     @property
     def old_encoder(self) -> dict[str, Any]:
-        """What made the vectors."""
+        """Return the description of the encoder that made the vectors."""
         return dict(self.artifact.manifest.details["old_encoder"])
 
     @property
     def query_fingerprint(self) -> str:
-        """Stands for all that decides the vector of a query behind the bridge."""
+        """Return a fingerprint of all that decides the vector of a query after the map."""
         return fingerprint({"encoder": self.new_encoder["fingerprint"], "bridge": self.artifact.fingerprint})
 
     @functools.cached_property
     def query_map(self) -> "QueryMap":
-        """The map.
+        """Read the map, the first time it is asked for.
 
         Raises:
             CorruptFileError: its file was cut short or altered, or is gone.

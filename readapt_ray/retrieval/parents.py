@@ -1,4 +1,4 @@
-"""Documents of passages: where ingest split documents, what is found is merged to documents by the best passage.
+"""Merge results to documents by their best passages, if ingest split documents.
 
 A corpus that was split says so in its manifest (`split`), and so do its vectors and indexes.
 """

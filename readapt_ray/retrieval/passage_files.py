@@ -54,7 +54,7 @@ class PassageFiles:
 
     files: list[Location]
     is_split: bool = False
-    """Whether the passages are parts of documents; the id of a document then stands for its first passage, too."""
+    """Whether the passages are parts of documents; the id of a document then also names its first passage."""
 
     @classmethod
     def open(cls, corpus: str) -> "PassageFiles":

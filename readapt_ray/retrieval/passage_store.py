@@ -41,7 +41,7 @@ class PassageStore:
     Args:
         entry: the folder of its copy.
         use: keeps the copy until it is closed.
-        is_split: whether the passages are parts of documents; the id of a document then stands for its first passage, too.
+        is_split: whether the passages are parts of documents; the id of a document then also names its first passage.
     """
 
     def __init__(self, entry: Path, use: IO[str], *, is_split: bool = False) -> None:

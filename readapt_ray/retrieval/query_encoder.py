@@ -27,7 +27,7 @@ class QueryEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for all that decides the vector of a query."""
+        """Return a fingerprint of all that decides the vector of a query."""
         return self.bridge.query_fingerprint if self.bridge else str(self.description["fingerprint"])
 
 

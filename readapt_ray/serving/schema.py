@@ -159,7 +159,7 @@ class Hit(BaseModel):
     text: str | None = None
     columns: dict[str, Any] | None = None
     passage_id: str | None = None
-    """Where ingest split documents, the best passage of the document; title and text are that passage's."""
+    """Id of the best passage of the document, if ingest split documents. Title and text are those of this passage."""
 
 
 class SearchResult(BaseModel):

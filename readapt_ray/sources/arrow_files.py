@@ -24,7 +24,7 @@ _FILE_MAGIC = b"ARROW1"
 
 @contextlib.contextmanager
 def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file.
+    """Open a Parquet file.
 
     Raises:
         CorpusError: it is cut short, or is not one.
@@ -86,19 +86,19 @@ class Parquet:
     suffixes = (".parquet",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """At its row groups."""
+        """Return that a file can be cut at its row groups."""
         del file, label, options
         return "row groups"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """From the schema."""
+        """Read the columns from the schema."""
         with open_parquet(file, label) as parquet:
             return schema_layout(parquet.schema_arrow, label, options) if parquet.metadata.num_rows else None
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """A row for each row."""
+        """Yield each row."""
         layout = self.layout(file, label, options)
         if layout is None:
             return
@@ -120,12 +120,12 @@ class Arrow:
     suffixes = (".arrow", ".feather")
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Nowhere: a stream has no list of its batches."""
+        """Return that a file cannot be cut: a stream has no list of its batches."""
         del file, label, options
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """From the schema."""
+        """Read the columns from the schema."""
         with _open_arrow(file, label) as (schema, batches):
             has_rows = any(batch.num_rows for batch, _ in batches)
             return schema_layout(schema, label, options) if has_rows else None
@@ -133,7 +133,7 @@ class Arrow:
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """A row for each row."""
+        """Yield each row."""
         number, size_bytes = 0, max(file.size_bytes(), 1)
         with _open_arrow(file, label) as (schema, batches):
             columns: Final = schema_layout(schema, label, options).columns

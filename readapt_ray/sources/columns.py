@@ -32,13 +32,13 @@ TYPES: Final[dict[str, pa.DataType]] = {
     "float64": pa.float64(),
     "bool": pa.bool_(),
 }
-"""What can stand behind the colon of `--keep NAME:TYPE`."""
+"""Types that `--keep NAME:TYPE` can name."""
 _SEPARATORS = re.compile(r"[\s_-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnChoice:
-    """What a user says of the columns."""
+    """Columns that a user chose."""
 
     fields: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Of doc_id, title and text those that are given, each with its columns."""
@@ -143,7 +143,7 @@ class Columns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every column, in the order in which `row` takes their values; one may stand there twice."""
+        """Return every column, in the order in which `row` takes their values; a column may occur twice."""
         return (self.doc_id, *self.title, *self.text, *self.kept)
 
     def row(self, place: str, values: Sequence[object]) -> Row:

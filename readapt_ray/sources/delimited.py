@@ -48,18 +48,18 @@ class Tsv:
     suffixes = (".tsv",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """At its lines, unless quoted fields hold line breaks, or it is compressed."""
+        """Return whether a file can be cut at its lines: not if it is compressed, or quoted fields hold line breaks."""
         header = _tsv_header(file, label, state_of(file.info()), options)
         return "nowhere" if (header and header.has_line_breaks) or not is_divisible(file) else "lines"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """From the first line."""
+        """Read the columns from the first line."""
         return _layout(_tsv_header(file, label, state_of(file.info()), options), label, options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """A row for each line that has all columns."""
+        """Yield a row for each line that has all columns."""
         header = _tsv_header(file, label, state_of(file.info()), options)
         if header is None:
             return
@@ -86,18 +86,18 @@ class Csv:
     suffixes = (".csv",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Nowhere: a field may hold line breaks."""
+        """Return that a file cannot be cut: a field may hold line breaks."""
         del file, label, options
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """From the first line."""
+        """Read the columns from the first line."""
         return _layout(_csv_header(file, label, state_of(file.info()), options), label, options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """A row for each record."""
+        """Yield a row for each record."""
         header = _csv_header(file, label, state_of(file.info()), options)
         if header is not None:
             lines = read_lines(

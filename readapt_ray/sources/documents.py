@@ -140,7 +140,7 @@ def _title_of(fields: dict[str, Any]) -> str:
 
 
 def split_heading(text: str) -> tuple[str, str]:
-    """The first Markdown heading outside of fenced code, and the text without that line; "" where there is none."""
+    """Return the first Markdown heading outside of fenced code, and the text without that line; "" if there is none."""
     lines = text.split("\n")
     fenced = False
     for at, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""The formats of rows by their names."""
+"""List the formats of rows by their names."""
 
 from typing import Final
 

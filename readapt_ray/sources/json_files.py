@@ -32,18 +32,18 @@ class JsonLines:
     suffixes = (".jsonl", ".ndjson")
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """At its lines, unless it is compressed."""
+        """Return whether a file can be cut at its lines: not if it is compressed."""
         del label, options
         return "lines" if is_divisible(file) else "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """From the keys of the first hundred objects."""
+        """Read the columns from the keys of the first hundred objects."""
         return _lines_layout(file, label, state_of(file.info()), options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """A row for each line that is an object."""
+        """Yield a row for each line that is an object."""
         layout = self.layout(file, label, options)
         if layout is None:
             return
@@ -80,7 +80,7 @@ def _layout_of(values: list[dict[str, Any]], label: str, options: ReadOptions) -
 
 
 def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
-    """The JSON object that a line holds, or why it holds none."""
+    """Return the JSON object of a line, or the reason why there is none."""
     if isinstance(line, BadRow):
         return line
     try:
@@ -97,18 +97,18 @@ class JsonValues:
     suffixes = (".json",)
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Nowhere: an object may have several lines."""
+        """Return that a file cannot be cut: an object may have several lines."""
         del file, label, options
         return "nowhere"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """From the keys of the first hundred objects."""
+        """Read the columns from the keys of the first hundred objects."""
         return _values_layout(file, label, state_of(file.info()), options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """A row for each object."""
+        """Yield a row for each object."""
         layout = self.layout(file, label, options)
         number = 0
         if layout is not None:

@@ -1,4 +1,4 @@
-"""Passages, queries and judgements in parts of one folder, as data sets of the hub have them.
+"""Read passages, queries and judgements from parts of one folder, as data sets of the hub have them.
 
     corpus      corpus.jsonl (perhaps compressed), or a folder `corpus` of JSON Lines or Parquet
     queries     the same under `queries`
@@ -32,7 +32,7 @@ class PartsSource(LabelledTableSource):
     """A folder of parts."""
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """From the files of judgements; a split may have several."""
+        """Yield the judgements of a split; it may have several files."""
         parts: dict[str, list[Location]] = {}
         for name, file in sorted(self._qrels.items()):
             parts.setdefault(_split(name), []).append(file)
@@ -95,6 +95,6 @@ def qrel_files(folder: Location, config: str = "") -> dict[str, Location]:
 
 
 def _split(name: str) -> str:
-    """`test` of `test.tsv` and of `test-00000-of-00001.parquet`."""
+    """Return `test` for `test.tsv` and for `test-00000-of-00001.parquet`."""
     stem = name.rsplit("/", 1)[-1].split(".", 1)[0].split("-", 1)[0]
     return _SPLITS.get(stem, stem)

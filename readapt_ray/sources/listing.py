@@ -1,4 +1,4 @@
-"""List the files of a source, and count those that lie beside them and are not read."""
+"""List the files of a source, and count the other files there, which are not read."""
 
 import collections
 import logging
@@ -28,19 +28,19 @@ class DataFile(NamedTuple):
     info: pafs.FileInfo | None = None
 
     def size_bytes(self) -> int:
-        """Its length, without asking for it where the listing had it."""
+        """Return the length, from the listing where it has it."""
         known = None if self.info is None else self.info.size
         return self.location.size_bytes() if known is None else int(known)
 
     def content(self) -> list[str]:
-        """Its `content_fingerprint`, which on an object store is size and time, as the listing has them."""
+        """Return the `content_fingerprint`; on an object store that is size and time, from the listing."""
         info = self.info
         if info is None or info.size is None or info.mtime_ns is None or self.location.is_local:
             return list(self.location.content_fingerprint().values())
         return [self.state()]
 
     def state(self) -> str:
-        """Its size and time as they were when it was listed."""
+        """Return size and time as they were when the file was listed."""
         return state_of(self.info or self.location.info())
 
 
@@ -118,7 +118,7 @@ def is_hidden(name: str, hidden: tuple[str, ...] = HIDDEN) -> bool:
 
 
 def files_fingerprint(files: Iterable[DataFile]) -> str:
-    """Return what stands for the content of files and their names.
+    """Return a fingerprint of the content and names of files.
 
     Raises:
         CorpusError: one cannot be read.

@@ -1,4 +1,4 @@
-"""The options of reading a source."""
+"""Define the options of reading a source."""
 
 from dataclasses import dataclass, field
 from typing import Final
@@ -23,5 +23,5 @@ class ReadOptions:
 
     @property
     def max_line_bytes(self) -> int:
-        """Longest line held in memory: a text at its bound with every character escaped, and other fields."""
+        """Return the longest line held in memory: a text at its bound with every character escaped, and other fields."""
         return 6 * self.max_text_bytes + (1 << 20)

@@ -26,7 +26,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])")
 _LINE_END = re.compile(r"\n")
 _SPACE = re.compile(r"\s+")
 PIECE: Final = r"#\d+$"
-"""What stands behind the id of a document in those of its passages."""
+"""End of a passage id after the id of its document."""
 _ROWS_AT_ONCE = 256
 _DONE: Final = b"readapt.split"
 

@@ -1,4 +1,4 @@
-"""What a format of rows is: JSON, CSV, TSV, Parquet or Arrow.
+"""Define what a format of rows is: JSON, CSV, TSV, Parquet or Arrow.
 
 One line, one JSON object, or one batch of 512 rows is in memory at a time.
 """
@@ -34,7 +34,7 @@ class Layout(NamedTuple):
 
 
 class TableFormat(Protocol):
-    """How rows lie in one file."""
+    """The layout of rows in one file."""
 
     @property
     def name(self) -> str:

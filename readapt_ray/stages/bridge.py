@@ -1,4 +1,4 @@
-"""The bridge stage: a map by which a new model's queries search the vectors of an old model, while re-embedding runs.
+"""Fit a bridge: a map by which a new model's queries search the vectors of an old model, while re-embedding runs.
 
 In: vectors of an old model and a new model. Out: `map.safetensors`, and the new vectors of a sample of the passages. Eight
 tenths of the sample fit the maps (`retrieval/query_maps.py`), one tenth chooses among them, and on the last tenth, and on

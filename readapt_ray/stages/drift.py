@@ -1,4 +1,4 @@
-"""drift: measure without queries what an adaptation changed.
+"""Measure without queries what an adaptation changed.
 
 In: the adapter of a run, and the vectors of the retriever before and after adaptation. Out: `report.json`, `report.md` and
 `report.html` with the language-model loss on passages that were withheld from training (`--withhold`), how far vectors

@@ -103,7 +103,7 @@ def _refuse_half_exported(root: Location) -> None:
 def remove_artifact(location: Location) -> None:
     """Remove an artifact, complete or not: the files that its record lists.
 
-    A lease that lists them lies there until all are gone, so a removal that was killed can go on.
+    A lease lists the files until all are removed, so a removal that was killed can be resumed.
     """
     lease = record_of(location, LEASE_NAME)
     before = leases.wait_until_dead(lease, location)

@@ -1,4 +1,4 @@
-"""The commands `refresh`, `find` and `clean`: from their arguments to what they print."""
+"""Run the commands `refresh`, `find` and `clean`, and return what they print."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Find where a passage stands: in which artifacts under a root, of which generations, and in a vector database.
+"""Find a passage: in which artifacts under a root it is, of which generations, and in which vector database.
 
 Every column of doc_ids under the root is read, some 10 million ids a second; row groups whose statistics exclude the id are
 skipped.

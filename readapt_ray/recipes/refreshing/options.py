@@ -1,4 +1,4 @@
-"""The options of `readapt refresh`, `clean` and `find`, and how those of a refresh follow from the one before."""
+"""Define the options of `readapt refresh`, `clean` and `find`; a refresh keeps the options of the one before."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -61,7 +61,7 @@ class CleanConfig(Config):
 
 
 class FindConfig(Config):
-    """Find where a passage stands."""
+    """Options of `readapt find`."""
 
     root: str
     """Folder or URI that holds the generations."""

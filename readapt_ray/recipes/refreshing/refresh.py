@@ -1,10 +1,9 @@
-"""Refresh a root: find what changed in the source, and make a new generation of corpus, vectors, index and export beside
-the present one.
+"""Refresh a root: find what changed in the source, and make a new generation of corpus, vectors, index and export.
 
 In: a source, and the generations under the root. Out: one more generation under `generations/`, and last of all its entry
 in `refresh.json`, which makes it the present one. The source is read and the corpus, vectors and index are written as a
-whole; only new and changed passages are encoded, and only they are sent to a vector database. Killed, it goes on where it
-stopped; until its entry is written readers have the old state.
+whole; only new and changed passages are encoded, and only they are sent to a vector database. A refresh that was killed is
+resumed by the same command. Until its entry is written, readers have the old state.
 """
 
 import datetime
@@ -160,7 +159,7 @@ class _Making:
         self._made: dict[str, Artifact] = {}
 
     def source_fingerprint(self) -> str:
-        """Return what stands for all that the source holds now.
+        """Return a fingerprint of all that the source holds now.
 
         Raises:
             InputError: it is not there, or holds no passages.

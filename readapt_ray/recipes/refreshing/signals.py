@@ -29,7 +29,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Signals:
-    """What is known of new passages against kept ones. None where there are too few to say."""
+    """How new passages differ from kept ones. None where there are too few to say."""
 
     drift: float | None
     """Distance of the mean vector of new passages from that of kept ones, in standard deviations of the kept ones."""
@@ -80,7 +80,7 @@ def signals(passages: ParquetRows, vectors: ParquetRows, changes: Changes, turno
 
 
 def drift(new: NDArray[np.float32], kept: NDArray[np.float32]) -> float | None:
-    """Return how far the means of two samples of vectors [N, D] lie apart, in standard deviations of the kept ones.
+    """Return how far the means of two samples of vectors [N, D] are apart, in standard deviations of the kept ones.
 
     The variance of a sample is summed over the dimensions. What two samples of this size from one distribution differ by
     in expectation is subtracted, so the figure is 0 without drift.
