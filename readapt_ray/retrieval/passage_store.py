@@ -126,24 +126,26 @@ def _is_whole(entry: Path) -> bool:
     """Return whether the files of a copy have the sizes that were noted when it was done."""
     noted = cache_entries.noted_files(entry)
     return bool(noted) and all(
-        each.get("is_done") and (entry / name).is_file() and (entry / name).stat().st_size == each["size_bytes"]
-        for name, each in noted.items()
+        (entry / name).is_file() and (entry / name).stat().st_size == each["size_bytes"] for name, each in noted.items()
     )
 
 
 def _note(entry: Path) -> None:
     sizes = {name: (entry / name).stat().st_size for name in (_TEXTS, _KEYS, _ROWS)}
-    cache_entries.note_files(entry, {name: {"size_bytes": size, "is_done": True} for name, size in sizes.items()})
+    cache_entries.note_files(entry, {name: {"size_bytes": size} for name, size in sizes.items()})
 
 
 def _copy(files: list[Location], entry: Path, corpus: Artifact) -> None:
     """Write the files of a copy. Call it inside `cache_entries.locked`."""
     cache_entries.remove_files(entry)
-    sizes = _planned_sizes(files)
-    cache_entries.note_files(entry, {name: {"size_bytes": size} for name, size in sizes.items()})
+    num_bytes = _planned_bytes(files)
+    # No file has 0 bytes, so the copy counts as whole only once its real sizes are noted.
+    cache_entries.note_files(
+        entry, {_TEXTS: {"size_bytes": num_bytes}, _KEYS: {"size_bytes": 0}, _ROWS: {"size_bytes": 0}}
+    )
     cache_entries.make_room()
-    _check_room(entry, sum(sizes.values()), corpus.uri)
-    logger.info("copying the texts of %s to %s (about %.1f GB)", corpus.uri, entry, sum(sizes.values()) / 1e9)
+    _check_room(entry, num_bytes, corpus.uri)
+    logger.info("copying the texts of %s to %s (about %.1f GB)", corpus.uri, entry, num_bytes / 1e9)
     keys = []
     folder = Location(str(entry))
     schema = pa.schema({**dict.fromkeys(TEXT_COLUMNS, pa.large_string()), **kept_columns(files)})
@@ -157,16 +159,15 @@ def _copy(files: list[Location], entry: Path, corpus: Artifact) -> None:
             np.save(stream, array)
 
 
-def _planned_sizes(files: list[Location]) -> dict[str, int]:
-    """Return about how many bytes the files of a copy will have, by the footers of the corpus."""
-    num_rows = num_bytes = 0
+def _planned_bytes(files: list[Location]) -> int:
+    """Return about how many bytes a copy will have, by the footers of the corpus."""
+    num_bytes = 0
     for file in files:
         with opened(file) as parquet:
             footer = parquet.metadata
-        num_rows += footer.num_rows
+        num_bytes += footer.num_rows * _BYTES_PER_ROW
         num_bytes += sum(footer.row_group(each).total_byte_size for each in range(footer.num_row_groups))
-    each_bytes = num_rows * _BYTES_PER_ROW // 2
-    return {_TEXTS: num_bytes, _KEYS: each_bytes, _ROWS: each_bytes}
+    return num_bytes
 
 
 def _check_room(entry: Path, num_bytes: int, corpus: str) -> None:
