@@ -1,7 +1,7 @@
 """A corpus that changes and the root that is refreshed from it, for tests; and stand-ins for the stages that need Ray."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,8 @@ class StandIns:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, bool]] = []
         self.fails_at = ""
+        self.before: dict[str, Callable[[], None]] = {}
+        """What happens before a stage."""
         self._run_stage = chain.run_stage
         monkeypatch.setattr(chain, "run_stage", self._run)
 
@@ -102,6 +104,7 @@ class StandIns:
         self.calls.append((stage, bool(getattr(config, "previous", None))))
         if stage == self.fails_at:
             raise KeyboardInterrupt
+        self.before.get(stage, lambda: None)()
         return {"embed": _embed, "index": _index}.get(stage, lambda _: self._run_stage(stage, config))(config)
 
 

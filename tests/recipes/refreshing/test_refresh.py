@@ -19,6 +19,7 @@ from readapt_ray.recipes.refreshing import history
 from readapt_ray.recipes.refreshing import refresh as refreshing
 from readapt_ray.recipes.refreshing.clean import clean
 from readapt_ray.recipes.refreshing.find import find
+from readapt_ray.recipes.refreshing.lock import LOCK_NAME
 from readapt_ray.recipes.refreshing.options import CleanConfig, FindConfig
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.stages.search import SearchConfig
@@ -337,6 +338,20 @@ def test_a_collection_between_two_states_is_brought_to_the_one_it_was_going_to(
     assert counts(root.refresh()) == (0, 0, 2, 38)
     assert counts(root.refresh()) == (0, 0, 8, 30)
     assert exported_ids(root) == {each.doc_id for each in PASSAGES[10:]}
+
+
+def test_a_refresh_that_lost_its_lock_publishes_nothing(root: Root, stages: StandIns) -> None:
+    root.refresh()
+    root.holds(REST)
+    lock = root.location / LOCK_NAME
+
+    def taken_over() -> None:
+        lock.write_text(json.dumps({**json.loads(lock.read_text()), "owner": "another"}))
+
+    stages.before["index"] = taken_over
+    with pytest.raises(ArtifactConflictError):
+        root.refresh()
+    assert [each.number for each in root.there()] == [1]
 
 
 def test_two_refreshes_at_once_are_impossible(root: Root) -> None:
