@@ -25,7 +25,7 @@ def test_a_folder_of_files(tmp_path):
     (tmp_path / ".git" / "x.txt").write_text("not data")
     (tmp_path / "deep" / "my notes.md").write_text("intro\n\n```sh\n# not a heading\n```\n## Title two ##\nbody")
     (tmp_path / "a.txt").write_text("# plain text\r\nsecond")
-    (tmp_path / "z.pdf").write_bytes(b"other")
+    (tmp_path / "z.png").write_bytes(b"other")
     (tmp_path / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (tmp_path / "large.txt").write_text("x" * 100)
     assert _rows(tmp_path, max_text_bytes=100) == [
