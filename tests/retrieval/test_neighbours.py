@@ -27,3 +27,10 @@ def test_shares_are_those_of_two_whole_sorts_and_a_vector_is_no_neighbour_of_its
     np.testing.assert_allclose(found, due)
     assert 0.3 < found.mean() < 1
     assert neighbours.shares_kept(pair[0], 2 * pair[0]).min() == 1
+
+
+def test_eleven_vectors_have_all_others_as_neighbours_though_they_point_away():
+    vectors = np.eye(11, dtype=np.float32) - 1 / 11
+    assert [sorted(row) for row in neighbours.nearest(vectors).tolist()] == [
+        [other for other in range(11) if other != each] for each in range(11)
+    ]

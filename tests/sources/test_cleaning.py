@@ -92,3 +92,7 @@ def test_any_id_is_one_field_of_a_trec_file(text):
     found = clean_id(text)
     assert found.split() == ([found] if text.strip() else [])
     assert clean_id(found) == found
+
+
+def test_a_title_alone_is_a_passage():
+    assert checked(_row(title="a title", text=" \n"), max_text_bytes=100) == Passage("a", "a title", "")

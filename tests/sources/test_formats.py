@@ -135,6 +135,11 @@ def test_quotes_of_tsv_count_where_csv_has_them(tmp_path):
     ]
 
 
+def test_two_stray_quotes_of_tsv_do_not_join_two_rows(tmp_path):
+    (tmp_path / "c.tsv").write_text('1\t"opens\n2\tcloses"\n3\tthird\n')
+    assert passages(tmp_path / "c.tsv") == [("1", "", '"opens'), ("2", "", 'closes"'), ("3", "", "third")]
+
+
 def test_a_stray_quote_of_csv_takes_no_other_row(tmp_path):
     (tmp_path / "c.csv").write_text(
         'id,text\n1,first\n2,"starts with a quote\n3,third\n4,"fine, too"\n5,6" disk\n6,"open\n'
