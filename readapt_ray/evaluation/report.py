@@ -17,6 +17,7 @@ from readapt_ray.evaluation.measures import Judgements, Measurement, describe_me
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
 from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
+from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.truncation import sentence
 
@@ -156,7 +157,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
     lines += [f"{markdown(each['run'])}: `{each['text']}` {each['outcome']}\n" for each in report["requirements"]]
-    lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
+    lines += [f"## Means over {amount(report['num_queries'], 'judged queries')}", ""]
     lines += markdown_table(
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],

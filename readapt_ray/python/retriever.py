@@ -15,6 +15,7 @@ from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError
+from readapt_ray.progress import amount
 from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.records import Passage, ScoredDoc
 from readapt_ray.sources.splitting import parent_of
@@ -197,7 +198,7 @@ class Retriever:
 
     def __repr__(self) -> str:
         """What it searches, and with what."""
-        return f"Retriever of {self._num_vectors:,} passages in {self._index!r} by {self._encoder!r}"
+        return f"Retriever of {amount(self._num_vectors, 'passages')} in {self._index!r} by {self._encoder!r}"
 
 
 def _hit(scored: ScoredDoc, passage: Passage | None, is_split: bool) -> Hit:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.progress import amount
 from readapt_ray.weights.tokenizer import edge_tokens
 
 Kind = Literal["query", "passage"]
@@ -118,7 +119,8 @@ class TextTokenizer:
                 raise InputError(f"texts[{index}] is {type(text).__name__}; every text must be a string")
         if titles is not None and (kind == "query" or len(titles) != len(texts)):
             raise InputError(
-                f"{len(titles)} titles for {len(texts)} texts of kind {kind!r}; give one title a passage, and none for queries"
+                f"{amount(len(titles), 'titles')} for {amount(len(texts), 'texts')} of kind {kind!r}; give one title a "
+                "passage, and none for queries"
             )
         if kind == "query":
             return [fill_query(self.encoding, text) for text in texts]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.progress import amount
 from readapt_ray.sources.columns import FIELDS, ID_NAMES, TEXT_NAMES, Columns, first_of, passage_columns, type_of_texts
 from readapt_ray.sources.lines import Line, is_divisible, read_lines
 from readapt_ray.sources.read_options import ReadOptions
@@ -151,11 +152,13 @@ def _tsv_header(file: Location, label: str, state: str, options: ReadOptions) ->
         names, first_line = (("doc_id", "text") if len(fields) == 2 else FIELDS), None
     else:
         raise CorpusError(
-            f"{label} has {len(fields)} columns and no line of names; give id and text, or id, title and text, "
-            f"set apart by tabs, or a first line that names the columns"
+            f"{label} has {amount(len(fields), 'columns')} and no line of names; give id and text, or id, title and "
+            f"text, set apart by tabs, or a first line that names the columns"
         )
     records = [
-        each for each in _records(lines, "\t", len(names), _PEEKED_BYTES) if isinstance(each, _Record) and each.start
+        each
+        for each in _records(lines, "\t", len(names), _PEEKED_BYTES)
+        if isinstance(each, _Record) and each.start != first_line
     ]
     has_line_breaks = any(record.num_lines > 1 for record in records)
     return _Header(names, first_line, "\t", has_line_breaks, _full_rows(records, len(names)))

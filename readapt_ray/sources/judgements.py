@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.progress import amount
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.arrow_files import parquet_rows
 from readapt_ray.sources.cleaning import clean_id, clean_text, id_text, is_unicode, text_fault
@@ -291,4 +292,4 @@ def _field_order(fields: list[str], names: Sequence[Collection[str]], label: str
     if len(names) == 3 and len(fields) == 4:
         return [0, 2, 3], False
     wanted = "query, document and relevance (or query, 0, document, relevance)" if len(names) == 3 else "id and text"
-    raise CorpusError(f"{label} has {len(fields)} columns; give {wanted}, set apart by tabs")
+    raise CorpusError(f"{label} has {amount(len(fields), 'columns')}; give {wanted}, set apart by tabs")

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.progress import amount
 from readapt_ray.sources import documents
 from readapt_ray.sources.cleaning import encoded_white_space
 from readapt_ray.sources.columns import first_of, is_absent, kept_schema, type_of_values
@@ -83,7 +84,7 @@ class TextSource(Source):
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
         if not any(next(read_lines(file, label), None) for label, file, _ in files):
-            raise CorpusError(f"{self._location} holds no text: {len(files)} files, all empty")
+            raise CorpusError(f"{self._location} holds no text: {amount(len(files), 'files')}, all empty")
         choice = self._options.columns
         if choice.keep or self._title_fields:
             peeked = [

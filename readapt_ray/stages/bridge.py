@@ -28,6 +28,7 @@ from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.recall_queries import query_encoder_of
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
+from readapt_ray.progress import amount
 from readapt_ray.retrieval.bridge import MAP_NAME
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.seeds import random_generator
@@ -126,7 +127,7 @@ def check_sample(size: int, num_vectors: int, dimension: int) -> None:
     least = max(_LEAST_SAMPLE, math.ceil(dimension / _FIT_SHARE))
     if num_vectors < least:
         raise InputError(
-            f"the corpus has {num_vectors:,} vectors, and a bridge between models of {dimension:,} dimensions takes a sample of "
+            f"the corpus has {amount(num_vectors, 'vectors')}, and a bridge between models of {dimension:,} dimensions takes a sample of "
             f"{least:,}; embed the corpus with the new model, which takes no longer"
         )
     if size < least:

@@ -27,6 +27,7 @@ from readapt_ray.evaluation.requirements import Requirement, check_requirements,
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.evaluation.tables import named
+from readapt_ray.progress import amount
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.sources.judgements import read_qrels, read_queries
@@ -106,7 +107,9 @@ def _names(config: EvaluateConfig) -> list[str]:
         raise InputError("no run given; give --runs FILE.trec, or several with commas between them")
     names = list(config.names)
     if names and len(names) != len(config.runs):
-        raise InputError(f"{len(names)} names for {len(config.runs)} runs; give one name for each run, or none")
+        raise InputError(
+            f"{amount(len(names), 'names')} for {amount(len(config.runs), 'runs')}; give one name for each run, or none"
+        )
     if not names:
         paths = [PurePosixPath(uri.split("?")[0]) for uri in config.runs]
         names = [path.stem for path in paths]

@@ -23,6 +23,7 @@ from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
+from readapt_ray.progress import amount
 from readapt_ray.retrieval import footers, truncation
 from readapt_ray.retrieval.vector_files import METADATA_KEY
 from readapt_ray.seeds import random_generator
@@ -128,7 +129,8 @@ def _pack(
         if not counts["num_passages"]:
             raise CorpusError(
                 f"exclude = {config.exclude!r}, only = {config.only!r} and withhold = {config.withhold} leave none of the "
-                f"{num_passages:,} passages of {config.corpus!r}; check that the lists name its doc_ids, or withhold fewer"
+                f"{amount(num_passages, 'passages')} of {config.corpus!r}; check that the lists name its doc_ids, or "
+                "withhold fewer"
             )
     workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
     workspace.details["withheld"] = withheld
@@ -166,7 +168,8 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     expected = corpus.manifest.counts["num_passages"]
     if num_passages != expected:
         raise CorruptFileError(
-            f"{corpus.uri!r} holds {num_passages:,} passages in {len(parts)} files, but its manifest counts {expected:,}; "
+            f"{corpus.uri!r} holds {amount(num_passages, 'passages')} in {amount(len(parts), 'files')}, but its manifest "
+            f"counts {expected:,}; "
             f"copy the whole folder again, or remove it and run `readapt ingest` again"
         )
     for name, found in num_found.items():
@@ -194,7 +197,7 @@ def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any
 def _check_found(name: str, num_found: int, num_listed: int, corpus: Artifact) -> None:
     if not num_found:
         raise CorpusError(
-            f"{name} lists {num_listed:,} doc_ids, and {corpus.uri!r} has none of them; give doc_ids of its passages, or "
+            f"{name} lists {amount(num_listed, 'doc_ids')}, and {corpus.uri!r} has none of them; give doc_ids of its passages, or "
             f"leave --{name} out"
         )
     if num_found < num_listed:

@@ -18,6 +18,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import CorpusError
+from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.storage import Location
 
@@ -125,8 +126,8 @@ def write_pairs(
         if num_pairs < 2:
             of_split = f"of the split {source.split!r} whose query and passage it holds"
             raise CorpusError(
-                f"{source.name!r} has {num_pairs} pairs {of_split if source.split else 'of query and positive'}; at least "
-                f"2 are needed"
+                f"{source.name!r} has {amount(num_pairs, 'pairs')} "
+                f"{of_split if source.split else 'of query and positive'}; at least 2 are needed"
             )
 
 

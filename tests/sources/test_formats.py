@@ -136,8 +136,14 @@ def test_quotes_of_tsv_count_where_csv_has_them(tmp_path):
 
 
 def test_two_stray_quotes_of_tsv_do_not_join_two_rows(tmp_path):
-    (tmp_path / "c.tsv").write_text('1\t"opens\n2\tcloses"\n3\tthird\n')
-    assert passages(tmp_path / "c.tsv") == [("1", "", '"opens'), ("2", "", 'closes"'), ("3", "", "third")]
+    (tmp_path / "c.tsv").write_text('1\t"opens\n2\tcloses"\n3\tthird\n4\t"opens\n5\tcloses"\n')
+    opens, closes = '"opens', 'closes"'
+    assert [text for _, _, text in passages(tmp_path / "c.tsv")] == [opens, closes, "third", opens, closes]
+
+
+def test_a_line_break_in_the_first_row_of_tsv_without_names(tmp_path):
+    (tmp_path / "c.tsv").write_text('1\t"one\ntwo"\n2\tthird\n')
+    assert passages(tmp_path / "c.tsv") == [("1", "", "one\ntwo"), ("2", "", "third")]
 
 
 def test_a_stray_quote_of_csv_takes_no_other_row(tmp_path):

@@ -16,7 +16,7 @@ from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
-from readapt_ray.progress import ProgressReporter
+from readapt_ray.progress import ProgressReporter, amount
 from readapt_ray.recipes.chain import make
 from readapt_ray.recipes.refreshing.lock import locked
 from readapt_ray.recipes.refreshing.options import RULES, CleanConfig
@@ -43,10 +43,14 @@ class Freed:
         lines += [(str(row["artifact"]), str(row["stage"]), f"{row['bytes']:,}", str(row["why"])) for row in self.rows]
         total = sum(int(str(row["bytes"])) for row in self.rows)
         verb = "freed" if self.is_done else "would free"
-        what = f"{verb} {len(self.rows)} artifacts, {total:,} bytes" if self.rows else "nothing to free"
+        what = (
+            f"{verb} {amount(len(self.rows), 'artifacts')}, {amount(total, 'bytes')}"
+            if self.rows
+            else "nothing to free"
+        )
         if self.num_deleted_vectors:
             built = "was" if self.is_done else "would be"
-            what += f"; the index held {self.num_deleted_vectors:,} deleted vectors and {built} built again"
+            what += f"; the index held {amount(self.num_deleted_vectors, 'deleted vectors')} and {built} built again"
         if not self.is_done and (self.rows or self.num_deleted_vectors):
             what += f"; `readapt clean --root {self.root} --yes` does it"
         return "\n".join([*([aligned_table(lines)] if self.rows else []), what])

@@ -20,7 +20,7 @@ from readapt_ray.cluster.corpus_comparison import compare_corpora, opened
 from readapt_ray.config import flag
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
 from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
-from readapt_ray.progress import duration
+from readapt_ray.progress import amount, duration
 from readapt_ray.recipes.chain import make, stage_config
 from readapt_ray.recipes.refreshing.clean import remove_artifact
 from readapt_ray.recipes.refreshing.lock import locked
@@ -251,7 +251,7 @@ class _Making:
         now, before = (each.manifest.counts["num_passages"] for each in (corpus, self._present(CORPUS)))
         if now < _MIN_KEPT * before:
             raise CorpusError(
-                f"{self.settings['source']!r} has {now:,} passages, and generation {self.present.number} has {before:,}; see that "
+                f"{self.settings['source']!r} has {amount(now, 'passages')}, and generation {self.present.number} has {before:,}; see that "
                 f"the source is whole, or add {flag('allow_shrink')} if it really lost so many"
             )
 
