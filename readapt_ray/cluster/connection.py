@@ -327,7 +327,13 @@ def cause_of(error: BaseException) -> BaseException:
     for each in _linked(error, with_contexts=True):
         if isinstance(each, ReadaptError) and not isinstance(each, RayTaskError):  # Ray's wrapper has the type of both
             return each
-    return WorkerError(f"a worker failed: {_last_line(_linked(error)[-1])}{_see_logs()}")
+    return WorkerError(f"a worker failed: {reason_of(error)}{_see_logs()}")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the last line of what the innermost error says."""
+    lines = [line.strip() for line in str(_linked(error)[-1]).splitlines() if line.strip()]
+    return lines[-1] if lines else type(_linked(error)[-1]).__name__
 
 
 def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseException]:
@@ -346,11 +352,6 @@ def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseEx
         pending += [*inner, *failures.values(), current.__cause__]
         pending += [current.__context__] if with_contexts else []
     return found
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def disconnect() -> None:
