@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from readapt_ray.config import split_list
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.runs import Run, load_run
-from readapt_ray.progress import amount
 from readapt_ray.records import Qrel, ScoredDoc
 from readapt_ray.sources.judgements import read_qrels
 
@@ -160,7 +159,7 @@ def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *
     judged_here = [query_id for query_id in run.query_ids if query_id in place]
     if not judged_here:
         raise InputError(
-            f"{name}: none of its {amount(len(run.query_ids), 'queries')} ({_some(run.query_ids)}) is among the "
+            f"{name}: none of its {len(run.query_ids):,} queries ({_some(run.query_ids)}) is among the "
             f"{len(place):,} judged ones ({_some(list(place))}); give the judgements of these queries"
         )
     values = {measure: np.zeros(len(place)) for measure in measures.values()}

@@ -171,7 +171,7 @@ def test_edges(decoder):
         tokenizer.ids(["x", None], "query")
     with pytest.raises(InputError, match=r"texts\[1\].*surrogate"):
         tokenizer.ids(["x", "\ud800"], "query")
-    with pytest.raises(InputError, match="2 titles for 1 texts"):
+    with pytest.raises(InputError, match="2 titles for 1 text"):
         tokenizer.ids(["x"], "passage", ["a", "b"])
     with pytest.raises(InputError, match="none for queries"):
         tokenizer.ids(["x"], "query", ["a"])

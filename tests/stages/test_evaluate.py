@@ -178,7 +178,7 @@ def test_one_query_says_that_no_test_is_possible(world):
         ({"qrels": "missing.tsv"}, "qrels = 'missing.tsv' does not exist"),
         ({"queries": "missing.tsv"}, "queries = 'missing.tsv' does not exist"),
         ({"measures": "nDCG@10,foo"}, "unknown measure 'foo'"),
-        ({"names": "a"}, "1 names for 2 runs"),
+        ({"names": "a"}, "1 name for 2 runs"),
         ({"names": "a,a"}, "two runs are called 'a'"),
         ({"num_permutations": 3}, "num_permutations = 3"),
         ({"num_permutations": "many"}, "num_permutations"),
