@@ -39,21 +39,8 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     run_file = factories.run_file(tmp_path, num_passages=NUM_PASSAGES, num_queries=20, train=train, embed=embed)
     root = tmp_path / "root"
 
-    def submit(name: str) -> str:
-        working_dir = ["--working-dir", str(REPOSITORY), "--no-wait", "--submission-id", name, "--"]
-        return server.job(
-            "submit", *working_dir, "python", "jobs/pipeline.py", "--config", str(run_file), "--root", str(root)
-        )
-
-    said: list[str] = []
-
-    def is_submitted() -> bool:
-        """Whether the job server took the job; it refuses as long as its node's agent is not up."""
-        said.append(submit("first"))
-        assert "submitted successfully" in said[-1] or "No available agent" in said[-1], said[-1]
-        return "submitted successfully" in said[-1]
-
-    wait_until(is_submitted, "the job server to take a job", limit_s=180)
+    job = ("python", "jobs/pipeline.py", "--config", str(run_file), "--root", str(root))
+    server.submit("first", *job)
     wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training", limit_s=180)
     (unpacked,) = server.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/readapt_ray")
     names = {path.name for path in unpacked.parent.iterdir()}
@@ -67,7 +54,7 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     assert server.ended("first") == "was stopped"
     assert "] train -> " in server.job("logs", "first")
 
-    submit("second")
+    server.submit("second", *job)
     wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding", limit_s=180)
     lease = artifacts.read_lease(str(root / "vectors/retriever"))
     assert lease is not None
@@ -75,10 +62,10 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     assert server.ended("second") == "failed"
     assert "train: goes on where it stopped" in server.job("logs", "second")
 
-    submit("third")
+    server.submit("third", *job)
     assert server.ended("third") == "succeeded", server.job("logs", "third")
     logs = server.job("logs", "third")
-    assert "train: already complete" in said
+    assert "train: already complete" in logs
     assert "embed: goes on where it stopped" in logs
     counts = {
         name: artifacts.open_artifact(str(root / name), stage).manifest.counts
