@@ -52,6 +52,7 @@ class JobServer:
         command += [
             "--node-ip-address=127.0.0.1",
             f"--dashboard-port={self._port}",
+            f"--dashboard-agent-listen-port={nodes.free_port()}",  # its default may be another Ray's, and jobs are refused
             f"--object-store-memory={100 << 20}",
         ]
         with (folder / "head.log").open("wb") as log:
