@@ -125,7 +125,7 @@ def withheld_loss(pretrained: str, adapter: Artifact | None, texts: list[str]) -
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter.location.local_path))
     model.eval()
-    rows = passage_ids(tokenizer, texts, max_tokens=BLOCK_TOKENS)
+    rows, _ = passage_ids(tokenizer, texts, max_tokens=BLOCK_TOKENS)
     total, count = 0.0, 0
     for first in range(0, len(rows), EVALUATED_AT_ONCE):
         batch = [torch.tensor(row) for row in rows[first : first + EVALUATED_AT_ONCE]]

@@ -12,6 +12,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
+# For `readapt plan --cluster clusters/slurm.sh`: the kind of GPU, and the memory and price of a node.
+#READAPT gpu=H100 memory_gb=1000 usd_per_hour=0
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?run this with sbatch}"

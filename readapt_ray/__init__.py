@@ -16,8 +16,22 @@ import importlib
 from typing import Any
 
 _FROM_CONFIGS = (
-    *("ingest", "pack", "train", "finetune", "merge", "embed", "index", "search", "evaluate", "tune", "export"),
-    *("compare", "paper", "serve"),
+    *(
+        "ingest",
+        "pack",
+        "train",
+        "finetune",
+        "merge",
+        "embed",
+        "bridge",
+        "index",
+        "search",
+        "evaluate",
+        "drift",
+        "tune",
+        "export",
+    ),
+    *("compare", "paper", "serve", "refresh", "find", "clean"),
 )
 """Functions whose parameters are the options of a config."""
 _HOMES: dict[str, str] = {
@@ -35,15 +49,18 @@ _HOMES: dict[str, str] = {
     "PaperConfig": "recipes.paper.options",
     "readapted_weight": "weights.reference",
     "ServeConfig": "serving.options",
+    **dict.fromkeys(("RefreshConfig", "FindConfig", "CleanConfig"), "recipes.refreshing.options"),
     "IngestConfig": "stages.ingest",
     "PackConfig": "stages.pack",
     "TrainConfig": "stages.train",
     "FinetuneConfig": "stages.finetune",
     "MergeConfig": "stages.merge",
     "EmbedConfig": "stages.embed",
+    "BridgeConfig": "stages.bridge",
     "IndexConfig": "stages.index",
     "SearchConfig": "stages.search",
     "EvaluateConfig": "stages.evaluate",
+    "DriftConfig": "stages.drift",
     "TuneConfig": "stages.tune",
     "ExportConfig": "stages.export",
 }

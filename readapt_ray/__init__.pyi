@@ -24,7 +24,12 @@ from readapt_ray.recipes.chain import RunConfig as RunConfig
 from readapt_ray.recipes.chain import plan_run as plan_run
 from readapt_ray.recipes.compare_plan import CompareConfig as CompareConfig
 from readapt_ray.recipes.paper.options import PaperConfig as PaperConfig
+from readapt_ray.recipes.refreshing.options import CleanConfig as CleanConfig
+from readapt_ray.recipes.refreshing.options import FindConfig as FindConfig
+from readapt_ray.recipes.refreshing.options import RefreshConfig as RefreshConfig
 from readapt_ray.serving.options import ServeConfig as ServeConfig
+from readapt_ray.stages.bridge import BridgeConfig as BridgeConfig
+from readapt_ray.stages.drift import DriftConfig as DriftConfig
 from readapt_ray.stages.embed import EmbedConfig as EmbedConfig
 from readapt_ray.stages.evaluate import EvaluateConfig as EvaluateConfig
 from readapt_ray.stages.export import ExportConfig as ExportConfig
@@ -41,12 +46,16 @@ from readapt_ray.weights.reference import readapted_weight as readapted_weight
 __all__ = [
     "__version__",
     "Artifact",
+    "BridgeConfig",
+    "CleanConfig",
     "CompareConfig",
+    "DriftConfig",
     "EmbedConfig",
     "Encoder",
     "Encoding",
     "EvaluateConfig",
     "ExportConfig",
+    "FindConfig",
     "FinetuneConfig",
     "Hit",
     "IndexConfig",
@@ -58,6 +67,7 @@ __all__ = [
     "PackConfig",
     "PaperConfig",
     "ReadaptError",
+    "RefreshConfig",
     "Results",
     "Retriever",
     "RunConfig",
@@ -65,10 +75,14 @@ __all__ = [
     "ServeConfig",
     "TrainConfig",
     "TuneConfig",
+    "bridge",
+    "clean",
     "compare",
+    "drift",
     "embed",
     "evaluate",
     "export",
+    "find",
     "finetune",
     "index",
     "ingest",
@@ -81,6 +95,7 @@ __all__ = [
     "plan_run",
     "quiet",
     "readapted_weight",
+    "refresh",
     "run",
     "search",
     "serve",
@@ -89,6 +104,75 @@ __all__ = [
     "tune",
 ]
 __version__: str
+
+@overload
+def bridge(
+    *,
+    output: str | Path,
+    old_vectors: str | Path,
+    retriever: str | Path,
+    overwrite: bool = False,
+    corpus: str | Path | None = None,
+    sample: int = 20000,
+    encoding: Encoding | str | Path | None = None,
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = 'auto',
+    seed: int = 0,
+) -> Artifact:
+    """Let a new model's queries search an old model's vectors while re-embedding runs.
+
+    Give the options by name, or all of them as one BridgeConfig.
+
+    Options:
+        output: Folder or URI to write the artifact to. (required)
+        overwrite: Replace an artifact in the output that was made or begun with other options. Without this
+            such an output is refused. (default: no)
+        old_vectors: Vectors to search: the output of `readapt embed` with the old model. (required)
+        retriever: New model, whose queries are to search them: a catalog name, a folder, a URI or a hub id.
+            (required)
+        corpus: Passages of the vectors, if they are no longer where they were embedded from: the output of
+            `readapt ingest`.
+        sample: Passages to encode with the new model; all if there are fewer. It takes as many as 1.25 times
+            the larger dimension, and 500 at least. (default: 20000)
+        encoding: JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or
+            the catalog says.
+        dtype: Data type that the new model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+            AVX512_BF16, else float32. (default: auto)
+        seed: Seed of the sample, of its parts and of the training of the residual map. (default: 0)
+
+    Returns:
+        The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def bridge(config: BridgeConfig, /) -> Artifact: ...
+
+@overload
+def clean(
+    *,
+    root: str | Path,
+    keep: int = 0,
+    yes: bool = False,
+) -> Results:
+    """Remove earlier generations of a root, and what is left of deleted passages.
+
+    Give the options by name, or all of them as one CleanConfig.
+
+    Options:
+        root: Folder or URI that holds the generations. (required)
+        keep: Number of generations before the present one to keep, to go back to. They hold what was deleted
+            since. (default: 0)
+        yes: Remove what is listed. Without this it is only listed. (default: no)
+
+    Returns:
+        The rows: they print as a table; `.rows`, `.to_pandas()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def clean(config: CleanConfig, /) -> Results: ...
 
 @overload
 def compare(
@@ -102,6 +186,8 @@ def compare(
     drop_self_hits: bool | None = None,
     finetune: bool = False,
     readapt: bool = False,
+    queries_only: bool = False,
+    bridge: bool = False,
     num_timed_queries: int = 50,
     embed_options: dict[str, Any] = {},
     train_options: dict[str, Any] = {},
@@ -127,6 +213,10 @@ def compare(
             (default: no)
         readapt: Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its
             pretrained model. With finetune, also after both. (default: no)
+        queries_only: With readapt or finetune: also compare their models for queries alone, over the
+            retriever's own vectors. (default: no)
+        bridge: With readapt or finetune: also compare their queries behind a bridge to the retriever's own
+            vectors. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
         train_options: Options of train and pack by name (in a YAML file).
@@ -141,6 +231,41 @@ def compare(
     """
 @overload
 def compare(config: CompareConfig, /) -> Results: ...
+
+@overload
+def drift(
+    *,
+    output: str | Path,
+    adapter: str | Path,
+    vectors: Sequence[str | Path],
+    overwrite: bool = False,
+    num_passages: int = 2000,
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
+) -> Artifact:
+    """Measure without queries what an adaptation changed: loss, vectors, neighbours.
+
+    Give the options by name, or all of them as one DriftConfig.
+
+    Options:
+        output: Folder or URI to write the artifact to. (required)
+        overwrite: Replace an artifact in the output that was made or begun with other options. Without this
+            such an output is refused. (default: no)
+        adapter: Output of `readapt train`. It names the pretrained model and the blocks that it was trained on.
+            (required)
+        vectors: Vectors of the retriever before and after adaptation, separated by a comma: two outputs of
+            `readapt embed` for the same corpus. (required)
+        num_passages: Maximum number of passages whose vectors are compared. (default: 2000)
+        dtype: Data type that the language model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+            AVX512_BF16, else float32. (default: auto)
+
+    Returns:
+        The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def drift(config: DriftConfig, /) -> Artifact: ...
 
 @overload
 def embed(
@@ -296,6 +421,29 @@ def export(
 def export(config: ExportConfig, /) -> Artifact: ...
 
 @overload
+def find(
+    *,
+    root: str | Path,
+    doc_id: str,
+) -> Results:
+    """Find where a passage stands under a root.
+
+    Give the options by name, or all of them as one FindConfig.
+
+    Options:
+        root: Folder or URI that holds the generations. (required)
+        doc_id: Id of the passage. (required)
+
+    Returns:
+        The rows: they print as a table; `.rows`, `.to_pandas()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def find(config: FindConfig, /) -> Results: ...
+
+@overload
 def finetune(
     *,
     output: str | Path,
@@ -332,6 +480,7 @@ def finetune(
     batch_size: int = 128,
     micro_batch_tokens: int = 16384,
     temperature: float = 0.05,
+    queries_only: bool = False,
     both_directions: bool = False,
 ) -> Artifact:
     """Train a retriever on labelled pairs.
@@ -396,6 +545,9 @@ def finetune(
         micro_batch_tokens: Tokens per forward and backward pass, padding included. Lower it when memory is
             short; batch and result stay the same (GradCache). (default: 16384)
         temperature: Temperature of the InfoNCE loss: cosines are divided by it. (default: 0.05)
+        queries_only: Train queries alone: passages are encoded by the model as it was, so its vectors stay
+            valid. The output is a model for queries, with which `search` and `serve` accept them, and with
+            which `embed` encodes by the model as it was. (default: no)
         both_directions: Also train each passage to find its query among the queries of the batch. (default: no)
 
     Returns:
@@ -470,12 +622,17 @@ def ingest(
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
-    format: Literal['auto', 'beir', 'jsonl', 'tsv', 'parquet', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    format: Literal['auto', 'beir', 'jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
+    columns: Sequence[str] = (),
+    keep: Sequence[str] = (),
     bad_rows: Literal['skip', 'fail'] = 'skip',
     deduplicate: Literal['auto', 'none', 'exact', 'near'] = 'auto',
     near_threshold: float = 0.8,
     max_text_bytes: int = 10000000,
     max_passage_chars: int = 2000,
+    split_tokens: int | None = None,
+    overlap: int = 0,
+    tokenizer: str | Path | None = None,
     rows_per_file: int = 65536,
 ) -> Artifact:
     """Read a corpus from a source: clean it, drop duplicates, keep the ids.
@@ -490,6 +647,11 @@ def ingest(
             corpus name of the catalog. (required)
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
+        columns: Columns that hold doc_id, title and text, if they are not called so:
+            doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
+            passage, body, headline and more.
+        keep: Other columns to carry along, such as url,date; search and serve give them back, and filters can
+            use them. With NAME:TYPE (string, int64, float64, bool) a type is set.
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
             stops. (default: skip)
         deduplicate: Which duplicates to drop: none, exact (same title and text), or near (also nearly the
@@ -501,7 +663,13 @@ def ingest(
             is a bad row. (default: 10000000)
         max_passage_chars: Maximum length of a passage from a text or Markdown file, in characters; longer files
             are split between paragraphs. (default: 2000)
-        rows_per_file: Passages per Parquet file. (default: 65536)
+        split_tokens: Split documents of any format into passages of at most this many tokens, between
+            paragraphs or sentences. Passages are called doc#1, doc#2 ...; searches give back documents, by
+            their best passage. If omitted, rows are not split.
+        overlap: Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens.
+            (default: 0)
+        tokenizer: Model whose tokenizer counts for split_tokens: the retriever.
+        rows_per_file: Passages per Parquet file; documents where these are split. (default: 65536)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
@@ -526,6 +694,7 @@ def merge(
     low_rank: float | None = None,
     factors: bool = False,
     accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
+    queries_only: bool = False,
     dtype: Literal['retriever', 'float32', 'float16', 'bfloat16'] = 'retriever',
     max_shard_bytes: int = 5000000000,
     encoding: Encoding | str | Path | None = None,
@@ -558,6 +727,8 @@ def merge(
             scales can be made from it later. (default: no)
         accept: Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is
             used), base (an adapter's base model).
+        queries_only: Make a model for queries: passages keep the vectors of the retriever. `search` and `serve`
+            accept these with it, and `embed` encodes with the retriever. (default: no)
         dtype: Data type of the written weights; retriever keeps the type of each of the retriever's tensors.
             (default: retriever)
         max_shard_bytes: Maximum size of a weight file in bytes; a tensor that is larger gets its own file.
@@ -588,6 +759,7 @@ def pack(
     mode: Literal['passage', 'packed'] = 'passage',
     block_tokens: int = 1024,
     exclude: str | Path | None = None,
+    withhold: int = 0,
     only: str | Path | None = None,
 ) -> Artifact:
     """Tokenise passages and pack them into blocks (train does it when needed).
@@ -605,6 +777,8 @@ def pack(
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
             or JSONL file with a column doc_id, or qrels.
+        withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
+            measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
         pretrained: Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
@@ -677,6 +851,55 @@ def paper(
 def paper(config: PaperConfig, /) -> Results: ...
 
 @overload
+def refresh(
+    *,
+    root: str | Path,
+    source: str | Path | None = None,
+    retriever: str | Path | None = None,
+    to: str | Path | None = None,
+    serve: str | Path | None = None,
+    back: int | None = None,
+    allow_shrink: bool = False,
+    overwrite: bool = False,
+    ingest: dict[str, Any] | None = None,
+    embed: dict[str, Any] | None = None,
+    index: dict[str, Any] | None = None,
+    export: dict[str, Any] | None = None,
+) -> Results:
+    """Bring vectors, index and export to what a source holds now.
+
+    Give the options by name, or all of them as one RefreshConfig.
+
+    Options:
+        root: Folder or URI that holds the generations; also the root of a `readapt run`. (required)
+        source: The corpus as it is now: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or
+            `python-docs:PACKAGE,...`. If omitted, that of the refresh before.
+        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, that
+            of the refresh before.
+        to: Vector database to keep up to date, as `readapt export --to`. If omitted, that of the refresh
+            before, if it had one.
+        serve: YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to
+            the new generation.
+        back: Number of an earlier generation to make the present one again. The source is not read.
+        allow_shrink: Accept a source with less than half of the passages that the present generation has.
+            Without this it is refused. (default: no)
+        overwrite: Make again all that other options or another model make stale. Without this they are refused.
+            (default: no)
+        ingest: Options of ingest. If omitted, those of the refresh before; so are the other sections.
+        embed: Options of embed.
+        index: Options of index.
+        export: Options of export.
+
+    Returns:
+        The rows: they print as a table; `.rows`, `.to_pandas()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def refresh(config: RefreshConfig, /) -> Results: ...
+
+@overload
 def search(
     *,
     output: str | Path,
@@ -685,6 +908,9 @@ def search(
     overwrite: bool = False,
     index: str | Path | None = None,
     vectors: str | Path | None = None,
+    root: str | Path | None = None,
+    as_of: int | None = None,
+    bridge: str | Path | None = None,
     qrels: str | Path | None = None,
     mode: Literal['dense', 'bm25', 'hybrid'] = 'dense',
     top_k: int = 100,
@@ -700,9 +926,15 @@ def search(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        retriever: Model that made the vectors: a catalog name, a folder, a URI or a hub id. (required)
+        retriever: Model that made the vectors (or that `bridge` is for, or a model for queries alone that names
+            it): a catalog name, a folder, a URI or a hub id. (required)
         index: Index to search: the output of `readapt index`. Give this or vectors.
         vectors: Vectors to search exactly: the output of `readapt embed`. Give this or index.
+        root: Root of `readapt refresh`: search the index of its present generation, with its retriever. What is
+            given beside it overrides it.
+        as_of: Number of the generation of `root` to search. If omitted, the present one.
+        bridge: Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to
+            them.
         queries: Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files. (required)
         qrels: File of judgements: only queries that are judged in it are searched. If omitted, all queries are.
         mode: Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was
@@ -729,6 +961,7 @@ def serve(
     *,
     retriever: str | Path = '',
     index: str | Path | None = None,
+    bridge: str | Path | None = None,
     corpus: str | Path | None = None,
     encoding: Encoding | str | Path | None = None,
     dtype: Literal['float32', 'float16', 'bfloat16'] | None = None,
@@ -768,6 +1001,8 @@ def serve(
     traces: bool = False,
     update: bool = False,
     require_report: str | Path | None = None,
+    root: str | Path | None = None,
+    as_of: int | None = None,
     write_config: str | Path | None = None,
 ) -> None:
     """Serve a retriever and its index over HTTP until interrupted.
@@ -777,7 +1012,10 @@ def serve(
     Options:
         retriever: Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions`
             lists several.
-        index: Output folder of `readapt index`, made with this retriever. If omitted, there is no search.
+        index: Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted,
+            there is no search.
+        bridge: Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a
+            version encodes queries alone.
         corpus: Output folder of `readapt ingest`. If omitted, search results have no titles and texts.
         encoding: JSON file that says how the retriever wants its text. If omitted, the index says it, or the
             model's folder.
@@ -851,6 +1089,9 @@ def serve(
             starting one. (default: no)
         require_report: Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it
             measured each version.
+        root: Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. What
+            is given beside it overrides it.
+        as_of: Number of the generation of `root` to serve. If omitted, the present one.
         write_config: Write the file that `serve deploy` and KubeRay's RayService read, and start nothing.
 
     Returns:
@@ -895,6 +1136,7 @@ def train(
     mode: Literal['passage', 'packed'] = 'passage',
     block_tokens: int = 1024,
     exclude: str | Path | None = None,
+    withhold: int = 0,
     only: str | Path | None = None,
     objective: Literal['causal_lm', 'masked_lm'] | None = None,
     batch_size: int | Literal['auto'] = 4,
@@ -955,6 +1197,8 @@ def train(
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
             or JSONL file with a column doc_id, or qrels.
+        withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
+            measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
         pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are

@@ -99,6 +99,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     ),
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
+    "bridge": (*_VECTORS, "map.safetensors"),
     "index": (
         "shards/*.faiss",
         "shards/*.ids.parquet",
@@ -110,6 +111,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "export": ("rows/part-*.parquet", "rows/.seen-*", "deleted/part-*.parquet"),
     "search": (),
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
+    "drift": ("report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
 }
 """What each stage writes beside its records, at its end or on the way there. A run of `search` is one file, its output."""

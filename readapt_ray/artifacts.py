@@ -40,7 +40,7 @@ from readapt_ray.artifact_files import (
 )
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
-from readapt_ray.progress import ProgressReporter, duration
+from readapt_ray.progress import ProgressReporter, amount, duration
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -342,11 +342,4 @@ def _versions() -> dict[str, str]:
 
 def counted(counts: Mapping[str, int]) -> str:
     """Counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
-    return ", ".join(
-        f"{value:,} {_singular(unit) if value == 1 else unit}"
-        for unit, value in ((name.removeprefix("num_").replace("_", " "), value) for name, value in counts.items())
-    )
-
-
-def _singular(plural: str) -> str:
-    return f"{plural[:-3]}y" if plural.endswith("ies") else plural.removesuffix("s")
+    return ", ".join(amount(value, name.removeprefix("num_").replace("_", " ")) for name, value in counts.items())

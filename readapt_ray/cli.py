@@ -5,15 +5,16 @@ Flags, types, defaults and help come from the stages' configs. Exit code 0 on su
 """
 
 import argparse
+import functools
 import itertools
 import logging
 import sys
-import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from readapt_ray import environment, log_output, termination
+from readapt_ray import environment, library_logs, log_output, termination
+from readapt_ray.command_parsers import COMMANDS, completion, parser_of
 from readapt_ray.errors import (
     UNREADABLE,
     InputError,
@@ -21,10 +22,8 @@ from readapt_ray.errors import (
     ReadaptError,
     unreadable,
 )
-from readapt_ray.stages import STAGES
 
 if TYPE_CHECKING:
-    from readapt_ray import flags
     from readapt_ray.artifacts import Artifact
     from readapt_ray.recipes import chain
 
@@ -32,19 +31,6 @@ logger = logging.getLogger("readapt_ray")
 
 _PROVENANCE = "## Where the runs are from"
 """The part of a report (evaluation/report.py) that is for the file, not for the terminal."""
-
-_COMMANDS: dict[str, str] = {
-    "quickstart": "run the main job on the docstrings of this machine's Python packages, and show the result",
-    "run": "run the main job of a YAML file: adapt a retriever to a corpus, re-embed it, evaluate",
-    **{name: stage.summary for name, stage in STAGES.items()},
-    "compare": "compare retrievers on one corpus: quality, time and size, also after finetune and RE-AdaptIR",
-    "paper": "reproduce the paper's experiments on one or several corpora",
-    "serve": "serve a retriever and its index over HTTP",
-    "encoding": "show how a model turns text into vectors (pooling, prompts, special tokens), or write it into its folder",
-    "doctor": "check this machine, or all nodes of a cluster, for what will fail, and say how to mend it",
-    "plan": "estimate what a run takes on a cluster: hours, memory, bytes and money, and what breaks first",
-    "status": "show what is done, stale, running, failed and missing in the folder of a run",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore")
         termination.end_as_ctrl_c_does()
         log_output.write_to_terminal()
+        library_logs.silence()
         _run_command(command, given[1:])
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
@@ -81,15 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run_command(command: str, arguments: Sequence[str]) -> None:
     if command in ("-h", "--help"):
         print(_overview())
+    elif command == "--completion" or command.startswith("--completion="):
+        print(completion([*command.split("=")[1:], *arguments]))
     elif command == "--version":
         from importlib.metadata import version
 
         print(version("readapt-ray"))
-    elif command not in _COMMANDS:
+    elif command not in COMMANDS:
         from readapt_ray.config import meant
 
         raise InputError(
-            f"no command {command!r}; {meant(command, _COMMANDS) or 'the commands are ' + ', '.join(_COMMANDS)}"
+            f"no command {command!r}; {meant(command, COMMANDS) or 'the commands are ' + ', '.join(COMMANDS)}"
         )
     elif command in _RUNNERS:
         _RUNNERS[command](arguments)
@@ -98,12 +87,13 @@ def _run_command(command: str, arguments: Sequence[str]) -> None:
 
 
 def _overview() -> str:
-    width = max(map(len, _COMMANDS))
-    lines = [f"  {name:{width}}  {text}" for name, text in _COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, text in COMMANDS.items()]
     return (
         "usage: readapt COMMAND [OPTIONS]\n\n"
         + "\n".join(lines)
-        + "\n\n`readapt COMMAND --help` shows the options of a command. Exit code 0 on success, 2 on bad input, 1 on a "
+        + "\n\n`readapt COMMAND --help` shows the options of a command, `readapt --completion bash|zsh|fish` a script that\n"
+        "completes them with the Tab key. Exit code 0 on success, 2 on bad input, 1 on a "
         "failure,\n130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0."
     )
 
@@ -115,7 +105,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
     config_class, stage = chain.stage_parts(command)
     if command == "train":
         stage = chain.train_on_passages
-    artifact = stage(flags.parse(command, _COMMANDS[command], config_class, arguments))
+    artifact = stage(flags.parse(command, COMMANDS[command], config_class, arguments))
     _tell(artifact)
     print(artifact.uri)
     _end_by_requirements([artifact])
@@ -123,7 +113,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
 
 def _tell(artifact: "Artifact") -> None:
     """What an artifact has to say beyond its counts: a report its verdicts and tables, a corpus what was left out."""
-    if artifact.manifest.stage == "evaluate":
+    if artifact.manifest.stage in ("evaluate", "drift"):
         lines = (artifact.location / "report.md").read_text().splitlines()
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
     elif artifact.manifest.stage == "ingest":
@@ -142,10 +132,10 @@ def _end_by_requirements(made: Iterable["Artifact"]) -> None:
 
 
 def _tell_left_out(details: dict[str, Any]) -> None:
-    from readapt_ray.sources.source import REASONS
+    from readapt_ray.sources.source import in_words
 
     duplicates, bad = details["duplicates"]["dropped"], details["bad_rows"]
-    reasons = "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in bad["by_reason"].items())
+    reasons = in_words(bad["by_reason"])
     if duplicates or reasons:
         logger.info(
             "ingest: left out as duplicates: %s; as bad rows: %s%s",
@@ -153,40 +143,6 @@ def _tell_left_out(details: dict[str, Any]) -> None:
             f"{bad['total']:,}",
             f" ({reasons})" if reasons else "",
         )
-
-
-def _run_parser(command: str) -> "flags.Parser":
-    from readapt_ray import flags
-
-    parser = flags.Parser(
-        command,
-        _COMMANDS[command],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_sections(),
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        metavar="FILE.yaml",
-        help="File of the run: source, pretrained, retriever, and a section of options per stage. (required)",
-    )
-    parser.add_argument(
-        "--root", metavar="URI", help="Folder or URI to write all artifacts to. If omitted, that of the file."
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="Change one option of the file, such as train.lora_rank=16. Can be given several times.",
-    )
-    parser.add_argument(
-        "--encoding",
-        metavar="FILE.json",
-        help="JSON file with the retriever's pooling, prompts and special tokens. If omitted, that of the file, of the "
-        "retriever's folder or of the catalog.",
-    )
-    return parser
 
 
 def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
@@ -200,16 +156,7 @@ def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
 def _run_pipeline(arguments: Sequence[str]) -> None:
     from readapt_ray.recipes import run_end, running
 
-    parser = _run_parser("run")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="Make again all that is stale: made with other options or from other inputs, and what was made from that.",
-    )
-    parser.add_argument(
-        "--from", dest="from_stage", metavar="STAGE", help="As --overwrite, but only for this stage and those after it."
-    )
-    options = parser.parsed(arguments)
+    options = parser_of("run").parsed(arguments)
     config = _run_config(options)
     made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage)
     for artifact in made.values():
@@ -218,44 +165,13 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
     _end_by_requirements(made.values())
 
 
-def _sections() -> str:
-    """What a run's YAML file holds, from the configs."""
-    from readapt_ray.config import default
-    from readapt_ray.recipes import chain
-
-    fields = chain.RunConfig.model_fields
-    steps = chain.plan_run(chain.RunConfig(source="-", pretrained="-", retriever="-"))
-    configs = {step.stage: step.config for step in steps}
-    lines = ["Options of the file:"]
-    for name, field in fields.items():
-        if name not in configs:
-            lines += _entry(f"{name}: {field.description} {default(field)}")
-    lines.append("Sections of the file, and the options in each; `readapt STAGE --help` explains them:")
-    for name in (name for name in fields if name in configs):
-        wired = (
-            configs[name].model_fields_set & ({"output"} | configs[name].inputs)
-            | chain.NOT_IN_A_RUN.get(name, {}).keys()
-        )
-        lines += _entry(f"{name}: {', '.join(each for each in type(configs[name]).model_fields if each not in wired)}")
-    return "\n".join(lines)
-
-
-def _entry(text: str) -> list[str]:
-    return textwrap.wrap(
-        " ".join(text.split()), 110, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-    )
-
-
 def _plan(arguments: Sequence[str]) -> None:
     import json
 
     from readapt_ray import flags, planner
     from readapt_ray.planner import plan_report
 
-    parser = _run_parser("plan")
-    flags.add_flags(parser, planner.PlanConfig)
-    parser.add_argument("--json", action="store_true", help="Print the plan as JSON.")
-    options = parser.parsed(arguments)
+    options = parser_of("plan").parsed(arguments)
     plan_options = flags.given(planner.PlanConfig, options)
     found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
     print(json.dumps(plan_report.values(found), indent=2) if options.json else plan_report.text(found))
@@ -267,12 +183,7 @@ def _doctor(arguments: Sequence[str]) -> None:
     from readapt_ray import flags
     from readapt_ray.cluster import doctor
 
-    parser = flags.Parser("doctor", _COMMANDS["doctor"])
-    groups = flags.add_flags(parser, doctor.DoctorConfig)
-    groups[0].add_argument(
-        "--config", metavar="FILE.yaml", help="File of a run: check its root, pretrained and retriever as well."
-    )
-    options = parser.parsed(arguments)
+    options = parser_of("doctor").parsed(arguments)
     values = flags.given(doctor.DoctorConfig, options)
     if options.config:
         run = flags.read_options(options.config)
@@ -289,7 +200,7 @@ def _compare(arguments: Sequence[str]) -> None:
     from readapt_ray.recipes import compare
     from readapt_ray.recipes.compare_plan import CompareConfig
 
-    print(compare.to_markdown(compare.compare(flags.parse("compare", _COMMANDS["compare"], CompareConfig, arguments))))
+    print(compare.to_markdown(compare.compare(flags.parse("compare", COMMANDS["compare"], CompareConfig, arguments))))
 
 
 def _paper(arguments: Sequence[str]) -> None:
@@ -297,7 +208,7 @@ def _paper(arguments: Sequence[str]) -> None:
     from readapt_ray.recipes.paper import experiments
     from readapt_ray.recipes.paper.options import PaperConfig
 
-    for text in experiments.run(flags.parse("paper", _COMMANDS["paper"], PaperConfig, arguments)).values():
+    for text in experiments.run(flags.parse("paper", COMMANDS["paper"], PaperConfig, arguments)).values():
         print(text)
 
 
@@ -306,39 +217,32 @@ def _serve(arguments: Sequence[str]) -> None:
     from readapt_ray.serving.options import ServeConfig
     from readapt_ray.serving.server import serve
 
-    serve(flags.parse("serve", _COMMANDS["serve"], ServeConfig, arguments))
+    serve(flags.parse("serve", COMMANDS["serve"], ServeConfig, arguments))
+
+
+def _keep_up(command: str, arguments: Sequence[str]) -> None:
+    from readapt_ray.recipes.refreshing import commands
+
+    print(commands.output_of(command, COMMANDS[command], arguments))
 
 
 def _encoding(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags
     from readapt_ray.catalog.contracts import show_contract
 
-    parser = flags.Parser("encoding", _COMMANDS["encoding"])
-    parser.add_argument("--model", required=True, help="A catalog name, a folder, a URI or a hub id. (required)")
-    parser.add_argument(
-        "--write", action="store_true", help="Write it as readapt.json into the model's folder, unless it is there."
-    )
-    options = parser.parsed(arguments)
+    options = parser_of("encoding").parsed(arguments)
     print(show_contract(options.model, write=options.write))
 
 
 def _status(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags, root_status
+    from readapt_ray import root_status
     from readapt_ray.storage import Location
 
-    parser = flags.Parser("status", _COMMANDS["status"])
-    parser.add_argument(
-        "--root", required=True, metavar="URI", help="Folder or URI that holds the artifacts. (required)"
-    )
-    parser.add_argument(
-        "--cluster",
-        metavar="FILE",
-        help="File of the cluster that runs it, as for `readapt plan`, to show what it cost so far.",
-    )
-    parser.add_argument(
-        "--prices", metavar="FILE.yaml", help="YAML file of machines and prices. If omitted, the table of this package."
-    )
-    options = parser.parsed(arguments)
+    options = parser_of("status").parsed(arguments)
+    if options.history:
+        from readapt_ray.recipes.refreshing import history
+
+        print(history.as_text(Location(options.root)))
+        return
     usd_per_hour = None
     if options.cluster:
         from readapt_ray.planner.machines import read_cluster
@@ -349,17 +253,9 @@ def _status(arguments: Sequence[str]) -> None:
 
 
 def _quickstart(arguments: Sequence[str]) -> None:
-    from readapt_ray import flags
     from readapt_ray.recipes import quickstart
 
-    parser = flags.Parser("quickstart", _COMMANDS["quickstart"])
-    parser.add_argument(
-        "--root",
-        default="readapt-quickstart",
-        metavar="DIR",
-        help="Folder to write all artifacts to. (default: %(default)s)",
-    )
-    quickstart.run(parser.parsed(arguments).root)
+    quickstart.run(parser_of("quickstart").parsed(arguments).root)
 
 
 _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -367,13 +263,14 @@ _RUNNERS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "paper": _paper,
     "serve": _serve,
+    **{name: functools.partial(_keep_up, name) for name in ("refresh", "find", "clean")},
     "status": _status,
     "quickstart": _quickstart,
     "plan": _plan,
     "doctor": _doctor,
     "encoding": _encoding,
 }
-_WITHOUT_STATE = ("serve", "plan", "status", "doctor", "encoding")
+_WITHOUT_STATE = ("serve", "find", "plan", "status", "doctor", "encoding")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def shows_tracebacks() -> bool:
 
 
 def cache_folder() -> Path:
-    """Return READAPT_CACHE: the folder for models that are fetched; ~/.cache/readapt unless it is set.
+    """Return READAPT_CACHE: the folder for fetched models and the texts of served corpora; ~/.cache/readapt unless it is set.
 
     Raises:
         InputError: it is not a folder.
@@ -44,7 +44,7 @@ def cache_folder() -> Path:
 
 
 def cache_gb() -> float:
-    """Return READAPT_CACHE_GB: how many gigabytes of models READAPT_CACHE may hold; 100 unless it is set.
+    """Return READAPT_CACHE_GB: how many gigabytes READAPT_CACHE may hold; 100 unless it is set.
 
     Raises:
         InputError: it is not a number of 0 or more.

@@ -50,6 +50,13 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
     Raises:
         InputError: an option is unknown, missing or wrong.
     """
+    options = config_parser(command, description, config_class).parsed(arguments)
+    values = read_options(options.config) if options.config else {}
+    return config_class.parse(values | given(config_class, options), where=f"readapt {command}", flags=True)
+
+
+def config_parser(command: str, description: str, config_class: type[Config]) -> Parser:
+    """Return the parser of a command whose options are those of one config."""
     parser = Parser(command, description, epilog=_notes(config_class))
     groups = add_flags(parser, config_class)
     groups[0].add_argument(
@@ -57,9 +64,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
         metavar="FILE.yaml",
         help="YAML file of options, by name with underscores. Options on the command line override it.",
     )
-    options = parser.parsed(arguments)
-    values = read_options(options.config) if options.config else {}
-    return config_class.parse(values | given(config_class, options), where=f"readapt {command}", flags=True)
+    return parser
 
 
 def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, Any]:

@@ -1,14 +1,12 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, a log line every few seconds elsewhere."""
+"""Progress of long work: a row with rate and ETA on a terminal or in a notebook, a log line every few seconds elsewhere."""
 
 import logging
-import sys
-import threading
 import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from readapt_ray import live_display
+from readapt_ray.live_display import Row
 
 logger = logging.getLogger("readapt_ray")
 
@@ -24,38 +22,33 @@ class ProgressReporter:
     nor is the time until workers are up. There is none in the two seconds after that unit.
     """
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, *, is_outline: bool = False) -> None:
+        """Make a reporter.
+
+        Args:
+            label: what is done, such as the name of a stage.
+            is_outline: for work made of stages that report themselves: no rate, and no log lines.
+        """
         self.label = label
         self.done = 0
         self.total: int | None = None
         self.unit = ""
         self.note = ""
+        self._is_outline = is_outline
         self._rated_from: tuple[int, float] | None = None
         self._last_log_s: float | None = None
-        self._bar: Progress | None = None
+        self._row: Row | None = None
 
     def __enter__(self) -> Self:
-        # A terminal shows one bar; what runs in another thread beside it writes lines.
-        shows = sys.stderr.isatty() and logger.level <= logging.INFO
-        if shows and threading.current_thread() is threading.main_thread():
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=28),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[pace]}"),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(self.label, total=None, pace="", note="")
-            self._bar.start()
+        if logger.level <= logging.INFO:
+            self._row = live_display.add_row(self.label)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self._row is not None:
+            self._row.remove()
 
     def update(self, done: int, total: int | None = None, *, unit: str = "", note: str = "") -> None:
         """Say that `done` of `total` units are done; `note` is shown beside them (a loss, a count)."""
@@ -67,10 +60,10 @@ class ProgressReporter:
         self.done, self.total, self.unit, self.note = done, total or self.total, unit or self.unit, note
         if self._last_log_s is None or now_s - self._last_log_s >= _LOG_INTERVAL_S:
             self._last_log_s = now_s
-            if self._bar is None:
+            if self._row is None and not self._is_outline:
                 logger.info("%s", self.line())
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self.total, pace=", ".join(self._pace()), note=note)
+        if self._row is not None:
+            self._row.update(done, self.total, pace=", ".join(self._pace()), note=note)
 
     def rate(self) -> float:
         """Units a second; 0 where nothing can be said yet."""
@@ -84,18 +77,25 @@ class ProgressReporter:
         """The state as one line of text."""
         text = f"{self.label}: {self.done:,}"
         if self.total:
-            text += f" of {self.total:,} {self.unit} ({100 * self.done / self.total:.0f}%)"
+            text += f" of {amount(self.total, self.unit)} ({100 * self.done / self.total:.0f}%)"
         else:
-            text += f" {self.unit}"
+            text = f"{self.label}: {amount(self.done, self.unit)}"
         return ", ".join([text, *self._pace(), *([self.note] if self.note else [])])
 
     def _pace(self) -> list[str]:
         """Rate and ETA, where they are known."""
         rate = self.rate()
-        if rate <= 0:
+        if rate <= 0 or self._is_outline:
             return []
         pace = [f"{figure(rate)} {self.unit}/s"]
         return [*pace, f"ETA {duration((self.total - self.done) / rate)}"] if self.total else pace
+
+
+def amount(count: int, unit: str) -> str:
+    """A count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
+    if count == 1:
+        unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+    return f"{count:,} {unit}"
 
 
 def figure(rate: float) -> str:

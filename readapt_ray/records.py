@@ -1,17 +1,20 @@
 """Define the four records of the field, and how each is stored in Parquet."""
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 
 class Passage(NamedTuple):
-    """A unit of the corpus. `title` may be empty."""
+    """A unit of the corpus. Title or text may be empty, not both."""
 
     doc_id: str
     title: str
     text: str
+    columns: Mapping[str, Any] | None = None
+    """Values of the columns that were kept, by name."""
 
 
 class Query(NamedTuple):
@@ -49,7 +52,7 @@ def content_hash(title: str | None, text: str) -> bytes:
 PASSAGE_SCHEMA = pa.schema(
     [("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("content_hash", pa.binary(_HASH_BYTES))]
 )
-"""Passages that an older ingest wrote have no `content_hash`."""
+"""Behind these stand the columns that were kept. Passages that an older ingest wrote have no `content_hash`."""
 QUERY_SCHEMA = pa.schema([("query_id", pa.string()), ("text", pa.string())])
 QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("relevance", pa.int64())])
 

@@ -9,8 +9,8 @@ from readapt_ray import artifacts, leases
 from readapt_ray.artifact_files import MANIFEST_NAME, record_of
 from readapt_ray.errors import InputError, ReadaptError, first_line
 from readapt_ray.evaluation.tables import aligned_table
-from readapt_ray.progress import duration, figure
-from readapt_ray.recipes import standing
+from readapt_ray.progress import amount, duration, figure
+from readapt_ray.recipes import standing, unlabelled
 from readapt_ray.recipes.chain import RunConfig, plan_run
 from readapt_ray.recipes.running import LOG_NAME, read_record
 from readapt_ray.storage import Location
@@ -65,7 +65,8 @@ def _note_stale(found: dict[str, dict[str, Any]], record: Mapping[str, Any]) -> 
     if any(row["state"] == "unreadable" for row in found.values()):
         return
     try:
-        steps = plan_run(RunConfig.parse(record["config"]))
+        config = RunConfig.parse(record["config"])
+        steps = unlabelled.fitted(config, plan_run(config))
         standings = standing.standings(steps, record["steps"], reads_models=False)
     except (ReadaptError, KeyError):
         return  # the run of another release
@@ -125,7 +126,7 @@ def _unfinished(location: Location, stage: str) -> dict[str, Any]:
     done, total, rate = progress["done"], progress["total"], progress["rate"]
     parts = [
         f"{done:,}"
-        + (f" of {total:,} {progress['unit']} ({100 * done / total:.0f}%)" if total else f" {progress['unit']}")
+        + (f" of {amount(total, progress['unit'])} ({100 * done / total:.0f}%)" if total else f" {progress['unit']}")
     ]
     if alive and rate > 0:
         parts.append(f"{figure(rate)} {progress['unit']}/s")

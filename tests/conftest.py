@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("READAPT_CACHE", f"{tempfile.gettempdir()}/readapt-tests-{os.getuid()}")
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if HAS_GPU else "cpu")
 
 

@@ -15,6 +15,8 @@ from pathlib import Path
 import psutil
 
 from tests.chaos import nodes
+from tests.chaos.nodes import REPOSITORY
+from tests.hosts import wait_until
 
 BIN = Path(sys.executable).parent
 
@@ -50,6 +52,7 @@ class JobServer:
         command += [
             "--node-ip-address=127.0.0.1",
             f"--dashboard-port={self._port}",
+            f"--dashboard-agent-listen-port={nodes.free_port()}",  # its default may be another Ray's, and jobs are refused
             f"--object-store-memory={100 << 20}",
         ]
         with (folder / "head.log").open("wb") as log:
@@ -60,6 +63,17 @@ class JobServer:
     def job(self, command: str, *arguments: str, **environment: str) -> str:
         """What `ray job COMMAND` says."""
         return self.said("ray", "job", command, "--address", self.address, *arguments, **environment)
+
+    def submit(self, name: str, *command: str) -> None:
+        """Submit a job from the repository's root; the server refuses as long as its node's agent is not up."""
+        given = ("--working-dir", str(REPOSITORY), "--no-wait", "--submission-id", name, "--", *command)
+
+        def is_taken() -> bool:
+            said = self.job("submit", *given)
+            assert "submitted successfully" in said or "No available agent" in said, said
+            return "submitted successfully" in said
+
+        wait_until(is_taken, "the job server to take a job", limit_s=180)
 
     def said(self, program: str, *arguments: str, **environment: str) -> str:
         """What one of Ray's programs says."""

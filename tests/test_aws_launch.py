@@ -184,6 +184,31 @@ def check(cloud: Cloud, instance: dict[str, Any]) -> None:
     assert {"Key": "ray-cluster-name", "Value": "readapt"} in instance["Tags"]
 
 
+@contextlib.contextmanager
+def asking_for_gpus(cloud: Cloud, address: str, *, wait_s: int) -> Iterator["subprocess.Popen[str]"]:
+    """A driver that asks for the nodes of a stage on eight GPUs, and waits for them."""
+    stage = (
+        "import ray\n"
+        "from readapt_ray.cluster import autoscaling\n"
+        "ray.init()\n"
+        "with autoscaling.requested(8, {'CPU': 1.0, 'GPU': 1.0}, least=8): pass\n"
+    )
+    asked = {
+        "RAY_ADDRESS": address,
+        "READAPT_NUM_GPUS": "8",
+        "READAPT_WAIT_S": str(wait_s),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", stage], env={**cloud.environment, **asked}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_launcher_and_the_heads_autoscaler_start_what_the_file_says(cloud: Cloud) -> None:
@@ -196,23 +221,23 @@ def test_the_launcher_and_the_heads_autoscaler_start_what_the_file_says(cloud: C
     assert sorted(order, key=said.index) == order
     assert "--shm-size='" in said
     assert "pip install" not in said  # what Ray's defaults would set up
-    assert "RAY_AUTH_MODE=token ray start --head --port=6379 --dashboard-host=127.0.0.1" in said
+    assert "RAY_AUTH_MODE=token READAPT_NUM_GPUS=8 ray start --head --port=6379 --dashboard-host=127.0.0.1" in said
 
     (cloud.folder / "said").write_text("")
-    with head(cloud):
+    with head(cloud) as address, asking_for_gpus(cloud, address, wait_s=900):
         wait_until(lambda: len(cloud.instances()) == 11, "ten workers", limit_s=400)
         workers = [each for each in cloud.instances() if each["InstanceId"] != first["InstanceId"]]
         assert sorted(map(kind_of, workers)) == ["cpu"] * 2 + ["gpu"] * 8
         assert {kind_of(each) for each in workers if "IamInstanceProfile" in each} == {"cpu", "gpu"}
         for worker in workers:
             check(cloud, worker)
-        address = next(each["PrivateIpAddress"] for each in workers if kind_of(each) == "gpu")
+        worker_address = next(each["PrivateIpAddress"] for each in workers if kind_of(each) == "gpu")
         wait_until(
-            lambda: any(address in each and "ray start" in each for each in cloud.commands()),
+            lambda: any(worker_address in each and "ray start" in each for each in cloud.commands()),
             "it to start Ray",
             limit_s=200,
         )
-        said = "\n".join(each for each in cloud.commands() if address in each)
+        said = "\n".join(each for each in cloud.commands() if worker_address in each)
     order = ["nvidia-smi", "ecr-login", "/opt/dlami/nvme/cache", "docker pull", "docker run", "ray start --address"]
     assert sorted(order, key=said.index) == order
     assert "-v /opt/dlami/nvme/cache:/home/readapt/.cache" in said and "--gpus all" in said
@@ -235,20 +260,9 @@ def test_a_quota_that_is_too_small_is_told_to_the_run_that_waits(cloud: Cloud, m
     up(cloud)
     with head(cloud) as address:
         wait_until(lambda: len(cloud.instances()) == 3, "the nodes without GPUs", limit_s=400)
-        asked = {
-            "RAY_ADDRESS": address,
-            "READAPT_NUM_NODES": "11",
-            "READAPT_WAIT_S": "20",
-            "PYTHONPATH": str(REPOSITORY),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", "from readapt_ray.cluster import connection; connection.connect()"],
-            env={**cloud.environment, **asked},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    said = done.stderr.strip().splitlines()[-1]
-    assert "PlacementError: 11 nodes with CPUs are wanted" in said, done.stderr
+        with asking_for_gpus(cloud, address, wait_s=60) as process:
+            _, errors = process.communicate(timeout=300)
+    said = errors.strip().splitlines()[-1]
+    assert "PlacementError: 8 GPUs are needed and the autoscaler brought 0 within 60 s" in said, errors
     assert "the launcher could not start gpu (" in said and "VcpuLimitExceeded" in said
     assert "ask AWS for the quota of its family" in said

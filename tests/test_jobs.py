@@ -2,14 +2,14 @@
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from readapt_ray import artifacts
 from tests import factories
+from tests.hosts import wait_until
 from tests.job_server import JobServer, job_server
 
 REPOSITORY = Path(__file__).parent.parent
@@ -22,13 +22,6 @@ MAX_PACKAGE_BYTES = 30_000_000
 def server() -> Iterator[JobServer]:
     with job_server() as running:
         yield running
-
-
-def wait_until(happened: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + 180
-    while not happened():
-        assert time.monotonic() < deadline_s, what
-        time.sleep(0.1)
 
 
 @pytest.mark.slow
@@ -46,15 +39,9 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     run_file = factories.run_file(tmp_path, num_passages=NUM_PASSAGES, num_queries=20, train=train, embed=embed)
     root = tmp_path / "root"
 
-    def submit(name: str) -> str:
-        working_dir = ["--working-dir", str(REPOSITORY), "--no-wait", "--submission-id", name, "--"]
-        return server.job(
-            "submit", *working_dir, "python", "jobs/pipeline.py", "--config", str(run_file), "--root", str(root)
-        )
-
-    said = submit("first")
-    assert "submitted successfully" in said, said
-    wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training")
+    job = ("python", "jobs/pipeline.py", "--config", str(run_file), "--root", str(root))
+    server.submit("first", *job)
+    wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training", limit_s=180)
     (unpacked,) = server.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/readapt_ray")
     names = {path.name for path in unpacked.parent.iterdir()}
     size_bytes = sum(path.stat().st_size for path in unpacked.parent.rglob("*") if path.is_file())
@@ -67,19 +54,19 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     assert server.ended("first") == "was stopped"
     assert "] train -> " in server.job("logs", "first")
 
-    submit("second")
-    wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding")
+    server.submit("second", *job)
+    wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding", limit_s=180)
     lease = artifacts.read_lease(str(root / "vectors/retriever"))
     assert lease is not None
     os.kill(lease["pid"], signal.SIGKILL)
     assert server.ended("second") == "failed"
     assert "train: goes on where it stopped" in server.job("logs", "second")
 
-    submit("third")
+    server.submit("third", *job)
     assert server.ended("third") == "succeeded", server.job("logs", "third")
-    said = server.job("logs", "third")
-    assert "train: already complete" in said
-    assert "embed: goes on where it stopped" in said
+    logs = server.job("logs", "third")
+    assert "train: already complete" in logs
+    assert "embed: goes on where it stopped" in logs
     counts = {
         name: artifacts.open_artifact(str(root / name), stage).manifest.counts
         for name, stage in (("adapter", "train"), ("vectors/adapted", "embed"), ("report", "evaluate"))

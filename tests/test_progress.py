@@ -1,10 +1,24 @@
+import contextlib
+import fcntl
+import io
 import logging
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from rich.console import Console
 
-from readapt_ray import progress
+from readapt_ray import live_display, log_output, progress
 from readapt_ray.progress import ProgressReporter, duration
 
 
@@ -18,6 +32,12 @@ def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         clock.now_s += seconds
 
     return wait
+
+
+def shown() -> list[Any]:
+    """The rows of the live display."""
+    assert live_display._display.progress is not None
+    return list(live_display._display.progress.tasks)
 
 
 def test_durations_read_as_people_say_them() -> None:
@@ -90,10 +110,107 @@ def test_a_terminal_shows_rate_and_eta_beside_the_bar(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     with ProgressReporter("embed") as reporter:
         reporter.update(0, 1000, unit="passages")
-        assert reporter._bar is not None
-        assert reporter._bar.tasks[0].fields["pace"] == ""
+        (task,) = shown()
+        assert task.fields["pace"] == ""
         wait(30)
         reporter.update(100)
         wait(10)
         reporter.update(300)
-        assert reporter._bar.tasks[0].fields["pace"] == "20 passages/s, ETA 35 s"
+        assert task.fields["pace"] == "20 passages/s, ETA 35 s"
+    assert live_display._display.progress is None
+
+
+def test_a_run_and_its_stages_share_one_display(
+    wait: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    caplog.set_level(logging.INFO, logger="readapt_ray")
+    with ProgressReporter("run", is_outline=True) as outline:
+        outline.update(0, 9, unit="stages", note="0 of 9 stages done")
+        with ProgressReporter("merge") as merge, ProgressReporter("embed") as embed:
+            merge.update(1, 4, unit="shards")
+            thread = threading.Thread(target=embed.update, args=(2, 8))  # what runs beside it has a row, too
+            thread.start()
+            thread.join()
+            rows = [(each.description, each.completed, each.total) for each in shown()]
+            assert rows == [("run", 0, 9), ("merge", 1, 4), ("embed", 2, 8)]
+        wait(60)
+        outline.update(1, 9)
+        assert [(each.description, each.completed, each.fields["pace"]) for each in shown()] == [("run", 1, "")]
+    assert live_display._display.progress is None
+    assert caplog.messages == []
+
+
+def test_nothing_is_shown_when_quiet_or_on_a_terminal_that_cannot_move_its_cursor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    with ProgressReporter("embed") as reporter:
+        assert reporter._row is None
+    monkeypatch.setenv("TERM", "xterm")
+    log_output.quiet()
+    with ProgressReporter("embed") as reporter:
+        assert reporter._row is None
+
+
+def test_a_notebook_shows_rows_in_the_output_of_its_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    class ZMQInteractiveShell:
+        """What IPython calls the shell of a notebook's kernel."""
+
+    def display(rows: Any, display_id: bool) -> Any:
+        drawn.append(rows)
+        return SimpleNamespace(update=drawn.append)
+
+    module = SimpleNamespace(get_ipython=ZMQInteractiveShell, display=SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    monkeypatch.setitem(sys.modules, "IPython.display", module.display)
+    with ProgressReporter("embed") as reporter:
+        reporter.update(3, 10, unit="passages")
+    assert len(drawn) == 2, "the row, and its removal"
+    printed = io.StringIO()
+    Console(width=100, file=printed).print(drawn[0])
+    assert "embed" in printed.getvalue()
+    assert "30%" in printed.getvalue()
+
+
+def test_log_lines_stand_whole_above_the_rows_on_a_real_terminal(tmp_path: Path) -> None:
+    code = (
+        "import logging, time; from readapt_ray import log_output; from readapt_ray.progress import ProgressReporter\n"
+        "log_output.write_to_terminal(); log = logging.getLogger('readapt_ray')\n"
+        "with ProgressReporter('run', is_outline=True) as run, ProgressReporter('embed') as stage:\n"
+        "    run.update(2, 9); stage.update(5, 10, unit='passages'); time.sleep(0.3)\n"
+        "    log.info('a line of the log'); time.sleep(0.3)\n"
+        "log.info('the last line')\n"
+    )
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=slave, stdout=slave, stderr=slave, env=environment)
+    os.close(slave)
+    output = b""
+    with contextlib.suppress(OSError):  # the other end of a terminal is closed
+        while chunk := os.read(master, 65536):
+            output += chunk
+    os.close(master)
+    assert process.wait() == 0
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.decode())
+    lines = [line.strip() for line in re.split(r"[\r\n]+", plain)]
+    assert any(line.startswith("run") and "22%" in line for line in lines)
+    assert any(line.startswith("embed") and "50%" in line for line in lines)
+    assert any(re.fullmatch(r"\d\d:\d\d:\d\d a line of the log", line) for line in lines)
+    assert lines[-2].endswith("the last line") or lines[-1].endswith("the last line")
+
+
+def test_one_is_not_several() -> None:
+    assert [progress.amount(*each) for each in ((1, "passages"), (2, "queries"), (1, "queries"), (1, "MB"))] == [
+        "1 passage",
+        "2 queries",
+        "1 query",
+        "1 MB",
+    ]
+    reporter = ProgressReporter("embed")
+    reporter.update(1, 1, unit="passages")
+    assert reporter.line() == "embed: 1 of 1 passage (100%)"

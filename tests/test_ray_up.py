@@ -135,7 +135,8 @@ def test_a_launched_cluster_runs_the_quickstarts_job_on_s3(cluster: tuple[Hosts,
         other = Launcher(launcher.file, {**launcher.environment, "RAY_AUTH_TOKEN": "0" * 64})
         assert "oken authentication is enabled" in other.ray("job", "list", "--address", address)
         names = ("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_EC2_METADATA_DISABLED", *object_store.KEYS)
-        variables = {"READAPT_NUM_NODES": "2", **{name: os.environ[name] for name in names}}
+        # The head's start command, as aws.yaml has it, says that GPU nodes may be asked for; these nodes have no GPUs.
+        variables = {"READAPT_NUM_NODES": "2", "READAPT_NUM_GPUS": "", **{name: os.environ[name] for name in names}}
         root = f"s3://{object_store.BUCKET}/run"
         said = launcher.ray(
             *("job", "submit", "--address", address, "--working-dir", str(REPOSITORY), "--no-wait"),

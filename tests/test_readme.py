@@ -52,6 +52,10 @@ WORK = (
     "readapt_ray.recipes.quickstart.run",
     "readapt_ray.serving.server.serve",
     "readapt_ray.root_status.status_table",
+    "readapt_ray.recipes.refreshing.refresh.refresh",
+    "readapt_ray.recipes.refreshing.find.find",
+    "readapt_ray.recipes.refreshing.clean.clean",
+    "readapt_ray.recipes.refreshing.history.as_text",
     "readapt_ray.cluster.doctor.examine",
     "readapt_ray.catalog.contracts.show_contract",
 )
@@ -380,8 +384,8 @@ def test_python_snippets_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     real = openai.OpenAI
     monkeypatch.setattr(openai, "OpenAI", lambda **given: real(**given, http_client=answering_client(), max_retries=0))
     for block in (block for block in code_blocks(page) if block.language == "python"):
-        if re.search(r"^from (langchain|llama)", block.text, re.MULTILINE):
-            continue  # tests/serving/test_clients.py runs these
+        if re.search(r"^from (langchain|llama|airflow)", block.text, re.MULTILINE):
+            continue  # tests/serving/test_clients.py runs these; Airflow is not installed
         if "ra.run(" in block.text:
             continue  # tests/recipes/test_chain.py runs it
         names: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Entries of the model cache: filled by one process at a time, kept while in use, and removed when room is needed.
+"""Entries of the cache of models and texts: filled by one process at a time, kept while in use, and removed when room is needed.
 
 In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
 folder NAME lie NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
@@ -23,7 +23,7 @@ from readapt_ray.storage import Location, name_when_whole
 logger = logging.getLogger("readapt_ray")
 
 _GB = 1e9
-_KINDS = ("models", "converted")
+_KINDS = ("models", "converted", "passages")
 _NAME = re.compile(r"[0-9a-f]{32}")
 _in_use: dict[Path, IO[str]] = {}
 """The open `.use` files of this process. Their locks end with the process, however it ends."""
@@ -31,7 +31,7 @@ _room = threading.Lock()
 
 
 def folder_of(kind: str) -> Path:
-    """Return the folder of one kind of entries: `models` for fetched ones, `converted` for pickled weights.
+    """Return the folder of one kind of entries: `models` (fetched), `converted` (pickled weights), `passages` (texts).
 
     Raises:
         InputError: READAPT_CACHE is not a folder.
@@ -66,11 +66,24 @@ def locked(entry: Path) -> Iterator[None]:
 
 def keep(entry: Path) -> None:
     """Keep an entry until this process ends, and note that it was used now. Call it inside `locked`."""
-    use = _beside(entry, ".use")
     if entry not in _in_use:
-        _in_use[entry] = _opened(use)
-        fcntl.flock(_in_use[entry], fcntl.LOCK_SH)
-    use.touch()
+        _in_use[entry] = in_use(entry)
+    _beside(entry, ".use").touch()
+
+
+def in_use(entry: Path) -> IO[str]:
+    """Return an open file that keeps an entry until it is closed. Call it inside `locked`."""
+    file = _opened(_beside(entry, ".use"))
+    fcntl.flock(file, fcntl.LOCK_SH)
+    _beside(entry, ".use").touch()
+    return file
+
+
+def remove_unused(kind: str) -> None:
+    """Remove the entries of a kind that no process fills or uses."""
+    for record in folder_of(kind).glob("*.json"):
+        if _NAME.fullmatch(record.stem):
+            remove_unless_used(record.with_suffix(""))
 
 
 def make_room() -> None:
@@ -89,21 +102,33 @@ def make_room() -> None:
         for each in entries:
             if total_bytes <= limit_bytes:
                 return
-            if _removed_unless_used(each.folder):
+            if remove_unless_used(each.folder):
                 total_bytes -= each.num_bytes
                 logger.info(
-                    "removed %s (%.1f GB) from the model cache, which may hold %g GB (READAPT_CACHE_GB); of the models there "
-                    "it was not used for longest",
+                    "removed %s (%.1f GB) from the cache, which may hold %g GB (READAPT_CACHE_GB); of what is there it was not used for "
+                    "longest",
                     each.folder,
                     each.num_bytes / _GB,
                     environment.cache_gb(),
                 )
     if total_bytes > limit_bytes:
         logger.info(
-            "the model cache holds %.1f GB, more than READAPT_CACHE_GB = %g: all of it is in use",
+            "the cache holds %.1f GB, more than READAPT_CACHE_GB = %g: all of it is in use",
             total_bytes / _GB,
             environment.cache_gb(),
         )
+
+
+def remove_unless_used(entry: Path) -> bool:
+    """Remove an entry unless a process fills or uses it; return whether it was removed."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
+        for suffix in (".lock", ".use"):  # in this order: `.use` is only opened and removed under the lock
+            file = stack.enter_context(_opened(_beside(entry, suffix)))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        remove_files(entry)
+        _beside(entry, ".use").unlink()
+        return True
+    return False
 
 
 def remove_files(entry: Path) -> None:
@@ -143,18 +168,6 @@ def _entries() -> Iterator[_Entry]:
                 last_used_s = (use if use.exists() else record).stat().st_mtime
                 num_bytes = sum(int(each["size_bytes"]) for each in noted_files(entry).values())
                 yield _Entry(entry, num_bytes, last_used_s)
-
-
-def _removed_unless_used(entry: Path) -> bool:
-    """Remove an entry that no process fills or uses; False for any other."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(BlockingIOError):
-        for suffix in (".lock", ".use"):  # in this order: `.use` is only opened and removed under the lock
-            file = stack.enter_context(_opened(_beside(entry, suffix)))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        remove_files(entry)
-        _beside(entry, ".use").unlink()
-        return True
-    return False
 
 
 def _beside(entry: Path, suffix: str) -> Path:

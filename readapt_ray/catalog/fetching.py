@@ -56,7 +56,7 @@ def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weight
         ModelError: the hub has no such model or does not give it, or offline it is not in the cache.
         ReadaptError: the hub could not be reached, or went on failing.
     """
-    return _asked_again(name, hub_id, lambda: _snapshot(hub_id, revision, with_weights=with_weights))
+    return asked_again(_model(name, hub_id), lambda: _snapshot(hub_id, revision, with_weights=with_weights))
 
 
 def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Path, int]:
@@ -68,11 +68,25 @@ def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Pa
     Raises:
         ModelError, ReadaptError: as `from_hub`.
     """
-    return _asked_again(name, hub_id, lambda: _configuration(hub_id, revision))
+    return asked_again(_model(name, hub_id), lambda: _configuration(hub_id, revision))
 
 
-def _asked_again(name: str, hub_id: str, fetch: Callable[[], T]) -> T:
-    """Return what `fetch` returns; a hub that is busy or cannot be reached is asked again."""
+def _model(name: str, hub_id: str) -> str:
+    return f"{name!r} ({hub_id} on the hub; no folder here)"
+
+
+def asked_again(what: str, fetch: Callable[[], T], *, refusal: type[InputError] = ModelError) -> T:
+    """Return what `fetch` returns; a hub that is busy or cannot be reached is asked again.
+
+    Args:
+        what: what is fetched, as errors call it.
+        fetch: asks the hub.
+        refusal: error for what the hub refuses or does not have.
+
+    Raises:
+        InputError: `refusal`.
+        ReadaptError: the hub could not be reached, or went on failing.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     # The error of the HTTP library (httpx, httpx2 in later releases) and OSError; hf_xet raises RuntimeError.
@@ -86,11 +100,11 @@ def _asked_again(name: str, hub_id: str, fetch: Callable[[], T]) -> T:
         except Exception as error:
             if not isinstance(error, (*client_errors, HFValidationError)):
                 raise
-            said = f"cannot fetch {name!r} ({hub_id} on the hub; no folder here): {first_line(error)}"
+            said = f"cannot fetch {what}: {first_line(error)}"
             cause = _cause(error)
             if isinstance(error, HFValidationError) or _is_final(cause):
-                raise ModelError(
-                    f"{said}; check the name and the network, set HF_TOKEN for a gated model, or give a local folder"
+                raise refusal(
+                    f"{said}; check the name and the network, set HF_TOKEN for a gated model or data set, or give a local folder"
                 ) from error
             attempt += 1
             if attempt == (_ATTEMPTS_UNANSWERED if type(cause).__name__ in _UNANSWERED else _ATTEMPTS):
@@ -145,10 +159,15 @@ def _cause(error: Exception) -> BaseException:
 
 def _is_final(cause: BaseException) -> bool:
     """Whether asking again would end the same: refused, unknown, offline with nothing cached, a disk that takes nothing."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     if isinstance(cause, HfHubHTTPError):
-        return cause.response.status_code in _REFUSED
+        return isinstance(cause, RepositoryNotFoundError) or cause.response.status_code in _REFUSED
     if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return True
     return isinstance(cause, OSError) and cause.errno in _DISK

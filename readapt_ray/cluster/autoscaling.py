@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from readapt_ray import environment
-from readapt_ray.cluster import connection, nodes
+from readapt_ray.cluster import connection, launcher, nodes
 from readapt_ray.errors import PlacementError
 
 logger = logging.getLogger("readapt_ray")
@@ -64,10 +64,17 @@ def _wait(num_workers: int, each: Mapping[str, float], least: int) -> None:
             raise PlacementError(
                 f"{least} GPUs are needed and the autoscaler brought {room} within {environment.wait_s():g} s "
                 f"(READAPT_WAIT_S): look at `ray status` for quota and capacity, or lower READAPT_NUM_GPUS"
+                f"{launcher.described_failures()}"
             )
         if waited_s - said_s > _SAID_S:
             said_s = waited_s
-            logger.info("waiting for GPU nodes: room for %d of %d workers after %.0f s", room, num_workers, waited_s)
+            logger.info(
+                "waiting for GPU nodes: room for %d of %d workers after %.0f s%s",
+                room,
+                num_workers,
+                waited_s,
+                launcher.described_failures(),
+            )
         time.sleep(_POLL_S)
     connection.check_alike([node for node in nodes.alive() if node["NodeID"] not in before])
     connection.connect()

@@ -15,10 +15,11 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from readapt_ray import environment, hardware, termination
-from readapt_ray.cluster import launcher
+from readapt_ray import environment, hardware, library_logs, termination
+from readapt_ray.cluster import launcher, local_ray
 from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
@@ -30,6 +31,7 @@ _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
 _NODE_ANSWERS_S = 120.0
 _UNINSTALLED = "from a folder"
+_DRIVER_LOG = "readapt-driver.log"
 _PROBE = ".seen-"
 _HEX = "[0-9a-f]" * 32
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -45,8 +47,6 @@ _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 _JOINING = threading.Lock()
-_LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
-"""For a Ray on this machine alone, where nobody gives notice of taking the node away: one process fewer to start."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def connect(*, check_versions: bool = True) -> Resources:
         if joins:
             _join(os.environ.get("RAY_ADDRESS"))
         termination.take_back()
-        _hush_ray_data()
+        _hush_libraries(is_new=joins)
         nodes = _nodes_that_came(num_nodes if joins else 1)
         if joins and check_versions and len(nodes) > 1:
             check_alike(nodes)
@@ -117,7 +117,7 @@ def _join(address: str | None) -> None:
     import ray
 
     if not address:
-        _start_on_this_machine()
+        local_ray.start()
         return
     if address.startswith(("http://", "https://")):
         raise InputError(
@@ -127,26 +127,6 @@ def _join(address: str | None) -> None:
     logger.info("joining Ray at %s", address)
     variables = {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}
     ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.ERROR, log_to_driver=False)
-
-
-def _start_on_this_machine() -> None:
-    """Start a Ray of our own; its workers inherit the environment of this process.
-
-    A runtime environment would say the same to them, but Ray then cannot use the workers that it starts ahead, one per
-    CPU: the first task waits for a new process.
-    """
-    import ray
-
-    logger.info("starting Ray on this machine")
-    for name, value in _LOCAL.items():
-        os.environ.setdefault(name, value)
-    ray.init(
-        address="local",  # without a word Ray joins what it last saw on this machine, alive or not
-        include_dashboard=False,
-        num_cpus=environment.num_cpus() or hardware.num_cores(),
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
 
 
 def _of_the_job() -> dict[str, str]:
@@ -172,20 +152,17 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
         if time.monotonic() > deadline_s or (len(nodes) >= wanted > 1):
             raise PlacementError(
                 f"{wanted} nodes with CPUs are wanted (READAPT_NUM_NODES) and the cluster has {describe_nodes(nodes)}; start the others, "
-                f"or want fewer{_why_not_launched()}"
+                f"or want fewer{launcher.described_failures()}"
             )
         if time.monotonic() - said_s > _WAIT_LOG_S:
             said_s = time.monotonic()
             logger.info(
-                "waiting for nodes: %d are wanted, there is %s%s", wanted, describe_nodes(nodes), _why_not_launched()
+                "waiting for nodes: %d are wanted, there is %s%s",
+                wanted,
+                describe_nodes(nodes),
+                launcher.described_failures(),
             )
         time.sleep(_WAIT_POLL_S)
-
-
-def _why_not_launched() -> str:
-    """Return, as the end of a message, what the cluster launcher could not start; empty if nothing failed."""
-    failures = launcher.failures()
-    return f"; the launcher could not start {'; '.join(failures)}" if failures else ""
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
@@ -316,38 +293,65 @@ def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:
     return dict(gpus)
 
 
-def _hush_ray_data() -> None:
+def _hush_libraries(*, is_new: bool) -> None:
+    """Take the libraries off the terminal; what they log goes to a file among Ray's."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    for name in ("ray.data", "ray.train", "ray.serve"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    context.raise_original_map_exception = True  # Ray's own loses the cause on its way here
+    library_logs.silence()
+    if is_new and (folder := logs_folder()):
+        library_logs.add_file(folder / _DRIVER_LOG)
+
+
+def logs_folder() -> Path | None:
+    """Return the folder of Ray's logs on this machine: of its processes, its workers, and this driver."""
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    return Path(node.get_logs_dir_path()) if node is not None else None
+
+
+def _see_logs() -> str:
+    """Return, as the end of a message, where Ray's logs are."""
+    folder = logs_folder()
+    return f"; Ray's logs: {folder}" if folder else ""
 
 
 def cause_of(error: BaseException) -> BaseException:
     """Return the error inside Ray's wrappers: our own error if there is one, with its message."""
     from ray.exceptions import RayTaskError
 
-    seen: list[BaseException] = []
+    for each in _linked(error, with_contexts=True):
+        if isinstance(each, ReadaptError) and not isinstance(each, RayTaskError):  # Ray's wrapper has the type of both
+            return each
+    return WorkerError(f"a worker failed: {reason_of(error)}{_see_logs()}")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the last line of what the innermost error says."""
+    lines = [line.strip() for line in str(_linked(error)[-1]).splitlines() if line.strip()]
+    return lines[-1] if lines else type(_linked(error)[-1]).__name__
+
+
+def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseException]:
+    """Return an error and what caused it, nearest first; with contexts, also what was being handled meanwhile."""
+    from ray.exceptions import RayTaskError
+
+    found: list[BaseException] = []
     pending: list[BaseException | None] = [error]
     while pending:
         current = pending.pop(0)
-        if current is None or current in seen:
+        if current is None or current in found:
             continue
-        seen.append(current)
-        if isinstance(current, ReadaptError):
-            return current
+        found.append(current)
         inner = [current.cause] if isinstance(current, RayTaskError) else []
         failures = getattr(current, "worker_failures", None) or {}
-        pending += [*inner, *failures.values(), current.__cause__, current.__context__]
-    return WorkerError(f"a worker failed: {_last_line(seen[-1])}")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+        pending += [*inner, *failures.values(), current.__cause__]
+        pending += [current.__context__] if with_contexts else []
+    return found
 
 
 def disconnect() -> None:

@@ -27,6 +27,7 @@ from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
+from readapt_ray.retrieval import neighbours
 from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
 from readapt_ray.retrieval.shard_ledger import ShardLedger
 from readapt_ray.retrieval.shard_plan import DataShard, ranges_between
@@ -38,7 +39,6 @@ logger = logging.getLogger("readapt_ray")
 _STRATA = 20
 _LEAST_ROWS = 200
 _NORMAL_95 = 1.96
-_NEIGHBOURS = 10
 _MOST_COMPARED = 10_000
 _FIND_TASKS = 256
 
@@ -170,14 +170,14 @@ def _compare_neighbours(job: EmbedJob, ledger: ShardLedger, compared: ParquetRow
     written = ParquetRows(job.vectors, tuple(zip(names, ledger.figures["num_rows"].tolist(), strict=True)))
     doc_ids, vectors = matrix_of(written.take(np.arange(written.num_rows), VECTOR_COLUMNS), job.vectors)
     before_ids, before = _vectors_of(compared, doc_ids)
-    if len(before_ids) <= _NEIGHBOURS:
+    if len(before_ids) <= neighbours.NUM_NEIGHBOURS:
         logger.warning(
             "embed: %d passages of the sample have earlier vectors; too few to compare neighbours", len(before_ids)
         )
         return {"num_compared": len(before_ids)}
     place = {doc_id: row for row, doc_id in enumerate(doc_ids)}
     order = [place[doc_id] for doc_id in before_ids]
-    shares = _overlaps(_nearest(before), _nearest(vectors[order]))
+    shares = neighbours.shares_kept(before, vectors[order])
     result = {
         "num_compared": len(before_ids),
         "overlap_at_10": round(float(shares.mean()), 4),
@@ -212,19 +212,3 @@ def _found_in(folder: Location, counts: RowCounts, wanted: pa.Array) -> pa.Table
         if len(rows):
             tables.append(ParquetRows(folder, ((name, num_rows),)).take(rows, VECTOR_COLUMNS))
     return pa.concat_tables(tables)
-
-
-def _nearest(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The 10 nearest of each other than itself, [N, 10]."""
-    found = np.empty((len(vectors), _NEIGHBOURS), np.int64)
-    for first in range(0, len(vectors), 512):
-        scores = vectors[first : first + 512] @ vectors.T
-        scores[np.arange(len(scores)), np.arange(first, first + len(scores))] = -np.inf
-        found[first : first + 512] = np.argpartition(-scores, _NEIGHBOURS - 1, axis=1)[:, :_NEIGHBOURS]
-    return found
-
-
-def _overlaps(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.float64]:
-    shared: NDArray[np.bool_] = (one[:, :, None] == other[:, None, :]).any(axis=2)
-    means: NDArray[np.float64] = shared.mean(axis=1)
-    return means

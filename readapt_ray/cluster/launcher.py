@@ -19,6 +19,12 @@ _ADVICE = {
 }
 
 
+def described_failures() -> str:
+    """Return, as the end of a message, what the cluster launcher could not start; empty if nothing failed."""
+    lines = failures()
+    return f"; the launcher could not start {'; '.join(lines)}" if lines else ""
+
+
 def failures() -> list[str]:
     """Return one line per node group that could not be started, with what to do; none without a launcher."""
     import ray

@@ -19,6 +19,9 @@ class PackOptions(Config):
     exclude: str | None = None
     """File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet or JSONL file
     with a column doc_id, or qrels."""
+    withhold: int = Field(default=0, ge=0)
+    """Number of passages, drawn at random, to leave out of training, so that `readapt drift` can measure the
+    language-model loss on them."""
     only: str | None = None
     """File of the only passages to use; same formats as exclude."""
 

@@ -19,11 +19,11 @@ from readapt_ray.artifacts import Workspace, fingerprint
 from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.nodes import alive
 from readapt_ray.errors import CorpusError
-from readapt_ray.sources import piece_files
+from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.exchange import ROW_BITS
 from readapt_ray.sources.piece_files import NUM_NAMED, PieceJob
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.source import BadRow
+from readapt_ray.sources.source import BadRow, in_words
 
 logger = logging.getLogger("readapt_ray")
 
@@ -51,6 +51,8 @@ class ParallelIngest:
         self._exchange = workspace.location / "exchange"
         self._options: dict[str, Any] = {"num_cpus": 1}
         self._num_at_once = 1
+        self.split_counts: list[dict[str, int]] = []
+        """Counts of the parts, if documents were split."""
 
     def run(self) -> None:
         """Fill the workspace.
@@ -65,6 +67,9 @@ class ParallelIngest:
             summary.write_text(json.dumps(self._read_and_compare()))
         found = json.loads(summary.read_text())
         self._take_out(found)
+        if self._job.splitting:
+            names = (file.name for file in (self._job.output / "passages").files(".parquet"))
+            self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
@@ -127,13 +132,18 @@ class ParallelIngest:
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
             raise CorpusError(
-                f"no passages are left: every row is bad ({bad_rows['by_reason']}); the log names the first of them"
+                f"no passages are left: every row is bad ({in_words(bad_rows['by_reason'])}); the log names the first of them"
             )
         labels = {"qrels_moved_to_kept_duplicates": 0} if any(found["count"] for found in contents) else {}
         num_bytes = sum(piece["num_bytes"] for piece in pieces) - sum(found["num_bytes"] for found in lost)
         return {
             "counts": {"num_passages": num_kept, "num_bytes": num_bytes},
-            "details": {"bad_rows": bad_rows, "duplicates": self._duplicates(pieces, contents), "labels": labels},
+            "details": {
+                **self._counted(pieces),
+                "bad_rows": bad_rows,
+                "duplicates": self._duplicates(pieces, contents),
+                "labels": labels,
+            },
             "parts": [piece["parts"] for piece in pieces],
             "lists": {
                 "drop-ids": with_lost_ids,
@@ -142,18 +152,25 @@ class ParallelIngest:
             "num_changed_ids": sum(piece["num_changed_ids"] for piece in pieces),
         }
 
+    def _counted(self, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Sum up the kinds of passages, and what did not fit into kept columns."""
+        kinds = sum((Counter(piece["kinds"]) for piece in pieces), Counter[str]())
+        unfit = row_checks.merged((number, piece["unfit"]) for number, piece in enumerate(pieces))
+        told = row_checks.told(unfit, self._job.kept, lambda at: self._places(pieces, [at])[0])
+        return {"kinds": dict(sorted(kinds.items())), "unfit_values": told}
+
     def _bad_rows(self, pieces: Sequence[dict[str, Any]], ids: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Sum up the rows that are left out, and name the first in the order of the source."""
         reasons: Counter[str] = Counter()
-        first = [(row >> ROW_BITS, line, "duplicate_id") for found in ids for row, line in found["first"]]
+        first = [(row >> ROW_BITS, line, "duplicate_id", "") for found in ids for row, line in found["first"]]
         for number, piece in enumerate(pieces):
             reasons.update(piece["reasons"])
-            first += [(number, line, reason) for line, reason in piece["first"]]
+            first += [(number, line, reason, value) for line, reason, value in piece["first"]]
             first = sorted(first)[:NUM_NAMED]
         num_repeated = sum(found["count"] for found in ids)
         reasons.update({"duplicate_id": num_repeated} if num_repeated else {})
-        places = self._places(pieces, [(number, line) for number, line, _ in first])
-        named = [BadRow(place, reason) for place, (_, _, reason) in zip(places, first, strict=True)]
+        places = self._places(pieces, [(number, line) for number, line, *_ in first])
+        named = [BadRow(place, *why) for place, (_, _, *why) in zip(places, first, strict=True)]
         for row in named:
             if self._fails:
                 raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
@@ -161,7 +178,7 @@ class ParallelIngest:
         return {
             "total": reasons.total(),
             "by_reason": dict(sorted(reasons.items())),
-            "first": [row._asdict() for row in named],
+            "first": [row.as_json() for row in named],
         }
 
     def _places(self, pieces: Sequence[dict[str, Any]], lines: Sequence[tuple[int, int]]) -> list[str]:

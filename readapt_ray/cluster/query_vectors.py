@@ -1,10 +1,10 @@
-"""Encode queries on Ray, 512 per piece.
+"""Encode texts on Ray, 512 per piece: queries to search with, or some passages.
 
-In: texts and the model that made the vectors. Out: Ray references to vectors, in the order of the texts.
+In: texts and the model that encodes them. Out: Ray references to vectors, in the order of the texts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,17 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.errors import ModelError
+from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.tokenization import Kind
 
 QUERIES_A_PIECE = 512
+
+
+class TextPiece(NamedTuple):
+    """Texts that are encoded by one task in one go: passages if they have titles, else queries."""
+
+    texts: Sequence[str]
+    titles: Sequence[str] | None = None
 
 
 def encode_queries(
@@ -23,6 +32,7 @@ def encode_queries(
     encoding: Encoding,
     encoder: dict[str, Any],
     *,
+    bridge: Bridge | None = None,
     batch_tokens: int | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Any]:
@@ -32,7 +42,8 @@ def encode_queries(
         texts: the queries.
         model: what encodes them.
         encoding: its templates and pooling.
-        encoder: what the manifest of the vectors says of it.
+        encoder: what the manifest of the vectors, or of the bridge, says of it.
+        bridge: maps the vectors to those of another model.
         batch_tokens: tokens per batch at most; None for the device's own.
         progress: is told how many are done, of how many.
 
@@ -41,12 +52,36 @@ def encode_queries(
     """
     import ray
 
-    pieces = [texts[first : first + QUERIES_A_PIECE] for first in range(0, len(texts), QUERIES_A_PIECE)]
+    pieces = [TextPiece(texts[first : first + QUERIES_A_PIECE]) for first in range(0, len(texts), QUERIES_A_PIECE)]
+    found: list[Any] = []
+    done = 0
+    progress(done, len(texts))
+    for reference in encode_pieces(pieces, model, encoding, encoder, bridge=bridge, batch_tokens=batch_tokens):
+        found.append(reference)
+        done += len(ray.get(reference))
+        progress(done, len(texts))
+    return found
+
+
+def encode_pieces(
+    pieces: Sequence[TextPiece],
+    model: OpenModel,
+    encoding: Encoding,
+    encoder: dict[str, Any],
+    *,
+    bridge: Bridge | None = None,
+    batch_tokens: int | None = None,
+) -> Iterator[Any]:
+    """Yield a reference to the vectors of each piece, in their order; see `encode_queries`."""
+    import ray
+
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, None), len(pieces))
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_encoded)
+    query_map = None if bridge is None else ray.put(bridge.query_map)
     streams = [
         task.remote(
             pieces[number::num_tasks],
+            query_map,
             retriever=on_worker.model_name(model),
             encoding=encoding,
             encoder=encoder,
@@ -56,22 +91,17 @@ def encode_queries(
         )
         for number in range(num_tasks)
     ]
-    found: list[Any] = []
-    done = 0
-    progress(done, len(texts))
     try:
         for number in range(len(pieces)):
-            found.append(next(streams[number % num_tasks]))
-            done += len(ray.get(found[-1]))
-            progress(done, len(texts))
+            yield next(streams[number % num_tasks])
     finally:
         for stream in streams:
             ray.cancel(stream)
-    return found
 
 
 def _encoded(
-    pieces: Sequence[Sequence[str]],
+    pieces: Sequence[TextPiece],
+    query_map: Callable[[np.ndarray], np.ndarray] | None,
     *,
     retriever: str,
     encoding: Encoding,
@@ -80,7 +110,7 @@ def _encoded(
     batch_tokens: int | None,
     num_threads: int,
 ) -> Iterator[np.ndarray]:
-    """Encode the queries of each piece, in a Ray actor."""
+    """Encode the texts of each piece, in a Ray task."""
     loaded = on_worker.load_encoder(
         retriever,
         encoding,
@@ -91,11 +121,12 @@ def _encoded(
         batch_tokens=batch_tokens,
     )
     for piece in pieces:
-        vectors = loaded.encode(piece, "query")
+        kind: Kind = "query" if piece.titles is None else "passage"
+        vectors = loaded.encode(piece.texts, kind, piece.titles)
         broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(broken):
             raise ModelError(
-                f"the model gives NaN or infinity for the query {piece[broken[0]]!r} in {encoder['dtype']}; make vectors and "
-                f"run in bfloat16 or float32 (`readapt embed --dtype`), or leave the query out"
+                f"the model gives NaN or infinity for the {kind} {piece.texts[broken[0]]!r} in {encoder['dtype']}; make "
+                f"vectors and run in bfloat16 or float32 (`readapt embed --dtype`), or leave the {kind} out"
             )
-        yield vectors
+        yield vectors if query_map is None else query_map(vectors)

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact, open_artifact
-from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import connection
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.errors import FingerprintMismatchError, ReadaptError
 from readapt_ray.retrieval.footers import read_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
 from readapt_ray.seeds import random_generator
 
 logger = logging.getLogger("readapt_ray")
@@ -38,9 +38,9 @@ def recall_queries(vectors: Artifact) -> NDArray[np.float32] | None:
     from ray.exceptions import RayError
 
     try:
-        model, encoding = _retriever(vectors)
+        asking = query_encoder_of(vectors)
         texts = recall_texts(corpus_of(vectors))
-        pieces = encode_queries(texts, model, encoding, dict(vectors.manifest.details["encoder"]))
+        pieces = encode_queries(texts, asking.model, asking.encoding, asking.description)
     except (ReadaptError, RayError, KeyError) as error:
         logger.warning(
             "index: recall is measured with vectors of the index itself, and may be lower for queries: there is no query to "
@@ -68,15 +68,13 @@ def corpus_of(vectors: Artifact) -> Artifact:
     return corpus
 
 
-def _retriever(vectors: Artifact) -> tuple[OpenModel, Encoding]:
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
+def query_encoder_of(vectors: Artifact) -> QueryEncoder:
+    """Return what encodes queries for vectors: the retriever that they were made with.
 
-    encoder = vectors.manifest.details["encoder"]
-    model = open_model(vectors.manifest.config["retriever"])
-    encoding = Encoding.parse(encoder["encoding"], where=vectors.uri)
-    if encoder_fingerprint(model, encoding, encoder["dtype"]) != encoder["fingerprint"]:
-        raise FingerprintMismatchError(f"{model.name!r} is another model by now")
-    return model, encoding
+    Raises:
+        ReadaptError: it is no longer there, or another one lies there.
+    """
+    return query_encoder(open_model(vectors.manifest.config["retriever"]), vectors)
 
 
 def recall_texts(corpus: Artifact) -> list[str]:

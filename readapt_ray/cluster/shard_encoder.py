@@ -68,7 +68,9 @@ class ShardEncoder:
             if written:
                 return written
         if "tokens" not in shard.column_names:
-            shard = tokenize_shard(shard, lambda texts, titles: self._loaded().tokenize(texts, "passage", titles))
+            shard = tokenize_shard(
+                shard, lambda texts, titles: self._loaded().tokenize_with_losses(texts, "passage", titles)
+            )
         place = cell(shard, "vector").to_numpy()
         copied, copied_place = np.unique(-1 - place[place < 0], return_inverse=True)
         stored, metadata = self._encoded(shard, place)
@@ -94,8 +96,9 @@ class ShardEncoder:
 
     def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
         """The stored vectors of the distinct texts of a shard, and what making them took."""
-        lengths = cell(shard, "lengths").to_numpy()
+        lengths, losses = (cell(shard, name).to_numpy() for name in ("lengths", "losses"))
         metadata: dict[str, Any] = {"num_encoded": len(lengths), "num_tokens": 0, "num_positions": 0}
+        metadata |= {"num_truncated": int((losses > 0).sum()), "num_lost": int(losses.sum())}
         metadata |= {"encode_s": _seconds(0.0), "wait_s": _seconds(0.0)}
         if not len(lengths):
             return [], metadata

@@ -20,27 +20,30 @@ from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.shard_plan import first_rows
 from readapt_ray.retrieval.tokenization import TextTokenizer
 
+TokensAndLosses = tuple[list[list[int]], list[int]]
+"""Token ids of each text, and how many tokens truncation took from it."""
+
 
 def tokenize_in_task(shard: pa.Table, job: EmbedJob) -> pa.Table:
     """As `tokenize_shard`, with a tokenizer that the process keeps."""
 
-    def tokenize(texts: list[str], titles: list[str]) -> list[list[int]]:
+    def tokenize(texts: list[str], titles: list[str]) -> TokensAndLosses:
         tokenizer = _tokenizer(job.model_name, job.encoding.model_dump_json(), job.tokenizer, job.driver_node)
-        return tokenizer.ids(texts, "passage", titles)
+        return tokenizer.ids_and_losses(texts, "passage", titles)
 
     return tokenize_shard(shard, tokenize)
 
 
-def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], list[list[int]]]) -> pa.Table:
+def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], TokensAndLosses]) -> pa.Table:
     """Tokenise the distinct texts of a shard that have no vector yet.
 
     Args:
         shard: a row with the cells doc_id, title, text and hashes, and earlier where earlier vectors are known.
-        tokenize: turns texts and their titles into token ids.
+        tokenize: turns texts and their titles into token ids, and the number that truncation took from each.
 
     Returns:
-        A row with the cells doc_id and hashes of all passages, lengths and tokens of the distinct texts, and vector:
-        the place of each passage's vector among the distinct texts, or -1 - e for that in the earlier row e.
+        A row with the cells doc_id and hashes of all passages, lengths, losses and tokens of the distinct texts, and
+        vector: the place of each passage's vector among the distinct texts, or -1 - e for that in the earlier row e.
 
     Raises:
         CorpusError: a passage gives no token.
@@ -50,7 +53,7 @@ def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], l
     earlier = cell(shard, "earlier").to_numpy() if "earlier" in shard.column_names else np.full(len(first), -1)
     fresh = np.unique(first[earlier[first] < 0])
     texts, titles, doc_ids = (cell(shard, name).take(pa.array(fresh)) for name in ("text", "title", "doc_id"))
-    ids = tokenize(texts.to_pylist(), [title or "" for title in titles.to_pylist()]) if len(fresh) else []
+    ids, losses = tokenize(texts.to_pylist(), [title or "" for title in titles.to_pylist()]) if len(fresh) else ([], [])
     lengths = np.fromiter(map(len, ids), np.int32, len(ids))
     if len(lengths) and not lengths.all():
         doc_id = doc_ids[int(np.flatnonzero(lengths == 0)[0])].as_py()
@@ -58,7 +61,7 @@ def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], l
     tokens = np.fromiter(itertools.chain.from_iterable(ids), np.int32, int(lengths.sum()))
     vector = np.where(earlier[first] < 0, np.searchsorted(fresh, first), -1 - earlier[first])
     cells = {"doc_id": cell(shard, "doc_id"), "hashes": cell(shard, "hashes"), "vector": pa.array(vector)}
-    cells |= {"lengths": pa.array(lengths), "tokens": pa.array(tokens)}
+    cells |= {"lengths": pa.array(lengths), "losses": pa.array(losses, pa.int64()), "tokens": pa.array(tokens)}
     return shard_row(shard["number"][0].as_py(), **cells)
 
 

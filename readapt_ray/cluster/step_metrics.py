@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace
 from readapt_ray.errors import InputError
+from readapt_ray.progress import duration
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
-    from readapt_ray.training.steps import StepReport
+    from readapt_ray.training.steps import PartReport, StepReport
 
 logger = logging.getLogger("readapt_ray")
 
@@ -34,6 +35,8 @@ _PARTS_NAME = "metrics"
 _PART = re.compile(r"step-\d{9,}-\d{9,}\.jsonl")
 _POLL_S = 1.0
 _AVERAGED_STEPS = 50
+_LONG_STEP_S = 10.0
+"""From this length on the progress inside a step is shown."""
 _PROJECT = "readapt_ray"
 _Log = Callable[[int, dict[str, float]], None]
 """Takes a step and its values."""
@@ -61,6 +64,7 @@ class RunMonitor:
         from ray.util.metrics import Gauge
 
         self._rows: list[dict[str, Any]] = []
+        self._part: dict[str, Any] | None = None
         self._error: Exception | None = None
         self._held: Any = None
         self._kept_step = 0
@@ -80,6 +84,15 @@ class RunMonitor:
         """Return the rows since the last call."""
         rows, self._rows = self._rows, []
         return rows
+
+    def post_part(self, part: dict[str, Any]) -> None:
+        """Take how far worker 0 is inside a step."""
+        self._part = part
+
+    def take_part(self) -> dict[str, Any] | None:
+        """Return how far worker 0 is inside a step; None if it said nothing since the last call."""
+        part, self._part = self._part, None
+        return part
 
     def fail(self, error: Exception) -> None:
         """Record an error that a restart would not cure; the first one counts."""
@@ -115,6 +128,7 @@ class StepPoster:
         self._unposted: list[dict[str, Any]] = []
         self._unkept: list[dict[str, Any]] = []
         self._last_s = 0.0
+        self._last_part_s = 0.0
 
     def __call__(self, report: "StepReport") -> None:
         """Take a report."""
@@ -125,6 +139,12 @@ class StepPoster:
             self._last_s = time.monotonic()
             self._monitor.post.remote(self._unposted)
             self._unposted = []
+
+    def part(self, report: "PartReport") -> None:
+        """Take a report from inside a step; the monitor gets one per second."""
+        if time.monotonic() - self._last_part_s > _POLL_S:
+            self._last_part_s = time.monotonic()
+            self._monitor.post_part.remote(dataclasses.asdict(report))
 
     def keep(self, step: int) -> None:
         """Write the lines of all steps since the last call."""
@@ -145,11 +165,12 @@ def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Ite
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(_TRACKERS[name](workspace)) for name in trackers]
         latest: deque[dict[str, Any]] = deque(maxlen=_AVERAGED_STEPS)
+        inside = _InsideSteps(workspace)
         stop = threading.Event()
 
         def follow() -> None:
             while not stop.wait(_POLL_S):
-                _show(monitor, workspace, logs, latest)
+                _show(monitor, workspace, logs, latest, inside)
 
         thread = threading.Thread(target=follow, daemon=True)
         logger.info("%s: waiting for the workers to start", workspace.reporter.label)
@@ -159,14 +180,46 @@ def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Ite
         finally:
             stop.set()
             thread.join()
-            _show(monitor, workspace, logs, latest)
+            _show(monitor, workspace, logs, latest, inside)
 
 
-def _show(monitor: Any, workspace: Workspace, logs: list[_Log], latest: deque[dict[str, Any]]) -> None:
+class _InsideSteps:
+    """Say how far a long step is, and once, from its first micro-batches, what the whole run will take."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+        self._has_estimated = False
+
+    def show(self, part: dict[str, Any]) -> None:
+        """Show a report from inside a step, if the step is long."""
+        if part["part_s"] * part["num_parts"] < _LONG_STEP_S:
+            return
+        if not self._has_estimated:
+            self._has_estimated = True
+            logger.info("%s: %s", self._workspace.reporter.label, estimate(part))
+        where = f"in step {part['step'] + 1:,}: {part['done']:,} of {part['num_parts']:,} micro-batches"
+        self._workspace.progress(part["step"], part["num_steps"], unit="steps", note=where)
+
+
+def estimate(part: dict[str, Any]) -> str:
+    """Return what the rest of a run will take, from the first micro-batches of a step."""
+    step_s = part["part_s"] * part["num_parts"]
+    left = part["num_steps"] - part["step"]
+    return (
+        f"a step takes about {duration(step_s)} ({part['num_parts']:,} micro-batches, {part['num_tokens'] / step_s:,.0f} "
+        f"tokens/s), and the {left:,} steps about {duration(left * step_s)}; {part['peak_memory_bytes'] / 1e9:.1f} GB of "
+        f"memory in worker 0 so far"
+    )
+
+
+def _show(
+    monitor: Any, workspace: Workspace, logs: list[_Log], latest: deque[dict[str, Any]], inside: _InsideSteps
+) -> None:
     import ray
 
     try:
         rows = ray.get(monitor.take.remote(), timeout=10)
+        part = ray.get(monitor.take_part.remote(), timeout=10)
     except ray.exceptions.RayError as error:
         logger.debug("no metrics: %s", error)
         return
@@ -177,6 +230,8 @@ def _show(monitor: Any, workspace: Workspace, logs: list[_Log], latest: deque[di
         latest.extend(rows)
         last = rows[-1]
         workspace.progress(last["step"], last["num_steps"], unit="steps", note=note(latest))
+    elif part:
+        inside.show(part)
 
 
 def note(rows: Sequence[dict[str, Any]]) -> str:

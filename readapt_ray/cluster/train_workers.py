@@ -203,7 +203,8 @@ def _fit(trainer: Callable[[], Any], monitor: Any, max_failures: int) -> None:
             num_failures = 1 if step > before else num_failures + 1
             if 0 <= max_failures < num_failures:
                 raise
-            logger.warning("workers were lost after the checkpoint of step %d; they are started again", step)
+            reason = connection.reason_of(error)
+            logger.warning("workers are started again from the checkpoint of step %d, for one failed: %s", step, reason)
 
 
 def _release_failed_start(error: Exception, monitor: Any) -> None:

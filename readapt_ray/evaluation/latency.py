@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from readapt_ray.errors import InputError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
+from readapt_ray.retrieval.query_maps import QueryMap
 
 
 class Latency(NamedTuple):
@@ -24,7 +25,13 @@ class Latency(NamedTuple):
 
 
 def query_latency(
-    encoder: Encoder, queries: Sequence[str], doc_ids: Sequence[str], vectors: NDArray[np.float32], *, top_k: int = 10
+    encoder: Encoder,
+    queries: Sequence[str],
+    doc_ids: Sequence[str],
+    vectors: NDArray[np.float32],
+    *,
+    top_k: int = 10,
+    query_map: QueryMap | None = None,
 ) -> Latency:
     """Time queries one by one.
 
@@ -34,6 +41,7 @@ def query_latency(
         doc_ids: of the vectors.
         vectors: float32 [N, D].
         top_k: passages per query.
+        query_map: of a bridge to the vectors, timed with the encoding.
 
     Raises:
         InputError: no query was given.
@@ -45,6 +53,7 @@ def query_latency(
     for text in queries:
         started = time.perf_counter()
         vector = encoder.encode([text], "query")
+        vector = vector if query_map is None else query_map(vector)
         encoded = time.perf_counter()
         search_exact(vector, [(doc_ids, vectors)], top_k)
         spent.append((encoded - started, time.perf_counter() - encoded))

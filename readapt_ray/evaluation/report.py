@@ -6,7 +6,7 @@ shows. The page is self-contained: no script, nothing fetched, light and dark.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -17,7 +17,9 @@ from readapt_ray.evaluation.measures import Judgements, Measurement, describe_me
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
 from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
+from readapt_ray.progress import amount
 from readapt_ray.records import Passage
+from readapt_ray.retrieval.truncation import sentence
 
 ALPHA = 0.05
 """A corrected p-value below this is called a difference."""
@@ -87,8 +89,7 @@ def build_report(
             {
                 "name": name,
                 "means": means[name],
-                **_contents(runs[name], measurements[name]),
-                "provenance": provenance[name],
+                **_contents(runs[name], measurements[name], provenance[name]),
             }
             for name in names
         ],
@@ -99,13 +100,16 @@ def build_report(
     }
 
 
-def _contents(run: Run, measurement: Measurement) -> dict[str, Any]:
+def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What a run holds, and what it lacks."""
+    truncated = provenance.get("details", {}).get("truncation")
     return {
         "num_results": len(run),
         "depth": run.depth,
         "without_results": list(measurement.without_results),
         "without_judgements": list(measurement.without_judgements),
+        "truncation": sentence(truncated) if truncated else "",
+        "provenance": provenance,
     }
 
 
@@ -153,7 +157,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
     lines += [f"{markdown(each['run'])}: `{each['text']}` {each['outcome']}\n" for each in report["requirements"]]
-    lines += [f"## Means over {report['num_queries']:,} judged queries", ""]
+    lines += [f"## Means over {amount(report['num_queries'], 'judged queries')}", ""]
     lines += markdown_table(
         ["run", *measures],
         [[run["name"], *(_with_interval(run["means"][measure]) for measure in measures)] for run in report["runs"]],
@@ -161,13 +165,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     if report["num_unjudged"]:
         lines += ["", _unjudged(report)]
     lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
-    for run in report["runs"]:
-        for key, meaning in (
-            ("without_results", "judged, without results"),
-            ("without_judgements", "without judgements in these qrels, left out"),
-        ):
-            if run[key]:
-                lines += ["", markdown(f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}")]
+    lines += [line for run in report["runs"] for note in _notes(run) for line in ("", markdown(note))]
     if report["comparisons"]:
         lines += ["", f"## Against {markdown(report['baseline'])}", ""]
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
@@ -188,6 +186,18 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         known = _pretty(run["provenance"]).replace("```", "'''")
         lines += [f"### {markdown(run['name'])}", "", "```json", known, "```", ""]
     return "\n".join(lines) + "\n"
+
+
+def _notes(run: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a run lacks, and what truncation took from its passages."""
+    for key, meaning in (
+        ("without_results", "judged, without results"),
+        ("without_judgements", "without judgements in these qrels, left out"),
+    ):
+        if run[key]:
+            yield f"{run['name']}: {len(run[key]):,} {meaning}: {named(run[key])}"
+    if run["truncation"]:
+        yield f"{run['name']}: {run['truncation']}"
 
 
 def _unjudged(report: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from readapt_ray.errors import InputError
+from readapt_ray.progress import amount
 from readapt_ray.records import ScoredDoc
 from readapt_ray.storage import Location
 
@@ -180,7 +181,7 @@ def _lines(location: Location) -> Iterator[_Row]:
                 continue
             if len(fields) != len(_FIELDS):
                 raise InputError(
-                    f"{location}, {where}: {len(fields)} fields; a TREC run has six: {' '.join(_FIELDS)}; "
+                    f"{location}, {where}: {amount(len(fields), 'fields')}; a TREC run has six: {' '.join(_FIELDS)}; "
                     f"mend the line: {_excerpt(line)}"
                 )
             try:

@@ -9,7 +9,7 @@ from typing import Any
 
 from readapt_ray.catalog.shapes import model_shape, pretrained_shape
 from readapt_ray.config import Config
-from readapt_ray.planner import machines, rates, scaling, stages
+from readapt_ray.planner import calibration, judged, machines, rates, scaling, stages
 from readapt_ray.planner.corpus import encoding_of, measure_corpus
 from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
 from readapt_ray.planner.machines import Cluster
@@ -19,19 +19,21 @@ from readapt_ray.planner.scaling import Cell, Limit
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
-from readapt_ray.sources.source import Limits
 
 
 class PlanConfig(Config):
     """Options of `readapt plan` besides those of the run."""
 
     cluster: str
-    """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a list of nodes, or `local`."""
+    """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a Slurm script, a list of nodes, or `local`."""
     prices: str | None = None
     """YAML file of machines, GPUs and prices. If omitted, the table of this package."""
     measured: tuple[str, ...] = ()
     """Roots of finished runs whose measured rates are used, separated by commas. The root of the run itself always
     is."""
+    calibrate: bool = False
+    """Measure for some seconds on this machine how fast the run's own models embed and train, and plan with that. Models that
+    are not here are fetched."""
     num_passages: int | None = None
     """Number of passages of the corpus, when only a part of it is at hand."""
     num_queries: int | None = None
@@ -134,16 +136,21 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
     corpus = measure_corpus(
         source=run.source,
         format=ingest.format,
-        limits=Limits(max_text_bytes=ingest.max_text_bytes, max_passage_chars=ingest.max_passage_chars),
+        options=ingest.read_options(),
         ingested=ingest.output,
         pretrained=run.pretrained,
         retriever=run.retriever,
         encoding=encoding,
         block_tokens=pack.block_tokens,
         num_passages=options.num_passages,
-        num_queries=options.num_queries,
+        num_queries=options.num_queries if options.num_queries is not None else judged.num_given(run),
+        split=run.split,
     )
     measured: Rates = rates.measure([run.root, *options.measured], cluster)
+    if options.calibrate:
+        configs = {"embed": embed, "train": train}
+        lengths = {"embed_tokens": corpus.embed_tokens, "train_tokens": corpus.train_tokens}
+        measured = measured.with_measured(calibration.calibrate(run, configs, **lengths))
     return Setting(
         corpus=corpus,
         cluster=cluster,

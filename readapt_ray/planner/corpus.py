@@ -15,10 +15,12 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import corpora, models, retrievers
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import CorpusError, ModelError
+from readapt_ray.planner import judged
 from readapt_ray.retrieval.tokenization import fill_passage
 from readapt_ray.sources.cleaning import checked
 from readapt_ray.sources.opening import open_source
-from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow
 from readapt_ray.storage import Location
 
 SAMPLE_PASSAGES: Final = 2_000
@@ -63,7 +65,7 @@ def measure_corpus(
     *,
     source: str,
     format: Any,
-    limits: Limits,
+    options: ReadOptions,
     ingested: str,
     pretrained: str,
     retriever: str,
@@ -71,17 +73,19 @@ def measure_corpus(
     block_tokens: int,
     num_passages: int | None,
     num_queries: int | None,
+    split: str,
 ) -> Corpus:
     """Count and sample a corpus.
 
     Args:
-        source, format, limits: as of ingest.
+        source, format, options: as of ingest.
         ingested: where ingest's output would lie; read instead of the source where it is complete.
         pretrained, retriever: whose tokenizers count.
         encoding: how the retriever wants its text.
         block_tokens: longest passage in training.
         num_passages: instead of what is counted, for a corpus of which only a part is at hand.
         num_queries: instead of what is counted.
+        split: which judgements count.
 
     Raises:
         InputError: the source cannot be read.
@@ -90,9 +94,9 @@ def measure_corpus(
     if manifest is None and not Location(source).exists() and (row := corpora.find_corpus(source)) is not None:
         return _known_corpus(row, num_passages, num_queries)
     if manifest is not None and manifest.stage == "ingest":
-        sample = _ingested_sample(artifacts.open_artifact(ingested, "ingest"))
+        sample = _ingested_sample(artifacts.open_artifact(ingested, "ingest"), split)
     else:
-        sample = _source_sample(source, format, limits)
+        sample = _source_sample(source, format, options, split)
     if not sample.passages:
         raise CorpusError(f"no passage of {source!r} could be read, so there is nothing to plan with")
     trained, train_known = _counts(pretrained, [f"{title} {text}".strip() for title, text in sample.passages])
@@ -135,7 +139,7 @@ def _known_corpus(row: corpora.Corpus, num_passages: int | None, num_queries: in
     )
 
 
-def _ingested_sample(artifact: Artifact) -> _Sample:
+def _ingested_sample(artifact: Artifact, split: str) -> _Sample:
     """Sample rows that are spread over all files."""
     import pyarrow.parquet as pq
 
@@ -157,20 +161,20 @@ def _ingested_sample(artifact: Artifact) -> _Sample:
         passages=passages,
         num_passages=num,
         note=f"{num:,} passages counted by ingest",
-        num_queries=counts.get("num_queries"),
+        num_queries=judged.num_ingested(artifact.location, split),
     )
 
 
-def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
+def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> _Sample:
     """Sample the first rows evenly; estimate the rest from the share of bytes that was read."""
-    source = open_source(name, format, limits)
+    source = open_source(name, format, options)
     source.check()
     rng = random.Random(0)
     kept: list[tuple[str, str]] = []
     seen = 0
     ended = True
     for row in source.rows():
-        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=limits.max_text_bytes)
+        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=options.max_text_bytes)
         if isinstance(passage, BadRow):
             continue
         seen += 1
@@ -183,8 +187,7 @@ def _source_sample(name: str, format: Any, limits: Limits) -> _Sample:
             ended = False
             break
     if ended:
-        judged = source.has_qrels and not source.labels_from_passages
-        queries = sum(not isinstance(each, BadRow) for each in source.queries()) if judged else None
+        queries = judged.num_in_source(source, split)
         return _Sample(passages=kept, num_passages=seen, note=f"{seen:,} passages counted", num_queries=queries)
     share = source.fraction_read
     if share <= 0:

@@ -1,7 +1,7 @@
 """Read the cluster that a plan is for: node groups with their CPUs, memory, GPUs and price.
 
 Read from what a cluster is started with: a Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay
-manifest (`kind: RayCluster`, `RayJob` or `RayService`), a plain list (`nodes`), or `local`, this machine. Prices and what a
+manifest (`kind: RayCluster`, `RayJob` or `RayService`), a Slurm script, a plain list (`nodes`), or `local`, this machine. Prices and what a
 machine type has come from a table that the user can replace.
 """
 
@@ -15,6 +15,7 @@ from readapt_ray import hardware
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
+from readapt_ray.planner.slurm_script import is_slurm_script, nodes_of
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -29,7 +30,7 @@ _USABLE_SHARE: Final = 0.94
 _RAY_MAX_WORKERS: Final = 2
 """What Ray takes where a launcher file does not say."""
 _GPU_STAGES: Final = ("train", "finetune", "embed", "tune")
-_KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), or a list of nodes"
+_KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), a Slurm script, or a list of nodes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +162,7 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
     if uri == "local":
         return Cluster(name="local", groups=(_this_machine(),))
     location = Location(uri)
-    values = read_mapping(location, "a cluster")
+    values = _values(location)
     if left := sorted(set(_PLACEHOLDER.findall(str(values)))):
         logger.warning("%s still has %s in it: fill it in before you start the cluster", uri, ", ".join(left))
     if "nodes" in values:
@@ -177,6 +178,24 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
         raise InputError(f"{uri!r} has no node: all its groups count 0")
     name = str(values.get("cluster_name") or location.name)
     return Cluster(name=name, groups=groups, idle_timeout_s=_idle_timeout_s(values))
+
+
+def _values(location: Location) -> dict[str, Any]:
+    """Return what a cluster's file says; a Slurm script as a list of nodes.
+
+    Raises:
+        InputError: there is no such file, or it is a folder; the message names the manifests in it.
+    """
+    if location.is_folder():
+        names = [name for name in location.children()[0] if name.endswith((".yaml", ".yml", ".sh"))]
+        raise InputError(
+            f"{location.uri!r} is a folder; give one of its files: {', '.join(sorted(names)) or 'it has none'}"
+        )
+    if location.is_file() and location.name.endswith((".sh", ".sbatch", ".slurm")):
+        text = location.read_text()
+        if is_slurm_script(text):
+            return nodes_of(text, repr(location.uri))
+    return read_mapping(location, "a cluster")
 
 
 def _idle_timeout_s(values: dict[str, Any]) -> float:

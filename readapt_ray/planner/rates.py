@@ -93,6 +93,10 @@ class Rates:
     def __init__(self, measured: dict[tuple[str, str], tuple[float, str]]) -> None:
         self._measured = measured
 
+    def with_measured(self, measured: dict[tuple[str, str], tuple[float, str]]) -> "Rates":
+        """Return rates of which these take the place of others for the same stage and device."""
+        return Rates(self._measured | measured)
+
     @property
     def sources(self) -> list[str]:
         """Return every measured rate as a line."""

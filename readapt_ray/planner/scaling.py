@@ -28,6 +28,8 @@ _MANY: Final = 10**12
 _SCAN_BYTES_PER_S: Final = 1e10
 _SHARE_OF_MEMORY: Final = 0.7
 _LONG_SCAN_S: Final = 1.0
+_MOST_PASSAGES: Final = 1e13
+_PRECISION: Final = 1.001
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,32 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
         ),
         *_flat_index_limits(setting),
     ]
-    trained = stages.estimate_stage(*_named(steps, "train"), setting)
-    if trained is not None:
-        at = 7 * _DAY_S * corpus.num_passages / max(1e-9, trained.seconds)
+    if (at := _passages_of_a_week(*_named(steps, "train"), setting)) is not None:
         what = f"training on every passage once takes over a week (batch of {train.batch_size})"
         limits.append(Limit(at, what, "train on a sample, or raise train.batch_size with train.num_workers"))
     return sorted(limits, key=lambda limit: limit.at)
+
+
+def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None:
+    """Return the number of passages that training takes a week for; None if there is none.
+
+    It is searched for among the estimates themselves: what a small corpus takes is mostly the start, and workers that a
+    small corpus cannot feed stay out.
+    """
+
+    def is_long(num_passages: float) -> bool:
+        found = stages.estimate_stage(step, name, replace(setting, corpus=setting.corpus.of(round(num_passages))))
+        return found is not None and found.seconds > 7 * _DAY_S
+
+    low, high = 1.0, 2.0
+    while not is_long(high):
+        low, high = high, 2 * high
+        if high > _MOST_PASSAGES:
+            return None
+    while high / low > _PRECISION:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if is_long(middle) else (middle, high)
+    return high
 
 
 def _flat_index_limits(setting: Setting) -> list[Limit]:

@@ -17,6 +17,7 @@ from readapt_ray.python.artifact import Artifact, Results, of
 from readapt_ray.python.signatures import docstring_of, refusing_in_our_words, signature_of
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.stages import STAGES
+from readapt_ray.storage import Location
 
 
 class Work(NamedTuple):
@@ -45,6 +46,24 @@ FUNCTIONS: dict[str, Work] = {
         "recipes.paper.experiments:run",
         Results,
     ),
+    "refresh": Work(
+        "bring vectors, index and export to what a source holds now",
+        "recipes.refreshing.options:RefreshConfig",
+        "recipes.refreshing.refresh:refresh",
+        Results,
+    ),
+    "find": Work(
+        "find where a passage stands under a root",
+        "recipes.refreshing.options:FindConfig",
+        "recipes.refreshing.find:find",
+        Results,
+    ),
+    "clean": Work(
+        "remove earlier generations of a root, and what is left of deleted passages",
+        "recipes.refreshing.options:CleanConfig",
+        "recipes.refreshing.clean:clean",
+        Results,
+    ),
     "serve": Work(
         "serve a retriever and its index over HTTP until interrupted",
         "serving.options:ServeConfig",
@@ -68,7 +87,8 @@ def function_of(name: str) -> Callable[..., Any]:
 
     def call(*given: Any, **options: Any) -> Any:
         with _as_told():
-            return _presented(name, _found(work.function)(_config(name, config_class, given, options)))
+            config = _config(name, config_class, given, options)
+            return _presented(name, _found(work.function)(config), config)
 
     call.__name__ = call.__qualname__ = name
     call.__module__ = "readapt_ray"
@@ -98,18 +118,47 @@ def _config(name: str, config_class: type[Config], given: tuple[Any, ...], optio
     )
 
 
-def _presented(name: str, result: Any) -> Any:
+def _presented(name: str, result: Any, config: Any) -> Any:
     """Wrap artifacts and tables so that they print well in a notebook."""
     if isinstance(result, artifacts.Artifact):
         return of(result)
-    if name == "compare":
-        from readapt_ray.recipes.compare import to_markdown
+    return Results(*_TABLES[name](result, config)) if name in _TABLES else None
 
-        return Results(result["rows"], to_markdown(result))
-    if name == "paper":
-        rows = [{"experiment": experiment, "outcome": text} for experiment, text in result.items()]
-        return Results(rows, "\n".join(result.values()))
-    return None
+
+def _of_compare(result: Any, _: Any) -> tuple[list[dict[str, Any]], str]:
+    from readapt_ray.recipes.compare import to_markdown
+
+    return result["rows"], to_markdown(result)
+
+
+def _of_paper(result: Any, _: Any) -> tuple[list[dict[str, Any]], str]:
+    return [{"experiment": name, "outcome": text} for name, text in result.items()], "\n".join(result.values())
+
+
+def _of_refresh(_: Any, config: Any) -> tuple[list[dict[str, Any]], str]:
+    from readapt_ray.recipes.refreshing import history
+
+    return history.history(Location(config.root)), history.as_text(Location(config.root))
+
+
+def _of_find(result: Any, config: Any) -> tuple[list[dict[str, Any]], str]:
+    from readapt_ray.recipes.refreshing.find import as_text
+
+    return result, as_text(result, config.doc_id, config.root)
+
+
+def _of_clean(result: Any, _: Any) -> tuple[list[dict[str, Any]], str]:
+    return result.rows, result.text()
+
+
+_TABLES: dict[str, Callable[[Any, Any], tuple[list[dict[str, Any]], str]]] = {
+    "compare": _of_compare,
+    "paper": _of_paper,
+    "refresh": _of_refresh,
+    "find": _of_find,
+    "clean": _of_clean,
+}
+"""The rows and the text of what a function returns that makes no artifact."""
 
 
 @contextlib.contextmanager
@@ -175,7 +224,6 @@ def status(root: str | Path) -> Results:
         InputError: there is no such folder.
     """
     from readapt_ray import root_status
-    from readapt_ray.storage import Location
 
     with _as_told():
         rows = root_status.rows(Location(str(root)))

@@ -3,9 +3,9 @@
 The whole index lies in memory, and so does the model. A corpus gives hits their titles and texts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,8 +15,10 @@ from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError
+from readapt_ray.progress import amount
 from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.records import Passage, ScoredDoc
+from readapt_ray.sources.splitting import parent_of
 
 Kind = Literal["query", "passage"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -31,6 +33,10 @@ class Hit(NamedTuple):
     score: float
     title: str
     text: str
+    columns: Mapping[str, Any] | None = None
+    """The columns that ingest kept."""
+    passage_id: str | None = None
+    """Id of the best passage of the document, if ingest split documents."""
 
 
 class Encoder:
@@ -115,9 +121,10 @@ class Retriever:
     """A retriever with its index in memory.
 
     Args:
-        retriever: the model that made the vectors.
+        retriever: the model that made the vectors, or that the bridge is for.
         index: the output of `ra.index`, or its folder.
         corpus: the output of `ra.ingest`, or its folder, for titles and texts of hits.
+        bridge: the output of `ra.bridge`, or its folder, if an older model made the vectors.
         device: a torch device. If omitted, cuda where there is one, else cpu.
 
     Raises:
@@ -126,20 +133,28 @@ class Retriever:
 
     @refusing_in_our_words
     def __init__(
-        self, *, retriever: Place, index: Place, corpus: Place | None = None, device: str | None = None
+        self,
+        *,
+        retriever: Place,
+        index: Place,
+        corpus: Place | None = None,
+        bridge: Place | None = None,
+        device: str | None = None,
     ) -> None:
+        from readapt_ray.retrieval.bridge import Bridge
         from readapt_ray.retrieval.index_shard import merged
         from readapt_ray.retrieval.passage_store import PassageStore
+        from readapt_ray.retrieval.query_encoder import query_encoder
         from readapt_ray.retrieval.vector_index import VectorIndex
-        from readapt_ray.stages.search import check_encoder
 
         opened = VectorIndex.open(_named(index))
         self._passages = None if corpus is None else PassageStore.open(_named(corpus))
-        encoding = Encoding.parse(opened.encoder["encoding"], where=opened.artifact.uri)
-        check_encoder(open_model(_named(retriever)), encoding, opened.artifact)
-        self._encoder = Encoder(retriever, encoding=encoding, dtype=opened.encoder["dtype"], device=device)
+        self._bridge = None if bridge is None else Bridge.open(_named(bridge))
+        asking = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
+        self._encoder = Encoder(retriever, encoding=asking.encoding, dtype=asking.description["dtype"], device=device)
         self._shards = merged(opened.shards())
         self._num_vectors = opened.num_vectors
+        self._is_split = bool(opened.artifact.manifest.details.get("is_split"))
         self._index = _named(index)
 
     @refusing_in_our_words
@@ -161,21 +176,36 @@ class Retriever:
     def search_all(self, queries: Sequence[str], top_k: int = 10) -> list[list[Hit]]:
         """Return the best passages for each query; see `search`."""
         from readapt_ray.retrieval.index_shard import search_shards
+        from readapt_ray.retrieval.parents import first_of_each
 
         if not len(queries):
             return []
-        hits = search_shards(self._shards, self._encoder.encode(queries, "query"), top_k)
-        found = [hits.of_query(place, "") for place in range(len(queries))]
+        vectors = self._encoder.encode(queries, "query")
+        vectors = self._bridge.query_map(vectors) if self._bridge else vectors
+        depth = top_k
+        while True:
+            hits = search_shards(self._shards, vectors, depth)
+            found = [hits.of_query(place, "") for place in range(len(queries))]
+            if not self._is_split:
+                break
+            best = [[own[at] for at in first_of_each((each.doc_id for each in own), top_k)] for own in found]
+            if depth >= self._num_vectors or min(map(len, best)) == top_k:
+                found = best
+                break
+            depth = min(3 * depth, self._num_vectors)
         passages = self._passages.find({each.doc_id for scored in found for each in scored}) if self._passages else {}
-        return [[_hit(each, passages.get(each.doc_id)) for each in scored] for scored in found]
+        return [[_hit(each, passages.get(each.doc_id), self._is_split) for each in scored] for scored in found]
 
     def __repr__(self) -> str:
         """What it searches, and with what."""
-        return f"Retriever of {self._num_vectors:,} passages in {self._index!r} by {self._encoder!r}"
+        return f"Retriever of {amount(self._num_vectors, 'passages')} in {self._index!r} by {self._encoder!r}"
 
 
-def _hit(scored: ScoredDoc, passage: Passage | None) -> Hit:
-    return Hit(scored.doc_id, scored.score, passage.title if passage else "", passage.text if passage else "")
+def _hit(scored: ScoredDoc, passage: Passage | None, is_split: bool) -> Hit:
+    doc_id, passage_id = (parent_of(scored.doc_id), scored.doc_id) if is_split else (scored.doc_id, None)
+    if passage is None:
+        return Hit(doc_id, scored.score, "", "", None, passage_id)
+    return Hit(doc_id, scored.score, passage.title, passage.text, passage.columns, passage_id)
 
 
 def _named(place: Place) -> str:

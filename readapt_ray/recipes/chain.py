@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from readapt_ray.stages.train import TrainConfig
 
 RUN_NAME = "run.json"
-BASE, ADAPTED = "retriever", "adapted"
-RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate")
-"""The stages of a run, in order."""
+BASE, ADAPTED, DRIFT = "retriever", "adapted", "drift"
+RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate", "drift")
+"""The stages of a run, in order. `drift` is for a corpus without queries, instead of the two before it."""
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
@@ -54,6 +54,7 @@ NOT_IN_A_RUN: dict[str, dict[str, str]] = {
     "merge": {
         "bundle": "the run trains its own adapter; merge a bundle with `readapt merge --bundle`",
         "factors": "the run embeds with a whole model; write factors with `readapt merge --factors` after the run",
+        "queries_only": "the run embeds passages with the adapted model; use `readapt merge --queries-only` after the run",
     },
     "embed": {
         "sample": "the run needs vectors of all passages; estimate time and size with `readapt embed --sample` first",
@@ -64,6 +65,9 @@ NOT_IN_A_RUN: dict[str, dict[str, str]] = {
     },
     "search": {
         "vectors": "the run searches its own indexes; search vectors with `readapt search --vectors`",
+        "root": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
+        "as_of": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
+        "bridge": "the run embeds with both models; search older vectors with `readapt search --bridge`",
         "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",
     },
 }

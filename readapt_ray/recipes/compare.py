@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models
-from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.evaluation.tables import markdown_table, p_value, signed, value
 from readapt_ray.recipes.chain import run_stage
@@ -90,15 +89,18 @@ def _refuse_foreign_report(config: CompareConfig) -> None:
 def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queries: str) -> dict[str, Any]:
     """What a candidate costs: time of a query, bytes, dimension."""
     from readapt_ray.evaluation.latency import query_latency
+    from readapt_ray.retrieval.bridge import Bridge
     from readapt_ray.retrieval.encoder import Encoder
+    from readapt_ray.retrieval.query_encoder import query_encoder
     from readapt_ray.sources.judgements import read_queries
 
     details, counts = vectors.manifest.details["encoder"], vectors.manifest.counts
-    encoding = Encoding.parse(details["encoding"], where=vectors.uri)
-    encoder = Encoder.load(models.open_model(candidate.model), encoding=encoding, dtype=details["dtype"])
+    bridge = Bridge.open(candidate.bridge.config.output) if candidate.bridge else None
+    asking = query_encoder(models.open_model(candidate.model), vectors, bridge=bridge)
+    encoder = Encoder.load(asking.model, encoding=asking.encoding, dtype=asking.description["dtype"])
     doc_ids, matrix = _in_memory(vectors)
     texts = [query.text for query in read_queries(queries)[: config.num_timed_queries]]
-    latency = query_latency(encoder, texts, doc_ids, matrix)
+    latency = query_latency(encoder, texts, doc_ids, matrix, query_map=bridge.query_map if bridge else None)
     return {
         "encode_ms": round(latency.encode_ms, 2),
         "search_ms": round(latency.search_ms, 2),

@@ -43,6 +43,10 @@ class CompareConfig(Config):
     readapt: bool = False
     """Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its pretrained model. With
     finetune, also after both."""
+    queries_only: bool = False
+    """With readapt or finetune: also compare their models for queries alone, over the retriever's own vectors."""
+    bridge: bool = False
+    """With readapt or finetune: also compare their queries behind a bridge to the retriever's own vectors."""
     num_timed_queries: int = Field(default=50, ge=1)
     """Number of queries to time, one by one, on this machine."""
     embed_options: Section = Field(default_factory=dict)
@@ -94,6 +98,8 @@ class Candidate:
     """The stages that make the model; a candidate before this one may have made some of what they need."""
     embed: Step
     search: Step
+    bridge: Step | None = None
+    """Maps its queries to vectors of another model."""
 
 
 class Plan:
@@ -120,29 +126,58 @@ class Plan:
                 f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
                 f"the output of `readapt merge`"
             )
-        yield self._candidate(label, name, encoding)
+        as_it_is = self._candidate(label, name, encoding)
+        yield as_it_is
         readapted = self._readapted(name, row) if config.readapt and row is not None else ()
         if config.readapt and row is None:
             logger.warning(
                 "%s is not in the catalog, so what it was made from is not known: it is not RE-adapted", name
             )
         if readapted:
-            yield self._candidate(f"{label} + RE-AdaptIR", readapted[-1].config.output, encoding, *readapted)
+            yield from self._with_old_vectors(as_it_is, f"{label} + RE-AdaptIR", encoding, *readapted)
         if not config.finetune or (model.is_adapter and not readapted):
             return
         start = readapted[-2].config.output if model.is_adapter else name
         tuned = self._finetuned(start, row, label)
-        yield self._candidate(f"{label} + finetune", tuned.config.output, encoding, tuned)
+        yield from self._with_old_vectors(as_it_is, f"{label} + finetune", encoding, tuned)
         if readapted:
             both = self._finetuned(readapted[-1].config.output, row, f"{label}-readapted")
             yield self._candidate(f"{label} + RE-AdaptIR + finetune", both.config.output, encoding, both)
 
-    def _candidate(self, label: str, model: str, encoding: Encoding, *making: Step) -> Candidate:
+    def _with_old_vectors(
+        self, as_it_is: Candidate, name: str, encoding: Encoding, *making: Step
+    ) -> Iterator[Candidate]:
+        """Yield a model that was made of a retriever, and, if asked for, its queries alone over the vectors of the retriever."""
+        made, config = self._candidate(name, making[-1].config.output, encoding, *making), self._config
+        yield made
+        if config.queries_only:
+            last = making[-1].config
+            output = f"{last.output}-queries"
+            step = Step(
+                making[-1].name, making[-1].stage, last.model_copy(update={"queries_only": True, "output": output})
+            )
+            embed = as_it_is.embed if getattr(last, "model", as_it_is.model) == as_it_is.model else None
+            yield self._candidate(f"{name} + queries-only", output, encoding, *making[:-1], step, embed=embed)
+        if config.bridge:
+            old = as_it_is.embed.config.output
+            step = self._step(f"bridges/{file_name(name)}", "bridge", {}, old_vectors=old, retriever=made.model)
+            yield self._candidate(f"{name} + bridge", made.model, encoding, step, embed=as_it_is.embed, bridge=step)
+
+    def _candidate(
+        self,
+        label: str,
+        model: str,
+        encoding: Encoding,
+        *making: Step,
+        embed: Step | None = None,
+        bridge: Step | None = None,
+    ) -> Candidate:
+        """Plan a candidate; `embed` makes the vectors that it searches, if these are not its own."""
         config, name = self._config, file_name(label)
         drop_self_hits = config.drop_self_hits
         if drop_self_hits is None:
             drop_self_hits = drops_self_hits(self._corpus.manifest.config.get("source"))
-        embed = self._step(
+        embed = embed or self._step(
             f"vectors/{name}",
             "embed",
             config.embed_options,
@@ -156,12 +191,13 @@ class Plan:
             {},
             retriever=model,
             vectors=embed.config.output,
+            bridge=bridge.config.output if bridge else None,
             queries=self.queries,
             qrels=self._qrels,
             top_k=self._depth,
             drop_self_hits=drop_self_hits,
         )
-        return Candidate(label, model, making, embed, search)
+        return Candidate(label, model, making, embed, search, bridge)
 
     def _readapted(self, name: str, row: retrievers.Retriever) -> tuple[Step, ...]:
         """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""

@@ -4,15 +4,14 @@ Models and how they take text, the head and the layers that training needs, leng
 the disk, and what stands under the root already. All that is wrong is said in one message.
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from readapt_ray import leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, StorageError
-from readapt_ray.recipes import standing
+from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
+from readapt_ray.recipes import room_checks, standing
 from readapt_ray.recipes.chain import Problems, RunConfig, Step
 from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
@@ -53,12 +52,19 @@ def check_run(
     for step in steps:
         with problems.noted():
             _check_files(config, step)
-    stale: list[Standing] = []
+    found: list[Standing] = []
     if is_whole and pretrained is not None and retriever is not None:
         with problems.noted():
-            stale = _check_root(config, steps, noted, pretrained)
+            found = standing.standings(steps, noted, reads_models=True)
+            _check_root(config, found)
+        by_name = {each.step.name: each for each in found}
+        with problems.noted():
+            room_checks.check_disk(config, by_name, pretrained, retriever)
+        if not problems:
+            with problems.noted():
+                room_checks.check_memory(by_name.get("adapter"), by_stage["pack"].block_tokens, pretrained)
     problems.raise_them()
-    return stale
+    return [each for each in found if each.is_stale]
 
 
 def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
@@ -102,7 +108,7 @@ def _check_positions(pretrained: OpenModel, pack: Any) -> None:
 def _check_files(config: RunConfig, step: Step) -> None:
     """Check that the files which the user's sections name are there, and queries and qrels."""
     section = "train" if step.stage == "pack" else step.stage
-    for name in sorted(type(step.config).inputs & getattr(config, section).keys()):
+    for name in sorted(type(step.config).inputs & getattr(config, section, {}).keys()):
         value = getattr(step.config, name)
         if isinstance(value, str) and not Location(value).exists():
             raise InputError(f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists")
@@ -114,11 +120,8 @@ def _check_files(config: RunConfig, step: Step) -> None:
             raise InputError(f"{absent[0]} = {getattr(config, absent[0])!r} is not there; give a file that exists")
 
 
-def _check_root(
-    config: RunConfig, steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], pretrained: OpenModel
-) -> list[Standing]:
-    """Check that all outputs are free, or ours and what the run would make, or may be overwritten; and that there is room."""
-    found = standing.standings(steps, noted, reads_models=True)
+def _check_root(config: RunConfig, found: Sequence[Standing]) -> None:
+    """Check that all outputs are free, or ours and what the run would make, or may be overwritten."""
     for each in found:
         location = Location(each.step.config.output)
         if each.record is None:
@@ -134,24 +137,4 @@ def _check_root(
         raise ArtifactConflictError(
             f"under {config.root!r} stands what was made otherwise: {standing.summary(stale)}. Make these again, and only "
             f"these, with --overwrite (or --from {first}), or give another --root"
-        )
-    merged = next(each for each in found if each.step.stage == "merge")
-    if not merged.is_complete or merged.is_stale:
-        _check_room(Location(config.root), pretrained)
-    return stale
-
-
-def _check_room(root: Location, pretrained: OpenModel) -> None:
-    """Check that the disk has room for the adapted model, which is as large as the pretrained one."""
-    if not root.is_local:
-        return
-    folder = root.local_path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    needed = sum(file.stat().st_size for file in pretrained.folder.glob("*.safetensors"))
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise StorageError(
-            f"the disk of {root.uri!r} has {free / 1e9:.1f} GB free, and the adapted model alone takes {needed / 1e9:.1f} GB; "
-            f"make room, or give another --root"
         )

@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Mapping
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.recipes.chain import ADAPTED, RunConfig
+from readapt_ray.recipes.chain import ADAPTED, DRIFT, RunConfig
 from readapt_ray.storage import Location
 
 
@@ -16,10 +16,11 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
         made: its artifacts, by their folder under the root.
     """
     lines = [f"{name:20} {artifact.uri}" for name, artifact in made.items()]
-    if "report" in made:
-        lines += ["", f"report: {made['report'].location / 'report.html'}"]
-    elif "adapter" in made:
-        lines += ["", "Nothing was measured: there are no queries and qrels. Numbers from pseudo-queries:"]
+    for name in ("report", DRIFT):
+        if name in made:
+            lines += ["", f"report: {made[name].location / 'report.html'}"]
+    if "report" not in made and "adapter" in made:
+        lines += ["", "No retrieval was measured: there are no queries and qrels. Numbers from pseudo-queries:"]
         models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": made["adapter"].uri}
         lines.append(
             _command("tune", **models, corpus=made["corpus"].uri, output=(Location(config.root) / "scales").uri)

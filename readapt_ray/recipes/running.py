@@ -15,11 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, library_logs
 from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
-from readapt_ray.errors import CorpusError, InputError, first_line
-from readapt_ray.recipes import run_checks, standing
+from readapt_ray.errors import InputError, first_line
+from readapt_ray.progress import ProgressReporter
+from readapt_ray.recipes import run_checks, standing, unlabelled
 from readapt_ray.recipes.background import run_in_background
 from readapt_ray.recipes.chain import (
     RUN_NAME,
@@ -54,9 +55,12 @@ def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = 
         InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
     """
     problems = Problems()
-    steps = plan_steps(config, problems)
+    planned = plan_steps(config, problems)
     with problems.noted():
-        steps = _with_overwriting(steps, overwrite=overwrite, from_stage=from_stage)
+        planned = _with_overwriting(planned, overwrite=overwrite, from_stage=from_stage)
+    steps = planned
+    with problems.noted():
+        steps = unlabelled.fitted(config, planned)
     root = Location(config.root)
     artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
     before = read_record(root)
@@ -66,8 +70,8 @@ def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = 
     record = _Record(root, config, steps, before)
     record.begin(stale)
     made: dict[str, Artifact] = {}
-    with _logged(root), record.failures():
-        _run_steps(config, steps, record, made)
+    with _logged(root), record.failures(), ProgressReporter("run", is_outline=True) as outline:
+        _run_steps(config, planned, record, made, outline)
     return made
 
 
@@ -110,8 +114,10 @@ class _Record:
         self._file.write_text(json.dumps({**self._values, "steps": list(self._steps.values())}, indent=2) + "\n")
 
     def keep(self, steps: Sequence[Step]) -> None:
-        """Leave out the steps that the run does not have."""
-        self._steps = {step.name: self._steps[step.name] for step in steps}
+        """Note the steps that the run has by now, and no others."""
+        self._steps = {
+            step.name: {**self._steps.get(step.name, {}), "stage": step.stage, "output": step.name} for step in steps
+        }
 
     def note(self, step: Step, artifact: Artifact) -> None:
         """Note what an artifact was asked for with."""
@@ -154,11 +160,25 @@ def _with_overwriting(steps: Sequence[Step], *, overwrite: bool, from_stage: str
     ]
 
 
-def _run_steps(config: RunConfig, steps: list[Step], record: _Record, made: dict[str, Artifact]) -> None:
+def _run_steps(
+    config: RunConfig,
+    planned: Sequence[Step],
+    record: _Record,
+    made: dict[str, Artifact],
+    outline: ProgressReporter,
+) -> None:
+    """Run the steps; those after ingest follow from what the corpus has.
+
+    Args:
+        planned: the steps of a run with queries.
+        outline: shows how many stages are done.
+    """
+    steps = unlabelled.fitted(config, planned)
     number = 0
     beside: tuple[Step, Future[Artifact]] | None = None
     while number < len(steps):
         step = steps[number]
+        outline.update(number, len(steps), unit="stages", note=f"{number} of {len(steps)} stages done")
         number += 1
         logger.info("[%d/%d] %s -> %s", number, len(steps), step.stage, step.config.output)
         record.current = step
@@ -176,9 +196,11 @@ def _run_steps(config: RunConfig, steps: list[Step], record: _Record, made: dict
             made[beside[0].name] = beside[1].result()
             record.note(beside[0], made[beside[0].name])
             beside = None
-        if step.stage == "ingest" and not _has_judgements(config, steps):
-            steps = [each for each in steps if not each.needs_judgements]
+        if step.stage == "ingest":
+            steps = unlabelled.fitted(config, planned)
             record.keep(steps)
+            if steps[-1].stage == "drift":
+                unlabelled.tell(config)
         record.note(step, made[step.name])
 
 
@@ -189,29 +211,6 @@ def _leaves_gpus_idle(step: Step) -> bool:
     from readapt_ray.cluster import connection
 
     return bool(connection.connect().num_gpus)
-
-
-def _has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
-    """Return whether search and evaluate have what they need; log it if not.
-
-    Raises:
-        CorpusError: only one of queries and qrels is there.
-    """
-    evaluation: Any = steps[-1].config
-    there = {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
-    if all(there.values()):
-        return True
-    if any(there.values()) or config.queries or config.qrels:
-        absent = next(name for name, present in there.items() if not present)
-        raise CorpusError(
-            f"no {absent} at {getattr(evaluation, absent)!r}; evaluation needs queries and qrels: give both, or a split that the source has"
-        )
-    logger.info(
-        "the corpus has no queries and qrels of the split %r, so search and evaluate are left out; --set queries=FILE --set "
-        "qrels=FILE would give numbers, and so would `readapt tune`, which makes pseudo-queries from the passages",
-        config.split,
-    )
-    return False
 
 
 @contextlib.contextmanager
@@ -225,8 +224,11 @@ def _logged(root: Location) -> Iterator[None]:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:
-        yield
-    except BaseException:
+        with library_logs.written_to(root.local_path / LOG_NAME):
+            yield
+    except BaseException as error:
+        if isinstance(error, Exception) and not isinstance(error, InputError):
+            logger.error("the log of this run, with what its libraries said: %s", root.local_path / LOG_NAME)
         failure = logger.makeRecord(logger.name, logging.ERROR, "", 0, "the run ended here", (), sys.exc_info())
         handler.handle(failure)
         raise

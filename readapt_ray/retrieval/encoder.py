@@ -164,6 +164,12 @@ class Encoder:
         """The token ids that `encode` would feed to the model, specials included."""
         return self._tokenizer.ids(texts, kind, titles)
 
+    def tokenize_with_losses(
+        self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
+    ) -> tuple[list[list[int]], list[int]]:
+        """As `tokenize`, and how many tokens truncation took from each text."""
+        return self._tokenizer.ids_and_losses(texts, kind, titles)
+
     def encode_ids(self, rows: Sequence[Tokens]) -> np.ndarray:
         """The vectors of token ids as `tokenize` gives them: float32 [N, D].
 
@@ -263,14 +269,12 @@ class Encoder:
 
 def encoder_fingerprint(model: OpenModel, encoding: Encoding, dtype: str) -> str:
     """Stands for all that decides a vector: weights (those of an adapter's base too), encoding, dtype."""
-    return fingerprint(
-        {
-            "weights": model.fingerprint,
-            "base": model.base.fingerprint if model.is_adapter else None,
-            "encoding": encoding.model_dump(mode="json"),
-            "dtype": dtype,
-        }
-    )
+    return fingerprint_of(model.fingerprint, model.base.fingerprint if model.is_adapter else None, encoding, dtype)
+
+
+def fingerprint_of(weights: str, base: str | None, encoding: Encoding, dtype: str) -> str:
+    """Return `encoder_fingerprint` from the fingerprints of a model and, for an adapter, of its base."""
+    return fingerprint({"weights": weights, "base": base, "encoding": encoding.model_dump(mode="json"), "dtype": dtype})
 
 
 def suitable_dtype(device: str | None = None) -> str:

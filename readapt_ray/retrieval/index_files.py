@@ -25,6 +25,7 @@ from readapt_ray.retrieval.footers import at_once
 from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard
 from readapt_ray.retrieval.shard_plan import packed_hashes
+from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
 
 _METADATA_KEY = b"readapt"
@@ -115,7 +116,7 @@ def _write_ids(
 def carry_over(
     source: Location, record: ShardRecord, kept: NDArray[np.bool_], target: Location, *, encoder: str
 ) -> ShardRecord:
-    """Copy a shard into another index, without the vectors that are no longer kept; FAISS's file stays as it is.
+    """Take a shard into another index, without the vectors that are no longer kept; FAISS's file is shared as it is.
 
     Args:
         source: the `shards` folder that the shard lies in.
@@ -129,7 +130,7 @@ def carry_over(
     """
     doc_ids, hashes = read_ids(source, record)
     content = _verified(source / f"{record.name}.faiss", record.index_sha256)
-    (target / f"{record.name}.faiss").write_bytes(content)
+    share(source / f"{record.name}.faiss", target / f"{record.name}.faiss")
     carried = replace(record, num_bytes=len(content))
     return _write_ids(target, carried, np.where(kept, doc_ids, DELETED), hashes, encoder)
 

@@ -130,6 +130,11 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
     return IndexSpec(factory=factory, depth=kind.depth, is_exact=False)
 
 
+def is_flat(factory: str) -> bool:
+    """Return whether a factory string makes an index that compares with every vector."""
+    return factory in _QUANTIZERS.values()
+
+
 def default_storage(kind: str, vector_dtype: str | None) -> Storage:
     """Return how vectors are stored where the options do not say: a flat index keeps float16 vectors as they are."""
     return "float16" if vector_dtype == "float16" and kind == "flat" else "float32"

@@ -21,7 +21,7 @@ from readapt_ray.storage import Location
 Value = str | int | float | bool
 Bound = Literal["gt", "gte", "lt", "lte"]
 _COMPARE = {"gt": pc.greater, "gte": pc.greater_equal, "lt": pc.less, "lte": pc.less_equal}
-_OWN = frozenset({"doc_id", "title", "text", "content_hash"})
+_OWN = frozenset({"doc_id", "title", "text", "content_hash", "parent_id"})
 _ROWS_AT_ONCE = 1 << 20
 _KEPT_MASKS = 16
 

@@ -33,6 +33,8 @@ COUNTS = (
     "num_copied",
     "num_tokens",
     "num_positions",
+    "num_truncated",
+    "num_lost",
 )
 SECONDS = ("encode_s", "wait_s")
 _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])

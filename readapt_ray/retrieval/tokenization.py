@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.progress import amount
 from readapt_ray.weights.tokenizer import edge_tokens
 
 Kind = Literal["query", "passage"]
@@ -30,8 +31,11 @@ def fill_query(encoding: Encoding, text: str) -> str:
 def fill_passage(encoding: Encoding, title: str, text: str) -> str:
     """The text of a passage as the retriever wants it, stripped. Without a title no second space is left.
 
-    `passage: {title} {text}` with an empty title gives `passage: text`, not `passage:  text`.
+    `passage: {title} {text}` with an empty title gives `passage: text`, not `passage:  text`. A passage without text is
+    encoded by its title, also by a template that has no title.
     """
+    if not text and "title" not in {field for _, field in _parts(encoding.passage_template)}:
+        text = title
     filled = _fill(encoding.passage_template, text=text, title=title, task=encoding.task).strip()
     return filled.lower() if encoding.lower_case else filled
 
@@ -115,7 +119,8 @@ class TextTokenizer:
                 raise InputError(f"texts[{index}] is {type(text).__name__}; every text must be a string")
         if titles is not None and (kind == "query" or len(titles) != len(texts)):
             raise InputError(
-                f"{len(titles)} titles for {len(texts)} texts of kind {kind!r}; give one title a passage, and none for queries"
+                f"{amount(len(titles), 'titles')} for {amount(len(texts), 'texts')} of kind {kind!r}; give one title a "
+                "passage, and none for queries"
             )
         if kind == "query":
             return [fill_query(self.encoding, text) for text in texts]
@@ -123,7 +128,13 @@ class TextTokenizer:
         return [fill_passage(self.encoding, title or "", text) for title, text in paired]
 
     def ids(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """Token ids of each text, specials included.
+        """Return the token ids of each text; see `ids_and_losses`."""
+        return self.ids_and_losses(texts, kind, titles)[0]
+
+    def ids_and_losses(
+        self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return the token ids of each text, specials included, and how many tokens truncation took from each.
 
         What is longer than the encoding allows is cut before the EOS. A text of no tokens gives
         only the specials, and no id at all where there are none.
@@ -134,11 +145,12 @@ class TextTokenizer:
         room = self._room(kind)
         head = [] if self._bos is None else [self._bos]
         tail = [] if self._eos is None else [self._eos]
-        rows = [[*head, *ids[:room], *tail] for ids in self._plain_ids(self.texts(texts, kind, titles))]
+        whole = self._plain_ids(self.texts(texts, kind, titles))
+        rows = [[*head, *ids[:room], *tail] for ids in whole]
         for ids in rows:
             if (head and ids[0] != self._bos) or (tail and ids[-1] != self._eos):
                 raise ModelError(f"ids {ids[:2]}...{ids[-2:]} do not begin and end with {self._bos} and {self._eos}")
-        return rows
+        return rows, [max(0, len(ids) - room) for ids in whole]
 
     def _plain_ids(self, filled: list[str]) -> list[list[int]]:
         try:

@@ -1,4 +1,4 @@
-"""Answers as JSON, written by hand: validating millions of numbers would cost more than making them."""
+"""Write answers as JSON by hand: validating millions of numbers would cost more than making them."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -9,17 +9,18 @@ import orjson
 from numpy.typing import NDArray
 
 from readapt_ray.records import Passage
+from readapt_ray.sources.splitting import parent_of
 
 
 def to_base64(vector: NDArray[np.float32]) -> str:
-    """The bytes of little-endian float32, as OpenAI's clients decode them."""
+    """Return the bytes of little-endian float32, as OpenAI's clients decode them."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
 def embeddings_json(
     vectors: NDArray[np.float32], *, as_base64: bool, model: str, fingerprint: str, num_tokens: int
 ) -> bytes:
-    """An `EmbeddingsResponse` as JSON."""
+    """Write an `EmbeddingsResponse` as JSON."""
     data = [
         {"object": "embedding", "index": index, "embedding": to_base64(vector) if as_base64 else vector}
         for index, vector in enumerate(vectors)
@@ -35,18 +36,22 @@ def search_json(
     fingerprint: str,
     num_tokens: int,
     missing: Sequence[str],
+    is_split: bool = False,
 ) -> bytes:
-    """A `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there is a text of."""
+    """A `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there is a text of.
+
+    If documents were split, the ids given are of passages, and a hit has that of its document as well.
+    """
     data = [
         {
             "object": "search_result",
             "index": index,
-            "hits": [_hit(rank, *hit, passages.get(hit[0])) for rank, hit in enumerate(hits, start=1)],
+            "hits": [_hit(rank, *hit, passages.get(hit[0]), is_split) for rank, hit in enumerate(hits, start=1)],
         }
         for index, hits in enumerate(ranked)
     ]
     body = _answer(data, model, fingerprint, num_tokens)
-    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)})
+    return orjson.dumps(body | {"partial": bool(missing), "missing": list(missing)}, default=str)
 
 
 def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens: int) -> dict[str, Any]:
@@ -54,6 +59,8 @@ def _answer(data: list[dict[str, Any]], model: str, fingerprint: str, num_tokens
     return {"object": "list", "data": data, "model": model, "usage": usage, "fingerprint": fingerprint}
 
 
-def _hit(rank: int, doc_id: str, score: float, passage: Passage | None) -> dict[str, Any]:
-    title, text = (passage.title, passage.text) if passage else (None, None)
-    return {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text}
+def _hit(rank: int, passage_id: str, score: float, passage: Passage | None, is_split: bool) -> dict[str, Any]:
+    title, text, columns = (passage.title, passage.text, passage.columns) if passage else (None, None, None)
+    doc_id, of_document = (parent_of(passage_id), passage_id) if is_split else (passage_id, None)
+    found = {"rank": rank, "doc_id": doc_id, "score": score, "title": title, "text": text}
+    return {**found, "columns": columns, "passage_id": of_document}

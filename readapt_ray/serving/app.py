@@ -1,4 +1,4 @@
-"""From options to Ray Serve applications: one for each version, one for the gateway before them.
+"""Make Ray Serve applications from options: one for each version, and one for the gateway before them.
 
 An application of its own for each version lets Ray Serve add, replace and remove one without touching the others. The
 same builders serve `readapt serve`, and the config file that `serve deploy` and KubeRay's RayService read:
@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from readapt_ray.artifacts import open_artifact
+from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
+from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.query_encoder import describe_encoder, query_encoder
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
@@ -31,12 +34,12 @@ _DRAIN_S = 20
 
 
 def version_app_name(name: str) -> str:
-    """The Ray Serve application of a version."""
+    """Return the name of a version's Ray Serve application."""
     return f"{GATEWAY_APP}-{name}"
 
 
 def version(args: dict[str, Any]) -> Any:
-    """The application of one version, from `ServeConfig`'s options for it and its `name`.
+    """Make the application of one version, from `ServeConfig`'s options for it and its `name`.
 
     Raises:
         InputError: an option is wrong; the index or the corpus is not complete.
@@ -47,7 +50,7 @@ def version(args: dict[str, Any]) -> Any:
 
 
 def gateway(args: dict[str, Any]) -> Any:
-    """The application that speaks HTTP, from `ServeConfig`'s options.
+    """Make the application that speaks HTTP, from `ServeConfig`'s options.
 
     Raises:
         InputError: an option is wrong, the file of API keys is, or recall cannot be probed.
@@ -56,7 +59,7 @@ def gateway(args: dict[str, Any]) -> Any:
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
-    """An encoder and the slices of its index."""
+    """Bind an encoder and the slices of its index."""
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
@@ -93,12 +96,12 @@ def slice_bytes(index: str | None, names: Sequence[str]) -> int:
 
 
 def num_slices(config: VersionConfig) -> int:
-    """How many parts the index of a version is served in."""
+    """Return in how many parts the index of a version is served."""
     return min(config.index_actors, len(version_spec("", config).shards))
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
-    """What the processes of a version are started with, by names that mean the same on every node.
+    """Return what the processes of a version are started with, by names that mean the same on every node.
 
     Raises:
         InputError: there is no retriever.
@@ -111,19 +114,24 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
     num_replicas = max(config.num_replicas, config.max_replicas or 1)
     index = open_artifact(config.index, "index") if config.index else None
     corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
-    made_by = index.manifest.details["encoder"] if index else {}
-    recorded = Encoding.parse(made_by["encoding"], where=str(config.index)) if made_by else None
+    bridge = _bridge_of(config)
+    asked_by = _asked_by(config, index, bridge)
+    recorded = Encoding.parse(asked_by["encoding"], where=str(config.index)) if asked_by else None
     folder = own_folder(config.retriever)
     return VersionSpec(
         name=name,
         retriever=str(folder) if folder is not None else config.retriever,
         encoding=config.encoding or recorded,
-        dtype=config.dtype or made_by.get("dtype", "float32"),
-        encoder_fingerprint=made_by.get("fingerprint"),
+        dtype=config.dtype or asked_by.get("dtype", "float32"),
+        encoder_fingerprint=asked_by.get("fingerprint"),
+        bridge=on_worker.absolute(bridge.artifact.location).uri if bridge else None,
+        bridge_fingerprint=bridge.artifact.fingerprint if bridge else None,
         index=on_worker.absolute(index.location).uri if index else None,
         index_fingerprint=index.fingerprint if index else None,
+        index_encoder=index.manifest.details["encoder"]["fingerprint"] if index else None,
         shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
         has_words="bm25" in index.manifest.details if index else False,
+        is_split=bool(index and index.manifest.details.get("is_split")),
         corpus=on_worker.absolute(corpus.location).uri if corpus else None,
         corpus_fingerprint=corpus.fingerprint if corpus else None,
         batch_tokens=config.batch_tokens,
@@ -131,6 +139,21 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         num_threads=config.num_threads,
         processes=config.processes(),
     )
+
+
+def _bridge_of(config: VersionConfig) -> Bridge | None:
+    return Bridge.open(config.bridge) if config.bridge else None
+
+
+def _asked_by(config: VersionConfig, index: Artifact | None, bridge: Bridge | None) -> dict[str, Any]:
+    """Return what the index, or the bridge to it, says of the encoder of queries; a model for queries speaks for itself."""
+    if bridge is not None:
+        return bridge.new_encoder
+    made_by = dict(index.manifest.details["encoder"]) if index else {}
+    if not made_by or passages_model(open_model(config.retriever, with_weights=False)) is None:
+        return made_by
+    model = open_model(config.retriever)
+    return describe_encoder(model, config.encoding or model.encoding, made_by["dtype"])
 
 
 _LIFE: dict[str, Any] = {
@@ -157,7 +180,7 @@ def _scale(config: VersionConfig) -> dict[str, Any]:
 
 
 def num_gpus(config: VersionConfig) -> float:
-    """GPUs that each encoder process of a version asks for."""
+    """Return how many GPUs each encoder process of a version asks for."""
     import ray
 
     if config.num_gpus_per_replica is not None:
@@ -166,7 +189,7 @@ def num_gpus(config: VersionConfig) -> float:
 
 
 def bind_gateway(config: ServeConfig) -> Any:
-    """What speaks HTTP for these versions."""
+    """Bind the gateway that speaks HTTP for these versions."""
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
@@ -205,8 +228,10 @@ def bind_gateway(config: ServeConfig) -> Any:
 
 
 def serve_config(config: ServeConfig) -> dict[str, Any]:
-    """The same applications as Ray Serve's config file has them, for `serve deploy` and KubeRay's RayService."""
-    given = config.model_dump(mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port"})
+    """Write the same applications as a Ray Serve config file, for `serve deploy` and KubeRay's RayService."""
+    given = config.model_dump(
+        mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port", "root", "as_of"}
+    )
     applications: list[dict[str, Any]] = [
         {
             "name": version_app_name(name),
@@ -221,7 +246,7 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
 
 
 def check_version(name: str, config: VersionConfig) -> str:
-    """Find out before anything starts whether retriever, index and corpus can be used and fit together.
+    """Check before anything starts that retriever, index, bridge and corpus can be used and fit together.
 
     Returns:
         The fingerprint of the version that they make.
@@ -229,24 +254,34 @@ def check_version(name: str, config: VersionConfig) -> str:
     Raises:
         ModelError: the retriever is not a model, or nothing says how it wants its text.
         ArtifactMissingError: the index or the corpus is not complete.
-        FingerprintMismatchError: the index was made by another model, or encoded otherwise.
+        FingerprintMismatchError: the index was made by another model, or encoded otherwise, or the bridge leads elsewhere.
+        InputError: there is a bridge, and no index that it leads to.
     """
     from readapt_ray.retrieval.encoder import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
+    if config.bridge and not config.index:
+        raise InputError(
+            f"version {name!r} has the bridge {config.bridge!r} and no index; give the index of its old vectors"
+        )
     spec = version_spec(name, config)
     model = open_model(config.retriever)
     encoding = spec.encoding or model.encoding
     TextTokenizer(model.tokenizer, encoding)
     encoder = encoder_fingerprint(model, encoding, spec.dtype)
     if spec.encoder_fingerprint not in (None, encoder):
-        recorded = open_artifact(str(config.index), "index").manifest.details["encoder"]
+        recorded = _asked_by(config, open_artifact(str(config.index), "index"), _bridge_of(config))
         raise _mismatch(model, encoding, spec.dtype, config, recorded)
+    if config.index:
+        bridge = _bridge_of(config)
+        query_encoder(model, open_artifact(config.index, "index"), encoding=encoding, bridge=bridge)
+        if bridge is not None:
+            bridge.warn_if_not_worth_it()
     return spec.fingerprint(encoder)
 
 
 def check_probe(config: ServeConfig) -> None:
-    """Find out before anything starts whether recall can be measured where that is asked for.
+    """Check before anything starts that recall can be measured where that is asked for.
 
     Raises:
         InputError: an index does not hold its vectors as they were.
@@ -266,7 +301,7 @@ def check_probe(config: ServeConfig) -> None:
 
 
 def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
-    """Find out before anything starts whether every version can be restricted as the API keys ask.
+    """Check before anything starts that every version can be restricted as the API keys ask.
 
     Raises:
         InputError: a corpus has no such column, or there is none.
@@ -293,6 +328,11 @@ def _mismatch(
     other = {key: value for key, value in wanted.items() if there.get(key) != value}
     differing = [f"{key} is {there.get(key)!r} there and {value!r} here" for key, value in other.items()]
     what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
+    if config.bridge:
+        return FingerprintMismatchError(
+            f"bridge {config.bridge!r} is not for {model.name!r}: {what}; serve the model that it was fitted with, or run "
+            f"`readapt bridge` with this one"
+        )
     return FingerprintMismatchError(
         f"index {config.index!r} does not fit {model.name!r}: {what}; serve the model that made the index, or "
         f"run `readapt embed` and `readapt index` with this one"

@@ -1,4 +1,4 @@
-"""Rows of many requests, encoded together: fair, bounded, and nothing for clients that went away.
+"""Encode rows of many requests in common batches: fair, bounded, and without work for clients that went away.
 
 Enters: the token ids of a request. Leaves: their vectors. Whenever the encoder is free, it gets as many rows as fit a
 budget of tokens; while it is busy, rows wait. Whose rows go next is start-time fair queueing (Goyal, Vin and Cheng,
@@ -31,7 +31,7 @@ _SHARE_OF_TIME = 0.5
 
 
 class QueueFullError(Exception):
-    """Too much waits already. `retry_after_s`: when there should be room, by the rate of late."""
+    """Too much is queued. `retry_after_s`: when there should be room, at the recent rate."""
 
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; room in about {retry_after_s:.1f} s")
@@ -39,7 +39,7 @@ class QueueFullError(Exception):
 
 
 class RequestTooLargeError(Exception):
-    """A request could not be done in its time even if nothing else waited. `num_rows`: how many of its rows could."""
+    """A request could not be answered in time even with an empty queue. `num_rows`: how many of its rows could be."""
 
     def __init__(self, num_rows: int) -> None:
         super().__init__(f"about {num_rows:,} rows could be encoded in time")
@@ -48,7 +48,7 @@ class RequestTooLargeError(Exception):
 
 @dataclass
 class Timing:
-    """Where the time of a request went, in seconds."""
+    """Say where the time of a request went, in seconds."""
 
     queue_s: float = 0.0
     """Until its first row was on the way to the encoder."""
@@ -74,7 +74,7 @@ class _Job:
 
 
 class Batcher:
-    """One queue before the replicas of one encoder.
+    """Queue rows for the replicas of one encoder, and send them in batches.
 
     Args:
         encode: gives the vectors [N, D] of N rows; called for several batches at once when there are several slots.
@@ -115,11 +115,11 @@ class Batcher:
 
     @property
     def queued_tokens(self) -> int:
-        """Tokens that wait now."""
+        """Count the tokens that are queued now."""
         return self._queued_tokens
 
     async def submit(self, rows: Rows, *, deadline_s: float = math.inf) -> tuple[NDArray[np.float32], Timing]:
-        """The vectors of a request's rows, [N, D], wanted before the event loop's clock shows `deadline_s`.
+        """Return the vectors of a request's rows, [N, D], before the event loop's clock shows `deadline_s`.
 
         When the caller is cancelled (its client went away, its deadline passed), the rows that wait are forgotten,
         and a batch that was for nobody else is cancelled.
@@ -158,7 +158,7 @@ class Batcher:
         return np.stack([vector for vector in job.vectors if vector is not None]), timing
 
     def _admit(self, job: _Job) -> None:
-        """Refuse a request that cannot be done in time, or that would make another late."""
+        """Refuse a request that cannot be answered in time, or that would make another late."""
         if self._queued_tokens and self._queued_tokens + job.queued_tokens > self._max_queued_tokens:
             raise QueueFullError(self._queued_tokens / (self._tokens_per_s or self._batch_tokens))
         now_s = job.came_s
@@ -179,7 +179,7 @@ class Batcher:
             before, others = before + each.queued_tokens, others - 1
 
     def _forget(self, job: _Job) -> None:
-        """Drop what waits for a request that has its answer, or wants none any more."""
+        """Drop the queued rows of a request that was answered or cancelled."""
         if not job.done.done():
             job.done.cancel()
         if job.queued:
@@ -208,7 +208,7 @@ class Batcher:
         self._timer = asyncio.get_running_loop().call_later(seconds, self._pump)
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
-        """Rows by their turn, up to the budget."""
+        """Take rows in turn from each client, up to the budget of tokens."""
         batch: list[tuple[_Job, int]] = []
         num_jobs, num_tokens = len(self._waiting), 0
         while self._heap:
@@ -282,7 +282,7 @@ class Batcher:
                 job.done.set_result(None)
 
     def _note_rate(self, num_tokens: int, seconds: float, now_s: float) -> None:
-        """Learn from batches that are nearly full: small ones take longer per token, and come when there is time."""
+        """Measure the rate from batches that are nearly full: small ones take longer per token."""
         if 2 * num_tokens >= self._batch_tokens:
             rate, is_known = num_tokens / max(seconds, 1e-6), now_s < self._rate_seen_s + _RATE_KNOWN_FOR_S
             self._tokens_per_s += (_RATE_SMOOTHING if is_known else 1.0) * (rate - self._tokens_per_s)

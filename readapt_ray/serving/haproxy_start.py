@@ -66,7 +66,7 @@ def for_clients_alone(config: str) -> str:
 
 
 def _standby_to_replace(folder: Path) -> list[str]:
-    """The arguments by which the new HAProxy ends the one that stood in for the last, if one does."""
+    """Return the arguments by which a new HAProxy ends the one that replaced the last, if there is one."""
     try:
         pid = (folder / STANDBY_PID).read_text()
         is_ours = os.fsencode(folder / STANDBY_CONFIG) in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -1,4 +1,4 @@
-"""Some shards of an index in memory: searched whole, or only among some doc_ids; without Ray.
+"""Search some shards of an index in memory, whole or only among some doc_ids; without Ray.
 
 A filtered search that leaves few passages is exact among the vectors that the index holds: it scores those of the passages
 that pass, a block at a time, read back from the index. Of many passages FAISS searches those that pass; what finds fewer than
@@ -43,7 +43,7 @@ class _SearchableShard:
     """Their doc_ids, in that order."""
 
     def __post_init__(self) -> None:
-        """Order the ids; and let inverted lists say where each vector lies (8 bytes each), to give it back."""
+        """Sort the doc_ids, and build the map by which inverted lists give vectors back (8 bytes each)."""
         order = np.argsort(self.shard.doc_ids, kind="stable")
         object.__setattr__(self, "order", order[np.count_nonzero(self.shard.doc_ids == DELETED) :])
         object.__setattr__(self, "ids", self.shard.doc_ids[self.order])
@@ -52,7 +52,7 @@ class _SearchableShard:
             lists.make_direct_map()
 
     def rows(self, wanted: DocFilter) -> NDArray[np.int64]:
-        """The rows that pass a filter, rising.
+        """Return the rows that pass a filter, rising.
 
         Raises:
             InputError: there is no such column, or it holds no such values.
@@ -82,7 +82,7 @@ class _SearchableShard:
         return np.unique(self.order[places[self.ids[places] == names]]) if len(self.ids) else self.order
 
     def scan(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Iterator[Hits]:
-        """The k best of each query among the rows, for each block of them."""
+        """Yield the k best of each query among the rows, for each block of them."""
         for first in range(0, len(rows), _BLOCK_ROWS):
             block = rows[first : first + _BLOCK_ROWS]
             yield search_exact(
@@ -90,7 +90,7 @@ class _SearchableShard:
             )
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Hits:
-        """The k best of each text by BM25."""
+        """Return the k best of each text by BM25."""
         passing = None
         if wanted is not None:
             passing = np.zeros(len(self.shard.doc_ids), bool)
@@ -98,7 +98,7 @@ class _SearchableShard:
         return search_words(self.shard.words, self.shard.doc_ids, texts, top_k, passing)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits]:
-        """What passes a filter, in parts: the k best of each query are among them."""
+        """Yield what passes a filter, in parts that hold the k best of each query."""
         rows = self.rows(wanted)
         if wanted.is_exact or len(rows) <= _SCANNED_ROWS:
             yield from self.scan(queries, top_k, rows)
@@ -133,7 +133,7 @@ def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
 
 
 def holds_vectors_whole(factory: str) -> bool:
-    """Whether an index that FAISS made by this string gives back the very vectors that went in.
+    """Return whether a FAISS index of this factory string gives back the exact vectors that were added.
 
     Lists and graphs over flat vectors do, and what ranks again by flat vectors. What is given back of codes, of
     quantised numbers or of a projection is what the index already searches by: it misses nothing of that.
@@ -142,7 +142,7 @@ def holds_vectors_whole(factory: str) -> bool:
 
 
 class IndexSlice:
-    """Shards that one process holds.
+    """Shards of an index that one process holds.
 
     Args:
         folder: where the shards lie.
@@ -171,11 +171,11 @@ class IndexSlice:
 
     @property
     def num_vectors(self) -> int:
-        """Vectors in all shards that are found."""
+        """Count the vectors in all shards, without deleted ones."""
         return sum(len(each.ids) for each in self._shards)
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None = None) -> Hits:
-        """The k best of each query [Q, D]; a filter leaves only what passes it.
+        """Return the k best of each query [Q, D]; with a filter, among the passages that pass it.
 
         Raises:
             InputError: the dimensions differ, or this kind of index cannot be filtered.
@@ -185,7 +185,7 @@ class IndexSlice:
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Hits:
-        """The k best of each text by BM25.
+        """Return the k best of each text by BM25.
 
         Raises:
             InputError: there is no such column to filter by, or it holds no such values.
@@ -197,7 +197,7 @@ class IndexSlice:
         return best.hits()
 
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
-        """As `search` with a filter, with a pause after each block but the last: None stands for a pause.
+        """Search with a filter, with a pause after each block but the last: None stands for a pause.
 
         Raises:
             InputError: the dimensions differ, or this kind of index cannot be filtered.

@@ -1,4 +1,4 @@
-"""API keys: who may ask, and how often.
+"""Read and check API keys: who may ask, and how often.
 
 Enters: a YAML or JSON file (or the text of `READAPT_API_KEYS`) of names with their keys; what stays in memory
 and goes to other processes is the SHA-256 of each key. A check costs one hash and one comparison a key,
@@ -28,7 +28,7 @@ _BURST_S = 10.0
 
 @dataclass(frozen=True)
 class ApiKey:
-    """Whom a key belongs to, and what may be done with it."""
+    """The owner of a key, and what may be done with it."""
 
     name: str
     sha256: str
@@ -40,7 +40,7 @@ class ApiKey:
 
 
 def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
-    """The keys of a file, or of the environment where no file is named; none where there is neither.
+    """Read the keys of a file, or of the environment if no file is named; return none if there is neither.
 
     Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}}`; a key may be
     given as `sha256:` and its digest.
@@ -86,7 +86,7 @@ def _parse(name: str, entry: Any, where: str) -> ApiKey:
 
 
 def _within(name: str, given: Any, where: str) -> DocFilter:
-    """The filter of a key. One that restricts nothing is refused: it was meant to."""
+    """Read the filter of a key. Refuse one that restricts nothing: it was meant to."""
     try:
         found = doc_filter(FilterFields.model_validate(given))
     except ValidationError as error:
@@ -99,7 +99,7 @@ def _within(name: str, given: Any, where: str) -> DocFilter:
 
 
 class KeyRing:
-    """Checks keys and counts requests.
+    """Check keys and count requests.
 
     Args:
         keys: those that are allowed; with none, every request is anonymous.
@@ -116,11 +116,11 @@ class KeyRing:
         }
 
     def __bool__(self) -> bool:
-        """Whether any key is configured."""
+        """Return whether any key is configured."""
         return bool(self._keys)
 
     def find(self, authorization: str | None) -> ApiKey | None:
-        """Whose key stands in an `Authorization: Bearer ...` header; None for no key, or an unknown one.
+        """Return the owner of the key in an `Authorization: Bearer ...` header; None for no key, or an unknown one.
 
         The header is as ASGI has it: bytes, of UTF-8 where the key is, each decoded as a character of Latin-1.
         """
@@ -133,13 +133,13 @@ class KeyRing:
         return found if scheme.lower() == "bearer" else None
 
     def wait_s(self, key: ApiKey) -> float:
-        """Count one request: 0 when it is within the key's rate, else the seconds until the next one is."""
+        """Count one request; return 0 if it is within the key's rate, else the seconds until the next one is."""
         bucket = self._buckets.get(key.name)
         return bucket.take() if bucket else 0.0
 
 
 class _Bucket:
-    """A token bucket that holds the requests of ten seconds."""
+    """A token bucket with room for the requests of ten seconds."""
 
     def __init__(self, per_s: float, clock: Callable[[], float]) -> None:
         self._per_s = per_s

@@ -1,4 +1,4 @@
-"""Names of deployments, by which one finds another."""
+"""Names of Ray Serve deployments."""
 
 ENCODER_DEPLOYMENT = "encoder"
 GATEWAY_DEPLOYMENT = "gateway"

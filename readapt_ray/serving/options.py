@@ -1,4 +1,4 @@
-"""The options of `readapt serve`: one version, or several side by side, and how traffic reaches them."""
+"""Define the options of `readapt serve`: one version, or several side by side, and how requests are routed to them."""
 
 import ipaddress
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -7,13 +7,14 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
+from readapt_ray.generations import with_folders
 from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
 
 class Limits(Config):
-    """What a request may ask for, and how much a gateway takes at once."""
+    """Limits of a request, and of what a gateway holds at once."""
 
     batch_wait_s: float = Field(default=0.0, ge=0, le=10)
     """Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it to get larger batches at
@@ -39,12 +40,15 @@ class Limits(Config):
 
 
 class VersionConfig(Config):
-    """One version, an encoder with its index, and the processes that hold it."""
+    """Options of one version: an encoder with its index, and their processes."""
 
     retriever: str = ""
     """Model to serve: a catalog name, a folder, a URI or a hub id. Required, unless `versions` lists several."""
     index: str | None = None
-    """Output folder of `readapt index`, made with this retriever. If omitted, there is no search."""
+    """Output folder of `readapt index`, made with this retriever (or `bridge` leads to it). If omitted, there is no search."""
+    bridge: str | None = None
+    """Output folder of `readapt bridge`, if an older model made the vectors of the index. Such a version encodes queries
+    alone."""
     corpus: str | None = None
     """Output folder of `readapt ingest`. If omitted, search results have no titles and texts."""
     encoding: EncodingOption = None
@@ -73,8 +77,8 @@ class VersionConfig(Config):
     """CPUs that Ray reserves per index process."""
 
     def processes(self) -> dict[str, Any]:
-        """The options that say how many processes there are, and with what; not what they serve."""
-        served = {"retriever", "index", "corpus", "encoding", "dtype"}
+        """Return the options of the processes: how many there are and with what, not what they serve."""
+        served = {"retriever", "index", "bridge", "corpus", "encoding", "dtype"}
         return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
 
 
@@ -120,11 +124,16 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     """Bring the server that runs on this Ray to these options without dropping a request, instead of starting one."""
     require_report: str | None = None
     """Output of `readapt evaluate --require`. Serve only if all that it requires holds, and it measured each version."""
+    root: str | None = None
+    """Root of `readapt refresh`: serve the retriever, index and corpus of its present generation. What is given beside it
+    overrides it."""
+    as_of: int | None = Field(default=None, ge=1)
+    """Number of the generation of `root` to serve. If omitted, the present one."""
     write_config: str | None = None
     """Write the file that `serve deploy` and KubeRay's RayService read, and start nothing."""
 
     inputs: ClassVar[frozenset[str]] = frozenset(
-        {"retriever", "index", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
+        {"retriever", "index", "bridge", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
     )
     operational: ClassVar[frozenset[str]] = frozenset(
         {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}
@@ -145,6 +154,11 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         | {"timeout_s", "drain_s", "lost_shards", "shard_timeout_s"}
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_generation(cls, values: Any) -> Any:
+        return with_folders(values, ("retriever", "index", "corpus")) if isinstance(values, dict) else values
+
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if bool(self.retriever) == bool(self.versions):
@@ -153,7 +167,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         return self
 
     def each_version(self) -> dict[str, VersionConfig]:
-        """Each version by its name, whole.
+        """Return the options of each version by its name, defaults filled in.
 
         Raises:
             InputError: an option of a version is unknown or wrong.
@@ -167,14 +181,14 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         }
 
     def routing(self) -> Routing:
-        """How traffic reaches the versions."""
+        """Return how requests are routed to the versions."""
         same = {name: getattr(self, name) for name in SideOptions.model_fields}
         default = self.default or next(iter(self.each_version()))
         return Routing.parse(same | {"default": default, "split": parse_split(self.split)})
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address or name means this machine alone."""
+    """Return whether an address or name means this machine alone."""
     if host == "localhost":
         return True
     try:

@@ -36,8 +36,10 @@ def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
 
 
 def _made_from(version: VersionConfig) -> set[str]:
-    """The fingerprints by which a run names what is served: of the index or its vectors, else of the retriever."""
+    """The fingerprints by which a run names what is served: of the bridge, of the index or its vectors, else of the retriever."""
     if not version.index:
         return {open_model(version.retriever).fingerprint}
+    if version.bridge:
+        return {open_artifact(version.bridge, "bridge").fingerprint}
     manifest = open_artifact(version.index, "index").manifest
     return {manifest.fingerprint, manifest.inputs["vectors"]}

@@ -1,4 +1,4 @@
-"""What goes over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
+"""Define requests and answers over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -57,7 +57,7 @@ class _Request(BaseModel):
 
 
 class EmbeddingsRequest(_Request):
-    """`POST /v1/embeddings`."""
+    """The body of `POST /v1/embeddings`."""
 
     input: Inputs
     """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer: they are decoded and
@@ -78,7 +78,7 @@ class EmbeddingsRequest(_Request):
 
 
 class SearchRequest(FilterFields, _Request):
-    """`POST /v1/search`: give `query`, or `vector` with `fingerprint`. Other fields than these are refused."""
+    """The body of `POST /v1/search`: `query`, or `vector` with `fingerprint`. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -150,17 +150,20 @@ class EmbeddingsResponse(BaseModel):
 
 
 class Hit(BaseModel):
-    """A passage that was found. Without a corpus there is no title and no text."""
+    """A passage that was found. Without a corpus there is no title and no text; `columns` are those that ingest kept."""
 
     rank: int
     doc_id: str
     score: float
     title: str | None = None
     text: str | None = None
+    columns: dict[str, Any] | None = None
+    passage_id: str | None = None
+    """Id of the best passage of the document, if ingest split documents. Title and text are those of this passage."""
 
 
 class SearchResult(BaseModel):
-    """What was found for the query at place `index`, best first."""
+    """Results for the query at place `index`, best first."""
 
     object: Literal["search_result"] = "search_result"
     index: int
@@ -202,6 +205,8 @@ class ServedModel(BaseModel):
     """Of encoder, index and corpus together."""
     encoder_fingerprint: str
     """Of what makes the vectors."""
+    passages_by: str
+    """Model that encodes the passages of its index, if this version encodes queries alone; else empty."""
     num_vectors: int
     """Vectors in its index; 0 without one."""
     columns: dict[str, str]
@@ -215,14 +220,14 @@ class ServedModel(BaseModel):
 
 
 class ModelList(BaseModel):
-    """`GET /v1/models`."""
+    """The answer of `GET /v1/models`."""
 
     object: Literal["list"] = "list"
     data: list[ServedModel]
 
 
 class TokenizeRequest(_Request):
-    """`POST /tokenize`, as vLLM has it."""
+    """The body of `POST /tokenize`, as in vLLM."""
 
     prompt: Text
     """A text."""
@@ -240,7 +245,7 @@ class TokenizeResponse(BaseModel):
 
 
 class ServerInfo(BaseModel):
-    """`GET /info`: the default version and the limits, in the words of text-embeddings-inference."""
+    """The answer of `GET /info`: the default version and the limits, in the words of text-embeddings-inference."""
 
     version: str
     """Of readapt_ray."""
@@ -258,13 +263,13 @@ class ServerInfo(BaseModel):
 
 
 class Health(BaseModel):
-    """`GET /healthz`: this process answers."""
+    """The answer of `GET /healthz`: this process answers."""
 
     status: Literal["ok"] = "ok"
 
 
 class CheckResult(BaseModel):
-    """Whether a version encodes, and searches its whole index, right now."""
+    """Whether a version encodes and searches its whole index now."""
 
     ready: bool
     reason: str = ""
@@ -273,7 +278,7 @@ class CheckResult(BaseModel):
 
 
 class Readiness(BaseModel):
-    """`GET /readyz`: whether every version can do its work."""
+    """The answer of `GET /readyz`: whether every version encodes and searches."""
 
     ready: bool
     versions: dict[str, CheckResult]
@@ -313,7 +318,7 @@ class RequestError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers of the answer."""
+        """Return the headers of the answer."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         return headers | {"www-authenticate": "Bearer"} if self.status == 401 else headers
 
@@ -329,7 +334,7 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 def error_body(
     message: str, *, status: int = 400, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, str | None]]:
-    """An error as OpenAI's clients read it."""
+    """Return an error in the form that OpenAI's clients read."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -362,7 +367,7 @@ _EXPECTED = {
 
 
 def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str | None]]:
-    """What pydantic found wrong with a body, as one error that names the first wrong field."""
+    """Describe what pydantic found wrong with a body, as one error that names the first wrong field."""
     first = errors[0]
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "value_error" and place[:1] != ["filter"]:

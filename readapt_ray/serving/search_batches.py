@@ -1,4 +1,4 @@
-"""Searches of many requests, made together: one scan of an index for 64 queries costs little more than for one.
+"""Search for many requests at once: one scan of an index for 64 queries costs little more than for one.
 
 While a search is under way, others gather; when it is done, those that wait are the next one. A request that finds nothing
 under way is searched at once.
@@ -26,12 +26,12 @@ class _Waiting:
     found: asyncio.Future[Hits]
 
     def fits(self, other: "_Waiting") -> bool:
-        """Whether both are answered by one search, each with what it would have found alone."""
+        """Return whether one search can answer both requests, each with the results that it would get alone."""
         return self.top_k == other.top_k and self.queries.shape[1:] == other.queries.shape[1:]
 
 
 class SearchBatches:
-    """One queue before one index.
+    """Queue searches of one index, and make those that wait together.
 
     Args:
         search: finds the k best of queries [Q, D]; it is called for one batch after the other.
@@ -63,7 +63,7 @@ class SearchBatches:
             self._task = None
 
     def _next_batch(self) -> list[_Waiting]:
-        """The oldest that waits, and those that fit it, in their order; a request of many queries goes alone."""
+        """Take the oldest waiting request and those that fit it, in order; a request of many queries goes alone."""
         batch: list[_Waiting] = []
         num_queries, left = 0, deque[_Waiting]()
         for each in self._waiting:

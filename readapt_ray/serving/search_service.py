@@ -30,7 +30,7 @@ from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.search_modes import check_mode, search_by_mode
+from readapt_ray.serving.search_modes import check_mode, search_documents
 from readapt_ray.serving.shadow_and_probe import SideSearches
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version
@@ -170,6 +170,12 @@ class SearchService:
             raise invalid(message, "dimensions")
         self._check_token_ids(body, info.encoder_fingerprint)
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
+        if kind == "passage" and info.passages_by:
+            message = (
+                f"version {name!r} encodes queries alone: its passages are encoded by {info.passages_by!r}; ask for "
+                f"'query', or another version"
+            )
+            raise invalid(message, "input_type")
         truncate = self.limits.truncate if body.truncate is None else body.truncate
         async with self._deadline(body.timeout_s) as deadline_s:
             rows = await self._tokenized(version, body.input, kind, trace, param=param, truncate=truncate)
@@ -232,6 +238,7 @@ class SearchService:
             fingerprint=version.info.fingerprint,
             num_tokens=trace.num_tokens,
             missing=found.missing,
+            is_split=version.info.is_split,
         )
 
     @asynccontextmanager
@@ -328,7 +335,7 @@ class SearchService:
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:
-            search = search_by_mode(body.mode, version.backend, vectors, texts, top_k=body.top_k, wanted=wanted)
+            search = search_documents(body.mode, version.backend, vectors, texts, top_k=body.top_k, wanted=wanted)
             found = await _by_this_version(search)
         except InputError as error:
             raise RequestError(str(error), code="invalid_value") from None

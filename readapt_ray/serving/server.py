@@ -188,7 +188,7 @@ def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprint
 
 
 def _run(applications: dict[str, Any]) -> None:
-    """Bring these applications up, all at once, and wait until they are."""
+    """Deploy these applications at once, and wait until they are up."""
     from ray.serve.api import RunTarget
 
     targets = [
@@ -204,7 +204,7 @@ def _run(applications: dict[str, Any]) -> None:
 
 
 def _described(error: BaseException) -> BaseException:
-    """What to tell the user of a start that failed."""
+    """Return what to tell the user about a start that failed."""
     if not isinstance(error, Exception) or isinstance(error, ReadaptError):
         return error
     reason = _deployment_message(_ray_serve()) or str(connection.cause_of(error))
@@ -212,7 +212,7 @@ def _described(error: BaseException) -> BaseException:
 
 
 def _drain(seconds: float) -> None:
-    """Let requests under way end, for so many seconds at most; new ones get 503. What is left after that gets 503 too."""
+    """Let requests in progress end for so many seconds; new ones get 503, and so do those left after that."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -231,7 +231,7 @@ def _drain(seconds: float) -> None:
 
 
 def stop() -> None:
-    """Stop serving and free the port; nothing happens where nothing is served. Ray itself goes on."""
+    """Stop serving and free the port; do nothing if nothing is served. Ray itself keeps running."""
     import ray
 
     haproxy.unwatch()
@@ -252,7 +252,7 @@ def stop() -> None:
 
 
 def _ray_serve() -> Any:
-    """Ray Serve, which sets its logger to talk on the user's terminal when it is imported."""
+    """Import Ray Serve, and keep its logger from writing to the user's terminal."""
     from ray import serve as ray_serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
@@ -266,7 +266,7 @@ def _reachable(host: str) -> str:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Find out whether the port can be listened on; on a cluster that is elsewhere nobody here can know."""
+    """Check that the port can be listened on; on a remote cluster this cannot be known here."""
     if os.environ.get("RAY_ADDRESS"):
         return
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -332,7 +332,7 @@ def _end_where_ray_ends() -> None:
 
 
 def _deployment_message(ray_serve: Any) -> str:
-    """The last line of what Ray Serve says of a replica that did not start."""
+    """Return the last line of Ray Serve's message about a replica that did not start."""
     for application in ray_serve.status().applications.values():
         for deployment in application.deployments.values():
             lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]

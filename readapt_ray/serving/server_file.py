@@ -1,4 +1,4 @@
-"""A file per port that says how to reach the Ray of the server there, so that `readapt serve --update` finds it.
+"""Keep a file per port that says how to reach the Ray of the server there, so that `readapt serve --update` finds it.
 
 It lies in the temporary folder, and only this user can read it.
 """
@@ -33,7 +33,7 @@ def remove(port: int) -> None:
 
 
 def join(port: int) -> None:
-    """Set the environment variables by which this process joins the Ray of the server at a port, unless they are set.
+    """Set the environment variables by which this process joins the Ray of the server at a port, if they are not set.
 
     Raises:
         InputError: no server of this user wrote the file.

@@ -1,4 +1,4 @@
-"""Searches that no client waits for: a shadow version is compared with the answer, and recall is measured.
+"""Run searches that no client waits for: a shadow version is compared with the answer, and recall is measured.
 
 They start after the answer, a few at a time. If one fails, only the log says so.
 """
@@ -15,6 +15,7 @@ from readapt_ray.serving.doc_filter import DocFilter, doc_filter
 from readapt_ray.serving.schema import SearchRequest
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import Found, Registry, Version
+from readapt_ray.sources.splitting import parent_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -45,7 +46,7 @@ class SideSearches:
     def shadow(
         self, registry: Registry, name: str, body: SearchRequest, found: Found, *, within: DocFilter | None
     ) -> None:
-        """Search with the shadow version too, if there is one and it keeps up."""
+        """Search with the shadow version too, if there is one and it is not behind."""
         shadow = registry.routing.shadow_of(name)
         if shadow is None or body.query is None or len(self.tasks) >= _MAX_SEARCHES:
             return
@@ -92,9 +93,10 @@ class SideSearches:
         finally:
             self._probing = False
         for mine, best in zip(answered.ranked, exact.ranked, strict=True):
-            expected = {hit.doc_id for hit in best}
+            id_of = parent_of if version.info.is_split else str
+            expected = {id_of(hit.doc_id) for hit in best}
             if expected and not exact.missing:
-                self._telemetry.probed(name, len(expected & {hit.doc_id for hit in mine[:depth]}), len(expected))
+                self._telemetry.probed(name, len(expected & {id_of(hit.doc_id) for hit in mine[:depth]}), len(expected))
 
     async def _compare(self, name: str, trace: Trace, version: Version, body: SearchRequest, answered: Found) -> None:
         shadow = trace.version

@@ -1,4 +1,4 @@
-"""OpenTelemetry traces of requests, by an option: a span a request, below it one for each thing that took time.
+"""Send OpenTelemetry traces of requests: a span per request, with one below it for each part of its time.
 
 A client that sends `traceparent` finds them in its own trace. Where they go is said by OpenTelemetry's own
 environment variables (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_SERVICE_NAME).
@@ -22,7 +22,7 @@ _EXPORTER = "opentelemetry.exporter.otlp.proto.http"
 
 
 def check_exporter() -> None:
-    """See that traces can be sent.
+    """Check that traces can be sent.
 
     Raises:
         InputError: the package that sends them is not installed.
@@ -38,7 +38,7 @@ def check_exporter() -> None:
 
 
 class RequestSpans:
-    """Makes the spans of a gateway.
+    """Make the spans of a gateway.
 
     Args:
         exporter: takes them; by default they are sent over OTLP.
@@ -58,7 +58,7 @@ class RequestSpans:
     def record(
         self, trace: Trace, *, method: str, path: str, status: int, seconds: float, headers: Mapping[str, str]
     ) -> None:
-        """A request that took so many seconds has just ended.
+        """Record a request that just ended after so many seconds.
 
         What took time within it went one after the other, ending with the request: queue, encode, search.
         """
@@ -90,7 +90,7 @@ class RequestSpans:
         span.end(ended_ns)
 
     def flush(self) -> None:
-        """Send what waits."""
+        """Send the spans that wait."""
         self._provider.force_flush()
 
 

@@ -1,4 +1,4 @@
-"""What is measured of serving, as Prometheus metrics of Ray: `ray_readapt_...` at the metrics port of each node.
+"""Measure serving with Ray's Prometheus metrics: `ray_readapt_...` at the metrics port of each node.
 
 `GET /metrics` of a gateway gathers them from all nodes, so one scrape of any gateway sees all replicas. Ray exports what
 was counted within some ten seconds.
@@ -20,7 +20,7 @@ _DIFFERENCES = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
 
 @dataclass(kw_only=True)
 class Trace:
-    """What the log, the metrics and `Server-Timing` say of a request."""
+    """Facts of a request for the log, the metrics and `Server-Timing`."""
 
     request_id: str = ""
     key: str = ""
@@ -61,26 +61,26 @@ class Telemetry:
         )
 
     def request(self, path: str, status: int, version: str, key: str, seconds: float) -> None:
-        """A request was answered, or its client went away (status 499)."""
+        """Count a request that was answered, or whose client went away (status 499)."""
         self._requests.inc(1, {"path": path, "status": str(status), "version": version, "key": key})
         self._seconds.observe(seconds, {"path": path, "version": version})
 
     def tokens(self, version: str, num_tokens: int) -> None:
-        """Texts were tokenised."""
+        """Count tokens of texts."""
         if num_tokens:
             self._tokens.inc(num_tokens, {"version": version})
 
     def encoded(self, version: str, timing: Timing) -> None:
-        """The texts of a request were encoded."""
+        """Count the time that the texts of a request took to encode."""
         self._queue.observe(timing.queue_s, {"version": version})
         self._encode.observe(timing.encode_s, {"version": version})
 
     def searched(self, version: str, seconds: float) -> None:
-        """The queries of a request were searched for."""
+        """Count the time that the queries of a request took to search."""
         self._search.observe(seconds, {"version": version})
 
     def batch(self, version: str, budget: int, num_rows: int, num_tokens: int, seconds: float) -> None:
-        """A batch came back from the encoder."""
+        """Count a batch of the encoder."""
         tags = {"version": version}
         self._batch_rows.observe(num_rows, tags)
         self._batch_tokens.inc(num_tokens, tags)
@@ -88,20 +88,20 @@ class Telemetry:
         self._batch_seconds.observe(seconds, tags)
 
     def not_finite(self, version: str, num_texts: int) -> None:
-        """The encoder gave vectors that are none."""
+        """Count vectors with NaN or infinity."""
         self._not_finite.inc(num_texts, {"version": version})
 
     def partial(self, version: str) -> None:
-        """A search was answered without a part of the index."""
+        """Count a search that was answered without a part of the index."""
         self._partial.inc(1, {"version": version})
 
     def probed(self, version: str, num_found: int, num_due: int) -> None:
-        """A search was made again exactly: so many of the best were found, of so many that there are."""
+        """Count a search that was repeated exactly: how many of the best passages were found, and how many there are."""
         _add(self._recall_found, num_found, {"version": version})
         _add(self._recall_due, num_due, {"version": version})
 
     def compared(self, version: str, shadow: str, num_shared: int, num_due: int, score_difference: float) -> None:
-        """A shadow searched along: so many passages of the first were found by both."""
+        """Count a search of the shadow version: how many passages of the first were found by both."""
         tags = {"version": version, "shadow": shadow}
         _add(self._shadow_shared, num_shared, tags)
         _add(self._shadow_due, num_due, tags)
@@ -109,6 +109,8 @@ class Telemetry:
 
 
 def _add(counter: Counter, number: int, tags: dict[str, str]) -> None:
-    """Count; a share is of two counters, since Ray exports sums of histograms from the middles of their buckets."""
+    """Add to a counter; a share is two counters, since Ray exports sums of histograms from the middles of their
+    buckets.
+    """
     if number:
         counter.inc(number, tags)

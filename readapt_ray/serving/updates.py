@@ -1,4 +1,4 @@
-"""What an update of a running server cannot do, refused before it changes anything."""
+"""Refuse updates of a running server that it cannot do, before they change anything."""
 
 import contextlib
 import signal
@@ -13,7 +13,7 @@ from readapt_ray.serving.options import ServeConfig, VersionConfig
 
 
 def check_server(config: ServeConfig, running: Set[str]) -> None:
-    """See that this Ray serves, where the update says that it does.
+    """Check that this Ray serves where the update says.
 
     Raises:
         InputError: it serves nothing, or at another port or host.
@@ -32,7 +32,7 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
 
 
 def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerprints: Mapping[str, str]) -> None:
-    """See that versions which are served already are the same.
+    """Check that versions of the same name as running ones are the same.
 
     Args:
         kept: name and options of each version, by its application.
@@ -59,7 +59,8 @@ def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerpri
 
 
 def check_room(added: Sequence[VersionConfig]) -> None:
-    """See that new versions have room beside those that are served. Only a Ray of one node is looked at: others may grow.
+    """Check that new versions have room beside those that are served. Only a Ray of one node is checked: others may
+    grow.
 
     Raises:
         InputError: they have none; they would wait for ever.
@@ -91,7 +92,7 @@ def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def sigterm_ends_it() -> Iterator[None]:
-    """Let SIGTERM end the block by an exception, as Ctrl-C does, so that what an update has added is removed."""
+    """End the block with an exception on SIGTERM, as on Ctrl-C, so that what an update has added is removed."""
 
     if threading.current_thread() is not threading.main_thread():
         yield

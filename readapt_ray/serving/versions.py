@@ -1,4 +1,4 @@
-"""The versions that a server has: what each one is, which one answers a request, and how traffic is split among them.
+"""Hold the versions of a server: what each one is, which one answers a request, and how requests are split among them.
 
 A version is an encoder with the index of its own vectors: one unit with one fingerprint. Every call carries the fingerprint
 that it is meant for, and a process that holds another one refuses it. So a query is never searched in the index of another
@@ -37,7 +37,7 @@ class Ranked(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found for each query, best first, and which parts of the index did not answer."""
+    """The passages found for each query, best first, and the parts of the index that did not answer."""
 
     ranked: list[list[Ranked]]
     missing: list[str]
@@ -57,10 +57,14 @@ class VersionInfo:
     batch_tokens: int
     num_slots: int
     """Batches that its replicas can encode at once."""
+    passages_by: str = ""
+    """Model that encodes the passages, if this version encodes queries alone: behind a bridge, or by a model for queries."""
     slices: Mapping[str, int] = field(default_factory=dict)
     """The parts of its index, each with the number of its vectors; empty without an index."""
     has_words: bool = False
     """Whether its index has BM25 scores."""
+    is_split: bool = False
+    """Whether passages are parts of documents, to which results are merged."""
     corpus: str | None = None
     """Folder or URI with the titles and texts of its passages."""
     corpus_fingerprint: str | None = None
@@ -86,7 +90,7 @@ class PartsDownError(Exception):
 
 
 class Backend(Protocol):
-    """The encoder and the index behind a version: on Ray Serve, or in one process for a test."""
+    """The encoder and the index of a version: on Ray Serve, or in one process for a test."""
 
     info: VersionInfo
 
@@ -147,7 +151,7 @@ class SideOptions(Config):
 
 
 class Routing(SideOptions):
-    """How requests that name no version are spread. It is replaced as a whole, between two requests."""
+    """How requests that name no version are spread. The whole routing is replaced between two requests."""
 
     default: str
     """The version that embeds, and searches unless there is a split."""
@@ -221,7 +225,7 @@ _SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": 
 
 @dataclass(frozen=True)
 class Registry:
-    """The versions by name, and the routing among them: one state, replaced as a whole."""
+    """The versions by name with their routing: one state, replaced as a whole."""
 
     versions: Mapping[str, Version] = field(default_factory=dict)
     routing: Routing = field(default_factory=lambda: Routing(default=""))
@@ -229,7 +233,12 @@ class Registry:
     def models(self) -> schema.ModelList:
         """List the versions, the default first."""
         names = sorted(self.versions, key=lambda name: name != self.routing.default)
-        data = [self._described(name, kind) for name in names for kind in _SUFFIXES]
+        data = [
+            self._described(name, kind)
+            for name in names
+            for kind in _SUFFIXES
+            if kind != "passage" or not self.versions[name].info.passages_by
+        ]
         return schema.ModelList(data=[each for each in data if each.id == each.version or each.id not in self.versions])
 
     def model(self, model: str) -> schema.ServedModel:
@@ -253,6 +262,7 @@ class Registry:
             matryoshka=info.matryoshka,
             fingerprint=info.fingerprint,
             encoder_fingerprint=info.encoder_fingerprint,
+            passages_by=info.passages_by,
             num_vectors=info.num_vectors,
             columns=dict(store.columns) if store and info.num_vectors else {},
             modes=_modes(info),
@@ -305,7 +315,7 @@ class Registry:
 
 
 def _modes(info: VersionInfo) -> list[schema.Mode]:
-    """How a version can be searched."""
+    """Return the modes in which a version can be searched."""
     if not info.slices:
         return []
     return ["dense", "bm25", "hybrid"] if info.has_words else ["dense"]

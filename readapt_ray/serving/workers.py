@@ -1,4 +1,4 @@
-"""The Ray Serve deployments of one version, which compute: an encoder, and the slices of its index.
+"""Define the Ray Serve deployments of one version that compute: an encoder, and the slices of its index.
 
 A health check does real work: the encoder encodes a sentence and compares the vector with the first one that it made, a
 slice searches for a vector. After three failures Ray Serve replaces the process. If the check queues behind other work, work
@@ -19,8 +19,11 @@ from ray import serve
 
 from readapt_ray.artifacts import fingerprint, open_artifact
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.search_batches import SearchBatches
 from readapt_ray.serving.versions import Ranked, VersionInfo
@@ -46,13 +49,20 @@ class VersionSpec:
     encoding: Encoding | None
     dtype: str
     encoder_fingerprint: str | None
-    """As the index has it: a node whose model folder differs is found out. None without an index."""
+    """As the index or the bridge has it: a node whose model folder differs is found out. None without an index."""
+    bridge: str | None
+    """Maps queries to the vectors of the index, if another model made these."""
+    bridge_fingerprint: str | None
     index: str | None
     index_fingerprint: str | None
+    index_encoder: str | None
+    """Fingerprint of what made the vectors of the index."""
     shards: tuple[str, ...]
     """Names of the shards of the index."""
     has_words: bool
     """Whether the index has BM25 scores."""
+    is_split: bool
+    """Whether passages are parts of documents."""
     corpus: str | None
     corpus_fingerprint: str | None
     batch_tokens: int | None
@@ -64,11 +74,12 @@ class VersionSpec:
 
     def fingerprint(self, encoder: str) -> str:
         """Return the fingerprint of the version, from that of its encoder."""
-        return fingerprint({"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint})
+        parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
+        return fingerprint(parts | ({"bridge": self.bridge_fingerprint} if self.bridge else {}))
 
 
 class _Worker:
-    """One thread that computes, so that the event loop stays free to answer health checks.
+    """Compute in one thread, so that the event loop stays free to answer health checks.
 
     Nothing else may compute in the process, not even at its start: OpenMP keeps threads for each thread that ever did, and
     once those of all are more than the cores, they sleep between two steps instead of spinning. all-MiniLM-L6-v2 took
@@ -82,7 +93,7 @@ class _Worker:
         self._proof: asyncio.Task[Any] | None = None
 
     def wait_for(self, function: Callable[..., R], *given: Any) -> R:
-        """What a function returns, blocking."""
+        """Run a function and wait for its result."""
         return self._pool.submit(function, *given).result()
 
     async def __call__(self, function: Callable[..., R], *given: Any) -> R:
@@ -93,7 +104,7 @@ class _Worker:
         return function(*given)
 
     async def check(self, prove: Callable[[], Awaitable[object]]) -> None:
-        """Let work be proven, or see that what goes before it is under way; a proof that still waits is the next check's too.
+        """Check that the thread works; if it is busy, check that its work is not stuck. One check at a time is queued.
 
         Raises:
             WorkerError: what is under way takes too long.
@@ -125,7 +136,7 @@ def _set_faiss_threads(num_threads: int) -> None:
 
 @serve.deployment
 class EncoderReplica:
-    """Holds a retriever.
+    """Hold a retriever and encode.
 
     Args:
         spec: the version.
@@ -133,7 +144,6 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
-        from readapt_ray.catalog.models import open_model
         from readapt_ray.retrieval.encoder import Encoder
 
         self._spec = spec
@@ -152,6 +162,10 @@ class EncoderReplica:
                 f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
                 f"put the same files on all nodes, or give a URI"
             )
+        self._bridge = None if spec.bridge is None else Bridge.open(spec.bridge)
+        if self._bridge is not None and self._bridge.artifact.fingerprint != spec.bridge_fingerprint:
+            raise FingerprintMismatchError(f"bridge {spec.bridge!r} is not the one that this version was set up with")
+        self._passages_by = self._bridge.old_encoder["model"] if self._bridge else _passages_by(self._model)
         self._fingerprint = spec.fingerprint(self._encoder.fingerprint)
         self._probe_ids = self._encoder.tokenize([_PROBE], "query")
         self._probe_vector = self._compute.wait_for(self._encoder.encode_ids, self._probe_ids)[0]
@@ -159,19 +173,21 @@ class EncoderReplica:
         self._created = int(time.time())
 
     async def describe(self) -> VersionInfo:
-        """What this version is."""
+        """Describe this version."""
         config = self._model.config
         sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
             fingerprint=self._fingerprint,
-            encoder_fingerprint=self._encoder.fingerprint,
+            encoder_fingerprint=self._bridge.query_fingerprint if self._bridge else self._encoder.fingerprint,
+            passages_by=self._passages_by,
             encoding=self._encoder.encoding,
             tokenizer=self._model.tokenizer,
-            dimension=self._encoder.dimension,
+            dimension=int(self._bridge.old_encoder["dimension"]) if self._bridge else self._encoder.dimension,
             batch_tokens=self._encoder.batch_tokens,
             num_slots=self._spec.num_slots,
             slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
             has_words=self._spec.has_words,
+            is_split=self._spec.is_split,
             corpus=self._spec.corpus,
             corpus_fingerprint=self._spec.corpus_fingerprint,
             created=self._created,
@@ -180,16 +196,20 @@ class EncoderReplica:
         )
 
     async def encode(self, version: str, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
-        """The vectors [N, D] of rows of token ids.
+        """Return the vectors [N, D] of rows of token ids.
 
         Raises:
             FingerprintMismatchError: they are meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
-        return await self._compute(self._encoder.encode_ids, rows)
+        return await self._compute(self._encoded, rows)
+
+    def _encoded(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        vectors = self._encoder.encode_ids(rows)
+        return self._bridge.query_map(vectors) if self._bridge else vectors
 
     async def check(self, version: str) -> float:
-        """Encode a sentence; the seconds that it took, waiting for the batch before it included.
+        """Encode a sentence; return the seconds that it took, with the wait for the batch before it.
 
         Raises:
             FingerprintMismatchError: another version is meant.
@@ -201,7 +221,7 @@ class EncoderReplica:
         return time.perf_counter() - before_s
 
     async def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces this process when it fails."""
+        """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
 
     def _check_probe(self, vector: NDArray[np.float32]) -> None:
@@ -215,7 +235,7 @@ class EncoderReplica:
 
 @serve.deployment
 class IndexReplica:
-    """Holds some shards of a version's index."""
+    """Hold some shards of a version's index and search them."""
 
     def __init__(self, spec: VersionSpec, names: Sequence[str], num_slices: int) -> None:
         from readapt_ray.retrieval.vector_index import VectorIndex
@@ -225,23 +245,23 @@ class IndexReplica:
         index = VectorIndex.open(str(spec.index))
         if (index.artifact.fingerprint, index.encoder["fingerprint"]) != (
             spec.index_fingerprint,
-            spec.encoder_fingerprint,
+            spec.index_encoder,
         ):
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
         self._slice = self._compute.wait_for(IndexSlice, index.folder, records, _passage_files(spec), index.words)
         self._search = SearchBatches(functools.partial(self._compute, self._slice.search))
-        self._fingerprint = spec.fingerprint(index.encoder["fingerprint"])
+        self._fingerprint = spec.fingerprint(str(spec.encoder_fingerprint))
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
 
     async def num_vectors(self) -> int:
-        """Vectors in this slice."""
+        """Count the vectors in this slice."""
         return self._slice.num_vectors
 
     async def search(
         self, version: str, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
-        """The k best of each query [Q, D], best first.
+        """Return the k best of each query [Q, D], best first.
 
         Raises:
             FingerprintMismatchError: the queries are meant for another version.
@@ -257,7 +277,7 @@ class IndexReplica:
     async def search_words(
         self, version: str, texts: Sequence[str], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
-        """The k best of each text by BM25, best first.
+        """Return the k best of each text by BM25, best first.
 
         Raises:
             FingerprintMismatchError: the texts are meant for another version.
@@ -267,7 +287,7 @@ class IndexReplica:
         return _ranked(await self._compute(self._slice.search_words, texts, top_k, wanted))
 
     async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
-        """A filtered search; others have their turn between two blocks of it, and it ends with its request."""
+        """Search with a filter; other searches run between two blocks of it, and it ends with its request."""
         steps = self._slice.scan(queries, top_k, wanted)
         hits: Hits | None = None
         while hits is None:
@@ -275,7 +295,7 @@ class IndexReplica:
         return hits
 
     async def check(self, version: str) -> int:
-        """Search for a vector; the number of vectors.
+        """Search for a vector; return the number of vectors.
 
         Raises:
             FingerprintMismatchError: another version is meant.
@@ -286,8 +306,14 @@ class IndexReplica:
         return self._slice.num_vectors
 
     async def check_health(self) -> None:
-        """Asked by Ray Serve, which replaces this process when it fails."""
+        """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
+
+
+def _passages_by(model: OpenModel) -> str:
+    """Return the name of the model that encodes the passages, if this one is for queries alone; else an empty text."""
+    passages = passages_model(model)
+    return passages.name if passages else ""
 
 
 def _ranked(hits: "Hits") -> list[list[Ranked]]:
@@ -295,7 +321,7 @@ def _ranked(hits: "Hits") -> list[list[Ranked]]:
 
 
 def _passage_files(spec: VersionSpec) -> list[Location]:
-    """The files of the passages, if the version has a corpus."""
+    """List the files of the passages, if the version has a corpus."""
     if spec.corpus is None:
         return []
     corpus = open_artifact(spec.corpus, "ingest")

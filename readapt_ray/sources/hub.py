@@ -1,124 +1,112 @@
 """Corpora on the Hugging Face hub (`hub:BeIR/scifact`): fetched once into its own cache, then read as files.
 
-    corpus      corpus.jsonl (perhaps .gz), or a folder `corpus` of JSON Lines or Parquet
-    queries     the same under `queries`
-    judgements  files named by split under `qrels` or `data`; else in the data set of the same name with `-qrels` behind it, as
-                BEIR's own data sets have them
-
-A data set without such a corpus is read as a folder of rows, as any other. The layouts are those of BEIR and of mteb.
+Data sets have parts (`sources/labelled.py`); judgements may be in the data set of the same name with `-qrels` behind it, as
+BEIR's have them. A data set without a corpus is read as a folder of rows, as any other. One with several configurations is
+refused with their list; `hub:OWNER/NAME:CONFIG` reads one, and fetches no other. A busy hub is asked again.
 """
 
-import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-from readapt_ray.errors import CorpusError, first_line
-from readapt_ray.records import Qrel
-from readapt_ray.sources.judgements import iter_qrels
-from readapt_ray.sources.lines import plain_name
-from readapt_ray.sources.source import BadRow, Limits, Source
-from readapt_ray.sources.table_sources import LabelledTableSource, TableSource, beir_file, data_files
-from readapt_ray.sources.tables import FORMATS
+from readapt_ray.catalog.fetching import asked_again
+from readapt_ray.errors import CorpusError
+from readapt_ray.sources import configurations
+from readapt_ray.sources.formats import FORMATS
+from readapt_ray.sources.labelled import parts_source, qrel_files
+from readapt_ray.sources.lines import COMPRESSED_SUFFIXES
+from readapt_ray.sources.listing import data_files
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import Source
+from readapt_ray.sources.table_sources import TableSource
 from readapt_ray.storage import Location
 
 PREFIX = "hub:"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FETCHED = ("*.jsonl", "*.jsonl.gz", "*.tsv", "*.tsv.gz", "*.parquet")
-_QREL_SUFFIXES = (".tsv", ".jsonl", ".parquet")
-_SPLITS = {"validation": "dev", "valid": "dev"}
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::(.+))?")
+_CARD = "README.md"
+_FETCHED = tuple(
+    f"*{suffix}{compressed}"
+    for table_format in FORMATS.values()
+    for suffix in table_format.suffixes
+    for compressed in ("", *COMPRESSED_SUFFIXES)
+)
 
 
-class HubSource(LabelledTableSource):
-    """A data set of the hub in BEIR's layout."""
-
-    def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """From the files of judgements; a split may have several."""
-        parts: dict[str, list[Location]] = {}
-        for name, file in sorted(self._qrels.items()):
-            parts.setdefault(_split(name), []).append(file)
-        return {split: itertools.chain.from_iterable(map(iter_qrels, files)) for split, files in parts.items()}
-
-
-def open_hub(hub_id: str, limits: Limits) -> Source:
-    """The source of a data set of the hub.
+def open_hub(name: str, options: ReadOptions) -> Source:
+    """The source of a data set of the hub, or of one configuration of it.
 
     Raises:
-        CorpusError: it cannot be fetched, or has no rows.
+        CorpusError: it cannot be fetched, has no rows, or has several configurations and none was chosen.
+        ReadaptError: the hub could not be reached, or went on failing.
     """
-    if not _HUB_ID.fullmatch(hub_id):
-        raise CorpusError(f"{PREFIX}{hub_id} is not a hub id; write {PREFIX}OWNER/NAME, such as {PREFIX}BeIR/scifact")
-    folder = _fetch(hub_id)
+    found = _HUB_ID.fullmatch(name)
+    if not found:
+        raise CorpusError(
+            f"{PREFIX}{name} is not a hub id; write {PREFIX}OWNER/NAME, such as {PREFIX}BeIR/scifact, or {PREFIX}OWNER/NAME:CONFIG"
+        )
+    hub_id, config = found[1], found[2] or ""
+    in_card = configurations.in_card(_card(hub_id))
+    _check_choice(hub_id, config, list(in_card), only=True)
+    patterns = _patterns_of(config, in_card) if config else _FETCHED
+    folder = _fetch(hub_id, patterns)
     assert folder is not None
-    corpus = _labelled_part(folder, "corpus")
-    if corpus is None:
-        return _rows_of(hub_id, folder, limits)
-    qrels = _qrel_files(folder)
-    beside = None if qrels else _fetch(f"{hub_id}-qrels", may_be_absent=True)
-    if beside is not None:
-        qrels = _qrel_files(beside)
-    return HubSource(
-        corpus,
-        FORMATS[_format(corpus)],
-        limits,
-        name="hub",
-        queries=_labelled_part(folder, "queries"),
-        qrels=qrels,
-    )
+    names = [file.label for file in data_files(folder, _suffixes())]
+    if not config:
+        _check_choice(hub_id, config, configurations.in_names(names))
+    beside = None if config or qrel_files(folder) else _fetch(f"{hub_id}-qrels", _FETCHED, may_be_absent=True)
+    parts = parts_source(folder, options, name="hub", config=config, qrels_beside=beside)
+    return parts or _rows_of(f"{PREFIX}{name}", folder, options, patterns if config else ())
 
 
-def _labelled_part(folder: Location, name: str) -> Location | None:
-    """The file or the folder of the corpus or of the queries."""
-    part = folder / name
-    return beir_file(folder, f"{name}.jsonl") or (part if part.is_folder() else None)
+def _check_choice(hub_id: str, config: str, there: Sequence[str], *, only: bool = False) -> None:
+    """Refuse several configurations of which none was chosen, and, of a card, one that is not listed."""
+    listed = f"{', '.join(there[:40])}{f' and {len(there) - 40} more' if len(there) > 40 else ''}"
+    example = f"{PREFIX}{hub_id}:{there[0]}" if there else ""
+    if not config and len(there) > 1:
+        raise CorpusError(f"{PREFIX}{hub_id} has {len(there)} configurations: {listed}; choose one: {example}")
+    if config and only and there and config not in there:
+        raise CorpusError(f"{PREFIX}{hub_id} has no configuration {config!r}; it has {listed}: {example}")
 
 
-def _format(location: Location) -> str:
-    names = (
-        [location.name] if location.is_file() else [name for name, *_ in data_files(location, (".jsonl", ".parquet"))]
-    )
-    return "jsonl" if any(plain_name(name).endswith(".jsonl") for name in names) else "parquet"
+def _patterns_of(config: str, in_card: dict[str, list[str]]) -> tuple[str, ...]:
+    given = tuple(in_card.get(config, ()))
+    return given or (f"{config}/*", f"data/{config}/*", *(f"{above}{config}[-_.]*" for above in ("", "data/")))
 
 
-def _qrel_files(folder: Location) -> dict[str, Location]:
-    """The files of judgements by relative name: under `qrels` or `data`, or beside nothing else at the top."""
-    for part in (folder / "qrels", folder / "data", folder):
-        found = data_files(part, _QREL_SUFFIXES) if part.is_folder() else []
-        files = {file.label: file.location for file in found}
-        if part is folder:
-            files = {name: file for name, file in files.items() if not name.startswith(("corpus", "queries"))}
-        if files:
-            return files
-    return {}
+def _suffixes() -> tuple[str, ...]:
+    return tuple(suffix for table_format in FORMATS.values() for suffix in table_format.suffixes)
 
 
-def _split(name: str) -> str:
-    """`test` of `test.tsv` and of `test-00000-of-00001.parquet`."""
-    stem = name.rsplit("/", 1)[-1].split(".", 1)[0].split("-", 1)[0]
-    return _SPLITS.get(stem, stem)
-
-
-def _rows_of(hub_id: str, folder: Location, limits: Limits) -> Source:
-    found = [name for name, kind in FORMATS.items() if data_files(folder, kind.suffixes)]
+def _rows_of(name: str, folder: Location, options: ReadOptions, patterns: Sequence[str]) -> Source:
+    sources = {kind: TableSource(folder, FORMATS[kind], options, only=patterns) for kind in FORMATS}
+    found = [kind for kind, source in sources.items() if source.files()]
+    found = [kind for kind in found if kind != "json"] or found
     if len(found) != 1:
         raise CorpusError(
-            f"{PREFIX}{hub_id} has no corpus.jsonl, no folder `corpus`, and "
-            f"{'files of several formats (' + ', '.join(found) + ')' if found else 'no JSON Lines, TSV or Parquet file'}; "
+            f"{name} has no corpus.jsonl, no folder `corpus`, and "
+            f"{'files of several formats (' + ', '.join(found) + ')' if found else 'no JSON Lines, CSV, TSV, Parquet or Arrow file'}; "
             f"download it, and give the folder or file of its passages"
         )
-    return TableSource(folder, FORMATS[found[0]], limits)
+    return sources[found[0]]
 
 
-def _fetch(hub_id: str, *, may_be_absent: bool = False) -> Location | None:
+def _card(hub_id: str) -> str:
+    """The README.md of a data set; empty where it has none."""
+    folder = _fetch(hub_id, (_CARD,))
+    card = folder / _CARD if folder else None
+    return card.read_text() if card and card.is_file() else ""
+
+
+def _fetch(hub_id: str, patterns: Sequence[str], *, may_be_absent: bool = False) -> Location | None:
     """The folder of a data set in the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    try:
-        return Location(snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(_FETCHED)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        if may_be_absent and isinstance(error, RepositoryNotFoundError):
-            return None
-        raise CorpusError(
-            f"cannot fetch the data set {hub_id!r} from the hub: {first_line(error)}; check the name and the network, set HF_TOKEN for "
-            f"a gated one, or give a local folder"
-        ) from error
+    def fetch() -> Location | None:
+        try:
+            return Location(snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(patterns)))
+        except RepositoryNotFoundError:
+            if may_be_absent:
+                return None
+            raise
+
+    return asked_again(f"the data set {hub_id!r} from the hub", fetch, refusal=CorpusError)

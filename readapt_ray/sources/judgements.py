@@ -13,11 +13,14 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.progress import amount
 from readapt_ray.records import Qrel, Query
-from readapt_ray.sources.cleaning import clean_id, clean_text, is_unicode, text_fault
+from readapt_ray.sources.arrow_files import parquet_rows
+from readapt_ray.sources.cleaning import clean_id, clean_text, id_text, is_unicode, text_fault
+from readapt_ray.sources.columns import first_of
+from readapt_ray.sources.json_files import parsed_object
 from readapt_ray.sources.lines import Line, plain_name, read_lines
 from readapt_ray.sources.source import MISSING, REASONS, BadRow
-from readapt_ray.sources.tables import QUERY_ID_NAMES, QUERY_TEXT_NAMES, first_of, parquet_rows, parsed_object
 from readapt_ray.storage import Location
 
 _QREL_NAMES = (
@@ -25,6 +28,8 @@ _QREL_NAMES = (
     ("doc_id", "corpus-id", "docid", "corpus_id"),
     ("relevance", "score", "label"),
 )
+QUERY_ID_NAMES = ("query_id", "_id", "id", "qid", "query-id")
+QUERY_TEXT_NAMES = ("text", "query", "question", "contents", "body")
 _DOC_ID_NAMES = (_QREL_NAMES[1],)
 _QUERY_NAMES = (QUERY_ID_NAMES, QUERY_TEXT_NAMES)
 _TABLE_SUFFIXES = (".jsonl", ".ndjson", ".tsv", ".parquet")
@@ -169,9 +174,7 @@ def iter_qrels(location: Location) -> Iterator[Qrel | BadRow]:
 
 
 def _identifier(value: object) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int)):
-        return None
-    return clean_id(str(value)) or None
+    return id_text(value) or None
 
 
 def _whole_number(value: object) -> int | None:
@@ -289,4 +292,4 @@ def _field_order(fields: list[str], names: Sequence[Collection[str]], label: str
     if len(names) == 3 and len(fields) == 4:
         return [0, 2, 3], False
     wanted = "query, document and relevance (or query, 0, document, relevance)" if len(names) == 3 else "id and text"
-    raise CorpusError(f"{label} has {len(fields)} columns; give {wanted}, set apart by tabs")
+    raise CorpusError(f"{label} has {amount(len(fields), 'columns')}; give {wanted}, set apart by tabs")

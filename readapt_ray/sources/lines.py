@@ -3,17 +3,19 @@
 One line is in memory at a time, and of a line over the bound only the bound.
 """
 
+import codecs
 import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from typing import IO, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import pyarrow as pa
 
 from readapt_ray.damage import READ_ERRORS, is_damage
 from readapt_ray.errors import CorpusError, first_line
-from readapt_ray.sources.source import BadRow, Limits, Span
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow, Span
 from readapt_ray.storage import Location
 
 COMPRESSED_SUFFIXES = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
@@ -55,21 +57,21 @@ def read_lines(
     Args:
         location: the file.
         label: what to call it in a place.
-        max_line_bytes: bound on one line, as `Limits` has it where not given.
+        max_line_bytes: bound on one line, as `ReadOptions` has it where not given.
         advance: called now and then with the bytes of the file (compressed) that were read.
         span: bytes of a file that is not compressed; the lines that begin there are read and numbered from 1.
 
     Raises:
         CorpusError: the file cannot be read to its end.
     """
-    limit = max_line_bytes or Limits().max_line_bytes
+    limit = max_line_bytes or ReadOptions().max_line_bytes
     start, end = (span.start, span.end) if span is not None else (0, sys.maxsize)
     number, position = 0, start
     try:
         with contextlib.closing(location.open_input()) as raw:
             if start:
                 raw.seek(start - 1)
-            stream = io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES)
+            stream = io.BufferedReader(cast(io.RawIOBase, raw), _BUFFER_BYTES) if start else open_text(location, raw)
             if start:
                 position += _skip_line(stream, limit, end - start) - 1
             while position < end and (data := stream.readline(limit)):
@@ -90,14 +92,14 @@ def read_lines(
 
 
 def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
-    """A file's content, decompressed, cut after `max_bytes`.
+    """A file's content, decompressed and in UTF-8, cut after `max_bytes`.
 
     Raises:
         CorpusError: the file cannot be read.
     """
     try:
         with contextlib.closing(location.open_input()) as raw:
-            return io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES).read(max_bytes)
+            return open_text(location, raw).read(max_bytes)
     except READ_ERRORS as error:
         refuse_damaged(label, "to its end", error)
         raise
@@ -113,6 +115,48 @@ def refuse_damaged(label: str, where: str, error: Exception) -> None:
         raise CorpusError(
             f"{label} cannot be read {where}: {first_line(error)}; it may be cut short: fetch or write that file again"
         ) from error
+
+
+def open_text(location: Location, raw: IO[bytes]) -> IO[bytes]:
+    """Return a file's content, decompressed, in UTF-8: UTF-16 is brought to it."""
+    stream = io.BufferedReader(_decompressed(raw, location.name), _BUFFER_BYTES)
+    encoding = utf16(stream.peek(2)[:2])
+    return io.BufferedReader(_Utf8(stream, encoding), _BUFFER_BYTES) if encoding else stream
+
+
+def utf16(first: bytes) -> str | None:
+    """Return which UTF-16 a text is in by its first two bytes: a byte order mark, or an ASCII character; None for none."""
+    if first in (b"\xff\xfe", b"\xfe\xff"):
+        return "utf-16"
+    if len(first) == 2 and (first[0] == 0) != (first[1] == 0):
+        return "utf-16-be" if first[0] == 0 else "utf-16-le"
+    return None
+
+
+def is_divisible(location: Location) -> bool:
+    """Return whether ranges of a file's bytes are lines: it is neither compressed nor in UTF-16."""
+    if is_compressed(location.name):
+        return False
+    with contextlib.closing(location.open_input()) as raw:
+        return utf16(raw.read(2)) is None
+
+
+class _Utf8(io.RawIOBase):
+    """A text in another encoding as UTF-8; what is not of that encoding becomes bytes that are not UTF-8."""
+
+    def __init__(self, stream: Any, encoding: str) -> None:
+        self._stream, self._rest = stream, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest and (data := self._stream.read1(_BUFFER_BYTES)):
+            self._rest = self._decoder.decode(data).encode("utf-8", "surrogatepass")
+        size = min(len(buffer), len(self._rest))
+        buffer[:size], self._rest = self._rest[:size], self._rest[size:]
+        return size
 
 
 def _decompressed(raw: IO[bytes], name: str) -> io.RawIOBase:

@@ -4,6 +4,7 @@ The package is the extra `datasets`; it downloads a collection once, into its ow
 """
 
 import importlib.util
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,13 @@ from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.cleaning import clean_id
+from readapt_ray.sources.columns import TEXT_NAMES, ColumnChoice, Columns, kept_schema, passage_columns, type_of_values
+from readapt_ray.sources.judgements import QUERY_TEXT_NAMES
+from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
-from readapt_ray.sources.tables import QUERY_TEXT_NAMES, TEXT_NAMES
 
 PREFIX = "ir_datasets:"
+_PEEKED_DOCUMENTS = 100
 _SPLITS = ("train", "dev", "test")
 
 
@@ -23,14 +27,15 @@ class NamedSource(Source):
 
     format = "ir_datasets"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, options: ReadOptions) -> None:
         if importlib.util.find_spec("ir_datasets") is None:
             raise InputError(
                 f"{PREFIX}{name} needs the package ir_datasets, which is not installed; pip install 'readapt-ray[datasets]'"
             )
         import ir_datasets
 
-        self._name = name
+        self._name, self._choice = name, options.columns
+        self._columns: Columns | None = None
         try:
             self._dataset: Any = ir_datasets.load(name)
         except KeyError as error:
@@ -43,22 +48,37 @@ class NamedSource(Source):
         """It has documents, and they can be fetched."""
         if not self._dataset.has_docs():
             raise CorpusError(f"{PREFIX}{self._name} has no documents; name a collection that has them")
-        if next(self.rows(), None) is None:
+        peeked = list(itertools.islice(self._documents(), _PEEKED_DOCUMENTS if self._choice.keep else 1))
+        if not peeked:
             raise CorpusError(f"{PREFIX}{self._name} has no documents: it is empty")
+        if self._choice != ColumnChoice():
+            self._columns = passage_columns(peeked[0]._fields, f"{PREFIX}{self._name}", self._choice)
+            types = [type_of_values(getattr(each, name) for each in peeked) for name in self._columns.kept]
+            self.kept = kept_schema(self._choice, types)
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Document after document."""
         total = self._expected_rows()
         for number, document in enumerate(self._documents(), start=1):
-            yield Row(
-                f"{self._name}:{number}", document.doc_id, getattr(document, "title", None), _text(document, TEXT_NAMES)
-            )
+            place, title = f"{self._name}:{number}", getattr(document, "title", None)
+            if self._columns:
+                yield self._columns.row(place, [getattr(document, each, MISSING) for each in self._columns.names])
+            else:
+                yield Row(place, document.doc_id, title, _text(document, TEXT_NAMES))
             self.fraction_read = number / total if total else 0.0
 
     def _documents(self) -> Iterator[Any]:
+        return self._read("docs_iter")
+
+    def _read(self, what: str) -> Iterator[Any]:
+        """What the package yields; where it cannot, in our words.
+
+        Raises:
+            CorpusError: it cannot be fetched or read.
+        """
         try:
-            yield from self._dataset.docs_iter()
-        except (OSError, RuntimeError) as error:
+            yield from getattr(self._dataset, what)()
+        except (OSError, RuntimeError, ValueError) as error:
             raise CorpusError(
                 f"{PREFIX}{self._name} cannot be read: {error}; check the network, or give a folder that has it"
             ) from error
@@ -70,7 +90,7 @@ class NamedSource(Source):
     def queries(self) -> Iterator[Query | BadRow]:
         """Its queries, where it has them."""
         if self._dataset.has_queries():
-            for number, query in enumerate(self._dataset.queries_iter(), start=1):
+            for number, query in enumerate(self._read("queries_iter"), start=1):
                 text = _text(query, QUERY_TEXT_NAMES)
                 place = f"{self._name} query {number}"
                 yield (
@@ -84,7 +104,7 @@ class NamedSource(Source):
         if not self.has_qrels:
             return {}
         split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")
-        qrels = self._dataset.qrels_iter()
+        qrels = self._read("qrels_iter")
         return {split: (Qrel(clean_id(q.query_id), clean_id(q.doc_id), int(q.relevance)) for q in qrels)}
 
     def fingerprint(self) -> str:

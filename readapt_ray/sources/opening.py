@@ -1,28 +1,41 @@
 """From the text of `--source` to a source."""
 
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Final, Literal, get_args
 
 from readapt_ray.catalog import corpora
 from readapt_ray.errors import CorpusError, InputError
-from readapt_ray.sources import hub, named, python_docs
+from readapt_ray.sources import configurations, hub, named, python_docs
+from readapt_ray.sources.columns import ColumnChoice
+from readapt_ray.sources.documents import MARKDOWN_SUFFIXES, PLAIN_SUFFIXES
+from readapt_ray.sources.formats import FORMATS
+from readapt_ray.sources.labelled import parts_source
 from readapt_ray.sources.lines import plain_name
-from readapt_ray.sources.source import Limits, Source
-from readapt_ray.sources.table_sources import BeirSource, LabelledTableSource, TableSource, beir_file, is_data
-from readapt_ray.sources.tables import FORMATS, Parquet
+from readapt_ray.sources.listing import data_files, is_data
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import Source
+from readapt_ray.sources.table_sources import BeirSource, LabelledTableSource, TableSource, beir_file
 from readapt_ray.sources.text_files import TEXT_HIDDEN, TEXT_SUFFIXES, TextSource
 from readapt_ray.storage import Location
 
-Format = Literal["auto", "beir", "jsonl", "tsv", "parquet", "text", "ir_datasets", "hub", "python-docs"]
+Format = Literal[
+    "auto", "beir", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "text", "ir_datasets", "hub", "python-docs"
+]
 _SUFFIXES: Final[dict[str, tuple[str, ...]]] = {
     **{name: each.suffixes for name, each in FORMATS.items()},
     "text": TEXT_SUFFIXES,
 }
+_BESIDE_DATA: Final = re.compile(
+    r"(?i)(readme|license|licence|notice|changelog|citation|contributing|dataset_card)\b[^/]*$"
+)
 _DETECTED: Final = "corpus.jsonl, passages/*.parquet, or files that end with " + " or ".join(
     suffix for suffixes in _SUFFIXES.values() for suffix in suffixes
 )
 
 
-def open_source(name: str, format: Format, limits: Limits) -> Source:
+def open_source(name: str, format: Format, options: ReadOptions) -> Source:
     """The source of a name: a URI or path, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a corpus of
     the catalog: by its name from ir_datasets, by its hub id from the hub.
 
@@ -41,14 +54,18 @@ def open_source(name: str, format: Format, limits: Limits) -> Source:
                 raise InputError(f"{name!r} is of the format {kind!r}, not {format!r}; leave --format out")
             rest = name.removeprefix(prefix)
             if kind == "hub":
-                return hub.open_hub(rest, limits)
-            return named.NamedSource(rest) if kind == "ir_datasets" else python_docs.PythonDocsSource(rest)
+                return hub.open_hub(rest, options)
+            if kind == "ir_datasets":
+                return named.NamedSource(rest, options)
+            if options.columns != ColumnChoice():
+                raise InputError(f"{name!r} has no columns to choose or keep; leave --columns and --keep out")
+            return python_docs.PythonDocsSource(rest)
     if format in ("ir_datasets", "hub", "python-docs"):
         raise InputError(f"{name!r} is not of the format {format!r}; write {format}:NAME")
-    return _open_location(Location(name), format, limits)
+    return _open_location(Location(name), format, options)
 
 
-def _open_location(location: Location, format: Format, limits: Limits) -> Source:
+def _open_location(location: Location, format: Format, options: ReadOptions) -> Source:
     if not location.exists():
         raise CorpusError(
             f"no corpus at {location.uri!r}: there is no such file or folder; give one, or {named.PREFIX}NAME, or "
@@ -56,21 +73,28 @@ def _open_location(location: Location, format: Format, limits: Limits) -> Source
         )
     kind = detected_format(location) if format == "auto" else format
     if kind == "beir":
-        return BeirSource(location, limits)
+        beir = BeirSource(location, options) if beir_file(location, "corpus.jsonl") or format != "auto" else None
+        return beir or _labelled(location, options)
     if kind == "text":
-        return TextSource(location, limits)
+        return TextSource(location, options)
     if kind == "parquet" and (location / "passages").is_folder():
-        return _ingested(location, limits)
-    return TableSource(location, FORMATS[kind], limits)
+        return _ingested(location, options)
+    return TableSource(location, FORMATS[kind], options)
 
 
-def _ingested(folder: Location, limits: Limits) -> Source:
+def _labelled(folder: Location, options: ReadOptions) -> Source:
+    source = parts_source(folder, options, name="beir")
+    assert source is not None
+    return source
+
+
+def _ingested(folder: Location, options: ReadOptions) -> Source:
     """What `ingest` wrote, or a folder like it."""
     queries = folder / "queries"
     return LabelledTableSource(
         folder / "passages",
-        Parquet(),
-        limits,
+        FORMATS["parquet"],
+        options,
         name="parquet",
         queries=queries if queries.is_folder() else None,
         qrels={file.name.removesuffix(".parquet"): file for file in (folder / "qrels").files(".parquet")},
@@ -81,25 +105,58 @@ def detected_format(location: Location) -> str:
     """The format of a file by its suffix, of a folder by the files in it.
 
     Raises:
-        CorpusError: none fits, or several do.
+        CorpusError: none fits, or several do, or the folder holds several data sets.
     """
     if location.is_file():
         found = [kind for kind, suffixes in _SUFFIXES.items() if plain_name(location.name).endswith(suffixes)]
-    elif beir_file(location, "corpus.jsonl") is not None:
+        names = [location.name]
+    elif beir_file(location, "corpus.jsonl") is not None or data_files(location / "corpus", (".jsonl", ".parquet")):
         return "beir"
     elif (location / "passages").is_folder():
         return "parquet"
     else:
         names = [name for name, _ in location.listing(recursive=True)]
-        found = [kind for kind, suffixes in _SUFFIXES.items() if any(is_data(name, suffixes) for name in names)]
-        if not found and any(is_data(name, TEXT_SUFFIXES, TEXT_HIDDEN) for name in names):
-            found = ["text"]
         if not names:
             raise CorpusError(f"{location.uri!r} is an empty folder; give one that holds {_DETECTED}")
+        found = _formats_of(names)
+        if len(found) == 1 and found[0] in FORMATS:
+            _check_one_data_set(location, names, found[0])
     if len(found) == 1:
         return found[0]
     if found:
         raise CorpusError(
             f"{location.uri!r} holds files of several formats ({', '.join(found)}); choose one by --format"
         )
-    raise CorpusError(f"the format of {location.uri!r} cannot be told: it has no {_DETECTED}; choose one by --format")
+    there = ", ".join(sorted({PurePosixPath(plain_name(name)).suffix or "no suffix" for name in names})[:10])
+    raise CorpusError(
+        f"the format of {location.uri!r} cannot be told: it has no {_DETECTED}, but files with {there}; choose one by --format, or "
+        f"convert them"
+    )
+
+
+def _formats_of(names: Sequence[str]) -> list[str]:
+    """Return the formats in a folder. A README, a page or JSON beside tables is not data; hidden names alone may be text."""
+    found = [kind for kind, suffixes in _SUFFIXES.items() if any(is_data(name, suffixes) for name in names)]
+    tables = [kind for kind in found if kind not in ("text", "json")]
+    notes = (*PLAIN_SUFFIXES, *MARKDOWN_SUFFIXES)
+    if tables and not any(is_data(name, notes) and not _BESIDE_DATA.match(name) for name in names):
+        return tables
+    if tables or ("text" in found and "json" in found):
+        return [kind for kind in found if kind != "json"]
+    if not found and any(is_data(name, TEXT_SUFFIXES, TEXT_HIDDEN) for name in names):
+        return ["text"]
+    return found
+
+
+def _check_one_data_set(folder: Location, names: Sequence[str], kind: str) -> None:
+    """Refuse a folder of several data sets, such as one per language."""
+    card = folder / "README.md"
+    in_card = configurations.in_card(card.read_text()) if card.is_file() else {}
+    configs = configurations.in_names([name for name in names if is_data(name, _SUFFIXES[kind])])
+    if len(configs) > 1 or len(in_card) > 1:
+        parts = sorted({name.split("/", 1)[0] for name in names if is_data(name, _SUFFIXES[kind])})
+        listed = ", ".join(parts[:40]) + (f" and {len(parts) - 40} more" if len(parts) > 40 else "")
+        raise CorpusError(
+            f"{folder.uri!r} holds several data sets: {listed}; choose one, such as --source {folder / parts[0]}, or read all "
+            f"files as one corpus with --format {kind}"
+        )

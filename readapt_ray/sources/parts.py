@@ -23,8 +23,11 @@ _PART_BYTES = 256 << 20
 class PartWriter:
     """Takes passages one by one. `num_rows` is how many it took."""
 
-    def __init__(self, folder: Location, *, rows_per_file: int, prefix: str = "") -> None:
-        """`prefix` stands before the numbers of the parts, in digits."""
+    def __init__(
+        self, folder: Location, *, rows_per_file: int, prefix: str = "", kept: pa.Schema | None = None
+    ) -> None:
+        """`prefix` stands before the numbers of the parts, in digits; `kept` are the columns behind those of a passage."""
+        self._schema = passage_schema(kept)
         self._name = re.compile(rf"part-{prefix}(\d{{5,}})\.parquet")
         self._prefix = prefix
         self.num_rows = 0
@@ -79,7 +82,7 @@ class PartWriter:
         return self._folder / f"part-{self._prefix}{part:05d}.parquet"
 
     def _close_group(self) -> None:
-        self._groups.append(passage_table(self._group, self._hashes))
+        self._groups.append(passage_table(self._group, self._hashes, self._schema))
         self._part_bytes += self._group_bytes
         self._group, self._hashes, self._group_bytes = [], [], 0
 
@@ -88,18 +91,24 @@ class PartWriter:
             self._close_group()
         target = self._file(len(self._starts) - 1)
         if not _holds(target, self._groups):
-            with target.open_output() as file, pq.ParquetWriter(file, PASSAGE_SCHEMA, compression="zstd") as writer:
+            with target.open_output() as file, pq.ParquetWriter(file, self._schema, compression="zstd") as writer:
                 for group in self._groups:
                     writer.write_table(group)
         self._starts.append(self.num_rows)
         self._groups, self._part_bytes = [], 0
 
 
-def passage_table(passages: list[Passage], hashes: list[bytes]) -> pa.Table:
-    """Return passages as Arrow, with the hash of each one's title and text."""
-    columns = [[passage[number] for passage in passages] for number in range(len(Passage._fields))]
-    arrays = [pa.array(column, field.type) for column, field in zip([*columns, hashes], PASSAGE_SCHEMA, strict=True)]
-    return pa.Table.from_arrays(arrays, schema=PASSAGE_SCHEMA)
+def passage_schema(kept: pa.Schema | None = None) -> pa.Schema:
+    """Return the columns of passages, with those that are kept behind them."""
+    return pa.schema([*PASSAGE_SCHEMA, *(kept or ())])
+
+
+def passage_table(passages: list[Passage], hashes: list[bytes], schema: pa.Schema = PASSAGE_SCHEMA) -> pa.Table:
+    """Return passages as Arrow, with the hash of each one's title and text, and the kept columns of a schema."""
+    own = [[passage[number] for passage in passages] for number in range(len(PASSAGE_SCHEMA) - 1)]
+    kept = [[(passage.columns or {}).get(name) for passage in passages] for name in schema.names[len(PASSAGE_SCHEMA) :]]
+    arrays = [pa.array(column, field.type) for column, field in zip([*own, hashes, *kept], schema, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def _holds(file: Location, groups: list[pa.Table]) -> bool:

@@ -18,13 +18,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from readapt_ray.records import PASSAGE_SCHEMA
 from readapt_ray.sources import exchange
-from readapt_ray.sources.cleaning import checked, num_bytes
+from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.duplicates import digest
 from readapt_ray.sources.parts import PartWriter
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.source import BadRow, Limits
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.row_checks import RowChecks
+from readapt_ray.sources.source import BadRow
+from readapt_ray.sources.splitting import Splitting, split_part
 from readapt_ray.storage import Location
 
 NUM_NAMED = 20
@@ -39,7 +41,9 @@ class PieceJob:
 
     output: Location
     table_format: str
-    limits: Limits
+    options: ReadOptions
+    kept: pa.Schema
+    splitting: Splitting | None
     rows_per_file: int
     drops_duplicates: bool
     num_pieces: int
@@ -111,20 +115,22 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    writer = PartWriter(job.output / "passages", rows_per_file=job.rows_per_file, prefix=f"{piece.number:06d}")
+    writer = PartWriter(
+        job.output / "passages", rows_per_file=job.rows_per_file, prefix=f"{piece.number:06d}", kept=job.kept
+    )
     digests = _Digests(job, piece.number)
+    checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     reasons: Counter[str] = Counter()
-    first: list[tuple[int, str]] = []
+    first: list[tuple[int, str, str]] = []
     num_lines: list[int] = []
-    total_bytes = num_changed_ids = 0
-    for line, row in piece.rows(job.table_format, job.limits, num_lines):
-        passage = row if isinstance(row, BadRow) else checked(row, max_text_bytes=job.limits.max_text_bytes)
+    total_bytes = 0
+    for line, row in piece.rows(job.table_format, job.options, num_lines):
+        passage = checks.passage(row, line)
         if isinstance(passage, BadRow):
             reasons[passage.reason] += 1
             if len(first) < NUM_NAMED:
-                first.append((line, passage.reason))
+                first.append((line, passage.reason, passage.value))
             continue
-        num_changed_ids += not isinstance(row, BadRow) and str(row.doc_id) != passage.doc_id
         size_bytes = num_bytes(passage.title) + num_bytes(passage.text)
         total_bytes += size_bytes
         content = writer.add(passage, size_bytes)
@@ -137,7 +143,9 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
         "num_bytes": total_bytes,
         "num_lines": num_lines,
         "num_chunks": digests.num_chunks,
-        "num_changed_ids": num_changed_ids,
+        "num_changed_ids": checks.num_changed_ids,
+        "kinds": dict(checks.kinds),
+        "unfit": checks.unfit,
         "reasons": dict(reasons),
         "first": first,
     }
@@ -204,6 +212,12 @@ def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[i
     return start - len(places)
 
 
+def split_into_passages(name: str, job: PieceJob) -> dict[str, int]:
+    """Split the documents of a part, unless that was done; return how many it has, and how many passages."""
+    assert job.splitting is not None
+    return split_part(job.output / "passages" / name, job.splitting)
+
+
 def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
     """Write a part again without some rows; one without rows is removed. Row groups keep their bounds."""
     if len(lost) == num_rows:
@@ -215,7 +229,7 @@ def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
         if _FILTERED in (parquet.metadata.metadata or {}):
             return
         start = 0
-        with file.open_output() as target, pq.ParquetWriter(target, PASSAGE_SCHEMA, compression="zstd") as writer:
+        with file.open_output() as target, pq.ParquetWriter(target, parquet.schema_arrow, compression="zstd") as writer:
             for number in range(parquet.num_row_groups):
                 group = parquet.read_row_group(number)
                 kept = group.filter(pa.array(keeps[start : start + group.num_rows]))

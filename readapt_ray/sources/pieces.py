@@ -12,10 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from readapt_ray.errors import CorpusError
+from readapt_ray.sources.arrow_files import open_parquet
+from readapt_ray.sources.formats import FORMATS
 from readapt_ray.sources.lines import is_compressed
-from readapt_ray.sources.source import BadRow, Limits, Row, Span
-from readapt_ray.sources.table_sources import DataFile, TableSource
-from readapt_ray.sources.tables import FORMATS, Cut, open_parquet
+from readapt_ray.sources.listing import DataFile
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow, Row, Span
+from readapt_ray.sources.table_sources import TableSource
+from readapt_ray.sources.tables import Cut
 from readapt_ray.storage import Location, state_of
 
 logger = logging.getLogger("readapt_ray")
@@ -58,12 +62,12 @@ class Piece:
     number: int
     ranges: tuple[FileRange, ...]
 
-    def rows(self, table_format: str, limits: Limits, num_lines: list[int]) -> Iterator[tuple[int, Row | BadRow]]:
+    def rows(self, table_format: str, options: ReadOptions, num_lines: list[int]) -> Iterator[tuple[int, Row | BadRow]]:
         """Yield each row with the number of its line in the piece, from 1.
 
         Args:
             table_format: a key of `FORMATS`.
-            limits: bounds on a row.
+            options: bounds on a row.
             num_lines: gets the number of lines of each range.
 
         Raises:
@@ -73,7 +77,7 @@ class Piece:
         for each in self.ranges:
             each.check_unchanged()
             span = Span(each.start, each.end)
-            for row in FORMATS[table_format].rows(each.file, each.label, limits, lambda _: None, span):
+            for row in FORMATS[table_format].rows(each.file, each.label, options, lambda _: None, span):
                 yield before + int(row.place.rpartition(":")[2]), row
             each.check_unchanged()
             num_lines.append(span.num_lines)
@@ -82,16 +86,17 @@ class Piece:
 
 def plan_pieces(source: TableSource) -> tuple[list[Piece], int]:
     """Return the pieces in the order of the rows, and about how many bytes they hold when decompressed."""
-    files, cut = source.files(), FORMATS[source.format].is_cut_at
+    files = source.files()
     with ThreadPoolExecutor(_THREADS) as pool:
-        units = list(pool.map(lambda file: _unit_bytes(file, cut), files))
+        cuts = list(pool.map(lambda file: _cut(file, source), files))
+        units = list(pool.map(_unit_bytes, files, cuts))
     total = sum(map(sum, units))
     piece_bytes = min(max(MIN_PIECE_BYTES, total // _WANTED_PIECES), _MAX_PIECE_BYTES)
     pieces: list[Piece] = []
     gathered: list[FileRange] = []
     gathered_bytes = 0
-    for file, sizes in zip(files, units, strict=True):
-        for (start, end), size in _ranges(file, cut, sizes, piece_bytes):
+    for file, cut, sizes in zip(files, cuts, units, strict=True):
+        for (start, end), size in _ranges(cut, sizes, piece_bytes):
             gathered.append(FileRange(file.label, file.location, file.state(), start, end))
             gathered_bytes += size
             if gathered_bytes >= piece_bytes:
@@ -99,7 +104,7 @@ def plan_pieces(source: TableSource) -> tuple[list[Piece], int]:
                 gathered, gathered_bytes = [], 0
     if gathered:
         pieces.append(Piece(len(pieces), tuple(gathered)))
-    _name_uncut([file.label for file, sizes in zip(files, units, strict=True) if _is_uncut(file, cut, sizes)])
+    _name_uncut([file.label for file, cut, sizes in zip(files, cuts, units, strict=True) if _is_uncut(cut, sizes)])
     return pieces, total
 
 
@@ -111,26 +116,28 @@ def _unit_bytes(file: DataFile, cut: Cut) -> list[int]:
         return [parquet.metadata.row_group(number).total_byte_size for number in range(parquet.metadata.num_row_groups)]
 
 
-def _is_cut_into_bytes(file: DataFile, cut: Cut) -> bool:
-    return cut == "lines" and not is_compressed(file.location.name)
+def _cut(file: DataFile, source: TableSource) -> Cut:
+    """Return where a file is cut; one that is smaller than a piece need not be looked at."""
+    is_large = source.format == "parquet" or file.size_bytes() > MIN_PIECE_BYTES
+    return FORMATS[source.format].cut(file.location, file.label, source.options) if is_large else "nowhere"
 
 
-def _is_uncut(file: DataFile, cut: Cut, sizes: Sequence[int]) -> bool:
-    return not _is_cut_into_bytes(file, cut) and max(sizes, default=0) > _MAX_PIECE_BYTES
+def _is_uncut(cut: Cut, sizes: Sequence[int]) -> bool:
+    return cut != "lines" and max(sizes, default=0) > _MAX_PIECE_BYTES
 
 
 def _name_uncut(labels: Sequence[str]) -> None:
     if labels:
         logger.warning(
-            "ingest: %d files hold more than %d MB that cannot be read in parts (compressed, or one row group), %s first; one "
-            "task reads each of them: smaller files, or text that is not compressed, are read in parallel",
+            "ingest: %d files hold more than %d MB that cannot be read in parts (compressed, in UTF-16, one row group, or records that may have line breaks), %s first; one "
+            "task reads each of them: smaller files, JSON Lines and Parquet are read in parallel",
             *(len(labels), _MAX_PIECE_BYTES >> 20, labels[0]),
         )
 
 
-def _ranges(file: DataFile, cut: Cut, sizes: Sequence[int], piece_bytes: int) -> Iterator[tuple[tuple[int, int], int]]:
+def _ranges(cut: Cut, sizes: Sequence[int], piece_bytes: int) -> Iterator[tuple[tuple[int, int], int]]:
     """Yield each range of a file and its bytes."""
-    if _is_cut_into_bytes(file, cut):
+    if cut == "lines":
         size = sizes[0]
         for start in range(0, size, piece_bytes):
             end = min(start + piece_bytes, size)

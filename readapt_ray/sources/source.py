@@ -5,14 +5,13 @@ at all it yields as a `BadRow`. Cleaning, the bad-row policy and duplicates are 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
+
+import pyarrow as pa
 
 from readapt_ray.records import Qrel, Query
-
-DEFAULT_MAX_TEXT_BYTES: Final = 10_000_000
-DEFAULT_MAX_PASSAGE_CHARS: Final = 2_000
 
 
 class _Missing:
@@ -31,18 +30,25 @@ class Row(NamedTuple):
     doc_id: object
     title: object
     text: object
+    kept: tuple[object, ...] = ()
+    """Values of the columns that are carried along."""
 
 
 class BadRow(NamedTuple):
-    """What cannot become a record: where it stands, and why (a key of `REASONS`)."""
+    """What cannot become a record: where it stands, why (a key of `REASONS`), and the value where that helps."""
 
     place: str
     reason: str
+    value: str = ""
 
     @property
     def told(self) -> str:
         """Its place and reason in words."""
-        return f"{self.place}: {REASONS[self.reason]}"
+        return f"{self.place}: {REASONS[self.reason]}{f': {self.value}' if self.value else ''}"
+
+    def as_json(self) -> dict[str, str]:
+        """Its fields as a manifest has them."""
+        return {name: text for name, text in self._asdict().items() if text}
 
 
 REASONS: Final[dict[str, str]] = {
@@ -50,20 +56,27 @@ REASONS: Final[dict[str, str]] = {
     "null_text": "its text is null",
     "text_not_string": "its text is not a string",
     "empty_text": "its text is empty",
-    "long_text": "its text is too long",
+    "long_text": "its title and text have more bytes than --max-text-bytes",
     "missing_id": "it has no id",
     "id_not_string": "its id is neither a string nor a whole number",
-    "title_not_string": "its title is not a string",
+    "title_not_string": "its title is neither a string nor a number",
     "duplicate_id": "an earlier row has its id",
     "not_utf8": "it is not UTF-8",
     "not_json": "it is not JSON",
     "not_json_object": "it is not a JSON object",
     "wrong_columns": "it has another number of columns than the first line",
+    "bad_quotes": "its quotes are not those of CSV",
     "bad_relevance": "its relevance is not a whole number",
     "conflicting_judgement": "an earlier row judges the same passage otherwise",
+    "not_pdf": "it cannot be read as PDF",
     "not_python": "it does not parse as Python",
 }
 """Every reason for which a row is bad, in words."""
+
+
+def in_words(by_reason: Mapping[str, int]) -> str:
+    """Return how many rows are bad for which reason: "it has no id: 2"."""
+    return "; ".join(f"{REASONS[reason]}: {count:,}" for reason, count in by_reason.items())
 
 
 @dataclass
@@ -73,21 +86,6 @@ class Span:
     start: int
     end: int
     num_lines: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bounds on what is read."""
-
-    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
-    """A text of this many UTF-8 bytes or more is a bad row."""
-    max_passage_chars: int = DEFAULT_MAX_PASSAGE_CHARS
-    """Text files are split into passages of at most this many characters."""
-
-    @property
-    def max_line_bytes(self) -> int:
-        """Longest line held in memory: a text at its bound with every character escaped, and other fields."""
-        return 6 * self.max_text_bytes + (1 << 20)
 
 
 class Source(ABC):
@@ -103,6 +101,8 @@ class Source(ABC):
     """Whether it comes with judgements, which point at ids."""
     fraction_read: float = 0.0
     """How much of it `rows` has read, from 0 to 1; 0 where that is not known."""
+    kept: pa.Schema = pa.schema([])
+    """The columns that are carried along, with the types in which they are stored; known after `check`."""
 
     @abstractmethod
     def check(self) -> None:
@@ -123,6 +123,10 @@ class Source(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """Stands for all that it holds."""
+
+    def description(self) -> dict[str, Any]:
+        """What the manifest says of it: files and columns that are read, and those that are not."""
+        return {}
 
     def queries(self) -> Iterator[Query | BadRow]:
         """Its queries."""

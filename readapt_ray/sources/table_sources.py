@@ -1,62 +1,58 @@
 """Passages from files of rows, one file or a folder of them, with queries and judgements where there are some."""
 
+import fnmatch
 import functools
 import logging
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import pyarrow.fs as pafs
-
-from readapt_ray.artifacts import fingerprint
-from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.arrow_files import saved_files
+from readapt_ray.sources.columns import FIELDS, kept_schema
+from readapt_ray.sources.json_files import JsonLines
 from readapt_ray.sources.judgements import iter_qrels, iter_queries
-from readapt_ray.sources.lines import plain_name, refuse_damaged
-from readapt_ray.sources.source import BadRow, Limits, Row, Source
-from readapt_ray.sources.tables import JsonLines, TableFormat
-from readapt_ray.storage import Location, state_of
+from readapt_ray.sources.lines import COMPRESSED_SUFFIXES, plain_name
+from readapt_ray.sources.listing import DataFile, Listing, data_files, files_fingerprint, listed, others
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow, Row, Source
+from readapt_ray.sources.tables import Layout, TableFormat
+from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-HIDDEN = (".", "_")
-"""How a name begins that is not of data beside tables: `.git`, and `_SUCCESS`, `_temporary` of Spark."""
-
-
-class DataFile(NamedTuple):
-    """A file of a source: what to call it, where it is, and what the listing of its folder said of it."""
-
-    label: str
-    location: Location
-    info: pafs.FileInfo | None = None
-
-    def size_bytes(self) -> int:
-        """Its length, without asking for it where the listing had it."""
-        known = None if self.info is None else self.info.size
-        return self.location.size_bytes() if known is None else int(known)
-
-    def content(self) -> list[str]:
-        """Its `content_fingerprint`, which on an object store is size and time, as the listing has them."""
-        info = self.info
-        if info is None or info.size is None or info.mtime_ns is None or self.location.is_local:
-            return list(self.location.content_fingerprint().values())
-        return [self.state()]
-
-    def state(self) -> str:
-        """Its size and time as they were when it was listed."""
-        return state_of(self.info or self.location.info())
+_USUAL = frozenset({*FIELDS, "_id", "id"})
+"""Columns whose choice is not worth a line in the log."""
 
 
 class TableSource(Source):
     """A file of rows, or a folder of them in the order of their names."""
 
-    def __init__(self, location: Location, table_format: TableFormat, limits: Limits) -> None:
+    def __init__(
+        self, location: Location, table_format: TableFormat, options: ReadOptions, *, only: Sequence[str] = ()
+    ) -> None:
+        """`only` are patterns of the relative names of the files to read; all if there are none."""
         self.format = table_format.name
-        self._location, self._table_format, self._limits = location, table_format, limits
+        self.options = options
+        self._location, self._table_format = location, table_format
+        self._only = tuple(only)
+        self._columns: dict[str, Any] = {}
 
     @functools.cached_property
+    def _listing(self) -> Listing:
+        found = listed(self._location, self._table_format.suffixes)
+        files = found.files
+        if self._only:
+            files = [file for file in files if any(fnmatch.fnmatch(file.label, pattern) for pattern in self._only)]
+        if self.format == "arrow":
+            files = saved_files(self._location, files)
+        found = Listing(files, found.not_read | others(found.files, files))
+        found.say(self._location)
+        return found
+
+    @property
     def _files(self) -> list[DataFile]:
-        return source_files(self._location, self._table_format.suffixes)
+        return self._listing.files
 
     def files(self) -> list[DataFile]:
         """Return the files in the order in which they are read."""
@@ -65,11 +61,19 @@ class TableSource(Source):
     def check(self) -> None:
         """The first file with rows has the columns."""
         files = self._files
-        if not any(self._table_format.columns(file, label) for label, file, _ in files):
+        layouts = (self._table_format.layout(file, label, self.options) for label, file, _ in files)
+        layout = next(filter(None, layouts), None)
+        if layout is None:
             raise CorpusError(
                 f"{self._location} holds no rows: {len(files)} {self.format} file{'s' * (len(files) != 1)}"
                 f"{', all empty' if files else ''}; give a corpus with at least one passage"
             )
+        self.kept = kept_schema(self.options.columns, layout.kept_types)
+        self._columns = _described(layout)
+
+    def description(self) -> dict[str, Any]:
+        """The files and columns that are read, and those that are not."""
+        return {"files": len(self._files), "files_not_read": self._listing.counts(), "columns": self._columns}
 
     def rows(self) -> Iterator[Row | BadRow]:
         """File after file."""
@@ -81,13 +85,28 @@ class TableSource(Source):
             def advance(share: float, before: int = before, size: int = size) -> None:
                 self.fraction_read = (before + share * size) / total
 
-            yield from self._table_format.rows(file, label, self._limits, advance)
+            yield from self._table_format.rows(file, label, self.options, advance)
             before += size
             self.fraction_read = before / total
 
     def fingerprint(self) -> str:
         """By the content of its files."""
         return files_fingerprint(self._files)
+
+
+def _described(layout: Layout) -> dict[str, Any]:
+    """Return which columns are read and which are not, and log it unless they are called as ours are."""
+    columns = layout.columns
+    used = dict(zip(FIELDS, ([columns.doc_id], list(columns.title), list(columns.text)), strict=True))
+    not_read = [name for name in layout.found if name not in columns.names]
+    if not_read or any(set(names) - _USUAL for names in used.values()):
+        logger.info(
+            "columns read: %s%s%s",
+            ", ".join(f"{field} from {' + '.join(names)}" for field, names in used.items() if names),
+            f"; kept: {', '.join(columns.kept)}" if columns.kept else "",
+            f"; not read: {', '.join(not_read)} (--keep carries columns along)" if not_read else "",
+        )
+    return {**used, "kept": list(columns.kept), "not_read": not_read}
 
 
 class LabelledTableSource(TableSource):
@@ -97,13 +116,13 @@ class LabelledTableSource(TableSource):
         self,
         location: Location,
         table_format: TableFormat,
-        limits: Limits,
+        options: ReadOptions,
         *,
         name: str,
         queries: Location | None,
         qrels: dict[str, Location],
     ) -> None:
-        super().__init__(location, table_format, limits)
+        super().__init__(location, table_format, options)
         self.format = name
         self.has_qrels = bool(qrels)
         self._queries, self._qrels = queries, qrels
@@ -124,56 +143,10 @@ class LabelledTableSource(TableSource):
         return files_fingerprint([*self._files, *queries, *qrels])
 
 
-def source_files(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, ...] = HIDDEN) -> list[DataFile]:
-    """A file, or the `data_files` of a folder; how many hidden ones were left out is logged."""
-    info = location.info()
-    if info.type == pafs.FileType.File:
-        return [DataFile(location.name, location, info)]
-    files = data_files(location, suffixes, hidden=())
-    left_out = [file.label for file in files if not is_data(file.label, suffixes, hidden)]
-    if left_out:
-        begins = " or ".join(hidden)
-        logger.info(
-            "%s: left out %d files with a part in their path that begins with %s, %s first",
-            *(location, len(left_out), begins, left_out[0]),
-        )
-    return [file for file in files if is_data(file.label, suffixes, hidden)]
-
-
-def data_files(folder: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, ...] = HIDDEN) -> list[DataFile]:
-    """The files of some kinds under a folder, none of which has a hidden part in its relative path."""
-    return [
-        DataFile(name, folder / name, info)
-        for name, info in folder.listing(recursive=True)
-        if is_data(name, suffixes, hidden)
-    ]
-
-
-def is_data(name: str, suffixes: tuple[str, ...], hidden: tuple[str, ...] = HIDDEN) -> bool:
-    """Whether a relative path is that of a file of some kinds, and no part of it begins as hidden ones do."""
-    return plain_name(name).endswith(suffixes) and not any(part.startswith(hidden) for part in name.split("/"))
-
-
-def files_fingerprint(files: Iterable[DataFile]) -> str:
-    """Stands for the content of files and their names.
-
-    Raises:
-        CorpusError: one cannot be read.
-    """
-    contents = {}
-    for file in files:
-        try:
-            contents[file.label] = file.content()
-        except READ_ERRORS as error:
-            refuse_damaged(file.label, "to its end", error)
-            raise
-    return fingerprint(contents)
-
-
 class BeirSource(LabelledTableSource):
-    """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; each may be gzipped."""
+    """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; each may be compressed."""
 
-    def __init__(self, folder: Location, limits: Limits) -> None:
+    def __init__(self, folder: Location, options: ReadOptions) -> None:
         corpus = beir_file(folder, "corpus.jsonl")
         if corpus is None:
             raise CorpusError(f"{folder} is not a BEIR folder: it has no corpus.jsonl; give another --format")
@@ -181,10 +154,11 @@ class BeirSource(LabelledTableSource):
             plain_name(file.name).removesuffix(".tsv"): file for _, file, _ in data_files(folder / "qrels", (".tsv",))
         }
         super().__init__(
-            corpus, JsonLines(), limits, name="beir", queries=beir_file(folder, "queries.jsonl"), qrels=qrels
+            corpus, JsonLines(), options, name="beir", queries=beir_file(folder, "queries.jsonl"), qrels=qrels
         )
 
 
 def beir_file(folder: Location, name: str) -> Location | None:
-    """A file of a BEIR folder, plain or gzipped."""
-    return next((file for file in (folder / name, folder / f"{name}.gz") if file.is_file()), None)
+    """A file of a BEIR folder, plain or compressed."""
+    names = (name, *(f"{name}{suffix}" for suffix in COMPRESSED_SUFFIXES))
+    return next((folder / each for each in names if (folder / each).is_file()), None)

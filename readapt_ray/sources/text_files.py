@@ -1,33 +1,45 @@
-"""Text and Markdown files as passages.
+"""Files of text as passages: plain text, Markdown, reStructuredText, HTML and PDF.
 
-Enters: a file, or a folder of .txt, .text, .md, .markdown and .rst files, at any depth. Leaves: a
-passage a file, or several where it is long. The doc_id is the path relative to the folder, white
-space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the file was split. The
-title is the first Markdown heading, else the name without its suffix. 17 files are in memory, read ahead
-for stores that answer slowly.
+Enters: a file, or a folder of such files, at any depth. Leaves: a passage a file, or several where it is long. The doc_id
+is the path relative to the folder, white space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the
+file was split. The title is that of the front matter or of the page, or the first Markdown heading, else the name without
+its suffix. 17 files are in memory, read ahead for stores that answer slowly.
 """
 
 import collections
 import functools
 import itertools
+import logging
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
-from readapt_ray.errors import CorpusError
+from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.progress import amount
+from readapt_ray.sources import documents
 from readapt_ray.sources.cleaning import encoded_white_space
+from readapt_ray.sources.columns import first_of, is_absent, kept_schema, type_of_values
+from readapt_ray.sources.documents import Document, UnreadableDocumentError
 from readapt_ray.sources.lines import plain_name, read_lines, read_whole
-from readapt_ray.sources.source import BadRow, Limits, Row, Source
-from readapt_ray.sources.table_sources import DataFile, files_fingerprint, source_files
+from readapt_ray.sources.listing import DataFile, Listing, files_fingerprint, listed
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import MISSING, BadRow, Row, Source
 from readapt_ray.storage import Location
 
-MARKDOWN_SUFFIXES = (".md", ".markdown")
-TEXT_SUFFIXES = (".txt", ".text", ".rst", *MARKDOWN_SUFFIXES)
+logger = logging.getLogger("readapt_ray")
+
+TEXT_SUFFIXES = (
+    *documents.PLAIN_SUFFIXES,
+    *documents.MARKDOWN_SUFFIXES,
+    *documents.HTML_SUFFIXES,
+    *documents.PDF_SUFFIXES,
+)
 TEXT_HIDDEN = (".",)
 """How a name begins that is not of data here: `_posts` and `_index.md` are."""
+_PDF_ADVICE: Final = "which needs the package pypdf: pip install 'readapt-ray[pdf]'"
 _READERS = 16
-_HEADING = re.compile(r" {0,3}#{1,6}\s+(.*?)\s*#*\s*")
-_FENCE = re.compile(r" {0,3}(```|~~~)")
+_PEEKED_FILES = 100
 _PARAGRAPH = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)+")
 
 
@@ -36,12 +48,35 @@ class TextSource(Source):
 
     format = "text"
 
-    def __init__(self, location: Location, limits: Limits) -> None:
-        self._location, self._limits = location, limits
+    def __init__(self, location: Location, options: ReadOptions) -> None:
+        self._location, self._options = location, options
+        given = dict(options.columns.fields)
+        if set(given) - {"title"}:
+            raise InputError(
+                f"columns = {sorted(given)}: a text file has one text, and its path is its doc_id; only title=FIELD of the front "
+                f"matter can be given"
+            )
+        self._title_fields = given.get("title", ())
 
     @functools.cached_property
+    def _listing(self) -> Listing:
+        suffixes: tuple[str, ...] = TEXT_SUFFIXES
+        if not documents.has_pdf_reader():
+            suffixes = tuple(each for each in suffixes if each not in documents.PDF_SUFFIXES)
+        found = listed(self._location, suffixes, hidden=TEXT_HIDDEN)
+        found.say(self._location)
+        is_pdf = any(plain_name(file.label).endswith(documents.PDF_SUFFIXES) for file in found.files)
+        if (".pdf" in found.not_read or is_pdf) and not documents.has_pdf_reader():
+            if not found.files or is_pdf:
+                raise InputError(f"{self._location} holds PDF alone, {_PDF_ADVICE}")
+            count = found.not_read[".pdf"][0]
+            are = "file is" if count == 1 else "files are"
+            logger.warning("%s: %d PDF %s not read, %s", self._location, count, are, _PDF_ADVICE)
+        return found
+
+    @property
     def _files(self) -> list[DataFile]:
-        return source_files(self._location, TEXT_SUFFIXES, hidden=TEXT_HIDDEN)
+        return self._listing.files
 
     def check(self) -> None:
         """There is a file with something in it."""
@@ -49,61 +84,78 @@ class TextSource(Source):
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
         if not any(next(read_lines(file, label), None) for label, file, _ in files):
-            raise CorpusError(f"{self._location} holds no text: {len(files)} files, all empty")
+            raise CorpusError(f"{self._location} holds no text: {amount(len(files), 'files')}, all empty")
+        choice = self._options.columns
+        if choice.keep or self._title_fields:
+            peeked = [
+                each for _, each in itertools.islice(self._documents(), _PEEKED_FILES) if isinstance(each, Document)
+            ]
+            for name in [*self._title_fields, *(name for name, kind in choice.keep if not kind)]:
+                if not any(first_of((name,), each.fields) for each in peeked):
+                    found = ", ".join(dict.fromkeys(field for each in peeked for field in each.fields)) or "none"
+                    raise CorpusError(
+                        f"no file of {self._location} has {name!r} in its front matter; the fields there are {found}; name one of "
+                        f"these with --keep or --columns title=FIELD"
+                    )
+            types = [type_of_values(_field(each, name) for each in peeked) for name, _ in choice.keep]
+            self.kept = kept_schema(choice, types)
+
+    def description(self) -> dict[str, Any]:
+        """The files that are read, and those that are not."""
+        return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
         """File after file."""
-        for number, (label, data) in enumerate(self._contents()):
-            yield from self._file_rows(label, data)
+        for number, (label, document) in enumerate(self._documents()):
+            if isinstance(document, BadRow):
+                yield document
+            else:
+                yield from self._passages(label, document)
             self.fraction_read = (number + 1) / len(self._files)
 
-    def _contents(self) -> Iterator[tuple[str, bytes]]:
-        """The content of each file, in order, while the next ones are read."""
-        read = functools.partial(read_whole, max_bytes=self._limits.max_text_bytes)
+    def _documents(self) -> Iterator[tuple[str, Document | BadRow]]:
+        """Each file, in order, while the next ones are read."""
         with ThreadPoolExecutor(_READERS) as pool:
-            reads = ((file.label, pool.submit(read, file.location, file.label)) for file in self._files)
+            reads = ((file.label, pool.submit(self._read, file)) for file in self._files)
             ahead = collections.deque(itertools.islice(reads, _READERS))
             while ahead:
-                label, content = ahead.popleft()
+                label, document = ahead.popleft()
                 ahead.extend(itertools.islice(reads, 1))
-                yield label, content.result()
+                yield label, document.result()
 
-    def _file_rows(self, label: str, data: bytes) -> Iterator[Row | BadRow]:
-        if len(data) == self._limits.max_text_bytes:
-            yield BadRow(label, "long_text")
-            return
+    def _read(self, file: DataFile) -> Document | BadRow:
+        data = read_whole(file.location, file.label, max_bytes=self._options.max_text_bytes)
+        if len(data) == self._options.max_text_bytes:
+            return BadRow(file.label, "long_text")
         try:
-            text = data.decode("utf-8").removeprefix("\ufeff").replace("\r\n", "\n")
-        except UnicodeDecodeError:
-            yield BadRow(label, "not_utf8")
-            return
+            return documents.read_document(file.label, data)
+        except UnreadableDocumentError as error:
+            return BadRow(file.label, str(error))
+
+    def _passages(self, label: str, document: Document) -> Iterator[Row]:
         name = plain_name(label)
         stem = label[: name.rindex(".")].rsplit("/", 1)[-1]
-        title, text = split_heading(text) if name.endswith(MARKDOWN_SUFFIXES) else ("", text)
-        pieces = split_text(text, self._limits.max_passage_chars)
+        given = next((value for name in self._title_fields if not is_absent(value := _field(document, name))), None)
+        title = given or document.title or stem
+        kept = tuple(_field(document, name) for name, _ in self._options.columns.keep)
+        pieces = split_text(document.text, self._options.max_passage_chars)
         doc_id = encoded_white_space(label)
-        if len(pieces) < 2:
-            yield Row(label, doc_id, title or stem, "".join(pieces))
-            return
-        for number, piece in enumerate(pieces, start=1):
-            yield Row(f"{label}#{number}", f"{doc_id}#{number}", title or stem, piece)
+        if not pieces:
+            yield Row(label, doc_id, document.title, "", kept)
+        elif len(pieces) == 1:
+            yield Row(label, doc_id, title, pieces[0], kept)
+        else:
+            for number, piece in enumerate(pieces, start=1):
+                yield Row(f"{label}#{number}", f"{doc_id}#{number}", title, piece, kept)
 
     def fingerprint(self) -> str:
         """By the content of the files and their names."""
         return files_fingerprint(self._files)
 
 
-def split_heading(text: str) -> tuple[str, str]:
-    """The first Markdown heading outside of fenced code, and the text without that line; "" where there is none."""
-    lines = text.split("\n")
-    fenced = False
-    for at, line in enumerate(lines):
-        if _FENCE.match(line):
-            fenced = not fenced
-        heading = None if fenced else _HEADING.fullmatch(line)
-        if heading and heading[1]:
-            return heading[1], "\n".join(lines[:at] + lines[at + 1 :])
-    return "", text
+def _field(document: Document, name: str) -> object:
+    found = first_of((name,), document.fields)
+    return MISSING if found is None else document.fields[found]
 
 
 def split_text(text: str, max_chars: int) -> list[str]:

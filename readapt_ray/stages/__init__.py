@@ -19,11 +19,13 @@ STAGES: dict[str, Stage] = {
     "finetune": Stage("FinetuneConfig", "train a retriever on labelled pairs"),
     "merge": Stage("MergeConfig", "add the retriever's and the adapter's weight changes to the pretrained model"),
     "embed": Stage("EmbedConfig", "turn passages into vectors"),
+    "bridge": Stage("BridgeConfig", "let a new model's queries search an old model's vectors while re-embedding runs"),
     "index": Stage("IndexConfig", "build a FAISS index from vectors"),
     "export": Stage(
         "ExportConfig", "send vectors to a vector database: Qdrant, LanceDB, pgvector, OpenSearch, Milvus, files"
     ),
     "search": Stage("SearchConfig", "search for queries and write the best passages as a TREC run"),
     "evaluate": Stage("EvaluateConfig", "measure runs against judgements, test the difference, write a report"),
+    "drift": Stage("DriftConfig", "measure without queries what an adaptation changed: loss, vectors, neighbours"),
     "tune": Stage("TuneConfig", "find the best scales for merge on withheld queries"),
 }

@@ -15,9 +15,11 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
+from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.digest_join import Changes, join_digests
@@ -29,8 +31,10 @@ from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
+from readapt_ray.retrieval import truncation
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
 from readapt_ray.retrieval.vector_files import Footer
@@ -217,18 +221,6 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
     return config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
 
 
-def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
-    """What a vector file and a manifest say of the model that made them."""
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
-
-    return {
-        "fingerprint": encoder_fingerprint(model, encoding, dtype),
-        "model": model.name,
-        "dtype": dtype,
-        "encoding": encoding.model_dump(mode="json"),
-    }
-
-
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
     from readapt_ray.retrieval.tokenization import TextTokenizer
@@ -236,6 +228,9 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
 
     model = open_model(config.retriever)
     encoding = config.encoding or model.encoding
+    if (passages := passages_model(model)) is not None:
+        logger.info("embed: %s is for queries alone; passages are encoded by %s", model.name, passages.name)
+        model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
     holder = model.base if model.is_adapter else model
@@ -336,7 +331,8 @@ def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace
     workspace.details |= {
         "encoder": {**job.encoder, "dimension": int(figures["dimension"][0])},
         "vector_dtype": job.vector_dtype,
-        "work": _tell_work(ledger),
+        "is_split": "split" in open_artifact(config.corpus, "ingest").manifest.details,
+        **_tell_work(ledger, job),
         "left_out": _tell_left_out(ledger, config.max_left_out),
     }
     if joined is not None:
@@ -344,25 +340,38 @@ def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace
         joined.matches.remove()
 
 
-def _tell_work(ledger: ShardLedger) -> dict[str, float]:
-    """How the encoders spent their time, all runs that made these files together."""
+def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
+    """Return how the encoders spent their time and what truncation took, all runs that made these files together."""
     total = {name: float(ledger.figures[name].sum()) for name in ledger.figures.dtype.names or ()}
     busy_s, waited_s = total["encode_s"], total["wait_s"]
+    tokens, positions = total["num_tokens"], total["num_positions"]
     work = {
         "num_encoded": int(total["num_encoded"]),
         "num_copied": int(total["num_copied"]),
         "num_encoded_again": int(total["num_again"]),
         "encoder_seconds": round(busy_s, 3),
         "waiting_share": round(waited_s / max(busy_s + waited_s, 1e-9), 4),
-        "padding_share": round(1 - total["num_tokens"] / max(total["num_positions"], 1), 4),
+        "padding_share": round(1 - tokens / positions, 4) if positions else 0.0,
     }
-    logger.info(
-        "embed: %s texts encoded; the encoders waited %.1f%% of their time for input, %.1f%% of what they computed was padding",
-        f"{work['num_encoded']:,}",
-        100 * work["waiting_share"],
-        100 * work["padding_share"],
+    lost = truncation.truncation(
+        num_texts=int(work["num_encoded"]),
+        num_truncated=int(total["num_truncated"]),
+        num_tokens=int(tokens),
+        num_lost=int(total["num_lost"]),
+        max_tokens=job.encoding.max_passage_tokens,
     )
-    return work
+    if not positions:
+        logger.info("embed: nothing was left to encode; %s vectors copied", f"{work['num_copied']:,}")
+    else:
+        logger.info(
+            "embed: encoded %s; input wait %.1f%%, padding %.1f%%; %s",
+            artifacts.counted({"num_texts": int(work["num_encoded"])}),
+            100 * work["waiting_share"],
+            100 * work["padding_share"],
+            truncation.sentence(lost),
+        )
+    truncation.warn_of_loss("embed", lost, "raise max_passage_tokens of the encoding, or ingest shorter passages")
+    return {"work": work, "truncation": lost}
 
 
 def _tell_left_out(ledger: ShardLedger, max_left_out: int) -> list[str]:

@@ -27,11 +27,16 @@ from readapt_ray.evaluation.requirements import Requirement, check_requirements,
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
 from readapt_ray.evaluation.tables import named
-from readapt_ray.retrieval.passage_store import PassageStore
+from readapt_ray.progress import amount
+from readapt_ray.records import ScoredDoc
+from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.sources.judgements import read_qrels, read_queries
+from readapt_ray.sources.splitting import parent_of
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
+
+_PEEKED_IDS = 1000
 
 
 class EvaluateConfig(StageConfig):
@@ -70,7 +75,7 @@ class _Loaded:
     measurements: dict[str, measuring.Measurement]
     judgements: dict[str, dict[str, int]]
     query_texts: dict[str, str]
-    corpus: PassageStore | None
+    corpus: PassageFiles | None
     num_unknown: int
     """Judgements of passages that the corpus does not have."""
 
@@ -102,7 +107,9 @@ def _names(config: EvaluateConfig) -> list[str]:
         raise InputError("no run given; give --runs FILE.trec, or several with commas between them")
     names = list(config.names)
     if names and len(names) != len(config.runs):
-        raise InputError(f"{len(names)} names for {len(config.runs)} runs; give one name for each run, or none")
+        raise InputError(
+            f"{amount(len(names), 'names')} for {amount(len(config.runs), 'runs')}; give one name for each run, or none"
+        )
     if not names:
         paths = [PurePosixPath(uri.split("?")[0]) for uri in config.runs]
         names = [path.stem for path in paths]
@@ -137,18 +144,45 @@ def _run_identity(uri: str) -> list[Any]:
 
 def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
     judgements = measuring.group_judgements(read_qrels(config.qrels))
+    if all(relevance <= 0 for judged in judgements.values() for relevance in judged.values()):
+        logger.warning(
+            "no judgement of %r is above 0, so every measure is zero; check the column of relevance", config.qrels
+        )
     texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
+    corpus = PassageFiles.open(config.corpus) if config.corpus else None
     runs, measurements = {}, {}
     for name, uri in files.items():
-        runs[name] = load_run(uri)
+        runs[name] = _of_documents(load_run(uri), judgements, corpus, name)
         measurements[name] = measuring.measure_run(runs[name], judgements, measures, name=uri)
         _warn(name, measurements[name])
-    corpus = PassageStore.open(config.corpus) if config.corpus else None
     num_unknown = _num_unknown(judgements, corpus, config.corpus) if corpus is not None else 0
     is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
     if not is_of_corpus:
         _check_one_corpus(judgements, runs, config)
     return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown)
+
+
+def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageFiles | None, name: str) -> Run:
+    """Merge a run of passages to the documents that were split, by their best passages.
+
+    Without the corpus, a run is one of passages if more documents than passages of it are judged.
+    """
+    if corpus is not None:
+        parts = [doc_id for doc_id in run.doc_ids if doc_id != parent_of(doc_id)][:_PEEKED_IDS]
+        is_of_passages = corpus.is_split and corpus.has_any(parts)
+    else:
+        judged = {doc_id for each in judgements.values() for doc_id in each}
+        is_of_passages = len(judged.intersection(map(parent_of, run.doc_ids))) > len(judged.intersection(run.doc_ids))
+    if not is_of_passages:
+        return run
+    merged: dict[str, list[ScoredDoc]] = {}
+    for index, query_id in enumerate(run.query_ids):
+        best: dict[str, ScoredDoc] = {}
+        for each in run.top(index):
+            best.setdefault(parent_of(each.doc_id), each._replace(doc_id=parent_of(each.doc_id)))
+        merged[query_id] = list(best.values())
+    logger.info("%s: passages are merged to their documents, by the best of each", name)
+    return Run.of(merged, name=name)
 
 
 def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run], config: EvaluateConfig) -> None:
@@ -167,7 +201,7 @@ def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run],
     )
 
 
-def _num_unknown(judgements: measuring.Judgements, corpus: PassageStore, name: str) -> int:
+def _num_unknown(judgements: measuring.Judgements, corpus: PassageFiles, name: str) -> int:
     """How many judgements speak of passages that the corpus does not have; they are named."""
     missing = corpus.missing(doc_id for judged in judgements.values() for doc_id in judged)
     lost = set(missing)

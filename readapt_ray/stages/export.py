@@ -102,6 +102,7 @@ def export(config: ExportConfig) -> Artifact:
             _summarise(done, job, record, workspace)
             if config.check and total:
                 _compare(target, config, source, job, workspace)
+        _forget_deletions(job)
 
     return produce("export", config, inputs=inputs, work=work)
 
@@ -268,6 +269,13 @@ def _summarise(done: Done, job: ExportJob, record: Record, workspace: Workspace)
         workspace.details["changes"] = changes
         counted = ", ".join(f"{count:,} {name.removeprefix('num_')}" for name, count in changes.items())
         logger.info("export: rows against the previous export: %s", counted)
+
+
+def _forget_deletions(job: ExportJob) -> None:
+    """Remove the lists of what was deleted, which only a resumed export needs: they hold ids that the corpus lost."""
+    for file in (job.output / DELETED).files():
+        file.delete()
+    (job.output / DELETED).remove_if_empty()
 
 
 def _compare(target: Target, config: ExportConfig, source: Artifact, job: ExportJob, workspace: Workspace) -> None:

@@ -6,17 +6,19 @@ model folder where all weights are trained.
 """
 
 import json
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.catalog.dense_layers import dense_layers
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
+from readapt_ray.catalog.query_models import describe_passages, passages_model
 from readapt_ray.cluster import batches, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
+from readapt_ray.config import OptionError
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
@@ -59,11 +61,22 @@ class FinetuneConfig(OptimizationConfig):
     """Fraction of the steps in which the learning rate rises from 0 to its peak."""
     temperature: float = Field(default=0.05, gt=0)
     """Temperature of the InfoNCE loss: cosines are divided by it."""
+    queries_only: bool = False
+    """Train queries alone: passages are encoded by the model as it was, so its vectors stay valid. The output is a model
+    for queries, with which `search` and `serve` accept them, and with which `embed` encodes by the model as it was."""
     both_directions: bool = False
     """Also train each passage to find its query among the queries of the batch."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"model", "corpus", "negatives"})
     operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {"micro_batch_tokens"}
+
+    @model_validator(mode="after")
+    def _keeps_the_model(self) -> Self:
+        if self.queries_only and self.method == "full":
+            raise OptionError(
+                "{queries_only} keeps the weights of the model for passages, and {method} = full changes them; choose lora or dora"
+            )
+        return self
 
 
 def finetune(config: FinetuneConfig) -> Artifact:
@@ -81,6 +94,11 @@ def finetune(config: FinetuneConfig) -> Artifact:
     if model.is_adapter:
         raise ModelError(
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
+        )
+    if (passages := passages_model(model)) is not None:
+        raise ModelError(
+            f"{config.model!r} is for queries alone, and its passages are encoded by {passages.name!r}; finetune starts from one "
+            f"model for both: give {passages.name!r}"
         )
     if layers := dense_layers(model):
         raise ModelError(
@@ -116,6 +134,7 @@ def _finetune(
     job = {
         "config": {**config.settings(), "model": on_worker.model_name(model)},
         "encoding": encoding.model_dump(mode="json"),
+        "passages_model": describe_passages(model, encoding).to_json() if config.queries_only else {},
         "pairs": on_worker.absolute(workspace.location / "pairs").uri,
         "output": on_worker.absolute(workspace.location).uri,
     }
@@ -151,9 +170,10 @@ def _work(job: dict[str, Any]) -> None:
         micro_batch_tokens=config.micro_batch_tokens,
         dtype=worker.dtype,
         seed=config.seed,
+        queries_only=config.queries_only,
     )
     worker.run(objective, mean_attended=reader.mean_tokens() / 2, doc_ids_of=reader.doc_ids)
     if torch.distributed.get_rank() == 0:
-        contract = json.dumps({"encoding": job["encoding"]}, indent=2)
+        contract = json.dumps({"encoding": job["encoding"], **job["passages_model"]}, indent=2)
         (worker.output / CONTRACT_NAME).write_text(contract + "\n")
     worker.save(trained_on=config.model, task_type="FEATURE_EXTRACTION")

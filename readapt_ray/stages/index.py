@@ -40,7 +40,7 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, shard_rows
+from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, is_flat, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import scan_vectors
 from readapt_ray.storage import Location
@@ -125,6 +125,9 @@ def index(config: IndexConfig) -> Artifact:
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
+        workspace.details["is_split"] = bool(source.manifest.details.get("is_split"))
+        if "truncation" in source.manifest.details:
+            workspace.details["truncation"] = source.manifest.details["truncation"]
         if corpus is not None:
             workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 
@@ -149,7 +152,11 @@ def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexO
             f"({details['encoder']['model']!r}) than {config.vectors!r} ({encoder['model']!r}); "
             f"leave it out to build afresh"
         )
-    there = (made_with.get("factory"), details["kind"], details.get("storage", made_with["storage"]))
+    there = (
+        made_with.get("factory"),
+        details.get("asked_kind", details["kind"]),
+        details.get("storage", made_with["storage"]),
+    )
     now = (options.factory, options.kind, options.storage)
     if there != now:
         raise FingerprintMismatchError(
@@ -262,7 +269,12 @@ def _summarise(
         "num_shards": len(records),
         "num_bytes": num_bytes,
     }
-    workspace.details |= {"encoder": encoder, "kind": options.kind, "storage": options.storage, "shards": records}
+    built = options.kind
+    if built != "flat" and options.factory is None and all(is_flat(record["factory"]) for record in records):
+        built = f"flat (too few vectors for {options.kind})"
+        logger.info("index: %s vectors are too few for %s, so the index is flat", f"{num_vectors:,}", options.kind)
+    workspace.details |= {"encoder": encoder, "kind": built, "asked_kind": options.kind}
+    workspace.details |= {"storage": options.storage, "shards": records}
     if "measured" in workspace.details:
         measured = workspace.details["measured"] | {"bytes_per_vector": round(num_bytes / max(1, num_vectors), 1)}
         workspace.details["measured"] = measured

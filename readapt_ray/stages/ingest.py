@@ -12,33 +12,31 @@ that are there.
 import logging
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
-from readapt_ray.config import StageConfig
+from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError
 from readapt_ray.evaluation.tables import named
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
-from readapt_ray.sources.cleaning import checked, num_bytes
+from readapt_ray.sources import row_checks
+from readapt_ray.sources.cleaning import num_bytes
+from readapt_ray.sources.columns import ColumnChoice
 from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, duplicate_finder
 from readapt_ray.sources.labels import repointed, with_passage
 from readapt_ray.sources.opening import Format, open_source
 from readapt_ray.sources.parts import PartWriter
 from readapt_ray.sources.piece_files import PieceJob
 from readapt_ray.sources.pieces import plan_pieces
-from readapt_ray.sources.source import (
-    DEFAULT_MAX_PASSAGE_CHARS,
-    DEFAULT_MAX_TEXT_BYTES,
-    BadRow,
-    Limits,
-    Row,
-    Source,
-)
+from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
+from readapt_ray.sources.row_checks import RowChecks
+from readapt_ray.sources.source import BadRow, Source, in_words
+from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
 from readapt_ray.storage import Location
 
@@ -60,6 +58,12 @@ class IngestConfig(StageConfig):
     the catalog."""
     format: Format = "auto"
     """Format of the source. auto recognises it by the file names; set it when that fails."""
+    columns: tuple[str, ...] = ()
+    """Columns that hold doc_id, title and text, if they are not called so: doc_id=docid,text=abstract+body joins two. Usual
+    names are known: id, docid, pid, content, contents, passage, body, headline and more."""
+    keep: tuple[str, ...] = ()
+    """Other columns to carry along, such as url,date; search and serve give them back, and filters can use them. With
+    NAME:TYPE (string, int64, float64, bool) a type is set."""
     bad_rows: Literal["skip", "fail"] = "skip"
     """What to do with a row that cannot become a passage: skip leaves it out and counts it, fail stops."""
     deduplicate: Literal["auto", "none", "exact", "near"] = "auto"
@@ -73,11 +77,36 @@ class IngestConfig(StageConfig):
     max_passage_chars: int = Field(default=DEFAULT_MAX_PASSAGE_CHARS, ge=1)
     """Maximum length of a passage from a text or Markdown file, in characters; longer files are split between
     paragraphs."""
+    split_tokens: int | None = Field(default=None, ge=1)
+    """Split documents of any format into passages of at most this many tokens, between paragraphs or sentences. Passages
+    are called doc#1, doc#2 ...; searches give back documents, by their best passage. If omitted, rows are not split."""
+    overlap: int = Field(default=0, ge=0)
+    """Tokens with which a passage repeats the end of the one before, at most. Used with split_tokens."""
+    tokenizer: str | None = None
+    """Model whose tokenizer counts for split_tokens: the retriever."""
     rows_per_file: int = Field(default=65_536, ge=1)
-    """Passages per Parquet file."""
+    """Passages per Parquet file; documents where these are split."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"source"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
+
+    @model_validator(mode="after")
+    def _splits_by_a_tokenizer(self) -> Self:
+        if self.split_tokens is None:
+            return self
+        if self.tokenizer is None:
+            raise OptionError("{split_tokens} needs a {tokenizer}: the model that will encode the passages")
+        if self.overlap >= self.split_tokens:
+            raise OptionError("{overlap} = {value!r} must be less than {split_tokens}", value=self.overlap)
+        return self
+
+    def read_options(self) -> ReadOptions:
+        """Return how the source is read."""
+        return ReadOptions(
+            max_text_bytes=self.max_text_bytes,
+            max_passage_chars=self.max_text_bytes if self.split_tokens else self.max_passage_chars,
+            columns=ColumnChoice.parse(self.columns, self.keep),
+        )
 
 
 def ingest(config: IngestConfig) -> Artifact:
@@ -87,21 +116,51 @@ def ingest(config: IngestConfig) -> Artifact:
         InputError: the source is missing, empty, without text, or of an unknown format; a bad row
             under `bad_rows="fail"`; no passage is left.
     """
-    limits = Limits(max_text_bytes=config.max_text_bytes, max_passage_chars=config.max_passage_chars)
-    source = open_source(config.source, config.format, limits)
+    options = config.read_options()
+    source = open_source(config.source, config.format, options)
     source.check()
     deduplicate = _resolved(config.deduplicate, source)
     resolved = config.model_copy(update={"format": source.format, "deduplicate": deduplicate})
     # An option that changes nothing here has its default, so that its value makes no other artifact.
-    idle = {"near_threshold": deduplicate != "near", "max_passage_chars": source.format != "text"}
+    splitting = None
+    if config.split_tokens is not None:
+        splitting = open_splitting(config.split_tokens, config.overlap, str(config.tokenizer))
+    idle = {
+        "near_threshold": deduplicate != "near",
+        "max_passage_chars": source.format != "text" or splitting is not None,
+        "overlap": splitting is None,
+    }
     defaults = {name: IngestConfig.model_fields[name].default for name, is_idle in idle.items() if is_idle}
     resolved = resolved.model_copy(update=defaults)
 
     def work(workspace: Workspace) -> None:
-        if not _in_parallel(workspace, resolved, source, limits):
+        if not _in_parallel(workspace, resolved, source, options, splitting):
             _Ingestion(workspace, resolved, source, deduplicate).run()
+            if splitting:
+                files = (workspace.location / "passages").files(".parquet")
+                _record_split(workspace, splitting, [split_part(file, splitting) for file in files])
 
-    return produce("ingest", resolved, inputs={"source": source.fingerprint()}, work=work)
+    inputs = {"source": source.fingerprint()}
+    if splitting:
+        inputs["tokenizer"] = splitting.tokenizer_fingerprint
+    return produce("ingest", resolved, inputs=inputs, work=work)
+
+
+def _record_split(workspace: Workspace, splitting: Splitting, counts: list[dict[str, int]]) -> None:
+    """Put into the manifest what the passages are, and of how many documents."""
+    found = total(counts)
+    num_split = found.pop("num_split_documents")
+    workspace.counts |= found
+    workspace.details["split"] = {
+        "tokens": splitting.max_tokens,
+        "overlap": splitting.overlap,
+        "tokenizer": splitting.tokenizer,
+        "num_split_documents": num_split,
+    }
+    logger.info(
+        "ingest: %d of %d documents were split, which gives %d passages of at most %d tokens",
+        *(num_split, found["num_documents"], found["num_passages"], splitting.max_tokens),
+    )
 
 
 def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> Deduplication:
@@ -110,7 +169,9 @@ def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> D
     return "none" if source.has_qrels and not source.labels_from_passages else "exact"
 
 
-def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, limits: Limits) -> bool:
+def _in_parallel(
+    workspace: Workspace, config: IngestConfig, source: Source, options: ReadOptions, splitting: Splitting | None
+) -> bool:
     """Read a large source of rows without labels on the cluster; False where one process is to read it."""
     if type(source) is not TableSource or config.deduplicate == "near":
         return False
@@ -120,7 +181,9 @@ def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, lim
     job = PieceJob(
         output=on_worker.absolute(workspace.location),
         table_format=source.format,
-        limits=limits,
+        options=options,
+        kept=source.kept,
+        splitting=splitting,
         rows_per_file=config.rows_per_file,
         drops_duplicates=config.deduplicate == "exact",
         num_pieces=len(pieces),
@@ -128,6 +191,9 @@ def _in_parallel(workspace: Workspace, config: IngestConfig, source: Source, lim
     )
     run = parallel_ingest.ParallelIngest(workspace, pieces, job, fails_on_bad_rows=config.bad_rows == "fail")
     run.run()
+    if splitting:
+        _record_split(workspace, splitting, run.split_counts)
+    workspace.details["source"] = source.description()
     return True
 
 
@@ -160,7 +226,7 @@ class _BadRows:
         return {
             "total": self._reasons.total(),
             "by_reason": dict(sorted(self._reasons.items())),
-            "first": [row._asdict() for row in self._first],
+            "first": [row.as_json() for row in self._first],
         }
 
 
@@ -171,17 +237,23 @@ class _Ingestion:
         self._workspace, self._config, self._source = workspace, config, source
         self._deduplicate = deduplicate
         self._bad_rows = _BadRows(config.bad_rows)
-        self._writer = PartWriter(workspace.location / "passages", rows_per_file=config.rows_per_file)
+        self._writer = PartWriter(workspace.location / "passages", rows_per_file=config.rows_per_file, kept=source.kept)
         self._ids = RowTable()
         self._first_dropped: list[tuple[str, int]] = []
         self._num_dropped = 0
-        self._num_changed_ids = 0
+        self._checks: RowChecks[str] = RowChecks(source.kept, max_text_bytes=config.max_text_bytes)
 
     def run(self) -> None:
         """Passages first, then what points at them."""
         self._write_passages()
         self._write_labels()
-        self._workspace.details |= {"bad_rows": self._bad_rows.summary(), "duplicates": self._duplicates()}
+        self._workspace.details |= {
+            "source": self._source.description(),
+            "kinds": dict(sorted(self._checks.kinds.items())),
+            "unfit_values": row_checks.told(self._checks.unfit, self._source.kept, str),
+            "bad_rows": self._bad_rows.summary(),
+            "duplicates": self._duplicates(),
+        }
 
     def _write_passages(self) -> None:
         earlier = duplicate_finder(
@@ -191,7 +263,7 @@ class _Ingestion:
         )
         total_bytes = 0
         for row in self._source.rows():
-            passage = row if isinstance(row, BadRow) else self._checked(row)
+            passage = self._checks.passage(row, row.place)
             if isinstance(passage, BadRow):
                 self._bad_rows.add(passage)
                 continue
@@ -212,22 +284,16 @@ class _Ingestion:
         self._writer.close()
         if not self._writer.num_rows:
             raise CorpusError(
-                f"no passages are left of {self._config.source!r}: every row is bad ({self._bad_rows.summary()['by_reason']}); "
+                f"no passages are left of {self._config.source!r}: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); "
                 f"the log names the first of them"
             )
-        if self._num_changed_ids:
+        if self._checks.num_changed_ids:
             logger.info(
                 "ingest: %d doc_ids had white space, which TREC files cannot hold: it is cut off at the ends and encoded "
                 "inside, a space as %%20; so it is in queries and judgements",
-                self._num_changed_ids,
+                self._checks.num_changed_ids,
             )
         self._workspace.counts |= {"num_passages": self._writer.num_rows, "num_bytes": total_bytes}
-
-    def _checked(self, row: Row) -> Passage | BadRow:
-        passage = checked(row, max_text_bytes=self._config.max_text_bytes)
-        if isinstance(passage, Passage):
-            self._num_changed_ids += str(row.doc_id) != passage.doc_id
-        return passage
 
     def _drop(self, passage: Passage, key: bytes, kept_row: int) -> None:
         self._num_dropped += 1

@@ -22,6 +22,7 @@ from readapt_ray.artifacts import Artifact, Workspace, fingerprint, produce
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class MergeConfig(StageConfig):
     accept: tuple[Literal["config", "tokenizer", "vocabulary", "base"], ...] = ()
     """Mismatches to allow, separated by commas: config, tokenizer, vocabulary (the retriever's is used), base (an
     adapter's base model)."""
+    queries_only: bool = False
+    """Make a model for queries: passages keep the vectors of the retriever. `search` and `serve` accept these with it, and
+    `embed` encodes with the retriever."""
     dtype: Literal["retriever", "float32", "float16", "bfloat16"] = "retriever"
     """Data type of the written weights; retriever keeps the type of each of the retriever's tensors."""
     max_shard_bytes: int = pydantic.Field(default=5_000_000_000, ge=1)
@@ -95,6 +99,11 @@ class MergeConfig(StageConfig):
             )
         if self.bundle is not None and (self.factors or self.low_rank is not None):
             raise OptionError("{factors} and {low_rank} write what a bundle already is; give the three models instead")
+        if self.queries_only and (self.bundle is not None or self.factors):
+            raise OptionError(
+                "{queries_only} names the {retriever} as the model of the passages, and writes a model; give the three models, "
+                "without {factors}"
+            )
         if self.num_workers and (self.factors or self.low_rank is not None):
             raise OptionError(
                 "{num_workers} spreads the weight files of a model over the cluster; factors and a low rank are computed on "
@@ -156,6 +165,7 @@ def merge(config: MergeConfig) -> Artifact:
     from readapt_ray.weights.merge_plan import MergeModels, plan_merge
     from readapt_ray.weights.model_card import measures_of
 
+    _refuse_query_model(config)
     models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
     plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
     by_bundle = plan.bundle_scales is not None
@@ -176,6 +186,17 @@ def merge(config: MergeConfig) -> Artifact:
             "scales": [merged.scales.readapter, *merged.scales.knowledge],
         },
     )
+
+
+def _refuse_query_model(config: MergeConfig) -> None:
+    """Refuse a retriever for queries alone: a merge of it would take the place of two models."""
+    from readapt_ray.catalog.models import open_model
+    from readapt_ray.catalog.query_models import passages_model
+
+    if config.retriever is not None and (passages := passages_model(open_model(config.retriever))) is not None:
+        raise ModelError(
+            f"{config.retriever!r} is for queries alone, and its passages are encoded by {passages.name!r}; give {passages.name!r}"
+        )
 
 
 def _fingerprints(merged: _Merge) -> dict[str, str]:
@@ -222,9 +243,20 @@ def _write_small_files(workspace: Workspace, merged: _Merge, plan: "WeightPlan")
         config=model_files.headless_config(models.config_of.config, dtype=plan.main_dtype, name=models.config_of.name),
         tokenizer=models.tokenizer_of.tokenizer,
         encoding=models.encoding,
-        contract={"fingerprint": workspace.fingerprint},
+        contract={
+            "fingerprint": workspace.fingerprint,
+            **(_passages_entry(merged) if merged.config.queries_only else {}),
+        },
         dense_of=models.dense_of,
     )
+
+
+def _passages_entry(merged: _Merge) -> dict[str, Any]:
+    """Return what readapt.json says of the retriever, whose vectors the passages keep."""
+    from readapt_ray.catalog.models import open_model
+    from readapt_ray.catalog.query_models import describe_passages
+
+    return describe_passages(open_model(str(merged.config.retriever)), merged.plan.encoding).to_json()
 
 
 def _write_weights(workspace: Workspace, merged: _Merge, readapter: "Readapter", plan: "WeightPlan") -> "CastLoss":
@@ -262,8 +294,12 @@ def _card(merged: _Merge, plan: "WeightPlan", loss: "CastLoss", left_out: Sequen
         survives=loss.survives(),
         dtype=plan.main_dtype,
         measures=merged.measures,
-        notes=[*notes, *truncation_note(stored)],
+        notes=[*_queries_note(merged.config), *notes, *truncation_note(stored)],
     )
+
+
+def _queries_note(config: MergeConfig) -> list[str]:
+    return [f"For queries alone: passages are encoded by {config.retriever}."] if config.queries_only else []
 
 
 @contextlib.contextmanager

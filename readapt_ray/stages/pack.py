@@ -6,6 +6,7 @@ everywhere that of the ids to leave out or to take.
 """
 
 import functools
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -22,7 +23,10 @@ from readapt_ray.cluster import connection, on_worker, placement
 from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
-from readapt_ray.retrieval import footers
+from readapt_ray.progress import amount
+from readapt_ray.retrieval import footers, truncation
+from readapt_ray.retrieval.vector_files import METADATA_KEY
+from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -100,6 +104,7 @@ def _pack(
 
     placement.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
+    withheld = withheld_numbers(config.withhold, num_passages)
     job = {
         "pretrained": on_worker.model_name(model),
         "tokenizer": model.tokenizer_fingerprint,
@@ -108,25 +113,45 @@ def _pack(
     }
     blocks = on_worker.absolute(workspace.location) / "blocks"
     connection.check_seen_by_all(blocks)
-    shared_lists = ray.put(lists)
+    shared_lists = ray.put((lists, frozenset(withheld)))
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset.context.execution_no_progress_timeout_s = -1
-    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared_lists)))
-    counts = {"num_blocks": 0, "num_passages": 0, "num_tokens": 0, "num_cut_passages": 0}
+    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, *ray.get(shared_lists)))
+    counts = dict.fromkeys(("num_blocks", "num_passages", "num_tokens", "num_truncated_passages", "num_lost_tokens"), 0)
     try:
         for row in dataset.iter_rows():
             counts = {name: counts[name] + row[name] for name in counts}
             workspace.progress(counts["num_passages"], num_passages, unit="passages")
     except ray.exceptions.RayError as error:
         raise connection.cause_of(error) from None
-    if lists:
+    if lists or withheld:
         counts["num_withheld_passages"] = num_passages - counts["num_passages"]
         if not counts["num_passages"]:
             raise CorpusError(
-                f"exclude = {config.exclude!r} and only = {config.only!r} leave none of the {num_passages:,} passages of "
-                f"{config.corpus!r}; check that they name its doc_ids"
+                f"exclude = {config.exclude!r}, only = {config.only!r} and withhold = {config.withhold} leave none of the "
+                f"{amount(num_passages, 'passages')} of {config.corpus!r}; check that the lists name its doc_ids, or "
+                "withhold fewer"
             )
-    workspace.counts = counts
+    workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
+    workspace.details["withheld"] = withheld
+
+
+def withheld_numbers(withhold: int, num_passages: int) -> list[int]:
+    """Return the numbers of the passages that are left out: always the same for a corpus."""
+    drawn = random_generator(0, "withheld passages").choice(num_passages, min(withhold, num_passages), replace=False)
+    return sorted(drawn.tolist())
+
+
+def _tell_truncation(counts: Mapping[str, int], block_tokens: int) -> dict[str, Any]:
+    lost = truncation.truncation(
+        num_texts=counts["num_passages"],
+        num_truncated=counts["num_truncated_passages"],
+        num_tokens=counts["num_tokens"],
+        num_lost=counts["num_lost_tokens"],
+        max_tokens=block_tokens,
+    )
+    truncation.warn_of_loss("pack", lost, "raise block_tokens, or ingest shorter passages")
+    return lost
 
 
 def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dict[str, Any]], int]:
@@ -143,7 +168,8 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     expected = corpus.manifest.counts["num_passages"]
     if num_passages != expected:
         raise CorruptFileError(
-            f"{corpus.uri!r} holds {num_passages:,} passages in {len(parts)} files, but its manifest counts {expected:,}; "
+            f"{corpus.uri!r} holds {amount(num_passages, 'passages')} in {amount(len(parts), 'files')}, but its manifest "
+            f"counts {expected:,}; "
             f"copy the whole folder again, or remove it and run `readapt ingest` again"
         )
     for name, found in num_found.items():
@@ -171,7 +197,7 @@ def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any
 def _check_found(name: str, num_found: int, num_listed: int, corpus: Artifact) -> None:
     if not num_found:
         raise CorpusError(
-            f"{name} lists {num_listed:,} doc_ids, and {corpus.uri!r} has none of them; give doc_ids of its passages, or "
+            f"{name} lists {amount(num_listed, 'doc_ids')}, and {corpus.uri!r} has none of them; give doc_ids of its passages, or "
             f"leave --{name} out"
         )
     if num_found < num_listed:
@@ -181,7 +207,11 @@ def _check_found(name: str, num_found: int, num_listed: int, corpus: Artifact) -
 
 
 def _pack_file(
-    part: dict[str, Any], blocks_uri: str, job: dict[str, Any], lists: dict[str, frozenset[str]]
+    part: dict[str, Any],
+    blocks_uri: str,
+    job: dict[str, Any],
+    lists: dict[str, frozenset[str]],
+    withheld: frozenset[int],
 ) -> dict[str, int]:
     """Tokenise and pack one passages file, unless its blocks are there; the counts of it."""
     from readapt_ray.training import packing
@@ -192,32 +222,44 @@ def _pack_file(
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
 
+        losses: list[int] = []
+
         def numbered() -> Any:
             for start in range(0, passages.num_rows, _TEXTS_PER_CALL):
                 rows = passages.slice(start, _TEXTS_PER_CALL)
                 columns = (rows[name].to_pylist() for name in ("doc_id", "title", "text"))
                 taken = [
-                    (part["first_number"] + start + offset, f"{title} {text}".strip())
-                    for offset, (doc_id, title, text) in enumerate(zip(*columns, strict=True))
-                    if doc_id not in lists.get("exclude", ()) and doc_id in lists.get("only", (doc_id,))
+                    (number, f"{title} {text}".strip())
+                    for number, (doc_id, title, text) in enumerate(
+                        zip(*columns, strict=True), part["first_number"] + start
+                    )
+                    if number not in withheld
+                    and doc_id not in lists.get("exclude", ())
+                    and doc_id in lists.get("only", (doc_id,))
                 ]
-                ids = packing.passage_ids(tokenizer, [text for _, text in taken], max_tokens=job["block_tokens"])
+                ids, lost = packing.passage_ids(tokenizer, [text for _, text in taken], max_tokens=job["block_tokens"])
+                losses.extend(lost)
                 yield from zip((number for number, _ in taken), ids, strict=True)
 
         made = list(packing.pack(numbered(), mode=job["mode"], block_tokens=job["block_tokens"]))
         table = packing.blocks_to_table(made, part["index"] << _FILE_NUMBER_SHIFT)
+        truncated = {"num_truncated_passages": sum(map(bool, losses)), "num_lost_tokens": sum(losses)}
+        table = table.replace_schema_metadata({METADATA_KEY: json.dumps(truncated)})
         with target.open_output() as stream:
             pq.write_table(table, stream, row_group_size=_BLOCKS_PER_ROW_GROUP, compression="zstd")
-    return _counts(target, job["block_tokens"])
+    return _counts(target)
 
 
-def _counts(target: Location, block_tokens: int) -> dict[str, int]:
+def _counts(target: Location) -> dict[str, int]:
     with target.open_input() as stream:
-        lengths: pa.Array = pq.read_table(stream, columns=["passage_lengths"])["passage_lengths"]
+        table = pq.read_table(stream, columns=["passage_lengths"])
+    truncated = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    lengths: pa.Array = table["passage_lengths"]
     flat = pc.list_flatten(lengths)
     return {
         "num_blocks": len(lengths),
         "num_passages": len(flat),
         "num_tokens": pc.sum(flat).as_py() or 0,
-        "num_cut_passages": pc.sum(pc.equal(flat, block_tokens)).as_py() or 0,
+        "num_truncated_passages": truncated.get("num_truncated_passages", 0),
+        "num_lost_tokens": truncated.get("num_lost_tokens", 0),
     }

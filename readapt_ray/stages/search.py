@@ -9,7 +9,7 @@ four million hits.
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -19,34 +19,50 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
-from readapt_ray.catalog.encoding import Encoding, EncodingOption
-from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.encoding import EncodingOption
+from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import connection, query_vectors
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
 from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
+from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
+from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
+from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
+from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 
 logger = logging.getLogger("readapt_ray")
 
 _HITS_A_ROUND = 4_000_000
 """Results that are searched, looked up and written before the next queries have their turn."""
+_PASSAGES_A_DOCUMENT = 3
+"""Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
+_DEEPEST = 100
+"""Passages per document that is wanted at which the search ends."""
 
 
 class SearchConfig(StageConfig):
     """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
 
     retriever: str
-    """Model that made the vectors: a catalog name, a folder, a URI or a hub id."""
+    """Model that made the vectors (or that `bridge` is for, or a model for queries alone that names it): a catalog name, a
+    folder, a URI or a hub id."""
     index: str | None = None
     """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
     """Vectors to search exactly: the output of `readapt embed`. Give this or index."""
+    root: str | None = None
+    """Root of `readapt refresh`: search the index of its present generation, with its retriever. What is given beside it
+    overrides it."""
+    as_of: int | None = Field(default=None, ge=1)
+    """Number of the generation of `root` to search. If omitted, the present one."""
+    bridge: str | None = None
+    """Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to them."""
     queries: str
     """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
     qrels: str | None = None
@@ -62,8 +78,17 @@ class SearchConfig(StageConfig):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "index", "vectors", "queries", "qrels", "encoding"})
+    inputs: ClassVar[frozenset[str]] = frozenset(
+        {"retriever", "index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
+    )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_generation(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return with_folders(values, ("retriever",) if values.get("vectors") else ("retriever", "index"))
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -94,6 +119,16 @@ class _Source:
         return dict(self.artifact.manifest.details.get("bm25", {}))
 
     @property
+    def is_split(self) -> bool:
+        """Whether passages are parts of documents, to which results are merged."""
+        return bool(self.artifact.manifest.details.get("is_split"))
+
+    @property
+    def truncation(self) -> dict[str, Any]:
+        """What truncation took from the passages, if their vectors say."""
+        return {name: value for name, value in self.artifact.manifest.details.items() if name == "truncation"}
+
+    @property
     def num_vectors(self) -> int:
         return int(self.artifact.manifest.counts["num_vectors"])
 
@@ -117,7 +152,7 @@ def search(config: SearchConfig) -> Artifact:
 
     Raises:
         ArtifactMissingError: the index or the vectors are not the output of their stage.
-        FingerprintMismatchError: they were made by another model, or with another encoding.
+        FingerprintMismatchError: they were made by another model, or with another encoding, or the bridge belongs to others.
         CorpusError: there are no queries, or a row is not one.
         CorruptFileError: a shard was cut short or altered.
     """
@@ -125,8 +160,8 @@ def search(config: SearchConfig) -> Artifact:
         open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")
     )
     model = open_model(config.retriever)
-    encoding = config.encoding or Encoding.parse(source.encoder["encoding"], where=source.artifact.uri)
-    check_encoder(model, encoding, source.artifact)
+    bridge = Bridge.open(config.bridge) if config.bridge else None
+    asking = query_encoder(model, source.artifact, encoding=config.encoding, bridge=bridge)
     if config.mode != "dense" and not source.words:
         raise InputError(
             f"mode = {config.mode!r}, but index {config.index!r} was built without BM25; build it with --bm25"
@@ -134,46 +169,25 @@ def search(config: SearchConfig) -> Artifact:
     queries = _read_queries(config)
 
     def work(workspace: Workspace) -> None:
-        num_results = _run(config, model, source, encoding, queries, workspace=workspace)
+        if bridge is not None:
+            bridge.warn_if_not_worth_it()
+        num_results = _run(config, source, asking, queries, workspace=workspace)
         workspace.counts |= {"num_queries": len(queries), "num_results": num_results}
-        workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors}
+        workspace.details |= {"encoder": source.encoder, "num_vectors": source.num_vectors, **source.truncation}
+        if asking.fingerprint != source.encoder["fingerprint"]:
+            workspace.details["query_encoder"] = {**asking.description, "query_fingerprint": asking.fingerprint}
 
     return produce(
         "search",
         config,
         inputs={
             "retriever": model.fingerprint,
-            "encoding": fingerprint(encoding.model_dump(mode="json")),
+            "encoding": fingerprint(asking.encoding.model_dump(mode="json")),
+            **({"bridge": bridge.artifact.fingerprint} if bridge else {}),
             "index" if config.index else "vectors": source.artifact.fingerprint,
             "queries": fingerprint([list(query) for query in queries]),
         },
         work=work,
-    )
-
-
-def check_encoder(model: OpenModel, encoding: Encoding, made: Artifact) -> None:
-    """Refuse vectors, or an index of them, that this model with this encoding would not have made.
-
-    Raises:
-        FingerprintMismatchError: another model or encoding made them.
-    """
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
-
-    recorded = made.manifest.details["encoder"]
-    if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
-        return
-    wanted = encoding.model_dump(mode="json")
-    differing = [
-        f"{name} is {recorded['encoding'].get(name)!r} there and {value!r} here"
-        for name, value in wanted.items()
-        if recorded["encoding"].get(name) != value
-    ]
-    what = (
-        "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
-    )
-    raise FingerprintMismatchError(
-        f"{made.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
-        f"that made it, or run `readapt embed` with this one into another output"
     )
 
 
@@ -193,9 +207,8 @@ def _read_queries(config: SearchConfig) -> list[Query]:
 
 def _run(
     config: SearchConfig,
-    model: OpenModel,
     source: _Source,
-    encoding: Encoding,
+    asking: QueryEncoder,
     queries: Sequence[Query],
     *,
     workspace: Workspace,
@@ -211,11 +224,9 @@ def _run(
 
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
-        pieces = (
-            [] if config.mode == "bm25" else _encoded(config, model, source, encoding, queries, workspace=workspace)
-        )
+        pieces = [] if config.mode == "bm25" else _encoded(config, asking, queries, workspace=workspace)
         searched = _pieces(source)
-        depth = min(_depth(config), source.num_vectors)
+        depth = min(_depth(config) * (_PASSAGES_A_DOCUMENT if source.is_split else 1), source.num_vectors)
         size = query_vectors.QUERIES_A_PIECE
         num_pieces = max(1, _HITS_A_ROUND // max(1, depth * size))
         for first in range(0, -(-len(queries) // size), num_pieces):
@@ -233,19 +244,14 @@ def _run(
 
 
 def _encoded(
-    config: SearchConfig,
-    model: OpenModel,
-    source: _Source,
-    encoding: Encoding,
-    queries: Sequence[Query],
-    *,
-    workspace: Workspace,
+    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], *, workspace: Workspace
 ) -> list[Any]:
     return encode_queries(
         [query.text for query in queries],
-        model,
-        encoding,
-        source.encoder,
+        asking.model,
+        asking.encoding,
+        asking.description,
+        bridge=asking.bridge,
         batch_tokens=config.batch_tokens,
         progress=functools.partial(workspace.progress, unit="queries"),
     )
@@ -260,13 +266,49 @@ def _found(
     config: SearchConfig, source: _Source, searched: Pieces, vectors: Sequence[Any], queries: Sequence[Query]
 ) -> pa.Table:
     """Return what some queries find by the mode that is asked for: query_id, doc_id, score."""
-    depth, found = _depth(config), []
+    find = _find_documents if source.is_split else _find
+    found, words = [], functools.partial(searched.search_words, [query.text for query in queries], source.words)
     if config.mode != "bm25":
-        found.append(_results(config, searched, searched.search(vectors, depth), queries))
+        found.append(find(config, source, searched, functools.partial(searched.search, vectors), queries))
     if config.mode != "dense":
-        texts = [query.text for query in queries]
-        found.append(_results(config, searched, searched.search_words(texts, source.words, depth), queries))
+        found.append(find(config, source, searched, words, queries))
     return found[0] if len(found) == 1 else _fused(found, queries, config.top_k)
+
+
+_Search = Callable[[int], Iterator[tuple[np.ndarray, np.ndarray]]]
+"""Searches every piece for so many results per query."""
+
+
+def _find(
+    config: SearchConfig, source: _Source, searched: Pieces, search: _Search, queries: Sequence[Query]
+) -> pa.Table:
+    """Return the best passages of each query."""
+    del source
+    depth = _depth(config)
+    table = _results(searched, search(depth), queries, depth)
+    return _without_self(table, depth - 1) if config.drop_self_hits else table
+
+
+def _find_documents(
+    config: SearchConfig, source: _Source, searched: Pieces, search: _Search, queries: Sequence[Query]
+) -> pa.Table:
+    """Return the best documents of each query, by their best passage: search deeper until there are enough."""
+    wanted = _depth(config)
+    depth = min(_PASSAGES_A_DOCUMENT * wanted, source.num_vectors)
+    while True:
+        passages = _results(searched, search(depth), queries, depth)
+        table = merged_to_documents(passages, wanted)
+        query_ids = [query.query_id for query in queries]
+        lacking = (counts_of(table, query_ids) < wanted) & (counts_of(passages, query_ids) == depth)
+        if depth == source.num_vectors or not lacking.any() or depth >= _DEEPEST * wanted:
+            break
+        depth = min(_PASSAGES_A_DOCUMENT * depth, source.num_vectors)
+    if lacking.any() and depth < source.num_vectors:
+        logger.warning(
+            "%d of %d queries found fewer than %d documents among their %d best passages",
+            *(lacking.sum(), len(queries), wanted, depth),
+        )
+    return _without_self(table, wanted - 1) if config.drop_self_hits else table
 
 
 def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> pa.Table:
@@ -296,7 +338,7 @@ def _pieces(source: _Source) -> Pieces:
 
 
 def _results(
-    config: SearchConfig, searched: Pieces, parts: Iterator[tuple[np.ndarray, np.ndarray]], queries: Sequence[Query]
+    searched: Pieces, parts: Iterator[tuple[np.ndarray, np.ndarray]], queries: Sequence[Query], depth: int
 ) -> pa.Table:
     """Return what some queries find: query_id, doc_id, score.
 
@@ -304,26 +346,24 @@ def _results(
         searched: the pieces of the index or of the vectors.
         parts: scores and rows [Q, K] that each piece found.
         queries: the queries.
+        depth: results per query.
     """
-    depth = _depth(config)
     best = merge_rows(parts, len(queries), depth)
     distinct, codes = np.unique(best.rows, return_inverse=True)
     names = searched.names(distinct)
     scores, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
     counted = scores > -np.inf
     owners = np.repeat(np.arange(len(queries)), counted.sum(axis=1))
-    query_ids = pa.array([query.query_id for query in queries], pa.string()).take(pa.array(owners))
-    table = pa.table(
+    return pa.table(
         {
-            "query_id": query_ids,
+            "query_id": pa.array([query.query_id for query in queries], pa.string()).take(pa.array(owners)),
             "doc_id": names.take(pa.array(codes[counted])),
             "score": pa.array(scores[counted].astype(np.float64)),
         }
     )
-    if not config.drop_self_hits:
-        return table
-    others = pc.not_equal(table["doc_id"], table["query_id"]).to_numpy()
-    before = np.concatenate([[0], np.cumsum(others)])
-    starts = np.searchsorted(owners, owners)
-    places = before[1:] - before[starts]  # from 1 on, among the kept ones of the same query
-    return table.filter(pa.array(others & (places <= depth - 1)))
+
+
+def _without_self(table: pa.Table, top_k: int) -> pa.Table:
+    """Leave out results whose doc_id is the query's, and what is then behind the k best of a query."""
+    others = table.filter(pc.not_equal(table["doc_id"], table["query_id"]))
+    return others.filter(pa.array(ranks(others) < top_k))

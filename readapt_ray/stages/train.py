@@ -149,6 +149,8 @@ def _train(config: TrainConfig, model: OpenModel, blocks: Artifact, workspace: W
         "num_tokens": packed["num_tokens"] * config.num_epochs,
     }
     workspace.details = {**outcome.details(), "batch_size": batch_size, "learning_rate": config.learning_rate}
+    if "truncation" in blocks.manifest.details:
+        workspace.details["truncation"] = blocks.manifest.details["truncation"]
 
 
 def _with_batch_size(config: TrainConfig, packed: dict[str, int], output: Location) -> tuple[TrainConfig, int]:

@@ -29,6 +29,7 @@ from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.evaluation import scale_search
 from readapt_ray.evaluation.measure_options import MeasureOption, drops_self_hits
+from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import check_complete
 from readapt_ray.seeds import random_generator
@@ -211,7 +212,8 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
     ]
     if len(queries) < 2:
         raise InputError(
-            f"{config.queries!r} has {len(queries)} queries with a relevant passage in {config.qrels!r}; at least 2 are needed"
+            f"{config.queries!r} has {amount(len(queries), 'queries')} with a relevant passage in {config.qrels!r}; at "
+            "least 2 are needed"
         )
     order = random_generator(config.seed, "queries").permutation(len(queries))[: config.max_queries]
     queries = [queries[index] for index in sorted(order)]

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from readapt_ray.progress import amount
 from readapt_ray.targets import addresses
 from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_bytes, check_dimension, matrix, payloads
 
@@ -92,7 +93,7 @@ class OpenSearchTarget:
         _, errors = self._helpers.bulk(self._client, actions, raise_on_error=False)
         refused = [each for each in errors if each["delete"]["status"] != 404]
         if refused:
-            raise self._helpers.BulkIndexError(f"{len(refused)} deletions failed", refused)
+            raise self._helpers.BulkIndexError(f"{amount(len(refused), 'deletions')} failed", refused)
 
     def finish(self) -> None:
         """Make what was written visible to searches."""

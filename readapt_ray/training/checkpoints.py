@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: one file each, whole or not there, written beside the work.
+"""Write checkpoints of a training run in the background: one file each, whole or absent.
 
 A file holds the trained tensors and Adam's moments under the parameters' names, so it does not depend on
 the number of workers. Schedule and random states are functions of the step, and which blocks or pairs
@@ -40,12 +40,12 @@ class DataOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every unit is consumed once; the last may take fewer."""
+        """Return in how many steps every unit is consumed once; the last step may take fewer."""
         return -(-self.num_units // self.batch_size)
 
     @property
     def num_steps(self) -> int:
-        """Steps in all."""
+        """Return the number of steps in all epochs."""
         return self.steps_per_epoch * self.num_epochs
 
     def identity(self) -> dict[str, int]:
@@ -53,13 +53,13 @@ class DataOrder:
         return {"num_units": self.num_units, "batch_size": self.batch_size, "seed": self.seed}
 
     def consumed(self, step: int) -> tuple[int, int]:
-        """The epoch after `step` steps, and the units of it that were consumed, counted in its shuffled order."""
+        """Return the epoch after `step` steps, and the units of it that were consumed, counted in its shuffled order."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         return epoch, in_epoch * self.batch_size
 
 
 class CheckpointWriter:
-    """Writes states in order, one at a time, and keeps the newest.
+    """Write states in order, one at a time, and keep the newest.
 
     Args:
         folder: on any filesystem that pyarrow opens.
@@ -73,7 +73,7 @@ class CheckpointWriter:
         self._pending: Future[None] | None = None
 
     def save(self, step: int, state: "dict[str, Tensor]") -> None:
-        """Begin to write the state after `step` steps, once the one before it is whole.
+        """Begin to write the state after `step` steps, once the previous one is whole.
 
         Args:
             state: tensors on the CPU that nobody changes any more.
@@ -85,7 +85,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._write, step, state)
 
     def wait(self) -> None:
-        """Until all that was saved is whole; raises what went wrong."""
+        """Wait until all saved states are written; raise the error of a write that failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -102,7 +102,7 @@ class CheckpointWriter:
 
 
 def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, dict[str, Tensor]] | None":
-    """The step and state of the newest whole checkpoint; None where there is none.
+    """Return the step and state of the newest whole checkpoint; None if there is none.
 
     Raises:
         CorruptFileError: checkpoints are there and none can be read, or the newest is in another data order.
@@ -121,7 +121,7 @@ def newest_checkpoint(folder: Location, data_order: DataOrder) -> "tuple[int, di
 
 
 def steps_done(folder: Location, data_order: DataOrder) -> int:
-    """The step of the newest whole checkpoint, from its header alone; 0 where there is none.
+    """Return the step of the newest whole checkpoint, from its header alone; 0 if there is none.
 
     Raises:
         CorruptFileError: as `newest_checkpoint`.
@@ -158,12 +158,12 @@ def _newest(folder: Location, data_order: DataOrder) -> tuple[int, Location] | N
 
 
 def _files(folder: Location) -> list[Location]:
-    """The checkpoints, oldest first. What else lies in the folder is not ours."""
+    """List the checkpoints, oldest first. Other files in the folder are not ours."""
     return [folder / name for name, _ in folder.listing(_SUFFIX) if _NAME.fullmatch(name)]
 
 
 def _header(file: Location) -> dict[str, int]:
-    """What a checkpoint says of itself, if all its bytes are there (the format: 8 bytes of length, JSON, tensors).
+    """Read the header of a checkpoint if all its bytes are there (8 bytes of length, JSON, tensors).
 
     Raises:
         KeyError, ValueError: it is no checkpoint, or was cut short.

@@ -1,4 +1,4 @@
-"""Supervised training of a retriever: InfoNCE over the passages of the whole batch of all workers.
+"""Train a retriever with labels: InfoNCE over the passages of the whole batch of all workers.
 
 The batch is not bound by memory (GradCache; Gao et al., 2021): all texts are encoded in micro-batches
 without a graph, the loss and its gradient with respect to each vector are computed, then each micro-batch
@@ -23,6 +23,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.nn.precision import products_in
 from readapt_ray.retrieval.pooling import normalized, pool
 from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.dora import without_adapters
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
 from readapt_ray.training.packing import padded_width
 from readapt_ray.training.pairs import PairReader, Texts
@@ -43,6 +44,7 @@ class Contrast:
         micro_batch_tokens: padded tokens of one forward and backward pass, at most; a longer text goes alone.
         dtype: of matrix products; below float32 they run under autocast where weights have another type.
         seed: of dropout.
+        queries_only: passages are encoded by the model without its adapters, so only queries are trained.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Contrast:
     micro_batch_tokens: int
     dtype: torch.dtype
     seed: int
+    queries_only: bool = False
 
     @property
     def data_order(self) -> DataOrder:
@@ -60,7 +63,7 @@ class Contrast:
         return self.reader.data_order
 
     def batches(self, first_step: int) -> Iterator[np.ndarray]:
-        """The pair numbers of every step from `first_step` on."""
+        """Yield the pair numbers of every step from `first_step` on."""
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
@@ -68,18 +71,20 @@ class Contrast:
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
-        groups = [_groups(share, self.micro_batch_tokens) for share in shares]
+        groups = [_groups(share, self.micro_batch_tokens, 0, self._num_trained(share)) for share in shares]
+        frozen = [_groups(share, self.micro_batch_tokens, self._num_trained(share)) for share in shares]
         num_parts = max(map(len, groups))
         texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
+        frozen_FD = self._frozen(engine, texts, frozen)
         parts = [(part, 1.0) for part in own] + [(own[0], 0.0)] * (num_parts - len(own))
         if num_parts > 1:
-            loss_of = self._cached(engine, shares, parts, step=step)
+            loss_of = self._cached(engine, shares, parts, frozen_FD, step=step)
         else:
 
             def loss_of(part: Sequence[int]) -> Tensor:
                 vectors = self._encode(engine, texts, part)
                 in_order = torch.empty_like(vectors).index_copy(0, torch.tensor(part, device=vectors.device), vectors)
-                return self.loss_share(in_order, shares, engine.worker_rank)
+                return self.loss_share(_with_frozen(in_order, frozen_FD), shares, engine.worker_rank)
 
         lengths = [[len(ids) for ids in share.token_ids] for share in shares]
         return StepWork(
@@ -88,8 +93,8 @@ class Contrast:
             num_tokens=sum(map(sum, lengths)),
             num_slots=sum(
                 len(group) * padded_width(max(lengths[rank][index] for index in group))
-                for rank, each in enumerate(groups)
-                for group in each
+                for rank in range(engine.num_workers)
+                for group in (*groups[rank], *frozen[rank])
             ),
             num_passages=len(batch),
             first_passages=self.reader.doc_numbers(batch[:NAMED_PASSAGES]).tolist(),
@@ -100,6 +105,7 @@ class Contrast:
         engine: DeepSpeedEngine,
         shares: Sequence[Texts],
         parts: Sequence[tuple[Sequence[int], float]],
+        frozen_FD: Tensor | None,
         *,
         step: int,
     ) -> Any:
@@ -111,13 +117,13 @@ class Contrast:
                 seed_dropout(self.seed, step=step, worker_rank=engine.worker_rank, part=index)
                 encoded = self._encode(engine, texts, part)
                 if vectors_TD is None:
-                    vectors_TD = encoded.new_zeros(len(texts.token_ids), encoded.shape[1])
+                    vectors_TD = encoded.new_zeros(self._num_trained(texts), encoded.shape[1])
                 if weight:
                     vectors_TD[torch.tensor(part, device=encoded.device)] = encoded
         assert vectors_TD is not None
         with torch.enable_grad():
             vectors_TD.requires_grad_()
-            loss = self.loss_share(vectors_TD, shares, engine.worker_rank)
+            loss = self.loss_share(_with_frozen(vectors_TD, frozen_FD), shares, engine.worker_rank)
             (gradient_TD,) = torch.autograd.grad(loss, vectors_TD)
         num_real = sum(weight > 0 for _, weight in parts)
         value = loss.detach() / max(1, num_real)
@@ -129,12 +135,34 @@ class Contrast:
 
         return loss_of
 
+    def _num_trained(self, texts: Texts) -> int:
+        """How many texts, the first ones, the trained model encodes: all, or the queries (a worker without one has one)."""
+        return max(1, texts.num_pairs) if self.queries_only else len(texts.token_ids)
+
+    def _frozen(self, engine: DeepSpeedEngine, texts: Texts, groups: Sequence[Sequence[list[int]]]) -> Tensor | None:
+        """Return the vectors of the texts that are not trained, in their order, by the model without its adapters.
+
+        Every worker makes as many passes, since passes are collective; None where all texts are trained.
+        """
+        num_parts, own, first = max(map(len, groups)), groups[engine.worker_rank], self._num_trained(texts)
+        found: Tensor | None = None
+        with without_adapters(self.model):
+            for index in range(num_parts):
+                part = own[index] if index < len(own) else [0]
+                vectors = self._encode(engine, texts, part)
+                if found is None:
+                    found = vectors.new_zeros(len(texts.token_ids) - first, vectors.shape[1])
+                if index < len(own):
+                    found[torch.tensor(part, device=vectors.device) - first] = vectors
+        return found
+
     def _encode(self, engine: DeepSpeedEngine, texts: Texts, part: Sequence[int]) -> Tensor:
         with products_in(self.dtype, self.model, engine.device.type):
             return encode(self.model, [texts.token_ids[index] for index in part], self.encoding, device=engine.device)
 
     def loss_share(self, vectors_TD: Tensor, shares: Sequence[Texts], worker_rank: int) -> Tensor:
-        """This worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all workers.
+        """Return this worker's share of the mean InfoNCE loss (van den Oord et al., 2018) over the batch of all
+        workers.
 
         Each query is told from the passages and hard negatives of all workers, but for those that answer it, too; in
         the other direction each passage's query from the queries that it does not answer.
@@ -179,7 +207,7 @@ class Contrast:
 
 
 def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
-    """Vectors of tokenised texts with gradients, float32 [B, D]; texts are padded on the right."""
+    """Return the vectors of tokenised texts with gradients, float32 [B, D]; texts are padded on the right."""
     width = padded_width(max(len(ids) for ids in token_ids))
     input_ids = np.zeros((len(token_ids), width), np.int64)
     mask = np.zeros((len(token_ids), width), np.int64)
@@ -195,12 +223,19 @@ def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding
     return normalized(vectors) if encoding.normalize else vectors.float()
 
 
-def _groups(texts: Texts, max_tokens: int) -> list[list[int]]:
-    """The indexes of texts that are encoded together, longest first: at most `max_tokens` with padding, or one text."""
+def _with_frozen(vectors_TD: Tensor, frozen_FD: Tensor | None) -> Tensor:
+    return vectors_TD if frozen_FD is None else torch.cat([vectors_TD, frozen_FD])
+
+
+def _groups(texts: Texts, max_tokens: int, first: int = 0, last: int | None = None) -> list[list[int]]:
+    """Group texts, from `first` to `last`, that are encoded together, longest first.
+
+    A group has at most `max_tokens` with padding, or one text.
+    """
     lengths = [len(ids) for ids in texts.token_ids]
     groups: list[list[int]] = []
     width = 0
-    for index in sorted(range(len(lengths)), key=lambda each: -lengths[each]):
+    for index in sorted(range(len(lengths))[first:last], key=lambda each: -lengths[each]):
         if not groups or width * (len(groups[-1]) + 1) > max_tokens:
             groups.append([])
             width = padded_width(lengths[index])
@@ -209,7 +244,7 @@ def _groups(texts: Texts, max_tokens: int) -> list[list[int]]:
 
 
 def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:
-    """Every (i, j) where the passage numbers[j] is in relevant[i]."""
+    """Return every (i, j) where the passage numbers[j] is in relevant[i]."""
     places = defaultdict(list)
     for place, number in enumerate(numbers.tolist()):
         places[number].append(place)
@@ -223,7 +258,7 @@ def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple
 
 
 def _gathered(vectors_BD: Tensor, lengths: Sequence[int]) -> Tensor:
-    """The vectors of all workers, with gradients to each; `lengths` says how many each has, by rank."""
+    """Gather the vectors of all workers, with gradients to each; `lengths` says how many each has, by rank."""
     longest = max(lengths)
     if len(lengths) == 1 or longest == 0:
         return vectors_BD

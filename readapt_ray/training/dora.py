@@ -1,4 +1,4 @@
-"""Adapters that are trained: LoRA and DoRA layers around frozen linear layers, saved as PEFT saves them.
+"""Train adapters: LoRA and DoRA layers around frozen linear layers, saved as PEFT saves them.
 
 DoRA (Liu et al., 2024): y = d * (W x + s B A x) + bias, d = m / ||W + s B A|| per output row, the norm
 outside the gradient (section 4.3). PEFT builds B A for the norm in every forward pass; here the norm
@@ -13,6 +13,7 @@ Under ZeRO-3 a worker holds a part of each weight: the base layer is called as a
 DeepSpeed's hooks fetch it, and the norm gathers one layer's weight at a time.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ _KEY_PREFIX = "base_model.model."
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterShape:
-    """What an adapter is made of."""
+    """The shape of an adapter: rank, layers, type."""
 
     method: AdapterMethod
     rank: int
@@ -72,6 +73,8 @@ class AdaptedLinear(nn.Module):
         rank = shape.rank
         self.scaling = shape.alpha / rank
         self.dropout = shape.dropout
+        self.is_on = True
+        """Whether the adapter takes part; see `without_adapters`."""
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
@@ -86,7 +89,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
-        """Compute ||W + s B A|| anew; to be called after every change of the factors. Collective under ZeRO-3."""
+        """Compute ||W + s B A|| anew; call this after every change of the factors. Collective under ZeRO-3."""
         if self.magnitude is None:
             return
         weight_OI, A, B, s = self.base.weight, self.lora_A, self.lora_B, self.scaling
@@ -99,7 +102,9 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [..., I] to [..., O], in the dtype of the base layer's output."""
         probability = self.dropout if self.training else 0.0
-        if torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
+        if not self.is_on:
+            y: Tensor = self.base(x)
+        elif torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
             share = None if self.magnitude is None else self.magnitude / self.norm
             dropped = functional.dropout(x, probability) if probability else x
             y = adapted_output(self.base(x), dropped, self.lora_A * self.scaling, self.lora_B, share)
@@ -133,20 +138,36 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """The wrapped layers of a model by name."""
+    """Return the wrapped layers of a model by name."""
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
 
 
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Let a model compute as it did before it was wrapped, without dropout or gradients."""
+    layers, was_training = [layer for _, layer in adapted_layers(model)], model.training
+    try:
+        model.eval()
+        for layer in layers:
+            layer.is_on = False
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        for layer in layers:
+            layer.is_on = True
+
+
 def refresh_norms(model: nn.Module) -> None:
-    """Bring every DoRA norm up to date; once after each optimizer step."""
+    """Compute every DoRA norm anew; call this once after each optimizer step."""
     for _, layer in adapted_layers(model):
         layer.refresh_norm()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors under the names that PEFT gives them, float32 on the CPU. Collective under ZeRO-3."""
+    """Return the trained tensors under PEFT's names, float32 on the CPU. Collective under ZeRO-3."""
     state = {}
     for name, layer in adapted_layers(model):
         parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}

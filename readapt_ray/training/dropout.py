@@ -1,4 +1,4 @@
-"""Dropout that is drawn again in the backward pass, and that is fast on a CPU.
+"""Apply dropout whose mask is drawn again in the backward pass, and that is fast on a CPU.
 
 Most of an adapter's own time on a CPU went into random numbers, so there the mask is kept. On a GPU masks and dropped
 copies were a quarter of what a layer kept of its activations, and a seed takes their place.
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def draw_seed() -> int:
-    """Return a seed from torch's generator of the host, which no device is waited for."""
+    """Return a seed from torch's generator of the host, so that no device is waited for."""
     return int(torch.randint(2**62, ()))
 
 
 def kept_share(probability: float) -> float:
-    """The share of elements that `keep_mask` keeps in the mean: the nearest multiple of 2^-16."""
+    """Return the share of elements that `keep_mask` keeps in the mean: the nearest multiple of 2^-16."""
     return 1 - round(probability * 65536) / 65536
 
 

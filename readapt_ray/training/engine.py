@@ -1,4 +1,4 @@
-"""One optimizer step under DeepSpeed, whatever the number of workers, and its state.
+"""Take optimizer steps with DeepSpeed on any number of workers, and save and load their state.
 
 DeepSpeed averages gradients over workers. A step's loss is a sum over all its units divided by their
 number over *all* workers, so each worker scales its part by the number of workers; then one worker and
@@ -26,7 +26,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How to descend; the same for every objective."""
+    """Settings of the optimizer, the same for every objective."""
 
     learning_rate: float
     weight_decay: float
@@ -42,7 +42,7 @@ class Optimization:
 
 
 def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, Any]:
-    """DeepSpeed's settings. Batches and accumulation are ours, so DeepSpeed is told of one a step."""
+    """Return DeepSpeed's settings. Batches and accumulation are ours, so DeepSpeed sees one batch per step."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -55,7 +55,7 @@ def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, 
 
 
 def prepare_deepspeed() -> None:
-    """Before DeepSpeed's first use: quiet, and without compiling a C++ extension for minutes on a CPU."""
+    """Prepare DeepSpeed's first use: make it quiet, and keep it from compiling a C++ extension for minutes on a CPU."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -63,7 +63,9 @@ def prepare_deepspeed() -> None:
 
 
 def linear_schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step (from 0): a linear rise, then a linear fall to 0 after the last."""
+    """Return the share of the peak learning rate at a step (from 0): a linear rise, then a linear fall to 0 after the
+    last.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return (num_steps - step) / max(1, num_steps - warmup_steps)
@@ -83,7 +85,7 @@ def seed_dropout(seed: int, *, step: int, worker_rank: int, part: int) -> None:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step gave. `loss` is the mean over all workers' loss-bearing units."""
+    """Results of one step. `loss` is the mean over all workers' loss-bearing units."""
 
     loss: float
     gradient_norm: float
@@ -177,11 +179,11 @@ class DeepSpeedEngine:
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether all workers have to take part in `state`, since each holds a part of it."""
+        """Return whether all workers must take part in `state`, since each holds a part of it."""
         return self._zero_stage > 0
 
     def state(self) -> dict[str, Tensor]:
-        """Trained tensors and Adam's moments, whole, on the CPU. Collective where ZeRO partitions."""
+        """Return trained tensors and Adam's moments, whole, on the CPU. Collective where ZeRO partitions."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         state = {}
@@ -201,7 +203,7 @@ class DeepSpeedEngine:
         return state
 
     def load_state(self, state: dict[str, Tensor], *, step: int) -> None:
-        """Go on from a state after `step` steps. Collective where ZeRO partitions."""
+        """Resume from a state after `step` steps. Collective where ZeRO partitions."""
         if self._zero_stage:
             self._allocate_moments(step)
         for name, tensor in self.trained.items():
@@ -234,7 +236,7 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(tensor, each, moment)
 
     def _partition(self, whole: Tensor) -> Tensor:
-        """This worker's part of a tensor under ZeRO-3: equal pieces of it flattened, the last one padded."""
+        """Return this worker's part of a tensor under ZeRO-3: equal pieces of it flattened, the last one padded."""
         size = -(-whole.numel() // self.num_workers)
         padded = nn.functional.pad(whole.flatten(), (0, size * self.num_workers - whole.numel()))
         return padded[self.worker_rank * size : (self.worker_rank + 1) * size]

@@ -1,4 +1,4 @@
-"""What finetune trains on: judged pairs of a corpus or a file of pairs, tokenised as the retriever wants its text.
+"""Read labelled pairs for finetuning: judged pairs of a corpus or a file of pairs, tokenised as the retriever wants.
 
 The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters. A file of pairs is
 streamed, with some 100 bytes in memory for each of its texts.
@@ -18,6 +18,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import CorpusError
+from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.storage import Location
 
@@ -34,7 +35,7 @@ class TrainingPair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """Where pairs come from."""
+    """A source of pairs."""
 
     name: str
     """What the user called it."""
@@ -49,7 +50,7 @@ class PairSource:
 
 
 def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
-    """A corpus with judgements, or a JSONL file of pairs.
+    """Open a corpus with judgements, or a JSONL file of pairs.
 
     Raises:
         ArtifactMissingError: neither is there.
@@ -125,19 +126,19 @@ def write_pairs(
         if num_pairs < 2:
             of_split = f"of the split {source.split!r} whose query and passage it holds"
             raise CorpusError(
-                f"{source.name!r} has {num_pairs} pairs {of_split if source.split else 'of query and positive'}; at least "
-                f"2 are needed"
+                f"{source.name!r} has {amount(num_pairs, 'pairs')} "
+                f"{of_split if source.split else 'of query and positive'}; at least 2 are needed"
             )
 
 
 class _Numbers:
-    """Numbers texts from 0 on, equal ones alike."""
+    """Number texts from 0 on; equal texts have one number."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, int] = {}
 
     def of(self, texts: Iterable[Sequence[int]]) -> list[int]:
-        """The number of each tokenised text."""
+        """Return the number of each tokenised text."""
         digests = (hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest() for ids in texts)
         return [self._known.setdefault(digest, len(self._known)) for digest in digests]
 
@@ -169,7 +170,7 @@ def _judged_pairs(source: PairSource, num_negatives: int) -> list[TrainingPair]:
 
 
 def _hard_negatives(run: Location, right: dict[str, set[str]], num_negatives: int) -> dict[str, list[str]]:
-    """The best passages of each query in a run that are not judged relevant to it."""
+    """Return the best passages of each query in a run that are not judged relevant to it."""
     from readapt_ray.evaluation.runs import read_run
 
     ranked = read_run(run.uri)
@@ -194,7 +195,7 @@ def _read_passages(folder: Location, wanted: set[str]) -> dict[str, Passage]:
 
 
 def _file_pairs(file: Location) -> Iterator[TrainingPair]:
-    """The pairs of a JSONL file; its passages are named by their lines."""
+    """Yield the pairs of a JSONL file; its passages are named by their lines."""
     from readapt_ray.sources.lines import read_lines
     from readapt_ray.sources.source import REASONS, BadRow
 

@@ -1,4 +1,4 @@
-"""The knowledge adapter: one worker's part in training a language model on a packed corpus."""
+"""Train a language model on a packed corpus: one worker's part of the knowledge adapter."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from readapt_ray.training.steps import StepWork
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelling:
-    """The next token, or the masked tokens, of every block.
+    """Predict the next token, or the masked tokens, of every block.
 
     Args:
         model: a language model on the worker's device with the attention of attention.py and a LossHead; adapters are in
@@ -34,7 +34,7 @@ class LanguageModelling:
     dtype: torch.dtype
 
     def work(self, engine: DeepSpeedEngine, batch: Share, step: int) -> StepWork[Batch]:
-        """This worker's micro-batches.
+        """Return this worker's micro-batches.
 
         Raises:
             RuntimeError: the batch is of another step or worker.

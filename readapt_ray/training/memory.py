@@ -1,4 +1,4 @@
-"""Does a training run fit? An estimate from the model's shape, before any weight is read; plan asks the same.
+"""Estimate whether a training run fits, from the model's shape, before any weight is read. `plan` asks the same.
 
 Exact are weights, gradients and Adam's moments (Rajbhandari et al., 2020: what each ZeRO stage divides by
 the workers). Activations are counted from what autograd keeps in a transformer layer, within a factor of
@@ -25,7 +25,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerSetup:
-    """What the options ask of a worker."""
+    """Options that decide the memory of a worker."""
 
     adapter: AdapterShape | None
     """What is trained; None trains all weights."""
@@ -40,23 +40,23 @@ class WorkerSetup:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes a worker by part, and what each part is."""
+    """Bytes of a worker by part, with what each part is."""
 
     parts: dict[str, int]
     reasons: dict[str, str]
 
     @property
     def total_bytes(self) -> int:
-        """Of all parts."""
+        """Return the bytes of all parts."""
         return sum(self.parts.values())
 
     def arithmetic(self) -> str:
-        """The sum, part by part."""
+        """Return the sum as text, part by part."""
         terms = [f"{name} {_gigabytes(size)} ({self.reasons[name]})" for name, size in self.parts.items()]
         return f"{' + '.join(terms)} = {_gigabytes(self.total_bytes)}"
 
     def corrected(self, measured_bytes: int) -> float:
-        """By how much the activations of a measured run differ from the estimate; from 0.1 up."""
+        """Return by how much the activations of a measured run differ from the estimate; at least 0.1."""
         fixed = self.total_bytes - self.parts["activations"]
         return max(0.1, (measured_bytes - fixed) / max(1, self.parts["activations"]))
 
@@ -108,7 +108,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
 
 
 def process_bytes(device_type: str) -> int:
-    """Bytes of a worker that has loaded its libraries and nothing else: host memory on a CPU, device memory on a GPU."""
+    """Return the bytes of a worker that has only loaded its libraries: host memory on a CPU, device memory on a GPU."""
     return _PROCESS_BYTES.get(device_type, _PROCESS_BYTES["cuda"])
 
 
@@ -123,7 +123,7 @@ def num_trained(shape: ModelShape, adapter: AdapterShape | None) -> int:
 
 
 def _activations(shape: ModelShape, setup: WorkerSetup) -> int:
-    """Bytes of what the backward pass needs."""
+    """Return the bytes that the backward pass needs."""
     is_compiled = setup.compile_layers and setup.device_type == "cuda"
     kept_hidden, kept_intermediate = _KEPT["compiled" if is_compiled else setup.device_type]
     token_bytes = setup.micro_batch_tokens * setup.dtype.itemsize
@@ -151,7 +151,7 @@ def check_fits(found: MemoryEstimate, *, free_bytes: int) -> None:
 
 
 def free_bytes(device: torch.device, num_workers_here: int) -> int:
-    """What a worker may take: of its GPU, or its share of this machine's memory, or of its container's."""
+    """Return the bytes that a worker may take: of its GPU, or its share of this machine's or its container's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil

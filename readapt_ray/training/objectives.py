@@ -1,4 +1,4 @@
-"""Training objectives. The logits of a whole batch are never held at once.
+"""Compute training losses without holding the logits of a whole batch.
 
 For a vocabulary of 32,000 and 8,192 tokens the logits alone would be 1 GB in float32; here the head and
 the cross entropy go over some tokens at a time (a CPU's cache, or 256 MB on a GPU), and the gradient is
@@ -32,7 +32,7 @@ def _chunk_tokens(device_type: str, vocab_size: int) -> int:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T + bias)[label]; gradients are made in the forward pass, chunk by chunk."""
+    """Sum -log softmax(hidden @ weight.T + bias)[label]; gradients are made in the forward pass, chunk by chunk."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
@@ -95,7 +95,9 @@ class LossHead(nn.Module):
 
     @contextlib.contextmanager
     def predicting(self, labels_BT: Tensor, places_N: Tensor) -> Iterator[None]:
-        """Inside, the layer gives the loss of the labels, int64 [B, T], at these places of the flattened batch."""
+        """Make the layer return the loss of these labels, int64 [B, T], at these places of the flattened batch, inside
+        the block.
+        """
         self._labels = labels_BT, places_N
         try:
             yield
@@ -103,7 +105,7 @@ class LossHead(nn.Module):
             self._labels = None
 
     def forward(self, hidden_BTH: Tensor) -> Tensor:
-        """Logits [B, T, V], or a float32 scalar."""
+        """Return logits [B, T, V], or a float32 scalar."""
         if self._labels is None:
             return functional.linear(hidden_BTH, self.weight, self.bias)
         labels_BT, places_N = self._labels
@@ -145,7 +147,7 @@ def prepare(model: Any, name: str) -> None:
 
 
 def loss_sum(model: Any, batch: Batch) -> Tensor:
-    """Sum over all labelled tokens of the cross entropy of a language model, float32 scalar.
+    """Return the cross entropy of a language model summed over all labelled tokens, float32 scalar.
 
     Args:
         model: a language model that `prepare` made ready.

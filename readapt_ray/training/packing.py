@@ -1,4 +1,4 @@
-"""From passages to numbered token blocks, and from blocks to the tensors of a step.
+"""Make numbered token blocks of passages, and the tensors of a step of blocks.
 
 Two modes. `passage`: a block is one passage, cut at the maximum length (RE-AdaptIR's own setting).
 `packed`: passages are laid end to end up to the block length; none is split.
@@ -45,7 +45,7 @@ BLOCK_SCHEMA = pa.schema(
 
 
 def padded_width(num_tokens: int) -> int:
-    """The length of a row that holds so many tokens: up to a sixteenth more, so that few lengths occur.
+    """Return the length of a row that holds so many tokens: up to a sixteenth more, so that few lengths occur.
 
     A CPU's matrix library keeps a program for each shape that it has met; with a new length every step a
     worker grew by 20 MB a step.
@@ -63,13 +63,13 @@ class Block:
     passage_numbers: tuple[int, ...]
 
     def num_labels(self, masking: "Masking | None" = None) -> int:
-        """Tokens that bear loss: all but the first of each passage, or those that are masked."""
+        """Count the tokens that bear loss: all but the first of each passage, or those that are masked."""
         if masking is None:
             return len(self.input_ids) - len(self.passage_lengths)
         return sum(masking.num_masked(length) for length in self.passage_lengths)
 
     def passages(self) -> Iterator["Block"]:
-        """Each passage as a block of its own."""
+        """Return each passage as a block of its own."""
         start = 0
         for length, number in zip(self.passage_lengths, self.passage_numbers, strict=True):
             yield Block(self.input_ids[start : start + length], (length,), (number,))
@@ -78,7 +78,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Masking:
-    """Which tokens an encoder has to guess."""
+    """How tokens are masked for an encoder."""
 
     mask_id: int
     vocab_size: int
@@ -86,12 +86,12 @@ class Masking:
     share: float = 0.15
 
     def num_masked(self, length: int) -> int:
-        """Guessed tokens of a passage of this length, its first and last (CLS and SEP) left out; at least one."""
+        """Return how many tokens of a passage of this length are masked, CLS and SEP left out; at least one."""
         inner = length - 2
         return max(1, round(self.share * inner)) if inner > 0 else 0
 
     def apply(self, ids: np.ndarray, *, step: int, passage_number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A passage with masks, and its labels: the token that stood there, or IGNORED. int64 [T] each."""
+        """Mask a passage; return it with its labels, the original tokens or IGNORED. int64 [T] each."""
         random = random_generator(self.seed, "masking", step, passage_number)
         chosen = 1 + random.permutation(len(ids) - 2)[: self.num_masked(len(ids))] if len(ids) > 2 else np.empty(0, int)
         labels = np.full(len(ids), IGNORED, np.int64)
@@ -105,13 +105,13 @@ class Masking:
 
 
 def end_id(tokenizer: Any) -> int | None:
-    """The token that ends a text: EOS, or an encoder's SEP; None where the tokenizer has neither."""
+    """Return the token that ends a text: EOS, or an encoder's SEP; None if the tokenizer has neither."""
     found = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return None if found is None else int(found)
 
 
-def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> list[list[int]]:
-    """Token ids of whole passages.
+def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> tuple[list[list[int]], list[int]]:
+    """Return the token ids of whole passages, and how many tokens truncation took from each.
 
     A decoder's: BOS where the tokenizer has one, the text, EOS where it was not cut. An encoder's (its
     tokenizer has a mask token): CLS, the text, SEP always.
@@ -122,14 +122,15 @@ def passage_ids(tokenizer: Any, texts: Sequence[str], *, max_tokens: int) -> lis
         max_tokens: longest passage, specials included.
     """
     if not texts:
-        return []
+        return [], []
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     last = end_id(tokenizer)
     start, end = ([] if each is None else [each] for each in (first, last))
-    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=max_tokens, verbose=False)
+    encoded = tokenizer(list(texts), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+    losses = [max(0, len(start) + len(ids) + len(end) - max_tokens) for ids in encoded]
     if tokenizer.mask_token_id is not None:
-        return [start + ids[: max_tokens - len(start) - len(end)] + end for ids in encoded["input_ids"]]
-    return [(start + ids + end)[:max_tokens] for ids in encoded["input_ids"]]
+        return [start + ids[: max_tokens - len(start) - len(end)] + end for ids in encoded], losses
+    return [(start + ids + end)[:max_tokens] for ids in encoded], losses
 
 
 def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens: int) -> Iterator[Block]:
@@ -155,7 +156,7 @@ def pack(passages: Iterable[tuple[int, list[int]]], *, mode: Mode, block_tokens:
 
 
 def blocks_to_table(blocks: Sequence[Block], first_block_id: int) -> pa.Table:
-    """Blocks as a table of BLOCK_SCHEMA, numbered from `first_block_id`."""
+    """Return blocks as a table of BLOCK_SCHEMA, numbered from `first_block_id`."""
     return pa.table(
         {
             "block_id": pa.array(range(first_block_id, first_block_id + len(blocks)), pa.int64()),
@@ -168,7 +169,7 @@ def blocks_to_table(blocks: Sequence[Block], first_block_id: int) -> pa.Table:
 
 
 def table_to_blocks(table: pa.Table) -> list[Block]:
-    """The inverse of `blocks_to_table`."""
+    """Return the blocks of a table of `blocks_to_table`."""
     columns = [table.column(name).combine_chunks() for name in ("input_ids", "passage_lengths", "passage_numbers")]
     rows = zip(*columns, strict=True)
     return [
@@ -194,7 +195,7 @@ class Batch:
     """int64 [N]: places of the labels in the row. Found on the host, since a device would have to be waited for."""
 
     def to(self, device: "str | torch.device") -> "Batch":
-        """The same on another device."""
+        """Return the same batch on another device."""
         import torch
 
         moved: dict[str, Any] = {
@@ -222,7 +223,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Row:
-    """What a `Batch` holds, as arrays: made by processes that do not load torch."""
+    """The arrays of a `Batch`, made by processes that do not load torch."""
 
     input_ids: np.ndarray
     position_ids: np.ndarray
@@ -249,7 +250,7 @@ def collate(passages: Sequence[Block], *, pad_id: int, masking: Masking | None =
 
 
 def lay_out(passages: Sequence[Block], *, pad_id: int, masking: Masking | None = None, step: int = 0) -> Row:
-    """Passages end to end, then as much padding as makes a length that occurs often.
+    """Lay passages end to end, and pad them to a length that occurs often.
 
     Args:
         passages: blocks of one passage each, at least one.

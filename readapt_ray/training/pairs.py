@@ -1,4 +1,4 @@
-"""Tokenised pairs of query and passage, with hard negatives, in training order.
+"""Read tokenised pairs of query and passage, with hard negatives, in training order.
 
 Pairs lie in memory on every worker: 0.6 GB a million pairs of 150 tokens; each hard negative adds its own.
 """
@@ -48,7 +48,7 @@ class Texts(NamedTuple):
 
 
 class PairReader:
-    """All pairs in training order: a seeded shuffle an epoch, the same on every worker.
+    """Read all pairs in training order: a seeded shuffle per epoch, the same on every worker.
 
     Args:
         folder: Parquet files of PAIR_SCHEMA.
@@ -72,7 +72,7 @@ class PairReader:
         self.data_order = DataOrder(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
     def steps(self, first_step: int) -> Iterator[np.ndarray]:
-        """The pair numbers of every step from `first_step` on."""
+        """Yield the pair numbers of every step from `first_step` on."""
         data_order = self.data_order
         for step in range(first_step, data_order.num_steps):
             epoch, first = data_order.consumed(step)
@@ -80,21 +80,21 @@ class PairReader:
             yield order[first : first + data_order.batch_size]
 
     def doc_numbers(self, pairs: np.ndarray) -> np.ndarray:
-        """The numbers of the passages that answer the queries of these pairs."""
+        """Return the numbers of the passages that answer the queries of these pairs."""
         return np.asarray(self._doc_numbers[pairs])
 
     def doc_ids(self, numbers: Sequence[int]) -> list[str]:
-        """The ids of passages by their numbers."""
+        """Return the ids of passages by their numbers."""
         names = dict(zip(self._doc_numbers.tolist(), self._columns["doc_id"].to_pylist(), strict=True))
         return [repr(names[number]) for number in numbers]
 
     def mean_tokens(self) -> float:
-        """Of a query or passage."""
+        """Return the mean number of tokens of a query or passage."""
         lengths = [pc.sum(pc.list_value_length(self._columns[name])).as_py() for name in ("query_ids", "passage_ids")]
         return float(sum(lengths)) / (2 * self.data_order.num_units)
 
     def read(self, pairs: np.ndarray) -> Texts:
-        """The texts of these pairs."""
+        """Read the texts of these pairs."""
         at = [int(pair) for pair in pairs]
         queries = [self._columns["query_ids"][pair].values.to_numpy() for pair in at]
         passages = [self._columns["passage_ids"][pair].values.to_numpy() for pair in at]

@@ -1,4 +1,4 @@
-"""Whole parameters where ZeRO-3 partitions them over workers."""
+"""Gather whole parameters where ZeRO-3 partitions them over workers."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 holds a part of it on each worker."""
+    """Return whether ZeRO-3 holds a part of the parameter on each worker."""
     return hasattr(parameter, "ds_id")
 
 
 @contextlib.contextmanager
 def gathered(parameters: Sequence[Tensor], *, changed_by_rank: int | None = None) -> Iterator[None]:
-    """Make parameters whole inside the block, where ZeRO-3 partitions them; elsewhere they are whole already.
+    """Make parameters whole inside the block, if ZeRO-3 partitions them.
 
     Args:
         changed_by_rank: the worker whose changes all others take over.

@@ -1,4 +1,4 @@
-"""What each worker computes in each step: its micro-batches, cut from the blocks of all workers, as arrays.
+"""Cut the blocks of a step into what each worker computes: its micro-batches, as arrays.
 
 Passages are dealt to the workers in turn. Passes are collective where ZeRO partitions, so all workers run as many:
 a worker short of one repeats a passage at weight zero. Shares travel as Arrow tables, a row a step, 12 bytes a token.
@@ -122,7 +122,7 @@ def table_to_shares(table: pa.Table) -> Iterator[Share]:
 
 
 def _lists(rows: Sequence[Sequence[np.ndarray]]) -> pa.Array:
-    """A column of lists of int32: each row's arrays one after the other."""
+    """Return a column of lists of int32: each row's arrays one after the other."""
     offsets = np.cumsum([0, *(sum(map(len, row)) for row in rows)])
     values = np.concatenate([each for row in rows for each in row]).astype(np.int32)
     return pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(values))

@@ -1,4 +1,4 @@
-"""What training costs in arithmetic, and what a device could do: for the MFU (model FLOPs utilisation) and for plan."""
+"""Count the arithmetic of training and the peak of devices, for MFU (model FLOPs utilisation) and for plan."""
 
 import torch
 
@@ -23,7 +23,7 @@ PEAK_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The peak of a device; None where it is unknown, as that of every CPU."""
+    """Return the peak of a device; None if it is unknown, as for every CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

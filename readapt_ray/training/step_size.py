@@ -1,4 +1,4 @@
-"""How much a training step takes where batch_size is auto: enough for every worker, and enough steps to learn in.
+"""Choose the size of a training step where batch_size is auto: enough for every worker, and enough steps to learn.
 
 In: the size of the packed corpus and the number of workers. Out: blocks per step, how many of the workers that
 feeds, and the factor of the learning rate. Plain arithmetic; `readapt plan` uses it too.
@@ -23,7 +23,7 @@ _ROUNDING: Final = 1 + 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSize:
-    """A packed corpus, over all epochs; a plan has estimates."""
+    """The size of a packed corpus over all epochs; estimated in a plan."""
 
     num_blocks: float
     num_passages: float
@@ -32,7 +32,7 @@ class PackedSize:
 
 @dataclass(frozen=True, kw_only=True)
 class StepSize:
-    """What a step takes."""
+    """The size of a step."""
 
     batch_size: int
     """Blocks, over all workers."""
@@ -44,7 +44,7 @@ class StepSize:
     """What the learning rate is multiplied by."""
 
     def describe(self, num_offered: int) -> str:
-        """Say it in one line, with why workers stay idle where some do."""
+        """Describe it in one line, with the reason where workers stay idle."""
         said = (
             f"{self.batch_size:,} blocks ({self.num_tokens:,.0f} tokens) per step on {_workers(self.num_workers)}, "
             f"learning rate x {self.rate_factor:.2f}"
@@ -64,7 +64,7 @@ def _workers(count: int) -> str:
 def choose_step_size(
     size: PackedSize, *, num_workers: int, least_workers: int = 1, batch_size: int | None = None
 ) -> StepSize:
-    """Choose what a step takes.
+    """Choose the size of a step.
 
     Each worker gets TOKENS_PER_WORKER tokens, unless the run would then have fewer than MIN_STEPS steps. The learning
     rate grows with the square root of the passages per step, as Adam's does (Malladi et al., 2022), MAX_RATE_FACTOR at most.

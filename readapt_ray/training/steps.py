@@ -1,4 +1,4 @@
-"""The driver of steps: what training on blocks and training on pairs have in common.
+"""Run the training loop, which training on blocks and on pairs share.
 
 Resume from the newest checkpoint, take every step once, save as it goes, report each step.
 """
@@ -24,7 +24,7 @@ B = TypeVar("B")
 
 @dataclass(frozen=True, kw_only=True)
 class StepWork(Generic[T]):
-    """One step, as one worker sees it."""
+    """One step of one worker."""
 
     parts: Sequence[tuple[T, float]]
     """Micro-batches with their weights, as many on every worker."""
@@ -41,7 +41,7 @@ class StepWork(Generic[T]):
 
 
 class Objective(Protocol[B, T]):
-    """What is trained on: batches in a fixed order, and what to do with each."""
+    """What is trained: batches in a fixed order, and the work of each."""
 
     @property
     def data_order(self) -> DataOrder:
@@ -56,7 +56,7 @@ class Objective(Protocol[B, T]):
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step tells."""
+    """Measurements of one step."""
 
     step: int
     """Steps done, this one included."""
@@ -82,8 +82,30 @@ class StepReport:
     """Of worker 0: allocated on its GPU, or resident in its process."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PartReport:
+    """How far worker 0 is inside a step."""
+
+    step: int
+    """Steps done before this one."""
+    num_steps: int
+    done: int
+    """Micro-batches of this step that are done."""
+    num_parts: int
+    """Micro-batches of this step."""
+    part_s: float
+    """Seconds per micro-batch, without the first, which takes longer."""
+    num_tokens: int
+    """Tokens of text in the whole step over all workers."""
+    peak_memory_bytes: int
+    """Of worker 0, so far."""
+
+
 class Reporter(Protocol):
-    """Takes the reports of worker 0."""
+    """Receive the reports of worker 0."""
+
+    def part(self, report: PartReport) -> None:
+        """Take a report from inside a step, soon."""
 
     def __call__(self, report: StepReport) -> None:
         """Take one, soon."""
@@ -102,7 +124,7 @@ def run_steps(
     flops_per_token: float,
     doc_ids_of: Callable[[Sequence[int]], list[str]],
 ) -> None:
-    """Take all steps that no checkpoint holds.
+    """Take all steps after the last checkpoint.
 
     Args:
         checkpoints: their folder.
@@ -125,7 +147,8 @@ def run_steps(
             rate = linear_schedule(step, num_steps=data_order.num_steps, warmup_steps=warmup_steps)
             work = objective.work(engine, batch, step)
             try:
-                outcome = engine.step(work.parts, loss_of=work.loss_of, rate=rate, step=step)
+                loss_of = _watched(work, engine, reporter, step=step, num_steps=data_order.num_steps)
+                outcome = engine.step(work.parts, loss_of=loss_of, rate=rate, step=step)
             except TrainingDivergedError as error:
                 raise _named(error, step + 1, work, doc_ids_of) from None
             seconds = time.monotonic() - started_s + waited_s
@@ -152,8 +175,35 @@ def run_steps(
     torch.distributed.barrier()
 
 
+def _watched(
+    work: StepWork[T], engine: DeepSpeedEngine, reporter: Reporter, *, step: int, num_steps: int
+) -> Callable[[T], Tensor]:
+    """Return the loss function of a step that reports, from worker 0, before each micro-batch after the second."""
+    if engine.worker_rank != 0:
+        return work.loss_of
+    starts_s: list[float] = []
+
+    def loss_of(part: T) -> Tensor:
+        starts_s.append(time.monotonic())
+        if len(starts_s) > 2:
+            reporter.part(
+                PartReport(
+                    step=step,
+                    num_steps=num_steps,
+                    done=len(starts_s) - 1,
+                    num_parts=len(work.parts),
+                    part_s=(starts_s[-1] - starts_s[1]) / (len(starts_s) - 2),
+                    num_tokens=work.num_tokens,
+                    peak_memory_bytes=peak_memory_bytes(engine.device),
+                )
+            )
+        return work.loss_of(part)
+
+    return loss_of
+
+
 class CheckpointClock:
-    """Says when a checkpoint is due.
+    """Decide when a checkpoint is written.
 
     Args:
         every_s: seconds from one to the next; the first are counted from now.
@@ -164,7 +214,7 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether one is due; the next one is then counted from here."""
+        """Return whether a checkpoint is due; the next one is then counted from now."""
         now_s = time.monotonic()
         if now_s - self._last_s < self._every_s:
             return False
@@ -191,7 +241,7 @@ def _speed(num_tokens: int, seconds: float, engine: DeepSpeedEngine, flops_per_t
 
 
 def _resume(engine: DeepSpeedEngine, checkpoints: Location, data_order: DataOrder) -> int:
-    """Load the newest checkpoint, the same on all workers; the number of steps done."""
+    """Load the newest checkpoint, the same on all workers; return the number of steps done."""
     found = newest_checkpoint(checkpoints, data_order)
     step = torch.tensor([found[0] if found else 0], device=engine.device)
     torch.distributed.broadcast(step, src=0)
@@ -227,7 +277,7 @@ def _timed(batches: Iterator[B]) -> Iterator[tuple[B, float]]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: on the GPU by torch, or by this process."""
+    """Return the most memory held so far: on the GPU by torch, or by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Models to train: loaded whole, or under ZeRO-3 a tensor at a time into every worker's part; and written again.
+"""Load models to train, whole or a tensor at a time into every ZeRO-3 worker's part, and write them again.
 
 Loading under ZeRO-3 holds a worker's part of the model and one tensor: worker 0 reads each from disk and
 hands it out, so that no worker ever needs room for the whole.
@@ -30,7 +30,7 @@ _SHARD_BYTES = 2 << 30
 def load_for_training(
     source: OpenModel, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
 ) -> Any:
-    """A model in train mode.
+    """Load a model in train mode.
 
     Args:
         source: full weights.
@@ -127,7 +127,7 @@ def make_trainable(model: nn.Module, shape: dora.AdapterShape | None) -> None:
 
 
 def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool, zero_stage: int) -> None:
-    """Trade arithmetic for memory, or a slow start for speed.
+    """Save memory with more arithmetic, or gain speed with a slower start.
 
     Args:
         gradient_checkpointing: compute a layer's activations again in the backward pass; DoRA's norms are not

@@ -14,6 +14,7 @@ from readapt_ray.artifacts import read_manifest
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.model_file_names import TOKENIZER_FILES
+from readapt_ray.progress import amount
 from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.provenance import MergeInput
 
@@ -120,7 +121,7 @@ def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabula
     ]
     if alone and not accept_vocabulary:
         raise WeightMismatchError(
-            f"the tokenizers of {pretrained.name!r} and {tuned.name!r} differ by {len(alone)} tokens: {listed(alone)}. "
+            f"the tokenizers of {pretrained.name!r} and {tuned.name!r} differ by {amount(len(alone), 'tokens')}: {listed(alone)}. "
             f"Give the model that it was made from, or --accept vocabulary to take the tokens of {tuned.name!r}"
         )
 

@@ -18,6 +18,7 @@ import torch
 
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME
+from readapt_ray.progress import amount
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.deltas import Factors, Term, Whole
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
@@ -54,7 +55,9 @@ def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int)
     if len(given) == 1:
         return given * num_adapters
     if len(given) != num_adapters:
-        raise InputError(f"{len(given)} knowledge scales for {num_adapters} adapters; give one for all, or one each")
+        raise InputError(
+            f"{amount(len(given), 'knowledge scales')} for {amount(num_adapters, 'adapters')}; give one for all, or one each"
+        )
     return given
 
 

@@ -18,6 +18,7 @@ import torch
 
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
+from readapt_ray.progress import amount
 from readapt_ray.weights.deltas import Whole
 from readapt_ray.weights.reused_buffers import ScratchBuffers
 
@@ -159,9 +160,9 @@ def check_not_empty(stored: Mapping[str, StoredTensor], what: str) -> None:
     empty = [f"{name} {list(each.shape)}" for name, each in stored.items() if 0 in each.shape]
     if empty:
         raise ModelError(
-            f"{what} has {len(empty)} empty tensors, such as {empty[0]}: it was saved under ZeRO-3 without gathering its "
-            f"weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make it from the checkpoint with "
-            f"DeepSpeed's zero_to_fp32.py"
+            f"{what} has {amount(len(empty), 'empty tensors')}, such as {empty[0]}: it was saved under ZeRO-3 without "
+            f"gathering its weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make it "
+            f"from the checkpoint with DeepSpeed's zero_to_fp32.py"
         )
 
 
@@ -326,6 +327,6 @@ def stored_tensors(folder: Path, name: str) -> dict[str, StoredTensor]:
     lost = sorted(each for each in weight_map if each not in stored)
     if lost:
         raise ModelError(
-            f"{name!r} lacks {len(lost)} tensors of its index, first {lost[0]!r} of {weight_map[lost[0]]}; fetch it again"
+            f"{name!r} lacks {amount(len(lost), 'tensors')} of its index, first {lost[0]!r} of {weight_map[lost[0]]}; fetch it again"
         )
     return stored

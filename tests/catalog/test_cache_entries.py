@@ -71,7 +71,7 @@ def test_what_was_not_used_for_longest_makes_room(
     with caplog.at_level("INFO", "readapt_ray"):
         found = models.open_model(names[2]).folder
     assert (older.exists(), newer.exists(), found.exists()) == (True, False, True)
-    assert f"removed {newer} (0.0 GB) from the model cache" in caplog.text
+    assert f"removed {newer} (0.0 GB) from the cache" in caplog.text
     assert not [path for path in newer.parent.glob(f"{newer.name}*") if path.suffix != ".lock"]
     assert used_before(names[1], seconds_ago=0) == newer  # it is fetched again
     assert factories.read_tensors(newer)

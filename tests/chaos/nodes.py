@@ -182,10 +182,11 @@ def kill(processes: list[psutil.Process]) -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        return int(listener.getsockname()[1])
+    """A port of loopback that nobody listens on, below those that systems give to connections: these take them any time."""
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((LOOPBACK, random.randrange(20_000, 32_000)))
+            return int(listener.getsockname()[1])
 
 
 def wait_for(port: int, host: str = LOOPBACK) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from readapt_ray.cluster import autoscaling, connection, nodes, placement
+from readapt_ray.cluster import autoscaling, connection, launcher, nodes, placement
 from readapt_ray.errors import PlacementError
 
 GPU = {"CPU": 1.0, "GPU": 1.0}
@@ -71,6 +71,21 @@ def test_too_few_nodes_are_an_error_that_says_where_to_look(monkeypatch: pytest.
     ):
         pass
     assert cluster.asked == [8, 0]
+
+
+def test_what_the_launcher_could_not_start_is_said_while_waiting_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    FakeCluster(monkeypatch, most=3)
+    monkeypatch.setattr(launcher, "failures", lambda: ["gpu (p5.4xlarge): VcpuLimitExceeded: no"])
+    caplog.set_level("INFO", "readapt_ray")
+    with (
+        pytest.raises(PlacementError, match=r"the launcher could not start gpu \(p5.4xlarge\): VcpuLimitExceeded: no$"),
+        autoscaling.requested(8, GPU, least=4),
+    ):
+        pass
+    assert "waiting for GPU nodes: room for 3 of 8 workers" in caplog.messages[0]
+    assert caplog.messages[0].endswith("the launcher could not start gpu (p5.4xlarge): VcpuLimitExceeded: no")
 
 
 def test_nothing_is_asked_for_where_the_cluster_is_what_is_up(monkeypatch: pytest.MonkeyPatch) -> None:

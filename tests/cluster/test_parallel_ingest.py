@@ -1,5 +1,6 @@
 """Ingest in many tasks gives what one process gives: rows, bad rows, duplicates and counts."""
 
+import csv
 import functools
 import gzip
 import json
@@ -18,7 +19,8 @@ from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
 from tests import small_disk
 
-KINDS = ("jsonl", "tsv", "parquet", "gz")
+KINDS = ("jsonl", "tsv", "parquet", "gz", "csv", "json", "arrow", "quoted.tsv", "utf16.tsv")
+KEPT = ("year:int64", "url")
 NEVER = 1 << 60
 
 
@@ -68,19 +70,39 @@ def _rows(num_rows=400, draw=None):
             row["_id"] = f"d{draw.randrange(number + 1)}"
         elif kind == 2:
             row["text"] = [None, "", "x" * 500, 7][draw.randrange(4)]
-        yield row
+        elif kind == 3:
+            row |= {"title": f"alone {number}", "text": ""}
+        yield row | {"year": ["2020", "x", ""][min(2, draw.randrange(9))], "url": f"u{number % 5}"}
 
 
 def _write_file(path, kind, rows, draw):
     """Write rows with what files have: a BOM, either line end, blank and bad lines, no line end after the last."""
-    if kind == "parquet":
+    if kind in ("parquet", "arrow"):
         table = pa.Table.from_pylist([row | {"text": str(row["text"])} for row in rows])
-        pq.write_table(table, path, row_group_size=draw.randrange(1, 12))
+        if kind == "parquet":
+            pq.write_table(table, path, row_group_size=draw.randrange(1, 12))
+        else:
+            with pa.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table, max_chunksize=draw.randrange(1, 12))
         return
-    if kind == "tsv":
-        lines = [f"{row['_id']}\t{row['title']}\t{row['text']}".encode() for row in rows]
+    if kind == "json":
+        path.write_text(json.dumps([*rows, 7, {}], indent=draw.choice([None, 1])))
+        return
+    if kind in ("csv", "quoted.tsv"):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t", quoting=draw.choice([0, 1]))
+            writer.writerow(rows[0])
+            quoted = (row | ({"text": f'a "b"\n{row["text"]}, c'} if row["text"] else {}) for row in rows)
+            writer.writerows(row.values() for row in quoted)
+            writer.writerow(["one field"])
+            file.write('"open\n')
+        return
+    if kind in ("tsv", "utf16.tsv"):
+        lines = ["\t".join(map(str, row.values())).encode() for row in rows]
         lines.insert(draw.randrange(len(lines) + 1), b"one field")
-        lines.insert(0, b"id\ttitle\ttext")
+        lines.insert(draw.randrange(len(lines) + 1), b'q1\t"ti ""t"""\t"quoted text"\t2020\tu1')
+        lines.insert(draw.randrange(len(lines) + 1), b'q2\t"\t"open quote\t2020\tu1')
+        lines.insert(0, b"\t".join(name.encode() for name in rows[0]))
         first = 1
     else:
         lines = [json.dumps(row, ensure_ascii=draw.random() < 0.5).encode() for row in rows]
@@ -92,6 +114,8 @@ def _write_file(path, kind, rows, draw):
     lines[draw.randrange(first, len(lines)) : 0] = blank
     end = draw.choice([b"\n", b"\r\n"])
     content = draw.choice([b"", b"\xef\xbb\xbf"]) + end * draw.randrange(90) + end.join(lines) + draw.choice([b"", end])
+    if kind == "utf16.tsv":
+        content = content.replace(b'"\xff"', b"").decode("utf-8-sig").encode("utf-16")
     path.write_bytes(gzip.compress(content) if kind == "gz" else content)
 
 
@@ -99,7 +123,7 @@ def _write(folder, kind, draw=None, sizes=(300, 100)):
     """Write rows into files of these sizes, of which two have the same name."""
     draw = draw or random.Random(0)
     rows = list(_rows(sum(sizes), draw))
-    suffix = "jsonl.gz" if kind == "gz" else kind
+    suffix = {"gz": "jsonl.gz", "quoted.tsv": "tsv", "utf16.tsv": "tsv"}.get(kind, kind)
     for number, size in enumerate(sizes):
         path = folder / ("x" if number == 1 else ".") / f"{max(number - 1, 0)}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +132,7 @@ def _write(folder, kind, draw=None, sizes=(300, 100)):
     return folder
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(36))
 def test_any_cut_gives_what_one_process_gives(tmp_path, no_ray, monkeypatch, seed):
     draw = random.Random(seed)
     kind = KINDS[seed % len(KINDS)]
@@ -119,17 +143,20 @@ def test_any_cut_gives_what_one_process_gives(tmp_path, no_ray, monkeypatch, see
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", draw.choice([150, 700, 3000, 100_000]))
     monkeypatch.setattr(parallel_ingest, "_PARTITION_BYTES", draw.choice([300, 3000, 100_000]))
     monkeypatch.setattr(piece_files, "_CHUNK_ROWS", draw.choice([1, 3, 1000]))
-    options = {"deduplicate": draw.choice(["exact", "none"]), "rows_per_file": draw.choice([3, 1000])}
+    options = {"deduplicate": draw.choice(["exact", "none"]), "rows_per_file": draw.choice([3, 1000]), "keep": KEPT}
     one = _one(source, tmp_path / "one", **options)
     assert _many(source, tmp_path / "many", **options) == one
     assert [file.name for file in (tmp_path / "many").iterdir() if file.is_dir()] == ["passages"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["jsonl", "tsv", "parquet", "gz", "csv"])
 def test_many_tasks_give_what_one_gives(tmp_path, ray_session, many_pieces, kind):
     source = _write(tmp_path / "source", kind)
-    one = _one(source, tmp_path / "one")
-    assert _many(source, tmp_path / "many") == one
+    one = _one(source, tmp_path / "one", keep=KEPT)
+    assert _many(source, tmp_path / "many", keep=KEPT) == one
+    assert one[1]["kinds"]["title_only"] > 5
+    assert one[1]["unfit_values"]["year"]["count"] > 5
+    assert {row["url"] for row in one[2]} == {f"u{number}" for number in range(5)}
     assert one[1]["bad_rows"]["by_reason"]["duplicate_id"] > 5
     assert one[1]["duplicates"]["dropped"] > 5
 

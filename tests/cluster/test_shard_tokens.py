@@ -10,8 +10,8 @@ from readapt_ray.cluster import connection, on_worker, shard_runner
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
+from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_plan import plan_shards
-from readapt_ray.stages.embed import describe_encoder
 from readapt_ray.storage import Location
 from tests import factories
 

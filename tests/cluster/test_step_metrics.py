@@ -1,10 +1,15 @@
 """What the terminal is told of training steps."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster import step_metrics
 from readapt_ray.cluster.step_metrics import note
+from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
 
@@ -43,3 +48,32 @@ def test_joining_removes_the_kept_lines_and_nothing_else(tmp_path: Path) -> None
     assert step_metrics.kept_steps(Location(str(tmp_path))) == 1
     assert step_metrics.join(Location(str(tmp_path))) == [{"step": 1}]
     assert sorted(path.name for path in folder.iterdir()) == ["deep", "notes.jsonl"]
+
+
+def part(**changes: Any) -> dict[str, Any]:
+    values = {"step": 0, "num_steps": 500, "done": 2, "num_parts": 16, "part_s": 10.0, "num_tokens": 64_000}
+    return values | {"peak_memory_bytes": 14_000_000_000} | changes
+
+
+def test_a_long_step_tells_once_what_the_run_takes_and_then_how_far_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="readapt_ray")
+    workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
+    inside = step_metrics._InsideSteps(workspace)
+    inside.show(part())
+    assert caplog.messages == [
+        "train: a step takes about 2 min 40 s (16 micro-batches, 400 tokens/s), and the 500 steps about 22 h 13 min; 14.0 GB of "
+        "memory in worker 0 so far",
+        "train: 0 of 500 steps (0%), in step 1: 2 of 16 micro-batches",
+    ]
+    inside.show(part(step=3, done=5))
+    assert workspace.reporter.line() == "train: 3 of 500 steps (1%), in step 4: 5 of 16 micro-batches"
+    assert sum("takes about" in each for each in caplog.messages) == 1
+
+
+def test_short_steps_are_not_shown_from_inside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="readapt_ray")
+    workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
+    step_metrics._InsideSteps(workspace).show(part(part_s=0.1))
+    assert caplog.messages == []

@@ -104,7 +104,7 @@ GOOD = "q1 Q0 d0 1 9 t\n"
         (b"q1 Q0 d1 2 1", r"line 2: 5 fields; a TREC run has six: query_id Q0 doc_id rank score tag"),
         (b"q1 Q0 d 1 2 1 t", r"line 2: 7 fields"),
         (b"q1 Q0 d\xff 2 1 t", r"line 2: not UTF-8"),
-        (b"\x00\x01PAR1", r"line 2: 1 fields"),
+        (b"\x00\x01PAR1", r"line 2: 1 field"),
         (b"q1 Q0 " + b"d" * 10_000_000, r"line 2: 3 fields.{0,200}$"),
     ],
 )

@@ -145,7 +145,7 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
         for stage, config in steps.items()
     }
     assert places == {
-        "ingest": [],
+        "ingest": ["columns", "keep", "tokenizer"],
         "pack": ["exclude", "only"],
         "train": ["exclude", "only", "target_modules"],
         "merge": ["measures"],
@@ -324,10 +324,15 @@ def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny
         "index/retriever",
         "vectors/adapted",
         "index/adapted",
+        "drift",
     ]
     states = {row["artifact"]: row["state"] for row in root_status.rows(Location(str(tmp_path / "root")))}
-    assert states["report"] == "missing"
-    assert states["adapted"] == "done"
+    assert set(states.values()) == {"done"}
+    assert "report" not in states
+    found = made["drift"].manifest.details
+    assert found["loss"]["num_passages"] == made["corpus"].manifest.counts["num_passages"] // 20
+    assert 0 < found["vectors"]["mean_cosine"] < 1
+    assert 0 < found["vectors"]["neighbours_kept"] <= 1
 
 
 def test_tune_scores_the_retriever_as_the_run_does_and_reports_on_the_other_half(
@@ -407,7 +412,6 @@ class Stages:
         self._broken = broken
         monkeypatch.setattr(running, "run_stage", self._run)
         monkeypatch.setattr(running, "_leaves_gpus_idle", lambda step: has_gpus)
-        monkeypatch.setattr(running, "_has_judgements", lambda *_: False)
         monkeypatch.setattr(run_checks, "check_run", lambda *_: [])
 
     def _run(self, stage: str, config: Any) -> SimpleNamespace:

@@ -120,6 +120,29 @@ def test_what_is_readapted_is_the_model_that_was_named(
     assert not [step for each in plan.candidates() for step in each.making]  # a folder, of which nothing is known
 
 
+def test_rows_for_queries_alone_and_behind_a_bridge_search_the_vectors_of_the_retriever(
+    pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_as_tiny(monkeypatch, pieces, "first")
+    asked = {"retrievers": ["tiny"], "readapt": True, "finetune": True, "queries_only": True, "bridge": True}
+    plan = Plan(config(pieces, **asked), open_artifact(f"{pieces}/corpus", "ingest"))
+    found: Any = {each.name: each for each in plan.candidates()}
+    made = ["tiny + RE-AdaptIR", "tiny + finetune"]
+    rows = [f"{name}{each}" for name in made for each in ("", " + queries-only", " + bridge")]
+    assert list(found) == ["tiny", *rows, "tiny + RE-AdaptIR + finetune"]
+    old = found["tiny"].embed.config.output
+    for name in made:
+        model, alone, bridged = (found[f"{name}{each}"] for each in ("", " + queries-only", " + bridge"))
+        assert alone.making[-1].config.queries_only
+        assert alone.search.config.retriever == alone.making[-1].config.output != model.model
+        assert bridged.search.config.retriever == bridged.making[-1].config.retriever == model.model
+        assert bridged.search.config.bridge == bridged.making[-1].config.output
+        assert bridged.making[-1].config.old_vectors == old
+        assert {alone.search.config.vectors, bridged.search.config.vectors} == {old} != {model.search.config.vectors}
+    runs = [each.search.config.output for each in found.values()]
+    assert len(set(runs)) == len(runs)
+
+
 def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known_as_tiny(monkeypatch, pieces, "first")
     listed = str(pieces / "corpus/qrels/test.parquet")

@@ -5,6 +5,7 @@ Stages are stand-ins that write manifests and nothing else; checks, records and 
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, StorageError
 from readapt_ray.recipes import chain, run_checks, run_file, running
 from readapt_ray.storage import Location
+from readapt_ray.training import memory
 from tests import factories
 
 
@@ -45,7 +47,7 @@ class Desk:
         (folder / "source.jsonl").write_text("")
         self.made: list[str] = []
         self.broken = ""
-        self.is_judged = True
+        self.is_judged, self.num_passages = True, 60
         monkeypatch.setattr(running, "run_stage", self._stage)
         monkeypatch.setattr(running, "_leaves_gpus_idle", lambda _: False)
         monkeypatch.setattr(cli, "_tell", lambda _: None)
@@ -70,6 +72,8 @@ class Desk:
             if name == self.broken:
                 raise ModelError("it broke\nhere")
             self.made.append(name)
+            if stage == "ingest":
+                workspace.counts = {"num_passages": self.num_passages}
             if stage == "search":
                 workspace.location.write_text("")
             if stage == "ingest" and self.is_judged:
@@ -250,15 +254,48 @@ def test_what_lies_in_the_root_and_room_on_the_disk_are_checked_first(
         check(desk)
     (desk.root / "index" / "adapted" / "mine.txt").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    with pytest.raises(StorageError, match=r"has 0\.0 GB free, and the adapted model alone takes"):
+    with pytest.raises(
+        StorageError, match=r"has 0\.0 GB free, and the run writes the adapted model 0\.0 GB; make room"
+    ):
         check(desk)
+
+
+def test_room_for_the_vectors_is_checked_once_the_corpus_is_there(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk.num_passages, desk.broken = 1_000_000, "blocks"
+    assert desk.run() == 2
+    desk.broken = ""
+    free = 2 * 32 * 4 * 1_000_000  # of both retrievers; and the adapted model has some bytes as well
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    capsys.readouterr()
+    assert desk.run() == 2
+    assert "the run writes the adapted model 0.0 GB and vectors of 1,000,000 passages 0.3 GB" in capsys.readouterr().err
+    assert desk.made == []
+    assert desk.run("--set", "embed.vector_dtype=float16") == 0
+
+
+def test_the_memory_of_a_training_step_is_checked_before_any_stage(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 900_000_000)
+    assert desk.run() == 2
+    said = capsys.readouterr().err
+    assert "a worker would need about 0.9" in said
+    assert "start anyway with check_memory false" in said
+    assert desk.made == []
+    assert desk.run("--set", "train.check_memory=false") == 0
+    assert desk.run() == 0, "what is trained already needs no memory"
 
 
 def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     desk.is_judged = False
     assert desk.run() == 0
-    assert desk.made == ALL[:8]
+    assert desk.made == [*ALL[:8], "drift"]
     said = capsys.readouterr()
+    assert f"report: {desk.root}/drift/report.html" in said.out
     assert "--set queries=FILE --set qrels=FILE would give numbers" in said.err
     lines = [line.split() for line in said.out.splitlines()]
     (tune,) = (line for line in lines if line[:2] == ["readapt", "tune"])
@@ -270,7 +307,24 @@ def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureF
     places = {"retriever": "adapted", "index": "index/adapted", "corpus": "corpus"}
     assert serve[2:] == [word for name, place in places.items() for word in (f"--{name}", f"{desk.root}/{place}")]
     assert cli.main(["status", "--root", str(desk.root)]) == 0
-    assert "8 of 8 done" in capsys.readouterr().out
+    assert "9 of 9 done" in capsys.readouterr().out
+    assert desk.run() == 0
+    assert desk.made == []
+
+
+def test_a_run_without_queries_withholds_some_passages_and_does_not_train_again_when_queries_come(desk: Desk) -> None:
+    desk.is_judged, desk.num_passages = False, 60
+    assert desk.run() == 0
+    assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 3
+    files = {name: str(desk.file.parent / f"{name}.tsv") for name in ("queries", "qrels")}
+    for file in files.values():
+        Path(file).write_text("")
+    assert desk.run("--set", f"queries={files['queries']}", "--set", f"qrels={files['qrels']}") == 0
+    assert desk.made == ALL[8:]
+    assert set(desk.states().values()) == {"done"}
+    assert desk.run("--set", "train.withhold=7", "--overwrite") == 0
+    assert desk.made[:2] == ["blocks", "adapter"]
+    assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 7
 
 
 def test_a_bad_manifest_spoils_its_line_and_no_other(desk: Desk) -> None:

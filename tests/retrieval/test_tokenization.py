@@ -41,6 +41,9 @@ def _changed(encoding, **options):
         ("{title} {text}", "A {text} {x}", "{title} }{", "A {text} {x} {title} }{"),
         ("{{literal}} {title} {text}", "", "x", "{literal} x"),
         ("passage: {text}", "dropped", "  x\n", "passage:   x"),
+        ("passage: {text}", "Arrays", "", "passage: Arrays"),
+        ("passage: {title} {text}", "Arrays", "", "passage: Arrays"),
+        ("{text}", "Arrays", "", "Arrays"),
     ],
 )
 def test_passages_are_filled_without_a_double_space(template, title, text, filled):
@@ -88,11 +91,12 @@ def test_ids_are_those_of_the_text_between_the_specials(decoder, encoder, encodi
 def test_long_texts_are_cut_before_the_eos(decoder, kind):
     encoding = _changed(REPLLAMA, max_query_tokens=20, max_passage_tokens=24)
     limit = 20 if kind == "query" else 24
-    texts = ["array " * 500, "x"]
+    texts = ["array" + " array" * 499, "x"]
     ids, short = TextTokenizer(decoder, encoding).ids(texts, kind)
     prefix = "query: " if kind == "query" else "passage: "
     uncut = decoder(prefix + texts[0].strip(), add_special_tokens=False, verbose=False)["input_ids"]
     assert ids == [1, *uncut[: limit - 2], 2]
+    assert TextTokenizer(decoder, encoding).ids_and_losses(texts, kind)[1] == [len(uncut) - (limit - 2), 0]
     assert short[0] == 1 and short[-1] == 2 and len(short) < limit
 
 
@@ -167,7 +171,7 @@ def test_edges(decoder):
         tokenizer.ids(["x", None], "query")
     with pytest.raises(InputError, match=r"texts\[1\].*surrogate"):
         tokenizer.ids(["x", "\ud800"], "query")
-    with pytest.raises(InputError, match="2 titles for 1 texts"):
+    with pytest.raises(InputError, match="2 titles for 1 text"):
         tokenizer.ids(["x"], "passage", ["a", "b"])
     with pytest.raises(InputError, match="none for queries"):
         tokenizer.ids(["x"], "query", ["a"])

@@ -1,7 +1,6 @@
 import asyncio
 import contextlib
 import hashlib
-import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,13 +33,8 @@ from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.spans import RequestSpans
 from readapt_ray.serving.telemetry import Telemetry
 from readapt_ray.serving.versions import Found, Ranked, Routing, VersionInfo, merged
+from tests.chaos.nodes import free_port
 from tests.factories import full_retriever, ingest_artifact, small_corpus, tiny_decoder, write_contract
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)

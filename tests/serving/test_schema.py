@@ -60,10 +60,15 @@ def test_no_search_asks_for_more_than_an_answer_holds(changes, num_queries):
 def test_a_search_is_written_as_its_model_says():
     ranked = [[("a", 0.5), ("b", -1.25)], []]
     written = answers.search_json(
-        ranked, {"a": Passage("a", "", "text")}, model="m", fingerprint="f", num_tokens=3, missing=["index-1"]
+        ranked,
+        {"a": Passage("a", "", "text", {"year": 2020, "tags": ["x"]})},
+        model="m",
+        fingerprint="f",
+        num_tokens=3,
+        missing=["index-1"],
     )
     hits = [
-        schema.Hit(rank=1, doc_id="a", score=0.5, title="", text="text"),
+        schema.Hit(rank=1, doc_id="a", score=0.5, title="", text="text", columns={"year": 2020, "tags": ["x"]}),
         schema.Hit(rank=2, doc_id="b", score=-1.25),
     ]
     response = schema.SearchResponse(

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from readapt_ray.records import Passage
 from readapt_ray.sources.cleaning import checked, clean_id, clean_text
-from readapt_ray.sources.source import MISSING, BadRow, Row
+from readapt_ray.sources.source import MISSING, Row
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_cleaning_is_linear_in_a_long_run_of_white_space():
     assert time.monotonic() - started < 10
 
 
-def _row(doc_id="a", title="t", text="x"):
+def _row(doc_id="a", title="", text="x"):
     return Row("f:1", doc_id, title, text)
 
 
@@ -71,19 +71,20 @@ def _row(doc_id="a", title="t", text="x"):
     ],
 )
 def test_a_bad_row_has_its_reason(row, reason):
-    assert checked(row, max_text_bytes=100) == BadRow("f:1", reason)
+    found = checked(row, max_text_bytes=100)
+    assert (found.place, found.reason) == ("f:1", reason)
 
 
 def test_a_good_row_keeps_its_id_and_may_lack_a_title():
     assert checked(_row(doc_id=7, title=None), max_text_bytes=100) == Passage("7", "", "x")
     assert checked(_row(doc_id="d%207", title=" a\nb "), max_text_bytes=100) == Passage("d%207", "a b", "x")
-    assert checked(_row(text="x" * 98), max_text_bytes=100) == Passage("a", "t", "x" * 98)
+    assert checked(_row(text="x" * 98, title="t"), max_text_bytes=100) == Passage("a", "t", "x" * 98)
 
 
 def test_an_id_has_no_white_space():
     ids = [" doc 12\n", "a\u00a0b", "a\tb", "plain", "\u00e9"]
     assert [clean_id(each) for each in ids] == ["doc%2012", "a%C2%A0b", "a%09b", "plain", "\u00e9"]
-    assert checked(_row(doc_id=" doc 12"), max_text_bytes=100) == Passage("doc%2012", "t", "x")
+    assert checked(_row(doc_id=" doc 12"), max_text_bytes=100) == Passage("doc%2012", "", "x")
 
 
 @given(st.text())
@@ -91,3 +92,7 @@ def test_any_id_is_one_field_of_a_trec_file(text):
     found = clean_id(text)
     assert found.split() == ([found] if text.strip() else [])
     assert clean_id(found) == found
+
+
+def test_a_title_alone_is_a_passage():
+    assert checked(_row(title="a title", text=" \n"), max_text_bytes=100) == Passage("a", "a title", "")

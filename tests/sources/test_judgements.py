@@ -100,7 +100,7 @@ def test_the_same_judgement_twice_counts_once(tmp_path):
         ("q.tsv", b"a\tx\nb\t \n", r"q.tsv:2 .*text is empty"),
         ("q.tsv", b"a\tx\nb\n", r"q.tsv:2 .*number of columns"),
         ("q.tsv", b"a\tx\nb\t\xff\xfe\n", r"q.tsv:2 .*not UTF-8"),
-        ("q.tsv", b"a\n", "has 1 columns; give id and text"),
+        ("q.tsv", b"a\n", "has 1 column; give id and text"),
         ("q.csv", b"a,b\n", "not a file of queries by its name"),
         ("q.parquet", b"PAR1nonsense", "cannot be read as Parquet"),
         ("q.tsv.gz", gzip.compress(b"a\tx\n" * 9, mtime=0)[:-9], "cannot be read after line"),

@@ -5,7 +5,9 @@ import pytest
 
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.columns import ColumnChoice
 from readapt_ray.sources.named import NamedSource
+from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row
 
 
@@ -74,7 +76,7 @@ def made(monkeypatch):
 
 
 def test_a_collection_becomes_rows_queries_and_qrels(made):
-    source = NamedSource("made/dev/small")
+    source = NamedSource("made/dev/small", ReadOptions())
     source.check()
     assert list(source.rows()) == [
         Row("made/dev/small:1", "d1", "t", "x"),
@@ -88,7 +90,7 @@ def test_a_collection_becomes_rows_queries_and_qrels(made):
 
 def test_a_collection_with_other_fields_gives_its_default_text(made):
     made.docs = (PlainDoc("d1", "x"),)
-    assert list(NamedSource("made/dev/small").rows()) == [Row("made/dev/small:1", "d1", None, "x")]
+    assert list(NamedSource("made/dev/small", ReadOptions()).rows()) == [Row("made/dev/small:1", "d1", None, "x")]
 
 
 @pytest.mark.parametrize(
@@ -103,15 +105,41 @@ def test_what_cannot_be_read_is_refused(made, changes, message):
     for name, value in changes.items():
         setattr(made, name, value)
     with pytest.raises(CorpusError, match=message):
-        NamedSource("made/dev/small").check()
+        NamedSource("made/dev/small", ReadOptions()).check()
 
 
 def test_an_unknown_name_is_refused():
     with pytest.raises(CorpusError, match="no collection 'no/such'"):
-        NamedSource("no/such")
+        NamedSource("no/such", ReadOptions())
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'readapt-ray\[datasets\]'"):
-        NamedSource("beir/nfcorpus/test")
+        NamedSource("beir/nfcorpus/test", ReadOptions())
+
+
+def test_columns_of_a_collection_are_chosen_and_kept(made):
+    made.docs = (Doc("d1", "t", "x"), Doc("d2", "", "y"))
+    source = NamedSource(
+        "made/dev/small", ReadOptions(columns=ColumnChoice.parse(["text=title+body"], ["body:string"]))
+    )
+    source.check()
+    assert [(row.text, row.kept) for row in source.rows()] == [("t\nx", ("x",)), ("y", ("y",))]
+    with pytest.raises(
+        CorpusError, match="ir_datasets:made/dev/small has no column 'abstract'; its columns are doc_id, title, body"
+    ):
+        NamedSource("made/dev/small", ReadOptions(columns=ColumnChoice.parse(["text=abstract"], []))).check()
+
+
+@pytest.mark.parametrize("what", ["queries_iter", "qrels_iter"])
+def test_errors_of_queries_and_qrels_are_caught_as_those_of_documents(made, monkeypatch, what):
+    def failing():
+        raise RuntimeError("404 for queries.tsv")
+
+    monkeypatch.setattr(made, what, failing, raising=False)
+    source = NamedSource("made/dev/small", ReadOptions())
+    with pytest.raises(
+        CorpusError, match=r"ir_datasets:made/dev/small cannot be read: 404 for queries.tsv; check the network"
+    ):
+        list(source.queries() if what == "queries_iter" else source.qrels()["dev"])

@@ -12,17 +12,18 @@ from readapt_ray.errors import CorpusError
 from readapt_ray.sources import pieces
 from readapt_ray.sources.lines import read_lines
 from readapt_ray.sources.opening import open_source
-from readapt_ray.sources.source import BadRow, Limits, Span
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow, Span
 from readapt_ray.storage import Location
 
 
 def _planned(path):
-    return pieces.plan_pieces(open_source(str(path), "auto", Limits()))
+    return pieces.plan_pieces(open_source(str(path), "auto", ReadOptions()))
 
 
 def _read(path):
     planned, _ = _planned(path)
-    return [row for piece in planned for _, row in piece.rows("jsonl", Limits(), [])]
+    return [row for piece in planned for _, row in piece.rows("jsonl", ReadOptions(), [])]
 
 
 def _write_rows(path, num_rows, text="some text"):
@@ -84,18 +85,18 @@ def test_a_row_group_is_not_cut_and_that_is_said(tmp_path, monkeypatch, caplog):
 
 def test_a_file_that_changes_after_it_was_listed_is_refused(tmp_path):
     _write_rows(tmp_path / "a.jsonl", 9)
-    source = open_source(str(tmp_path), "auto", Limits())
+    source = open_source(str(tmp_path), "auto", ReadOptions())
     source.check()
     with (tmp_path / "a.jsonl").open("a") as file:
         file.write("{}\n")
     planned, _ = pieces.plan_pieces(source)
     with pytest.raises(CorpusError, match=r"a\.jsonl changed while it was read"):
-        list(planned[0].rows("jsonl", Limits(), []))
+        list(planned[0].rows("jsonl", ReadOptions(), []))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
     _write_rows(tmp_path / "a.jsonl", 9)
-    rows = _planned(tmp_path)[0][0].rows("jsonl", Limits(), [])
+    rows = _planned(tmp_path)[0][0].rows("jsonl", ReadOptions(), [])
     next(rows)
     _write_rows(tmp_path / "a.jsonl", 8)
     with pytest.raises(CorpusError, match=r"a\.jsonl changed while it was read"):

@@ -74,7 +74,7 @@ def test_rows_queries_and_qrels(package):
     ]
     assert good["raising_package.twice"].text == LONG
     assert good["raising_package.twice"].place == f"{package / '__init__.py'}:4"
-    assert good["raising_package.twice#2"][2:] == ("raising_package.twice", "Short.\n")
+    assert good["raising_package.twice#2"][2:4] == ("raising_package.twice", "Short.\n")
     assert source.fraction_read == 1.0
     for each in (source, PythonDocsSource("raising_package")):
         assert [(query.query_id, query.text) for query in each.queries()] == [

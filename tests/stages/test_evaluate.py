@@ -178,7 +178,7 @@ def test_one_query_says_that_no_test_is_possible(world):
         ({"qrels": "missing.tsv"}, "qrels = 'missing.tsv' does not exist"),
         ({"queries": "missing.tsv"}, "queries = 'missing.tsv' does not exist"),
         ({"measures": "nDCG@10,foo"}, "unknown measure 'foo'"),
-        ({"names": "a"}, "1 names for 2 runs"),
+        ({"names": "a"}, "1 name for 2 runs"),
         ({"names": "a,a"}, "two runs are called 'a'"),
         ({"num_permutations": 3}, "num_permutations = 3"),
         ({"num_permutations": "many"}, "num_permutations"),
@@ -226,3 +226,11 @@ def test_bad_content_is_named_and_leaves_nothing(world):
     with pytest.raises(ArtifactMissingError, match="corpus"):
         evaluate(_config(world, corpus=f"{world}/nothing/corpus"))
     assert not (world / "evaluation").exists()
+
+
+def test_judgements_that_find_nothing_relevant_are_told(world, caplog):
+    rows = pq.read_table(world / "corpus/qrels/test.parquet").to_pylist()
+    (world / "zero.txt").write_text("".join(f"{row['query_id']} 0 {row['doc_id']} 0\n" for row in rows))
+    evaluate(_config(world, qrels=f"{world}/zero.txt", output=f"{world}/zero"))
+    (line,) = [each for each in caplog.messages if "above 0" in each]
+    assert line.endswith("zero.txt' is above 0, so every measure is zero; check the column of relevance")

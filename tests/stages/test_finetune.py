@@ -202,5 +202,5 @@ def test_bad_sources_are_refused_before_any_work(base: Path, corpus: Path, tmp_p
     one = jsonl(tmp_path / "one.jsonl", {"query": "q", "positive": "p"})
     with pytest.raises(CorpusError, match="put them into its lines"):
         attempt(corpus=one, negatives="some.trec")
-    with pytest.raises(CorpusError, match="has 1 pairs of query and positive; at least 2"):
+    with pytest.raises(CorpusError, match="has 1 pair of query and positive; at least 2"):
         attempt(corpus=one)

@@ -342,3 +342,14 @@ def test_a_finished_index_asks_for_no_file_of_vectors(world, built, monkeypatch)
     root, _ = world
     monkeypatch.setattr("readapt_ray.stages.index.named_footers", lambda folder: pytest.fail("footers were read"))
     assert index(_config(root, "index")).fingerprint == built.fingerprint
+
+
+def test_a_kind_for_many_vectors_is_flat_for_few_and_says_so(ray_session, tmp_path, caplog):
+    caplog.set_level("INFO", logger="readapt_ray")
+    vectors = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float32)
+    vectors_artifact(tmp_path / "vectors", vectors)
+    made = index(_config(tmp_path, "index", kind="hnsw", rows_per_shard=None))
+    assert made.manifest.details["kind"] == "flat (too few vectors for hnsw)"
+    assert "index: 300 vectors are too few for hnsw, so the index is flat" in caplog.messages
+    again = index(_config(tmp_path, "again", kind="hnsw", previous=str(tmp_path / "index"), rows_per_shard=None))
+    assert again.manifest.details["kind"] == "flat (too few vectors for hnsw)"

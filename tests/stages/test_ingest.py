@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -153,7 +154,9 @@ def test_policy_fail_stops_at_the_row(tmp_path, number):
 
 def test_no_passage_left_is_an_error(tmp_path):
     source = _corpus(tmp_path / "c.jsonl", [{"_id": "a", "text": " "}, {"_id": "b", "text": None}])
-    with pytest.raises(CorpusError, match=r"no passages are left .*'empty_text': 1, 'null_text': 1"):
+    with pytest.raises(
+        CorpusError, match=r"no passages are left .*: every row is bad \(its text is empty: 1; its text is null: 1\)"
+    ):
         _run(source, tmp_path / "out")
 
 
@@ -170,7 +173,7 @@ def test_bad_input_is_found_before_anything_is_written(tmp_path, content, messag
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("near_threshold", 1.0), ("rows_per_file", 0), ("format", "csv"), ("bad_rows", "x")]
+    ("option", "value"), [("near_threshold", 1.0), ("rows_per_file", 0), ("format", "xml"), ("bad_rows", "x")]
 )
 def test_an_option_out_of_bounds_is_named(tmp_path, option, value):
     with pytest.raises(InputError, match=option):
@@ -308,3 +311,98 @@ def test_a_uri_of_a_filesystem_is_a_source_and_an_output(tmp_path):
     artifact = _run(f"file://{tmp_path}/c.jsonl", f"file://{tmp_path}/out")
     assert artifact.manifest.counts["num_passages"] == 2
     assert len(_passages(tmp_path / "out")) == 2
+
+
+NAN = float("nan")
+
+
+FROM_PANDAS = [
+    (
+        [
+            {"_id": "a", "title": "Tides", "text": ""},
+            {"_id": "b", "title": "Salt"},
+            {"_id": "c", "title": "W", "text": NAN},
+        ],
+        [("a", "Tides", ""), ("b", "Salt", ""), ("c", "W", "")],
+        {"title_only": 3},
+    ),
+    (
+        [
+            {"id": 1, "title": NAN, "text": "x"},
+            {"id": 2, "title": None, "text": "y"},
+            {"id": 3, "title": "t", "text": "z"},
+        ],
+        [("1", "", "x"), ("2", "", "y"), ("3", "t", "z")],
+        {"text_only": 2, "title_and_text": 1},
+    ),
+    (
+        [{"id": 7.0, "title": 1984, "text": "x"}, {"id": 1e15, "title": 1.5, "text": "y"}, {"id": 8.0, "text": "z"}],
+        [("7", "1984", "x"), ("1000000000000000", "1.5", "y"), ("8", "", "z")],
+        {"float_as_id": 3, "number_as_title": 2, "text_only": 1, "title_and_text": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize(("rows", "passages", "kinds"), FROM_PANDAS)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_pandas_and_beir_write_is_kept(tmp_path, rows, passages, kinds, kind):
+    source = tmp_path / f"c.{kind}"
+    if kind == "jsonl":
+        _corpus(source, rows)
+    else:
+        pd.DataFrame(rows).to_parquet(source)
+    manifest = _run(source, tmp_path / "out").manifest
+    assert _passages(tmp_path / "out") == passages
+    assert manifest.details["kinds"] == kinds
+    assert manifest.details["bad_rows"]["total"] == 0
+
+
+@pytest.mark.parametrize("value", [1.5, True, ["a"], {"a": 1}])
+def test_what_is_no_id_is_refused_by_name(tmp_path, value, caplog):
+    source = _corpus(tmp_path / "c.jsonl", [*GOOD, {"_id": value, "text": "x"}])
+    manifest = _run(source, tmp_path / "out").manifest
+    told = {"place": "c.jsonl:3", "reason": "id_not_string", "value": repr(value)}
+    assert manifest.details["bad_rows"]["first"] == [told]
+    assert f"left out c.jsonl:3: its id is neither a string nor a whole number: {value!r}" in caplog.text
+
+
+def test_kept_columns_stand_in_the_passages_with_their_types(tmp_path, caplog):
+    rows = [
+        {
+            "id": "a",
+            "text": "x",
+            "url": "u",
+            "year": 2020,
+            "tags": ["p", "q"],
+            "meta": {"k": 1},
+            "score": 0.5,
+            "ok": True,
+        },
+        {"id": "b", "text": "y", "url": None, "year": NAN, "tags": [], "meta": None, "score": 2, "ok": None},
+        *({"id": str(number), "text": f"t{number}", "year": 2000 + number} for number in range(100)),
+        {"id": "late", "text": "z", "year": "unknown", "url": 7},
+    ]
+    source = _corpus(tmp_path / "c.jsonl", rows)
+    names = ("url", "year", "tags", "meta", "score", "ok")
+    manifest = _run(source, tmp_path / "out", keep=list(names)).manifest
+    table = pq.read_table(tmp_path / "out" / "passages")
+    assert table.schema.names == [*PASSAGE_SCHEMA.names, *names]
+    kinds = (pa.string(), pa.int64(), pa.list_(pa.string()), pa.string(), pa.float64(), pa.bool_())
+    assert [table.schema.field(name).type for name in names] == list(kinds)
+    first, second, *_, last = table.select(names).to_pylist()
+    assert list(first.values()) == ["u", 2020, ["p", "q"], '{"k": 1}', 0.5, True]
+    assert list(second.values()) == [None, None, [], None, 2.0, None]
+    assert (last["url"], last["year"]) == ("7", None)
+    assert manifest.details["unfit_values"] == {"year": {"count": 1, "first": "c.jsonl:103: 'unknown'"}}
+    assert "1 values of the kept column 'year' are null, since they are no int64" in caplog.text
+    again = _run(tmp_path / "out", tmp_path / "again", keep=list(names))
+    assert pq.read_table(again.location.local_path / "passages") == table
+
+
+def test_other_columns_are_another_artifact(tmp_path):
+    source = _corpus(tmp_path / "c.jsonl", [{"id": "a", "text": "x", "body": "y", "url": "u"}])
+    _run(source, tmp_path / "out")
+    with pytest.raises(ArtifactConflictError, match="columns"):
+        _run(source, tmp_path / "out", columns=["text=body"])
+    with pytest.raises(ArtifactConflictError, match="keep"):
+        _run(source, tmp_path / "out", keep=["url"])

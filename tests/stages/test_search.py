@@ -22,7 +22,7 @@ from readapt_ray.errors import (
 )
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.records import Passage, Query
-from readapt_ray.retrieval import bm25
+from readapt_ray.retrieval import bm25, query_encoder
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.fusion import reciprocal_rank_fusion
 from readapt_ray.stages import search as search_stage
@@ -189,7 +189,7 @@ def test_queries_are_encoded_on_no_node_that_has_other_weights(world, monkeypatc
     root, passages, queries = world
     monkeypatch.setattr(on_worker, "this_node", lambda: "another")
     _same(read_run(search(_config(root, "far.trec")).uri), _by_hand(root, passages, queries, 10))
-    monkeypatch.setattr(search_stage, "check_encoder", lambda *_: None)  # what the driver saw was right
+    monkeypatch.setattr(query_encoder, "_check", lambda *_: None)  # what the driver saw was right
     with pytest.raises(FingerprintMismatchError, match=r"other' has other weights on node .* put the same files"):
         search(_config(root, "far-other.trec", retriever=str(root / "other")))
 

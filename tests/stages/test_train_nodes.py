@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize(("then", "tolerance"), [("replaced", 0.0), ("lost", 0.1)])
+@pytest.mark.parametrize(("then", "tolerance"), [("replaced", 0.0), ("lost", 1e-3)])
 def test_a_killed_node(tmp_path: Path, then: str, tolerance: float) -> None:
     """With a node in its place the adapter is the same bit for bit; with one worker less every passage still counts once."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -33,4 +33,4 @@ def test_a_killed_node(tmp_path: Path, then: str, tolerance: float) -> None:
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("calm", "hit"))
     difference = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
     assert difference <= tolerance
-    assert (difference > 0) == (then == "lost"), "with one worker dropout is another one's"
+    assert (difference > 0) == (then == "lost"), "one worker adds gradients in another order than two"

@@ -61,7 +61,7 @@ def test_only_queries_with_a_relevant_passage_are_taken_and_no_more_than_wanted(
     assert len(few.queries) == len(few.judgements) == 3
     assert {query.query_id for query in few.queries} == set(few.judgements) < {query.query_id for query in queries}
     factories.ingest_artifact(tmp_path / "one" / "corpus", passages, queries[:1], qrels[:1])
-    with pytest.raises(InputError, match=r"has 1 queries with a relevant passage .* at least 2 are needed"):
+    with pytest.raises(InputError, match=r"has 1 query with a relevant passage .* at least 2 are needed"):
         tune._judged_sample(judged(tmp_path / "one"), corpus)
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.config import StageConfig
-from readapt_ray.retrieval.shard_plan import content_hash
+from readapt_ray.records import content_hash
 from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 
 DIMENSION = 16

@@ -21,7 +21,7 @@ from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.language_model import LanguageModelling
 from readapt_ray.training.packing import Batch, Block
 from readapt_ray.training.shares import Cutting, Share
-from readapt_ray.training.steps import StepReport, StepWork, run_steps
+from readapt_ray.training.steps import PartReport, StepReport, StepWork, run_steps
 from tests.training.reading import read_shares
 
 OPTIMIZATION = Optimization(
@@ -170,6 +170,9 @@ class _Reporter:
     def __call__(self, report: StepReport) -> None:
         with (self.folder / "losses.jsonl").open("a") as file:
             file.write(json.dumps({"step": report.step, "loss": report.loss}) + "\n")
+
+    def part(self, report: PartReport) -> None:
+        pass
 
     def keep(self, step: int) -> None:
         pass

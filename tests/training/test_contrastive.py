@@ -17,6 +17,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.storage import Location
 from readapt_ray.training import contrastive
 from readapt_ray.training.contrastive import Contrast, encode
+from readapt_ray.training.dora import AdapterShape, adapted_layers, add_adapters, refresh_norms
 from readapt_ray.training.engine import seed_dropout
 from readapt_ray.training.pairs import PAIR_SCHEMA, PairReader, Texts
 from tests import factories
@@ -67,6 +68,7 @@ def our_loss(model: Any, pairs: PairReader, micro_batch_tokens: int, **options: 
         micro_batch_tokens=micro_batch_tokens,
         dtype=torch.float32,
         seed=5,
+        queries_only=options.get("queries_only", False),
     )
     engine: Any = SimpleNamespace(num_workers=1, worker_rank=0, device=torch.device("cpu"))
     work = contrast.work(engine, np.arange(NUM_PAIRS), step=0)
@@ -128,6 +130,30 @@ def test_cached_gradients_replay_dropout(tmp_path: Path) -> None:
     assert num_parts > 2
     assert first == again
     assert all(torch.equal(each, kept[name]) for name, each in gradients(model).items())
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [100_000, 30])
+def test_for_queries_alone_passages_are_those_of_the_model_before(tmp_path: Path, micro_batch_tokens: int) -> None:
+    base = factories.tiny_encoder(tmp_path / "m")
+    before, model = (Transformer(str(base)).auto_model.eval() for _ in range(2))
+    add_adapters(model, AdapterShape(method="dora", rank=4, alpha=8, dropout=0.0, targets=factories.ENCODER_TARGETS))
+    for _, layer in adapted_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    refresh_norms(model)
+    pairs, encoding = reader(tmp_path / "pairs", 1), Encoding(pooling="mean", add_bos=True, add_eos=True)
+    texts, cpu = pairs.read(np.arange(NUM_PAIRS)).token_ids, torch.device("cpu")
+    passages = encode(before, texts[NUM_PAIRS:], encoding, device=cpu).detach()
+    scores = encode(model, texts[:NUM_PAIRS], encoding, device=cpu) @ passages.T / 0.05
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(NUM_PAIRS))
+    expected.backward()
+    expected_gradients = gradients(model)
+    loss, num_parts = our_loss(model, pairs, micro_batch_tokens, queries_only=True)
+    assert (num_parts > 1) == (micro_batch_tokens == 30)
+    assert loss == pytest.approx(expected.item(), abs=1e-5)
+    assert our_loss(model, pairs, micro_batch_tokens)[0] != pytest.approx(loss, abs=1e-3)
+    our_loss(model, pairs, micro_batch_tokens, queries_only=True)
+    for name, each in gradients(model).items():
+        assert torch.allclose(each, expected_gradients[name], atol=1e-5), name
 
 
 def contrast_of_vectors(*, both_directions: bool) -> Contrast:

@@ -73,8 +73,12 @@ def test_micro_batches_hold_every_passage_once_in_order_within_the_budget() -> N
 
 def test_text_is_wrapped_in_specials_and_cut(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(factories.tiny_decoder(tmp_path / "m"))
-    whole, cut = packing.passage_ids(tokenizer, ["array shape", "array shape dtype axis " * 9], max_tokens=12)
+    texts = ["array shape", "array shape dtype axis " * 9]
+    (whole, cut), losses = packing.passage_ids(tokenizer, texts, max_tokens=12)
+    plain = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert losses == [0, len(plain[1]) + 2 - 12]
+    assert packing.passage_ids(tokenizer, texts[:1], max_tokens=len(whole))[1] == [0]  # just as long as allowed
     assert (whole[0], whole[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
     assert len(cut) == 12
     assert cut[-1] != tokenizer.eos_token_id
-    assert packing.passage_ids(tokenizer, [], max_tokens=12) == []
+    assert packing.passage_ids(tokenizer, [], max_tokens=12) == ([], [])

@@ -151,3 +151,25 @@ def test_every_attempt_may_have_another_number_of_workers(base: Path, tmp_path: 
     assert losses(hit).keys() == losses(calm).keys()
     # Dropout differs by worker, so the adapters are near and not equal.
     assert 0 < largest_difference(calm, hit) < 0.05
+
+
+def test_worker_0_reports_from_inside_a_step_without_the_first_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+    monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    told: list[Any] = []
+    reporter: Any = SimpleNamespace(part=told.append)
+
+    def loss_of(part: float) -> Any:
+        now_s[0] += part
+        return torch.zeros(())
+
+    work: Any = SimpleNamespace(
+        parts=[(60.0, 1.0), (2.0, 1.0), (4.0, 1.0), (3.0, 1.0)], loss_of=loss_of, num_tokens=900
+    )
+    for worker_rank in (1, 0):
+        engine: Any = SimpleNamespace(worker_rank=worker_rank, device=torch.device("cpu"))
+        watched = steps._watched(work, engine, reporter, step=7, num_steps=20)
+        for part, _ in work.parts:
+            watched(part)
+    assert [(each.step, each.done, each.num_parts, each.part_s) for each in told] == [(7, 2, 4, 2.0), (7, 3, 4, 3.0)]
+    assert told[0].peak_memory_bytes > 0

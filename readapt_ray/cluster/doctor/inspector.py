@@ -13,6 +13,7 @@ from typing import Any
 from readapt_ray.cluster.doctor.findings import Finding
 from readapt_ray.cluster.doctor.machine import Orders, check_machine
 from readapt_ray.errors import WorkerError
+from readapt_ray.progress import amount
 
 Address = tuple[str, int]
 
@@ -112,7 +113,7 @@ class Inspector:
         tensor = torch.ones(num_bytes // 4, device=device)
         distributed.all_reduce(tensor)
         if float(tensor.min()) != num_workers or float(tensor.max()) != num_workers:
-            raise WorkerError(f"the sum over {num_workers} workers is wrong")
+            raise WorkerError(f"the sum over {amount(num_workers, 'workers')} is wrong")
         started_s = time.monotonic()
         for _ in range(_NUM_EXCHANGES):
             distributed.all_reduce(tensor)

@@ -9,6 +9,7 @@ from readapt_ray.cluster.doctor.findings import Finding, Problem, failed
 from readapt_ray.cluster.doctor.inspector import Exchange
 from readapt_ray.cluster.nodes import answers
 from readapt_ray.errors import first_line
+from readapt_ray.progress import amount
 
 CLOCK_S = 2.0
 CONNECT_S = 3.0
@@ -111,9 +112,9 @@ def _check_all_reduce(workers: list[Any], *, is_on_gpus: bool) -> Finding:
         errors = [each for each in said.values() if not isinstance(each, Exchange)]
         told = [each for each in errors if not isinstance(each, ray.exceptions.GetTimeoutError)]
         reason = _last_line(told[0]) if told else f"no answer within {EXCHANGE_S:g} s"
-        return failed(f"{count - len(measured)} of {count} workers did not end it: {reason}; {mend}")
+        return failed(f"{count - len(measured)} of {amount(count, 'workers')} did not end it: {reason}; {mend}")
     slowest = min(each.bytes_per_s for each in measured)
-    shown = f"{count} workers by {measured[0].backend}, {slowest / 1e9:.2f} GB/s"
+    shown = f"{amount(count, 'workers')} by {measured[0].backend}, {slowest / 1e9:.2f} GB/s"
     if count > 1 and slowest < _SLOW_BYTES_PER_S:
         text = f"{slowest / 1e6:.0f} MB/s is slow: gradients wait for the network; use nodes of one zone with 10 Gbit/s"
         return Finding(shown, (Problem(text, fails=False),))

@@ -1,11 +1,13 @@
 """Makes every training worker write down the passages of each step before it takes it; found through PYTHONPATH.
 
 A line a step in `$CHAOS_LEDGER/<process>.jsonl`. Nothing of the package is asked, or knows of it: the lines are of
-what `DeepSpeedEngine.step` was given.
+what `DeepSpeedEngine.step` was given. A passage is known by a digest of its tokens.
 """
 
+import hashlib
 import importlib.abc
 import importlib.machinery
+import itertools
 import json
 import os
 import sys
@@ -30,13 +32,25 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+def digest_of(tokens):
+    return hashlib.blake2b(" ".join(map(str, tokens)).encode(), digest_size=8).hexdigest()
+
+
+def _with_loss(batch):
+    """The digest of each passage of a batch that bears loss, which the padding does not."""
+    ends = batch.passage_ends.tolist()
+    for start, end in itertools.pairwise(ends):
+        if (batch.labels[0, start:end] >= 0).any():
+            yield digest_of(batch.input_ids[0, start:end].tolist())
+
+
 def _watch(engine):
     take_step = engine.step
     group = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     ledger = Path(os.environ["CHAOS_LEDGER"]) / f"{time.time_ns()}-{os.getpid()}.jsonl"
 
     def step(self, parts, *, loss_of, rate, step):
-        passages = [number for part, weight in parts if weight for block in part for number in block.passage_numbers]
+        passages = [digest for batch, weight in parts if weight for digest in _with_loss(batch)]
         line = {"group": group, "time": time.time(), "step": step, "rank": self.worker_rank, "passages": passages}
         with ledger.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -108,7 +108,7 @@ def test_gpus_that_another_job_has_are_left_out(
     found = network.check_network(
         {"node": workers["node 0"]}, {"GPU 0 of n": workers["node 0"], "GPU 1 of n": workers["node 1"]}
     )
-    assert found["all-reduce"].shown.startswith("1 workers by gloo")
+    assert found["all-reduce"].shown.startswith("1 worker by gloo")
     (problem,) = found["GPUs"].problems
     assert found["GPUs"].shown == "1 of 2 free" and not problem.fails
     assert problem.text.startswith("GPU 1 of n gave no worker: in use by another job")

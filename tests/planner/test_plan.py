@@ -1,6 +1,5 @@
-"""Plans: what models cost, what clusters have, what a run takes, what cannot fit, and what breaks first."""
+"""What a run takes, what cannot fit, and what breaks first."""
 
-import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -8,266 +7,20 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-import transformers
 import yaml
 
-from readapt_ray import artifacts, cli, planner
-from readapt_ray.catalog import shapes
+from readapt_ray import cli, planner
 from readapt_ray.catalog.models import open_model
-from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
 from readapt_ray.errors import InputError
-from readapt_ray.planner import machines, plan_report, rates, scaling, worker_memory
+from readapt_ray.planner import plan_report, scaling
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.cost import stage_usd
 from readapt_ray.planner.machines import read_cluster
-from readapt_ray.planner.prices import PRICES_FILE, read_prices
-from readapt_ray.planner.stages import StageEstimate
+from readapt_ray.planner.prices import PRICES_FILE
 from readapt_ray.recipes.chain import RunConfig
-from readapt_ray.stages.train import TrainConfig
-from readapt_ray.training import dora, memory
-from readapt_ray.training.dora import AdapterShape
-from readapt_ray.training.memory import num_trained
+from readapt_ray.stages.ingest import IngestConfig, ingest
 from tests import factories
-
-PRICES = read_prices(None)
-REPOSITORY = Path(__file__).parent.parent
-CLUSTER = {
-    "nodes": [
-        {"name": "gpu", "machine": "p5.48xlarge", "spot": True, "count": 2},
-        {"name": "head", "cpus": 8, "memory_gb": 32, "usd_per_hour": 0.4},
-    ]
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [  # what their model cards say, without the language-model head
-        ("mistralai/Mistral-7B-v0.1", 7.24 - 0.13),
-        ("repllama", 6.74 - 0.13),
-        ("qwen3-embedding-0.6b", 0.596),
-        ("qwen3-embedding-8b", 7.57),
-        ("m3e-base", 0.102),
-        ("all-minilm-l6-v2", 0.0227),
-    ],
-)
-def test_catalog_models_have_the_parameters_that_their_cards_say(name: str, billions: float) -> None:
-    assert model_shape(name).num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
-
-
-def test_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM
-
-    folder = factories.tiny_decoder(tmp_path / "model", hidden_size=64)
-    shape = model_shape(str(folder), "causal_lm")
-    model = AutoModelForCausalLM.from_pretrained(str(folder), attn_implementation="eager")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros((1, 48), dtype=torch.long))
-    forward = dataclasses.replace(shape, is_causal=False).forward_flops(
-        48
-    )  # eager attention computes what causality hides
-    assert 48 * forward == pytest.approx(counter.get_total_flops(), rel=0.01)
-
-
-def test_the_parameters_of_a_dora_adapter_are_those_that_are_trained(tmp_path: Path) -> None:
-    base = factories.tiny_decoder(tmp_path / "base")
-    folder = factories.dora_adapter(tmp_path / "adapter", base)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    adapter = AdapterShape(
-        method="dora", rank=config["r"], alpha=1.0, dropout=0.0, targets=tuple(config["target_modules"])
-    )
-    tensors = factories.load_file(folder / "adapter_model.safetensors")
-    expected = num_trained(model_shape(str(base)), adapter)
-    assert expected == sum(each.numel() for each in tensors.values())
-
-
-QWEN = "Qwen/Qwen3-0.6B-Base"
-TRAININGS: list[dict[str, Any]] = [
-    {},
-    {"torch_compile": True},
-    {"gradient_checkpointing": True},
-    {"torch_compile": True, "gradient_checkpointing": True, "micro_batch_tokens": 512, "block_tokens": 2048},
-    {"dtype": "float32", "zero_stage": 3, "num_workers": 4},
-    {"method": "lora", "zero_stage": 2, "num_workers": 3, "target_modules": ("q_proj",)},
-    {"method": "full", "zero_stage": 1, "num_workers": 2},
-]
-
-
-def trained_module(name: str, objective: Any, adapter: AdapterShape | None) -> Any:
-    """The model that train makes, without weights."""
-    with torch.device("meta"):
-        config = transformers.AutoConfig.for_model(**shapes._config(name))
-        model = shapes.auto_class(objective).from_config(config)
-        if adapter is None:
-            return model.requires_grad_(True)
-        dora.add_adapters(model, adapter)
-    return model
-
-
-@pytest.mark.parametrize("gpus", [0, 8])
-@pytest.mark.parametrize("options", TRAININGS, ids=lambda options: "-".join(options) or "defaults")
-def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict[str, Any], gpus: int) -> None:
-    shape = pretrained_shape(QWEN)
-    group = {"name": "x", "cpus": 64, "memory_gb": 512, "gpu": "H100", "gpus": gpus}
-    cluster = machines.Cluster(name="x", groups=machines._plain({"nodes": [group]}, PRICES, "here"))
-    config = TrainConfig(pretrained=QWEN, corpus="c", output="o", **options)
-    num_workers = options.get("num_workers", 1)
-    planned = worker_memory.train_memory(config, shape, cluster, num_workers).parts
-    adapter = worker_memory.train_adapter(config, shape)
-    is_low = cluster.computes_low(config.dtype)
-    demand = memory.WorkerSetup(
-        adapter=adapter,
-        num_workers=num_workers,
-        zero_stage=config.zero_stage,
-        micro_batch_tokens=max(config.micro_batch_tokens, config.block_tokens),
-        dtype=torch.bfloat16 if is_low else torch.float32,
-        gradient_checkpointing=config.gradient_checkpointing,
-        device_type="cuda" if gpus else "cpu",
-        compile_layers=config.torch_compile,
-    )
-    assert planned == memory.estimate_memory(shape, demand).parts
-    model = trained_module(QWEN, "causal_lm", adapter)
-    trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
-    stage = config.zero_stage
-    assert planned["trained weights"] == 4 * trained // (num_workers if stage >= 3 else 1)
-    assert planned["frozen weights"] == frozen * (2 if is_low else 4) // (num_workers if stage >= 3 else 1)
-
-
-def test_a_compiled_run_that_training_would_start_is_planned_too() -> None:
-    """7B needs 41.4 GB as it is and 38.2 GB compiled, between which a GPU's memory may be."""
-    shape = pretrained_shape("mistralai/Mistral-7B-v0.1")
-    gpu = machines.NodeGroup(
-        name="g", count=1, cpus=8, memory_bytes=2e11, gpu="L40", gpus=1, gpu_flops=1e14, gpu_memory_bytes=42.5e9
-    )
-    cluster = machines.Cluster(name="c", groups=(gpu,))
-    fits = {}
-    for compiled in (False, True):
-        config = TrainConfig(pretrained="m", corpus="c", output="o", torch_compile=compiled)
-        fits[compiled] = worker_memory.train_memory(config, shape, cluster, 1).fits
-    assert fits == {False: False, True: True}
-
-
-@pytest.mark.parametrize("name", [QWEN, "Qwen/Qwen3-8B-Base", "nreimers/MiniLM-L6-H384-uncased"])
-def test_tied_and_masked_heads_are_counted_once(name: str) -> None:
-    shape = pretrained_shape(name)
-    model = trained_module(name, "masked_lm" if "MiniLM" in name else "causal_lm", None)
-    assert shape.num_parameters == sum(each.numel() for each in model.parameters())
-    assert shape == measure_shape(model, name)
-
-
-def test_a_run_that_is_told_to_start_anyway_is_no_problem(run_file: Path) -> None:
-    cluster = write(run_file, {"nodes": [{"name": "head", "cpus": 2, "memory_gb": 1}]}, "small.yaml")
-    sections = {"train": {"block_tokens": 64, "check_memory": False}}
-    assert [each for each in make_plan(run_file, sections, cluster=cluster).problems if "adapter" in each] == []
-    assert any("adapter" in each for each in make_plan(run_file, cluster=cluster).problems)
-
-
-def write(folder: Path, values: Any, name: str = "cluster.yaml") -> str:
-    (folder / name).write_text(yaml.safe_dump(values))
-    return str(folder / name)
-
-
-def test_a_list_of_nodes_is_a_cluster(tmp_path: Path) -> None:
-    cluster = read_cluster(write(tmp_path, CLUSTER), PRICES)
-    assert (cluster.num_gpus, cluster.num_cpus, cluster.num_nodes) == (16, 2 * 192 + 8, 3)
-    assert cluster.usd_per_hour == pytest.approx(2 * PRICES.machines["p5.48xlarge"].spot + 0.4)
-    assert cluster.gpu_groups[0].gpu_flops == 989e12
-
-
-def test_kubernetes_quantities_are_read(tmp_path: Path) -> None:
-    def group(cpu: str, memory: str, gpus: int = 0) -> dict[str, Any]:
-        limits: dict[str, Any] = {"cpu": cpu, "memory": memory} | ({"nvidia.com/gpu": gpus} if gpus else {})
-        metadata = {"annotations": {"readapt.dev/gpu": "L4", "readapt.dev/usd-per-hour": "1.5"}}
-        return {"template": {"metadata": metadata, "spec": {"containers": [{"resources": {"limits": limits}}]}}}
-
-    workers = {"groupName": "gpu", "replicas": 1, "maxReplicas": 4, **group("7500m", "64Gi", 2)}
-    spec = {"headGroupSpec": group("4", "16G"), "workerGroupSpecs": [workers]}
-    for kind, field in (("RayCluster", None), ("RayJob", "rayClusterSpec"), ("RayService", "rayClusterConfig")):
-        values = {"kind": kind, "spec": {field: spec} if field else spec}
-        cluster = read_cluster(write(tmp_path, values), PRICES)
-        assert [(g.name, g.count, g.cpus, g.gpus) for g in cluster.groups] == [("head", 1, 4, 0), ("gpu", 4, 7, 2)]
-        assert cluster.groups[1].memory_bytes == 64 * 2**30
-        assert cluster.usd_per_hour == 5 * 1.5
-
-
-def launcher(**values: Any) -> dict[str, Any]:
-    """A launcher file with a head, workers without GPUs and workers with one."""
-    types = {name: {"node_config": {"InstanceType": kind}} for name, kind in MACHINES.items()}
-    for name in ("cpu", "gpu"):
-        types[name]["max_workers"] = values.pop(name, None)
-    kept = {name: {key: value for key, value in each.items() if value is not None} for name, each in types.items()}
-    return {
-        "cluster_name": "x",
-        "provider": {"type": "aws"},
-        "head_node_type": "head",
-        "available_node_types": kept,
-    } | values
-
-
-MACHINES = {"head": "m7i.xlarge", "cpu": "m7i.4xlarge", "gpu": "g6.xlarge"}
-
-
-@pytest.mark.parametrize(
-    ("values", "counts"),
-    [
-        ({"max_workers": 10, "cpu": 4, "gpu": 4}, {"head": 1, "cpu": 4, "gpu": 4}),
-        ({"max_workers": 6, "cpu": 4, "gpu": 4}, {"head": 1, "cpu": 2, "gpu": 4}),
-        ({"max_workers": 4, "cpu": 4, "gpu": 4}, {"head": 1, "gpu": 4}),
-        ({"max_workers": 3, "cpu": 1}, {"head": 1, "gpu": 3}),
-        ({}, {"head": 1, "gpu": 2}),
-    ],
-)
-def test_a_launcher_never_has_more_workers_than_the_whole_cluster_may(
-    tmp_path: Path, values: dict[str, Any], counts: dict[str, int]
-) -> None:
-    cluster = read_cluster(write(tmp_path, launcher(**values)), PRICES)
-    assert {group.name: group.count for group in cluster.groups} == counts
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"kind": "Deployment"}, "of no kind of cluster that is known"),
-        ({"cluster_name": "x", "provider": {"type": "azure"}}, "provider type 'azure'; known are aws and gcp"),
-        ({"nodes": [{"name": "a", "machine": "m99.huge"}]}, "no machine 'm99.huge'; it has "),
-        ({"nodes": [{"name": "a", "cpus": 2, "memory_gb": 4, "gpu": "H1000", "gpus": 1}]}, "GPU 'H1000'"),
-        ({"nodes": [{"name": "a"}]}, "neither its machine nor its cpus"),
-        ({"nodes": [{"name": "a", "cpus": 2, "memory_gb": 4, "count": 0}]}, "has no node"),
-        ({"nodes": [{"name": "a", "cpuz": 2}]}, "unknown option 'cpuz'"),
-        ([1, 2], "holds no options by name"),
-    ],
-)
-def test_what_is_no_cluster_is_refused_by_name(tmp_path: Path, values: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        read_cluster(write(tmp_path, values), PRICES)
-
-
-@pytest.fixture(scope="module")
-def run_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a tiny model over an ingested corpus of 300 passages, whose root holds nothing else yet."""
-    folder = tmp_path_factory.mktemp("plan")
-    base = factories.tiny_decoder(folder / "base")
-    factories.write_contract(factories.full_retriever(folder / "retriever", base))
-    passages = factories.small_corpus(300)
-    factories.ingest_artifact(folder / "root" / "corpus", passages, *factories.small_queries(passages, 20), num_files=3)
-    values = {
-        "source": str(folder / "absent"),
-        "root": str(folder / "root"),
-        "pretrained": str(base),
-        "retriever": str(folder / "retriever"),
-        "train": {"block_tokens": 64, "batch_size": 16},
-        "evaluate": {"measures": "nDCG@10"},
-    }
-    write(folder, values, "run.yaml")
-    write(folder, CLUSTER)
-    return folder
-
-
-def make_plan(folder: Path, sections: dict[str, Any] | None = None, **options: Any) -> planner.Plan:
-    run = RunConfig.parse(yaml.safe_load((folder / "run.yaml").read_text()) | (sections or {}))
-    return planner.plan(run, planner.PlanConfig(**{"cluster": str(folder / "cluster.yaml"), **options}))
+from tests.planner.plans import CLUSTER, MACHINES, PRICES, REPOSITORY, launcher, make_plan, stage, stage_named, write
 
 
 def test_tokens_are_those_that_pack_and_embed_would_count(run_file: Path) -> None:
@@ -310,10 +63,6 @@ def test_work_grows_linearly_and_gpus_divide_it(run_file: Path) -> None:
     assert make_plan(run_file, cluster=more, num_passages=10_000_000).costs[1].seconds < found.costs[1].seconds
     larger = make_plan(run_file, num_passages=100_000_000)
     assert larger.costs[1].seconds == pytest.approx(10 * found.costs[1].seconds, rel=0.05)
-
-
-def stage(found: planner.Plan, name: str) -> StageEstimate:
-    return next(each for each in found.stages if each.stage == name)
 
 
 def test_embed_has_as_many_shards_as_the_stage_cuts(run_file: Path) -> None:
@@ -416,96 +165,6 @@ def test_a_price_table_of_ones_own_replaces_ours(run_file: Path) -> None:
         make_plan(run_file, prices=str(run_file / "cluster.yaml"))
 
 
-def finished(
-    folder: Path,
-    run: Path,
-    *,
-    seconds: float,
-    gpus: dict[str, int],
-    work: dict[str, float] | None = None,
-    cpus_each: int | None = None,
-) -> str:
-    """A root with the manifest of an embed stage that took so long."""
-    root = folder / f"measured-{seconds:.0f}"
-    manifest = artifacts.Manifest(
-        stage="embed",
-        fingerprint="0" * 32,
-        config={"retriever": str(run / "retriever"), "num_workers": None, "num_cpus_per_worker": cpus_each},
-        inputs={},
-        counts={"num_vectors": 1_000_000, "num_tokens": 80_000_000},
-        details={} if work is None else {"work": work},
-        seconds=seconds,
-        created="2026-11-21T00:00:00+00:00",
-        versions={},
-        hardware={"cluster": {"num_nodes": 1, "num_cpus": 8, "gpus": gpus}},
-    )
-    (root / "vectors").mkdir(parents=True)
-    (root / "vectors" / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
-    return str(root)
-
-
-def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_file: Path, tmp_path: Path) -> None:
-    shape = model_shape(str(run_file / "retriever"))
-    root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4})
-    found = make_plan(run_file, measured=(root,))
-    expected = 80_000_000 * shape.forward_flops(80) / (4 * 1000)
-    assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
-    assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
-    assert "measured in vectors" in plan_report.text(found)
-
-
-def test_a_rate_is_not_that_of_a_gpu_whose_name_only_begins_alike() -> None:
-    measured = rates.Rates(
-        {("embed", "L4"): (1.0, "l4"), ("embed", "A100"): (2.0, "a"), ("embed", "A100-80GB"): (3.0, "b")}
-    )
-    sources = {name: measured.of("embed", name, 1e14, is_low=True).source for name in ("L4", "L40S", rates.CPU)}
-    assert sources == {"L4": "l4", "L40S": "table", rates.CPU: "table"}
-    assert measured.of("embed", "A100-80GB", 1e14, is_low=True).source == "b"
-    assert measured.of("embed", "A100-40GB", 1e14, is_low=True).source == "a"
-
-
-@pytest.mark.parametrize("gpus", [{"H100": 4}, {}])
-def test_a_short_stage_that_counted_its_work_tells_a_rate(run_file: Path, tmp_path: Path, gpus: dict[str, int]) -> None:
-    encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 0}
-    root = finished(tmp_path, run_file, seconds=20.0, gpus=gpus, work=encoders, cpus_each=2)
-    measured = rates.measure([root], read_cluster("local", PRICES))
-    device = "H100" if gpus else rates.CPU
-    expected = 80_000_000 * model_shape(str(run_file / "retriever")).forward_flops(80) / (40 if gpus else 80)
-    assert measured.of("embed", device, 989e12, is_low=True).value == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("counted", "waiting"), [(0.0, 0.0), (7.9, 0.0), (0.1, 1.0)])
-def test_a_first_batch_alone_tells_no_rate(run_file: Path, tmp_path: Path, counted: float, waiting: float) -> None:
-    encoders = {"encoder_seconds": counted, "waiting_share": waiting, "num_copied": 0}
-    root = finished(tmp_path, run_file, seconds=20.0, gpus={"H100": 4}, work=encoders)
-    assert rates.measure([root], read_cluster("local", PRICES)).sources == []
-
-
-def test_vectors_that_were_copied_tell_no_rate(run_file: Path, tmp_path: Path) -> None:
-    encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 1}
-    root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4}, work=encoders)
-    assert not any("vectors" in line for line in make_plan(run_file, measured=(root,)).setting.rates.sources)
-
-
-def test_work_of_seconds_says_nothing_about_a_rate(run_file: Path, tmp_path: Path) -> None:
-    root = finished(tmp_path, run_file, seconds=20.0, gpus={"H100": 4})
-    assert not any("vectors" in line for line in make_plan(run_file, measured=(root,)).setting.rates.sources)
-
-
-def test_a_rate_measured_on_a_part_predicts_the_whole(run_file: Path, tmp_path: Path) -> None:
-    """What a run of 80 M tokens took, planned from one of a tenth of it that took a tenth of the working time."""
-    cluster = read_cluster("local", PRICES)
-    small = json.loads(
-        (Path(finished(tmp_path, run_file, seconds=108.0, gpus={})) / "vectors/manifest.json").read_text()
-    )
-    small["counts"] = {"num_vectors": 100_000, "num_tokens": 8_000_000}
-    (tmp_path / "measured-108/vectors/manifest.json").write_text(json.dumps(small))
-    measured = rates.measure([str(tmp_path / "measured-108")], cluster)
-    work = rates.work_of(artifacts.read_manifest(finished(tmp_path, run_file, seconds=1008.0, gpus={}) + "/vectors"))
-    predicted = rates.FIXED_S["embed"] + work / (8 * measured.of("embed", rates.CPU, 0, is_low=False).value)
-    assert predicted == pytest.approx(1008.0, rel=0.3)
-
-
 def test_a_source_that_was_not_ingested_is_sampled(run_file: Path, tmp_path: Path) -> None:
     rows = [{"_id": p.doc_id, "title": p.title, "text": p.text} for p in factories.small_corpus(120)]
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -528,7 +187,7 @@ def test_a_corpus_without_its_tokenizer_is_estimated_from_its_bytes(run_file: Pa
 
 
 def test_what_drivers_hold_is_what_was_measured() -> None:
-    file = Path(__file__).parent.parent / "benchmarks" / "results" / "bookkeeping.json"
+    file = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "bookkeeping.json"
     sizes = json.loads(file.read_text())["sizes"]
     small, large = (sizes[size] for size in ("100000", "10000000"))
     measured = (large["ingest"]["driver_GB"] - small["ingest"]["driver_GB"]) * 1e9 / (10_000_000 - 100_000)
@@ -604,10 +263,6 @@ def test_gpu_nodes_that_are_asked_for_cost_their_start_their_work_and_their_idle
     assert "4 idle minutes" in plan_report.text(found)
 
 
-def stage_named(found: planner.Plan, name: str) -> StageEstimate:
-    return next(each for each in found.stages if each.name == name)
-
-
 def test_ms_marco_on_eight_h100_takes_under_four_hours_and_150_usd(tmp_path: Path) -> None:
     """Adapter, merge and both arms of vectors, at 35% of the peak in training and 45% in embedding, nothing fetched."""
     values = yaml.safe_load((REPOSITORY / "jobs" / "e5-mistral.yaml").read_text())
@@ -672,3 +327,33 @@ def test_a_stage_pays_for_as_many_gpu_nodes_as_it_has_workers(run_file: Path) ->
 )
 def test_numbers_have_the_units_that_people_use_and_bytes_those_of_bytes(value, as_count, as_bytes):
     assert (plan_report.count(value), plan_report.size(value)) == (as_count, as_bytes)
+
+
+def test_the_week_of_training_is_the_same_seen_from_a_small_corpus_and_from_a_large_one(run_file: Path) -> None:
+    def week(**options: Any) -> float:
+        return next(limit.at for limit in make_plan(run_file, **options).passage_limits if "over a week" in limit.what)
+
+    assert week(num_passages=300) == pytest.approx(week(num_passages=10_000_000), rel=0.01)
+    at = int(week(num_passages=300))
+    assert stage(make_plan(run_file, num_passages=at), "train").seconds == pytest.approx(7 * 86_400, rel=0.01)
+
+
+def test_only_queries_that_are_judged_in_the_split_count(tmp_path: Path, run_file: Path) -> None:
+    beir = tmp_path / "beir"
+    (beir / "qrels").mkdir(parents=True)
+    (beir / "corpus.jsonl").write_text("".join(f'{{"_id": "d{n}", "text": "text {n}"}}\n' for n in range(30)))
+    (beir / "queries.jsonl").write_text("".join(f'{{"_id": "q{n}", "text": "query {n}"}}\n' for n in range(20)))
+    for split, numbers in (("train", range(17)), ("test", (17, 18))):
+        rows = "".join(f"q{n}\td{n}\t1\n" for n in numbers)
+        (beir / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{rows}")
+    own = {"source": str(beir), "root": str(tmp_path / "none")}
+    assert make_plan(run_file, own).setting.corpus.num_queries == 2
+    assert make_plan(run_file, {**own, "split": "train"}).setting.corpus.num_queries == 17
+    corpus = ingest(IngestConfig(source=str(beir), output=str(tmp_path / "root" / "corpus")))
+    assert corpus.manifest.counts["num_queries"] == 20
+    known = make_plan(run_file, {"source": str(beir), "root": str(tmp_path / "root")}).setting.corpus
+    assert (known.num_queries, known.num_passages) == (2, 30)
+    given = {name: str(tmp_path / f"{name}.tsv") for name in ("queries", "qrels")}
+    Path(given["queries"]).write_text("a\tone\nb\ttwo\nc\tthree\n")
+    Path(given["qrels"]).write_text("a\t0\td1\t1\nc\t0\td2\t1\nc\t0\td3\t0\n")
+    assert make_plan(run_file, {**own, **given}).setting.corpus.num_queries == 2

@@ -1,0 +1,155 @@
+"""Take a sample of passages with their old vectors, and encode it with the new model.
+
+In: vectors of a corpus. Out: for each passage of the sample the vectors of both models. The sample is drawn in short runs of
+neighbouring rows, since a row group of some 1,000 vectors is read to get one. Vectors of the new model are written to
+`vectors/part-00000.parquet` and so on, 512 at a time; what is there is not encoded again. The doc_ids of the whole corpus
+are read once. Memory is the texts and vectors of the sample.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.cluster.query_vectors import TextPiece, encode_pieces
+from readapt_ray.errors import CorruptFileError
+from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.vector_files import (
+    VECTOR_COLUMNS,
+    RowRange,
+    iterate_vectors,
+    matrix_of,
+    read_footer,
+    write_vectors,
+)
+from readapt_ray.seeds import random_generator
+from readapt_ray.storage import Location
+
+_RUN_ROWS = 32
+_PIECE_ROWS = 512
+_READ_ROWS = 65536
+
+
+@dataclass(frozen=True)
+class NewEncoder:
+    """The new model, as it encodes the sample."""
+
+    model: OpenModel
+    encoding: Encoding
+    description: dict[str, Any]
+    """As in manifests."""
+
+
+def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[np.float32]]:
+    """Return the doc_ids and vectors [N, D] of a sample, always the same for the same seed.
+
+    Raises:
+        CorruptFileError: a file of vectors was cut short or altered, or is gone.
+    """
+    folder = old.location / "vectors"
+    rows = ParquetRows(folder, row_counts(named_footers(folder)))
+    check_complete(old, rows.num_rows, "vectors")
+    doc_ids, vectors = matrix_of(rows.take(_drawn(rows.num_rows, size, seed), VECTOR_COLUMNS), folder)
+    return doc_ids, np.require(vectors, requirements="W")
+
+
+def _drawn(num_rows: int, size: int, seed: int) -> NDArray[np.int64]:
+    """Draw rows in runs of 32, rising."""
+    if size >= num_rows:
+        return np.arange(num_rows)
+    starts = np.arange(0, num_rows, _RUN_ROWS)
+    chosen = random_generator(seed, "sample of a bridge").permutation(starts)[: -(-size // _RUN_ROWS) + 1]
+    rows = (chosen[:, None] + np.arange(_RUN_ROWS)).ravel()
+    return np.sort(rows[rows < num_rows][:size])
+
+
+def texts_of(corpus: Artifact, doc_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return titles and texts of passages, in the order of their doc_ids.
+
+    Raises:
+        CorruptFileError: a file of passages was cut short or altered, or lacks a passage.
+    """
+    folder = corpus.location / "passages"
+    passages = ParquetRows(folder, row_counts(named_footers(folder)))
+    wanted, rows = pa.array(doc_ids, pa.string()), np.full(len(doc_ids), -1, np.int64)
+    for first in range(0, passages.num_rows, _READ_ROWS):
+        there = np.arange(first, min(first + _READ_ROWS, passages.num_rows))
+        places = pc.index_in(passages.take(there, ("doc_id",))["doc_id"], value_set=wanted)
+        found = places.is_valid().to_numpy(zero_copy_only=False)
+        rows[places.drop_null().to_numpy()] = there[found]
+    if (rows < 0).any():
+        lost = doc_ids[int(np.flatnonzero(rows < 0)[0])]
+        raise CorruptFileError(
+            f"{folder} has no passage {lost!r}, which has a vector; ingest and embed the corpus again"
+        )
+    table = passages.take(rows, ("title", "text"))
+    return [title or "" for title in table["title"].to_pylist()], table["text"].to_pylist()
+
+
+def new_sample(
+    doc_ids: Sequence[str],
+    corpus: Artifact,
+    encoder: NewEncoder,
+    target: Location,
+    *,
+    check: Callable[[int], None],
+    progress: Callable[[int, int], None],
+) -> NDArray[np.float32]:
+    """Encode the passages of a sample, or read what an earlier run of the stage encoded.
+
+    Args:
+        doc_ids: of the sample.
+        corpus: holds their texts.
+        encoder: the new model.
+        target: folder of the files of vectors.
+        check: is told the dimension of the vectors as soon as there is one; raises an error where it will not do.
+        progress: is told the passages done, and all.
+
+    Returns:
+        float32 [N, D], in the order of the doc_ids.
+    """
+    import ray
+
+    names = [f"part-{first // _PIECE_ROWS:05d}.parquet" for first in range(0, len(doc_ids), _PIECE_ROWS)]
+    cut = [doc_ids[first : first + _PIECE_ROWS] for first in range(0, len(doc_ids), _PIECE_ROWS)]
+    there = {name for name, _ in target.listing(".parquet")}
+    missing = [number for number, name in enumerate(names) if name not in there]
+    done = sum(len(each) for each, name in zip(cut, names, strict=True) if name in there)
+    progress(done, len(doc_ids))
+    if missing:
+        titles, texts = texts_of(corpus, [each for number in missing for each in cut[number]])
+        pieces, first = [], 0
+        for number in missing:
+            last = first + len(cut[number])
+            pieces.append(TextPiece(texts[first:last], titles[first:last]))
+            first = last
+        encoded = encode_pieces(pieces, encoder.model, encoder.encoding, encoder.description)
+        for number, reference in zip(missing, encoded, strict=True):
+            vectors = ray.get(reference)
+            check(vectors.shape[1])
+            metadata = {"encoder": {**encoder.description, "dimension": vectors.shape[1]}}
+            write_vectors(target / names[number], cut[number], vectors, dtype="float32", metadata=metadata)
+            done += len(vectors)
+            progress(done, len(doc_ids))
+    return _read(target, names, doc_ids)
+
+
+def _read(target: Location, names: Sequence[str], doc_ids: Sequence[str]) -> NDArray[np.float32]:
+    ranges = [RowRange(name, 0, read_footer(target / name).num_rows) for name in names]
+    chunks = list(iterate_vectors(target, ranges))
+    written = pa.array([doc_id for ids, _ in chunks for doc_id in ids], pa.string())
+    order = pc.index_in(pa.array(doc_ids, pa.string()), value_set=written)
+    if order.null_count:
+        raise CorruptFileError(
+            f"{target} lacks vectors of the sample; remove the folder and run `readapt bridge` again"
+        )
+    matrix: NDArray[np.float32] = np.concatenate([matrix for _, matrix in chunks])[order.to_numpy()]
+    return matrix

@@ -1,0 +1,35 @@
+"""Compare two states of a corpus: in this process, or by Ray tasks, a part of the doc_ids each, if there are many."""
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.retrieval.corpus_changes import Changes, added_up, compare
+from readapt_ray.retrieval.footers import named_footers, row_counts
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+
+_PART_ROWS = 16_000_000
+"""Passages per part: 400 MB of memory for each state."""
+
+
+def compare_corpora(before: Artifact, now: Artifact) -> Changes:
+    """Compare two outputs of ingest.
+
+    Raises:
+        CorruptFileError: a file was cut short or altered.
+    """
+    old, new = opened(before, "passages"), opened(now, "passages")
+    num_parts = -(-max(old.num_rows, new.num_rows, 1) // _PART_ROWS)
+    if num_parts == 1:
+        return compare(old, new)
+    import ray
+
+    num_at_once = connection.connect().num_cpus
+    task = ray.remote(num_cpus=1)(compare)
+    parts = run_bounded(lambda part: task.remote(old, new, part, num_parts), range(num_parts), num_at_once)
+    return added_up(list(parts))
+
+
+def opened(artifact: Artifact, name: str) -> ParquetRows:
+    """Return the rows of an artifact's folder of Parquet files, readable on every node."""
+    folder = on_worker.absolute(artifact.location / name)
+    return ParquetRows(folder, row_counts(named_footers(folder)))

@@ -1,0 +1,66 @@
+"""Measure the language-model loss of withheld passages in one Ray task: on a GPU if the cluster has one.
+
+In: the models by name, and texts. Out: the loss of each text before and after training. The driver loads no model.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.catalog import models
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.catalog.retrievers import Objective
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.placement import Placement, place_actors
+
+
+def measure_losses(
+    pretrained: OpenModel,
+    trained: OpenModel,
+    texts: Sequence[str],
+    *,
+    objective: Objective,
+    max_tokens: int,
+    dtype: str,
+) -> NDArray[np.float64]:
+    """Return the loss per token of each text, before and after training. float64 [2, N]; see `training.withheld_loss`.
+
+    Raises:
+        PlacementError: the cluster has no CPU.
+        WorkerError: the task died, such as for lack of memory.
+    """
+    import ray
+
+    _, num_cpus, num_gpus = place_actors(Placement(None, None), 1)
+    names = {"pretrained": pretrained, "trained": trained}
+    job = {
+        **{name: (on_worker.model_name(model), model.fingerprint) for name, model in names.items()},
+        "driver_node": on_worker.this_node(),
+        "options": {"objective": objective, "max_tokens": max_tokens},
+        "dtype": dtype,
+    }
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_measure)
+    try:
+        found: NDArray[np.float64] = ray.get(task.remote(job, list(texts)))
+    except ray.exceptions.RayError as error:
+        raise connection.cause_of(error) from None
+    return found
+
+
+def _measure(job: dict[str, Any], texts: Sequence[str]) -> NDArray[np.float64]:
+    import torch
+
+    from readapt_ray.retrieval.encoder import DTYPES
+    from readapt_ray.training import withheld_loss
+
+    def opened(role: str) -> OpenModel:
+        name, due = job[role]
+        model = models.open_model(name)
+        on_worker.check_same_model(name, lambda: model.fingerprint, {due}, driver_node=job["driver_node"])
+        return model
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pretrained, trained = opened("pretrained"), opened("trained")
+    return withheld_loss.losses(pretrained, trained, texts, dtype=DTYPES[job["dtype"]], device=device, **job["options"])

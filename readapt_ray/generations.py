@@ -1,0 +1,176 @@
+"""Read and write the generations of a root: which artifacts make up each state of a corpus that changes.
+
+`refresh.json` under the root has an entry per generation, and the last one is the present. It is written whole, by one
+rename, after all artifacts of a generation are complete. A reader that takes its folders from one reading of it has one
+state of the corpus: the old one or the new one. An entry is some 2 KB.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from readapt_ray import artifacts
+from readapt_ray.errors import CorruptFileError, InputError
+from readapt_ray.storage import Location
+
+FILE_NAME = "refresh.json"
+FOLDER_NAME = "generations"
+CORPUS, VECTORS, INDEX, EXPORT = "corpus", "vectors", "index", "export"
+STAGE_OF = {CORPUS: "ingest", VECTORS: "embed", INDEX: "index", EXPORT: "export"}
+"""The stage that makes each artifact of a generation, in the order in which they are made."""
+_RUN_NAME = "run.json"
+_OF_A_RUN = {CORPUS: "corpus", VECTORS: "vectors/adapted", INDEX: "index/adapted"}
+SECTIONS = ("ingest", "embed", "index", "export")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One state of the corpus, and what was made of it."""
+
+    number: int
+    what: str
+    """How it was made: run, refresh, compaction, or back to an earlier one."""
+    created: str
+    seconds: float
+    settings: dict[str, Any]
+    """Source, retriever, target of the export, and a section of options per stage."""
+    source_fingerprint: str
+    artifacts: dict[str, str]
+    """Folder of each artifact, relative to the root. Generations may share one."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Passages that were added, changed, deleted and kept since the generation before."""
+    signals: dict[str, float] = field(default_factory=dict)
+    """Figures that show whether to adapt the retriever again; see recipes/README.md."""
+    advice: str = ""
+    turnover: float = 0.0
+    """Changes since the retriever was first used here, as a share of the passages."""
+    index_changes: int = 0
+    """Vectors that were added to or deleted from the index since it was last built as a whole."""
+    freed: bool = False
+    """Whether `readapt clean` removed the artifacts that no other generation needs."""
+
+    def folder(self, root: Location, name: str) -> str:
+        """Return the URI of one of its artifacts."""
+        return (root / self.artifacts[name]).uri
+
+
+def read(root: Location) -> list[Generation]:
+    """Return the generations under a root, oldest first. The artifacts of a run that was never refreshed are the first.
+
+    Raises:
+        CorruptFileError: the file was cut short or altered.
+    """
+    file = root / FILE_NAME
+    if not file.is_file():
+        return _of_run(root)
+    names = {each.name for each in dataclasses.fields(Generation)}
+    try:
+        entries = json.loads(file.read_bytes())["generations"]
+        return [Generation(**{name: each[name] for name in names & each.keys()}) for each in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(
+            f"{file} is not a list of generations ({error}); restore it from a backup, or remove it to begin with a "
+            f"generation that is made as a whole"
+        ) from error
+
+
+def write(root: Location, generations: Sequence[Generation]) -> None:
+    """Write the list; the last generation becomes the present one."""
+    entries = [dataclasses.asdict(each) for each in generations]
+    (root / FILE_NAME).write_text(json.dumps({"format_version": 1, "generations": entries}, indent=1) + "\n")
+
+
+def as_of(root: Location, number: int | None) -> Generation:
+    """Return a generation by its number, or the present one for None.
+
+    Raises:
+        InputError: there is none of this number, or its parts were removed.
+    """
+    there = read(root)
+    if not there:
+        raise InputError(f"{root.uri!r} has no generation; run `readapt refresh --root {root.uri} --source ...` first")
+    found = {each.number: each for each in there if not each.freed}
+    if number is None:
+        return there[-1]
+    if number not in found:
+        state = "was removed by `readapt clean`" if number in {each.number for each in there} else "does not exist"
+        raise InputError(
+            f"generation {number} of {root.uri!r} {state}; those that are there: {', '.join(map(str, found))} "
+            f"(`readapt status --root {root.uri} --history`)"
+        )
+    return found[number]
+
+
+def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """Return the values of a config in which the options that are not given are those of a generation.
+
+    Args:
+        values: with `root`, and perhaps `as_of`, the number of the generation.
+        options: of retriever, corpus, vectors and index those that the config takes from the generation.
+
+    Raises:
+        InputError: there is no such generation.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    number = given.get("as_of")
+    if "root" not in given:
+        if number is not None:
+            raise InputError(f"as_of = {number!r} needs a root; give the root of `readapt refresh`, too")
+        return dict(values)
+    if not isinstance(given["root"], str | os.PathLike) or not re.fullmatch(r"None|[1-9]\d*", str(number)):
+        return dict(values)  # refused by the type of the option
+    root = Location(os.fspath(given["root"]))
+    generation = as_of(root, None if number is None else int(number))
+    folders = {"retriever": generation.settings["retriever"]}
+    folders |= {name: generation.folder(root, name) for name in options if name in generation.artifacts}
+    return {**values, **{name: folders[name] for name in options if name in folders and name not in given}}
+
+
+def absolute(name: str) -> str:
+    """Return the name of a model or source; a local path so that it does not depend on the current folder."""
+    location = Location(name)
+    return location.path if location.is_local and location.exists() else name
+
+
+def _of_run(root: Location) -> list[Generation]:
+    """Return what `readapt run` made under the root as a generation, if it is complete."""
+    file = root / _RUN_NAME
+    if not file.is_file():
+        return []
+    manifests = {name: artifacts.read_manifest(root / folder) for name, folder in _OF_A_RUN.items()}
+    try:
+        config = json.loads(file.read_bytes())["config"]
+        corpus, seconds = manifests[CORPUS], sum(each.seconds for each in manifests.values() if each)
+        if corpus is None or not all(manifests.values()):
+            return []
+        encoding = {} if config.get("encoding") is None else {"encoding": config["encoding"]}
+        sections = {name: config.get(name, {}) for name in SECTIONS}
+        sections["embed"] = {**encoding, **sections["embed"]}
+        sections = {
+            name: {option: value for option, value in options.items() if option != "overwrite"}
+            for name, options in sections.items()
+        }
+        settings = {
+            "source": absolute(config["source"]),
+            "retriever": absolute((root / "adapted").uri),
+            "to": None,
+            **sections,
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return []  # the run of another release
+    return [
+        Generation(
+            number=1,
+            what="run",
+            created=corpus.created,
+            seconds=round(seconds, 3),
+            settings=settings,
+            source_fingerprint=corpus.inputs.get("source", ""),
+            artifacts=dict(_OF_A_RUN),
+            counts={"added": int(corpus.counts["num_passages"]), "changed": 0, "deleted": 0, "kept": 0},
+        )
+    ]

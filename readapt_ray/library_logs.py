@@ -1,0 +1,76 @@
+"""Keep what Ray, DeepSpeed and transformers log off the terminal, and write it to files.
+
+`silence` takes their handlers that write to the terminal away; what they log goes to the files of `write_to`, if any. What
+they print without Python's logging (C++ parts of Ray) is not changed.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "DeepSpeed")
+_LATE = "DeepSpeed"
+"""Adds its handler when it is imported, whatever is there: its records are caught before they reach it."""
+_FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"
+
+_files: list[logging.Handler] = []
+
+
+class _ToFiles(logging.Handler):
+    """Hand each record to all open files."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        for each in _files:
+            with contextlib.suppress(OSError):  # its folder is gone, as Ray's logs after the session
+                each.handle(record)
+
+
+class _Caught(logging.Filter):
+    """Hand each record to all open files, and to nothing else."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Write a record, and drop it."""
+        _to_files.handle(record)
+        return False
+
+
+_to_files = _ToFiles()
+_caught = _Caught()
+
+
+def silence() -> None:
+    """Take the libraries off the terminal; what they log goes to the files of `write_to`."""
+    for name in _LIBRARIES:
+        logger = logging.getLogger(name)
+        for handler in [each for each in logger.handlers if _writes_to_terminal(each)]:
+            logger.removeHandler(handler)
+        if name == _LATE:
+            logger.addFilter(_caught)
+            continue
+        logger.propagate = False
+        logger.addHandler(_to_files)
+
+
+def _writes_to_terminal(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+
+
+def add_file(file: Path) -> logging.Handler:
+    """Write what the libraries log to a file, too, until the process ends."""
+    handler = logging.FileHandler(file, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    _files.append(handler)
+    return handler
+
+
+@contextlib.contextmanager
+def written_to(file: Path) -> Iterator[None]:
+    """Write what the libraries log to a file, too, inside the block."""
+    handler = add_file(file)
+    try:
+        yield
+    finally:
+        _files.remove(handler)
+        handler.close()

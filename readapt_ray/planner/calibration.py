@@ -1,0 +1,141 @@
+"""Measure on this machine how fast the real models embed and train, a few seconds each, for `readapt plan --calibrate`.
+
+In: the run's models and the mean lengths of its passages. Out: rates as finished runs give them. Token ids are drawn at
+random, since only their number matters. It costs loading both models, and fetching them where they are not here.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+
+from readapt_ray.catalog import models
+from readapt_ray.planner.rates import CPU, WORK_UNITS
+from readapt_ray.planner.worker_memory import train_adapter
+from readapt_ray.recipes.chain import RunConfig
+
+logger = logging.getLogger("readapt_ray")
+
+Measured = dict[tuple[str, str], tuple[float, str]]
+"""Work per second of one CPU or GPU, and where it is from, by stage and device."""
+
+_SECONDS: Final = 5.0
+_TEXTS: Final = 64
+_SOURCE: Final = "calibrated on this machine"
+
+
+def calibrate(run: RunConfig, configs: dict[str, Any], *, embed_tokens: float, train_tokens: float) -> Measured:
+    """Return the rates of embed and train on this machine's GPU, or per CPU.
+
+    Args:
+        run: names the models.
+        configs: options of the stages.
+        embed_tokens: mean length of a passage in embedding.
+        train_tokens: mean length of a passage in training.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+    """
+    import torch
+
+    from readapt_ray.retrieval.encoder import DTYPES, suitable_dtype
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    units = 1 if device.type == "cuda" else torch.get_num_threads()
+    found: Measured = {}
+    for stage, measure, num_tokens in (("embed", _embed, embed_tokens), ("train", _train, train_tokens)):
+        config = configs[stage]
+        dtype = suitable_dtype() if config.dtype == "auto" else config.dtype
+        rate = measure(run, config, max(2, round(num_tokens)), DTYPES[dtype], device) / units
+        found[stage, _name(device)] = rate, _SOURCE
+        logger.info("plan: %s at %.3g %s/s on this machine", stage, rate * units, WORK_UNITS[stage])
+    return found
+
+
+def _embed(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any) -> float:
+    """Return the FLOP per second of encoding."""
+    from readapt_ray.catalog.shapes import model_shape
+    from readapt_ray.retrieval.encoder import DTYPES, Encoder
+
+    name = next(each for each, value in DTYPES.items() if value == dtype)
+    model = models.open_model(run.retriever)
+    encoding = config.encoding or run.encoding or model.encoding
+    encoder = Encoder.load(model, encoding=encoding, dtype=name, device=str(device), batch_tokens=config.batch_tokens)
+    shape = model_shape(run.retriever)
+    rows = _random_rows(num_tokens, encoder.network.config.vocab_size)
+    per_round = num_tokens * len(rows) * shape.forward_flops(num_tokens)
+    return per_round * _rounds_per_second(lambda: encoder.encode_ids(rows))
+
+
+def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any) -> float:
+    """Return the FLOP per second of a forward and a backward pass, as training takes them."""
+    import torch
+
+    from readapt_ray.catalog.shapes import pretrained_shape
+    from readapt_ray.stages.train import resolve
+    from readapt_ray.training import objectives, packing, trainable
+    from readapt_ray.training.speed import run_flops
+
+    model, config = resolve(config, models.open_model(run.pretrained))
+    shape = pretrained_shape(run.pretrained, config.objective)
+    adapter = train_adapter(config, shape)
+    network = trainable.load_for_training(
+        model,
+        objective=config.objective,
+        dtype=torch.float32 if adapter is None else dtype,
+        device=device,
+        zero_stage=0,
+    )
+    trainable.make_trainable(network, adapter)
+    trainable.spend_less(
+        network, gradient_checkpointing=config.gradient_checkpointing, compile_layers=False, zero_stage=0
+    )
+    rows = _random_rows(num_tokens, network.config.vocab_size)[: max(1, config.micro_batch_tokens // num_tokens)]
+    blocks = [packing.Block(np.asarray(row, np.int32), (len(row),), (place,)) for place, row in enumerate(rows)]
+    batch = packing.collate(blocks, pad_id=0).to(device)
+
+    def step() -> None:
+        torch.autograd.backward(objectives.loss_sum(network, batch))
+        network.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    work = run_flops(
+        shape,
+        adapter,
+        num_tokens=num_tokens * len(rows),
+        num_passages=len(rows),
+        num_steps=1,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    return work * _rounds_per_second(step)
+
+
+def _random_rows(num_tokens: int, vocab_size: int) -> list[list[int]]:
+    rows: list[list[int]] = np.random.default_rng(0).integers(0, vocab_size, (_TEXTS, num_tokens)).tolist()
+    return rows
+
+
+def _rounds_per_second(work: Callable[[], Any]) -> float:
+    """Return how often some work is done per second, over some seconds; the first time, which warms up, does not count."""
+    work()
+    started_s = time.monotonic()
+    num_rounds = 0
+    while time.monotonic() - started_s < _SECONDS:
+        work()
+        num_rounds += 1
+    return num_rounds / (time.monotonic() - started_s)
+
+
+def _name(device: Any) -> str:
+    """Return the planner's name of a device: CPU, or the kind of GPU."""
+    if device.type != "cuda":
+        return CPU
+    import torch
+
+    from readapt_ray.training.speed import PEAK_FLOPS
+
+    full = torch.cuda.get_device_name(device)
+    return next((part for part in PEAK_FLOPS if part in full), full)

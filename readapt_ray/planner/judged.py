@@ -1,0 +1,40 @@
+"""Count the queries that a run will search: those that are judged in the split that is evaluated."""
+
+from collections.abc import Iterable
+
+from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
+from readapt_ray.sources.source import BadRow, Source
+from readapt_ray.storage import Location
+
+
+def num_given(run: RunConfig) -> int | None:
+    """Return how many queries of the files that a run names are judged; None if it names none."""
+    if not run.queries or not run.qrels or not Location(run.queries).exists() or not Location(run.qrels).exists():
+        return None
+    return len(keep_judged(read_queries(run.queries), read_qrels(run.qrels)))
+
+
+def num_ingested(corpus: Location, split: str) -> int | None:
+    """Return how many of a corpus's own queries are judged in a split; None if it has no such judgements."""
+    queries, qrels = corpus / "queries", corpus / "qrels" / f"{split}.parquet"
+    if not queries.exists() or not qrels.exists():
+        return None
+    return len(keep_judged(read_queries(queries.uri), read_qrels(qrels.uri)))
+
+
+def num_in_source(source: Source, split: str) -> int | None:
+    """Return how many of a source's own queries are judged in a split; None if it has no such judgements."""
+    splits = source.qrels() if source.has_qrels and not source.labels_from_passages else {}
+    if split not in splits:
+        return None
+    return len(keep_judged(_good_queries(source.queries()), _good_qrels(splits[split])))
+
+
+def _good_queries(rows: Iterable[Query | BadRow]) -> list[Query]:
+    return [row for row in rows if not isinstance(row, BadRow)]
+
+
+def _good_qrels(rows: Iterable[Qrel | BadRow]) -> list[Qrel]:
+    return [row for row in rows if not isinstance(row, BadRow)]

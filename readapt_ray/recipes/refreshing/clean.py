@@ -1,0 +1,189 @@
+"""Remove the generations that are not the present one, and with them what is left of deleted passages.
+
+In: the generations under a root. Out: what is, or would be, removed, and why. An index from which vectors were deleted
+holds them until it is built again; that is done first, as a generation of its own.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+
+from readapt_ray import artifacts, generations, leases, outputs
+from readapt_ray.artifact_files import LEASE_NAME, record_of
+from readapt_ray.catalog import cache_entries
+from readapt_ray.errors import InputError
+from readapt_ray.evaluation.tables import aligned_table
+from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
+from readapt_ray.progress import ProgressReporter, amount
+from readapt_ray.recipes.chain import make
+from readapt_ray.recipes.refreshing.lock import locked
+from readapt_ray.recipes.refreshing.options import RULES, CleanConfig
+from readapt_ray.recipes.refreshing.traces import Trace, made_from, traces
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+
+@dataclass(frozen=True)
+class Freed:
+    """What `readapt clean` removes, or would remove."""
+
+    root: str
+    rows: list[dict[str, object]]
+    """Artifact, stage, reason and bytes of each."""
+    num_deleted_vectors: int
+    """Vectors of deleted passages in the present index, which is built again without them."""
+    is_done: bool
+
+    def text(self) -> str:
+        """Return it as a table and a sentence."""
+        lines = [("artifact", "stage", "bytes", "why")]
+        lines += [(str(row["artifact"]), str(row["stage"]), f"{row['bytes']:,}", str(row["why"])) for row in self.rows]
+        total = sum(int(str(row["bytes"])) for row in self.rows)
+        verb = "freed" if self.is_done else "would free"
+        what = (
+            f"{verb} {amount(len(self.rows), 'artifacts')}, {amount(total, 'bytes')}"
+            if self.rows
+            else "nothing to free"
+        )
+        if self.num_deleted_vectors:
+            built = "was" if self.is_done else "would be"
+            what += f"; the index held {amount(self.num_deleted_vectors, 'deleted vectors')} and {built} built again"
+        if not self.is_done and (self.rows or self.num_deleted_vectors):
+            what += f"; `readapt clean --root {self.root} --yes` does it"
+        return "\n".join([*([aligned_table(lines)] if self.rows else []), what])
+
+
+def clean(config: CleanConfig) -> Freed:
+    """Remove what the present generation and those that are kept do not need, or only list it.
+
+    Raises:
+        ArtifactConflictError: another process refreshes or cleans the root.
+        InputError: the root has no generation, or a refresh that was killed while it exported is to be finished first.
+    """
+    root = Location(config.root)
+    if not generations.read(root):
+        raise InputError(f"{config.root!r} has no generation; give the root of `readapt refresh` or `readapt run`")
+    _refuse_half_exported(root)
+    if not config.yes:
+        there = generations.read(root)
+        num_deleted = 0 if config.keep else _deleted_vectors(root, there[-1])
+        rebuilt = {there[-1].artifacts[INDEX]} if num_deleted else set()
+        return Freed(config.root, _rows(_useless(root, there, config.keep, rebuilt)), num_deleted, False)
+    with locked(root) as lock:
+        there = generations.read(root)
+        num_deleted = 0 if config.keep else _deleted_vectors(root, there[-1])
+        if num_deleted:
+            there = [*there, _compacted(root, there)]
+            lock.confirm()
+            generations.write(root, there)
+        useless = _useless(root, there, config.keep)
+        rows = _rows(useless)
+        needed = _needed(there, config.keep)
+        marked = [replace(each, freed=not needed.issuperset(each.artifacts.values())) for each in there]
+        lock.confirm()
+        generations.write(root, marked)
+        # What was made from a corpus is known by the corpus's manifest, so that goes last.
+        for trace, _ in sorted(useless, key=lambda pair: pair[0].stage == STAGE_OF[CORPUS]):
+            remove_artifact(trace.location)
+        cache_entries.remove_unused("passages")
+        for name in (root / FOLDER_NAME).children()[1]:
+            (root / FOLDER_NAME / name).remove_if_empty()
+    return Freed(config.root, rows, num_deleted, True)
+
+
+def _refuse_half_exported(root: Location) -> None:
+    """Refuse while a collection is between two states: what was sent is known by an artifact that no generation has yet."""
+    found = traces(root, generations.read(root))
+    if any(each.is_of_refresh and not each.generations and each.name.endswith(f"/{EXPORT}") for each in found):
+        raise InputError(
+            f"a refresh of {root.uri!r} that did not end had begun to change its collection; run `readapt refresh --root "
+            f"{root.uri}` first, which finishes it"
+        )
+
+
+def remove_artifact(location: Location) -> None:
+    """Remove an artifact, complete or not: the files that its record lists.
+
+    A lease lists the files until all are removed, so a removal that was killed can be resumed.
+    """
+    lease = record_of(location, LEASE_NAME)
+    before = leases.wait_until_dead(lease, location)
+    manifest = artifacts.read_manifest(location)
+    record = dataclasses.asdict(manifest) if manifest else before
+    if record is None:
+        return
+    listed = outputs.listed_files(record)
+    says = {"stage": record["stage"], "fingerprint": outputs.LEFTOVERS, "files": listed, "seconds_before": 0.0}
+    with leases.Lease(
+        lease, location, ProgressReporter("clean"), before=before, says={**says, "config": {}, "inputs": {}}
+    ):
+        outputs.clear(location, listed)
+    lease.delete()
+    location.remove_if_empty()
+
+
+def _deleted_vectors(root: Location, present: Generation) -> int:
+    shards = artifacts.open_artifact(present.folder(root, INDEX), "index").manifest.details["shards"]
+    return sum(int(each["num_deleted"]) for each in shards)
+
+
+def _compacted(root: Location, there: list[Generation]) -> Generation:
+    """Build the index of the present generation as a whole, and return it as a new generation."""
+    started_s = time.monotonic()
+    present, number = there[-1], 1 + max(each.number for each in there)
+    name = f"{FOLDER_NAME}/{number:05d}/{INDEX}"
+    options = {"vectors": present.folder(root, VECTORS), "output": (root / name).uri, "overwrite": True}
+    made = make("index", present.settings["index"], RULES, **options)
+    return replace(
+        present,
+        number=number,
+        what="compaction",
+        created=made.manifest.created,
+        seconds=round(time.monotonic() - started_s, 3),
+        artifacts={**present.artifacts, INDEX: name},
+        counts={},
+        signals={},
+        advice="",
+        index_changes=0,
+    )
+
+
+def _needed(there: list[Generation], num_kept: int) -> set[str]:
+    """Return the names of the artifacts of the present generation and of some before it."""
+    return {name for each in there[-1 - num_kept :] for name in each.artifacts.values()}
+
+
+def _useless(
+    root: Location, there: list[Generation], num_kept: int, rebuilt: Set[str] = frozenset()
+) -> list[tuple[Trace, str]]:
+    """Return the artifacts that the generations to keep do not need, or that are built again, each with the reason."""
+    needed = _needed(there, num_kept) - rebuilt
+    found = traces(root, there)
+    kept = {each.fingerprint for each in found if each.name in needed}
+    others = [each for each in found if each.name not in needed]
+    freed: list[tuple[Trace, str]] = []
+    for each in others:
+        if each.generations:
+            freed.append((each, f"generation {', '.join(map(str, each.generations))}"))
+        elif each.is_of_refresh:
+            freed.append((each, "left by a refresh that did not end"))
+    corpora = [each for each, _ in freed if each.stage == STAGE_OF[CORPUS] and each.fingerprint not in kept]
+    known = {each.name for each, _ in freed}
+    beside = [each for each in made_from(corpora, others) if each.name not in known]
+    return list(_not_in_use([*freed, *((each, "made from an earlier generation") for each in beside)]))
+
+
+def _not_in_use(found: list[tuple[Trace, str]]) -> Iterator[tuple[Trace, str]]:
+    for each, why in found:
+        lease = artifacts.read_lease(each.location)
+        if lease is not None and leases.is_alive(lease):
+            logger.warning("clean: %s is being written by process %s, and is kept", each.location, lease["pid"])
+        else:
+            yield each, why
+
+
+def _rows(found: list[tuple[Trace, str]]) -> list[dict[str, object]]:
+    return [{"artifact": each.name, "stage": each.stage, "bytes": each.num_bytes(), "why": why} for each, why in found]

@@ -1,0 +1,97 @@
+"""Find a passage: in which artifacts under a root it is, of which generations, and in which vector database.
+
+Every column of doc_ids under the root is read, some 10 million ids a second; row groups whose statistics exclude the id are
+skipped.
+"""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from readapt_ray import generations
+from readapt_ray.artifact_files import SINGLE_FILE_SUFFIX
+from readapt_ray.errors import InputError
+from readapt_ray.evaluation.tables import aligned_table
+from readapt_ray.recipes.refreshing.options import FindConfig
+from readapt_ray.recipes.refreshing.traces import Trace, made_from, traces
+from readapt_ray.retrieval.parquet_rows import explain_damage
+from readapt_ray.storage import Location
+
+
+def find(config: FindConfig) -> list[dict[str, Any]]:
+    """Return a row per artifact that holds a passage: artifact, stage, generations, and where in it.
+
+    Raises:
+        InputError: there is no such folder.
+        CorruptFileError: a file was cut short or altered.
+    """
+    root = Location(config.root)
+    if not root.is_folder():
+        raise InputError(f"no folder {config.root!r}; give the root of `readapt refresh`")
+    there = generations.read(root)
+    all_traces = traces(root, there)
+    present = there[-1].number if there else None
+    places = {each.name: _place(each, config.doc_id) for each in all_traces}
+    holders = [each for each in all_traces if places[each.name]]
+    corpora = [each for each in holders if each.stage == "ingest"]
+    blocks = [each for each in made_from(corpora, all_traces) if each.stage == "pack" and each not in holders]
+    places |= {each.name: "its tokens" for each in blocks}
+    return [_row(each, places[each.name], present) for each in all_traces if places[each.name]]
+
+
+def as_text(rows: list[dict[str, Any]], doc_id: str, root: str) -> str:
+    """Return the rows as aligned text."""
+    if not rows:
+        return f"nothing under {root} holds {doc_id!r}"
+    lines = [("artifact", "stage", "generation", "where")]
+    lines += [(row["artifact"], row["stage"], row["generation"], row["where"]) for row in rows]
+    return aligned_table(lines)
+
+
+def _row(trace: Trace, place: str, present: int | None) -> dict[str, Any]:
+    named = [f"{number} (present)" if number == present else str(number) for number in trace.generations]
+    target = trace.details.get("target") if present in trace.generations else None
+    return {
+        "artifact": trace.name,
+        "stage": trace.stage,
+        "generation": ", ".join(named) or "none",
+        "where": f"{place}, and {target}" if target else place,
+    }
+
+
+def _place(trace: Trace, doc_id: str) -> str:
+    """Return the file and row of a passage in an artifact; empty if it is not there."""
+    if not trace.holds_passages:
+        return ""
+    for file in trace.files():
+        if file.name.endswith(".parquet"):
+            row = _row_of(file, doc_id)
+            if row is not None:
+                return f"row {row:,} of {file.path[len(trace.location.path) + 1 :]}"
+        elif file.name.endswith(SINGLE_FILE_SUFFIX) and f" {doc_id} " in file.read_text():
+            return file.name
+    return ""
+
+
+def _row_of(file: Location, doc_id: str) -> int | None:
+    with explain_damage(file), file.open_input() as stream, pq.ParquetFile(stream) as parquet:
+        if "doc_id" not in parquet.schema_arrow.names:
+            return None
+        column, first = parquet.schema_arrow.names.index("doc_id"), 0
+        for group in range(parquet.metadata.num_row_groups):
+            metadata = parquet.metadata.row_group(group)
+            if not _is_excluded(metadata.column(column).statistics, doc_id):
+                ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"].combine_chunks()
+                row = pc.index(ids, pa.scalar(doc_id, ids.type)).as_py()
+                if row >= 0:
+                    return first + int(row)
+            first += metadata.num_rows
+    return None
+
+
+def _is_excluded(statistics: Any, doc_id: str) -> bool:
+    if statistics is None or not statistics.has_min_max:
+        return False
+    return not statistics.min <= doc_id <= statistics.max

@@ -1,0 +1,25 @@
+"""Let one process at a time change the generations of a root."""
+
+import contextlib
+from collections.abc import Iterator
+
+from readapt_ray import leases
+from readapt_ray.progress import ProgressReporter
+from readapt_ray.storage import Location
+
+LOCK_NAME = "refreshing.json"
+
+
+@contextlib.contextmanager
+def locked(root: Location) -> Iterator[leases.Lease]:
+    """Hold the lock of a root. That of a process that was killed is taken over.
+
+    Raises:
+        ArtifactConflictError: another process refreshes or cleans the root.
+    """
+    file = root / LOCK_NAME
+    before = leases.wait_until_dead(file, root)
+    says = {"stage": "refresh", "seconds_before": 0.0}
+    with leases.Lease(file, root, ProgressReporter("refresh"), before=before, says=says) as lease:
+        yield lease
+    file.delete()

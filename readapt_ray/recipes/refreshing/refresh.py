@@ -1,0 +1,370 @@
+"""Refresh a root: find what changed in the source, and make a new generation of corpus, vectors, index and export.
+
+In: a source, and the generations under the root. Out: one more generation under `generations/`, and last of all its entry
+in `refresh.json`, which makes it the present one. The source is read and the corpus, vectors and index are written as a
+whole; only new and changed passages are encoded, and only they are sent to a vector database. A refresh that was killed is
+resumed by the same command. Until its entry is written, readers have the old state.
+"""
+
+import datetime
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from readapt_ray import artifacts, generations, leases
+from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
+from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster.corpus_comparison import compare_corpora, opened
+from readapt_ray.config import flag
+from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
+from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
+from readapt_ray.progress import amount, duration
+from readapt_ray.recipes.chain import make, stage_config
+from readapt_ray.recipes.refreshing.clean import remove_artifact
+from readapt_ray.recipes.refreshing.lock import locked
+from readapt_ray.recipes.refreshing.options import RULES, RefreshConfig, settled, stale
+from readapt_ray.recipes.refreshing.serving import server_options, update_server
+from readapt_ray.recipes.refreshing.signals import signals
+from readapt_ray.retrieval.corpus_changes import Changes
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+MAX_INDEX_CHANGES = 0.2
+"""Share of vectors added and deleted since the index was built above which it is built again."""
+_MIN_KEPT = 0.5
+"""A source with less than this share of the passages is refused."""
+
+
+def refresh(config: RefreshConfig) -> Generation:
+    """Bring a root to what its source holds now, or back to an earlier generation.
+
+    Returns:
+        The present generation; the same as before if the source is unchanged.
+
+    Raises:
+        ArtifactConflictError: another process refreshes or cleans the root.
+        InputError: the source cannot be read, has shrunk, or other options make stale what is there; nothing changed.
+    """
+    root = Location(config.root)
+    if config.serve:
+        server_options(config.serve)
+    with locked(root) as lock:
+        there = generations.read(root)
+        made = go_back(config.back, root, there, lock) if config.back else _refreshed(config, root, there, lock)
+    if config.serve:
+        update_server(config.serve, root, made)
+    return made
+
+
+def publish(root: Location, there: list[Generation], new: Generation, lock: leases.Lease) -> Generation:
+    """Make a generation the present one: write the list of all with it as the last."""
+    lock.confirm()
+    generations.write(root, [*there, new])
+    return new
+
+
+def next_number(there: list[Generation]) -> int:
+    """Return the number of the next generation."""
+    return 1 + max((each.number for each in there), default=0)
+
+
+def now() -> str:
+    """Return the time as the entries have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], lock: leases.Lease) -> Generation:
+    present = there[-1] if there else None
+    settings = settled(config, present)
+    reasons = {**_changed_model(root, settings, present), **stale(settings, present)}
+    if reasons and not config.overwrite:
+        raise _refusal(root, reasons, present)
+    making = _Making(config, root, there, settings, frozenset(reasons))
+    fingerprint = making.source_fingerprint()
+    if present is not None and making.is_complete(fingerprint):
+        logger.info("refresh: nothing changed in %s since generation %d", settings["source"], present.number)
+        return _seen(root, there, settings, fingerprint, lock)
+    made = making.make(fingerprint)
+    if made is None:
+        logger.info("refresh: the files of %s changed, and no passage or judgement in them", settings["source"])
+        return _seen(root, there, settings, fingerprint, lock)
+    _tell(made)
+    return publish(root, there, made, lock)
+
+
+def _seen(
+    root: Location, there: list[Generation], settings: dict[str, Any], fingerprint: str, lock: leases.Lease
+) -> Generation:
+    """Note that the present generation is what a source holds."""
+    seen = replace(there[-1], settings=settings, source_fingerprint=fingerprint)
+    if seen == there[-1] and (root / generations.FILE_NAME).is_file():
+        return seen
+    return publish(root, there[:-1], seen, lock)
+
+
+def _changed_model(root: Location, settings: Mapping[str, Any], present: Generation | None) -> dict[str, str]:
+    """Return what is stale because the model has other content, whatever its name is."""
+    from readapt_ray.catalog.models import open_model
+
+    if present is None:
+        return {}
+    made_from = artifacts.open_artifact(present.folder(root, VECTORS), "embed").manifest.inputs["retriever"]
+    if open_model(settings["retriever"]).fingerprint == made_from:
+        return {}
+    was, given = present.settings["retriever"], settings["retriever"]
+    change = f"{was!r} there, {given!r} now" if was != given else f"the content of {given!r} changed"
+    return dict.fromkeys((VECTORS, INDEX, EXPORT), f"retriever: {change}")
+
+
+def _refusal(root: Location, reasons: Mapping[str, str], present: Generation | None) -> InputError:
+    """Say what other options make stale, and how long it took to make."""
+    parts = []
+    for name in reasons:
+        if present is not None and name in present.artifacts:
+            manifest = artifacts.read_manifest(present.folder(root, name))
+            parts.append(f"{name} ({duration(manifest.seconds if manifest else 0.0)})")
+    what = "; ".join(dict.fromkeys(reasons.values()))
+    return InputError(
+        f"{what}. Stale, with the time each took: {', '.join(parts) or 'nothing'}; add {flag('overwrite')} to make them again, "
+        f"or leave the options as they were"
+    )
+
+
+def _tell(made: Generation) -> None:
+    counted = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
+    logger.info("refresh: generation %d: %s, in %s", made.number, counted, duration(made.seconds))
+    if made.advice:
+        logger.info("refresh: %s", made.advice)
+
+
+@dataclass
+class _Making:
+    """One refresh: what is made, and from what."""
+
+    config: RefreshConfig
+    root: Location
+    there: list[Generation]
+    settings: dict[str, Any]
+    stale: frozenset[str]
+    """Names of the artifacts that other options make stale."""
+
+    def __post_init__(self) -> None:
+        self.present = self.there[-1] if self.there else None
+        self.number = next_number(self.there)
+        self.folder = self.root / FOLDER_NAME / f"{self.number:05d}"
+        self._started_s = time.monotonic()
+        self._made: dict[str, Artifact] = {}
+
+    def source_fingerprint(self) -> str:
+        """Return a fingerprint of all that the source holds now.
+
+        Raises:
+            InputError: it is not there, or holds no passages.
+        """
+        from readapt_ray.sources.opening import open_source
+
+        values: Any = stage_config("ingest", self.settings["ingest"], RULES, source=self.settings["source"], output="-")
+        source = open_source(values.source, values.format, values.read_options())
+        source.check()
+        return source.fingerprint()
+
+    def is_complete(self, fingerprint: str) -> bool:
+        """Return whether the present generation is what this refresh would make."""
+        there = self.present.artifacts if self.present else {}
+        has_export = EXPORT in there or not self.settings["to"]
+        is_same = self.present is not None and self.present.source_fingerprint == fingerprint
+        return is_same and has_export and not self.stale and not self._has_exported()
+
+    def make(self, fingerprint: str) -> Generation | None:
+        """Make what is not there; None if the source has the same passages and judgements as before."""
+        corpus = self._corpus(fingerprint)
+        changes = self._changes(corpus)
+        if changes is not None and changes.is_empty and self._has_same_labels(corpus):
+            if CORPUS in self._made:
+                self._made.pop(CORPUS)
+                remove_artifact(corpus.location)
+            if not self.stale and EXPORT in self._needed():
+                return None
+            corpus = self._present(CORPUS)
+        self._refuse_shrunk(corpus)
+        vectors = self._vectors(corpus)
+        moved = self._index(vectors, changes)
+        self._export(corpus, vectors)
+        return self._generation(corpus, vectors, changes, moved)
+
+    def _needed(self) -> set[str]:
+        """Return the artifacts that are there, with the export counted as such where none is wanted."""
+        there = set(self.present.artifacts) if self.present else set()
+        return there if self.settings["to"] else there | {EXPORT}
+
+    def _present(self, name: str) -> Artifact:
+        assert self.present is not None
+        return artifacts.open_artifact(self.present.folder(self.root, name), STAGE_OF[name])
+
+    def _has(self, name: str) -> bool:
+        """Return whether the present generation has an artifact that may be gone on from."""
+        return self.present is not None and name in self.present.artifacts and name not in self.stale
+
+    def _run(self, name: str, *, overwrite: bool = True, **wired: Any) -> Artifact:
+        """Make an artifact of the new generation. What an earlier, unfinished refresh left in its place is replaced."""
+        stage = STAGE_OF[name]
+        output = (self.folder / name).uri
+        self._made[name] = make(stage, self.settings[stage], RULES, output=output, overwrite=overwrite, **wired)
+        return self._made[name]
+
+    def _has_exported(self) -> bool:
+        """Return whether a refresh that did not end has begun to change the collection."""
+        export = self.folder / EXPORT
+        return any((export / name).is_file() for name in (MANIFEST_NAME, LEASE_NAME))
+
+    def _corpus(self, fingerprint: str) -> Artifact:
+        if self._has_exported():
+            # The collection is between two states, so that refresh is finished first; the next one reads the source.
+            logger.info("refresh: generation %d was being exported and is finished first", self.number)
+            if not (self.folder / CORPUS).exists():
+                raise InputError(
+                    f"a `readapt refresh --back` did not end, and {self.settings['to']} is between two states; run it again"
+                )
+            self._made[CORPUS] = artifacts.open_artifact((self.folder / CORPUS).uri, "ingest")
+            return self._made[CORPUS]
+        if self.present is not None and self._has(CORPUS) and self.present.source_fingerprint == fingerprint:
+            return self._present(CORPUS)
+        return self._run(CORPUS, source=self.settings["source"])
+
+    def _changes(self, corpus: Artifact) -> Changes | None:
+        return None if self.present is None else compare_corpora(self._present(CORPUS), corpus)
+
+    def _has_same_labels(self, corpus: Artifact) -> bool:
+        """Return whether queries and judgements are those of the present generation."""
+        found = []
+        for each in (corpus, self._present(CORPUS)):
+            files = [*(each.location / "queries").files(), *(each.location / "qrels").files()]
+            found.append([(file.name, file.sha256()) for file in files])
+        return found[0] == found[1]
+
+    def _refuse_shrunk(self, corpus: Artifact) -> None:
+        if self.present is None or self.config.allow_shrink:
+            return
+        now, before = (each.manifest.counts["num_passages"] for each in (corpus, self._present(CORPUS)))
+        if now < _MIN_KEPT * before:
+            raise CorpusError(
+                f"{self.settings['source']!r} has {amount(now, 'passages')}, and generation {self.present.number} has {before:,}; see that "
+                f"the source is whole, or add {flag('allow_shrink')} if it really lost so many"
+            )
+
+    def _vectors(self, corpus: Artifact) -> Artifact:
+        has_vectors = self._has(VECTORS)
+        if has_vectors and CORPUS not in self._made:
+            return self._present(VECTORS)
+        wired = {"retriever": self.settings["retriever"], "corpus": corpus.uri}
+        try:
+            return self._run(VECTORS, **wired, previous=self._present(VECTORS).uri if has_vectors else None)
+        except FingerprintMismatchError as error:
+            if not self.config.overwrite:
+                raise FingerprintMismatchError(
+                    f"{str(error).rpartition('; ')[0]}: vectors, index and export are stale; add {flag('overwrite')} to make "
+                    f"them again, or embed as the present generation was"
+                ) from error
+            self.stale |= {VECTORS, INDEX, EXPORT}
+            return self._run(VECTORS, **wired)
+
+    def _index(self, vectors: Artifact, changes: Changes | None) -> int:
+        """Make the index; return how many vectors were added and deleted since it was last built as a whole."""
+        has_index = self._has(INDEX)
+        if self.present is None or changes is None or not has_index:
+            self._run(INDEX, vectors=vectors.uri)
+            return 0
+        if VECTORS not in self._made:
+            return self.present.index_changes
+        moved = self.present.index_changes + changes.added + 2 * changes.changed + changes.deleted
+        if moved <= MAX_INDEX_CHANGES * vectors.manifest.counts["num_vectors"]:
+            try:
+                self._run(INDEX, vectors=vectors.uri, previous=self._present(INDEX).uri)
+                return moved
+            except FingerprintMismatchError as error:
+                logger.info("refresh: the index is built as a whole: %s", error)
+        self._run(INDEX, vectors=vectors.uri)
+        return 0
+
+    def _export(self, corpus: Artifact, vectors: Artifact) -> None:
+        to, has_export = self.settings["to"], self._has(EXPORT)
+        if not to or (has_export and VECTORS not in self._made):
+            return
+        previous = self._present(EXPORT).uri if has_export else None
+        wired = {"corpus": corpus.uri} if self.settings["export"].get("with_text", True) else {}
+        overwrite = self.config.overwrite
+        self._run(EXPORT, overwrite=overwrite, vectors=vectors.uri, to=to, previous=previous, **wired)
+
+    def _generation(self, corpus: Artifact, vectors: Artifact, changes: Changes | None, moved: int) -> Generation:
+        total = corpus.manifest.counts["num_passages"]
+        shared = self.present.artifacts if self.present else {}
+        if not self.settings["to"]:
+            shared = {name: folder for name, folder in shared.items() if name != EXPORT}
+        made = {name: f"{FOLDER_NAME}/{self.number:05d}/{name}" for name in self._made}
+        entry = Generation(
+            number=self.number,
+            what="refresh",
+            created=now(),
+            seconds=round(
+                max(time.monotonic() - self._started_s, sum(each.manifest.seconds for each in self._made.values())), 3
+            ),
+            settings=self.settings,
+            source_fingerprint=corpus.manifest.inputs["source"],
+            artifacts={**shared, **made},
+            counts={"added": total, "changed": 0, "deleted": 0, "kept": 0},
+            index_changes=moved,
+        )
+        if self.present is None or changes is None:
+            return entry
+        is_same_model = VECTORS not in self.stale
+        share = (changes.added + changes.changed + changes.deleted) / max(1, total)
+        turnover = round(self.present.turnover + share, 4) if is_same_model else 0.0
+        found = signals(opened(corpus, "passages"), opened(vectors, "vectors"), changes, turnover)
+        return replace(entry, counts=changes.counts(), signals=found.values(), advice=found.advice(), turnover=turnover)
+
+
+def go_back(number: int, root: Location, there: list[Generation], lock: leases.Lease) -> Generation:
+    """Make an earlier generation the present one again, as a new entry that shares its artifacts.
+
+    A vector database is brought back to it, too.
+
+    Raises:
+        InputError: there is no such generation, or its parts were removed.
+    """
+    started_s = time.monotonic()
+    earlier, present = generations.as_of(root, number), there[-1]
+    if earlier.number == present.number:
+        raise InputError(f"back = {number}: generation {number} is the present one; give an earlier one")
+    for name, folder in earlier.artifacts.items():
+        artifacts.open_artifact((root / folder).uri, STAGE_OF[name])
+    made = {name: folder for name, folder in earlier.artifacts.items() if name != EXPORT}
+    new = next_number(there)
+    if EXPORT in present.artifacts:
+        made[EXPORT] = f"{FOLDER_NAME}/{new:05d}/{EXPORT}"
+        options = {**present.settings["export"], "to": present.settings["to"]}
+        corpus = {"corpus": earlier.folder(root, CORPUS)} if options.get("with_text", True) else {}
+        make(
+            "export",
+            options,
+            RULES,
+            vectors=earlier.folder(root, VECTORS),
+            previous=present.folder(root, EXPORT),
+            output=(root / made[EXPORT]).uri,
+            **corpus,
+        )
+    entry = replace(
+        earlier,
+        number=new,
+        what=f"back to {number}",
+        created=now(),
+        seconds=round(time.monotonic() - started_s, 3),
+        artifacts=made,
+        counts={},
+        signals={},
+        advice="",
+    )
+    logger.info("refresh: generation %d is generation %d again", new, number)
+    return publish(root, there, entry, lock)

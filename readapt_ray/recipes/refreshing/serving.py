@@ -1,0 +1,48 @@
+"""Bring a server that runs to a new generation, with `readapt serve --update` in a process of its own."""
+
+import logging
+import subprocess
+import sys
+from typing import Any
+
+from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.flags import read_options
+from readapt_ray.generations import Generation
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_SET_HERE = ("versions", "retriever", "index", "corpus", "root", "as_of", "update")
+
+
+def server_options(file: str) -> dict[str, Any]:
+    """Read the options of a server.
+
+    Raises:
+        InputError: there is no such file, or it sets what the refresh itself sets.
+    """
+    options = read_options(file)
+    if twice := sorted(options.keys() & set(_SET_HERE)):
+        raise InputError(f"{file!r} sets {', '.join(twice)}, which the refresh itself sets; remove it from the file")
+    return options
+
+
+def update_server(file: str, root: Location, generation: Generation) -> None:
+    """Update a server. It answers from the old generation until the new one is up.
+
+    The stages of the refresh may have started a Ray of their own, so another process joins that of the server.
+
+    Raises:
+        ReadaptError: the server could not be updated; the generation is in place all the same.
+    """
+    options = server_options(file)
+    model = str(generation.settings["retriever"]).rstrip("/").rsplit("/", 1)[-1]
+    name = f"{options.get('name') or model}-{generation.number}"
+    given = ["--config", file, "--update", "--root", root.uri, "--as-of", str(generation.number), "--name", name]
+    command = [sys.executable, "-m", "readapt_ray.cli", "serve", *given]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise ReadaptError(
+            f"generation {generation.number} is in place, and the server was not updated to it (see above); mend that, and run "
+            f"the same command again"
+        )
+    logger.info("refresh: the server answers from generation %d", generation.number)

@@ -1,0 +1,92 @@
+"""Tell what the artifacts under a root are: of which generation, what they were made from, and whether they hold passages."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray import artifacts
+from readapt_ray.artifact_files import is_single_file, record_of
+from readapt_ray.generations import FOLDER_NAME, STAGE_OF, Generation
+from readapt_ray.storage import Location
+
+_WEIGHTS = ("train", "finetune", "merge")
+"""Stages whose artifacts are models and hold neither passages nor ids."""
+
+
+_OF_REFRESH = re.compile(rf"{FOLDER_NAME}/\d{{5,}}/({'|'.join(STAGE_OF)})")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An artifact under a root."""
+
+    name: str
+    """Its path relative to the root."""
+    location: Location
+    stage: str
+    fingerprint: str
+    inputs: frozenset[str]
+    """Fingerprints of what it was made from."""
+    generations: tuple[int, ...]
+    """Numbers of the generations that it belongs to."""
+    details: dict[str, Any]
+
+    @property
+    def is_of_refresh(self) -> bool:
+        """Whether a refresh made it, complete or not."""
+        return _OF_REFRESH.fullmatch(self.name) is not None
+
+    @property
+    def holds_passages(self) -> bool:
+        """Whether it holds texts, ids or vectors of passages."""
+        return self.stage not in _WEIGHTS
+
+    def files(self) -> list[Location]:
+        """Return all its files, with its records."""
+        if is_single_file(self.location):
+            records = (record_of(self.location, name) for name in ("manifest.json", "building.json"))
+            return [file for file in (self.location, *records) if file.is_file()]
+        return [self.location / name for name in self.location.entries()[0]]
+
+    def num_bytes(self) -> int:
+        """Return the bytes of all its files."""
+        return sum(file.size_bytes() for file in self.files())
+
+
+def traces(root: Location, there: Iterable[Generation]) -> list[Trace]:
+    """Return all artifacts under a root, complete or not, in the order of their names.
+
+    Raises:
+        CorruptFileError: a manifest cannot be read.
+    """
+    generations = list(there)
+    found = []
+    for name in artifacts.names_under(root):
+        location = root if name == "." else root / name
+        manifest = artifacts.read_manifest(location)
+        record = vars(manifest) if manifest else artifacts.read_lease(location) or {}
+        found.append(
+            Trace(
+                name=name,
+                location=location,
+                stage=record.get("stage", ""),
+                fingerprint=record.get("fingerprint", ""),
+                inputs=frozenset(record.get("inputs", {}).values()),
+                generations=tuple(each.number for each in generations if name in each.artifacts.values()),
+                details=record.get("details", {}),
+            )
+        )
+    return found
+
+
+def made_from(of: Iterable[Trace], there: Iterable[Trace]) -> list[Trace]:
+    """Return the artifacts that hold passages and were made from some artifacts, or from what was made from them."""
+    known = {each.fingerprint for each in of}
+    left = [each for each in there if each.fingerprint not in known and each.holds_passages]
+    found: list[Trace] = []
+    while more := [each for each in left if each.inputs & known]:
+        found += more
+        known |= {each.fingerprint for each in more}
+        left = [each for each in left if each not in more]
+    return found

@@ -1,0 +1,95 @@
+"""Plan a run whose corpus has no queries: measure what can be measured without them.
+
+Search and evaluate are left out. `drift` takes their place, and a few passages are withheld from training, so that the
+language-model loss can be measured on them.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from readapt_ray import artifacts
+from readapt_ray.errors import CorpusError
+from readapt_ray.recipes.chain import ADAPTED, BASE, DRIFT, RunConfig, Step, stage_parts
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+MAX_WITHHELD = 200
+_ONE_IN = 20
+"""At most one passage in so many is withheld."""
+
+
+def fitted(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
+    """Return the steps of a run for the corpus that is there by now; unchanged if there is none yet.
+
+    Passages that are withheld already stay so: a run that gets queries later does not train again.
+
+    Args:
+        config: the run.
+        steps: all steps, in order; those whose options are wrong may be missing.
+
+    Raises:
+        CorpusError: only one of queries and qrels is there.
+    """
+    corpus = next((artifacts.read_manifest(step.config.output) for step in steps if step.name == "corpus"), None)
+    if corpus is None:
+        return list(steps)
+    is_labelled = has_judgements(config, steps)
+    chosen = len({"withhold", "exclude", "only"} & config.train.keys()) == 0
+    if chosen:
+        usual = 0 if is_labelled else min(MAX_WITHHELD, corpus.counts["num_passages"] // _ONE_IN)
+        steps = [_withholding(step, usual) if step.stage == "pack" else step for step in steps]
+    if is_labelled:
+        return list(steps)
+    return [step for step in steps if not step.needs_judgements] + _drift(config, steps)
+
+
+def has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
+    """Return whether search and evaluate have what they need.
+
+    Raises:
+        CorpusError: only one of queries and qrels is there.
+    """
+    evaluation: Any = next((step.config for step in steps if step.stage == "evaluate"), None)
+    if evaluation is None:
+        return True
+    there = {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
+    if all(there.values()):
+        return True
+    if any(there.values()) or config.queries or config.qrels:
+        absent = next(name for name, present in there.items() if not present)
+        raise CorpusError(
+            f"no {absent} at {getattr(evaluation, absent)!r}; evaluation needs queries and qrels: give both, or a split that the source has"
+        )
+    return False
+
+
+def tell(config: RunConfig) -> None:
+    """Log what a run without queries measures, and what would give it numbers."""
+    logger.info(
+        "the corpus has no queries and qrels of the split %r, so search and evaluate are left out, and loss, vectors and "
+        "neighbours are compared instead; --set queries=FILE --set qrels=FILE would give numbers, and so would `readapt "
+        "tune`, which makes pseudo-queries from the passages",
+        config.split,
+    )
+
+
+def _withholding(step: Step, usual: int) -> Step:
+    manifest = artifacts.read_manifest(step.config.output)
+    record = dataclasses.asdict(manifest) if manifest else artifacts.read_lease(step.config.output)
+    withhold = ((record or {}).get("config") or {}).get("withhold", usual)
+    return dataclasses.replace(step, config=step.config.model_copy(update={"withhold": withhold}))
+
+
+def _drift(config: RunConfig, steps: Sequence[Step]) -> list[Step]:
+    """Return the step that measures without queries; none if the steps that it reads are missing."""
+    outputs = {step.name: step.config.output for step in steps}
+    vectors = [outputs.get(f"vectors/{name}") for name in (BASE, ADAPTED)]
+    if "adapter" not in outputs or None in vectors:
+        return []
+    config_class, _ = stage_parts("drift")
+    options = {"adapter": outputs["adapter"], "vectors": vectors, "output": (Location(config.root) / DRIFT).uri}
+    overwrites = any(step.stage == "evaluate" and step.config.overwrite for step in steps)
+    return [Step(DRIFT, "drift", config_class.parse({**options, "overwrite": overwrites}))]

@@ -1,0 +1,86 @@
+"""Open the output of `readapt bridge`: a map of one model's query vectors, for a search among the vectors of another.
+
+A bridge belongs to one artifact of vectors and one encoder of queries, and is refused with any other.
+"""
+
+import functools
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from readapt_ray.artifacts import Artifact, fingerprint, open_artifact
+from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.query_maps import QueryMap
+
+logger = logging.getLogger("readapt_ray")
+
+MAP_NAME = "map.safetensors"
+
+
+@dataclass(frozen=True)
+class Bridge:
+    """A complete bridge; its map is read when it is first asked for."""
+
+    artifact: Artifact
+
+    @classmethod
+    def open(cls, uri: str) -> "Bridge":
+        """Open the output of `readapt bridge`.
+
+        Raises:
+            ArtifactMissingError: there is none.
+        """
+        return cls(open_artifact(uri, "bridge"))
+
+    @property
+    def new_encoder(self) -> dict[str, Any]:
+        """Return the description of the queries' encoder: fingerprint, model, dtype, encoding, dimension."""
+        return dict(self.artifact.manifest.details["new_encoder"])
+
+    @property
+    def old_encoder(self) -> dict[str, Any]:
+        """Return the description of the encoder that made the vectors."""
+        return dict(self.artifact.manifest.details["old_encoder"])
+
+    @property
+    def query_fingerprint(self) -> str:
+        """Return a fingerprint of all that decides the vector of a query after the map."""
+        return fingerprint({"encoder": self.new_encoder["fingerprint"], "bridge": self.artifact.fingerprint})
+
+    @functools.cached_property
+    def query_map(self) -> "QueryMap":
+        """Read the map, the first time it is asked for.
+
+        Raises:
+            CorruptFileError: its file was cut short or altered, or is gone.
+        """
+        from readapt_ray.retrieval.query_maps import QueryMap
+
+        file, details = self.artifact.location / MAP_NAME, self.artifact.manifest.details
+        content = file.read_bytes() if file.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != details["map_sha256"]:
+            raise CorruptFileError(f"{file} was cut short or altered, or is gone; run `readapt bridge` again")
+        return QueryMap.from_bytes(details["map"], content)
+
+    def check_vectors(self, made: Artifact) -> None:
+        """Refuse vectors, or an index of them, that the bridge does not lead to.
+
+        Raises:
+            FingerprintMismatchError: it was fitted on others.
+        """
+        vectors = made.fingerprint if made.manifest.stage == "embed" else made.manifest.inputs["vectors"]
+        fitted_on = self.artifact.manifest.inputs["old_vectors"]
+        if vectors != fitted_on:
+            raise FingerprintMismatchError(
+                f"bridge {self.artifact.uri!r} leads to the vectors {fitted_on} ({self.old_encoder['model']!r}, in "
+                f"{self.artifact.manifest.config['old_vectors']!r}), and {made.uri!r} has the vectors {vectors}; run "
+                f"`readapt bridge` for these"
+            )
+
+    def warn_if_not_worth_it(self) -> None:
+        """Log what the manifest says against the bridge."""
+        if objection := self.artifact.manifest.details["not_worth_it"]:
+            logger.warning("bridge %s is not worth it: %s", self.artifact.uri, objection)

@@ -1,0 +1,121 @@
+"""Find what encodes queries for given vectors, and refuse what would mix two models.
+
+Queries are encoded by the model that made the vectors; by a model for queries alone that names it; or by a new model whose
+queries a bridge maps to these vectors.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.catalog.query_models import PassagesModel, passages_model
+from readapt_ray.errors import FingerprintMismatchError
+from readapt_ray.retrieval.bridge import Bridge
+
+
+@dataclass(frozen=True)
+class QueryEncoder:
+    """A model for queries, as it fits given vectors."""
+
+    model: OpenModel
+    encoding: Encoding
+    description: dict[str, Any]
+    """Its fingerprint, model, dtype and encoding, as in manifests."""
+    bridge: Bridge | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Return a fingerprint of all that decides the vector of a query."""
+        return self.bridge.query_fingerprint if self.bridge else str(self.description["fingerprint"])
+
+
+def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
+    """Return what a vector file and a manifest say of the model that made them."""
+    from readapt_ray.retrieval.encoder import encoder_fingerprint
+
+    return {
+        "fingerprint": encoder_fingerprint(model, encoding, dtype),
+        "model": model.name,
+        "dtype": dtype,
+        "encoding": encoding.model_dump(mode="json"),
+    }
+
+
+def query_encoder(
+    model: OpenModel, made: Artifact, *, encoding: Encoding | None = None, bridge: Bridge | None = None
+) -> QueryEncoder:
+    """Return what encodes queries for these vectors.
+
+    Args:
+        model: encodes the queries.
+        made: the vectors, or an index of them.
+        encoding: given by the user; None takes what the vectors, the model for queries or the bridge say.
+        bridge: maps the queries, if another model made the vectors.
+
+    Raises:
+        FingerprintMismatchError: the model did not make these vectors, and neither it nor the bridge belongs to them.
+    """
+    recorded, passages = made.manifest.details["encoder"], passages_model(model)
+    if bridge is not None:
+        if passages is not None:
+            raise FingerprintMismatchError(
+                f"{model.name!r} is for queries over vectors of {passages.name!r}, and needs no bridge; leave it out"
+            )
+        bridge.check_vectors(made)
+        recorded = bridge.new_encoder
+        made = bridge.artifact
+    elif passages is not None:
+        return _of_query_model(model, passages, made, encoding)
+    encoding = encoding or Encoding.parse(recorded["encoding"], where=made.uri)
+    _check(model, encoding, recorded, made)
+    return QueryEncoder(model, encoding, recorded, bridge)
+
+
+def _of_query_model(
+    model: OpenModel, passages: PassagesModel, made: Artifact, encoding: Encoding | None
+) -> QueryEncoder:
+    from readapt_ray.retrieval.encoder import fingerprint_of
+
+    recorded = made.manifest.details["encoder"]
+    cut = {"dimensions": recorded["encoding"].get("dimensions")}
+    due = fingerprint_of(passages.weights, passages.base, passages.encoding.model_copy(update=cut), recorded["dtype"])
+    if due != recorded["fingerprint"]:
+        raise FingerprintMismatchError(
+            f"{model.name!r} is for queries over vectors of {passages.name!r}, and {made.uri!r} was made by "
+            f"{recorded['model']!r} with other weights or another encoding; search vectors that `readapt embed --retriever "
+            f"{model.name}` makes"
+        )
+    encoding = encoding or model.encoding.model_copy(update=cut)
+    return QueryEncoder(model, encoding, describe_encoder(model, encoding, recorded["dtype"]))
+
+
+def _check(model: OpenModel, encoding: Encoding, recorded: dict[str, Any], made: Artifact) -> None:
+    """Refuse what this model with this encoding would not have made: vectors, an index of them, or a bridge to others.
+
+    Raises:
+        FingerprintMismatchError: another model or encoding made them.
+    """
+    from readapt_ray.retrieval.encoder import encoder_fingerprint
+
+    if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
+        return
+    wanted = encoding.model_dump(mode="json")
+    differing = [
+        f"{name} is {recorded['encoding'].get(name)!r} there and {value!r} here"
+        for name, value in wanted.items()
+        if recorded["encoding"].get(name) != value
+    ]
+    what = (
+        "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
+    )
+    if made.manifest.stage == "bridge":
+        raise FingerprintMismatchError(
+            f"bridge {made.uri!r} is not for queries of {model.name!r} as it is now: {what}; search with the model and "
+            f"encoding that it was fitted with, or run `readapt bridge` with this one into another output"
+        )
+    raise FingerprintMismatchError(
+        f"{made.uri!r} was not made by {model.name!r} as it is now: {what}; search with the model and encoding "
+        f"that made it, or run `readapt embed` with this one into another output"
+    )

@@ -1,0 +1,59 @@
+"""Say what truncation took from texts that are longer than a model's maximum length.
+
+In: counts of shards or files. Out: one record for the manifest, and one sentence for log and report.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from readapt_ray.progress import amount
+
+logger = logging.getLogger("readapt_ray")
+
+_WARNED_SHARE = 0.05
+"""Above this share of lost tokens, it is a warning."""
+
+
+def truncation(
+    *, num_texts: int, num_truncated: int, num_tokens: int, num_lost: int, max_tokens: int
+) -> dict[str, Any]:
+    """Return the record of what truncation took.
+
+    Args:
+        num_texts: texts that were tokenised.
+        num_truncated: those of them that were longer than the maximum.
+        num_tokens: tokens that were kept.
+        num_lost: tokens that were cut off.
+        max_tokens: the maximum length of a text in tokens.
+    """
+    share = num_lost / max(1, num_tokens + num_lost)
+    return {
+        "num_texts": num_texts,
+        "num_truncated": num_truncated,
+        "num_lost_tokens": num_lost,
+        "lost_share": round(share, 4),
+        "max_tokens": max_tokens,
+    }
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """Return what was truncated: "12 of 300 passages truncated to 512 tokens, 3.4% of the tokens lost"."""
+    if not found["num_truncated"]:
+        return f"no passage is longer than {found['max_tokens']:,} tokens"
+    return (
+        f"{found['num_truncated']:,} of {amount(found['num_texts'], 'passages')} truncated to {found['max_tokens']:,} tokens, "
+        f"{100 * found['lost_share']:.1f}% of the tokens lost"
+    )
+
+
+def warn_of_loss(stage: str, found: Mapping[str, Any], mend: str) -> None:
+    """Warn if more than 5% of the tokens were lost.
+
+    Args:
+        stage: the stage that truncated.
+        found: a record of `truncation`.
+        mend: what keeps more of the texts.
+    """
+    if found["lost_share"] > _WARNED_SHARE:
+        logger.warning("%s: %s; %s", stage, sentence(found), mend)

@@ -1,0 +1,201 @@
+"""Read Parquet and Arrow files; of strings the bytes, since what a file calls a string need not be UTF-8."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from readapt_ray.damage import READ_ERRORS
+from readapt_ray.errors import CorpusError
+from readapt_ray.sources.columns import passage_columns
+from readapt_ray.sources.lines import refuse_damaged
+from readapt_ray.sources.listing import DataFile
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import BadRow, Row, Span
+from readapt_ray.sources.tables import BATCH_ROWS, Advance, Cut, Layout
+from readapt_ray.storage import Location
+
+_Values = tuple[str, tuple[object, ...]]
+_FILE_MAGIC = b"ARROW1"
+
+
+@contextlib.contextmanager
+def open_parquet(file: Location, label: str) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file.
+
+    Raises:
+        CorpusError: it is cut short, or is not one.
+    """
+    try:
+        parquet = pq.ParquetFile(file.open_input())
+    except READ_ERRORS as error:
+        refuse_damaged(label, "as Parquet", error)
+        raise
+    with parquet:
+        yield parquet
+
+
+def parquet_rows(
+    file: Location,
+    label: str,
+    pick: Callable[[list[str]], Sequence[str]],
+    advance: Advance = lambda _: None,
+    span: Span | None = None,
+) -> Iterator[_Values | BadRow]:
+    """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
+    number = 0
+    with open_parquet(file, label) as parquet:
+        columns = pick(parquet.schema_arrow.names)
+        groups = list(range(parquet.num_row_groups) if span is None else range(span.start, span.end))
+        wanted = list(dict.fromkeys(columns))
+        try:
+            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False):
+                yield from _batch_rows(batch, columns, label, number)
+                number += batch.num_rows
+                advance(number / parquet.metadata.num_rows)
+            if span is not None:
+                span.num_lines = number
+        except READ_ERRORS as error:
+            refuse_damaged(label, f"after row {number}", error)
+            raise
+
+
+def _batch_rows(batch: pa.RecordBatch, columns: Sequence[str], label: str, before: int) -> Iterator[_Values | BadRow]:
+    for number, values in enumerate(zip(*(_cells(batch.column(name)) for name in columns), strict=True), before + 1):
+        try:
+            yield f"{label}:{number}", tuple(v.decode() if isinstance(v, bytes) else v for v in values)
+        except UnicodeDecodeError:
+            yield BadRow(f"{label}:{number}", "not_utf8")
+
+
+def _cells(column: pa.Array) -> Iterator[object]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return (value.as_py() for value in column)
+
+
+class Parquet:
+    """Columns of Parquet files; a place counts rows from 1."""
+
+    name = "parquet"
+    suffixes = (".parquet",)
+
+    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+        """Return that a file can be cut at its row groups."""
+        del file, label, options
+        return "row groups"
+
+    def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
+        """Read the columns from the schema."""
+        with open_parquet(file, label) as parquet:
+            return schema_layout(parquet.schema_arrow, label, options) if parquet.metadata.num_rows else None
+
+    def rows(
+        self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
+        """Yield each row."""
+        layout = self.layout(file, label, options)
+        if layout is None:
+            return
+        columns = layout.columns
+        for row in parquet_rows(file, label, lambda _: columns.names, advance, span):
+            yield row if isinstance(row, BadRow) else columns.row(*row)
+
+
+def schema_layout(schema: pa.Schema, label: str, options: ReadOptions) -> Layout:
+    """Return the columns that a schema has for a passage."""
+    columns = passage_columns(schema.names, label, options.columns)
+    return Layout(columns, tuple(schema.names), tuple(schema.field(name).type for name in columns.kept))
+
+
+class Arrow:
+    """Arrow's own files: the stream that `datasets.save_to_disk` writes, and files with a footer (Feather)."""
+
+    name = "arrow"
+    suffixes = (".arrow", ".feather")
+
+    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+        """Return that a file cannot be cut: a stream has no list of its batches."""
+        del file, label, options
+        return "nowhere"
+
+    def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
+        """Read the columns from the schema."""
+        with _open_arrow(file, label) as (schema, batches):
+            has_rows = any(batch.num_rows for batch, _ in batches)
+            return schema_layout(schema, label, options) if has_rows else None
+
+    def rows(
+        self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
+        """Yield each row."""
+        number, size_bytes = 0, max(file.size_bytes(), 1)
+        with _open_arrow(file, label) as (schema, batches):
+            columns: Final = schema_layout(schema, label, options).columns
+            for batch, position in batches:
+                for start in range(0, batch.num_rows, BATCH_ROWS):
+                    part = batch.slice(start, BATCH_ROWS)
+                    for row in _batch_rows(part, columns.names, label, number):
+                        yield row if isinstance(row, BadRow) else columns.row(*row)
+                    number += part.num_rows
+                advance(min(position / size_bytes, 1.0))
+        if span is not None:
+            span.num_lines = number
+
+
+@contextlib.contextmanager
+def _open_arrow(file: Location, label: str) -> Iterator[tuple[pa.Schema, Iterator[tuple[pa.RecordBatch, int]]]]:
+    """Open a stream, or a file with a footer; give its schema, and its batches with the place in the file.
+
+    Raises:
+        CorpusError: it is neither, or is cut short.
+    """
+    with contextlib.closing(file.open_input()) as raw:
+        try:
+            is_file = raw.read(len(_FILE_MAGIC)) == _FILE_MAGIC
+            raw.seek(0)
+            reader: Any = pa.ipc.open_file(raw) if is_file else pa.ipc.open_stream(raw)
+        except READ_ERRORS as error:
+            refuse_damaged(label, "as Arrow", error)
+            raise
+        yield reader.schema, _batches(reader, raw, label, is_file)
+
+
+def _batches(reader: Any, raw: IO[bytes], label: str, is_file: bool) -> Iterator[tuple[pa.RecordBatch, int]]:
+    number = 0
+    try:
+        for batch in map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader:
+            yield batch, raw.tell()
+            number += batch.num_rows
+    except READ_ERRORS as error:
+        refuse_damaged(label, f"after row {number}", error)
+        raise
+
+
+def saved_files(folder: Location, files: Sequence[DataFile]) -> list[DataFile]:
+    """Leave out what `datasets` cached beside a data set: where a folder has a state.json, that lists its files.
+
+    Raises:
+        CorpusError: a file that is listed is not there.
+    """
+    states = {name for name, _ in folder.listing("state.json", recursive=True)} if folder.is_folder() else set()
+    kept = list(files)
+    for name in sorted(states):
+        below = name.removesuffix("state.json")
+        try:
+            state = json.loads((folder / name).read_text())
+            wanted = {f"{below}{each['filename']}" for each in state["_data_files"]}
+        except (ValueError, KeyError, TypeError):
+            continue
+        there = {file.label for file in files}
+        if wanted - there:
+            raise CorpusError(
+                f"{folder / name} lists {min(wanted - there)}, which is not there; copy the data set again"
+            )
+        kept = [file for file in kept if file.label.rpartition("/")[0] != below.rstrip("/") or file.label in wanted]
+    return kept

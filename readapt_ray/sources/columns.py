@@ -1,0 +1,290 @@
+"""Choose the columns of a source: which hold doc_id, title and text, and which are carried along.
+
+Enters: the names that a file has, and what `--columns` and `--keep` ask for. Leaves: `Columns`, by which a reader makes
+rows, and the type of each column that is kept. Without `--columns` well-known names are taken, in any case and with any of
+`_`, `-` and space between words.
+"""
+
+import datetime
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any, Final
+
+import pyarrow as pa
+
+from readapt_ray.config import meant
+from readapt_ray.errors import CorpusError, InputError
+from readapt_ray.sources.source import MISSING, Row
+
+ID_NAMES: Final = (*("doc_id", "_id", "id", "pid", "passage_id", "docid", "document_id", "docno", "corpus_id", "url"),)
+TITLE_NAMES: Final = ("title", "headline", "doc_title", "page_title")
+TEXT_NAMES: Final = ("text", "contents", "content", "body", "passage", "passage_text", "segment")
+FIELDS: Final = ("doc_id", "title", "text")
+OWN_COLUMNS: Final = frozenset({*FIELDS, "content_hash", "parent_id", "vector", "scale"})
+"""Names that a kept column cannot have."""
+TYPES: Final[dict[str, pa.DataType]] = {
+    "string": pa.string(),
+    "int64": pa.int64(),
+    "float64": pa.float64(),
+    "bool": pa.bool_(),
+}
+"""Types that `--keep NAME:TYPE` can name."""
+_SEPARATORS = re.compile(r"[\s_-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnChoice:
+    """Columns that a user chose."""
+
+    fields: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Of doc_id, title and text those that are given, each with its columns."""
+    keep: tuple[tuple[str, str | None], ...] = ()
+    """Columns to carry along, with the names of their types where they are given."""
+
+    @classmethod
+    def parse(cls, columns: Sequence[str], keep: Sequence[str]) -> "ColumnChoice":
+        """Read `--columns` and `--keep`.
+
+        Raises:
+            InputError: an item is not FIELD=COLUMN, names another field, or a kept column cannot have its name.
+        """
+        fields = dict(_field(each) for each in columns)
+        if len(fields) < len(columns):
+            raise InputError(f"columns = {','.join(columns)!r} sets a field twice; join columns with +: text=a+b")
+        return cls(fields=tuple(fields.items()), keep=tuple(dict(_kept(each) for each in keep).items()))
+
+
+def _field(item: str) -> tuple[str, tuple[str, ...]]:
+    field, _, names = item.partition("=")
+    field, columns = field.strip(), tuple(filter(None, (name.strip() for name in names.split("+"))))
+    if field not in FIELDS or not columns:
+        hint = f"; {meant(field, FIELDS)}" if meant(field, FIELDS) else ""
+        raise InputError(
+            f"columns = {item!r}: write FIELD=COLUMN, where the field is {', '.join(FIELDS)}, such as "
+            f"doc_id=docid,text=abstract+body{hint}"
+        )
+    if field == "doc_id" and len(columns) > 1:
+        raise InputError(f"columns = {item!r}: an id is one column; name one")
+    return field, columns
+
+
+def _kept(item: str) -> tuple[str, str | None]:
+    name, _, kind = item.rpartition(":") if item.rpartition(":")[2] in TYPES else (item, "", "")
+    if name in OWN_COLUMNS:
+        raise InputError(f"keep = {item!r}: a passage has a column of its own with this name; keep another one")
+    return name, kind or None
+
+
+def kept_value(raw: object, kind: pa.DataType) -> Any:
+    """Return a value as a kept column holds it; None for null, NaN and what is missing.
+
+    Raises:
+        ValueError: it is no value of this type.
+    """
+    if is_absent(raw):
+        return None
+    if pa.types.is_string(kind):
+        return raw if isinstance(raw, str) else _as_text(raw)
+    if isinstance(raw, str) and not raw.strip():
+        return None
+    try:
+        return pa.scalar(_number(raw, kind), kind).as_py()
+    except (pa.ArrowException, OverflowError, TypeError) as error:
+        raise ValueError(str(raw)) from error
+
+
+def _as_text(raw: object) -> str:
+    if isinstance(raw, (dict, list, bool)):
+        return json.dumps(raw, ensure_ascii=False, default=str)
+    return number_text(raw) or str(raw)
+
+
+def _number(raw: object, kind: pa.DataType) -> object:
+    """Make a number of its digits, and a whole number of a whole float, where the column holds numbers."""
+    if isinstance(raw, bool):
+        if not pa.types.is_boolean(kind):
+            raise ValueError(raw)
+        return raw
+    if pa.types.is_boolean(kind) and isinstance(raw, str):
+        return {"true": True, "false": False}.get(raw.strip().lower(), raw)
+    if pa.types.is_integer(kind):
+        return int(raw) if isinstance(raw, str) or (isinstance(raw, float) and raw.is_integer()) else raw
+    return float(raw) if pa.types.is_floating(kind) and isinstance(raw, (str, int)) else raw
+
+
+def number_text(value: object) -> str | None:
+    """Return the digits of a number, of a whole float without its point; None for what is no number, and for NaN."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
+        return None
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        return None
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def is_absent(value: object) -> bool:
+    """Return whether a cell holds nothing: null, NaN (as pandas writes null), or no cell."""
+    return value is None or value is MISSING or (isinstance(value, float) and math.isnan(value))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one file that make a row."""
+
+    doc_id: str
+    title: tuple[str, ...]
+    text: tuple[str, ...]
+    kept: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return every column, in the order in which `row` takes their values; a column may occur twice."""
+        return (self.doc_id, *self.title, *self.text, *self.kept)
+
+    def row(self, place: str, values: Sequence[object]) -> Row:
+        """Make a row of the values of `names`."""
+        text_at = 1 + len(self.title)
+        kept_at = text_at + len(self.text)
+        title = _joined(values[1:text_at], " ") if self.title else None
+        title = None if title is MISSING else title
+        return Row(place, values[0], title, _joined(values[text_at:kept_at], "\n"), tuple(values[kept_at:]))
+
+
+def _joined(values: Sequence[object], between: str) -> object:
+    """Join texts and numbers of several columns; of one column the value as it is, and of a bad one that."""
+    if len(values) == 1:
+        return values[0]
+    parts = []
+    for value in values:
+        part = value if isinstance(value, str) else number_text(value)
+        if part is None and not is_absent(value):
+            return value
+        if part and part.strip():
+            parts.append(part)
+    return between.join(parts) if parts else values[0]
+
+
+def first_of(wanted: Sequence[str], found: Iterable[str]) -> str | None:
+    """Return the first of the wanted names that was found: spelled so, or else in another case or with other separators."""
+    present = {str(name): name for name in found}
+    exact = next((present[name] for name in wanted if name in present), None)
+    if exact is not None:
+        return exact
+    plain: dict[str, str] = {}
+    for name in present.values():
+        plain.setdefault(_plain(name), name)
+    return next((plain[_plain(name)] for name in wanted if _plain(name) in plain), None)
+
+
+def _plain(name: str) -> str:
+    return _SEPARATORS.sub("", str(name).lower())
+
+
+def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, is_sample: bool = False) -> Columns:
+    """Choose the columns of a passage.
+
+    Args:
+        found: the names that the file has.
+        label: what to call the file.
+        choice: what the user says.
+        is_sample: whether the names are those of the first rows, so that a kept column may come later.
+
+    Raises:
+        CorpusError: no id or no text, or a column that was asked for is not there; it names the columns found.
+    """
+    given = dict(choice.fields)
+    chosen = {field: tuple(_found(name, found, label, field) for name in names) for field, names in given.items()}
+    missing = []
+    for field, names, what in (("text", TEXT_NAMES, "text"), ("title", TITLE_NAMES, ""), ("doc_id", ID_NAMES, "id")):
+        if field in chosen:
+            continue
+        taken = {name for columns in chosen.values() for name in columns}
+        column = first_of(names, [name for name in found if name not in taken])
+        if column is None and what:
+            missing.append(f"no {what} column ({' or '.join(names)})")
+        chosen[field] = () if column is None else (column,)
+    if missing:
+        options = ",".join(f"{field}=COLUMN" for field in ("doc_id", "text") if not chosen[field])
+        raise CorpusError(
+            f"{label} has {' and '.join(missing)}; its columns are {_listed(found)}: say which one it is with --columns {options}"
+        )
+    kept = tuple(
+        name if is_sample and kind and name not in found else _found(name, found, label, None)
+        for name, kind in choice.keep
+    )
+    return Columns(chosen["doc_id"][0], chosen["title"], chosen["text"], kept)
+
+
+def _found(name: str, found: Sequence[str], label: str, field: str | None) -> str:
+    if name in found:
+        return name
+    column = first_of((name,), found)
+    if column is not None:
+        return column
+    hint = meant(name, found)
+    option = (
+        f"--columns {field}=COLUMN"
+        if field
+        else "--keep (with its type, --keep NAME:string, if only later rows have it)"
+    )
+    raise CorpusError(
+        f"{label} has no column {name!r}; its columns are {_listed(found)}{f' ({hint})' if hint else ''}: give another with "
+        f"{option}"
+    )
+
+
+def _listed(found: Sequence[str]) -> str:
+    return ", ".join(map(str, found)) or "none"
+
+
+def kept_schema(choice: ColumnChoice, types: Sequence[pa.DataType]) -> pa.Schema:
+    """Return the kept columns with the types in which they are stored: those that were given, else those of the file."""
+    return pa.schema(
+        (name, TYPES[kind] if kind else stored_type(found))
+        for (name, kind), found in zip(choice.keep, types, strict=True)
+    )
+
+
+def stored_type(kind: pa.DataType) -> pa.DataType:
+    """Return the type in which a column is kept: its own if searches can be filtered by it, else text (JSON)."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = stored_type(kind.value_type)
+        return pa.list_(inner) if inner == kind.value_type or pa.types.is_string(inner) else pa.string()
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_date(kind):
+        return kind
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    return pa.string()
+
+
+def type_of_values(values: Iterable[object]) -> pa.DataType:
+    """Return the type that holds some JSON values: numbers, texts, booleans or lists of one of them; else text."""
+    there = [value for value in values if not is_absent(value)]
+    if there and all(isinstance(value, list) for value in there):
+        inner = type_of_values(each for value in there if isinstance(value, list) for each in value)
+        return pa.list_(inner)
+    kinds = {type(value) for value in there}
+    if kinds == {bool}:
+        return pa.bool_()
+    if kinds == {int}:
+        return pa.int64()
+    if kinds == {datetime.date}:
+        return pa.date32()
+    return pa.float64() if kinds and kinds <= {int, float} else pa.string()
+
+
+def type_of_texts(texts: Iterable[object]) -> pa.DataType:
+    """Return the type of a column of CSV or TSV: whole numbers, numbers, or text; `007` is text."""
+    there = [str(text).strip() for text in texts if text is not None and str(text).strip()]
+    if there and all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", text) for text in there):
+        return pa.int64()
+    if there and all(re.fullmatch(r"-?(0|[1-9]\d*)(\.\d+)?([eE][-+]?\d+)?", text) for text in there):
+        return pa.float64()
+    return pa.string()

@@ -1,0 +1,197 @@
+"""Read JSON: an object per line, or objects in an array or one after the other."""
+
+import codecs
+import contextlib
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from readapt_ray.damage import READ_ERRORS
+from readapt_ray.errors import CorpusError
+from readapt_ray.sources.columns import passage_columns, type_of_values
+from readapt_ray.sources.lines import Line, is_divisible, open_text, read_lines, refuse_damaged
+from readapt_ray.sources.read_options import ReadOptions
+from readapt_ray.sources.source import MISSING, BadRow, Row, Span
+from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, shares
+from readapt_ray.storage import Location, state_of
+
+_PEEKED_ROWS = 100
+_CHUNK_BYTES = 1 << 20
+_BEGIN = re.compile(r"^[\ufeff\s]*")
+_BETWEEN = re.compile(r"[\s,]*")
+_DECODER = json.JSONDecoder()
+
+
+class JsonLines:
+    """One JSON object a line."""
+
+    name = "jsonl"
+    suffixes = (".jsonl", ".ndjson")
+
+    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+        """Return whether a file can be cut at its lines: not if it is compressed."""
+        del label, options
+        return "lines" if is_divisible(file) else "nowhere"
+
+    def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
+        """Read the columns from the keys of the first hundred objects."""
+        return _lines_layout(file, label, state_of(file.info()), options)
+
+    def rows(
+        self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
+        """Yield a row for each line that is an object."""
+        layout = self.layout(file, label, options)
+        if layout is None:
+            return
+        columns, names = layout.columns, layout.columns.names
+        for line in read_lines(
+            file, label, max_line_bytes=options.max_line_bytes, advance=shares(file, advance), span=span
+        ):
+            value = parsed_object(line, label)
+            if isinstance(value, BadRow):
+                yield value
+            elif isinstance(line, Line):
+                yield columns.row(f"{label}:{line.number}", [value.get(name, MISSING) for name in names])
+
+
+@functools.lru_cache(maxsize=REMEMBERED_FILES)
+def _lines_layout(file: Location, label: str, state: str, options: ReadOptions) -> Layout | None:
+    """Find the columns once per process and state of a file."""
+    del state
+    lines = list(itertools.islice(read_lines(file, label), _PEEKED_ROWS))
+    values = [value for line in lines if isinstance(value := parsed_object(line, label), dict)]
+    if lines and not values:
+        first = next((line.text for line in lines if isinstance(line, Line)), "")
+        advice = (
+            "; if it is one array or its objects have several lines, give --format json" if first[0:1] in "[{" else ""
+        )
+        raise CorpusError(f"{label} is not JSON Lines: none of its first {len(lines)} lines is a JSON object{advice}")
+    return _layout_of(values, label, options) if lines else None
+
+
+def _layout_of(values: list[dict[str, Any]], label: str, options: ReadOptions) -> Layout:
+    found = tuple(dict.fromkeys(key for value in values for key in value))
+    columns = passage_columns(found, label, options.columns, is_sample=True)
+    return Layout(columns, found, tuple(type_of_values(value.get(name) for value in values) for name in columns.kept))
+
+
+def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
+    """Return the JSON object of a line, or the reason why there is none."""
+    if isinstance(line, BadRow):
+        return line
+    try:
+        value = json.loads(line.text)
+    except (ValueError, RecursionError):
+        return BadRow(f"{label}:{line.number}", "not_json")
+    return value if isinstance(value, dict) else BadRow(f"{label}:{line.number}", "not_json_object")
+
+
+class JsonValues:
+    """Objects in one array, or one after the other, on any number of lines; a place counts objects from 1."""
+
+    name = "json"
+    suffixes = (".json",)
+
+    def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
+        """Return that a file cannot be cut: an object may have several lines."""
+        del file, label, options
+        return "nowhere"
+
+    def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
+        """Read the columns from the keys of the first hundred objects."""
+        return _values_layout(file, label, state_of(file.info()), options)
+
+    def rows(
+        self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
+    ) -> Iterator[Row | BadRow]:
+        """Yield a row for each object."""
+        layout = self.layout(file, label, options)
+        number = 0
+        if layout is not None:
+            names = layout.columns.names
+            for number, value in enumerate(_values(file, label, options, advance), start=1):
+                if isinstance(value, dict):
+                    yield layout.columns.row(f"{label}:{number}", [value.get(name, MISSING) for name in names])
+                else:
+                    yield BadRow(f"{label}:{number}", "not_json_object")
+        if span is not None:
+            span.num_lines = number
+
+
+@functools.lru_cache(maxsize=REMEMBERED_FILES)
+def _values_layout(file: Location, label: str, state: str, options: ReadOptions) -> Layout | None:
+    del state
+    peeked = list(itertools.islice(_values(file, label, options), _PEEKED_ROWS))
+    values = [value for value in peeked if isinstance(value, dict)]
+    if peeked and not values:
+        raise CorpusError(f"{label} holds no JSON objects: its first value is {json.dumps(peeked[0])[:60]}")
+    lists = [key for key, value in values[0].items() if _are_objects(value)] if len(values) == 1 else []
+    if lists:
+        raise CorpusError(
+            f"{label} is one JSON object, whose {' and '.join(map(repr, lists))} {'is a list' if len(lists) == 1 else 'are lists'} "
+            f"of objects; give a file that holds such a list alone, as `jq .{lists[0]}` writes it"
+        )
+    return _layout_of(values, label, options) if values else None
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _values(file: Location, label: str, options: ReadOptions, advance: Advance = lambda _: None) -> Iterator[Any]:
+    """Yield each JSON value of a file; those of an array if it is one.
+
+    Raises:
+        CorpusError: it is cut short, is not JSON, or has a value longer than a row may be.
+    """
+    chunks = _chunks(file, label, shares(file, advance))
+    buffer = _BEGIN.sub("", next(chunks, ""))
+    is_array = buffer.startswith("[")
+    buffer, number, ended = buffer.removeprefix("["), 0, False
+    for chunk in itertools.chain(chunks, [""]):
+        at = 0
+        while not ended and (at := _skip(buffer, at)) < len(buffer):
+            if buffer[at] == "]" and is_array:
+                ended = True
+                break
+            try:
+                value, at = _DECODER.raw_decode(buffer, at)
+            except (ValueError, RecursionError) as error:
+                if chunk and len(buffer) - at < options.max_line_bytes:
+                    break  # more of it follows
+                raise _not_json(label, number, error) from None
+            number += 1
+            yield value
+        buffer = buffer[at:] + chunk if not ended else ""
+    if is_array and not ended:
+        raise _not_json(label, number, "its array has no end")
+
+
+def _skip(text: str, start: int) -> int:
+    """Return where the next value begins, behind white space and commas."""
+    found = _BETWEEN.match(text, start)
+    return found.end() if found else start
+
+
+def _not_json(label: str, number: int, error: object) -> CorpusError:
+    return CorpusError(
+        f"{label} is not JSON after value {number}: {error}; mend it, or fetch it again if it was cut short"
+    )
+
+
+def _chunks(file: Location, label: str, read_share: Callable[[int], None]) -> Iterator[str]:
+    """Yield the text of a file in pieces; bytes that are not UTF-8 as half surrogate pairs."""
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    try:
+        with contextlib.closing(file.open_input()) as raw:
+            stream = open_text(file, raw)
+            while data := stream.read(_CHUNK_BYTES):
+                yield decoder.decode(data)
+                read_share(raw.tell())
+    except READ_ERRORS as error:
+        refuse_damaged(label, "to its end", error)
+        raise

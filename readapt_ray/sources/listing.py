@@ -1,0 +1,133 @@
+"""List the files of a source, and count the other files there, which are not read."""
+
+import collections
+import logging
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+import pyarrow.fs as pafs
+
+from readapt_ray.artifacts import fingerprint
+from readapt_ray.damage import READ_ERRORS
+from readapt_ray.sources.lines import plain_name, refuse_damaged
+from readapt_ray.storage import Location, state_of
+
+logger = logging.getLogger("readapt_ray")
+
+HIDDEN = (".", "_")
+"""How a name begins that is not of data beside tables: `.git`, and `_SUCCESS`, `_temporary` of Spark."""
+_NAMED_KINDS = 8
+
+
+class DataFile(NamedTuple):
+    """A file of a source: what to call it, where it is, and what the listing of its folder said of it."""
+
+    label: str
+    location: Location
+    info: pafs.FileInfo | None = None
+
+    def size_bytes(self) -> int:
+        """Return the length, from the listing where it has it."""
+        known = None if self.info is None else self.info.size
+        return self.location.size_bytes() if known is None else int(known)
+
+    def content(self) -> list[str]:
+        """Return the `content_fingerprint`; on an object store that is size and time, from the listing."""
+        info = self.info
+        if info is None or info.size is None or info.mtime_ns is None or self.location.is_local:
+            return list(self.location.content_fingerprint().values())
+        return [self.state()]
+
+    def state(self) -> str:
+        """Return size and time as they were when the file was listed."""
+        return state_of(self.info or self.location.info())
+
+
+class Listing(NamedTuple):
+    """The files that are read, and of the others the number and the first by suffix."""
+
+    files: list[DataFile]
+    not_read: dict[str, tuple[int, str]]
+
+    def say(self, where: Location) -> None:
+        """Log how many files are not read, and of which kinds."""
+        if self.not_read:
+            kinds = sorted(self.not_read.items(), key=lambda each: -each[1][0])
+            named = [f"{count:,} {suffix} ({first} first)" for suffix, (count, first) in kinds[:_NAMED_KINDS]]
+            more = len(kinds) - _NAMED_KINDS
+            logger.info(
+                "%s: %d file%s read; not read: %s%s",
+                *(
+                    where,
+                    len(self.files),
+                    "s" * (len(self.files) != 1),
+                    ", ".join(named),
+                    f", and {more} other kinds" if more > 0 else "",
+                ),
+            )
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of files that are not read by suffix."""
+        return {suffix: count for suffix, (count, _) in sorted(self.not_read.items())}
+
+
+def listed(location: Location, suffixes: tuple[str, ...], *, hidden: tuple[str, ...] = HIDDEN) -> Listing:
+    """List a file, or the files of some kinds under a folder, none of which has a hidden part in its relative path."""
+    info = location.info()
+    if info.type == pafs.FileType.File:
+        return Listing([DataFile(location.name, location, info)], {})
+    found = [DataFile(name, location / name, info) for name, info in location.listing(recursive=True)]
+    files = [file for file in found if is_data(file.label, suffixes, hidden)]
+    return Listing(files, others(found, files, hidden))
+
+
+def others(
+    found: Iterable[DataFile], files: Iterable[DataFile], hidden: tuple[str, ...] = HIDDEN
+) -> dict[str, tuple[int, str]]:
+    """Count the files that are not among those that are read, by suffix."""
+    read = {file.label for file in files}
+    kinds: dict[str, list[str]] = collections.defaultdict(list)
+    for file in found:
+        if file.label not in read:
+            kinds[_kind(file.label, hidden)].append(file.label)
+    return {kind: (len(names), names[0]) for kind, names in kinds.items()}
+
+
+def _kind(name: str, hidden: tuple[str, ...]) -> str:
+    if is_hidden(name, hidden):
+        return f"with a part in their path that begins with {' or '.join(hidden)}"
+    return PurePosixPath(plain_name(name)).suffix or "without suffix"
+
+
+def data_files(folder: Location, suffixes: tuple[str, ...]) -> list[DataFile]:
+    """List the files of some kinds under a folder, none of which has a hidden part in its relative path."""
+    return [
+        DataFile(name, folder / name, info) for name, info in folder.listing(recursive=True) if is_data(name, suffixes)
+    ]
+
+
+def is_data(name: str, suffixes: tuple[str, ...], hidden: tuple[str, ...] = HIDDEN) -> bool:
+    """Return whether a relative path is that of a file of some kinds, and no part of it begins as hidden ones do."""
+    return plain_name(name).endswith(suffixes) and not is_hidden(name, hidden)
+
+
+def is_hidden(name: str, hidden: tuple[str, ...] = HIDDEN) -> bool:
+    """Return whether a part of a relative path begins as those of hidden files do."""
+    return any(part.startswith(hidden) for part in name.split("/"))
+
+
+def files_fingerprint(files: Iterable[DataFile]) -> str:
+    """Return a fingerprint of the content and names of files.
+
+    Raises:
+        CorpusError: one cannot be read.
+    """
+    contents = {}
+    for file in files:
+        try:
+            contents[file.label] = file.content()
+        except READ_ERRORS as error:
+            refuse_damaged(file.label, "to its end", error)
+            raise
+    return fingerprint(contents)

@@ -1,0 +1,27 @@
+"""Define the options of reading a source."""
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from readapt_ray.sources.columns import ColumnChoice
+
+DEFAULT_MAX_TEXT_BYTES: Final = 10_000_000
+DEFAULT_MAX_PASSAGE_CHARS: Final = 2_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What is read, and its bounds."""
+
+    max_text_bytes: int = DEFAULT_MAX_TEXT_BYTES
+    """A text of this many UTF-8 bytes or more is a bad row."""
+    max_passage_chars: int = DEFAULT_MAX_PASSAGE_CHARS
+    """Text files are split into passages of at most this many characters."""
+
+    columns: ColumnChoice = field(default_factory=ColumnChoice)
+    """Which columns hold doc_id, title and text, and which are carried along."""
+
+    @property
+    def max_line_bytes(self) -> int:
+        """Return the longest line held in memory: a text at its bound with every character escaped, and other fields."""
+        return 6 * self.max_text_bytes + (1 << 20)

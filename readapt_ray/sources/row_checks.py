@@ -1,0 +1,79 @@
+"""Check rows, and count what they are.
+
+Values of kept columns are brought to the types in which they are stored; what does not fit is null, and counted.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+import pyarrow as pa
+
+from readapt_ray.records import Passage
+from readapt_ray.sources.cleaning import checked, kinds_of, shown
+from readapt_ray.sources.columns import kept_value
+from readapt_ray.sources.source import BadRow, Row
+
+logger = logging.getLogger("readapt_ray")
+
+Place = TypeVar("Place")
+
+
+class RowChecks(Generic[Place]):
+    """Makes clean passages of rows, with the columns that are kept, and counts what the manifest says of them."""
+
+    def __init__(self, kept: pa.Schema, *, max_text_bytes: int) -> None:
+        self.num_changed_ids = 0
+        self.kinds: Counter[str] = Counter()
+        self.unfit: dict[str, tuple[int, Place, str]] = {}
+        """For a kept column how many values are not of its type, where the first stands, and it."""
+        self._kept, self._max_text_bytes = kept, max_text_bytes
+
+    def passage(self, row: Row | BadRow, place: Place) -> Passage | BadRow:
+        """Return the passage of a row, or why there is none. `place` is how the caller knows it."""
+        if isinstance(row, BadRow):
+            return row
+        passage = checked(row, max_text_bytes=self._max_text_bytes)
+        if isinstance(passage, BadRow):
+            return passage
+        self.num_changed_ids += isinstance(row.doc_id, str) and row.doc_id != passage.doc_id
+        self.kinds.update(kinds_of(row, passage))
+        return passage._replace(columns=self._columns(row, place)) if row.kept else passage
+
+    def _columns(self, row: Row, place: Place) -> dict[str, Any]:
+        found = {}
+        for field, raw in zip(self._kept, row.kept, strict=True):
+            try:
+                found[field.name] = kept_value(raw, field.type)
+            except ValueError:
+                found[field.name] = None
+                count, first, value = self.unfit.get(field.name, (0, place, shown(raw)))
+                self.unfit[field.name] = (count + 1, first, value)
+        return found
+
+
+def merged(
+    unfit: Iterable[tuple[int, Mapping[str, tuple[int, int, str]]]],
+) -> dict[str, tuple[int, tuple[int, int], str]]:
+    """Sum up what tasks counted, in the order of their pieces; a place becomes piece and line."""
+    total: dict[str, tuple[int, tuple[int, int], str]] = {}
+    for piece, found in unfit:
+        for name, (count, line, value) in found.items():
+            before, first, shown_value = total.get(name, (0, (piece, line), value))
+            total[name] = (before + count, first, shown_value)
+    return total
+
+
+def told(
+    unfit: Mapping[str, tuple[int, Place, str]], kept: pa.Schema, place_of: Callable[[Place], str]
+) -> dict[str, dict[str, Any]]:
+    """Log what did not fit and return it for the manifest."""
+    details = {}
+    for name, (count, place, value) in unfit.items():
+        details[name] = {"count": count, "first": f"{place_of(place)}: {value}"}
+        logger.warning(
+            "ingest: %d values of the kept column %r are null, since they are no %s, first %s; --keep %s:string keeps any",
+            *(count, name, kept.field(name).type, details[name]["first"], name),
+        )
+    return details

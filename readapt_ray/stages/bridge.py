@@ -1,0 +1,247 @@
+"""Fit a bridge: a map by which a new model's queries search the vectors of an old model, while re-embedding runs.
+
+In: vectors of an old model and a new model. Out: `map.safetensors`, and the new vectors of a sample of the passages. Eight
+tenths of the sample fit the maps (`retrieval/query_maps.py`), one tenth chooses among them, and on the last tenth, and on
+queries of the corpus where it has some, recall is measured against what the new model finds among its own vectors of the
+sample. It costs encoding the sample, reading the doc_ids of the corpus, and some minutes on the driver: with 20,000
+vectors of 4,096 numbers it holds 1.5 GB.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
+from readapt_ray.catalog.encoding import EncodingOption
+from readapt_ray.catalog.models import open_model
+from readapt_ray.catalog.query_models import passages_model
+from readapt_ray.cluster import bridge_sample, connection, on_worker
+from readapt_ray.cluster.bridge_sample import NewEncoder
+from readapt_ray.cluster.encoding_dtype import encoding_dtype
+from readapt_ray.cluster.query_vectors import encode_queries
+from readapt_ray.cluster.recall_queries import query_encoder_of
+from readapt_ray.config import StageConfig
+from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
+from readapt_ray.progress import amount
+from readapt_ray.retrieval.bridge import MAP_NAME
+from readapt_ray.retrieval.query_encoder import describe_encoder
+from readapt_ray.seeds import random_generator
+
+if TYPE_CHECKING:
+    from readapt_ray.evaluation.bridge_recall import Asked
+    from readapt_ray.retrieval.query_maps import QueryMap
+
+logger = logging.getLogger("readapt_ray")
+
+_FIT_SHARE, _CHOICE_SHARE = 0.8, 0.1
+_LEAST_SAMPLE = 500
+_MAX_QUERIES = 1000
+_FEW_QUERIES = 50
+
+
+class BridgeConfig(StageConfig):
+    """The options of `readapt bridge`."""
+
+    old_vectors: str
+    """Vectors to search: the output of `readapt embed` with the old model."""
+    retriever: str
+    """New model, whose queries are to search them: a catalog name, a folder, a URI or a hub id."""
+    corpus: str | None = None
+    """Passages of the vectors, if they are no longer where they were embedded from: the output of `readapt ingest`."""
+    sample: int = Field(default=20_000, ge=1)
+    """Passages to encode with the new model; all if there are fewer. It takes as many as 1.25 times the larger
+    dimension, and 500 at least."""
+    encoding: EncodingOption = None
+    """JSON file with pooling, prompts and special tokens. If omitted, what the retriever's folder or the catalog
+    says."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Data type that the new model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else
+    float32."""
+    seed: int = 0
+    """Seed of the sample, of its parts and of the training of the residual map."""
+
+    inputs: ClassVar[frozenset[str]] = frozenset({"old_vectors", "retriever", "corpus", "encoding"})
+
+
+def bridge(config: BridgeConfig) -> Artifact:
+    """Fit a bridge from a new model's queries to old vectors.
+
+    Raises:
+        ArtifactMissingError: the old vectors are not the output of `readapt embed`, or their corpus is gone.
+        FingerprintMismatchError: the corpus is another one, or the new model made the vectors itself.
+        InputError: the sample or the corpus is too small; the message says how many passages it takes.
+        ArtifactConflictError: the output holds another bridge.
+    """
+    old = open_artifact(config.old_vectors, "embed")
+    corpus = _open_corpus(config, old)
+    old_encoder = old.manifest.details["encoder"]
+    check_sample(config.sample, old.manifest.counts["num_vectors"], int(old_encoder["dimension"]))
+    model = open_model(config.retriever)
+    if (passages := passages_model(model)) is not None:
+        raise InputError(
+            f"{config.retriever!r} is for queries over vectors of {passages.name!r}, and needs no bridge to these"
+        )
+    config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
+    encoding = config.encoding or model.encoding
+    new = NewEncoder(model, encoding, describe_encoder(model, encoding, config.dtype))
+    if new.description["fingerprint"] == old_encoder["fingerprint"]:
+        raise FingerprintMismatchError(
+            f"{config.old_vectors!r} was made by {config.retriever!r} itself; its queries need no bridge"
+        )
+    return produce(
+        "bridge",
+        config,
+        inputs={
+            "old_vectors": old.fingerprint,
+            "retriever": model.fingerprint,
+            "encoding": fingerprint(encoding.model_dump(mode="json")),
+            "corpus": corpus.fingerprint,
+        },
+        identity={"encoder": new.description["fingerprint"]},
+        work=lambda workspace: _build(config, old, corpus, new, workspace),
+    )
+
+
+def _open_corpus(config: BridgeConfig, old: Artifact) -> Artifact:
+    corpus = open_artifact(config.corpus or old.manifest.config["corpus"], "ingest")
+    if corpus.fingerprint != old.manifest.inputs["corpus"]:
+        raise FingerprintMismatchError(
+            f"corpus {corpus.uri!r} is not the one that {config.old_vectors!r} was made of; give that with --corpus, or "
+            f"embed this one: a bridge needs vectors of the same passages by both models"
+        )
+    return corpus
+
+
+def check_sample(size: int, num_vectors: int, dimension: int) -> None:
+    """Refuse a sample that is too small to fit a map of this dimension.
+
+    Raises:
+        InputError: the message says how many passages it takes.
+    """
+    least = max(_LEAST_SAMPLE, math.ceil(dimension / _FIT_SHARE))
+    if num_vectors < least:
+        raise InputError(
+            f"the corpus has {amount(num_vectors, 'vectors')}, and a bridge between models of {dimension:,} dimensions takes a sample of "
+            f"{least:,}; embed the corpus with the new model, which takes no longer"
+        )
+    if size < least:
+        raise InputError(
+            f"sample = {size:,}: a bridge between models of {dimension:,} dimensions takes {least:,} passages at least; give "
+            f"--sample {least} or more"
+        )
+
+
+def _build(config: BridgeConfig, old: Artifact, corpus: Artifact, new: NewEncoder, workspace: Workspace) -> None:
+    """Encode the sample, choose a map, measure it and write it."""
+    from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objection
+
+    connection.connect()
+    doc_ids, old_vectors = bridge_sample.old_sample(old, config.sample, config.seed)
+    new_vectors = bridge_sample.new_sample(
+        doc_ids,
+        corpus,
+        new,
+        on_worker.absolute(workspace.location) / "vectors",
+        check=lambda dimension: check_sample(len(doc_ids), old.manifest.counts["num_vectors"], dimension),
+        progress=lambda done, total: workspace.progress(done, total, unit="passages"),
+    )
+    workspace.progress(0, note="fitting maps")
+    best, recalls, last = _chosen_map(new_vectors, old_vectors, config.seed)
+    asked = {"passages": Asked(new_vectors[last], old_vectors[last], last)}
+    if (queries := _asked(corpus, old, new, config.seed)) is not None:
+        asked["queries"] = queries
+    measured = {what: measure_bridge(best, each, new_vectors, old_vectors) for what, each in asked.items()}
+    told_by = "queries" if measured.get("queries", {}).get("num_queries", 0) >= _FEW_QUERIES else "passages"
+    content = best.to_bytes()
+    (workspace.location / MAP_NAME).write_bytes(content)
+    workspace.counts |= {"num_passages": len(doc_ids), "num_queries": measured[told_by]["num_queries"]}
+    workspace.details |= {
+        "old_encoder": old.manifest.details["encoder"],
+        "new_encoder": {**new.description, "dimension": new_vectors.shape[1]},
+        "map": best.name,
+        "map_sha256": hashlib.sha256(content).hexdigest(),
+        "recall_of_maps": recalls,
+        "recall_at_10": measured,
+        "not_worth_it": objection(measured[told_by]),
+    }
+    _tell(workspace.details)
+
+
+def _chosen_map(
+    new: NDArray[np.float32], old: NDArray[np.float32], seed: int
+) -> tuple["QueryMap", dict[str, float], NDArray[np.int64]]:
+    """Return the best map, the recall of each on the passages that chose it, and the rows that are left to measure it."""
+    from readapt_ray.evaluation.bridge_recall import nearest
+    from readapt_ray.retrieval.neighbours import overlaps
+    from readapt_ray.retrieval.query_maps import fit_maps
+
+    fit, choice, last = _split(len(new), seed)
+    truth = nearest(new[choice], new, choice)
+
+    def recall_of(query_map: "QueryMap") -> float:
+        return float(overlaps(nearest(query_map(new[choice]), old, choice), truth).mean())
+
+    maps = list(fit_maps(new[fit], old[fit], seed=seed, recall=recall_of))
+    recalls = {each.name: round(recall_of(each), 4) for each in maps}
+    return max(maps, key=lambda each: recalls[each.name]), recalls, last
+
+
+def _split(size: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Deal the rows of a sample: to fit maps, to choose one, to measure it."""
+    order = random_generator(seed, "parts of a bridge's sample").permutation(size)
+    ends = (int(_FIT_SHARE * size), int((_FIT_SHARE + _CHOICE_SHARE) * size))
+    fit, choice, last = np.split(order, ends)
+    return fit, choice, last
+
+
+def _asked(corpus: Artifact, old: Artifact, new: NewEncoder, seed: int) -> "Asked | None":
+    """Encode the corpus' queries, a thousand at most, with both models; None if it has none."""
+    import ray
+
+    from readapt_ray.evaluation.bridge_recall import Asked
+    from readapt_ray.sources.judgements import read_queries
+
+    if not (corpus.location / "queries").is_folder():
+        return None
+    texts = [each.text for each in read_queries(corpus.uri)]
+    chosen = random_generator(seed, "queries of a bridge").permutation(len(texts))[:_MAX_QUERIES]
+    texts = [texts[place] for place in chosen.tolist()]
+    if not texts:
+        return None
+    found = encode_queries(texts, new.model, new.encoding, new.description)
+    vectors = np.concatenate(ray.get(found))
+    try:
+        before = query_encoder_of(old)
+        kept = np.concatenate(ray.get(encode_queries(texts, before.model, before.encoding, before.description)))
+    except (ReadaptError, ray.exceptions.RayError, KeyError) as error:
+        logger.warning(
+            "bridge: the old model is not compared on queries, since it is not there (%s)", connection.cause_of(error)
+        )
+        return Asked(vectors, None)
+    return Asked(vectors, kept)
+
+
+def _tell(details: Mapping[str, Any]) -> None:
+    for name, mean in details["recall_of_maps"].items():
+        logger.info("bridge: %s: recall@10 %.3f on passages that chose the map", name, mean)
+    for what, measured in details["recall_at_10"].items():
+        parts = [
+            f"{name.replace('_', ' ')} {each['mean']:.3f} ({each['interval'][0]:.3f} to {each['interval'][1]:.3f})"
+            for name, each in measured.items()
+            if name != "num_queries"
+        ]
+        logger.info(
+            "bridge: recall@10 by the %s map on %s %s: %s",
+            details["map"],
+            f"{measured['num_queries']:,}",
+            "withheld passages" if what == "passages" else what,
+            ", ".join(parts),
+        )
+    if details["not_worth_it"]:
+        logger.warning("bridge: not worth it: %s; embed the corpus with the new model first", details["not_worth_it"])

@@ -1,0 +1,59 @@
+import logging
+import os
+from typing import Any
+
+import pytest
+import ray
+
+from readapt_ray.cluster import connection, local_ray
+from readapt_ray.errors import WorkerError
+
+TIMED_OUT = "The current node timed out during startup. This could happen because some of the raylet failed to startup."
+
+
+@pytest.fixture
+def starts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each start of Ray raises; None where it succeeds."""
+    outcomes: list[Any] = []
+
+    def init(**_: Any) -> None:
+        if (error := outcomes.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(os, "getloadavg", lambda: (27.4, 0.0, 0.0))
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    return outcomes
+
+
+def test_a_busy_machine_is_tried_once_more_and_said_in_one_line(
+    starts: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    starts += [Exception(TIMED_OUT), None]
+    with caplog.at_level(logging.INFO, logger="readapt_ray"):
+        local_ray.start()
+    (line,) = [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+    assert line.startswith("Ray did not start in time: this machine is busy (27 processes want to run on ")
+    assert line.endswith("; trying once more")
+    assert starts == []
+
+
+def test_a_second_time_is_an_error_that_says_what_to_do(starts: list[Any]) -> None:
+    starts += [Exception(TIMED_OUT), Exception(TIMED_OUT)]
+    with pytest.raises(WorkerError, match=r"in time, twice: this machine is busy .*; run the command again when less"):
+        local_ray.start()
+
+
+def test_another_failure_is_not_tried_again(starts: list[Any]) -> None:
+    starts += [ValueError("no such option"), None]
+    with pytest.raises(ValueError, match="no such option"):
+        local_ray.start()
+    assert len(starts) == 1
+
+
+def test_the_error_of_a_worker_says_where_its_log_is(ray_session: None) -> None:
+    folder = connection.logs_folder()
+    assert folder is not None and folder.is_dir()
+    error = connection.cause_of(RuntimeError("it died"))
+    assert str(error) == f"a worker failed: it died; Ray's logs: {folder}"

@@ -1,0 +1,126 @@
+"""How fast work is: by what was measured before, and by a calibration."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from readapt_ray import artifacts
+from readapt_ray.catalog.shapes import model_shape
+from readapt_ray.planner import calibration, plan_report, rates
+from readapt_ray.planner.machines import read_cluster
+from tests.planner.plans import PRICES, make_plan
+
+
+def finished(
+    folder: Path,
+    run: Path,
+    *,
+    seconds: float,
+    gpus: dict[str, int],
+    work: dict[str, float] | None = None,
+    cpus_each: int | None = None,
+) -> str:
+    """A root with the manifest of an embed stage that took so long."""
+    root = folder / f"measured-{seconds:.0f}"
+    manifest = artifacts.Manifest(
+        stage="embed",
+        fingerprint="0" * 32,
+        config={"retriever": str(run / "retriever"), "num_workers": None, "num_cpus_per_worker": cpus_each},
+        inputs={},
+        counts={"num_vectors": 1_000_000, "num_tokens": 80_000_000},
+        details={} if work is None else {"work": work},
+        seconds=seconds,
+        created="2026-11-21T00:00:00+00:00",
+        versions={},
+        hardware={"cluster": {"num_nodes": 1, "num_cpus": 8, "gpus": gpus}},
+    )
+    (root / "vectors").mkdir(parents=True)
+    (root / "vectors" / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    return str(root)
+
+
+def test_measured_rates_are_used_for_the_device_that_they_were_measured_on(run_file: Path, tmp_path: Path) -> None:
+    shape = model_shape(str(run_file / "retriever"))
+    root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4})
+    found = make_plan(run_file, measured=(root,))
+    expected = 80_000_000 * shape.forward_flops(80) / (4 * 1000)
+    assert found.setting.rates.of("embed", "H100", 989e12, is_low=True).value == pytest.approx(expected)
+    assert found.setting.rates.of("embed", "L4", 121e12, is_low=True).source == "table"
+    assert "measured in vectors" in plan_report.text(found)
+
+
+def test_a_rate_is_not_that_of_a_gpu_whose_name_only_begins_alike() -> None:
+    measured = rates.Rates(
+        {("embed", "L4"): (1.0, "l4"), ("embed", "A100"): (2.0, "a"), ("embed", "A100-80GB"): (3.0, "b")}
+    )
+    sources = {name: measured.of("embed", name, 1e14, is_low=True).source for name in ("L4", "L40S", rates.CPU)}
+    assert sources == {"L4": "l4", "L40S": "table", rates.CPU: "table"}
+    assert measured.of("embed", "A100-80GB", 1e14, is_low=True).source == "b"
+    assert measured.of("embed", "A100-40GB", 1e14, is_low=True).source == "a"
+
+
+@pytest.mark.parametrize("gpus", [{"H100": 4}, {}])
+def test_a_short_stage_that_counted_its_work_tells_a_rate(run_file: Path, tmp_path: Path, gpus: dict[str, int]) -> None:
+    encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 0}
+    root = finished(tmp_path, run_file, seconds=20.0, gpus=gpus, work=encoders, cpus_each=2)
+    measured = rates.measure([root], read_cluster("local", PRICES))
+    device = "H100" if gpus else rates.CPU
+    expected = 80_000_000 * model_shape(str(run_file / "retriever")).forward_flops(80) / (40 if gpus else 80)
+    assert measured.of("embed", device, 989e12, is_low=True).value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("counted", "waiting"), [(0.0, 0.0), (7.9, 0.0), (0.1, 1.0)])
+def test_a_first_batch_alone_tells_no_rate(run_file: Path, tmp_path: Path, counted: float, waiting: float) -> None:
+    encoders = {"encoder_seconds": counted, "waiting_share": waiting, "num_copied": 0}
+    root = finished(tmp_path, run_file, seconds=20.0, gpus={"H100": 4}, work=encoders)
+    assert rates.measure([root], read_cluster("local", PRICES)).sources == []
+
+
+def test_vectors_that_were_copied_tell_no_rate(run_file: Path, tmp_path: Path) -> None:
+    encoders = {"encoder_seconds": 30.0, "waiting_share": 0.25, "num_copied": 1}
+    root = finished(tmp_path, run_file, seconds=1008.0, gpus={"H100": 4}, work=encoders)
+    assert not any("vectors" in line for line in make_plan(run_file, measured=(root,)).setting.rates.sources)
+
+
+def test_work_of_seconds_says_nothing_about_a_rate(run_file: Path, tmp_path: Path) -> None:
+    root = finished(tmp_path, run_file, seconds=20.0, gpus={"H100": 4})
+    assert not any("vectors" in line for line in make_plan(run_file, measured=(root,)).setting.rates.sources)
+
+
+def test_a_rate_measured_on_a_part_predicts_the_whole(run_file: Path, tmp_path: Path) -> None:
+    """What a run of 80 M tokens took, planned from one of a tenth of it that took a tenth of the working time."""
+    cluster = read_cluster("local", PRICES)
+    small = json.loads(
+        (Path(finished(tmp_path, run_file, seconds=108.0, gpus={})) / "vectors/manifest.json").read_text()
+    )
+    small["counts"] = {"num_vectors": 100_000, "num_tokens": 8_000_000}
+    (tmp_path / "measured-108/vectors/manifest.json").write_text(json.dumps(small))
+    measured = rates.measure([str(tmp_path / "measured-108")], cluster)
+    work = rates.work_of(artifacts.read_manifest(finished(tmp_path, run_file, seconds=1008.0, gpus={}) + "/vectors"))
+    predicted = rates.FIXED_S["embed"] + work / (8 * measured.of("embed", rates.CPU, 0, is_low=False).value)
+    assert predicted == pytest.approx(1008.0, rel=0.3)
+
+
+def test_a_calibration_on_this_machine_prices_the_run(run_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "_SECONDS", 0.2)
+    plain, found = make_plan(run_file, cluster="local"), make_plan(run_file, cluster="local", calibrate=True)
+    sources = {each.stage: each.rate.source for each in found.stages if each.stage in ("train", "embed")}
+    assert sources == {"train": "calibrated on this machine", "embed": "calibrated on this machine"}
+    for each in found.stages:
+        if each.stage in sources:
+            assert 1e6 < each.rate.value < 1e13, "FLOP per second of one core or GPU"
+    assert "calibrated on this machine" in plan_report.text(found)
+    assert {each.rate.source for each in plain.stages} == {"table"}
+
+
+def test_a_rate_is_work_over_the_time_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s, lengths = [0.0], iter([9.0, *[0.5] * 20])
+
+    def work() -> None:
+        now_s[0] += next(lengths)
+
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    assert calibration._rounds_per_second(work) == pytest.approx(2.0)

@@ -1,0 +1,85 @@
+"""What is compared between two states of a corpus, and what calls for adapting again."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from readapt_ray.cluster import corpus_comparison
+from readapt_ray.cluster.corpus_comparison import compare_corpora
+from readapt_ray.recipes.refreshing.signals import Signals, drift, new_words
+from readapt_ray.retrieval.corpus_changes import added_up, compare
+from tests import factories
+
+BEFORE = factories.small_corpus(120)
+NOW = [
+    *(each._replace(text=f"{each.text} more") for each in BEFORE[:10]),
+    *(each._replace(title="other") for each in BEFORE[10:15]),
+    BEFORE[20]._replace(text=BEFORE[21].text),
+    BEFORE[21]._replace(text=BEFORE[20].text),
+    *BEFORE[40:],
+    *(each._replace(doc_id=f"new-{each.doc_id}") for each in BEFORE[:7]),
+]
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
+def test_changes_are_those_that_a_dictionary_tells(tmp_path: Path, num_parts: int) -> None:
+    old = corpus_comparison.opened(factories.ingest_artifact(tmp_path / "before", BEFORE, num_files=3), "passages")
+    new = corpus_comparison.opened(factories.ingest_artifact(tmp_path / "now", NOW, num_files=2), "passages")
+    found = added_up([compare(old, new, part, num_parts) for part in range(num_parts)])
+    before, now = ({each.doc_id: each[1:] for each in side} for side in (BEFORE, NOW))
+    both = before.keys() & now.keys()
+    changed = {each for each in both if before[each] != now[each]}
+    assert (found.added, found.changed, found.deleted, found.kept) == (
+        len(now.keys() - before.keys()),
+        len(changed),
+        len(before.keys() - now.keys()),
+        len(both) - len(changed),
+    )
+    ids = {name: set(new.take(rows, ("doc_id",))["doc_id"].to_pylist()) for name, rows in
+           (("new", found.sample_new), ("kept", found.sample_kept))}  # fmt: skip
+    assert ids == {"new": changed | (now.keys() - before.keys()), "kept": both - changed}
+
+
+def test_many_passages_are_compared_by_ray_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_session: None
+) -> None:
+    before = factories.ingest_artifact(tmp_path / "before", BEFORE)
+    now = factories.ingest_artifact(tmp_path / "now", NOW)
+    here = compare_corpora(before, now)
+    monkeypatch.setattr(corpus_comparison, "_PART_ROWS", 50)
+    assert compare_corpora(before, now).counts() == here.counts()
+
+
+def test_drift_is_the_distance_of_the_means_in_standard_deviations() -> None:
+    draw = np.random.default_rng(0)
+    kept = draw.normal(size=(2000, 64)).astype(np.float32)
+    same = draw.normal(size=(200, 64)).astype(np.float32)
+    # A shift of 0.1 in each of 64 dimensions, of which each has variance 1: 0.1 * 8 / 8.
+    far = draw.normal(size=(2000, 64)).astype(np.float32) + 0.1
+    assert drift(same, kept) == pytest.approx(0, abs=0.04)
+    assert drift(far, kept) == pytest.approx(0.1, abs=0.01)
+    assert drift(same[:10], kept) is None
+
+
+def test_new_words_are_counted_above_what_kept_passages_differ_by_themselves() -> None:
+    kept = [f"word{number // 2 % 10} rare{number}" for number in range(100)]
+    assert new_words([f"word{number // 2 % 10} rare{number + 1000}" for number in range(100)], kept) == 0
+    assert new_words(["alien being here now"] * 10, kept) == pytest.approx(0.5)  # all are new, and half of the others
+
+
+@pytest.mark.parametrize(
+    ("signals", "advice"),
+    [
+        (Signals(None, None, 0.9, 0.1), "nothing calls for adapting again"),
+        (Signals(0.2, 0.05, 0.0, 0.3), "nothing calls for adapting again"),
+        (Signals(0.7, 0.0, 0.0, 0.1), "adapt again: the vectors of new passages lie 0.70 standard deviations from the others"),
+        (
+            Signals(0.0, 0.25, 0.0, 0.5),
+            "adapt again: 25% of the words of new passages are new; 50% of the passages changed since this retriever was "
+            "first used",
+        ),
+    ],
+)  # fmt: skip
+def test_the_advice_names_its_reasons(signals: Signals, advice: str) -> None:
+    assert signals.advice() == advice
