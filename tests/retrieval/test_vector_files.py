@@ -145,7 +145,7 @@ def test_damaged_files_are_named(tmp_path):
     location.delete()
     with pytest.raises(CorruptFileError, match="is gone"):
         read_footer(location)
-    with pytest.raises(CorruptFileError, match="without doc_id or vector|size=2 but index 2 had size=0"):
+    with pytest.raises(CorruptFileError, match=r"without doc_id or vector|size=2 but index 2 had size=0"):
         values = pa.array([[1.0, 2.0], None], pa.list_(pa.float32(), 2))
         pq.write_table(pa.table({"doc_id": ["a", "b"], "vector": values}), location.path)
         list(iterate_vectors(Location(str(tmp_path)), [RowRange(location.name, 0, 2)]))
