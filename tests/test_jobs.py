@@ -41,7 +41,7 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
 
     job = ("python", "jobs/pipeline.py", "--config", str(run_file), "--root", str(root))
     server.submit("first", *job)
-    wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training", limit_s=180)
+    wait_until(lambda: bool(list((root / "adapter/checkpoints").glob("step-*"))), "training", limit_s=400)
     (unpacked,) = server.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/readapt_ray")
     names = {path.name for path in unpacked.parent.iterdir()}
     size_bytes = sum(path.stat().st_size for path in unpacked.parent.rglob("*") if path.is_file())
@@ -55,7 +55,7 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     assert "] train -> " in server.job("logs", "first")
 
     server.submit("second", *job)
-    wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding", limit_s=180)
+    wait_until(lambda: bool(list((root / "vectors/retriever/vectors").glob("part-*"))), "embedding", limit_s=400)
     lease = artifacts.read_lease(str(root / "vectors/retriever"))
     assert lease is not None
     os.kill(lease["pid"], signal.SIGKILL)
