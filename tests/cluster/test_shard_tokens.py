@@ -7,13 +7,18 @@ import pytest
 
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import connection, on_worker, shard_runner
-from readapt_ray.cluster.embed_job import EmbedJob
+from readapt_ray.cluster.embed_job import EmbedJob, cell
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
 from readapt_ray.retrieval.query_encoder import describe_encoder
+from readapt_ray.retrieval.shard_ledger import read_figures
 from readapt_ray.retrieval.shard_plan import plan_shards
+from readapt_ray.retrieval.tokenization import TextTokenizer
 from readapt_ray.storage import Location
 from tests import factories
+
+MAX_TOKENS = 29
+FILES = ("part-00000.parquet", "part-00001.parquet")
 
 
 @pytest.fixture
@@ -25,11 +30,12 @@ def job(tmp_path, monkeypatch):
     folder = factories.tiny_encoder(tmp_path / "model", headless=True)
     factories.write_contract(folder)
     model = open_model(str(folder))
+    encoding = model.encoding.model_copy(update={"max_passage_tokens": MAX_TOKENS})
     return EmbedJob(
         model_name=str(folder),
         tokenizer=model.tokenizer_fingerprint,
-        encoder=describe_encoder(model, model.encoding, "float32"),
-        encoding=model.encoding,
+        encoder=describe_encoder(model, encoding, "float32"),
+        encoding=encoding,
         dtype="float32",
         vector_dtype="float32",
         batch_tokens=None,
@@ -54,6 +60,24 @@ def test_an_encoder_that_tokenises_writes_what_it_writes_of_tokens(job, tmp_path
     assert tables[0]["doc_id"].to_pylist() == tables[1]["doc_id"].to_pylist()
     vectors = [np.array(table["vector"].to_pylist()) for table in tables]
     np.testing.assert_array_equal(*vectors)
+
+
+def test_what_truncation_takes_is_counted_wherever_a_shard_is_tokenised(job, tmp_path):
+    whole = TextTokenizer(
+        open_model(job.model_name).tokenizer, job.encoding.model_copy(update={"max_passage_tokens": 512})
+    )
+    lost = []
+    for row in _rows(job, tokenizes=False):
+        passages = set(zip(cell(row, "title").to_pylist(), cell(row, "text").to_pylist(), strict=True))
+        lengths = [len(whole.ids([text], "passage", [title])[0]) for title, text in passages]
+        lost.append([length - MAX_TOKENS for length in lengths if length > MAX_TOKENS])
+    assert all(lost) and len(lost[0]) < 19
+    for tokenizes in (False, True):
+        told = [ShardEncoder(job)(row).to_pylist()[0] for row in _rows(job, tokenizes=tokenizes)]
+        assert [(each["num_truncated"], each["num_lost"]) for each in told] == [(len(each), sum(each)) for each in lost]
+        footers = [read_figures(job.vectors / name, num_rows=20, made_by=job.encoder["fingerprint"]) for name in FILES]
+        assert [each["num_lost"] for each in footers] == [each["num_lost"] for each in told]
+        shutil.rmtree(tmp_path / "out/vectors")
 
 
 def test_a_file_that_a_lost_actor_wrote_and_did_not_tell_of_stays(job, tmp_path):
