@@ -48,6 +48,9 @@ class NodeGroup:
     gpu_memory_bytes: float = 0.0
     usd_per_hour: float = 0.0
     """Of one node."""
+    machine_type: str = ""
+    """A name of the price table; empty if the cluster's file says what its nodes cost."""
+    is_spot: bool = False
     min_count: int | None = None
     """Nodes that are always up; None means all of them."""
     has_bfloat16_units: bool = False
@@ -102,6 +105,21 @@ class Cluster:
     def lasting_usd_per_hour(self) -> float:
         """Price in USD per hour of the nodes that are up for the whole run."""
         return sum(group.num_lasting * group.usd_per_hour for group in self.groups)
+
+    @property
+    def has_spot(self) -> bool:
+        """Whether some nodes are on spot."""
+        return any(group.is_spot for group in self.groups)
+
+    def on_demand(self, prices: PriceTable) -> "Cluster":
+        """Return the same cluster with no node on spot."""
+        groups = (
+            replace(group, usd_per_hour=prices.machines[group.machine_type].on_demand, is_spot=False)
+            if group.is_spot
+            else group
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
 
     @property
     def growing_usd_per_hour(self) -> float:
@@ -249,7 +267,8 @@ def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[Node
         if not node.machine and (node.cpus < 1 or node.memory_gb <= 0):
             raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
         machine = _machine(node.machine, prices, where) if node.machine else _described(node)
-        groups.append(_group(node.name, node.count, machine, prices, spot=node.spot, where=where))
+        group = _group(node.name, node.count, machine, prices, spot=node.spot, where=where)
+        groups.append(replace(group, machine_type=node.machine, is_spot=group.is_spot and bool(node.machine)))
     return tuple(groups)
 
 
@@ -286,6 +305,7 @@ def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot:
         gpu_flops=device.tflops * 1e12 if has_gpus and device else 0.0,
         gpu_memory_bytes=device.memory_gb * _GB if has_gpus and device else 0.0,
         usd_per_hour=machine.spot if spot else machine.on_demand,
+        is_spot=spot,
     )
 
 
@@ -311,7 +331,8 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
             spot = scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
         count = 1 if name == head else int(kind.get("max_workers", most))
         group = _group(name, count, _machine(machine, prices, where), prices, spot=spot, where=where)
-        group = replace(group, cpus=int((kind.get("resources") or {}).get("CPU", group.cpus)))
+        cpus = int((kind.get("resources") or {}).get("CPU", group.cpus))
+        group = replace(group, cpus=cpus, machine_type=machine)
         group = group if name == head else replace(group, min_count=int(kind.get("min_workers", 0)))
         (heads if name == head else workers).append(group)
     return (*heads, *_within(most, workers))

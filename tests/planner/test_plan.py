@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -280,7 +281,40 @@ def test_ms_marco_on_eight_h100_takes_under_four_hours_and_150_usd(tmp_path: Pat
             assert each.work / each.seconds / h100 <= (0.35 if each.stage == "train" else 0.45)
     said = plan_report.text(found)
     assert "train at 35% of a GPU's peak" in said and "embed at 45% of a GPU's peak" in said
-    assert "of 2026-11-09" in said
+    on_demand = found.on_demand_usd(found.model_stages)
+    assert on_demand > 150
+    assert f"; {on_demand:,.0f} USD if no node is on spot for adapter, merge and vectors" in said
+    assert "gpu, p5.4xlarge, 2.96 on spot: computed, 43% of on demand" in said
+    assert "gpu, p5.4xlarge, 6.88 on demand: github.com/datareceipts/data-receipts" in said
+
+
+def test_each_price_of_the_aws_cluster_has_a_source_and_a_date() -> None:
+    cluster = read_cluster(str(REPOSITORY / "clusters" / "aws.yaml"), PRICES)
+    for group in cluster.groups:
+        for spot in (False, True):
+            source = PRICES.source_of(group.machine_type, spot=spot)
+            assert "github.com/" in source and re.search(r"\b2026-\d\d\b", source)
+    computed = {name: each for name, each in PRICES.machines.items() if each.spot_from == "ratio"}
+    measured = PRICES.machines["p5en.48xlarge"]
+    assert {"m7i.4xlarge", "p5.4xlarge"} <= computed.keys()
+    for machine in computed.values():
+        assert machine.spot == pytest.approx(machine.on_demand * measured.spot / measured.on_demand, rel=0.005)
+
+
+def test_a_run_costs_more_where_no_node_is_on_spot(run_file: Path) -> None:
+    """By hand: the same hours at the prices on demand."""
+    nodes = [
+        {"name": "gpu", "machine": "p5.48xlarge", "spot": True, "count": 2},
+        {"name": "head", "machine": "m7i.xlarge"},
+    ]
+    found = make_plan(run_file, cluster=write(run_file, {"nodes": nodes}, "spot.yaml"), num_passages=1_000_000)
+    hours = found.costs[1].seconds / 3600
+    prices = PRICES.machines["p5.48xlarge"], PRICES.machines["m7i.xlarge"].on_demand
+    assert found.costs[1].usd == pytest.approx(hours * (2 * prices[0].spot + prices[1]))
+    assert found.on_demand_usd(found.stages) == pytest.approx(hours * (2 * prices[0].on_demand + prices[1]))
+    assert plan_report.values(found)["usd"]["expected_on_demand"] == found.on_demand_usd(found.stages)
+    without = make_plan(run_file, cluster=write(run_file, {"nodes": [{**nodes[0], "spot": False}]}, "no-spot.yaml"))
+    assert "if no node is on spot" not in plan_report.text(without)
 
 
 def test_a_corpus_of_the_catalog_is_planned_without_fetching_it(tmp_path: Path, run_file: Path) -> None:
