@@ -5,7 +5,6 @@ manifest (`kind: RayCluster`, `RayJob` or `RayService`), a Slurm script, a plain
 machine type has come from a table that the user can replace.
 """
 
-import logging
 import math
 import re
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from readapt_ray.errors import InputError
 from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
 from readapt_ray.planner.slurm_script import is_slurm_script, nodes_of
 from readapt_ray.storage import Location
-
-logger = logging.getLogger("readapt_ray")
 
 _PLACEHOLDER: Final = re.compile(r"\b(?:ACCOUNT|PROJECT|REGISTRY|BUCKET)\b")
 """Words of our cluster files that a user replaces."""
@@ -75,6 +72,8 @@ class Cluster:
     groups: tuple[NodeGroup, ...]
     idle_timeout_s: float = 300.0
     """How long an idle node stays up, and is paid for, where the autoscaler may take it."""
+    unfilled: str = ""
+    """A sentence that names the CAPITALS left in its file; empty if there are none."""
 
     @property
     def num_gpus(self) -> int:
@@ -181,8 +180,6 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
         return Cluster(name="local", groups=(_this_machine(),))
     location = Location(uri)
     values = _values(location)
-    if left := sorted(set(_PLACEHOLDER.findall(str(values)))):
-        logger.warning("%s still has %s in it: fill it in before you start the cluster", uri, ", ".join(left))
     if "nodes" in values:
         groups = _plain(values, prices, uri)
     elif "cluster_name" in values:
@@ -195,7 +192,9 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
     if not groups:
         raise InputError(f"{uri!r} has no node: all its groups count 0")
     name = str(values.get("cluster_name") or location.name)
-    return Cluster(name=name, groups=groups, idle_timeout_s=_idle_timeout_s(values))
+    left = ", ".join(sorted(set(_PLACEHOLDER.findall(str(values)))))
+    unfilled = left and f"{uri} still has {left} in it: fill it in before you start the cluster"
+    return Cluster(name=name, groups=groups, idle_timeout_s=_idle_timeout_s(values), unfilled=unfilled)
 
 
 def _values(location: Location) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def values(plan: Plan) -> dict[str, Any]:
             "workers": [vars(limit) for limit in plan.worker_limits],
         },
         "problems": plan.problems,
+        "unfilled": cluster.unfilled,
     }
 
 
