@@ -1,5 +1,6 @@
 """What a run takes, what cannot fit, and what breaks first."""
 
+import gzip
 import itertools
 import json
 import re
@@ -185,6 +186,41 @@ def test_a_corpus_without_its_tokenizer_is_estimated_from_its_bytes(run_file: Pa
     corpus: Corpus = planner.plan(run, planner.PlanConfig(cluster=str(run_file / "cluster.yaml"))).setting.corpus
     assert corpus.error >= 0.3
     assert "the tokenizer is not on this machine" in corpus.note
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_flat_index_breaks_where_it_does_not_fit_by_its_own_bytes(run_file: Path, dtype: str) -> None:
+    found = make_plan(run_file, {"embed": {"vector_dtype": dtype}}, num_passages=1_000_000)
+    limit = next(limit for limit in found.passage_limits if "a flat index" in limit.what)
+    memory_bytes = found.setting.cluster.largest.memory_bytes
+    assert limit.at * found.index_bytes["flat"] / 1_000_000 == pytest.approx(0.7 * memory_bytes)
+    assert found.index_bytes["flat"] == stage(found, "index").out_bytes
+
+
+def test_tables_are_read_on_all_cpus_that_last_and_other_sources_by_one_process(run_file: Path, tmp_path: Path) -> None:
+    """By hand: a thousand million bytes are 60 pieces of 16 MiB, and the cluster has 20 CPUs besides its GPU nodes."""
+    nodes = [{"name": "head", "cpus": 4, "memory_gb": 32}, {"name": "cpu", "cpus": 16, "memory_gb": 64}]
+    cluster = write(run_file, {"nodes": nodes}, "split.yaml")
+    rows = "".join(json.dumps({"_id": str(number), "text": "x" * 100}) + "\n" for number in range(200))
+    (tmp_path / "corpus.jsonl").write_text(rows)
+    (tmp_path / "packed").mkdir()
+    for number in range(3):
+        with gzip.open(tmp_path / f"packed/{number}.jsonl.gz", "wt") as file:
+            file.write(rows.replace('"_id": "', f'"_id": "{number}-'))
+
+    def plan_of(name: str, **sections: Any) -> planner.Plan:
+        own = {"source": str(tmp_path / name), "root": str(tmp_path / "none"), **sections}
+        return make_plan(run_file, own, cluster=cluster, num_passages=10_000_000)
+
+    split, packed = plan_of("corpus.jsonl"), plan_of("packed")
+    near = plan_of("corpus.jsonl", ingest={"deduplicate": "near"})
+    assert [stage(each, "ingest").workers for each in (split, packed, near)] == [20, 3, 1]
+    assert stage(split, "ingest").seconds == pytest.approx(1 + (stage(near, "ingest").seconds - 1) / 20)
+    assert split.setting.corpus.of(8_000_000).num_pieces == 48
+    assert split.setting.corpus.of(600_000).num_pieces == 1, "less than 64 MiB"
+    said = [plan_report.text(each) for each in (split, near)]
+    assert "ingest takes over a day on 20 CPUs; more CPU nodes" in said[0] and "ingest holds" not in said[0]
+    assert "ingest is one process: over a day" in said[1] and "ingest holds 4096 bytes" in said[1]
 
 
 def test_what_drivers_hold_is_what_was_measured() -> None:
