@@ -41,16 +41,17 @@ def num_cores() -> int:
 
 
 def limit_threads() -> None:
-    """Let pyarrow and torch use no more threads in this process than it has cores: alone they count the host's.
+    """Let pyarrow, torch and FAISS use no more threads in this process than it has cores: alone they count the host's.
 
-    torch is not loaded for this; call it again once it is.
+    torch and FAISS are not loaded for this; call it again once they are.
     """
     import pyarrow as pa
 
     pa.set_cpu_count(min(pa.cpu_count(), num_cores()))
-    torch = sys.modules.get("torch")
-    if torch is not None:
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
+    if faiss := sys.modules.get("faiss"):
+        faiss.omp_set_num_threads(min(faiss.omp_get_max_threads(), num_cores()))
 
 
 def _quotas() -> Iterator[int]:

@@ -51,27 +51,35 @@ def test_cores_are_no_more_than_the_containers_quota(
     assert hardware.num_cores() == cores
 
 
-def test_pyarrow_and_torch_take_no_more_threads_than_the_quota_gives(
+def test_pyarrow_torch_and_faiss_take_no_more_threads_than_the_quota_gives(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """On two cores of a large host: with a quota of one both take one; a smaller number that was set before stays."""
+    """On two cores of a large host: with a quota of one each takes one; a smaller number that was set before stays."""
+    import faiss
     import pyarrow as pa
     import torch
 
-    before = pa.cpu_count(), torch.get_num_threads()
+    def threads() -> tuple[int, int, int]:
+        return pa.cpu_count(), torch.get_num_threads(), faiss.omp_get_max_threads()
+
+    def set_threads(*numbers: int) -> None:
+        for setter, number in zip(
+            (pa.set_cpu_count, torch.set_num_threads, faiss.omp_set_num_threads), numbers, strict=True
+        ):
+            setter(number)
+
+    before = threads()
     (tmp_path / "own").write_text("0::/")
     monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
     monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
     try:
         for quota, asked, expected in ((200_000, 64, 2), (200_000, 1, 1), (100_000, 64, 1)):
             (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
-            pa.set_cpu_count(asked)
-            torch.set_num_threads(asked)
+            set_threads(asked, asked, asked)
             hardware.limit_threads()
-            assert (pa.cpu_count(), torch.get_num_threads()) == (expected, expected)
+            assert threads() == (expected, expected, expected)
     finally:
-        pa.set_cpu_count(before[0])
-        torch.set_num_threads(before[1])
+        set_threads(*before)
 
 
 @pytest.mark.parametrize("entrance", ["connect", "Encoder"])
