@@ -72,18 +72,18 @@ def _heading(plan: Plan) -> str:
             f"{count(corpus.num_passages * corpus.embed_tokens)} tokens",
             f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.dimension}",
             f"cluster  {cluster.describe()}",
-            f"in all   {_cost(plan, plan.stages)}, {size(plan.out_bytes)} on disk",
-            f"of it    {_cost(plan, plan.model_stages)} for adapter, merge and vectors",
+            f"in all   {_cost(plan, plan.stages, f', {size(plan.out_bytes)} on disk')}",
+            f"of it    {_cost(plan, plan.model_stages, ' for adapter, merge and vectors')}",
         ]
     )
 
 
-def _cost(plan: Plan, stages: list[StageEstimate]) -> str:
+def _cost(plan: Plan, stages: list[StageEstimate], more: str) -> str:
     low, mid, high = plan.costs_of(stages)
     on_demand = f"; {_usd(plan.on_demand_usd(stages))} if no node is on spot" if plan.setting.cluster.has_spot else ""
     waiting = f", {_usd(mid.waiting_usd)} of it while GPU nodes start and idle" if mid.waiting_usd else ""
     return (
-        f"{duration(mid.seconds)} ({duration(low.seconds)} to {duration(high.seconds)}), "
+        f"{duration(mid.seconds)} ({duration(low.seconds)} to {duration(high.seconds)}){more}, "
         f"{_usd(mid.usd)} ({_usd(low.usd)} to {_usd(high.usd)}){waiting}{on_demand}"
     )
 
