@@ -175,8 +175,9 @@ def _plan(arguments: Sequence[str]) -> None:
     plan_options = flags.given(planner.PlanConfig, options)
     found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
     print(json.dumps(plan_report.values(found), indent=2) if options.json else plan_report.text(found))
-    if found.problems:
-        raise PlacementError("; ".join(found.problems))
+    unfilled = found.setting.cluster.unfilled
+    if found.problems or unfilled:
+        raise PlacementError("; ".join([*found.problems, *filter(None, [unfilled])]))
 
 
 def _doctor(arguments: Sequence[str]) -> None:

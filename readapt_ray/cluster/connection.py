@@ -83,6 +83,7 @@ def connect(*, check_versions: bool = True) -> Resources:
         nodes = _nodes_that_came(num_nodes if joins else 1)
         if joins and check_versions and len(nodes) > 1:
             check_alike(nodes)
+    hardware.limit_threads()
     totals = ray.cluster_resources()
     num_gpus = max(int(totals.get("GPU", 0)), environment.num_gpus() or 0)
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=num_gpus, num_nodes=len(nodes))

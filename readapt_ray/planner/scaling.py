@@ -2,11 +2,12 @@
 
 Both come from the estimates of the stages, so the table of other sizes and the limits agree.
 Each limit is a count of passages or of workers beyond which something that does not grow with the cluster decides:
-the one process that ingests, the driver's memory, the number of files, the batch, a flat scan.
+the process that ingests, the driver's memory, the number of files, the batch, a flat scan.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Final
 
 from readapt_ray.planner import stages
@@ -27,10 +28,12 @@ _EMBED_DRIVER_BYTES: Final = 142
 """Bytes per passage in embed's driver: hashes of the ids, sorted, and a file's ids as text; measured over 10M passages
 (benchmarks/results/bookkeeping.json)."""
 _MAX_FILES: Final = 100_000
-_SCAN_BYTES_PER_S: Final = 1e10
+_SCANNED_PER_S: Final = 2.5e9
+"""Numbers of vectors that a flat scan compares on eight CPUs, however they are stored."""
 _SHARE_OF_MEMORY: Final = 0.7
 _LONG_SCAN_S: Final = 1.0
 _MOST_PASSAGES: Final = 1e13
+_MANY_PASSAGES: Final = 1_000_000_000
 _PRECISION: Final = 1.001
 
 
@@ -102,16 +105,18 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
+    is_split = corpus.num_parts != 1
+    readers = stages.ingest_workers(corpus.of(_MANY_PASSAGES), cluster)
     head_bytes = _head(cluster).memory_bytes
     rows = configs["embed"].rows_per_shard or MAX_SHARD_ROWS
     limits = [
         Limit(
-            _DAY_S * rate / corpus.text_bytes,
-            "ingest is one process: over a day",
-            "split the source, and ingest its parts side by side",
+            _DAY_S * readers * rate / corpus.text_bytes,
+            f"ingest takes over a day on {readers:,} CPUs" if is_split else "ingest is one process: over a day",
+            "more CPU nodes" if is_split else "split the source, and ingest its parts side by side",
         ),
         Limit(
-            _SHARE_OF_MEMORY * head_bytes / id_bytes,
+            inf if is_split else _SHARE_OF_MEMORY * head_bytes / id_bytes,
             f"ingest holds {id_bytes} bytes per passage: over the head node's memory ({head_bytes / 1e9:.0f} GB)",
             "--deduplicate none, a larger head node, or parts",
             "corpus",
@@ -128,12 +133,12 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
             f"over {_MAX_FILES:,} files of vectors: object listing and Ray Data's bookkeeping take minutes",
             "embed.rows_per_shard: 65536",
         ),
-        *_flat_index_limits(setting),
+        *_flat_index_limits(configs["index"], setting),
     ]
     if (at := _passages_of_a_week(*_named(steps, "train"), setting)) is not None:
         what = f"training on every passage once takes over a week (batch of {train.batch_size})"
         limits.append(Limit(at, what, "train on a sample, or raise train.batch_size with train.num_workers"))
-    return sorted(limits, key=lambda limit: limit.at)
+    return sorted((limit for limit in limits if limit.at < inf), key=lambda limit: limit.at)
 
 
 def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None:
@@ -158,18 +163,19 @@ def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None
     return high
 
 
-def _flat_index_limits(setting: Setting) -> list[Limit]:
+def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
     """Return what breaks if vectors are neither compressed nor searched approximately."""
-    cluster, flat = setting.cluster, 4.0 * setting.dimension
-    scanned = _SCAN_BYTES_PER_S * max(1, cluster.num_cpus / 8)
+    cluster = setting.cluster
+    flat = stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
+    scanned = _SCANNED_PER_S * max(1, cluster.num_cpus / 8)
     return [
         Limit(
             _SHARE_OF_MEMORY * cluster.largest.memory_bytes / flat,
-            f"a flat index ({flat / 1024:.0f} KiB per vector) is over the largest node's memory",
+            f"a flat index ({flat:,.0f} bytes per vector) is over the largest node's memory",
             "a compressed kind of index, or serve its shards from several nodes",
         ),
         Limit(
-            _LONG_SCAN_S * scanned / flat,
+            _LONG_SCAN_S * scanned / setting.dimension,
             "a flat scan of all vectors takes over a second for each batch of queries",
             "an approximate kind of index, or more CPUs",
         ),

@@ -76,6 +76,11 @@ def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | N
     return _ESTIMATES[step.stage](step.config, name, setting)
 
 
+def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
+    """Return the number of CPUs that read the source at once."""
+    return min(cluster.num_lasting_cpus, corpus.num_pieces)
+
+
 def embed_workers(config: Any, corpus: Corpus, cluster: Cluster) -> int:
     """Return the number of embedding actors that have work."""
     rows = config.rows_per_shard or shard_rows(corpus.num_passages)
@@ -175,8 +180,9 @@ def _cpu_rate(setting: Setting, stage: str) -> Rate:
 
 def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
-    work = corpus.num_passages * corpus.text_bytes
-    return _timed(name, "ingest", work, _cpu_rate(setting, "ingest"), error=corpus.error, out_bytes=0.6 * work)
+    work, workers = corpus.num_passages * corpus.text_bytes, ingest_workers(corpus, setting.cluster)
+    rate = _cpu_rate(setting, "ingest")
+    return _timed(name, "ingest", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=0.6 * work)
 
 
 def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:

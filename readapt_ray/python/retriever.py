@@ -15,6 +15,7 @@ from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError
+from readapt_ray.hardware import limit_threads
 from readapt_ray.progress import amount
 from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.records import Passage, ScoredDoc
@@ -65,6 +66,7 @@ class Encoder:
     ) -> None:
         from readapt_ray.retrieval import encoder
 
+        limit_threads()
         if encoding is not None and not isinstance(encoding, Encoding):
             encoding = read_encoding(str(encoding))
         self._encoder = encoder.Encoder.load(

@@ -60,6 +60,8 @@ def check_run(
         by_name = {each.step.name: each for each in found}
         with problems.noted():
             room_checks.check_disk(config, by_name, pretrained, retriever)
+        with problems.noted():
+            room_checks.check_batch(by_name.get("adapter"))
         if not problems:
             with problems.noted():
                 room_checks.check_memory(by_name.get("adapter"), by_stage["pack"].block_tokens, pretrained)

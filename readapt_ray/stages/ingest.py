@@ -193,7 +193,7 @@ def _in_parallel(
     run.run()
     if splitting:
         _record_split(workspace, splitting, run.split_counts)
-    workspace.details["source"] = source.description()
+    workspace.details |= {"source": source.description(), "num_pieces": len(pieces)}
     return True
 
 

@@ -16,6 +16,7 @@ import readapt_ray as ra
 from readapt_ray import artifacts, cli, root_status
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog.models import open_model
+from readapt_ray.cluster import placement
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, StorageError
 from readapt_ray.recipes import chain, run_checks, run_file, running
 from readapt_ray.storage import Location
@@ -288,6 +289,30 @@ def test_the_memory_of_a_training_step_is_checked_before_any_stage(
     assert desk.made == []
     assert desk.run("--set", "train.check_memory=false") == 0
     assert desk.run() == 0, "what is trained already needs no memory"
+
+
+@pytest.mark.parametrize("known_by", ["option", "autoscaler", "cluster", "this machine"])
+def test_a_batch_that_cannot_feed_all_workers_is_refused_before_any_stage(
+    known_by: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    options = ["--set", "train.batch_size=4"]
+    if known_by == "option":
+        options += ["--set", "train.num_workers=8"]
+    elif known_by == "autoscaler":
+        monkeypatch.setenv("READAPT_NUM_GPUS", "8")
+    elif known_by == "cluster":
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        monkeypatch.setattr(placement, "num_training_workers", lambda asked, _: asked or 8)
+    else:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert desk.run(*options) == 2
+    said = capsys.readouterr().err
+    assert "batch_size = 4 blocks cannot feed 8 workers: give batch_size 8 or more, or num_workers 4 or fewer" in said
+    assert desk.made == []
+    desk.run(*options, "--set", "train.batch_size=auto", "--set", "train.check_memory=false")
+    assert desk.made == ALL
+    assert desk.run(*options, "--set", "train.batch_size=auto", "--set", "train.check_memory=false") == 0
 
 
 def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
