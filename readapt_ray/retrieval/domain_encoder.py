@@ -78,7 +78,7 @@ class DomainEncoder:
     @property
     def num_bytes(self) -> int:
         """Memory that the factors take now."""
-        return sum(each.num_bytes for each in self._domains.values())
+        return sum(each.num_bytes for each in tuple(self._domains.values()))
 
     def find(self, source: DomainSource) -> Domain | None:
         """Return a domain that is in memory, and note that it was used."""
