@@ -981,6 +981,7 @@ def serve(
     max_inputs: int = 2048,
     truncate: bool = False,
     accept_token_ids: bool = False,
+    knowledge_scale: str | None = None,
     timeout_s: float = 60.0,
     shadow: str = '',
     shadow_share: float = 1.0,
@@ -989,6 +990,9 @@ def serve(
     shard_timeout_s: float = 2.0,
     name: str = '',
     versions: dict[str, dict[str, Any]] | None = None,
+    base: str | Path | None = None,
+    domains: dict[str, str] | None = None,
+    max_domain_bytes: int = 1073741824,
     default: str = '',
     split: Sequence[str] = (),
     host: str = '127.0.0.1',
@@ -1052,6 +1056,8 @@ def serve(
         accept_token_ids: Accept token ids in place of texts. Only ids of the model's own tokenizer give the
             right vectors. OpenAI's ids, which LangChain sends by default, give those of other texts. (default:
             no)
+        knowledge_scale: Range of scales that a request for a domain may ask for by `knowledge_scale`, such as
+            0.0..1.0. If omitted, requests cannot choose, and each domain has the scale that it was merged with.
         timeout_s: Seconds until a request is given up with 504. A request can ask for less. Raise it if clients
             send many texts per request to a slow encoder. (default: 60.0)
         shadow: Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a
@@ -1068,6 +1074,13 @@ def serve(
         name: Name of the version for clients. If omitted, the last part of `retriever`.
         versions: YAML file of several versions by name, each with its retriever, index, corpus and so on. The
             file of --config can also hold them as a section.
+        base: Model before retrieval training that the `domains` were merged with. If omitted, the one that the
+            factors name.
+        domains: Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name:
+            factors`. Factors are the output of `readapt merge --factors`, all with the same retriever. Give it
+            instead of `retriever`; embeddings only.
+        max_domain_bytes: Memory for the factors of all domains, in bytes, in each encoder process. Those that
+            were used longest ago make room, and are read again when they are needed. (default: 1073741824)
         default: Version that answers requests that name none. If omitted, the first.
         split: Weights of versions among the searches that name none, such as base=0.1,adapted=0.9. If omitted,
             the default version answers all of them.

@@ -160,7 +160,7 @@ def test_what_is_wrong_is_said_in_a_sentence_with_the_names_of_flags(capsys: pyt
     assert refused(capsys, *search, "--index", "i", "--top-k", "0").endswith('--top-k = "0": must be 1 or more')
     assert refused(capsys, *search, "--index", "i", "--top-k", "ten").endswith('"ten": must be a whole number')
     assert "option --output is required" in refused(capsys, "ingest", "--source", "s")
-    assert refused(capsys, "serve").endswith("give a --retriever, or several --versions with one each")
+    assert refused(capsys, "serve").endswith("give a --retriever, or several --versions with one each, or --domains")
 
 
 @pytest.fixture(scope="module")

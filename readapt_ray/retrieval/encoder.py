@@ -26,6 +26,8 @@ from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
 from readapt_ray.retrieval.vector_files import is_usable
 from readapt_ray.weights.dense import DenseHead, load_dense
+from readapt_ray.weights.domain_layers import DomainUse
+from readapt_ray.weights.domain_network import DomainNetwork
 from readapt_ray.weights.loading import in_float32, load_model
 
 logger = logging.getLogger("readapt_ray")
@@ -58,6 +60,7 @@ class Encoder:
         batch_tokens: tokens in a batch at most, padding included; one text may exceed it.
         packed: lay texts end to end where that gives the vectors that padding gives.
         dense: linear layers that pooled vectors go through, on the same device.
+        domains: holds `network`, if each text may be of another domain.
 
     Raises:
         ModelError: the encoding asks for more tokens than the model has positions.
@@ -73,8 +76,10 @@ class Encoder:
         batch_tokens: int | None = None,
         packed: bool = False,
         dense: DenseHead | None = None,
+        domains: DomainNetwork | None = None,
     ) -> None:
         self.network = network
+        self._domains = domains
         self.encoding = encoding
         self.device = next(network.parameters()).device
         self.batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS)
@@ -167,20 +172,27 @@ class Encoder:
         """As `tokenize`, and how many tokens truncation took from each text."""
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
-    def encode_ids(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def encode_ids(
+        self, rows: Sequence[Sequence[int]], domains: Sequence[DomainUse | None] | None = None
+    ) -> np.ndarray:
         """The vectors of token ids as `tokenize` gives them: float32 [N, D].
 
         A batch that does not fit the memory halves the budget, for good.
+
+        Args:
+            rows: the token ids of N texts.
+            domains: the domain of each text, for an encoder of domains; None is the retriever itself.
 
         Raises:
             InputError: a row is empty.
             ModelError: one text alone does not fit the memory, or has an id that the model does not know.
         """
-        first_seen: dict[tuple[int, ...], int] = {}
-        place = np.fromiter((first_seen.setdefault(tuple(row), len(first_seen)) for row in rows), np.int64, len(rows))
-        distinct = list(first_seen)
-        if () in first_seen:
-            index = int(np.flatnonzero(place == first_seen[()])[0])
+        first_seen: dict[tuple[tuple[int, ...], DomainUse | None], int] = {}
+        asked = zip(map(tuple, rows), domains or [None] * len(rows), strict=True)
+        place = np.fromiter((first_seen.setdefault(each, len(first_seen)) for each in asked), np.int64, len(rows))
+        distinct, uses = [row for row, _ in first_seen], [use for _, use in first_seen]
+        if () in distinct:
+            index = int(np.flatnonzero(place == distinct.index(()))[0])
             raise InputError(f"texts[{index}] gives no token, so it has no vector; leave it out")
         vectors = np.empty((len(distinct), self.dimension), dtype=np.float32)
         pending = token_batches([len(row) for row in distinct], self.batch_tokens)[::-1]
@@ -188,7 +200,7 @@ class Encoder:
             batch = pending.pop()
             texts = [distinct[index] for index in batch]
             try:
-                vectors[batch] = self._forward(texts)
+                vectors[batch] = self._forward(texts, [uses[index] for index in batch])
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -229,9 +241,12 @@ class Encoder:
         logger.warning("out of memory with %d tokens in a batch; going on with %d", tried, self.batch_tokens)
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    def _forward(self, rows: Sequence[Sequence[int]], uses: Sequence[DomainUse | None]) -> np.ndarray:
         """One batch: float32 [B, D]."""
-        vectors = self._forward_pass.pooled(rows)
+        if self._domains is None:
+            vectors = self._forward_pass.pooled(rows)
+        else:
+            vectors = self._domains.pooled(self._forward_pass.pooled, rows, uses, is_packed=self.is_packed)
         if self._dense is not None:
             vectors = self._dense(vectors)
         vectors = vectors[:, : self.dimension]

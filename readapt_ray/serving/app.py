@@ -19,15 +19,17 @@ from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.query_encoder import describe_encoder, query_encoder
+from readapt_ray.serving.domain_app import check_domain_encoder, domain_records, domains_spec
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
-from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
+from readapt_ray.serving.options import DomainsConfig, Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
     from readapt_ray.serving.workers import VersionSpec
 
 GATEWAY_APP = "readapt"
+_MAX_PREPARING = 64
 _HEALTH_CHECK_PERIOD_S = 5
 _HEALTH_CHECK_TIMEOUT_S = 30
 _DRAIN_S = 20
@@ -46,7 +48,8 @@ def version(args: dict[str, Any]) -> Any:
     """
     values = dict(args)
     name = str(values.pop("name", ""))
-    return bind_version(name, VersionConfig.parse(values, where=f"version {name!r}"))
+    kind = DomainsConfig if "base" in values else VersionConfig
+    return bind_version(name, kind.parse(values, where=f"version {name!r}"))
 
 
 def gateway(args: dict[str, Any]) -> Any:
@@ -77,8 +80,8 @@ def bind_version(name: str, config: VersionConfig) -> Any:
     ]
     encoder = EncoderReplica.options(  # type: ignore[attr-defined]
         name=ENCODER_DEPLOYMENT,
-        # One batch in work and one on its way; batches are formed in the gateway.
-        max_ongoing_requests=2,
+        # One batch in work and one on its way; batches are formed in the gateway. Domains are brought into memory besides.
+        max_ongoing_requests=_MAX_PREPARING if spec.base else 2,
         ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": num_gpus(config)},
         **_LIFE,
         **_scale(config),
@@ -97,7 +100,7 @@ def slice_bytes(index: str | None, names: Sequence[str]) -> int:
 
 def num_slices(config: VersionConfig) -> int:
     """Return in how many parts the index of a version is served."""
-    return min(config.index_actors, len(version_spec("", config).shards))
+    return min(config.index_actors, len(version_spec("", config).shards)) if config.index else 0
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
@@ -109,6 +112,8 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
     """
     from readapt_ray.serving.workers import VersionSpec
 
+    if isinstance(config, DomainsConfig):
+        return domains_spec(name, config)
     if not config.retriever:
         raise InputError(f"version {name!r} has no retriever; give it one")
     num_replicas = max(config.num_replicas, config.max_replicas or 1)
@@ -193,12 +198,17 @@ def bind_gateway(config: ServeConfig) -> Any:
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
-    from readapt_ray.serving.gateway import Gateway, GatewayConfig
+    from readapt_ray.serving.gateway import Gateway, GatewayConfig, GatewayDomain
     from readapt_ray.serving.keys import read_keys
 
     check_probe(config)
     limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
+    domains = [each.source for each in domain_records(config)]
     state = GatewayConfig(
+        domains={
+            each.name: GatewayDomain(folder=each.folder, fingerprint=each.fingerprint, scales=each.scales)
+            for each in domains
+        },
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
         policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),
@@ -260,6 +270,8 @@ def check_version(name: str, config: VersionConfig) -> str:
     from readapt_ray.retrieval.encoder import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
+    if isinstance(config, DomainsConfig):
+        return check_domain_encoder(name, config)
     if config.bridge and not config.index:
         raise InputError(
             f"version {name!r} has the bridge {config.bridge!r} and no index; give the index of its old vectors"
@@ -308,6 +320,12 @@ def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
     """
     from readapt_ray.retrieval.kept_columns import KeptColumns, kept_columns
 
+    for key in keys:
+        unknown = sorted(set(key.domains or ()) - set(config.names()))
+        if unknown:
+            raise InputError(
+                f"the API key {key.name!r} names {unknown[0]!r}, which is not served; the names are {', '.join(config.names())}"
+            )
     for name, each in config.each_version().items() if any(key.within for key in keys) else ():
         if not each.index:
             continue

@@ -8,13 +8,15 @@ import asyncio
 import logging
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from pydantic import Field
 from ray import serve
 
 from readapt_ray.config import Config
+from readapt_ray.serving.domains import DomainBackend
 from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
@@ -23,12 +25,24 @@ from readapt_ray.serving.ray_backend import RayBackend
 from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
-from readapt_ray.serving.versions import LossPolicy, Routing, VersionInfo
+from readapt_ray.serving.versions import Backend, LossPolicy, Routing, VersionInfo
+from readapt_ray.weights.domain_sources import DomainSource
 
 logger = logging.getLogger("ray.serve")
 
 _POLL_S = 0.5
 _SCRAPE_S = 5.0
+
+
+class GatewayDomain(Config):
+    """A domain as a gateway knows it."""
+
+    folder: str
+    """Folder or URI of its factors."""
+    fingerprint: str
+    """Of the factors."""
+    scales: tuple[float, ...]
+    """Scale of each of its adapters unless a request says otherwise."""
 
 
 class GatewayConfig(Config):
@@ -38,6 +52,8 @@ class GatewayConfig(Config):
     """The Ray Serve application of each version, by the version's name."""
     routing: Routing
     """How requests that name no version reach them."""
+    domains: dict[str, GatewayDomain] = Field(default_factory=dict)
+    """The domains by name; they share the one version that there is then, and clients see them in its place."""
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
 
@@ -100,7 +116,7 @@ class Gateway:
         state = GatewayConfig.parse(user_config, where="user_config")
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
-        await self._service.set_state(versions, state.routing)
+        await self._service.set_state(_backends(versions, state.domains), state.routing)
         self._versions = dict(zip(state.versions.values(), found, strict=True))
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 
@@ -111,6 +127,14 @@ class Gateway:
             return known
         slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
         return RayBackend(info, encoder, slices, state.policy)
+
+
+def _backends(versions: Mapping[str, RayBackend], domains: Mapping[str, GatewayDomain]) -> Mapping[str, Backend]:
+    """Return what clients can choose by name."""
+    if not domains:
+        return versions
+    (shared,) = versions.values()
+    return {name: DomainBackend(shared, DomainSource(name=name, **each.model_dump())) for name, each in domains.items()}
 
 
 def _sees_clients() -> bool:

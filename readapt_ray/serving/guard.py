@@ -157,7 +157,7 @@ class Guard:
             raise RequestError(
                 "no valid API key; send one as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
             )
-        trace.key, trace.within = key.name, key.within
+        trace.key, trace.within, trace.domains = key.name, key.within, key.domains
         wait_s = self._keys.wait_s(key)
         if wait_s:
             message = f"the key {key.name!r} may make {key.requests_per_minute:g} requests per minute"

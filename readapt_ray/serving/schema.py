@@ -66,6 +66,9 @@ class EmbeddingsRequest(_Request):
     """The `encoder_fingerprint` of the model whose tokenizer made the token ids. Not in OpenAI's API."""
     encoding_format: Literal["float", "base64"] | None = None
     """Numbers, which is the default, or the bytes of little-endian float32 in base64."""
+    knowledge_scale: Number | None = None
+    """Scale of the domain's knowledge, within what the server's --knowledge-scale allows: 0 gives the retriever's own vectors.
+    If omitted, what the domain was merged with. Not in OpenAI's API."""
     dimensions: int | None = Field(default=None, ge=1, strict=True)
     """Length of the vectors: the first numbers are kept and, for a model of unit vectors, brought to length 1 again.
     Worth having for models that were trained for it: `matryoshka` in `GET /v1/models`."""
@@ -349,6 +352,7 @@ _EXPECTED = {
     "input_type": "must be 'query' (or 'search_query'), 'passage' (or 'search_document', 'document') or 'raw'",
     "mode": "must be 'dense', 'bm25' or 'hybrid'",
     "top_k": f"must be a whole number from 1 to {MAX_TOP_K:,}",
+    "knowledge_scale": "must be a finite number",
     "dimensions": "must be a whole number from 1 to the model's own",
     "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
     "doc_id_prefix": "must be a string",

@@ -23,10 +23,11 @@ import yaml
 
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
-from readapt_ray.serving import app, haproxy, report_gate, server_file, updates
+from readapt_ray.serving import app, domain_app, haproxy, report_gate, server_file, updates
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
+from readapt_ray.serving.versions import shortened
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -67,6 +68,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         check_exporter()
     if not config.update:
         _check_port(config.host, config.port)
+    domain_app.domain_records(config)
     fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
     app.check_keys(config, keys)
@@ -77,7 +79,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     if not config.update:
         haproxy.watch(_reachable(config.host), config.port)
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
-    logger.info("serving %s at %s (%s)", ", ".join(versions), url, "anybody" if config.allow_anonymous else who)
+    logger.info("serving %s at %s (%s)", shortened(config.names()), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
         _say_how_to_update(config.port)
         _wait_for_signal()

@@ -7,6 +7,7 @@ in progress counts as healthy for up to five minutes.
 
 import asyncio
 import functools
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,15 +23,22 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster.nodes import cores_per_process
-from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.errors import FingerprintMismatchError, ModelError, WorkerError
 from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.serving.domains import DomainRow, DomainUnavailableError
+from readapt_ray.serving.resident_domains import ResidentDomains
 from readapt_ray.serving.search_batches import SearchBatches
 from readapt_ray.serving.versions import Ranked, VersionInfo
 from readapt_ray.storage import Location
+from readapt_ray.weights.domain_sources import DomainSource, check_domains, read_domains
 
 if TYPE_CHECKING:
+    from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.retrieval.exact import Hits
+
+logger = logging.getLogger("ray.serve")
 
 _PROBE = "Is this encoder well?"
 _MIN_COSINE = 0.99
@@ -71,6 +79,12 @@ class VersionSpec:
     """None shares the cores of the node that a replica runs on."""
     processes: Mapping[str, Any]
     """The options of its processes: how many, with what."""
+    base: str = ""
+    """Model that domains are laid on; empty for a version that is a retriever."""
+    bundles: tuple[str, ...] = ()
+    """Factors of domains, of which one gives the retriever."""
+    max_domain_bytes: int = 0
+    """Memory of the factors of domains."""
 
     def fingerprint(self, encoder: str) -> str:
         """Return the fingerprint of the version, from that of its encoder."""
@@ -144,19 +158,18 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
-        from readapt_ray.retrieval.encoder import Encoder
-
         self._spec = spec
         self._slices = slices
-        self._model = open_model(spec.retriever)
+        self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)
         self._compute = _Worker(
             functools.partial(_set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
         )
-        # Questions are short and of any length: padding would be half of a batch.
-        load = functools.partial(
-            Encoder.load, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True
-        )
-        self._encoder = self._compute.wait_for(load, self._model)
+        self._domains: ResidentDomains | None = None
+        if spec.base:
+            loaded = self._compute.wait_for(_domain_encoder, spec, self._model)
+            self._encoder, self._domains = loaded.encoder, ResidentDomains(loaded, self._compute)
+        else:
+            self._encoder = self._compute.wait_for(_encoder, spec, self._model)
         if spec.encoder_fingerprint not in (None, self._encoder.fingerprint):
             raise FingerprintMismatchError(
                 f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
@@ -202,7 +215,23 @@ class EncoderReplica:
             FingerprintMismatchError: they are meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
+        if self._domains is not None:
+            return await self._domains.encode([row for row in rows if isinstance(row, DomainRow)])
         return await self._compute(self._encoded, rows)
+
+    async def prepare(self, version: str, source: DomainSource) -> str:
+        """Bring a domain into memory. Return what is wrong with it, or an empty text.
+
+        Raises:
+            FingerprintMismatchError: it is meant for another version.
+        """
+        _check_fingerprint(version, self._fingerprint)
+        assert self._domains is not None
+        try:
+            await self._domains.domain(source)
+        except DomainUnavailableError as error:
+            return str(error)
+        return ""
 
     def _encoded(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         vectors = self._encoder.encode_ids(rows)
@@ -308,6 +337,42 @@ class IndexReplica:
     async def check_health(self) -> None:
         """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
+
+
+def _encoder(spec: VersionSpec, model: OpenModel) -> "Encoder":
+    from readapt_ray.retrieval.encoder import Encoder
+
+    # Questions are short and of any length: padding would be half of a batch.
+    return Encoder.load(model, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True)
+
+
+def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:
+    (record,) = read_domains({bundle.name: bundle.name})
+    base = open_model(spec.base)
+    check_domains([record], base)
+    return DomainEncoder(
+        bundle,
+        base,
+        retriever_fingerprint=record.retriever_fingerprint,
+        dtype=spec.dtype,
+        max_bytes=spec.max_domain_bytes,
+        encoding=spec.encoding,
+        batch_tokens=spec.batch_tokens,
+    )
+
+
+def open_any(bundles: Sequence[str]) -> OpenModel:
+    """Open the first bundle that is there.
+
+    Raises:
+        ModelError: none is; the error is that of the last.
+    """
+    for bundle in bundles[:-1]:
+        try:
+            return open_model(bundle)
+        except ModelError as error:
+            logger.warning("the retriever is not read from %s: %s", bundle, error)
+    return open_model(bundles[-1])
 
 
 def _passages_by(model: OpenModel) -> str:
