@@ -18,8 +18,6 @@ logger = logging.getLogger("readapt_ray")
 
 _POLL_S = 1.0
 _SAID_S = 20.0
-_PATIENCE_S = 300.0
-"""How long training waits for the rest of its workers once the least number could start: later ones restart it."""
 
 
 def may_grow(each: Mapping[str, float]) -> bool:
@@ -28,13 +26,14 @@ def may_grow(each: Mapping[str, float]) -> bool:
 
 
 @contextlib.contextmanager
-def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Iterator[None]:
+def requested(num_workers: int, each: Mapping[str, float], *, least: int, patience_s: float = 0.0) -> Iterator[None]:
     """Ask the autoscaler for room for these workers while the block runs; enter the block once there is enough.
 
     Args:
         num_workers: how many are wanted; the block begins at once where all have room.
         each: what a worker asks for.
-        least: how many the block can begin with, after waiting for the others for five minutes.
+        least: how many the block can begin with.
+        patience_s: how long to wait for all of them before it begins with fewer.
 
     Raises:
         PlacementError: nodes for `least` did not come within READAPT_WAIT_S seconds, or have other versions.
@@ -46,19 +45,19 @@ def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Ite
 
     request_resources(bundles=[{name: amount for name, amount in each.items() if amount}] * num_workers)
     try:
-        _wait(num_workers, each, least)
+        _wait(num_workers, each, least, min(patience_s, environment.wait_s()))
         yield
     finally:
         request_resources(bundles=[])
 
 
-def _wait(num_workers: int, each: Mapping[str, float], least: int) -> None:
+def _wait(num_workers: int, each: Mapping[str, float], least: int, patience_s: float) -> None:
     """Wait until there is room; check the nodes that were added, and note them for manifests."""
     before = {node["NodeID"] for node in nodes.alive()}
     started_s, said_s = time.monotonic(), 0.0
     while (room := nodes.room_for(each)) < num_workers:
         waited_s = time.monotonic() - started_s
-        if room >= least and (least == 1 or waited_s > _PATIENCE_S):
+        if room >= least and waited_s >= patience_s:
             break
         if waited_s > environment.wait_s():
             raise PlacementError(

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 _ABORT_TIMEOUT_S = 20.0
+_PATIENCE_S = 300.0
+"""How long a run that may begin with fewer workers waits for all of them."""
 _MEMORY_NAME = "memory.json"
 _DTYPE_NAME = "dtype"
 
@@ -98,13 +100,15 @@ def run_workers(
         "num_workers": (least, num_workers) if least < num_workers else num_workers,
         "resources_per_worker": resources,
         "use_gpu": use_gpu,
+        # A resize starts all workers again from the last checkpoint; each start has time to write one.
+        "elastic_resize_monitor_interval_s": 2 * config.checkpoint_every_s,
     }
     new_trainer = functools.partial(
         _new_trainer, {"work": work, "job": job}, workspace.location, scaling, controllers, stream=stream
     )
     try:
         with (
-            autoscaling.requested(num_workers, resources, least=least),
+            autoscaling.requested(num_workers, resources, least=least, patience_s=_PATIENCE_S),
             step_metrics.followed(monitor, workspace, config.trackers),
             placement.said_when_too_small(least, resources, who="workers"),
         ):

@@ -55,10 +55,23 @@ def test_work_that_takes_late_nodes_begins_with_the_first(monkeypatch: pytest.Mo
         assert cluster.now_s == 1
 
 
-def test_training_begins_with_what_came_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least", [1, 4])
+@pytest.mark.parametrize(("most", "begins_s"), [(5, 301), (8, 8)])
+def test_training_begins_with_all_or_with_what_came_in_five_minutes(
+    monkeypatch: pytest.MonkeyPatch, least: int, most: int, begins_s: int
+) -> None:
+    cluster = FakeCluster(monkeypatch, most=most)
+    with autoscaling.requested(8, GPU, least=least, patience_s=300):
+        assert cluster.now_s == pytest.approx(begins_s, abs=1)
+
+
+def test_work_that_can_begin_does_so_where_the_patience_is_longer_than_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cluster = FakeCluster(monkeypatch, most=5)
-    with autoscaling.requested(8, GPU, least=4):
-        assert 300 < cluster.now_s < 303
+    monkeypatch.setenv("READAPT_WAIT_S", "60")
+    with autoscaling.requested(8, GPU, least=4, patience_s=300):
+        assert cluster.now_s == pytest.approx(60, abs=1)
 
 
 def test_too_few_nodes_are_an_error_that_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
