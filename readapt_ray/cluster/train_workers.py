@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 _ABORT_TIMEOUT_S = 20.0
-_PATIENCE_S = 300.0
-"""How long a run that may begin with fewer workers waits for all of them."""
 _MEMORY_NAME = "memory.json"
 _DTYPE_NAME = "dtype"
 
@@ -96,19 +94,13 @@ def run_workers(
     inputs = (read_lease(workspace.location) or {}).get("inputs", {})
     job = {**job, "monitor": monitor, "dtype": dtype, "inputs": inputs, "driver_node": on_worker.this_node()}
     controllers: list[Any] = []
-    scaling = {
-        "num_workers": (least, num_workers) if least < num_workers else num_workers,
-        "resources_per_worker": resources,
-        "use_gpu": use_gpu,
-        # A resize starts all workers again from the last checkpoint; each start has time to write one.
-        "elastic_resize_monitor_interval_s": 2 * config.checkpoint_every_s,
-    }
+    scaling = _scaling(least, num_workers, resources, config.checkpoint_every_s)
     new_trainer = functools.partial(
         _new_trainer, {"work": work, "job": job}, workspace.location, scaling, controllers, stream=stream
     )
     try:
         with (
-            autoscaling.requested(num_workers, resources, least=least, patience_s=_PATIENCE_S),
+            autoscaling.requested(num_workers, resources, least=least, patience_s=autoscaling.PATIENCE_S),
             step_metrics.followed(monitor, workspace, config.trackers),
             placement.said_when_too_small(least, resources, who="workers"),
         ):
@@ -125,6 +117,17 @@ def run_workers(
         ray.kill(monitor)
     artifact_files.clear(workspace.location, artifact_files.RAY_TRAIN)
     return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
+
+
+def _scaling(least: int, num_workers: int, resources: dict[str, float], checkpoint_every_s: float) -> dict[str, Any]:
+    """Return the options of Ray Train's ScalingConfig."""
+    return {
+        "num_workers": (least, num_workers) if least < num_workers else num_workers,
+        "resources_per_worker": resources,
+        "use_gpu": "GPU" in resources,
+        # A resize starts all workers again from the last checkpoint, so each start needs time to write one.
+        "elastic_resize_monitor_interval_s": 2 * checkpoint_every_s,
+    }
 
 
 def _start_monitor(stage: str) -> Any:

@@ -143,8 +143,8 @@ def main(folder: Path) -> None:
 
 
 def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, corpus: Any) -> dict[str, Any]:
-    """Embed and count."""
-    from readapt_ray.cluster import connection
+    """Embed and count; then let doctor start the GPU nodes once more."""
+    from readapt_ray.cluster import connection, doctor
     from readapt_ray.stages.embed import EmbedConfig, embed
 
     connection.connect()
@@ -159,12 +159,14 @@ def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, cor
     watcher.done.set()
     watcher.join(timeout=10)
     after = num_gpu_nodes()
+    report = doctor.examine(doctor.DoctorConfig(cluster=True, gpus=True))
     return {
         "before": before,
         "counts": watcher.counts,
         "killed_at": watcher.killed_at,
         "let_go_s": time.monotonic() - ended_s,
         "after": after,
+        "doctor": report.text(),
         "num_vectors": artifact.manifest.counts["num_vectors"],
         "gpus": artifact.manifest.hardware["cluster"]["gpus"],
     }

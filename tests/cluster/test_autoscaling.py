@@ -124,3 +124,5 @@ def test_a_run_takes_nodes_loses_one_gets_it_back_and_lets_them_go(tmp_path: Pat
     assert changes[:3] == [2, 1, 2] or changes[:2] == [1, 2], f"a node was lost and came back: {changes}"
     assert said["gpus"], "the manifest says what GPUs did the work, though none was up at its start"
     assert said["let_go_s"] < 100
+    assert "GPUs to come: 2 of 2 are up" in said["doctor"], "doctor has them started"
+    assert said["doctor"].count("Ray gives 1 GPUs to workers here and nvidia-smi lists none") == 1, "and looks at them"
