@@ -253,6 +253,7 @@ def _entered(config: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     try:
+        on_worker.check_node()
         config["work"](config["job"])
     except ReadaptError as error:
         ray.get(monitor.fail.remote(error))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from readapt_ray import environment
-from readapt_ray.cluster import autoscaling, connection, launcher, nodes, on_worker
+from readapt_ray.cluster import autoscaling, connection, launcher, nodes, on_worker, software
 from readapt_ray.cluster.doctor.findings import Check, Finding, failed, run_checks
 from readapt_ray.cluster.doctor.inspector import Inspector
 from readapt_ray.cluster.doctor.machine import Orders
@@ -81,7 +81,7 @@ def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> N
     import ray
 
     up = {nodes.name_of(node): node for node in nodes.alive()}
-    read_versions = connection.version_reader()
+    read_versions = software.reader()
     versions = nodes.start_on_each(list(up.values()), read_versions)
     probe = None if root is None else Probe(on_worker.absolute(Location(root)))
     actors: list[Any] = []
@@ -128,8 +128,9 @@ def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: 
         if isinstance(there, Exception):
             report.add(name, {"versions": _silent(there)})
             continue
-        text = connection.difference(here, there)
-        report.add(name, {"versions": failed(text)} if text else {})
+        text = software.other_versions(here, there)  # what is missing has a check of its own
+        mend = "install the same on all nodes, or leave this one out"
+        report.add(name, {"versions": failed(f"{text}; {mend}")} if text else {})
         if there["readapt_ray"] != "missing":
             usable[name] = up[name]
     return usable
