@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray import environment, hardware, library_logs, termination
-from readapt_ray.cluster import launcher, local_ray, software
+from readapt_ray.cluster import gpus, launcher, local_ray, software
 from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
@@ -165,7 +165,7 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Check that all nodes run the driver's versions of this package and of torch, and lack no package that it has.
+    """Check that all nodes run the driver's versions of this package and of torch, lack no package, and can use their GPUs.
 
     Raises:
         PlacementError: some do not; it names them.
@@ -178,6 +178,23 @@ def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
             "nodes differ: "
             + "; ".join(f"{where} {text}" for where, text in sorted(found.items()) if text)
             + "; install the same on all of them, or leave those nodes out (`readapt doctor --cluster` looks for more)"
+        )
+    _check_gpus(nodes)
+
+
+def _check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Check that torch can use the GPUs that Ray has on these nodes.
+
+    Raises:
+        PlacementError: on some it cannot; it names them.
+    """
+    found: dict[str, str] = {}
+    for count in {int(node["Resources"].get("GPU", 0)) for node in nodes} - {0}:
+        have_these = [node for node in nodes if int(node["Resources"].get("GPU", 0)) == count]
+        found |= _on_each(have_these, gpus.why_unusable, count)
+    if any(found.values()):
+        raise PlacementError(
+            "GPUs cannot be used: " + "; ".join(f"{where}: {text}" for where, text in sorted(found.items()) if text)
         )
 
 

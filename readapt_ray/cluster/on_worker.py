@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
-from readapt_ray.cluster import software
+from readapt_ray.cluster import gpus, software
 from readapt_ray.errors import FingerprintMismatchError, PlacementError
 from readapt_ray.storage import Location
 
@@ -33,10 +33,12 @@ def this_node() -> str:
 
 
 def check_node() -> None:
-    """Check that this node runs what the driver runs: one that came after the driver joined was not compared then.
+    """Check that this node runs what the driver runs, and that torch can use the GPUs of this worker.
+
+    A node that came after the driver joined was not compared then.
 
     Raises:
-        PlacementError: it has other versions, or lacks a package.
+        PlacementError: it has other versions, lacks a package, or a GPU cannot be used.
     """
     import ray
 
@@ -44,6 +46,20 @@ def check_node() -> None:
         raise PlacementError(
             f"node {ray.util.get_node_ip_address()} {text}; install the same on all nodes, or leave this one out"
         )
+    check_gpus()
+
+
+def check_gpus() -> None:
+    """Check that torch can use the GPUs that Ray gave to this worker: without them it would compute on the CPU.
+
+    Raises:
+        PlacementError: it cannot; the message says why.
+    """
+    import ray
+
+    num_gpus = len(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+    if text := gpus.why_unusable(num_gpus):
+        raise PlacementError(f"node {ray.util.get_node_ip_address()}: {text}")
 
 
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:

@@ -21,6 +21,7 @@ from readapt_ray.artifacts import fingerprint, open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.query_models import passages_model
+from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
 from readapt_ray.retrieval.bridge import Bridge
@@ -146,6 +147,7 @@ class EncoderReplica:
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
         from readapt_ray.retrieval.encoder import Encoder
 
+        on_worker.check_gpus()
         self._spec = spec
         self._slices = slices
         self._model = open_model(spec.retriever)

@@ -3,7 +3,7 @@
 RAY_AUTH_MODE=token RAY_AUTH_TOKEN=... python -m tests.cluster.autoscaled FOLDER
 
 Writes FOLDER/said.json. Ray's own AutoscalingCluster wants a file that its wheel lacks, and stops every Ray of the machine.
-The GPUs are made up: the nodes say that they have one each, and encoders compute on CPUs.
+The GPUs are made up: the nodes say that they have one each, encoders compute on CPUs, and workers do not look for GPUs.
 """
 
 import json
@@ -31,6 +31,12 @@ _LISTS = (
 )
 """What Ray reads from every cluster file, and a fake node has no use for."""
 _OBJECT_STORE_BYTES = 100 << 20
+_WITHOUT_GPUS = """
+import sys
+if 'default_worker' in str(sys.orig_argv):
+    from readapt_ray.cluster import gpus
+    gpus.why_unusable = lambda wanted: ""
+"""
 _LET_GO_S = 120
 
 
@@ -77,8 +83,10 @@ def start_head(folder: Path, port: int, temp: str) -> "subprocess.Popen[bytes]":
     ]
     command += ["--num-cpus=1", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--autoscaling-config={folder / 'cluster.json'}"]
+    (folder / "sitecustomize.py").write_text(_WITHOUT_GPUS)
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
