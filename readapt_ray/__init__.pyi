@@ -518,8 +518,9 @@ def finetune(
             because it sends every weight to every worker in each pass. (default: 0)
         num_workers: Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without
             GPUs.
-        min_workers: Continue with as few workers as this when nodes are lost, and add workers when nodes come
-            back. If omitted, wait until all workers can run.
+        min_workers: Begin with as few workers as this when no more GPU nodes came within five minutes, continue
+            with as few when nodes are lost, and add workers when nodes come back, after two checkpoint
+            intervals. If omitted, wait until all workers can run.
         num_cpus_per_worker: CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its
             workers.
         checkpoint_every_s: Seconds between checkpoints; 0 makes one after each step. A killed run resumes from
@@ -1190,8 +1191,9 @@ def train(
             because it sends every weight to every worker in each pass. (default: 0)
         num_workers: Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without
             GPUs.
-        min_workers: Continue with as few workers as this when nodes are lost, and add workers when nodes come
-            back. If omitted, wait until all workers can run.
+        min_workers: Begin with as few workers as this when no more GPU nodes came within five minutes, continue
+            with as few when nodes are lost, and add workers when nodes come back, after two checkpoint
+            intervals. If omitted, wait until all workers can run.
         num_cpus_per_worker: CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its
             workers.
         checkpoint_every_s: Seconds between checkpoints; 0 makes one after each step. A killed run resumes from

@@ -22,6 +22,7 @@ from readapt_ray.artifacts import fingerprint, open_artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.query_models import passages_model
+from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, ModelError, WorkerError
 from readapt_ray.retrieval.bridge import Bridge
@@ -158,6 +159,7 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
+        on_worker.check_gpus()
         self._spec = spec
         self._slices = slices
         self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)

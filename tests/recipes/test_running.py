@@ -201,6 +201,19 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
     assert "'dtpye'; did you mean 'dtype'" in said
 
 
+def test_a_machine_without_faiss_is_told_before_the_hours_that_come_before_the_index(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("faiss", "readapt_ray.retrieval.faiss_build"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as Python marks what cannot be imported
+    assert desk.run() == 2
+    assert (
+        "vector indexes need FAISS, which is not installed; pip install 'readapt-ray[cpu]'" in capsys.readouterr().err
+    )
+    assert not desk.root.exists()
+
+
 @pytest.mark.parametrize("place", ["flag", "file"])
 def test_one_encoding_serves_merge_and_embed(desk: Desk, models: Path, tmp_path: Path, place: str) -> None:
     encoding = tmp_path / "encoding.json"
