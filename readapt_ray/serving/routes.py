@@ -156,7 +156,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(schema.describe_validation(list(error.errors())), status_code=400)
+        return JSONResponse(schema.describe_validation(error.errors()[0]), status_code=400)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, _: Exception) -> JSONResponse:

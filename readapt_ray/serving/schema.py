@@ -1,10 +1,11 @@
 """Define requests and answers over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from readapt_ray.serving.doc_filter import MAX_DOC_IDS, MAX_VALUES, FilterFields
+from readapt_ray.serving.doc_filter import MAX_COLUMNS, MAX_DOC_IDS, MAX_VALUES, FilterFields
 
 MAX_INPUTS = 2048
 """Texts in a request at most, as OpenAI has it."""
@@ -356,7 +357,7 @@ _EXPECTED = {
     "dimensions": "must be a whole number from 1 to the model's own",
     "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
     "doc_id_prefix": "must be a string",
-    "filter": f"must be an object of columns, each with a value, a list of up to {MAX_VALUES:,} values, or bounds such as "
+    "filter": f"must be an object of up to {MAX_COLUMNS} columns, each with a value, a list of up to {MAX_VALUES:,} values, or bounds such as "
     '{"gte": 2020, "lt": 2024}',
     "model": "must be a string",
     "user": "must be a string",
@@ -370,9 +371,8 @@ _EXPECTED = {
 }
 
 
-def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str | None]]:
-    """Describe what pydantic found wrong with a body, as one error that names the first wrong field."""
-    first = errors[0]
+def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
+    """Describe the first of the errors that pydantic found in a body, naming the wrong field."""
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "value_error" and place[:1] != ["filter"]:
         return error_body(first["msg"].removeprefix("Value error, "), code="invalid_value")
