@@ -1,6 +1,7 @@
 """The command line as a user meets it: messages, exit codes, help."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ REPOSITORY = Path(__file__).parent.parent
 def run(*arguments: str) -> tuple[int, str, str]:
     """`readapt` in a process of its own: exit code, stdout, stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "readapt_ray.cli", *arguments],
+        [sys.executable, "-m", "readapt_ray", *arguments],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -49,6 +50,34 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert "RAY_ADDRESS" not in said
     assert ray is not None
     return lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["ingest", "--help"], ""), (["--help"], "1")])
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(arguments: list[str], unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "readapt_ray", *arguments],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_breaks_is_a_failure_though_stdout_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli._RUNNERS, "status", breaks)
+    assert cli.main(["status"]) == 1
+    assert "failed: BrokenPipeError" in capsys.readouterr().err
 
 
 def test_help_names_every_command_and_every_option() -> None:
