@@ -192,7 +192,8 @@ def _check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
     found: dict[str, str] = {}
     for count in {int(node["Resources"].get("GPU", 0)) for node in nodes} - {0}:
         have_these = [node for node in nodes if int(node["Resources"].get("GPU", 0)) == count]
-        found |= _on_each(have_these, gpus.why_unusable, count)
+        # CUDA keeps the GPUs that it saw first, and a worker of one GPU must not find a process that saw all.
+        found |= _on_each(have_these, gpus.why_unusable, count, max_calls=1)
     if any(found.values()):
         raise PlacementError(
             "GPUs cannot be used: " + "; ".join(f"{where}: {text}" for where, text in sorted(found.items()) if text)
@@ -236,12 +237,15 @@ def check_seen_by_all(folder: Location) -> None:
         )
 
 
-def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+def _on_each(
+    nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
+) -> dict[str, Any]:
     """Return what a function returns on each node, by the node's address; skip nodes that die meanwhile."""
     import ray
 
     found = {}
-    for where, answer in answers(start_on_each(nodes, function, *args), timeout_s=_NODE_ANSWERS_S).items():
+    started = start_on_each(nodes, function, *args, max_calls=max_calls)
+    for where, answer in answers(started, timeout_s=_NODE_ANSWERS_S).items():
         if isinstance(answer, ray.exceptions.RayTaskError):
             raise answer
         if isinstance(answer, ray.exceptions.RayError):

@@ -152,7 +152,7 @@ def main(folder: Path) -> None:
 
 def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, corpus: Any) -> dict[str, Any]:
     """Embed and count; then let doctor start the GPU nodes once more."""
-    from readapt_ray.cluster import connection, doctor
+    from readapt_ray.cluster import connection, doctor, nodes
     from readapt_ray.stages.embed import EmbedConfig, embed
 
     connection.connect()
@@ -167,6 +167,7 @@ def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, cor
     watcher.done.set()
     watcher.join(timeout=10)
     after = num_gpu_nodes()
+    nodes.name_of = lambda node: str(node["NodeID"])  # ids of fake nodes begin alike
     report = doctor.examine(doctor.DoctorConfig(cluster=True, gpus=True))
     return {
         "before": before,

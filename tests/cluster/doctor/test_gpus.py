@@ -78,10 +78,10 @@ OLD = H100.replace("580.65.06", "550.54.15")
 
 def test_a_run_refuses_nodes_whose_gpus_torch_cannot_use(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """On KubeRay and Slurm nothing else looks at the driver."""
-    asked: list[tuple[int, ...]] = []
+    asked: list[tuple[tuple[int, ...], int]] = []
 
-    def answers(nodes: Any, function: Any, *args: int) -> dict[str, Any]:
-        asked.append(args)
+    def answers(nodes: Any, function: Any, *args: int, max_calls: int = 0) -> dict[str, Any]:
+        asked.append((args, max_calls))
         return {node["at"]: function(*args) for node in nodes}
 
     monkeypatch.setattr(connection, "_on_each", answers)
@@ -91,7 +91,7 @@ def test_a_run_refuses_nodes_whose_gpus_torch_cannot_use(machine: Any, monkeypat
     machine(OLD, works=False)
     with pytest.raises(PlacementError, match=r"GPUs cannot be used: 10\.0\.0\.2: driver 550\.54\.15 is too old"):
         connection.check_alike(nodes)
-    assert asked == [(), (1,), (), (1,)], "the node without GPUs is not asked for them"
+    assert asked == [((), 0), ((1,), 1)] * 2, "only nodes with GPUs, in processes that no worker of one GPU takes over"
 
 
 def test_a_worker_that_has_a_gpu_never_falls_back_to_the_cpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
