@@ -26,7 +26,7 @@ from readapt_ray.serving.options import DomainsConfig, Limits, ServeConfig, Vers
 from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
-    from readapt_ray.serving.workers import VersionSpec
+    from readapt_ray.serving.version_spec import VersionSpec
 
 GATEWAY_APP = "readapt"
 _MAX_PREPARING = 64
@@ -110,7 +110,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         InputError: there is no retriever.
         ArtifactMissingError: the index or the corpus is not complete.
     """
-    from readapt_ray.serving.workers import VersionSpec
+    from readapt_ray.serving.version_spec import VersionSpec
 
     if isinstance(config, DomainsConfig):
         return domains_spec(name, config)

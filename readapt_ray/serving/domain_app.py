@@ -8,7 +8,7 @@ from readapt_ray.serving.options import DomainsConfig, ServeConfig
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
-    from readapt_ray.serving.workers import VersionSpec
+    from readapt_ray.serving.version_spec import VersionSpec
     from readapt_ray.weights.domain_sources import DomainRecord
 
 
@@ -18,7 +18,7 @@ def domains_spec(name: str, config: DomainsConfig) -> "VersionSpec":
     Raises:
         ModelError: no base is given, and the first bundle cannot be read.
     """
-    from readapt_ray.serving.workers import VersionSpec
+    from readapt_ray.serving.version_spec import VersionSpec
 
     base = config.base or _named_base(config.bundles[0])
     folder = own_folder(base)

@@ -9,17 +9,15 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from readapt_ray.artifacts import fingerprint, open_artifact
-from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster import on_worker
@@ -31,6 +29,7 @@ from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.domains import DomainRow, DomainUnavailableError
 from readapt_ray.serving.resident_domains import ResidentDomains
 from readapt_ray.serving.search_batches import SearchBatches
+from readapt_ray.serving.version_spec import VersionSpec
 from readapt_ray.serving.versions import Ranked, VersionInfo
 from readapt_ray.storage import Location
 from readapt_ray.weights.domain_sources import DomainSource, check_domains, read_domains
@@ -47,50 +46,6 @@ _PROOF_WAIT_S = 10.0
 _MAX_WORK_S = 300.0
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VersionSpec:
-    """What the processes of a version are started with."""
-
-    name: str
-    retriever: str
-    encoding: Encoding | None
-    dtype: str
-    encoder_fingerprint: str | None
-    """As the index or the bridge has it: a node whose model folder differs is found out. None without an index."""
-    bridge: str | None
-    """Maps queries to the vectors of the index, if another model made these."""
-    bridge_fingerprint: str | None
-    index: str | None
-    index_fingerprint: str | None
-    index_encoder: str | None
-    """Fingerprint of what made the vectors of the index."""
-    shards: tuple[str, ...]
-    """Names of the shards of the index."""
-    has_words: bool
-    """Whether the index has BM25 scores."""
-    is_split: bool
-    """Whether passages are parts of documents."""
-    corpus: str | None
-    corpus_fingerprint: str | None
-    batch_tokens: int | None
-    num_slots: int
-    num_threads: int | None
-    """None shares the cores of the node that a replica runs on."""
-    processes: Mapping[str, Any]
-    """The options of its processes: how many, with what."""
-    base: str = ""
-    """Model that domains are laid on; empty for a version that is a retriever."""
-    bundles: tuple[str, ...] = ()
-    """Factors of domains, of which one gives the retriever."""
-    max_domain_bytes: int = 0
-    """Memory of the factors of domains."""
-
-    def fingerprint(self, encoder: str) -> str:
-        """Return the fingerprint of the version, from that of its encoder."""
-        parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
-        return fingerprint(parts | ({"bridge": self.bridge_fingerprint} if self.bridge else {}))
 
 
 class _Worker:
