@@ -8,7 +8,7 @@ in progress counts as healthy for up to five minutes.
 import asyncio
 import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -271,7 +271,7 @@ class IndexReplica:
         if wanted is None:
             hits = await self._search(queries, top_k)
         else:
-            hits = await self._scan(queries, top_k, wanted)
+            hits = await self._in_turns(self._slice.scan(queries, top_k, wanted))
         return _ranked(hits)
 
     async def search_words(
@@ -284,11 +284,10 @@ class IndexReplica:
             InputError: the index cannot be filtered so.
         """
         _check_fingerprint(version, self._fingerprint)
-        return _ranked(await self._compute(self._slice.search_words, texts, top_k, wanted))
+        return _ranked(await self._in_turns(self._slice.search_words(texts, top_k, wanted)))
 
-    async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
-        """Search with a filter; other searches run between two blocks of it, and it ends with its request."""
-        steps = self._slice.scan(queries, top_k, wanted)
+    async def _in_turns(self, steps: Iterator["Hits | None"]) -> "Hits":
+        """Search step by step; other searches run between two steps, and none follows once the request is given up."""
         hits: Hits | None = None
         while hits is None:
             hits = await self._compute(next, steps)
