@@ -6,7 +6,6 @@ Which versions it serves, and how, is its `user_config`: Ray Serve changes it in
 
 import asyncio
 import logging
-import urllib.request
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from ray import serve
 from readapt_ray.config import Config
 from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
@@ -157,7 +157,7 @@ async def gather_metrics() -> str:
 
 def _read(url: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=_SCRAPE_S) as answer:
+        with open_url(url, timeout=_SCRAPE_S) as answer:
             return str(answer.read().decode())
     except OSError as error:
         logger.warning("no metrics from %s: %s", url, error)

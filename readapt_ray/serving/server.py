@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from types import FrameType
 from typing import Any
 
@@ -25,6 +24,7 @@ from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
 from readapt_ray.serving import app, haproxy, report_gate, server_file, updates
 from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
 from readapt_ray.storage import Location
@@ -285,7 +285,7 @@ def _wait_until_ready(url: str) -> None:
     deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
+            with open_url(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
                 return
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             if time.monotonic() > deadline_s:
