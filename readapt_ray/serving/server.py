@@ -216,11 +216,12 @@ def _drain(seconds: float) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
-    gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
     deadline_s = time.monotonic() + seconds
     ended: set[str] = set()
-    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # Ray ends by itself
+    # Ray, or the gateway, may end by itself.
+    with contextlib.suppress(RayError, RayServeException, TimeoutError, KeyError):
+        deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
+        gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
         # Each call reaches any of them.
         while len(ended) < sum(deployment.replica_states.values()) and time.monotonic() < deadline_s + _GIVE_UP_S:
             is_over = time.monotonic() > deadline_s
