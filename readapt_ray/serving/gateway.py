@@ -58,6 +58,12 @@ class Gateway:
         traces: bool,
     ) -> None:
         self._limits = limits
+        self._options = limits.model_dump() | {
+            "allow_anonymous": allow_anonymous,
+            "cors_origins": tuple(cors_origins),
+            "num_gateways": num_gateways,
+            "traces": traces,
+        }
         self._keys = KeyRing(keys, share=1 / num_gateways)
         self._allow_anonymous = allow_anonymous
         self._cors_origins = cors_origins
@@ -87,6 +93,10 @@ class Gateway:
         )
         return with_cors(guard, self._cors_origins) if self._cors_origins else guard
 
+    async def served_options(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether this gateway has API keys, and the options of `readapt serve` that it works with."""
+        return bool(self._keys), self._options
+
     async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
         """Answer requests with 503 from now on, and with `give_up` those under way too.
 
@@ -101,6 +111,7 @@ class Gateway:
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
         await self._service.set_state(versions, state.routing)
+        self._options |= state.policy.model_dump() | state.routing.model_dump(exclude={"default", "split"})
         self._versions = dict(zip(state.versions.values(), found, strict=True))
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 

@@ -169,6 +169,7 @@ def _start_proxies(config: ServeConfig) -> None:
 def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
     wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
     updates.check_server(config, running)
+    updates.check_options(config)
     updates.check_same_versions({each: wanted[each] for each in set(wanted) & running}, fingerprints)
     added = [each for each in wanted if each not in running]
     updates.check_room([wanted[each][1] for each in added])
