@@ -25,7 +25,7 @@ from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, WorkerError
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.search_batches import SearchBatches
+from readapt_ray.serving.search_batches import MAX_QUERIES, SearchBatches
 from readapt_ray.serving.versions import Ranked, VersionInfo
 from readapt_ray.storage import Location
 
@@ -267,11 +267,14 @@ class IndexReplica:
             FingerprintMismatchError: the queries are meant for another version.
             InputError: the index cannot be filtered.
         """
+        from readapt_ray.retrieval.exact import joined
+
         _check_fingerprint(version, self._fingerprint)
         if wanted is None:
             hits = await self._search(queries, top_k)
         else:
-            hits = await self._in_turns(self._slice.scan(queries, top_k, wanted))
+            pieces = [queries[first : first + MAX_QUERIES] for first in range(0, len(queries), MAX_QUERIES)]
+            hits = joined([await self._in_turns(self._slice.scan(each, top_k, wanted)) for each in pieces])
         return _ranked(hits)
 
     async def search_words(
