@@ -102,6 +102,8 @@ class Batcher:
         self._free_slots = num_slots
         self._on_batch = on_batch
         self._heap: list[tuple[float, int, _Job, int]] = []
+        self._num_dead = 0
+        """Rows in the heap whose request was given up."""
         self._numbers = itertools.count()
         self._virtual = 0.0
         self._waiting: set[_Job] = set()
@@ -184,17 +186,24 @@ class Batcher:
             job.done.cancel()
         if job.queued:
             self._queued_tokens -= job.queued_tokens
-            self._heap = [entry for entry in self._heap if entry[2] is not job]
-            heapq.heapify(self._heap)
+            self._num_dead += job.queued
             job.queued = 0
+            self._drop_dead_rows()
         self._waiting.discard(job)
         for batch in list(job.batches):
             if all(other.done.done() for other in self._owners[batch]):
                 batch.cancel()
 
+    def _drop_dead_rows(self) -> None:
+        """Rebuild the heap once most of its rows are dead: requests that end together cost no rebuild each."""
+        if 2 * self._num_dead > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].queued]
+            heapq.heapify(self._heap)
+            self._num_dead = 0
+
     def _pump(self) -> None:
         """Send batches while there are rows and a free slot."""
-        while self._heap and self._free_slots:
+        while self._waiting and self._free_slots:
             oldest_s = min(job.came_s for job in self._waiting)
             remaining_s = self._wait_s - (asyncio.get_running_loop().time() - oldest_s)
             if self._queued_tokens < self._batch_tokens and remaining_s > 0:
@@ -211,8 +220,12 @@ class Batcher:
         """Take rows in turn from each client, up to the budget of tokens."""
         batch: list[tuple[_Job, int]] = []
         num_jobs, num_tokens = len(self._waiting), 0
-        while self._heap:
+        while self._waiting:
             _, _, job, place = self._heap[0]
+            if not job.queued:
+                heapq.heappop(self._heap)
+                self._num_dead -= 1
+                continue
             length = len(job.rows[place])
             if batch and num_tokens + length > self._batch_tokens:
                 break
@@ -251,12 +264,14 @@ class Batcher:
         try:
             await self._encode_rows(batch)
         except Exception as error:
-            by_job = [[pair for pair in batch if pair[0] is job] for job in dict.fromkeys(job for job, _ in batch)]
+            by_job: dict[_Job, list[tuple[_Job, int]]] = {}
+            for pair in batch:
+                by_job.setdefault(pair[0], []).append(pair)
             if len(by_job) == 1:
-                _fail(by_job[0][0][0], error)
+                _fail(batch[0][0], error)
                 return
             # One of them is to blame; alone, each gets its own answer.
-            for pairs in by_job:
+            for pairs in by_job.values():
                 try:
                     await self._encode_rows(pairs)
                 except Exception as alone:

@@ -6,7 +6,6 @@ Which versions it serves, and how, is its `user_config`: Ray Serve changes it in
 
 import asyncio
 import logging
-import urllib.request
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from readapt_ray.config import Config
 from readapt_ray.serving.domains import DomainBackend
 from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
@@ -74,6 +74,12 @@ class Gateway:
         traces: bool,
     ) -> None:
         self._limits = limits
+        self._options = limits.model_dump() | {
+            "allow_anonymous": allow_anonymous,
+            "cors_origins": tuple(cors_origins),
+            "num_gateways": num_gateways,
+            "traces": traces,
+        }
         self._keys = KeyRing(keys, share=1 / num_gateways)
         self._allow_anonymous = allow_anonymous
         self._cors_origins = cors_origins
@@ -103,6 +109,10 @@ class Gateway:
         )
         return with_cors(guard, self._cors_origins) if self._cors_origins else guard
 
+    async def served_options(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether this gateway has API keys, and the options of `readapt serve` that it works with."""
+        return bool(self._keys), self._options
+
     async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
         """Answer requests with 503 from now on, and with `give_up` those under way too.
 
@@ -117,6 +127,7 @@ class Gateway:
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
         await self._service.set_state(_backends(versions, state.domains), state.routing)
+        self._options |= state.policy.model_dump() | state.routing.model_dump(exclude={"default", "split"})
         self._versions = dict(zip(state.versions.values(), found, strict=True))
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 
@@ -181,7 +192,7 @@ async def gather_metrics() -> str:
 
 def _read(url: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=_SCRAPE_S) as answer:
+        with open_url(url, timeout=_SCRAPE_S) as answer:
             return str(answer.read().decode())
     except OSError as error:
         logger.warning("no metrics from %s: %s", url, error)

@@ -388,4 +388,7 @@ def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | N
         return error_body(
             f"'{param}' is required: it {_EXPECTED[param]}", param=param, code="missing_required_parameter"
         )
-    return error_body(f"'{param}' {_EXPECTED.get(param, 'cannot be used')}", param=param, code="invalid_value")
+    expected = _EXPECTED.get(param, "cannot be used")
+    if first["type"] == "literal_error" and param == "truncate":  # Cohere's, which is no switch
+        expected = f"must be {first['ctx']['expected']}"
+    return error_body(f"'{param}' {expected}", param=param, code="invalid_value")

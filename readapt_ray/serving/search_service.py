@@ -33,7 +33,7 @@ from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.search_modes import check_mode, search_documents
+from readapt_ray.serving.search_modes import check_mode, search_documents, word_queries
 from readapt_ray.serving.shadow_and_probe import SideSearches
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version
@@ -343,7 +343,9 @@ class SearchService:
     ) -> tuple[NDArray[np.float32], Found]:
         """Return the vectors of the queries, and what was found for them."""
         check_mode(body.mode, version.backend)
-        texts = [body.query] if isinstance(body.query, str) else body.query or []
+        texts = []
+        if body.query is not None and body.mode != "dense":
+            texts = word_queries(body.query, truncate=body.truncate, max_inputs=self.limits.max_inputs)
         if body.query is None:
             vectors = _given_vectors(body.vector, version.info.dimension)
             trace.num_items = len(vectors)

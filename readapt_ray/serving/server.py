@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from types import FrameType
 from typing import Any
 
@@ -25,6 +24,7 @@ from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
 from readapt_ray.serving import app, domain_app, haproxy, report_gate, server_file, updates
 from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
 from readapt_ray.serving.versions import shortened
@@ -171,6 +171,7 @@ def _start_proxies(config: ServeConfig) -> None:
 def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
     wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
     updates.check_server(config, running)
+    updates.check_options(config)
     updates.check_same_versions({each: wanted[each] for each in set(wanted) & running}, fingerprints)
     added = [each for each in wanted if each not in running]
     updates.check_room([wanted[each][1] for each in added])
@@ -218,11 +219,12 @@ def _drain(seconds: float) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
-    gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
     deadline_s = time.monotonic() + seconds
     ended: set[str] = set()
-    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # Ray ends by itself
+    # Ray, or the gateway, may end by itself.
+    with contextlib.suppress(RayError, RayServeException, TimeoutError, KeyError):
+        deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
+        gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
         # Each call reaches any of them.
         while len(ended) < sum(deployment.replica_states.values()) and time.monotonic() < deadline_s + _GIVE_UP_S:
             is_over = time.monotonic() > deadline_s
@@ -287,7 +289,7 @@ def _wait_until_ready(url: str) -> None:
     deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
+            with open_url(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
                 return
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             if time.monotonic() > deadline_s:

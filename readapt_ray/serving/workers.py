@@ -9,7 +9,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -28,7 +28,7 @@ from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.domains import DomainRow, DomainUnavailableError
 from readapt_ray.serving.resident_domains import ResidentDomains
-from readapt_ray.serving.search_batches import SearchBatches
+from readapt_ray.serving.search_batches import MAX_QUERIES, SearchBatches
 from readapt_ray.serving.version_spec import VersionSpec
 from readapt_ray.serving.versions import Ranked, VersionInfo
 from readapt_ray.storage import Location
@@ -253,11 +253,14 @@ class IndexReplica:
             FingerprintMismatchError: the queries are meant for another version.
             InputError: the index cannot be filtered.
         """
+        from readapt_ray.retrieval.exact import joined
+
         _check_fingerprint(version, self._fingerprint)
         if wanted is None:
             hits = await self._search(queries, top_k)
         else:
-            hits = await self._scan(queries, top_k, wanted)
+            pieces = [queries[first : first + MAX_QUERIES] for first in range(0, len(queries), MAX_QUERIES)]
+            hits = joined([await self._in_turns(self._slice.scan(each, top_k, wanted)) for each in pieces])
         return _ranked(hits)
 
     async def search_words(
@@ -270,11 +273,10 @@ class IndexReplica:
             InputError: the index cannot be filtered so.
         """
         _check_fingerprint(version, self._fingerprint)
-        return _ranked(await self._compute(self._slice.search_words, texts, top_k, wanted))
+        return _ranked(await self._in_turns(self._slice.search_words(texts, top_k, wanted)))
 
-    async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
-        """Search with a filter; other searches run between two blocks of it, and it ends with its request."""
-        steps = self._slice.scan(queries, top_k, wanted)
+    async def _in_turns(self, steps: Iterator["Hits | None"]) -> "Hits":
+        """Search step by step; other searches run between two steps, and none follows once the request is given up."""
         hits: Hits | None = None
         while hits is None:
             hits = await self._compute(next, steps)

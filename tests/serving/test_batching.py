@@ -1,6 +1,7 @@
 import asyncio
 import random
 import selectors
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +160,26 @@ def test_who_went_away_costs_nothing_more():
         encoder.gate.set()
         assert (await queue.submit(rows(3, 1)))[0].tolist() == [[3, 10]]
         assert all(row[0] != 2 for batch in encoder.batches for row in batch)
+
+    asyncio.run(run())
+
+
+def test_requests_that_end_together_do_not_stop_the_loop():
+    async def run():
+        encoder = Encoder(is_open=False)
+        queue = batcher(encoder, max_queued_tokens=10**9)
+        tasks = [asyncio.create_task(queue.submit(rows(1 + number, 2000, 1))) for number in range(250)]
+        await settle()
+        before_s = time.process_time()
+        for task in tasks[:-1]:
+            task.cancel()
+        await settle()
+        assert time.process_time() - before_s < 4  # 20 s where each rebuilds the heap
+        assert queue.queued_tokens <= 2000 and len(queue._heap) <= 4000
+        encoder.gate.set()
+        assert (await tasks[-1])[0].tolist() == [[250, 1]] * 2000
+        assert (await queue.submit(rows(3, 1)))[0].tolist() == [[3, 10]]
+        assert sum(map(len, encoder.batches)) <= 2200 and not queue._num_dead
 
     asyncio.run(run())
 

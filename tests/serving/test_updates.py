@@ -1,0 +1,62 @@
+"""What an update refuses before it changes anything; without Ray."""
+
+import types
+
+import pytest
+
+from readapt_ray.errors import InputError
+from readapt_ray.serving import updates
+from readapt_ray.serving.options import ServeConfig
+
+KEYS = "someone: a-secret-of-enough-characters"
+
+
+class Gateway:
+    """A handle of a gateway with API keys; None does not answer."""
+
+    def __init__(self, options):
+        self.served_options = types.SimpleNamespace(remote=lambda: self)
+        self._options = options
+
+    def result(self, timeout_s):
+        if self._options is None:
+            raise TimeoutError
+        return True, self._options
+
+
+@pytest.fixture
+def serves(monkeypatch):
+    monkeypatch.delenv("READAPT_API_KEYS", raising=False)
+
+    def set_options(options):
+        monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: Gateway(options))
+
+    return set_options
+
+
+def config(**changes):
+    return ServeConfig.parse({"retriever": "r", "update": True} | changes)
+
+
+def test_an_update_does_not_drop_the_api_keys(serves, monkeypatch, tmp_path):
+    serves({})
+    with pytest.raises(InputError, match=r"the server has API keys, and this update has none.*give --api-keys FILE"):
+        updates.check_options(config())
+    (tmp_path / "keys.yaml").write_text(KEYS)
+    updates.check_options(config(api_keys=str(tmp_path / "keys.yaml")))
+    updates.check_options(config(allow_anonymous=True))
+    monkeypatch.setenv("READAPT_API_KEYS", KEYS)
+    updates.check_options(config())
+
+
+def test_options_that_an_update_does_not_repeat_are_named(serves, monkeypatch, caplog):
+    monkeypatch.setenv("READAPT_API_KEYS", KEYS)
+    serves({"timeout_s": 300.0, "max_requests": 8, "truncate": False, "cors_origins": ("https://a",)})
+    updates.check_options(config(max_requests=16))
+    assert "fall back: timeout_s from 300.0 to 60.0, cors_origins from ('https://a',) to ();" in caplog.text
+
+
+def test_an_update_does_not_wait_for_ever(serves):
+    serves(None)
+    with pytest.raises(InputError, match=r"does not answer .*nothing was changed"):
+        updates.check_options(config())
