@@ -288,9 +288,15 @@ def flag(option: str) -> str:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Which of the known words was meant, as a question; empty where none is like it."""
+    """Which of the known words was meant, as a question; empty where none is like it.
+
+    `embd` means `embed`, and `k` means `top_k` where no other option has a `k` between underscores.
+    """
     by_lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    if not close:
+        close = [each for each in by_lower if word.lower() in each.split("_")]
+        close = close if len(close) == 1 else []
     return f"did you mean {by_lower[close[0]]!r}?" if close else ""
 
 
