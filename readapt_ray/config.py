@@ -12,7 +12,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import pydantic
@@ -206,9 +206,19 @@ class StageConfig(Config):
         """Every option as JSON values."""
         return dict(self.model_dump(mode="json"))
 
-    def identity(self) -> dict[str, Any]:
-        """The options that decide what comes out."""
+    def identity(self, known: Container[str] | None = None) -> dict[str, Any]:
+        """The options that decide what comes out.
+
+        Args:
+            known: the options that another release had; others are left out where they have their defaults.
+        """
         left_out = {"output", "overwrite"} | self.inputs | self.operational
+        if known is not None:
+            left_out |= {
+                name
+                for name, field in type(self).model_fields.items()
+                if name not in known and getattr(self, name) == field.get_default(call_default_factory=True)
+            }
         return {name: value for name, value in self.settings().items() if name not in left_out}
 
 
