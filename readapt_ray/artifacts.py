@@ -203,7 +203,7 @@ def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) ->
 
 
 def open_artifact(uri: str, stage: str) -> Artifact:
-    """Open the complete artifact of a stage.
+    """Open the complete artifact of a stage; of any stage if none is named.
 
     Raises:
         ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
@@ -211,13 +211,14 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     location = Location(uri)
     manifest = read_manifest(location)
     if manifest is None:
-        if read_lease(location) is not None:
+        if (lease := read_lease(location)) is not None:
             raise ArtifactMissingError(
-                f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
+                f"{uri!r} is unfinished; run `readapt {stage or lease['stage']}` with this output again, it goes on where it stopped"
             )
         state = f"holds no {MANIFEST_NAME} of a stage" if location.exists() else "does not exist"
-        raise ArtifactMissingError(f"{uri!r} {state}; give the output folder of `readapt {stage}`")
-    if manifest.stage != stage:
+        made_by = f"`readapt {stage}`" if stage else "a stage"
+        raise ArtifactMissingError(f"{uri!r} {state}; give the output folder of {made_by}")
+    if stage and manifest.stage != stage:
         raise ArtifactMissingError(
             f"{uri!r} is the output of {manifest.stage!r}; give the output folder of `readapt {stage}`"
         )

@@ -142,8 +142,7 @@ def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
     Raises:
         ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
     """
-    manifest = artifacts.read_manifest(str(uri))
-    return of(artifacts.open_artifact(str(uri), stage or (manifest.stage if manifest else "STAGE")))
+    return of(artifacts.open_artifact(str(uri), stage))
 
 
 class Results:

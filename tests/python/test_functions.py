@@ -110,7 +110,10 @@ def test_paths_are_annotated_and_taken_wherever_a_path_is(monkeypatch: pytest.Mo
             "unknown option 'encoding.poolin'; did you mean 'pooling'",
         ),
         (lambda: ra.Encoding(pooling="men", add_bos=True, add_eos=True), "pooling = .*did you mean 'mean'"),
-        (lambda: ra.run("absent.yaml"), "no file 'absent.yaml'"),
+        (
+            lambda: ra.run("absent.yaml"),
+            r"no file 'absent.yaml'; give a run's options, one per line \(source, pretrained, ",
+        ),
         (lambda: ra.run("a.yaml", overides={}), r"ra\.run: unknown option 'overides'; did you mean 'overrides'"),
         (lambda: ra.Retriever(retreiver="a", index="b"), r"ra\.Retriever: .*'retreiver'; did you mean 'retriever'"),
         (lambda: ra.Retriever("a", "b"), r"ra\.Retriever: .*by name: retriever=\.\.\., index=\.\.\."),
@@ -157,7 +160,7 @@ def test_paths_are_annotated_and_taken_wherever_a_path_is(monkeypatch: pytest.Mo
         (lambda: ra.Encoder("quickstart-retriever").encode(["a"], kind="qery"), "kind = .*did you mean 'query'"),
         (lambda: ra.Encoder("quickstart-retriever").encode([3], kind="query"), "texts\\[0\\]|string|text"),
         (lambda: ra.status("absent"), "no folder 'absent'"),
-        (lambda: ra.open_artifact("absent"), "'absent' does not exist"),
+        (lambda: ra.open_artifact("absent"), "'absent' does not exist; give the output folder of a stage"),
         (lambda: ra.Encoder("quickstart-retreiver"), "no model .*did you mean 'quickstart-retriever'"),
     ],
 )
