@@ -7,6 +7,7 @@ others, which are converted (`pickled.py`); nothing in a model folder is ever ex
 
 import functools
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ class OpenModel(ModelFolder):
         ]
 
 
-def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
+def open_model(name: str | os.PathLike[str], *, with_weights: bool = True) -> OpenModel:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
@@ -150,7 +151,7 @@ def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
         ModelError: nothing of that name, or what is there is not a model, unfinished, or computed by code of its own.
         ReadaptError: the hub could not be reached, or went on failing.
     """
-    revision = None
+    name, revision = os.fspath(name), None
     if not Path(name).exists():
         name, revision = retrievers.split_commit(name)
     target = retrievers.hub_id(name)

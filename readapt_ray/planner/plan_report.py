@@ -139,7 +139,9 @@ def _limits(plan: Plan) -> str:
     kind = "GPUs" if plan.setting.cluster.num_gpus else "nodes"
     lines = ["what breaks, in this order"]
     lines += [f"  from {count(limit.at)} passages: {limit.what}; {limit.mend}" for limit in plan.passage_limits]
-    lines += [f"  from {limit.at:,.0f} {kind}: {limit.what}; {limit.mend}" for limit in plan.worker_limits]
+    lines += [
+        f"  from {progress.amount(round(limit.at), kind)}: {limit.what}; {limit.mend}" for limit in plan.worker_limits
+    ]
     return "\n".join(lines)
 
 

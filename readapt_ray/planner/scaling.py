@@ -14,6 +14,7 @@ from readapt_ray.planner import stages
 from readapt_ray.planner.cost import cost_of
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
+from readapt_ray.progress import amount
 from readapt_ray.recipes.chain import Step, runs_beside_next
 from readapt_ray.stages.embed import MAX_SHARD_ROWS
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
@@ -118,14 +119,14 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
         Limit(
             inf if is_split else _SHARE_OF_MEMORY * head_bytes / id_bytes,
             f"ingest holds {id_bytes} bytes per passage: over the head node's memory ({head_bytes / 1e9:.0f} GB)",
-            "--deduplicate none, a larger head node, or parts",
+            "--deduplicate none, a larger head node, or cut the source into parts",
             "corpus",
         ),
         Limit(
             _SHARE_OF_MEMORY * head_bytes / _EMBED_DRIVER_BYTES,
             f"embed's driver holds {_EMBED_DRIVER_BYTES} bytes per passage to see that no id repeats: over the head node's memory "
             f"({head_bytes / 1e9:.0f} GB)",
-            "a larger head node, or parts",
+            "a larger head node, or cut the corpus into parts",
             "vectors",
         ),
         Limit(
@@ -189,7 +190,7 @@ def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[L
     limits = [_batch_limit(configs["train"], setting, many)]
     shards = stages.embed_workers(configs["embed"].model_copy(update={"num_workers": None}), setting.corpus, many)
     if shards < many.num_gpus or not setting.cluster.num_gpus:
-        what = f"embed has {shards:,} data shards: more actors have nothing to do"
+        what = f"embed has {amount(shards, 'data shards')}: more actors have nothing to do"
         limits.append(Limit(float(shards), what, "lower embed.rows_per_shard"))
     limits += _stuck(steps, setting)
     return sorted(limits, key=lambda limit: limit.at)

@@ -218,7 +218,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
     mend = BATCH_MEND.format(num_workers=workers, batch_size=busy)
     is_floor = floor > work / (units * rate.value)
-    bound = ", so short that what a step costs at least decides" if is_floor else ""
+    bound = "; the fixed cost per step dominates" if is_floor else ""
     return _timed(
         name,
         "train",

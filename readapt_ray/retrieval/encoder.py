@@ -120,12 +120,12 @@ class Encoder:
 
         Raises:
             ModelError: the model cannot be loaded, or does not fit the encoding.
-            InputError: the dtype is unknown.
+            InputError: the dtype is unknown, or the device is not there.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
         encoding = encoding or model.encoding
-        device = device or _device()
+        device = _checked_device(device or _device())
         return cls(
             load_model(model, dtype=DTYPES[dtype], device=device),
             model.tokenizer,
@@ -302,6 +302,20 @@ def suitable_dtype(device: str | None = None) -> str:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _checked_device(device: str) -> str:
+    """Return a device that torch can use.
+
+    Raises:
+        InputError: torch does not know it, or this machine does not have it.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{each}" for each in range(torch.cuda.device_count()))]
+        raise InputError(f"device = {device!r} is not on this machine; it must be one of {', '.join(there)}") from None
+    return device
 
 
 def _is_out_of_memory(error: Exception) -> bool:

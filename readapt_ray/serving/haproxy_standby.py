@@ -20,7 +20,7 @@ logger = logging.getLogger("readapt_ray")
 _POLL_S = 0.2
 _CONNECT_S = 5.0
 _END_S = 10.0
-_RESTART_S = 10.0
+_RESTART_S = 1.0
 """Between two starts: an HAProxy that cannot start ends at once."""
 
 

@@ -368,7 +368,7 @@ def test_a_head_that_is_too_small_for_the_corpus_is_refused_before_anything_cost
     (problem,) = make_plan(run_file, cluster=cluster, num_passages=45_000_000).problems
     assert problem == (
         "vectors cannot be made of 45,000,000 passages: embed's driver holds 142 bytes per passage to see that no id repeats: "
-        "over the head node's memory (8 GB), from 39,436,620 on; take a larger head node, or parts"
+        "over the head node's memory (8 GB), from 39,436,620 on; take a larger head node, or cut the corpus into parts"
     )
     assert len(make_plan(run_file, cluster=cluster, num_passages=60_000_000).problems) == 2
 

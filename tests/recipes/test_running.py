@@ -134,6 +134,20 @@ def test_a_changed_option_is_refused_before_anything_runs_and_overwrite_makes_on
     assert "--from 'mreg' is no stage of the run; did you mean 'merge'?" in capsys.readouterr().err
 
 
+def test_a_root_of_a_release_without_an_option_is_not_stale_if_the_option_has_its_default(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run() == 0
+    (desk.root / "run.json").unlink()
+    file = desk.root / "corpus" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["config"]["overlap"]
+    file.write_text(json.dumps(manifest))
+    assert desk.run() == 0, capsys.readouterr().err
+    assert desk.run("--set", "ingest.split_tokens=64", "--set", "ingest.tokenizer=quickstart-retriever") == 2
+    assert desk.run("--set", "ingest.max_text_bytes=7") == 2
+
+
 def test_an_interrupted_overwriting_goes_on_and_status_tells_what_is_stale_and_what_failed(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
