@@ -302,6 +302,20 @@ class Batcher:
             rate, is_known = num_tokens / max(seconds, 1e-6), now_s < self._rate_seen_s + _RATE_KNOWN_FOR_S
             self._tokens_per_s += (_RATE_SMOOTHING if is_known else 1.0) * (rate - self._tokens_per_s)
             self._rate_seen_s = now_s
+            if not is_known:
+                self._give_up_what_is_too_large(now_s)
+
+    def _give_up_what_is_too_large(self, now_s: float) -> None:
+        """End requests that came before the rate was known, and that would not be done in time even alone.
+
+        One batch may have been slow by chance, so they are ended only if twice its rate would not suffice.
+        """
+        rate = self._tokens_per_s * self._num_slots
+        for job in self._waiting:
+            if job.queued_tokens > 2 * rate * (job.deadline_s - now_s):
+                time_s = _SHARE_OF_TIME * (job.deadline_s - job.came_s)
+                num_tokens = sum(map(len, job.rows))
+                _fail(job, RequestTooLargeError(int(len(job.rows) * rate * time_s / num_tokens)))
 
 
 def _fail(job: _Job, error: Any) -> None:

@@ -122,19 +122,27 @@ def check_room(added: Sequence[VersionConfig]) -> None:
     for resource, asked in _asked(added).items():
         if asked > free.get(resource, 0.0) + 1e-6:
             raise InputError(
-                f"the new versions ask for {asked:g} {resource}, and {free.get(resource, 0.0):g} of {there.get(resource, 0.0):g} "
+                f"the new versions ask for {_amount(resource, asked)} {resource}, and {_amount(resource, free.get(resource, 0.0))} of "
+                f"{_amount(resource, there.get(resource, 0.0))} "
                 f"are free beside the versions that are served; lower num_cpus_per_replica, num_gpus_per_replica or "
                 f"num_cpus_per_index_actor, or first update to fewer versions"
             )
 
 
+def _amount(resource: str, number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if resource == "memory" else f"{number:g}"
+
+
 def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
-    asked = {"CPU": 0.0, "GPU": 0.0}
+    asked = {"CPU": 0.0, "GPU": 0.0, "memory": 0.0}
     for each in added:
         num_slices = app.num_slices(each)
         asked["CPU"] += each.num_replicas * each.num_cpus_per_replica
         asked["CPU"] += num_slices * each.index_replicas * each.num_cpus_per_index_actor
         asked["GPU"] += each.num_replicas * app.num_gpus(each)
+        names = app.version_spec("", each).shards if num_slices else ()
+        slices = [names[first :: each.index_actors] for first in range(num_slices)]
+        asked["memory"] += each.index_replicas * sum(app.slice_bytes(each.index, mine) for mine in slices)
     return asked
 
 

@@ -345,3 +345,22 @@ def test_what_can_never_be_done_in_time_is_refused_with_what_would_fit():
         assert await ask(queue, 50_000, 60.0) == "done"
 
     run_in_no_time(main())
+
+
+def test_what_came_before_the_rate_was_known_is_given_up_once_it_is():
+    """20 s of work with 2 s left ends with the first batch, with what would fit; what fits beside it is done."""
+
+    async def main():
+        encoder = SteadyEncoder()
+        queue = batcher(encoder, batch_tokens=500, max_queued_tokens=10**9)
+        loop = asyncio.get_running_loop()
+        small = asyncio.create_task(ask(queue, 500, 3.0))
+        assert await ask(queue, 20_000, 2.0) == "413"
+        assert loop.time() < 1 and encoder.num_tokens <= 1000
+        assert await small == "done"
+        await asyncio.sleep(3600)
+        with pytest.raises(RequestTooLargeError) as caught:
+            await queue.submit([[1] * 20] * 1000, deadline_s=loop.time() + 2)
+        assert 40 < caught.value.num_rows <= 50
+
+    run_in_no_time(main())

@@ -60,3 +60,19 @@ def test_an_update_does_not_wait_for_ever(serves):
     serves(None)
     with pytest.raises(InputError, match=r"does not answer .*nothing was changed"):
         updates.check_options(config())
+
+
+@pytest.mark.parametrize(("num_bytes", "fits"), [(3 << 30, True), (4 << 30, False)])
+def test_an_index_that_memory_has_no_room_for_is_refused(monkeypatch, num_bytes, fits):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    for name in ("available_resources", "cluster_resources"):
+        monkeypatch.setattr(f"ray.{name}", lambda: {"CPU": 8.0, "memory": 12.0 * 2**30})
+    monkeypatch.setattr(updates.app, "version_spec", lambda *_: types.SimpleNamespace(shards=("a", "b", "c")))
+    monkeypatch.setattr(updates.app, "slice_bytes", lambda _, names: num_bytes * len(names))
+    added = [config(index="i", index_actors=2).each_version()["r"]]
+    if fits:
+        updates.check_room(added)
+        return
+    with pytest.raises(InputError, match=r"ask for 12\.0 GiB memory, and 11\.0 GiB of 12\.0 GiB are free"):
+        monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 8.0, "memory": 11.0 * 2**30})
+        updates.check_room(added)
