@@ -265,7 +265,7 @@ def _encoding_of(model: OpenModel) -> Encoding:
         return found[0]
     likely = likely_encoding(model)
     raise ModelError(
-        f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
+        f"no pooling or prompt settings found for {model.name!r}: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
         f"is not in the catalog; pass --encoding FILE.json, or let `readapt encoding --model {model.name} --write` write "
         f"{CONTRACT_NAME}. Pooling is likely {likely.pooling!r}; look up in its model card how it was trained, also whether "
         f"it puts words before queries and passages:\n{as_contract(likely)}"

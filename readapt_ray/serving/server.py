@@ -60,7 +60,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     if not (keys or config.allow_anonymous or is_loopback(config.host)):
         raise InputError(
             f"host = {config.host!r} would answer other machines, and there are no API keys; give --api-keys FILE, "
-            f"or --allow-anonymous where something else guards the door"
+            f"or --allow-anonymous where a proxy or a firewall controls access"
         )
     if config.traces:
         from readapt_ray.serving.spans import check_exporter
