@@ -17,6 +17,8 @@ from readapt_ray.evaluation.runs import write_run
 from readapt_ray.recipes import chain, running
 from readapt_ray.records import ScoredDoc
 from readapt_ray.stages import STAGES
+from readapt_ray.stages.ingest import IngestConfig
+from readapt_ray.stages.ingest import ingest as ingest_corpus
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent
@@ -429,7 +431,8 @@ def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.Ca
 def test_a_run_into_the_root_of_another_says_what_run_can_do(
     pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    factories.ingest_artifact(tmp_path / "root" / "corpus", factories.small_corpus(3))
+    (tmp_path / "first.jsonl").write_text('{"_id": "1", "text": "first"}\n')
+    ingest_corpus(IngestConfig(source=f"{tmp_path}/first.jsonl", output=f"{tmp_path}/root/corpus"))
     (tmp_path / "other.jsonl").write_text('{"_id": "1", "text": "one"}\n')
     file = tmp_path / "run.yaml"
     file.write_text(
