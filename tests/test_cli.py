@@ -431,9 +431,8 @@ def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.Ca
 def test_a_run_into_the_root_of_another_says_what_run_can_do(
     pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "first.jsonl").write_text('{"_id": "1", "text": "first"}\n')
-    ingest_corpus(IngestConfig(source=f"{tmp_path}/first.jsonl", output=f"{tmp_path}/root/corpus"))
     (tmp_path / "other.jsonl").write_text('{"_id": "1", "text": "one"}\n')
+    ingest_corpus(IngestConfig(source=f"{tmp_path}/other.jsonl", output=f"{tmp_path}/root/corpus", deduplicate="none"))
     file = tmp_path / "run.yaml"
     file.write_text(
         f"source: {tmp_path}/other.jsonl\npretrained: {pieces}/base\nretriever: {pieces}/retriever\n"

@@ -18,4 +18,4 @@ def test_what_cannot_start_is_not_tried_five_times_a_second(tmp_path, caplog):
     standby = Standby(str(shutil.which("false")), tmp_path, "127.0.0.1", free_port())
     time.sleep(2)
     standby.end()
-    assert caplog.text.count("starting it again") == 1
+    assert 1 <= caplog.text.count("starting it again") <= 3
