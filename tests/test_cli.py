@@ -432,7 +432,7 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
     pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other.jsonl").write_text('{"_id": "1", "text": "one"}\n')
-    ingest_corpus(IngestConfig(source=f"{tmp_path}/other.jsonl", output=f"{tmp_path}/root/corpus", deduplicate="none"))
+    ingest_corpus(IngestConfig(source=f"{tmp_path}/other.jsonl", output=f"{tmp_path}/root/corpus", max_text_bytes=99))
     file = tmp_path / "run.yaml"
     file.write_text(
         f"source: {tmp_path}/other.jsonl\npretrained: {pieces}/base\nretriever: {pieces}/retriever\n"
