@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
-from readapt_ray.errors import InputError
 from readapt_ray.hardware import limit_threads
 from readapt_ray.progress import amount
 from readapt_ray.python.signatures import refusing_in_our_words
@@ -168,8 +167,6 @@ class Retriever:
         Raises:
             InputError: top_k is under 1, or the query is not a text or is empty.
         """
-        if not isinstance(query, str):
-            raise InputError(f"query = {query!r}: must be a text; search_all takes a list of them")
         return self.search_all([query], top_k)[0]
 
     @refusing_in_our_words
