@@ -46,7 +46,7 @@ logger = logging.getLogger("readapt_ray")
 
 FORMAT_VERSION = 1
 _MANIFEST_START = b'{"stage"'
-"""How each manifest of ours begins, without its white space."""
+"""The first bytes of every manifest that a stage writes, once white space is removed."""
 _VERSIONED_PACKAGES = (
     "readapt-ray",
     "ray",
@@ -213,7 +213,7 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     if manifest is None:
         if (lease := read_lease(location)) is not None:
             raise ArtifactMissingError(
-                f"{uri!r} is unfinished; run `readapt {stage or lease['stage']}` with this output again, it goes on where it stopped"
+                f"{uri!r} is unfinished; run `readapt {stage or lease['stage']}` with this output again to resume it"
             )
         state = f"holds no {MANIFEST_NAME} of a stage" if location.exists() else "does not exist"
         made_by = f"`readapt {stage}`" if stage else "a stage"

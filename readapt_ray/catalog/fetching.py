@@ -159,7 +159,7 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _is_final(cause: BaseException) -> bool:
-    """Whether asking again would end the same: refused, unknown, no network, a disk that takes nothing."""
+    """Return whether a retry would fail too: access denied, no such model, no network, a full or read-only disk."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,

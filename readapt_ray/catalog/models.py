@@ -208,7 +208,7 @@ def _check_finished(location: Location, name: str) -> None:
     stage = (read_lease(location) or {}).get("stage")
     made_by = f"`readapt {stage}`" if stage else "the stage that makes it"
     raise ModelError(
-        f"{name!r} is unfinished; run {made_by} with this output again, it goes on where it stopped, or wait for its end"
+        f"{name!r} is unfinished; run {made_by} with this output again to resume it, or wait until it is done"
     )
 
 

@@ -18,7 +18,7 @@ from readapt_ray.progress import amount
 logger = logging.getLogger("readapt_ray")
 
 PATIENCE_S = 300.0
-"""How long to wait for all workers where fewer would do and late ones cost a restart."""
+"""Seconds to wait for all workers before a stage begins with fewer. Workers that come later cost a restart."""
 
 _POLL_S = 1.0
 _SAID_S = 20.0

@@ -44,7 +44,7 @@ def check_node() -> None:
 
     if text := software.difference_here():
         raise PlacementError(
-            f"node {ray.util.get_node_ip_address()} {text}; install the same on all nodes, or leave this one out"
+            f"node {ray.util.get_node_ip_address()} {text}; install the same versions on all nodes, or remove this node"
         )
     check_gpus()
 

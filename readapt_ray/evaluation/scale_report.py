@@ -15,7 +15,7 @@ from readapt_ray.evaluation.tables import markdown_table, signed, value
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """What the search found, in a sentence; the figures are of the half that did not choose it."""
+    """Summarise the search in a sentence, with figures of the half of the queries that did not choose the scales."""
     best = result["best"]
     pair = f"readapter_scale {best['readapter_scale']:g}, knowledge_scale {best['knowledge_scale']:g}"
     if (best["readapter_scale"], best["knowledge_scale"]) == (1.0, 0.0):

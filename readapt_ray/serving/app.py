@@ -7,7 +7,7 @@ options. What does not fit together is refused before anything starts.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -66,17 +66,16 @@ def bind_version(name: str, config: VersionConfig) -> Any:
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
-    names = spec.shards
-    dealt = [names[first :: config.index_actors] for first in range(num_slices(config))]
+    planned = planned_slices(config)
     slices = [
         IndexReplica.options(  # type: ignore[attr-defined]
             name=f"index-{number}",
             num_replicas=config.index_replicas,
             max_ongoing_requests=64,
-            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": slice_bytes(config.index, mine)},
+            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": each.num_bytes},
             **_LIFE,
-        ).bind(spec, mine, len(dealt))
-        for number, mine in enumerate(dealt)
+        ).bind(spec, each.shards, len(planned))
+        for number, each in enumerate(planned)
     ]
     encoder = EncoderReplica.options(  # type: ignore[attr-defined]
         name=ENCODER_DEPLOYMENT,
@@ -89,18 +88,26 @@ def bind_version(name: str, config: VersionConfig) -> Any:
     return encoder.bind(spec, *slices)
 
 
-def slice_bytes(index: str | None, names: Sequence[str]) -> int:
-    """Return the memory of some shards, which Ray sets aside so that a slice never starts on a node without room for it.
+class PlannedSlice(NamedTuple):
+    """A part of an index, which one process serves."""
 
-    A shard takes twice its size while it is read.
-    """
-    sizes = {each["name"]: each["num_bytes"] for each in open_artifact(str(index), "index").manifest.details["shards"]}
-    return int(sum(sizes[name] for name in names) + max(sizes[name] for name in names))
+    shards: tuple[str, ...]
+    """Their names."""
+    num_bytes: int
+    """Memory that Ray sets aside, so that a slice never starts on a node without room for it."""
 
 
-def num_slices(config: VersionConfig) -> int:
-    """Return in how many parts the index of a version is served."""
-    return min(config.index_actors, len(version_spec("", config).shards)) if config.index else 0
+def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
+    """Deal the shards of a version's index out to slices; none without an index."""
+    if not config.index:
+        return []
+    shards = open_artifact(config.index, "index").manifest.details["shards"]
+    sizes = {each["name"]: int(each["num_bytes"]) for each in shards}
+    dealt = [tuple(sizes)[first :: config.index_actors] for first in range(min(config.index_actors, len(sizes)))]
+    # A shard takes twice its size while it is read.
+    return [
+        PlannedSlice(names, sum(sizes[name] for name in names) + max(sizes[name] for name in names)) for names in dealt
+    ]
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
@@ -198,17 +205,13 @@ def bind_gateway(config: ServeConfig) -> Any:
     from ray.serve.config import BackpressureConfig
     from ray.serve.schema import LoggingConfig
 
-    from readapt_ray.serving.gateway import Gateway, GatewayConfig, GatewayDomain
+    from readapt_ray.serving.gateway import Gateway, GatewayConfig
     from readapt_ray.serving.keys import read_keys
 
     check_probe(config)
     limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
-    domains = [each.source for each in domain_records(config)]
     state = GatewayConfig(
-        domains={
-            each.name: GatewayDomain(folder=each.folder, fingerprint=each.fingerprint, scales=each.scales)
-            for each in domains
-        },
+        domains=tuple(each.source for each in domain_records(config)),
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
         policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from pydantic import Field
 from ray import serve
 
 from readapt_ray.config import Config
@@ -34,17 +33,6 @@ _POLL_S = 0.5
 _SCRAPE_S = 5.0
 
 
-class GatewayDomain(Config):
-    """A domain as a gateway knows it."""
-
-    folder: str
-    """Folder or URI of its factors."""
-    fingerprint: str
-    """Of the factors."""
-    scales: tuple[float, ...]
-    """Scale of each of its adapters unless a request says otherwise."""
-
-
 class GatewayConfig(Config):
     """What a gateway serves: its `user_config`."""
 
@@ -52,8 +40,8 @@ class GatewayConfig(Config):
     """The Ray Serve application of each version, by the version's name."""
     routing: Routing
     """How requests that name no version reach them."""
-    domains: dict[str, GatewayDomain] = Field(default_factory=dict)
-    """The domains by name; they share the one version that there is then, and clients see them in its place."""
+    domains: tuple[DomainSource, ...] = ()
+    """The domains; they share the one version that there is then, and clients see them in its place."""
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
 
@@ -140,12 +128,12 @@ class Gateway:
         return RayBackend(info, encoder, slices, state.policy)
 
 
-def _backends(versions: Mapping[str, RayBackend], domains: Mapping[str, GatewayDomain]) -> Mapping[str, Backend]:
+def _backends(versions: Mapping[str, RayBackend], domains: Sequence[DomainSource]) -> Mapping[str, Backend]:
     """Return what clients can choose by name."""
     if not domains:
         return versions
     (shared,) = versions.values()
-    return {name: DomainBackend(shared, DomainSource(name=name, **each.model_dump())) for name, each in domains.items()}
+    return {each.name: DomainBackend(shared, each) for each in domains}
 
 
 def _sees_clients() -> bool:

@@ -136,13 +136,11 @@ def _amount(resource: str, number: float) -> str:
 def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
     asked = {"CPU": 0.0, "GPU": 0.0, "memory": 0.0}
     for each in added:
-        num_slices = app.num_slices(each)
+        slices = app.planned_slices(each)
         asked["CPU"] += each.num_replicas * each.num_cpus_per_replica
-        asked["CPU"] += num_slices * each.index_replicas * each.num_cpus_per_index_actor
+        asked["CPU"] += len(slices) * each.index_replicas * each.num_cpus_per_index_actor
         asked["GPU"] += each.num_replicas * app.num_gpus(each)
-        names = app.version_spec("", each).shards if num_slices else ()
-        slices = [names[first :: each.index_actors] for first in range(num_slices)]
-        asked["memory"] += each.index_replicas * sum(app.slice_bytes(each.index, mine) for mine in slices)
+        asked["memory"] += each.index_replicas * sum(part.num_bytes for part in slices)
     return asked
 
 

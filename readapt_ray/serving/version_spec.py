@@ -16,23 +16,23 @@ class VersionSpec:
     retriever: str
     encoding: Encoding | None
     dtype: str
-    encoder_fingerprint: str | None
+    encoder_fingerprint: str | None = None
     """As the index or the bridge has it: a node whose model folder differs is found out. None without an index."""
-    bridge: str | None
+    bridge: str | None = None
     """Maps queries to the vectors of the index, if another model made these."""
-    bridge_fingerprint: str | None
-    index: str | None
-    index_fingerprint: str | None
-    index_encoder: str | None
+    bridge_fingerprint: str | None = None
+    index: str | None = None
+    index_fingerprint: str | None = None
+    index_encoder: str | None = None
     """Fingerprint of what made the vectors of the index."""
-    shards: tuple[str, ...]
+    shards: tuple[str, ...] = ()
     """Names of the shards of the index."""
-    has_words: bool
+    has_words: bool = False
     """Whether the index has BM25 scores."""
-    is_split: bool
+    is_split: bool = False
     """Whether passages are parts of documents."""
-    corpus: str | None
-    corpus_fingerprint: str | None
+    corpus: str | None = None
+    corpus_fingerprint: str | None = None
     batch_tokens: int | None
     num_slots: int
     num_threads: int | None

@@ -11,7 +11,7 @@ from readapt_ray.errors import InputError, WeightMismatchError
 from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.serving.domain_app import domain_records
-from readapt_ray.serving.domains import DomainBackend, DomainUnavailableError
+from readapt_ray.serving.domains import DomainBackend, DomainRow, DomainUnavailableError
 from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.resident_domains import ResidentDomains
@@ -221,13 +221,23 @@ def test_a_domain_that_is_removed_answers_the_requests_that_wait(folder, tmp_pat
     asyncio.run(run())
 
 
-def test_more_domains_in_a_batch_than_fit_the_memory_go_one_after_the_other(folder):
+def test_more_domains_in_a_batch_than_fit_the_memory_go_one_after_the_other(folder, monkeypatch):
     async def run():
         shared = SharedInProcess(folder)
         made = backends(shared, folder)
         size = (await shared.resident.domain(made["legal"].source)).num_bytes
         shared = SharedInProcess(folder, max_bytes=size + 1)
         made = backends(shared, folder)
+        together, encode_ids = [], shared.encoder.encoder.encode_ids
+
+        def watched(rows, uses):
+            together.append(len({use.domain.name for use in uses if use is not None}))
+            return encode_ids(rows, uses)
+
+        monkeypatch.setattr(shared.encoder.encoder, "encode_ids", watched)
+        sources = [made[name].source for name in NAMES]
+        await shared.encode([DomainRow([1, 5, 9], source, source.scales) for source in sources])
+        assert together and max(together) == 1
         async with local_server(made) as local, local.client() as client:
             answers = await asyncio.gather(*(embed(client, name) for name in NAMES * 3))
             for (status, found), name in zip(answers, NAMES * 3, strict=True):
@@ -250,6 +260,8 @@ def test_a_domain_that_fails_can_be_asked_again_later(folder, tmp_path, monkeypa
             with pytest.raises(DomainUnavailableError, match=r"domain 'late' cannot be used: the factors .* are gone"):
                 await shared.prepare(source)
         (tmp_path / "away").rename(late)
+        with pytest.raises(DomainUnavailableError):  # the failure is remembered for some seconds
+            await shared.prepare(source)
         monkeypatch.setattr("readapt_ray.serving.resident_domains.FAILED_FOR_S", 0.0)
         await shared.prepare(source)
 

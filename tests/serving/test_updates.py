@@ -62,13 +62,16 @@ def test_an_update_does_not_wait_for_ever(serves):
         updates.check_options(config())
 
 
-@pytest.mark.parametrize(("num_bytes", "fits"), [(3 << 30, True), (4 << 30, False)])
+@pytest.mark.parametrize(("num_bytes", "fits"), [(2 << 30, True), (12 * 2**30 // 5, False)])
 def test_an_index_that_memory_has_no_room_for_is_refused(monkeypatch, num_bytes, fits):
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
     for name in ("available_resources", "cluster_resources"):
         monkeypatch.setattr(f"ray.{name}", lambda: {"CPU": 8.0, "memory": 12.0 * 2**30})
-    monkeypatch.setattr(updates.app, "version_spec", lambda *_: types.SimpleNamespace(shards=("a", "b", "c")))
-    monkeypatch.setattr(updates.app, "slice_bytes", lambda _, names: num_bytes * len(names))
+    shards = [{"name": name, "num_bytes": num_bytes} for name in "abc"]
+    index = types.SimpleNamespace(manifest=types.SimpleNamespace(details={"shards": shards}))
+    monkeypatch.setattr(
+        updates.app, "open_artifact", lambda *_: index
+    )  # two slices: a and c, b; each reads one shard more
     added = [config(index="i", index_actors=2).each_version()["r"]]
     if fits:
         updates.check_room(added)

@@ -36,7 +36,7 @@ def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: boo
 
     Args:
         root: folder or URI of all artifacts; None: not looked at.
-        models: that must be there, or be to be had.
+        models: models that every node must have or be able to fetch.
         starts_gpus: start the GPU nodes that the cluster may grow to.
     """
     connection.connect(check_versions=False)
@@ -128,8 +128,8 @@ def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: 
         if isinstance(there, Exception):
             report.add(name, {"versions": _silent(there)})
             continue
-        text = software.other_versions(here, there)  # what is missing has a check of its own
-        mend = "install the same on all nodes, or leave this one out"
+        text = software.other_versions(here, there)  # missing packages are checked on each node
+        mend = "install the same versions on all nodes, or remove this node"
         report.add(name, {"versions": failed(f"{text}; {mend}")} if text else {})
         if there["readapt_ray"] != "missing":
             usable[name] = up[name]

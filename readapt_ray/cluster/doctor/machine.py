@@ -22,7 +22,7 @@ from readapt_ray.yaml_files import read_yaml
 _BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
 """The cluster file on a head that `ray up` started."""
 _PROVIDER_MODULES = {"aws": "boto3", "gcp": "googleapiclient"}
-"""What Ray's autoscaler imports on the head, by the provider's type."""
+"""The module that Ray's autoscaler imports on the head node, for each type of provider."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class Orders:
     probe_name: str | None = None
     """File in the root that the driver wrote."""
     models: tuple[str, ...] = ()
-    """Models that must be there, or be to be had."""
+    """Models that this node must have or be able to fetch."""
     num_gpus: int | None = None
     """What Ray gives to workers there; None without Ray."""
     store_bytes: int = 0
