@@ -76,9 +76,16 @@ def __getattr__(name: str) -> Any:
 
         return version("readapt-ray")
     if name not in _HOMES:
-        raise AttributeError(f"module 'readapt_ray' has no attribute {name!r}")
+        import difflib
+
+        close = difflib.get_close_matches(name, __all__, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close and not name.startswith("_") else ""
+        raise AttributeError(f"module 'readapt_ray' has no attribute {name!r}{hint}")
     module = importlib.import_module(f"readapt_ray.{_HOMES[name]}")
-    return module.function_of(name) if name in _FROM_CONFIGS else getattr(module, name)
+    if name in _FROM_CONFIGS:
+        return module.function_of(name)
+    found = getattr(module, name)
+    return found if isinstance(found, type) else importlib.import_module("readapt_ray.python.signatures").public(found)
 
 
 def __dir__() -> list[str]:

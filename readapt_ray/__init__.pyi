@@ -518,8 +518,9 @@ def finetune(
             because it sends every weight to every worker in each pass. (default: 0)
         num_workers: Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without
             GPUs.
-        min_workers: Continue with as few workers as this when nodes are lost, and add workers when nodes come
-            back. If omitted, wait until all workers can run.
+        min_workers: Begin with as few workers as this when no more GPU nodes came within five minutes, continue
+            with as few when nodes are lost, and add workers when nodes come back, after two checkpoint
+            intervals. If omitted, wait until all workers can run.
         num_cpus_per_worker: CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its
             workers.
         checkpoint_every_s: Seconds between checkpoints; 0 makes one after each step. A killed run resumes from
@@ -981,6 +982,7 @@ def serve(
     max_inputs: int = 2048,
     truncate: bool = False,
     accept_token_ids: bool = False,
+    knowledge_scale: str | None = None,
     timeout_s: float = 60.0,
     shadow: str = '',
     shadow_share: float = 1.0,
@@ -989,6 +991,9 @@ def serve(
     shard_timeout_s: float = 2.0,
     name: str = '',
     versions: dict[str, dict[str, Any]] | None = None,
+    base: str | Path | None = None,
+    domains: dict[str, str] | None = None,
+    max_domain_bytes: int = 1073741824,
     default: str = '',
     split: Sequence[str] = (),
     host: str = '127.0.0.1',
@@ -1052,6 +1057,8 @@ def serve(
         accept_token_ids: Accept token ids in place of texts. Only ids of the model's own tokenizer give the
             right vectors. OpenAI's ids, which LangChain sends by default, give those of other texts. (default:
             no)
+        knowledge_scale: Range of scales that a request for a domain may ask for by `knowledge_scale`, such as
+            0.0..1.0. If omitted, requests cannot choose, and each domain has the scale that it was merged with.
         timeout_s: Seconds until a request is given up with 504. A request can ask for less. Raise it if clients
             send many texts per request to a slow encoder. (default: 60.0)
         shadow: Version that also searches, unseen by clients; metrics say how far it agrees. Set it to try a
@@ -1068,6 +1075,13 @@ def serve(
         name: Name of the version for clients. If omitted, the last part of `retriever`.
         versions: YAML file of several versions by name, each with its retriever, index, corpus and so on. The
             file of --config can also hold them as a section.
+        base: Model before retrieval training that the `domains` were merged with. If omitted, the one that the
+            factors name.
+        domains: Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name:
+            factors`. Factors are the output of `readapt merge --factors`, all with the same retriever. Give it
+            instead of `retriever`; embeddings only.
+        max_domain_bytes: Memory for the factors of all domains, in bytes, in each encoder process. Those that
+            were used longest ago make room, and are read again when they are needed. (default: 1073741824)
         default: Version that answers requests that name none. If omitted, the first.
         split: Weights of versions among the searches that name none, such as base=0.1,adapted=0.9. If omitted,
             the default version answers all of them.
@@ -1177,8 +1191,9 @@ def train(
             because it sends every weight to every worker in each pass. (default: 0)
         num_workers: Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without
             GPUs.
-        min_workers: Continue with as few workers as this when nodes are lost, and add workers when nodes come
-            back. If omitted, wait until all workers can run.
+        min_workers: Begin with as few workers as this when no more GPU nodes came within five minutes, continue
+            with as few when nodes are lost, and add workers when nodes come back, after two checkpoint
+            intervals. If omitted, wait until all workers can run.
         num_cpus_per_worker: CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its
             workers.
         checkpoint_every_s: Seconds between checkpoints; 0 makes one after each step. A killed run resumes from

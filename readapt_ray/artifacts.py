@@ -24,7 +24,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,8 +45,8 @@ from readapt_ray.storage import Location
 logger = logging.getLogger("readapt_ray")
 
 FORMAT_VERSION = 1
-_OUR_MANIFEST = re.compile(rb'\{\s*"stage"')
-"""How each manifest of ours begins."""
+_MANIFEST_START = b'{"stage"'
+"""The first bytes of every manifest that a stage writes, once white space is removed."""
 _VERSIONED_PACKAGES = (
     "readapt-ray",
     "ray",
@@ -141,7 +140,8 @@ def read_manifest(uri: str | Location) -> Manifest | None:
     try:
         values = json.loads(content)
     except ValueError as error:
-        if not _OUR_MANIFEST.match(content):
+        start = b"".join(content.replace(b"\0", b"").split())  # a machine that crashed leaves zeros, or nothing
+        if not _MANIFEST_START.startswith(start[: len(_MANIFEST_START)]):
             return None
         raise CorruptFileError(
             f"{location} is not a manifest: {error}; if a stage of readapt made that folder, remove it and run the stage again"
@@ -203,7 +203,7 @@ def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) ->
 
 
 def open_artifact(uri: str, stage: str) -> Artifact:
-    """Open the complete artifact of a stage.
+    """Open the complete artifact of a stage; of any stage if none is named.
 
     Raises:
         ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
@@ -211,13 +211,14 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     location = Location(uri)
     manifest = read_manifest(location)
     if manifest is None:
-        if read_lease(location) is not None:
+        if (lease := read_lease(location)) is not None:
             raise ArtifactMissingError(
-                f"{uri!r} is unfinished; run `readapt {stage}` with this output again, it goes on where it stopped"
+                f"{uri!r} is unfinished; run `readapt {stage or lease['stage']}` with this output again to resume it"
             )
         state = f"holds no {MANIFEST_NAME} of a stage" if location.exists() else "does not exist"
-        raise ArtifactMissingError(f"{uri!r} {state}; give the output folder of `readapt {stage}`")
-    if manifest.stage != stage:
+        made_by = f"`readapt {stage}`" if stage else "a stage"
+        raise ArtifactMissingError(f"{uri!r} {state}; give the output folder of {made_by}")
+    if stage and manifest.stage != stage:
         raise ArtifactMissingError(
             f"{uri!r} is the output of {manifest.stage!r}; give the output folder of `readapt {stage}`"
         )
@@ -245,16 +246,14 @@ def produce(
         ArtifactConflictError: the folder holds something else, or another process is at it.
     """
     location = Location(config.output)
-    identified = fingerprint(
-        {
-            "stage": stage,
-            "format": FORMAT_VERSION,
-            "config": config.identity(),
-            "inputs": dict(inputs),
-            "also": dict(identity or {}),
-        }
-    )
+    content = {"stage": stage, "format": FORMAT_VERSION, "inputs": dict(inputs), "also": dict(identity or {})}
+    identified = fingerprint({**content, "config": config.identity()})
     present, before = read_manifest(location), None
+    if (
+        present is not None
+        and fingerprint({**content, "config": config.identity(present.config)}) == present.fingerprint
+    ):
+        identified = present.fingerprint  # also where a release made it that lacked options which have their defaults
     if present is None or present.fingerprint != identified:
         before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
         present = read_manifest(location)  # a process that was waited for may have finished

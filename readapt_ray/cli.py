@@ -1,13 +1,17 @@
 """The command `readapt`: every stage with its options as flags, and what ties stages together.
 
 Flags, types, defaults and help come from the stages' configs. Exit code 0 on success, 2 on bad input,
-1 on a failure, 130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0.
+1 on a failure, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more
+(`readapt ... | head`); a server that is told to stop ends with 0.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import logging
+import os
+import select
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -42,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         termination.end_as_ctrl_c_does()
         log_output.write_to_terminal()
         library_logs.silence()
-        _run_command(command, given[1:])
+        try:
+            _run_command(command, given[1:])
+        finally:
+            sys.stdout.flush()
     except ReadaptError as error:
         print(f"readapt: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -58,11 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"readapt: error: {unreadable(error)}", file=sys.stderr)
         return InputError.exit_code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return 141
         if environment.shows_tracebacks():
             raise
         print(f"readapt: failed: {type(error).__name__}: {error} (READAPT_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_unread() -> bool:
+    """Return whether nobody reads stdout any more; if so, drop what is still to be written to it."""
+    with contextlib.suppress(OSError, ValueError):  # stdout may be no file
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return True
+    return False
 
 
 def _run_command(command: str, arguments: Sequence[str]) -> None:
@@ -94,7 +114,8 @@ def _overview() -> str:
         + "\n".join(lines)
         + "\n\n`readapt COMMAND --help` shows the options of a command, `readapt --completion bash|zsh|fish` a script that\n"
         "completes them with the Tab key. Exit code 0 on success, 2 on bad input, 1 on a "
-        "failure,\n130 after Ctrl-C, 143 after SIGTERM; a server that is told to stop ends with 0."
+        "failure,\n130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output any more (`readapt ... | head`);\n"
+        "a server that is told to stop ends with 0."
     )
 
 
@@ -175,8 +196,9 @@ def _plan(arguments: Sequence[str]) -> None:
     plan_options = flags.given(planner.PlanConfig, options)
     found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
     print(json.dumps(plan_report.values(found), indent=2) if options.json else plan_report.text(found))
-    if found.problems:
-        raise PlacementError("; ".join(found.problems))
+    unfilled = found.setting.cluster.unfilled
+    if found.problems or unfilled:
+        raise PlacementError("; ".join([*found.problems, *filter(None, [unfilled])]))
 
 
 def _doctor(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, ClassVar, Self
 
 import pydantic
@@ -206,9 +206,19 @@ class StageConfig(Config):
         """Every option as JSON values."""
         return dict(self.model_dump(mode="json"))
 
-    def identity(self) -> dict[str, Any]:
-        """The options that decide what comes out."""
+    def identity(self, known: Container[str] | None = None) -> dict[str, Any]:
+        """The options that decide what comes out.
+
+        Args:
+            known: the options that another release had; others are left out where they have their defaults.
+        """
         left_out = {"output", "overwrite"} | self.inputs | self.operational
+        if known is not None:
+            left_out |= {
+                name
+                for name, field in type(self).model_fields.items()
+                if name not in known and getattr(self, name) == field.get_default(call_default_factory=True)
+            }
         return {name: value for name, value in self.settings().items() if name not in left_out}
 
 
@@ -288,9 +298,15 @@ def flag(option: str) -> str:
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Which of the known words was meant, as a question; empty where none is like it."""
+    """Which of the known words was meant, as a question; empty where none is like it.
+
+    `embd` means `embed`, and `k` means `top_k` where no other option has a `k` between underscores.
+    """
     by_lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    if not close:
+        close = [each for each in by_lower if word.lower() in each.split("_")]
+        close = close if len(close) == 1 else []
     return f"did you mean {by_lower[close[0]]!r}?" if close else ""
 
 

@@ -145,5 +145,5 @@ def read_options(uri: str) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it holds something else.
     """
-    what = "options by name"
+    what = "the options of the command, one per line"
     return options_of(read_yaml(Location(uri), what), repr(uri), what)

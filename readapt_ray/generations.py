@@ -33,7 +33,7 @@ class Generation:
 
     number: int
     what: str
-    """How it was made: run, refresh, compaction, or back to an earlier one."""
+    """What made it: a run, a refresh, a compaction, or a return to an earlier generation."""
     created: str
     seconds: float
     settings: dict[str, Any]

@@ -4,6 +4,7 @@ import functools
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,20 @@ def num_cores() -> int:
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *_quotas()]))
+
+
+def limit_threads() -> None:
+    """Let pyarrow, torch and FAISS use no more threads in this process than it has cores: alone they count the host's.
+
+    torch and FAISS are not loaded for this; call it again once they are.
+    """
+    import pyarrow as pa
+
+    pa.set_cpu_count(min(pa.cpu_count(), num_cores()))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(min(torch.get_num_threads(), num_cores()))
+    if faiss := sys.modules.get("faiss"):
+        faiss.omp_set_num_threads(min(faiss.omp_get_max_threads(), num_cores()))
 
 
 def _quotas() -> Iterator[int]:

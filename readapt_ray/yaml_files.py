@@ -7,6 +7,8 @@ import yaml
 from readapt_ray.errors import InputError, first_line
 from readapt_ray.storage import Location
 
+_WORDS: dict[type, str] = {type(None): "nothing", str: "text", list: "a list"}
+
 
 def read_yaml(location: Location, what: str) -> list[Any]:
     """Return the documents of a YAML file.
@@ -54,5 +56,5 @@ def options_of(documents: list[Any], where: str, what: str) -> dict[str, Any]:
     if len(documents) > 1:
         raise InputError(f"{where} holds {len(documents)} YAML documents; it must be {what}, in one")
     if not isinstance(found, dict):
-        raise InputError(f"{where} holds {'nothing' if found is None else type(found).__name__}; it must be {what}")
+        raise InputError(f"{where} holds {_WORDS.get(type(found)) or type(found).__name__}; it must be {what}")
     return found

@@ -90,7 +90,7 @@ class JobServer:
 
     def ended(self, name: str) -> str:
         """What became of a job, once it has ended."""
-        deadline_s = time.monotonic() + 300
+        deadline_s = time.monotonic() + 600
         while time.monotonic() < deadline_s:
             found = re.search(rf"Job '{name}' (succeeded|failed|was stopped)", self.job("status", name))
             if found:

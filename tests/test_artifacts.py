@@ -437,6 +437,26 @@ def test_results_of_another_program_are_refused(content: str, tmp_path: Path) ->
     artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
 
 
+def test_an_artifact_of_a_release_without_a_new_option_is_complete_if_the_option_has_its_default(
+    tmp_path: Path,
+) -> None:
+    class OlderConfig(StageConfig):
+        text: str = "a"
+
+    class NewerConfig(OlderConfig):
+        copies: int = 1
+
+    def done(config: StageConfig) -> str:
+        return artifacts.produce("copy", config, inputs={}, work=lambda w: ran.append(w.fingerprint)).fingerprint
+
+    output, ran = str(tmp_path), list[str]()
+    assert done(OlderConfig(output=output)) == done(NewerConfig(output=output)) == ran[0]
+    assert len(ran) == 1
+    for changed in (NewerConfig(output=output, copies=2), NewerConfig(output=output, text="b")):
+        with pytest.raises(ArtifactConflictError):
+            done(changed)
+
+
 def test_input_refused_after_a_folder_was_made_leaves_no_trace(tmp_path: Path) -> None:
     def refuse(workspace: Workspace) -> None:
         (workspace.location / "passages").local_path.mkdir()
@@ -459,8 +479,10 @@ def test_a_single_file_artifact_keeps_its_manifest_beside_it(tmp_path: Path) -> 
     assert artifacts.open_artifact(config.output, "search").manifest.stage == "search"
 
 
-def test_a_broken_manifest_is_named(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"stage": "copy", ')
+@pytest.mark.parametrize("content", ["", "{", '{\n  "st', '{"stage": "copy", ', "\0\0\0\0"])
+def test_a_broken_manifest_is_named_and_listed(content: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(content)
+    assert artifacts.names_under(Location(str(tmp_path))) == ["."]
     with pytest.raises(CorruptFileError, match=r"manifest\.json"):
         artifacts.read_manifest(str(tmp_path))
 

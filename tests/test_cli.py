@@ -1,6 +1,7 @@
 """The command line as a user meets it: messages, exit codes, help."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from readapt_ray.evaluation.runs import write_run
 from readapt_ray.recipes import chain, running
 from readapt_ray.records import ScoredDoc
 from readapt_ray.stages import STAGES
+from readapt_ray.stages.ingest import IngestConfig
+from readapt_ray.stages.ingest import ingest as ingest_corpus
 from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent
@@ -24,7 +27,7 @@ REPOSITORY = Path(__file__).parent.parent
 def run(*arguments: str) -> tuple[int, str, str]:
     """`readapt` in a process of its own: exit code, stdout, stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "readapt_ray.cli", *arguments],
+        [sys.executable, "-m", "readapt_ray", *arguments],
         capture_output=True,
         text=True,
         cwd=REPOSITORY,
@@ -49,6 +52,34 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert "RAY_ADDRESS" not in said
     assert ray is not None
     return lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "unbuffered"), [(["ingest", "--help"], ""), (["--help"], "1")])
+def test_a_reader_that_goes_away_ends_a_command_without_a_word(arguments: list[str], unbuffered: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        done = subprocess.run(
+            [sys.executable, "-m", "readapt_ray", *arguments],
+            stdout=closed,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_connection_that_breaks_is_a_failure_though_stdout_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(_: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setitem(cli._RUNNERS, "status", breaks)
+    assert cli.main(["status"]) == 1
+    assert "failed: BrokenPipeError" in capsys.readouterr().err
 
 
 def test_help_names_every_command_and_every_option() -> None:
@@ -160,7 +191,7 @@ def test_what_is_wrong_is_said_in_a_sentence_with_the_names_of_flags(capsys: pyt
     assert refused(capsys, *search, "--index", "i", "--top-k", "0").endswith('--top-k = "0": must be 1 or more')
     assert refused(capsys, *search, "--index", "i", "--top-k", "ten").endswith('"ten": must be a whole number')
     assert "option --output is required" in refused(capsys, "ingest", "--source", "s")
-    assert refused(capsys, "serve").endswith("give a --retriever, or several --versions with one each")
+    assert refused(capsys, "serve").endswith("give a --retriever, or several --versions with one each, or --domains")
 
 
 @pytest.fixture(scope="module")
@@ -400,8 +431,8 @@ def test_ingest_says_in_words_what_it_left_out(tmp_path: Path, capsys: pytest.Ca
 def test_a_run_into_the_root_of_another_says_what_run_can_do(
     pieces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    factories.ingest_artifact(tmp_path / "root" / "corpus", factories.small_corpus(3))
     (tmp_path / "other.jsonl").write_text('{"_id": "1", "text": "one"}\n')
+    ingest_corpus(IngestConfig(source=f"{tmp_path}/other.jsonl", output=f"{tmp_path}/root/corpus", max_text_bytes=99))
     file = tmp_path / "run.yaml"
     file.write_text(
         f"source: {tmp_path}/other.jsonl\npretrained: {pieces}/base\nretriever: {pieces}/retriever\n"

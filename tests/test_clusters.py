@@ -1,11 +1,14 @@
 """What starts clusters, each file read by what will read it: Ray's autoscaler and Serve schemas, Kubernetes' schemas, shellcheck."""
 
+import ast
+import itertools
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,8 +301,7 @@ def test_the_sizes_fit_the_models_that_they_were_chosen_for(name: str, experimen
     found = planner.plan(run, planner.PlanConfig(cluster=str(CLUSTERS / name), num_passages=10_000_000))
     assert found.problems == []
     assert found.setting.cluster.num_gpus == 8
-    held = next(limit for limit in found.passage_limits if "ingest holds" in limit.what)
-    assert held.at > 100_000_000
+    assert min(limit.at for limit in found.passage_limits if limit.stage) > 100_000_000
 
 
 def shellcheck(script: str) -> None:
@@ -391,6 +393,82 @@ def test_grafana_asks_for_metrics_that_ray_exports() -> None:
     assert ours <= set(_our_metrics()), ours - set(_our_metrics())
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
+
+
+def test_headings_that_cluster_files_send_their_readers_to_exist() -> None:
+    page = (CLUSTERS / "README.md").read_text()
+    headings = {line.lstrip("# ") for line in page.splitlines() if line.startswith("#")}
+    named = {
+        heading
+        for file in CLUSTERS.rglob("*")
+        if file.suffix in (".yaml", ".sh")
+        for heading in re.findall(r'clusters/README\.md, "([^"]+)"', file.read_text())
+    }
+    assert named and named <= headings
+
+
+@pytest.mark.parametrize(
+    ("provider", "extra", "brings"),
+    [
+        ("aws", "aws", {"boto3": {"boto3", "botocore"}}),
+        (
+            "gcp",
+            "google",
+            {"google-api-python-client": {"googleapiclient", "google", "google_auth_httplib2", "httplib2"}},
+        ),
+    ],
+)
+def test_what_ray_up_imports_comes_with_an_extra_that_the_page_names(
+    provider: str, extra: str, brings: dict[str, set[str]]
+) -> None:
+    folder = Path(ray.__file__).parent / "autoscaler" / "_private" / provider
+    trees = [ast.parse(file.read_text()) for file in folder.glob("*.py")]
+    names = {
+        name.split(".")[0]
+        for node in itertools.chain.from_iterable(map(ast.walk, trees))
+        for name in (
+            [each.name for each in node.names]
+            if isinstance(node, ast.Import)
+            else [str(node.module)]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    }
+    [declared] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
+    assert names - sys.stdlib_module_names - {"ray", "packaging"} <= brings[declared.partition(">")[0]]
+    assert f".[cpu,{extra}]" in (CLUSTERS / "README.md").read_text()
+
+
+def test_rights_for_images_and_for_the_first_use_of_spot_are_named() -> None:
+    page = (CLUSTERS / "README.md").read_text()
+    for right in ("iam:CreateServiceLinkedRole", "AmazonEC2ContainerRegistryPowerUser", "Artifact Registry Writer"):
+        assert right in page
+
+
+def test_what_a_file_needs_besides_stands_in_the_page() -> None:
+    """What comments in the files ask for, a reader of the page finds there, too."""
+    page = (CLUSTERS / "README.md").read_text()
+    manifest = (CLUSTERS / "kuberay" / "rayservice.yaml").read_text()
+    for needed in ("RayServiceIncrementalUpgrade", "Gateway API controller", "readapt-api-keys"):
+        assert needed in page and needed in manifest
+    assert "kubectl get secret readapt -o jsonpath='{.data.auth_token}' | base64 -d" in page
+    assert "HF_TOKEN` in the `env_vars`" in page
+
+
+def test_gigabytes_that_the_page_counts_on_are_those_of_the_plan(tmp_path: Path) -> None:
+    values = yaml.safe_load((REPOSITORY / "jobs" / "e5-mistral.yaml").read_text())
+    run = RunConfig.parse({**values, "source": "msmarco-passage", "root": str(tmp_path / "root")})
+    found = planner.plan(run, planner.PlanConfig(cluster=str(CLUSTERS / "aws.yaml")))
+    stages = {each.stage: each for each in found.stages}
+    page = (CLUSTERS / "README.md").read_text()
+    memory = [stages[name].memory for name in ("train", "embed")]
+    said = re.findall(r"(\d+) of (75) GB", page)
+    assert said == [(f"{each.needed / 1e9:.0f}", f"{each.available / 1e9:.0f}") for each in memory if each]
+    smaller = 0.94 * 48e9, 0.94 * 24e9
+    assert all(each and each.needed < room for each, room in zip(memory, smaller, strict=True))
+    vectors, index = (f"{stages[name].out_bytes / 1e9:.0f}" for name in ("embed", "index"))
+    assert f"{vectors} GB of vectors and {index} GB of flat index" in page
+    assert f"{index} GB for MS MARCO in a flat index" in (CLUSTERS / "kuberay" / "rayservice.yaml").read_text()
 
 
 def test_the_page_names_every_file() -> None:

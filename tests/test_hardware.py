@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from readapt_ray import hardware
-from readapt_ray.cluster import nodes
+from readapt_ray.cluster import connection, nodes
+from readapt_ray.python import retriever
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,55 @@ def test_cores_are_no_more_than_the_containers_quota(
     monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(192)))
     assert hardware.num_cores() == cores
+
+
+def test_pyarrow_torch_and_faiss_take_no_more_threads_than_the_quota_gives(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On two cores of a large host: with a quota of one each takes one; a smaller number that was set before stays."""
+    import faiss
+    import pyarrow as pa
+    import torch
+
+    def threads() -> tuple[int, int, int]:
+        return pa.cpu_count(), torch.get_num_threads(), faiss.omp_get_max_threads()
+
+    def set_threads(*numbers: int) -> None:
+        for setter, number in zip(
+            (pa.set_cpu_count, torch.set_num_threads, faiss.omp_set_num_threads), numbers, strict=True
+        ):
+            setter(number)
+
+    before = threads()
+    (tmp_path / "own").write_text("0::/")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path)
+    try:
+        for quota, asked, expected in ((200_000, 64, 2), (200_000, 1, 1), (100_000, 64, 1)):
+            (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+            set_threads(asked, asked, asked)
+            hardware.limit_threads()
+            assert threads() == (expected, expected, expected)
+    finally:
+        set_threads(*before)
+
+
+@pytest.mark.parametrize("entrance", ["connect", "Encoder"])
+def test_threads_are_limited_where_ray_is_joined_and_where_an_encoder_runs_without_it(
+    entrance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LimitedError(Exception):
+        pass
+
+    def limited() -> None:
+        raise LimitedError
+
+    for module in (hardware, retriever):
+        monkeypatch.setattr(module, "limit_threads", limited)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr(connection, "_nodes_that_came", lambda _: [])
+    with pytest.raises(LimitedError):
+        connection.connect() if entrance == "connect" else retriever.Encoder("e5-mistral")
 
 
 def test_processes_share_the_cores_of_the_node_that_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:

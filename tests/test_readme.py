@@ -340,7 +340,7 @@ class Answers:
             [[("d1", 0.5)]] * number, {}, model="tiny", fingerprint="f", num_tokens=1, missing=()
         )
 
-    def models(self) -> schema.ModelList:
+    def models(self, _: object) -> schema.ModelList:
         return schema.ModelList(data=[])
 
     async def readiness(self) -> schema.Readiness:

@@ -78,6 +78,14 @@ def test_a_manifest_or_lease_of_another_program_makes_no_artifact(tmp_path: Path
     ]
 
 
+def test_one_broken_manifest_without_a_plan_spoils_one_line(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        factories.ingest_artifact(tmp_path / name, factories.small_corpus(5))
+    (tmp_path / "a/manifest.json").write_text("{")
+    states = {row["artifact"]: row["state"] for row in root_status.rows(Location(str(tmp_path)))}
+    assert states == {"a": "unreadable", "b": "done"}
+
+
 @pytest.mark.parametrize("content", ["not JSON", "[]", '{"steps": 3}', '{"steps": [{"run": "make"}]}', "{}"])
 def test_a_plan_of_another_program_is_none(content: str, tmp_path: Path) -> None:
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(5))

@@ -104,6 +104,6 @@ def check_reads_vector(model: ModelFolder, path: str, config: Mapping[str, Any])
     written = config.get("module_output_name") or read
     if (read, written) != (_VECTOR, _VECTOR):
         raise ModelError(
-            f"{path} of {model.name!r} reads {read!r} and writes {written!r}; understood is {_VECTOR!r} for both "
+            f"{path} of {model.name!r} reads {read!r} and writes {written!r}; supported is {_VECTOR!r} for both "
             f"(module_input_name and module_output_name in {path}/config.json)"
         )

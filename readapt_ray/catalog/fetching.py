@@ -8,6 +8,7 @@ that is busy is asked again for half a minute, one that cannot be reached for si
 import errno
 import logging
 import re
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def seen_on_hub(name: str, hub_id: str, revision: str | None = None) -> tuple[Pa
 
 
 def _model(name: str, hub_id: str) -> str:
-    return f"{name!r} ({hub_id} on the hub; no folder here)"
+    return f"{name!r} (no folder here; {hub_id} on the hub)"
 
 
 def asked_again(what: str, fetch: Callable[[], T], *, refusal: type[InputError] = ModelError) -> T:
@@ -158,7 +159,7 @@ def _cause(error: Exception) -> BaseException:
 
 
 def _is_final(cause: BaseException) -> bool:
-    """Whether asking again would end the same: refused, unknown, offline with nothing cached, a disk that takes nothing."""
+    """Return whether a retry would fail too: access denied, no such model, no network, a full or read-only disk."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -170,7 +171,14 @@ def _is_final(cause: BaseException) -> bool:
         return isinstance(cause, RepositoryNotFoundError) or cause.response.status_code in _REFUSED
     if isinstance(cause, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return True
-    return isinstance(cause, OSError) and cause.errno in _DISK
+    return _has_no_address(cause) or (isinstance(cause, OSError) and cause.errno in _DISK)
+
+
+def _has_no_address(error: BaseException | None) -> bool:
+    """Return whether the hub's name has no address: there is no network, and the name of a model may be a mistyped path."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def from_uri(uri: str, *, with_weights: bool = True) -> Path:

@@ -7,6 +7,7 @@ others, which are converted (`pickled.py`); nothing in a model folder is ever ex
 
 import functools
 import logging
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ class OpenModel(ModelFolder):
         ]
 
 
-def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
+def open_model(name: str | os.PathLike[str], *, with_weights: bool = True) -> OpenModel:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
@@ -150,7 +151,7 @@ def open_model(name: str, *, with_weights: bool = True) -> OpenModel:
         ModelError: nothing of that name, or what is there is not a model, unfinished, or computed by code of its own.
         ReadaptError: the hub could not be reached, or went on failing.
     """
-    revision = None
+    name, revision = os.fspath(name), None
     if not Path(name).exists():
         name, revision = retrievers.split_commit(name)
     target = retrievers.hub_id(name)
@@ -207,7 +208,7 @@ def _check_finished(location: Location, name: str) -> None:
     stage = (read_lease(location) or {}).get("stage")
     made_by = f"`readapt {stage}`" if stage else "the stage that makes it"
     raise ModelError(
-        f"{name!r} is unfinished; run {made_by} with this output again, it goes on where it stopped, or wait for its end"
+        f"{name!r} is unfinished; run {made_by} with this output again to resume it, or wait until it is done"
     )
 
 
@@ -264,7 +265,7 @@ def _encoding_of(model: OpenModel) -> Encoding:
         return found[0]
     likely = likely_encoding(model)
     raise ModelError(
-        f"nothing says how {model.name!r} wants its text: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
+        f"no pooling or prompt settings found for {model.name!r}: its folder has neither {CONTRACT_NAME} nor {MODULES_NAME}, and it "
         f"is not in the catalog; pass --encoding FILE.json, or let `readapt encoding --model {model.name} --write` write "
         f"{CONTRACT_NAME}. Pooling is likely {likely.pooling!r}; look up in its model card how it was trained, also whether "
         f"it puts words before queries and passages:\n{as_contract(likely)}"

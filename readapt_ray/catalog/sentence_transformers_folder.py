@@ -135,7 +135,7 @@ def _pooling_config(model: ModelFolder, path: str) -> dict[str, Any]:
 def _pooling(model: ModelFolder, config: Mapping[str, Any]) -> str:
     chosen = _pooling_modes(config) or ["mean"]  # what sentence-transformers takes where no mode is on
     if len(chosen) != 1 or chosen[0] not in _POOLINGS:
-        raise ModelError(f"{model.name!r} pools by {chosen}; understood is one of {sorted(_POOLINGS)}")
+        raise ModelError(f"{model.name!r} uses pooling {chosen}; supported is one of {sorted(_POOLINGS)}")
     return _POOLINGS[chosen[0]]
 
 

@@ -28,7 +28,7 @@ def only_token(tokens: list[str]) -> str | None:
     """
     if len(tokens) > 1:
         raise ModelError(
-            f"the tokenizer puts the special tokens {' '.join(tokens)} on one side of a text; understood is one on each "
+            f"the tokenizer puts the special tokens {' '.join(tokens)} on one side of a text; supported is one on each "
             f"side: give a model that has one, or --encoding FILE.json with add_bos or add_eos false there"
         )
     return tokens[0] if tokens else None

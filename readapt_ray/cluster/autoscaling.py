@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping
 from readapt_ray import environment
 from readapt_ray.cluster import connection, launcher, nodes
 from readapt_ray.errors import PlacementError
+from readapt_ray.progress import amount
 
 logger = logging.getLogger("readapt_ray")
 
+PATIENCE_S = 300.0
+"""Seconds to wait for all workers before a stage begins with fewer. Workers that come later cost a restart."""
+
 _POLL_S = 1.0
 _SAID_S = 20.0
-_PATIENCE_S = 300.0
-"""How long training waits for the rest of its workers once the least number could start: later ones restart it."""
 
 
 def may_grow(each: Mapping[str, float]) -> bool:
@@ -28,13 +30,17 @@ def may_grow(each: Mapping[str, float]) -> bool:
 
 
 @contextlib.contextmanager
-def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Iterator[None]:
+def requested(
+    num_workers: int, each: Mapping[str, float], *, least: int, patience_s: float = 0.0, check_versions: bool = True
+) -> Iterator[None]:
     """Ask the autoscaler for room for these workers while the block runs; enter the block once there is enough.
 
     Args:
         num_workers: how many are wanted; the block begins at once where all have room.
         each: what a worker asks for.
-        least: how many the block can begin with, after waiting for the others for five minutes.
+        least: how many the block can begin with.
+        patience_s: how long to wait for all of them before it begins with fewer.
+        check_versions: refuse nodes that do not run what the driver runs.
 
     Raises:
         PlacementError: nodes for `least` did not come within READAPT_WAIT_S seconds, or have other versions.
@@ -44,26 +50,29 @@ def requested(num_workers: int, each: Mapping[str, float], *, least: int) -> Ite
         return
     from ray.autoscaler.sdk import request_resources
 
-    request_resources(bundles=[{name: amount for name, amount in each.items() if amount}] * num_workers)
+    before = {node["NodeID"] for node in nodes.alive()}
+    request_resources(bundles=[{name: size for name, size in each.items() if size}] * num_workers)
     try:
-        _wait(num_workers, each, least)
+        _wait(num_workers, each, least, min(patience_s, environment.wait_s()))
+        if check_versions:
+            connection.check_alike([node for node in nodes.alive() if node["NodeID"] not in before])
+        connection.connect()  # notes the new nodes for manifests
         yield
     finally:
         request_resources(bundles=[])
 
 
-def _wait(num_workers: int, each: Mapping[str, float], least: int) -> None:
-    """Wait until there is room; check the nodes that were added, and note them for manifests."""
-    before = {node["NodeID"] for node in nodes.alive()}
+def _wait(num_workers: int, each: Mapping[str, float], least: int, patience_s: float) -> None:
+    """Wait until there is room."""
     started_s, said_s = time.monotonic(), 0.0
     while (room := nodes.room_for(each)) < num_workers:
         waited_s = time.monotonic() - started_s
-        if room >= least and (least == 1 or waited_s > _PATIENCE_S):
+        if room >= least and waited_s >= patience_s:
             break
         if waited_s > environment.wait_s():
             raise PlacementError(
-                f"{least} GPUs are needed and the autoscaler brought {room} within {environment.wait_s():g} s "
-                f"(READAPT_WAIT_S): look at `ray status` for quota and capacity, or lower READAPT_NUM_GPUS"
+                f"{amount(least, 'GPUs')} {'is' if least == 1 else 'are'} needed and the autoscaler brought {room} within "
+                f"{environment.wait_s():g} s (READAPT_WAIT_S): look at `ray status` for quota and capacity, or lower READAPT_NUM_GPUS"
                 f"{launcher.described_failures()}"
             )
         if waited_s - said_s > _SAID_S:
@@ -76,5 +85,3 @@ def _wait(num_workers: int, each: Mapping[str, float], least: int) -> None:
                 launcher.described_failures(),
             )
         time.sleep(_POLL_S)
-    connection.check_alike([node for node in nodes.alive() if node["NodeID"] not in before])
-    connection.connect()

@@ -68,6 +68,15 @@ def check_batch_feeds(config: OptimizationConfig, batch_size: int, unit: str) ->
         PlacementError: some would get none, or the cluster does not have the workers asked for.
     """
     num_workers = placement.num_training_workers(config.num_workers, config.num_cpus_per_worker)
+    check_feeds(num_workers, batch_size, unit)
+
+
+def check_feeds(num_workers: int, batch_size: int, unit: str) -> None:
+    """Check that each of these workers gets a part of each batch, as `check_batch_feeds` does.
+
+    Raises:
+        PlacementError: some would get none.
+    """
     if batch_size < num_workers:
         raise PlacementError(
             f"batch_size = {batch_size} {unit} cannot feed {num_workers} workers: "

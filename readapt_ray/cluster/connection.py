@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray import environment, hardware, library_logs, termination
-from readapt_ray.cluster import launcher, local_ray
+from readapt_ray.cluster import gpus, launcher, local_ray, software
 from readapt_ray.cluster.nodes import alive, answers, describe_nodes, start_on_each
 from readapt_ray.errors import InputError, PlacementError, ReadaptError, WorkerError, first_line
 from readapt_ray.storage import Location
@@ -30,7 +30,6 @@ _WAIT_POLL_S = 1.0
 _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
 _NODE_ANSWERS_S = 120.0
-_UNINSTALLED = "from a folder"
 _DRIVER_LOG = "readapt-driver.log"
 _PROBE = ".seen-"
 _HEX = "[0-9a-f]" * 32
@@ -83,6 +82,7 @@ def connect(*, check_versions: bool = True) -> Resources:
         nodes = _nodes_that_came(num_nodes if joins else 1)
         if joins and check_versions and len(nodes) > 1:
             check_alike(nodes)
+    hardware.limit_threads()
     totals = ray.cluster_resources()
     num_gpus = max(int(totals.get("GPU", 0)), environment.num_gpus() or 0)
     found = Resources(num_cpus=int(totals.get("CPU", 0)), num_gpus=num_gpus, num_nodes=len(nodes))
@@ -125,7 +125,7 @@ def _join(address: str | None) -> None:
             f"`ray job submit`, or on a node of the cluster set RAY_ADDRESS to auto, or to HOST:6379 of its head"
         )
     logger.info("joining Ray at %s", address)
-    variables = {name: os.environ[name] for name in _QUIET if name not in _of_the_job()}
+    variables = {name: os.environ[name] for name in _QUIET if name not in _of_the_job()} | software.driver_variable()
     ray.init(address=address, runtime_env={"env_vars": variables}, logging_level=logging.ERROR, log_to_driver=False)
 
 
@@ -166,59 +166,38 @@ def _nodes_that_came(wanted: int) -> list[dict[str, Any]]:
 
 
 def check_alike(nodes: Sequence[Mapping[str, Any]]) -> None:
-    """Check that all nodes run the same version of this package and of torch.
+    """Check that all nodes run the driver's versions of this package and of torch, lack no package, and can use their GPUs.
 
     Raises:
         PlacementError: some do not; it names them.
     """
-
-    installed = version_reader()
+    installed = software.reader()
     here = installed()
-    other = {where: found for where, found in _on_each(nodes, installed).items() if not _is_alike(here, found)}
-    if other:
+    found = {where: software.difference(here, there) for where, there in _on_each(nodes, installed).items()}
+    if any(found.values()):
         raise PlacementError(
-            f"nodes differ: the driver has {_named(here)}, but "
-            + "; ".join(f"{where} has {_named(found)}" for where, found in sorted(other.items()))
+            "nodes differ: "
+            + "; ".join(f"{where} {text}" for where, text in sorted(found.items()) if text)
             + "; install the same on all of them, or leave those nodes out (`readapt doctor --cluster` looks for more)"
         )
+    _check_gpus(nodes)
 
 
-def version_reader() -> Callable[[], dict[str, str]]:
-    """Return a function that reads the versions of this package and of torch on a node, even one without the package."""
+def _check_gpus(nodes: Sequence[Mapping[str, Any]]) -> None:
+    """Check that torch can use the GPUs that Ray has on these nodes.
 
-    def installed() -> dict[str, str]:  # nested, so that it is sent by value
-        import importlib.metadata
-        import importlib.util
-
-        found = {}
-        for module, package in (("readapt_ray", "readapt-ray"), ("torch", "torch")):
-            try:
-                found[module] = importlib.metadata.version(package)
-            except importlib.metadata.PackageNotFoundError:
-                found[module] = _UNINSTALLED if importlib.util.find_spec(module) else "missing"
-        return found
-
-    return installed
-
-
-def difference(here: Mapping[str, str], there: Mapping[str, str]) -> str:
-    """Return how a node's versions differ from the driver's, and what to do; empty if they do not."""
-    if _is_alike(here, there):
-        return ""
-    return f"has {_named(there)}, the driver has {_named(here)}; install the same on all nodes, or leave this one out"
-
-
-def _is_alike(one: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return whether versions are the same; code from a job's working directory has none and is the driver's own.
-
-    Builds of one version are alike: torch is 2.13.0+cpu on a head without GPUs and 2.13.0+cu130 on a GPU node.
+    Raises:
+        PlacementError: on some it cannot; it names them.
     """
-    pairs = [(one[name].partition("+")[0], other[name].partition("+")[0]) for name in one]
-    return all(a == b or (_UNINSTALLED in (a, b) and "missing" not in (a, b)) for a, b in pairs)
-
-
-def _named(versions: Mapping[str, str]) -> str:
-    return " and ".join(f"{name} {version}" for name, version in versions.items())
+    found: dict[str, str] = {}
+    for count in {int(node["Resources"].get("GPU", 0)) for node in nodes} - {0}:
+        have_these = [node for node in nodes if int(node["Resources"].get("GPU", 0)) == count]
+        # CUDA keeps the GPUs that it saw first, and a worker of one GPU must not find a process that saw all.
+        found |= _on_each(have_these, gpus.why_unusable, count, max_calls=1)
+    if any(found.values()):
+        raise PlacementError(
+            "GPUs cannot be used: " + "; ".join(f"{where}: {text}" for where, text in sorted(found.items()) if text)
+        )
 
 
 def check_seen_by_all(folder: Location) -> None:
@@ -258,12 +237,15 @@ def check_seen_by_all(folder: Location) -> None:
         )
 
 
-def _on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
+def _on_each(
+    nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
+) -> dict[str, Any]:
     """Return what a function returns on each node, by the node's address; skip nodes that die meanwhile."""
     import ray
 
     found = {}
-    for where, answer in answers(start_on_each(nodes, function, *args), timeout_s=_NODE_ANSWERS_S).items():
+    started = start_on_each(nodes, function, *args, max_calls=max_calls)
+    for where, answer in answers(started, timeout_s=_NODE_ANSWERS_S).items():
         if isinstance(answer, ray.exceptions.RayTaskError):
             raise answer
         if isinstance(answer, ray.exceptions.RayError):

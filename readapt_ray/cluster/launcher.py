@@ -13,6 +13,8 @@ _ADVICE = {
     "VcpuLimitExceeded": "ask AWS for the quota of its family (Service Quotas, EC2, vCPUs)",
     "MaxSpotInstanceCountExceeded": "ask AWS for the spot quota of its family (Service Quotas, EC2, All Spot Requests)",
     "InsufficientInstanceCapacity": "AWS has none left in these zones: name other zones or another instance type",
+    "ServiceLinkedRoleCreationNotPermitted": "the account never used spot: run once, with rights to do it, aws iam "
+    "create-service-linked-role --aws-service-name spot.amazonaws.com",
     "UnauthorizedOperation": "give the head's role ec2:RunInstances and iam:PassRole (clusters/README.md)",
     "QUOTA_EXCEEDED": "ask Google Cloud for the quota of this GPU in this region (IAM and admin, Quotas)",
     "ZONE_RESOURCE_POOL_EXHAUSTED": "Google Cloud has none left in this zone: name another zone",

@@ -61,6 +61,7 @@ def _measure(job: dict[str, Any], texts: Sequence[str]) -> NDArray[np.float64]:
         on_worker.check_same_model(name, lambda: model.fingerprint, {due}, driver_node=job["driver_node"])
         return model
 
+    on_worker.check_node()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pretrained, trained = opened("pretrained"), opened("trained")
     return withheld_loss.losses(pretrained, trained, texts, dtype=DTYPES[job["dtype"]], device=device, **job["options"])

@@ -57,13 +57,23 @@ def only_on(node: Mapping[str, Any]) -> Any:
     return NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
 
 
-def start_on_each(nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any) -> dict[str, Any]:
-    """Start a function on each node; return Ray's references to the results by node name."""
+def start_on_each(
+    nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
+) -> dict[str, Any]:
+    """Start a function on each node; return Ray's references to the results by node name.
+
+    Args:
+        nodes: as Ray describes them.
+        function: of these arguments.
+        args: its arguments.
+        max_calls: after so many calls its process ends, which other work may use otherwise; 0 is without limit.
+    """
     import ray
 
     started = {}
     for node in nodes:
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=only_on(node))(function)
+        options = {"num_cpus": 0, "max_retries": 0, "max_calls": max_calls, "scheduling_strategy": only_on(node)}
+        task = ray.remote(**options)(function)
         started[name_of(node)] = task.remote(*args)
     return started
 

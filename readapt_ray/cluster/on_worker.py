@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
-from readapt_ray.errors import FingerprintMismatchError
+from readapt_ray.cluster import gpus, software
+from readapt_ray.errors import FingerprintMismatchError, PlacementError
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -29,6 +30,36 @@ def this_node() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_node_id())
+
+
+def check_node() -> None:
+    """Check that this node runs what the driver runs, and that torch can use the GPUs of this worker.
+
+    A node that came after the driver joined was not compared then.
+
+    Raises:
+        PlacementError: it has other versions, lacks a package, or a GPU cannot be used.
+    """
+    import ray
+
+    if text := software.difference_here():
+        raise PlacementError(
+            f"node {ray.util.get_node_ip_address()} {text}; install the same versions on all nodes, or remove this node"
+        )
+    check_gpus()
+
+
+def check_gpus() -> None:
+    """Check that torch can use the GPUs that Ray gave to this worker: without them it would compute on the CPU.
+
+    Raises:
+        PlacementError: it cannot; the message says why.
+    """
+    import ray
+
+    num_gpus = len(ray.get_runtime_context().get_accelerator_ids()["GPU"])
+    if text := gpus.why_unusable(num_gpus):
+        raise PlacementError(f"node {ray.util.get_node_ip_address()}: {text}")
 
 
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
@@ -69,11 +100,13 @@ def load_encoder(
 
     Raises:
         FingerprintMismatchError: there are other weights on this node.
+        PlacementError: the node differs from the driver's.
     """
     import torch
 
     from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
 
+    check_node()
     torch.set_num_threads(num_threads)
     model = open_model(name)
     check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {due}, driver_node=driver_node)

@@ -58,8 +58,9 @@ class OptimizationConfig(StageConfig):
     num_workers: int | None = Field(default=None, ge=1)
     """Number of Ray Train workers. If omitted, one per GPU, or one per node on a cluster without GPUs."""
     min_workers: int | None = Field(default=None, ge=1)
-    """Continue with as few workers as this when nodes are lost, and add workers when nodes come back. If omitted,
-    wait until all workers can run."""
+    """Begin with as few workers as this when no more GPU nodes came within five minutes, continue with as few when
+    nodes are lost, and add workers when nodes come back, after two checkpoint intervals. If omitted, wait until all
+    workers can run."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs per worker. If omitted, one beside a GPU, else the node's CPUs divided by its workers."""
     checkpoint_every_s: float = Field(default=300.0, ge=0)

@@ -176,6 +176,7 @@ class _ScaleScorer:
         Raises:
             FingerprintMismatchError: a model is another one than where the stage was started.
             ModelError: they do not fit each other, or hold NaN.
+            PlacementError: this node differs from the driver's.
         """
         import torch
 
@@ -188,6 +189,7 @@ class _ScaleScorer:
         from readapt_ray.weights.merging import Readapter, open_retriever
         from readapt_ray.weights.weight_files import Checkpoint
 
+        on_worker.check_node()
         job = self._job
         pretrained, retriever, adapter = (self._same_model(name) for name in MODELS)
         device = "cuda" if torch.cuda.is_available() else "cpu"

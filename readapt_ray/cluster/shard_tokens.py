@@ -67,7 +67,8 @@ def tokenize_shard(shard: pa.Table, tokenize: Callable[[list[str], list[str]], T
 
 @functools.lru_cache(maxsize=2)
 def _tokenizer(model_name: str, encoding: str, due: str, driver_node: str) -> TextTokenizer:
-    """The tokenizer of this process, seen to be the driver's; weights are not fetched."""
+    """Return the tokenizer of this process, checked to be the driver's; weights are not fetched."""
+    on_worker.check_node()
     model = open_model(model_name, with_weights=False)
     on_worker.check_same_model(model_name, lambda: model.tokenizer_fingerprint, {due}, driver_node=driver_node)
     return TextTokenizer(model.tokenizer, Encoding.model_validate_json(encoding))

@@ -94,17 +94,13 @@ def run_workers(
     inputs = (read_lease(workspace.location) or {}).get("inputs", {})
     job = {**job, "monitor": monitor, "dtype": dtype, "inputs": inputs, "driver_node": on_worker.this_node()}
     controllers: list[Any] = []
-    scaling = {
-        "num_workers": (least, num_workers) if least < num_workers else num_workers,
-        "resources_per_worker": resources,
-        "use_gpu": use_gpu,
-    }
+    scaling = _scaling(least, num_workers, resources, config.checkpoint_every_s)
     new_trainer = functools.partial(
         _new_trainer, {"work": work, "job": job}, workspace.location, scaling, controllers, stream=stream
     )
     try:
         with (
-            autoscaling.requested(num_workers, resources, least=least),
+            autoscaling.requested(num_workers, resources, least=least, patience_s=autoscaling.PATIENCE_S),
             step_metrics.followed(monitor, workspace, config.trackers),
             placement.said_when_too_small(least, resources, who="workers"),
         ):
@@ -121,6 +117,17 @@ def run_workers(
         ray.kill(monitor)
     artifact_files.clear(workspace.location, artifact_files.RAY_TRAIN)
     return Outcome(num_workers, dtype, step_metrics.join(workspace.location))
+
+
+def _scaling(least: int, num_workers: int, resources: dict[str, float], checkpoint_every_s: float) -> dict[str, Any]:
+    """Return the options of Ray Train's ScalingConfig."""
+    return {
+        "num_workers": (least, num_workers) if least < num_workers else num_workers,
+        "resources_per_worker": resources,
+        "use_gpu": "GPU" in resources,
+        # A resize starts all workers again from the last checkpoint, so each start needs time to write one.
+        "elastic_resize_monitor_interval_s": 2 * checkpoint_every_s,
+    }
 
 
 def _start_monitor(stage: str) -> Any:
@@ -246,6 +253,7 @@ def _entered(config: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     try:
+        on_worker.check_node()
         config["work"](config["job"])
     except ReadaptError as error:
         ray.get(monitor.fail.remote(error))

@@ -7,6 +7,7 @@ deepest one is not looked at. Ties are in trec_eval's order for every measure, w
 """
 
 import functools
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,8 @@ class Measurement:
 
 
 def measure(
-    run: str | Mapping[str, Mapping[str, float]],
-    qrels: str | Mapping[str, Mapping[str, int]],
+    run: str | os.PathLike[str] | Mapping[str, Mapping[str, float]],
+    qrels: str | os.PathLike[str] | Mapping[str, Mapping[str, int]],
     measures: str | Sequence[str],
 ) -> Measurement:
     """Measure a run against judgements.
@@ -62,7 +63,7 @@ def measure(
         dict(zip(found.query_ids, found.values["nDCG@10"]))   # the value of each query
 
     Args:
-        run: a TREC run file, or scores by query_id and doc_id.
+        run: a TREC run file, the artifact of a search, or scores by query_id and doc_id.
         qrels: a file of judgements in any format that `readapt evaluate` reads, or relevance by query_id and doc_id.
         measures: names such as `nDCG@10`, in a list or in one text with commas.
 
@@ -75,12 +76,13 @@ def measure(
     """
     parsed = parse_measures(measures)
     judgements = group_judgements(
-        read_qrels(qrels)
-        if isinstance(qrels, str)
-        else (Qrel(query_id, *each) for query_id, judged in qrels.items() for each in judged.items())
+        (Qrel(query_id, *each) for query_id, judged in qrels.items() for each in judged.items())
+        if isinstance(qrels, Mapping)
+        else read_qrels(os.fspath(qrels))
     )
-    if isinstance(run, str):
-        return measure_run(load_run(run), judgements, parsed, name=run)
+    if not isinstance(run, Mapping):
+        name = os.fspath(run)
+        return measure_run(load_run(name), judgements, parsed, name=name)
     results = {
         query_id: [ScoredDoc(query_id, doc_id, score) for doc_id, score in scores.items()]
         for query_id, scores in run.items()

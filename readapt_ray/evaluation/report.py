@@ -236,7 +236,7 @@ def verdict(comparison: Comparison) -> dict[str, str]:
         return {
             "run": run,
             "kind": "unclear",
-            "sentence": f"No difference between {run} and {baseline} can be told from chance: {figures}",
+            "sentence": f"The difference between {run} and {baseline} is not statistically significant: {figures}",
         }
     kind = "better" if comparison.difference > 0 else "worse"
     return {"run": run, "kind": kind, "sentence": f"{run} is {kind} than {baseline}: {figures}"}

@@ -15,13 +15,13 @@ from readapt_ray.evaluation.tables import markdown_table, signed, value
 
 
 def verdict(result: Mapping[str, Any]) -> str:
-    """What the search found, in a sentence; the figures are of the half that had no say."""
+    """Summarise the search in a sentence, with figures of the half of the queries that did not choose the scales."""
     best = result["best"]
     pair = f"readapter_scale {best['readapter_scale']:g}, knowledge_scale {best['knowledge_scale']:g}"
     if (best["readapter_scale"], best["knowledge_scale"]) == (1.0, 0.0):
         return f"No pair of scales is better than the retriever as it is ({pair})."
     sentence = sentence_of(Comparison(**result["reported"]))["sentence"]
-    return f"Best is {pair}. On the {result['num_reporting']:,} queries that had no say: {sentence}"
+    return f"Best is {pair}. On the {result['num_reporting']:,} queries that did not choose it: {sentence}"
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
@@ -76,7 +76,7 @@ def _method(result: Mapping[str, Any]) -> str:
     )
     return (
         f"Measured on {result['queries']}. {result['num_tuning']:,} of them chose the pair; the other "
-        f"{result['num_reporting']:,} had no say. Differences are from the retriever as it is, on the tuning half, with 95% "
+        f"{result['num_reporting']:,} did not. Differences are from the retriever as it is, on the tuning half, with 95% "
         f"bootstrap intervals over its queries.{caution}"
     )
 

@@ -1,7 +1,7 @@
 """Search over pairs of scales: choose which to try and which is best, and report it.
 
 In: the value of every query with every pair. One half of the queries chooses the pair; what is reported
-comes from the other half, which had no say.
+comes from the other half, which did not choose it.
 """
 
 from collections.abc import Collection, Mapping, Sequence

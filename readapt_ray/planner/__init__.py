@@ -65,6 +65,25 @@ class Plan:
         low, mid, high = (cost_of(stages, self.setting.cluster, duration) for duration in durations)
         return low, mid, high
 
+    def on_demand_usd(self, stages: list[StageEstimate]) -> float:
+        """Return what some stages are expected to cost where no node is on spot."""
+        return cost_of(stages, self.setting.cluster.on_demand(self.prices), lambda each: each.seconds).usd
+
+    @property
+    def price_sources(self) -> list[str]:
+        """Return what a node of each group costs, and where that price is from; on demand, too, for nodes on spot."""
+        lines = []
+        for group in self.setting.cluster.groups:
+            if not group.machine_type:
+                lines.append(f"{group.name}, {group.usd_per_hour:.2f}: as the cluster's file says, 0 if it does not")
+                continue
+            machine = self.prices.machines[group.machine_type]
+            for spot in (True, False) if group.is_spot else (False,):
+                price = f"{machine.spot:.2f} on spot" if spot else f"{machine.on_demand:.2f} on demand"
+                source = self.prices.source_of(group.machine_type, spot=spot)
+                lines.append(f"{group.name}, {group.machine_type}, {price}: {source}")
+        return lines
+
     @property
     def model_stages(self) -> list[StageEstimate]:
         """Return the stages that make the models and the vectors, which need GPUs."""
@@ -137,6 +156,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         source=run.source,
         format=ingest.format,
         options=ingest.read_options(),
+        deduplicate=ingest.deduplicate,
         ingested=ingest.output,
         pretrained=run.pretrained,
         retriever=run.retriever,

@@ -18,9 +18,13 @@ from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.planner import judged
 from readapt_ray.retrieval.tokenization import fill_passage
 from readapt_ray.sources.cleaning import checked
+from readapt_ray.sources.formats import FORMATS
 from readapt_ray.sources.opening import open_source
+from readapt_ray.sources.pieces import MIN_PIECE_BYTES
 from readapt_ray.sources.read_options import ReadOptions
-from readapt_ray.sources.source import BadRow
+from readapt_ray.sources.source import BadRow, Source
+from readapt_ray.sources.table_sources import TableSource
+from readapt_ray.stages.ingest import MIN_PARALLEL_BYTES
 from readapt_ray.storage import Location
 
 SAMPLE_PASSAGES: Final = 2_000
@@ -47,6 +51,17 @@ class Corpus:
     num_queries: int
     note: str
     """Where the figures are from."""
+    num_parts: int | None = 1
+    """Into how many parts ingest can cut the source at most; None if as its bytes say, 1 if one process reads it."""
+
+    @property
+    def num_pieces(self) -> int:
+        """How many tasks ingest reads the source with, however many CPUs there are."""
+        total_bytes = self.num_passages * self.text_bytes
+        if total_bytes < MIN_PARALLEL_BYTES:
+            return 1
+        pieces = math.ceil(total_bytes / MIN_PIECE_BYTES)
+        return pieces if self.num_parts is None else min(pieces, self.num_parts)
 
     def of(self, num_passages: int) -> "Corpus":
         """Return a corpus of `num_passages` passages of this kind."""
@@ -59,6 +74,7 @@ class _Sample:
     num_passages: int
     note: str
     num_queries: int | None
+    num_parts: int | None = 1
 
 
 def measure_corpus(
@@ -66,6 +82,7 @@ def measure_corpus(
     source: str,
     format: Any,
     options: ReadOptions,
+    deduplicate: str,
     ingested: str,
     pretrained: str,
     retriever: str,
@@ -78,7 +95,7 @@ def measure_corpus(
     """Count and sample a corpus.
 
     Args:
-        source, format, options: as of ingest.
+        source, format, options, deduplicate: as of ingest.
         ingested: where ingest's output would lie; read instead of the source where it is complete.
         pretrained, retriever: whose tokenizers count.
         encoding: how the retriever wants its text.
@@ -116,6 +133,7 @@ def measure_corpus(
         embed_tokens=_mean(embed_lengths),
         error=error,
         num_queries=queries or 0,
+        num_parts=1 if deduplicate == "near" else sample.num_parts,
         note=note if num_passages is None else f"{num_passages:,} passages as given; {note}",
     )
 
@@ -156,12 +174,13 @@ def _ingested_sample(artifact: Artifact, split: str) -> _Sample:
             table = parquet.read_row_groups(groups, columns=["title", "text"])
         rows = list(zip(table["title"].to_pylist(), table["text"].to_pylist(), strict=True))
         passages += rng.sample(rows, min(len(rows), SAMPLE_PASSAGES // len(chosen)))
-    num = counts["num_passages"]
+    num, num_pieces = counts["num_passages"], artifact.manifest.details.get("num_pieces", 1)
     return _Sample(
         passages=passages,
         num_passages=num,
         note=f"{num:,} passages counted by ingest",
         num_queries=judged.num_ingested(artifact.location, split),
+        num_parts=None if num_pieces > 1 else 1,
     )
 
 
@@ -169,6 +188,7 @@ def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> 
     """Sample the first rows evenly; estimate the rest from the share of bytes that was read."""
     source = open_source(name, format, options)
     source.check()
+    num_parts = _num_parts(source)
     rng = random.Random(0)
     kept: list[tuple[str, str]] = []
     seen = 0
@@ -188,7 +208,8 @@ def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> 
             break
     if ended:
         queries = judged.num_in_source(source, split)
-        return _Sample(passages=kept, num_passages=seen, note=f"{seen:,} passages counted", num_queries=queries)
+        note = f"{seen:,} passages counted"
+        return _Sample(passages=kept, num_passages=seen, note=note, num_queries=queries, num_parts=num_parts)
     share = source.fraction_read
     if share <= 0:
         raise CorpusError(
@@ -201,7 +222,17 @@ def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> 
         num_passages=estimated,
         note=f"{estimated:,} passages, estimated from the first {seen:,} ({100 * share:.1f}% of the source)",
         num_queries=None,
+        num_parts=num_parts,
     )
+
+
+def _num_parts(source: Source) -> int | None:
+    """Return into how many parts ingest can cut a source; None if its bytes decide: of tables, by lines or row groups."""
+    if type(source) is not TableSource:
+        return 1
+    first = source.files()[0]
+    is_cut = FORMATS[source.format].cut(first.location, first.label, source.options) != "nowhere"
+    return None if is_cut else len(source.files())
 
 
 def encoding_of(retriever: str) -> Encoding:

@@ -5,7 +5,6 @@ manifest (`kind: RayCluster`, `RayJob` or `RayService`), a Slurm script, a plain
 machine type has come from a table that the user can replace.
 """
 
-import logging
 import math
 import re
 from dataclasses import dataclass, replace
@@ -17,8 +16,6 @@ from readapt_ray.errors import InputError
 from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
 from readapt_ray.planner.slurm_script import is_slurm_script, nodes_of
 from readapt_ray.storage import Location
-
-logger = logging.getLogger("readapt_ray")
 
 _PLACEHOLDER: Final = re.compile(r"\b(?:ACCOUNT|PROJECT|REGISTRY|BUCKET)\b")
 """Words of our cluster files that a user replaces."""
@@ -48,6 +45,9 @@ class NodeGroup:
     gpu_memory_bytes: float = 0.0
     usd_per_hour: float = 0.0
     """Of one node."""
+    machine_type: str = ""
+    """A name of the price table; empty if the cluster's file says what its nodes cost."""
+    is_spot: bool = False
     min_count: int | None = None
     """Nodes that are always up; None means all of them."""
     has_bfloat16_units: bool = False
@@ -72,6 +72,8 @@ class Cluster:
     groups: tuple[NodeGroup, ...]
     idle_timeout_s: float = 300.0
     """How long an idle node stays up, and is paid for, where the autoscaler may take it."""
+    unfilled: str = ""
+    """A sentence that names the CAPITALS left in its file; empty if there are none."""
 
     @property
     def num_gpus(self) -> int:
@@ -102,6 +104,21 @@ class Cluster:
     def lasting_usd_per_hour(self) -> float:
         """Price in USD per hour of the nodes that are up for the whole run."""
         return sum(group.num_lasting * group.usd_per_hour for group in self.groups)
+
+    @property
+    def has_spot(self) -> bool:
+        """Whether some nodes are on spot."""
+        return any(group.is_spot for group in self.groups)
+
+    def on_demand(self, prices: PriceTable) -> "Cluster":
+        """Return the same cluster with no node on spot."""
+        groups = (
+            replace(group, usd_per_hour=prices.machines[group.machine_type].on_demand, is_spot=False)
+            if group.is_spot
+            else group
+            for group in self.groups
+        )
+        return replace(self, groups=tuple(groups))
 
     @property
     def growing_usd_per_hour(self) -> float:
@@ -163,8 +180,6 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
         return Cluster(name="local", groups=(_this_machine(),))
     location = Location(uri)
     values = _values(location)
-    if left := sorted(set(_PLACEHOLDER.findall(str(values)))):
-        logger.warning("%s still has %s in it: fill it in before you start the cluster", uri, ", ".join(left))
     if "nodes" in values:
         groups = _plain(values, prices, uri)
     elif "cluster_name" in values:
@@ -177,7 +192,9 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
     if not groups:
         raise InputError(f"{uri!r} has no node: all its groups count 0")
     name = str(values.get("cluster_name") or location.name)
-    return Cluster(name=name, groups=groups, idle_timeout_s=_idle_timeout_s(values))
+    left = ", ".join(sorted(set(_PLACEHOLDER.findall(str(values)))))
+    unfilled = left and f"{uri} still has {left} in it: fill it in before you start the cluster"
+    return Cluster(name=name, groups=groups, idle_timeout_s=_idle_timeout_s(values), unfilled=unfilled)
 
 
 def _values(location: Location) -> dict[str, Any]:
@@ -249,7 +266,8 @@ def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[Node
         if not node.machine and (node.cpus < 1 or node.memory_gb <= 0):
             raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
         machine = _machine(node.machine, prices, where) if node.machine else _described(node)
-        groups.append(_group(node.name, node.count, machine, prices, spot=node.spot, where=where))
+        group = _group(node.name, node.count, machine, prices, spot=node.spot, where=where)
+        groups.append(replace(group, machine_type=node.machine, is_spot=group.is_spot and bool(node.machine)))
     return tuple(groups)
 
 
@@ -286,6 +304,7 @@ def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot:
         gpu_flops=device.tflops * 1e12 if has_gpus and device else 0.0,
         gpu_memory_bytes=device.memory_gb * _GB if has_gpus and device else 0.0,
         usd_per_hour=machine.spot if spot else machine.on_demand,
+        is_spot=spot,
     )
 
 
@@ -311,7 +330,8 @@ def _launcher(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[N
             spot = scheduling.get("provisioningModel") == "SPOT" or bool(scheduling.get("preemptible"))
         count = 1 if name == head else int(kind.get("max_workers", most))
         group = _group(name, count, _machine(machine, prices, where), prices, spot=spot, where=where)
-        group = replace(group, cpus=int((kind.get("resources") or {}).get("CPU", group.cpus)))
+        cpus = int((kind.get("resources") or {}).get("CPU", group.cpus))
+        group = replace(group, cpus=cpus, machine_type=machine)
         group = group if name == head else replace(group, min_count=int(kind.get("min_workers", 0)))
         (heads if name == head else workers).append(group)
     return (*heads, *_within(most, workers))

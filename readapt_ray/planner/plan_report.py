@@ -5,7 +5,8 @@ from typing import Any
 from readapt_ray import progress
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.planner import Plan, scaling
-from readapt_ray.planner.cost import Cost, stage_usd
+from readapt_ray.planner.cost import stage_usd
+from readapt_ray.planner.stages import StageEstimate
 
 _NUMBERS = ("", "K", "M", "B", "T")
 _SI = ("", "K", "M", "G", "T", "P", "E")
@@ -25,7 +26,13 @@ def values(plan: Plan) -> dict[str, Any]:
         "corpus": vars(corpus),
         "cluster": {"name": cluster.name, "num_gpus": cluster.num_gpus, "usd_per_hour": cluster.usd_per_hour},
         "seconds": {"low": low.seconds, "expected": mid.seconds, "high": high.seconds},
-        "usd": {"low": low.usd, "expected": mid.usd, "high": high.usd},
+        "usd": {
+            "low": low.usd,
+            "expected": mid.usd,
+            "high": high.usd,
+            "expected_on_demand": plan.on_demand_usd(plan.stages),
+        },
+        "prices": plan.price_sources,
         "waiting_usd": mid.waiting_usd,
         "assumptions": plan.assumptions,
         "out_bytes": plan.out_bytes,
@@ -51,6 +58,7 @@ def values(plan: Plan) -> dict[str, Any]:
             "workers": [vars(limit) for limit in plan.worker_limits],
         },
         "problems": plan.problems,
+        "unfilled": cluster.unfilled,
     }
 
 
@@ -64,18 +72,19 @@ def _heading(plan: Plan) -> str:
             f"{count(corpus.num_passages * corpus.embed_tokens)} tokens",
             f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.dimension}",
             f"cluster  {cluster.describe()}",
-            f"in all   {_cost(plan.costs)}, {size(plan.out_bytes)} on disk",
-            f"of it    {_cost(plan.costs_of(plan.model_stages))} for adapter, merge and vectors",
+            f"in all   {_cost(plan, plan.stages, f', {size(plan.out_bytes)} on disk')}",
+            f"of it    {_cost(plan, plan.model_stages, ' for adapter, merge and vectors')}",
         ]
     )
 
 
-def _cost(costs: tuple[Cost, Cost, Cost]) -> str:
-    low, mid, high = costs
+def _cost(plan: Plan, stages: list[StageEstimate], more: str) -> str:
+    low, mid, high = plan.costs_of(stages)
+    on_demand = f"; {_usd(plan.on_demand_usd(stages))} if no node is on spot" if plan.setting.cluster.has_spot else ""
     waiting = f", {_usd(mid.waiting_usd)} of it while GPU nodes start and idle" if mid.waiting_usd else ""
     return (
-        f"{duration(mid.seconds)} ({duration(low.seconds)} to {duration(high.seconds)}), "
-        f"{_usd(mid.usd)} ({_usd(low.usd)} to {_usd(high.usd)}){waiting}"
+        f"{duration(mid.seconds)} ({duration(low.seconds)} to {duration(high.seconds)}){more}, "
+        f"{_usd(mid.usd)} ({_usd(low.usd)} to {_usd(high.usd)}){waiting}{on_demand}"
     )
 
 
@@ -130,7 +139,9 @@ def _limits(plan: Plan) -> str:
     kind = "GPUs" if plan.setting.cluster.num_gpus else "nodes"
     lines = ["what breaks, in this order"]
     lines += [f"  from {count(limit.at)} passages: {limit.what}; {limit.mend}" for limit in plan.passage_limits]
-    lines += [f"  from {limit.at:,.0f} {kind}: {limit.what}; {limit.mend}" for limit in plan.worker_limits]
+    lines += [
+        f"  from {progress.amount(round(limit.at), kind)}: {limit.what}; {limit.mend}" for limit in plan.worker_limits
+    ]
     return "\n".join(lines)
 
 
@@ -142,7 +153,8 @@ def _basis(plan: Plan) -> str:
         else "  none: run a part of the corpus first, and plan again"
     )
     assumed = "\n".join(f"  {line}" for line in plan.assumptions)
-    return f"measured rates\n{measured}\nassumed\n{assumed}\nprices: {plan.prices.source}"
+    prices = "\n".join(f"  {line}" for line in plan.price_sources)
+    return f"measured rates\n{measured}\nassumed\n{assumed}\nprices, in USD an hour of one node\n{prices}"
 
 
 def duration(seconds: float) -> str:

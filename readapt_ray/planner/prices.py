@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import Field
+
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
@@ -35,6 +37,10 @@ class Machine(Config):
     """USD an hour."""
     spot: float
     """USD an hour, usually; spot prices move."""
+    on_demand_from: str = ""
+    """Where the price is from, and of when: a name of the table's `sources`, or a text."""
+    spot_from: str = ""
+    """The same for the spot price."""
 
 
 class Storage(Config):
@@ -52,13 +58,21 @@ class PriceTable(Config):
     """Machines, GPUs and their prices. `--prices FILE.yaml` replaces it."""
 
     source: str
-    """Where the prices are from, and of when."""
+    """Where prices are from, and of when, if their machine does not say."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Sources with their dates, by the names that machines give."""
     gpus: dict[str, Device]
     """GPUs by name."""
     machines: dict[str, Machine]
     """Machine types by the cloud's name for them."""
     storage: Storage
     """The object store."""
+
+    def source_of(self, machine_type: str, *, spot: bool) -> str:
+        """Return where the price of a machine type is from, and of when."""
+        machine = self.machines[machine_type]
+        name = machine.spot_from if spot else machine.on_demand_from
+        return self.sources.get(name, name) or self.source
 
 
 def read_prices(uri: str | None) -> PriceTable:

@@ -249,7 +249,7 @@ def _units(manifest: Manifest, planned: Cluster) -> tuple[str, float]:
         "gpus": {group.gpu: group.count * group.gpus for group in planned.gpu_groups},
     }
     gpus = {str(name): int(count) for name, count in cluster["gpus"].items() if count}
-    if manifest.stage in ("ingest", "merge", "evaluate"):
+    if manifest.stage in ("merge", "evaluate"):
         return CPU, 1.0
     if manifest.stage in ("train", "embed") and gpus:
         device = max(gpus, key=lambda name: gpus[name])
@@ -270,4 +270,6 @@ def _pieces(manifest: Manifest) -> float:
         return max(1.0, -(-manifest.counts["num_passages"] // ROWS_PER_FILE))
     if manifest.stage == "index":
         return float(manifest.counts["num_shards"])
+    if manifest.stage == "ingest":
+        return float(manifest.details.get("num_pieces", 1))
     return 1.0

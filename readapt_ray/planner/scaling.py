@@ -2,17 +2,19 @@
 
 Both come from the estimates of the stages, so the table of other sizes and the limits agree.
 Each limit is a count of passages or of workers beyond which something that does not grow with the cluster decides:
-the one process that ingests, the driver's memory, the number of files, the batch, a flat scan.
+the process that ingests, the driver's memory, the number of files, the batch, a flat scan.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Final
 
 from readapt_ray.planner import stages
 from readapt_ray.planner.cost import cost_of
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
+from readapt_ray.progress import amount
 from readapt_ray.recipes.chain import Step, runs_beside_next
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
 
@@ -23,12 +25,12 @@ _DAY_S: Final = 86_400
 _ID_BYTES: Final = {"none": 48, "exact": 96, "auto": 96, "near": 4096}
 """Bytes per passage that ingest holds, by `deduplicate` (stages/ingest.py)."""
 _MAX_FILES: Final = 100_000
-_MANY: Final = 10**12
-"""Passages of a corpus that is large for every limit."""
-_SCAN_BYTES_PER_S: Final = 1e10
+_SCANNED_PER_S: Final = 2.5e9
+"""Numbers of vectors that a flat scan compares on eight CPUs, however they are stored."""
 _SHARE_OF_MEMORY: Final = 0.7
 _LONG_SCAN_S: Final = 1.0
 _MOST_PASSAGES: Final = 1e13
+_MANY_PASSAGES: Final = 1_000_000_000
 _PRECISION: Final = 1.001
 
 
@@ -100,18 +102,20 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
+    is_split = corpus.num_parts != 1
+    readers = stages.ingest_workers(corpus.of(_MANY_PASSAGES), cluster)
     head_bytes = _head(cluster).memory_bytes
-    rows = stages.embed_rows(configs["embed"], replace(setting, corpus=replace(corpus, num_passages=_MANY)))
+    rows = stages.embed_rows(configs["embed"], replace(setting, corpus=replace(corpus, num_passages=_MANY_PASSAGES)))
     limits = [
         Limit(
-            _DAY_S * rate / corpus.text_bytes,
-            "ingest is one process: over a day",
-            "split the source, and ingest its parts side by side",
+            _DAY_S * readers * rate / corpus.text_bytes,
+            f"ingest takes over a day on {readers:,} CPUs" if is_split else "ingest is one process: over a day",
+            "more CPU nodes" if is_split else "split the source, and ingest its parts side by side",
         ),
         Limit(
-            _SHARE_OF_MEMORY * head_bytes / id_bytes,
+            inf if is_split else _SHARE_OF_MEMORY * head_bytes / id_bytes,
             f"ingest holds {id_bytes} bytes per passage: over the head node's memory ({head_bytes / 1e9:.0f} GB)",
-            "--deduplicate none, a larger head node, or parts",
+            "--deduplicate none, a larger head node, or cut the source into parts",
             "corpus",
         ),
         Limit(
@@ -119,12 +123,12 @@ def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[
             f"over {_MAX_FILES:,} files of vectors: object listing and Ray Data's bookkeeping take minutes",
             "a larger embed.rows_per_shard",
         ),
-        *_flat_index_limits(setting),
+        *_flat_index_limits(configs["index"], setting),
     ]
     if (at := _passages_of_a_week(*_named(steps, "train"), setting)) is not None:
         what = f"training on every passage once takes over a week (batch of {train.batch_size})"
         limits.append(Limit(at, what, "train on a sample, or raise train.batch_size with train.num_workers"))
-    return sorted(limits, key=lambda limit: limit.at)
+    return sorted((limit for limit in limits if limit.at < inf), key=lambda limit: limit.at)
 
 
 def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None:
@@ -149,18 +153,19 @@ def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None
     return high
 
 
-def _flat_index_limits(setting: Setting) -> list[Limit]:
+def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
     """Return what breaks if vectors are neither compressed nor searched approximately."""
-    cluster, flat = setting.cluster, 4.0 * setting.dimension
-    scanned = _SCAN_BYTES_PER_S * max(1, cluster.num_cpus / 8)
+    cluster = setting.cluster
+    flat = stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
+    scanned = _SCANNED_PER_S * max(1, cluster.num_cpus / 8)
     return [
         Limit(
             _SHARE_OF_MEMORY * cluster.largest.memory_bytes / flat,
-            f"a flat index ({flat / 1024:.0f} KiB per vector) is over the largest node's memory",
+            f"a flat index ({flat:,.0f} bytes per vector) is over the largest node's memory",
             "a compressed kind of index, or serve its shards from several nodes",
         ),
         Limit(
-            _LONG_SCAN_S * scanned / flat,
+            _LONG_SCAN_S * scanned / setting.dimension,
             "a flat scan of all vectors takes over a second for each batch of queries",
             "an approximate kind of index, or more CPUs",
         ),
@@ -176,7 +181,7 @@ def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[L
         configs["embed"].model_copy(update={"num_workers": None}), replace(setting, cluster=many)
     )
     if shards < many.num_gpus or not setting.cluster.num_gpus:
-        what = f"embed has {shards:,} data shards: more actors have nothing to do"
+        what = f"embed has {amount(shards, 'data shards')}: more actors have nothing to do"
         limits.append(Limit(float(shards), what, "lower embed.rows_per_shard"))
     limits += _stuck(steps, setting)
     return sorted(limits, key=lambda limit: limit.at)

@@ -76,6 +76,11 @@ def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | N
     return _ESTIMATES[step.stage](step.config, name, setting)
 
 
+def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
+    """Return the number of CPUs that read the source at once."""
+    return min(cluster.num_lasting_cpus, corpus.num_pieces)
+
+
 def embed_rows(config: Any, setting: Setting) -> int:
     """Return the passages of a data shard."""
     corpus = setting.corpus
@@ -186,8 +191,9 @@ def _cpu_rate(setting: Setting, stage: str) -> Rate:
 
 def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
-    work = corpus.num_passages * corpus.text_bytes
-    return _timed(name, "ingest", work, _cpu_rate(setting, "ingest"), error=corpus.error, out_bytes=0.6 * work)
+    work, workers = corpus.num_passages * corpus.text_bytes, ingest_workers(corpus, setting.cluster)
+    rate = _cpu_rate(setting, "ingest")
+    return _timed(name, "ingest", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=0.6 * work)
 
 
 def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
@@ -223,7 +229,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
     mend = BATCH_MEND.format(num_workers=workers, batch_size=busy)
     is_floor = floor > work / (units * rate.value)
-    bound = ", so short that what a step costs at least decides" if is_floor else ""
+    bound = "; the fixed cost per step dominates" if is_floor else ""
     return _timed(
         name,
         "train",

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 from readapt_ray import artifacts
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
-from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -133,7 +132,6 @@ def of(artifact: artifacts.Artifact) -> Artifact:
     return Artifact(**{each.name: getattr(artifact, each.name) for each in dataclasses.fields(artifact)})
 
 
-@refusing_in_our_words
 def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
     """Open the complete artifact in a folder.
 
@@ -144,8 +142,7 @@ def open_artifact(uri: str | Path, stage: str = "") -> Artifact:
     Raises:
         ArtifactMissingError: there is none, it is unfinished, or it belongs to another stage.
     """
-    manifest = artifacts.read_manifest(str(uri))
-    return of(artifacts.open_artifact(str(uri), stage or (manifest.stage if manifest else "STAGE")))
+    return of(artifacts.open_artifact(str(uri), stage))
 
 
 class Results:

@@ -14,7 +14,7 @@ from readapt_ray import artifacts, log_output
 from readapt_ray.config import Config
 from readapt_ray.errors import UNREADABLE, InputError, unreadable
 from readapt_ray.python.artifact import Artifact, Results, of
-from readapt_ray.python.signatures import docstring_of, refusing_in_our_words, signature_of
+from readapt_ray.python.signatures import docstring_of, signature_of
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.stages import STAGES
 from readapt_ray.storage import Location
@@ -175,7 +175,6 @@ def _as_told() -> Iterator[None]:
         raise unreadable(error) from error
 
 
-@refusing_in_our_words
 def run(
     config: str | Path | RunConfig,
     *,
@@ -213,7 +212,6 @@ def run(
         return {name: of(each) for name, each in made.items()}
 
 
-@refusing_in_our_words
 def status(root: str | Path) -> Results:
     """Show what is done, running and missing in the folder of a run.
 

@@ -5,7 +5,7 @@ The whole index lies in memory, and so does the model. A corpus gives hits their
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
-from readapt_ray.config import meant
-from readapt_ray.errors import InputError
+from readapt_ray.hardware import limit_threads
 from readapt_ray.progress import amount
 from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.records import Passage, ScoredDoc
@@ -44,7 +43,7 @@ class Encoder:
 
     Args:
         retriever: a catalog name, a folder, a URI, a hub id, or the artifact of `ra.merge` or `ra.finetune`.
-        encoding: how it takes text: an `Encoding`, or a JSON file. If omitted, what its folder or the catalog says.
+        encoding: how it takes text: an `Encoding`, its options as a dict, or a JSON file. If omitted, what its folder or the catalog says.
         dtype: of weights and computation.
         device: a torch device. If omitted, cuda where there is one, else cpu.
         batch_tokens: tokens per batch at most. If omitted, what suits the device.
@@ -58,14 +57,17 @@ class Encoder:
         self,
         retriever: Place,
         *,
-        encoding: Encoding | str | Path | None = None,
+        encoding: Encoding | Mapping[str, Any] | str | Path | None = None,
         dtype: Dtype = "float32",
         device: str | None = None,
         batch_tokens: int | None = None,
     ) -> None:
         from readapt_ray.retrieval import encoder
 
-        if encoding is not None and not isinstance(encoding, Encoding):
+        limit_threads()
+        if isinstance(encoding, Mapping):
+            encoding = Encoding.parse(dict(encoding), where="encoding")
+        elif isinstance(encoding, str | Path):
             encoding = read_encoding(str(encoding))
         self._encoder = encoder.Encoder.load(
             open_model(_named(retriever)), encoding=encoding, dtype=dtype, device=device, batch_tokens=batch_tokens
@@ -104,9 +106,6 @@ class Encoder:
         Raises:
             InputError: the kind is neither, or a text is not a text or is empty.
         """
-        if kind not in get_args(Kind):
-            hint = meant(str(kind), get_args(Kind)) or "queries and passages are encoded differently"
-            raise InputError(f"kind = {kind!r}: must be one of {', '.join(get_args(Kind))}; {hint}")
         if isinstance(texts, str):
             vector: NDArray[np.float32] = self._encoder.encode([texts], kind, titles)[0]
             return vector
@@ -168,8 +167,6 @@ class Retriever:
         Raises:
             InputError: top_k is under 1, or the query is not a text or is empty.
         """
-        if not isinstance(query, str):
-            raise InputError(f"query = {query!r}: must be a text; search_all takes a list of them")
         return self.search_all([query], top_k)[0]
 
     @refusing_in_our_words

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from readapt_ray.config import Config, meant, options_text
 from readapt_ray.errors import InputError
+from readapt_ray.python.type_checks import mismatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -49,24 +50,42 @@ def docstring_of(summary: str, config_class: type[Config], returns: str) -> str:
 
 
 def refusing_in_our_words(function: Callable[P, R]) -> Callable[P, R]:
-    """Wrap a function so that it refuses an unknown or missing parameter with our own error and the nearest spelling."""
+    """Wrap a function so that it refuses with our own error what it does not take: a parameter that is unknown, missing or
+    of another type. The error has the nearest spelling.
+    """
     signature = inspect.signature(function)
     known = [name for name in signature.parameters if name != "self"]
+    by_name = [name for name in known if signature.parameters[name].kind is inspect.Parameter.KEYWORD_ONLY]
     name = f"ra.{function.__qualname__.removesuffix('.__init__')}"
 
     @functools.wraps(function)
     def call(*given: P.args, **options: P.kwargs) -> R:
         try:
-            signature.bind(*given, **options)
+            bound = signature.bind(*given, **options).arguments
         except TypeError as error:
             unknown = [each for each in options if each not in known]
             hints = [
                 f"unknown option {each!r}; {meant(each, known) or 'the options are ' + ', '.join(known)}"
                 for each in unknown
             ]
+            if not hints and by_name and "positional" in str(error):
+                hints = [f"{error}; give options by name: {', '.join(f'{each}=...' for each in by_name)}"]
             raise InputError(f"{name}: {'; '.join(hints) or error}") from None
+        given_wrong = (
+            mismatch(each, bound[each], signature.parameters[each].annotation) for each in known if each in bound
+        )
+        if wrong := list(filter(None, given_wrong)):
+            raise InputError(f"{name}: {'; '.join(wrong)}")
         return function(*given, **options)
 
+    return call
+
+
+@functools.cache
+def public(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function as `import readapt_ray` offers it: see `refusing_in_our_words`."""
+    call = refusing_in_our_words(function)
+    call.__module__ = "readapt_ray"
     return call
 
 

@@ -111,6 +111,7 @@ def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
 
 def _ask_over_http(root: str, question: str) -> dict[str, Any]:
     """Serve the adapted retriever with its index, ask it one question, and stop it."""
+    from readapt_ray.serving.local_http import open_url
     from readapt_ray.serving.options import ServeConfig
     from readapt_ray.serving.server import serve, stop
 
@@ -130,7 +131,7 @@ def _ask_over_http(root: str, question: str) -> dict[str, Any]:
     try:
         body = json.dumps({"query": question, "top_k": 3}).encode()
         request = urllib.request.Request(f"{url}/v1/search", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with open_url(request, timeout=60) as response:
             return {"question": question, "url": url, **json.load(response)}
     finally:
         stop()

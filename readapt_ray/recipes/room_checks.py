@@ -1,6 +1,8 @@
-"""Check before a run that the disk has room for what it writes, and this machine the memory for a training step.
+"""Check before a run that the disk has room for what it writes, this machine the memory for a training step, and that a batch
+feeds every training worker.
 
-Both are estimates from configs and manifests; no weight is read. On a cluster the workers check their memory themselves.
+Room and memory are estimates from configs and manifests; no weight is read. On a cluster the workers check their memory
+themselves.
 """
 
 import os
@@ -9,9 +11,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, environment
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
+from readapt_ray.cluster import batches
 from readapt_ray.errors import StorageError
 from readapt_ray.recipes.chain import RunConfig, Step
 from readapt_ray.recipes.standing import Standing
@@ -64,6 +67,30 @@ def _vector_bytes(step: Step, retriever: OpenModel) -> int:
     holder = retriever.base if retriever.is_adapter else retriever
     dimension = options.dimensions or holder.config.get("hidden_size") or 0
     return int(dimension) * _NUMBER_BYTES[options.vector_dtype]
+
+
+def check_batch(train: Standing | None) -> None:
+    """Check that a batch feeds every training worker, before the stages that come first cost anything.
+
+    Their number is an option, that of the GPUs which the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
+    machine has.
+
+    Args:
+        train: the artifact at the output of train.
+
+    Raises:
+        PlacementError: it does not; the message has the number that would.
+    """
+    options: Any = train.step.config if train is not None and _is_due(train) else None
+    if options is None or options.batch_size == "auto":
+        return
+    num_workers = options.num_workers or environment.num_gpus()
+    if num_workers is None and os.environ.get("RAY_ADDRESS"):
+        batches.check_batch_feeds(options, options.batch_size, "blocks")
+        return
+    import torch
+
+    batches.check_feeds(num_workers or torch.cuda.device_count(), options.batch_size, "blocks")
 
 
 def check_memory(train: Standing | None, block_tokens: int, pretrained: OpenModel) -> None:

@@ -4,6 +4,7 @@ Models and how they take text, the head and the layers that training needs, leng
 the disk, and what stands under the root already. All that is wrong is said in one message.
 """
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,9 @@ def check_run(
         if pretrained is not None and stage in by_stage:
             with problems.noted():
                 check(pretrained, by_stage[stage])
+    if "index" in by_stage and importlib.util.find_spec("faiss") is None:
+        with problems.noted():
+            importlib.import_module("readapt_ray.retrieval.faiss_build")  # its error says what to install
     for step in steps:
         with problems.noted():
             _check_files(config, step)
@@ -60,6 +64,8 @@ def check_run(
         by_name = {each.step.name: each for each in found}
         with problems.noted():
             room_checks.check_disk(config, by_name, pretrained, retriever)
+        with problems.noted():
+            room_checks.check_batch(by_name.get("adapter"))
         if not problems:
             with problems.noted():
                 room_checks.check_memory(by_name.get("adapter"), by_stage["pack"].block_tokens, pretrained)

@@ -21,7 +21,7 @@ def read_run(file: str, changes: Mapping[str, Any]) -> RunConfig:
     Raises:
         InputError: there is no such file, it holds something else, or an option is unknown or wrong.
     """
-    what = "options by name"
+    what = "a run's options, one per line (source, pretrained, retriever and more; jobs/ has examples)"
     return changed(options_of(read_yaml(Location(file), what), repr(file), what), changes, where=file)
 
 

@@ -94,7 +94,7 @@ def _changed_options(step: Step, record: Mapping[str, Any], asked: Mapping[str, 
         return
     before = record.get("config", {}) if asked is None else asked
     section = "train" if step.stage == "pack" else step.stage
-    for name, value in step.config.identity().items():
+    for name, value in step.config.identity(before).items():
         is_resolved = asked is None and (value in _RESOLVED or (step.stage, name) in _CAPPED)
         if before.get(name) != value and not is_resolved:
             yield f"{section}.{name}: {before.get(name)!r} there, {value!r} now"

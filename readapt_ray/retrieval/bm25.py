@@ -8,8 +8,10 @@ Japanese characters are a word each. BM25 as in Lucene, with k1 = 1.5 and b = 0.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
 
 K1 = 1.5
 B = 0.75
+MAX_QUERY_WORDS = 512
+"""Different words of a query that are searched for, the first ones: each costs a pass over the passages that hold it."""
 _QUERIES_AT_ONCE = 16
+_CHARACTERS_AT_ONCE = 4096
 _CHARACTERS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_CHARACTERS}]|[^\W_{_CHARACTERS}]+")
 
@@ -123,12 +128,25 @@ class WordIndex:
 
     def scores(self, query: str) -> NDArray[np.float32]:
         """Return the score of each row, 0 where no word of the query stands in it."""
-        columns = [self.vocabulary[word] for word in words(query) if word in self.vocabulary]
+        counts = itertools.islice(Counter(words(query)).items(), MAX_QUERY_WORDS)
         found = np.zeros(self.num_rows, np.float64)
-        for column in columns:
-            part = slice(self.indptr[column], self.indptr[column + 1])
-            found[self.indices[part]] += self.data[part]
+        for word, count in counts:
+            column = self.vocabulary.get(word)
+            if column is not None:
+                part = slice(self.indptr[column], self.indptr[column + 1])
+                found[self.indices[part]] += count * self.data[part]
         return found.astype(np.float32)
+
+
+def query_blocks(queries: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the queries in blocks that are searched in one piece: up to 16, fewer if they are long."""
+    first, num_characters = 0, 0
+    for place, query in enumerate(queries):
+        num_characters += len(query)
+        if place > first and (place - first == _QUERIES_AT_ONCE or num_characters > _CHARACTERS_AT_ONCE):
+            yield queries[first:place]
+            first, num_characters = place, len(query)
+    yield queries[first:]
 
 
 def search_words(
@@ -147,11 +165,10 @@ def search_words(
         top_k: k.
         passing: rows that may be found; None for all.
     """
-    from readapt_ray.retrieval.exact import Hits, TopK  # imports torch, which building an index does without
+    from readapt_ray.retrieval.exact import TopK, joined  # imports torch, which building an index does without
 
     found = []
-    for first in range(0, len(queries), _QUERIES_AT_ONCE):
-        block = queries[first : first + _QUERIES_AT_ONCE]
+    for block in query_blocks(queries):
         scores = np.stack([np.concatenate([part.scores(query) for part in parts]) for query in block])
         scores[scores <= 0] = -np.inf
         if passing is not None:
@@ -159,7 +176,7 @@ def search_words(
         best = TopK(len(block), top_k)
         best.add(scores, doc_ids)
         found.append(best.hits())
-    return Hits(np.concatenate([each.scores for each in found]), np.concatenate([each.doc_ids for each in found]))
+    return joined(found)
 
 
 def _rarity(num_with: NDArray[np.int64], num_passages: int) -> NDArray[np.float64]:

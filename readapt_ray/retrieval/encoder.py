@@ -26,6 +26,8 @@ from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
 from readapt_ray.retrieval.vector_files import is_usable
 from readapt_ray.weights.dense import DenseHead, load_dense
+from readapt_ray.weights.domain_layers import DomainUse
+from readapt_ray.weights.domain_network import DomainNetwork
 from readapt_ray.weights.loading import in_float32, load_model
 
 logger = logging.getLogger("readapt_ray")
@@ -61,6 +63,7 @@ class Encoder:
         batch_tokens: tokens in a batch at most, padding included; one text may exceed it.
         packed: lay texts end to end where that gives the vectors that padding gives.
         dense: linear layers that pooled vectors go through, on the same device.
+        domains: holds `network`, if each text may be of another domain.
 
     Raises:
         ModelError: the encoding asks for more tokens than the model has positions.
@@ -76,8 +79,10 @@ class Encoder:
         batch_tokens: int | None = None,
         packed: bool = False,
         dense: DenseHead | None = None,
+        domains: DomainNetwork | None = None,
     ) -> None:
         self.network = network
+        self._domains = domains
         self.encoding = encoding
         self.device = next(network.parameters()).device
         self.batch_tokens = batch_tokens or (GPU_BATCH_TOKENS if self.device.type == "cuda" else CPU_BATCH_TOKENS)
@@ -118,12 +123,12 @@ class Encoder:
 
         Raises:
             ModelError: the model cannot be loaded, or does not fit the encoding.
-            InputError: the dtype is unknown.
+            InputError: the dtype is unknown, or the device is not there.
         """
         if dtype not in DTYPES:
             raise InputError(f"dtype = {dtype!r}; it must be one of {', '.join(DTYPES)}")
         encoding = encoding or model.encoding
-        device = device or _device()
+        device = _checked_device(device or _device())
         return cls(
             load_model(model, dtype=DTYPES[dtype], device=device),
             model.tokenizer,
@@ -170,23 +175,26 @@ class Encoder:
         """As `tokenize`, and how many tokens truncation took from each text."""
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
-    def encode_ids(self, rows: Sequence[Tokens]) -> np.ndarray:
+    def encode_ids(self, rows: Sequence[Tokens], domains: Sequence[DomainUse | None] | None = None) -> np.ndarray:
         """The vectors of token ids as `tokenize` gives them: float32 [N, D].
 
         A batch that does not fit the memory halves the budget, for good.
+
+        Args:
+            rows: the token ids of N texts.
+            domains: the domain of each text, for an encoder of domains; None is the retriever itself.
 
         Raises:
             InputError: a row is empty.
             ModelError: one text alone does not fit the memory, or has an id that the model does not know.
         """
         arrays = [np.asarray(row, np.int64) for row in rows]
-        first_seen: dict[bytes, int] = {}
-        place = np.fromiter(
-            (first_seen.setdefault(row.tobytes(), len(first_seen)) for row in arrays), np.int64, len(rows)
-        )
+        first_seen: dict[tuple[bytes, DomainUse | None], int] = {}
+        asked = zip((row.tobytes() for row in arrays), domains or [None] * len(rows), strict=True)
+        place = np.fromiter((first_seen.setdefault(each, len(first_seen)) for each in asked), np.int64, len(rows))
         distinct = [arrays[index] for index in np.unique(place, return_index=True)[1]]
-        if b"" in first_seen:
-            index = int(np.flatnonzero(place == first_seen[b""])[0])
+        uses = [use for _, use in first_seen]
+        if (index := next((index for index, row in enumerate(arrays) if not len(row)), None)) is not None:
             raise InputError(f"texts[{index}] gives no token, so it has no vector; leave it out")
         vectors = np.empty((len(distinct), self.dimension), dtype=np.float32)
         pending = token_batches([len(row) for row in distinct], self.batch_tokens)[::-1]
@@ -194,7 +202,7 @@ class Encoder:
             batch = pending.pop()
             texts = [distinct[index] for index in batch]
             try:
-                vectors[batch] = self._forward(texts)
+                vectors[batch] = self._forward(texts, [uses[index] for index in batch])
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -235,9 +243,12 @@ class Encoder:
         logger.warning("out of memory with %d tokens in a batch; going on with %d", tried, self.batch_tokens)
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Tokens]) -> np.ndarray:
+    def _forward(self, rows: Sequence[Tokens], uses: Sequence[DomainUse | None]) -> np.ndarray:
         """One batch: float32 [B, D]."""
-        vectors = self._forward_pass.pooled(rows)
+        if self._domains is None:
+            vectors = self._forward_pass.pooled(rows)
+        else:
+            vectors = self._domains.pooled(self._forward_pass.pooled, rows, uses, is_packed=self.is_packed)
         if self._dense is not None:
             vectors = self._dense(vectors)
         vectors = vectors[:, : self.dimension]
@@ -293,6 +304,20 @@ def suitable_dtype(device: str | None = None) -> str:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _checked_device(device: str) -> str:
+    """Return a device that torch can use.
+
+    Raises:
+        InputError: torch does not know it, or this machine does not have it.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        there = ["cpu", *(f"cuda:{each}" for each in range(torch.cuda.device_count()))]
+        raise InputError(f"device = {device!r} is not on this machine; it must be one of {', '.join(there)}") from None
+    return device
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -35,6 +35,11 @@ class Hits:
         return [ScoredDoc(query_id, doc_id, score) for doc_id, score in pairs if score != -np.inf]
 
 
+def joined(parts: Sequence[Hits]) -> Hits:
+    """Return the hits of all queries, in the order of the parts; at least one part."""
+    return Hits(np.concatenate([each.scores for each in parts]), np.concatenate([each.doc_ids for each in parts]))
+
+
 class TopK:
     """Keeps the k best passages of each query while scores come in, in any order.
 

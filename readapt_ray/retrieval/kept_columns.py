@@ -6,7 +6,7 @@ there is no passage. In memory lie the columns of these passages, and while they
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,13 @@ class Condition:
     column: str
     one_of: tuple[Value, ...] | None = None
     bounds: tuple[tuple[Bound, Value], ...] = ()
+    kinds: tuple[type, ...] = field(init=False)
+    """Types of the values: to Python 1, 1.0 and True are equal, to a column they are not."""
+
+    def __post_init__(self) -> None:
+        """Note the types."""
+        values = (*(self.one_of or ()), *(value for _, value in self.bounds))
+        object.__setattr__(self, "kinds", tuple(map(type, values)))
 
 
 def kept_columns(files: Sequence[Location]) -> dict[str, pa.DataType]:

@@ -7,7 +7,7 @@ options. What does not fit together is refused before anything starts.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
@@ -19,15 +19,17 @@ from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.query_encoder import describe_encoder, query_encoder
+from readapt_ray.serving.domain_app import check_domain_encoder, domain_records, domains_spec
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
-from readapt_ray.serving.options import Limits, ServeConfig, VersionConfig
+from readapt_ray.serving.options import DomainsConfig, Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
-    from readapt_ray.serving.workers import VersionSpec
+    from readapt_ray.serving.version_spec import VersionSpec
 
 GATEWAY_APP = "readapt"
+_MAX_PREPARING = 64
 _HEALTH_CHECK_PERIOD_S = 5
 _HEALTH_CHECK_TIMEOUT_S = 30
 _DRAIN_S = 20
@@ -46,7 +48,8 @@ def version(args: dict[str, Any]) -> Any:
     """
     values = dict(args)
     name = str(values.pop("name", ""))
-    return bind_version(name, VersionConfig.parse(values, where=f"version {name!r}"))
+    kind = DomainsConfig if "base" in values else VersionConfig
+    return bind_version(name, kind.parse(values, where=f"version {name!r}"))
 
 
 def gateway(args: dict[str, Any]) -> Any:
@@ -63,22 +66,21 @@ def bind_version(name: str, config: VersionConfig) -> Any:
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
-    names = spec.shards
-    dealt = [names[first :: config.index_actors] for first in range(num_slices(config))]
+    planned = planned_slices(config)
     slices = [
         IndexReplica.options(  # type: ignore[attr-defined]
             name=f"index-{number}",
             num_replicas=config.index_replicas,
             max_ongoing_requests=64,
-            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": slice_bytes(config.index, mine)},
+            ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": each.num_bytes},
             **_LIFE,
-        ).bind(spec, mine, len(dealt))
-        for number, mine in enumerate(dealt)
+        ).bind(spec, each.shards, len(planned))
+        for number, each in enumerate(planned)
     ]
     encoder = EncoderReplica.options(  # type: ignore[attr-defined]
         name=ENCODER_DEPLOYMENT,
-        # One batch in work and one on its way; batches are formed in the gateway.
-        max_ongoing_requests=2,
+        # One batch in work and one on its way; batches are formed in the gateway. Domains are brought into memory besides.
+        max_ongoing_requests=_MAX_PREPARING if spec.base else 2,
         ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": num_gpus(config)},
         **_LIFE,
         **_scale(config),
@@ -86,18 +88,26 @@ def bind_version(name: str, config: VersionConfig) -> Any:
     return encoder.bind(spec, *slices)
 
 
-def slice_bytes(index: str | None, names: Sequence[str]) -> int:
-    """Return the memory of some shards, which Ray sets aside so that a slice never starts on a node without room for it.
+class PlannedSlice(NamedTuple):
+    """A part of an index, which one process serves."""
 
-    A shard takes twice its size while it is read.
-    """
-    sizes = {each["name"]: each["num_bytes"] for each in open_artifact(str(index), "index").manifest.details["shards"]}
-    return int(sum(sizes[name] for name in names) + max(sizes[name] for name in names))
+    shards: tuple[str, ...]
+    """Their names."""
+    num_bytes: int
+    """Memory that Ray sets aside, so that a slice never starts on a node without room for it."""
 
 
-def num_slices(config: VersionConfig) -> int:
-    """Return in how many parts the index of a version is served."""
-    return min(config.index_actors, len(version_spec("", config).shards))
+def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
+    """Deal the shards of a version's index out to slices; none without an index."""
+    if not config.index:
+        return []
+    shards = open_artifact(config.index, "index").manifest.details["shards"]
+    sizes = {each["name"]: int(each["num_bytes"]) for each in shards}
+    dealt = [tuple(sizes)[first :: config.index_actors] for first in range(min(config.index_actors, len(sizes)))]
+    # A shard takes twice its size while it is read.
+    return [
+        PlannedSlice(names, sum(sizes[name] for name in names) + max(sizes[name] for name in names)) for names in dealt
+    ]
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
@@ -107,8 +117,10 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         InputError: there is no retriever.
         ArtifactMissingError: the index or the corpus is not complete.
     """
-    from readapt_ray.serving.workers import VersionSpec
+    from readapt_ray.serving.version_spec import VersionSpec
 
+    if isinstance(config, DomainsConfig):
+        return domains_spec(name, config)
     if not config.retriever:
         raise InputError(f"version {name!r} has no retriever; give it one")
     num_replicas = max(config.num_replicas, config.max_replicas or 1)
@@ -199,6 +211,7 @@ def bind_gateway(config: ServeConfig) -> Any:
     check_probe(config)
     limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
     state = GatewayConfig(
+        domains=tuple(each.source for each in domain_records(config)),
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
         policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),
@@ -260,6 +273,8 @@ def check_version(name: str, config: VersionConfig) -> str:
     from readapt_ray.retrieval.encoder import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
+    if isinstance(config, DomainsConfig):
+        return check_domain_encoder(name, config)
     if config.bridge and not config.index:
         raise InputError(
             f"version {name!r} has the bridge {config.bridge!r} and no index; give the index of its old vectors"
@@ -308,6 +323,12 @@ def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
     """
     from readapt_ray.retrieval.kept_columns import KeptColumns, kept_columns
 
+    for key in keys:
+        unknown = sorted(set(key.domains or ()) - set(config.names()))
+        if unknown:
+            raise InputError(
+                f"the API key {key.name!r} names {unknown[0]!r}, which is not served; the names are {', '.join(config.names())}"
+            )
     for name, each in config.each_version().items() if any(key.within for key in keys) else ():
         if not each.index:
             continue

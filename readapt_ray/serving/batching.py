@@ -102,6 +102,8 @@ class Batcher:
         self._free_slots = num_slots
         self._on_batch = on_batch
         self._heap: list[tuple[float, int, _Job, int]] = []
+        self._num_dead = 0
+        """Rows in the heap whose request was given up."""
         self._numbers = itertools.count()
         self._virtual = 0.0
         self._waiting: set[_Job] = set()
@@ -184,17 +186,24 @@ class Batcher:
             job.done.cancel()
         if job.queued:
             self._queued_tokens -= job.queued_tokens
-            self._heap = [entry for entry in self._heap if entry[2] is not job]
-            heapq.heapify(self._heap)
+            self._num_dead += job.queued
             job.queued = 0
+            self._drop_dead_rows()
         self._waiting.discard(job)
         for batch in list(job.batches):
             if all(other.done.done() for other in self._owners[batch]):
                 batch.cancel()
 
+    def _drop_dead_rows(self) -> None:
+        """Rebuild the heap once most of its rows are dead: requests that end together cost no rebuild each."""
+        if 2 * self._num_dead > len(self._heap):
+            self._heap = [entry for entry in self._heap if entry[2].queued]
+            heapq.heapify(self._heap)
+            self._num_dead = 0
+
     def _pump(self) -> None:
         """Send batches while there are rows and a free slot."""
-        while self._heap and self._free_slots:
+        while self._waiting and self._free_slots:
             oldest_s = min(job.came_s for job in self._waiting)
             remaining_s = self._wait_s - (asyncio.get_running_loop().time() - oldest_s)
             if self._queued_tokens < self._batch_tokens and remaining_s > 0:
@@ -211,8 +220,12 @@ class Batcher:
         """Take rows in turn from each client, up to the budget of tokens."""
         batch: list[tuple[_Job, int]] = []
         num_jobs, num_tokens = len(self._waiting), 0
-        while self._heap:
+        while self._waiting:
             _, _, job, place = self._heap[0]
+            if not job.queued:
+                heapq.heappop(self._heap)
+                self._num_dead -= 1
+                continue
             length = len(job.rows[place])
             if batch and num_tokens + length > self._batch_tokens:
                 break
@@ -251,12 +264,14 @@ class Batcher:
         try:
             await self._encode_rows(batch)
         except Exception as error:
-            by_job = [[pair for pair in batch if pair[0] is job] for job in dict.fromkeys(job for job, _ in batch)]
+            by_job: dict[_Job, list[tuple[_Job, int]]] = {}
+            for pair in batch:
+                by_job.setdefault(pair[0], []).append(pair)
             if len(by_job) == 1:
-                _fail(by_job[0][0][0], error)
+                _fail(batch[0][0], error)
                 return
             # One of them is to blame; alone, each gets its own answer.
-            for pairs in by_job:
+            for pairs in by_job.values():
                 try:
                     await self._encode_rows(pairs)
                 except Exception as alone:
@@ -287,6 +302,20 @@ class Batcher:
             rate, is_known = num_tokens / max(seconds, 1e-6), now_s < self._rate_seen_s + _RATE_KNOWN_FOR_S
             self._tokens_per_s += (_RATE_SMOOTHING if is_known else 1.0) * (rate - self._tokens_per_s)
             self._rate_seen_s = now_s
+            if not is_known:
+                self._give_up_what_is_too_large(now_s)
+
+    def _give_up_what_is_too_large(self, now_s: float) -> None:
+        """End requests that came before the rate was known, and that would not be done in time even alone.
+
+        One batch may have been slow by chance, so they are ended only if twice its rate would not suffice.
+        """
+        rate = self._tokens_per_s * self._num_slots
+        for job in self._waiting:
+            if job.queued_tokens > 2 * rate * (job.deadline_s - now_s):
+                time_s = _SHARE_OF_TIME * (job.deadline_s - job.came_s)
+                num_tokens = sum(map(len, job.rows))
+                _fail(job, RequestTooLargeError(int(len(job.rows) * rate * time_s / num_tokens)))
 
 
 def _fail(job: _Job, error: Any) -> None:

@@ -27,7 +27,7 @@ class EmbedRequest(BaseModel):
     """As for `/v1/embeddings`. Cohere's words are `search_query` and `search_document`."""
     truncate: Literal["END", "NONE"] = "END"
     """Cut the end of a text that is too long, or refuse it."""
-    embedding_types: Annotated[list[EmbeddingType], Field(min_length=1, max_length=2)] | None = None
+    embedding_types: Annotated[list[EmbeddingType], Field(fail_fast=True, min_length=1, max_length=2)] | None = None
     """Numbers, which is the default, or the bytes of little-endian float32 in base64, or both."""
     output_dimension: int | None = Field(default=None, ge=1, strict=True)
     """As `dimensions` of `/v1/embeddings`."""

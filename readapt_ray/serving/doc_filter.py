@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from readapt_ray.retrieval.kept_columns import Condition
 
@@ -18,10 +18,24 @@ _Value = Annotated[bool, Field(strict=True)] | Annotated[int, Field(strict=True)
 _Comparable = Annotated[int, Field(strict=True)] | _Number | _Text
 
 
-class Bounds(BaseModel):
-    """A range of values; dates are written as in ISO 8601."""
+class KnownFields(BaseModel):
+    """A body whose unknown fields are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field(cls, values: Any) -> Any:
+        """Keep only the first unknown field: each would be an error, and a body can hold a million."""
+        if not isinstance(values, dict):
+            return values
+        unknown = [name for name in values if name not in cls.model_fields]
+        known = {name: values[name] for name in cls.model_fields if name in values}
+        return known | {name: values[name] for name in unknown[:1]}
+
+
+class Bounds(KnownFields):
+    """A range of values; dates are written as in ISO 8601."""
 
     gt: _Comparable | None = None
     gte: _Comparable | None = None
@@ -35,16 +49,22 @@ class Bounds(BaseModel):
         return self
 
 
+def _few(columns: Any) -> Any:
+    """Refuse too many columns before their values are looked at: a wrong value makes seven errors."""
+    if isinstance(columns, dict) and len(columns) > MAX_COLUMNS:
+        raise ValueError(f"a filter may name {MAX_COLUMNS} columns, not {len(columns):,}")
+    return columns
+
+
 Columns = Annotated[
     dict[_Text, _Value | Annotated[list[_Value], Field(fail_fast=True, min_length=1, max_length=MAX_VALUES)] | Bounds],
     Field(min_length=1, max_length=MAX_COLUMNS),
+    BeforeValidator(_few),
 ]
 
 
-class FilterFields(BaseModel):
+class FilterFields(KnownFields):
     """The fields that say which passages are searched; all of them must hold."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     doc_id_prefix: _Text | None = None
     """Search only passages whose doc_id begins so."""

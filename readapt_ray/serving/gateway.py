@@ -6,24 +6,26 @@ Which versions it serves, and how, is its `user_config`: Ray Serve changes it in
 
 import asyncio
 import logging
-import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 from ray import serve
 
 from readapt_ray.config import Config
+from readapt_ray.serving.domains import DomainBackend
 from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
+from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
 from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
-from readapt_ray.serving.versions import LossPolicy, Routing, VersionInfo
+from readapt_ray.serving.versions import Backend, LossPolicy, Routing, VersionInfo
+from readapt_ray.weights.domain_sources import DomainSource
 
 logger = logging.getLogger("ray.serve")
 
@@ -38,6 +40,8 @@ class GatewayConfig(Config):
     """The Ray Serve application of each version, by the version's name."""
     routing: Routing
     """How requests that name no version reach them."""
+    domains: tuple[DomainSource, ...] = ()
+    """The domains; they share the one version that there is then, and clients see them in its place."""
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
 
@@ -58,6 +62,12 @@ class Gateway:
         traces: bool,
     ) -> None:
         self._limits = limits
+        self._options = limits.model_dump() | {
+            "allow_anonymous": allow_anonymous,
+            "cors_origins": tuple(cors_origins),
+            "num_gateways": num_gateways,
+            "traces": traces,
+        }
         self._keys = KeyRing(keys, share=1 / num_gateways)
         self._allow_anonymous = allow_anonymous
         self._cors_origins = cors_origins
@@ -87,6 +97,10 @@ class Gateway:
         )
         return with_cors(guard, self._cors_origins) if self._cors_origins else guard
 
+    async def served_options(self) -> tuple[bool, dict[str, Any]]:
+        """Return whether this gateway has API keys, and the options of `readapt serve` that it works with."""
+        return bool(self._keys), self._options
+
     async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
         """Answer requests with 503 from now on, and with `give_up` those under way too.
 
@@ -100,7 +114,8 @@ class Gateway:
         state = GatewayConfig.parse(user_config, where="user_config")
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
-        await self._service.set_state(versions, state.routing)
+        await self._service.set_state(_backends(versions, state.domains), state.routing)
+        self._options |= state.policy.model_dump() | state.routing.model_dump(exclude={"default", "split"})
         self._versions = dict(zip(state.versions.values(), found, strict=True))
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 
@@ -111,6 +126,14 @@ class Gateway:
             return known
         slices = {name: serve.get_deployment_handle(name, app) for name in info.slices}
         return RayBackend(info, encoder, slices, state.policy)
+
+
+def _backends(versions: Mapping[str, RayBackend], domains: Sequence[DomainSource]) -> Mapping[str, Backend]:
+    """Return what clients can choose by name."""
+    if not domains:
+        return versions
+    (shared,) = versions.values()
+    return {each.name: DomainBackend(shared, each) for each in domains}
 
 
 def _sees_clients() -> bool:
@@ -157,7 +180,7 @@ async def gather_metrics() -> str:
 
 def _read(url: str) -> str:
     try:
-        with urllib.request.urlopen(url, timeout=_SCRAPE_S) as answer:
+        with open_url(url, timeout=_SCRAPE_S) as answer:
             return str(answer.read().decode())
     except OSError as error:
         logger.warning("no metrics from %s: %s", url, error)

@@ -33,6 +33,12 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 CLIENT_WENT_AWAY = 499
 _BUFFERED_BYTES = 256 << 20
 """Of bodies that a gateway holds at once."""
+_IDLE_S = 10.0
+"""Between two parts of a body."""
+_SEND_S = 60.0
+"""Until a client has read a part of an answer."""
+_MORE_BODIES = 32
+"""Bodies that may be on their way beyond `max_requests`; with those under way they are below Ray Serve's own limit."""
 _OPEN_PATHS = frozenset({"/", "/health", "/healthz", "/readyz", "/openapi.json", "/docs"})
 _KNOWN_PATHS = _OPEN_PATHS | {
     "/embeddings", "/info", "/metrics", "/rerank", "/tokenize", "/v1/embeddings", "/v1/models", "/v1/rerank", "/v1/search",
@@ -73,6 +79,8 @@ class Guard:
         self._telemetry = telemetry
         self._spans = spans
         self._under_way = 0
+        self._num_coming = 0
+        """Requests whose body is on its way."""
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_stopping = False
         self._buffered_bytes = 0
@@ -98,15 +106,17 @@ class Guard:
         scope.setdefault("state", {})["trace"] = trace
         before_s = time.perf_counter()
         counted = scope["method"] == "POST"
-        self._under_way += counted
         task = asyncio.current_task()
-        body, answer = None, _Answer(send, trace, has_body=scope["method"] != "HEAD")
+        body, has_place, answer = None, False, _Answer(send, trace, has_body=scope["method"] != "HEAD")
         try:
             self._admit(scope, headers, trace)
             if counted and task:
                 self._tasks.add(task)
             body = await self._body(headers, receive)
             if body is not None:
+                if counted:
+                    self._take_place()
+                    has_place = True
                 # HEAD is answered as GET is, without the body.
                 asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
                 await self._app(asked, _replayed(body, receive), answer)
@@ -121,7 +131,7 @@ class Guard:
             # The API has answered with the number already; here the log gets the whole story.
             logger.exception("request %s failed", trace.request_id)
         finally:
-            self._under_way -= counted
+            self._under_way -= has_place
             if task:
                 self._tasks.discard(task)
             self._buffered_bytes -= len(body or b"")
@@ -143,13 +153,27 @@ class Guard:
             self._check_loopback(scope, headers)
         if headers.get("content-encoding", "identity") != "identity":
             raise RequestError("bodies must not be compressed", status=415, code="unsupported_encoding")
-        if self._under_way > self._limits.max_requests:
-            raise RequestError(
-                f"{self._limits.max_requests:,} requests are under way already; try again after the seconds in Retry-After",
-                status=429,
-                code="too_many_requests",
-                retry_after_s=1,
-            )
+        most = self._limits.max_requests
+        if scope["method"] == "POST" and (self._under_way >= most or self._num_coming >= most + _MORE_BODIES):
+            raise self._full()
+
+    def _take_place(self) -> None:
+        """Count a request whose body is there; one whose body is on its way takes nobody's place.
+
+        Raises:
+            RequestError: others were faster, with 429.
+        """
+        if self._under_way >= self._limits.max_requests:
+            raise self._full()
+        self._under_way += 1
+
+    def _full(self) -> RequestError:
+        return RequestError(
+            f"{self._limits.max_requests:,} requests are under way already; try again after the seconds in Retry-After",
+            status=429,
+            code="too_many_requests",
+            retry_after_s=1,
+        )
 
     def _check_key(self, authorization: str | None, trace: Trace) -> None:
         key = self._keys.find(authorization)
@@ -157,7 +181,7 @@ class Guard:
             raise RequestError(
                 "no valid API key; send one as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
             )
-        trace.key, trace.within = key.name, key.within
+        trace.key, trace.within, trace.domains = key.name, key.within, key.domains
         wait_s = self._keys.wait_s(key)
         if wait_s:
             message = f"the key {key.name!r} may make {key.requests_per_minute:g} requests per minute"
@@ -186,21 +210,25 @@ class Guard:
         """
         length, seconds = headers.get("content-length", ""), self._limits.timeout_s
         body, is_whole = bytearray(), False
+        self._num_coming += 1
         try:
             self._check_size(int(length) if length.isdecimal() else 0)
             async with asyncio.timeout(seconds):
                 is_whole = await self._fill(body, receive)
             return bytes(body) if is_whole else None
         except TimeoutError:
-            raise RequestError(f"the body did not come within {seconds:g} s", status=408, code="body_timeout") from None
+            message = f"the body did not come within {seconds:g} s, or stopped for {_IDLE_S:g} s"
+            raise RequestError(message, status=408, code="body_timeout") from None
         finally:
+            self._num_coming -= 1
             if not is_whole:
                 self._buffered_bytes -= len(body)
 
     async def _fill(self, body: bytearray, receive: Receive) -> bool:
         """Read the body; return False if the client went away."""
         while True:
-            message = await receive()
+            async with asyncio.timeout(_IDLE_S):
+                message = await receive()
             if message["type"] == "http.disconnect":
                 return False
             part = message.get("body", b"")
@@ -267,7 +295,8 @@ class _Answer:
                 message["headers"] = [*message["headers"], (b"server-timing", ", ".join(parts).encode())]
         elif not self._has_body:
             message = {**message, "body": b""}
-        await self._send(message)
+        async with asyncio.timeout(_SEND_S):
+            await self._send(message)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

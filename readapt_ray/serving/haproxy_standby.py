@@ -6,9 +6,11 @@ that had routes. Ray's next HAProxy takes over from it (`haproxy_start`).
 
 import contextlib
 import logging
+import math
 import socket
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 from readapt_ray.serving.haproxy_start import STANDBY_CONFIG, STANDBY_PID
@@ -18,6 +20,8 @@ logger = logging.getLogger("readapt_ray")
 _POLL_S = 0.2
 _CONNECT_S = 5.0
 _END_S = 10.0
+_RESTART_S = 1.0
+"""Between two starts: an HAProxy that cannot start ends at once."""
 
 
 class Standby:
@@ -36,6 +40,7 @@ class Standby:
         self._address = (host, port)
         self._ended = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = -math.inf
         # HAProxy ends with the thread that started it, so this one lives as long as this process.
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -66,6 +71,9 @@ class Standby:
     def _start(self) -> None:
         if self._process is not None or not (self._folder / STANDBY_CONFIG).exists():
             return
+        if time.monotonic() < self._started_s + _RESTART_S:
+            return
+        self._started_s = time.monotonic()
         logger.warning("HAProxy is gone; starting it again")
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", *self._command],

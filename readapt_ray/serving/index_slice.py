@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.bm25 import search_words
-from readapt_ray.retrieval.exact import Hits, TopK, search_exact
+from readapt_ray.retrieval.bm25 import query_blocks, search_words
+from readapt_ray.retrieval.exact import Hits, TopK, joined, search_exact
 from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.index_files import ShardRecord, read_shard, read_words
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, search_shards
@@ -89,13 +89,13 @@ class _SearchableShard:
                 queries, [(self.shard.doc_ids[block].tolist(), _vectors(self.shard.index, block))], top_k
             )
 
-    def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Hits:
-        """Return the k best of each text by BM25."""
-        passing = None
-        if wanted is not None:
-            passing = np.zeros(len(self.shard.doc_ids), bool)
-            passing[self.rows(wanted)] = True
-        return search_words(self.shard.words, self.shard.doc_ids, texts, top_k, passing)
+    def passing(self, wanted: DocFilter | None) -> NDArray[np.bool_] | None:
+        """Return which rows pass a filter; None for all."""
+        if wanted is None:
+            return None
+        passing = np.zeros(len(self.shard.doc_ids), bool)
+        passing[self.rows(wanted)] = True
+        return passing
 
     def search(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits]:
         """Yield what passes a filter, in parts that hold the k best of each query."""
@@ -184,17 +184,21 @@ class IndexSlice:
             return search_shards((each.shard for each in self._shards), queries, top_k)
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
-    def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Hits:
-        """Return the k best of each text by BM25.
+    def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Iterator[Hits | None]:
+        """Search by BM25, with a pause after each block of texts: None stands for a pause, and the k best come last.
 
         Raises:
             InputError: there is no such column to filter by, or it holds no such values.
         """
-        best = TopK(len(texts), top_k)
+        blocks = list(query_blocks(texts))
+        best = [TopK(len(block), top_k) for block in blocks]
         for each in self._shards:
-            found = each.search_words(texts, top_k, wanted)
-            best.merge(found.scores, found.doc_ids)
-        return best.hits()
+            passing = each.passing(wanted)
+            for block, best_of_block in zip(blocks, best, strict=True):
+                found = search_words(each.shard.words, each.shard.doc_ids, block, top_k, passing)
+                best_of_block.merge(found.scores, found.doc_ids)
+                yield None
+        yield joined([each.hits() for each in best])
 
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
         """Search with a filter, with a pause after each block but the last: None stands for a pause.

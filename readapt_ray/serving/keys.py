@@ -35,6 +35,8 @@ class ApiKey:
     """Hexadecimal digest of the key."""
     requests_per_minute: float | None = None
     """Requests a minute at most; None for no limit."""
+    domains: frozenset[str] | None = None
+    """The domains (or versions) that answer it; None for all."""
     within: DocFilter | None = None
     """What its searches are restricted to; None for nothing."""
 
@@ -42,7 +44,7 @@ class ApiKey:
 def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
     """Read the keys of a file, or of the environment if no file is named; return none if there is neither.
 
-    Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}}`; a key may be
+    Each entry is `name: key`, or `name: {key: ..., requests_per_minute: 600, within: {filter: {tenant: acme}}, domains: [legal]}`; a key may be
     given as `sha256:` and its digest.
 
     Raises:
@@ -68,9 +70,19 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
 def _parse(name: str, entry: Any, where: str) -> ApiKey:
     values = entry if isinstance(entry, dict) else {"key": entry}
     key, rate = values.get("key"), values.get("requests_per_minute")
-    unknown = sorted(set(values) - {"key", "requests_per_minute", "within"})
+    unknown = sorted(set(values) - {"key", "requests_per_minute", "within", "domains"})
     if unknown:
-        raise InputError(f"{where}: {name!r} has {unknown}; a key has `key`, `requests_per_minute` and `within`")
+        raise InputError(
+            f"{where}: {name!r} has {unknown}; a key has `key`, `requests_per_minute`, `within` and `domains`"
+        )
+    domains = values.get("domains")
+    if "domains" in values and not (
+        isinstance(domains, list) and domains and all(isinstance(each, str) for each in domains)
+    ):
+        raise InputError(
+            f"{where}: domains of {name!r} is {domains!r}; it must be a list of names, such as [legal, med]"
+        )
+    allowed = None if domains is None else frozenset(domains)
     within = _within(name, values["within"], where) if "within" in values else None
     if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
         raise InputError(f"{where}: requests_per_minute of {name!r} is {rate!r}; it must be a number over 0")
@@ -81,8 +93,8 @@ def _parse(name: str, entry: Any, where: str) -> ApiKey:
         digest = key.removeprefix(_HASHED).lower()
         if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
             raise InputError(f"{where}: the key of {name!r} begins with {_HASHED} but no SHA-256 follows")
-        return ApiKey(name, digest, rate, within)
-    return ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), rate, within)
+        return ApiKey(name, digest, rate, allowed, within)
+    return ApiKey(name, hashlib.sha256(key.encode()).hexdigest(), rate, allowed, within)
 
 
 def _within(name: str, given: Any, where: str) -> DocFilter:

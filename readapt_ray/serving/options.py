@@ -3,14 +3,20 @@
 import ipaddress
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
 from readapt_ray.generations import with_folders
+from readapt_ray.serving.domain_options import VERSION_NAME, parse_domains, parse_scales
 from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
+
+
+def _checked_scales(text: str | None) -> str | None:
+    parse_scales(text)
+    return text
 
 
 class Limits(Config):
@@ -34,9 +40,17 @@ class Limits(Config):
     accept_token_ids: bool = False
     """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids, which
     LangChain sends by default, give those of other texts."""
+    knowledge_scale: Annotated[str | None, AfterValidator(_checked_scales)] = None
+    """Range of scales that a request for a domain may ask for by `knowledge_scale`, such as 0.0..1.0. If omitted, requests
+    cannot choose, and each domain has the scale that it was merged with."""
     timeout_s: float = Field(default=60.0, gt=0)
     """Seconds until a request is given up with 504. A request can ask for less. Raise it if clients send many texts per
     request to a slow encoder."""
+
+    @property
+    def knowledge_scales(self) -> tuple[float, float] | None:
+        """Return the least and the largest scale that a request may ask for; None if it may not."""
+        return parse_scales(self.knowledge_scale)
 
 
 class VersionConfig(Config):
@@ -82,6 +96,21 @@ class VersionConfig(Config):
         return {name: getattr(self, name) for name in VersionConfig.model_fields if name not in served}
 
 
+class DomainsConfig(VersionConfig):
+    """Options of the version whose encoder domains share."""
+
+    base: str
+    """Model that the factors of the domains were made of."""
+    bundles: tuple[str, ...]
+    """Factors of some of the domains; the retriever is read from the first that is there."""
+    max_domain_bytes: int = Field(ge=1)
+    """Memory of the factors."""
+
+
+_SPARE_BUNDLES = 8
+"""A replica that starts anew finds the retriever though some domains are gone by then."""
+
+
 def _from_file(value: object) -> object:
     if not isinstance(value, str):
         return value
@@ -96,6 +125,14 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     versions: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(_from_file)] = None
     """YAML file of several versions by name, each with its retriever, index, corpus and so on. The file of --config can
     also hold them as a section."""
+    base: str | None = None
+    """Model before retrieval training that the `domains` were merged with. If omitted, the one that the factors name."""
+    domains: Annotated[dict[str, str] | None, BeforeValidator(parse_domains)] = None
+    """Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name: factors`. Factors are the
+    output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`; embeddings only."""
+    max_domain_bytes: int = Field(default=1 << 30, ge=1)
+    """Memory for the factors of all domains, in bytes, in each encoder process. Those that were used longest ago make room,
+    and are read again when they are needed."""
     default: str = ""
     """Version that answers requests that name none. If omitted, the first."""
     split: tuple[str, ...] = ()
@@ -134,10 +171,18 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset(
         {"retriever", "index", "bridge", "corpus", "encoding", "name", "versions", "host", "port", "write_config"}
+        | {"base", "domains"}
     )
     operational: ClassVar[frozenset[str]] = frozenset(
         {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}
-        | {"num_replicas", "max_replicas", "num_cpus_per_replica", "num_gpus_per_replica", "num_cpus_per_index_actor"}
+        | {
+            "max_domain_bytes",
+            "num_replicas",
+            "max_replicas",
+            "num_cpus_per_replica",
+            "num_gpus_per_replica",
+            "num_cpus_per_index_actor",
+        }
     )
     safety: ClassVar[frozenset[str]] = frozenset(
         {
@@ -161,10 +206,24 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        if bool(self.retriever) == bool(self.versions):
-            raise OptionError("give a {retriever}, or several {versions} with one each")
-        self.routing().check(self.each_version())
+        if sum(map(bool, (self.retriever, self.versions, self.domains))) != 1:
+            raise OptionError("give a {retriever}, or several {versions} with one each, or {domains}")
+        if self.domains:
+            self._check_domains()
+        elif self.base or self.knowledge_scale:
+            raise OptionError("{base} and {knowledge_scale} are for {domains}; give these")
+        self.routing().check(self.names())
         return self
+
+    def _check_domains(self) -> None:
+        given = [name for name in ("index", "bridge", "corpus", "name", "shadow", "split") if getattr(self, name)]
+        if given or self.recall_probe or self.require_report:
+            unused = given or ["recall_probe" if self.recall_probe else "require_report"]
+            raise OptionError(f"{{domains}} give embeddings alone, without {{{unused[0]}}}; leave it out")
+
+    def names(self) -> list[str]:
+        """Return the names by which clients choose what answers: the domains, or the versions."""
+        return list(self.domains or self.each_version())
 
     def each_version(self) -> dict[str, VersionConfig]:
         """Return the options of each version by its name, defaults filled in.
@@ -173,6 +232,9 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             InputError: an option of a version is unknown or wrong.
         """
         common = {name: getattr(self, name) for name in VersionConfig.model_fields}
+        if self.domains:
+            own = {"base": self.base or "", "bundles": tuple(self.domains.values())[:_SPARE_BUNDLES]}
+            return {VERSION_NAME: DomainsConfig.parse(common | own | {"max_domain_bytes": self.max_domain_bytes})}
         if not self.versions:
             return {self.name or self.retriever.rstrip("/").rsplit("/", 1)[-1]: VersionConfig.parse(common)}
         return {
@@ -183,7 +245,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     def routing(self) -> Routing:
         """Return how requests are routed to the versions."""
         same = {name: getattr(self, name) for name in SideOptions.model_fields}
-        default = self.default or next(iter(self.each_version()))
+        default = self.default or self.names()[0]
         return Routing.parse(same | {"default": default, "split": parse_split(self.split)})
 
 

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import WorkerError, first_line
 from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.serving.domains import DomainUnavailableError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.versions import Found, LossPolicy, PartsDownError, Ranked, VersionInfo, merged
+from readapt_ray.weights.domain_sources import DomainSource
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,6 +48,16 @@ class RayBackend:
         """
         vectors: NDArray[np.float32] = await _persistently(self._encoder.encode, self.info.fingerprint, rows)
         return vectors
+
+    async def prepare(self, source: DomainSource) -> None:
+        """Bring a domain into memory of a replica, unless it is there.
+
+        Raises:
+            DomainUnavailableError: its factors cannot be used.
+        """
+        problem = await _persistently(self._encoder.prepare, self.info.fingerprint, source)
+        if problem:
+            raise DomainUnavailableError(problem)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
         """The k best of each query [Q, D].

@@ -84,14 +84,14 @@ def _add_work(app: FastAPI, service: SearchService) -> None:
 
 def _add_models(app: FastAPI, service: SearchService) -> None:
     @app.get("/v1/models", responses={each: _ERRORS[each] for each in (401, 403, 429)})
-    async def models() -> schema.ModelList:
+    async def models(request: Request) -> schema.ModelList:
         """The versions that are served, each for queries, for passages and for text as it is."""
-        return service.models()
+        return service.models(_trace(request))
 
     @app.get("/v1/models/{model:path}", responses={each: _ERRORS[each] for each in (401, 403, 404, 429)})
-    async def model(model: str) -> schema.ServedModel:
+    async def model(model: str, request: Request) -> schema.ServedModel:
         """One of the versions that are served."""
-        return service.model(model)
+        return service.model(model, _trace(request))
 
     @app.get("/info", responses={each: _ERRORS[each] for each in (401, 403, 429, 503)})
     async def info() -> schema.ServerInfo:
@@ -156,7 +156,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(schema.describe_validation(list(error.errors())), status_code=400)
+        return JSONResponse(schema.describe_validation(error.errors()[0]), status_code=400)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, _: Exception) -> JSONResponse:

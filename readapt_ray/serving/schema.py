@@ -1,10 +1,11 @@
 """Define requests and answers over HTTP: OpenAI's embeddings, models and errors, and a search beside them."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from readapt_ray.serving.doc_filter import MAX_DOC_IDS, MAX_VALUES, FilterFields
+from readapt_ray.serving.doc_filter import MAX_COLUMNS, MAX_DOC_IDS, MAX_VALUES, FilterFields
 
 MAX_INPUTS = 2048
 """Texts in a request at most, as OpenAI has it."""
@@ -66,6 +67,9 @@ class EmbeddingsRequest(_Request):
     """The `encoder_fingerprint` of the model whose tokenizer made the token ids. Not in OpenAI's API."""
     encoding_format: Literal["float", "base64"] | None = None
     """Numbers, which is the default, or the bytes of little-endian float32 in base64."""
+    knowledge_scale: Number | None = None
+    """Scale of the domain's knowledge, within what the server's --knowledge-scale allows: 0 gives the retriever's own vectors.
+    If omitted, what the domain was merged with. Not in OpenAI's API."""
     dimensions: int | None = Field(default=None, ge=1, strict=True)
     """Length of the vectors: the first numbers are kept and, for a model of unit vectors, brought to length 1 again.
     Worth having for models that were trained for it: `matryoshka` in `GET /v1/models`."""
@@ -349,10 +353,11 @@ _EXPECTED = {
     "input_type": "must be 'query' (or 'search_query'), 'passage' (or 'search_document', 'document') or 'raw'",
     "mode": "must be 'dense', 'bm25' or 'hybrid'",
     "top_k": f"must be a whole number from 1 to {MAX_TOP_K:,}",
+    "knowledge_scale": "must be a finite number",
     "dimensions": "must be a whole number from 1 to the model's own",
     "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
     "doc_id_prefix": "must be a string",
-    "filter": f"must be an object of columns, each with a value, a list of up to {MAX_VALUES:,} values, or bounds such as "
+    "filter": f"must be an object of up to {MAX_COLUMNS} columns, each with a value, a list of up to {MAX_VALUES:,} values, or bounds such as "
     '{"gte": 2020, "lt": 2024}',
     "model": "must be a string",
     "user": "must be a string",
@@ -366,9 +371,8 @@ _EXPECTED = {
 }
 
 
-def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str | None]]:
-    """Describe what pydantic found wrong with a body, as one error that names the first wrong field."""
-    first = errors[0]
+def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | None]]:
+    """Describe the first of the errors that pydantic found in a body, naming the wrong field."""
     place = [part for part in first["loc"] if part != "body"]
     if first["type"] == "value_error" and place[:1] != ["filter"]:
         return error_body(first["msg"].removeprefix("Value error, "), code="invalid_value")
@@ -384,4 +388,7 @@ def describe_validation(errors: list[dict[str, Any]]) -> dict[str, dict[str, str
         return error_body(
             f"'{param}' is required: it {_EXPECTED[param]}", param=param, code="missing_required_parameter"
         )
-    return error_body(f"'{param}' {_EXPECTED.get(param, 'cannot be used')}", param=param, code="invalid_value")
+    expected = _EXPECTED.get(param, "cannot be used")
+    if first["type"] == "literal_error" and param == "truncate":  # Cohere's, which is no switch
+        expected = f"must be {first['ctx']['expected']}"
+    return error_body(f"'{param}' {expected}", param=param, code="invalid_value")

@@ -1,29 +1,33 @@
 """Search for many requests at once: one scan of an index for 64 queries costs little more than for one.
 
 While a search is under way, others gather; when it is done, those that wait are the next one. A request that finds nothing
-under way is searched at once.
+under way is searched at once. A request of many queries is searched in pieces: of each search, those that wait get equal
+parts.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.retrieval.exact import Hits
+from readapt_ray.retrieval.exact import Hits, joined
 
 MAX_QUERIES = 64
 
 Search = Callable[[NDArray[np.float32], int], Awaitable[Hits]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Waiting:
     queries: NDArray[np.float32]
+    """Those that were not searched yet."""
     top_k: int
     found: asyncio.Future[Hits]
+    parts: list[Hits] = field(default_factory=list)
+    """Results of the queries before them."""
 
     def fits(self, other: "_Waiting") -> bool:
         """Return whether one search can answer both requests, each with the results that it would get alone."""
@@ -62,30 +66,37 @@ class SearchBatches:
         finally:
             self._task = None
 
-    def _next_batch(self) -> list[_Waiting]:
-        """Take the oldest waiting request and those that fit it, in order; a request of many queries goes alone."""
-        batch: list[_Waiting] = []
-        num_queries, left = 0, deque[_Waiting]()
-        for each in self._waiting:
-            if each.found.done():
-                continue
-            fits = not batch or (each.fits(batch[0]) and num_queries + len(each.queries) <= MAX_QUERIES)
-            (batch if fits else left).append(each)
-            num_queries += len(each.queries) if fits else 0
-        self._waiting = left
+    def _next_batch(self) -> list[tuple[_Waiting, int]]:
+        """Give the oldest waiting request, and those that fit it, equal numbers of the queries of a search."""
+        self._waiting = deque(each for each in self._waiting if not each.found.done())
+        fitting = [each for each in self._waiting if each.fits(self._waiting[0])][:MAX_QUERIES]
+        batch, room = [], MAX_QUERIES
+        # What the small ones leave of their part is for the large ones.
+        for number, each in enumerate(sorted(fitting, key=lambda each: len(each.queries))):
+            share = min(len(each.queries), room // (len(fitting) - number))
+            batch.append((each, share))
+            room -= share
         return batch
 
-    async def _answer(self, batch: list[_Waiting]) -> None:
+    async def _answer(self, batch: list[tuple[_Waiting, int]]) -> None:
+        for each, _ in batch:
+            self._waiting.remove(each)
         try:
-            hits = await self._search(np.concatenate([each.queries for each in batch]), batch[0].top_k)
+            queries = np.concatenate([each.queries[:share] for each, share in batch])
+            hits = await self._search(queries, batch[0][0].top_k)
         except Exception as error:
-            for each in batch:
+            for each, _ in batch:
                 if not each.found.done():
                     each.found.set_exception(error)
             return
         first = 0
-        for each in batch:
-            last = first + len(each.queries)
-            if not each.found.done():
-                each.found.set_result(Hits(hits.scores[first:last], hits.doc_ids[first:last]))
-            first = last
+        for each, share in batch:
+            each.parts.append(Hits(hits.scores[first : first + share], hits.doc_ids[first : first + share]))
+            each.queries = each.queries[share:]
+            first += share
+            if each.found.done():
+                continue
+            if len(each.queries):
+                self._waiting.append(each)
+            else:
+                each.found.set_result(joined(each.parts))

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.parents import first_of_each
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.schema import Mode, RequestError
+from readapt_ray.serving.schema import Mode, RequestError, invalid
 from readapt_ray.serving.versions import Backend, Found, Ranked
 
 _PASSAGES_A_DOCUMENT = 3
 """Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
 _DEEPEST = 100
+_MAX_CHARACTERS = 1 << 15
+"""Of a query that is searched for its words."""
 
 
 def check_mode(mode: Mode, backend: Backend) -> None:
@@ -29,6 +31,30 @@ def check_mode(mode: Mode, backend: Backend) -> None:
             f"the index was built without BM25, so 'mode' cannot be {mode!r}; build it with `readapt index --bm25`"
         )
         raise RequestError(message, param="mode", code="no_bm25")
+
+
+def word_queries(query: str | Sequence[str], *, truncate: bool, max_inputs: int) -> list[str]:
+    """Return the texts whose words are searched for.
+
+    Args:
+        query: of the request.
+        truncate: cut what is too long, instead of refusing it.
+        max_inputs: texts at most.
+
+    Raises:
+        RequestError: a text is empty or too long, or there are too many.
+    """
+    texts = [query] if isinstance(query, str) else list(query)
+    if len(texts) > max_inputs:
+        raise invalid(f"'query' has {len(texts):,} texts; this server takes {max_inputs:,} in a request", "query")
+    for place, text in enumerate(texts):
+        name = "'query'" if isinstance(query, str) else f"'query[{place}]'"
+        if not text.strip():
+            raise RequestError(f"{name} is empty", param="query", code="empty")
+        if len(text) > _MAX_CHARACTERS and not truncate:
+            message = f"{name} has {len(text):,} characters; words are searched for in up to {_MAX_CHARACTERS:,}"
+            raise invalid(f"{message}; send a shorter query, or leave out 'truncate'", "query")
+    return [text[:_MAX_CHARACTERS] for text in texts]
 
 
 async def search_documents(

@@ -5,13 +5,14 @@ its first to its last step by the version that it began with.
 """
 
 import asyncio
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,11 +27,13 @@ from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import Batcher, QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
+from readapt_ray.serving.domain_options import VERSION_NAME
+from readapt_ray.serving.domains import DomainBackend, check_allowed, encoded_by, rows_of, scales_of
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.search_modes import check_mode, search_documents
+from readapt_ray.serving.search_modes import check_mode, search_documents, word_queries
 from readapt_ray.serving.shadow_and_probe import SideSearches
 from readapt_ray.serving.telemetry import Telemetry, Trace
 from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version
@@ -71,13 +74,23 @@ class SearchService:
             InputError: the routing names a version that is not among them.
         """
         routing.check(backends)
-        versions = {}
+        versions: dict[str, Version] = {}
         for name, backend in backends.items():
             kept = self._registry.versions.get(name)
             is_same = kept is not None and kept.backend is backend
-            versions[name] = kept if is_same and kept else await asyncio.to_thread(self._prepare, name, backend)
+            versions[name] = kept if is_same and kept else await self._added(name, backend, versions)
         self._registry = Registry(versions, routing)
-        self._readiness = ReadinessCheck(versions)
+        by_encoder = {id(each.batcher): (name, each) for name, each in reversed(versions.items())}
+        self._readiness = ReadinessCheck(dict(reversed(by_encoder.values())))
+
+    async def _added(self, name: str, backend: Backend, others: Mapping[str, Version]) -> Version:
+        """Make a version. Domains of one encoder have its batches and its tokenizer in common."""
+        if not isinstance(backend, DomainBackend):
+            return await asyncio.to_thread(self._prepare, name, backend)
+        for each in (*others.values(), *self._versions()):
+            if isinstance(each.backend, DomainBackend) and each.backend.shared is backend.shared:
+                return dataclasses.replace(each, backend=backend)
+        return await asyncio.to_thread(self._prepare, VERSION_NAME, backend)
 
     def _prepare(self, name: str, backend: Backend) -> Version:
         info = backend.info
@@ -98,9 +111,9 @@ class SearchService:
     def _versions(self) -> list[Version]:
         return list(self._registry.versions.values())
 
-    def models(self) -> schema.ModelList:
-        """List the versions, the default first."""
-        return self._registry.models()
+    def models(self, trace: Trace) -> schema.ModelList:
+        """List the versions that the request may ask, the default first."""
+        return self._registry.models(trace.domains)
 
     def info(self) -> schema.ServerInfo:
         """Describe the default version and the limits, in the words of text-embeddings-inference."""
@@ -115,12 +128,13 @@ class SearchService:
             auto_truncate=self.limits.truncate,
         )
 
-    def model(self, name: str) -> schema.ServedModel:
+    def model(self, name: str, trace: Trace) -> schema.ServedModel:
         """Describe one version.
 
         Raises:
-            RequestError: there is none of this name.
+            RequestError: there is none of this name, or it is another's.
         """
+        check_allowed(self._registry.named(name)[0], trace)
         return self._registry.model(name)
 
     async def readiness(self) -> schema.Readiness:
@@ -162,8 +176,10 @@ class SearchService:
 
     async def _embedded(self, body: schema.EmbeddingsRequest, trace: Trace, *, param: str) -> _Embedded:
         name, version, kind_of_model = self._registry.named(body.model)
+        check_allowed(name, trace)
         trace.version = name
         info = version.info
+        scales = scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
         dimensions = body.dimensions or info.dimension
         if dimensions > info.dimension:
             message = f"'dimensions' is {dimensions:,}; this model's vectors have {info.dimension:,} numbers"
@@ -178,13 +194,16 @@ class SearchService:
             raise invalid(message, "input_type")
         truncate = self.limits.truncate if body.truncate is None else body.truncate
         async with self._deadline(body.timeout_s) as deadline_s:
-            rows = await self._tokenized(version, body.input, kind, trace, param=param, truncate=truncate)
+            rows: Sequence[Sequence[int]] = await self._tokenized(
+                version, body.input, kind, trace, param=param, truncate=truncate
+            )
+            rows = await rows_of(version.backend, rows, scales)
             vectors = await self._encoded(version, rows, trace, deadline_s)
         if dimensions < info.dimension:
             vectors = vectors[:, :dimensions]
             if info.encoding.normalize:
                 vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-        return _Embedded(vectors, info.encoder_fingerprint)
+        return _Embedded(vectors, encoded_by(version.backend, scales))
 
     def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
         """Refuse token ids that may be another tokenizer's: their vectors would be those of other texts."""
@@ -205,6 +224,7 @@ class SearchService:
             RequestError: there is no such model, or the text is empty or not Unicode.
         """
         name, version, kind_of_model = self._registry.named(body.model)
+        check_allowed(name, trace)
         trace.version = name
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
         ids = await asyncio.to_thread(version.tokenizer.whole, body.prompt, kind, param="prompt")
@@ -219,6 +239,7 @@ class SearchService:
         """
         registry = self._registry
         name, version = registry.for_search(body)
+        check_allowed(name, trace)
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")
@@ -277,7 +298,7 @@ class SearchService:
         return rows
 
     async def _encoded(
-        self, version: Version, rows: list[list[int]], trace: Trace, deadline_s: float
+        self, version: Version, rows: Sequence[Sequence[int]], trace: Trace, deadline_s: float
     ) -> NDArray[np.float32]:
         try:
             vectors, timing = await _by_this_version(version.batcher.submit(rows, deadline_s=deadline_s))
@@ -322,7 +343,9 @@ class SearchService:
     ) -> tuple[NDArray[np.float32], Found]:
         """Return the vectors of the queries, and what was found for them."""
         check_mode(body.mode, version.backend)
-        texts = [body.query] if isinstance(body.query, str) else body.query or []
+        texts = []
+        if body.query is not None and body.mode != "dense":
+            texts = word_queries(body.query, truncate=body.truncate, max_inputs=self.limits.max_inputs)
         if body.query is None:
             vectors = _given_vectors(body.vector, version.info.dimension)
             trace.num_items = len(vectors)

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from types import FrameType
 from typing import Any
 
@@ -23,10 +22,12 @@ import yaml
 
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
-from readapt_ray.serving import app, haproxy, report_gate, server_file, updates
+from readapt_ray.serving import app, domain_app, haproxy, report_gate, server_file, updates
 from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
+from readapt_ray.serving.versions import shortened
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -59,7 +60,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     if not (keys or config.allow_anonymous or is_loopback(config.host)):
         raise InputError(
             f"host = {config.host!r} would answer other machines, and there are no API keys; give --api-keys FILE, "
-            f"or --allow-anonymous where something else guards the door"
+            f"or --allow-anonymous where a proxy or a firewall controls access"
         )
     if config.traces:
         from readapt_ray.serving.spans import check_exporter
@@ -67,6 +68,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         check_exporter()
     if not config.update:
         _check_port(config.host, config.port)
+    domain_app.domain_records(config)
     fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
     app.check_keys(config, keys)
@@ -77,7 +79,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     if not config.update:
         haproxy.watch(_reachable(config.host), config.port)
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
-    logger.info("serving %s at %s (%s)", ", ".join(versions), url, "anybody" if config.allow_anonymous else who)
+    logger.info("serving %s at %s (%s)", shortened(config.names()), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
         _say_how_to_update(config.port)
         _wait_for_signal()
@@ -169,6 +171,7 @@ def _start_proxies(config: ServeConfig) -> None:
 def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
     wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
     updates.check_server(config, running)
+    updates.check_options(config)
     updates.check_same_versions({each: wanted[each] for each in set(wanted) & running}, fingerprints)
     added = [each for each in wanted if each not in running]
     updates.check_room([wanted[each][1] for each in added])
@@ -216,11 +219,12 @@ def _drain(seconds: float) -> None:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
-    gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
     deadline_s = time.monotonic() + seconds
     ended: set[str] = set()
-    with contextlib.suppress(RayError, RayServeException, TimeoutError):  # Ray ends by itself
+    # Ray, or the gateway, may end by itself.
+    with contextlib.suppress(RayError, RayServeException, TimeoutError, KeyError):
+        deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
+        gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
         # Each call reaches any of them.
         while len(ended) < sum(deployment.replica_states.values()) and time.monotonic() < deadline_s + _GIVE_UP_S:
             is_over = time.monotonic() > deadline_s
@@ -285,7 +289,7 @@ def _wait_until_ready(url: str) -> None:
     deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
     while True:
         try:
-            with urllib.request.urlopen(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
+            with open_url(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
                 return
         except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
             if time.monotonic() > deadline_s:

@@ -3,12 +3,16 @@
 It lies in the temporary folder, and only this user can read it.
 """
 
+import contextlib
 import json
+import logging
 import os
 import tempfile
 from pathlib import Path
 
 from readapt_ray.errors import InputError
+
+logger = logging.getLogger("readapt_ray")
 
 _VARIABLES = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 
@@ -22,14 +26,18 @@ def write(port: int, ray_address: str) -> dict[str, str]:
     values = {"RAY_ADDRESS": ray_address, "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "")}
     variables = {name: value for name, value in values.items() if value}
     remove(port)
-    with os.fdopen(os.open(_file(port), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
-        json.dump(variables, stream)
+    try:
+        with os.fdopen(os.open(_file(port), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
+            json.dump(variables, stream)
+    except OSError as error:  # a file of another user may lie there, or the disk is full; the server works without it
+        logger.warning("%s cannot be written (%s): updates must set RAY_ADDRESS", _file(port), error.strerror)
     return variables
 
 
 def remove(port: int) -> None:
     """Remove the file of a server that ends."""
-    _file(port).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _file(port).unlink()
 
 
 def join(port: int) -> None:

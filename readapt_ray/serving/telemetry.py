@@ -26,6 +26,8 @@ class Trace:
     key: str = ""
     within: DocFilter | None = None
     """The filter of the API key, which every search of the request is within."""
+    domains: frozenset[str] | None = None
+    """The domains or versions that the API key may ask; None for all."""
     version: str = ""
     num_items: int = 0
     num_tokens: int = 0

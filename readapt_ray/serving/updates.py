@@ -1,15 +1,23 @@
 """Refuse updates of a running server that it cannot do, before they change anything."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FrameType
+from typing import Any
 
+from readapt_ray.cluster import connection
 from readapt_ray.errors import InputError
 from readapt_ray.serving import app
-from readapt_ray.serving.names import ENCODER_DEPLOYMENT
+from readapt_ray.serving.keys import read_keys
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, VersionConfig
+
+logger = logging.getLogger("readapt_ray")
+
+_ANSWER_S = 60.0
 
 
 def check_server(config: ServeConfig, running: Set[str]) -> None:
@@ -31,6 +39,48 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
             )
 
 
+def check_options(config: ServeConfig) -> None:
+    """Refuse an update that would drop the API keys, and name the options that fall back because it does not repeat them.
+
+    Raises:
+        InputError: the server has keys, and neither keys nor `allow_anonymous` are given; or it does not answer.
+    """
+    has_keys, served = _answer(GATEWAY_DEPLOYMENT, app.GATEWAY_APP, "served_options")
+    if has_keys and not (config.allow_anonymous or read_keys(config.api_keys)):
+        raise InputError(
+            "the server has API keys, and this update has none, so it would answer without; give --api-keys FILE, or "
+            "--allow-anonymous if it shall have none"
+        )
+    lost = {name: old for name, old in served.items() if name not in config.model_fields_set}
+    changes = [
+        f"{name} from {old} to {getattr(config, name)}" for name, old in lost.items() if old != getattr(config, name)
+    ]
+    if changes:
+        logger.warning(
+            "options that this update does not give fall back: %s; give them again to keep them", ", ".join(changes)
+        )
+
+
+def _answer(deployment: str, application: str, method: str) -> Any:
+    """Call a method of a deployment that runs.
+
+    Raises:
+        InputError: it does not answer.
+    """
+    from ray import serve
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    handle = serve.get_deployment_handle(deployment, application)
+    try:
+        return getattr(handle, method).remote().result(timeout_s=_ANSWER_S)
+    except (TimeoutError, RayError, RayServeException) as error:
+        raise InputError(
+            f"{deployment} of {application} does not answer ({connection.cause_of(error)}), so nothing was changed; see what "
+            f"GET /readyz says, and try again once it runs"
+        ) from None
+
+
 def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerprints: Mapping[str, str]) -> None:
     """Check that versions of the same name as running ones are the same.
 
@@ -39,12 +89,10 @@ def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerpri
         fingerprints: what each version would be now, by its name.
 
     Raises:
-        InputError: a version is another one by now, or its processes differ.
+        InputError: a version is another one by now, or its processes differ, or it does not answer.
     """
-    from ray import serve
-
     for each, (name, version) in kept.items():
-        served = serve.get_deployment_handle(ENCODER_DEPLOYMENT, each).describe.remote().result()
+        served = _answer(ENCODER_DEPLOYMENT, each, "describe")
         if served.fingerprint != fingerprints[name]:
             raise InputError(
                 f"version {name!r} is served with another retriever, index or corpus; give the new one a name of its own"
@@ -74,19 +122,25 @@ def check_room(added: Sequence[VersionConfig]) -> None:
     for resource, asked in _asked(added).items():
         if asked > free.get(resource, 0.0) + 1e-6:
             raise InputError(
-                f"the new versions ask for {asked:g} {resource}, and {free.get(resource, 0.0):g} of {there.get(resource, 0.0):g} "
+                f"the new versions ask for {_amount(resource, asked)} {resource}, and {_amount(resource, free.get(resource, 0.0))} of "
+                f"{_amount(resource, there.get(resource, 0.0))} "
                 f"are free beside the versions that are served; lower num_cpus_per_replica, num_gpus_per_replica or "
                 f"num_cpus_per_index_actor, or first update to fewer versions"
             )
 
 
+def _amount(resource: str, number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if resource == "memory" else f"{number:g}"
+
+
 def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
-    asked = {"CPU": 0.0, "GPU": 0.0}
+    asked = {"CPU": 0.0, "GPU": 0.0, "memory": 0.0}
     for each in added:
-        num_slices = app.num_slices(each)
+        slices = app.planned_slices(each)
         asked["CPU"] += each.num_replicas * each.num_cpus_per_replica
-        asked["CPU"] += num_slices * each.index_replicas * each.num_cpus_per_index_actor
+        asked["CPU"] += len(slices) * each.index_replicas * each.num_cpus_per_index_actor
         asked["GPU"] += each.num_replicas * app.num_gpus(each)
+        asked["memory"] += each.index_replicas * sum(part.num_bytes for part in slices)
     return asked
 
 

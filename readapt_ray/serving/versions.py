@@ -173,7 +173,7 @@ class Routing(SideOptions):
         used = [("default", self.default), ("shadow", self.shadow), *(("split", each) for each in self.split)]
         for option, name in used:
             if name and name not in names:
-                raise InputError(f"{option} names {name!r}, which is not served; the versions are {', '.join(names)}")
+                raise InputError(f"{option} names {name!r}, which is not served; the versions are {shortened(names)}")
 
     def of_search(self, user: str | None) -> str:
         """Choose the version for a search that names none: the same for the same user, else at random."""
@@ -219,6 +219,7 @@ def _place(user: str) -> float:
     return int.from_bytes(hashlib.sha256(user.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
+_NUM_NAMED = 10
 _SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": "-raw"}
 """What follows the name of a version where a client can say the kind of its texts by the model alone."""
 
@@ -230,9 +231,12 @@ class Registry:
     versions: Mapping[str, Version] = field(default_factory=dict)
     routing: Routing = field(default_factory=lambda: Routing(default=""))
 
-    def models(self) -> schema.ModelList:
-        """List the versions, the default first."""
-        names = sorted(self.versions, key=lambda name: name != self.routing.default)
+    def models(self, allowed: frozenset[str] | None = None) -> schema.ModelList:
+        """List the versions, the default first; of them those that are allowed, or all."""
+        names = sorted(
+            (each for each in self.versions if allowed is None or each in allowed),
+            key=lambda name: name != self.routing.default,
+        )
         data = [
             self._described(name, kind)
             for name in names
@@ -282,7 +286,7 @@ class Registry:
             return name, self.versions[name], kind
         if not self.versions:
             raise RequestError("no version is up yet; try again soon", status=503, retry_after_s=1)
-        known = ", ".join(map(repr, self.versions))
+        known = shortened([repr(each) for each in self.versions])
         message = f"no model {name[:200]!r} here; this server has {known}"
         raise RequestError(message, status=404, param="model", code="model_not_found")
 
@@ -312,6 +316,13 @@ class Registry:
                 code="fingerprint_mismatch",
             )
         return self.named(self.routing.default if self.routing.default in made_by else made_by[0])[:2]
+
+
+def shortened(names: Iterable[str]) -> str:
+    """Return names as text, the first ten of many."""
+    listed = list(names)
+    more = f" and {len(listed) - _NUM_NAMED:,} more" if len(listed) > _NUM_NAMED else ""
+    return ", ".join(listed[:_NUM_NAMED]) + more
 
 
 def _modes(info: VersionInfo) -> list[schema.Mode]:

@@ -7,30 +7,38 @@ in progress counts as healthy for up to five minutes.
 
 import asyncio
 import functools
+import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from ray import serve
 
-from readapt_ray.artifacts import fingerprint, open_artifact
-from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.catalog.query_models import passages_model
+from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.nodes import cores_per_process
-from readapt_ray.errors import FingerprintMismatchError, WorkerError
+from readapt_ray.errors import FingerprintMismatchError, ModelError, WorkerError
 from readapt_ray.retrieval.bridge import Bridge
+from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.search_batches import SearchBatches
+from readapt_ray.serving.domains import DomainRow, DomainUnavailableError
+from readapt_ray.serving.resident_domains import ResidentDomains
+from readapt_ray.serving.search_batches import MAX_QUERIES, SearchBatches
+from readapt_ray.serving.version_spec import VersionSpec
 from readapt_ray.serving.versions import Ranked, VersionInfo
 from readapt_ray.storage import Location
+from readapt_ray.weights.domain_sources import DomainSource, check_domains, read_domains
 
 if TYPE_CHECKING:
+    from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.retrieval.exact import Hits
+
+logger = logging.getLogger("ray.serve")
 
 _PROBE = "Is this encoder well?"
 _MIN_COSINE = 0.99
@@ -38,44 +46,6 @@ _PROOF_WAIT_S = 10.0
 _MAX_WORK_S = 300.0
 
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, kw_only=True)
-class VersionSpec:
-    """What the processes of a version are started with."""
-
-    name: str
-    retriever: str
-    encoding: Encoding | None
-    dtype: str
-    encoder_fingerprint: str | None
-    """As the index or the bridge has it: a node whose model folder differs is found out. None without an index."""
-    bridge: str | None
-    """Maps queries to the vectors of the index, if another model made these."""
-    bridge_fingerprint: str | None
-    index: str | None
-    index_fingerprint: str | None
-    index_encoder: str | None
-    """Fingerprint of what made the vectors of the index."""
-    shards: tuple[str, ...]
-    """Names of the shards of the index."""
-    has_words: bool
-    """Whether the index has BM25 scores."""
-    is_split: bool
-    """Whether passages are parts of documents."""
-    corpus: str | None
-    corpus_fingerprint: str | None
-    batch_tokens: int | None
-    num_slots: int
-    num_threads: int | None
-    """None shares the cores of the node that a replica runs on."""
-    processes: Mapping[str, Any]
-    """The options of its processes: how many, with what."""
-
-    def fingerprint(self, encoder: str) -> str:
-        """Return the fingerprint of the version, from that of its encoder."""
-        parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
-        return fingerprint(parts | ({"bridge": self.bridge_fingerprint} if self.bridge else {}))
 
 
 class _Worker:
@@ -144,19 +114,19 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *slices: Any) -> None:
-        from readapt_ray.retrieval.encoder import Encoder
-
+        on_worker.check_gpus()
         self._spec = spec
         self._slices = slices
-        self._model = open_model(spec.retriever)
+        self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)
         self._compute = _Worker(
             functools.partial(_set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
         )
-        # Questions are short and of any length: padding would be half of a batch.
-        load = functools.partial(
-            Encoder.load, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True
-        )
-        self._encoder = self._compute.wait_for(load, self._model)
+        self._domains: ResidentDomains | None = None
+        if spec.base:
+            loaded = self._compute.wait_for(_domain_encoder, spec, self._model)
+            self._encoder, self._domains = loaded.encoder, ResidentDomains(loaded, self._compute)
+        else:
+            self._encoder = self._compute.wait_for(_encoder, spec, self._model)
         if spec.encoder_fingerprint not in (None, self._encoder.fingerprint):
             raise FingerprintMismatchError(
                 f"{spec.retriever!r} has other weights on this node than what made the index {spec.index!r}; "
@@ -202,7 +172,23 @@ class EncoderReplica:
             FingerprintMismatchError: they are meant for another version.
         """
         _check_fingerprint(version, self._fingerprint)
+        if self._domains is not None:
+            return await self._domains.encode([row for row in rows if isinstance(row, DomainRow)])
         return await self._compute(self._encoded, rows)
+
+    async def prepare(self, version: str, source: DomainSource) -> str:
+        """Bring a domain into memory. Return what is wrong with it, or an empty text.
+
+        Raises:
+            FingerprintMismatchError: it is meant for another version.
+        """
+        _check_fingerprint(version, self._fingerprint)
+        assert self._domains is not None
+        try:
+            await self._domains.domain(source)
+        except DomainUnavailableError as error:
+            return str(error)
+        return ""
 
     def _encoded(self, rows: Sequence[Sequence[int]]) -> NDArray[np.float32]:
         vectors = self._encoder.encode_ids(rows)
@@ -267,11 +253,14 @@ class IndexReplica:
             FingerprintMismatchError: the queries are meant for another version.
             InputError: the index cannot be filtered.
         """
+        from readapt_ray.retrieval.exact import joined
+
         _check_fingerprint(version, self._fingerprint)
         if wanted is None:
             hits = await self._search(queries, top_k)
         else:
-            hits = await self._scan(queries, top_k, wanted)
+            pieces = [queries[first : first + MAX_QUERIES] for first in range(0, len(queries), MAX_QUERIES)]
+            hits = joined([await self._in_turns(self._slice.scan(each, top_k, wanted)) for each in pieces])
         return _ranked(hits)
 
     async def search_words(
@@ -284,11 +273,10 @@ class IndexReplica:
             InputError: the index cannot be filtered so.
         """
         _check_fingerprint(version, self._fingerprint)
-        return _ranked(await self._compute(self._slice.search_words, texts, top_k, wanted))
+        return _ranked(await self._in_turns(self._slice.search_words(texts, top_k, wanted)))
 
-    async def _scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> "Hits":
-        """Search with a filter; other searches run between two blocks of it, and it ends with its request."""
-        steps = self._slice.scan(queries, top_k, wanted)
+    async def _in_turns(self, steps: Iterator["Hits | None"]) -> "Hits":
+        """Search step by step; other searches run between two steps, and none follows once the request is given up."""
         hits: Hits | None = None
         while hits is None:
             hits = await self._compute(next, steps)
@@ -308,6 +296,42 @@ class IndexReplica:
     async def check_health(self) -> None:
         """Check this process for Ray Serve, which replaces it when the check fails."""
         await self._compute.check(functools.partial(self.check, self._fingerprint))
+
+
+def _encoder(spec: VersionSpec, model: OpenModel) -> "Encoder":
+    from readapt_ray.retrieval.encoder import Encoder
+
+    # Questions are short and of any length: padding would be half of a batch.
+    return Encoder.load(model, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True)
+
+
+def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:
+    (record,) = read_domains({bundle.name: bundle.name})
+    base = open_model(spec.base)
+    check_domains([record], base)
+    return DomainEncoder(
+        bundle,
+        base,
+        retriever_fingerprint=record.retriever_fingerprint,
+        dtype=spec.dtype,
+        max_bytes=spec.max_domain_bytes,
+        encoding=spec.encoding,
+        batch_tokens=spec.batch_tokens,
+    )
+
+
+def open_any(bundles: Sequence[str]) -> OpenModel:
+    """Open the first bundle that is there.
+
+    Raises:
+        ModelError: none is; the error is that of the last.
+    """
+    for bundle in bundles[:-1]:
+        try:
+            return open_model(bundle)
+        except ModelError as error:
+            logger.warning("the retriever is not read from %s: %s", bundle, error)
+    return open_model(bundles[-1])
 
 
 def _passages_by(model: OpenModel) -> str:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
@@ -89,6 +89,15 @@ class IngestConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _as_items(cls, columns: Any) -> Any:
+        """Take a section of a file, too: {doc_id: docid, text: [abstract, body]}."""
+        if not isinstance(columns, dict):
+            return columns
+        names = {field: name if isinstance(name, list | tuple) else [name] for field, name in columns.items()}
+        return [f"{field}={'+'.join(map(str, each))}" for field, each in names.items()]
 
     @model_validator(mode="after")
     def _splits_by_a_tokenizer(self) -> Self:
@@ -193,7 +202,7 @@ def _in_parallel(
     run.run()
     if splitting:
         _record_split(workspace, splitting, run.split_counts)
-    workspace.details["source"] = source.description()
+    workspace.details |= {"source": source.description(), "num_pieces": len(pieces)}
     return True
 
 

@@ -3,7 +3,7 @@
 Actors hold the ingredients of the merge and write each pair of scales into a live encoder. A pair is
 scored by retrieval over a sample of the corpus that keeps every judged passage: first a coarse grid, then
 pairs half way between the best one and its neighbours. Half of the queries choose the pair; what is
-reported comes from the other half, which had no say. Leaves `grid/` (the value of every query with every
+reported comes from the other half, which did not choose it. Leaves `grid/` (the value of every query with every
 pair), `tune.json`, `tune.md` and `tune.html`. A pair costs one pass over the weights and the encoding of
 the sample.
 

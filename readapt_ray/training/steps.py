@@ -69,6 +69,8 @@ class StepReport:
     num_tokens: int
     """Tokens of text in the step over all workers; padding does not count."""
     num_passages: int
+    num_workers: int
+    """That took the step; others may have taken the one before where nodes were lost or came."""
     tokens_per_s: float
     """Over all workers."""
     mfu: float | None
@@ -162,6 +164,7 @@ def run_steps(
                         gradient_norm=outcome.gradient_norm,
                         num_tokens=work.num_tokens,
                         num_passages=work.num_passages,
+                        num_workers=engine.num_workers,
                         padding_share=1 - work.num_tokens / work.num_slots,
                         data_wait_s=waited_s,
                         peak_memory_bytes=peak_memory_bytes(engine.device),

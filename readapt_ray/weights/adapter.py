@@ -154,7 +154,7 @@ class Adapter:
         if problems:
             linear = sorted({each.rsplit(".", 2)[-2] for each in base.names() if len(base.shape(each)) == 2})
             raise WeightMismatchError(
-                f"the adapter {self.name!r} is not one of {base.name!r}: {listed(problems)}. It was trained on "
+                f"the adapter {self.name!r} does not fit the model {base.name!r}: {listed(problems)}. It was trained on "
                 f"{self._config.get('base_model_name_or_path')!r}; give that model, or an adapter trained on this one "
                 f"(its modules are {', '.join(linear)})"
             )

@@ -173,16 +173,31 @@ def open_bundle(model: OpenModel) -> Bundle:
     Raises:
         ModelError: there is none, or it is of another format.
     """
-    content = model.read_json(BUNDLE_NAME)
-    if not content:
-        raise ModelError(
-            f"{model.name!r} is no bundle: it has no {BUNDLE_NAME}; give what `readapt merge --factors` wrote"
-        )
+    return Bundle(model, read_bundle(Location(str(model.folder)), model.name))
+
+
+def read_bundle(folder: Location, name: str) -> Mapping[str, Any]:
+    """Return what a bundle says of itself.
+
+    Args:
+        folder: where it is.
+        name: what the user calls it; used in errors.
+
+    Raises:
+        ModelError: there is none, or it is of another format.
+    """
+    file = folder / BUNDLE_NAME
+    if not file.is_file():
+        raise ModelError(f"{name!r} is no bundle: it has no {BUNDLE_NAME}; give what `readapt merge --factors` wrote")
+    try:
+        content = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{BUNDLE_NAME} of the bundle {name!r} is not JSON: {error}; write it again") from error
     if content.get("format") != _FORMAT:
         raise ModelError(
-            f"the bundle {model.name!r} has the format {content.get('format')!r}, and this version reads {_FORMAT}; write it again"
+            f"the bundle {name!r} has the format {content.get('format')!r}, and this version reads {_FORMAT}; write it again"
         )
-    return Bundle(model, content)
+    return content
 
 
 def check_base(model: OpenModel, base: MergeInput) -> None:

@@ -42,16 +42,30 @@ def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn
     holder = model.base if model.is_adapter else model
     checkpoint = Checkpoint(holder.folder, name=holder.name)
     adapter = Adapter(model.folder, checkpoint, name=model.name) if model.is_adapter else None
-    module = _load_headless(holder.folder, holder.name, checkpoint, dtype)
+    module = load_headless(holder.folder, holder.name, checkpoint, dtype)
     if adapter is not None:
         _lay_on(module, checkpoint, adapter)
     return module.eval().requires_grad_(False).to(device)
 
 
-def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+def load_headless(
+    folder: Path, name: str, checkpoint: Checkpoint, dtype: torch.dtype, *, config_folder: Path | None = None
+) -> torch.nn.Module:
+    """Load full weights into the headless module, on the CPU.
+
+    Args:
+        folder: has the weights.
+        name: what the user calls it.
+        checkpoint: the same weights.
+        dtype: type of the module's weights.
+        config_folder: has the config.json, if another folder's is meant.
+
+    Raises:
+        ModelError, WeightMismatchError: as `load_model`.
+    """
     with _quiet():
         try:
-            module, report = _from_pretrained(folder, dtype)
+            module, report = _from_pretrained(folder, dtype, config_folder or folder)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(
                 f"transformers cannot load {name!r}: {first_line(error)}; check its config.json and weights"
@@ -72,13 +86,14 @@ def _load_headless(folder: Path, name: str, checkpoint: Checkpoint, dtype: torch
     return module  # type: ignore[no-any-return]
 
 
-def _from_pretrained(folder: Path, dtype: torch.dtype) -> Any:
+def _from_pretrained(folder: Path, dtype: torch.dtype, config_folder: Path) -> Any:
     """Return the module, and the report on which tensors it found."""
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     load = functools.partial(
         AutoModel.from_pretrained,
         str(folder),
+        config=AutoConfig.from_pretrained(str(config_folder), local_files_only=True, trust_remote_code=False),
         dtype=dtype,
         use_safetensors=True,
         local_files_only=True,

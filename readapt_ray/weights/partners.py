@@ -104,8 +104,8 @@ def check_partners(
         return tuple(sorted(carried))
     if only_words:
         raise WeightMismatchError(
-            f"{tuned.name!r} has another number of words than {pretrained.name!r}: {listed(problems)}. If the words that "
-            f"both have are the same, --accept vocabulary keeps the new ones as they are and drops those that it lacks"
+            f"vocabulary sizes of {tuned.name!r} and {pretrained.name!r} differ: {listed(problems)}. If the tokens that both "
+            f"have are the same, --accept vocabulary keeps the new ones as they are and drops those that it lacks"
         )
     raise WeightMismatchError(
         f"{tuned.name!r} was not made from {pretrained.name!r}: {listed(problems)}. Give as pretrained the very "

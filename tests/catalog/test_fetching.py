@@ -1,6 +1,7 @@
 """Files from the hub and from an object store: what is asked again, what is refused, what stays where it is."""
 
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,9 +90,22 @@ def test_where_nobody_answers_a_mistyped_folder_is_told_soon(
 ) -> None:
     client_error = errors.HfHubHTTPError.__bases__[0]
     fail(*[_nothing_cached(type("ConnectError", (client_error,), {})("no such host"))] * 50)
-    with pytest.raises(ReadaptError, match=r"me/it on the hub; no folder here\): .*tried 3 times"):
+    with pytest.raises(ReadaptError, match=r"no folder here; me/it on the hub\): .*tried 3 times"):
         models.open_model("me/it")
     assert len(asked) == 3
+
+
+def test_without_a_network_a_folder_that_is_not_there_is_told_at_once(
+    asked: list[str | None], fail: Callable[..., None]
+) -> None:
+    unanswered = type("ConnectError", (errors.HfHubHTTPError.__bases__[0],), {})("no such host")
+    unanswered.__cause__ = socket.gaierror(-2, "Name or service not known")
+    fail(*[_nothing_cached(unanswered)] * 50)
+    with pytest.raises(
+        ModelError, match=r"'me/it' \(no folder here; me/it on the hub\): .*check the name and the network"
+    ):
+        models.open_model("me/it")
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(

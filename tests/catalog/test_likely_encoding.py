@@ -90,5 +90,5 @@ def test_an_adapter_is_guessed_from_its_base(tmp_path):
     assert models.likely_encoding(models.open_model(str(adapter))).pooling == "last"
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(tmp_path / "no")}))
-    with pytest.raises(ModelError, match="nothing says how"):
+    with pytest.raises(ModelError, match="no pooling or prompt settings"):
         _ = models.open_model(str(adapter)).encoding

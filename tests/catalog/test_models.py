@@ -62,7 +62,7 @@ def test_the_fingerprint_follows_the_weights(tmp_path: Path) -> None:
 
 def test_a_contract_comes_from_the_folder_first(tmp_path: Path) -> None:
     folder = factories.tiny_decoder(tmp_path / "m")
-    with pytest.raises(ModelError, match=r"nothing says how .* wants its text.*--encoding"):
+    with pytest.raises(ModelError, match=r"no pooling or prompt settings found for .*--encoding"):
         _ = models.open_model(str(folder)).encoding
     factories.write_contract(folder, pooling="mean")
     assert models.open_model(str(folder)).encoding.pooling == "mean"
@@ -172,7 +172,7 @@ def test_the_tokenizer_of_an_adapter_is_that_of_its_base_unless_it_has_one(tmp_p
 def test_a_copy_is_known_by_its_name(tmp_path: Path, place: str, row: str | None) -> None:
     model = models.open_model(str(factories.tiny_decoder(tmp_path / place)))
     if row is None:
-        with pytest.raises(ModelError, match="nothing says how"):
+        with pytest.raises(ModelError, match="no pooling or prompt settings"):
             _ = model.encoding
     else:
         assert model.encoding == retrievers.retriever(row).encoding

@@ -3,7 +3,7 @@
 RAY_AUTH_MODE=token RAY_AUTH_TOKEN=... python -m tests.cluster.autoscaled FOLDER
 
 Writes FOLDER/said.json. Ray's own AutoscalingCluster wants a file that its wheel lacks, and stops every Ray of the machine.
-The GPUs are made up: the nodes say that they have one each, and encoders compute on CPUs.
+The GPUs are made up: the nodes say that they have one each, encoders compute on CPUs, and workers do not look for GPUs.
 """
 
 import json
@@ -31,6 +31,12 @@ _LISTS = (
 )
 """What Ray reads from every cluster file, and a fake node has no use for."""
 _OBJECT_STORE_BYTES = 100 << 20
+_WITHOUT_GPUS = """
+import sys
+if 'default_worker' in str(sys.orig_argv):
+    from readapt_ray.cluster import gpus
+    gpus.why_unusable = lambda wanted: ""
+"""
 _LET_GO_S = 120
 
 
@@ -77,8 +83,10 @@ def start_head(folder: Path, port: int, temp: str) -> "subprocess.Popen[bytes]":
     ]
     command += ["--num-cpus=1", "--node-ip-address=127.0.0.1", "--include-dashboard=false"]
     command += [f"--object-store-memory={_OBJECT_STORE_BYTES}", f"--autoscaling-config={folder / 'cluster.json'}"]
+    (folder / "sitecustomize.py").write_text(_WITHOUT_GPUS)
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_FAKE_CLUSTER": "1",
@@ -143,8 +151,8 @@ def main(folder: Path) -> None:
 
 
 def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, corpus: Any) -> dict[str, Any]:
-    """Embed and count."""
-    from readapt_ray.cluster import connection
+    """Embed and count; then let doctor start the GPU nodes once more."""
+    from readapt_ray.cluster import connection, doctor, nodes
     from readapt_ray.stages.embed import EmbedConfig, embed
 
     connection.connect()
@@ -159,12 +167,15 @@ def embedded(folder: Path, head: "subprocess.Popen[bytes]", retriever: Path, cor
     watcher.done.set()
     watcher.join(timeout=10)
     after = num_gpu_nodes()
+    nodes.name_of = lambda node: str(node["NodeID"])  # ids of fake nodes begin alike
+    report = doctor.examine(doctor.DoctorConfig(cluster=True, gpus=True))
     return {
         "before": before,
         "counts": watcher.counts,
         "killed_at": watcher.killed_at,
         "let_go_s": time.monotonic() - ended_s,
         "after": after,
+        "doctor": report.text(),
         "num_vectors": artifact.manifest.counts["num_vectors"],
         "gpus": artifact.manifest.hardware["cluster"]["gpus"],
     }

@@ -14,6 +14,7 @@ import pytest
 from readapt_ray.cluster import autoscaling, connection, launcher, nodes, placement
 from readapt_ray.errors import PlacementError
 
+REPOSITORY = Path(__file__).parent.parent.parent
 GPU = {"CPU": 1.0, "GPU": 1.0}
 
 
@@ -55,10 +56,23 @@ def test_work_that_takes_late_nodes_begins_with_the_first(monkeypatch: pytest.Mo
         assert cluster.now_s == 1
 
 
-def test_training_begins_with_what_came_in_five_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("least", [1, 4])
+@pytest.mark.parametrize(("most", "begins_s"), [(5, 301), (8, 8)])
+def test_training_begins_with_all_or_with_what_came_in_five_minutes(
+    monkeypatch: pytest.MonkeyPatch, least: int, most: int, begins_s: int
+) -> None:
+    cluster = FakeCluster(monkeypatch, most=most)
+    with autoscaling.requested(8, GPU, least=least, patience_s=300):
+        assert cluster.now_s == pytest.approx(begins_s, abs=1)
+
+
+def test_work_that_can_begin_does_so_where_the_patience_is_longer_than_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cluster = FakeCluster(monkeypatch, most=5)
-    with autoscaling.requested(8, GPU, least=4):
-        assert 300 < cluster.now_s < 303
+    monkeypatch.setenv("READAPT_WAIT_S", "60")
+    with autoscaling.requested(8, GPU, least=4, patience_s=300):
+        assert cluster.now_s == pytest.approx(60, abs=1)
 
 
 def test_too_few_nodes_are_an_error_that_says_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +116,12 @@ def test_nothing_is_asked_for_where_the_cluster_is_what_is_up(monkeypatch: pytes
 @pytest.mark.timeout(900)
 def test_a_run_takes_nodes_loses_one_gets_it_back_and_lets_them_go(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.cluster.autoscaled", str(tmp_path)]
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads((tmp_path / "said.json").read_text())
@@ -111,3 +130,5 @@ def test_a_run_takes_nodes_loses_one_gets_it_back_and_lets_them_go(tmp_path: Pat
     assert changes[:3] == [2, 1, 2] or changes[:2] == [1, 2], f"a node was lost and came back: {changes}"
     assert said["gpus"], "the manifest says what GPUs did the work, though none was up at its start"
     assert said["let_go_s"] < 100
+    assert "GPUs to come: 2 of 2 are up" in said["doctor"], "doctor has them started"
+    assert "all-reduce: 2 workers by gloo" in said["doctor"], "and has a worker on each"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from readapt_ray.cluster import connection, placement
+from readapt_ray.cluster import connection, placement, software
 from readapt_ray.cluster.placement import Placement
 from readapt_ray.errors import InputError, PlacementError
 from readapt_ray.storage import Location
@@ -195,6 +195,9 @@ def test_a_ray_of_our_own_can_use_the_workers_that_it_starts_ahead(
     assert connection.connect().num_cpus == 2
     assert seen["address"] == (address or "local")
     assert ("runtime_env" in seen) is (address is not None)
+    if address:
+        told = json.loads(seen["runtime_env"]["env_vars"][software.DRIVER_VARIABLE])
+        assert told == software.reader()(), "workers on nodes that come later compare themselves"
 
 
 def test_ray_is_started_once_however_many_ask_for_it_and_a_failure_is_told_where_it_is_needed(
@@ -243,40 +246,6 @@ def test_a_folder_that_ray_will_remove_is_warned_of(
     assert not caplog.records
     connection.check_seen_by_all(Location(str(tmp_path / "working_dir_files" / "_ray_pkg_1" / "out")))
     assert "_ray_pkg_1/out lies where Ray unpacked the job's working directory" in caplog.text
-
-
-VERSIONS = {"readapt_ray": "0.1.0", "torch": "2.13.0"}
-
-
-@pytest.mark.parametrize(
-    "other", [{"readapt_ray": "missing"}, {"readapt_ray": "0.0.9"}, {"torch": "2.12.0"}, {"torch": "missing"}]
-)
-def test_a_node_with_other_versions_is_named(monkeypatch: pytest.MonkeyPatch, other: dict[str, str]) -> None:
-    def answers(_: Any, function: Any) -> dict[str, Any]:
-        return {"10.0.0.1": function(), "10.0.0.2": {**function(), **other}}
-
-    monkeypatch.setattr(connection, "_on_each", answers)
-    ((name, version),) = other.items()
-    with pytest.raises(PlacementError, match=rf"10\.0\.0\.2 has .*{name} {version}.*; install the same") as refused:
-        connection.check_alike([])
-    assert "10.0.0.1" not in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("driver", "node"), [("2.13.0+cpu", "2.13.0+cu130"), ("2.13.0+cpu", "2.13.0"), ("2.13.0", "2.13.0+cu130")]
-)
-def test_builds_of_one_torch_are_alike_and_other_versions_are_not(driver: str, node: str) -> None:
-    """As wheels name themselves: +cpu from the index for CPUs, +cu130 or nothing from PyPI."""
-    assert connection._is_alike({**VERSIONS, "torch": driver}, {**VERSIONS, "torch": node})
-    assert not connection._is_alike({**VERSIONS, "torch": driver}, {**VERSIONS, "torch": "2.12.1+cu130"})
-    assert not connection._is_alike({**VERSIONS, "torch": driver}, {**VERSIONS, "torch": "2.13.0rc1+cu130"})
-
-
-def test_code_from_a_working_directory_has_no_version_and_is_the_drivers() -> None:
-    assert connection._is_alike(VERSIONS, {**VERSIONS, "readapt_ray": "from a folder"})
-    assert not connection._is_alike(
-        {**VERSIONS, "readapt_ray": "from a folder"}, {**VERSIONS, "readapt_ray": "missing"}
-    )
 
 
 def test_a_folder_that_some_node_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

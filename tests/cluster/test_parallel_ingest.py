@@ -31,6 +31,7 @@ def _ingested(source, output, *, min_bytes, **options):
         patched.setattr("readapt_ray.stages.ingest.MIN_PARALLEL_BYTES", min_bytes)
         manifest = ingest(IngestConfig.parse(config | options)).manifest
     rows = [row for file in sorted((output / "passages").glob("part-*")) for row in pq.read_table(file).to_pylist()]
+    assert manifest.details.pop("num_pieces", 1) >= 1
     return manifest.counts, manifest.details, rows
 
 

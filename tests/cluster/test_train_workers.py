@@ -1,5 +1,6 @@
 """What all workers have in common: the type that they compute in, and the model."""
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,11 @@ import ray
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from readapt_ray import hardware
-from readapt_ray.cluster import connection, train_workers
+from readapt_ray.artifacts import Workspace
+from readapt_ray.cluster import autoscaling, connection, placement, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.errors import FingerprintMismatchError, TrainingDivergedError
+from readapt_ray.progress import ProgressReporter
 from readapt_ray.stages.train import TrainConfig, train
 from readapt_ray.storage import Location
 from tests import factories
@@ -30,6 +33,31 @@ def test_what_was_begun_in_one_type_goes_on_in_it(tmp_path: Path, monkeypatch: p
     assert dtype("float32", on_gpus=True) == "float32"
     (tmp_path / "dtype").write_text("float32")
     assert dtype("auto", on_gpus=True) == "float32", "begun on CPUs, gone on with on GPUs"
+
+
+def test_training_waits_for_its_gpus_and_is_not_resized_before_a_checkpoint(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resize restarts all workers: what they did since the last checkpoint is lost."""
+    asked: dict[str, Any] = {}
+
+    def requested(num_workers: int, each: dict[str, float], **options: Any) -> Any:
+        asked.update(options, num_workers=num_workers)
+        return contextlib.nullcontext()
+
+    def fit(trainer: Any, *_: Any) -> None:
+        asked["scaling"] = trainer().scaling_config
+
+    monkeypatch.setattr(autoscaling, "requested", requested)
+    monkeypatch.setattr(train_workers, "_fit", fit)
+    monkeypatch.setattr(placement, "place_training", lambda *_: (8, {"CPU": 1.0}, False))
+    config = OptimizationConfig(output=str(tmp_path), min_workers=1, checkpoint_every_s=300)
+    workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
+    train_workers.run_workers("train", lambda _: None, {}, workspace, config)
+    assert (asked["num_workers"], asked["least"], asked["patience_s"]) == (8, 1, 300)
+    scaling = asked["scaling"]
+    assert (scaling.min_workers, scaling.max_workers) == (1, 8)
+    assert scaling.elastic_resize_monitor_interval_s == 600
 
 
 def test_every_node_that_computes_is_asked_for_its_units(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_the_verdict_follows_the_corrected_p_value():
     assert worse["verdicts"][0]["kind"] == "worse"
     unclear, _ = _report(num_queries=3)
     assert unclear["verdicts"][0]["sentence"].startswith(
-        "No difference between adapted and base can be told from chance"
+        "The difference between adapted and base is not statistically significant"
     )
     alone, _ = _report(num_queries=1)
     assert "one judged query only: no test is possible" in alone["verdicts"][0]["sentence"]

@@ -80,7 +80,7 @@ def test_what_is_said_is_what_a_paired_computation_gives():
     assert result["reported"]["num_queries"] == result["num_reporting"] == 20
     said = scale_report.verdict(result)
     assert said.startswith(
-        "Best is readapter_scale 1, knowledge_scale 0.5. On the 20 queries that had no say: this pair is"
+        "Best is readapter_scale 1, knowledge_scale 0.5. On the 20 queries that did not choose it: this pair is"
     )
 
 

@@ -1,7 +1,9 @@
 """What a run takes, what cannot fit, and what breaks first."""
 
+import gzip
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +188,41 @@ def test_a_corpus_without_its_tokenizer_is_estimated_from_its_bytes(run_file: Pa
     assert "the tokenizer is not on this machine" in corpus.note
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_flat_index_breaks_where_it_does_not_fit_by_its_own_bytes(run_file: Path, dtype: str) -> None:
+    found = make_plan(run_file, {"embed": {"vector_dtype": dtype}}, num_passages=1_000_000)
+    limit = next(limit for limit in found.passage_limits if "a flat index" in limit.what)
+    memory_bytes = found.setting.cluster.largest.memory_bytes
+    assert limit.at * found.index_bytes["flat"] / 1_000_000 == pytest.approx(0.7 * memory_bytes)
+    assert found.index_bytes["flat"] == stage(found, "index").out_bytes
+
+
+def test_tables_are_read_on_all_cpus_that_last_and_other_sources_by_one_process(run_file: Path, tmp_path: Path) -> None:
+    """By hand: a thousand million bytes are 60 pieces of 16 MiB, and the cluster has 20 CPUs besides its GPU nodes."""
+    nodes = [{"name": "head", "cpus": 4, "memory_gb": 32}, {"name": "cpu", "cpus": 16, "memory_gb": 64}]
+    cluster = write(run_file, {"nodes": nodes}, "split.yaml")
+    rows = "".join(json.dumps({"_id": str(number), "text": "x" * 100}) + "\n" for number in range(200))
+    (tmp_path / "corpus.jsonl").write_text(rows)
+    (tmp_path / "packed").mkdir()
+    for number in range(3):
+        with gzip.open(tmp_path / f"packed/{number}.jsonl.gz", "wt") as file:
+            file.write(rows.replace('"_id": "', f'"_id": "{number}-'))
+
+    def plan_of(name: str, **sections: Any) -> planner.Plan:
+        own = {"source": str(tmp_path / name), "root": str(tmp_path / "none"), **sections}
+        return make_plan(run_file, own, cluster=cluster, num_passages=10_000_000)
+
+    split, packed = plan_of("corpus.jsonl"), plan_of("packed")
+    near = plan_of("corpus.jsonl", ingest={"deduplicate": "near"})
+    assert [stage(each, "ingest").workers for each in (split, packed, near)] == [20, 3, 1]
+    assert stage(split, "ingest").seconds == pytest.approx(1 + (stage(near, "ingest").seconds - 1) / 20)
+    assert split.setting.corpus.of(8_000_000).num_pieces == 48
+    assert split.setting.corpus.of(600_000).num_pieces == 1, "less than 64 MiB"
+    said = [plan_report.text(each) for each in (split, near)]
+    assert "ingest takes over a day on 20 CPUs; more CPU nodes" in said[0] and "ingest holds" not in said[0]
+    assert "ingest is one process: over a day" in said[1] and "ingest holds 4096 bytes" in said[1]
+
+
 def test_what_drivers_hold_is_what_was_measured() -> None:
     file = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "bookkeeping.json"
     sizes = json.loads(file.read_text())["sizes"]
@@ -279,7 +316,41 @@ def test_ms_marco_on_eight_h100_takes_under_four_hours_and_150_usd(tmp_path: Pat
             assert each.work / each.seconds / h100 <= (0.35 if each.stage == "train" else 0.45)
     said = plan_report.text(found)
     assert "train at 35% of a GPU's peak" in said and "embed at 45% of a GPU's peak" in said
-    assert "of 2026-11-09" in said
+    on_demand = found.on_demand_usd(found.model_stages)
+    assert on_demand > 150
+    (line,) = [line for line in said.splitlines() if " for adapter, merge and vectors, " in line]
+    assert line.endswith(f"; {on_demand:,.0f} USD if no node is on spot")
+    assert "gpu, p5.4xlarge, 2.96 on spot: computed, 43% of on demand" in said
+    assert "gpu, p5.4xlarge, 6.88 on demand: github.com/datareceipts/data-receipts" in said
+
+
+def test_each_price_of_the_aws_cluster_has_a_source_and_a_date() -> None:
+    cluster = read_cluster(str(REPOSITORY / "clusters" / "aws.yaml"), PRICES)
+    for group in cluster.groups:
+        for spot in (False, True):
+            source = PRICES.source_of(group.machine_type, spot=spot)
+            assert "github.com/" in source and re.search(r"\b2026-\d\d\b", source)
+    computed = {name: each for name, each in PRICES.machines.items() if each.spot_from == "ratio"}
+    measured = PRICES.machines["p5en.48xlarge"]
+    assert {"m7i.4xlarge", "p5.4xlarge"} <= computed.keys()
+    for machine in computed.values():
+        assert machine.spot == pytest.approx(machine.on_demand * measured.spot / measured.on_demand, rel=0.005)
+
+
+def test_a_run_costs_more_where_no_node_is_on_spot(run_file: Path) -> None:
+    """By hand: the same hours at the prices on demand."""
+    nodes = [
+        {"name": "gpu", "machine": "p5.48xlarge", "spot": True, "count": 2},
+        {"name": "head", "machine": "m7i.xlarge"},
+    ]
+    found = make_plan(run_file, cluster=write(run_file, {"nodes": nodes}, "spot.yaml"), num_passages=1_000_000)
+    hours = found.costs[1].seconds / 3600
+    prices = PRICES.machines["p5.48xlarge"], PRICES.machines["m7i.xlarge"].on_demand
+    assert found.costs[1].usd == pytest.approx(hours * (2 * prices[0].spot + prices[1]))
+    assert found.on_demand_usd(found.stages) == pytest.approx(hours * (2 * prices[0].on_demand + prices[1]))
+    assert plan_report.values(found)["usd"]["expected_on_demand"] == found.on_demand_usd(found.stages)
+    without = make_plan(run_file, cluster=write(run_file, {"nodes": [{**nodes[0], "spot": False}]}, "no-spot.yaml"))
+    assert "if no node is on spot" not in plan_report.text(without)
 
 
 def test_a_corpus_of_the_catalog_is_planned_without_fetching_it(tmp_path: Path, run_file: Path) -> None:

@@ -124,3 +124,24 @@ def test_a_rate_is_work_over_the_time_without_the_first_round(monkeypatch: pytes
 
     monkeypatch.setattr(calibration, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     assert calibration._rounds_per_second(work) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(("num_pieces", "cpus"), [(60, 8), (3, 3), (None, 1)])
+def test_an_ingest_on_many_cpus_gives_the_rate_of_one(tmp_path: Path, num_pieces: int | None, cpus: int) -> None:
+    """By hand: 8 GB in 100 s beside the one second that an empty source takes, by as many CPUs as it had pieces for."""
+    manifest = artifacts.Manifest(
+        stage="ingest",
+        fingerprint="0" * 32,
+        config={},
+        inputs={},
+        counts={"num_bytes": 8_000_000_000, "num_passages": 20_000_000},
+        details={} if num_pieces is None else {"num_pieces": num_pieces},
+        seconds=101.0,
+        created="2026-11-28T00:00:00+00:00",
+        versions={},
+        hardware={"cluster": {"num_nodes": 2, "num_cpus": 8, "gpus": {}}},
+    )
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "manifest.json").write_text(json.dumps(dataclasses.asdict(manifest)))
+    rate = rates.measure([str(tmp_path)], read_cluster("local", PRICES)).of("ingest", rates.CPU, 0, is_low=False)
+    assert rate.value == pytest.approx(80_000_000 / cpus)

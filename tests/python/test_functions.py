@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -44,8 +45,10 @@ def test_the_public_names_are_one_list_that_is_there_and_no_module_hides() -> No
     wanted = {"run", "embed", "compare", "paper", "tune", "status", "quiet", "Encoder", "Retriever", "ReadaptError"}
     assert wanted <= set(ra.__all__)
     assert ra.__version__.count(".") == 2
-    with pytest.raises(AttributeError, match="has no attribute 'embedd'"):
-        _ = ra.embedd
+    with pytest.raises(AttributeError, match="has no attribute 'embd'; did you mean 'embed'"):
+        _ = ra.embd
+    assert not hasattr(ra, "__wrapped__")
+    assert pickle.loads(pickle.dumps(ra.measure)) is ra.measure
 
 
 def test_the_signatures_for_editors_are_those_of_the_configs() -> None:
@@ -107,17 +110,57 @@ def test_paths_are_annotated_and_taken_wherever_a_path_is(monkeypatch: pytest.Mo
             "unknown option 'encoding.poolin'; did you mean 'pooling'",
         ),
         (lambda: ra.Encoding(pooling="men", add_bos=True, add_eos=True), "pooling = .*did you mean 'mean'"),
-        (lambda: ra.run("absent.yaml"), "no file 'absent.yaml'"),
+        (
+            lambda: ra.run("absent.yaml"),
+            r"no file 'absent.yaml'; give a run's options, one per line \(source, pretrained, ",
+        ),
         (lambda: ra.run("a.yaml", overides={}), r"ra\.run: unknown option 'overides'; did you mean 'overrides'"),
         (lambda: ra.Retriever(retreiver="a", index="b"), r"ra\.Retriever: .*'retreiver'; did you mean 'retriever'"),
+        (lambda: ra.Retriever("a", "b"), r"ra\.Retriever: .*by name: retriever=\.\.\., index=\.\.\."),
+        (lambda: ra.Retriever.search(None, "x", k=2), r"ra\.Retriever\.search: .*'k'; did you mean 'top_k'"),
+        (lambda: ra.Retriever.search(None, "x", topk=2), "'topk'; did you mean 'top_k'"),
+        (lambda: ra.Retriever.search(None, "x", top_k="3"), "top_k = '3': must be a whole number"),
+        (lambda: ra.Retriever.search(None, "x", top_k=True), "top_k = True: must be a whole number"),
+        (lambda: ra.Retriever.search_all(None, "x"), "queries = 'x': must be a list of text"),
+        (lambda: ra.run("a.yaml", overrides="a=b"), r"ra\.run: overrides = 'a=b': must be a dict or None"),
+        (lambda: ra.run("a.yaml", overrides=["a=b"]), r"overrides = \['a=b'\]: must be a dict"),
+        (lambda: ra.run({"source": "x"}), "config = {'source': 'x'}: must be text or a path or a RunConfig"),
+        (lambda: ra.plan_run("a.yaml"), r"ra\.plan_run: config = 'a.yaml': must be a RunConfig"),
+        (lambda: ra.open_model(None), r"ra\.open_model: name = None: must be text or a path"),
+        (lambda: ra.open_model(Path("absent")), "no model 'absent'"),
+        (lambda: ra.measure(Path("no.trec"), Path("no.tsv"), "nDCG@10"), "'no.tsv'"),
+        (lambda: ra.measure({"q": ["d"]}, {"q": {"d": 1}}, "nDCG@10"), r"run\['q'\] = \['d'\]: must be a dict"),
+        (lambda: ra.measure({"q": {"d": "x"}}, {}, "nDCG@10"), r"run\['q'\]\['d'\] = 'x': must be a number"),
+        (lambda: ra.measure({}, {"q": {"d": 0.5}}, "nDCG@10"), r"qrels\['q'\]\['d'\] = 0.5: must be a whole number"),
+        (lambda: ra.measure({}, {}, 3), "measures = 3: must be text or a list of text"),
+        (lambda: ra.measure({}, qrel={}, measures="AP"), r"ra\.measure: .*'qrel'; did you mean 'qrels'"),
+        (lambda: ra.quiet(3), r"ra\.quiet: too many positional"),
+        (lambda: ra.status(None), r"ra\.status: root = None: must be text or a path"),
         (lambda: ra.Retriever(retriever="a"), r"ra\.Retriever: missing a required .*'index'"),
         (lambda: ra.Encoder("quickstart-retriever", dtyp="x"), r"ra\.Encoder: .*'dtyp'; did you mean 'dtype'"),
-        (lambda: ra.Encoder("quickstart-retriever", dtype="float8"), "dtype = 'float8'; it must be one of"),
+        (lambda: ra.Encoder("quickstart-retriever", dtype="float8"), "dtype = 'float8': must be one of"),
+        (lambda: ra.Encoder("quickstart-retriever", device="gpu"), "device = 'gpu' is not on this machine; .*cpu"),
+        (lambda: ra.Encoder("quickstart-retriever", device="cuda:99"), "device = 'cuda:99' is not on this machine"),
+        (lambda: ra.Encoder("quickstart-retriever", batch_tokens="x"), "batch_tokens = 'x': must be a whole number"),
+        (lambda: ra.Encoder(None), r"ra\.Encoder: retriever = None: must be text or a path or an Artifact"),
+        (lambda: ra.Encoder("quickstart-retriever", encoding={"poolin": "mean"}), "'poolin'; did you mean 'pooling'"),
+        (
+            lambda: ra.Encoder("quickstart-retriever").encode(None, "query"),
+            "texts = None: must be text or a list of text",
+        ),
+        (
+            lambda: ra.Encoder("quickstart-retriever").encode(["a", 3], "query"),
+            r"ra\.Encoder\.encode: texts\[1\] = 3: must be text",
+        ),
+        (
+            lambda: ra.Encoder("quickstart-retriever").encode(["a"], "passage", titles=[3]),
+            r"titles\[0\] = 3: must be text",
+        ),
         (lambda: ra.Encoder("quickstart-retriever").encode(["a"]), r"ra\.Encoder\.encode: missing .*'kind'"),
         (lambda: ra.Encoder("quickstart-retriever").encode(["a"], kind="qery"), "kind = .*did you mean 'query'"),
         (lambda: ra.Encoder("quickstart-retriever").encode([3], kind="query"), "texts\\[0\\]|string|text"),
         (lambda: ra.status("absent"), "no folder 'absent'"),
-        (lambda: ra.open_artifact("absent"), "'absent' does not exist"),
+        (lambda: ra.open_artifact("absent"), "'absent' does not exist; give the output folder of a stage"),
         (lambda: ra.Encoder("quickstart-retreiver"), "no model .*did you mean 'quickstart-retriever'"),
     ],
 )
@@ -144,6 +187,19 @@ def test_an_encoder_encodes_one_text_or_several_as_the_package_does() -> None:
     assert not np.allclose(passages, encoder.encode(["a text"], "passage"))
     assert repr(encoder) == "Encoder('quickstart-retriever'): 256 dimensions, cpu"
     assert len(encoder.fingerprint) == 32
+
+
+def test_values_of_numpy_and_paths_and_an_encoding_as_a_dict_are_taken(tmp_path: Path) -> None:
+    as_dict = ra.Encoder("quickstart-retriever").encoding.model_dump()
+    encoder = ra.Encoder(Path("quickstart-retriever"), encoding=as_dict)
+    vectors = encoder.encode(np.array(["a text", "another"]), "passage", titles=("a", "b"))
+    assert vectors.shape == (2, encoder.dimension)
+    run, qrels = tmp_path / "a.trec", tmp_path / "qrels.tsv"
+    run.write_text("q Q0 d 1 0.5 x\n")
+    qrels.write_text("q\td\t1\n")
+    of_files = ra.measure(run, qrels, ["RR@10"])
+    of_numbers = ra.measure({"q": {"d": np.float32(0.5), "e": 0}}, {"q": {"d": np.int64(1)}}, "RR@10")
+    assert of_files.means == of_numbers.means == {"RR@10": 1.0}
 
 
 def test_overrides_are_names_with_dots_or_sections_and_win_over_the_file(

@@ -16,6 +16,7 @@ import readapt_ray as ra
 from readapt_ray import artifacts, cli, root_status
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog.models import open_model
+from readapt_ray.cluster import placement
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, StorageError
 from readapt_ray.recipes import chain, run_checks, run_file, running
 from readapt_ray.storage import Location
@@ -133,6 +134,20 @@ def test_a_changed_option_is_refused_before_anything_runs_and_overwrite_makes_on
     assert "--from 'mreg' is no stage of the run; did you mean 'merge'?" in capsys.readouterr().err
 
 
+def test_a_root_of_a_release_without_an_option_is_not_stale_if_the_option_has_its_default(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run() == 0
+    (desk.root / "run.json").unlink()
+    file = desk.root / "corpus" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    del manifest["config"]["overlap"]
+    file.write_text(json.dumps(manifest))
+    assert desk.run() == 0, capsys.readouterr().err
+    assert desk.run("--set", "ingest.split_tokens=64", "--set", "ingest.tokenizer=quickstart-retriever") == 2
+    assert desk.run("--set", "ingest.max_text_bytes=7") == 2
+
+
 def test_an_interrupted_overwriting_goes_on_and_status_tells_what_is_stale_and_what_failed(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +213,19 @@ def test_all_that_is_wrong_is_said_at_once_and_nothing_is_written(
     assert "the run trains one adapter; give one number" in said
     assert "'lora_rnak'; did you mean 'lora_rank'" in said
     assert "'dtpye'; did you mean 'dtype'" in said
+
+
+def test_a_machine_without_faiss_is_told_before_the_hours_that_come_before_the_index(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("faiss", "readapt_ray.retrieval.faiss_build"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "faiss", None)  # as Python marks what cannot be imported
+    assert desk.run() == 2
+    assert (
+        "vector indexes need FAISS, which is not installed; pip install 'readapt-ray[cpu]'" in capsys.readouterr().err
+    )
+    assert not desk.root.exists()
 
 
 @pytest.mark.parametrize("place", ["flag", "file"])
@@ -288,6 +316,30 @@ def test_the_memory_of_a_training_step_is_checked_before_any_stage(
     assert desk.made == []
     assert desk.run("--set", "train.check_memory=false") == 0
     assert desk.run() == 0, "what is trained already needs no memory"
+
+
+@pytest.mark.parametrize("known_by", ["option", "autoscaler", "cluster", "this machine"])
+def test_a_batch_that_cannot_feed_all_workers_is_refused_before_any_stage(
+    known_by: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    options = ["--set", "train.batch_size=4"]
+    if known_by == "option":
+        options += ["--set", "train.num_workers=8"]
+    elif known_by == "autoscaler":
+        monkeypatch.setenv("READAPT_NUM_GPUS", "8")
+    elif known_by == "cluster":
+        monkeypatch.setenv("RAY_ADDRESS", "auto")
+        monkeypatch.setattr(placement, "num_training_workers", lambda asked, _: asked or 8)
+    else:
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert desk.run(*options) == 2
+    said = capsys.readouterr().err
+    assert "batch_size = 4 blocks cannot feed 8 workers: give batch_size 8 or more, or num_workers 4 or fewer" in said
+    assert desk.made == []
+    desk.run(*options, "--set", "train.batch_size=auto", "--set", "train.check_memory=false")
+    assert desk.made == ALL
+    assert desk.run(*options, "--set", "train.batch_size=auto", "--set", "train.check_memory=false") == 0
 
 
 def test_a_run_without_queries_ends_complete(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:

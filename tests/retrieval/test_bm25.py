@@ -1,5 +1,6 @@
 """BM25: shards score as one index, and as the formula says."""
 
+import dataclasses
 import math
 import sys
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.bm25 import K1, B, WordCounts, WordIndex, import_bm25s, search_words, words
+from readapt_ray.retrieval.bm25 import K1, B, WordCounts, WordIndex, import_bm25s, query_blocks, search_words, words
 from readapt_ray.retrieval.fusion import reciprocal_rank_fusion
 from tests.factories import small_corpus
 
@@ -74,6 +75,42 @@ def test_what_has_no_word_of_the_query_or_does_not_pass_is_not_found():
     assert not list(hits.of_query(2, "")) and not list(hits.of_query(3, ""))
     tied = search_words(parts, IDS, [TEXTS[8]], 2).doc_ids.tolist()
     assert tied == [["d08", "d09"]]
+
+
+class Asked(list):
+    """Where columns begin, and how often somebody asked."""
+
+    times = 0
+
+    def __getitem__(self, place):
+        self.times += 1
+        return super().__getitem__(place)
+
+
+def test_a_word_costs_the_same_however_often_a_query_repeats_it():
+    (one,) = built(TEXTS, [])
+    asked = Asked(one.indptr.tolist())
+    found = dataclasses.replace(one, indptr=asked).scores("array lock " * 4000)
+    assert asked.times == 4
+    np.testing.assert_allclose(found, 4000 * one.scores("array lock"), rtol=1e-5)
+
+
+def test_words_beyond_the_first_512_are_not_searched_for():
+    (one,) = built(TEXTS, [])
+    before = " ".join(f"w{number}" for number in range(511))
+    assert one.scores(f"{before} array").tolist() == one.scores("array").tolist()
+    assert not one.scores(f"{before} one array").any() and one.scores("array").any()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sizes"),
+    [([5] * 40, [16, 16, 8]), ([5000, 5, 5], [1, 2]), ([5, 4090, 5, 5000], [2, 1, 1]), ([1], [1])],
+)
+def test_long_queries_are_searched_in_smaller_blocks(lengths, sizes):
+    queries = ["x" * length for length in lengths]
+    blocks = list(query_blocks(queries))
+    assert [len(each) for each in blocks] == sizes
+    assert [query for block in blocks for query in block] == queries
 
 
 @pytest.mark.parametrize(

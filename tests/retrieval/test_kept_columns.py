@@ -83,3 +83,12 @@ def test_which_passages_pass_in_whatever_order(files, monkeypatch, condition, pa
 def test_what_does_not_fit_the_corpus_is_refused(files, condition, message):
     with pytest.raises(InputError, match=message):
         KeptColumns.read(files, ["a"]).passing((condition,))
+
+
+def test_what_was_found_for_one_is_not_given_for_true():
+    columns = KeptColumns(pa.table({"year": [1, 2]}))
+    assert columns.passing((Condition("year", one_of=(1,)),)).tolist() == [True, False]
+    assert columns.passing((Condition("year", bounds=(("gte", 2),)),)).tolist() == [False, True]
+    for condition in (Condition("year", one_of=(True,)), Condition("year", bounds=(("gte", True),))):
+        with pytest.raises(InputError, match="'True' is no such value"):
+            columns.passing((condition,))

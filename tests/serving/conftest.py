@@ -157,7 +157,7 @@ class LocalVersion:
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
         parts = []
         for each in self.slices.values():
-            hits = each.search_words(texts, top_k, wanted)
+            *_, hits = each.search_words(texts, top_k, wanted)
             parts.append([[Ranked(doc.doc_id, doc.score) for doc in hits.of_query(q, "")] for q in range(len(texts))])
         return Found(merged(parts, len(texts), top_k), [])
 

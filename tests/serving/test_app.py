@@ -115,7 +115,7 @@ def test_a_server_listens_on_this_machine_alone(served):
     assert served.base_url.port in {address.port for address in listens}
 
 
-def test_a_second_server_and_a_port_in_use_are_refused(served, world):
+def test_a_second_server_and_a_port_in_use_are_refused(served, world, caplog):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -127,6 +127,7 @@ def test_a_second_server_and_a_port_in_use_are_refused(served, world):
     at = {"name": "tiny", "update": True, "port": served.base_url.port}
     with pytest.raises(InputError, match="'tiny' is served with another retriever, index or corpus"):
         serve(world.config(**world.version("other"), **at), blocking=False)
+    assert "fall back: max_body_bytes from 200000 to 16777216;" in caplog.text
     with pytest.raises(InputError, match="'tiny' runs with num_replicas = 1, not 2, and its processes"):
         serve(world.config(index_actors=2, num_replicas=2, **at), blocking=False)
     with pytest.raises(InputError, match=rf"runs with port = {at['port']}, not \d+, and an update cannot change that"):

@@ -1,6 +1,7 @@
 import asyncio
 import random
 import selectors
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +160,26 @@ def test_who_went_away_costs_nothing_more():
         encoder.gate.set()
         assert (await queue.submit(rows(3, 1)))[0].tolist() == [[3, 10]]
         assert all(row[0] != 2 for batch in encoder.batches for row in batch)
+
+    asyncio.run(run())
+
+
+def test_requests_that_end_together_do_not_stop_the_loop():
+    async def run():
+        encoder = Encoder(is_open=False)
+        queue = batcher(encoder, max_queued_tokens=10**9)
+        tasks = [asyncio.create_task(queue.submit(rows(1 + number, 2000, 1))) for number in range(250)]
+        await settle()
+        before_s = time.process_time()
+        for task in tasks[:-1]:
+            task.cancel()
+        await settle()
+        assert time.process_time() - before_s < 4  # 20 s where each rebuilds the heap
+        assert queue.queued_tokens <= 2000 and len(queue._heap) <= 4000
+        encoder.gate.set()
+        assert (await tasks[-1])[0].tolist() == [[250, 1]] * 2000
+        assert (await queue.submit(rows(3, 1)))[0].tolist() == [[3, 10]]
+        assert sum(map(len, encoder.batches)) <= 2200 and not queue._num_dead
 
     asyncio.run(run())
 
@@ -322,5 +343,24 @@ def test_what_can_never_be_done_in_time_is_refused_with_what_would_fit():
         # What was learned long ago says nothing of now.
         await asyncio.sleep(3600)
         assert await ask(queue, 50_000, 60.0) == "done"
+
+    run_in_no_time(main())
+
+
+def test_what_came_before_the_rate_was_known_is_given_up_once_it_is():
+    """20 s of work with 2 s left ends with the first batch, with what would fit; what fits beside it is done."""
+
+    async def main():
+        encoder = SteadyEncoder()
+        queue = batcher(encoder, batch_tokens=500, max_queued_tokens=10**9)
+        loop = asyncio.get_running_loop()
+        small = asyncio.create_task(ask(queue, 500, 3.0))
+        assert await ask(queue, 20_000, 2.0) == "413"
+        assert loop.time() < 1 and encoder.num_tokens <= 1000
+        assert await small == "done"
+        await asyncio.sleep(3600)
+        with pytest.raises(RequestTooLargeError) as caught:
+            await queue.submit([[1] * 20] * 1000, deadline_s=loop.time() + 2)
+        assert 40 < caught.value.num_rows <= 50
 
     run_in_no_time(main())

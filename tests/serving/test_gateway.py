@@ -22,7 +22,7 @@ def replica(monkeypatch):
     handles = types.SimpleNamespace(get_deployment_handle=lambda name, app: f"{name} of {app}")
     monkeypatch.setattr(gateway, "serve", handles)
     made = object.__new__(gateway.Gateway.func_or_class.__bases__[0])  # without Ray Serve around it
-    made._versions, made._service = {}, types.SimpleNamespace(set_state=set_state)
+    made._versions, made._options, made._service = {}, {}, types.SimpleNamespace(set_state=set_state)
     return made
 
 

@@ -39,9 +39,10 @@ def test_one_check_answers_all_who_ask_whether_the_server_is_ready(fresh, monkey
 
 
 class SlowClient:
-    """A POST whose body comes a part at a time, when a test says so."""
+    """A POST whose body comes a part at a time, when a test says so, and whose answer may stay unread."""
 
-    def __init__(self, app) -> None:
+    def __init__(self, app, *, reads: bool = True) -> None:
+        self._reads = reads
         self._parts: asyncio.Queue[dict] = asyncio.Queue()
         self._sent: list[dict] = []
         scope = {
@@ -55,10 +56,12 @@ class SlowClient:
         self._task = asyncio.create_task(app(scope, self._parts.get, self._send))
 
     async def _send(self, message) -> None:
+        if not self._reads:
+            await asyncio.Event().wait()
         self._sent.append(message)
 
-    def gives(self, body: bytes) -> None:
-        self._parts.put_nowait({"type": "http.request", "body": body, "more_body": True})
+    def gives(self, body: bytes, *, is_last: bool = False) -> None:
+        self._parts.put_nowait({"type": "http.request", "body": body, "more_body": not is_last})
 
     def leaves(self) -> None:
         self._parts.put_nowait({"type": "http.disconnect"})
@@ -69,17 +72,49 @@ class SlowClient:
         return self._sent[0]["status"] if self._sent else 0
 
 
-def test_a_body_that_does_not_come_gives_its_place_back(version):
+def test_a_body_that_does_not_come_takes_nobodys_place(version):
     async def run():
         async with local_server({"tiny": version}, max_requests=2, timeout_s=0.3) as server, server.client() as client:
             slow = [SlowClient(server.app) for _ in range(2)]
             for each in slow:
                 each.gives(b'{"input"')
             await asyncio.sleep(0.05)
-            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 429
-            assert [await each.status() for each in slow] == [408, 408]
+            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
+            more = [SlowClient(server.app) for _ in range(33)]
+            assert await more[-1].status() == 429
+            assert (await client.get("/healthz")).status_code == 200
+            assert [await each.status() for each in (*slow, *more[:-1])] == [408] * 34
             assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
             assert server.app._buffered_bytes == 0
+
+    asyncio.run(run())
+
+
+def test_a_body_that_stops_is_given_up(version, monkeypatch):
+    monkeypatch.setattr(guard_module, "_IDLE_S", 0.2)
+
+    async def run():
+        async with local_server({"tiny": version}) as server:
+            stopped = SlowClient(server.app)
+            stopped.gives(b"{")
+            assert await stopped.status() == 408
+
+    asyncio.run(run())
+
+
+def test_an_answer_that_nobody_reads_gives_its_place_back(version, monkeypatch):
+    monkeypatch.setattr(guard_module, "_SEND_S", 0.2)
+
+    async def run():
+        async with local_server({"tiny": version}, max_requests=1) as server, server.client() as client:
+            deaf = SlowClient(server.app, reads=False)
+            deaf.gives(b'{"input": "a"}', is_last=True)
+            while not server.app._under_way:
+                await asyncio.sleep(0)
+            assert (await client.get("/healthz")).status_code == 200
+            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 429
+            assert await deaf.status() == 0
+            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
 
     asyncio.run(run())
 

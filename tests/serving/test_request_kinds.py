@@ -180,3 +180,8 @@ def test_the_default_is_not_split(version, world):
     for model, answers in (("default", "tiny"), (None, "other")):
         body = {"query": "array", "model": model}
         assert post(None, SEARCH, body, versions=versions, routing=routing).json()["model"] == answers
+
+
+def test_what_cohere_calls_truncate_is_no_switch(version):
+    error = post(version, "/v2/embed", {"texts": ["a"], "truncate": "START"}).json()["error"]
+    assert error["message"] == "'truncate' must be 'END' or 'NONE'"

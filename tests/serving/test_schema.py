@@ -11,7 +11,7 @@ import pydantic
 import pytest
 
 from readapt_ray.records import Passage
-from readapt_ray.serving import answers, schema, server
+from readapt_ray.serving import answers, cohere, schema, server
 
 
 def test_base64_is_little_endian_float32():
@@ -32,11 +32,17 @@ MANY = 100_000
         *({"vector": each, "fingerprint": "f"} for each in (["a"] * MANY, [["a"] * MANY] * 3, [1.0] * MANY)),
         {"query": [1] * MANY},
         {"query": "a", "doc_ids": [1] * MANY},
+        {"query": "a", "filter": {str(number): {} for number in range(MANY)}},
+        {"query": "a", "filter": {"year": {str(number): 1 for number in range(MANY)}}},
+        {"query": "a"} | {str(number): 1 for number in range(MANY)},
+        {"texts": ["a"], "embedding_types": [1] * MANY},
+        {"texts": [1] * MANY},
     ],
     ids=lambda given: str(given)[:20],
 )
 def test_a_body_of_wrong_elements_is_refused_at_the_first(given):
-    body = schema.EmbeddingsRequest if "input" in given else schema.SearchRequest
+    by_field = {"input": schema.EmbeddingsRequest, "texts": cohere.EmbedRequest}
+    body = next((body for name, body in by_field.items() if name in given), schema.SearchRequest)
     with pytest.raises(pydantic.ValidationError) as caught:
         body.model_validate(given)
     assert caught.value.error_count() < 10

@@ -22,6 +22,7 @@ class Index:
     async def __call__(self, queries: np.ndarray, top_k: int) -> Hits:
         self.searched.append((len(queries), top_k))
         await self.gate.wait()
+        await asyncio.sleep(0)
         if np.isinf(queries[:, 0]).any():
             raise ValueError("cannot be searched")
         return search_exact(queries, [(DOC_IDS, VECTORS)], top_k)
@@ -63,12 +64,45 @@ def test_what_waits_is_one_search_and_each_gets_its_own():
         np.testing.assert_allclose(hits.scores, alone.scores, atol=1e-5)
 
 
-def test_a_search_has_up_to_64_queries_of_one_kind_and_the_oldest_goes_first():
+def test_a_search_has_up_to_64_queries_of_one_kind_and_all_who_wait_have_their_part():
     sizes = [(1, 5), (40, 5), (1, 7), (30, 5), (20, 5), (100, 5), (1, 7)]
     found, searched = run([(queries(number), top_k) for number, top_k in sizes])
-    assert searched == [(1, 5), (60, 5), (2, 7), (30, 5), (100, 5)]
+    assert searched == [(1, 5), (64, 5), (2, 7), (64, 5), (62, 5)]
     assert [hits.doc_ids.shape for hits in found] == sizes
-    assert max(number for number, _ in searched[:-1]) <= MAX_QUERIES
+    assert max(number for number, _ in searched) <= MAX_QUERIES
+
+
+def test_a_small_request_does_not_wait_for_all_of_a_large_one():
+    async def main():
+        index = Index()
+        index.gate.set()
+        search, done = SearchBatches(index), []
+
+        async def ask(number):
+            hits = await search(queries(number, number), 5)
+            done.append((number, len(index.searched)))
+            return hits
+
+        found = await asyncio.gather(*(ask(number) for number in (2048, 1)))
+        assert done == [(1, 2), (2048, 33)]
+        for number, hits in zip((2048, 1), found, strict=True):
+            alone = search_exact(queries(number, number), [(DOC_IDS, VECTORS)], 5)
+            assert hits.doc_ids.tolist() == alone.doc_ids.tolist()
+        large = asyncio.create_task(search(queries(2048), 5))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        large.cancel()
+        before = len(index.searched)
+        await search(queries(1), 5)
+        assert len(index.searched) <= before + 2
+
+    asyncio.run(main())
+
+
+def test_more_requests_than_a_search_has_room_for_are_all_answered():
+    found, searched = run([(queries(2), 5)] * 100)
+    assert searched[1:] == [(64, 5)] * 3 + [(6, 5)]
+    assert all(hits.doc_ids.shape == (2, 5) for hits in found)
 
 
 def test_who_went_away_is_not_searched_for():

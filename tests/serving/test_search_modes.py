@@ -17,7 +17,7 @@ QUERIES = ["array shape", "lock a thread"]
 
 def asked(version, *bodies):
     async def run():
-        async with local_server({"tiny": version}) as server, server.client() as client:
+        async with local_server({"tiny": version}, max_inputs=50) as server, server.client() as client:
             answers = [await client.post(SEARCH, json={"query": QUERIES, "top_k": 5} | body) for body in bodies]
             return [*answers, await client.get("/v1/models/tiny")]
 
@@ -46,11 +46,24 @@ def test_a_filter_holds_in_every_mode(version):
         assert all(doc_id.startswith("d0000") for each in ranked(answer) for doc_id in each)
 
 
+def test_a_long_query_is_cut(version):
+    short, long, _ = asked(version, *({"mode": "bm25", "query": "array " * count} for count in (5000, 6000)))
+    assert ranked(long) == ranked(short) != [[]]
+
+
 @pytest.mark.parametrize(
     ("has_words", "body", "message"),
     [
         (False, {"mode": "bm25"}, "the index was built without BM25"),
         (False, {"mode": "hybrid"}, "readapt index --bm25"),
+        (True, {"mode": "bm25", "query": ["a", " "]}, "'query[1]' is empty"),
+        (True, {"mode": "hybrid", "query": ""}, "'query' is empty"),
+        (
+            True,
+            {"mode": "bm25", "query": "a " * 20_000, "truncate": False},
+            "40,000 characters; words are searched for in",
+        ),
+        (True, {"mode": "bm25", "query": ["a"] * 51, "top_k": 1}, "'query' has 51 texts; this server takes 50"),
         (True, {"mode": "sparse"}, "'mode' must be 'dense', 'bm25' or 'hybrid'"),
         (True, {"mode": "hybrid", "query": None, "vector": [1.0], "fingerprint": "f"}, "it needs 'query'"),
     ],

@@ -48,3 +48,11 @@ def test_without_a_server_at_the_port_no_other_ray_is_joined(own_folder):
     server_file._file(8000).write_text("[")
     with pytest.raises(InputError, match="at port 8000"):
         server_file.join(8000)
+
+
+def test_a_server_starts_although_its_file_cannot_be_written(own_folder, caplog):
+    # A folder in its place is what root cannot remove either.
+    (own_folder / f"readapt-serve-{os.getuid()}-8000.json").mkdir()
+    assert server_file.write(8000, "127.0.0.1:6379") == {"RAY_ADDRESS": "127.0.0.1:6379"}
+    assert "updates must set RAY_ADDRESS" in caplog.text
+    server_file.remove(8000)

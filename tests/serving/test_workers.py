@@ -10,7 +10,6 @@ import pytest
 from readapt_ray.errors import WorkerError
 from readapt_ray.serving import index_slice, workers
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.search_batches import SearchBatches
 
 
@@ -59,14 +58,19 @@ def test_a_proof_that_fails_is_a_failure_each_time():
     asyncio.run(run())
 
 
+def replica(version) -> workers.IndexReplica:
+    """An index replica of 25 passages, without Ray."""
+    index = object.__new__(workers.IndexReplica.func_or_class)
+    index._compute, index._slice, index._fingerprint = worker(), version.slices["index-0"], "f"
+    index._search = SearchBatches(functools.partial(index._compute, index._slice.search))
+    return index
+
+
 def test_searches_have_their_turn_between_the_blocks_of_a_scan(version, monkeypatch):
     """A scan of 25 vectors in blocks of 5, and a search that comes while the first block is under way."""
     monkeypatch.setattr(index_slice, "_BLOCK_ROWS", 5)
-    held: IndexSlice = version.slices["index-0"]
     queries = np.ones((1, version.info.dimension), np.float32)
-    index = object.__new__(workers.IndexReplica.func_or_class)
-    index._compute, index._slice, index._fingerprint = worker(), held, "f"
-    index._search = SearchBatches(functools.partial(index._compute, held.search))
+    index = replica(version)
     done = []
 
     async def search(name, wanted):
@@ -80,3 +84,23 @@ def test_searches_have_their_turn_between_the_blocks_of_a_scan(version, monkeypa
     scanned, searched = asyncio.run(run())
     assert done == ["search", "scan"]
     assert [hit.doc_id for hit in scanned[0]] == [hit.doc_id for hit in searched[0]]
+
+
+def test_searches_have_their_turn_between_the_blocks_of_a_search_for_words(version):
+    """Forty texts are three blocks; a search for vectors that comes with them is done after the first."""
+    index, done = replica(version), []
+    texts = ["array shape", "lock a thread"] * 20
+
+    async def search(name, found):
+        ranked = await found
+        done.append(name)
+        return ranked
+
+    async def run():
+        vectors = np.ones((1, version.info.dimension), np.float32)
+        by_words, by_vector = index.search_words("f", texts, 3, None), index.search("f", vectors, 3, None)
+        return await asyncio.gather(search("words", by_words), search("search", by_vector))
+
+    by_words, _ = asyncio.run(run())
+    assert done == ["search", "words"]
+    assert len(by_words) == 40 and by_words[0] == by_words[38] and by_words[1] == by_words[39] != by_words[0]

@@ -540,7 +540,7 @@ def test_bad_input_is_found_before_any_worker_starts(world, tmp_path, make, erro
     ("change", "named"),
     [
         (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
-        (lambda folder: (folder / "readapt.json").unlink(), "nothing says how"),
+        (lambda folder: (folder / "readapt.json").unlink(), "no pooling or prompt settings"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (lambda folder: factories.write_contract(folder, max_passage_tokens=2), "max_passage_tokens = 2"),
     ],

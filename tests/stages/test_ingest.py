@@ -403,6 +403,15 @@ def test_other_columns_are_another_artifact(tmp_path):
     source = _corpus(tmp_path / "c.jsonl", [{"id": "a", "text": "x", "body": "y", "url": "u"}])
     _run(source, tmp_path / "out")
     with pytest.raises(ArtifactConflictError, match="columns"):
-        _run(source, tmp_path / "out", columns=["text=body"])
+        _run(source, tmp_path / "out", columns={"text": "body"})
     with pytest.raises(ArtifactConflictError, match="keep"):
         _run(source, tmp_path / "out", keep=["url"])
+
+
+def test_columns_are_a_list_or_a_section() -> None:
+    options = {"source": "a", "output": "b"}
+    section = {"doc_id": "docid", "text": ["abstract", "body"]}
+    assert IngestConfig(**options, columns=section).columns == ("doc_id=docid", "text=abstract+body")
+    assert IngestConfig(**options, columns="doc_id=docid").columns == ("doc_id=docid",)
+    with pytest.raises(InputError, match=r"columns = 'txt=x': .*did you mean 'text'"):
+        IngestConfig(**options, columns={"txt": "x"}).read_options()

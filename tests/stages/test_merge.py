@@ -304,9 +304,9 @@ def test_bad_models_are_refused_before_anything_is_written(tmp_path, models):
         (WeightMismatchError, "was not made from", {"adapter": str(wide)}),
         (ModelError, "is not a model", {"adapter": str(tmp_path)}),
         (ModelError, "unfinished", {"adapter": str(unfinished)}),
-        (WeightMismatchError, "not one of", {"adapter": str(other)}),
+        (WeightMismatchError, "does not fit the model", {"adapter": str(other)}),
         (WeightMismatchError, "was not made from", {"retriever": str(wide)}),
-        (WeightMismatchError, "not one of", {"adapter": str(models["encoder"]["adapter"])}),
+        (WeightMismatchError, "does not fit the model", {"adapter": str(models["encoder"]["adapter"])}),
     ):
         _refused(tmp_path, error, said, _config(trio, output).model_copy(update=changes))
 

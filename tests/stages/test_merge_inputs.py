@@ -68,7 +68,7 @@ def test_a_vocabulary_that_grew_is_refused_and_can_be_accepted(tmp_path, models)
     tokenizer.save_pretrained(models["retriever"])
     _edit_json(models["retriever"] / "config.json", vocab_size=392)
     _refused(
-        models, tmp_path / "out", r"another number of words.*\[384, 32\] before, \[392, 32\] after.*--accept vocab"
+        models, tmp_path / "out", r"vocabulary sizes.*differ.*\[384, 32\] before, \[392, 32\] after.*--accept vocab"
     )
     _merge(models, tmp_path / "out", accept="vocabulary")
     assert torch.equal(factories.read_tensors(tmp_path / "out")["embed_tokens.weight"][384:], new)

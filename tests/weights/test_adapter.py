@@ -155,7 +155,9 @@ def test_nan_is_refused_by_name(tmp_path, bases, value):
 def test_an_adapter_of_a_wider_model_is_refused(tmp_path, bases):
     wide = factories.tiny_decoder(tmp_path / "wide", hidden_size=64)
     folder = factories.dora_adapter(tmp_path / "adapter", wide)
-    with pytest.raises(WeightMismatchError, match=r"not one of 'base'.*made for a weight \[64, 128\].*wide"):
+    with pytest.raises(
+        WeightMismatchError, match=r"does not fit the model 'base'.*made for a weight \[64, 128\].*wide"
+    ):
         Adapter(folder, Checkpoint(bases["decoder"], name="base"), name="mine")
 
 

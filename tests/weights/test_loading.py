@@ -83,7 +83,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     base = factories.tiny_decoder(tmp_path / "base")
     folder = factories.lora_adapter(tmp_path / "ad", base)
     factories.tiny_decoder(tmp_path / "base", hidden_size=64)
-    with pytest.raises(WeightMismatchError, match="not one of"):
+    with pytest.raises(WeightMismatchError, match="does not fit the model"):
         _load(folder)
 
 

@@ -2,8 +2,10 @@
 
 from typing import ClassVar
 
+from readapt_ray import environment
 from readapt_ray.cluster.doctor.report import Report
 from readapt_ray.config import Config
+from readapt_ray.errors import InputError
 
 
 class DoctorConfig(Config):
@@ -11,6 +13,9 @@ class DoctorConfig(Config):
 
     cluster: bool = False
     """Check every node of the cluster of RAY_ADDRESS (as a submitted job: its own), and the network between them."""
+    gpus: bool = False
+    """Start the GPU nodes that the cluster may grow to (READAPT_NUM_GPUS) and check them too. They cost money until
+    the autoscaler ends them as idle."""
     root: str | None = None
     """Folder or URI that a run will write to."""
     models: tuple[str, ...] = ()
@@ -20,8 +25,18 @@ class DoctorConfig(Config):
 
 
 def examine(config: DoctorConfig) -> Report:
-    """Check this machine, or all nodes of a cluster."""
+    """Check this machine, or all nodes of a cluster.
+
+    Raises:
+        InputError: GPU nodes are to be started where none can be.
+    """
     from readapt_ray.cluster.doctor import cluster, here
 
-    check = cluster.check_cluster if config.cluster else here.check_here
-    return check(config.root, config.models)
+    if config.gpus and not (config.cluster and environment.num_gpus()):
+        raise InputError(
+            "readapt doctor: --gpus starts the GPU nodes that READAPT_NUM_GPUS allows; give it with --cluster, and set that "
+            "variable on the head"
+        )
+    if config.cluster:
+        return cluster.check_cluster(config.root, config.models, starts_gpus=config.gpus)
+    return here.check_here(config.root, config.models)

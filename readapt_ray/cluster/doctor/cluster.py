@@ -1,39 +1,87 @@
 """Check all nodes of a cluster, all at the same time.
 
 A node, a check or a worker that does not answer in time is a line in the report. Three nodes on one machine take 13 s;
-with one that does not answer and one whose disk hangs it is less than a minute.
+with one that does not answer and one whose disk hangs it is less than a minute, counted from when GPU nodes that it was
+asked to start are up.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from readapt_ray.cluster import connection, nodes, on_worker
+from readapt_ray import environment
+from readapt_ray.cluster import autoscaling, connection, launcher, nodes, on_worker, software
 from readapt_ray.cluster.doctor.findings import Check, Finding, failed, run_checks
 from readapt_ray.cluster.doctor.inspector import Inspector
 from readapt_ray.cluster.doctor.machine import Orders
 from readapt_ray.cluster.doctor.network import check_clock, check_network
 from readapt_ray.cluster.doctor.report import Report
 from readapt_ray.cluster.doctor.root import Probe
-from readapt_ray.errors import first_line
+from readapt_ray.errors import PlacementError, first_line
 from readapt_ray.storage import Location
 
 CHECKS_S = 10.0
 STARTS_S = 10.0
 """For a process that checks to start."""
+_GPU = {"CPU": 1.0, "GPU": 1.0}
+_TO_COME = "GPUs to come"
 DRIVER = "the driver"
 
 Nodes = dict[str, dict[str, Any]]
 
 
-def check_cluster(root: str | None, models: tuple[str, ...]) -> Report:
-    """Check every node of the cluster of RAY_ADDRESS, and the network between them."""
-    import ray
+def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: bool) -> Report:
+    """Check every node of the cluster of RAY_ADDRESS, and the network between them.
 
+    Args:
+        root: folder or URI of all artifacts; None: not looked at.
+        models: models that every node must have or be able to fetch.
+        starts_gpus: start the GPU nodes that the cluster may grow to.
+    """
     connection.connect(check_versions=False)
     report = Report()
+    with _gpu_nodes(report, starts=starts_gpus):
+        _check_nodes(root, models, report)
+    return report
+
+
+@contextlib.contextmanager
+def _gpu_nodes(report: Report, *, starts: bool) -> Iterator[None]:
+    """Have the GPU nodes up that the cluster may grow to, if they are to be started; report those that are not up."""
+    wanted = environment.num_gpus() or 0
+    with contextlib.ExitStack() as stack:
+        if starts:
+            asked = autoscaling.requested(
+                wanted, _GPU, least=1, patience_s=autoscaling.PATIENCE_S, check_versions=False
+            )
+            try:
+                stack.enter_context(asked)
+            except PlacementError as error:
+                report.together[_TO_COME] = failed(str(error))
+        if _TO_COME not in report.together:
+            report.together.update(_num_up(wanted))
+        yield
+
+
+def _num_up(wanted: int) -> dict[str, Finding]:
+    """Return how many GPUs of those that may come are up, and what the launcher could not start."""
+    found = {}
+    if wanted:
+        num_up = sum(map(_gpus, nodes.alive()))
+        unchecked = ", the others were not checked; --gpus starts and checks them" if num_up < wanted else ""
+        found[_TO_COME] = Finding(f"{num_up} of {wanted} are up{unchecked}")
+    if failures := launcher.failures():
+        found["launcher"] = failed(f"nodes could not be started: {'; '.join(failures)}")
+    return found
+
+
+def _check_nodes(root: str | None, models: tuple[str, ...], report: Report) -> None:
+    """Check the nodes that are up."""
+    import ray
+
     up = {nodes.name_of(node): node for node in nodes.alive()}
-    read_versions = connection.version_reader()
+    read_versions = software.reader()
     versions = nodes.start_on_each(list(up.values()), read_versions)
     probe = None if root is None else Probe(on_worker.absolute(Location(root)))
     actors: list[Any] = []
@@ -57,7 +105,6 @@ def check_cluster(root: str | None, models: tuple[str, ...]) -> Report:
             ray.kill(actor)
         if probe is not None:
             probe.remove()
-    return report
 
 
 def _orders(probe: Probe | None, models: tuple[str, ...], report: Report) -> Orders:
@@ -81,8 +128,9 @@ def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: 
         if isinstance(there, Exception):
             report.add(name, {"versions": _silent(there)})
             continue
-        text = connection.difference(here, there)
-        report.add(name, {"versions": failed(text)} if text else {})
+        text = software.other_versions(here, there)  # missing packages are checked on each node
+        mend = "install the same versions on all nodes, or remove this node"
+        report.add(name, {"versions": failed(f"{text}; {mend}")} if text else {})
         if there["readapt_ray"] != "missing":
             usable[name] = up[name]
     return usable

@@ -13,12 +13,16 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from readapt_ray import environment
 from readapt_ray.catalog import retrievers
 from readapt_ray.catalog.reachable import check_reachable
+from readapt_ray.cluster import software
 from readapt_ray.cluster.doctor import disks, gpus, root
 from readapt_ray.cluster.doctor.findings import Check, Finding, Problem, failed, run_checks
 from readapt_ray.storage import Location
+from readapt_ray.yaml_files import read_yaml
 
-PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "faiss", "pyarrow")
-"""Modules that the stages import on every node."""
+_BOOTSTRAP = Path("~/ray_bootstrap_config.yaml")
+"""The cluster file on a head that `ray up` started."""
+_PROVIDER_MODULES = {"aws": "boto3", "gcp": "googleapiclient"}
+"""The module that Ray's autoscaler imports on the head node, for each type of provider."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class Orders:
     probe_name: str | None = None
     """File in the root that the driver wrote."""
     models: tuple[str, ...] = ()
-    """Models that must be there, or be to be had."""
+    """Models that this node must have or be able to fetch."""
     num_gpus: int | None = None
     """What Ray gives to workers there; None without Ray."""
     store_bytes: int = 0
@@ -68,11 +72,24 @@ def _checks(orders: Orders) -> list[Check]:
 
 
 def check_packages() -> Finding:
-    """Check that the packages which the stages import are installed."""
-    missing = [module for module in PACKAGES if importlib.util.find_spec(module) is None]
+    """Check that what the stages import is installed, and on a head what the autoscaler imports."""
+    missing = [module for module in software.PACKAGES if importlib.util.find_spec(module) is None]
     if missing:
         return failed(f"{', '.join(missing)} cannot be imported; install readapt-ray there with its dependencies")
+    if (module := _provider_module()) and importlib.util.find_spec(module) is None:
+        return failed(
+            f"{module} cannot be imported, so the autoscaler starts no nodes; build the image of Containerfile.cpu"
+        )
     return Finding(f"torch {importlib.metadata.version('torch')}")
+
+
+def _provider_module() -> str | None:
+    """Return what the autoscaler of this head imports for its cloud; None on other machines."""
+    file = _BOOTSTRAP.expanduser()
+    if not file.is_file():
+        return None
+    (cluster,) = read_yaml(Location(str(file)), "the cluster file of this head")
+    return _PROVIDER_MODULES.get(cluster["provider"]["type"])
 
 
 def check_models(models: tuple[str, ...], limit_s: float) -> Finding:

@@ -112,7 +112,7 @@ def _check_all_reduce(workers: list[Any], *, is_on_gpus: bool) -> Finding:
         errors = [each for each in said.values() if not isinstance(each, Exchange)]
         told = [each for each in errors if not isinstance(each, ray.exceptions.GetTimeoutError)]
         reason = _last_line(told[0]) if told else f"no answer within {EXCHANGE_S:g} s"
-        return failed(f"{count - len(measured)} of {amount(count, 'workers')} did not end it: {reason}; {mend}")
+        return failed(f"{count - len(measured)} of {amount(count, 'workers')} did not finish: {reason}; {mend}")
     slowest = min(each.bytes_per_s for each in measured)
     shown = f"{amount(count, 'workers')} by {measured[0].backend}, {slowest / 1e9:.2f} GB/s"
     if count > 1 and slowest < _SLOW_BYTES_PER_S:

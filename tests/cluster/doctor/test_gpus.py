@@ -2,24 +2,29 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 import torch
 
+from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.doctor import gpus
+from readapt_ray.errors import PlacementError
 
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine whose nvidia-smi and torch say this."""
 
-    def with_these(*rows: str, cuda: str | None = "13.0", count: int | None = None) -> None:
+    def with_these(*rows: str, cuda: str | None = "13.0", count: int | None = None, works: bool = True) -> None:
         program = tmp_path / "nvidia-smi"
         program.write_text("#!/bin/sh\ncat <<EOF\n" + "\n".join(rows) + "\nEOF\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
         monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: works and cuda is not None)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(rows) if count is None else count)
 
     return with_these
@@ -39,9 +44,15 @@ def test_gpus_that_all_agree_on(machine: Any) -> None:
 @pytest.mark.parametrize(
     ("says", "wanted", "text", "fails"),
     [
-        (([H100.replace("580.65.06", "550.54.15")], {}), 1, "driver 550.54.15 is too old .* install driver 580", True),
+        (
+            ([H100.replace("580.65.06", "550.54.15")], {"works": False}),
+            1,
+            "driver 550.54.15 is too old .* install driver 580",
+            True,
+        ),
         (([H100], {"cuda": None}), 1, r"torch .* cannot use GPUs; install a build for CUDA", True),
         (([H100, H100], {"count": 1}), 2, "torch sees 1 of 2 GPUs; look with nvidia-smi", True),
+        (([H100], {"works": False}), 1, "torch sees 0 of 1 GPUs; look with nvidia-smi", True),
         (([], {}), 4, r"Ray gives 4 GPUs to workers here and nvidia-smi lists none; .* --gpus all", True),
         (([H100], {}), 0, "1 GPUs are not used, since Ray has none here; start Ray with --num-gpus=1", False),
         (([H100.replace(", 1", ", 40000")], {}), 1, r"memory is in use on GPU 0 \(40,000 of 81,559 MiB\); end", False),
@@ -60,3 +71,37 @@ def test_a_machine_without_gpus_has_no_problem(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("PATH", str(tmp_path))
     for wanted in (0, None):
         assert gpus.check_gpus(wanted) == gpus.Finding("none")
+
+
+OLD = H100.replace("580.65.06", "550.54.15")
+
+
+def test_a_run_refuses_nodes_whose_gpus_torch_cannot_use(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On KubeRay and Slurm nothing else looks at the driver."""
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    def answers(nodes: Any, function: Any, *args: int, max_calls: int = 0) -> dict[str, Any]:
+        asked.append((args, max_calls))
+        return {node["at"]: function(*args) for node in nodes}
+
+    monkeypatch.setattr(connection, "_on_each", answers)
+    nodes = [{"at": "10.0.0.1", "Resources": {"CPU": 16.0}}, {"at": "10.0.0.2", "Resources": {"GPU": 1.0}}]
+    machine(H100)
+    connection.check_alike(nodes)
+    machine(OLD, works=False)
+    with pytest.raises(PlacementError, match=r"GPUs cannot be used: 10\.0\.0\.2: driver 550\.54\.15 is too old"):
+        connection.check_alike(nodes)
+    assert asked == [((), 0), ((1,), 1)] * 2, "only nodes with GPUs, in processes that no worker of one GPU takes over"
+
+
+def test_a_worker_that_has_a_gpu_never_falls_back_to_the_cpu(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, list[str]] = {"GPU": ["0"]}
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_accelerator_ids=lambda: given))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.2")
+    machine(H100)
+    on_worker.check_node()
+    machine(OLD, works=False)
+    with pytest.raises(PlacementError, match=r"node 10\.0\.0\.2: driver 550\.54\.15 is too old for torch"):
+        on_worker.check_node()
+    given["GPU"] = []
+    on_worker.check_node()

@@ -1,6 +1,7 @@
 """Disks, shared memory, the root and models of one machine."""
 
 import errno
+import importlib.util
 import shutil
 import threading
 from collections import namedtuple
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from readapt_ray import cli
+from readapt_ray.cluster import software
 from readapt_ray.cluster.doctor import disks, machine
 from readapt_ray.cluster.doctor.machine import Orders, check_machine
 from readapt_ray.cluster.doctor.root import Probe, check_root
@@ -125,9 +127,21 @@ def test_models_for_which_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PACKAGES", ("torch", "no_such_module"))
+    monkeypatch.setattr(software, "PACKAGES", ("torch", "no_such_module"))
     (problem,) = machine.check_packages().problems
     assert problem.text.startswith("no_such_module cannot be imported; install")
+
+
+def test_a_head_that_lacks_what_its_autoscaler_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not machine.check_packages().problems
+    (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: aws}\n")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "boto3" else find_spec(name))
+    (problem,) = machine.check_packages().problems
+    assert problem.text.startswith("boto3 cannot be imported, so the autoscaler starts no nodes; build")
+    (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
+    assert not machine.check_packages().problems
 
 
 def test_all_checks_of_a_machine_by_their_columns(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_node_that_cannot_be_reached_is_named_and_nothing_waits_for_it(
 
 
 @pytest.mark.parametrize(
-    ("kind", "reason"), [(Ends, "did not end it: "), (Refuses, "no space left on /dev/shm; set GLOO_SOCKET_IFNAME")]
+    ("kind", "reason"), [(Ends, "did not finish: "), (Refuses, "no space left on /dev/shm; set GLOO_SOCKET_IFNAME")]
 )
 def test_an_all_reduce_that_fails_is_one_line(
     started: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, kind: type[Inspector], reason: str

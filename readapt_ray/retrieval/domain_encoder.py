@@ -1,0 +1,120 @@
+"""Encode texts of many domains with one retriever in memory; the factors of domains come and go.
+
+In: token ids, each text with its domain. Out: vectors that equal those of each domain's merged model. Factors are read
+when they are first needed. Those that were used longest ago go when they take more memory than allowed.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from readapt_ray.artifacts import fingerprint
+from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.errors import InputError
+from readapt_ray.retrieval.encoder import DTYPES, Encoder
+from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.bundle import open_bundle
+from readapt_ray.weights.dense import load_dense
+from readapt_ray.weights.domain_layers import Domain
+from readapt_ray.weights.domain_network import DomainNetwork
+from readapt_ray.weights.domain_sources import DomainSource
+from readapt_ray.weights.weight_files import Checkpoint
+
+
+class DomainEncoder:
+    """A retriever, and the domains that are in memory.
+
+    Args:
+        bundle: factors of any domain; the retriever is read from it.
+        base: the model that they were made of.
+        retriever_fingerprint: of that retriever, see `DomainRecord`.
+        dtype: float32, float16 or bfloat16.
+        max_bytes: memory of all factors at most.
+        encoding: how texts are encoded; by default as the bundle says.
+        batch_tokens: tokens in a batch at most; by default what suits the device.
+        packed: lay texts end to end where that gives the vectors that padding gives.
+
+    Raises:
+        ModelError, WeightMismatchError: the base and the bundle cannot be read or do not fit.
+    """
+
+    def __init__(
+        self,
+        bundle: OpenModel,
+        base: OpenModel,
+        *,
+        retriever_fingerprint: str,
+        dtype: str,
+        max_bytes: int,
+        encoding: Encoding | None = None,
+        batch_tokens: int | None = None,
+        packed: bool = True,
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        opened = open_bundle(bundle)
+        encoding = encoding or opened.encoding
+        identity = encoder_of_domains(retriever_fingerprint, encoding, dtype)
+        self.network = DomainNetwork(opened, base, dtype=DTYPES[dtype], device=device)
+        self.max_bytes = max_bytes
+        self.encoder = Encoder(
+            self.network.module,
+            bundle.tokenizer,
+            encoding,
+            identify=lambda: identity,
+            batch_tokens=batch_tokens,
+            packed=packed,
+            dense=load_dense(bundle, device=device),
+            domains=self.network,
+        )
+        self._domains: OrderedDict[str, Domain] = OrderedDict()
+
+    @property
+    def base(self) -> Checkpoint:
+        """The weights of the base model."""
+        return self.network.base
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the factors take now."""
+        return sum(each.num_bytes for each in tuple(self._domains.values()))
+
+    def find(self, source: DomainSource) -> Domain | None:
+        """Return a domain that is in memory, and note that it was used."""
+        domain = self._domains.get(source.fingerprint)
+        if domain is not None:
+            self._domains.move_to_end(source.fingerprint)
+        return domain
+
+    def load(self, source: DomainSource, adapters: Sequence[Adapter]) -> Iterator[None]:
+        """Bring a domain into memory, layer by layer; others that were not used for long may go.
+
+        Raises:
+            ModelError: its factors are NaN, or the architecture cannot take them.
+            InputError: it alone takes more memory than allowed.
+        """
+        for domain in self.network.load(source.name, adapters, self.encoder.encode_ids):
+            if domain is None:
+                yield
+                continue
+            if domain.num_bytes > self.max_bytes:
+                raise InputError(
+                    f"the factors of domain {source.name!r} take {domain.num_bytes:,} bytes, and all domains may take "
+                    f"{self.max_bytes:,}; raise --max-domain-bytes"
+                )
+            self._domains[source.fingerprint] = domain
+            while self.num_bytes > self.max_bytes:
+                self._domains.popitem(last=False)
+
+
+def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: str) -> str:
+    """Return the fingerprint of an encoder that domains share."""
+    return fingerprint(
+        {"retriever": retriever_fingerprint, "encoding": encoding.model_dump(mode="json"), "dtype": dtype}
+    )
+
+
+def domain_fingerprint(encoder: str, domain: str, scales: Sequence[float]) -> str:
+    """Return a fingerprint of all that decides a vector of a domain: the shared encoder, the factors and their scales."""
+    return fingerprint({"encoder": encoder, "domain": domain, "knowledge": list(scales)})

@@ -1,0 +1,135 @@
+"""Serve many domains by one encoder: what a gateway knows of each domain, and the rows that it sends.
+
+The encoder knows no names. A row of token ids says where its domain's factors are, with which fingerprint and scales; so
+rows of many domains share a batch, and domains are added and removed by the gateway alone, while the encoder runs.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.retrieval.domain_encoder import domain_fingerprint
+from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.serving.schema import RequestError, invalid
+from readapt_ray.serving.telemetry import Trace
+from readapt_ray.serving.versions import Backend, Found, VersionInfo, shortened
+from readapt_ray.weights.domain_sources import DomainSource
+
+
+class DomainRow(list[int]):
+    """The token ids of a text, and the domain that encodes it."""
+
+    def __init__(self, ids: Iterable[int], source: DomainSource, scales: tuple[float, ...]) -> None:
+        super().__init__(ids)
+        self.source = source
+        self.scales = scales
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return DomainRow, (list(self), self.source, self.scales)
+
+
+class SharedEncoder(Backend, Protocol):
+    """The version whose encoder domains share."""
+
+    async def prepare(self, source: DomainSource) -> None:
+        """Bring a domain into memory, unless it is there.
+
+        Raises:
+            DomainUnavailableError: its factors cannot be used.
+        """
+
+
+class DomainBackend:
+    """One domain of a shared encoder, as a version.
+
+    Args:
+        shared: the version that encodes.
+        source: where the factors are.
+    """
+
+    def __init__(self, shared: SharedEncoder, source: DomainSource) -> None:
+        self.shared = shared
+        self.source = source
+        fingerprint = self.fingerprint_of(source.scales)
+        self.info: VersionInfo = dataclasses.replace(
+            shared.info, fingerprint=fingerprint, encoder_fingerprint=fingerprint
+        )
+
+    def fingerprint_of(self, scales: Sequence[float]) -> str:
+        """Return a fingerprint of what makes the vectors with these scales."""
+        return domain_fingerprint(self.shared.info.encoder_fingerprint, self.source.fingerprint, scales)
+
+    async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
+        """Return the vectors [N, D] of rows, each of its own domain."""
+        return await self.shared.encode(rows)
+
+    async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
+        """Search the index of the shared version: it has none, and is not asked."""
+        return await self.shared.search(vectors, top_k, wanted)
+
+    async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
+        """Search the index of the shared version: it has none, and is not asked."""
+        return await self.shared.search_words(texts, top_k, wanted)
+
+    async def check(self) -> float:
+        """Check the encoder that all domains share."""
+        return await self.shared.check()
+
+
+class DomainUnavailableError(Exception):
+    """The factors of one domain cannot be used."""
+
+
+def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, float] | None) -> tuple[float, ...]:
+    """Return the scale of each knowledge adapter for a request; none for a version that is no domain.
+
+    Raises:
+        RequestError: the request names a scale that is not allowed, or that nothing has.
+    """
+    if not isinstance(backend, DomainBackend):
+        if wanted is not None:
+            raise invalid("'knowledge_scale' is for domains, and this server has none", _SCALE)
+        return ()
+    if wanted is None:
+        return backend.source.scales
+    if allowed is None:
+        raise invalid("'knowledge_scale' cannot be chosen here: start the server with --knowledge-scale", _SCALE)
+    if not allowed[0] <= wanted <= allowed[1]:
+        raise invalid(f"'knowledge_scale' is {wanted:g}; it may be from {allowed[0]:g} to {allowed[1]:g}", _SCALE)
+    return (wanted,) * len(backend.source.scales)
+
+
+async def rows_of(
+    backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...]
+) -> Sequence[Sequence[int]]:
+    """Return rows that name their domain, once its factors are in memory; those of a version as they are.
+
+    Raises:
+        RequestError: the factors cannot be used.
+    """
+    if not isinstance(backend, DomainBackend):
+        return rows
+    try:
+        await backend.shared.prepare(backend.source)
+    except DomainUnavailableError as error:
+        raise RequestError(str(error), status=503, code="domain_unavailable", retry_after_s=10) from None
+    return [DomainRow(row, backend.source, scales) for row in rows]
+
+
+def encoded_by(backend: Backend, scales: Sequence[float]) -> str:
+    """Return a fingerprint of what made the vectors."""
+    return backend.fingerprint_of(scales) if isinstance(backend, DomainBackend) else backend.info.encoder_fingerprint
+
+
+def check_allowed(name: str, trace: Trace) -> None:
+    """Refuse what the API key has no right to; it is told no more than of a name that is not there."""
+    if trace.domains is not None and name not in trace.domains:
+        known = shortened(map(repr, sorted(trace.domains)))
+        message = f"no model {name[:200]!r} for this API key; it has {known}"
+        raise RequestError(message, status=404, param="model", code="model_not_found")
+
+
+_SCALE = "knowledge_scale"

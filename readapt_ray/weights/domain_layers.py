@@ -1,0 +1,201 @@
+"""Compute linear layers of which each text in a batch may have another adapter: one set of weights, many domains.
+
+In: a linear layer with the retriever's weight W, and each domain's factors of it. Out: for tokens of a domain with the
+knowledge adapters k and their scales c_k (RE-AdaptIR, section 2.2)
+
+    y = W x + sum_k c_k ((d_k - 1) * P x + d_k * s_k B_k A_k x) + bias
+
+which is what the merged weight gives. P x, the output of the pretrained weight, is W x - R x if the retriever is a LoRA
+adapter R, and a second dense product otherwise. Texts are sorted by domain, so that the tokens of a domain are one
+slice, in a padded batch as in a packed one. Rank 32, 20 domains in 1,024 tokens: 1.3 times a plain layer of 384 x 1,536
+in float32 on a core, and 2.4 times with the second product; one padded batched product took 1.4.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from readapt_ray.errors import ModelError
+from readapt_ray.weights.deltas import Factors
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTerms:
+    """What the adapters of one domain add to one linear layer [O, I]. R is the sum of their ranks, K their number."""
+
+    A_RI: Tensor
+    B_OR: Tensor
+    """Multiplied by scaling, and for DoRA by d."""
+    ranks: tuple[int, ...]
+    """Rank of each adapter; 0 if it leaves the layer alone."""
+    gains: Tensor | None
+    """d - 1 in float32 [K, O]; None if no adapter is DoRA."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        tensors = [self.A_RI, self.B_OR] + ([] if self.gains is None else [self.gains])
+        return sum(each.nbytes for each in tensors)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Domain:
+    """The factors of one domain in memory."""
+
+    name: str
+    terms: Mapping[str, LayerTerms]
+    """By the weight that they belong to."""
+    num_bytes: int
+
+
+class DomainUse(NamedTuple):
+    """The domain of a text, with the scale of each of its knowledge adapters."""
+
+    domain: Domain
+    scales: tuple[float, ...]
+
+
+@dataclass
+class DomainBatch:
+    """The domains of the batch that goes through the model now. All layers of a model share it."""
+
+    uses: Sequence[DomainUse | None] = ()
+    """Domain of each slice of tokens; None is the retriever alone."""
+    num_tokens: Sequence[int] = ()
+    """Tokens of each slice, padding included."""
+    called: set[str] = field(default_factory=set)
+    """Weights whose layers were called."""
+
+
+class DomainLinear(nn.Linear):
+    """A linear layer that adds each domain's terms to the tokens of its texts.
+
+    Args:
+        linear: the layer that it takes the place of, with the retriever's weight.
+        name: of its weight.
+        batch: says which tokens are of which domain.
+        pretrained_OI: the pretrained weight, unless it follows from the retriever's.
+        retriever: what the retriever adds to the pretrained weight as LoRA factors; None where it leaves it alone.
+        norm_squared_O: squared norm of each row of the pretrained weight.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Linear,
+        *,
+        name: str,
+        batch: DomainBatch,
+        pretrained_OI: Tensor | None,
+        retriever: Factors | None,
+        norm_squared_O: Tensor,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.name, self.batch = name, batch
+        self.pretrained = None if pretrained_OI is None else nn.Parameter(pretrained_OI, requires_grad=False)
+        self.retriever = retriever
+        self.norm_squared_O = norm_squared_O
+
+    def forward(self, input: Tensor) -> Tensor:  # the name is torch's
+        """Return [..., O] of [..., I].
+
+        Raises:
+            ModelError: the layer gets something other than the tokens of the batch, in order.
+        """
+        batch = self.batch
+        batch.called.add(self.name)
+        if not any(use is not None and self.name in use.domain.terms for use in batch.uses):
+            return functional.linear(input, self.weight, self.bias)
+        x_NI = input.reshape(-1, self.in_features)
+        if len(x_NI) != sum(batch.num_tokens):
+            raise ModelError(
+                f"{self.name} is multiplied with {len(x_NI):,} rows where the batch has {sum(batch.num_tokens):,} tokens, so "
+                f"its output cannot be told apart by text; merge this domain into a model"
+            )
+        y_NO = functional.linear(x_NI, self.weight)
+        plain_NO = self._pretrained_output(x_NI, y_NO)
+        start = 0
+        for use, length in zip(batch.uses, batch.num_tokens, strict=True):
+            rows = slice(start, start + length)
+            start += length
+            if use is not None and (terms := use.domain.terms.get(self.name)) is not None:
+                _add(y_NO[rows], x_NI[rows], None if plain_NO is None else plain_NO[rows], terms, use.scales)
+        if self.bias is not None:
+            y_NO += self.bias
+        return y_NO.view(*input.shape[:-1], self.out_features)
+
+    def _pretrained_output(self, x_NI: Tensor, y_NO: Tensor) -> Tensor | None:
+        """Return P x of W x, or None if no domain of the batch needs it, or if it is W x."""
+        in_batch = (use.domain.terms.get(self.name) for use in self.batch.uses if use is not None)
+        if not any(terms is not None and terms.gains is not None for terms in in_batch):
+            return None
+        if self.pretrained is not None:
+            return functional.linear(x_NI, self.pretrained)
+        if self.retriever is None:
+            return None
+        A_rI, B_Or = self.retriever.A_rI.to(x_NI.dtype), self.retriever.B_Or.to(x_NI.dtype)
+        return torch.addmm(y_NO, x_NI @ A_rI.T, B_Or.T, alpha=-self.retriever.scaling)
+
+    def terms_of(self, factors: Sequence[Factors | None]) -> LayerTerms:
+        """Make what a domain adds to this layer from the factors of its adapters."""
+        some = next(each for each in factors if each is not None)
+        none = Factors(A_rI=some.A_rI[:0], B_Or=some.B_Or[:, :0])
+        known = [(each or none).to(self.weight.device) for each in factors]
+        directions = [None if each.magnitude is None else self._directions(each) for each in known]
+        scaled = [
+            each.B_Or * each.scaling * (1.0 if d_O is None else d_O.unsqueeze(1))
+            for each, d_O in zip(known, directions, strict=True)
+        ]
+        gains = [torch.zeros_like(self.norm_squared_O) if d_O is None else d_O - 1 for d_O in directions]
+        return LayerTerms(
+            A_RI=torch.cat([each.A_rI for each in known]).to(self.weight.dtype),
+            B_OR=torch.cat(scaled, dim=1).to(self.weight.dtype),
+            ranks=tuple(len(each.A_rI) for each in known),
+            gains=None if all(d_O is None for d_O in directions) else torch.stack(gains),
+        )
+
+    def _directions(self, factors: Factors) -> Tensor:
+        """Return d = m / ||P + s B A|| in float32 [O], without a matrix of the weight's size (arXiv 2603.22276)."""
+        A_rI, B_Or, scaling = factors.A_rI, factors.B_Or, factors.scaling
+        products_rO = self._pretrained_of(A_rI)
+        squared_O = (
+            self.norm_squared_O
+            + 2 * scaling * (products_rO.T * B_Or).sum(1)
+            + scaling**2 * ((B_Or @ (A_rI @ A_rI.T)) * B_Or).sum(1)
+        )
+        norm_O = squared_O.clamp(min=0).sqrt()
+        assert factors.magnitude is not None
+        # A row that is zero as a whole has no direction to scale: it stays zero.
+        return torch.where(norm_O == 0, torch.ones_like(norm_O), factors.magnitude.to(norm_O) / norm_O)
+
+    def _pretrained_of(self, A_rI: Tensor) -> Tensor:
+        """Return A P^T in float32 [r, O]."""
+        if self.pretrained is not None:
+            return A_rI @ self.pretrained.float().T
+        product_rO = A_rI @ self.weight.float().T
+        if self.retriever is not None:
+            product_rO -= self.retriever.scaling * (A_rI @ self.retriever.A_rI.T) @ self.retriever.B_Or.T
+        return product_rO
+
+
+def _add(y_NO: Tensor, x_NI: Tensor, plain_NO: Tensor | None, terms: LayerTerms, scales: Sequence[float]) -> None:
+    """Add a domain's terms to the tokens of its texts. `plain_NO` is P x; None if that is `y_NO`."""
+    if not any(scales):
+        return
+    if terms.gains is not None:
+        gain_O = terms.gains.new_tensor(scales) @ terms.gains if len(scales) > 1 else terms.gains[0] * scales[0]
+        if plain_NO is None:
+            y_NO.mul_((1 + gain_O).to(y_NO.dtype))
+        else:
+            y_NO.addcmul_(plain_NO, gain_O.to(y_NO.dtype))
+    inner_NR = x_NI @ terms.A_RI.T
+    if len(scales) == 1:
+        y_NO.addmm_(inner_NR, terms.B_OR.T, alpha=scales[0])
+        return
+    columns = [scale for scale, rank in zip(scales, terms.ranks, strict=True) for _ in range(rank)]
+    y_NO.addmm_(inner_NR.mul_(inner_NR.new_tensor(columns)), terms.B_OR.T)

@@ -1,0 +1,151 @@
+"""Find the factors of domains, check from their records that they belong to one retriever, and fetch them.
+
+In: folders or URIs that `readapt merge --factors` wrote. Out: what each was made of (two small files each, read in
+threads), and when a domain is needed its knowledge adapters. The retriever's part of a bundle, which may be as large as
+the model, is read from one of them alone.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.artifacts import fingerprint, read_manifest
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.errors import FingerprintMismatchError, ModelError, WeightMismatchError
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, TOKENIZER_FILES
+from readapt_ray.storage import Location
+from readapt_ray.weights.adapter import Adapter
+from readapt_ray.weights.bundle import read_bundle
+from readapt_ray.weights.weight_files import Checkpoint
+
+_NUM_THREADS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainSource:
+    """Where the factors of a domain are. It can be sent to another machine."""
+
+    name: str
+    folder: str
+    """Folder or URI."""
+    fingerprint: str
+    """Of the bundle."""
+    scales: tuple[float, ...]
+    """Scale of each knowledge adapter unless a request says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainRecord:
+    """A domain, and what its bundle says that it was made of."""
+
+    source: DomainSource
+    content: Mapping[str, Any]
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the base model."""
+        return str(self.content["sources"]["pretrained"]["fingerprint"])
+
+    @property
+    def retriever_fingerprint(self) -> str:
+        """Return a fingerprint of what all domains of an encoder share."""
+        shared = {name: self.content[name] for name in ("readapter_scale", "low_rank", "encoding")}
+        retriever = self.content["sources"]["retriever"]["fingerprint"]
+        return fingerprint({"base": self.base_fingerprint, "retriever": retriever, **shared})
+
+
+def read_domains(folders: Mapping[str, str]) -> list[DomainRecord]:
+    """Read the record of each domain, many at a time.
+
+    Args:
+        folders: the factors of each domain by its name.
+
+    Raises:
+        ModelError: a folder is not a finished bundle.
+    """
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return list(pool.map(_read, folders, folders.values()))
+
+
+def _read(name: str, folder: str) -> DomainRecord:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise ModelError(f"domain {name!r}: {folder!r} is not a finished output of `readapt merge --factors`")
+    content = read_bundle(Location(folder), f"{name}={folder}")
+    scales = tuple(map(float, content["knowledge_scale"]))
+    source = DomainSource(name=name, folder=folder, fingerprint=manifest.fingerprint, scales=scales)
+    return DomainRecord(source=source, content=content)
+
+
+def check_domains(records: Sequence[DomainRecord], base: OpenModel) -> None:
+    """Check that all domains were made of this base, and of one retriever.
+
+    Raises:
+        WeightMismatchError: one was not; it is named.
+    """
+    first = records[0]
+    for each in records:
+        name, made_of = each.source.name, each.content["sources"]["pretrained"]
+        if each.base_fingerprint != base.fingerprint:
+            raise WeightMismatchError(
+                f"domain {name!r} was made of {made_of['name']!r} (fingerprint {made_of['fingerprint']}), and the base "
+                f"{base.name!r} has {base.fingerprint}; leave it out, or serve that base with it"
+            )
+        if each.retriever_fingerprint != first.retriever_fingerprint:
+            raise WeightMismatchError(
+                f"domains {first.source.name!r} and {name!r} cannot share an encoder: {_difference(first, each)}; merge one of "
+                f"them again with the retriever and the options of the other"
+            )
+
+
+def _difference(one: DomainRecord, other: DomainRecord) -> str:
+    """Say why two domains are not of one retriever."""
+    for option in ("readapter_scale", "low_rank", "encoding"):
+        values = one.content[option], other.content[option]
+        if values[0] != values[1]:
+            return f"{option} is {values[0]!r} for one and {values[1]!r} for the other"
+    made_of = [each.content["sources"]["retriever"] for each in (one, other)]
+    tokenizers = [{file: each["files"].get(file) for file in TOKENIZER_FILES} for each in made_of]
+    what = "tokenizers" if tokenizers[0] != tokenizers[1] else "weights"
+    return f"their retrievers {made_of[0]['name']!r} and {made_of[1]['name']!r} have other {what}"
+
+
+@contextlib.contextmanager
+def fetched(source: DomainSource, base: Checkpoint) -> Iterator[list[Adapter]]:
+    """Give the knowledge adapters of a domain; files from a URI are removed after the block.
+
+    Raises:
+        ModelError: the files are gone or damaged, or the knowledge is whole weights.
+        FingerprintMismatchError: another bundle is there by now.
+        WeightMismatchError: they do not fit the base.
+    """
+    manifest = read_manifest(source.folder)
+    if manifest is None or manifest.fingerprint != source.fingerprint:
+        raise FingerprintMismatchError(
+            f"the factors of domain {source.name!r} are gone, or have been replaced by others"
+        )
+    folder = Location(source.folder)
+    with tempfile.TemporaryDirectory(prefix="readapt-domain-") as copies:
+        adapters = []
+        for number in range(1, 1 + len(source.scales)):
+            part = folder / f"knowledge-{number}"
+            if not (part / ADAPTER_CONFIG_NAME).is_file():
+                raise ModelError(
+                    f"domain {source.name!r} keeps its knowledge as whole weights, and a shared encoder takes adapters; "
+                    f"give the output of `readapt train` to `readapt merge --factors`"
+                )
+            adapters.append(Adapter(_local(part, Path(copies) / str(number)), base, name=f"{source.name}/{number}"))
+        yield adapters
+
+
+def _local(folder: Location, copy: Path) -> Path:
+    """Return the folder, or a copy on this machine."""
+    if folder.is_local:
+        return folder.local_path
+    for name in (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME):
+        (folder / name).copy_to(Location(str(copy / name)))
+    return copy
