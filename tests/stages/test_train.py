@@ -1,9 +1,11 @@
 """train on real Ray Train workers under DeepSpeed, with real kills."""
 
+import contextlib
 import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,21 +141,15 @@ def worker_processes() -> set[int]:
     return found
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("zero_stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
-def test_a_worker_killed_in_mid_epoch_changes_nothing(
-    packed: tuple[Path, Path], tmp_path: Path, zero_stage: int
-) -> None:
-    """SIGKILL after the first checkpoint; the rest is trained from there, with dropout, to the same adapter."""
-    options = {"num_workers": 2, "checkpoint_every_s": 0, "lora_dropout": 0.1, "zero_stage": zero_stage}
-    calm = trained(packed, tmp_path / "calm", **options)
+@contextlib.contextmanager
+def one_worker_killed(checkpoints: Path) -> Iterator[set[int]]:
+    """Kill a worker once the first checkpoint is there; yield the processes that are started after it."""
     left_over = worker_processes()
     killed: set[int] = set()
     started_again: set[int] = set()
     done = threading.Event()
 
     def kill_one_and_watch() -> None:
-        checkpoints = tmp_path / "hit" / "checkpoints"
         while not done.wait(0.02):
             own = worker_processes() - left_over
             if not killed and own and list(checkpoints.glob("step-*")):
@@ -166,10 +162,32 @@ def test_a_worker_killed_in_mid_epoch_changes_nothing(
 
     killer = threading.Thread(target=kill_one_and_watch, daemon=True)
     killer.start()
-    hit = trained(packed, tmp_path / "hit", **options)
+    yield started_again
     done.set()
     killer.join(timeout=5)
     assert killed
+
+
+def test_a_killed_worker_goes_on_from_its_checkpoint(
+    packed: tuple[Path, Path], reference: Path, tmp_path: Path
+) -> None:
+    with one_worker_killed(tmp_path / "hit" / "checkpoints") as started_again:
+        trained(packed, tmp_path / "hit", checkpoint_every_s=0)
+    assert started_again
+    assert largest_difference(reference, tmp_path / "hit") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_worker_killed_in_mid_epoch_changes_nothing(
+    packed: tuple[Path, Path], tmp_path: Path, zero_stage: int
+) -> None:
+    """One of two; the rest is trained from the checkpoint, with dropout, to the same adapter."""
+    options = {"num_workers": 2, "checkpoint_every_s": 0, "lora_dropout": 0.1, "zero_stage": zero_stage}
+    calm = trained(packed, tmp_path / "calm", **options)
+    with one_worker_killed(tmp_path / "hit" / "checkpoints") as started_again:
+        hit = trained(packed, tmp_path / "hit", **options)
     assert len(started_again) >= 2
     assert largest_difference(tmp_path / "calm", tmp_path / "hit") == 0
     rows, expected = read_metrics(hit.location), read_metrics(calm.location)
