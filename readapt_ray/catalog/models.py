@@ -229,6 +229,11 @@ def _check_own_code(model: OpenModel) -> None:
 def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
     """Return how a model encodes text, and what says so; None where nothing does."""
     contract = model.read_json(CONTRACT_NAME)
+    if contract and not isinstance(contract.get("encoding"), dict):
+        raise ModelError(
+            f"{model.folder / CONTRACT_NAME} has no section 'encoding', so it is not of readapt; move it away, or add one as "
+            f"`readapt encoding` shows it"
+        )
     if contract:
         return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME)), CONTRACT_NAME
     row = _catalog_row(model)
