@@ -190,7 +190,7 @@ def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) ->
         ArtifactConflictError: such a file is there.
     """
     try:
-        values = json.loads(file.read_bytes())
+        values = None if file.is_folder() else json.loads(file.read_bytes())
         found = [] if isinstance(values, dict) and keys <= values.keys() else [file]
     except FileNotFoundError:
         found = [each for each in beside if each.exists()]

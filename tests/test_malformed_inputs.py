@@ -48,8 +48,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "qrels in Parquet": ("qrels.parquet", f"{EVALUATE} --runs a.trec --qrels qrels.parquet"),
     "qrels of TREC": ("qrels.txt", f"{EVALUATE} --runs a.trec --qrels qrels.txt"),
     "run": ("a.trec", f"{EVALUATE} --runs a.trec --qrels qrels.tsv"),
-    "index": ("index/shards/00000.faiss", f"{SEARCH} --index index --queries queries.jsonl"),
-    "ids of an index": ("index/shards/00000.ids.parquet", f"{SEARCH} --index index --queries queries.jsonl"),
     "run file": ("run.yaml", "run --config run.yaml --root root"),
     "record of a run": ("begun/run.json", "run --config whole.yaml --root begun"),
     "generations": ("begun/generations.json", "status --history --root begun"),
@@ -64,6 +62,9 @@ LEGAL = {
     ("qrels in JSONL", "cut short"),
     ("qrels of TREC", "cut short"),
     ("run", "cut short"),
+    ("list of modules", "a folder"),
+    ("list of passages", "cut short"),
+    ("list of passages", "of another type"),
 }
 """What is a whole file of its kind, too."""
 

@@ -78,7 +78,7 @@ class OpenModel(ModelFolder):
         folder = self._tokenizer_holder.folder
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             said = first_line(error)
             raise ModelError(f"{self.name!r} has no tokenizer that can be read: {said}") from error
 
