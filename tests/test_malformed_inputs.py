@@ -50,7 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("a.trec", f"{EVALUATE} --runs a.trec --qrels qrels.tsv"),
     "run file": ("run.yaml", "run --config run.yaml --root root"),
     "record of a run": ("begun/run.json", "run --config whole.yaml --root begun"),
-    "generations": ("begun/generations.json", "status --history --root begun"),
+    "generations": ("begun/refresh.json", "status --history --root begun"),
     "report": ("report/report.json", "serve --retriever encoder --index index --require-report report"),
     "list of passages": ("list.json", "train --pretrained base --corpus corpus --output out --exclude list.json"),
 }
@@ -111,7 +111,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "list.json").write_text(json.dumps([each.doc_id for each in passages[:4]]))
     (root / "begun").mkdir()
     (root / "begun/run.json").write_text(json.dumps({"config": {}, "steps": []}))
-    (root / "begun/generations.json").write_text(json.dumps({"format_version": 1, "generations": []}))
+    (root / "begun/refresh.json").write_text(json.dumps({"format_version": 1, "generations": []}))
     (root / "report").mkdir()
     (root / "report/report.json").write_text("{}")
     return root
