@@ -308,8 +308,8 @@ def embed(
             keeps one scale per vector. (default: float32)
         dimensions: Keep only the first dimensions of each vector and normalise it again (for Matryoshka
             models). If omitted, all of them, or what the encoding says.
-        rows_per_shard: Passages per data shard, the unit of work. If omitted, a 32nd of the corpus, from 256 to
-            4,096.
+        rows_per_shard: Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's
+            work, at least 256 and at most a 32nd of the corpus.
         num_workers: Number of encoding actors. If omitted, one per GPU; without GPUs one per
             num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
