@@ -78,6 +78,7 @@ EXCHANGED = (
     "exchange/drop-contents-#-#",
 )
 """What tasks that ingest together tell each other."""
+SUBSET_NAME = "passages.jsonl"
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": (
@@ -140,8 +141,10 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
     "drift": ("report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
+    "subset": (SUBSET_NAME,),
 }
 """What each stage writes beside its records, at its end or on the way there. A run of `search` is one file, its output."""
+STAGE_FILES["headed"] = ("head.safetensors", "body-*.safetensors", *STAGE_FILES["merge"])
 
 
 def record_of(location: Location, name: str) -> Location:

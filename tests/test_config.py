@@ -11,11 +11,12 @@ from readapt_ray.config import Config, split_list
 from readapt_ray.errors import InputError
 from readapt_ray.planner import PlanConfig
 from readapt_ray.recipes import chain
-from readapt_ray.recipes.compare_plan import CompareConfig
+from readapt_ray.recipes.compare_plan import NOT_IN_A_COMPARISON, CompareConfig
 from readapt_ray.recipes.paper.options import PaperConfig
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.stages import STAGES
 from readapt_ray.stages.evaluate import EvaluateConfig
+from readapt_ray.stages.ingest import IngestConfig
 from readapt_ray.stages.merge import MergeConfig
 from readapt_ray.stages.pack import PackConfig
 from readapt_ray.stages.tune import TuneConfig
@@ -174,3 +175,49 @@ def test_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
     assert "(default: )" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "said"),
+    [
+        ("ingest", "--source s --overlap 8", "--overlap does nothing without --split-tokens; give both, or neither"),
+        ("ingest", "--source s --tokenizer m", "--tokenizer does nothing without --split-tokens"),
+        (
+            "train",
+            "--pretrained m --corpus c --method full --lora-rank 8",
+            "--lora-rank does nothing with --method = 'full'",
+        ),
+        ("finetune", "--model m --corpus c --num-negatives 3", "--num-negatives does nothing without --negatives"),
+        ("index", "--vectors v --code-bytes 8", "--code-bytes does nothing with --kind = 'flat', only with ivf-pq"),
+        ("index", "--vectors v --kind hnsw --no-refine", "only with ivf-pq or rabitq; leave one out"),
+        ("index", "--vectors v --memory-gb 3", "--memory-gb does nothing with --kind = 'flat', only with auto"),
+        ("merge", "--num-cpus-per-worker 2 --bundle b", "--num-cpus-per-worker does nothing without --num-workers"),
+        (
+            "compare",
+            "--retrievers a --corpus c --queries-only",
+            "--queries-only does nothing without --readapt or --finetune",
+        ),
+        ("compare", "--retrievers a --corpus c --bridge", "--bridge does nothing without --readapt or --finetune"),
+        (
+            "train",
+            "--pretrained m --corpus c --num-workers 2 --min-workers 4",
+            "--min-workers = 4 is more than --num-workers = 2; lower it",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    command: str, options: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, *options.split(), "--output", "o"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["overlap: 0", "split_tokens: 64\ntokenizer: m\noverlap: 8", "tokenizer:"])
+def test_options_that_are_used_or_have_their_defaults_are_taken(options: str) -> None:
+    assert IngestConfig.parse({"source": "s", "output": "o", **yaml.safe_load(options)}).source == "s"
+
+
+@pytest.mark.parametrize("section", ["merge", "finetune"])
+def test_a_comparison_refuses_queries_only_in_a_section(section: str) -> None:
+    refused = NOT_IN_A_COMPARISON[section]["queries_only"]
+    assert refused == "set queries_only of the comparison, which compares models for queries beside the others"

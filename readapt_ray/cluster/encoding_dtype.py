@@ -9,8 +9,6 @@ from readapt_ray.config import StageConfig
 
 def encoding_dtype(config: StageConfig, asked: str) -> str:
     """Return the type that `auto` stands for: the one the output was begun with, else the one that suits the devices."""
-    from readapt_ray.retrieval.encoder import suitable_dtype
-
     if asked != "auto":
         return asked
     if not config.overwrite:
@@ -19,6 +17,8 @@ def encoding_dtype(config: StageConfig, asked: str) -> str:
         if begun in ("float32", "float16", "bfloat16"):
             return str(begun)
     import ray
+
+    from readapt_ray.retrieval.encoder import suitable_dtype
 
     if not (ray.is_initialized() or os.environ.get("RAY_ADDRESS")):
         return suitable_dtype()

@@ -111,7 +111,8 @@ def load_encoder(
     """
     import torch
 
-    from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
+    from readapt_ray.retrieval.encoder import Encoder
+    from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 
     check_node()
     torch.set_num_threads(num_threads)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.config import Config, OptionError, UsedWith
+from readapt_ray.config import Config, OptionError
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, stage_config
@@ -62,11 +62,6 @@ class CompareConfig(Config):
     """Options of finetune by name (in a YAML file)."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retrievers", "corpus", "queries", "qrels"})
-    used_with: ClassVar[UsedWith] = {
-        "train_options": ("readapt", ()),
-        "merge_options": ("readapt", ()),
-        "finetune_options": ("finetune", ()),
-    }
 
     @model_validator(mode="after")
     def _has_models_for_queries(self) -> Self:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from readapt_ray import hardware
-from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
+from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
@@ -276,16 +276,6 @@ class Encoder:
             raise ModelError(
                 f"dimensions = {self.dimension}, but the model's vectors have {self._width} numbers; give at most that"
             )
-
-
-def encoder_fingerprint(model: OpenModel, encoding: Encoding, dtype: str) -> str:
-    """Stands for all that decides a vector: weights (those of an adapter's base too), encoding, dtype."""
-    return fingerprint_of(model.fingerprint, model.base.fingerprint if model.is_adapter else None, encoding, dtype)
-
-
-def fingerprint_of(weights: str, base: str | None, encoding: Encoding, dtype: str) -> str:
-    """Return `encoder_fingerprint` from the fingerprints of a model and, for an adapter, of its base."""
-    return fingerprint({"weights": weights, "base": base, "encoding": encoding.model_dump(mode="json"), "dtype": dtype})
 
 
 def suitable_dtype(device: str | None = None) -> str:

@@ -33,7 +33,7 @@ class QueryEncoder:
 
 def describe_encoder(model: OpenModel, encoding: Encoding, dtype: str) -> dict[str, Any]:
     """Return what a vector file and a manifest say of the model that made them."""
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
+    from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 
     return {
         "fingerprint": encoder_fingerprint(model, encoding, dtype),
@@ -76,7 +76,7 @@ def query_encoder(
 def _of_query_model(
     model: OpenModel, passages: PassagesModel, made: Artifact, encoding: Encoding | None
 ) -> QueryEncoder:
-    from readapt_ray.retrieval.encoder import fingerprint_of
+    from readapt_ray.retrieval.encoder_fingerprint import fingerprint_of
 
     recorded = made.manifest.details["encoder"]
     cut = {"dimensions": recorded["encoding"].get("dimensions")}
@@ -97,7 +97,7 @@ def _check(model: OpenModel, encoding: Encoding, recorded: dict[str, Any], made:
     Raises:
         FingerprintMismatchError: another model or encoding made them.
     """
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
+    from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 
     if encoder_fingerprint(model, encoding, recorded["dtype"]) == recorded["fingerprint"]:
         return

@@ -278,7 +278,7 @@ def check_version(name: str, config: VersionConfig) -> str:
         FingerprintMismatchError: the index was made by another model, or encoded otherwise, or the bridge leads elsewhere.
         InputError: there is a bridge, and no index that it leads to.
     """
-    from readapt_ray.retrieval.encoder import encoder_fingerprint
+    from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
     from readapt_ray.retrieval.tokenization import TextTokenizer
 
     if isinstance(config, DomainsConfig):

@@ -133,12 +133,17 @@ def embed(config: EmbedConfig) -> Artifact:
     model, encoding = _open_retriever(config)
     passages = open_passages(on_worker.absolute(corpus.location / "passages"), corpus, config.corpus)
     config = _resolve(config, passages.num_rows)
+    is_made = read_manifest(config.output) is not None  # maybe what is asked for, which needs neither torch nor a check
+    if not is_made:
+        _check_retriever(model, encoding)
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
     rows_per_shard = _rows_per_shard(config, corpus, model, encoding)
     job = replace(job, earlier=previous)
 
     def work(workspace: Workspace) -> None:
+        if is_made:
+            _check_retriever(model, encoding)
         before = _state(job.passages)
         if config.sample is not None:
             estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
@@ -222,9 +227,6 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
 
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
-    from readapt_ray.retrieval.tokenization import TextTokenizer
-    from readapt_ray.weights.loading import open_weights
-
     model = config.open_retriever()
     encoding = config.encoding or model.encoding
     if (passages := passages_model(model)) is not None:
@@ -232,9 +234,16 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
         model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
+    return model, encoding
+
+
+def _check_retriever(model: OpenModel, encoding: Encoding) -> None:
+    """Find in seconds what would stop every actor."""
+    from readapt_ray.retrieval.tokenization import TextTokenizer
+    from readapt_ray.weights.loading import open_weights
+
     open_weights(model)
     TextTokenizer(model.tokenizer, encoding)
-    return model, encoding
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:

@@ -57,22 +57,37 @@ def pack(config: PackConfig) -> Artifact:
         ModelError: the tokenizer cannot be read, has no end token, or the block is longer than the model's positions.
     """
     from readapt_ray.sources.judgements import read_doc_ids
-    from readapt_ray.training import packing
 
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     model = models.open_model(config.pretrained, with_weights=False)
-    tokenizer = model.tokenizer
-    if packing.end_id(tokenizer) is None:
-        raise ModelError(
-            f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
-        )
-    config = within_positions(config, model)
+    config = _as_made(config, model) or _checked(config, model)
     inputs = {"corpus": corpus.fingerprint, "pretrained": model.tokenizer_fingerprint}
     lists = {name: read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
     inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
     return artifacts.produce(
         "pack", config, inputs=inputs, work=lambda workspace: _pack(config, model, corpus, lists, workspace)
     )
+
+
+def _as_made(config: PackConfig, model: models.OpenModel) -> PackConfig | None:
+    """Return the config with the `block_tokens` of an output that was finished with this very model; None if there is none."""
+    made = None if config.overwrite else artifacts.read_manifest(config.output)
+    if made is None or made.details.get("model_config") != artifacts.fingerprint(model.config):
+        return None
+    if "block_tokens" in config.model_fields_set:
+        return config
+    return config.model_copy(update={"block_tokens": made.config["block_tokens"]})
+
+
+def _checked(config: PackConfig, model: models.OpenModel) -> PackConfig:
+    """Check the tokenizer, and return the config within the model's positions."""
+    from readapt_ray.training import packing
+
+    if packing.end_id(model.tokenizer) is None:
+        raise ModelError(
+            f"the tokenizer of {config.pretrained!r} has no end token (eos_token or sep_token); set one in its tokenizer_config.json"
+        )
+    return within_positions(config, model)
 
 
 def within_positions(config: PackConfig, model: models.OpenModel) -> PackConfig:
@@ -134,6 +149,7 @@ def _pack(
             )
     workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
     workspace.details["withheld"] = withheld
+    workspace.details["model_config"] = artifacts.fingerprint(model.config)
 
 
 def withheld_numbers(withhold: int, num_passages: int) -> list[int]:

@@ -11,7 +11,8 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
-from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, token_batches
+from readapt_ray.retrieval.encoder import Encoder, token_batches
+from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 from readapt_ray.sources.python_docs import read_docstrings
 from tests import factories
 

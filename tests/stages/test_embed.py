@@ -32,7 +32,8 @@ from readapt_ray.errors import (
 )
 from readapt_ray.records import Passage, vector_schema
 from readapt_ray.retrieval import shard_ledger
-from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint, suitable_dtype
+from readapt_ray.retrieval.encoder import Encoder, suitable_dtype
+from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS
 from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer

@@ -11,7 +11,8 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.retrievers import TARGETS_BY_FAMILY
 from readapt_ray.errors import FingerprintMismatchError, InputError, ModelError, WeightMismatchError
 from readapt_ray.evaluation.runs import read_run
-from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.stages.search import SearchConfig, search

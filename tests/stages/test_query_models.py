@@ -10,7 +10,8 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.errors import FingerprintMismatchError, InputError, ModelError
 from readapt_ray.evaluation.runs import read_run
-from readapt_ray.retrieval.encoder import Encoder, encoder_fingerprint
+from readapt_ray.retrieval.encoder import Encoder
+from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 from readapt_ray.retrieval.query_encoder import query_encoder
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.finetune import FinetuneConfig, finetune

@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from readapt_ray.artifacts import produce
+from readapt_ray.catalog.models import open_model
+from readapt_ray.config import StageConfig
 from readapt_ray.model_file_names import INDEX_NAME
 from readapt_ray.storage import Location
 from readapt_ray.weights.weight_files import Checkpoint, read_header
@@ -23,19 +26,29 @@ def add_head(headless: Location, pretrained: Path, target: Location) -> Location
     Args:
         headless: a local model folder.
         pretrained: local folder of the model whose head is taken, under the names that it has there.
-        target: the folder to write; its index comes last, so one that has an index is complete.
+        target: the folder to write, an artifact.
 
     Returns:
         The target; `headless` itself where the pretrained model stores no head, since it is tied to the embeddings.
 
     Raises:
         ModelError: one of the folders holds no model.
+        ArtifactConflictError: the target holds something else.
     """
     heads = Checkpoint(pretrained).heads
     if not heads:
         return headless
-    if (target / INDEX_NAME).is_file():
-        return target
+    models = {"headless": headless.uri, "pretrained": str(pretrained)}
+    produce(
+        "headed",
+        StageConfig(output=target.uri),
+        inputs={role: open_model(folder).fingerprint for role, folder in models.items()},
+        work=lambda workspace: _write(headless, pretrained, heads, workspace.location),
+    )
+    return target
+
+
+def _write(headless: Location, pretrained: Path, heads: tuple[str, ...], target: Location) -> None:
     weight_map = dict.fromkeys(heads, _HEAD_FILE)
     for name, _ in headless.listing():
         if name.endswith(".safetensors"):
@@ -47,7 +60,6 @@ def add_head(headless: Location, pretrained: Path, target: Location) -> Location
     (target / _HEAD_FILE).write_bytes(save(_read(pretrained, heads)))
     index = {"metadata": {}, "weight_map": weight_map}
     (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-    return target
 
 
 def _read(folder: Path, names: tuple[str, ...]) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Run the paper's experiments over one corpus or many: which artifacts, in which order, under which root.
 
     ROOT/CORPUS/corpus                  passages, queries, qrels
-    ROOT/CORPUS/subsets/PASSAGES-SEED   passages that an adapter is trained on, where these are not all
+    ROOT/CORPUS/subsets/PASSAGES-SEED   passages that an adapter is trained on, where these are not all; -rows: as JSONL
     ROOT/CORPUS/adapters/NAME           knowledge adapters
     ROOT/CORPUS/models/MODEL              merged models
     ROOT/CORPUS/vectors/MODEL, runs/MODEL.trec
@@ -19,9 +19,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from readapt_ray.artifacts import Artifact
+from readapt_ray.artifact_files import SUBSET_NAME
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, produce
 from readapt_ray.catalog import models
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.config import StageConfig
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.recipes.chain import Section, SectionRules, make, pack_options, stage_config
@@ -252,13 +254,22 @@ class Reproduction:
         name = f"{variant.passages}-seed{seed}" if variant.passages.isdecimal() else variant.passages
         folder = Location(f"{self._folder(source)}/subsets")
         wanted = _wanted(corpus, source, variant.passages, seed)
-        file = folder / f"{name}.jsonl"
-        if not file.is_file():
-            with file.open_output() as stream:
+
+        def write(workspace: Workspace) -> None:
+            with (workspace.location / SUBSET_NAME).open_output() as stream:
                 for row in _rows(corpus):
                     if row["doc_id"] in wanted:
                         stream.write(json.dumps({"_id": row["doc_id"], **row}, ensure_ascii=False).encode() + b"\n")
-        return self._make("ingest", {"deduplicate": "none"}, source=file.uri, output=(folder / name).uri).uri
+
+        rows = produce(
+            "subset",
+            StageConfig(output=(folder / f"{name}-rows").uri),
+            inputs={"corpus": corpus.fingerprint},
+            identity={"doc_ids": fingerprint(sorted(wanted))},
+            work=write,
+        )
+        source_file = (rows.location / SUBSET_NAME).uri
+        return self._make("ingest", {"deduplicate": "none"}, source=source_file, output=(folder / name).uri).uri
 
     def _make(self, stage: str, options: Section, **wired: Any) -> Artifact:
         return make(stage, options, RULES, **wired)
