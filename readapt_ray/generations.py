@@ -65,6 +65,8 @@ def read(root: Location) -> list[Generation]:
         CorruptFileError: the file was cut short or altered.
     """
     file = root / FILE_NAME
+    if file.is_folder():
+        raise CorruptFileError(f"{file} is a folder, where the list of generations belongs; move it away")
     if not file.is_file():
         return _of_run(root)
     names = {each.name for each in dataclasses.fields(Generation)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -81,6 +82,7 @@ def test_a_finished_stage_imports_neither_torch_nor_ray(world: Path, stage: str)
     done = subprocess.run(
         [sys.executable, "-c", RUN, stage, *COMMANDS[stage].split()],
         cwd=world,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
         capture_output=True,
         text=True,
         check=False,
