@@ -190,7 +190,7 @@ async def _description(app: str) -> tuple[Any, VersionInfo]:
             encoder = serve.get_deployment_handle(ENCODER_DEPLOYMENT, app)
             info: VersionInfo = await encoder.describe.remote()
             return encoder, info
-        except (RayServeException, ray.exceptions.RayActorError) as error:
+        except (RayServeException, ray.exceptions.RayActorError, KeyError) as error:  # KeyError: there is no such app
             logger.info("waiting for %s: %s", app, error)
             await asyncio.sleep(_POLL_S)
 

@@ -82,6 +82,25 @@ def test_a_version_that_is_down_holds_up_no_other_and_is_added_once_it_is_up(rep
     asyncio.run(run())
 
 
+def test_an_application_that_is_not_there_is_waited_for(monkeypatch):
+    seen = []
+
+    def handle(deployment, app):
+        seen.append(app)
+        if len(seen) < 3:
+            raise KeyError(f"{deployment} of {app} does not exist.")
+
+        async def describe():
+            return "info"
+
+        return types.SimpleNamespace(describe=types.SimpleNamespace(remote=describe))
+
+    monkeypatch.setattr(gateway, "_POLL_S", 0.0)
+    monkeypatch.setattr(gateway, "serve", types.SimpleNamespace(get_deployment_handle=handle))
+    assert asyncio.run(gateway._description("readapt-a"))[1] == "info"
+    assert seen == ["readapt-a"] * 3
+
+
 def test_a_version_whose_passages_are_damaged_holds_up_no_other(world, version, tmp_path):
     """Requests that name it are told why; of the split only what is up takes part."""
     made = ingest_artifact(tmp_path / "corpus", small_corpus(5))
