@@ -20,7 +20,14 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog.shapes import pretrained_shape
 from readapt_ray.cluster.step_metrics import read_metrics
-from readapt_ray.errors import ArtifactMissingError, CorpusError, ModelError, PlacementError, TrainingDivergedError
+from readapt_ray.errors import (
+    ArtifactMissingError,
+    CorpusError,
+    InputError,
+    ModelError,
+    PlacementError,
+    TrainingDivergedError,
+)
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.worker_memory import train_memory
 from readapt_ray.recipes.chain import train_on_passages
@@ -366,3 +373,71 @@ def test_bad_input_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_p
 def test_target_modules_that_match_nothing_come_out_as_our_error(packed: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\['nothing'\] match no linear layer; the model has"):
         trained(packed, tmp_path / "a", target_modules=("nothing",), max_failures=0)
+
+
+@pytest.fixture(scope="module")
+def grown(packed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same model, and in blocks what a later state of the corpus has that the first has not."""
+    base, blocks = packed
+    folder = tmp_path_factory.mktemp("grown")
+    first = factories.small_corpus(160)
+    changed = first[5]._replace(text=f"{first[5].text} It was changed.")
+    added = [each._replace(doc_id=f"new-{each.doc_id}") for each in factories.small_corpus(40, seed=9)]
+    same_text = first[7]._replace(doc_id="another-id")
+    factories.ingest_artifact(folder / "corpus", [*first[:5], changed, *first[6:100], *added, same_text])
+    options = {"mode": "packed", "block_tokens": 64, "new_since": str(blocks.parent / "corpus")}
+    made = pack(
+        PackConfig(pretrained=str(base), corpus=str(folder / "corpus"), output=str(folder / "blocks"), **options)
+    )
+    new = len({each.text for each in added} - {each.text for each in first})
+    assert made.manifest.counts["num_passages"] == 1 + new > 20
+    assert made.manifest.counts["num_withheld_passages"] == 141 - 1 - new
+    return base, folder / "blocks"
+
+
+def test_an_adapter_goes_on_from_an_earlier_one(
+    packed: tuple[Path, Path], grown: tuple[Path, Path], reference: Path, tmp_path: Path
+) -> None:
+    """At a learning rate of almost nothing it is the earlier one; at a real one it goes on from there, also when killed."""
+    still = trained(grown, tmp_path / "still", continue_from=str(reference), learning_rate=1e-12)
+    assert largest_difference(reference, tmp_path / "still") < 1e-9
+    assert still.manifest.inputs["continue_from"] == open_artifact(str(reference), "train").fingerprint
+    made = trained(grown, tmp_path / "calm", continue_from=str(reference), learning_rate=1e-3)
+    anew = trained(grown, tmp_path / "anew", learning_rate=1e-3)
+    first_losses = [read_metrics(each.location)[0]["loss"] for each in (made, anew)]
+    assert first_losses[0] < first_losses[1] - 0.2
+    with one_worker_killed(tmp_path / "hit" / "checkpoints"):
+        trained(grown, tmp_path / "hit", continue_from=str(reference), learning_rate=1e-3, checkpoint_every_s=0)
+    assert largest_difference(tmp_path / "calm", tmp_path / "hit") == 0
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_on_when_every_weight_is_partitioned(
+    grown: tuple[Path, Path], reference: Path, tmp_path: Path
+) -> None:
+    options = {"continue_from": str(reference), "learning_rate": 1e-12, "num_workers": 2, "zero_stage": 3}
+    trained(grown, tmp_path / "a", **options)
+    assert largest_difference(reference, tmp_path / "a") < 1e-9
+
+
+def test_only_what_fits_an_adapter_goes_on_from_it(packed: tuple[Path, Path], reference: Path, tmp_path: Path) -> None:
+    def refused(error: type[Exception], match: str, blocks: tuple[Path, Path] = packed, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            trained(blocks, tmp_path / "a", **{"continue_from": str(reference), **options})
+
+    refused(
+        InputError, r"lora_rank = 8, and continue_from = '.*' has lora_rank = 32; leave --lora-rank out", lora_rank=8
+    )
+    refused(InputError, r"method = 'lora', and continue_from = '.*' has method = 'dora'", method="lora")
+    refused(InputError, r"target_modules = \('q_proj',\), and continue_from", target_modules=("q_proj",))
+    refused(ModelError, r"is not an adapter; give the output folder of `readapt train`", continue_from=str(packed[0]))
+    other = factories.tiny_decoder(tmp_path / "other", seed=3)
+    refused(ModelError, r"whose weights are not those of '.*other'; give that model", (other, packed[1]))
+    larger = factories.tiny_decoder(tmp_path / "larger", hidden_size=32)
+    refused(ModelError, r"does not fit the model '.*larger'", (larger, packed[1]))
+    config = json.loads((reference / "adapter_config.json").read_text())
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    (odd / "adapter_config.json").write_text(json.dumps(config | {"use_rslora": True}))
+    refused(ModelError, r"has use_rslora = True, which cannot be trained on", continue_from=str(odd))
+    assert not (tmp_path / "a").exists()
