@@ -36,7 +36,7 @@ from readapt_ray.retrieval.footers import check_complete, named_footers, row_cou
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards, plan_shards_like
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
 
@@ -315,9 +315,13 @@ def _placement(config: EmbedConfig) -> Placement:
 
 def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace: Workspace) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
-    joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
+    joined, shards = None, plan_shards(passages.counts, job.rows_per_shard)
+    if job.earlier is not None:
+        joined = join_digests(passages, job.earlier, job.output / "join")
+        pieces = joined.matches.pieces(passages.num_rows)
+        shards = plan_shards_like(passages.counts, job.rows_per_shard, job.earlier.counts, pieces)
     ledger = encode_shards(
-        plan_shards(passages.counts, job.rows_per_shard),
+        shards,
         job if joined is None else replace(job, matches=joined.matches),
         _placement(config),
         lambda done, total: workspace.progress(done, total, unit="passages"),
