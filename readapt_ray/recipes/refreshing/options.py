@@ -76,6 +76,7 @@ _BY_REFRESH = "a refresh passes the generation before by itself; leave it out"
 RULES = SectionRules(
     recipe="the refresh",
     refused={
+        "ingest": {"previous": _BY_REFRESH},
         "embed": {"previous": _BY_REFRESH, "sample": "a refresh needs vectors of all passages; leave it out"},
         "index": {"previous": _BY_REFRESH},
         "export": {"previous": _BY_REFRESH},

@@ -237,7 +237,8 @@ class _Making:
             return self._made[CORPUS]
         if self.present is not None and self._has(CORPUS) and self.present.source_fingerprint == fingerprint:
             return self._present(CORPUS)
-        return self._run(CORPUS, source=self.settings["source"])
+        previous = self._present(CORPUS).uri if self._has(CORPUS) else None
+        return self._run(CORPUS, source=self.settings["source"], previous=previous)
 
     def _changes(self, corpus: Artifact) -> Changes | None:
         return None if self.present is None else compare_corpora(self._present(CORPUS), corpus)
