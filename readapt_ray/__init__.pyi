@@ -623,6 +623,7 @@ def ingest(
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
+    previous: str | Path | None = None,
     format: Literal['auto', 'beir', 'jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
     columns: Sequence[str] = (),
     keep: Sequence[str] = (),
@@ -646,6 +647,8 @@ def ingest(
             such an output is refused. (default: no)
         source: Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a
             corpus name of the catalog. (required)
+        previous: Passages of an earlier state of the corpus. Files of passages that did not change are shared
+            with it, not written.
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
         columns: Columns that hold doc_id, title and text, if they are not called so:
