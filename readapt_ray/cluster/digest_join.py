@@ -17,8 +17,15 @@ from readapt_ray import artifact_files
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.connection import connect
 from readapt_ray.records import content_hash
-from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, hashes_of, matching_rows, plan_shards
+from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
+from readapt_ray.retrieval.shard_plan import (
+    PASSAGE_COLUMNS,
+    DataShard,
+    hashes_of,
+    matching_rows,
+    plan_shards,
+    plan_shards_like,
+)
 from readapt_ray.sources.duplicates import digest
 from readapt_ray.sources.exchange import partition_of, read_partition, write_partitions
 from readapt_ray.storage import Location
@@ -80,6 +87,14 @@ class Joined:
     num_to_encode: NDArray[np.int64]
     """Passages without an earlier vector in each part of the corpus between `bin_bounds`."""
 
+    earlier_counts: RowCounts
+    """Names and rows of the files of earlier vectors."""
+
+    def shards(self, passages: ParquetRows, rows_per_shard: int) -> list[DataShard]:
+        """Return the shards of the passages, cut as the files of the earlier vectors are."""
+        pieces = self.matches.pieces(passages.num_rows)
+        return plan_shards_like(passages.counts, rows_per_shard, self.earlier_counts, pieces)
+
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:
     """Return where each of 4,096 equal parts of a corpus begins, and where the last one ends."""
@@ -97,7 +112,7 @@ def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) 
     num_partitions = max(1, -(-max(passages.num_rows, earlier.num_rows) // _CHUNK_ROWS))
     if num_partitions == 1:
         ((counts, num_to_encode),) = _tasks(_join_whole, [(passages, earlier, folder)])
-        return Joined(Matches(folder, _CHUNK_ROWS), Changes(**counts), num_to_encode)
+        return Joined(Matches(folder, _CHUNK_ROWS), Changes(**counts), num_to_encode, earlier.counts)
     sides = {"now": passages, "before": earlier}
     chunks = {side: plan_shards(rows.counts, _CHUNK_ROWS) for side, rows in sides.items()}
     splits = [(side, sides[side].folder, chunk) for side, planned in chunks.items() for chunk in planned]
@@ -112,7 +127,7 @@ def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) 
     ordered = ((chunk, folder, num_partitions, num_chunks["now"], passages.num_rows) for chunk in chunks["now"])
     for found in _tasks(_in_order, ordered):
         num_to_encode += found
-    return Joined(Matches(folder, _CHUNK_ROWS), Changes(**total), num_to_encode)
+    return Joined(Matches(folder, _CHUNK_ROWS), Changes(**total), num_to_encode, earlier.counts)
 
 
 def _tasks(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

@@ -36,7 +36,7 @@ from readapt_ray.retrieval.footers import check_complete, named_footers, row_cou
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards, plan_shards_like
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
 
@@ -139,13 +139,14 @@ def embed(config: EmbedConfig) -> Artifact:
     previous, other = _open_previous(config, job.encoder)
     rows_per_shard = _rows_per_shard(config, corpus, model, encoding)
     job = replace(job, earlier=previous)
+    placement = Placement(config.num_workers, config.num_cpus_per_worker)
 
     def work(workspace: Workspace) -> None:
         before = _state(job.passages)
         if config.sample is not None:
-            estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
+            estimate_full_run(config.sample, job, passages, placement, compared=other, workspace=workspace)
         else:
-            _encode(replace(job, rows_per_shard=rows_per_shard), passages, config, workspace)
+            _encode(replace(job, rows_per_shard=rows_per_shard), passages, config, placement, workspace)
         if _state(job.passages) != before:
             raise CorpusError(f"{config.corpus!r} was replaced while it was embedded; embed it with --overwrite")
 
@@ -309,21 +310,16 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
     )
 
 
-def _placement(config: EmbedConfig) -> Placement:
-    return Placement(config.num_workers, config.num_cpus_per_worker)
-
-
-def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace: Workspace) -> None:
+def _encode(
+    job: EmbedJob, passages: ParquetRows, config: EmbedConfig, placement: Placement, workspace: Workspace
+) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
-    joined, shards = None, plan_shards(passages.counts, job.rows_per_shard)
-    if job.earlier is not None:
-        joined = join_digests(passages, job.earlier, job.output / "join")
-        pieces = joined.matches.pieces(passages.num_rows)
-        shards = plan_shards_like(passages.counts, job.rows_per_shard, job.earlier.counts, pieces)
+    joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
+    rows = job.rows_per_shard
     ledger = encode_shards(
-        shards,
-        job if joined is None else replace(job, matches=joined.matches),
-        _placement(config),
+        joined.shards(passages, rows) if joined else plan_shards(passages.counts, rows),
+        replace(job, matches=joined.matches) if joined else job,
+        placement,
         lambda done, total: workspace.progress(done, total, unit="passages"),
     )
     figures = ledger.figures
