@@ -117,13 +117,8 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    writer = PartWriter(
-        job.output / "passages",
-        rows_per_file=job.rows_per_file,
-        prefix=f"{piece.number:06d}",
-        kept=job.kept,
-        earlier=job.earlier,
-    )
+    prefix, to = f"{piece.number:06d}", job.output / "passages"
+    writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
     digests = _Digests(job, piece.number)
     checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     reasons: Counter[str] = Counter()
