@@ -46,7 +46,8 @@ def running(host: str = "127.0.0.1") -> Iterator[Store]:
     def application(environ: dict[str, Any], start_response: Any) -> Any:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         store.requests.append(f"{method} {path}")
-        store.bytes_written += int(environ.get("CONTENT_LENGTH") or 0)
+        length = environ.get("HTTP_X_AMZ_DECODED_CONTENT_LENGTH") or environ.get("CONTENT_LENGTH") or 0
+        store.bytes_written += int(length) if method in ("PUT", "POST") else 0
         if store.busy(method, path):
             store.refused.append(f"{method} {path}")
             start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_BUSY)))])

@@ -42,7 +42,7 @@ def embedded(
     if earlier is not None:
         before = opened(earlier / "out/vectors")
         _join_whole(rows, before, job.output / "join")
-        job = replace(job, earlier=before, matches=Matches(job.output / "join", digest_join._CHUNK_ROWS))
+        job = replace(job, earlier=before, matches=Matches(job.output / "join", digest_join._CHUNK_ROWS, ()))
         shards = plan_shards_like(rows.counts, ROWS, before.counts, job.matches.pieces(rows.num_rows))
     encoder = ShardEncoder(job)
     found = [row for task in ShardSource(shards, job, tokenizes=True).get_read_tasks() for row in task()]
