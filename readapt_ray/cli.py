@@ -30,6 +30,7 @@ from readapt_ray.errors import (
 if TYPE_CHECKING:
     from readapt_ray.artifacts import Artifact
     from readapt_ray.recipes import chain
+    from readapt_ray.recipes.problems import Problems
 
 logger = logging.getLogger("readapt_ray")
 
@@ -166,20 +167,21 @@ def _tell_left_out(details: dict[str, Any]) -> None:
         )
 
 
-def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
+def _run_config(options: argparse.Namespace, problems: "Problems") -> "chain.RunConfig":
     from readapt_ray.recipes import run_file
 
-    changes = dict(map(run_file.parse_change, options.set))
+    changes = run_file.parse_changes(options.set, problems)
     given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
-    return run_file.read_run(options.config, changes | given)
+    return run_file.read_run(options.config, changes | given, problems)
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
     from readapt_ray.recipes import run_end, running
+    from readapt_ray.recipes.problems import Problems
 
-    options = parser_of("run").parsed(arguments)
-    config = _run_config(options)
-    made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage)
+    options, problems = parser_of("run").parsed(arguments), Problems()
+    config = _run_config(options, problems)
+    made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage, problems=problems)
     for artifact in made.values():
         _tell(artifact)
     print(run_end.closing(config, made))
@@ -191,10 +193,13 @@ def _plan(arguments: Sequence[str]) -> None:
 
     from readapt_ray import flags, planner
     from readapt_ray.planner import plan_report
+    from readapt_ray.recipes.problems import Problems
 
-    options = parser_of("plan").parsed(arguments)
+    options, problems = parser_of("plan").parsed(arguments), Problems()
     plan_options = flags.given(planner.PlanConfig, options)
-    found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
+    run = _run_config(options, problems)
+    problems.raise_them()
+    found = planner.plan(run, planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
     print(json.dumps(plan_report.values(found), indent=2) if options.json else plan_report.text(found))
     unfilled = found.setting.cluster.unfilled
     if found.problems or unfilled:
