@@ -127,9 +127,7 @@ def index(config: IndexConfig) -> Artifact:
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
-        workspace.details["is_split"] = bool(source.manifest.details.get("is_split"))
-        if "truncation" in source.manifest.details:
-            workspace.details["truncation"] = source.manifest.details["truncation"]
+        workspace.details |= _details_of(source)
         if corpus is not None:
             workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 
@@ -140,6 +138,13 @@ def index(config: IndexConfig) -> Artifact:
         identity={"rows_per_shard": rows_per_shard},
         work=work,
     )
+
+
+def _details_of(vectors: Artifact) -> dict[str, Any]:
+    """Return what an index tells of its passages as their vectors do."""
+    details = vectors.manifest.details
+    truncation = {name: details[name] for name in ("truncation",) if name in details}
+    return {"is_split": bool(details.get("is_split")), **truncation}
 
 
 def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexOptions) -> Artifact | None:
