@@ -210,15 +210,6 @@ class Config(BaseModel):
             raise cls._refusal(error, where or cls.__name__, flags=flags) from None
 
     @classmethod
-    def wrong_options(cls, values: dict[str, Any]) -> set[str]:
-        """Return the names of the options that `parse` refuses: unknown, wrong, or required and missing."""
-        try:
-            cls.model_validate(values)
-        except pydantic.ValidationError as error:
-            return {str(problem["loc"][0]) for problem in error.errors(include_url=False) if problem["loc"]}
-        return set()
-
-    @classmethod
     def _refusal(cls, error: pydantic.ValidationError, where: str, *, flags: bool = False) -> InputError:
         problems = _join(_describe(problem, cls, flags) for problem in error.errors(include_url=False))
         return InputError(f"{where}: {problems}")
