@@ -22,7 +22,7 @@ from readapt_ray.cluster import on_worker, query_writing
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.query_writing import WritingJob
 from readapt_ray.cluster.round_trip import find_passages
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.progress import amount
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA
@@ -82,6 +82,10 @@ class SynthesizeConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"corpus", "model", "vectors"})
     operational: ClassVar[frozenset[str]] = frozenset({"num_requests", "timeout_s"})
+    used_with: ClassVar[UsedWith] = {
+        "round_trip_k": ("vectors", ()),
+        **dict.fromkeys(("budget_tokens", "num_requests", "timeout_s"), ("endpoint", ())),
+    }
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -92,8 +96,8 @@ class SynthesizeConfig(StageConfig):
                 check_endpoint(self.endpoint)
             except ValueError as error:
                 raise OptionError("{endpoint}: {what}", what=str(error)) from None
-        elif self.budget_tokens is not None:
-            raise OptionError("{budget_tokens} is for an {endpoint}; a model of your own stops at {num_passages}")
+            if self.dtype != "auto":
+                raise OptionError("{dtype} is for a model that is loaded here; an {endpoint} has its own")
         return self
 
 

@@ -194,7 +194,10 @@ def test_a_budget_that_is_spent_keeps_what_is_there(corpus, server, tmp_path, ca
         ({"endpoint": "http://host/v1?api_key=secret"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "localhost:8000"}, "no URL such as"),
         ({"prompt": "Write a query."}, "has no {passage}"),
-        ({"endpoint": None, "budget_tokens": 5}, "budget_tokens is for an endpoint"),
+        ({"endpoint": None, "budget_tokens": 5}, "endpoint"),
+        ({"endpoint": None, "num_requests": 5}, "endpoint"),
+        ({"round_trip_k": 5}, "vectors"),
+        ({"dtype": "float32"}, "dtype is for a model that is loaded here"),
         ({"api_key": "secret"}, "unknown option 'api_key'"),
     ],
 )
