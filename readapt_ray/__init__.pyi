@@ -641,6 +641,7 @@ def ingest(
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
+    previous: str | Path | None = None,
     format: Literal['auto', 'beir', 'jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
     columns: Sequence[str] = (),
     keep: Sequence[str] = (),
@@ -664,6 +665,8 @@ def ingest(
             such an output is refused. (default: no)
         source: Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a
             corpus name of the catalog. (required)
+        previous: Passages of an earlier state of the corpus. Files of passages that did not change are shared
+            with it, not written.
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
         columns: Columns that hold doc_id, title and text, if they are not called so:
@@ -780,6 +783,7 @@ def pack(
     exclude: str | Path | None = None,
     withhold: int = 0,
     only: str | Path | None = None,
+    new_since: str | Path | None = None,
 ) -> Artifact:
     """Tokenise passages and pack them into blocks (train does it when needed).
 
@@ -799,6 +803,8 @@ def pack(
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
+        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
+            title and text are not in it.
         pretrained: Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
 
@@ -880,6 +886,7 @@ def refresh(
     back: int | None = None,
     allow_shrink: bool = False,
     overwrite: bool = False,
+    loss_sample: int = 64,
     ingest: dict[str, Any] | None = None,
     embed: dict[str, Any] | None = None,
     index: dict[str, Any] | None = None,
@@ -904,6 +911,8 @@ def refresh(
             Without this it is refused. (default: no)
         overwrite: Make again all that other options or another model make stale. Without this they are refused.
             (default: no)
+        loss_sample: Number of new and of kept passages on which the language-model loss of the retriever's
+            adapter is measured; 0 leaves it out. It loads the pretrained model. (default: 64)
         ingest: Options of ingest. If omitted, those of the refresh before; so are the other sections.
         embed: Options of embed.
         index: Options of index.
@@ -1243,6 +1252,8 @@ def train(
     exclude: str | Path | None = None,
     withhold: int = 0,
     only: str | Path | None = None,
+    new_since: str | None = None,
+    continue_from: str | Path | None = None,
     objective: Literal['causal_lm', 'masked_lm'] | None = None,
     batch_size: int | Literal['auto'] = 4,
     micro_batch_tokens: int = 4096,
@@ -1306,9 +1317,14 @@ def train(
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
+        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
+            title and text are not in it.
         pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are
             packed first, into OUTPUT-blocks. (required)
+        continue_from: Adapter of an earlier training on the same pretrained model to go on from; method, rank,
+            alpha and target modules are its own. Give it passages that it has not seen: with new_since, or a
+            corpus of new passages.
         objective: causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If
             omitted, what the model has a head for.
         batch_size: Blocks per step, over all workers. auto gives each worker at least 16,384 tokens per step,
