@@ -167,12 +167,18 @@ def _tell_left_out(details: dict[str, Any]) -> None:
         )
 
 
-def _run_config(options: argparse.Namespace, problems: "Problems") -> "chain.RunConfig":
+def _run_config(options: argparse.Namespace, problems: "Problems | None" = None) -> "chain.RunConfig":
+    """Return the config of a run; what is wrong with its options goes to `problems`, or is raised."""
     from readapt_ray.recipes import run_file
+    from readapt_ray.recipes.problems import Problems
 
-    changes = run_file.parse_changes(options.set, problems)
+    found = Problems() if problems is None else problems
+    changes = run_file.parse_changes(options.set, found)
     given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
-    return run_file.read_run(options.config, changes | given, problems)
+    config = run_file.read_run(options.config, changes | given, found)
+    if problems is None:
+        found.raise_them()
+    return config
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
@@ -193,13 +199,10 @@ def _plan(arguments: Sequence[str]) -> None:
 
     from readapt_ray import flags, planner
     from readapt_ray.planner import plan_report
-    from readapt_ray.recipes.problems import Problems
 
-    options, problems = parser_of("plan").parsed(arguments), Problems()
+    options = parser_of("plan").parsed(arguments)
     plan_options = flags.given(planner.PlanConfig, options)
-    run = _run_config(options, problems)
-    problems.raise_them()
-    found = planner.plan(run, planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
+    found = planner.plan(_run_config(options), planner.PlanConfig.parse(plan_options, where="readapt plan", flags=True))
     print(json.dumps(plan_report.values(found), indent=2) if options.json else plan_report.text(found))
     unfilled = found.setting.cluster.unfilled
     if found.problems or unfilled:
