@@ -1,7 +1,7 @@
 """Check before a run that memory holds the largest step of each stage that is to be made.
 
 In: options, the shapes of the models and, once the corpus is there, its size. What counts is the memory of this machine or
-its GPUs, and on a cluster without GPUs that of its largest node. GPU workers of a cluster check theirs when they start. No
+its GPUs, and on a cluster without GPUs that of its largest node. GPU workers of a cluster check theirs when they train. No
 weight is read. Training is estimated as training itself does it. Of embed and index only what they hold for certain is
 counted, so that nothing is refused that would run.
 """
@@ -15,6 +15,7 @@ from typing import Any
 from readapt_ray import environment, hardware
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
+from readapt_ray.cluster import connection, nodes
 from readapt_ray.errors import PlacementError
 from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
@@ -101,17 +102,13 @@ def _place() -> _Place | None:
 
     ray = sys.modules.get("ray")
     if os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
-        from readapt_ray.cluster import connection, nodes
-
         total = connection.connect()
         up = nodes.alive()
-        if len(up) > 1:
-            most = max((int(node["Resources"].get("memory", 0)) for node in up), default=0)
-            return (
-                None if total.num_gpus or not most else _Place("cpu", total.num_cpus, len(up), most, "the largest node")
-            )
         if os.environ.get("RAY_ADDRESS") and total.num_gpus:
             return None
+        if len(up) > 1:
+            most = max(int(node["Resources"].get("memory", 0)) for node in up)
+            return _Place("cpu", total.num_cpus, len(up), most, "the largest node of the cluster")
     if torch.cuda.is_available():
         free = memory.free_bytes(torch.device("cuda"), 1)
         return _Place("cuda", hardware.num_cores(), 1, free, "a GPU of this machine")
