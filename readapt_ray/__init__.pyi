@@ -308,8 +308,8 @@ def embed(
             keeps one scale per vector. (default: float32)
         dimensions: Keep only the first dimensions of each vector and normalise it again (for Matryoshka
             models). If omitted, all of them, or what the encoding says.
-        rows_per_shard: Passages per data shard, the unit of work. If omitted, a 32nd of the corpus, from 256 to
-            4,096.
+        rows_per_shard: Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's
+            work, at least 256 and at most a 32nd of the corpus.
         num_workers: Number of encoding actors. If omitted, one per GPU; without GPUs one per
             num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
@@ -1272,7 +1272,9 @@ def tune(
         retriever: Model to adapt: a catalog name, a folder, a URI or a hub id. (required)
         adapter: Knowledge adapter: the output of `readapt train`, or a PEFT folder. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
-        queries: Withheld queries: a file or folder. If omitted, pseudo-queries are generated from the passages.
+        queries: Withheld queries: a file or folder. If omitted, those of the corpus's split dev, else of train,
+            but never of the split that is reported on (test, or that of the report beside the corpus); else
+            pseudo-queries made from the passages.
         qrels: Judgements of the queries: a file or folder.
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)
         knowledge_scales: Weights of the adapter's change to try, separated by commas. (default:
