@@ -510,7 +510,7 @@ def test_a_root_is_probed_and_left_as_it_was(desk: Desk) -> None:
         room_checks.check_root(f"s3://{object_store.BUCKET}/root")
         assert any(each.startswith("PUT /bucket/root/") for each in store.requests)
         assert any(each.startswith("DELETE /bucket/root/") for each in store.requests)
-        assert store.names() == []
+        assert [name for name in store.names() if not name.endswith("/")] == [], "the store's mark of a folder may stay"
     room_checks.check_root(str(desk.root / "new" / "folder"))
     assert not desk.root.exists()
 
@@ -577,7 +577,8 @@ def test_the_memory_of_each_stage_is_checked_where_it_will_run(
     monkeypatch.setattr(memory, "free_bytes", lambda *_: free)
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: not is_here))
     problems = Problems()
-    options = {"embed": {"dtype": "bfloat16"}, "train": {"check_memory": False}, **options}
+    small = {"embed": {"dtype": "bfloat16"}, "index": {"rows_per_shard": 100}, "train": {"check_memory": False}}
+    options = {**small, **options}
     configs = {step.stage: step.config for step in chain.plan_run(chain.RunConfig.parse({**desk.values, **options}))}
     found = {name: open_model(desk.values[name]) for name in ("pretrained", "retriever")}
     memory_checks.check_memory(configs, configs, found, problems, dimension=32, num_passages=1000)
