@@ -22,6 +22,7 @@ from readapt_ray.recipes.option_checks import index_kind
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.retrieval.index_kinds import shard_rows, vector_bytes
 
+_STAGES = {"train", "merge", "embed", "index"}
 _LEAST_SHARD_ROWS = 256
 """Passages of a shard of embed at least, so that a small corpus has few workers."""
 _INDEX_COPIES = 2
@@ -76,8 +77,8 @@ def check_memory(
         dimension: numbers of a vector; None if it is not known.
         num_passages: of the corpus; None if it is not there yet.
     """
-    place = _place()
-    if place is None:
+    # To join a cluster may mean to wait for its nodes, so it comes last: where nothing else is wrong.
+    if not due.keys() & _STAGES or (problems and os.environ.get("RAY_ADDRESS")) or (place := _place()) is None:
         return
     pretrained, retriever = models.get("pretrained"), models.get("retriever")
     if "train" in due and "pack" in every and pretrained is not None:
