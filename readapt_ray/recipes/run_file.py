@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import pydantic
 import yaml
 
 from readapt_ray.errors import InputError
@@ -43,13 +44,22 @@ def changed(
 
 def _parsed(values: dict[str, Any], problems: Problems, *, where: str) -> RunConfig:
     """Make a config of the options that are right. What is required and wrong or missing is empty, and left out."""
-    wrong = RunConfig.wrong_options(values)
+    wrong = _wrong_options(values)
     if wrong:
         with problems.noted(*wrong):
             RunConfig.parse(values, where=where)
     right = {name: value for name, value in values.items() if name not in wrong}
     empty = {name: "" for name in wrong & RunConfig.model_fields.keys() if RunConfig.model_fields[name].is_required()}
     return RunConfig.parse({**right, **empty}, where=where)
+
+
+def _wrong_options(values: Mapping[str, Any]) -> set[str]:
+    """Return the names of the options that are unknown, wrong, or required and missing."""
+    try:
+        RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        return {str(problem["loc"][0]) for problem in error.errors(include_url=False) if problem["loc"]}
+    return set()
 
 
 def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:

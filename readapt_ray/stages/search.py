@@ -20,11 +20,11 @@ from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import EncodingOption
-from readapt_ray.catalog.models import open_model
+from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.cluster import connection, query_vectors
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
@@ -35,6 +35,7 @@ from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
 from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
 from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
+from readapt_ray.sources.columns import ColumnsOption
 
 logger = logging.getLogger("readapt_ray")
 
@@ -46,12 +47,12 @@ _DEEPEST = 100
 """Passages per document that is wanted at which the search ends."""
 
 
-class SearchConfig(StageConfig):
+class SearchConfig(RetrieverOptions, StageConfig):
     """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
 
-    retriever: str
+    retriever: str = ""
     """Model that made the vectors (or that `bridge` is for, or a model for queries alone that names it): a catalog name, a
-    folder, a URI or a hub id."""
+    folder, a URI or a hub id. Give this or domain."""
     index: str | None = None
     """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
@@ -64,9 +65,11 @@ class SearchConfig(StageConfig):
     bridge: str | None = None
     """Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to them."""
     queries: str
-    """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
+    """Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files."""
     qrels: str | None = None
     """File of judgements: only queries that are judged in it are searched. If omitted, all queries are."""
+    columns: ColumnsOption = ()
+    """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     mode: Literal["dense", "bm25", "hybrid"] = "dense"
     """Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was built with bm25."""
     top_k: int = Field(default=100, ge=1)
@@ -78,17 +81,19 @@ class SearchConfig(StageConfig):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset(
-        {"retriever", "index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
+    inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | frozenset(
+        {"index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
     )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+    used_with: ClassVar[UsedWith] = {"as_of": ("root", ())}
 
     @model_validator(mode="before")
     @classmethod
     def _of_generation(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return with_folders(values, ("retriever",) if values.get("vectors") else ("retriever", "index"))
+        wanted = [name for name, other in (("retriever", "domain"), ("index", "vectors")) if not values.get(other)]
+        return with_folders(values, wanted)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -159,7 +164,7 @@ def search(config: SearchConfig) -> Artifact:
     source = _Source(
         open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")
     )
-    model = open_model(config.retriever)
+    model = config.open_retriever()
     bridge = Bridge.open(config.bridge) if config.bridge else None
     asking = query_encoder(model, source.artifact, encoding=config.encoding, bridge=bridge)
     if config.mode != "dense" and not source.words:
@@ -194,10 +199,10 @@ def search(config: SearchConfig) -> Artifact:
 def _read_queries(config: SearchConfig) -> list[Query]:
     from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
 
-    queries = read_queries(config.queries)
+    queries = read_queries(config.queries, config.columns)
     if config.qrels is None:
         return queries
-    judged = keep_judged(queries, read_qrels(config.qrels))
+    judged = keep_judged(queries, read_qrels(config.qrels, config.columns))
     if not judged:
         raise CorpusError(
             f"no query of {config.queries!r} is judged in {config.qrels!r}; give files that belong together"
@@ -235,7 +240,7 @@ def _run(
             num_results += len(table)
             yield table
 
-    tag = config.retriever.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
+    tag = asking.model.name.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
         write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:
