@@ -1,6 +1,7 @@
 """The main job: its plan for real models, and a whole run on tiny ones."""
 
 import json
+import logging
 import re
 import threading
 import time
@@ -424,6 +425,7 @@ def test_tune_takes_the_corpus_own_queries_but_never_those_that_are_reported_on(
 ) -> None:
     from readapt_ray.stages import tune
 
+    caplog.set_level(logging.INFO, logger="readapt_ray")
     base = factories.write_contract(factories.tiny_decoder(tmp_path / "base"))
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(8))
     for split in splits:
