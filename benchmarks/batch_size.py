@@ -59,7 +59,9 @@ def main() -> None:
     corpus = ra.ingest(ra.IngestConfig(source=recipe.source, output=f"{options.root}/corpus"))
     withheld, only = split(corpus, Path(options.root) / "trained-on.txt", options.passages)
     setting: dict[str, Any] = {"pretrained": recipe.pretrained, "corpus": corpus, "only": only, "withheld": withheld}
-    arms = {name: [arm(name, seed, **setting) for seed in range(options.seeds)] for name in ARMS}
+    arms = {
+        name: [arm(name, seed, changed, **setting) for seed in range(options.seeds)] for name, changed in ARMS.items()
+    }
     result = {
         "command": f"python benchmarks/batch_size.py --seeds {options.seeds}",
         "date": datetime.date.today().isoformat(),
@@ -88,8 +90,17 @@ def split(corpus: Artifact, only: Path, num_passages: int | None) -> tuple[list[
     return withheld[:num_passages], only
 
 
-def arm(name: str, seed: int, *, pretrained: str, corpus: Artifact, only: Path, withheld: list[str]) -> dict[str, Any]:
-    """Train one adapter, and measure it."""
+def arm(
+    name: str,
+    seed: int,
+    changed: dict[str, Any],
+    *,
+    pretrained: str,
+    corpus: Artifact,
+    only: Path,
+    withheld: list[str],
+) -> dict[str, Any]:
+    """Train one adapter with some options changed, and measure it."""
     folder = "".join(character if character.isalnum() else "-" for character in name)
     options = {
         "block_tokens": BLOCK_TOKENS,
@@ -98,7 +109,7 @@ def arm(name: str, seed: int, *, pretrained: str, corpus: Artifact, only: Path, 
         "num_cpus_per_worker": 2,
         "only": str(only),
         "seed": seed,
-        **ARMS[name],
+        **changed,
     }
     adapter = ra.train(
         ra.TrainConfig.model_validate(
@@ -119,13 +130,12 @@ def arm(name: str, seed: int, *, pretrained: str, corpus: Artifact, only: Path, 
 
 def withheld_loss(pretrained: str, adapter: Artifact | None, texts: list[str]) -> float:
     """Return the mean loss per predicted token, in nats, each passage cut as in training and padded at its end."""
-    found = models.find_model(pretrained)
-    tokenizer = models.load_tokenizer(found)
+    found = models.open_model(pretrained)
     model = AutoModelForCausalLM.from_pretrained(str(found.folder), dtype=torch.float32)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter.location.local_path))
     model.eval()
-    rows, _ = passage_ids(tokenizer, texts, max_tokens=BLOCK_TOKENS)
+    rows, _ = passage_ids(found.tokenizer, texts, max_tokens=BLOCK_TOKENS)
     total, count = 0.0, 0
     for first in range(0, len(rows), EVALUATED_AT_ONCE):
         batch = [torch.tensor(row) for row in rows[first : first + EVALUATED_AT_ONCE]]

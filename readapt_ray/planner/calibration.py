@@ -87,6 +87,7 @@ def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
         dtype=torch.float32 if adapter is None else dtype,
         device=device,
         zero_stage=0,
+        base_dtype=config.base_dtype,
     )
     trainable.make_trainable(network, adapter)
     trainable.spend_less(

@@ -132,7 +132,5 @@ def check_memory(train: Standing | None, block_tokens: int, pretrained: OpenMode
         device_type=device.type,
     )
     shape = shape_of(pretrained.config, pretrained.name, options.objective)
-    memory.check_fits(
-        memory.estimate_memory(shape, setup),
-        free_bytes=memory.free_bytes(device, num_workers if device.type == "cpu" else 1),
-    )
+    here = num_workers if device.type == "cpu" else 1
+    memory.check_fits(shape, setup, free_bytes=memory.free_bytes(device, here))

@@ -100,8 +100,12 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
     """Fill in the objective and the target modules that follow from the model; no weight is read.
 
     Raises:
+        InputError: `base_dtype` needs a package that is not installed.
         ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
     """
+    from readapt_ray.nn import quantized
+
+    quantized.check_installed(config.base_dtype)
     if model.is_adapter:
         raise ModelError(
             f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
