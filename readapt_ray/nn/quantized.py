@@ -30,6 +30,7 @@ class QuantizedLinear(nn.Module):
         linear: the layer to replace; its bias is shared.
     """
 
+    bias: nn.Parameter | None
     full_norm: Tensor
     """Norm of each row of the weight before it was quantized, float32 [O]."""
 
@@ -62,7 +63,7 @@ class Int8Linear(QuantizedLinear):
         scales = weight.abs().amax(1, keepdim=True).float() / 127
         numbers = [
             (part.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
-            for part, scale in zip(weight.split(_ROWS_AT_ONCE), scales.split(_ROWS_AT_ONCE), strict=True)
+            for part, scale in zip(_split_rows(weight), _split_rows(scales), strict=True)
         ]
         self.register_buffer("numbers", torch.cat(numbers), persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -116,7 +117,7 @@ def weight_of(layer: nn.Linear | QuantizedLinear) -> Tensor:
 
 def row_norms(weight_OI: Tensor) -> Tensor:
     """Return the norm of each row, float32 [O]; some rows at a time are float32."""
-    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in weight_OI.split(_ROWS_AT_ONCE)])
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in _split_rows(weight_OI)])
 
 
 def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> None:
@@ -156,6 +157,10 @@ def check_installed(base_dtype: BaseDtype) -> None:
             "base_dtype nf4 needs bitsandbytes, which is not installed; pip install 'readapt-ray[nf4]' on every node, or take "
             "base_dtype int8, which needs nothing"
         )
+
+
+def _split_rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.split(_ROWS_AT_ONCE)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _kernels() -> Any:

@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -64,6 +64,7 @@ class AdaptedLinear(nn.Module):
         shape: method, rank, scale and dropout.
     """
 
+    bias: nn.Parameter | None
     base_norm_squared: Tensor
     norm: Tensor
 
@@ -123,7 +124,7 @@ class AdaptedLinear(nn.Module):
             y = adapted_output(self.base(x), dropped, self.lora_A * self.scaling, self.lora_B, share)
         else:
             norm = None if self.magnitude is None else self.norm
-            weight = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
+            weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
             base_and_weight = (self.base(x), None) if is_partitioned(weight) else (None, weight)
             y = AdaptedOutput.apply(  # type: ignore[no-untyped-call]
                 *base_and_weight, x, self.lora_A, self.lora_B, self.magnitude, norm, self.scaling, probability
@@ -183,7 +184,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors under PEFT's names, float32 on the CPU. Collective under ZeRO-3."""
     state = {}
     for name, layer in adapted_layers(model):
-        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+        parts: dict[str, Tensor] = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
         if (magnitude := layer.saved_magnitude()) is not None:
             parts["lora_magnitude_vector"] = magnitude
         with gathered(list(parts.values())):
