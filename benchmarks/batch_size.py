@@ -59,9 +59,7 @@ def main() -> None:
     corpus = ra.ingest(ra.IngestConfig(source=recipe.source, output=f"{options.root}/corpus"))
     withheld, only = split(corpus, Path(options.root) / "trained-on.txt", options.passages)
     setting: dict[str, Any] = {"pretrained": recipe.pretrained, "corpus": corpus, "only": only, "withheld": withheld}
-    arms = {
-        name: [arm(name, seed, changed, **setting) for seed in range(options.seeds)] for name, changed in ARMS.items()
-    }
+    arms = {name: [arm(name, seed, **setting) for seed in range(options.seeds)] for name in ARMS}
     result = {
         "command": f"python benchmarks/batch_size.py --seeds {options.seeds}",
         "date": datetime.date.today().isoformat(),
@@ -90,17 +88,8 @@ def split(corpus: Artifact, only: Path, num_passages: int | None) -> tuple[list[
     return withheld[:num_passages], only
 
 
-def arm(
-    name: str,
-    seed: int,
-    changed: dict[str, Any],
-    *,
-    pretrained: str,
-    corpus: Artifact,
-    only: Path,
-    withheld: list[str],
-) -> dict[str, Any]:
-    """Train one adapter with some options changed, and measure it."""
+def arm(name: str, seed: int, *, pretrained: str, corpus: Artifact, only: Path, withheld: list[str]) -> dict[str, Any]:
+    """Train one adapter, and measure it."""
     folder = "".join(character if character.isalnum() else "-" for character in name)
     options = {
         "block_tokens": BLOCK_TOKENS,
@@ -109,7 +98,7 @@ def arm(
         "num_cpus_per_worker": 2,
         "only": str(only),
         "seed": seed,
-        **changed,
+        **ARMS[name],
     }
     adapter = ra.train(
         ra.TrainConfig.model_validate(
