@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from readapt_ray.model_file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    BUNDLE_NAME,
     CHAT_TEMPLATE_NAME,
     CONFIG_NAME,
     CONTRACT_NAME,
@@ -83,7 +84,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         "low-rank.factors.json",
         "low-rank.factors.parts/*.factors",
         "low-rank.factors.parts/*.json",
-        "bundle.json",
+        BUNDLE_NAME,
         "readapter.safetensors",
         "readapter.safetensors.json",
         "readapter.safetensors.parts/*.factors",

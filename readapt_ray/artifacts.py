@@ -24,7 +24,7 @@ import importlib.metadata
 import json
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,6 +225,18 @@ def open_artifact(uri: str, stage: str) -> Artifact:
     return Artifact(location, manifest)
 
 
+def identify(
+    stage: str,
+    config: StageConfig,
+    inputs: Mapping[str, str],
+    identity: Mapping[str, Any] | None = None,
+    known: Container[str] | None = None,
+) -> str:
+    """Return the fingerprint of an artifact. See `produce` for the arguments, and `StageConfig.identity` for `known`."""
+    content = {"stage": stage, "format": FORMAT_VERSION, "inputs": dict(inputs), "also": dict(identity or {})}
+    return fingerprint({**content, "config": config.identity(known)})
+
+
 def produce(
     stage: str,
     config: StageConfig,
@@ -246,13 +258,9 @@ def produce(
         ArtifactConflictError: the folder holds something else, or another process is at it.
     """
     location = Location(config.output)
-    content = {"stage": stage, "format": FORMAT_VERSION, "inputs": dict(inputs), "also": dict(identity or {})}
-    identified = fingerprint({**content, "config": config.identity()})
+    identified = identify(stage, config, inputs, identity)
     present, before = read_manifest(location), None
-    if (
-        present is not None
-        and fingerprint({**content, "config": config.identity(present.config)}) == present.fingerprint
-    ):
+    if present is not None and identify(stage, config, inputs, identity, present.config) == present.fingerprint:
         identified = present.fingerprint  # also where a release made it that lacked options which have their defaults
     if present is None or present.fingerprint != identified:
         before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
