@@ -21,7 +21,7 @@ import pydantic
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, identify, produce
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import merge_shards
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
@@ -85,6 +85,7 @@ class MergeConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
+    used_with: ClassVar[UsedWith] = {"num_cpus_per_worker": ("num_workers", ())}
     operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
 
     @pydantic.model_validator(mode="after")

@@ -24,7 +24,7 @@ from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.cluster import connection, query_vectors
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
@@ -85,6 +85,7 @@ class SearchConfig(RetrieverOptions, StageConfig):
         {"index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
     )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+    used_with: ClassVar[UsedWith] = {"as_of": ("root", ())}
 
     @model_validator(mode="before")
     @classmethod
