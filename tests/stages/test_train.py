@@ -133,7 +133,7 @@ def test_an_adapter_of_a_quantized_base_fits_the_full_precision_model(
     base = open_model(str(packed[0]))
     plain, quantized = (losses(base, open_model(str(each)), texts, **options) for each in (reference, tmp_path / "a"))
     assert plain[1].mean() < plain[0].mean() - 0.2
-    assert quantized[1].mean() == pytest.approx(plain[1].mean(), rel=0.005)
+    assert quantized[1].mean() == pytest.approx(plain[1].mean(), rel=0.01)
 
 
 @pytest.mark.parametrize(
