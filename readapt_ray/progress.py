@@ -94,8 +94,17 @@ class ProgressReporter:
 def amount(count: int, unit: str) -> str:
     """A count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
     if count == 1:
-        unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+        unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("es" if unit.endswith("ches") else "s")
     return f"{count:,} {unit}"
+
+
+def size_text(num_bytes: float) -> str:
+    """A size in three figures: 87 bytes, 1.2 KB, 350 MB, 14.2 GB."""
+    for unit in ("bytes", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} GB"
 
 
 def figure(rate: float) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from readapt_ray.catalog.shapes import matching_layers
+from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.nn.quantized import LINEAR_LAYERS, QuantizedLinear, row_norms, weight_of
 from readapt_ray.storage import Location
@@ -90,15 +91,16 @@ class AdaptedLinear(nn.Module):
             self.register_buffer("base_norm_squared", norm**2, persistent=False)
             self.register_buffer("norm", norm.clamp_min(torch.finfo(norm.dtype).tiny), persistent=False)
 
-    def saved_magnitude(self) -> Tensor | None:
-        """Return the magnitude for a base in full precision: m / norm stays as it was trained.
+    def saved_share(self) -> Tensor | None:
+        """Return by what a saved magnitude differs from the trained one, [O]; None where they are the same.
 
-        Rows change their norm when they are quantized. Without this, an adapter that has learned nothing would scale them.
+        Rows change their norm when they are quantized. An adapter is saved for the base in full precision, on which m / norm
+        stays as it was trained; else one that has learned nothing would scale the rows.
         """
         if self.magnitude is None or not isinstance(self.base, QuantizedLinear):
-            return self.magnitude
-        full_norm = (self.norm**2 - self.base_norm_squared + self.base.full_norm**2).clamp_min(0).sqrt()
-        return self.magnitude * full_norm / self.norm
+            return None
+        full_squared = self.norm**2 - self.base_norm_squared + self.base.full_norm**2
+        return full_squared.clamp_min(0).sqrt().clamp_min(torch.finfo(self.norm.dtype).tiny) / self.norm
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
@@ -185,12 +187,41 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, layer in adapted_layers(model):
         parts: dict[str, Tensor] = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
-        if (magnitude := layer.saved_magnitude()) is not None:
-            parts["lora_magnitude_vector"] = magnitude
+        if layer.magnitude is not None:
+            share = layer.saved_share()
+            parts["lora_magnitude_vector"] = layer.magnitude if share is None else layer.magnitude * share
         with gathered(list(parts.values())):
             for part, tensor in parts.items():
                 state[f"{_KEY_PREFIX}{name}.{part}"] = tensor.detach().float().cpu().clone()
     return state
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str) -> None:
+    """Set the trained tensors to what `adapter_state` gave. Collective under ZeRO-3.
+
+    Args:
+        model: with adapters of the same shape.
+        state: under PEFT's names.
+        name: of the adapter, for errors.
+
+    Raises:
+        ModelError: it is of other layers.
+    """
+    state = {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): state[key] for key in state}
+    there = adapter_state(model)
+    if differing := sorted(there.keys() ^ state.keys()):
+        raise ModelError(f"the adapter {name!r} was not trained on the same layers: {', '.join(differing[:5])}")
+    for path, layer in adapted_layers(model):
+        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+        if layer.magnitude is not None:
+            parts["lora_magnitude_vector"] = layer.magnitude
+        for part, tensor in parts.items():
+            with gathered([tensor], changed_by_rank=0):
+                tensor.copy_(state[f"{_KEY_PREFIX}{path}.{part}"])
+        layer.refresh_norm()
+        if layer.magnitude is not None and (share := layer.saved_share()) is not None:
+            layer.magnitude.div_(share)
 
 
 def save_adapter(

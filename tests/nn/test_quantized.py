@@ -152,6 +152,10 @@ def test_an_adapter_that_learned_nothing_leaves_the_full_precision_model_as_it_i
         for each in (dora.adapter_state(network)[name], layer.magnitude)
     )
     assert saved < 0.1 * as_trained
+    trained, state = layer.magnitude.detach().clone(), dora.adapter_state(network)
+    layer.magnitude.detach().zero_()
+    dora.load_adapter_state(network, state, name="saved")
+    torch.testing.assert_close(layer.magnitude.detach(), trained, rtol=1e-6, atol=1e-9)
 
 
 @KINDS
