@@ -119,13 +119,12 @@ def arm(name: str, seed: int, *, pretrained: str, corpus: Artifact, only: Path, 
 
 def withheld_loss(pretrained: str, adapter: Artifact | None, texts: list[str]) -> float:
     """Return the mean loss per predicted token, in nats, each passage cut as in training and padded at its end."""
-    found = models.find_model(pretrained)
-    tokenizer = models.load_tokenizer(found)
+    found = models.open_model(pretrained)
     model = AutoModelForCausalLM.from_pretrained(str(found.folder), dtype=torch.float32)
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, str(adapter.location.local_path))
     model.eval()
-    rows, _ = passage_ids(tokenizer, texts, max_tokens=BLOCK_TOKENS)
+    rows, _ = passage_ids(found.tokenizer, texts, max_tokens=BLOCK_TOKENS)
     total, count = 0.0, 0
     for first in range(0, len(rows), EVALUATED_AT_ONCE):
         batch = [torch.tensor(row) for row in rows[first : first + EVALUATED_AT_ONCE]]

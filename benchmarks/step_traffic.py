@@ -2,6 +2,7 @@
 
     python benchmarks/step_traffic.py                     # a table of all shapes
     python benchmarks/step_traffic.py --shapes mistral-7b --json
+    python benchmarks/step_traffic.py --shapes mistral-7b --base-dtype nf4   # layers in 4 bits, decoded for each product
 
 Our own modules run on torch's meta device, whose tensors have shapes and no data, in packed mode with DoRA r32 on all
 linear layers of a block, dropout 0.05 and a frozen bfloat16 base. Every operation that would start a kernel on CUDA is
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from readapt_ray.nn import attention, gated, norms
+from readapt_ray.nn import attention, gated, norms, quantized
 from readapt_ray.nn.precision import products_in
 from readapt_ray.training import dora, objectives, packing
 from readapt_ray.training.packing import Batch, Block, Masking
@@ -148,7 +149,8 @@ class _Counting(TorchDispatchMode):
             return 0
         else:
             out = func(*args, **(kwargs or {}))
-        read = given[1:] if name in _OVERWRITES else given
+        overwritten = {id(each) for each in tree_leaves((kwargs or {}).get("out"))}
+        read = given[1:] if name in _OVERWRITES else [each for each in given if id(each) not in overwritten]
         written = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
         if not any(each.is_meta for each in (*given, *written)):
             return out
@@ -230,7 +232,7 @@ def as_on_cuda(count: Count) -> Iterator[None]:
         yield
 
 
-def make_model(name: str, num_layers: int) -> Any:
+def make_model(name: str, num_layers: int, base_dtype: Any = "auto") -> Any:
     """Return a language model of a shape on the meta device with adapters, made ready as for training."""
     options = dict(SHAPES[name], num_hidden_layers=num_layers)
     config = AutoConfig.for_model(**options)
@@ -240,6 +242,7 @@ def make_model(name: str, num_layers: int) -> Any:
         objectives.prepare(model, name)
         norms.fuse(model)
         gated.fuse(model)
+        quantized.quantize(model, base_dtype, torch.device("meta"))
         shape = dora.AdapterShape(method="dora", rank=32, alpha=64.0, dropout=0.05, targets=TARGETS[name])
         dora.add_adapters(model, shape)
     return model.train()
@@ -310,10 +313,10 @@ def _per_layer(few: float, many: float) -> float:
     return (many - few) / (MANY - FEW)
 
 
-def measure(name: str, num_tokens: int) -> dict[str, Any]:
+def measure(name: str, num_tokens: int, base_dtype: Any = "auto") -> dict[str, Any]:
     """Return every figure of a shape."""
     batch = make_batch(num_tokens, is_masked=name == "modernbert-base")
-    models = [make_model(name, num) for num in (FEW, MANY)]
+    models = [make_model(name, num, base_dtype) for num in (FEW, MANY)]
     few, many = (run_pass(model, batch) for model in models)
     update = [run_update(model) for model in models]
 
@@ -336,6 +339,7 @@ def measure(name: str, num_tokens: int) -> dict[str, Any]:
     return {
         "shape": name,
         "num_tokens": num_tokens,
+        "base_dtype": base_dtype,
         "kernels_per_layer": round(sum(layer(num_kernels)), 1),
         "elementwise_gb_per_layer": round(sum(parts.values()) / 1e9, 3),
         "elementwise_gb_by_pass": {part: round(size / 1e9, 3) for part, size in parts.items()},
@@ -366,9 +370,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="names, with commas between (default: all)")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a pass (default: 4096)")
+    parser.add_argument(
+        "--base-dtype", choices=("auto", "int8", "nf4"), default="auto", help="as for train (default: auto)"
+    )
     parser.add_argument("--json", action="store_true", help="print every figure as JSON")
     given = parser.parse_args()
-    found = [measure(name, given.tokens) for name in given.shapes.split(",")]
+    found = [measure(name, given.tokens, given.base_dtype) for name in given.shapes.split(",")]
     if given.json:
         print(json.dumps(found, indent=2))
         return

@@ -26,6 +26,18 @@ def test_a_step_starts_no_more_kernels_and_moves_no_more_bytes_than_before(shape
     assert found["host_syncs"] == 0
 
 
+@pytest.mark.parametrize(("base_dtype", "read_bytes"), [("int8", 1.0), ("nf4", 0.5 + 4 / 64)])
+def test_a_quantized_base_is_decoded_twice_per_layer_and_pass(base_dtype: str, read_bytes: float) -> None:
+    """Once forward and once backward, each time written in bfloat16; nothing more is kept."""
+    plain, found = (step_traffic.measure("mistral-7b", TOKENS, each) for each in ("auto", base_dtype))
+    assert found["kernels_per_layer"] == plain["kernels_per_layer"] + 2 * 7
+    weights = 2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336
+    more = found["elementwise_gb_per_layer"] - plain["elementwise_gb_per_layer"]
+    assert more == pytest.approx(2 * weights * (read_bytes + 2) / 1e9, abs=2e-3)
+    same = ("saved_kb_per_token_and_layer", "gemm_tflop_per_layer", "host_syncs")
+    assert [found[name] for name in same] == [plain[name] for name in same]
+
+
 def test_products_are_counted_as_by_hand() -> None:
     """Forward and backward; the gradient of a magnitude takes 64 columns of products, of which the diagonal counts."""
     hidden, intermediate, key = 4096, 14336, 1024

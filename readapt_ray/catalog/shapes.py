@@ -9,13 +9,16 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
+
+BaseDtype = Literal["auto", "int8", "nf4"]
+"""How the frozen weights of a model's layers are stored in training; auto: in the type of the products."""
 
 _CONFIGS_FILE: Final = Path(__file__).parent.parent / "data" / "model_configs.json"
 _CLASSES: Final = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
@@ -63,6 +66,11 @@ class ModelShape:
         """
         names = set(matching_layers([name for name, _, _ in self.linears], targets))
         return [(inputs, outputs) for name, inputs, outputs in self.linears if name in names]
+
+
+def is_in_layer(name: str) -> bool:
+    """Return whether a linear layer belongs to one of a model's numbered layers, and not to its head."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 def matching_layers(names: Iterable[str], targets: tuple[str, ...]) -> list[str]:

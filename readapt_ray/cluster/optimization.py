@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from readapt_ray.catalog.shapes import BaseDtype
 from readapt_ray.config import OptionError, StageConfig, UsedWith
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class OptimizationConfig(StageConfig):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of matrix products and frozen weights; trained weights are always float32. auto is bfloat16 on GPUs
     and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type that it began with."""
+    base_dtype: BaseDtype = "auto"
+    """Data type in which the frozen weights of the model's layers are stored: auto is that of dtype; int8 and nf4 take 8 and 4.5
+    bits per weight and are decoded for each product. The adapter still fits the model in full precision. Use it with
+    gradient_checkpointing where a model does not fit on a GPU. nf4 needs the extra nf4 (bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more computation, but memory for one layer instead
     of all. Turn it on when training does not fit in memory."""
@@ -81,6 +86,21 @@ class OptimizationConfig(StageConfig):
         if self.torch_compile and self.zero_stage == 3:
             raise OptionError(
                 "{torch_compile} does not go with {zero_stage} = 3; choose a lower stage, or leave it off"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_quantize(self) -> Self:
+        if self.base_dtype != "auto" and self.method == "full":
+            raise OptionError(
+                "{base_dtype} = {wanted} freezes the weights that {method} = full trains; choose dora or lora, or leave it off",
+                wanted=self.base_dtype,
+            )
+        if self.base_dtype != "auto" and self.zero_stage == 3:
+            raise OptionError(
+                "{base_dtype} = {wanted} does not go with {zero_stage} = 3, which cannot partition quantized weights; choose a "
+                "lower stage, or leave it off",
+                wanted=self.base_dtype,
             )
         return self
 
@@ -173,4 +193,5 @@ def worker_setup(
         gradient_checkpointing=config.gradient_checkpointing,
         device_type=device_type,
         compile_layers=config.torch_compile,
+        base_dtype=config.base_dtype,
     )

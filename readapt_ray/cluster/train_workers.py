@@ -313,6 +313,7 @@ class TrainWorker:
             dtype=torch.float32 if self.shape is None else self.dtype,
             device=self.device,
             zero_stage=config.zero_stage,
+            base_dtype=config.base_dtype,
         )
         torch.manual_seed(derive_seed(config.seed, "initial weights"))
         trained_models.make_trainable(self.model, self.shape)
@@ -349,9 +350,8 @@ class TrainWorker:
         if torch.distributed.get_rank() == 0:
             step = step_metrics.kept_steps(self.output)
             file.write_text(json.dumps({"parts": plain.parts, "correction": correction, "step": step}) + "\n")
-        found = memory.estimate_memory(self._model_shape, setup, correction=correction)
-        here = ray.train.get_context().get_local_world_size()
-        memory.check_fits(found, free_bytes=memory.free_bytes(self.device, here))
+        free = memory.free_bytes(self.device, ray.train.get_context().get_local_world_size())
+        memory.check_fits(self._model_shape, setup, free_bytes=free, correction=correction)
 
     def run(self, objective: Any, *, mean_attended: float, doc_ids_of: Callable[[Sequence[int]], list[str]]) -> None:
         """Take all steps."""

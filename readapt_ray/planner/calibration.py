@@ -81,12 +81,9 @@ def _train(run: RunConfig, config: Any, num_tokens: int, dtype: Any, device: Any
     model, config = resolve(config, models.open_model(run.pretrained))
     shape = pretrained_shape(run.pretrained, config.objective)
     adapter = train_adapter(config, shape)
+    stored = torch.float32 if adapter is None else dtype
     network = trainable.load_for_training(
-        model,
-        objective=config.objective,
-        dtype=torch.float32 if adapter is None else dtype,
-        device=device,
-        zero_stage=0,
+        model, objective=config.objective, dtype=stored, device=device, zero_stage=0, base_dtype=config.base_dtype
     )
     trainable.make_trainable(network, adapter)
     trainable.spend_less(

@@ -71,11 +71,12 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
     cpus = config.num_cpus_per_worker or (1 if cluster.num_gpus else max(1, cluster.num_cpus // max(1, num_workers)))
     available, where = cluster.room(cpus, num_workers)
     larger = "a larger GPU" if cluster.num_gpus else "nodes with more memory"
+    smaller = memory.what_fits(shape, setup, available, section="train.") or "set train.gradient_checkpointing"
     return Memory(
         parts={name: float(size) for name, size in memory.estimate_memory(shape, setup).parts.items()},
         available=available,
         where=where,
-        mend="lower train.micro_batch_tokens (it bounds memory, not the result), set train.gradient_checkpointing, raise "
+        mend=f"lower train.micro_batch_tokens (it bounds memory, not the result), {smaller}, raise "
         f"train.zero_stage with more workers, or take {larger}",
         is_checked=config.check_memory,
     )

@@ -145,7 +145,7 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
         device_type=place.device_type,
     )
     shape = shape_of(pretrained.config, pretrained.name, options.objective)
-    memory.check_fits(memory.estimate_memory(shape, setup), free_bytes=place.share(num_workers))
+    memory.check_fits(shape, setup, free_bytes=place.share(num_workers))
 
 
 def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:

@@ -87,12 +87,16 @@ def finetune(config: FinetuneConfig) -> Artifact:
     """Train a retriever on (query, passage) pairs.
 
     Raises:
+        InputError: `base_dtype` needs a package that is not installed.
         ArtifactMissingError: the corpus is neither a complete output of ingest nor a file of pairs.
         CorpusError: it has no qrels of that split, or fewer than two that name a query and a passage it holds.
         ModelError: the model cannot be found, is an adapter, or nothing says how it wants its text.
         PlacementError: the cluster does not have the workers asked for, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
+    from readapt_ray.nn import quantized
+
+    quantized.check_installed(config.base_dtype)
     source = labelled_pairs.open_pairs(config.corpus, config.split, config.negatives)
     model = models.open_model(config.model)
     if model.is_adapter:

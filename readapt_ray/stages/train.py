@@ -110,10 +110,14 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
     """Fill in the objective and the target modules that follow from the model; no weight is read.
 
     Raises:
-        InputError: `continue_from` has another shape than the options ask for.
+        InputError: `continue_from` has another shape than the options ask for, or `base_dtype` needs a package that is
+            not installed.
         ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`; or
             `continue_from` is no adapter that can be trained further.
     """
+    from readapt_ray.nn import quantized
+
+    quantized.check_installed(config.base_dtype)
     if model.is_adapter:
         raise ModelError(
             f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from readapt_ray.nn.quantized import QuantizedLinear
 from readapt_ray.training.dropout import draw_seed, keep_mask, kept_share
 
 _BLOCK = 64
@@ -36,14 +37,15 @@ def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, s
 class AdaptedOutput(torch.autograd.Function):
     """`adapted_output` with dropout; the norm has no gradient (DoRA, section 4.3).
 
-    Either `base` is given, which is overwritten, or the weight, which makes the gradient of the input one sum.
+    Either `base` is given, which is overwritten, or the weight, which makes the gradient of the input one sum. A quantized
+    weight is decoded in both passes.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917 -- autograd passes them by place
         ctx: Any,
         base: Tensor | None,
-        weight_OI: Tensor | None,
+        weight: Tensor | QuantizedLinear | None,
         x: Tensor,
         A_RI: Tensor,
         B_OR: Tensor,
@@ -53,9 +55,10 @@ class AdaptedOutput(torch.autograd.Function):
         probability: float,
     ) -> Tensor:
         """Map [..., I] to [..., O], in the type of `base`."""
+        ctx.quantized = weight if isinstance(weight, QuantizedLinear) else None
+        weight_OI = weight if isinstance(weight, Tensor) else None
         if base is None:
-            assert weight_OI is not None
-            base = functional.linear(x, weight_OI)
+            base = functional.linear(x, _decoded(ctx.quantized, weight_OI))
         else:
             ctx.mark_dirty(base)
         ctx.probability, ctx.seed = probability, draw_seed() if probability else 0
@@ -96,10 +99,15 @@ class AdaptedOutput(torch.autograd.Function):
             x_grad = (low_rank_grad_NR @ scaled_A_RI).view_as(x)
             if mask is not None:
                 x_grad.mul_(mask)
-            if weight_OI is not None:
-                x_grad.flatten(0, -2).addmm_(gradient_NO, weight_OI.to(gradient_NO.dtype))
+            if weight_OI is not None or ctx.quantized is not None:
+                x_grad.flatten(0, -2).addmm_(gradient_NO, _decoded(ctx.quantized, weight_OI).to(gradient_NO.dtype))
         base_grad = gradient_NO.view_as(gradients[0]) if ctx.needs_input_grad[0] else None
         return base_grad, None, x_grad, A_grad, B_grad, magnitude_grad, None, None, None
+
+
+def _decoded(quantized: QuantizedLinear | None, weight_OI: Tensor | None) -> Tensor:
+    assert quantized is not None or weight_OI is not None
+    return quantized.decoded() if quantized is not None else weight_OI  # type: ignore[return-value]
 
 
 def keeps_mask(device_type: str) -> bool:

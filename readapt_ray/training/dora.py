@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -28,6 +28,7 @@ from torch.nn import functional
 from readapt_ray.catalog.shapes import matching_layers
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
+from readapt_ray.nn.quantized import LINEAR_LAYERS, QuantizedLinear, row_norms, weight_of
 from readapt_ray.storage import Location
 from readapt_ray.training.adapted_output import AdaptedOutput, adapted_output
 from readapt_ray.training.partitioned import gathered, is_partitioned
@@ -59,14 +60,16 @@ class AdaptedLinear(nn.Module):
     R = rank.
 
     Args:
-        base: the layer to wrap, weight [O, I]. It is frozen and loses its bias, which belongs behind the magnitude.
+        base: the layer to wrap, weight [O, I]. It is frozen and loses its bias, which belongs behind the magnitude. Where it
+            is quantized, norms are those of the weight that its products use.
         shape: method, rank, scale and dropout.
     """
 
+    bias: nn.Parameter | None
     base_norm_squared: Tensor
     norm: Tensor
 
-    def __init__(self, base: nn.Linear, shape: AdapterShape) -> None:
+    def __init__(self, base: nn.Linear | QuantizedLinear, shape: AdapterShape) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.bias = base.bias
@@ -76,25 +79,37 @@ class AdaptedLinear(nn.Module):
         self.dropout = shape.dropout
         self.is_on = True
         """Whether the adapter takes part; see `without_adapters`."""
-        device = base.weight.device
+        device = (base.full_norm if isinstance(base, QuantizedLinear) else base.weight).device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.magnitude: nn.Parameter | None = None
         if shape.method == "dora":
-            with gathered([base.weight]):
-                norm = torch.linalg.vector_norm(base.weight.detach().float(), dim=1)
+            with gathered(list(base.parameters())):
+                norm = row_norms(weight_of(base).detach())
             self.magnitude = nn.Parameter(norm.clone())
             self.register_buffer("base_norm_squared", norm**2, persistent=False)
             self.register_buffer("norm", norm.clamp_min(torch.finfo(norm.dtype).tiny), persistent=False)
+
+    def saved_share(self) -> Tensor | None:
+        """Return by what a saved magnitude differs from the trained one, [O]; None where they are the same.
+
+        Rows change their norm when they are quantized. An adapter is saved for the base in full precision, on which m / norm
+        stays as it was trained; else one that has learned nothing would scale the rows.
+        """
+        if self.magnitude is None or not isinstance(self.base, QuantizedLinear):
+            return None
+        full_squared = self.norm**2 - self.base_norm_squared + self.base.full_norm**2
+        return full_squared.clamp_min(0).sqrt().clamp_min(torch.finfo(self.norm.dtype).tiny) / self.norm
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
         """Compute ||W + s B A|| anew; call this after every change of the factors. Collective under ZeRO-3."""
         if self.magnitude is None:
             return
-        weight_OI, A, B, s = self.base.weight, self.lora_A, self.lora_B, self.scaling
-        with gathered([weight_OI, A, B]):
+        A, B, s = self.lora_A, self.lora_B, self.scaling
+        with gathered([*self.base.parameters(), A, B]):
+            weight_OI = weight_of(self.base)
             cross_O = ((weight_OI @ A.T.to(weight_OI.dtype)).to(B.dtype) * B).sum(1)
             square_O = ((B @ (A @ A.T)) * B).sum(1)
         square_O = self.base_norm_squared + 2 * s * cross_O + s * s * square_O
@@ -110,8 +125,8 @@ class AdaptedLinear(nn.Module):
             dropped = functional.dropout(x, probability) if probability else x
             y = adapted_output(self.base(x), dropped, self.lora_A * self.scaling, self.lora_B, share)
         else:
-            weight = self.base.weight
             norm = None if self.magnitude is None else self.norm
+            weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
             base_and_weight = (self.base(x), None) if is_partitioned(weight) else (None, weight)
             y = AdaptedOutput.apply(  # type: ignore[no-untyped-call]
                 *base_and_weight, x, self.lora_A, self.lora_B, self.magnitude, norm, self.scaling, probability
@@ -129,7 +144,7 @@ def add_adapters(model: nn.Module, shape: AdapterShape) -> list[str]:
         ModelError: a target matches no linear layer; the message lists what there is.
     """
     model.requires_grad_(False)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_LAYERS)}
     matched = matching_layers(linear, shape.targets)
     for name in matched:
         parent, _, child = name.rpartition(".")
@@ -171,9 +186,10 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the trained tensors under PEFT's names, float32 on the CPU. Collective under ZeRO-3."""
     state = {}
     for name, layer in adapted_layers(model):
-        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+        parts: dict[str, Tensor] = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
         if layer.magnitude is not None:
-            parts["lora_magnitude_vector"] = layer.magnitude
+            share = layer.saved_share()
+            parts["lora_magnitude_vector"] = layer.magnitude if share is None else layer.magnitude * share
         with gathered(list(parts.values())):
             for part, tensor in parts.items():
                 state[f"{_KEY_PREFIX}{name}.{part}"] = tensor.detach().float().cpu().clone()
@@ -204,6 +220,8 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str)
             with gathered([tensor], changed_by_rank=0):
                 tensor.copy_(state[f"{_KEY_PREFIX}{path}.{part}"])
         layer.refresh_norm()
+        if layer.magnitude is not None and (share := layer.saved_share()) is not None:
+            layer.magnitude.div_(share)
 
 
 def save_adapter(

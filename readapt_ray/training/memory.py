@@ -5,13 +5,16 @@ the workers). Activations are counted from what autograd keeps in a transformer 
 two; a run that was measured corrects them for the next start in the same folder.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from readapt_ray.catalog.shapes import ModelShape
+from readapt_ray.catalog.shapes import BaseDtype, ModelShape, is_in_layer
 from readapt_ray.errors import PlacementError
+from readapt_ray.nn.quantized import stored_bytes
 from readapt_ray.training.dora import AdapterShape
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
@@ -36,6 +39,8 @@ class WorkerSetup:
     gradient_checkpointing: bool
     device_type: str
     compile_layers: bool = False
+    base_dtype: BaseDtype = "auto"
+    """How the frozen linear layers are stored; auto: in `dtype`."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
     """
     workers, stage = setup.num_workers, setup.zero_stage
     trained = num_trained(shape, setup.adapter)
-    frozen = 0 if setup.adapter is None else shape.num_parameters
-    width = setup.dtype.itemsize
+    frozen_bytes, frozen_text = _frozen(shape, setup)
 
     def shared(from_stage: int) -> int:
         return workers if stage >= from_stage else 1
@@ -86,7 +90,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
     kept = "kept for one" if setup.gradient_checkpointing else "kept for all"
     return MemoryEstimate(
         parts={
-            "frozen weights": frozen * width // shared(3),
+            "frozen weights": frozen_bytes // shared(3),
             "trained weights": 4 * trained // shared(3),
             "gradients": 4 * trained // shared(2),
             "optimizer": (8 if stage == 0 else 12) * trained // shared(1),
@@ -95,7 +99,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
             "process": process_bytes(setup.device_type),
         },
         reasons={
-            "frozen weights": f"{frozen:,} x {width} bytes, {where(3)}",
+            "frozen weights": f"{frozen_text}, {where(3)}",
             "trained weights": f"{trained:,} x 4 bytes, {where(3)}",
             "gradients": where(2),
             "optimizer": where(1),
@@ -105,6 +109,20 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
             "process": "Python, torch, Ray",
         },
     )
+
+
+def _frozen(shape: ModelShape, setup: WorkerSetup) -> tuple[int, str]:
+    """Return the bytes of the frozen weights over all workers of ZeRO-3, and how they are counted."""
+    num, width = 0 if setup.adapter is None else shape.num_parameters, setup.dtype.itemsize
+    if setup.base_dtype == "auto":
+        return num * width, f"{num:,} x {width} bytes"
+    layers = [(inputs, outputs) for name, inputs, outputs in shape.linears if is_in_layer(name)]
+    num_quantized, largest = sum(map(math.prod, layers)), max(map(math.prod, layers), default=0)
+    stored = sum(stored_bytes(setup.base_dtype, *each) for each in layers)
+    text = (
+        f"{num_quantized:,} in {setup.base_dtype}, {num - num_quantized:,} x {width} bytes, the largest layer decoded"
+    )
+    return stored + width * (num - num_quantized + largest), text
 
 
 def process_bytes(device_type: str) -> int:
@@ -133,20 +151,46 @@ def _activations(shape: ModelShape, setup: WorkerSetup) -> int:
     return shape.num_layers * layer_bytes
 
 
-def check_fits(found: MemoryEstimate, *, free_bytes: int) -> None:
+def what_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, section: str = "") -> str:
+    """Return the first of `gradient_checkpointing` and smaller base_dtypes with which a worker fits, as text.
+
+    Each next one computes longer or rounds more. The text is empty if none fits.
+
+    Args:
+        section: stands before the names of options: `train.` in a run file.
+    """
+    kinds: tuple[BaseDtype, ...] = get_args(BaseDtype)
+    if setup.adapter is None or setup.zero_stage == 3:
+        kinds = kinds[:1]
+    for kind in kinds[kinds.index(setup.base_dtype) :]:
+        for checkpoints in sorted({setup.gradient_checkpointing, True}):
+            smaller = replace(setup, base_dtype=kind, gradient_checkpointing=checkpoints)
+            needed = estimate_memory(shape, smaller).total_bytes
+            if needed <= free_bytes:
+                named = [f"{section}base_dtype {kind}"] if kind != setup.base_dtype else []
+                named += (
+                    [f"{section}gradient_checkpointing true"] if checkpoints != setup.gradient_checkpointing else []
+                )
+                return f"set {' and '.join(named)}, which needs {_gigabytes(needed)}" if named else ""
+    return ""
+
+
+def check_fits(shape: ModelShape, setup: WorkerSetup, *, free_bytes: int, correction: float = 1.0) -> None:
     """Refuse what does not fit.
 
     Args:
+        shape: as for `estimate_memory`, as are `setup` and `correction`.
         free_bytes: of the worker's device.
 
     Raises:
         PlacementError: it does not; the message shows the arithmetic.
     """
+    found = estimate_memory(shape, setup, correction=correction)
     if found.total_bytes > free_bytes:
+        mend = what_fits(shape, setup, free_bytes) or "set gradient_checkpointing"
         raise PlacementError(
             f"a worker would need about {_gigabytes(found.total_bytes)} and has {_gigabytes(free_bytes)}: {found.arithmetic()}. "
-            f"Lower micro_batch_tokens, set gradient_checkpointing, raise zero_stage with more workers, or start anyway with "
-            f"check_memory false"
+            f"Lower micro_batch_tokens, {mend}, raise zero_stage with more workers, or start anyway with check_memory false"
         )
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
-from readapt_ray.catalog.shapes import auto_class
+from readapt_ray.catalog.shapes import BaseDtype, auto_class
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import CHAT_TEMPLATE_NAME, CONFIG_NAME, INDEX_NAME, SINGLE_NAME, TOKENIZER_FILES
+from readapt_ray.nn.quantized import quantize
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
@@ -28,7 +29,13 @@ _SHARD_BYTES = 2 << 30
 
 
 def load_for_training(
-    source: OpenModel, *, objective: Objective | None, dtype: torch.dtype, device: torch.device, zero_stage: int
+    source: OpenModel,
+    *,
+    objective: Objective | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    zero_stage: int,
+    base_dtype: BaseDtype = "auto",
 ) -> Any:
     """Load a model in train mode.
 
@@ -37,16 +44,21 @@ def load_for_training(
         objective: loads the model with its language-model head; None loads it headless.
         dtype: of the weights.
         zero_stage: at 3 each worker holds its part of every weight, and all workers call this together.
+        base_dtype: of the linear layers, which are then frozen; auto leaves them in `dtype`. Not with `zero_stage` 3.
 
     Raises:
+        InputError: what decodes `base_dtype` is not installed.
         ModelError: the folder holds no such model, or its weights lack some that the architecture has.
     """
     if zero_stage == 3:
         model = _load_partitioned(source, objective, dtype=dtype, device=device)
-    elif objective is None:
-        model = load_model(source, dtype=dtype, device=str(device))
     else:
-        model = _load_with_head(source, objective, dtype=dtype).to(device)
+        if objective is None:
+            model = load_model(source, dtype=dtype, device="cpu")
+        else:
+            model = _load_with_head(source, objective, dtype=dtype)
+        quantize(model, base_dtype, device)
+        model = model.to(device)
     if objective is not None:
         objectives.prepare(model, source.name)
     return model.train()

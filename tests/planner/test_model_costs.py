@@ -11,6 +11,7 @@ import transformers
 
 from readapt_ray.catalog import shapes
 from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
+from readapt_ray.nn import quantized
 from readapt_ray.planner import machines, worker_memory
 from readapt_ray.stages.train import TrainConfig
 from readapt_ray.training import dora, memory
@@ -73,16 +74,19 @@ TRAININGS: list[dict[str, Any]] = [
     {"dtype": "float32", "zero_stage": 3, "num_workers": 4},
     {"method": "lora", "zero_stage": 2, "num_workers": 3, "target_modules": ("q_proj",)},
     {"method": "full", "zero_stage": 1, "num_workers": 2},
+    {"base_dtype": "int8", "zero_stage": 2, "num_workers": 2},
+    {"base_dtype": "nf4", "gradient_checkpointing": True},
 ]
 
 
-def trained_module(name: str, objective: Any, adapter: AdapterShape | None) -> Any:
+def trained_module(name: str, objective: Any, adapter: AdapterShape | None, base_dtype: Any = "auto") -> Any:
     """The model that train makes, without weights."""
     with torch.device("meta"):
         config = transformers.AutoConfig.for_model(**shapes._config(name))
         model = shapes.auto_class(objective).from_config(config)
         if adapter is None:
             return model.requires_grad_(True)
+        quantized.quantize(model, base_dtype, torch.device("meta"))
         dora.add_adapters(model, adapter)
     return model
 
@@ -107,14 +111,45 @@ def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict
         gradient_checkpointing=config.gradient_checkpointing,
         device_type="cuda" if gpus else "cpu",
         compile_layers=config.torch_compile,
+        base_dtype=config.base_dtype,
     )
     assert planned == memory.estimate_memory(shape, demand).parts
-    model = trained_module(QWEN, "causal_lm", adapter)
+    model = trained_module(QWEN, "causal_lm", adapter, config.base_dtype)
     trained = sum(each.numel() for each in model.parameters() if each.requires_grad)
     frozen = sum(each.numel() for each in model.parameters() if not each.requires_grad)
     stage = config.zero_stage
     assert planned["trained weights"] == 4 * trained // (num_workers if stage >= 3 else 1)
-    assert planned["frozen weights"] == frozen * (2 if is_low else 4) // (num_workers if stage >= 3 else 1)
+    layers = [each for each in model.modules() if isinstance(each, quantized.QuantizedLinear)]
+    assert bool(layers) == (config.base_dtype != "auto")
+    stored = sum(each.nbytes for layer in layers for each in layer.buffers())
+    decoded = max((layer.in_features * layer.out_features for layer in layers), default=0)
+    width = 2 if is_low else 4
+    assert planned["frozen weights"] == ((frozen + decoded) * width + stored) // (num_workers if stage >= 3 else 1)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "said"),
+    [
+        (24, "set train.gradient_checkpointing true, which needs 19.11 GB"),
+        (16, "set train.base_dtype int8 and train.gradient_checkpointing true, which needs 12.26 GB"),
+        (12, "set train.base_dtype nf4 and train.gradient_checkpointing true, which needs 9.20 GB"),
+        (8, "set train.gradient_checkpointing, raise"),
+    ],
+)
+def test_a_plan_says_with_which_base_dtype_a_7b_model_fits_on_a_gpu(gigabytes: int, said: str) -> None:
+    shape = pretrained_shape("mistralai/Mistral-7B-v0.1")
+    gpu = machines.NodeGroup(
+        name="g", count=1, cpus=8, memory_bytes=2e11, gpu="L4", gpus=1, gpu_flops=1e14, gpu_memory_bytes=gigabytes * 1e9
+    )
+    cluster = machines.Cluster(name="c", groups=(gpu,))
+    config = TrainConfig(pretrained="m", corpus="c", output="o")
+    found = worker_memory.train_memory(config, shape, cluster, 1)
+    assert not found.fits
+    assert said in found.mend
+    if gigabytes > 8:
+        chosen = {"base_dtype": {24: "auto", 16: "int8", 12: "nf4"}[gigabytes], "gradient_checkpointing": True}
+        config = TrainConfig(pretrained="m", corpus="c", output="o", **chosen)
+        assert worker_memory.train_memory(config, shape, cluster, 1).fits
 
 
 def test_a_compiled_run_that_training_would_start_is_planned_too() -> None:

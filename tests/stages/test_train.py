@@ -20,12 +20,20 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog.shapes import pretrained_shape
 from readapt_ray.cluster.step_metrics import read_metrics
-from readapt_ray.errors import ArtifactMissingError, CorpusError, ModelError, PlacementError, TrainingDivergedError
+from readapt_ray.errors import (
+    ArtifactMissingError,
+    CorpusError,
+    InputError,
+    ModelError,
+    PlacementError,
+    TrainingDivergedError,
+)
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.worker_memory import train_memory
 from readapt_ray.recipes.chain import train_on_passages
+from readapt_ray.stages.finetune import FinetuneConfig, finetune
 from readapt_ray.stages.pack import PackConfig, pack
-from readapt_ray.stages.train import TrainConfig, train
+from readapt_ray.stages.train import TrainConfig, check_pretrained, train
 from tests import factories
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -105,6 +113,52 @@ def test_the_adapter_learns_and_loads_in_plain_peft(packed: tuple[Path, Path], r
         without = model(ids).logits
     with torch.no_grad():
         assert not torch.allclose(model(ids).logits, without, atol=1e-3)
+
+
+@pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
+def test_an_adapter_of_a_quantized_base_fits_the_full_precision_model(
+    packed: tuple[Path, Path], reference: Path, tmp_path: Path, base_dtype: str
+) -> None:
+    """Its losses while it trains, and those of the full-precision model with it, are those of a base in float32."""
+    from readapt_ray.catalog.models import open_model
+    from readapt_ray.storage import Location
+    from readapt_ray.training.withheld_loss import losses
+
+    trained(packed, tmp_path / "a", base_dtype=base_dtype, gradient_checkpointing=True)
+    while_trained = [[row["loss"] for row in read_metrics(Location(str(each)))] for each in (reference, tmp_path / "a")]
+    assert while_trained[0] != while_trained[1]
+    assert while_trained[1] == pytest.approx(while_trained[0], rel=0.01)
+    texts = [f"{passage.title} {passage.text}" for passage in factories.small_corpus(20)]
+    options: Any = {"objective": "causal_lm", "max_tokens": 64, "dtype": torch.float32, "device": torch.device("cpu")}
+    base = open_model(str(packed[0]))
+    plain, quantized = (losses(base, open_model(str(each)), texts, **options) for each in (reference, tmp_path / "a"))
+    assert plain[1].mean() < plain[0].mean() - 0.2
+    assert quantized[1].mean() == pytest.approx(plain[1].mean(), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "full"}, "base_dtype = int8 freezes the weights that method = full trains"),
+        ({"zero_stage": 3}, "base_dtype = int8 does not go with zero_stage = 3"),
+    ],
+)
+def test_what_does_not_go_with_a_quantized_base_is_refused_by_name(options: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        TrainConfig(pretrained="m", corpus="c", output="o", base_dtype="int8", **options)
+
+
+def test_what_a_base_dtype_needs_is_checked_before_anything_is_packed(
+    packed: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(base_dtype: str) -> None:
+        raise InputError(f"{base_dtype} needs a package")
+
+    monkeypatch.setattr("readapt_ray.nn.quantized.check_installed", missing)
+    with pytest.raises(InputError, match="nf4 needs a package"):
+        check_pretrained(TrainConfig(pretrained=str(packed[0]), corpus="c", output="o", base_dtype="nf4"))
+    with pytest.raises(InputError, match="int8 needs a package"):
+        finetune(FinetuneConfig(model=str(packed[0]), corpus="c", output="o", base_dtype="int8"))
 
 
 @pytest.mark.parametrize("zero_stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (0, 2)), 3])

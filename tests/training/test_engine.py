@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from readapt_ray.catalog.models import open_model
+from readapt_ray.nn.quantized import quantize
 from readapt_ray.storage import Location
 from readapt_ray.training import dora
 from readapt_ray.training.checkpoints import DataOrder
@@ -26,12 +27,12 @@ CONTEXT.set_forkserver_preload(["tests.training.attempt"])
 OPTIMIZATION = {"learning_rate": 1e-2, "weight_decay": 0.0, "warmup_fraction": 0.0, "max_gradient_norm": 1.0, "seed": 0}
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize(("zero_stage", "base_dtype"), [(0, "auto"), (2, "auto"), (3, "auto"), (0, "nf4"), (2, "int8")])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_loaded_state_takes_the_next_step_as_if_nothing_had_been(
-    tmp_path: Path, device: str, zero_stage: int
+    tmp_path: Path, device: str, zero_stage: int, base_dtype: str
 ) -> None:
-    in_a_process(step_twice_and_once, tmp_path, device, zero_stage)
+    in_a_process(step_twice_and_once, tmp_path, device, zero_stage, base_dtype)
     calm, resumed = torch.load(tmp_path / "calm.pt"), torch.load(tmp_path / "resumed.pt")
     assert calm.keys() == resumed.keys() and len(calm) == 9
     assert all(torch.equal(calm[name], resumed[name]) for name in calm)
@@ -134,7 +135,7 @@ def join(folder: Path, device: str) -> None:
     torch.distributed.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
 
 
-def step_twice_and_once(folder: Path, device: str, zero_stage: int) -> None:
+def step_twice_and_once(folder: Path, device: str, zero_stage: int, base_dtype: Any) -> None:
     """Two steps of one engine; one step, and the next of another engine that took over its state."""
     join(folder, device)
     inputs = torch.randn(4, 8, 24, generator=torch.Generator().manual_seed(1)).to(device)
@@ -144,17 +145,18 @@ def step_twice_and_once(folder: Path, device: str, zero_stage: int) -> None:
             engine.step([(inputs[step], 1.0)], loss_of=lambda x: engine.model(x).square().mean(), rate=1.0, step=step)
         return engine.state()
 
-    first = taken(new_engine(device, zero_stage), [0])
-    torch.save(taken(new_engine(device, zero_stage), [0, 1]), folder / "calm.pt")
-    other = new_engine(device, zero_stage)
+    first = taken(new_engine(device, zero_stage, base_dtype=base_dtype), [0])
+    torch.save(taken(new_engine(device, zero_stage, base_dtype=base_dtype), [0, 1]), folder / "calm.pt")
+    other = new_engine(device, zero_stage, base_dtype=base_dtype)
     other.load_state(first, step=1)
     torch.save(taken(other, [1]), folder / "resumed.pt")
     torch.distributed.destroy_process_group()
 
 
-def new_engine(device: str, zero_stage: int, *, seed: int = 0) -> DeepSpeedEngine:
+def new_engine(device: str, zero_stage: int, *, seed: int = 0, base_dtype: Any = "auto") -> DeepSpeedEngine:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16))
+    quantize(model, base_dtype, torch.device(device))
     dora.add_adapters(model, dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.1, targets=("0",)))
     optimization: Any = {**OPTIMIZATION, "seed": seed}
     return DeepSpeedEngine(model.to(device), Optimization(**optimization, zero_stage=zero_stage, checkpoint_every_s=9))

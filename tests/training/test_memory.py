@@ -80,10 +80,27 @@ def test_a_measured_run_corrects_the_next_start() -> None:
 
 def test_what_does_not_fit_is_refused_with_the_sum() -> None:
     found = memory.estimate_memory(HEADED, setup(3))
-    memory.check_fits(found, free_bytes=found.total_bytes)
+    memory.check_fits(HEADED, setup(3), free_bytes=found.total_bytes)
     with pytest.raises(PlacementError, match=r"has 0\.00 GB: frozen weights .* over 4 workers\) \+ .* = \d") as refused:
-        memory.check_fits(found, free_bytes=1000)
+        memory.check_fits(HEADED, setup(3), free_bytes=1000)
     assert "zero_stage" in str(refused.value)
+
+
+def test_what_would_fit_is_named_with_its_bytes() -> None:
+    sizes = [
+        memory.estimate_memory(HEADED, replace(setup(), base_dtype=kind, gradient_checkpointing=True)).total_bytes
+        for kind in ("auto", "int8", "nf4")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    for size, named in zip(
+        sizes, ("set grad", "set base_dtype int8 and grad", "set base_dtype nf4 and grad"), strict=True
+    ):
+        with pytest.raises(
+            PlacementError, match=rf"Lower micro_batch_tokens, {named}.* true, which needs .* GB, raise"
+        ):
+            memory.check_fits(HEADED, setup(), free_bytes=size)
+    assert memory.what_fits(HEADED, setup(), sizes[-1] - 1) == ""
+    assert memory.what_fits(HEADED, replace(setup(), adapter=None), sizes[0]) == ""
 
 
 def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -1,0 +1,169 @@
+"""Store the frozen weights of linear layers in 8 or 4 bits, and decode them for each matrix product.
+
+A 7B model takes 14.5 GB in bfloat16, 7.5 GB in int8 and 4.5 GB in nf4. Decoding writes one weight in the type of the product
+and reads it again, in the forward pass and in the backward pass; nothing of that size is kept between them.
+
+int8: one scale per output row, the largest magnitude of the row over 127. nf4: 16 levels that are quantiles of a normal
+distribution and one scale per 64 weights (Dettmers et al., 2023, section 3), by bitsandbytes' kernels for CPUs and GPUs.
+"""
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from readapt_ray.catalog.shapes import BaseDtype, is_in_layer
+from readapt_ray.errors import InputError
+
+_NF4_BLOCK = 64
+"""Weights with one scale."""
+_ROWS_AT_ONCE = 1024
+"""Rows that are float32 at the same time."""
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer that stores its weight [O, I] in few bits. I = inputs, O = outputs.
+
+    Args:
+        linear: the layer to replace; its bias is shared.
+    """
+
+    bias: nn.Parameter | None
+    full_norm: Tensor
+    """Norm of each row of the weight before it was quantized, float32 [O]."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.register_parameter("bias", linear.bias)
+        self.register_buffer("full_norm", row_norms(linear.weight.detach()), persistent=False)
+
+    def decoded(self) -> Tensor:
+        """Return the weight [O, I] that products use, in the type that it had."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output, [..., I] to [..., O]."""
+        y: Tensor = _DecodedProduct.apply(x, self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+
+class Int8Linear(QuantizedLinear):
+    """A frozen linear layer in 8 bits per weight."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        weight = linear.weight.detach()
+        scales = weight.abs().amax(1, keepdim=True).float() / 127
+        numbers = [
+            (part.float() / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.int8)
+            for part, scale in zip(_split_rows(weight), _split_rows(scales), strict=True)
+        ]
+        self.register_buffer("numbers", torch.cat(numbers), persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def decoded(self) -> Tensor:
+        """Return the weight [O, I], multiplied in float32 and rounded once."""
+        out = torch.empty(self.numbers.shape, dtype=self.dtype, device=self.numbers.device)
+        return torch.mul(self.numbers, self.scales, out=out)
+
+
+class Nf4Linear(QuantizedLinear):
+    """A frozen linear layer in 4 bits per weight."""
+
+    numbers: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        numbers, scales = _kernels().quantize_4bit(linear.weight.detach(), _NF4_BLOCK, "nf4", torch.uint8)
+        self.register_buffer("numbers", numbers, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+
+    def decoded(self) -> Tensor:
+        """Return the weight [O, I]."""
+        shape = [self.out_features, self.in_features]
+        weight: Tensor = _kernels().dequantize_4bit(self.numbers, self.scales, _NF4_BLOCK, "nf4", shape, self.dtype)
+        return weight
+
+
+class _DecodedProduct(torch.autograd.Function):
+    """Compute x W^T, and the gradient of x with the weight decoded again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return functional.linear(x, layer.decoded())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0] @ ctx.layer.decoded().to(gradients[0].dtype), None
+
+
+LINEAR_LAYERS = (nn.Linear, QuantizedLinear)
+_CLASSES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
+
+
+def weight_of(layer: nn.Linear | QuantizedLinear) -> Tensor:
+    """Return the weight [O, I] that the layer's forward pass uses."""
+    return layer.decoded() if isinstance(layer, QuantizedLinear) else layer.weight
+
+
+def row_norms(weight_OI: Tensor) -> Tensor:
+    """Return the norm of each row, float32 [O]; some rows at a time are float32."""
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in _split_rows(weight_OI)])
+
+
+def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> None:
+    """Replace the linear layers inside a model's layers; embeddings and heads stay as they are.
+
+    Each weight goes to the device alone, so that the device never holds more of the model than its result and one weight.
+
+    Raises:
+        InputError: nf4 without bitsandbytes.
+    """
+    if base_dtype == "auto":
+        return
+    check_installed(base_dtype)
+    found = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_in_layer(name)]
+    for name in found:
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name).to(device)
+        setattr(model.get_submodule(parent), child, _CLASSES[base_dtype](linear))  # type: ignore[arg-type]
+
+
+def stored_bytes(base_dtype: BaseDtype, inputs: int, outputs: int) -> int:
+    """Return the bytes of a quantized weight with its scales and norms."""
+    size = inputs * outputs
+    if base_dtype == "int8":
+        return size + 8 * outputs
+    return -(-size // 2) + 4 * -(-size // _NF4_BLOCK) + 4 * outputs
+
+
+def check_installed(base_dtype: BaseDtype) -> None:
+    """Check that what decodes a weight is installed.
+
+    Raises:
+        InputError: nf4 without bitsandbytes.
+    """
+    if base_dtype == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(
+            "base_dtype nf4 needs bitsandbytes, which is not installed; pip install 'readapt-ray[nf4]' on every node, or take "
+            "base_dtype int8, which needs nothing"
+        )
+
+
+def _split_rows(tensor: Tensor) -> tuple[Tensor, ...]:
+    return tensor.split(_ROWS_AT_ONCE)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _kernels() -> Any:
+    import bitsandbytes  # noqa: F401 -- registers the operations
+
+    return torch.ops.bitsandbytes
