@@ -82,10 +82,17 @@ class MergeConfig(StageConfig):
     """CPUs, and so threads, per Ray task."""
     measures: str | None = None
     """Output of `readapt tune` or `readapt evaluate` whose result is shown in the model card."""
+    push: str | None = None
+    """Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. It is private there, and HF_TOKEN holds
+    a token that may write."""
+    public: bool = False
+    """Let anybody read the repository of push. The card names the models that it was made from as they were given."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
-    operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"accept", "num_workers", "num_cpus_per_worker", "push", "public"}
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> "MergeConfig":
@@ -104,6 +111,8 @@ class MergeConfig(StageConfig):
                 "{queries_only} names the {retriever} as the model of the passages, and writes a model; give the three models, "
                 "without {factors}"
             )
+        if (self.push is None and self.public) or (self.push is not None and self.factors):
+            raise OptionError("{public} is for a {push}, and {push} sends a whole model: give neither with {factors}")
         if self.num_workers and (self.factors or self.low_rank is not None):
             raise OptionError(
                 "{num_workers} spreads the weight files of a model over the cluster; factors and a low rank are computed on "
@@ -162,9 +171,11 @@ def merge(config: MergeConfig) -> Artifact:
         InputError: there are neither one nor as many knowledge scales as adapters.
         ArtifactConflictError: the output holds something else.
     """
+    from readapt_ray.weights import push
     from readapt_ray.weights.merge_plan import MergeModels, plan_merge
     from readapt_ray.weights.model_card import measures_of
 
+    repo_id = push.repository(config.push) if config.push is not None else None
     _refuse_query_model(config)
     models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
     plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
@@ -176,7 +187,7 @@ def merge(config: MergeConfig) -> Artifact:
     measures = measures_of(config.measures) if config.measures is not None else []
     merged = _Merge(config, plan, plan.scales(**given), measures)
     work = _write_factors if config.factors else _write_model
-    return produce(
+    made = produce(
         "merge",
         config,
         inputs=_fingerprints(merged),
@@ -186,6 +197,10 @@ def merge(config: MergeConfig) -> Artifact:
             "scales": [merged.scales.readapter, *merged.scales.knowledge],
         },
     )
+    if repo_id is not None:
+        address = push.push(made.location, repo_id, is_public=config.public, fingerprint=made.fingerprint)
+        logger.info("merge: sent to %s (%s)", address, "public" if config.public else "private")
+    return made
 
 
 def _refuse_query_model(config: MergeConfig) -> None:
@@ -377,7 +392,7 @@ def _details(merged: _Merge, left_out: list[str], stored: list["Stored"]) -> dic
 def _command(config: MergeConfig) -> str:
     from readapt_ray.weights.provenance import command_line
 
-    left_out = {"overwrite", "encoding", "num_workers", "num_cpus_per_worker"}
+    left_out = {"overwrite", "encoding", "num_workers", "num_cpus_per_worker", "push", "public"}
     given = config.model_fields_set - left_out
     options = {name: value for name, value in config.settings().items() if name in given}
     return command_line("merge", {**options, "output": "FOLDER"})
