@@ -18,8 +18,9 @@ from pydantic import Field
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
-from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.query_models import passages_model
+from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.digest_join import Changes, join_digests
@@ -32,12 +33,11 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.footers import named_footers, open_passages, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
-from readapt_ray.retrieval.vector_files import Footer
+from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -59,11 +59,9 @@ class TextSize(NamedTuple):
     num_bytes: float
 
 
-class EmbedConfig(StageConfig):
+class EmbedConfig(RetrieverOptions, StageConfig):
     """The options of `readapt embed`."""
 
-    retriever: str
-    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
     previous: str | None = None
@@ -97,7 +95,7 @@ class EmbedConfig(StageConfig):
     """Maximum number of passages that are left out because their vector is NaN, infinite or zero, also in float32. The
     manifest names them; more of them stop the run."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
+    inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | {"corpus", "encoding"}
     operational: ClassVar[frozenset[str]] = frozenset(
         {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous", "max_left_out"}
     )
@@ -133,7 +131,7 @@ def embed(config: EmbedConfig) -> Artifact:
     """
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
-    passages = _open_passages(corpus, config.corpus)
+    passages = open_passages(on_worker.absolute(corpus.location / "passages"), corpus, config.corpus)
     config = _resolve(config, passages.num_rows)
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
@@ -167,6 +165,7 @@ def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
     """What the options and the model say of the job."""
     return EmbedJob(
         model_name=on_worker.model_name(model),
+        base_name=on_worker.base_name(model),
         tokenizer=model.tokenizer_fingerprint,
         encoder=describe_encoder(model, encoding, config.dtype),
         encoding=encoding,
@@ -224,53 +223,18 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
     from readapt_ray.retrieval.tokenization import TextTokenizer
-    from readapt_ray.weights.weight_files import Checkpoint
+    from readapt_ray.weights.loading import open_weights
 
-    model = open_model(config.retriever)
+    model = config.open_retriever()
     encoding = config.encoding or model.encoding
     if (passages := passages_model(model)) is not None:
         logger.info("embed: %s is for queries alone; passages are encoded by %s", model.name, passages.name)
         model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
-    holder = model.base if model.is_adapter else model
-    Checkpoint(holder.folder, name=holder.name)
+    open_weights(model)
     TextTokenizer(model.tokenizer, encoding)
     return model, encoding
-
-
-def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
-    """Open the passages of a corpus. The ends of all files are read, so a truncated one is found here.
-
-    Raises:
-        CorpusError: there are none, a file lacks a column, or one is there twice.
-        CorruptFileError: a file was cut short, or is gone.
-    """
-    passages = on_worker.absolute(corpus.location / "passages")
-    footers = named_footers(passages)
-    for name, footer in footers.items():
-        missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
-        if missing:
-            raise CorpusError(
-                f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
-            )
-    _check_no_copies(passages, footers)
-    rows = ParquetRows(passages, row_counts(footers))
-    check_complete(corpus, rows.num_rows, "passages")
-    if rows.num_rows == 0:
-        raise CorpusError(f"{given!r} has no passages; ingest a corpus that has some")
-    return rows
-
-
-def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
-    """Refuse a corpus in which one file is the copy of another: their footers are equal."""
-    seen: dict[str, str] = {}
-    for name, footer in footers.items():
-        if footer.num_rows and footer.digest in seen:
-            raise CorpusError(
-                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids stand twice; ingest the corpus again"
-            )
-        seen[footer.digest] = name
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
@@ -300,7 +264,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
     if not same_encoder:
         raise FingerprintMismatchError(
             f"previous = {config.previous!r} was made by another encoder ({there['model']!r} in {there['dtype']}, "
-            f"{there['fingerprint']}) than {config.retriever!r} in {config.dtype} ({encoder['fingerprint']}); "
+            f"{there['fingerprint']}) than {encoder['model']!r} in {config.dtype} ({encoder['fingerprint']}); "
             f"leave it out to encode the whole corpus"
         )
     raise FingerprintMismatchError(

@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError
 from readapt_ray.evaluation.tables import named
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
@@ -90,6 +90,10 @@ class IngestConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
+    used_with: ClassVar[UsedWith] = {
+        "overlap": ("split_tokens", ()),
+        "tokenizer": ("split_tokens", ()),
+    }
 
     @model_validator(mode="after")
     def _splits_by_a_tokenizer(self) -> Self:

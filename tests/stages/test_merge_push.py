@@ -120,4 +120,4 @@ def test_a_token_that_may_not_write_is_bad_input(tmp_path, models, hub, capsys, 
 
 def test_a_bundle_is_not_sent(tmp_path, models, hub, capsys):
     assert push(models, tmp_path / "out", "--factors") == 2
-    assert "--push sends a whole model" in capsys.readouterr().err
+    assert "--push sends a whole model; leave --factors out" in capsys.readouterr().err
