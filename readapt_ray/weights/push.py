@@ -17,7 +17,8 @@ from readapt_ray.storage import Location
 from readapt_ray.weights.model_card import CARD_NAME, NAME_IN_CARD
 
 PREFIX = "hub:"
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
+"""What the hub takes as OWNER/NAME."""
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _OF_THE_HUB = {".gitattributes", CARD_NAME}
 """Files that the hub puts into a repository that it makes."""
@@ -33,16 +34,12 @@ def repository(name: str) -> str:
     Raises:
         InputError: it is no such name.
     """
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     repo_id = name.removeprefix(PREFIX)
     if not name.startswith(PREFIX) or not _REPOSITORY.fullmatch(repo_id):
-        raise InputError(f"push = {name!r} is no repository of the hub; write {PREFIX}OWNER/NAME")
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise InputError(f"push = {name!r}: {error}; write {PREFIX}OWNER/NAME") from error
+        raise InputError(
+            f"push = {name!r} is no repository of the hub; write {PREFIX}OWNER/NAME, in letters, digits, '-', '_' and '.', of at "
+            f"most 96 characters"
+        )
     return repo_id
 
 
