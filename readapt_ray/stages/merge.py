@@ -171,25 +171,26 @@ def merge(config: MergeConfig) -> Artifact:
         InputError: there are neither one nor as many knowledge scales as adapters.
         ArtifactConflictError: the output holds something else.
     """
+    from readapt_ray.catalog.models import open_model
+    from readapt_ray.catalog.query_models import refuse_query_model
     from readapt_ray.weights import push
-    from readapt_ray.weights.merge_plan import MergeModels, plan_merge, refuse_query_model
+    from readapt_ray.weights.merge_plan import MergeModels, plan_merge
     from readapt_ray.weights.model_card import measures_of
 
     repo_id = push.repository(config.push) if config.push is not None else None
-    refuse_query_model(config.retriever)
+    if config.retriever is not None:
+        refuse_query_model(open_model(config.retriever))
     models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
     plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
     given = {
         name: getattr(config, name) if name in config.model_fields_set or plan.bundle is None else None
         for name in ("readapter_scale", "knowledge_scale")
     }
-    measures = measures_of(config.measures) if config.measures is not None else []
-    merged = _Merge(config, plan, plan.scales(**given), measures)
+    merged = _Merge(config, plan, plan.scales(**given), measures_of(config.measures) if config.measures else [])
     work = _write_factors if config.factors else _write_model
     made = produce("merge", work=lambda workspace: work(workspace, merged), **_identity(merged))
     if repo_id is not None:
-        address = push.push(made.location, repo_id, is_public=config.public, fingerprint=made.fingerprint)
-        logger.info("merge: sent to %s (%s)", address, "public" if config.public else "private")
+        push.push(made.location, repo_id, is_public=config.public, fingerprint=made.fingerprint)
     return made
 
 

@@ -4,6 +4,7 @@ In: the output of a merge, on any filesystem, and the name of a repository. Out:
 that is made here is private. What is there already is not sent again, so that a second push costs some requests.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
 from readapt_ray.weights.model_card import CARD_NAME, NAME_IN_CARD
+
+logger = logging.getLogger("readapt_ray")
 
 PREFIX = "hub:"
 _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
@@ -43,8 +46,8 @@ def repository(name: str) -> str:
     return repo_id
 
 
-def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -> str:
-    """Send a model folder as one commit; a hub that is busy is asked again.
+def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -> None:
+    """Send a model folder as one commit, and log its address; a hub that is busy is asked again.
 
     Args:
         folder: a whole output of merge.
@@ -52,21 +55,19 @@ def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -
         is_public: whether anybody may read it.
         fingerprint: of the model; the commit's message names it.
 
-    Returns:
-        The address of the commit.
-
     Raises:
         ModelError: the hub refuses it, or the repository holds another model or is public and that was not asked for.
         ReadaptError: the hub could not be reached, or went on failing.
     """
     local = models.open_model(folder.uri).folder
     card = (folder / CARD_NAME).read_text().replace(NAME_IN_CARD, repo_id)
-    return asked_again(
+    address = asked_again(
         f"the model to {repo_id} on the hub",
         lambda: _commit(local, card, repo_id, is_public=is_public, fingerprint=fingerprint),
         verb="send",
         mends=_MENDS,
     )
+    logger.info("merge: sent to %s (%s)", address, "public" if is_public else "private")
 
 
 def _commit(local: Path, card: str, repo_id: str, *, is_public: bool, fingerprint: str) -> str:
