@@ -728,6 +728,8 @@ def merge(
     num_workers: int = 0,
     num_cpus_per_worker: int = 1,
     measures: str | Path | None = None,
+    push: str | None = None,
+    public: bool = False,
 ) -> Artifact:
     """Add the retriever's and the adapter's weight changes to the pretrained model.
 
@@ -766,6 +768,10 @@ def merge(
             them on this machine with all its cores. (default: 0)
         num_cpus_per_worker: CPUs, and so threads, per Ray task. (default: 1)
         measures: Output of `readapt tune` or `readapt evaluate` whose result is shown in the model card.
+        push: Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. It is private there,
+            and HF_TOKEN holds a token that may write.
+        public: Let anybody read the repository of push. The card names the models that it was made from as they
+            were given. (default: no)
 
     Returns:
         The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.

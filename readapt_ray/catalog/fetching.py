@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from readapt_ray import environment
 from readapt_ray.artifacts import fingerprint
@@ -76,13 +76,32 @@ def _model(name: str, hub_id: str) -> str:
     return f"{name!r} (no folder here; {hub_id} on the hub)"
 
 
-def asked_again(what: str, fetch: Callable[[], T], *, refusal: type[InputError] = ModelError) -> T:
-    """Return what `fetch` returns; a hub that is busy or cannot be reached is asked again.
+class Mends(NamedTuple):
+    """What an error about the hub tells the user to do."""
+
+    refused: str = "check the name and the network, set HF_TOKEN for a gated model or data set, or give a local folder"
+    failed: str = "run again later, or give a local folder"
+
+
+_MENDS = Mends()
+
+
+def asked_again(
+    what: str,
+    ask: Callable[[], T],
+    *,
+    refusal: type[InputError] = ModelError,
+    verb: str = "fetch",
+    mends: Mends = _MENDS,
+) -> T:
+    """Return what `ask` returns; a hub that is busy or cannot be reached is asked again.
 
     Args:
-        what: what is fetched, as errors call it.
-        fetch: asks the hub.
+        what: what is fetched or sent, as errors call it.
+        ask: asks the hub.
         refusal: error for what the hub refuses or does not have.
+        verb: what is done with it.
+        mends: what to do about a refusal, and about a failure.
 
     Raises:
         InputError: `refusal`.
@@ -95,21 +114,19 @@ def asked_again(what: str, fetch: Callable[[], T], *, refusal: type[InputError] 
     attempt = 0
     while True:
         try:
-            return fetch()
+            return ask()
         except InputError:
             raise
         except Exception as error:
             if not isinstance(error, (*client_errors, HFValidationError)):
                 raise
-            said = f"cannot fetch {what}: {first_line(error)}"
+            said = f"cannot {verb} {what}: {first_line(error)}"
             cause = _cause(error)
             if isinstance(error, HFValidationError) or _is_final(cause):
-                raise refusal(
-                    f"{said}; check the name and the network, set HF_TOKEN for a gated model or data set, or give a local folder"
-                ) from error
+                raise refusal(f"{said}; {mends.refused}") from error
             attempt += 1
             if attempt == (_ATTEMPTS_UNANSWERED if type(cause).__name__ in _UNANSWERED else _ATTEMPTS):
-                raise ReadaptError(f"{said}; tried {attempt} times: run again later, or give a local folder") from error
+                raise ReadaptError(f"{said}; tried {attempt} times: {mends.failed}") from error
             wait_s = _FIRST_WAIT_S * 2 ** (attempt - 1)
             logger.warning("%s; trying again in %.0f s", said, wait_s)
             time.sleep(wait_s)

@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 _QREL_FIELDS: Final = {
     "query_id": ("query_id", "query-id", "qid"),
-    "doc_id": ("doc_id", "corpus-id", "docid", "corpus_id"),
+    "doc_id": ("doc_id", "corpus-id", "docid", "corpus_id", "pid", "passage_id", "document_id", "docno"),
     "relevance": ("relevance", "score", "label"),
 }
 QUERIES: Final = Kind(

@@ -81,11 +81,18 @@ class MergeConfig(StageConfig):
     """CPUs, and so threads, per Ray task."""
     measures: str | None = None
     """Output of `readapt tune` or `readapt evaluate` whose result is shown in the model card."""
+    push: str | None = None
+    """Also send the model with its card to the Hugging Face hub: hub:OWNER/NAME. It is private there, and HF_TOKEN holds
+    a token that may write."""
+    public: bool = False
+    """Let anybody read the repository of push. The card names the models that it was made from as they were given."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
-    used_with: ClassVar[UsedWith] = {"num_cpus_per_worker": ("num_workers", ())}
-    operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
+    used_with: ClassVar[UsedWith] = {"num_cpus_per_worker": ("num_workers", ()), "public": ("push", ())}
+    operational: ClassVar[frozenset[str]] = frozenset(
+        {"accept", "num_workers", "num_cpus_per_worker", "push", "public"}
+    )
 
     @pydantic.model_validator(mode="after")
     def _check_models(self) -> "MergeConfig":
@@ -104,6 +111,8 @@ class MergeConfig(StageConfig):
                 "{queries_only} names the {retriever} as the model of the passages, and writes a model; give the three models, "
                 "without {factors}"
             )
+        if self.push is not None and self.factors:
+            raise OptionError("{push} sends a whole model; leave {factors} out")
         if self.num_workers and (self.factors or self.low_rank is not None):
             raise OptionError(
                 "{num_workers} spreads the weight files of a model over the cluster; factors and a low rank are computed on "
@@ -164,9 +173,11 @@ def merge(config: MergeConfig) -> Artifact:
     """
     from readapt_ray.catalog.models import open_model
     from readapt_ray.catalog.query_models import refuse_query_model
+    from readapt_ray.weights import push
     from readapt_ray.weights.merge_plan import MergeModels, plan_merge
     from readapt_ray.weights.model_card import measures_of
 
+    repo_id = push.repository(config.push) if config.push is not None else None
     if config.retriever is not None:
         refuse_query_model(open_model(config.retriever))
     models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
@@ -175,10 +186,12 @@ def merge(config: MergeConfig) -> Artifact:
         name: getattr(config, name) if name in config.model_fields_set or plan.bundle is None else None
         for name in ("readapter_scale", "knowledge_scale")
     }
-    measures = measures_of(config.measures) if config.measures is not None else []
-    merged = _Merge(config, plan, plan.scales(**given), measures)
+    merged = _Merge(config, plan, plan.scales(**given), measures_of(config.measures) if config.measures else [])
     work = _write_factors if config.factors else _write_model
-    return produce("merge", work=lambda workspace: work(workspace, merged), **_identity(merged))
+    made = produce("merge", work=lambda workspace: work(workspace, merged), **_identity(merged))
+    if repo_id is not None:
+        push.push(made.location, repo_id, is_public=config.public, fingerprint=made.fingerprint)
+    return made
 
 
 def _identity(merged: _Merge) -> dict[str, Any]:
@@ -381,7 +394,7 @@ def _details(merged: _Merge, left_out: list[str], stored: list["Stored"]) -> dic
 def _command(config: MergeConfig) -> str:
     from readapt_ray.weights.provenance import command_line
 
-    left_out = {"overwrite", "encoding", "num_workers", "num_cpus_per_worker"}
+    left_out = {"overwrite", "encoding", "num_workers", "num_cpus_per_worker", "push", "public"}
     given = config.model_fields_set - left_out
     options = {name: value for name, value in config.settings().items() if name in given}
     return command_line("merge", {**options, "output": "FOLDER"})

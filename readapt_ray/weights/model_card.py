@@ -15,6 +15,10 @@ from readapt_ray.weights.low_rank import Stored
 from readapt_ray.weights.model_files import prompts
 from readapt_ray.weights.provenance import MergeInput
 
+CARD_NAME = "README.md"
+NAME_IN_CARD = "PATH_OF_THIS_FOLDER"
+"""Stands for the model in the card; a push puts the repository's name there."""
+
 Share = float | None
 
 
@@ -70,7 +74,7 @@ def _metadata(sources: Sequence[MergeInput]) -> list[str]:
         "library_name: sentence-transformers",
         "pipeline_tag: feature-extraction",
         "tags: [sentence-transformers, feature-extraction, retrieval, readapt-ray]",
-        *([f"base_model: [{', '.join(hub_ids)}]"] if hub_ids else []),
+        *([f"base_model: [{', '.join(hub_ids)}]", "base_model_relation: merge"] if hub_ids else []),
         "---",
         "",
     ]
@@ -111,7 +115,7 @@ def _usage(encoding: Encoding) -> list[str]:
         "```python",
         "from sentence_transformers import SentenceTransformer",
         "",
-        f'model = SentenceTransformer("PATH_OF_THIS_FOLDER"{cut})',
+        f'model = SentenceTransformer("{NAME_IN_CARD}"{cut})',
         *([f'queries = model.encode(["..."], prompt_name="query"{again})'] if "query" in prefixes else []),
         *(
             [f'passages = model.encode(["title text"], prompt_name="document"{again})']
@@ -122,8 +126,8 @@ def _usage(encoding: Encoding) -> list[str]:
         "",
         "Other servers pool as this folder says; what stands before a text is the client's to write, or an option:",
         "",
-        "    vllm serve PATH_OF_THIS_FOLDER --runner pooling",
-        f"    text-embeddings-router --model-id PATH_OF_THIS_FOLDER{' --default-prompt-name query' * ('query' in prefixes)}",
+        f"    vllm serve {NAME_IN_CARD} --runner pooling",
+        f"    text-embeddings-router --model-id {NAME_IN_CARD}{' --default-prompt-name query' * ('query' in prefixes)}",
         "",
     ]
 

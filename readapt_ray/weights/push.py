@@ -1,0 +1,93 @@
+"""Send a model folder to the Hugging Face hub: one commit with weights, tokenizer, encoding and model card.
+
+In: the output of a merge, on any filesystem, and the name of a repository. Out: the address of the commit. A repository
+that is made here is private. What is there already is not sent again, so that a second push costs some requests.
+"""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from readapt_ray.artifact_files import STAGE_FILES, split_by_owner
+from readapt_ray.catalog import models
+from readapt_ray.catalog.fetching import Mends, asked_again
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import CONTRACT_NAME
+from readapt_ray.storage import Location
+from readapt_ray.weights.model_card import CARD_NAME, NAME_IN_CARD
+
+logger = logging.getLogger("readapt_ray")
+
+PREFIX = "hub:"
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?=.{3,96}$)\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])", re.ASCII)
+"""What the hub takes as OWNER/NAME."""
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_OF_THE_HUB = {".gitattributes", CARD_NAME}
+"""Files that the hub puts into a repository that it makes."""
+_MENDS = Mends(
+    refused="check the name, and set HF_TOKEN to a token that may write there",
+    failed="the model is whole in its folder; run the same command later, which only sends it",
+)
+
+
+def repository(name: str) -> str:
+    """Return OWNER/NAME of `hub:OWNER/NAME`.
+
+    Raises:
+        InputError: it is no such name.
+    """
+    repo_id = name.removeprefix(PREFIX)
+    if not name.startswith(PREFIX) or not _REPOSITORY.fullmatch(repo_id):
+        raise InputError(
+            f"push = {name!r} is no repository of the hub; write {PREFIX}OWNER/NAME, in letters, digits, '-', '_' and '.', of at "
+            f"most 96 characters"
+        )
+    return repo_id
+
+
+def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -> None:
+    """Send a model folder as one commit, and log its address; a hub that is busy is asked again.
+
+    Args:
+        folder: a whole output of merge.
+        repo_id: the repository, which is made if it is not there.
+        is_public: whether anybody may read it.
+        fingerprint: of the model; the commit's message names it.
+
+    Raises:
+        ModelError: the hub refuses it, or the repository holds another model or is public and that was not asked for.
+        ReadaptError: the hub could not be reached, or went on failing.
+    """
+    local = models.open_model(folder.uri).folder
+    card = (folder / CARD_NAME).read_text().replace(NAME_IN_CARD, repo_id)
+    address = asked_again(
+        f"the model to {repo_id} on the hub",
+        lambda: _commit(local, card, repo_id, is_public=is_public, fingerprint=fingerprint),
+        verb="send",
+        mends=_MENDS,
+    )
+    logger.info("merge: sent to %s (%s)", address, "public" if is_public else "private")
+
+
+def _commit(local: Path, card: str, repo_id: str, *, is_public: bool, fingerprint: str) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=not is_public, exist_ok=True)
+    there = api.model_info(repo_id)
+    names = {file.rfilename for file in there.siblings or []}
+    if CONTRACT_NAME not in names and names - _OF_THE_HUB:
+        raise ModelError(
+            f"{PREFIX}{repo_id} holds something that readapt did not write ({min(names - _OF_THE_HUB)}); give another name"
+        )
+    if not there.private and not is_public:
+        raise ModelError(f"{PREFIX}{repo_id} is public; give --public if it may be, or another name")
+    files = [path.relative_to(local).as_posix() for path in sorted(local.rglob("*")) if path.is_file()]
+    sent: dict[str, Any] = {name: local / name for name in split_by_owner(files, STAGE_FILES["merge"])[0]}
+    sent[CARD_NAME] = card.encode()
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in sent.items()]
+    stale = [name for name in sorted(names - sent.keys()) if _WEIGHTS.fullmatch(name)]
+    operations += [CommitOperationDelete(name) for name in stale]
+    message = f"Readapted retriever {fingerprint}"
+    return str(api.create_commit(repo_id, operations, commit_message=message).commit_url)
