@@ -1,6 +1,7 @@
 """Measure refreshes of a corpus on an object store: what requests, bytes and CPU seconds follow the change.
 
     python benchmarks/refreshing.py --work DIR --sizes 20000,100000
+    python benchmarks/refreshing.py --work DIR --sizes 20000 --counts-only
 
 The forward pass is a stub, as in `bookkeeping.py`, so the figures cover everything else: reading, comparing, copying and
 writing. A real model adds the time of encoding `num_encoded` passages. Source and root are on an S3 server on loopback
@@ -29,14 +30,18 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.bookkeeping import made_texts, make_model
 from readapt_ray import artifacts, hardware
 from readapt_ray.generations import STAGE_OF, Generation, read
+from readapt_ray.recipes.refreshing.options import RefreshConfig
+from readapt_ray.recipes.refreshing.refresh import refresh
 from readapt_ray.storage import Location
 from tests import object_store
+from tests.recipes.refreshing.in_process import without_ray
 
 _NUM_FILES = 100
 _EVERY = 100
@@ -50,13 +55,14 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the model")
     parser.add_argument("--sizes", default="20000,100000")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/refreshing.json"))
+    parser.add_argument("--counts-only", action="store_true", help="run without Ray, and measure no time")
     options = parser.parse_args()
     make_model(options.work / "model")
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of each request
     results = {}
     for size in options.sizes.split(","):
         with object_store.running() as store:
-            results[size] = measured(store, options.work / "model", int(size))
+            results[size] = measured(store, options.work / "model", int(size), counts_only=options.counts_only)
     values = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -67,7 +73,7 @@ def main() -> None:
     options.output.write_text(json.dumps(values, indent=1, default=str) + "\n")
 
 
-def measured(store: object_store.Store, model: Path, size: int) -> dict[str, Any]:
+def measured(store: object_store.Store, model: Path, size: int, *, counts_only: bool) -> dict[str, Any]:
     """The first refresh, and those after each change."""
     source, root = (Location(f"s3://{object_store.BUCKET}/{size}/{name}") for name in ("source", "root"))
     in_one_file = size // _NUM_FILES
@@ -80,15 +86,12 @@ def measured(store: object_store.Store, model: Path, size: int) -> dict[str, Any
     found: dict[str, Any] = {}
     for name, changes in states.items():
         write_source(source, size, changes)
-        command = ["-m", "readapt_ray.cli", "refresh", "--root", root.uri, "--source", source.uri]
+        run = counted_here if counts_only else watched
         with counted(store) as cost:
-            with subprocess.Popen([sys.executable, *command, "--retriever", str(model)]) as process:
-                cost.update(watched(process))
-            if process.returncode:
-                raise SystemExit(f"the refresh ended with {process.returncode}")
+            cost.update(run(root.uri, source.uri, str(model)))
         found[name] = cost if name == "unchanged" else cost | of_generation(root, read(root)[-1])
         if name != "first":
-            ratios = {each: round(cost[each] / found["first"][each], 3) for each in COSTS}
+            ratios = {each: round(cost[each] / found["first"][each], 3) for each in COSTS if each in cost}
             found[name]["of_first_run"] = ratios
         print(size, name, json.dumps(found[name]), flush=True)
     return found
@@ -110,18 +113,30 @@ def counted(store: object_store.Store) -> Iterator[dict[str, Any]]:
     }
 
 
-def watched(process: "subprocess.Popen[bytes]") -> dict[str, float]:
-    """Wall-clock and CPU seconds of a process and of all that it starts, sampled."""
+def counted_here(root: str, source: str, model: str) -> dict[str, float]:
+    """Refresh in this process, without Ray."""
+    with pytest.MonkeyPatch.context() as patched:
+        without_ray(patched)
+        refresh(RefreshConfig(root=root, source=source, retriever=model))
+    return {}
+
+
+def watched(root: str, source: str, model: str) -> dict[str, float]:
+    """Refresh in a new process; return its seconds, and the CPU seconds of all that it starts, sampled."""
+    command = ["-m", "readapt_ray.cli", "refresh", "--root", root, "--source", source, "--retriever", model]
     began_s = time.perf_counter()
     cpu_s: dict[tuple[int, float], float] = {}
-    while process.poll() is None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(process.pid)
-            for each in [parent, *parent.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    times = each.cpu_times()
-                    cpu_s[each.pid, each.create_time()] = times.user + times.system
-        time.sleep(_SAMPLE_S)
+    with subprocess.Popen([sys.executable, *command]) as process:
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                parent = psutil.Process(process.pid)
+                for each in [parent, *parent.children(recursive=True)]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        times = each.cpu_times()
+                        cpu_s[each.pid, each.create_time()] = times.user + times.system
+            time.sleep(_SAMPLE_S)
+    if process.returncode:
+        raise SystemExit(f"the refresh ended with {process.returncode}")
     return {"seconds": round(time.perf_counter() - began_s, 1), "cpu_s": round(sum(cpu_s.values()), 1)}
 
 

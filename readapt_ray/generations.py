@@ -18,6 +18,7 @@ from readapt_ray.errors import CorruptFileError, InputError
 from readapt_ray.storage import Location
 
 FILE_NAME = "refresh.json"
+_FORMAT_VERSION = 1
 FOLDER_NAME = "generations"
 CORPUS, VECTORS, INDEX, EXPORT = "corpus", "vectors", "index", "export"
 STAGE_OF = {CORPUS: "ingest", VECTORS: "embed", INDEX: "index", EXPORT: "export"}
@@ -63,6 +64,7 @@ def read(root: Location) -> list[Generation]:
 
     Raises:
         CorruptFileError: the file was cut short or altered.
+        InputError: another release wrote it, in a format that this one does not know.
     """
     file = root / FILE_NAME
     if file.is_folder():
@@ -71,7 +73,12 @@ def read(root: Location) -> list[Generation]:
         return _of_run(root)
     names = {each.name for each in dataclasses.fields(Generation)}
     try:
-        entries = json.loads(file.read_bytes())["generations"]
+        content = json.loads(file.read_bytes())
+        entries, version = content["generations"], content.get("format_version", _FORMAT_VERSION)
+        if version != _FORMAT_VERSION:
+            raise InputError(
+                f"{file} has format_version {version!r}, and this release reads {_FORMAT_VERSION}; use the release that wrote it"
+            )
         return [Generation(**{name: each[name] for name in names & each.keys()}) for each in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(
@@ -83,7 +90,9 @@ def read(root: Location) -> list[Generation]:
 def write(root: Location, generations: Sequence[Generation]) -> None:
     """Write the list; the last generation becomes the present one."""
     entries = [dataclasses.asdict(each) for each in generations]
-    (root / FILE_NAME).write_text(json.dumps({"format_version": 1, "generations": entries}, indent=1) + "\n")
+    (root / FILE_NAME).write_text(
+        json.dumps({"format_version": _FORMAT_VERSION, "generations": entries}, indent=1) + "\n"
+    )
 
 
 def as_of(root: Location, number: int | None) -> Generation:

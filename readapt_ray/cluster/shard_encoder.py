@@ -21,7 +21,7 @@ from readapt_ray.cluster.shard_tokens import tokenize_shard
 from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS, read_figures
 from readapt_ray.retrieval.shard_plan import shard_name
-from readapt_ray.retrieval.vector_files import read_footer, stored_vectors, write_stored
+from readapt_ray.retrieval.vector_files import Footer, read_footer, stored_vectors, write_stored
 from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
 
@@ -76,11 +76,10 @@ class ShardEncoder:
             )
         place = cell(shard, "vector").to_numpy()
         if (kept := self._file_of(place, doc_ids)) is not None:
-            share(kept, file)
-            footer = read_footer(file)
-            return {"num_rows": len(place), "num_copied": len(place), "num_bytes": footer.num_bytes} | {
-                "dimension": footer.dimension
-            }
+            earlier, footer = kept
+            share(earlier, file)
+            figures = {"num_rows": len(place), "num_copied": len(place)}
+            return figures | {"num_bytes": footer.num_bytes, "dimension": footer.dimension}
         copied, copied_place = np.unique(-1 - place[place < 0], return_inverse=True)
         stored, metadata = self._encoded(shard, place)
         num_encoded = len(cell(shard, "lengths"))
@@ -103,8 +102,8 @@ class ShardEncoder:
         figures |= {"num_rows": len(place) - num_left_out, "num_left_out": num_left_out}
         return figures | {"num_bytes": num_bytes, "dimension": dimension}
 
-    def _file_of(self, place: NDArray[np.int64], doc_ids: pa.Array) -> Location | None:
-        """Return the earlier file that has the vectors of exactly these passages; None if there is none."""
+    def _file_of(self, place: NDArray[np.int64], doc_ids: pa.Array) -> tuple[Location, Footer] | None:
+        """Return the earlier file that has the vectors of exactly these passages, and its footer; None if there is none."""
         earlier = self._job.earlier
         if earlier is None or not len(place) or place.max() >= 0:
             return None
@@ -114,9 +113,12 @@ class ShardEncoder:
         first = int(ends[np.searchsorted(ends, rows[0], side="right")]) - count
         if len(rows) != count or not np.array_equal(rows, np.arange(first, first + count)):
             return None
-        there = read_rows(earlier.folder / name, 0, count, ("doc_id",))["doc_id"].take(pa.array(-1 - place - first))
-        is_whole = there.equals(pa.chunked_array([doc_ids])) and not read_footer(earlier.folder / name).left_out
-        return earlier.folder / name if is_whole else None
+        file = earlier.folder / name
+        there = read_rows(file, 0, count, ("doc_id",))["doc_id"].take(pa.array(-1 - place - first))
+        if not there.equals(pa.chunked_array([doc_ids])):
+            return None
+        footer = read_footer(file)
+        return None if footer.left_out else (file, footer)
 
     def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
         """The stored vectors of the distinct texts of a shard, and what making them took."""

@@ -387,6 +387,27 @@ def test_a_list_of_generations_that_cannot_be_read_is_left_alone(root: Root, con
     assert file.read_text() == content
 
 
+def test_a_root_of_another_release_is_read_or_refused(root: Root) -> None:
+    """An older release wrote fewer fields, and no digest into the files of passages."""
+    first = root.refresh()
+    file = Path(root.uri) / "refresh.json"
+    values = json.loads(file.read_text())
+    for name in ("signals", "advice", "turnover", "index_changes", "freed", "counts"):
+        del values["generations"][0][name]
+    values["generations"][0]["of_a_later_release"] = 1
+    file.write_text(json.dumps(values))
+    for part in (Path(first.folder(root.location, "corpus")) / "passages").iterdir():
+        roots.pq.write_table(roots.pq.read_table(part).replace_schema_metadata(), part)
+    root.holds(REST)
+    assert counts(root.refresh()) == (0, 0, 2, 38)
+    assert root.there()[0].counts == {} and root.there()[0].artifacts == first.artifacts
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 9}))
+    with pytest.raises(
+        InputError, match=r"has format_version 9, and this release reads 1; use the release that wrote it"
+    ):
+        root.refresh()
+
+
 def test_what_is_missing_or_not_for_a_refresh_is_said(root: Root, tmp_path: Path) -> None:
     def refused(**options: Any) -> str:
         with pytest.raises(InputError) as raised:
