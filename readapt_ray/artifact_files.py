@@ -58,11 +58,12 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": (
         "passages/part-*.parquet",
         "passages/.seen-*",
+        "passages.footers.parquet",
         "exchange/*",
         "queries/part-*.parquet",
         "qrels/*.parquet",
     ),
-    "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
+    "pack": ("blocks/part-*.parquet", "blocks/.seen-*", "blocks.parquet"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),
     "merge": (

@@ -32,10 +32,10 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.footers import check_complete, listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
-from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, open_vectors
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
 from readapt_ray.retrieval.vector_files import Footer
 from readapt_ray.storage import Location
@@ -133,14 +133,14 @@ def embed(config: EmbedConfig) -> Artifact:
     """
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
-    passages = _open_passages(corpus, config.corpus)
-    config = _resolve(config, passages.num_rows)
+    config = _resolve(config, corpus.manifest.counts["num_passages"])
+    opened = _open_passages(corpus, config.corpus) if read_manifest(config.output) is None else None
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
-    rows_per_shard = _rows_per_shard(config, corpus, model, encoding)
-    job = replace(job, earlier=previous)
+    job, rows_per_shard = replace(job, earlier=previous), _rows_per_shard(config, corpus, model, encoding)
 
     def work(workspace: Workspace) -> None:
+        passages = opened or _open_passages(corpus, config.corpus)
         before = _state(job.passages)
         if config.sample is not None:
             estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
@@ -240,14 +240,14 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
 
 
 def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
-    """Open the passages of a corpus. The ends of all files are read, so a truncated one is found here.
+    """Open the passages of a corpus. A file whose size is not what `ingest` noted is opened, so a truncated one is found here.
 
     Raises:
         CorpusError: there are none, a file lacks a column, or one is there twice.
         CorruptFileError: a file was cut short, or is gone.
     """
     passages = on_worker.absolute(corpus.location / "passages")
-    footers = named_footers(passages)
+    footers = listed_footers(corpus.location, "passages")
     for name, footer in footers.items():
         missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
         if missing:
@@ -291,7 +291,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
     artifact = open_artifact(config.previous, "embed")
     there, vector_dtype = artifact.manifest.details["encoder"], artifact.manifest.details["vector_dtype"]
     folder = on_worker.absolute(artifact.location / "vectors")
-    rows = ParquetRows(folder, row_counts(named_footers(folder)))
+    rows = ParquetRows(folder, open_vectors(artifact).counts)
     same_encoder = there["fingerprint"] == encoder["fingerprint"]
     if same_encoder and vector_dtype == config.vector_dtype:
         return rows, None

@@ -29,17 +29,19 @@ from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
 from readapt_ray.retrieval.bridge import Bridge
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
 from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
 from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
+from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 
 logger = logging.getLogger("readapt_ray")
 
 _HITS_A_ROUND = 4_000_000
 """Results that are searched, looked up and written before the next queries have their turn."""
+_ENCODED_BYTES = 1 << 30
+"""Most bytes of the query vectors that are held: the model is loaded once more for each GiB of them."""
 _PASSAGES_A_DOCUMENT = 3
 """Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
 _DEEPEST = 100
@@ -140,8 +142,7 @@ class _Source:
         """
         if self.artifact.manifest.stage == "index":
             return list(self.artifact.manifest.details["shards"])
-        counts = row_counts(named_footers(self.artifact.location / "vectors"))
-        check_complete(self.artifact, sum(count for _, count in counts), "vectors")
+        counts = open_vectors(self.artifact).counts
         most = max(1, SHARD_BYTES // (4 * int(self.encoder["dimension"])))
         even = -(-self.num_vectors // num_cpus)
         return [tuple(each) for each in cut(counts, min(most, even))]
@@ -224,16 +225,20 @@ def _run(
 
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
-        pieces = [] if config.mode == "bm25" else _encoded(config, asking, queries, workspace=workspace)
         searched = _pieces(source)
         depth = min(_depth(config) * (_PASSAGES_A_DOCUMENT if source.is_split else 1), source.num_vectors)
         size = query_vectors.QUERIES_A_PIECE
-        num_pieces = max(1, _HITS_A_ROUND // max(1, depth * size))
-        for first in range(0, -(-len(queries) // size), num_pieces):
-            asked = queries[first * size : (first + num_pieces) * size]
-            table = _found(config, source, searched, pieces[first : first + num_pieces], asked)
-            num_results += len(table)
-            yield table
+        step = size * max(1, _HITS_A_ROUND // max(1, depth * size))
+        at_once = step * max(1, _ENCODED_BYTES // (step * 4 * int(source.encoder["dimension"])))
+        for begin in range(0, len(queries), at_once):
+            some = queries[begin : begin + at_once]
+            progress = functools.partial(_tell_encoded, workspace, begin, len(queries))
+            pieces = [] if config.mode == "bm25" else _encoded(config, asking, some, progress)
+            for first in range(0, len(some), step):
+                vectors = pieces[first // size : (first + step) // size]
+                table = _found(config, source, searched, vectors, some[first : first + step])
+                num_results += len(table)
+                yield table
 
     tag = config.retriever.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
@@ -243,8 +248,12 @@ def _run(
     return num_results
 
 
+def _tell_encoded(workspace: Workspace, before: int, total: int, done: int, _: int) -> None:
+    workspace.progress(before + done, total, unit="queries")
+
+
 def _encoded(
-    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], *, workspace: Workspace
+    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], progress: Callable[[int, int], None]
 ) -> list[Any]:
     return encode_queries(
         [query.text for query in queries],
@@ -253,7 +262,7 @@ def _encoded(
         asking.description,
         bridge=asking.bridge,
         batch_tokens=config.batch_tokens,
-        progress=functools.partial(workspace.progress, unit="queries"),
+        progress=progress,
     )
 
 
@@ -330,7 +339,7 @@ def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> 
 
 
 def _pieces(source: _Source) -> Pieces:
-    """Cut what is searched into a piece per task; footers of vectors are read here, once."""
+    """Cut what is searched into a piece per task."""
     total = connection.connect()
     on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
     num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)
