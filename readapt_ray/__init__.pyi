@@ -182,6 +182,7 @@ def compare(
     output: str | Path,
     queries: str | Path | None = None,
     qrels: str | Path | None = None,
+    columns: Sequence[str] = (),
     measures: Sequence[str] = ('nDCG@10', 'R@10', 'R@100'),
     drop_self_hits: bool | None = None,
     finetune: bool = False,
@@ -204,6 +205,8 @@ def compare(
         corpus: Passages: the output of `readapt ingest`. (required)
         queries: Queries: a file or folder. If omitted, the corpus's own.
         qrels: File of judgements. If omitted, the corpus's own of the split test.
+        columns: Columns of queries and qrels, if they are not called as usual:
+            query_id=key,query=question,doc_id=docno,relevance=grade.
         output: Folder or URI to write all artifacts and the comparison to. (required)
         measures: Measures such as nDCG@10 or R@100, separated by commas. The first one is tested for
             significance. (default: nDCG@10,R@10,R@100)
@@ -308,8 +311,8 @@ def embed(
             keeps one scale per vector. (default: float32)
         dimensions: Keep only the first dimensions of each vector and normalise it again (for Matryoshka
             models). If omitted, all of them, or what the encoding says.
-        rows_per_shard: Passages per data shard, the unit of work. If omitted, a 32nd of the corpus, from 256 to
-            4,096.
+        rows_per_shard: Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's
+            work, at least 256 and at most a 32nd of the corpus.
         num_workers: Number of encoding actors. If omitted, one per GPU; without GPUs one per
             num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
@@ -337,6 +340,7 @@ def evaluate(
     measures: Sequence[str] = ('nDCG@10', 'R@100', 'RR@10'),
     names: Sequence[str] = (),
     queries: str | Path = '',
+    columns: Sequence[str] = (),
     corpus: str | Path = '',
     require: Sequence[str] = (),
     num_permutations: int = 10000,
@@ -351,13 +355,16 @@ def evaluate(
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
         runs: TREC run files, separated by commas. The first is the baseline of the comparison. (required)
-        qrels: Judgements: a file (.jsonl, .tsv, .parquet, TREC) or a folder of them. (required)
+        qrels: Judgements: a file (TREC, .jsonl, .csv, .tsv, .parquet, .json, .arrow) or a folder of them.
+            (required)
         measures: Measures, separated by commas: nDCG@10 (gain of the first 10 results, discounted by rank),
             R@100 (share of the relevant passages among the first 100), RR@10 (1 / rank of the first relevant
             passage) and others of ir-measures. The first one orders the list of changed queries. (default:
             nDCG@10,R@100,RR@10)
         names: Names of the runs in the report, separated by commas. If omitted, the names of their files.
         queries: Queries, to show their texts in the report: a file or folder.
+        columns: Columns of queries and qrels, if they are not called as usual:
+            query_id=key,query=question,doc_id=docno,relevance=grade.
         corpus: Output of `readapt ingest`, to show titles and texts in the report.
         require: What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005"
             (the whole 95% interval of the difference from the first run lies above it) or "nDCG@10 >= 0.3" (the
@@ -650,7 +657,7 @@ def ingest(
             auto)
         columns: Columns that hold doc_id, title and text, if they are not called so:
             doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
-            passage, body, headline and more.
+            passage, body, headline and more. query_id, query and relevance are fields of the queries and qrels.
         keep: Other columns to carry along, such as url,date; search and serve give them back, and filters can
             use them. With NAME:TYPE (string, int64, float64, bool) a type is set.
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
@@ -913,6 +920,7 @@ def search(
     as_of: int | None = None,
     bridge: str | Path | None = None,
     qrels: str | Path | None = None,
+    columns: Sequence[str] = (),
     mode: Literal['dense', 'bm25', 'hybrid'] = 'dense',
     top_k: int = 100,
     drop_self_hits: bool = False,
@@ -936,8 +944,11 @@ def search(
         as_of: Number of the generation of `root` to search. If omitted, the present one.
         bridge: Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to
             them.
-        queries: Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files. (required)
+        queries: Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files.
+            (required)
         qrels: File of judgements: only queries that are judged in it are searched. If omitted, all queries are.
+        columns: Columns of queries and qrels, if they are not called as usual:
+            query_id=key,query=question,doc_id=docno,relevance=grade.
         mode: Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was
             built with bm25. (default: dense)
         top_k: Results per query; all passages if there are fewer. (default: 100)
@@ -1247,6 +1258,7 @@ def tune(
     overwrite: bool = False,
     queries: str | Path | None = None,
     qrels: str | Path | None = None,
+    columns: Sequence[str] = (),
     readapter_scales: Sequence[float] = (1.0,),
     knowledge_scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     num_refinements: int = 1,
@@ -1274,6 +1286,8 @@ def tune(
         corpus: Passages: the output of `readapt ingest`. (required)
         queries: Withheld queries: a file or folder. If omitted, pseudo-queries are generated from the passages.
         qrels: Judgements of the queries: a file or folder.
+        columns: Columns of queries and qrels, if they are not called as usual:
+            query_id=key,query=question,doc_id=docno,relevance=grade.
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)
         knowledge_scales: Weights of the adapter's change to try, separated by commas. (default:
             0.0,0.25,0.5,0.75,1.0)

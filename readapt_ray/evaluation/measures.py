@@ -55,6 +55,7 @@ def measure(
     run: str | os.PathLike[str] | Mapping[str, Mapping[str, float]],
     qrels: str | os.PathLike[str] | Mapping[str, Mapping[str, int]],
     measures: str | Sequence[str],
+    columns: Sequence[str] = (),
 ) -> Measurement:
     """Measure a run against judgements.
 
@@ -66,6 +67,7 @@ def measure(
         run: a TREC run file, the artifact of a search, or scores by query_id and doc_id.
         qrels: a file of judgements in any format that `readapt evaluate` reads, or relevance by query_id and doc_id.
         measures: names such as `nDCG@10`, in a list or in one text with commas.
+        columns: of the file of judgements, if they are not called as usual: `["query_id=key", "relevance=grade"]`.
 
     Returns:
         `query_ids` has the Q judged queries, `values` float64 [Q] for each measure, `means` their means. A judged query
@@ -78,7 +80,7 @@ def measure(
     judgements = group_judgements(
         (Qrel(query_id, *each) for query_id, judged in qrels.items() for each in judged.items())
         if isinstance(qrels, Mapping)
-        else read_qrels(os.fspath(qrels))
+        else read_qrels(os.fspath(qrels), columns)
     )
     if not isinstance(run, Mapping):
         name = os.fspath(run)

@@ -99,7 +99,7 @@ def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queri
     asking = query_encoder(models.open_model(candidate.model), vectors, bridge=bridge)
     encoder = Encoder.load(asking.model, encoding=asking.encoding, dtype=asking.description["dtype"])
     doc_ids, matrix = _in_memory(vectors)
-    texts = [query.text for query in read_queries(queries)[: config.num_timed_queries]]
+    texts = [query.text for query in read_queries(queries, config.columns)[: config.num_timed_queries]]
     latency = query_latency(encoder, texts, doc_ids, matrix, query_map=bridge.query_map if bridge else None)
     return {
         "encode_ms": round(latency.encode_ms, 2),

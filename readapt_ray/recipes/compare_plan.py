@@ -14,6 +14,7 @@ from readapt_ray.config import Config
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, stage_config
+from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -31,6 +32,8 @@ class CompareConfig(Config):
     """Queries: a file or folder. If omitted, the corpus's own."""
     qrels: str | None = None
     """File of judgements. If omitted, the corpus's own of the split test."""
+    columns: ColumnsOption = ()
+    """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     output: str
     """Folder or URI to write all artifacts and the comparison to."""
     measures: tuple[str, ...] = ("nDCG@10", "R@10", "R@100")
@@ -110,6 +113,7 @@ class Plan:
         self._corpus = corpus
         self._depth = depth_of(config.measures)
         self.queries = config.queries or f"{corpus.uri}/queries"
+        self._columns = {"columns": list(config.columns)} if config.columns else {}
         self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
         for stage in ("embed", "train", "merge", "finetune"):
             self._check_section(stage)
@@ -188,7 +192,7 @@ class Plan:
         search = self._step(
             f"runs/{name}.trec",
             "search",
-            {},
+            self._columns,
             retriever=model,
             vectors=embed.config.output,
             bridge=bridge.config.output if bridge else None,
@@ -231,7 +235,7 @@ class Plan:
         return self._step(
             "report",
             "evaluate",
-            {},
+            self._columns,
             runs=[each.search.config.output for each in candidates],
             names=[each.name for each in candidates],
             qrels=self._qrels,

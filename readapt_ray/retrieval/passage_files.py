@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.records import Passage
+from readapt_ray.retrieval.parquet_rows import explain_damage
 from readapt_ray.sources.splitting import PIECE, first_piece
 from readapt_ray.storage import Location
 
@@ -25,7 +26,7 @@ def read_batches(file: Location, columns: Sequence[str]) -> Iterator[pa.RecordBa
     """Yield these columns of a file, some thousand rows at a time.
 
     Raises:
-        CorruptFileError: the file is cut short, or lacks one of TEXT_COLUMNS.
+        CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS.
     """
     with opened(file) as parquet:
         yield from parquet.iter_batches(_BATCH_ROWS, columns=list(columns))
@@ -36,16 +37,13 @@ def opened(file: Location) -> Iterator[pq.ParquetFile]:
     """Open a file of passages.
 
     Raises:
-        CorruptFileError: the file is cut short, or lacks one of TEXT_COLUMNS.
+        CorruptFileError: the file is damaged or gone, or lacks one of TEXT_COLUMNS.
     """
-    try:
-        with file.open_input() as stream:
-            parquet = pq.ParquetFile(stream)
-            if missing := set(TEXT_COLUMNS) - set(parquet.schema_arrow.names):
-                raise CorruptFileError(f"{file} lacks the columns {sorted(missing)}; ingest the corpus again")
-            yield parquet
-    except pa.ArrowInvalid as error:
-        raise CorruptFileError(f"{file} is not a whole Parquet file ({error}); ingest the corpus again") from error
+    with explain_damage(file), file.open_input() as stream:
+        parquet = pq.ParquetFile(stream)
+        if missing := set(TEXT_COLUMNS) - set(parquet.schema_arrow.names):
+            raise CorruptFileError(f"{file} lacks the columns {sorted(missing)}; ingest the corpus again")
+        yield parquet
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.query_encoder import describe_encoder, query_encoder
 from readapt_ray.serving.domain_app import check_domain_encoder, domain_records, domains_spec
-from readapt_ray.serving.keys import ApiKey
-from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
+from readapt_ray.serving.keys import ApiKey, read_keys
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import DomainsConfig, Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
+    from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
     from readapt_ray.serving.version_spec import VersionSpec
 
-GATEWAY_APP = "readapt"
 _MAX_PREPARING = 64
 _HEALTH_CHECK_PERIOD_S = 5
 _HEALTH_CHECK_TIMEOUT_S = 30
@@ -58,7 +58,8 @@ def gateway(args: dict[str, Any]) -> Any:
     Raises:
         InputError: an option is wrong, the file of API keys is, or recall cannot be probed.
     """
-    return bind_gateway(ServeConfig.parse(args, where="gateway"))
+    config = ServeConfig.parse(args, where="gateway")
+    return bind_gateway(*gateway_of(config, read_keys(config.api_keys)))
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
@@ -200,27 +201,41 @@ def num_gpus(config: VersionConfig) -> float:
     return float(ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def bind_gateway(config: ServeConfig) -> Any:
-    """Bind the gateway that speaks HTTP for these versions."""
-    from ray.serve.config import BackpressureConfig
-    from ray.serve.schema import LoggingConfig
+def gateway_of(config: ServeConfig, keys: tuple[ApiKey, ...]) -> "tuple[GatewaySetup, GatewayConfig]":
+    """Return what the gateway of these versions is started with, and what it serves.
 
-    from readapt_ray.serving.gateway import Gateway, GatewayConfig
-    from readapt_ray.serving.keys import read_keys
+    Raises:
+        InputError: recall cannot be probed.
+    """
+    from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
 
     check_probe(config)
-    limits = Limits(**{name: getattr(config, name) for name in Limits.model_fields})
+    setup = GatewaySetup(
+        limits=Limits(**{name: getattr(config, name) for name in Limits.model_fields}),
+        keys=keys,
+        **{name: getattr(config, name) for name in GatewaySetup.OPTIONS},
+    )
     state = GatewayConfig(
         domains=tuple(each.source for each in domain_records(config)),
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
         policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),
     )
+    return setup, state
+
+
+def bind_gateway(setup: "GatewaySetup", state: "GatewayConfig") -> Any:
+    """Bind the gateway that speaks HTTP."""
+    from ray.serve.config import BackpressureConfig
+    from ray.serve.schema import LoggingConfig
+
+    from readapt_ray.serving.gateway import Gateway
+
     # What a gateway refuses itself, in OpenAI's words, comes before Ray's own limit.
-    most = 2 * config.max_requests + 64
+    most = 2 * setup.limits.max_requests + 64
     return Gateway.options(  # type: ignore[attr-defined]
         name=GATEWAY_DEPLOYMENT,
-        num_replicas=config.num_gateways,
+        num_replicas=setup.num_gateways,
         max_ongoing_requests=most,
         max_queued_requests=most,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
@@ -229,15 +244,8 @@ def bind_gateway(config: ServeConfig) -> Any:
         user_config=state.model_dump(mode="json"),
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False).model_dump(),
-        **_LIFE | {"graceful_shutdown_timeout_s": config.drain_s},
-    ).bind(
-        limits,
-        read_keys(config.api_keys),
-        allow_anonymous=config.allow_anonymous,
-        cors_origins=config.cors_origins,
-        num_gateways=config.num_gateways,
-        traces=config.traces,
-    )
+        **_LIFE | {"graceful_shutdown_timeout_s": setup.drain_s},
+    ).bind(setup)
 
 
 def serve_config(config: ServeConfig) -> dict[str, Any]:

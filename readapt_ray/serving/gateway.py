@@ -8,7 +8,8 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import ray
 from ray import serve
@@ -46,34 +47,32 @@ class GatewayConfig(Config):
     """What to do when a part of an index is lost."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatewaySetup:
+    """What a gateway is started with."""
+
+    OPTIONS: ClassVar = ("allow_anonymous", "cors_origins", "num_gateways", "traces", "drain_s")
+    """Those fields that are options of `readapt serve` by the same names."""
+
+    limits: Limits
+    keys: tuple[ApiKey, ...]
+    allow_anonymous: bool
+    cors_origins: tuple[str, ...]
+    num_gateways: int
+    traces: bool
+    drain_s: float
+
+
 @serve.deployment
 @serve.ingress()
 class Gateway:
     """Answer HTTP requests."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        keys: Sequence[ApiKey],
-        *,
-        allow_anonymous: bool,
-        cors_origins: Sequence[str],
-        num_gateways: int,
-        traces: bool,
-    ) -> None:
-        self._limits = limits
-        self._options = limits.model_dump() | {
-            "allow_anonymous": allow_anonymous,
-            "cors_origins": tuple(cors_origins),
-            "num_gateways": num_gateways,
-            "traces": traces,
-        }
-        self._keys = KeyRing(keys, share=1 / num_gateways)
-        self._allow_anonymous = allow_anonymous
-        self._cors_origins = cors_origins
-        self._traces = traces
+    def __init__(self, setup: GatewaySetup) -> None:
+        self._setup = setup
+        self._state: GatewayConfig | None = None
         self._telemetry = Telemetry()
-        self._service = SearchService(limits, self._telemetry)
+        self._service = SearchService(setup.limits, self._telemetry)
         self._guard: Guard | None = None
         self._id = uuid.uuid4().hex
         self._versions: dict[str, RayBackend] = {}
@@ -82,24 +81,24 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> App:
         """Build the app in the replica."""
         spans = None
-        if self._traces:
+        if self._setup.traces:
             from readapt_ray.serving.spans import RequestSpans
 
             spans = RequestSpans()
         guard = self._guard = Guard(
             build_api(self._service, gather_metrics),
-            keys=self._keys,
-            allow_anonymous=self._allow_anonymous,
+            keys=KeyRing(self._setup.keys, share=1 / self._setup.num_gateways),
+            allow_anonymous=self._setup.allow_anonymous,
             sees_clients=_sees_clients(),
-            limits=self._limits,
+            limits=self._setup.limits,
             telemetry=self._telemetry,
             spans=spans,
         )
-        return with_cors(guard, self._cors_origins) if self._cors_origins else guard
+        return with_cors(guard, self._setup.cors_origins) if self._setup.cors_origins else guard
 
-    async def served_options(self) -> tuple[bool, dict[str, Any]]:
-        """Return whether this gateway has API keys, and the options of `readapt serve` that it works with."""
-        return bool(self._keys), self._options
+    async def setup(self) -> tuple[GatewaySetup, GatewayConfig | None]:
+        """Return what this gateway was started with, and what it serves."""
+        return self._setup, self._state
 
     async def stop_accepting(self, *, give_up: bool = False) -> tuple[str, int]:
         """Answer requests with 503 from now on, and with `give_up` those under way too.
@@ -115,8 +114,7 @@ class Gateway:
         found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
         versions = dict(zip(state.versions, found, strict=True))
         await self._service.set_state(_backends(versions, state.domains), state.routing)
-        self._options |= state.policy.model_dump() | state.routing.model_dump(exclude={"default", "split"})
-        self._versions = dict(zip(state.versions.values(), found, strict=True))
+        self._versions, self._state = dict(zip(state.versions.values(), found, strict=True)), state
         logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
 
     async def _version(self, app: str, state: GatewayConfig) -> RayBackend:

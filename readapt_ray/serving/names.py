@@ -1,4 +1,5 @@
-"""Names of Ray Serve deployments."""
+"""Names of Ray Serve applications and deployments."""
 
+GATEWAY_APP = "readapt"
 ENCODER_DEPLOYMENT = "encoder"
 GATEWAY_DEPLOYMENT = "gateway"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import WorkerError, first_line
+from readapt_ray.serving import rollout
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.domains import DomainUnavailableError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
@@ -150,8 +151,7 @@ def _causes(encoder: Any) -> dict[str, str]:
     except Exception as error:  # the controller may be what is down
         logger.debug("no status of %s: %s", encoder.app_name, error)
         return {}
-    lines = {name: [line for line in each.message.splitlines() if line.strip()] for name, each in deployments.items()}
-    return {name: each[-1].strip() for name, each in lines.items() if each}
+    return rollout.last_lines(deployments)
 
 
 async def _persistently(method: Any, *given: Any) -> Any:

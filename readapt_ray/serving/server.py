@@ -16,16 +16,16 @@ import threading
 import time
 import urllib.error
 from types import FrameType
-from typing import Any
 
 import yaml
 
 from readapt_ray.cluster import connection
-from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError
-from readapt_ray.serving import app, domain_app, haproxy, report_gate, server_file, updates
-from readapt_ray.serving.keys import read_keys
+from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError, first_line
+from readapt_ray.retrieval.passage_store import PassageStore
+from readapt_ray.serving import app, domain_app, haproxy, report_gate, rollout, server_file, updates
+from readapt_ray.serving.keys import ApiKey, read_keys
 from readapt_ray.serving.local_http import open_url
-from readapt_ray.serving.names import GATEWAY_DEPLOYMENT
+from readapt_ray.serving.names import GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
 from readapt_ray.serving.versions import shortened
 from readapt_ray.storage import Location
@@ -57,6 +57,29 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         _refuse_foreign_config(file)
         file.write_text(yaml.safe_dump(app.serve_config(config), sort_keys=False))
         return config.write_config
+    fingerprints = _checked(config, keys)
+    # Opened first: a corpus that cannot be read stops this before anything is deployed, and its copy is made once.
+    stores = [PassageStore.open(each.corpus) for each in versions.values() if each.corpus]
+    url = f"http://{_reachable(config.host)}:{config.port}"
+    _deploy(config, keys, url, fingerprints)
+    stores.clear()
+    if not config.update:
+        haproxy.watch(_reachable(config.host), config.port)
+    who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
+    logger.info("serving %s at %s (%s)", shortened(config.names()), url, "anybody" if config.allow_anonymous else who)
+    if blocking and not config.update:
+        _say_how_to_update(config.port)
+        _wait_for_signal()
+        server_file.remove(config.port)
+        _end_where_ray_ends()
+        _drain(config.drain_s)
+        stop()
+    return url
+
+
+def _checked(config: ServeConfig, keys: tuple[ApiKey, ...]) -> dict[str, str]:
+    """Return the fingerprint of each version, once all that can be known before a start was checked."""
+    versions = config.each_version()
     if not (keys or config.allow_anonymous or is_loopback(config.host)):
         raise InputError(
             f"host = {config.host!r} would answer other machines, and there are no API keys; give --api-keys FILE, "
@@ -74,20 +97,7 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     app.check_keys(config, keys)
     if config.require_report:
         report_gate.check_report(config.require_report, versions)
-    url = f"http://{_reachable(config.host)}:{config.port}"
-    _deploy(config, url, fingerprints)
-    if not config.update:
-        haproxy.watch(_reachable(config.host), config.port)
-    who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
-    logger.info("serving %s at %s (%s)", shortened(config.names()), url, "anybody" if config.allow_anonymous else who)
-    if blocking and not config.update:
-        _say_how_to_update(config.port)
-        _wait_for_signal()
-        server_file.remove(config.port)
-        _end_where_ray_ends()
-        _drain(config.drain_s)
-        stop()
-    return url
+    return fingerprints
 
 
 def _say_how_to_update(port: int) -> None:
@@ -119,7 +129,7 @@ def _refuse_foreign_config(file: Location) -> None:
         )
 
 
-def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None:
+def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprints: dict[str, str]) -> None:
     import ray
 
     if config.update and not ray.is_initialized():
@@ -128,10 +138,9 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no colour codes in a file of logs
     with haproxy.preferred(config.host, config.timeout_s):
         connection.connect()
-    ray_serve = _ray_serve()
-    running = set(ray_serve.status().applications)
+    running = set(rollout.ray_serve().status().applications)
     if config.update:
-        _deploy_update(config, url, running, fingerprints)
+        _deploy_update(config, keys, url, running, fingerprints)
         return
     if running:
         raise InputError(
@@ -142,7 +151,7 @@ def _deploy(config: ServeConfig, url: str, fingerprints: dict[str, str]) -> None
         versions = {
             app.version_app_name(name): app.bind_version(name, each) for name, each in config.each_version().items()
         }
-        _run(versions | {app.GATEWAY_APP: app.bind_gateway(config)})
+        rollout.deploy(versions | {GATEWAY_APP: app.bind_gateway(*app.gateway_of(config, keys))})
         _wait_until_ready(url)
     except BaseException as error:
         found = _described(error)
@@ -160,7 +169,7 @@ def _start_proxies(config: ServeConfig) -> None:
     from ray.serve.config import HTTPOptions
 
     try:
-        _ray_serve().start(http_options=HTTPOptions(host=config.host, port=config.port))
+        rollout.ray_serve().start(http_options=HTTPOptions(host=config.host, port=config.port))
     except RayError as error:
         raise ReadaptError(
             f"the server could not start: Ray Serve's HTTP proxy did not come up ({connection.cause_of(error)}); "
@@ -168,50 +177,44 @@ def _start_proxies(config: ServeConfig) -> None:
         ) from None
 
 
-def _deploy_update(config: ServeConfig, url: str, running: set[str], fingerprints: dict[str, str]) -> None:
+def _deploy_update(
+    config: ServeConfig, keys: tuple[ApiKey, ...], url: str, running: set[str], fingerprints: dict[str, str]
+) -> None:
+    """Bring a running server to another state, or leave it as it was."""
     wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
     updates.check_server(config, running)
-    updates.check_options(config)
-    updates.check_same_versions({each: wanted[each] for each in set(wanted) & running}, fingerprints)
+    former = updates.served_gateway()
+    updates.check_options(config, keys, *former)
+    kept = {each: wanted[each] for each in set(wanted) & running}
+    updates.check_same_versions(kept, fingerprints)
     added = [each for each in wanted if each not in running]
     updates.check_room([wanted[each][1] for each in added])
+    is_gateway_changed = False
     try:
         with updates.sigterm_ends_it():
-            if added:
-                _run({each: app.bind_version(*wanted[each]) for each in added})
+            new = app.gateway_of(config, keys)
+            rollout.deploy({each: app.bind_version(*wanted[each]) for each in added})
+            is_gateway_changed = True
+            rollout.deploy({GATEWAY_APP: app.bind_gateway(*new)})
+            _wait_until_ready(url)
     except BaseException as error:
         found = _described(error)
-        for each in added:
-            _ray_serve().delete(each)
-        raise found from None
-    _run({app.GATEWAY_APP: app.bind_gateway(config)})
-    _wait_until_ready(url)
-    for each in running - set(wanted) - {app.GATEWAY_APP}:
-        _ray_serve().delete(each)
-
-
-def _run(applications: dict[str, Any]) -> None:
-    """Deploy these applications at once, and wait until they are up."""
-    from ray.serve.api import RunTarget
-
-    targets = [
-        RunTarget(
-            target=each,
-            name=name,
-            route_prefix="/" if name == app.GATEWAY_APP else None,
-            logging_config={"enable_access_log": False},
+        logger.warning(
+            "the update is undone: %s", first_line(found) if isinstance(found, Exception) else "it was ended"
         )
-        for name, each in applications.items()
-    ]
-    _ray_serve().run_many(targets)
+        try:
+            rollout.deploy({GATEWAY_APP: app.bind_gateway(*former)} if is_gateway_changed else {})
+        finally:
+            rollout.delete(added)
+        raise found from None
+    rollout.delete(running - set(wanted) - {GATEWAY_APP})
 
 
 def _described(error: BaseException) -> BaseException:
     """Return what to tell the user about a start that failed."""
     if not isinstance(error, Exception) or isinstance(error, ReadaptError):
         return error
-    reason = _deployment_message(_ray_serve()) or str(connection.cause_of(error))
-    return ReadaptError(f"the server could not start: {reason}")
+    return ReadaptError(f"the server could not start: {connection.cause_of(error)}")
 
 
 def _drain(seconds: float) -> None:
@@ -223,8 +226,8 @@ def _drain(seconds: float) -> None:
     ended: set[str] = set()
     # Ray, or the gateway, may end by itself.
     with contextlib.suppress(RayError, RayServeException, TimeoutError, KeyError):
-        deployment = _ray_serve().status().applications[app.GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
-        gateways = _ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, app.GATEWAY_APP)
+        deployment = rollout.ray_serve().status().applications[GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
+        gateways = rollout.ray_serve().get_deployment_handle(GATEWAY_DEPLOYMENT, GATEWAY_APP)
         # Each call reaches any of them.
         while len(ended) < sum(deployment.replica_states.values()) and time.monotonic() < deadline_s + _GIVE_UP_S:
             is_over = time.monotonic() > deadline_s
@@ -243,7 +246,7 @@ def stop() -> None:
         return
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-    serve_quietly = _ray_serve()
+    serve_quietly = rollout.ray_serve()
     # serve.shutdown() alone waits inside a task of the controller, which dies with that task still running: Ray then
     # prints an error that nobody can act on. So the controller is told first, and gone before serve.shutdown() asks.
     deadline_s = time.monotonic() + _STOP_TIMEOUT_S
@@ -253,14 +256,6 @@ def stop() -> None:
             ray.get_actor(SERVE_CONTROLLER_NAME, SERVE_NAMESPACE)
             time.sleep(_POLL_S)
     serve_quietly.shutdown()
-
-
-def _ray_serve() -> Any:
-    """Import Ray Serve, and keep its logger from writing to the user's terminal."""
-    from ray import serve as ray_serve
-
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    return ray_serve
 
 
 def _reachable(host: str) -> str:
@@ -333,13 +328,3 @@ def _end_where_ray_ends() -> None:
 
     if node is not None:
         threading.Thread(target=watch, daemon=True).start()
-
-
-def _deployment_message(ray_serve: Any) -> str:
-    """Return the last line of Ray Serve's message about a replica that did not start."""
-    for application in ray_serve.status().applications.values():
-        for deployment in application.deployments.values():
-            lines = [line.strip() for line in deployment.message.splitlines() if line.strip()]
-            if lines:
-                return str(lines[-1])
-    return ""

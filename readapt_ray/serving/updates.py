@@ -6,14 +6,18 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from readapt_ray import termination
 from readapt_ray.cluster import connection
 from readapt_ray.errors import InputError
 from readapt_ray.serving import app
-from readapt_ray.serving.keys import read_keys
-from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_DEPLOYMENT
+from readapt_ray.serving.keys import ApiKey
+from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, VersionConfig
+
+if TYPE_CHECKING:
+    from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
 
 logger = logging.getLogger("readapt_ray")
 
@@ -26,7 +30,7 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
     Raises:
         InputError: it serves nothing, or at another port or host.
     """
-    if app.GATEWAY_APP not in running:
+    if GATEWAY_APP not in running:
         raise InputError("--update changes a server that runs, and this Ray runs none; start one without it")
     from ray.serve.context import _get_global_client
 
@@ -39,18 +43,34 @@ def check_server(config: ServeConfig, running: Set[str]) -> None:
             )
 
 
-def check_options(config: ServeConfig) -> None:
-    """Refuse an update that would drop the API keys, and name the options that fall back because it does not repeat them.
+def served_gateway() -> "tuple[GatewaySetup, GatewayConfig]":
+    """Return what the gateway that runs was started with, and what it serves.
 
     Raises:
-        InputError: the server has keys, and neither keys nor `allow_anonymous` are given; or it does not answer.
+        InputError: it does not answer.
     """
-    has_keys, served = _answer(GATEWAY_DEPLOYMENT, app.GATEWAY_APP, "served_options")
-    if has_keys and not (config.allow_anonymous or read_keys(config.api_keys)):
+    setup, state = _answer(GATEWAY_DEPLOYMENT, GATEWAY_APP, "setup")
+    return setup, state
+
+
+def check_options(config: ServeConfig, keys: Sequence[ApiKey], setup: "GatewaySetup", state: "GatewayConfig") -> None:
+    """Refuse an update that would drop the API keys, and name the options that fall back because it does not repeat them.
+
+    Args:
+        config: of the update.
+        keys: of the update.
+        setup, state: of the gateway that runs.
+
+    Raises:
+        InputError: the server has keys, and neither keys nor `allow_anonymous` are given.
+    """
+    if setup.keys and not (keys or config.allow_anonymous):
         raise InputError(
             "the server has API keys, and this update has none, so it would answer without; give --api-keys FILE, or "
             "--allow-anonymous if it shall have none"
         )
+    served = setup.limits.model_dump() | {name: getattr(setup, name) for name in setup.OPTIONS}
+    served |= state.policy.model_dump() | state.routing.model_dump(exclude={"default", "split"})
     lost = {name: old for name, old in served.items() if name not in config.model_fields_set}
     changes = [
         f"{name} from {old} to {getattr(config, name)}" for name, old in lost.items() if old != getattr(config, name)
@@ -146,14 +166,14 @@ def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def sigterm_ends_it() -> Iterator[None]:
-    """End the block with an exception on SIGTERM, as on Ctrl-C, so that what an update has added is removed."""
+    """End the block as Ctrl-C does on SIGTERM, so that what an update has changed is undone."""
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def end(_: int, __: FrameType | None) -> None:
-        raise SystemExit(1)
+        raise termination.Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:

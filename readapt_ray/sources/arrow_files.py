@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import IO, Any, Final
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,10 +15,9 @@ from readapt_ray.sources.lines import refuse_damaged
 from readapt_ray.sources.listing import DataFile
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Span
-from readapt_ray.sources.tables import BATCH_ROWS, Advance, Cut, Layout
+from readapt_ray.sources.tables import BATCH_ROWS, Advance, Cut, Layout, Values
 from readapt_ray.storage import Location
 
-_Values = tuple[str, tuple[object, ...]]
 _FILE_MAGIC = b"ARROW1"
 
 
@@ -44,7 +43,7 @@ def parquet_rows(
     pick: Callable[[list[str]], Sequence[str]],
     advance: Advance = lambda _: None,
     span: Span | None = None,
-) -> Iterator[_Values | BadRow]:
+) -> Iterator[Values | BadRow]:
     """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
     number = 0
     with open_parquet(file, label) as parquet:
@@ -65,7 +64,7 @@ def parquet_rows(
             raise
 
 
-def _batch_rows(batch: pa.RecordBatch, columns: Sequence[str], label: str, before: int) -> Iterator[_Values | BadRow]:
+def _batch_rows(batch: pa.RecordBatch, columns: Sequence[str], label: str, before: int) -> Iterator[Values | BadRow]:
     for number, values in enumerate(zip(*(_cells(batch.column(name)) for name in columns), strict=True), before + 1):
         try:
             yield f"{label}:{number}", tuple(v.decode() if isinstance(v, bytes) else v for v in values)
@@ -136,18 +135,31 @@ class Arrow:
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
         """Yield each row."""
-        number, size_bytes = 0, max(file.size_bytes(), 1)
-        with _open_arrow(file, label) as (schema, batches):
-            columns: Final = schema_layout(schema, label, options).columns
-            for batch, position in batches:
-                for start in range(0, batch.num_rows, BATCH_ROWS):
-                    part = batch.slice(start, BATCH_ROWS)
-                    for row in _batch_rows(part, columns.names, label, number):
-                        yield row if isinstance(row, BadRow) else columns.row(*row)
-                    number += part.num_rows
-                advance(min(position / size_bytes, 1.0))
-        if span is not None:
-            span.num_lines = number
+        layout = self.layout(file, label, options)
+        if layout is not None:
+            for row in arrow_rows(file, label, lambda _: layout.columns.names, advance, span):
+                yield row if isinstance(row, BadRow) else layout.columns.row(*row)
+
+
+def arrow_rows(
+    file: Location,
+    label: str,
+    pick: Callable[[list[str]], Sequence[str]],
+    advance: Advance = lambda _: None,
+    span: Span | None = None,
+) -> Iterator[Values | BadRow]:
+    """Yield place and values of each row, as `parquet_rows` does."""
+    number, size_bytes = 0, max(file.size_bytes(), 1)
+    with _open_arrow(file, label) as (schema, batches):
+        columns = pick(schema.names)
+        for batch, position in batches:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                part = batch.slice(start, BATCH_ROWS)
+                yield from _batch_rows(part, columns, label, number)
+                number += part.num_rows
+            advance(min(position / size_bytes, 1.0))
+    if span is not None:
+        span.num_lines = number
 
 
 @contextlib.contextmanager

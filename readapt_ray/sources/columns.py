@@ -9,12 +9,13 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 import pyarrow as pa
+from pydantic import BeforeValidator
 
 from readapt_ray.config import meant
 from readapt_ray.errors import CorpusError, InputError
@@ -24,6 +25,8 @@ ID_NAMES: Final = (*("doc_id", "_id", "id", "pid", "passage_id", "docid", "docum
 TITLE_NAMES: Final = ("title", "headline", "doc_title", "page_title")
 TEXT_NAMES: Final = ("text", "contents", "content", "body", "passage", "passage_text", "segment")
 FIELDS: Final = ("doc_id", "title", "text")
+LABEL_FIELDS: Final = ("query_id", "query", "relevance")
+"""Fields of queries and judgements; these have a doc_id, too."""
 OWN_COLUMNS: Final = frozenset({*FIELDS, "content_hash", "parent_id", "vector", "scale"})
 """Names that a kept column cannot have."""
 TYPES: Final[dict[str, pa.DataType]] = {
@@ -41,9 +44,13 @@ class ColumnChoice:
     """Columns that a user chose."""
 
     fields: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Of doc_id, title and text those that are given, each with its columns."""
+    """Those that are given of doc_id, title and text, and of query_id, query and relevance, each with its columns."""
     keep: tuple[tuple[str, str | None], ...] = ()
     """Columns to carry along, with the names of their types where they are given."""
+
+    def of(self, fields: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Return the columns that are given for some fields."""
+        return {field: names for field, names in self.fields if field in fields}
 
     @classmethod
     def parse(cls, columns: Sequence[str], keep: Sequence[str]) -> "ColumnChoice":
@@ -58,17 +65,30 @@ class ColumnChoice:
         return cls(fields=tuple(fields.items()), keep=tuple(dict(_kept(each) for each in keep).items()))
 
 
+def _as_items(columns: Any) -> Any:
+    """Take a section of a file, too: {doc_id: docid, text: [abstract, body]}."""
+    if not isinstance(columns, dict):
+        return columns
+    names = {field: name if isinstance(name, list | tuple) else [name] for field, name in columns.items()}
+    return [f"{field}={'+'.join(map(str, each))}" for field, each in names.items()]
+
+
+ColumnsOption = Annotated[tuple[str, ...], BeforeValidator(_as_items)]
+"""A field of a config: items FIELD=COLUMN."""
+
+
 def _field(item: str) -> tuple[str, tuple[str, ...]]:
     field, _, names = item.partition("=")
     field, columns = field.strip(), tuple(filter(None, (name.strip() for name in names.split("+"))))
-    if field not in FIELDS or not columns:
-        hint = f"; {meant(field, FIELDS)}" if meant(field, FIELDS) else ""
+    known = (*FIELDS, *LABEL_FIELDS)
+    if field not in known or not columns:
+        hint = f"; {meant(field, known)}" if meant(field, known) else ""
         raise InputError(
-            f"columns = {item!r}: write FIELD=COLUMN, where the field is {', '.join(FIELDS)}, such as "
+            f"columns = {item!r}: write FIELD=COLUMN, where the field is {', '.join(known)}, such as "
             f"doc_id=docid,text=abstract+body{hint}"
         )
-    if field == "doc_id" and len(columns) > 1:
-        raise InputError(f"columns = {item!r}: an id is one column; name one")
+    if field not in ("title", "text") and len(columns) > 1:
+        raise InputError(f"columns = {item!r}: {field} is one column; name one")
     return field, columns
 
 
@@ -197,7 +217,7 @@ def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, i
     Raises:
         CorpusError: no id or no text, or a column that was asked for is not there; it names the columns found.
     """
-    given = dict(choice.fields)
+    given = choice.of(FIELDS)
     chosen = {field: tuple(_found(name, found, label, field) for name in names) for field, names in given.items()}
     missing = []
     for field, names, what in (("text", TEXT_NAMES, "text"), ("title", TITLE_NAMES, ""), ("doc_id", ID_NAMES, "id")):

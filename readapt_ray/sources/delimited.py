@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from readapt_ray.errors import CorpusError
 from readapt_ray.progress import amount
-from readapt_ray.sources.columns import FIELDS, ID_NAMES, TEXT_NAMES, Columns, first_of, passage_columns, type_of_texts
+from readapt_ray.sources.columns import FIELDS, ID_NAMES, TEXT_NAMES, first_of, passage_columns, type_of_texts
 from readapt_ray.sources.lines import Line, is_divisible, read_lines
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Span
-from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, shares
+from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, Values, shares
 from readapt_ray.storage import Location, state_of
 
 _PEEKED_ROWS = 100
@@ -42,6 +42,29 @@ class _Header(NamedTuple):
     """The first rows."""
 
 
+class Wanted(NamedTuple):
+    """The columns that tell a line of names from a row."""
+
+    known: tuple[str, ...]
+    """Any of them makes the first line one of names."""
+    texts: tuple[str, ...] = ()
+    """Any of them does, too, unless the line says nothing else."""
+    unnamed: tuple[tuple[str, ...], ...] = ()
+    """What the columns of TSV without names are, by their number."""
+    told: str = ""
+    """The same in words."""
+
+
+def _of_passages(options: ReadOptions) -> Wanted:
+    given = [name for names in options.columns.of(FIELDS).values() for name in names]
+    return Wanted(
+        known=(*given, *ID_NAMES),
+        texts=TEXT_NAMES,
+        unnamed=(("doc_id", "text"), FIELDS) if not given else (),
+        told="id and text, or id, title and text",
+    )
+
+
 class Tsv:
     """Columns set apart by tabs: with a line of names, or id and text, or id, title and text."""
 
@@ -50,34 +73,18 @@ class Tsv:
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
         """Return whether a file can be cut at its lines: not if it is compressed, or quoted fields hold line breaks."""
-        header = _tsv_header(file, label, state_of(file.info()), options)
+        header = _header(file, label, _of_passages(options), is_tsv=True)
         return "nowhere" if (header and header.has_line_breaks) or not is_divisible(file) else "lines"
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
         """Read the columns from the first line."""
-        return _layout(_tsv_header(file, label, state_of(file.info()), options), label, options)
+        return _layout(_header(file, label, _of_passages(options), is_tsv=True), label, options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
         """Yield a row for each line that has all columns."""
-        header = _tsv_header(file, label, state_of(file.info()), options)
-        if header is None:
-            return
-        lines = read_lines(file, label, max_line_bytes=options.max_line_bytes, advance=shares(file, advance), span=span)
-        if header.has_line_breaks:
-            yield from _csv_rows(lines, header, label, options)
-            return
-        columns, at = _places(header, label, options)
-        for line in lines:
-            if isinstance(line, BadRow):
-                yield line
-            elif line.start != header.first_line:
-                fields = _fields(line.text, len(header.names))
-                if len(fields) != len(header.names):
-                    yield BadRow(f"{label}:{line.number}", "wrong_columns")
-                else:
-                    yield columns.row(f"{label}:{line.number}", [fields[place] for place in at])
+        yield from _passages(file, label, options, advance, span, is_tsv=True)
 
 
 class Csv:
@@ -93,18 +100,74 @@ class Csv:
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
         """Read the columns from the first line."""
-        return _layout(_csv_header(file, label, state_of(file.info()), options), label, options)
+        return _layout(_header(file, label, _of_passages(options), is_tsv=False), label, options)
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
         """Yield a row for each record."""
-        header = _csv_header(file, label, state_of(file.info()), options)
-        if header is not None:
-            lines = read_lines(
-                file, label, max_line_bytes=options.max_line_bytes, advance=shares(file, advance), span=span
-            )
-            yield from _csv_rows(lines, header, label, options)
+        yield from _passages(file, label, options, advance, span, is_tsv=False)
+
+
+def _passages(
+    file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None, *, is_tsv: bool
+) -> Iterator[Row | BadRow]:
+    wanted = _of_passages(options)
+    layout = _layout(_header(file, label, wanted, is_tsv=is_tsv), label, options)
+    if layout is not None:
+        columns = layout.columns
+        for row in delimited_rows(
+            file, label, wanted, lambda _: columns.names, options=options, is_tsv=is_tsv, advance=advance, span=span
+        ):
+            yield row if isinstance(row, BadRow) else columns.row(*row)
+
+
+def delimited_rows(
+    file: Location,
+    label: str,
+    wanted: Wanted,
+    pick: Callable[[Sequence[str]], Sequence[str]],
+    *,
+    options: ReadOptions,
+    is_tsv: bool,
+    advance: Advance = lambda _: None,
+    span: Span | None = None,
+) -> Iterator[Values | BadRow]:
+    """Yield place and values of each row, in the columns that `pick` chooses.
+
+    Args:
+        file: the file.
+        label: what to call it in a place.
+        wanted: what a line of names has.
+        pick: chooses columns.
+        options: bounds.
+        is_tsv: whether tabs set fields apart; else what the first line says.
+        advance: told the share of the file that was read.
+        span: the part of the file to read.
+    """
+    header = _header(file, label, wanted, is_tsv=is_tsv)
+    if header is None:
+        return
+    at = [header.names.index(name) for name in pick(header.names)]
+    lines = read_lines(file, label, max_line_bytes=options.max_line_bytes, advance=shares(file, advance), span=span)
+    for record in (
+        _records(lines, header.delimiter, len(header.names), options.max_line_bytes)
+        if header.has_line_breaks
+        else _line_records(lines, len(header.names))
+    ):
+        if isinstance(record, BadRow):
+            yield record
+        elif record.start == header.first_line:
+            continue
+        elif len(record.fields) != len(header.names):
+            yield BadRow(f"{label}:{record.number}", "wrong_columns")
+        else:
+            yield f"{label}:{record.number}", tuple(record.fields[place] for place in at)
+
+
+def _line_records(lines: Iterable[Line | BadRow], num_columns: int) -> Iterator["_Record | BadRow"]:
+    for line in lines:
+        yield line if isinstance(line, BadRow) else _Record(_fields(line.text, num_columns), line.number, line.start)
 
 
 def _layout(header: _Header | None, label: str, options: ReadOptions) -> Layout | None:
@@ -115,29 +178,12 @@ def _layout(header: _Header | None, label: str, options: ReadOptions) -> Layout 
     return Layout(columns, header.names, tuple(type_of_texts(row[place] for row in header.rows) for place in at))
 
 
-def _places(header: _Header, label: str, options: ReadOptions) -> tuple[Columns, list[int]]:
-    """Return the columns of a passage, and where in a row the value of each stands."""
-    columns = passage_columns(header.names, label, options.columns)
-    return columns, [header.names.index(name) for name in columns.names]
-
-
-def _csv_rows(
-    lines: Iterable[Line | BadRow], header: _Header, label: str, options: ReadOptions
-) -> Iterator[Row | BadRow]:
-    columns, at = _places(header, label, options)
-    for record in _records(lines, header.delimiter, len(header.names), options.max_line_bytes):
-        if isinstance(record, BadRow):
-            yield record
-        elif record.start == header.first_line:
-            continue
-        elif len(record.fields) != len(header.names):
-            yield BadRow(f"{label}:{record.number}", "wrong_columns")
-        else:
-            yield columns.row(f"{label}:{record.number}", [record.fields[place] for place in at])
+def _header(file: Location, label: str, wanted: Wanted, *, is_tsv: bool) -> _Header | None:
+    return (_tsv_header if is_tsv else _csv_header)(file, label, state_of(file.info()), wanted)
 
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)
-def _tsv_header(file: Location, label: str, state: str, options: ReadOptions) -> _Header | None:
+def _tsv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Header | None:
     """Read the names of the columns, and whether fields hold line breaks."""
     del state
     lines = _first_lines(file, label)
@@ -145,15 +191,17 @@ def _tsv_header(file: Location, label: str, state: str, options: ReadOptions) ->
     if first is None:
         return None
     fields = tuple(field.strip() for field in _fields(first.text, first.text.count("\t") + 1))
-    given = [name for _, names in options.columns.fields for name in names]
-    if given or first_of(ID_NAMES, fields) or (first_of(TEXT_NAMES, fields) and len(set(fields)) > 1):
+    unnamed = {len(names): names for names in wanted.unnamed}
+    if first_of(wanted.known, fields) or (first_of(wanted.texts, fields) and len(set(fields)) > 1):
         names, first_line = fields, first.start
-    elif len(fields) in (2, 3):
-        names, first_line = (("doc_id", "text") if len(fields) == 2 else FIELDS), None
+    elif len(fields) in unnamed:
+        names, first_line = unnamed[len(fields)], None
+    elif not unnamed:
+        names, first_line = fields, first.start
     else:
         raise CorpusError(
-            f"{label} has {amount(len(fields), 'columns')} and no line of names; give id and text, or id, title and "
-            f"text, set apart by tabs, or a first line that names the columns"
+            f"{label} has {amount(len(fields), 'columns')} and no line of names; give {wanted.told}, set apart by tabs, or a "
+            f"first line that names the columns"
         )
     records = [
         each
@@ -165,18 +213,17 @@ def _tsv_header(file: Location, label: str, state: str, options: ReadOptions) ->
 
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)
-def _csv_header(file: Location, label: str, state: str, options: ReadOptions) -> _Header | None:
+def _csv_header(file: Location, label: str, state: str, wanted: Wanted) -> _Header | None:
     """Read the names of the columns, and find by them what sets fields apart."""
     del state
     lines = _first_lines(file, label)
     first = next((line for line in lines if isinstance(line, Line)), None)
     if first is None:
         return None
-    wanted = [*(name for _, names in options.columns.fields for name in names), *ID_NAMES, *TEXT_NAMES]
 
     def fitness(delimiter: str) -> tuple[bool, int]:
         names = _parsed([first.text], delimiter) or []
-        return first_of(wanted, [name.strip() for name in names]) is not None, len(names)
+        return first_of((*wanted.known, *wanted.texts), [name.strip() for name in names]) is not None, len(names)
 
     delimiter = max(_DELIMITERS, key=fitness)
     number = len(_parsed([first.text], delimiter) or [])

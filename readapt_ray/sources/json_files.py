@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from readapt_ray.damage import READ_ERRORS
@@ -15,7 +15,7 @@ from readapt_ray.sources.columns import passage_columns, type_of_values
 from readapt_ray.sources.lines import Line, is_divisible, open_text, read_lines, refuse_damaged
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Span
-from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, shares
+from readapt_ray.sources.tables import REMEMBERED_FILES, Advance, Cut, Layout, Values, shares
 from readapt_ray.storage import Location, state_of
 
 _PEEKED_ROWS = 100
@@ -47,15 +47,42 @@ class JsonLines:
         layout = self.layout(file, label, options)
         if layout is None:
             return
-        columns, names = layout.columns, layout.columns.names
-        for line in read_lines(
-            file, label, max_line_bytes=options.max_line_bytes, advance=shares(file, advance), span=span
-        ):
-            value = parsed_object(line, label)
-            if isinstance(value, BadRow):
-                yield value
-            elif isinstance(line, Line):
-                yield columns.row(f"{label}:{line.number}", [value.get(name, MISSING) for name in names])
+        lines = read_lines(file, label, max_line_bytes=options.max_line_bytes, advance=shares(file, advance), span=span)
+        for row in _line_values(lines, label, layout.columns.names):
+            yield row if isinstance(row, BadRow) else layout.columns.row(*row)
+
+
+def json_rows(
+    file: Location, label: str, pick: Callable[[list[str]], Sequence[str]], options: ReadOptions, *, is_lines: bool
+) -> Iterator[Values | BadRow]:
+    """Yield place and values of each object, in the fields that `pick` chooses by those of the first hundred.
+
+    Args:
+        file: the file.
+        label: what to call it in a place.
+        pick: chooses fields.
+        options: bounds.
+        is_lines: whether each line is an object; else a place counts objects.
+    """
+    first: Iterator[Any] = read_lines(file, label) if is_lines else _values(file, label, options)
+    peeked = list(itertools.islice(first, _PEEKED_ROWS))
+    objects = (parsed_object(each, label) if isinstance(each, Line) else each for each in peeked)
+    if peeked:
+        names = pick(list(dict.fromkeys(key for each in objects if isinstance(each, dict) for key in each)))
+        yield from (
+            _line_values(read_lines(file, label), label, names)
+            if is_lines
+            else _object_values(_values(file, label, options), label, names)
+        )
+
+
+def _line_values(lines: Iterable[Line | BadRow], label: str, names: Sequence[str]) -> Iterator[Values | BadRow]:
+    for line in lines:
+        value = parsed_object(line, label)
+        if isinstance(value, BadRow):
+            yield value
+        elif isinstance(line, Line):
+            yield f"{label}:{line.number}", tuple(value.get(name, MISSING) for name in names)
 
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)
@@ -112,14 +139,19 @@ class JsonValues:
         layout = self.layout(file, label, options)
         number = 0
         if layout is not None:
-            names = layout.columns.names
-            for number, value in enumerate(_values(file, label, options, advance), start=1):
-                if isinstance(value, dict):
-                    yield layout.columns.row(f"{label}:{number}", [value.get(name, MISSING) for name in names])
-                else:
-                    yield BadRow(f"{label}:{number}", "not_json_object")
+            values = _values(file, label, options, advance)
+            for number, row in enumerate(_object_values(values, label, layout.columns.names), start=1):  # noqa: B007
+                yield row if isinstance(row, BadRow) else layout.columns.row(*row)
         if span is not None:
             span.num_lines = number
+
+
+def _object_values(values: Iterable[Any], label: str, names: Sequence[str]) -> Iterator[Values | BadRow]:
+    for number, value in enumerate(values, start=1):
+        if isinstance(value, dict):
+            yield f"{label}:{number}", tuple(value.get(name, MISSING) for name in names)
+        else:
+            yield BadRow(f"{label}:{number}", "not_json_object")
 
 
 @functools.lru_cache(maxsize=REMEMBERED_FILES)

@@ -1,8 +1,8 @@
 """Read passages, queries and judgements from parts of one folder, as data sets of the hub have them.
 
-    corpus      corpus.jsonl (perhaps compressed), or a folder `corpus` of JSON Lines or Parquet
+    corpus      corpus.jsonl, or a table of another format; or a folder `corpus` of tables
     queries     the same under `queries`
-    judgements  files named by split under `qrels` or `data`
+    judgements  files or folders named by split under `qrels` or `data`; or `qrels.tsv`, `qrels-dev.csv` and so on
 
 The parts of a configuration have its name before theirs: `de-corpus`, `de-queries`, `de-qrels`.
 """
@@ -10,22 +10,28 @@ The parts of a configuration have its name before theirs: `de-corpus`, `de-queri
 import itertools
 import re
 from collections.abc import Iterator
+from typing import Final
 
 from readapt_ray.records import Qrel
+from readapt_ray.sources.arrow_files import saved_files
 from readapt_ray.sources.formats import FORMATS
 from readapt_ray.sources.judgements import iter_qrels
+from readapt_ray.sources.label_tables import SAVED_NAMES, TABLE_SUFFIXES, TREC_SUFFIXES
 from readapt_ray.sources.lines import plain_name
 from readapt_ray.sources.listing import data_files
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow
-from readapt_ray.sources.table_sources import LabelledTableSource, beir_file
+from readapt_ray.sources.table_sources import LabelledTableSource
 from readapt_ray.storage import Location
 
 ROLES = ("corpus", "queries", "qrels")
 PART = re.compile(rf"(?:(.+)[-_.])?({'|'.join(ROLES)})")
 """A part's name: that of its configuration, and what it holds."""
-_QREL_SUFFIXES = (".tsv", ".jsonl", ".parquet")
-_SPLITS = {"validation": "dev", "valid": "dev"}
+_SPLITS: Final = {"train": "train", "dev": "dev", "test": "test", "validation": "dev", "valid": "dev"}
+_SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(_SPLITS)})(?:$|[-_.])")
+_QRELS = re.compile(r"(^|[-_.])qrels?($|[-_.])")
+_SHARD = re.compile(r"-\d+-of-\d+.*")
+_FORMAT_ORDER: Final = ("jsonl", "parquet", "arrow", "csv", "tsv", "json")
 
 
 class PartsSource(LabelledTableSource):
@@ -36,7 +42,11 @@ class PartsSource(LabelledTableSource):
         parts: dict[str, list[Location]] = {}
         for name, file in sorted(self._qrels.items()):
             parts.setdefault(_split(name), []).append(file)
-        return {split: itertools.chain.from_iterable(map(iter_qrels, files)) for split, files in parts.items()}
+        choice = self.options.columns
+        return {
+            split: itertools.chain.from_iterable(iter_qrels(file, choice) for file in files)
+            for split, files in parts.items()
+        }
 
 
 def parts_source(
@@ -54,47 +64,87 @@ def parts_source(
     corpus = _part(folder, "corpus", config)
     if corpus is None:
         return None
-    qrels = qrel_files(folder, config) or (qrel_files(qrels_beside) if qrels_beside else {})
+    qrels = qrel_files(folder, config, is_beir=name == "beir" and corpus.is_file())
+    qrels = qrels or (qrel_files(qrels_beside) if qrels_beside else {})
     queries = _part(folder, "queries", config)
-    return PartsSource(corpus, FORMATS[_format(corpus)], options, name=name, queries=queries, qrels=qrels)
+    return PartsSource(corpus, FORMATS[_formats(corpus)[0]], options, name=name, queries=queries, qrels=qrels)
+
+
+def has_corpus(folder: Location) -> bool:
+    """Return whether a folder has a part that holds passages."""
+    return _part(folder, "corpus", "") is not None
 
 
 def _part(folder: Location, role: str, config: str) -> Location | None:
     """Return the file or the folder of the corpus or of the queries."""
     if not config:
-        return beir_file(folder, f"{role}.jsonl") or (folder / role if (folder / role).is_folder() else None)
+        part = folder / role
+        return _table(folder, role) or (part if part.is_folder() and _formats(part) else None)
     for above in (folder, folder / "data"):
         for between in "-_.":
             part = above / f"{config}{between}{role}"
             if part.is_folder():
                 return part
-    return beir_file(folder / config, f"{role}.jsonl")
+    return _table(folder / config, role)
 
 
-def _format(location: Location) -> str:
-    names = (
-        [location.name] if location.is_file() else [name for name, *_ in data_files(location, (".jsonl", ".parquet"))]
-    )
-    return "jsonl" if any(plain_name(name).endswith(".jsonl") for name in names) else "parquet"
+def _table(folder: Location, role: str) -> Location | None:
+    """Return the table of a folder that is called as its role."""
+    if not folder.is_folder():
+        return None
+    names = [name for name, _ in folder.listing()]
+    wanted = [f"{role}{suffix}" for kind in _FORMAT_ORDER for suffix in FORMATS[kind].suffixes]
+    return next((folder / name for each in wanted for name in names if plain_name(name) == each), None)
 
 
-def qrel_files(folder: Location, config: str = "") -> dict[str, Location]:
-    """Return the files of judgements by relative name: under `qrels` or `data`, or beside nothing else at the top."""
+def _formats(location: Location) -> list[str]:
+    """Return the formats of a file or folder; JSON in a folder may describe other tables, and stands last."""
+    if location.is_file():
+        names = [plain_name(location.name)]
+    else:
+        names = [plain_name(name) for name, *_ in data_files(location, TABLE_SUFFIXES)]
+        names = [name for name in names if name.rpartition("/")[2] not in SAVED_NAMES]
+    return [kind for kind in _FORMAT_ORDER if any(name.endswith(FORMATS[kind].suffixes) for name in names)]
+
+
+def qrel_files(folder: Location, config: str = "", *, is_beir: bool = False) -> dict[str, Location]:
+    """Return the files of judgements by relative name: under `qrels` or `data`, or by their names at the top.
+
+    Args:
+        folder: the data set.
+        config: configuration whose judgements are wanted.
+        is_beir: whether judgements at the top are called so, and `data` is something else.
+    """
     if config:
         part = _part(folder, "qrels", config) or folder / config / "qrels"
-        found = data_files(part, _QREL_SUFFIXES) if part.is_folder() else []
-        return {file.label: file.location for file in found}
-    for part in (folder / "qrels", folder / "data", folder):
-        found = data_files(part, _QREL_SUFFIXES) if part.is_folder() else []
-        files = {file.label: file.location for file in found}
-        if part is folder:
-            files = {name: file for name, file in files.items() if not name.startswith(("corpus", "queries"))}
-        if files:
-            return files
-    return {}
+        return _judgements(part) if part.is_folder() else {}
+    if (folder / "qrels").is_folder() and (files := _judgements(folder / "qrels")):
+        return files
+    if not is_beir and (folder / "data").is_folder() and (files := _judgements(folder / "data")):
+        return files
+    at_top = {name: file for name, file in _judgements(folder).items() if "/" not in name}
+    return {
+        name: file
+        for name, file in at_top.items()
+        if _QRELS.search(_stem(name)) or (not is_beir and _SPLIT.search(_stem(name)))
+    }
+
+
+def _judgements(folder: Location) -> dict[str, Location]:
+    files = data_files(folder, (*TABLE_SUFFIXES, *TREC_SUFFIXES))
+    files = saved_files(folder, [file for file in files if file.location.name not in SAVED_NAMES])
+    return {file.label: file.location for file in files}
+
+
+def _stem(name: str) -> str:
+    """Return a file's name without the number of its shard and its suffixes."""
+    return _SHARD.sub("", plain_name(name.rsplit("/", 1)[-1]).rpartition(".")[0])
 
 
 def _split(name: str) -> str:
-    """Return `test` for `test.tsv` and for `test-00000-of-00001.parquet`."""
-    stem = name.rsplit("/", 1)[-1].split(".", 1)[0].split("-", 1)[0]
+    """Return `test` for `test.tsv`, `test-00000-of-00001.parquet`, `qrels.csv` and `test/data-00000-of-00001.arrow`."""
+    folder, _, _ = name.rpartition("/")
+    stem = _QRELS.sub("", _stem(name)) or "test"
+    if folder and _stem(name) in ("data", "part"):
+        stem = folder.split("/", 1)[0]
     return _SPLITS.get(stem, stem)

@@ -13,7 +13,7 @@ from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.cleaning import clean_id
 from readapt_ray.sources.columns import TEXT_NAMES, ColumnChoice, Columns, kept_schema, passage_columns, type_of_values
-from readapt_ray.sources.judgements import QUERY_TEXT_NAMES
+from readapt_ray.sources.label_tables import QUERY_TEXT_NAMES
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import MISSING, BadRow, Row, Source
 

@@ -11,12 +11,12 @@ from readapt_ray.sources import configurations, hub, named, python_docs
 from readapt_ray.sources.columns import ColumnChoice
 from readapt_ray.sources.documents import MARKDOWN_SUFFIXES, PLAIN_SUFFIXES
 from readapt_ray.sources.formats import FORMATS
-from readapt_ray.sources.labelled import parts_source
+from readapt_ray.sources.labelled import has_corpus, parts_source
 from readapt_ray.sources.lines import plain_name
-from readapt_ray.sources.listing import data_files, is_data
+from readapt_ray.sources.listing import is_data
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import Source
-from readapt_ray.sources.table_sources import BeirSource, LabelledTableSource, TableSource, beir_file
+from readapt_ray.sources.table_sources import LabelledTableSource, TableSource
 from readapt_ray.sources.text_files import TEXT_HIDDEN, TEXT_SUFFIXES, TextSource
 from readapt_ray.storage import Location
 
@@ -73,8 +73,7 @@ def _open_location(location: Location, format: Format, options: ReadOptions) -> 
         )
     kind = detected_format(location) if format == "auto" else format
     if kind == "beir":
-        beir = BeirSource(location, options) if beir_file(location, "corpus.jsonl") or format != "auto" else None
-        return beir or _labelled(location, options)
+        return _labelled(location, options)
     if kind == "text":
         return TextSource(location, options)
     if kind == "parquet" and (location / "passages").is_folder():
@@ -84,7 +83,8 @@ def _open_location(location: Location, format: Format, options: ReadOptions) -> 
 
 def _labelled(folder: Location, options: ReadOptions) -> Source:
     source = parts_source(folder, options, name="beir")
-    assert source is not None
+    if source is None:
+        raise CorpusError(f"{folder} is not a BEIR folder: it has no corpus.jsonl; give another --format")
     return source
 
 
@@ -110,7 +110,7 @@ def detected_format(location: Location) -> str:
     if location.is_file():
         found = [kind for kind, suffixes in _SUFFIXES.items() if plain_name(location.name).endswith(suffixes)]
         names = [location.name]
-    elif beir_file(location, "corpus.jsonl") is not None or data_files(location / "corpus", (".jsonl", ".parquet")):
+    elif has_corpus(location):
         return "beir"
     elif (location / "passages").is_folder():
         return "parquet"

@@ -10,10 +10,8 @@ from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.arrow_files import saved_files
 from readapt_ray.sources.columns import FIELDS, kept_schema
-from readapt_ray.sources.json_files import JsonLines
 from readapt_ray.sources.judgements import iter_qrels, iter_queries
-from readapt_ray.sources.lines import COMPRESSED_SUFFIXES, plain_name
-from readapt_ray.sources.listing import DataFile, Listing, data_files, files_fingerprint, listed, others
+from readapt_ray.sources.listing import DataFile, Listing, files_fingerprint, listed, others
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Source
 from readapt_ray.sources.tables import Layout, TableFormat
@@ -48,7 +46,7 @@ class TableSource(Source):
         files = found.files
         if self._only:
             files = [file for file in files if any(fnmatch.fnmatch(file.label, pattern) for pattern in self._only)]
-        if self.format == "arrow":
+        if self._table_format.name == "arrow":
             files = saved_files(self._location, files)
         found = Listing(files, found.not_read | others(found.files, files))
         found.say(self._location)
@@ -134,35 +132,14 @@ class LabelledTableSource(TableSource):
     def queries(self) -> Iterator[Query | BadRow]:
         """From the file of queries."""
         if self._queries is not None:
-            yield from iter_queries(self._queries)
+            yield from iter_queries(self._queries, self.options.columns)
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
         """From the files of judgements, one a split."""
-        return {split: iter_qrels(file) for split, file in self._qrels.items()}
+        return {split: iter_qrels(file, self.options.columns) for split, file in self._qrels.items()}
 
     def fingerprint(self) -> str:
         """By the content of passages, queries and judgements."""
         queries = [DataFile("queries", self._queries)] if self._queries is not None else []
         qrels = [DataFile(f"qrels/{split}", file) for split, file in self._qrels.items()]
         return files_fingerprint([*self._files, *queries, *qrels])
-
-
-class BeirSource(LabelledTableSource):
-    """A folder in BEIR's layout: corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv; each may be compressed."""
-
-    def __init__(self, folder: Location, options: ReadOptions) -> None:
-        corpus = beir_file(folder, "corpus.jsonl")
-        if corpus is None:
-            raise CorpusError(f"{folder} is not a BEIR folder: it has no corpus.jsonl; give another --format")
-        qrels = {
-            plain_name(file.name).removesuffix(".tsv"): file for _, file, _ in data_files(folder / "qrels", (".tsv",))
-        }
-        super().__init__(
-            corpus, JsonLines(), options, name="beir", queries=beir_file(folder, "queries.jsonl"), qrels=qrels
-        )
-
-
-def beir_file(folder: Location, name: str) -> Location | None:
-    """A file of a BEIR folder, plain or compressed."""
-    names = (name, *(f"{name}{suffix}" for suffix in COMPRESSED_SUFFIXES))
-    return next((folder / each for each in names if (folder / each).is_file()), None)

@@ -19,6 +19,9 @@ REMEMBERED_FILES: Final = 64
 
 Advance = Callable[[float], None]
 
+Values = tuple[str, tuple[object, ...]]
+"""The place of a row, and its values in some columns."""
+
 Cut = Literal["lines", "row groups", "nowhere"]
 """Where each line is a row; where there are row groups; where a row may hold line breaks."""
 

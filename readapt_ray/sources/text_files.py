@@ -19,7 +19,7 @@ from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.progress import amount
 from readapt_ray.sources import documents
 from readapt_ray.sources.cleaning import encoded_white_space
-from readapt_ray.sources.columns import first_of, is_absent, kept_schema, type_of_values
+from readapt_ray.sources.columns import FIELDS, first_of, is_absent, kept_schema, type_of_values
 from readapt_ray.sources.documents import Document, UnreadableDocumentError
 from readapt_ray.sources.lines import plain_name, read_lines, read_whole
 from readapt_ray.sources.listing import DataFile, Listing, files_fingerprint, listed
@@ -50,7 +50,7 @@ class TextSource(Source):
 
     def __init__(self, location: Location, options: ReadOptions) -> None:
         self._location, self._options = location, options
-        given = dict(options.columns.fields)
+        given = options.columns.of(FIELDS)
         if set(given) - {"title"}:
             raise InputError(
                 f"columns = {sorted(given)}: a text file has one text, and its path is its doc_id; only title=FIELD of the front "

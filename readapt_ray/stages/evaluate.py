@@ -30,6 +30,7 @@ from readapt_ray.evaluation.tables import named
 from readapt_ray.progress import amount
 from readapt_ray.records import ScoredDoc
 from readapt_ray.retrieval.passage_files import PassageFiles
+from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.sources.judgements import read_qrels, read_queries
 from readapt_ray.sources.splitting import parent_of
 from readapt_ray.storage import Location
@@ -45,7 +46,7 @@ class EvaluateConfig(StageConfig):
     runs: tuple[str, ...]
     """TREC run files, separated by commas. The first is the baseline of the comparison."""
     qrels: str
-    """Judgements: a file (.jsonl, .tsv, .parquet, TREC) or a folder of them."""
+    """Judgements: a file (TREC, .jsonl, .csv, .tsv, .parquet, .json, .arrow) or a folder of them."""
     measures: tuple[str, ...] = ("nDCG@10", "R@100", "RR@10")
     """Measures, separated by commas: nDCG@10 (gain of the first 10 results, discounted by rank), R@100 (share of the
     relevant passages among the first 100), RR@10 (1 / rank of the first relevant passage) and others of ir-measures.
@@ -54,6 +55,8 @@ class EvaluateConfig(StageConfig):
     """Names of the runs in the report, separated by commas. If omitted, the names of their files."""
     queries: str = ""
     """Queries, to show their texts in the report: a file or folder."""
+    columns: ColumnsOption = ()
+    """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     corpus: str = ""
     """Output of `readapt ingest`, to show titles and texts in the report."""
     require: tuple[str, ...] = ()
@@ -143,12 +146,13 @@ def _run_identity(uri: str) -> list[Any]:
 
 
 def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[str, Any]) -> _Loaded:
-    judgements = measuring.group_judgements(read_qrels(config.qrels))
+    judgements = measuring.group_judgements(read_qrels(config.qrels, config.columns))
     if all(relevance <= 0 for judged in judgements.values() for relevance in judged.values()):
         logger.warning(
             "no judgement of %r is above 0, so every measure is zero; check the column of relevance", config.qrels
         )
-    texts = {query.query_id: query.text for query in read_queries(config.queries)} if config.queries else {}
+    queries = read_queries(config.queries, config.columns) if config.queries else []
+    texts = {query.query_id: query.text for query in queries}
     corpus = PassageFiles.open(config.corpus) if config.corpus else None
     runs, measurements = {}, {}
     for name, uri in files.items():

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
@@ -23,7 +23,7 @@ from readapt_ray.retrieval import footers
 from readapt_ray.sources import row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.cleaning import num_bytes
-from readapt_ray.sources.columns import ColumnChoice
+from readapt_ray.sources.columns import ColumnChoice, ColumnsOption
 from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, duplicate_finder
 from readapt_ray.sources.labels import write_labels
 from readapt_ray.sources.opening import Format, open_source
@@ -53,9 +53,10 @@ class IngestConfig(StageConfig):
     the catalog."""
     format: Format = "auto"
     """Format of the source. auto recognises it by the file names; set it when that fails."""
-    columns: tuple[str, ...] = ()
+    columns: ColumnsOption = ()
     """Columns that hold doc_id, title and text, if they are not called so: doc_id=docid,text=abstract+body joins two. Usual
-    names are known: id, docid, pid, content, contents, passage, body, headline and more."""
+    names are known: id, docid, pid, content, contents, passage, body, headline and more. query_id, query and relevance are
+    fields of the queries and qrels."""
     keep: tuple[str, ...] = ()
     """Other columns to carry along, such as url,date; search and serve give them back, and filters can use them. With
     NAME:TYPE (string, int64, float64, bool) a type is set."""
@@ -84,15 +85,6 @@ class IngestConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
-
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _as_items(cls, columns: Any) -> Any:
-        """Take a section of a file, too: {doc_id: docid, text: [abstract, body]}."""
-        if not isinstance(columns, dict):
-            return columns
-        names = {field: name if isinstance(name, list | tuple) else [name] for field, name in columns.items()}
-        return [f"{field}={'+'.join(map(str, each))}" for field, each in names.items()]
 
     @model_validator(mode="after")
     def _splits_by_a_tokenizer(self) -> Self:

@@ -35,6 +35,7 @@ from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
 from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
 from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
+from readapt_ray.sources.columns import ColumnsOption
 
 logger = logging.getLogger("readapt_ray")
 
@@ -66,9 +67,11 @@ class SearchConfig(StageConfig):
     bridge: str | None = None
     """Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to them."""
     queries: str
-    """Queries: a file (BEIR .jsonl, .tsv, .parquet), or a folder of such files."""
+    """Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files."""
     qrels: str | None = None
     """File of judgements: only queries that are judged in it are searched. If omitted, all queries are."""
+    columns: ColumnsOption = ()
+    """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     mode: Literal["dense", "bm25", "hybrid"] = "dense"
     """Search by vectors, by words, or by both, fused by reciprocal rank. Words need an index that was built with bm25."""
     top_k: int = Field(default=100, ge=1)
@@ -195,10 +198,10 @@ def search(config: SearchConfig) -> Artifact:
 def _read_queries(config: SearchConfig) -> list[Query]:
     from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
 
-    queries = read_queries(config.queries)
+    queries = read_queries(config.queries, config.columns)
     if config.qrels is None:
         return queries
-    judged = keep_judged(queries, read_qrels(config.qrels))
+    judged = keep_judged(queries, read_qrels(config.qrels, config.columns))
     if not judged:
         raise CorpusError(
             f"no query of {config.queries!r} is judged in {config.qrels!r}; give files that belong together"

@@ -33,6 +33,7 @@ from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import check_complete
 from readapt_ray.seeds import random_generator
+from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -53,6 +54,8 @@ class TuneConfig(StageConfig):
     """Withheld queries: a file or folder. If omitted, pseudo-queries are generated from the passages."""
     qrels: str | None = None
     """Judgements of the queries: a file or folder."""
+    columns: ColumnsOption = ()
+    """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     readapter_scales: tuple[float, ...] = (1.0,)
     """Weights of the retriever's change to try, separated by commas."""
     knowledge_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -204,10 +207,10 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
     from readapt_ray.evaluation.tables import named
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
-    judgements = group_judgements(read_qrels(str(config.qrels)))
+    judgements = group_judgements(read_qrels(str(config.qrels), config.columns))
     queries = [
         query
-        for query in read_queries(str(config.queries))
+        for query in read_queries(str(config.queries), config.columns)
         if max(judgements.get(query.query_id, {}).values(), default=0) > 0
     ]
     if len(queries) < 2:

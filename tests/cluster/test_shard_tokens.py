@@ -24,6 +24,7 @@ FILES = ("part-00000.parquet", "part-00001.parquet")
 @pytest.fixture
 def job(tmp_path, monkeypatch):
     monkeypatch.setattr(on_worker, "this_node", lambda: "")
+    monkeypatch.setattr(on_worker, "check_node", lambda: None)
     passages = factories.small_corpus(40)
     passages[6] = passages[3]._replace(doc_id="twin")
     factories.ingest_artifact(tmp_path / "corpus", passages, num_files=1)

@@ -210,9 +210,11 @@ def test_a_file_cut_short_or_without_a_column_is_named(tmp_path):
     made = ingest_artifact(tmp_path / "corpus", small_corpus(10))
     [file] = (tmp_path / "corpus/passages").iterdir()
     whole = file.read_bytes()
-    file.write_bytes(whole[:-20])
-    with pytest.raises(CorruptFileError, match=r"part-00000\.parquet is not a whole Parquet file"):
-        PassageStore.open(made.uri)
+    flipped = whole[:30] + bytes(each ^ 255 for each in whole[30:60]) + whole[60:]
+    for damaged in (whole[:-20], flipped):
+        file.write_bytes(damaged)
+        with pytest.raises(CorruptFileError, match=r"part-00000\.parquet was cut short or altered"):
+            PassageStore.open(made.uri)
     pq.write_table(pa.table({"doc_id": ["a"], "title": ["b"]}), file)
     with pytest.raises(CorruptFileError, match=r"part-00000\.parquet lacks the columns \['text'\]"):
         PassageStore.open(made.uri)

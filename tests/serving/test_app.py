@@ -17,7 +17,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactMissingError, FingerprintMismatchError, InputError, ModelError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.serving.app import bind_gateway, check_probe, check_version, serve_config
+from readapt_ray.serving.app import check_probe, check_version, gateway_of, serve_config
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.server import serve
 from tests.factories import full_retriever, small_corpus, write_contract
@@ -163,7 +163,7 @@ def test_what_does_not_fit_together_is_refused(world, tmp_path):
 def test_recall_is_not_probed_where_the_index_has_lost_it(world, tmp_path):
     index_artifact(tmp_path / "index", world.encoder, "retriever", small_corpus(40), factory="SQ8")
     config = world.config(index=str(tmp_path / "index"), recall_probe=0.1)
-    for start in (lambda: serve(config, blocking=False), lambda: bind_gateway(config)):
+    for start in (lambda: serve(config, blocking=False), lambda: gateway_of(config, ())):
         with pytest.raises(InputError, match=r"the index of version 'retriever' \(SQ8\) does not hold its vectors"):
             start()
     check_probe(config.model_copy(update={"recall_probe": 0.0}))

@@ -18,7 +18,10 @@ import psutil
 import pytest
 import ray
 
+from readapt_ray.errors import CorruptFileError, ReadaptError
+from readapt_ray.serving import server, updates
 from readapt_ray.serving.server import serve, stop
+from tests.factories import ingest_artifact, small_corpus
 from tests.serving.conftest import World
 
 pytestmark = pytest.mark.slow
@@ -299,6 +302,39 @@ def test_the_default_changes_under_load_without_a_failed_request(started, world:
     models = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
     assert [each["id"] for each in models] == ["adapted", "adapted-passage", "adapted-raw"]
     assert set(ray.serve.status().applications) == {"readapt", "readapt-adapted"}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["the gateway cannot read the passages", "SIGTERM"])
+def test_an_update_that_ends_at_the_gateway_is_undone(started, world: World, tmp_path, monkeypatch, how: str):
+    base = world.config(versions={"base": world.version("other")}, max_requests=99)
+    url = started(base)
+    load = Load(url, 2, QUERY)
+    load.wait_for(20)
+    ingest_artifact(tmp_path / "corpus", small_corpus(30))
+    both = {"base": world.version("other"), "new": world.version() | {"corpus": str(tmp_path / "corpus")}}
+    update = type(base).parse({"versions": both, "default": "new", "port": base.port, "update": True})
+    if how == "SIGTERM":
+        monkeypatch.setattr(server, "_wait_until_ready", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(KeyboardInterrupt):
+            serve(update, blocking=False)
+    else:
+        [file] = (tmp_path / "corpus/passages").iterdir()
+        content = file.read_bytes()
+        file.write_bytes(content[:30] + bytes(each ^ 255 for each in content[30:60]) + content[60:])
+        with pytest.raises(CorruptFileError, match="was cut short or altered"):
+            serve(update, blocking=False)
+        assert load.end() == {200: len(load.answers)}
+        load = Load(url, 2, QUERY)
+        monkeypatch.setattr(server.PassageStore, "open", lambda *_: None)  # as if it were damaged only later
+        with pytest.raises(ReadaptError, match="was cut short or altered"):
+            serve(update, blocking=False)
+    load.wait_for(20)
+    statuses = load.end()
+    assert set(statuses) == {200}, [each for each in load.answers if each[1] != 200]
+    assert {name for *_, name in load.answers[-20:]} == {"base"}
+    assert set(ray.serve.status().applications) == {"readapt", "readapt-base"}
+    assert updates.served_gateway()[0].limits.max_requests == 99
 
 
 @pytest.mark.timeout(900)

@@ -5,61 +5,46 @@ import types
 import pytest
 
 from readapt_ray.errors import InputError
-from readapt_ray.serving import updates
+from readapt_ray.serving import app, updates
+from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.options import ServeConfig
-
-KEYS = "someone: a-secret-of-enough-characters"
-
-
-class Gateway:
-    """A handle of a gateway with API keys; None does not answer."""
-
-    def __init__(self, options):
-        self.served_options = types.SimpleNamespace(remote=lambda: self)
-        self._options = options
-
-    def result(self, timeout_s):
-        if self._options is None:
-            raise TimeoutError
-        return True, self._options
-
-
-@pytest.fixture
-def serves(monkeypatch):
-    monkeypatch.delenv("READAPT_API_KEYS", raising=False)
-
-    def set_options(options):
-        monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: Gateway(options))
-
-    return set_options
 
 
 def config(**changes):
     return ServeConfig.parse({"retriever": "r", "update": True} | changes)
 
 
-def test_an_update_does_not_drop_the_api_keys(serves, monkeypatch, tmp_path):
-    serves({})
+def served(**changes):
+    """What a gateway with API keys was started with, and what it serves."""
+    return app.gateway_of(config(**changes), (ApiKey("someone", "0" * 64),))
+
+
+def test_an_update_does_not_drop_the_api_keys():
     with pytest.raises(InputError, match=r"the server has API keys, and this update has none.*give --api-keys FILE"):
-        updates.check_options(config())
-    (tmp_path / "keys.yaml").write_text(KEYS)
-    updates.check_options(config(api_keys=str(tmp_path / "keys.yaml")))
-    updates.check_options(config(allow_anonymous=True))
-    monkeypatch.setenv("READAPT_API_KEYS", KEYS)
-    updates.check_options(config())
+        updates.check_options(config(), (), *served())
+    updates.check_options(config(), (ApiKey("other", "1" * 64),), *served())
+    updates.check_options(config(allow_anonymous=True), (), *served())
 
 
-def test_options_that_an_update_does_not_repeat_are_named(serves, monkeypatch, caplog):
-    monkeypatch.setenv("READAPT_API_KEYS", KEYS)
-    serves({"timeout_s": 300.0, "max_requests": 8, "truncate": False, "cors_origins": ("https://a",)})
-    updates.check_options(config(max_requests=16))
-    assert "fall back: timeout_s from 300.0 to 60.0, cors_origins from ('https://a',) to ();" in caplog.text
+def test_options_that_an_update_does_not_repeat_are_named(caplog):
+    former = served(timeout_s=300.0, max_requests=8, cors_origins=("https://a",), drain_s=5, lost_shards="partial")
+    updates.check_options(config(max_requests=16, allow_anonymous=True), (), *former)
+    assert (
+        "fall back: timeout_s from 300.0 to 60.0, cors_origins from ('https://a',) to (), drain_s from 5.0 to 30.0, "
+        "lost_shards from partial to wait;"
+    ) in caplog.text
 
 
-def test_an_update_does_not_wait_for_ever(serves):
-    serves(None)
+def test_an_update_does_not_wait_for_ever(monkeypatch):
+    def result(timeout_s):
+        assert timeout_s <= 60
+        raise TimeoutError
+
+    answer = types.SimpleNamespace(result=result)
+    handle = types.SimpleNamespace(setup=types.SimpleNamespace(remote=lambda: answer))
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: handle)
     with pytest.raises(InputError, match=r"does not answer .*nothing was changed"):
-        updates.check_options(config())
+        updates.served_gateway()
 
 
 @pytest.mark.parametrize(("num_bytes", "fits"), [(2 << 30, True), (12 * 2**30 // 5, False)])

@@ -330,7 +330,7 @@ def test_columns_are_mapped_joined_and_kept_in_every_format(tmp_path, kind):
         (["titel=headline"], [], "did you mean 'title'"),
         (["text"], [], "write FIELD=COLUMN"),
         (["text=a", "text=b"], [], r"sets a field twice; join columns with \+"),
-        (["doc_id=a+b"], [], "an id is one column"),
+        (["doc_id=a+b"], [], "doc_id is one column"),
         ([], ["title"], "keep = 'title': a passage has a column of its own"),
     ],
 )

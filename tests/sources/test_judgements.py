@@ -1,8 +1,11 @@
+import csv
 import gzip
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
@@ -27,6 +30,93 @@ def _queries_files(folder):
     _table(folder / "e.parquet", query_id=["q1", "q2"], text=["one thing", "another"])
     _table(folder / "f.parquet", text=pa.array(["one thing", "another"]).dictionary_encode(), id=["q1", "q2"])
     return sorted(folder.iterdir())
+
+
+QUERY_ROWS = [{"qid": "q1", "question": "one thing"}, {"qid": "q2", "question": "another"}]
+QREL_ROWS = [{"qid": qrel.query_id, "docid": qrel.doc_id, "label": qrel.relevance} for qrel in QRELS]
+
+
+def _tables(folder, rows, names):
+    """The same rows in every format of tables."""
+    rows = [dict(zip(names, row.values(), strict=True)) for row in rows]
+    quoted = {each: {"quoting": csv.QUOTE_ALL} for each in ("csv", "tsv")}
+    for suffix, delimiter in (("csv", ","), ("tsv", "\t"), ("bars.csv", "|")):
+        with (folder / f"a.{suffix}").open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, delimiter=delimiter, **quoted.get(suffix, {}))
+            writer.writeheader()
+            writer.writerows(rows)
+    (folder / "a.json").write_text(json.dumps(rows, indent=1))
+    (folder / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-16")
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, folder / "a.parquet")
+    feather.write_feather(table, folder / "a.feather")
+    with pa.ipc.new_stream(str(folder / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=1)
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [(("qid", "question"), ()), (("Key", "words"), ("query_id=key", "query=words"))]
+)
+def test_queries_of_every_table(tmp_path, names, columns):
+    for file in _tables(tmp_path, QUERY_ROWS, names):
+        assert read_queries(str(file), columns) == QUERIES, file.name
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("qid", "docid", "label"), ()),
+        (("Query ID", "doc-id", "Relevance"), ()),
+        (("topic", "paper", "grade"), ("query_id=topic", "doc_id=paper", "relevance=grade", "query=text")),
+    ],
+)
+def test_qrels_of_every_table(tmp_path, names, columns):
+    for file in _tables(tmp_path, QREL_ROWS, names):
+        assert read_qrels(str(file), columns) == QRELS, file.name
+
+
+def test_a_column_that_one_file_lacks_is_told(tmp_path, caplog):
+    (tmp_path / "q.csv").write_text("id,words\nq1,one thing\nq2,another\n")
+    with caplog.at_level("INFO"):
+        assert read_queries(str(tmp_path / "q.csv"), ("query_id=topic", "query=words")) == QUERIES
+    assert "q.csv has no column topic: query_id is read from id" in caplog.text
+    with pytest.raises(
+        CorpusError, match=r"q.csv has no column terms; its columns are id, words: .* --columns query=COLUMN"
+    ):
+        read_queries(str(tmp_path / "q.csv"), ("query=terms",))
+
+
+def test_a_quoted_line_break_is_of_its_query(tmp_path):
+    (tmp_path / "q.csv").write_text('id,text\nq1,"one\nthing"\nq2,another\n')
+    assert read_queries(str(tmp_path / "q.csv")) == QUERIES
+    (tmp_path / "q.tsv").write_text('id\ttext\nq1\t"one ""thing"""\nq2\tsay "hi\n')
+    assert [query.text for query in read_queries(str(tmp_path / "q.tsv"))] == ['one "thing"', 'say "hi']
+
+
+def saved(folder, **splits):
+    """Tables as `datasets` saves a DatasetDict; of one table without a name a data set."""
+    for split, rows in splits.items():
+        part = folder / split
+        part.mkdir(parents=True)
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(str(part / "data-00000-of-00001.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        (part / "cache-1f2e.arrow").write_bytes(b"cached by datasets")
+        (part / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+        (part / "dataset_info.json").write_text("{}")
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
+
+
+def test_what_datasets_saves(tmp_path):
+    saved(tmp_path / "queries", train=QUERY_ROWS[:1], test=QUERY_ROWS[1:])
+    assert sorted(read_queries(str(tmp_path / "queries"))) == QUERIES
+    assert read_queries(str(tmp_path / "queries" / "train")) == QUERIES[:1]
+    saved(tmp_path / "all" / "qrels", train=QREL_ROWS[:1], test=QREL_ROWS[1:])
+    assert read_qrels(str(tmp_path / "all" / "qrels" / "test")) == QRELS[1:]
+    with pytest.raises(CorpusError, match=r"judgements of 2 splits; give one: .*qrels/\{test,train\}"):
+        read_qrels(str(tmp_path / "all"))
 
 
 def test_queries_of_every_form(tmp_path):
@@ -100,8 +190,16 @@ def test_the_same_judgement_twice_counts_once(tmp_path):
         ("q.tsv", b"a\tx\nb\t \n", r"q.tsv:2 .*text is empty"),
         ("q.tsv", b"a\tx\nb\n", r"q.tsv:2 .*number of columns"),
         ("q.tsv", b"a\tx\nb\t\xff\xfe\n", r"q.tsv:2 .*not UTF-8"),
-        ("q.tsv", b"a\n", "has 1 column; give id and text"),
-        ("q.csv", b"a,b\n", "not a file of queries by its name"),
+        ("q.tsv", b"a\n", "has 1 column and no line of names; give id and text"),
+        (
+            "q.csv",
+            b"a,b\n",
+            "q.csv has no column query_id or _id.* are a, b: say which one it is with --columns query_id=COLUMN",
+        ),
+        ("q.json", b'{"queries": [{"id": 1}]}', "no column query_id .*its columns are queries"),
+        ("q.json", b'[{"id": 1, "text": "x"}, {"id": 2, "text": ', "q.json is not JSON after value 1"),
+        ("q.arrow", b"nonsense", "cannot be read as Arrow"),
+        ("q.xml", b"<q/>", "not a file of queries by its name; give one that ends with .jsonl"),
         ("q.parquet", b"PAR1nonsense", "cannot be read as Parquet"),
         ("q.tsv.gz", gzip.compress(b"a\tx\n" * 9, mtime=0)[:-9], "cannot be read after line"),
     ],
@@ -117,7 +215,7 @@ def test_bad_queries_are_named(tmp_path, name, content, message):
     [
         ("r.tsv", b"", "holds no judgement"),
         ("r.tsv", b"query-id\tscore\nq\t1\n", "no column doc_id or corpus-id"),
-        ("r.tsv", b"q1\td1\t1\nq1\td2\tyes\n", r"r.tsv:2 is not a judgement: its relevance"),
+        ("r.tsv", b"q1\td1\t1\nq1\td2\tyes\n", r"r.tsv:2 is not a judgement: its relevance .* \('yes'\); mend"),
         ("r.tsv", b"q1\td1\t1\nq1\td2\t0.5\n", r"r.tsv:2 .*relevance"),
         ("r.tsv", b"q1\td1\t1\nq1\td2\tnan\n", r"r.tsv:2 .*relevance"),
         ("r.tsv", b"q1\td1\t1\nq1\td1\t2\n", r"r.tsv:2 .*judges the same passage otherwise"),

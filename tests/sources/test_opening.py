@@ -1,5 +1,7 @@
+import csv
 import gzip
 import io
+import json
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,11 +10,13 @@ import pytest
 from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.columns import ColumnChoice
 from readapt_ray.sources.opening import open_source
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row
 from readapt_ray.storage import Location
 from tests import object_store
+from tests.sources.test_judgements import saved
 
 LINES = '{"_id": "a", "title": "t", "text": "x"}\n{"_id": "b", "text": "y"}\n'
 
@@ -174,6 +178,55 @@ def test_beir_folder_with_labels(tmp_path):
     before = source.fingerprint()
     (tmp_path / "qrels" / "dev.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t2\n")
     assert _open(tmp_path).fingerprint() != before
+
+
+@pytest.mark.parametrize("layout", ["csv", "tsv", "json", "parquet", "saved", "qrels at the top"])
+def test_corpora_with_labels_in_other_formats(tmp_path, layout):
+    corpus = [{"docid": "d1", "contents": "one"}, {"docid": "d2", "contents": "two"}]
+    queries = [{"topic": "q1", "question": "which is first?"}]
+    splits = {"dev": [{"topic": "q1", "docid": "d2", "grade": 0}], "test": [{"topic": "q1", "docid": "d1", "grade": 1}]}
+    if layout == "saved":
+        saved(tmp_path, corpus=corpus, queries=queries)
+        saved(tmp_path / "qrels", **splits)
+    elif layout == "qrels at the top":
+        for name, rows in {
+            "corpus": corpus,
+            "queries": queries,
+            "qrels-dev": splits["dev"],
+            "qrels": splits["test"],
+        }.items():
+            _write_rows(tmp_path / f"{name}.csv", rows)
+        (tmp_path / "statistics.csv").write_text("a,b\n1,2\n")
+    else:
+        (tmp_path / "qrels").mkdir()
+        for name, rows in {
+            "corpus": corpus,
+            "queries": queries,
+            **{f"qrels/{each}": rows for each, rows in splits.items()},
+        }.items():
+            _write_rows(tmp_path / f"{name}.{layout}", rows)
+    options = ReadOptions(columns=ColumnChoice.parse(["query_id=topic", "relevance=grade"], []))
+    source = open_source(str(tmp_path), "auto", options)
+    source.check()
+    assert source.format == "beir" and source.has_qrels
+    assert [(row.doc_id, row.text) for row in source.rows()] == [("d1", "one"), ("d2", "two")]
+    assert list(source.queries()) == [Query("q1", "which is first?")]
+    assert {split: list(qrels) for split, qrels in source.qrels().items()} == {
+        "dev": [Qrel("q1", "d2", 0)],
+        "test": [Qrel("q1", "d1", 1)],
+    }
+
+
+def _write_rows(file, rows):
+    if file.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif file.suffix == ".json":
+        file.write_text(json.dumps(rows))
+    else:
+        with file.open("w", newline="") as out:
+            writer = csv.DictWriter(out, rows[0], delimiter={".csv": ",", ".tsv": "\t"}[file.suffix])
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 def test_beir_folder_of_passages_alone(tmp_path):

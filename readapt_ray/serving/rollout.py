@@ -1,0 +1,83 @@
+"""Deploy applications on this Ray and wait until they are up; say what is pending, and what did not start."""
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from readapt_ray.errors import ReadaptError
+from readapt_ray.serving.names import GATEWAY_APP
+
+logger = logging.getLogger("readapt_ray")
+
+_POLL_S = 0.2
+_SAID_S = 30.0
+
+
+def ray_serve() -> Any:
+    """Import Ray Serve, and keep its logger from writing to the user's terminal."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    return serve
+
+
+def deploy(applications: Mapping[str, Any]) -> None:
+    """Deploy these applications at once, and wait until they are up. Every 30 s one line says what is pending.
+
+    Raises:
+        ReadaptError: a process of them did not start.
+    """
+    if not applications:
+        return
+    from ray.serve.api import RunTarget
+
+    targets = [
+        RunTarget(
+            target=each,
+            name=name,
+            route_prefix="/" if name == GATEWAY_APP else None,
+            logging_config={"enable_access_log": False},
+        )
+        for name, each in applications.items()
+    ]
+    ray_serve().run_many(targets, wait_for_applications_running=False)
+    said_s = time.monotonic()
+    while pending := _pending(applications):
+        if time.monotonic() > said_s + _SAID_S:
+            said_s = time.monotonic()
+            logger.info("waiting for %s", "; ".join(pending))
+        time.sleep(_POLL_S)
+
+
+def delete(applications: Collection[str]) -> None:
+    """Remove those of these applications that are there."""
+    for each in applications:
+        ray_serve().delete(each)
+
+
+def _pending(applications: Collection[str]) -> list[str]:
+    """Return what is not up yet, with what Ray Serve says of it.
+
+    Raises:
+        ReadaptError: it will not be.
+    """
+    pending = []
+    found = ray_serve().status().applications
+    for name in applications:
+        there = found.get(name)
+        if there is not None and there.status == "RUNNING":
+            continue
+        said = last_lines(there.deployments) if there is not None else {}
+        if there is not None and there.status == "DEPLOY_FAILED":
+            raise ReadaptError(f"the server could not start: {next(iter(said.values()), there.message)}")
+        pending.append(", ".join([name, *(f"{part}: {line}" for part, line in said.items())]))
+    return pending
+
+
+def last_lines(deployments: Mapping[str, Any]) -> dict[str, str]:
+    """Return the last line of what Ray Serve says of each deployment, where it says something."""
+    lines = {
+        name: [line.strip() for line in each.message.splitlines() if line.strip()] for name, each in deployments.items()
+    }
+    return {name: each[-1] for name, each in lines.items() if each}
