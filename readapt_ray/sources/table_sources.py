@@ -46,7 +46,7 @@ class TableSource(Source):
         files = found.files
         if self._only:
             files = [file for file in files if any(fnmatch.fnmatch(file.label, pattern) for pattern in self._only)]
-        if self._table_format.name == "arrow":
+        if self.table_format.name == "arrow":
             files = saved_files(self._location, files)
         found = Listing(files, found.not_read | others(found.files, files))
         found.say(self._location)
