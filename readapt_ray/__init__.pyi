@@ -274,9 +274,11 @@ def drift(config: DriftConfig, /) -> Artifact: ...
 def embed(
     *,
     output: str | Path,
-    retriever: str | Path,
     corpus: str | Path,
     overwrite: bool = False,
+    retriever: str | Path = '',
+    domain: str | Path | None = None,
+    base: str | Path | None = None,
     previous: str | Path | None = None,
     sample: str | None = None,
     encoding: Encoding | str | Path | None = None,
@@ -297,7 +299,12 @@ def embed(
         output: Folder or URI to write the artifact to. (required)
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
-        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. (required)
+        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. Give this or
+            domain.
+        domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries are those of
+            the merged model. Give this or retriever.
+        base: Model before retrieval training that the domain was merged with. If omitted, the one that the
+            factors name.
         corpus: Passages: the output of `readapt ingest`. (required)
         previous: Vectors of an earlier state of the corpus by the same model. Only new and changed passages are
             encoded.
@@ -911,9 +918,11 @@ def refresh(config: RefreshConfig, /) -> Results: ...
 def search(
     *,
     output: str | Path,
-    retriever: str | Path,
     queries: str | Path,
     overwrite: bool = False,
+    retriever: str | Path = '',
+    domain: str | Path | None = None,
+    base: str | Path | None = None,
     index: str | Path | None = None,
     vectors: str | Path | None = None,
     root: str | Path | None = None,
@@ -936,7 +945,11 @@ def search(
         overwrite: Replace an artifact in the output that was made or begun with other options. Without this
             such an output is refused. (default: no)
         retriever: Model that made the vectors (or that `bridge` is for, or a model for queries alone that names
-            it): a catalog name, a folder, a URI or a hub id. (required)
+            it): a catalog name, a folder, a URI or a hub id. Give this or domain.
+        domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries are those of
+            the merged model. Give this or retriever.
+        base: Model before retrieval training that the domain was merged with. If omitted, the one that the
+            factors name.
         index: Index to search: the output of `readapt index`. Give this or vectors.
         vectors: Vectors to search exactly: the output of `readapt embed`. Give this or index.
         root: Root of `readapt refresh`: search the index of its present generation, with its retriever. What is

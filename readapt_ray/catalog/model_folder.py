@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.errors import ModelError
-from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, BUNDLE_NAME, CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,11 @@ class ModelFolder:
     def is_adapter(self) -> bool:
         """Whether it is a PEFT adapter, to be laid on the model that it was trained on."""
         return (self.folder / ADAPTER_CONFIG_NAME).is_file()
+
+    @property
+    def is_factors(self) -> bool:
+        """Whether it is the factors of a model (`readapt merge --factors`), to be added to their base."""
+        return (self.folder / BUNDLE_NAME).is_file()
 
     def read_json(self, file_name: str) -> dict[str, Any]:
         """A JSON file of the folder; empty where there is none.

@@ -9,6 +9,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.likely_encoding import as_contract, guess_encoding
 from readapt_ray.catalog.model_folder import ModelFolder
 from readapt_ray.config import meant
-from readapt_ray.errors import ModelError, ReadaptError, first_line
+from readapt_ray.errors import ModelError, ReadaptError, WeightMismatchError, first_line
 from readapt_ray.model_file_names import (
     ADAPTER_CONFIG_NAME,
+    BUNDLE_NAME,
     CONFIG_NAME,
     CONTRACT_NAME,
     MODULES_NAME,
@@ -50,8 +52,11 @@ class OpenModel(ModelFolder):
     Open a model once and pass it on. Sent to another process, it is read there again.
     """
 
+    base_given: str = ""
+    """Where the base of factors is now; empty if it is where they say."""
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "folder": self.folder}
+        return {"name": self.name, "folder": self.folder, "base_given": self.base_given}
 
     @functools.cached_property
     def encoding(self) -> Encoding:
@@ -78,13 +83,22 @@ class OpenModel(ModelFolder):
         folder = self._tokenizer_holder.folder
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             said = first_line(error)
             raise ModelError(f"{self.name!r} has no tokenizer that can be read: {said}") from error
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Stands for every byte of weights, configuration and tokenizer."""
+        """Stands for every byte of weights, configuration and tokenizer. Factors have that of the model that they make.
+
+        Raises:
+            WeightMismatchError: the base of these factors is another model by now.
+        """
+        if self.is_factors:
+            content = self.read_json(BUNDLE_NAME)
+            advice = "give that model with --base"
+            refuse_other_base(f"{self.name!r}", content["sources"]["pretrained"], self.base, advice)
+            return str(content["model_fingerprint"])
         if (self.folder / MANIFEST_NAME).is_file():
             manifest = read_manifest(str(self.folder))
             if manifest is not None:
@@ -100,11 +114,13 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def base(self) -> "OpenModel":
-        """The model that this adapter was trained on.
+        """The model that this adapter was trained on, or that these factors were made of.
 
         Raises:
             ModelError: the adapter does not say, or it cannot be found.
         """
+        if self.is_factors:
+            return open_model(self.base_given or str(self.read_json(BUNDLE_NAME)["sources"]["pretrained"]["name"]))
         name = self.adapter_config.get("base_model_name_or_path")
         if not name:
             raise ModelError(f"{self.name!r} is an adapter that does not name its base model in {ADAPTER_CONFIG_NAME}")
@@ -140,12 +156,13 @@ class OpenModel(ModelFolder):
         ]
 
 
-def open_model(name: str | os.PathLike[str], *, with_weights: bool = True) -> OpenModel:
+def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base: str | None = None) -> OpenModel:
     """Bring a model onto this machine's disk, unless it is there.
 
     Args:
         name: a catalog name, a local folder, a URI, or a hub id; the two from the hub may end with `@` and a commit.
         with_weights: False brings configuration and tokenizer alone, which is a thousandth of a large model.
+        base: for factors, where the model is that they were made of; None if it is where they say.
 
     Raises:
         ModelError: nothing of that name, or what is there is not a model, unfinished, or computed by code of its own.
@@ -169,11 +186,35 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True) -> Op
         known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
         hint = meant(name, known) or f"the catalog has {', '.join(known)}"
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
-    model = OpenModel(name=name, folder=pickled.safe_folder(folder, name) if with_weights else folder)
+    folder_read = pickled.safe_folder(folder, name) if with_weights else folder
+    model = OpenModel(name=name, folder=folder_read, base_given=base or "")
     if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
     _check_own_code(model)
     return model
+
+
+def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, advice: str) -> None:
+    """Refuse a base that is not the one that factors were made of.
+
+    Args:
+        what: names the factors in the error.
+        made_of: what they say of their base.
+        base: the model that was found.
+        advice: what to do.
+
+    Raises:
+        WeightMismatchError: it is another model.
+    """
+    if base.fingerprint == made_of["fingerprint"]:
+        return
+    folder, files = Location(str(base.folder)), made_of["files"]
+    here = {name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    differs = "tokenizer" if here != {name: files[name] for name in TOKENIZER_FILES if name in files} else "content"
+    raise WeightMismatchError(
+        f"{what} was made of {made_of['name']!r} (fingerprint {made_of['fingerprint']}), and the base {base.name!r} has another "
+        f"{differs} (fingerprint {base.fingerprint}); {advice}"
+    )
 
 
 def find_row(name: str) -> retrievers.Retriever | None:
@@ -228,7 +269,16 @@ def _check_own_code(model: OpenModel) -> None:
 
 def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
     """Return how a model encodes text, and what says so; None where nothing does."""
+    if model.is_factors:
+        return Encoding.parse(
+            model.read_json(BUNDLE_NAME)["encoding"], where=str(model.folder / BUNDLE_NAME)
+        ), BUNDLE_NAME
     contract = model.read_json(CONTRACT_NAME)
+    if contract and not isinstance(contract.get("encoding"), dict):
+        raise ModelError(
+            f"{model.folder / CONTRACT_NAME} has no section 'encoding', so it is not of readapt; move it away, or add one as "
+            f"`readapt encoding` shows it"
+        )
     if contract:
         return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME)), CONTRACT_NAME
     row = _catalog_row(model)

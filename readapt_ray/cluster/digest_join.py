@@ -49,6 +49,8 @@ class Matches:
 
     folder: Location
     chunk_rows: int
+    files: tuple[str, ...] = ()
+    """Names of all files of the join."""
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return for each passage from `first` on the earlier row that has its vector; -1 where there is none."""
@@ -63,7 +65,7 @@ class Matches:
 
     def remove(self) -> None:
         """Remove all files of the join."""
-        artifact_files.clear(self.folder, (_name("*"),))
+        artifact_files.clear(self.folder, self.files)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) 
     ordered = ((chunk, folder, num_partitions, num_chunks["now"], passages.num_rows) for chunk in chunks["now"])
     for found in _tasks(_in_order, ordered):
         num_to_encode += found
-    return Joined(Matches(folder, _CHUNK_ROWS), Changes(**counts), num_to_encode)
+    written = [(f"{side}-{what}", num) for side, num in num_chunks.items() for what in ("contents", "ids")]
+    written += [("matches", num_partitions), ("earlier", num_chunks["now"])]
+    files = tuple(_file(folder, what, number).name for what, num in written for number in range(num))
+    return Joined(Matches(folder, _CHUNK_ROWS, files), Changes(**counts), num_to_encode)
 
 
 def _tasks(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -192,8 +197,4 @@ def _in_order(
 
 
 def _file(folder: Location, what: str, number: int) -> Location:
-    return folder / _name(f"{what}-{number:05d}")
-
-
-def _name(what: str) -> str:
-    return f"digests-{what}"
+    return folder / f"digests-{what}-{number:05d}"

@@ -24,6 +24,8 @@ class EmbedJob:
     """What tasks and actors must know: the same for all of them."""
 
     model_name: str
+    base_name: str
+    """Base of the model, if it is factors."""
     tokenizer: str
     """Fingerprint of the tokenizer."""
     encoder: dict[str, Any]

@@ -25,6 +25,11 @@ def model_name(model: OpenModel) -> str:
     return str(folder) if folder is not None else model.pinned_name
 
 
+def base_name(model: OpenModel) -> str:
+    """A name by which a worker finds the base of factors; empty for other models."""
+    return model_name(model.base) if model.is_factors else ""
+
+
 def this_node() -> str:
     """Return Ray's id of the node that this process runs on."""
     import ray
@@ -88,6 +93,7 @@ def load_encoder(
     encoding: Encoding,
     dtype: str,
     *,
+    base: str = "",
     due: str,
     driver_node: str,
     num_threads: int,
@@ -96,6 +102,7 @@ def load_encoder(
     """Load the encoder of a worker, and check that it is the driver's model.
 
     Args:
+        base: see `base_name`.
         due: the fingerprint of the encoder, as the driver found it.
 
     Raises:
@@ -108,7 +115,7 @@ def load_encoder(
 
     check_node()
     torch.set_num_threads(num_threads)
-    model = open_model(name)
+    model = open_model(name, base=base)
     check_same_model(name, lambda: encoder_fingerprint(model, encoding, dtype), {due}, driver_node=driver_node)
     return Encoder.load(model, encoding=encoding, dtype=dtype, batch_tokens=batch_tokens)
 

@@ -18,6 +18,7 @@ from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.near_rounds import drop_near
 from readapt_ray.cluster.nodes import alive
 from readapt_ray.errors import CorpusError
+from readapt_ray.retrieval import footers
 from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.exchange import ROW_BITS
@@ -35,9 +36,13 @@ _NEAR_PARTITION_BYTES = 32 << 20
 _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
+<<<<<<< HEAD
 _FORMAT = 2
 """Of the files of the exchange: those of another release are not read."""
 _PARTS = "passages/part-*.parquet"
+=======
+_PARTS = "passages/part-#.parquet"
+>>>>>>> main
 
 
 def num_partitions(total_bytes: int) -> int:
@@ -77,7 +82,7 @@ class ParallelIngest:
         """
         self._place()
         self._remove_other_plan()
-        summary = self._exchange / _SUMMARY
+        location, summary = self._workspace.location, self._exchange / _SUMMARY
         if not summary.is_file():
             summary.write_text(json.dumps(self._read_and_compare()))
         found = json.loads(summary.read_text())
@@ -85,13 +90,14 @@ class ParallelIngest:
         if self._job.splitting:
             names = (file.name for file in (self._job.output / "passages").files(".parquet"))
             self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
+        footers.write_table(self._job.output, "passages")
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
         summary.write_text(json.dumps(found | {"lists": {}}))
-        artifact_files.clear(self._exchange, ("*",), keep=_SUMMARY)
-        artifact_files.clear(self._workspace.location, (f"exchange/{_SUMMARY}",))
-        artifact_files.remove_temporary(self._workspace.location, (_PARTS,))
+        artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
+        artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
+        artifact_files.remove_temporary(location, artifact_files.split_by_owner(location.entries()[0], [_PARTS])[0])
 
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
@@ -100,7 +106,7 @@ class ParallelIngest:
         kept, summary = self._exchange / _PLAN, self._exchange / _SUMMARY
         if kept.read_text() != plan if kept.is_file() else not summary.is_file():
             summary.delete()
-            artifact_files.clear(self._workspace.location, (_PARTS, "exchange/*"))
+            artifact_files.clear(self._workspace.location, (_PARTS, *artifact_files.EXCHANGED))
             kept.write_text(plan)
 
     def _place(self) -> None:

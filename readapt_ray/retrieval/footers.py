@@ -14,9 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import Artifact
+<<<<<<< HEAD
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.parquet_rows import RowCounts
 from readapt_ray.retrieval.vector_files import METADATA_KEY, Footer, read_footer
+=======
+from readapt_ray.errors import CorpusError, CorruptFileError
+from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS
+from readapt_ray.retrieval.vector_files import Footer, read_footer
+>>>>>>> main
 from readapt_ray.storage import Location
 
 _THREADS = 32
@@ -115,3 +122,41 @@ def check_complete(artifact: Artifact, num_rows: int, what: str) -> None:
             f"{artifact.location / what} holds {num_rows} {what}, and its manifest says {due}; copy the folder again and "
             f"whole, or remove it and run `readapt {artifact.manifest.stage}` again"
         )
+
+
+def open_passages(passages: Location, corpus: Artifact, given: str) -> ParquetRows:
+    """Open the passages of a corpus. The ends of all files are read, so a truncated one is found here.
+
+    Args:
+        passages: their folder.
+        corpus: the artifact that holds it.
+        given: what the user calls it.
+
+    Raises:
+        CorpusError: there are none, a file lacks a column, or one is there twice.
+        CorruptFileError: a file was cut short, or is gone.
+    """
+    footers = named_footers(passages)
+    for name, footer in footers.items():
+        missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
+        if missing:
+            raise CorpusError(
+                f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
+            )
+    _check_no_copies(passages, footers)
+    rows = ParquetRows(passages, row_counts(footers))
+    check_complete(corpus, rows.num_rows, "passages")
+    if rows.num_rows == 0:
+        raise CorpusError(f"{given!r} has no passages; ingest a corpus that has some")
+    return rows
+
+
+def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
+    """Refuse a corpus in which one file is the copy of another: their footers are equal."""
+    seen: dict[str, str] = {}
+    for name, footer in footers.items():
+        if footer.num_rows and footer.digest in seen:
+            raise CorpusError(
+                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids stand twice; ingest the corpus again"
+            )
+        seen[footer.digest] = name

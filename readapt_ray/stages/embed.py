@@ -18,8 +18,9 @@ from pydantic import Field
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce, read_manifest
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
-from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.query_models import passages_model
+from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.digest_join import Changes, join_digests
@@ -32,12 +33,20 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
+<<<<<<< HEAD
 from readapt_ray.retrieval.footers import check_complete, listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, open_vectors
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
 from readapt_ray.retrieval.vector_files import Footer
+=======
+from readapt_ray.retrieval.footers import named_footers, open_passages, row_counts
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.query_encoder import describe_encoder
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
+from readapt_ray.retrieval.shard_plan import plan_shards
+>>>>>>> main
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -59,11 +68,9 @@ class TextSize(NamedTuple):
     num_bytes: float
 
 
-class EmbedConfig(StageConfig):
+class EmbedConfig(RetrieverOptions, StageConfig):
     """The options of `readapt embed`."""
 
-    retriever: str
-    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
     previous: str | None = None
@@ -97,7 +104,7 @@ class EmbedConfig(StageConfig):
     """Maximum number of passages that are left out because their vector is NaN, infinite or zero, also in float32. The
     manifest names them; more of them stop the run."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"retriever", "corpus", "encoding"})
+    inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | {"corpus", "encoding"}
     operational: ClassVar[frozenset[str]] = frozenset(
         {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous", "max_left_out"}
     )
@@ -133,8 +140,13 @@ def embed(config: EmbedConfig) -> Artifact:
     """
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
+<<<<<<< HEAD
     config = _resolve(config, corpus.manifest.counts["num_passages"])
     opened = _open_passages(corpus, config.corpus) if read_manifest(config.output) is None else None
+=======
+    passages = open_passages(on_worker.absolute(corpus.location / "passages"), corpus, config.corpus)
+    config = _resolve(config, passages.num_rows)
+>>>>>>> main
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
     job, rows_per_shard = replace(job, earlier=previous), _rows_per_shard(config, corpus, model, encoding)
@@ -167,6 +179,7 @@ def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
     """What the options and the model say of the job."""
     return EmbedJob(
         model_name=on_worker.model_name(model),
+        base_name=on_worker.base_name(model),
         tokenizer=model.tokenizer_fingerprint,
         encoder=describe_encoder(model, encoding, config.dtype),
         encoding=encoding,
@@ -224,21 +237,21 @@ def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
 def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     """Find the model and its encoding. What would stop every actor is found here, in seconds."""
     from readapt_ray.retrieval.tokenization import TextTokenizer
-    from readapt_ray.weights.weight_files import Checkpoint
+    from readapt_ray.weights.loading import open_weights
 
-    model = open_model(config.retriever)
+    model = config.open_retriever()
     encoding = config.encoding or model.encoding
     if (passages := passages_model(model)) is not None:
         logger.info("embed: %s is for queries alone; passages are encoded by %s", model.name, passages.name)
         model, encoding = passages.open(), config.encoding or passages.encoding
     if config.dimensions is not None:
         encoding = encoding.model_copy(update={"dimensions": config.dimensions})
-    holder = model.base if model.is_adapter else model
-    Checkpoint(holder.folder, name=holder.name)
+    open_weights(model)
     TextTokenizer(model.tokenizer, encoding)
     return model, encoding
 
 
+<<<<<<< HEAD
 def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
     """Open the passages of a corpus. A file whose size is not what `ingest` noted is opened, so a truncated one is found here.
 
@@ -273,6 +286,8 @@ def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
         seen[footer.digest] = name
 
 
+=======
+>>>>>>> main
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
     """A sample's report depends on `previous`; vectors do not."""
     if config.sample is None or config.previous is None:
@@ -300,7 +315,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
     if not same_encoder:
         raise FingerprintMismatchError(
             f"previous = {config.previous!r} was made by another encoder ({there['model']!r} in {there['dtype']}, "
-            f"{there['fingerprint']}) than {config.retriever!r} in {config.dtype} ({encoder['fingerprint']}); "
+            f"{there['fingerprint']}) than {encoder['model']!r} in {config.dtype} ({encoder['fingerprint']}); "
             f"leave it out to encode the whole corpus"
         )
     raise FingerprintMismatchError(

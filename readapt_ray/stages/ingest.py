@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval import footers
@@ -85,6 +85,10 @@ class IngestConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
+    used_with: ClassVar[UsedWith] = {
+        "overlap": ("split_tokens", ()),
+        "tokenizer": ("split_tokens", ()),
+    }
 
     @model_validator(mode="after")
     def _splits_by_a_tokenizer(self) -> Self:
@@ -135,7 +139,7 @@ def ingest(config: IngestConfig) -> Artifact:
             if splitting:
                 files = (workspace.location / "passages").files(".parquet")
                 _record_split(workspace, splitting, [split_part(file, splitting) for file in files])
-        footers.write_table(workspace.location, "passages")
+            footers.write_table(workspace.location, "passages")
 
     inputs = {"source": source.fingerprint()}
     if splitting:

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 
-from readapt_ray.artifacts import Artifact, Workspace, fingerprint, produce
+from readapt_ray.artifacts import Artifact, Workspace, fingerprint, identify, produce
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import merge_shards
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 
@@ -85,6 +85,7 @@ class MergeConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
+    used_with: ClassVar[UsedWith] = {"num_cpus_per_worker": ("num_workers", ())}
     operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
 
     @pydantic.model_validator(mode="after")
@@ -168,24 +169,14 @@ def merge(config: MergeConfig) -> Artifact:
     _refuse_query_model(config)
     models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
     plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
-    by_bundle = plan.bundle_scales is not None
     given = {
-        name: getattr(config, name) if name in config.model_fields_set or not by_bundle else None
+        name: getattr(config, name) if name in config.model_fields_set or plan.bundle is None else None
         for name in ("readapter_scale", "knowledge_scale")
     }
     measures = measures_of(config.measures) if config.measures is not None else []
     merged = _Merge(config, plan, plan.scales(**given), measures)
     work = _write_factors if config.factors else _write_model
-    return produce(
-        "merge",
-        config,
-        inputs=_fingerprints(merged),
-        work=lambda workspace: work(workspace, merged),
-        identity={
-            "encoding": plan.encoding.model_dump(mode="json"),
-            "scales": [merged.scales.readapter, *merged.scales.knowledge],
-        },
-    )
+    return produce("merge", work=lambda workspace: work(workspace, merged), **_identity(merged))
 
 
 def _refuse_query_model(config: MergeConfig) -> None:
@@ -199,13 +190,34 @@ def _refuse_query_model(config: MergeConfig) -> None:
         )
 
 
-def _fingerprints(merged: _Merge) -> dict[str, str]:
-    """Return the fingerprint of each input by its option; those of several adapters are joined."""
+def _identity(merged: _Merge) -> dict[str, Any]:
+    """Return all that decides the result. It is the same whether a model is made of three models or of their factors."""
     by_option: dict[str, list[str]] = {}
-    for source in merged.plan.sources:
-        by_option.setdefault(source.role.split(" ")[0], []).append(source.fingerprint)
+    for role, identified in merged.plan.made_of:
+        by_option.setdefault(role.split(" ")[0], []).append(identified)
     inputs = {option: ",".join(found) for option, found in by_option.items()}
-    return inputs | ({"measures": fingerprint(merged.measures)} if merged.measures else {})
+    scales, bundle = merged.scales, merged.plan.bundle
+    own = {
+        "readapter_scale": scales.readapter,
+        "knowledge_scale": scales.knowledge[0] if len({*scales.knowledge}) == 1 else scales.knowledge,
+        "low_rank": bundle.content["low_rank"] if bundle else merged.config.low_rank,
+    }
+    return {
+        "config": merged.config.model_copy(update=own),
+        "inputs": inputs | ({"measures": fingerprint(merged.measures)} if merged.measures else {}),
+        "identity": {
+            "encoding": merged.plan.encoding.model_dump(mode="json"),
+            "scales": [scales.readapter, *scales.knowledge],
+        },
+    }
+
+
+def _model_fingerprint(merged: _Merge) -> str:
+    """Return the fingerprint of the model that these factors make: that of a merge with the same options."""
+    made = _identity(merged)
+    names = ("factors", "dtype", "max_shard_bytes")
+    as_model = {name: MergeConfig.model_fields[name].default for name in names}
+    return identify("merge", made.pop("config").model_copy(update=as_model), **made)
 
 
 def _write_model(workspace: Workspace, merged: _Merge) -> None:
@@ -341,6 +353,7 @@ def _write_factors(workspace: Workspace, merged: _Merge) -> None:
         tokenizer_of=models.tokenizer_of,
         dense_of=models.dense_of,
         sources={each.role: each.to_json() for each in merged.plan.sources},
+        model_fingerprint=_model_fingerprint(merged),
         report=_element_report(workspace, readapter),
     )
     num_bytes = sum(info.size for _, info in workspace.location.listing(".safetensors", recursive=True))

@@ -20,11 +20,11 @@ from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, open_artifact, produce
 from readapt_ray.catalog.encoding import EncodingOption
-from readapt_ray.catalog.models import open_model
+from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.cluster import connection, query_vectors
 from readapt_ray.cluster.query_vectors import encode_queries
 from readapt_ray.cluster.search_pieces import Content, Pieces
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
@@ -49,12 +49,12 @@ _DEEPEST = 100
 """Passages per document that is wanted at which the search ends."""
 
 
-class SearchConfig(StageConfig):
+class SearchConfig(RetrieverOptions, StageConfig):
     """The options of `readapt search`. The output is one file whose name ends with `.trec`."""
 
-    retriever: str
+    retriever: str = ""
     """Model that made the vectors (or that `bridge` is for, or a model for queries alone that names it): a catalog name, a
-    folder, a URI or a hub id."""
+    folder, a URI or a hub id. Give this or domain."""
     index: str | None = None
     """Index to search: the output of `readapt index`. Give this or vectors."""
     vectors: str | None = None
@@ -83,17 +83,19 @@ class SearchConfig(StageConfig):
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch of queries, padding included. If omitted, it depends on the device."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset(
-        {"retriever", "index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
+    inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | frozenset(
+        {"index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
     )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+    used_with: ClassVar[UsedWith] = {"as_of": ("root", ())}
 
     @model_validator(mode="before")
     @classmethod
     def _of_generation(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        return with_folders(values, ("retriever",) if values.get("vectors") else ("retriever", "index"))
+        wanted = [name for name, other in (("retriever", "domain"), ("index", "vectors")) if not values.get(other)]
+        return with_folders(values, wanted)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -163,7 +165,7 @@ def search(config: SearchConfig) -> Artifact:
     source = _Source(
         open_artifact(config.index, "index") if config.index else open_artifact(str(config.vectors), "embed")
     )
-    model = open_model(config.retriever)
+    model = config.open_retriever()
     bridge = Bridge.open(config.bridge) if config.bridge else None
     asking = query_encoder(model, source.artifact, encoding=config.encoding, bridge=bridge)
     if config.mode != "dense" and not source.words:
@@ -243,7 +245,7 @@ def _run(
                 num_results += len(table)
                 yield table
 
-    tag = config.retriever.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
+    tag = asking.model.name.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
         write_tables(workspace.location.uri, tables(), tag=tag)
     except RayError as error:

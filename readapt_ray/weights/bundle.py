@@ -23,6 +23,7 @@ from readapt_ray.errors import ModelError, WeightMismatchError
 from readapt_ray.model_file_names import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
+    BUNDLE_NAME,
     CONFIG_NAME,
     MODULES_NAME,
     TOKENIZER_FILES,
@@ -35,9 +36,7 @@ from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
 from readapt_ray.weights.weight_files import DTYPE_CODES, Checkpoint
 
-BUNDLE_NAME = "bundle.json"
-
-_FORMAT = 1
+_FORMAT = 2
 _READAPTER = "readapter.safetensors"
 _RETRIEVER = "retriever"
 _DIFFERENCE = "difference.safetensors"
@@ -55,6 +54,7 @@ def write_bundle(
     tokenizer_of: OpenModel,
     dense_of: OpenModel,
     sources: Mapping[str, Mapping[str, Any]],
+    model_fingerprint: str,
     report: Callable[[int], None],
 ) -> list[Stored]:
     """Write the folder; resume after a killed call.
@@ -69,6 +69,7 @@ def write_bundle(
         tokenizer_of: the model whose tokenizer is the retriever's.
         dense_of: the model whose Dense modules are the retriever's.
         sources: what the models are, by role; `pretrained` is the base.
+        model_fingerprint: of the model that a merge with the same options writes.
         report: called with the elements of weights done so far.
 
     Returns:
@@ -94,6 +95,7 @@ def write_bundle(
     content = {
         "format": _FORMAT,
         "sources": sources,
+        "model_fingerprint": model_fingerprint,
         "readapter_scale": scales.readapter,
         "knowledge_scale": list(scales.knowledge),
         "low_rank": variance,

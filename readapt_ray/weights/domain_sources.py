@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from readapt_ray.artifacts import fingerprint, read_manifest
-from readapt_ray.catalog.models import OpenModel
+from readapt_ray.catalog.models import OpenModel, refuse_other_base
 from readapt_ray.errors import FingerprintMismatchError, ModelError, WeightMismatchError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, TOKENIZER_FILES
 from readapt_ray.storage import Location
@@ -89,12 +89,9 @@ def check_domains(records: Sequence[DomainRecord], base: OpenModel) -> None:
     """
     first = records[0]
     for each in records:
-        name, made_of = each.source.name, each.content["sources"]["pretrained"]
-        if each.base_fingerprint != base.fingerprint:
-            raise WeightMismatchError(
-                f"domain {name!r} was made of {made_of['name']!r} (fingerprint {made_of['fingerprint']}), and the base "
-                f"{base.name!r} has {base.fingerprint}; leave it out, or serve that base with it"
-            )
+        name = each.source.name
+        advice = "leave it out, or serve that base with it"
+        refuse_other_base(f"domain {name!r}", each.content["sources"]["pretrained"], base, advice)
         if each.retriever_fingerprint != first.retriever_fingerprint:
             raise WeightMismatchError(
                 f"domains {first.source.name!r} and {name!r} cannot share an encoder: {_difference(first, each)}; merge one of "

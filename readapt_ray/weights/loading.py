@@ -16,7 +16,11 @@ import torch
 
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
+from readapt_ray.hardware import num_cores
 from readapt_ray.weights.adapter import Adapter, listed
+from readapt_ray.weights.bundle import open_bundle
+from readapt_ray.weights.merging import Readapter, Scales
+from readapt_ray.weights.ordered_map import ordered_map
 from readapt_ray.weights.weight_files import Checkpoint, is_buffer
 
 logger = logging.getLogger("readapt_ray")
@@ -28,8 +32,8 @@ def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn
     """Load the headless model.
 
     Args:
-        model: full weights, or a LoRA or DoRA adapter, which is laid on its base model.
-        dtype: type of the weights; an adapter is laid on in float32 and cast once.
+        model: full weights; a LoRA or DoRA adapter, which is laid on its base model; or factors, which are added to it.
+        dtype: type of the weights; an adapter is laid on in float32 and cast once, and factors make the merged model.
         device: where to put it: cpu, cuda, cuda:1.
 
     Returns:
@@ -39,13 +43,29 @@ def load_model(model: OpenModel, *, dtype: torch.dtype, device: str) -> torch.nn
         ModelError: no safetensors, an architecture that transformers does not have, or an adapter of another kind.
         WeightMismatchError: weights that the architecture lacks, or that it has and the files do not.
     """
-    holder = model.base if model.is_adapter else model
-    checkpoint = Checkpoint(holder.folder, name=holder.name)
-    adapter = Adapter(model.folder, checkpoint, name=model.name) if model.is_adapter else None
-    module = load_headless(holder.folder, holder.name, checkpoint, dtype)
-    if adapter is not None:
-        _lay_on(module, checkpoint, adapter)
+    checkpoint, change = open_weights(model)
+    holder = model.base if change is not None else model
+    module = load_headless(
+        holder.folder, holder.name, checkpoint, dtype, config_folder=model.folder if model.is_factors else None
+    )
+    if isinstance(change, Adapter):
+        _lay_on(module, checkpoint, change)
+    elif change is not None:
+        _write_merged(module, change, open_bundle(model).scales)
     return module.eval().requires_grad_(False).to(device)
+
+
+def open_weights(model: OpenModel) -> tuple[Checkpoint, Adapter | Readapter | None]:
+    """Open the weights of a model, and what is added to them: an adapter, or factors. Headers alone are read.
+
+    Raises:
+        ModelError, WeightMismatchError: as `load_model`.
+    """
+    holder = model.base if model.is_adapter or model.is_factors else model
+    checkpoint = Checkpoint(holder.folder, name=holder.name)
+    if model.is_factors:
+        return checkpoint, open_bundle(model).readapter(checkpoint)
+    return checkpoint, Adapter(model.folder, checkpoint, name=model.name) if model.is_adapter else None
 
 
 def load_headless(
@@ -146,6 +166,19 @@ def _lay_on(module: torch.nn.Module, checkpoint: Checkpoint, adapter: Adapter) -
     for name in adapter.names():
         weight_OI = checkpoint.read(name).float()
         parameters[name].copy_(weight_OI + adapter.factors(name).update(weight_OI))
+
+
+def _write_merged(module: torch.nn.Module, readapter: Readapter, scales: Scales) -> None:
+    """Write the weights that a merge would write, rounded as there."""
+    parameters = dict(module.named_parameters())
+
+    @torch.no_grad()  # it does not reach into threads
+    def write(name: str) -> None:
+        parameters[name].copy_(readapter.weight(name, scales).to(readapter.dtype(name)))
+
+    names = [name for name in readapter.names() if name in parameters]
+    for _ in ordered_map(write, names, num_threads=num_cores(), num_waiting=num_cores()):
+        pass
 
 
 @contextlib.contextmanager

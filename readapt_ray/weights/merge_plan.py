@@ -12,7 +12,7 @@ from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from readapt_ray.weights.adapter import Adapter
-from readapt_ray.weights.bundle import check_base, open_bundle
+from readapt_ray.weights.bundle import Bundle, check_base, open_bundle
 from readapt_ray.weights.compatibility import check_bases, check_configs, check_knowledge, check_tokenizers
 from readapt_ray.weights.low_rank import check_shapes
 from readapt_ray.weights.merging import Readapter, Scales, one_per_adapter, open_retriever
@@ -53,10 +53,17 @@ class MergePlan:
     """The model whose Dense modules the result gets."""
     sources: tuple[MergeInput, ...]
     """Name, fingerprint and file hashes of each input, the pretrained model first."""
-    bundle_scales: Scales | None = None
-    """The scales that a bundle was written with."""
+    bundle: Bundle | None = None
+    """The factors that the result is made of, if they are given."""
     left_out: tuple[str, ...] = ()
     """Tensors that an earlier merge left out, with the model that held them."""
+
+    @property
+    def made_of(self) -> list[tuple[str, str]]:
+        """Return role and fingerprint of the models: of factors, of those that they were made of."""
+        if self.bundle is not None:
+            return [(role, each["fingerprint"]) for role, each in self.bundle.content["sources"].items()]
+        return [(each.role, each.fingerprint) for each in self.sources]
 
     def scales(self, readapter_scale: float | None, knowledge_scale: float | Sequence[float] | None) -> Scales:
         """Return one knowledge scale per adapter. None takes the bundle's scale.
@@ -64,9 +71,9 @@ class MergePlan:
         Raises:
             InputError: there are neither one nor as many knowledge scales as adapters.
         """
-        if self.bundle_scales is not None:
-            readapter_scale = self.bundle_scales.readapter if readapter_scale is None else readapter_scale
-            knowledge_scale = self.bundle_scales.knowledge if knowledge_scale is None else knowledge_scale
+        if self.bundle is not None:
+            readapter_scale = self.bundle.scales.readapter if readapter_scale is None else readapter_scale
+            knowledge_scale = self.bundle.scales.knowledge if knowledge_scale is None else knowledge_scale
         if readapter_scale is None or knowledge_scale is None:
             raise InputError("give readapter_scale and knowledge_scale; only a bundle brings its own")
         return Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self.readapter.knowledge)))
@@ -165,6 +172,6 @@ def _open_bundled(roles: Roles, models: MergeModels) -> MergePlan:
         tokenizer_of=model,
         dense_of=model,
         sources=(),
-        bundle_scales=bundle.scales,
+        bundle=bundle,
         left_out=bundle.left_out,
     )
