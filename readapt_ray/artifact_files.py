@@ -76,6 +76,14 @@ EXCHANGED = (
     "exchange/lost-ids-#-#",
     "exchange/drop-ids-#-#",
     "exchange/drop-contents-#-#",
+    "exchange/drop-near-#-#",
+    "exchange/sketches-#-#",
+    "exchange/bands-#-#",
+    "exchange/buckets-#-#",
+    "exchange/wanted-#-#",
+    "exchange/sent-#-#-#",
+    "exchange/alike-#-#-#",
+    "exchange/state-#-#-#",
 )
 """What tasks that ingest together tell each other."""
 
@@ -83,20 +91,12 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": (
         "passages/part-#.parquet",
         "passages/.seen-*",
-<<<<<<< HEAD
         "passages.footers.parquet",
-        "exchange/*",
-        "queries/part-*.parquet",
-        "qrels/*.parquet",
-    ),
-    "pack": ("blocks/part-*.parquet", "blocks/.seen-*", "blocks.parquet"),
-=======
         *EXCHANGED,
         "queries/part-#.parquet",
         "qrels/*.parquet",
     ),
-    "pack": ("blocks/part-#.parquet", "blocks/.seen-*"),
->>>>>>> main
+    "pack": ("blocks/part-#.parquet", "blocks/.seen-*", "blocks.parquet"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-#.parquet", CONTRACT_NAME),
     "merge": (

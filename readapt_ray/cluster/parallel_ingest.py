@@ -36,13 +36,9 @@ _NEAR_PARTITION_BYTES = 32 << 20
 _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
-<<<<<<< HEAD
 _FORMAT = 2
 """Of the files of the exchange: those of another release are not read."""
-_PARTS = "passages/part-*.parquet"
-=======
 _PARTS = "passages/part-#.parquet"
->>>>>>> main
 
 
 def num_partitions(total_bytes: int) -> int:

@@ -14,16 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from readapt_ray.artifacts import Artifact
-<<<<<<< HEAD
-from readapt_ray.errors import CorruptFileError
-from readapt_ray.retrieval.parquet_rows import RowCounts
-from readapt_ray.retrieval.vector_files import METADATA_KEY, Footer, read_footer
-=======
 from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS
-from readapt_ray.retrieval.vector_files import Footer, read_footer
->>>>>>> main
+from readapt_ray.retrieval.vector_files import METADATA_KEY, Footer, read_footer
 from readapt_ray.storage import Location
 
 _THREADS = 32
@@ -125,7 +119,7 @@ def check_complete(artifact: Artifact, num_rows: int, what: str) -> None:
 
 
 def open_passages(passages: Location, corpus: Artifact, given: str) -> ParquetRows:
-    """Open the passages of a corpus. The ends of all files are read, so a truncated one is found here.
+    """Open the passages of a corpus. A file whose size is not what `ingest` noted is opened, so a truncated one is found here.
 
     Args:
         passages: their folder.
@@ -136,7 +130,7 @@ def open_passages(passages: Location, corpus: Artifact, given: str) -> ParquetRo
         CorpusError: there are none, a file lacks a column, or one is there twice.
         CorruptFileError: a file was cut short, or is gone.
     """
-    footers = named_footers(passages)
+    footers = listed_footers(corpus.location, "passages")
     for name, footer in footers.items():
         missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
         if missing:

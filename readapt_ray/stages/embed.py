@@ -33,20 +33,11 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
-<<<<<<< HEAD
-from readapt_ray.retrieval.footers import check_complete, listed_footers, row_counts
+from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, open_vectors
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, plan_shards
-from readapt_ray.retrieval.vector_files import Footer
-=======
-from readapt_ray.retrieval.footers import named_footers, open_passages, row_counts
-from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.query_encoder import describe_encoder
-from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
 from readapt_ray.retrieval.shard_plan import plan_shards
->>>>>>> main
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -140,19 +131,16 @@ def embed(config: EmbedConfig) -> Artifact:
     """
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
-<<<<<<< HEAD
     config = _resolve(config, corpus.manifest.counts["num_passages"])
-    opened = _open_passages(corpus, config.corpus) if read_manifest(config.output) is None else None
-=======
-    passages = open_passages(on_worker.absolute(corpus.location / "passages"), corpus, config.corpus)
-    config = _resolve(config, passages.num_rows)
->>>>>>> main
+    folder = on_worker.absolute(corpus.location / "passages")
+    # Finished vectors are known by their manifest alone: no file of the corpus is looked at.
+    opened = open_passages(folder, corpus, config.corpus) if read_manifest(config.output) is None else None
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
     job, rows_per_shard = replace(job, earlier=previous), _rows_per_shard(config, corpus, model, encoding)
 
     def work(workspace: Workspace) -> None:
-        passages = opened or _open_passages(corpus, config.corpus)
+        passages = opened or open_passages(folder, corpus, config.corpus)
         before = _state(job.passages)
         if config.sample is not None:
             estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
@@ -251,43 +239,6 @@ def _open_retriever(config: EmbedConfig) -> tuple[OpenModel, Encoding]:
     return model, encoding
 
 
-<<<<<<< HEAD
-def _open_passages(corpus: Artifact, given: str) -> ParquetRows:
-    """Open the passages of a corpus. A file whose size is not what `ingest` noted is opened, so a truncated one is found here.
-
-    Raises:
-        CorpusError: there are none, a file lacks a column, or one is there twice.
-        CorruptFileError: a file was cut short, or is gone.
-    """
-    passages = on_worker.absolute(corpus.location / "passages")
-    footers = listed_footers(corpus.location, "passages")
-    for name, footer in footers.items():
-        missing = [column for column in PASSAGE_COLUMNS if column not in footer.schema.names]
-        if missing:
-            raise CorpusError(
-                f"{passages / name} lacks the columns {missing}; it has {footer.schema.names}: ingest the corpus again"
-            )
-    _check_no_copies(passages, footers)
-    rows = ParquetRows(passages, row_counts(footers))
-    check_complete(corpus, rows.num_rows, "passages")
-    if rows.num_rows == 0:
-        raise CorpusError(f"{given!r} has no passages; ingest a corpus that has some")
-    return rows
-
-
-def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
-    """Refuse a corpus in which one file is the copy of another: their footers are equal."""
-    seen: dict[str, str] = {}
-    for name, footer in footers.items():
-        if footer.num_rows and footer.digest in seen:
-            raise CorpusError(
-                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids stand twice; ingest the corpus again"
-            )
-        seen[footer.digest] = name
-
-
-=======
->>>>>>> main
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
     """A sample's report depends on `previous`; vectors do not."""
     if config.sample is None or config.previous is None:

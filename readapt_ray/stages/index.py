@@ -36,13 +36,8 @@ from readapt_ray.cluster.index_shards import (
     train_once,
 )
 from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
-<<<<<<< HEAD
-from readapt_ray.config import StageConfig
-from readapt_ray.errors import FingerprintMismatchError
-=======
 from readapt_ray.config import StageConfig, UsedWith
-from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
->>>>>>> main
+from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, is_flat, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
