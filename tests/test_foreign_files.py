@@ -24,7 +24,7 @@ BUILT_IN = {"pretrained": "quickstart-pretrained", "retriever": "quickstart-retr
 
 
 def run_all(root: str) -> None:
-    running.run(chain.RunConfig(root=root, source="nothing.jsonl", **BUILT_IN))
+    running.run(chain.RunConfig(root=root, source="python-docs:json", **BUILT_IN))
 
 
 def compare_all(root: str) -> None:

@@ -5,7 +5,6 @@ a time read 24,000 of them in a minute. So `ingest` writes a table of the footer
 shards: a file that the listing of its folder shows with the size in that table is not opened.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -17,7 +16,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS
-from readapt_ray.retrieval.vector_files import METADATA_KEY, Footer, read_footer
+from readapt_ray.retrieval.vector_files import Footer, read_footer
 from readapt_ray.storage import Location
 
 _THREADS = 32
@@ -56,7 +55,7 @@ def named_footers(folder: Location) -> dict[str, Footer]:
 def write_table(artifact: Location, what: str) -> None:
     """Write down what the footers of a folder of an artifact say; of files with other columns than the first, nothing."""
     found = named_footers(artifact / what)
-    schema = next(iter(found.values())).schema
+    schema = next(iter(found.values())).schema.remove_metadata()
     rows = [(name, each.num_rows, each.num_bytes, each.digest) for name, each in found.items() if each.schema == schema]
     columns = dict(zip(_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
     table = pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: schema.serialize().to_pybytes()})
@@ -65,7 +64,7 @@ def write_table(artifact: Location, what: str) -> None:
 
 
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:
-    """What `named_footers` returns, from the table of an artifact as far as the listing of the folder confirms it.
+    """What `named_footers` returns, but for metadata of our own, from the table of an artifact as far as the listing of the folder confirms it.
 
     Raises:
         CorruptFileError: a file that the table does not describe was cut short or altered.
@@ -86,9 +85,8 @@ def _read_table(artifact: Location, what: str) -> Iterator[tuple[str, Footer]]:
     except (FileNotFoundError, pa.ArrowInvalid):
         return
     schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[_SCHEMA_KEY]))
-    stored = json.loads((schema.metadata or {}).get(METADATA_KEY, b"{}"))
     for name, num_rows, num_bytes, digest in zip(*(table[each].to_pylist() for each in _COLUMNS), strict=True):
-        yield name, Footer(num_rows, schema, num_bytes, stored, digest)
+        yield name, Footer(num_rows, schema, num_bytes, {}, digest)
 
 
 def _table(artifact: Location, what: str) -> Location:

@@ -87,9 +87,8 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    writer = PartWriter(
-        job.output / "passages", rows_per_file=job.rows_per_file, prefix=f"{piece.number:06d}", kept=job.kept
-    )
+    prefix, to = f"{piece.number:06d}", job.output / "passages"
+    writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
     digests = _Digests(job, piece.number)
     sketches = SketchWriter(job, piece.number) if job.deduplicate == "near" else None
     checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
@@ -195,8 +194,8 @@ def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         if _FILTERED in (parquet.metadata.metadata or {}):
             return
-        start = 0
-        with file.open_output() as target, pq.ParquetWriter(target, parquet.schema_arrow, compression="zstd") as writer:
+        start, schema = 0, parquet.schema_arrow.remove_metadata()  # its digest is that of all rows
+        with file.open_output() as target, pq.ParquetWriter(target, schema, compression="zstd") as writer:
             for number in range(parquet.num_row_groups):
                 group = parquet.read_row_group(number)
                 kept = group.filter(pa.array(keeps[start : start + group.num_rows]))

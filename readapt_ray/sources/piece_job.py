@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.sources import exchange
 from readapt_ray.sources.duplicates import Deduplication
+from readapt_ray.sources.parts import EarlierPart
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.splitting import Splitting
 from readapt_ray.storage import Location
@@ -32,6 +33,8 @@ class PieceJob:
     num_pieces: int
     num_partitions: int
     num_near_partitions: int
+    earlier: Mapping[str, EarlierPart]
+    """Parts of an earlier corpus, for `PartWriter`."""
 
     def file(self, what: str, number: int, chunk: int = 0) -> Location:
         """Return the place of one file of the exchange."""
