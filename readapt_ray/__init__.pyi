@@ -1380,7 +1380,9 @@ def tune(
         retriever: Model to adapt: a catalog name, a folder, a URI or a hub id. (required)
         adapter: Knowledge adapter: the output of `readapt train`, or a PEFT folder. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
-        queries: Withheld queries: a file or folder. If omitted, pseudo-queries are generated from the passages.
+        queries: Withheld queries: a file or folder. If omitted, those of the corpus's split dev, else of train,
+            but never of the split that is reported on (test, or that of the report beside the corpus); else
+            pseudo-queries made from the passages.
         qrels: Judgements of the queries: a file or folder.
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.

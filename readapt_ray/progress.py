@@ -94,7 +94,7 @@ class ProgressReporter:
 def amount(count: int, unit: str) -> str:
     """A count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
     if count == 1:
-        unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("s")
+        unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("es" if unit.endswith("ches") else "s")
     return f"{count:,} {unit}"
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace
 from readapt_ray.errors import InputError
-from readapt_ray.progress import duration
+from readapt_ray.progress import amount, duration
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -184,31 +184,50 @@ def followed(monitor: Any, workspace: Workspace, trackers: Sequence[str]) -> Ite
 
 
 class _InsideSteps:
-    """Say how far a long step is, and once, from its first micro-batches, what the whole run will take."""
+    """Say how far a long step is, that it is at work, and once, from its first micro-batch, what the whole run will take."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._has_estimated = False
+        self._last: dict[str, Any] | None = None
+        self._began_s = 0.0
 
-    def show(self, part: dict[str, Any]) -> None:
-        """Show a report from inside a step, if the step is long."""
-        if part["part_s"] * part["num_parts"] < _LONG_STEP_S:
+    def show(self, part: dict[str, Any] | None) -> None:
+        """Show a report from inside a step, or without a new one that the last step is still at work, if it is long."""
+        if part is not None:
+            if self._last is None or part["step"] != self._last["step"]:
+                self._began_s = time.monotonic()
+            self._last = part
+        if self._last is None:
             return
-        if not self._has_estimated:
+        last, at_work_s = self._last, time.monotonic() - self._began_s
+        if max(at_work_s, last["part_s"] * last["num_parts"]) < _LONG_STEP_S:
+            return
+        if last["part_s"] and not self._has_estimated:
             self._has_estimated = True
-            logger.info("%s: %s", self._workspace.reporter.label, estimate(part))
-        where = f"in step {part['step'] + 1:,}: {part['done']:,} of {part['num_parts']:,} micro-batches"
-        self._workspace.progress(part["step"], part["num_steps"], unit="steps", note=where)
+            logger.info("%s: %s", self._workspace.reporter.label, estimate(last))
+        where = f"in step {last['step'] + 1:,}: {last['done']:,} of {amount(last['num_parts'], 'micro-batches')}"
+        at_work = f", at work for {duration(at_work_s)}" if at_work_s >= 1 else ""
+        self._workspace.progress(last["step"], last["num_steps"], unit="steps", note=where + at_work)
+
+    def end(self) -> None:
+        """Take note that the step ended."""
+        self._last = None
 
 
 def estimate(part: dict[str, Any]) -> str:
-    """Return what the rest of a run will take, from the first micro-batches of a step."""
+    """Return what the rest of a run will take, from the first micro-batches of a step, and what an interruption would cost."""
     step_s = part["part_s"] * part["num_parts"]
     left = part["num_steps"] - part["step"]
+    late = (
+        f"; checkpoints come between steps, so an interruption loses up to {duration(step_s)}: a smaller batch_size loses less"
+        if step_s > part["checkpoint_every_s"] > 0
+        else ""
+    )
     return (
-        f"a step takes about {duration(step_s)} ({part['num_parts']:,} micro-batches, {part['num_tokens'] / step_s:,.0f} "
-        f"tokens/s), and the {left:,} steps about {duration(left * step_s)}; {part['peak_memory_bytes'] / 1e9:.1f} GB of "
-        f"memory in worker 0 so far"
+        f"a step takes about {duration(step_s)} ({amount(part['num_parts'], 'micro-batches')}, {part['num_tokens'] / step_s:,.0f} "
+        f"tokens/s), and the {amount(left, 'steps')} about {duration(left * step_s)}; {part['peak_memory_bytes'] / 1e9:.1f} GB of "
+        f"memory in worker 0 so far{late}"
     )
 
 
@@ -227,10 +246,11 @@ def _show(
         for log in logs:
             log(row["step"], {name: row[name] for name in MEASURED if row[name] is not None})
     if rows:
+        inside.end()
         latest.extend(rows)
         last = rows[-1]
         workspace.progress(last["step"], last["num_steps"], unit="steps", note=note(latest))
-    elif part:
+    else:
         inside.show(part)
 
 

@@ -3,7 +3,8 @@
 Only options of steps that are not done yet are looked at: a finished artifact needs none of it again.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from readapt_ray.catalog import models
@@ -15,7 +16,7 @@ from readapt_ray.errors import InputError
 from readapt_ray.evaluation.measure_options import cutoffs
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.retrieval.bm25 import import_bm25s
-from readapt_ray.retrieval.index_kinds import index_spec
+from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
 
 _PASSAGES = 1_000_000
 """Taken for the size of a corpus that is not there yet."""
@@ -85,6 +86,15 @@ def _dimension(embed: Any, retriever: OpenModel) -> int:
     return int(wanted)
 
 
+@contextlib.contextmanager
+def _named(section: str) -> Iterator[None]:
+    """Put the section before what an error of a stage says."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"section {section!r}: {error}") from None
+
+
 def _check_tokenizer(ingest: Any) -> None:
     """Check that the tokenizer that counts for split_tokens can be had and used."""
     from readapt_ray.sources.splitting import open_splitting
@@ -111,16 +121,14 @@ def _check_workers(stage: str, config: Any) -> None:
 def _check_index(index: Any, embed: Any, dimension: int | None, num_passages: int) -> None:
     """Check that FAISS is there and can build such an index of these vectors."""
     from readapt_ray.retrieval.faiss_build import faiss
-    from readapt_ray.stages.index import index_options
 
     if index.bm25:
         import_bm25s()
     if dimension is None or embed is None:
         return
-    try:
-        spec = index_spec(index_options(index, num_passages, dimension, embed.vector_dtype), num_passages, dimension)
-    except InputError as error:
-        raise InputError(f"section 'index': {error}") from None
+    kind = index_kind(index, embed.vector_dtype, dimension, num_passages)
+    with _named("index"):
+        spec = index_spec(kind, num_passages, dimension)
     if index.factory is not None:
         try:
             faiss.index_factory(dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
@@ -129,6 +137,18 @@ def _check_index(index: Any, embed: Any, dimension: int | None, num_passages: in
                 f"section 'index': factory = {index.factory!r} is no index of {dimension} numbers for FAISS "
                 f"({str(error).splitlines()[-1].strip()}); give another, or a kind"
             ) from None
+
+
+def index_kind(index: Any, vector_dtype: str | None, dimension: int, num_passages: int) -> IndexOptions:
+    """Return what the options of section 'index' mean for so many vectors.
+
+    Raises:
+        InputError: no kind fits `memory_gb`.
+    """
+    from readapt_ray.stages.index import index_options
+
+    with _named("index"):
+        return index_options(index, num_passages, dimension, vector_dtype)
 
 
 def _check_mode(search: Any, index: Any) -> None:

@@ -1,68 +1,117 @@
-"""Check before a run that the disk has room for what it writes, this machine the memory for a training step, and that a batch
-feeds every training worker.
+"""Check before a run that its root can be written, that the disk has room for what it writes, and that a batch feeds every
+training worker.
 
-Room and memory are estimates from configs and manifests; no weight is read. On a cluster the workers check their memory
-themselves.
+Sizes are estimates from configs and manifests; no weight is read.
 """
 
 import os
 import shutil
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from readapt_ray import artifacts, environment
+from readapt_ray import environment
+from readapt_ray.artifacts import Manifest
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import batches
+from readapt_ray.cluster.doctor import root as doctor
+from readapt_ray.cluster.optimization import adapter_shape
 from readapt_ray.errors import StorageError
-from readapt_ray.recipes.chain import RunConfig
-from readapt_ray.recipes.standing import Standing
+from readapt_ray.progress import amount, size_text
+from readapt_ray.recipes.chain import Step
+from readapt_ray.recipes.option_checks import index_kind
+from readapt_ray.retrieval.index_kinds import vector_bytes
 from readapt_ray.storage import Location
 
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "int8": 1}
+_BLOCK_BYTES = 0.55
+"""Bytes of a block per byte of text."""
+_CHECKPOINT_BYTES = 12
+"""Bytes of a trained number in a checkpoint: itself and the two moments of AdamW."""
+
+
+def check_root(uri: str) -> None:
+    """Write a file under the root, read and delete it; folders that had to be made are removed again.
+
+    Raises:
+        StorageError: that cannot be done.
+    """
+    if wrong := doctor.why_unusable(Location(uri)):
+        raise StorageError(wrong)
 
 
 def check_disk(
-    config: RunConfig, found: Mapping[str, Standing], pretrained: OpenModel | None, dimension: int | None
+    root: str, left: Sequence[Step], pretrained: OpenModel | None, dimension: int | None, corpus: Manifest | None
 ) -> None:
-    """Check that the disk of the root has room for the adapted model and, once the corpus is there, for the vectors.
+    """Check that the disk of the root has room for what the run writes, as far as that is known by now.
 
     Args:
-        config: the run.
-        found: the artifact at each step's output.
+        root: of the run; object stores have room.
+        left: the steps that are to be made.
         pretrained: as large as the adapted model; None if it is not known.
         dimension: numbers of a vector; None if it is not known.
+        corpus: None if it is not there yet; then only models are counted.
 
     Raises:
         StorageError: it has not.
     """
-    root = Location(config.root)
-    if not root.is_local:
+    location = Location(root)
+    if not location.is_local:
         return
-    needed = {}
-    if pretrained is not None and _is_due(found.get("adapted")):
-        needed["the adapted model"] = sum(file.stat().st_size for file in pretrained.folder.glob("*.safetensors"))
-    corpus = artifacts.read_manifest(f"{config.root}/corpus")
-    vectors = [each for name, each in found.items() if name.startswith("vectors/") and _is_due(each)]
-    if corpus is not None and vectors and dimension is not None:
-        number = corpus.counts.get("num_passages", 0)
-        options: Any = vectors[0].step.config
-        size = len(vectors) * dimension * _NUMBER_BYTES[options.vector_dtype]
-        needed[f"vectors of {number:,} passages"] = number * size
-    folder = root.local_path.absolute()
+    due: dict[str, list[Any]] = {}
+    for step in left:
+        due.setdefault(step.stage, []).append(step.config)
+    needed: dict[str, float] = {}
+    if pretrained is not None:
+        needed |= _of_models(due, pretrained)
+    if corpus is not None:
+        needed |= _of_corpus(due, corpus, dimension)
+    folder = location.local_path.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < sum(needed.values()):
-        terms = " and ".join(f"{what} {size / 1e9:.1f} GB" for what, size in needed.items())
+        terms = " and ".join(f"{what} {size_text(size)}" for what, size in needed.items())
         raise StorageError(
-            f"the disk of {root.uri!r} has {free / 1e9:.1f} GB free, and the run writes {terms}; make room, or give another --root"
+            f"the disk of {location.uri!r} has {size_text(free)} free, and the run writes {terms}; make room, or give another --root"
         )
 
 
-def _is_due(standing: Standing | None) -> bool:
-    return standing is not None and (not standing.is_complete or standing.is_stale)
+def _of_models(due: Mapping[str, list[Any]], pretrained: OpenModel) -> dict[str, float]:
+    """Return the bytes of the adapted model, and of the adapter with its checkpoints."""
+    found: dict[str, float] = {}
+    if "merge" in due:
+        found["the adapted model"] = sum(file.stat().st_size for file in pretrained.folder.glob("*.safetensors"))
+    for train in due.get("train", []):
+        from readapt_ray.stages.train import resolve
+        from readapt_ray.training.memory import num_trained
+
+        _, options = resolve(train, pretrained)
+        shape = shape_of(pretrained.config, pretrained.name, options.objective)
+        trained = num_trained(shape, adapter_shape(options, options.target_modules))
+        found[f"{amount(train.keep_checkpoints, 'checkpoints')} and the adapter"] = trained * (
+            4.0 + _CHECKPOINT_BYTES * train.keep_checkpoints
+        )
+    return found
+
+
+def _of_corpus(due: Mapping[str, list[Any]], corpus: Manifest, dimension: int | None) -> dict[str, float]:
+    """Return the bytes of blocks, vectors and indexes."""
+    number = corpus.counts.get("num_passages", 0)
+    found: dict[str, float] = {}
+    if "pack" in due:
+        found["blocks"] = _BLOCK_BYTES * corpus.counts.get("num_bytes", 0)
+    if dimension is None:
+        return found
+    if vectors := due.get("embed", []):
+        each = number * dimension * _NUMBER_BYTES[vectors[0].vector_dtype]
+        found[f"vectors of {number:,} passages"] = float(len(vectors) * each)
+    for index in due.get("index", [])[:1]:
+        dtype = vectors[0].vector_dtype if vectors else None
+        kind = index_kind(index, dtype, dimension, number)
+        each_vector = 4.0 * dimension if kind.factory is not None else vector_bytes(kind, dimension)
+        found["indexes of them"] = len(due["index"]) * number * each_vector
+    return found
 
 
 def check_batch(train: Any) -> None:
@@ -86,45 +135,3 @@ def check_batch(train: Any) -> None:
     import torch
 
     batches.check_feeds(num_workers or torch.cuda.device_count(), train.batch_size, "blocks")
-
-
-def check_memory(train: Any, block_tokens: int, pretrained: OpenModel) -> None:
-    """Check that a training step fits into the memory of this machine, where the run starts Ray on it.
-
-    Args:
-        train: options of train.
-        block_tokens: longest block.
-        pretrained: the model that is trained.
-
-    Raises:
-        PlacementError: it does not; the message shows the arithmetic.
-    """
-    ray = sys.modules.get("ray")
-    if not train.check_memory or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
-        return
-    import torch
-
-    from readapt_ray import hardware
-    from readapt_ray.cluster.optimization import adapter_shape, worker_setup
-    from readapt_ray.stages.train import resolve
-    from readapt_ray.training import memory
-
-    _, options = resolve(train, pretrained)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_workers = options.num_workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
-    is_low = options.dtype == "bfloat16" or (
-        options.dtype == "auto" and (device.type == "cuda" or hardware.has_bfloat16_units())
-    )
-    setup = worker_setup(
-        options,
-        adapter_shape(options, options.target_modules),
-        num_workers=num_workers,
-        micro_batch_tokens=max(options.micro_batch_tokens, block_tokens),
-        dtype=torch.bfloat16 if is_low else torch.float32,
-        device_type=device.type,
-    )
-    shape = shape_of(pretrained.config, pretrained.name, options.objective)
-    memory.check_fits(
-        memory.estimate_memory(shape, setup),
-        free_bytes=memory.free_bytes(device, num_workers if device.type == "cpu" else 1),
-    )

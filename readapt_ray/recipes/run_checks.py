@@ -5,14 +5,14 @@ needs, lengths against positions, files, options against each other, room on the
 root already. All that is wrong is said in one message.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from readapt_ray import artifacts, leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
-from readapt_ray.recipes import option_checks, room_checks, standing
+from readapt_ray.recipes import memory_checks, option_checks, room_checks, standing
 from readapt_ray.recipes.chain import RunConfig, Step
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.recipes.standing import Standing
@@ -41,41 +41,48 @@ def check_run(
         InputError: one message with all that is wrong.
     """
     found: list[Standing] = []
-    with problems.noted():
-        found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
-    _check_root(config, steps, found, problems)
+    if "root" not in problems.left_out:
+        with problems.noted():
+            found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
+        _check_root(config, steps, found, problems)
     done = {each.step.name for each in found if each.is_complete and not each.is_stale}
     every: dict[str, Any] = {step.stage: step.config for step in steps}
-    due: dict[str, Any] = {step.stage: step.config for step in steps if step.name not in done}
+    due = {step.stage: step.config for step in steps if step.name not in done}
     if "ingest" in due and "source" not in problems.left_out:
         with problems.noted():
             _check_source(config.source, due["ingest"])
-    pretrained, retriever = (_opened(name, getattr(config, name), problems) for name in ("pretrained", "retriever"))
-    _check_models(config, pretrained, retriever, every, problems)
+    opened = dict(_opened(config, problems))
+    _check_models(config, opened, every, problems)
     for step in steps:
         with problems.noted():
             _check_files(config, step)
-    dimension = option_checks.check_options(due, every, retriever, _num_passages(config, done), problems)
-    by_name = {each.step.name: each for each in found}
-    with problems.noted():
-        room_checks.check_disk(config, by_name, pretrained, dimension)
+    corpus = artifacts.read_manifest(f"{config.root}/corpus") if "corpus" in done else None
+    num_passages = None if corpus is None else corpus.counts.get("num_passages")
+    dimension = option_checks.check_options(due, every, opened.get("retriever"), num_passages, problems)
+    if "root" not in problems.left_out:
+        left = [step for step in steps if step.name not in done]
+        with problems.noted():
+            room_checks.check_disk(config.root, left, opened.get("pretrained"), dimension, corpus)
     with problems.noted():
         room_checks.check_batch(due.get("train"))
-    if pretrained is not None and {"train", "pack"} <= due.keys() | every.keys() and "train" in due:
-        with problems.noted():
-            room_checks.check_memory(due["train"], every["pack"].block_tokens, pretrained)
+    with problems.noted():
+        memory_checks.check_memory(due, every, opened, problems, dimension=dimension, num_passages=num_passages)
     problems.raise_them()
     return [each for each in found if each.is_stale]
 
 
+def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenModel]]:
+    """Yield the two models, by the option that names each, as far as they can be opened."""
+    for option in sorted({"pretrained", "retriever"} - problems.left_out):
+        with problems.noted():
+            yield option, models.open_model(getattr(config, option))
+
+
 def _check_models(
-    config: RunConfig,
-    pretrained: OpenModel | None,
-    retriever: OpenModel | None,
-    configs: Mapping[str, Any],
-    problems: Problems,
+    config: RunConfig, opened: Mapping[str, OpenModel], configs: Mapping[str, Any], problems: Problems
 ) -> None:
     """Check the two models for what the stages do with them, and that they belong together."""
+    pretrained, retriever = opened.get("pretrained"), opened.get("retriever")
     if retriever is not None and "encoding" not in problems.left_out:
         with problems.noted():
             _check_encoding(config, retriever)
@@ -86,19 +93,6 @@ def _check_models(
     if pretrained is not None and retriever is not None and "merge" in configs:
         with problems.noted():
             _check_pair(pretrained, retriever, configs["merge"])
-
-
-def _num_passages(config: RunConfig, done: Container[str]) -> int | None:
-    """Return the passages of the corpus, if it is there."""
-    manifest = artifacts.read_manifest(f"{config.root}/corpus") if "corpus" in done else None
-    return None if manifest is None else manifest.counts.get("num_passages")
-
-
-def _opened(option: str, name: str, problems: Problems) -> OpenModel | None:
-    if option not in problems.left_out:
-        with problems.noted(option):
-            return models.open_model(name)
-    return None
 
 
 def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -> list[Step]:

@@ -20,7 +20,10 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
         if name in made:
             lines += ["", f"report: {made[name].location / 'report.html'}"]
     if "report" not in made and "adapter" in made:
-        lines += ["", "No retrieval was measured: there are no queries and qrels. Numbers from pseudo-queries:"]
+        lines += [
+            "",
+            "No retrieval was measured: there are no queries and qrels. Numbers from other splits or pseudo-queries:",
+        ]
         models = {"pretrained": config.pretrained, "retriever": config.retriever, "adapter": made["adapter"].uri}
         lines.append(
             _command("tune", **models, corpus=made["corpus"].uri, output=(Location(config.root) / "scales").uri)

@@ -20,7 +20,7 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError, first_line
 from readapt_ray.progress import ProgressReporter
-from readapt_ray.recipes import run_checks, standing, unlabelled
+from readapt_ray.recipes import room_checks, run_checks, standing, unlabelled
 from readapt_ray.recipes.background import run_in_background
 from readapt_ray.recipes.chain import (
     RUN_NAME,
@@ -58,16 +58,19 @@ def run(
         InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
     """
     problems = Problems() if problems is None else problems
+    root = Location(config.root)
+    with problems.noted("root"):
+        room_checks.check_root(config.root)
     planned = plan_steps(config, problems)
     with problems.noted("from_stage"):
         planned = _with_overwriting(planned, overwrite=overwrite, from_stage=from_stage)
-    steps = planned
-    with problems.noted():
-        steps = unlabelled.fitted(config, planned)
-    root = Location(config.root)
-    with problems.noted():
-        artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
-    before = read_record(root)
+    steps, before = planned, {}
+    if "root" not in problems.left_out:
+        with problems.noted():
+            steps = unlabelled.fitted(config, planned)
+        with problems.noted():
+            artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
+        before = read_record(root)
     stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
     if stale:
         logger.info("made again: %s", standing.summary(stale))

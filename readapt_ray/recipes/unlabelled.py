@@ -71,7 +71,7 @@ def tell(config: RunConfig) -> None:
     logger.info(
         "the corpus has no queries and qrels of the split %r, so search and evaluate are left out, and loss, vectors and "
         "neighbours are compared instead; --set queries=FILE --set qrels=FILE would give numbers, and so would `readapt "
-        "tune`, which makes pseudo-queries from the passages",
+        "tune`, which takes the queries of another split, or makes pseudo-queries from the passages",
         config.split,
     )
 

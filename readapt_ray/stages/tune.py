@@ -7,13 +7,15 @@ reported comes from the other half, which did not choose it. Leaves `grid/` (the
 pair), `tune.json`, `tune.md` and `tune.html`. A pair costs one pass over the weights and the encoding of
 the sample.
 
-Without judgements the corpus asks its own questions: the title of a passage, or its first sentence, is
-the query, the rest of it the answer. Such figures are called pseudo-queries wherever they stand.
+Without queries those of the corpus's own split dev, or else train, are taken, never the split that is reported on. Where there
+is none the corpus asks its own questions: the title of a passage, or its first sentence, is the query, the rest of it the
+answer. Such figures are called pseudo-queries wherever they stand.
 """
 
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -38,6 +40,8 @@ from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
+_TUNING_SPLITS = ("dev", "validation", "valid", "train")
+
 
 class TuneConfig(StageConfig):
     """Options of tune."""
@@ -51,7 +55,8 @@ class TuneConfig(StageConfig):
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """Withheld queries: a file or folder. If omitted, pseudo-queries are generated from the passages."""
+    """Withheld queries: a file or folder. If omitted, those of the corpus's split dev, else of train, but never of the split
+    that is reported on (test, or that of the report beside the corpus); else pseudo-queries made from the passages."""
     qrels: str | None = None
     """Judgements of the queries: a file or folder."""
     columns: ColumnsOption = ()
@@ -112,6 +117,10 @@ def tune(config: TuneConfig) -> Artifact:
     corpus = artifacts.open_artifact(config.corpus, "ingest")
     if config.drop_self_hits is None:
         config = config.model_copy(update={"drop_self_hits": drops_self_hits(corpus.manifest.config.get("source"))})
+    split = None if config.queries is not None else _own_split(config, corpus)
+    if split is not None:
+        own = {"queries": (corpus.location / "queries").uri, "qrels": (corpus.location / f"qrels/{split}.parquet").uri}
+        config = config.model_copy(update=own)
     config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     found = {name: models.open_model(getattr(config, name)) for name in MODELS}
     encoding = config.encoding or found["retriever"].encoding
@@ -136,11 +145,38 @@ def tune(config: TuneConfig) -> Artifact:
         config,
         inputs=inputs,
         identity={"encoding": encoding.model_dump(mode="json")},
-        work=lambda workspace: _tune(config, corpus, job, workspace),
+        work=lambda workspace: _tune(config, corpus, job, workspace, split=split),
     )
 
 
-def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Workspace) -> None:
+def _own_split(config: TuneConfig, corpus: Artifact) -> str | None:
+    """Return the split of the corpus whose queries choose the scales; None where there is none, and why is logged."""
+    there = {file.name.removesuffix(".parquet") for file in (corpus.location / "qrels").files(".parquet")}
+    reported = _reported_splits(config.corpus)
+    found = next((name for name in _TUNING_SPLITS if name in there - reported), None)
+    if found is not None:
+        logger.info("tune: the corpus's own queries of the split %s choose the scales", found)
+    elif there:
+        logger.info(
+            "tune: pseudo-queries choose the scales: the corpus has judgements of %s, and what is reported on (%s) must not "
+            "choose; give others with --queries and --qrels",
+            *(", ".join(sorted(there)), ", ".join(sorted(reported))),
+        )
+    else:
+        logger.info("tune: pseudo-queries choose the scales, since the corpus has no judgements of its own")
+    return found
+
+
+def _reported_splits(corpus: str) -> set[str]:
+    """Return test, or the split that the report beside the corpus, as a run leaves it, is of."""
+    path, mark, options = Location(corpus).uri.partition("?")
+    report = artifacts.read_manifest(f"{path.rstrip('/').rpartition('/')[0] or '.'}/report{mark}{options}")
+    qrels = str(report.config.get("qrels", "")) if report is not None else ""
+    found = PurePosixPath(qrels.partition("?")[0])
+    return {"test", found.stem} if found.parent.name == "qrels" else {"test"}
+
+
+def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Workspace, *, split: str | None) -> None:
     sample = _pseudo_sample(config, corpus) if config.queries is None else _judged_sample(config, corpus)
     search = ScaleScoring(config.num_workers, job, sample, workspace)
     try:
@@ -150,6 +186,7 @@ def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Work
     finally:
         search.stop()
     kind = "judged queries" if config.queries else "pseudo-queries made from the corpus"
+    kind += f" of the corpus's split {split}" if split else ""
     result = scale_search.describe_search(search.values, measure=config.measure, seed=config.seed, queries=kind)
     _write_report(workspace, result)
     workspace.counts = {

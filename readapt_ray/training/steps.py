@@ -3,6 +3,7 @@
 Resume from the newest checkpoint, take every step once, save as it goes, report each step.
 """
 
+import functools
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,9 @@ from readapt_ray.training.speed import peak_flops
 
 T = TypeVar("T")
 B = TypeVar("B")
+
+_PASSES = 3
+"""A micro-batch takes as long as so many computations of its loss: the backward pass is two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,11 +100,14 @@ class PartReport:
     num_parts: int
     """Micro-batches of this step."""
     part_s: float
-    """Seconds per micro-batch, without the first, which takes longer."""
+    """Seconds per micro-batch, without the first, which takes longer, once there are others: until then that of the first,
+    and within the first an estimate from its loss. 0 before that."""
     num_tokens: int
     """Tokens of text in the whole step over all workers."""
     peak_memory_bytes: int
     """Of worker 0, so far."""
+    checkpoint_every_s: float
+    """Seconds between checkpoints, which come only between steps."""
 
 
 class Reporter(Protocol):
@@ -149,7 +156,8 @@ def run_steps(
             rate = linear_schedule(step, num_steps=data_order.num_steps, warmup_steps=warmup_steps)
             work = objective.work(engine, batch, step)
             try:
-                loss_of = _watched(work, engine, reporter, step=step, num_steps=data_order.num_steps)
+                part = _part_report(work, step, data_order.num_steps, optimization)
+                loss_of = _watched(work, engine, reporter, part, is_first=step == first_step)
                 outcome = engine.step(work.parts, loss_of=loss_of, rate=rate, step=step)
             except TrainingDivergedError as error:
                 raise _named(error, step + 1, work, doc_ids_of) from None
@@ -171,36 +179,54 @@ def run_steps(
                         **_speed(work.num_tokens, seconds, engine, flops_per_token),
                     )
                 )
-            if step + 1 == data_order.num_steps or engine.agree(clock.is_due()):
+            if step + 1 == data_order.num_steps or engine.agree(clock.is_due(seconds)):
                 _save(engine, step + 1, reporter, writer)
     finally:
         writer.wait()
     torch.distributed.barrier()
 
 
+def _part_report(
+    work: StepWork[Any], step: int, num_steps: int, optimization: Optimization
+) -> Callable[..., PartReport]:
+    """Return what makes the reports from inside a step, with what is the same in all of them."""
+    return functools.partial(
+        PartReport,
+        step=step,
+        num_steps=num_steps,
+        num_parts=len(work.parts),
+        num_tokens=work.num_tokens,
+        checkpoint_every_s=optimization.checkpoint_every_s,
+    )
+
+
 def _watched(
-    work: StepWork[T], engine: DeepSpeedEngine, reporter: Reporter, *, step: int, num_steps: int
+    work: StepWork[T], engine: DeepSpeedEngine, reporter: Reporter, report: Callable[..., PartReport], *, is_first: bool
 ) -> Callable[[T], Tensor]:
-    """Return the loss function of a step that reports, from worker 0, before each micro-batch after the second."""
+    """Return the loss function of a step that reports, from worker 0, before each micro-batch, and in the first step that this
+    process takes also after the first loss.
+    """
     if engine.worker_rank != 0:
         return work.loss_of
     starts_s: list[float] = []
 
+    def tell(part_s: float) -> None:
+        done = len(starts_s) - 1
+        reporter.part(report(done=done, part_s=part_s, peak_memory_bytes=peak_memory_bytes(engine.device)))
+
     def loss_of(part: T) -> Tensor:
         starts_s.append(time.monotonic())
-        if len(starts_s) > 2:
-            reporter.part(
-                PartReport(
-                    step=step,
-                    num_steps=num_steps,
-                    done=len(starts_s) - 1,
-                    num_parts=len(work.parts),
-                    part_s=(starts_s[-1] - starts_s[1]) / (len(starts_s) - 2),
-                    num_tokens=work.num_tokens,
-                    peak_memory_bytes=peak_memory_bytes(engine.device),
-                )
-            )
-        return work.loss_of(part)
+        first, *others = starts_s
+        if len(others) > 1:
+            tell((others[-1] - others[0]) / (len(others) - 1))
+        else:
+            tell(others[0] - first if others else 0.0)
+        loss = work.loss_of(part)
+        if is_first and not others:
+            if engine.device.type == "cuda":
+                torch.cuda.synchronize(engine.device)
+            tell(_PASSES * (time.monotonic() - first))
+        return loss
 
     return loss_of
 
@@ -216,10 +242,14 @@ class CheckpointClock:
         self._every_s = every_s
         self._last_s = time.monotonic()
 
-    def is_due(self) -> bool:
-        """Return whether a checkpoint is due; the next one is then counted from now."""
+    def is_due(self, next_step_s: float = 0.0) -> bool:
+        """Return whether a checkpoint is due; the next one is then counted from now.
+
+        Args:
+            next_step_s: seconds that the next step will take: a checkpoint comes before one that would make it late.
+        """
         now_s = time.monotonic()
-        if now_s - self._last_s < self._every_s:
+        if now_s + next_step_s - self._last_s < self._every_s:
             return False
         self._last_s = now_s
         return True

@@ -52,7 +52,7 @@ def test_joining_removes_the_kept_lines_and_nothing_else(tmp_path: Path) -> None
 
 def part(**changes: Any) -> dict[str, Any]:
     values = {"step": 0, "num_steps": 500, "done": 2, "num_parts": 16, "part_s": 10.0, "num_tokens": 64_000}
-    return values | {"peak_memory_bytes": 14_000_000_000} | changes
+    return values | {"peak_memory_bytes": 14_000_000_000, "checkpoint_every_s": 300.0} | changes
 
 
 def test_a_long_step_tells_once_what_the_run_takes_and_then_how_far_it_is(
@@ -77,3 +77,38 @@ def test_short_steps_are_not_shown_from_inside(tmp_path: Path, caplog: pytest.Lo
     workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
     step_metrics._InsideSteps(workspace).show(part(part_s=0.1))
     assert caplog.messages == []
+
+
+def test_a_first_step_of_one_micro_batch_tells_what_it_takes_that_it_is_at_work_and_what_an_interruption_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="readapt_ray")
+    now_s = 1000.0
+    monkeypatch.setattr(step_metrics.time, "monotonic", lambda: now_s)
+    workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
+    inside = step_metrics._InsideSteps(workspace)
+    inside.show(None)
+    inside.show(part(done=0, num_parts=1, part_s=0.0))
+    now_s += 9
+    inside.show(None)
+    assert caplog.messages == []
+    now_s += 33
+    inside.show(None)
+    assert workspace.reporter.line().endswith("in step 1: 0 of 1 micro-batch, at work for 42 s")
+    assert not any("takes about" in each for each in caplog.messages)
+    inside.show(part(done=0, num_parts=1, part_s=400.0))
+    (told,) = (each for each in caplog.messages if "takes about" in each)
+    assert told.startswith(
+        "train: a step takes about 6 min 40 s (1 micro-batch, 160 tokens/s), and the 500 steps about 55 h"
+    )
+    assert told.endswith(
+        "; checkpoints come between steps, so an interruption loses up to 6 min 40 s: a smaller batch_size loses less"
+    )
+    now_s += 60
+    inside.show(None)
+    assert workspace.reporter.line().endswith("at work for 1 min 42 s")
+    inside.end()
+    before = len(caplog.messages)
+    now_s += 60
+    inside.show(None)
+    assert len(caplog.messages) == before

@@ -1,6 +1,7 @@
 """The main job: its plan for real models, and a whole run on tiny ones."""
 
 import json
+import logging
 import re
 import threading
 import time
@@ -399,6 +400,58 @@ def test_tune_without_labels_says_that_its_queries_are_pseudo(ray_session: None,
     )
     assert artifact.manifest.details["queries"] == "pseudo-queries made from the corpus"
     assert artifact.manifest.counts["num_queries"] == 20
+
+
+@pytest.mark.parametrize(
+    ("splits", "reported", "chosen", "said"),
+    [
+        (("dev", "test", "train"), "", "dev", "the corpus's own queries of the split dev choose the scales"),
+        (("test", "train"), "", "train", "of the split train choose"),
+        (("dev", "train"), "dev", "train", "of the split train choose"),
+        (("test",), "", None, "judgements of test, and what is reported on (test) must not choose; give others with"),
+        (("dev", "test"), "dev", None, "judgements of dev, test, and what is reported on (dev, test) must not choose"),
+        ((), "", None, "pseudo-queries choose the scales, since the corpus has no judgements of its own"),
+    ],
+)
+def test_tune_takes_the_corpus_own_queries_but_never_those_that_are_reported_on(
+    *,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    splits: tuple[str, ...],
+    reported: str,
+    chosen: str | None,
+    said: str,
+) -> None:
+    from readapt_ray.stages import tune
+
+    caplog.set_level(logging.INFO, logger="readapt_ray")
+    base = factories.write_contract(factories.tiny_decoder(tmp_path / "base"))
+    factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(8))
+    for split in splits:
+        Location(str(tmp_path / "corpus" / "qrels" / f"{split}.parquet")).write_text(split)
+        Location(str(tmp_path / "corpus" / "queries" / "part-00000.parquet")).write_text("")
+    if reported:
+        (tmp_path / "report").mkdir()
+        config = {"qrels": f"{tmp_path}/corpus/qrels/{reported}.parquet"}
+        values = {"config": config, "inputs": {}, "counts": {}, "details": {}, "versions": {}, "files": []}
+        values |= {"stage": "evaluate", "fingerprint": "1", "seconds": 1.0, "created": ""}
+        (tmp_path / "report" / "manifest.json").write_text(json.dumps(values))
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(tune, "_tune", lambda config, *_, split: asked.update(split=split, config=config))
+    tune.tune(
+        tune.TuneConfig(
+            pretrained=str(base),
+            retriever=str(base),
+            adapter=str(base),
+            corpus=str(tmp_path / "corpus"),
+            output=str(tmp_path / "tuned"),
+        )
+    )
+    assert asked["split"] == chosen
+    assert said in caplog.text
+    qrels = asked["config"].qrels
+    assert qrels == (f"{tmp_path}/corpus/qrels/{chosen}.parquet" if chosen else None)
 
 
 class Stages:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,19 +18,21 @@ from readapt_ray import artifacts, cli, hardware, root_status
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog.models import open_model
 from readapt_ray.cluster import placement
+from readapt_ray.cluster.connection import Resources
 from readapt_ray.errors import (
     ArtifactConflictError,
     InputError,
     ModelError,
+    PlacementError,
     ReadaptError,
     StorageError,
     WeightMismatchError,
 )
-from readapt_ray.recipes import chain, run_checks, run_file, running
+from readapt_ray.recipes import chain, memory_checks, room_checks, run_checks, run_file, running
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.storage import Location
 from readapt_ray.training import memory
-from tests import factories
+from tests import factories, object_store
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ class Desk:
                 raise ModelError("it broke\nhere")
             self.made.append(name)
             if stage == "ingest":
-                workspace.counts = {"num_passages": self.num_passages}
+                workspace.counts = {"num_passages": self.num_passages, "num_bytes": 300 * self.num_passages}
             if stage == "search":
                 workspace.location.write_text("")
             if stage == "ingest" and self.is_judged:
@@ -477,9 +480,39 @@ def test_what_lies_in_the_root_and_room_on_the_disk_are_checked_first(
     (desk.root / "index" / "adapted" / "mine.txt").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     with pytest.raises(
-        StorageError, match=r"has 0\.0 GB free, and the run writes the adapted model 0\.0 GB; make room"
+        StorageError,
+        match=r"has 0 bytes free, and the run writes the adapted model 1\d\d KB and 2 checkpoints and the adapter 640 KB; make",
     ):
         check(desk)
+    free = 30_880 * 4 + 22_848 * 28 + 60_000  # and some for the head and the header of the weights
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
+    check(desk)
+    with pytest.raises(StorageError, match="4 checkpoints and the adapter"):
+        check(desk, train={"keep_checkpoints": 4})
+
+
+@pytest.mark.parametrize("root", ["/proc/readapt", "s3://no-such-bucket/root"])
+def test_a_root_that_cannot_be_written_is_told_with_all_else(
+    desk: Desk, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with object_store.running() as store:
+        assert desk.run(root=root, qrels="absent.tsv") == 2
+        said = capsys.readouterr().err
+        assert "2 things are wrong" in said, said
+        assert f"{root} cannot be used: " in said
+        assert ("check the name of the bucket" if ":" in root else "give a folder that this user may read") in said
+        assert "qrels = 'absent.tsv' is not there" in said
+        assert store.names() == []
+
+
+def test_a_root_is_probed_and_left_as_it_was(desk: Desk) -> None:
+    with object_store.running() as store:
+        room_checks.check_root(f"s3://{object_store.BUCKET}/root")
+        assert any(each.startswith("PUT /bucket/root/") for each in store.requests)
+        assert any(each.startswith("DELETE /bucket/root/") for each in store.requests)
+        assert [name for name in store.names() if not name.endswith("/")] == [], "the store's mark of a folder may stay"
+    room_checks.check_root(str(desk.root / "new" / "folder"))
+    assert not desk.root.exists()
 
 
 def test_room_for_the_vectors_is_checked_once_the_corpus_is_there(
@@ -488,11 +521,15 @@ def test_room_for_the_vectors_is_checked_once_the_corpus_is_there(
     desk.num_passages, desk.broken = 1_000_000, "blocks"
     assert desk.run() == 2
     desk.broken = ""
-    free = 2 * 32 * 4 * 1_000_000  # of both retrievers; and the adapted model has some bytes as well
+    free = (
+        4 * 32 * 4 * 1_000_000
+    )  # vectors and indexes of both retrievers; and the adapted model has some bytes as well
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(free, 0, free))
     capsys.readouterr()
     assert desk.run() == 2
-    assert "the run writes the adapted model 0.0 GB and vectors of 1,000,000 passages 0.3 GB" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "has 512 MB free, and the run writes the adapted model 1" in said
+    assert " and blocks 165 MB and vectors of 1,000,000 passages 256 MB and indexes of them 256 MB; make room" in said
     assert desk.made == []
     assert desk.run("--set", "embed.vector_dtype=float16") == 0
 
@@ -512,6 +549,46 @@ def test_the_memory_of_a_training_step_is_checked_before_any_stage(
     assert desk.run() == 0, "what is trained already needs no memory"
 
 
+@pytest.mark.parametrize("where", ["this machine", "the largest node of the cluster"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"embed": {"num_workers": 2, "dtype": "float32"}},
+            r"embed \(the 30,\d+ weights of '.*' in each worker\) would need about 2 x 12\d KB",
+        ),
+        ({"embed": {"dtype": "bfloat16"}}, None),
+        ({"merge": {"low_rank": 0.5}}, r"merge with low_rank \(a matrix of 384 x 32\) would need about 197 KB"),
+        (
+            {"index": {"rows_per_shard": 500}},
+            r"index \(shards of 500 vectors, one per core\) would need about 2 x 128 KB",
+        ),
+        ({"index": {"rows_per_shard": 100}}, None),
+    ],
+)
+def test_the_memory_of_each_stage_is_checked_where_it_will_run(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str | None, where: str
+) -> None:
+    free, is_here = 150_000, where == "this machine"
+    node = {"Alive": True, "Resources": {"CPU": 1.0, "memory": float(free)}}
+    monkeypatch.setattr(memory_checks.connection, "connect", lambda: Resources(2, 0, 2))
+    monkeypatch.setattr(memory_checks.nodes, "alive", lambda: [node, node])
+    monkeypatch.setattr(hardware, "num_cores", lambda: 2)
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: free)
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: not is_here))
+    problems = Problems()
+    small = {"embed": {"dtype": "bfloat16"}, "index": {"rows_per_shard": 100}, "train": {"check_memory": False}}
+    options = {**small, **options}
+    configs = {step.stage: step.config for step in chain.plan_run(chain.RunConfig.parse({**desk.values, **options}))}
+    found = {name: open_model(desk.values[name]) for name in ("pretrained", "retriever")}
+    memory_checks.check_memory(configs, configs, found, problems, dimension=32, num_passages=1000)
+    if said is None or (" 2 x " in said and not is_here):
+        assert not problems, "each of the two nodes has one worker"
+    else:
+        with pytest.raises(PlacementError, match=f"{said}, and {where} has 150 KB; "):
+            problems.raise_them()
+
+
 @pytest.mark.parametrize("known_by", ["option", "autoscaler", "cluster", "this machine"])
 def test_a_batch_that_cannot_feed_all_workers_is_refused_before_any_stage(
     known_by: str, desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -526,6 +603,7 @@ def test_a_batch_that_cannot_feed_all_workers_is_refused_before_any_stage(
     elif known_by == "cluster":
         monkeypatch.setenv("RAY_ADDRESS", "auto")
         monkeypatch.setattr(placement, "num_training_workers", lambda asked, _: asked or 8)
+        monkeypatch.setattr(memory_checks, "_place", lambda: None)
     else:
         monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert desk.run(*options) == 2

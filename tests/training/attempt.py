@@ -138,7 +138,7 @@ class _EveryFourthStep:
     def __init__(self, _: float) -> None:
         self._num_steps = 0
 
-    def is_due(self) -> bool:
+    def is_due(self, _: float) -> bool:
         self._num_steps += 1
         return self._num_steps % 4 == 0
 

@@ -1,5 +1,6 @@
 """The driver of steps under real SIGKILLs: every passage bears loss once an epoch in the history that survives."""
 
+import functools
 import json
 import multiprocessing
 import signal
@@ -153,7 +154,17 @@ def test_every_attempt_may_have_another_number_of_workers(base: Path, tmp_path: 
     assert 0 < largest_difference(calm, hit) < 0.05
 
 
-def test_worker_0_reports_from_inside_a_step_without_the_first_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "is_first", "reports"),
+    [
+        ((60.0, 2.0, 4.0, 3.0), False, [(0, 0.0), (1, 60.0), (2, 2.0), (3, 3.0)]),
+        ((60.0, 2.0), True, [(0, 0.0), (0, 180.0), (1, 60.0)]),
+        ((60.0,), True, [(0, 0.0), (0, 180.0)]),
+    ],
+)
+def test_worker_0_reports_from_inside_a_step_from_the_loss_of_the_first_micro_batch_on(
+    monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, ...], is_first: bool, reports: list[tuple[int, float]]
+) -> None:
     now_s = [0.0]
     monkeypatch.setattr(steps, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
     told: list[Any] = []
@@ -163,13 +174,25 @@ def test_worker_0_reports_from_inside_a_step_without_the_first_micro_batch(monke
         now_s[0] += part
         return torch.zeros(())
 
-    work: Any = SimpleNamespace(
-        parts=[(60.0, 1.0), (2.0, 1.0), (4.0, 1.0), (3.0, 1.0)], loss_of=loss_of, num_tokens=900
+    work: Any = SimpleNamespace(parts=[(each, 1.0) for each in seconds], loss_of=loss_of)
+    report = functools.partial(
+        steps.PartReport, step=7, num_steps=20, num_parts=len(seconds), num_tokens=900, checkpoint_every_s=300.0
     )
     for worker_rank in (1, 0):
         engine: Any = SimpleNamespace(worker_rank=worker_rank, device=torch.device("cpu"))
-        watched = steps._watched(work, engine, reporter, step=7, num_steps=20)
+        watched = steps._watched(work, engine, reporter, report, is_first=is_first)
         for part, _ in work.parts:
             watched(part)
-    assert [(each.step, each.done, each.num_parts, each.part_s) for each in told] == [(7, 2, 4, 2.0), (7, 3, 4, 3.0)]
+    assert [(each.done, each.part_s) for each in told] == reports
     assert told[0].peak_memory_bytes > 0
+
+
+def test_a_checkpoint_comes_before_a_step_that_would_make_it_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(steps.time, "monotonic", lambda: now_s)
+    clock = steps.CheckpointClock(300.0)
+    due = []
+    for step_s in (100.0, 100.0, 100.0, 200.0, 200.0, 20.0, 20.0):
+        now_s += step_s
+        due.append(clock.is_due(step_s))
+    assert due == [False, True, False, True, True, False, False], "never over 300 s of work since the last"

@@ -1,0 +1,199 @@
+"""Check before a run that memory holds the largest step of each stage that is to be made.
+
+In: options, the shapes of the models and, once the corpus is there, its size. What counts is the memory of this machine or
+its GPUs, and on a cluster without GPUs that of its largest node. GPU workers of a cluster check theirs when they train. No
+weight is read. Training is estimated as training itself does it. Of embed and index only what they hold for certain is
+counted, so that nothing is refused that would run.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from readapt_ray import environment, hardware
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.catalog.shapes import shape_of
+from readapt_ray.cluster import connection, nodes
+from readapt_ray.errors import PlacementError
+from readapt_ray.progress import size_text
+from readapt_ray.recipes.option_checks import index_kind
+from readapt_ray.recipes.problems import Problems
+from readapt_ray.retrieval.index_kinds import shard_rows, vector_bytes
+
+_STAGES = {"train", "merge", "embed", "index"}
+_LEAST_SHARD_ROWS = 256
+"""Passages of a shard of embed at least, so that a small corpus has few workers."""
+_INDEX_COPIES = 2
+"""A task holds its shard of the index, and once more while it is written."""
+_SVD_COPIES = 4
+"""A matrix, its two factors, and what their computation needs."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where workers run."""
+
+    device_type: str
+    num_cores: int
+    """Of the machine, or of all nodes."""
+    num_machines: int
+    free_bytes: int
+    """Of one GPU; or of one machine, which its workers share."""
+    name: str
+
+    def share(self, num_workers: int) -> int:
+        """Return the bytes of one of so many workers."""
+        return (
+            self.free_bytes if self.device_type == "cuda" else self.free_bytes // -(-num_workers // self.num_machines)
+        )
+
+    def refuse(self, what: str, num_workers: int, needed: float, mend: str) -> None:
+        """Raise an error if one of so many workers needs more than it has."""
+        if needed > self.share(num_workers):
+            times = f"{num_workers} x " if num_workers > 1 else ""
+            raise PlacementError(
+                f"{what} would need about {times}{size_text(needed)}, and {self.name} has {size_text(self.free_bytes)}; {mend}"
+            )
+
+
+def check_memory(
+    due: Mapping[str, Any],
+    every: Mapping[str, Any],
+    models: Mapping[str, OpenModel],
+    problems: Problems,
+    *,
+    dimension: int | None,
+    num_passages: int | None,
+) -> None:
+    """Note what does not fit.
+
+    Args:
+        due: configs of the steps that are to be made, by stage.
+        every: configs of all steps whose options are right, by stage.
+        models: those that could be opened: pretrained, retriever.
+        problems: takes what is wrong.
+        dimension: numbers of a vector; None if it is not known.
+        num_passages: of the corpus; None if it is not there yet.
+    """
+    # To join a cluster may mean to wait for its nodes, so it comes last: where nothing else is wrong.
+    if not due.keys() & _STAGES or (problems and os.environ.get("RAY_ADDRESS")) or (place := _place()) is None:
+        return
+    pretrained, retriever = models.get("pretrained"), models.get("retriever")
+    if "train" in due and "pack" in every and pretrained is not None:
+        with problems.noted():
+            _check_train(due["train"], every["pack"].block_tokens, pretrained, place)
+    if "merge" in due and pretrained is not None:
+        with problems.noted():
+            _check_merge(due["merge"], pretrained, place)
+    if "embed" in due and retriever is not None:
+        with problems.noted():
+            _check_embed(due["embed"], retriever, num_passages, place)
+    if "index" in due and "embed" in every and dimension is not None and num_passages is not None:
+        with problems.noted():
+            _check_index(due["index"], every["embed"].vector_dtype, dimension, num_passages, place)
+
+
+def _place() -> _Place | None:
+    """Return where workers will run; None on a cluster with GPUs."""
+    import torch
+
+    from readapt_ray.training import memory
+
+    ray = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
+        total = connection.connect()
+        up = nodes.alive()
+        if os.environ.get("RAY_ADDRESS") and total.num_gpus:
+            return None
+        if len(up) > 1:
+            most = max(int(node["Resources"].get("memory", 0)) for node in up)
+            return _Place("cpu", total.num_cpus, len(up), most, "the largest node of the cluster")
+    if torch.cuda.is_available():
+        free = memory.free_bytes(torch.device("cuda"), 1)
+        return _Place("cuda", hardware.num_cores(), 1, free, "a GPU of this machine")
+    num_cores = environment.num_cpus() or hardware.num_cores()
+    return _Place("cpu", num_cores, 1, memory.free_bytes(torch.device("cpu"), 1), "this machine")
+
+
+def _is_low(dtype: str, place: _Place) -> bool:
+    return dtype in ("bfloat16", "float16") or (
+        dtype == "auto" and (place.device_type == "cuda" or hardware.has_bfloat16_units())
+    )
+
+
+def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: _Place) -> None:
+    """Check a training step by the estimate that training makes."""
+    if not options.check_memory:
+        return
+    import torch
+
+    from readapt_ray.cluster.optimization import adapter_shape, worker_setup
+    from readapt_ray.stages.train import resolve
+    from readapt_ray.training import memory
+
+    _, options = resolve(options, pretrained)
+    on_gpu = place.device_type == "cuda"
+    num_workers = options.num_workers or (torch.cuda.device_count() if on_gpu else place.num_machines)
+    setup = worker_setup(
+        options,
+        adapter_shape(options, options.target_modules),
+        num_workers=num_workers,
+        micro_batch_tokens=max(options.micro_batch_tokens, block_tokens),
+        dtype=torch.bfloat16 if _is_low(options.dtype, place) else torch.float32,
+        device_type=place.device_type,
+    )
+    shape = shape_of(pretrained.config, pretrained.name, options.objective)
+    memory.check_fits(memory.estimate_memory(shape, setup), free_bytes=place.share(num_workers))
+
+
+def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:
+    """Check that the largest matrix can be factored; without low_rank a merge holds some rows at a time."""
+    if options.low_rank is None or place.device_type == "cuda":
+        return
+    from readapt_ray.weights.weight_files import Checkpoint
+
+    weights = Checkpoint(pretrained.folder, name=pretrained.name)
+    matrices = [shape for shape in map(weights.shape, weights.names()) if len(shape) == 2]
+    rows, columns = max(matrices, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+    place.refuse(
+        f"merge with low_rank (a matrix of {rows:,} x {columns:,})",
+        1,
+        4.0 * rows * columns * _SVD_COPIES,
+        "leave merge.low_rank out, or take a machine with more memory",
+    )
+
+
+def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, place: _Place) -> None:
+    """Check that each worker can hold the retriever."""
+    holder = retriever.base if retriever.is_adapter else retriever
+    shape = shape_of(holder.config, holder.name)
+    num_workers = 1
+    if place.device_type == "cpu":
+        most = place.num_cores // (options.num_cpus_per_worker or 1)
+        pieces = -(-num_passages // _LEAST_SHARD_ROWS) if num_passages else 1
+        num_workers = options.num_workers or max(1, min(most, pieces))
+    each = shape.num_parameters * (2.0 if _is_low(options.dtype, place) else 4.0)
+    fewer = "lower embed.num_workers" if num_workers > 1 else "set embed.dtype to bfloat16"
+    place.refuse(
+        f"embed (the {shape.num_parameters:,} weights of {retriever.name!r} in each worker)",
+        num_workers,
+        each,
+        f"{fewer}, or take more memory",
+    )
+
+
+def _check_index(options: Any, vector_dtype: str, dimension: int, num_passages: int, place: _Place) -> None:
+    """Check that the shards that are built at once fit."""
+    kind = index_kind(options, vector_dtype, dimension, num_passages)
+    if kind.factory is not None or place.device_type == "cuda":
+        return
+    rows = min(num_passages, options.rows_per_shard or shard_rows(kind, num_passages, dimension))
+    at_once = min(place.num_cores, -(-num_passages // max(1, rows)))
+    place.refuse(
+        f"index (shards of {rows:,} vectors, one per core)",
+        at_once,
+        _INDEX_COPIES * rows * vector_bytes(kind, dimension),
+        "lower index.rows_per_shard, or take more memory",
+    )
