@@ -11,7 +11,7 @@ from ir_measures import nDCG
 from readapt_ray import artifacts
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import open_model
-from readapt_ray.cluster import on_worker, query_vectors
+from readapt_ray.cluster import on_worker, query_vectors, search_pieces
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,
@@ -91,8 +91,8 @@ def test_rounds_of_queries_give_one_run_and_read_footers_once(world, monkeypatch
     root, passages, queries = world
     monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 3)
     monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 30)
-    read, open_vectors = [], search_stage.open_vectors
-    monkeypatch.setattr(search_stage, "open_vectors", lambda artifact: read.append(artifact) or open_vectors(artifact))
+    read, open_vectors = [], search_pieces.open_vectors
+    monkeypatch.setattr(search_pieces, "open_vectors", lambda artifact: read.append(artifact) or open_vectors(artifact))
     artifact = search(_config(root, f"rounds-{source}.trec", source))
     _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
     assert len(read) == (source == "vectors")
