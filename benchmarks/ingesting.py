@@ -1,6 +1,6 @@
 """Ingest generated passages from one JSON Lines file, in one process and in Ray tasks.
 
-    python benchmarks/ingesting.py --work DIR --size 1000000
+    python benchmarks/ingesting.py --work DIR --size 1000000 [--deduplicate near]
 
 A passage has 40 words; one in 50 repeats an earlier text, one in 500 an earlier id. Each of the two runs has its own process,
 and its time includes Ray's start. Reported are seconds, CPU seconds of the process with its Ray, and the driver's peak
@@ -53,18 +53,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the source and the artifacts")
     parser.add_argument("--size", type=int, default=1_000_000, help="number of passages")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/ingesting.json"))
+    parser.add_argument("--deduplicate", choices=("exact", "near"), default="exact")
     parser.add_argument("--way", choices=("one_process", "tasks"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     source = options.work / f"{options.size}.jsonl"
     if options.way:
-        print(json.dumps(measured(options.way, source, options.work / options.way)))
+        print(json.dumps(measured(options.way, source, options.work / options.way, options.deduplicate)))
         return
     make_source(source, options.size)
     found = {way: by_itself(way, options) for way in ("one_process", "tasks")}
     print(found["one_process"] | {"manifest": None}, found["tasks"] | {"manifest": None}, flush=True)
     assert found["one_process"].pop("manifest") == found["tasks"].pop("manifest"), "the two ways differ"
     known: dict[str, Any] = json.loads(options.output.read_text()) if options.output.is_file() else {}
-    known[str(options.size)] = found | {
+    known[f"{options.size}{' near' * (options.deduplicate == 'near')}"] = found | {
         "times_as_fast": round(found["one_process"]["seconds"] / found["tasks"]["seconds"], 2),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware.machine_info()["driver"],
@@ -92,18 +93,20 @@ def make_source(source: Path, size: int) -> None:
 def by_itself(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one way in a new process."""
     command = [sys.executable, __file__, "--work", str(options.work), "--size", str(options.size), "--way", way]
+    command += ["--deduplicate", options.deduplicate]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def measured(way: str, source: Path, output: Path) -> dict[str, Any]:
+def measured(way: str, source: Path, output: Path, deduplicate: Any) -> dict[str, Any]:
     """Ingest in this process, or by tasks of a Ray that it starts."""
     stage = sys.modules["readapt_ray.stages.ingest"]
-    stage.__dict__["MIN_PARALLEL_BYTES"] = _NEVER if way == "one_process" else 0
+    for name in ("MIN_PARALLEL_BYTES", "MIN_NEAR_BYTES"):
+        stage.__dict__[name] = _NEVER if way == "one_process" else 0
     shutil.rmtree(output, ignore_errors=True)
     started_s = time.monotonic()
-    manifest = ingest(IngestConfig(source=str(source), output=str(output))).manifest
+    manifest = ingest(IngestConfig(source=str(source), output=str(output), deduplicate=deduplicate)).manifest
     seconds = time.monotonic() - started_s
     times = [each.cpu_times() for each in (psutil.Process(), *psutil.Process().children(recursive=True))]
     return {

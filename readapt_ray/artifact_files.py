@@ -76,6 +76,14 @@ EXCHANGED = (
     "exchange/lost-ids-#-#",
     "exchange/drop-ids-#-#",
     "exchange/drop-contents-#-#",
+    "exchange/drop-near-#-#",
+    "exchange/sketches-#-#",
+    "exchange/bands-#-#",
+    "exchange/buckets-#-#",
+    "exchange/wanted-#-#",
+    "exchange/sent-#-#-#",
+    "exchange/alike-#-#-#",
+    "exchange/state-#-#-#",
 )
 """What tasks that ingest together tell each other."""
 SUBSET_NAME = "passages.jsonl"
@@ -84,11 +92,12 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": (
         "passages/part-#.parquet",
         "passages/.seen-*",
+        "passages.footers.parquet",
         *EXCHANGED,
         "queries/part-#.parquet",
         "qrels/*.parquet",
     ),
-    "pack": ("blocks/part-#.parquet", "blocks/.seen-*"),
+    "pack": ("blocks/part-#.parquet", "blocks/.seen-*", "blocks.parquet"),
     "train": _TRAINED,
     "finetune": (*_TRAINED, "pairs/part-#.parquet", CONTRACT_NAME),
     "merge": (

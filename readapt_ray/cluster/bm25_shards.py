@@ -18,7 +18,7 @@ from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval.bm25 import WordCounts, WordIndex, words
-from readapt_ray.retrieval.footers import named_footers, row_counts
+from readapt_ray.retrieval.footers import listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.storage import Location
 
@@ -53,7 +53,7 @@ def build_word_shards(
     import ray
 
     location = on_worker.absolute(corpus.location / "passages")
-    passages = ParquetRows(location, row_counts(named_footers(location)))
+    passages = ParquetRows(location, row_counts(listed_footers(corpus.location, "passages")))
     firsts = np.cumsum([0, *(each.num_vectors for each in records)])
     shards = [_Shard(each, int(first), folder, passages) for each, first in zip(records, firsts, strict=False)]
     num_at_once = max(1, connection.connect().num_cpus)

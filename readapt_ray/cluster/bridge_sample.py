@@ -20,8 +20,9 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.cluster.query_vectors import TextPiece, encode_pieces
 from readapt_ray.errors import CorruptFileError
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.footers import listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.vector_files import (
     VECTOR_COLUMNS,
     RowRange,
@@ -54,10 +55,8 @@ def old_sample(old: Artifact, size: int, seed: int) -> tuple[list[str], NDArray[
     Raises:
         CorruptFileError: a file of vectors was cut short or altered, or is gone.
     """
-    folder = old.location / "vectors"
-    rows = ParquetRows(folder, row_counts(named_footers(folder)))
-    check_complete(old, rows.num_rows, "vectors")
-    doc_ids, vectors = matrix_of(rows.take(_drawn(rows.num_rows, size, seed), VECTOR_COLUMNS), folder)
+    rows = open_vectors(old)
+    doc_ids, vectors = matrix_of(rows.take(_drawn(rows.num_rows, size, seed), VECTOR_COLUMNS), rows.folder)
     return doc_ids, np.require(vectors, requirements="W")
 
 
@@ -78,7 +77,7 @@ def texts_of(corpus: Artifact, doc_ids: Sequence[str]) -> tuple[list[str], list[
         CorruptFileError: a file of passages was cut short or altered, or lacks a passage.
     """
     folder = corpus.location / "passages"
-    passages = ParquetRows(folder, row_counts(named_footers(folder)))
+    passages = ParquetRows(folder, row_counts(listed_footers(corpus.location, "passages")))
     wanted, rows = pa.array(doc_ids, pa.string()), np.full(len(doc_ids), -1, np.int64)
     for first in range(0, passages.num_rows, _READ_ROWS):
         there = np.arange(first, min(first + _READ_ROWS, passages.num_rows))

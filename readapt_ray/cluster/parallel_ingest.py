@@ -1,37 +1,43 @@
 """Ingest on the cluster: read pieces of the source in tasks, and find duplicates by an exchange of digests.
 
-Three rounds of Ray tasks. First each piece writes its passages, and 16-byte digests of ids and contents. Then each partition
+Rounds of Ray tasks. First each piece writes its passages, and 16-byte digests of ids and contents. Then each partition
 of the digests is read by one task, which finds repeats: of passages that share an id or a content the first in
-the order of the source stays. Last the pieces that hold repeats are written again without them. The driver holds some
-hundred bytes per file and piece. A task that is lost is done again; a run that is killed goes on from the files that are there.
+the order of the source stays. Near duplicates among the rest come next (`near_rounds.py`), then queries and judgements in one
+task. Last the pieces that hold repeats are written again without them. The driver holds some hundred bytes per file and piece. A task that is lost is done again; a run that is killed goes on from the files that are there.
 """
 
 import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
-
-import pyarrow.parquet as pq
+from typing import Any, Literal
 
 from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace, fingerprint
 from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
+from readapt_ray.cluster.near_rounds import drop_near
 from readapt_ray.cluster.nodes import alive
 from readapt_ray.errors import CorpusError
+from readapt_ray.retrieval import footers
 from readapt_ray.sources import piece_files, row_checks
+from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.exchange import ROW_BITS
-from readapt_ray.sources.piece_files import NUM_NAMED, PieceJob
+from readapt_ray.sources.kept_passages import KeptPassages
+from readapt_ray.sources.labels import WrittenLabels, write_labels
+from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import Piece
 from readapt_ray.sources.source import BadRow, in_words
+from readapt_ray.sources.table_sources import LabelledTableSource, TableSource
 
 logger = logging.getLogger("readapt_ray")
 
 _PARTITION_BYTES = 512 << 20
+_NEAR_PARTITION_BYTES = 32 << 20
 _TASKS_PER_CPU = 2
-_PLACE = (1 << ROW_BITS) - 1
 _SUMMARY = "summary.json"
 _PLAN = "plan"
+_FORMAT = 2
+"""Of the files of the exchange: those of another release are not read."""
 _PARTS = "passages/part-#.parquet"
 
 
@@ -40,14 +46,24 @@ def num_partitions(total_bytes: int) -> int:
     return max(1, -(-total_bytes // _PARTITION_BYTES))
 
 
+def num_near_partitions(total_bytes: int) -> int:
+    """Return into how many partitions bands of MinHashes go: a task compares those of 32 MB of source."""
+    return max(1, -(-total_bytes // _NEAR_PARTITION_BYTES))
+
+
 class ParallelIngest:
     """Ingest the pieces of one source."""
 
     def __init__(
-        self, workspace: Workspace, pieces: Sequence[Piece], job: PieceJob, *, fails_on_bad_rows: bool
+        self,
+        workspace: Workspace,
+        source: TableSource,
+        pieces: Sequence[Piece],
+        job: PieceJob,
+        bad_rows: Literal["skip", "fail"],
     ) -> None:
-        self._workspace, self._pieces, self._job = workspace, pieces, job
-        self._fails = fails_on_bad_rows
+        self._workspace, self._source, self._pieces, self._job = workspace, source, pieces, job
+        self._bad_rows = BadRows(bad_rows)
         self._exchange = workspace.location / "exchange"
         self._options: dict[str, Any] = {"num_cpus": 1}
         self._num_at_once = 1
@@ -70,6 +86,7 @@ class ParallelIngest:
         if self._job.splitting:
             names = (file.name for file in (self._job.output / "passages").files(".parquet"))
             self.split_counts = list(self._tasks(piece_files.split_into_passages, ((name,) for name in names)))
+        footers.write_table(self._job.output, "passages")
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
@@ -81,7 +98,7 @@ class ParallelIngest:
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
         ranges = [[(each.label, each.start, each.end) for each in piece.ranges] for piece in self._pieces]
-        plan = fingerprint([ranges, self._job.num_partitions])
+        plan = fingerprint([_FORMAT, ranges, self._job.num_partitions, self._job.num_near_partitions])
         kept, summary = self._exchange / _PLAN, self._exchange / _SUMMARY
         if kept.read_text() != plan if kept.is_file() else not summary.is_file():
             summary.delete()
@@ -123,32 +140,41 @@ class ParallelIngest:
         partitions = range(self._job.num_partitions)
         ids = list(self._tasks(piece_files.repeated_ids, ((number, chunks) for number in partitions)))
         with_lost_ids = sorted(found["partition"] for found in ids if found["count"])
-        wanted = partitions if self._job.drops_duplicates else ()
+        wanted = partitions if self._job.deduplicate != "none" else ()
         contents = list(
             self._tasks(piece_files.repeated_contents, ((number, chunks, with_lost_ids) for number in wanted))
         )
-        bad_rows = self._bad_rows(pieces, ids)
+        lists = {
+            "drop-ids": [(number, 0) for number in with_lost_ids],
+            "drop-contents": sorted((found["partition"], 0) for found in contents if found["count"]),
+            "drop-near": [],
+        }
+        if self._job.deduplicate == "near":
+            num_rows = [sum(piece["parts"].values()) for piece in pieces]
+            near = drop_near(self._tasks, self._job, num_rows, lists)
+            lists["drop-near"] = near["files"]
+            contents.append(near)
+        self._add_bad_rows(pieces, ids)
         lost = [*ids, *contents]
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
             raise CorpusError(
-                f"no passages are left: every row is bad ({in_words(bad_rows['by_reason'])}); the log names the first of them"
+                f"no passages are left: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); the log names the first of them"
             )
-        labels = {"qrels_moved_to_kept_duplicates": 0} if any(found["count"] for found in contents) else {}
+        kept = KeptPassages(self._job, [piece["parts"] for piece in pieces], chunks, lists)
+        duplicates = self._duplicates(kept, contents)
         num_bytes = sum(piece["num_bytes"] for piece in pieces) - sum(found["num_bytes"] for found in lost)
+        counts, labels = self._labels(kept, any_dropped=duplicates["dropped"] > 0)
         return {
-            "counts": {"num_passages": num_kept, "num_bytes": num_bytes},
+            "counts": {"num_passages": num_kept, "num_bytes": num_bytes} | counts,
             "details": {
                 **self._counted(pieces),
-                "bad_rows": bad_rows,
-                "duplicates": self._duplicates(pieces, contents),
+                "bad_rows": self._bad_rows.summary(),
+                "duplicates": duplicates,
                 "labels": labels,
             },
-            "parts": [piece["parts"] for piece in pieces],
-            "lists": {
-                "drop-ids": with_lost_ids,
-                "drop-contents": sorted(found["partition"] for found in contents if found["count"]),
-            },
+            "parts": kept.parts,
+            "lists": lists,
             "num_changed_ids": sum(piece["num_changed_ids"] for piece in pieces),
         }
 
@@ -159,7 +185,7 @@ class ParallelIngest:
         told = row_checks.told(unfit, self._job.kept, lambda at: self._places(pieces, [at])[0])
         return {"kinds": dict(sorted(kinds.items())), "unfit_values": told}
 
-    def _bad_rows(self, pieces: Sequence[dict[str, Any]], ids: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _add_bad_rows(self, pieces: Sequence[dict[str, Any]], ids: Sequence[dict[str, Any]]) -> None:
         """Sum up the rows that are left out, and name the first in the order of the source."""
         reasons: Counter[str] = Counter()
         first = [(row >> ROW_BITS, line, "duplicate_id", "") for found in ids for row, line in found["first"]]
@@ -170,16 +196,17 @@ class ParallelIngest:
         num_repeated = sum(found["count"] for found in ids)
         reasons.update({"duplicate_id": num_repeated} if num_repeated else {})
         places = self._places(pieces, [(number, line) for number, line, *_ in first])
-        named = [BadRow(place, *why) for place, (_, _, *why) in zip(places, first, strict=True)]
-        for row in named:
-            if self._fails:
-                raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
-            logger.warning("ingest: left out %s", row.told)
-        return {
-            "total": reasons.total(),
-            "by_reason": dict(sorted(reasons.items())),
-            "first": [row.as_json() for row in named],
-        }
+        self._bad_rows.take(reasons, (BadRow(place, *why) for place, (_, _, *why) in zip(places, first, strict=True)))
+
+    def _labels(self, kept: KeptPassages, *, any_dropped: bool) -> tuple[dict[str, int], dict[str, int]]:
+        """Write queries and judgements in one task; return counts and details of the manifest."""
+        if not isinstance(self._source, LabelledTableSource):
+            return {}, {"qrels_moved_to_kept_duplicates": 0} if any_dropped else {}
+        ((written, reasons, first),) = self._tasks(_write_labels, [(self._source, kept, any_dropped)])
+        self._bad_rows.take(reasons, first)
+        for each in written.warnings:
+            logger.warning("ingest: %s", each)
+        return written.counts, written.details
 
     def _places(self, pieces: Sequence[dict[str, Any]], lines: Sequence[tuple[int, int]]) -> list[str]:
         """Return file and line, as one process names them, of ordered pairs of piece and line in the piece."""
@@ -196,23 +223,15 @@ class ParallelIngest:
                 in_file += num_lines
         return found
 
-    def _duplicates(self, pieces: Sequence[dict[str, Any]], contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _duplicates(self, kept: KeptPassages, contents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         first = sorted(tuple(pair) for found in contents for pair in found["first"])[:NUM_NAMED]
-        ids = {row: self._doc_id(row, pieces) for pair in first for row in pair}
+        moved = kept.kept_rows((stays for _, stays in first), ("drop-near",))
+        first = [(row, moved.get(stays, stays)) for row, stays in first]
+        ids = kept.doc_ids(row for pair in first for row in pair)
         return {
             "dropped": sum(found["count"] for found in contents),
-            "first": [{"doc_id": ids[row], "kept": ids[kept]} for row, kept in first],
+            "first": [{"doc_id": ids[row], "kept": ids[stays]} for row, stays in first],
         }
-
-    def _doc_id(self, row: int, pieces: Sequence[dict[str, Any]]) -> str:
-        """Read the id of a row, as long as its part still holds all passages."""
-        place = row & _PLACE
-        for name, num_rows in pieces[row >> ROW_BITS]["parts"].items():
-            if place < num_rows:
-                with (self._workspace.location / "passages" / name).open_input() as file:
-                    return str(pq.read_table(file, columns=["doc_id"])["doc_id"][place].as_py())
-            place -= num_rows
-        raise IndexError(row)
 
     def _take_out(self, found: dict[str, Any]) -> None:
         if found["num_changed_ids"]:
@@ -225,3 +244,12 @@ class ParallelIngest:
             items = ((number, parts, found["lists"]) for number, parts in enumerate(found["parts"]))
             for _ in self._tasks(piece_files.take_out_repeats, items):
                 pass
+
+
+def _write_labels(
+    source: LabelledTableSource, kept: KeptPassages, any_dropped: bool, job: PieceJob
+) -> tuple[WrittenLabels, dict[str, int], list[BadRow]]:
+    """Write the queries and judgements; return also why rows are left out, and the first of these."""
+    bad_rows = BadRows("gather")
+    written = write_labels(source, job.output, bad_rows, kept.kept_ids, any_dropped=any_dropped)
+    return written, dict(bad_rows.reasons), bad_rows.first

@@ -18,7 +18,6 @@ from readapt_ray.errors import CorpusError, ModelError
 from readapt_ray.planner import judged
 from readapt_ray.retrieval.tokenization import fill_passage
 from readapt_ray.sources.cleaning import checked
-from readapt_ray.sources.formats import FORMATS
 from readapt_ray.sources.opening import open_source
 from readapt_ray.sources.pieces import MIN_PIECE_BYTES
 from readapt_ray.sources.read_options import ReadOptions
@@ -82,7 +81,6 @@ def measure_corpus(
     source: str,
     format: Any,
     options: ReadOptions,
-    deduplicate: str,
     ingested: str,
     pretrained: str,
     retriever: str,
@@ -95,7 +93,7 @@ def measure_corpus(
     """Count and sample a corpus.
 
     Args:
-        source, format, options, deduplicate: as of ingest.
+        source, format, options: as of ingest.
         ingested: where ingest's output would lie; read instead of the source where it is complete.
         pretrained, retriever: whose tokenizers count.
         encoding: how the retriever wants its text.
@@ -133,7 +131,7 @@ def measure_corpus(
         embed_tokens=_mean(embed_lengths),
         error=error,
         num_queries=queries or 0,
-        num_parts=1 if deduplicate == "near" else sample.num_parts,
+        num_parts=sample.num_parts,
         note=note if num_passages is None else f"{num_passages:,} passages as given; {note}",
     )
 
@@ -228,10 +226,10 @@ def _source_sample(name: str, format: Any, options: ReadOptions, split: str) -> 
 
 def _num_parts(source: Source) -> int | None:
     """Return into how many parts ingest can cut a source; None if its bytes decide: of tables, by lines or row groups."""
-    if type(source) is not TableSource:
+    if not isinstance(source, TableSource):
         return 1
     first = source.files()[0]
-    is_cut = FORMATS[source.format].cut(first.location, first.label, source.options) != "nowhere"
+    is_cut = source.table_format.cut(first.location, first.label, source.options) != "nowhere"
     return None if is_cut else len(source.files())
 
 

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray.artifacts import Artifact
 from readapt_ray.errors import CorruptFileError
-from readapt_ray.retrieval.footers import at_once
-from readapt_ray.retrieval.shard_plan import DataShard
+from readapt_ray.retrieval.footers import at_once, check_complete, read_footers
+from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_plan import DataShard, shard_name
 from readapt_ray.retrieval.vector_files import read_footer
 from readapt_ray.storage import Location
 
@@ -142,6 +144,37 @@ class ShardLedger:
 
     def _file(self, shard: DataShard) -> Location:
         return self._output / "vectors" / shard.name
+
+
+def open_vectors(artifact: Artifact) -> ParquetRows:
+    """Open the vectors that `embed` wrote, and check that one encoder made them all and that none is missing.
+
+    Files that `shards.parquet` and the listing agree on are not opened.
+
+    Raises:
+        CorruptFileError: a file was cut short or altered, is gone, or was made by another encoder than the manifest says.
+    """
+    folder, encoder = artifact.location / "vectors", artifact.manifest.details["encoder"]
+    sizes = {name: int(info.size) for name, info in folder.listing(".parquet")}
+    counts: dict[str, int] = {}
+    table = _read_ledger(artifact.location)
+    if table is not None and (table.schema.metadata or {}).get(b"encoder") == encoder["fingerprint"].encode():
+        rows = zip(*(table[name].to_pylist() for name in ("number", "num_rows", "num_bytes", "dimension")), strict=True)
+        for number, num_rows, num_bytes, dimension in rows:
+            if sizes.get(shard_name(number)) == num_bytes and dimension == encoder["dimension"]:
+                counts[shard_name(number)] = num_rows
+    unknown = [name for name in sizes if name not in counts]
+    for name, footer in zip(unknown, read_footers(folder, unknown), strict=True):
+        made_by = footer.metadata.get("encoder", {}).get("fingerprint")
+        if made_by != encoder["fingerprint"] or footer.dimension != encoder["dimension"]:
+            raise CorruptFileError(
+                f"{folder / name} was made by another encoder ({made_by}) than its manifest says "
+                f"({encoder['fingerprint']}); remove that folder and run `readapt embed` again"
+            )
+        counts[name] = footer.num_rows
+    vectors = ParquetRows(folder, tuple((name, counts[name]) for name in sizes))
+    check_complete(artifact, vectors.num_rows, "vectors")
+    return vectors
 
 
 def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, Any] | None:

@@ -48,7 +48,9 @@ def parquet_rows(
     number = 0
     with open_parquet(file, label) as parquet:
         columns = pick(parquet.schema_arrow.names)
-        groups = list(range(parquet.num_row_groups) if span is None else range(span.start, span.end))
+        groups = list(
+            range(parquet.num_row_groups) if span is None else range(span.start, min(span.end, parquet.num_row_groups))
+        )
         wanted = list(dict.fromkeys(columns))
         try:
             for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from readapt_ray.records import Passage
 
 Deduplication = Literal["none", "exact", "near"]
-_NUM_PERMUTATIONS = 128
+NUM_PERMUTATIONS = 128
 _LSH_WEIGHTS = (0.05, 0.95)  # of false candidates, which are compared and cost only time, and of missed ones
 _SHINGLE_WORDS = 3
 _EAST_ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
@@ -82,35 +82,60 @@ class ExactDuplicates:
 
     def earlier(self, passage: Passage, row: int) -> int | None:
         """The row of the earlier passage that this one repeats; None for a new one, which is remembered as `row`."""
-        title = passage.title if self._title_tells_apart else ""
-        key = digest(f"{title}\0{passage.text}")
-        found = self._rows.get(key)
+        found = self._rows.get(self._key(passage))
         if found is None:
-            self._rows.put(key, row)
+            self.remember(passage, row)
         return found
+
+    def remember(self, passage: Passage, row: int) -> None:
+        """Take a row for all passages that say the same."""
+        self._rows.put(self._key(passage), row)
+
+    def _key(self, passage: Passage) -> bytes:
+        title = passage.title if self._title_tells_apart else ""
+        return digest(f"{title}\0{passage.text}")
+
+
+class Sketches:
+    """Makes the MinHash of passages: 128 numbers, of which two passages share about the Jaccard share of their word sequences."""
+
+    def __init__(self) -> None:
+        from datasketch import MinHash
+
+        self._empty = MinHash(num_perm=NUM_PERMUTATIONS, seed=1)
+
+    def of(self, passage: Passage) -> Any:
+        """Return a MinHash."""
+        sketch = self._empty.copy()
+        sketch.update_batch(_shingles(f"{passage.title} {passage.text}"))
+        return sketch
+
+
+def bands(threshold: float) -> Any:
+    """Return the index of MinHashes by bands of their numbers: only those with an equal band are compared."""
+    from datasketch import MinHashLSH
+
+    return MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=_LSH_WEIGHTS)
 
 
 class NearDuplicates:
     """Finds passages whose sets of three-word sequences overlap an earlier one's by a Jaccard share or more."""
 
     def __init__(self, *, threshold: float, title_tells_apart: bool) -> None:
-        from datasketch import MinHash, MinHashLSH
-
         self._threshold = threshold
         self._exact = ExactDuplicates(title_tells_apart=title_tells_apart)
-        self._empty = MinHash(num_perm=_NUM_PERMUTATIONS, seed=1)
-        self._buckets = MinHashLSH(threshold=threshold, num_perm=_NUM_PERMUTATIONS, weights=_LSH_WEIGHTS)
+        self._make, self._buckets = Sketches(), bands(threshold)
         self._sketches: dict[int, Any] = {}
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """As `ExactDuplicates.earlier`; of several the first."""
+        """As `ExactDuplicates.earlier`; of several the first that was kept."""
         found = self._exact.earlier(passage, row)
         if found is not None:
             return found
-        sketch = self._empty.copy()
-        sketch.update_batch(_shingles(f"{passage.title} {passage.text}"))
+        sketch = self._make.of(passage)
         for candidate in sorted(self._buckets.query(sketch)):
             if self._sketches[candidate].jaccard(sketch) >= self._threshold:
+                self._exact.remember(passage, candidate)
                 return int(candidate)
         self._sketches[row] = sketch
         self._buckets.insert(row, sketch)

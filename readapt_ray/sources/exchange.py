@@ -4,7 +4,7 @@ A file is a header of offsets and the records. A task that dies leaves no file, 
 that any two of ten billion passages share one by chance, so that one of them is left out, is 1.5 in 10^19.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,8 +20,15 @@ ID = np.dtype([("key", "<u8", 2), ("row", "<u8"), ("line", "<u8"), ("partition",
 CONTENT = np.dtype([("key", "<u8", 2), ("row", "<u8"), ("size", "<u4")])
 """One passage by its title and text."""
 ROW = np.dtype([("row", "<u8")])
+MOVE = np.dtype([("row", "<u8"), ("kept", "<u8")])
+"""A dropped passage, and the one that was kept in its place."""
 ROW_BITS = 40
 """A row is the number of its piece times 2^40 and its place among the passages of the piece."""
+
+
+def pieces_of(rows: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the number of the piece of each row."""
+    return (rows >> np.uint64(ROW_BITS)).astype(np.int64)
 
 
 def partition_of(keys: NDArray[np.uint64], num_partitions: int) -> NDArray[np.uint32]:
@@ -40,10 +47,25 @@ def write_partitions(
         file.write(records[order].tobytes())
 
 
+def write_copies(location: Location, records: NDArray[np.void], places: Sequence[NDArray[np.int64]]) -> None:
+    """Write for each partition the records at its places; a record may go to several."""
+    with location.open_output() as file:
+        file.write(np.cumsum([0, *map(len, places)]).astype("<u8").tobytes())
+        for each in places:
+            file.write(records[each].tobytes())
+
+
 def read_partition(
     files: Iterable[Location], number: int, num_partitions: int, dtype: np.dtype[np.void]
 ) -> NDArray[np.void]:
     """Return the records of one partition from all files, in the order of the files."""
+    return np.concatenate([np.empty(0, dtype), *read_parts(files, number, num_partitions, dtype)])
+
+
+def read_parts(
+    files: Iterable[Location], number: int, num_partitions: int, dtype: np.dtype[np.void]
+) -> list[NDArray[np.void]]:
+    """Return the records of one partition from each file."""
 
     def read(location: Location) -> NDArray[np.void]:
         with location.open_input() as file:
@@ -53,7 +75,12 @@ def read_partition(
             return np.frombuffer(file.read((end - start) * dtype.itemsize), dtype)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return np.concatenate([np.empty(0, dtype), *pool.map(read, files)])
+        return list(pool.map(read, files))
+
+
+def read_records(location: Location, num_partitions: int, dtype: np.dtype[np.void]) -> NDArray[np.void]:
+    """Return the records of all partitions of one file."""
+    return np.frombuffer(location.read_bytes(), dtype, offset=(num_partitions + 1) * _OFFSET_BYTES)
 
 
 def repeats(records: NDArray[np.void]) -> tuple[NDArray[np.void], NDArray[np.uint64]]:

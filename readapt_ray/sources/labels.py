@@ -1,9 +1,90 @@
-"""Queries and judgements after duplicates were dropped: none may point at a passage that is gone."""
+"""Queries and judgements of a source, written beside its passages: none may point at a passage that is gone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from readapt_ray.records import Qrel, Query
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from readapt_ray.artifact_files import named
+from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Qrel, Query
+from readapt_ray.sources.bad_rows import BadRows
+from readapt_ray.sources.source import Source
+from readapt_ray.storage import Location
+
+KeptIds = Callable[[Sequence[str]], Mapping[str, str]]
+"""Gives for doc_ids those of the passages that stand for them: their own, or of a duplicate the one that was kept. Ids
+of no passage are left out."""
+
+
+@dataclass
+class WrittenLabels:
+    """What the manifest says of queries and judgements, and what the log does."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def write_labels(
+    source: Source, output: Location, bad_rows: BadRows, kept_ids: KeptIds, *, any_dropped: bool
+) -> WrittenLabels:
+    """Write the queries and judgements of a source. Both are in memory.
+
+    Args:
+        source: of the passages.
+        output: the artifact's folder.
+        bad_rows: gets the rows that are none.
+        kept_ids: which passage stands for an id.
+        any_dropped: whether duplicates were dropped.
+    """
+    queries = bad_rows.good(source.queries())
+    splits = {split: bad_rows.good(qrels) for split, qrels in source.qrels().items()}
+    kept = kept_ids(list(dict.fromkeys(qrel.doc_id for qrels in splits.values() for qrel in qrels)))
+    written = WrittenLabels()
+    if source.labels_from_passages:
+        for split, qrels in splits.items():
+            queries, splits[split], left_out = with_passage(queries, qrels, lambda doc_id: kept.get(doc_id) == doc_id)
+            written.details["queries_left_out"] = left_out
+    elif any_dropped:
+        done = {split: repointed(qrels, lambda doc_id: kept.get(doc_id, doc_id)) for split, qrels in splits.items()}
+        splits = {split: qrels for split, (qrels, _) in done.items()}
+        written.details["qrels_moved_to_kept_duplicates"] = sum(count for _, count in done.values())
+    if queries:
+        _write(output / "queries" / "part-00000.parquet", queries, QUERY_SCHEMA)
+        written.counts["num_queries"] = len(queries)
+    for split, qrels in splits.items():
+        if qrels:
+            _write(output / "qrels" / f"{split}.parquet", qrels, QREL_SCHEMA)
+    if splits:
+        written.counts["num_qrels"] = sum(map(len, splits.values()))
+        _count_unknown(written, queries, [qrel for qrels in splits.values() for qrel in qrels], set(kept.values()))
+    return written
+
+
+def _count_unknown(written: WrittenLabels, queries: list[Query], qrels: list[Qrel], doc_ids: set[str]) -> None:
+    """Count the judgements of a passage or a query that is not there."""
+    query_ids = {query.query_id for query in queries}
+    lost = {
+        "passages": [qrel.doc_id for qrel in qrels if qrel.doc_id not in doc_ids],
+        "queries": [qrel.query_id for qrel in qrels if qrel.query_id not in query_ids],
+    }
+    for what, ids in lost.items():
+        written.details[f"qrels_of_unknown_{what}"] = len(ids)
+        if ids:
+            distinct = list(dict.fromkeys(ids))
+            written.warnings.append(
+                f"{len(ids)} of {len(qrels)} judgements are of unknown {what} ({len(distinct)}): {named(distinct)}"
+            )
+
+
+def _write(target: Location, records: list[Query] | list[Qrel], schema: pa.Schema) -> None:
+    columns = [list(column) for column in zip(*records, strict=True)]
+    table = pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
+    with target.open_output() as file:
+        pq.write_table(table, file)
 
 
 def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[list[Qrel], int]:

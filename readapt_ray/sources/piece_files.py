@@ -9,8 +9,6 @@ one part of passages, and the digests of a million of them or of one partition.
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,49 +17,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.sources import exchange
+from readapt_ray.sources.bad_rows import NUM_NAMED
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.duplicates import digest
-from readapt_ray.sources.parts import EarlierPart, PartWriter
+from readapt_ray.sources.near_pieces import SketchWriter
+from readapt_ray.sources.parts import PartWriter
+from readapt_ray.sources.piece_job import PieceJob, dropped_rows, write_moves
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow
-from readapt_ray.sources.splitting import Splitting, split_part
+from readapt_ray.sources.splitting import split_part
 from readapt_ray.storage import Location
 
-NUM_NAMED = 20
 _CHUNK_ROWS = 1 << 20
 """Passages whose digests are written to one file."""
 _FILTERED = b"readapt.repeats_taken_out"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PieceJob:
-    """What all tasks of one ingest need to know."""
-
-    output: Location
-    table_format: str
-    options: ReadOptions
-    kept: pa.Schema
-    splitting: Splitting | None
-    rows_per_file: int
-    drops_duplicates: bool
-    num_pieces: int
-    num_partitions: int
-    earlier: Mapping[str, EarlierPart]
-    """Parts of an earlier corpus, for `PartWriter`."""
-
-    def file(self, what: str, number: int, chunk: int = 0) -> Location:
-        """Return the place of one file of the exchange."""
-        return self.output / "exchange" / f"{what}-{number:06d}-{chunk:05d}"
-
-    def files(self, what: str, numbers: Iterable[int]) -> list[Location]:
-        """Return the places of several files of the exchange."""
-        return [self.file(what, number) for number in numbers]
-
-    def chunk_files(self, what: str, num_chunks: Iterable[int]) -> list[Location]:
-        """Return the places of the digests of all pieces, given how many files each piece has."""
-        return [self.file(what, piece, chunk) for piece, num in enumerate(num_chunks) for chunk in range(num)]
 
 
 class _Digests:
@@ -96,7 +66,7 @@ class _Digests:
         by_id = exchange.partition_of(ids["key"], job.num_partitions)
         to = job.file("ids", self._piece, self.num_chunks)
         exchange.write_partitions(to, ids, by_id, job.num_partitions)
-        if job.drops_duplicates:
+        if job.deduplicate != "none":
             to = job.file("contents", self._piece, self.num_chunks)
             exchange.write_partitions(to, contents, ids["partition"], job.num_partitions)
         self._first += num_rows
@@ -120,6 +90,7 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     prefix, to = f"{piece.number:06d}", job.output / "passages"
     writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
     digests = _Digests(job, piece.number)
+    sketches = SketchWriter(job, piece.number) if job.deduplicate == "near" else None
     checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     reasons: Counter[str] = Counter()
     first: list[tuple[int, str, str]] = []
@@ -136,8 +107,12 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
         total_bytes += size_bytes
         content = writer.add(passage, size_bytes)
         digests.add(passage.doc_id, content, line, size_bytes)
+        if sketches:
+            sketches.add(passage, size_bytes)
     writer.close()
     digests.flush()
+    if sketches:
+        sketches.flush()
     found = {
         "number": piece.number,
         "parts": writer.rows_by_file(),
@@ -157,11 +132,12 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
 def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[str, Any]:
     """Find the passages whose doc_id an earlier one has; of them only the first stays."""
     records = exchange.read_partition(job.chunk_files("ids", num_chunks), partition, job.num_partitions, exchange.ID)
-    lost, _ = exchange.repeats(records)
+    lost, kept = exchange.repeats(records)
     if len(lost):
-        rows = _only_rows(lost["row"])
+        rows = np.zeros(len(lost), exchange.ROW)
+        rows["row"] = lost["row"]
         exchange.write_partitions(job.file("lost-ids", partition), rows, lost["partition"], job.num_partitions)
-        _write_lost(job, "drop-ids", partition, rows)
+        write_moves(job, job.file("drop-ids", partition), lost["row"], kept)
     first = lost[:NUM_NAMED]
     return _found(partition, lost) | {"first": list(zip(first["row"].tolist(), first["line"].tolist(), strict=True))}
 
@@ -173,7 +149,7 @@ def repeated_contents(partition: int, num_chunks: list[int], with_lost_ids: list
     left_out = exchange.read_partition(job.files("lost-ids", with_lost_ids), partition, num, exchange.ROW)
     lost, kept = exchange.repeats(records[~np.isin(records["row"], left_out["row"])])
     if len(lost):
-        _write_lost(job, "drop-contents", partition, _only_rows(lost["row"]))
+        write_moves(job, job.file("drop-contents", partition), lost["row"], kept)
     first = lost["row"][:NUM_NAMED].tolist()
     return _found(partition, lost) | {"first": list(zip(first, kept[:NUM_NAMED].tolist(), strict=True))}
 
@@ -182,27 +158,16 @@ def _found(partition: int, lost: NDArray[np.void]) -> dict[str, Any]:
     return {"partition": partition, "count": len(lost), "num_bytes": int(lost["size"].sum(dtype=np.int64))}
 
 
-def _only_rows(rows: NDArray[np.uint64]) -> NDArray[np.void]:
-    records = np.zeros(len(rows), exchange.ROW)
-    records["row"] = rows
-    return records
-
-
-def _write_lost(job: PieceJob, what: str, partition: int, rows: NDArray[np.void]) -> None:
-    pieces = (rows["row"] >> np.uint64(exchange.ROW_BITS)).astype(np.int64)
-    exchange.write_partitions(job.file(what, partition), rows, pieces, job.num_pieces)
-
-
-def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[int]], job: PieceJob) -> int:
+def take_out_repeats(number: int, parts: dict[str, int], lists: dict[str, list[tuple[int, int]]], job: PieceJob) -> int:
     """Write the parts of a piece again without the repeats; return how many passages are left.
 
     Args:
         number: of the piece.
         parts: how many passages each part had at first.
-        lists: for "drop-ids" and "drop-contents" the partitions that have any.
+        lists: for "drop-ids", "drop-contents" and "drop-near" the numbers of the files that name dropped passages.
     """
-    files = [file for what, partitions in lists.items() for file in job.files(what, partitions)]
-    lost = exchange.read_partition(files, number, job.num_pieces, exchange.ROW)["row"]
+    lists = lists | {"drop-near": [each for each in lists["drop-near"] if each[0] == number]}
+    lost = dropped_rows(number, lists, job)
     places = np.sort(lost - np.uint64(number << exchange.ROW_BITS)).astype(np.int64)
     start = 0
     for name, num_rows in parts.items():

@@ -29,7 +29,7 @@ _MAX_PIECE_BYTES = 512 << 20
 _WANTED_PIECES = 1000
 _THREADS = 32
 _TIMES_DECOMPRESSED = 5
-"""How much larger than its file a compressed text is taken to be."""
+"""How much larger than its file a compressed text, or a small Parquet file, is taken to be."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def plan_pieces(source: TableSource) -> tuple[list[Piece], int]:
     files = source.files()
     with ThreadPoolExecutor(_THREADS) as pool:
         cuts = list(pool.map(lambda file: _cut(file, source), files))
-        units = list(pool.map(_unit_bytes, files, cuts))
+        units = list(pool.map(lambda file, cut: _unit_bytes(file, cut, source), files, cuts))
     total = sum(map(sum, units))
     piece_bytes = min(max(MIN_PIECE_BYTES, total // _WANTED_PIECES), _MAX_PIECE_BYTES)
     pieces: list[Piece] = []
@@ -108,18 +108,20 @@ def plan_pieces(source: TableSource) -> tuple[list[Piece], int]:
     return pieces, total
 
 
-def _unit_bytes(file: DataFile, cut: Cut) -> list[int]:
+def _unit_bytes(file: DataFile, cut: Cut, source: TableSource) -> list[int]:
     """Return the decompressed bytes of each row group, or of the whole file."""
     if cut != "row groups":
-        return [file.size_bytes() * (_TIMES_DECOMPRESSED if is_compressed(file.location.name) else 1)]
+        is_packed = source.table_format.name == "parquet" or is_compressed(file.location.name)
+        return [file.size_bytes() * (_TIMES_DECOMPRESSED if is_packed else 1)]
     with open_parquet(file.location, file.label) as parquet:
         return [parquet.metadata.row_group(number).total_byte_size for number in range(parquet.metadata.num_row_groups)]
 
 
 def _cut(file: DataFile, source: TableSource) -> Cut:
-    """Return where a file is cut; one that is smaller than a piece need not be looked at."""
-    is_large = source.format == "parquet" or file.size_bytes() > MIN_PIECE_BYTES
-    return FORMATS[source.format].cut(file.location, file.label, source.options) if is_large else "nowhere"
+    """Return where a file is cut; one that is smaller than a piece need not be looked at, so its folder's listing suffices."""
+    table_format = source.table_format
+    is_large = file.size_bytes() > MIN_PIECE_BYTES
+    return table_format.cut(file.location, file.label, source.options) if is_large else "nowhere"
 
 
 def _is_uncut(cut: Cut, sizes: Sequence[int]) -> bool:

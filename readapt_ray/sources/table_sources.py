@@ -32,17 +32,21 @@ class TableSource(Source):
         """`only` are patterns of the relative names of the files to read; all if there are none."""
         self.format = table_format.name
         self.options = options
-        self._location, self._table_format = location, table_format
+        self._location, self.table_format = location, table_format
         self._only = tuple(only)
         self._columns: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was listed: a task that reads queries and judgements does not need it."""
+        return {name: value for name, value in self.__dict__.items() if name != "_listing"}
+
     @functools.cached_property
     def _listing(self) -> Listing:
-        found = listed(self._location, self._table_format.suffixes)
+        found = listed(self._location, self.table_format.suffixes)
         files = found.files
         if self._only:
             files = [file for file in files if any(fnmatch.fnmatch(file.label, pattern) for pattern in self._only)]
-        if self._table_format.name == "arrow":
+        if self.table_format.name == "arrow":
             files = saved_files(self._location, files)
         found = Listing(files, found.not_read | others(found.files, files))
         found.say(self._location)
@@ -59,7 +63,7 @@ class TableSource(Source):
     def check(self) -> None:
         """The first file with rows has the columns."""
         files = self._files
-        layouts = (self._table_format.layout(file, label, self.options) for label, file, _ in files)
+        layouts = (self.table_format.layout(file, label, self.options) for label, file, _ in files)
         layout = next(filter(None, layouts), None)
         if layout is None:
             raise CorpusError(
@@ -83,7 +87,7 @@ class TableSource(Source):
             def advance(share: float, before: int = before, size: int = size) -> None:
                 self.fraction_read = (before + share * size) / total
 
-            yield from self._table_format.rows(file, label, self.options, advance)
+            yield from self.table_format.rows(file, label, self.options, advance)
             before += size
             self.fraction_read = before / total
 

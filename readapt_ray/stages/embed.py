@@ -33,10 +33,10 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
-from readapt_ray.retrieval.footers import named_footers, open_passages, row_counts
+from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
-from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, open_vectors
 from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.storage import Location
 
@@ -131,20 +131,22 @@ def embed(config: EmbedConfig) -> Artifact:
     """
     corpus = open_artifact(config.corpus, "ingest")
     model, encoding = _open_retriever(config)
-    passages = open_passages(on_worker.absolute(corpus.location / "passages"), corpus, config.corpus)
-    config = _resolve(config, passages.num_rows)
-    is_made = read_manifest(config.output) is not None  # maybe what is asked for, which needs neither torch nor a check
-    if not is_made:
+    config = _resolve(config, corpus.manifest.counts["num_passages"])
+    folder = on_worker.absolute(corpus.location / "passages")
+    # A finished output is known by its manifest: no file of the corpus is opened, and torch is not imported.
+    opened = None
+    if read_manifest(config.output) is None:
+        opened = open_passages(folder, corpus, config.corpus)
         _check_retriever(model, encoding)
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
-    rows_per_shard = _rows_per_shard(config, corpus, model, encoding)
-    job = replace(job, earlier=previous)
+    job, rows_per_shard = replace(job, earlier=previous), _rows_per_shard(config, corpus, model, encoding)
     placement = Placement(config.num_workers, config.num_cpus_per_worker)
 
     def work(workspace: Workspace) -> None:
-        if is_made:
+        if opened is None:
             _check_retriever(model, encoding)
+        passages = opened or open_passages(folder, corpus, config.corpus)
         before = _state(job.passages)
         if config.sample is not None:
             estimate_full_run(config.sample, job, passages, placement, compared=other, workspace=workspace)
@@ -265,7 +267,7 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
     artifact = open_artifact(config.previous, "embed")
     there, vector_dtype = artifact.manifest.details["encoder"], artifact.manifest.details["vector_dtype"]
     folder = on_worker.absolute(artifact.location / "vectors")
-    rows = ParquetRows(folder, row_counts(named_footers(folder)))
+    rows = ParquetRows(folder, open_vectors(artifact).counts)
     same_encoder = there["fingerprint"] == encoder["fingerprint"]
     if same_encoder and vector_dtype == config.vector_dtype:
         return rows, None

@@ -21,8 +21,9 @@ from readapt_ray.cluster.export_check import TOP_K, compare
 from readapt_ray.cluster.export_parts import is_small, send_all
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.errors import ArtifactConflictError, CorpusError, FingerprintMismatchError, InputError, TargetError
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
+from readapt_ray.retrieval.footers import listed_footers, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.targets.opening import open_target, parse
 from readapt_ray.targets.sending import DELETED, ROWS, Done, ExportJob
 from readapt_ray.targets.target import Layout, Record, Target
@@ -147,12 +148,12 @@ def _plan(
     config: ExportConfig, source: Artifact, corpus: Artifact | None, previous: Artifact | None, workspace: Workspace
 ) -> ExportJob:
     """Read the ends of all files that are needed."""
-    vectors = _open_rows(source, "vectors")
-    check_complete(source, vectors.num_rows, "vectors")
+    vectors = open_vectors(source)
+    vectors = ParquetRows(on_worker.absolute(vectors.folder), vectors.counts)
     passages, payload = None, pa.schema([])
     if corpus is not None:
         folder = on_worker.absolute(corpus.location / "passages")
-        footers = named_footers(folder)
+        footers = listed_footers(corpus.location, "passages")
         passages = ParquetRows(folder, row_counts(footers))
         payload = next(iter(footers.values())).schema.remove_metadata()
         payload = pa.schema([each for each in payload if each.name not in _NOT_SENT])

@@ -37,11 +37,11 @@ from readapt_ray.cluster.index_shards import (
 )
 from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
 from readapt_ray.config import StageConfig, UsedWith
-from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
+from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.bm25 import import_bm25s
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, is_flat, shard_rows
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.shard_plan import scan_vectors
 from readapt_ray.storage import Location
 
@@ -198,19 +198,8 @@ def _kind_in_words(factory: str | None, kind: str, storage: str) -> str:
 
 
 def _open_vectors(source: Artifact) -> ParquetRows:
-    """Open the files of vectors, and check that one encoder made them all and that none is missing."""
-    encoder, folder = source.manifest.details["encoder"], on_worker.absolute(source.location / "vectors")
-    footers = named_footers(folder)
-    for name, footer in footers.items():
-        made_by = footer.metadata.get("encoder", {}).get("fingerprint")
-        if made_by != encoder["fingerprint"] or footer.dimension != encoder["dimension"]:
-            raise CorruptFileError(
-                f"{folder / name} was made by another encoder ({made_by}) than its manifest says "
-                f"({encoder['fingerprint']}); remove that folder and run `readapt embed` again"
-            )
-    vectors = ParquetRows(folder, row_counts(footers))
-    check_complete(source, vectors.num_rows, "vectors")
-    return vectors
+    vectors = open_vectors(source)
+    return ParquetRows(on_worker.absolute(vectors.folder), vectors.counts)
 
 
 def _split_rows(

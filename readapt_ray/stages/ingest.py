@@ -1,52 +1,47 @@
 """Ingest: from any source to clean passages in Parquet, with queries and judgements where it has them.
 
 Enters a source by name, one row at a time; leaves `passages/part-00000.parquet` ..., perhaps
-`queries/part-00000.parquet` and `qrels/<split>.parquet`. A folder of tables without labels, of 64 MB or more, is read
-by Ray tasks (`cluster/parallel_ingest.py`), unless near duplicates are dropped. Anything else is read by one process, some
-30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many again for its
-text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts do not depend on when a
-process was killed: the next one reads the source again and keeps the parts that are there.
+`queries/part-00000.parquet` and `qrels/<split>.parquet`. Tables of 64 MB or more (16 MB if near duplicates are dropped) are
+read by Ray tasks (`cluster/parallel_ingest.py`); one of these holds the queries and judgements. Anything else is read by one
+process, some 30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many
+again for its text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts do not
+depend on when a process was killed: the next one reads the source again and keeps the parts that are there.
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterable
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
 from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError
-from readapt_ray.evaluation.tables import named
-from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
-from readapt_ray.retrieval.footers import named_footers
+from readapt_ray.records import Passage
+from readapt_ray.retrieval.footers import named_footers, write_table
 from readapt_ray.sources import row_checks
+from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.columns import ColumnChoice, ColumnsOption
 from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, duplicate_finder
-from readapt_ray.sources.labels import repointed, with_passage
+from readapt_ray.sources.labels import write_labels
 from readapt_ray.sources.opening import Format, open_source
 from readapt_ray.sources.parts import DIGEST, FIRST_ID, EarlierPart, PartWriter
-from readapt_ray.sources.piece_files import PieceJob
+from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
 from readapt_ray.sources.source import BadRow, Source, in_words
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
-from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_Record = TypeVar("_Record", Query, Qrel)
-
 MIN_PARALLEL_BYTES = 64 << 20
 """A source of fewer bytes, decompressed, is read sooner by one process than Ray starts."""
-_NUM_NAMED = 20
+MIN_NEAR_BYTES = 16 << 20
+"""The same where near duplicates are dropped, which takes some 5,000 passages a second and core."""
 _ROWS_PER_PROGRESS = 500
 
 
@@ -143,11 +138,12 @@ def ingest(config: IngestConfig) -> Artifact:
     resolved = resolved.model_copy(update=defaults)
 
     def work(workspace: Workspace) -> None:
-        if not _in_parallel(workspace, resolved, source, options, splitting):
+        if not (isinstance(source, TableSource) and _in_parallel(workspace, resolved, source, options, splitting)):
             _Ingestion(workspace, resolved, source, deduplicate).run()
             if splitting:
                 files = (workspace.location / "passages").files(".parquet")
                 _record_split(workspace, splitting, [split_part(file, splitting) for file in files])
+            write_table(workspace.location, "passages")
 
     inputs = {"source": source.fingerprint()}
     if splitting:
@@ -178,27 +174,27 @@ def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> D
 
 
 def _in_parallel(
-    workspace: Workspace, config: IngestConfig, source: Source, options: ReadOptions, splitting: Splitting | None
+    workspace: Workspace, config: IngestConfig, source: TableSource, options: ReadOptions, splitting: Splitting | None
 ) -> bool:
-    """Read a large source of rows without labels on the cluster; False where one process is to read it."""
-    if type(source) is not TableSource or config.deduplicate == "near":
-        return False
+    """Read a large source of rows on the cluster; False where one process is to read it."""
     pieces, total_bytes = plan_pieces(source)
-    if total_bytes < MIN_PARALLEL_BYTES:
+    if total_bytes < (MIN_NEAR_BYTES if config.deduplicate == "near" else MIN_PARALLEL_BYTES):
         return False
     job = PieceJob(
         output=on_worker.absolute(workspace.location),
-        table_format=source.format,
+        table_format=source.table_format.name,
         options=options,
         kept=source.kept,
         splitting=splitting,
         rows_per_file=config.rows_per_file,
-        drops_duplicates=config.deduplicate == "exact",
+        deduplicate=_resolved(config.deduplicate, source),
         num_pieces=len(pieces),
+        near_threshold=config.near_threshold,
         num_partitions=parallel_ingest.num_partitions(total_bytes),
+        num_near_partitions=parallel_ingest.num_near_partitions(total_bytes),
         earlier=_earlier_parts(config),
     )
-    run = parallel_ingest.ParallelIngest(workspace, pieces, job, fails_on_bad_rows=config.bad_rows == "fail")
+    run = parallel_ingest.ParallelIngest(workspace, source, pieces, job, config.bad_rows)
     run.run()
     if splitting:
         _record_split(workspace, splitting, run.split_counts)
@@ -215,46 +211,13 @@ def _earlier_parts(config: IngestConfig) -> dict[str, EarlierPart]:
     return {each[FIRST_ID]: EarlierPart(folder / name, each[DIGEST]) for name, each in said.items()}
 
 
-class _BadRows:
-    """Counts what is left out, names the first of them, and stops where the policy says so."""
-
-    def __init__(self, policy: str) -> None:
-        self._policy = policy
-        self._reasons: Counter[str] = Counter()
-        self._first: list[BadRow] = []
-
-    def add(self, row: BadRow) -> None:
-        if self._policy == "fail":
-            raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
-        self._reasons[row.reason] += 1
-        if len(self._first) < _NUM_NAMED:
-            self._first.append(row)
-            logger.warning("ingest: left out %s", row.told)
-
-    def good(self, records: Iterable[_Record | BadRow]) -> list[_Record]:
-        found = []
-        for record in records:
-            if isinstance(record, BadRow):
-                self.add(record)
-            else:
-                found.append(record)
-        return found
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "total": self._reasons.total(),
-            "by_reason": dict(sorted(self._reasons.items())),
-            "first": [row.as_json() for row in self._first],
-        }
-
-
 class _Ingestion:
     """One run over a source. `_ids` gives for each id its row, doubled; odd where it is a dropped duplicate of that row."""
 
     def __init__(self, workspace: Workspace, config: IngestConfig, source: Source, deduplicate: Deduplication) -> None:
         self._workspace, self._config, self._source = workspace, config, source
         self._deduplicate = deduplicate
-        self._bad_rows = _BadRows(config.bad_rows)
+        self._bad_rows = BadRows(config.bad_rows)
         self._writer = PartWriter(
             workspace.location / "passages",
             rows_per_file=config.rows_per_file,
@@ -321,7 +284,7 @@ class _Ingestion:
     def _drop(self, passage: Passage, key: bytes, kept_row: int) -> None:
         self._num_dropped += 1
         self._ids.put(key, 2 * kept_row + 1)
-        if len(self._first_dropped) < _NUM_NAMED:
+        if len(self._first_dropped) < NUM_NAMED:
             self._first_dropped.append((passage.doc_id, kept_row))
 
     def _show_progress(self) -> None:
@@ -336,61 +299,16 @@ class _Ingestion:
         }
 
     def _write_labels(self) -> None:
-        queries = self._bad_rows.good(self._source.queries())
-        splits = {split: self._bad_rows.good(qrels) for split, qrels in self._source.qrels().items()}
-        details: dict[str, Any] = {}
-        if self._source.labels_from_passages:
-            for split, qrels in splits.items():
-                queries, splits[split], details["queries_left_out"] = with_passage(queries, qrels, self._is_kept)
-        elif self._num_dropped:
-            splits, details["qrels_moved_to_kept_duplicates"] = self._repointed(splits)
-        if queries:
-            self._write("queries/part-00000.parquet", queries, QUERY_SCHEMA)
-            self._workspace.counts["num_queries"] = len(queries)
-        for split, qrels in splits.items():
-            if qrels:
-                self._write(f"qrels/{split}.parquet", qrels, QREL_SCHEMA)
-        if splits:
-            self._workspace.counts["num_qrels"] = sum(map(len, splits.values()))
-            details |= self._unknown(queries, splits)
-        self._workspace.details["labels"] = details
+        written = write_labels(
+            self._source, self._workspace.location, self._bad_rows, self._kept_ids, any_dropped=self._num_dropped > 0
+        )
+        self._workspace.counts |= written.counts
+        self._workspace.details["labels"] = written.details
+        for each in written.warnings:
+            logger.warning("ingest: %s", each)
 
-    def _is_kept(self, doc_id: str) -> bool:
-        number = self._ids.get(digest(doc_id))
-        return number is not None and number % 2 == 0
-
-    def _repointed(self, splits: dict[str, list[Qrel]]) -> tuple[dict[str, list[Qrel]], int]:
-        judged = {qrel.doc_id: self._ids.get(digest(qrel.doc_id)) for qrels in splits.values() for qrel in qrels}
-        dropped = {doc_id: number // 2 for doc_id, number in judged.items() if number is not None and number % 2}
-        kept_ids = self._writer.doc_ids(dropped.values())
-        moved = {doc_id: kept_ids[row] for doc_id, row in dropped.items()}
-        done = {split: repointed(qrels, lambda doc_id: moved.get(doc_id, doc_id)) for split, qrels in splits.items()}
-        return {split: qrels for split, (qrels, _) in done.items()}, sum(count for _, count in done.values())
-
-    def _unknown(self, queries: list[Query], splits: dict[str, list[Qrel]]) -> dict[str, int]:
-        """How many judgements speak of a passage or a query that is not there."""
-        query_ids = {query.query_id for query in queries}
-        qrels = [qrel for split in splits.values() for qrel in split]
-        lost = {
-            "passages": [qrel.doc_id for qrel in qrels if not self._is_kept(qrel.doc_id)],
-            "queries": [qrel.query_id for qrel in qrels if qrel.query_id not in query_ids],
-        }
-        for what, ids in lost.items():
-            if ids:
-                distinct = list(dict.fromkeys(ids))
-                logger.warning(
-                    "ingest: %d of %d judgements are of unknown %s (%d): %s",
-                    len(ids),
-                    len(qrels),
-                    what,
-                    len(distinct),
-                    named(distinct),
-                )
-        return {f"qrels_of_unknown_{what}": len(ids) for what, ids in lost.items()}
-
-    def _write(self, name: str, records: list[Query] | list[Qrel], schema: pa.Schema) -> None:
-        columns = [list(column) for column in zip(*records, strict=True)]
-        table = pa.Table.from_arrays([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-        target: Location = self._workspace.location / name
-        with target.open_output() as file:
-            pq.write_table(table, file)
+    def _kept_ids(self, doc_ids: Sequence[str]) -> dict[str, str]:
+        numbers = {doc_id: self._ids.get(digest(doc_id)) for doc_id in doc_ids}
+        known = {doc_id: number for doc_id, number in numbers.items() if number is not None}
+        moved = self._writer.doc_ids(number // 2 for number in known.values() if number % 2)
+        return {doc_id: moved[number // 2] if number % 2 else doc_id for doc_id, number in known.items()}

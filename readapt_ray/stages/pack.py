@@ -6,10 +6,11 @@ everywhere that of the ids to leave out or to take.
 """
 
 import functools
+import io
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from readapt_ray.retrieval.corpus_changes import content_hashes, is_known, known
 from readapt_ray.retrieval.vector_files import METADATA_KEY
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
+from readapt_ray.training.block_ledger import BlockLedger, block_file
 
 logger = logging.getLogger("readapt_ray")
 
@@ -144,9 +146,6 @@ def _pack(
     earlier: Artifact | None,
 ) -> None:
     connection.connect()
-    import ray
-    import ray.data
-
     placement.check_placement(1, {"CPU": 1}, who="tasks")
     parts, num_passages = _parts(corpus, lists)
     withheld = withheld_numbers(config.withhold, num_passages)
@@ -158,18 +157,18 @@ def _pack(
     }
     blocks = on_worker.absolute(workspace.location) / "blocks"
     connection.check_seen_by_all(blocks)
-    known = None if earlier is None else known_contents(opened(earlier, "passages"))
-    choice = ray.put(_Choice(lists, frozenset(withheld), known))
-    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
-    dataset.context.execution_no_progress_timeout_s = -1
-    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(choice)))
-    counts = dict.fromkeys(("num_blocks", "num_passages", "num_tokens", "num_truncated_passages", "num_lost_tokens"), 0)
+    ledger = BlockLedger(workspace.location)
+    ledger.find()
+    pending = [part for part in parts if part["index"] not in ledger.done]
     try:
-        for row in dataset.iter_rows():
-            counts = {name: counts[name] + row[name] for name in counts}
-            workspace.progress(counts["num_passages"], num_passages, unit="passages")
-    except ray.exceptions.RayError as error:
-        raise connection.cause_of(error) from None
+        if pending:
+            known = None if earlier is None else known_contents(opened(earlier, "passages"))
+            for row in _packed(pending, blocks, job, _Choice(lists, frozenset(withheld), known)):
+                ledger.record(row)
+                workspace.progress(ledger.total()["num_passages"], num_passages, unit="passages")
+    finally:
+        ledger.save()
+    counts = ledger.total()
     if lists or withheld or earlier is not None:
         counts["num_withheld_passages"] = num_passages - counts["num_passages"]
         if not counts["num_passages"]:
@@ -181,6 +180,23 @@ def _pack(
     workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
     workspace.details["withheld"] = withheld
     workspace.details["model_config"] = artifacts.fingerprint(model.config)
+
+
+def _packed(
+    parts: list[dict[str, Any]], blocks: Location, job: dict[str, Any], choice: _Choice
+) -> Iterator[dict[str, int]]:
+    """Pack files in Ray tasks; yield the counts of each."""
+    import ray
+    import ray.data
+
+    shared = ray.put(choice)
+    dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
+    dataset.context.execution_no_progress_timeout_s = -1
+    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(shared)))
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise connection.cause_of(error) from None
 
 
 def withheld_numbers(withhold: int, num_passages: int) -> list[int]:
@@ -206,11 +222,14 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     parts, num_passages = [], 0
     wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
     num_found = dict.fromkeys(lists, 0)
-    files = (corpus.location / "passages").files(".parquet")
-    surveyed = footers.at_once(functools.partial(_survey, wanted=wanted), files)
-    for index, (file, (num_rows, in_file)) in enumerate(zip(files, surveyed, strict=True)):
-        parts.append({"index": index, "file": on_worker.absolute(file).uri, "first_number": num_passages})
+    folder = on_worker.absolute(corpus.location / "passages")
+    rows = footers.row_counts(footers.listed_footers(corpus.location, "passages"))
+    survey = functools.partial(_survey, wanted=wanted)
+    surveyed = footers.at_once(survey, [folder / name for name, _ in rows] if wanted else [])
+    for index, (name, num_rows) in enumerate(rows):
+        parts.append({"index": index, "file": (folder / name).uri, "first_number": num_passages})
         num_passages += num_rows
+    for in_file in surveyed:
         num_found = {name: count + in_file[name] for name, count in num_found.items()}
     expected = corpus.manifest.counts["num_passages"]
     if num_passages != expected:
@@ -224,14 +243,14 @@ def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dic
     return parts, num_passages
 
 
-def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> tuple[int, dict[str, int]]:
-    """Count the passages of a file, and how many of them each list names."""
+def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> dict[str, int]:
+    """Count how many passages of a file each list names."""
     found = dict.fromkeys(wanted, 0)
     with file.open_input() as stream, pq.ParquetFile(stream) as opened:
-        for batch in opened.iter_batches(columns=["doc_id"]) if wanted else ():
+        for batch in opened.iter_batches(columns=["doc_id"]):
             for name, ids in wanted.items():
                 found[name] += pc.sum(pc.is_in(batch["doc_id"], value_set=ids)).as_py() or 0
-        return opened.metadata.num_rows, found
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -262,7 +281,7 @@ def _pack_file(
     """Tokenise and pack one passages file, unless its blocks are there; the counts of it."""
     from readapt_ray.training import packing
 
-    target = Location(blocks_uri) / f"part-{part['index']:05d}.parquet"
+    target = Location(blocks_uri) / block_file(part["index"])
     if not target.is_file():
         tokenizer = _tokenizer(job["pretrained"], job["tokenizer"], os.getpid())
         with Location(part["file"]).open_input() as stream:
@@ -294,12 +313,18 @@ def _pack_file(
         table = table.replace_schema_metadata({METADATA_KEY: json.dumps(truncated)})
         with target.open_output() as stream:
             pq.write_table(table, stream, row_group_size=_BLOCKS_PER_ROW_GROUP, compression="zstd")
-    return _counts(target)
+            return {"index": part["index"], **_counts(table, stream.tell())}
+    return {"index": part["index"], **_read_counts(target)}
 
 
-def _counts(target: Location) -> dict[str, int]:
+def _read_counts(target: Location) -> dict[str, int]:
     with target.open_input() as stream:
         table = pq.read_table(stream, columns=["passage_lengths"])
+        return _counts(table, stream.seek(0, io.SEEK_END))
+
+
+def _counts(table: pa.Table, num_bytes: int) -> dict[str, int]:
+    """Return what the blocks of a file hold."""
     truncated = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     lengths: pa.Array = table["passage_lengths"]
     flat = pc.list_flatten(lengths)
@@ -309,4 +334,5 @@ def _counts(target: Location) -> dict[str, int]:
         "num_tokens": pc.sum(flat).as_py() or 0,
         "num_truncated_passages": truncated.get("num_truncated_passages", 0),
         "num_lost_tokens": truncated.get("num_lost_tokens", 0),
+        "num_bytes": num_bytes,
     }

@@ -39,6 +39,8 @@ logger = logging.getLogger("readapt_ray")
 
 _HITS_A_ROUND = 4_000_000
 """Results that are searched, looked up and written before the next queries have their turn."""
+_ENCODED_BYTES = 1 << 30
+"""Most bytes of the query vectors that are held: the model is loaded once more for each GiB of them."""
 _PASSAGES_A_DOCUMENT = 3
 """Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
 _DEEPEST = 100
@@ -222,16 +224,20 @@ def _run(
 
     def tables() -> Iterator[pa.Table]:
         nonlocal num_results
-        pieces = [] if config.mode == "bm25" else _encoded(config, asking, queries, workspace=workspace)
         searched = _pieces(source)
         depth = min(_depth(config) * (_PASSAGES_A_DOCUMENT if source.is_split else 1), source.num_vectors)
         size = query_vectors.QUERIES_A_PIECE
-        num_pieces = max(1, _HITS_A_ROUND // max(1, depth * size))
-        for first in range(0, -(-len(queries) // size), num_pieces):
-            asked = queries[first * size : (first + num_pieces) * size]
-            table = _found(config, source, searched, pieces[first : first + num_pieces], asked)
-            num_results += len(table)
-            yield table
+        step = size * max(1, _HITS_A_ROUND // max(1, depth * size))
+        at_once = step * max(1, _ENCODED_BYTES // (step * 4 * int(source.encoder["dimension"])))
+        for begin in range(0, len(queries), at_once):
+            some = queries[begin : begin + at_once]
+            progress = functools.partial(_tell_encoded, workspace, begin, len(queries))
+            pieces = [] if config.mode == "bm25" else _encoded(config, asking, some, progress)
+            for first in range(0, len(some), step):
+                vectors = pieces[first // size : (first + step) // size]
+                table = _found(config, source, searched, vectors, some[first : first + step])
+                num_results += len(table)
+                yield table
 
     tag = asking.model.name.rstrip("/").rsplit("/", 1)[-1] + ("" if config.mode == "dense" else f"-{config.mode}")
     try:
@@ -241,8 +247,12 @@ def _run(
     return num_results
 
 
+def _tell_encoded(workspace: Workspace, before: int, total: int, done: int, _: int) -> None:
+    workspace.progress(before + done, total, unit="queries")
+
+
 def _encoded(
-    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], *, workspace: Workspace
+    config: SearchConfig, asking: QueryEncoder, queries: Sequence[Query], progress: Callable[[int, int], None]
 ) -> list[Any]:
     return encode_queries(
         [query.text for query in queries],
@@ -251,7 +261,7 @@ def _encoded(
         asking.description,
         bridge=asking.bridge,
         batch_tokens=config.batch_tokens,
-        progress=functools.partial(workspace.progress, unit="queries"),
+        progress=progress,
     )
 
 
@@ -328,7 +338,7 @@ def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> 
 
 
 def _pieces(source: _Source) -> Pieces:
-    """Cut what is searched into a piece per task; footers of vectors are read here, once."""
+    """Cut what is searched into a piece per task."""
     total = connection.connect()
     on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
     num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)

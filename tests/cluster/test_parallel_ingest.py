@@ -14,7 +14,7 @@ import pytest
 
 from readapt_ray.cluster import connection, parallel_ingest
 from readapt_ray.errors import CorpusError, StorageError
-from readapt_ray.sources import piece_files, pieces
+from readapt_ray.sources import near_pieces, piece_files, pieces
 from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
 from tests import small_disk
@@ -29,6 +29,7 @@ def _ingested(source, output, *, min_bytes, **options):
     config = {"source": str(source), "output": str(output), "max_text_bytes": 400, "rows_per_file": 7}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("readapt_ray.stages.ingest.MIN_PARALLEL_BYTES", min_bytes)
+        patched.setattr("readapt_ray.stages.ingest.MIN_NEAR_BYTES", min_bytes)
         manifest = ingest(IngestConfig.parse(config | options)).manifest
     rows = [row for file in sorted((output / "passages").glob("part-*")) for row in pq.read_table(file).to_pylist()]
     assert manifest.details.pop("num_pieces", 1) >= 1
@@ -43,6 +44,7 @@ _many = functools.partial(_ingested, min_bytes=0)
 def many_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 2000)
     monkeypatch.setattr(parallel_ingest, "_PARTITION_BYTES", 8000)
+    monkeypatch.setattr(parallel_ingest, "_NEAR_PARTITION_BYTES", 30_000)
 
 
 @pytest.fixture
@@ -162,6 +164,128 @@ def test_many_tasks_give_what_one_gives(tmp_path, ray_session, many_pieces, kind
     assert one[1]["duplicates"]["dropped"] > 5
 
 
+def _write_labelled(folder, layout, draw, num_rows=150):
+    """Write passages with queries and judgements: some of duplicates, of bad rows, of nothing, and bad ones."""
+    rows = [row | {"text": str(row["text"])} for row in _rows(num_rows, draw)]
+    queries = [
+        {"_id": f"q{number % 37}", "text": ["ask", "", f"what {number}"][draw.randrange(3)]} for number in range(40)
+    ]
+    judged = [
+        (f"q{draw.randrange(45)}", f"d{draw.randrange(num_rows + 9)}", draw.choice(["0", "1", "2", "x"]))
+        for _ in range(200)
+    ]
+    if layout == "beir":
+        (folder / "qrels").mkdir(parents=True)
+        (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+        for split in ("test", "dev"):
+            lines = ["query-id\tcorpus-id\tscore", *("\t".join(row) for row in judged)]
+            (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines))
+            judged = judged[:60]
+        return folder
+    names = {"parts": ("corpus", "queries", "data/test-00000-of-00001.parquet")}
+    corpus, asked, qrels = names.get(layout, ("passages", "queries", "qrels/test.parquet"))
+    for name, table in (
+        (f"{corpus}/a.parquet", rows[: num_rows // 2]),
+        (f"{corpus}/b.parquet", rows[num_rows // 2 :]),
+        (f"{asked}/a.parquet", queries),
+        (qrels, [dict(zip(("query_id", "doc_id", "relevance"), row, strict=True)) for row in judged]),
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(table), folder / name, row_group_size=10)
+    return folder
+
+
+def _labels(output):
+    files = sorted([*(output / "queries").glob("*"), *(output / "qrels").glob("*")])
+    return {file.name: pq.read_table(file).to_pylist() for file in files}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_passages_with_labels_are_cut_like_others(tmp_path, no_ray, monkeypatch, seed):
+    draw = random.Random(seed)
+    source = _write_labelled(tmp_path / "source", ("beir", "parts", "ingested")[seed % 3], draw)
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", draw.choice([2000, 5000]))
+    monkeypatch.setattr(parallel_ingest, "_PARTITION_BYTES", draw.choice([3000, 100_000]))
+    monkeypatch.setattr(piece_files, "_CHUNK_ROWS", draw.choice([20, 1000]))
+    options = {"deduplicate": draw.choice(["exact", "auto"]), "keep": KEPT}
+    one = _one(source, tmp_path / "one", **options)
+    assert _many(source, tmp_path / "many", **options) == one
+    assert _labels(tmp_path / "many") == _labels(tmp_path / "one")
+    assert one[1]["labels"]["qrels_of_unknown_passages"] > 3
+    assert one[1]["labels"].get("qrels_moved_to_kept_duplicates", 1) >= 1
+
+
+def test_a_worker_killed_while_it_writes_judgements_changes_nothing(tmp_path, ray_session, many_pieces, monkeypatch):
+    source = _write_labelled(tmp_path / "source", "beir", random.Random(0))
+    one = _one(source, tmp_path / "one", deduplicate="exact")
+    mark = _killed_in(monkeypatch, parallel_ingest, "_write_labels", 1, tmp_path)
+    assert _many(source, tmp_path / "many", deduplicate="exact") == one
+    assert mark.exists()
+    assert _labels(tmp_path / "many") == _labels(tmp_path / "one")
+
+
+def _write_alike(file, draw, num_rows=300):
+    """Write passages of which many are like others: copies with a changed word, copies of those, and one large family."""
+    texts = [" ".join(f"w{draw.randrange(500)}" for _ in range(draw.randrange(4, 60))) for _ in range(20)]
+    boilerplate = [f"b{number}" for number in range(60)]
+    rows = []
+    for number in range(num_rows):
+        kind = draw.randrange(10)
+        if kind < 6:
+            words = draw.choice(texts).split(" ")
+            words[draw.randrange(len(words))] = f"w{draw.randrange(500)}"
+            texts.append(" ".join(words))
+        elif kind < 9:
+            texts.append(" ".join([*boilerplate, f"page {number}"][draw.randrange(3) :]))
+        else:
+            texts.append(draw.choice(texts))
+        doc_id = f"d{number}" if draw.randrange(20) else f"d{draw.randrange(number + 1)}"
+        rows.append(
+            {"_id": doc_id, "title": draw.choice(["", "a title"]), "text": draw.choice([texts[-1], texts[-1].upper()])}
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_near_duplicates_of_any_cut_are_those_of_one_process(tmp_path, no_ray, monkeypatch, seed):
+    draw = random.Random(seed)
+    _write_alike(tmp_path / "source" / "corpus.jsonl", draw)
+    judged = "".join(f"q{number}\td{number * 3}\t1\n" for number in range(50))
+    (tmp_path / "source" / "qrels").mkdir()
+    (tmp_path / "source" / "qrels" / "test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", draw.choice([3000, 10_000, 1_000_000]))
+    monkeypatch.setattr(parallel_ingest, "_NEAR_PARTITION_BYTES", draw.choice([10_000, 30_000, 1_000_000]))
+    monkeypatch.setattr(near_pieces, "_CHUNK_ROWS", draw.choice([10, 1000]))
+    small = draw.choice([1, 3, 16])
+    monkeypatch.setattr(near_pieces, "_SMALL_BUCKET", small)
+    monkeypatch.setattr(near_pieces, "_MOST_ALIKE", 1 if small == 1 else draw.choice([1, 3, 8]))
+    monkeypatch.setattr(near_pieces, "_BLOCK", draw.choice([2, 256]))
+    options = {"deduplicate": "near", "near_threshold": draw.choice([0.4, 0.6, 0.8, 0.9]), "rows_per_file": 1000}
+    rounds = []
+    decide = near_pieces.near_decide
+    monkeypatch.setattr(near_pieces, "near_decide", lambda number, job: rounds.append(number) or decide(number, job))
+    one = _one(tmp_path / "source", tmp_path / "one", **options)
+    assert _many(tmp_path / "source", tmp_path / "many", **options) == one
+    assert _labels(tmp_path / "many") == _labels(tmp_path / "one")
+    assert one[1]["duplicates"]["dropped"] > 50
+    assert one[1]["labels"]["qrels_moved_to_kept_duplicates"] > 5
+    assert small > 1 or len(rounds) > 1
+    assert [file.name for file in (tmp_path / "many").iterdir() if file.is_dir()] == ["passages", "qrels"]
+
+
+def test_policy_fail_names_the_same_judgement(tmp_path, no_ray, many_pieces):
+    folder = _write_labelled(tmp_path / "source", "beir", random.Random(0))
+    rows = [{"_id": f"d{number}", "text": f"text {number}"} for number in range(9)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(CorpusError, match=r"bad row at queries.jsonl:\d+: its text is empty") as one:
+        _one(folder, tmp_path / "one", bad_rows="fail")
+    with pytest.raises(CorpusError) as many:
+        _many(folder, tmp_path / "many", bad_rows="fail")
+    assert str(many.value) == str(one.value)
+
+
 def test_policy_fail_names_the_same_row(tmp_path, no_ray, many_pieces):
     source = _write(tmp_path / "source", "jsonl")
     told = []
@@ -243,16 +367,10 @@ def _stop_at(patched, module, name, call):
     patched.setattr(module, name, stops)
 
 
-@pytest.mark.usefixtures("ray_session", "many_pieces")
-@pytest.mark.parametrize(
-    ("name", "num_files"),
-    [("read_piece", 0), ("read_piece", 2), ("repeated_ids", 0), ("repeated_contents", 0), ("take_out_repeats", 0)],
-)
-def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeypatch, name, num_files):
-    source = _write(tmp_path / "source", "jsonl")
-    one = _one(source, tmp_path / "one")
-    mark = tmp_path / "killed"
-    real = getattr(piece_files, name)
+def _killed_in(monkeypatch, module, name, num_files, folder):
+    """Kill the first worker that runs a function before it gives its next file, after so many, its name."""
+    mark = folder / "killed"
+    real = getattr(module, name)
 
     def killed_while_it_writes(*args, **options):
         written = []
@@ -271,21 +389,51 @@ def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeyp
         finally:
             Location._publish = publish
 
-    monkeypatch.setattr(piece_files, name, killed_while_it_writes)
+    monkeypatch.setattr(module, name, killed_while_it_writes)
+    return mark
+
+
+@pytest.mark.usefixtures("ray_session", "many_pieces")
+@pytest.mark.parametrize(
+    ("name", "num_files"),
+    [("near_buckets", 0), ("near_buckets", 1), ("near_send", 1), ("near_compare", 0), ("near_decide", 3)],
+)
+def test_a_worker_killed_while_near_duplicates_are_sought_changes_nothing(tmp_path, monkeypatch, name, num_files):
+    _write_alike(tmp_path / "source.jsonl", random.Random(0))
+    one = _one(tmp_path / "source.jsonl", tmp_path / "one", deduplicate="near")
+    mark = _killed_in(monkeypatch, near_pieces, name, num_files, tmp_path)
+    assert _many(tmp_path / "source.jsonl", tmp_path / "many", deduplicate="near") == one
+    assert mark.exists()
+
+
+@pytest.mark.usefixtures("ray_session", "many_pieces")
+@pytest.mark.parametrize(
+    ("name", "num_files"),
+    [("read_piece", 0), ("read_piece", 2), ("repeated_ids", 0), ("repeated_contents", 0), ("take_out_repeats", 0)],
+)
+def test_a_worker_that_is_killed_in_the_middle_changes_nothing(tmp_path, monkeypatch, name, num_files):
+    source = _write(tmp_path / "source", "jsonl")
+    one = _one(source, tmp_path / "one")
+    mark = _killed_in(monkeypatch, piece_files, name, num_files, tmp_path)
     assert _many(source, tmp_path / "many") == one
     assert mark.exists()
     assert not list((tmp_path / "many").rglob(".tmp-*"))
 
 
 @pytest.mark.usefixtures("ray_session", "many_pieces")
-@pytest.mark.parametrize("name", ["read_piece", "repeated_ids", "repeated_contents", "take_out_repeats"])
+@pytest.mark.parametrize(
+    "name",
+    [*("read_piece", "repeated_ids", "repeated_contents", "take_out_repeats"), *("near_send", "near_decide")],
+)
 def test_a_disk_that_fills_is_named_and_it_goes_on_when_there_is_room(tmp_path, monkeypatch, name):
+    module = near_pieces if name.startswith("near") else piece_files
+    options = {"deduplicate": "near" if module is near_pieces else "exact"}
     source = _write(tmp_path / "source", "jsonl")
-    one = _one(source, tmp_path / "one")
+    one = _one(source, tmp_path / "one", **options)
     with small_disk.mounted(tmp_path / "disk", 16 << 20) as is_there:
         if not is_there:
             pytest.skip("mounting is not permitted")
-        disk, mark, real = tmp_path / "disk", tmp_path / "filled", getattr(piece_files, name)
+        disk, mark, real = tmp_path / "disk", tmp_path / "filled", getattr(module, name)
 
         def fills(*args, **options):
             if not mark.exists():
@@ -294,13 +442,13 @@ def test_a_disk_that_fills_is_named_and_it_goes_on_when_there_is_room(tmp_path, 
             return real(*args, **options)
 
         with monkeypatch.context() as patched:
-            patched.setattr(piece_files, name, fills)
+            patched.setattr(module, name, fills)
             with pytest.raises(StorageError, match="no space is left on its disk; free some"):
-                _many(source, disk / "out")
+                _many(source, disk / "out", **options)
         for file in (disk / "out" / "passages").glob("part-*"):
             pq.read_table(file)
         small_disk.free(disk)
-        assert _many(source, disk / "out") == one
+        assert _many(source, disk / "out", **options) == one
         assert not list((disk / "out").rglob(".tmp-*"))
 
 

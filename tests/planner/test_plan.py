@@ -214,11 +214,16 @@ def test_tables_are_read_on_all_cpus_that_last_and_other_sources_by_one_process(
 
     split, packed = plan_of("corpus.jsonl"), plan_of("packed")
     near = plan_of("corpus.jsonl", ingest={"deduplicate": "near"})
-    assert [stage(each, "ingest").workers for each in (split, packed, near)] == [20, 3, 1]
-    assert stage(split, "ingest").seconds == pytest.approx(1 + (stage(near, "ingest").seconds - 1) / 20)
+    (tmp_path / "notes").mkdir()
+    for number in range(9):
+        (tmp_path / f"notes/{number}.txt").write_text(f"{number} " + "x" * 100)
+    notes = plan_of("notes", ingest={"deduplicate": "near"})
+    assert [stage(each, "ingest").workers for each in (split, packed, near, notes)] == [20, 3, 20, 1]
+    per_byte = [(stage(each, "ingest").seconds - 1) / each.setting.corpus.text_bytes for each in (split, notes)]
+    assert per_byte[0] == pytest.approx(per_byte[1] / 20)
     assert split.setting.corpus.of(8_000_000).num_pieces == 48
     assert split.setting.corpus.of(600_000).num_pieces == 1, "less than 64 MiB"
-    said = [plan_report.text(each) for each in (split, near)]
+    said = [plan_report.text(each) for each in (split, notes)]
     assert "ingest takes over a day on 20 CPUs; more CPU nodes" in said[0] and "ingest holds" not in said[0]
     assert "ingest is one process: over a day" in said[1] and "ingest holds 4096 bytes" in said[1]
 

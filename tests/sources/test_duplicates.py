@@ -57,6 +57,18 @@ def test_near_finds_a_changed_word_and_not_another_text():
     assert [strict(Passage(str(row), "", " ".join(t)), row) for row, t in enumerate(texts[:2])] == [None, None]
 
 
+def test_a_repeat_of_a_near_duplicate_stands_for_the_passage_that_was_kept():
+    words = [f"word{number}" for number in range(200)]
+    near, other = " ".join([*words[:-1], "end"]), " ".join(words[::-1])
+    earlier = _finder("near")
+    kept: list[str] = []
+    found = []
+    for text in (" ".join(words), near, other, near):
+        found.append(earlier(Passage(text, "", text), len(kept)))
+        kept += [text] * (found[-1] is None)
+    assert found == [None, 0, None, 0]
+
+
 def test_near_works_on_text_without_spaces():
     text = "".join(chr(0x4E00 + number) for number in range(200))
     earlier = _finder("near")

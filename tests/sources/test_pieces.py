@@ -76,6 +76,7 @@ def test_a_compressed_file_is_read_whole_by_one_task_and_that_is_said(tmp_path, 
 
 def test_a_row_group_is_not_cut_and_that_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(pieces, "_MAX_PIECE_BYTES", 1000)
+    monkeypatch.setattr(pieces, "MIN_PIECE_BYTES", 1000)
     table = pa.table({"id": [str(number) for number in range(999)], "text": ["text"] * 999})
     pq.write_table(table, tmp_path / "c.parquet", row_group_size=500)
     planned, _ = _planned(tmp_path)

@@ -340,7 +340,7 @@ def test_a_task_is_told_of_its_own_files_only():
 
 def test_a_finished_index_asks_for_no_file_of_vectors(world, built, monkeypatch):
     root, _ = world
-    monkeypatch.setattr("readapt_ray.stages.index.named_footers", lambda folder: pytest.fail("footers were read"))
+    monkeypatch.setattr("readapt_ray.stages.index.open_vectors", lambda artifact: pytest.fail("footers were read"))
     assert index(_config(root, "index")).fingerprint == built.fingerprint
 
 

@@ -11,7 +11,7 @@ from ir_measures import nDCG
 from readapt_ray import artifacts
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import open_model
-from readapt_ray.cluster import on_worker, query_vectors
+from readapt_ray.cluster import on_worker, query_vectors, search_pieces
 from readapt_ray.errors import (
     ArtifactConflictError,
     ArtifactMissingError,
@@ -91,11 +91,29 @@ def test_rounds_of_queries_give_one_run_and_read_footers_once(world, monkeypatch
     root, passages, queries = world
     monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 3)
     monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 30)
-    read, named_footers = [], search_stage.named_footers
-    monkeypatch.setattr(search_stage, "named_footers", lambda folder: read.append(folder) or named_footers(folder))
+    read, open_vectors = [], search_pieces.open_vectors
+    monkeypatch.setattr(search_pieces, "open_vectors", lambda artifact: read.append(artifact) or open_vectors(artifact))
     artifact = search(_config(root, f"rounds-{source}.trec", source))
     _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
     assert len(read) == (source == "vectors")
+
+
+def test_query_vectors_are_held_for_some_queries_at_a_time(world, monkeypatch):
+    root, passages, queries = world
+    monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 1)
+    monkeypatch.setattr(search_stage, "_HITS_A_ROUND", 20)
+    artifact = search(_config(root, "whole.trec"))
+    dimension = artifact.manifest.details["encoder"]["dimension"]
+    held, encode = [], search_stage.encode_queries
+    monkeypatch.setattr(search_stage, "_ENCODED_BYTES", 4 * 4 * dimension)
+    monkeypatch.setattr(
+        search_stage,
+        "encode_queries",
+        lambda texts, *rest, **more: held.append(len(texts)) or encode(texts, *rest, **more),
+    )
+    artifact = search(_config(root, "parts.trec"))
+    _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
+    assert held == [4, 4, 2]
 
 
 @pytest.mark.parametrize("source", ["index", "vectors"])

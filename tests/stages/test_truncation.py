@@ -95,5 +95,5 @@ def test_pack_counts_what_it_truncates_and_not_what_just_fits(tmp_path, corpus, 
     assert made.manifest.counts["num_truncated_passages"] == len(longer)
     assert made.manifest.details["truncation"]["num_lost_tokens"] == sum(longer)
     files = Location(config.output + "/blocks").files(".parquet")  # after a kill, their counts are read again
-    assert sum(stage._counts(file)["num_lost_tokens"] for file in files) == sum(longer)
+    assert sum(stage._read_counts(file)["num_lost_tokens"] for file in files) == sum(longer)
     assert "pack: " in caplog.text and "raise block_tokens" in caplog.text

@@ -1,0 +1,45 @@
+"""Drop near duplicates on the cluster: the tasks of `sources/near_pieces.py`, one round after the other."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from readapt_ray.sources import near_pieces
+from readapt_ray.sources.bad_rows import NUM_NAMED
+from readapt_ray.sources.piece_job import Lists, PieceJob
+
+Tasks = Callable[[Callable[..., Any], Iterable[tuple[Any, ...]]], Iterator[Any]]
+
+
+def drop_near(tasks: Tasks, job: PieceJob, num_rows: Sequence[int], lists: Lists) -> dict[str, Any]:
+    """Find the near duplicates among the passages that are left.
+
+    Args:
+        tasks: runs a function of the job on the cluster for each tuple of arguments.
+        job: what all tasks know.
+        num_rows: how many passages each piece has.
+        lists: the files that name the passages that are dropped already.
+
+    Returns:
+        The `count` and `num_bytes` of the passages that are dropped, the `first` of them with what was kept, and the `files`
+        that name them all.
+    """
+    rows = list(num_rows)
+    partitions, pieces = range(job.num_near_partitions), range(job.num_pieces)
+    total: dict[str, Any] = {"count": 0, "num_bytes": 0, "first": [], "files": []}
+    _wait(tasks(near_pieces.near_buckets, ((number, rows) for number in partitions)))
+    rounds, undecided = 0, True
+    while undecided:
+        _wait(tasks(near_pieces.near_send, ((piece, rows[piece], lists, rounds) for piece in pieces)))
+        _wait(tasks(near_pieces.near_compare, ((number, rows, rounds) for number in partitions)))
+        (found,) = tasks(near_pieces.near_decide, [(rounds,)])
+        total["count"] += found["count"]
+        total["num_bytes"] += found["num_bytes"]
+        total["first"] = sorted([*total["first"], *map(tuple, found["first"])])[:NUM_NAMED]
+        total["files"] += [(piece, rounds) for piece in found["pieces"]]
+        rounds, undecided = rounds + 1, found["undecided"] > 0
+    return total
+
+
+def _wait(results: Iterable[None]) -> None:
+    for _ in results:
+        pass

@@ -1,0 +1,64 @@
+"""Count the rows that are left out, and name the first of them."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar
+
+from readapt_ray.errors import CorpusError
+from readapt_ray.records import Qrel, Query
+from readapt_ray.sources.source import BadRow
+
+logger = logging.getLogger("readapt_ray")
+
+NUM_NAMED = 20
+
+_Record = TypeVar("_Record", Query, Qrel)
+
+
+class BadRows:
+    """Counts what is left out, names the first of them, and stops where the policy says so."""
+
+    def __init__(self, policy: Literal["skip", "fail", "gather"]) -> None:
+        """`gather` neither stops nor logs: another process will, which gets `reasons` and `first`."""
+        self._policy = policy
+        self.reasons: Counter[str] = Counter()
+        self.first: list[BadRow] = []
+
+    def add(self, row: BadRow) -> None:
+        """Add one row."""
+        self.take({row.reason: 1}, [row])
+
+    def take(self, reasons: Mapping[str, int], first: Iterable[BadRow]) -> None:
+        """Add rows that were counted elsewhere, with the first of them.
+
+        Raises:
+            CorpusError: none may be bad.
+        """
+        self.reasons.update(reasons)
+        for row in first:
+            if self._policy == "fail":
+                raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
+            if len(self.first) == NUM_NAMED:
+                return
+            self.first.append(row)
+            if self._policy == "skip":
+                logger.warning("ingest: left out %s", row.told)
+
+    def good(self, records: Iterable[_Record | BadRow]) -> list[_Record]:
+        """Return the records that are good."""
+        found = []
+        for record in records:
+            if isinstance(record, BadRow):
+                self.add(record)
+            else:
+                found.append(record)
+        return found
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the manifest says of them."""
+        return {
+            "total": self.reasons.total(),
+            "by_reason": dict(sorted(self.reasons.items())),
+            "first": [row.as_json() for row in self.first],
+        }
