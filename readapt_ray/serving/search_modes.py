@@ -3,6 +3,7 @@
 import asyncio
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +56,24 @@ def word_queries(query: str | Sequence[str], *, truncate: bool, max_inputs: int)
             message = f"{name} has {len(text):,} characters; words are searched for in up to {_MAX_CHARACTERS:,}"
             raise invalid(f"{message}; send a shorter query, or leave out 'truncate'", "query")
     return [text[:_MAX_CHARACTERS] for text in texts]
+
+
+def given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
+    """Return the vectors of a request as [N, dimension].
+
+    Raises:
+        RequestError: one has another length, or a number beyond float32.
+    """
+    listed = given if isinstance(given[0], list) else [given]
+    for place, vector in enumerate(listed):
+        if len(vector) != dimension:
+            message = f"'vector[{place}]' has {len(vector):,} numbers; this index has vectors of {dimension:,}"
+            raise invalid(message, "vector")
+    with np.errstate(over="ignore"):
+        vectors = np.array(listed, dtype=np.float32)
+    if not np.isfinite(vectors).all():
+        raise invalid("'vector' has a number beyond float32", "vector")
+    return vectors
 
 
 async def search_documents(

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.errors import FingerprintMismatchError, InputError
+from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import answers, cohere, schema
@@ -33,10 +33,10 @@ from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import ReadinessCheck
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.search_modes import check_mode, search_documents, word_queries
+from readapt_ray.serving.search_modes import check_mode, given_vectors, search_documents, word_queries
 from readapt_ray.serving.shadow_and_probe import SideSearches
 from readapt_ray.serving.telemetry import Telemetry, Trace
-from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version
+from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version, VersionInfo
 
 R = TypeVar("R")
 
@@ -89,15 +89,29 @@ class SearchService:
             return await asyncio.to_thread(self._prepare, name, backend)
         for each in (*others.values(), *self._versions()):
             if isinstance(each.backend, DomainBackend) and each.backend.shared is backend.shared:
-                return dataclasses.replace(each, backend=backend)
-        return await asyncio.to_thread(self._prepare, VERSION_NAME, backend)
+                return await self._with_store(dataclasses.replace(each, backend=backend, store=None))
+        return await self._with_store(await asyncio.to_thread(self._prepare, VERSION_NAME, backend))
 
-    def _prepare(self, name: str, backend: Backend) -> Version:
-        info = backend.info
+    async def _with_store(self, version: Version) -> Version:
+        """Open the corpus of a domain; one that is lost leaves the others as they are."""
+        backend = version.backend
+        assert isinstance(backend, DomainBackend)
+        try:
+            return dataclasses.replace(version, store=await asyncio.to_thread(self._store, backend.info))
+        except (ReadaptError, OSError):
+            logger.exception("domain %s cannot be searched", backend.source.name)
+            return dataclasses.replace(version, backend=backend.without_search())
+
+    def _store(self, info: VersionInfo) -> PassageStore | None:
         stores = {(each.info.corpus, each.info.corpus_fingerprint): each.store for each in self._versions()}
         store = stores.get((info.corpus, info.corpus_fingerprint))
         if store is None and info.corpus:
             store = PassageStore.open(info.corpus, info.corpus_fingerprint)
+        return store
+
+    def _prepare(self, name: str, backend: Backend) -> Version:
+        info = backend.info
+        store = None if isinstance(backend, DomainBackend) else self._store(info)
         batcher = Batcher(
             backend.encode,
             batch_tokens=info.batch_tokens,
@@ -347,14 +361,14 @@ class SearchService:
         if body.query is not None and body.mode != "dense":
             texts = word_queries(body.query, truncate=body.truncate, max_inputs=self.limits.max_inputs)
         if body.query is None:
-            vectors = _given_vectors(body.vector, version.info.dimension)
+            vectors = given_vectors(body.vector, version.info.dimension)
             trace.num_items = len(vectors)
         elif body.mode == "bm25":
             vectors = np.zeros((len(texts), 0), np.float32)
             trace.num_items = len(texts)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(version, rows, trace, deadline_s)
+            vectors = await self._encoded(version, await rows_of(version.backend, rows), trace, deadline_s)
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:
@@ -365,20 +379,6 @@ class SearchService:
         trace.seconds["search"] = time.perf_counter() - before_s
         self._telemetry.searched(trace.version, trace.seconds["search"])
         return vectors, found
-
-
-def _given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
-    """Return the vectors of a request as [N, dimension]."""
-    listed = given if isinstance(given[0], list) else [given]
-    for place, vector in enumerate(listed):
-        if len(vector) != dimension:
-            message = f"'vector[{place}]' has {len(vector):,} numbers; this index has vectors of {dimension:,}"
-            raise invalid(message, "vector")
-    with np.errstate(over="ignore"):
-        vectors = np.array(listed, dtype=np.float32)
-    if not np.isfinite(vectors).all():
-        raise invalid("'vector' has a number beyond float32", "vector")
-    return vectors
 
 
 async def _passages(version: Version, found: Found) -> dict[str, Passage]:
