@@ -1,23 +1,32 @@
-"""Measure a refresh of a corpus of which 1% changed against the first run, and one of an unchanged corpus.
+"""Measure refreshes of a corpus on an object store: what requests, bytes and CPU seconds follow the change.
 
-    python benchmarks/refreshing.py --work DIR --sizes 100000,1000000
+    python benchmarks/refreshing.py --work DIR --sizes 20000,100000
 
 The forward pass is a stub, as in `bookkeeping.py`, so the figures cover everything else: reading, comparing, copying and
-writing. A real model adds the time of encoding `num_encoded` passages. One passage in a hundred is changed, added or deleted.
-Each refresh runs in a new process that starts Ray. Bytes are counted over the files of the new generation.
+writing. A real model adds the time of encoding `num_encoded` passages. Source and root are on an S3 server on loopback
+(moto's), which counts requests and the bytes of bodies; copies that the server makes itself are counted as requests only.
+The corpus is a hundred Parquet files. Measured are the first run; one after 1% of the passages changed, all in one file
+("one file"); one after 1% changed, spread over all files ("spread"); and one after nothing did. One in three of the
+passages concerned is changed, one is followed by a new one, one is deleted. Each refresh runs in a new process that starts
+Ray; its CPU seconds are those of all its children.
 """
 
 import argparse
+import contextlib
 import datetime
+import io
 import json
-import shutil
+import logging
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -25,81 +34,128 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.bookkeeping import made_texts, make_model
 from readapt_ray import artifacts, hardware
-from readapt_ray.generations import Generation, read
+from readapt_ray.generations import STAGE_OF, Generation, read
 from readapt_ray.storage import Location
+from tests import object_store
 
-_ROWS_PER_FILE = 50_000
+_NUM_FILES = 100
 _EVERY = 100
+_SAMPLE_S = 0.25
+COSTS = ("requests", "bytes_written", "bytes_read", "cpu_s", "seconds")
 
 
 def main() -> None:
     """Measure each size, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for passages, model and artifacts")
-    parser.add_argument("--sizes", default="100000,1000000")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the model")
+    parser.add_argument("--sizes", default="20000,100000")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/refreshing.json"))
     options = parser.parse_args()
     make_model(options.work / "model")
-    results = {size: measured(options.work, int(size)) for size in options.sizes.split(",")}
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it tells of each request
+    results = {}
+    for size in options.sizes.split(","):
+        with object_store.running() as store:
+            results[size] = measured(store, options.work / "model", int(size))
     values = {
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": hardware.machine_info(),
-        "versions": {name: version(name) for name in ("ray", "pyarrow", "faiss-cpu")},
+        "versions": {name: version(name) for name in ("ray", "pyarrow", "faiss-cpu", "moto")},
         "sizes": results,
     }
     options.output.write_text(json.dumps(values, indent=1, default=str) + "\n")
 
 
-def measured(work: Path, size: int) -> dict[str, Any]:
-    """The first refresh, one after 1% changed, and one after nothing did."""
-    folder = work / str(size)
-    shutil.rmtree(folder, ignore_errors=True)
-    found = {}
-    for name, is_changed in (("first", False), ("changed", True), ("unchanged", True)):
-        write_source(folder / "source", size, is_changed=is_changed)
-        began = time.perf_counter()
-        given = ["--source", str(folder / "source"), "--retriever", str(work / "model")]
-        command = [sys.executable, "-m", "readapt_ray.cli", "refresh", "--root", str(folder / "root"), *given]
-        subprocess.run(command, check=True, capture_output=True)
-        root = Location(str(folder / "root"))
-        present = read(root)[-1]
-        found[name] = {"seconds": round(time.perf_counter() - began, 1)}
-        if name != "unchanged":
-            found[name] |= of_generation(root, present)
-        print(size, name, found[name], flush=True)
-    first, changed = found["first"], found["changed"]
-    ratios = {f"{name}_ratio": round(changed[name] / first[name], 3) for name in ("seconds", "bytes", "num_encoded")}
-    return found | ratios
+def measured(store: object_store.Store, model: Path, size: int) -> dict[str, Any]:
+    """The first refresh, and those after each change."""
+    source, root = (Location(f"s3://{object_store.BUCKET}/{size}/{name}") for name in ("source", "root"))
+    in_one_file = size // _NUM_FILES
+    states: dict[str, Callable[[int], bool]] = {
+        "first": lambda _: False,
+        "one file": lambda row: row < in_one_file,
+        "spread": lambda row: row < in_one_file or row % _EVERY == _EVERY - 1,
+        "unchanged": lambda row: row < in_one_file or row % _EVERY == _EVERY - 1,
+    }
+    found: dict[str, Any] = {}
+    for name, changes in states.items():
+        write_source(source, size, changes)
+        command = ["-m", "readapt_ray.cli", "refresh", "--root", root.uri, "--source", source.uri]
+        with counted(store) as cost:
+            with subprocess.Popen([sys.executable, *command, "--retriever", str(model)]) as process:
+                cost.update(watched(process))
+            if process.returncode:
+                raise SystemExit(f"the refresh ended with {process.returncode}")
+        found[name] = cost if name == "unchanged" else cost | of_generation(root, read(root)[-1])
+        if name != "first":
+            ratios = {each: round(cost[each] / found["first"][each], 3) for each in COSTS}
+            found[name]["of_first_run"] = ratios
+        print(size, name, json.dumps(found[name]), flush=True)
+    return found
 
 
-def of_generation(root: Location, generation: Generation) -> dict[str, Any]:
-    """Counts, seconds per stage, bytes and encoded passages of one generation."""
-    made = {name: artifacts.open_artifact(generation.folder(root, name), stage) for name, stage in
-            (("corpus", "ingest"), ("vectors", "embed"), ("index", "index"))}  # fmt: skip
-    sizes = (info.size for each in made.values() for _, info in each.location.listing(recursive=True))
-    return {
-        "counts": generation.counts,
-        "stages_s": {name: round(each.manifest.seconds, 1) for name, each in made.items()},
-        "bytes": sum(sizes),
-        "num_encoded": made["vectors"].manifest.details["work"]["num_encoded"],
+@contextlib.contextmanager
+def counted(store: object_store.Store) -> Iterator[dict[str, Any]]:
+    """Count what the store is asked in the meantime."""
+    store.requests.clear()
+    written, sent = store.bytes_written, store.bytes_read
+    cost: dict[str, Any] = {}
+    yield cost
+    kinds = Counter(kind.split()[0] for kind in store.requests)
+    cost |= {
+        "requests": kinds.total(),
+        "by_method": dict(kinds),
+        "bytes_written": store.bytes_written - written,
+        "bytes_read": store.bytes_read - sent,
     }
 
 
-def write_source(folder: Path, size: int, *, is_changed: bool) -> None:
+def watched(process: "subprocess.Popen[bytes]") -> dict[str, float]:
+    """Wall-clock and CPU seconds of a process and of all that it starts, sampled."""
+    began_s = time.perf_counter()
+    cpu_s: dict[tuple[int, float], float] = {}
+    while process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            for each in [parent, *parent.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    times = each.cpu_times()
+                    cpu_s[each.pid, each.create_time()] = times.user + times.system
+        time.sleep(_SAMPLE_S)
+    return {"seconds": round(time.perf_counter() - began_s, 1), "cpu_s": round(sum(cpu_s.values()), 1)}
+
+
+def of_generation(root: Location, generation: Generation) -> dict[str, Any]:
+    """Counts and encoded passages of one generation."""
+    made = {name: artifacts.open_artifact(generation.folder(root, name), STAGE_OF[name])
+            for name in ("corpus", "vectors", "index")}  # fmt: skip
+    work = made["vectors"].manifest.details["work"]
+    return {
+        "counts": generation.counts,
+        "stages_s": {name: round(each.manifest.seconds, 1) for name, each in made.items()},
+        "num_encoded": work["num_encoded"],
+    }
+
+
+def write_source(folder: Location, size: int, changes: Callable[[int], bool]) -> None:
     """Write the passages; a file that stays as it is is not written again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for first in range(0, size, _ROWS_PER_FILE):
-        rows = pa.table(made_texts(first, min(_ROWS_PER_FILE, size - first))).to_pylist()
-        path = folder / f"{first:010d}.parquet"
-        pq.write_table(pa.Table.from_pylist(after_changes(rows) if is_changed else rows), path)
+    num_rows = -(-size // _NUM_FILES)
+    for first in range(0, size, num_rows):
+        made = pa.table(made_texts(first, min(num_rows, size - first))).to_pylist()
+        stream = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(after_changes(made, changes)), stream)
+        file = folder / f"{first:010d}.parquet"
+        if not file.is_file() or file.read_bytes() != stream.getvalue():
+            file.write_bytes(stream.getvalue())
 
 
-def after_changes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Change, follow by a new one, or delete each hundredth row, in turn."""
+def after_changes(rows: list[dict[str, Any]], changes: Callable[[int], bool]) -> list[dict[str, Any]]:
+    """Change, follow by a new one, or delete the rows that are to change, in turn."""
     found = []
-    for number, row in enumerate(rows):
-        kind = number // _EVERY % 3 if number % _EVERY == 0 else -1
+    for row in rows:
+        kind = -1
+        if changes(int(row["_id"])):
+            kind = int(row["_id"]) // (_EVERY if int(row["_id"]) % _EVERY == _EVERY - 1 else 1) % 3
         if kind == 2:
             continue
         found.append({**row, "text": f"{row['text']} changed"} if kind == 0 else row)

@@ -39,6 +39,7 @@ from readapt_ray.stages.ingest import IngestConfig as IngestConfig
 from readapt_ray.stages.merge import MergeConfig as MergeConfig
 from readapt_ray.stages.pack import PackConfig as PackConfig
 from readapt_ray.stages.search import SearchConfig as SearchConfig
+from readapt_ray.stages.synthesize import SynthesizeConfig as SynthesizeConfig
 from readapt_ray.stages.train import TrainConfig as TrainConfig
 from readapt_ray.stages.tune import TuneConfig as TuneConfig
 from readapt_ray.weights.reference import readapted_weight as readapted_weight
@@ -73,6 +74,7 @@ __all__ = [
     "RunConfig",
     "SearchConfig",
     "ServeConfig",
+    "SynthesizeConfig",
     "TrainConfig",
     "TuneConfig",
     "bridge",
@@ -100,6 +102,7 @@ __all__ = [
     "search",
     "serve",
     "status",
+    "synthesize",
     "train",
     "tune",
 ]
@@ -547,8 +550,9 @@ def finetune(
         trackers: Where to report each step besides the terminal, metrics.jsonl and Ray's metrics, separated by
             commas: tensorboard, wandb, mlflow. wandb and mlflow must be installed.
         model: Model to start from: a catalog name, a folder, a URI or a hub id. (required)
-        corpus: Passages with queries and qrels (the output of `readapt ingest`), or a JSONL file of pairs with
-            the texts `query`, `positive` and, optionally, `negatives`. (required)
+        corpus: Passages with queries and qrels (the output of `readapt ingest`), queries that a language model
+            wrote (the output of `readapt synthesize`), or a JSONL file of pairs with the texts `query`,
+            `positive` and, optionally, `negatives`. (required)
         split: Split of the corpus's qrels to train on: train, dev, test. (default: train)
         negatives: TREC run to take hard negatives from (the output of `readapt search`): its best passages that
             are not judged relevant.
@@ -637,6 +641,7 @@ def ingest(
     output: str | Path,
     source: str | Path,
     overwrite: bool = False,
+    previous: str | Path | None = None,
     format: Literal['auto', 'beir', 'jsonl', 'json', 'csv', 'tsv', 'parquet', 'arrow', 'text', 'ir_datasets', 'hub', 'python-docs'] = 'auto',
     columns: Sequence[str] = (),
     keep: Sequence[str] = (),
@@ -660,6 +665,8 @@ def ingest(
             such an output is refused. (default: no)
         source: Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a
             corpus name of the catalog. (required)
+        previous: Passages of an earlier state of the corpus. Files of passages that did not change are shared
+            with it, not written.
         format: Format of the source. auto recognises it by the file names; set it when that fails. (default:
             auto)
         columns: Columns that hold doc_id, title and text, if they are not called so:
@@ -776,6 +783,7 @@ def pack(
     exclude: str | Path | None = None,
     withhold: int = 0,
     only: str | Path | None = None,
+    new_since: str | Path | None = None,
 ) -> Artifact:
     """Tokenise passages and pack them into blocks (train does it when needed).
 
@@ -795,6 +803,8 @@ def pack(
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
+        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
+            title and text are not in it.
         pretrained: Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
 
@@ -876,6 +886,7 @@ def refresh(
     back: int | None = None,
     allow_shrink: bool = False,
     overwrite: bool = False,
+    loss_sample: int = 64,
     ingest: dict[str, Any] | None = None,
     embed: dict[str, Any] | None = None,
     index: dict[str, Any] | None = None,
@@ -900,6 +911,8 @@ def refresh(
             Without this it is refused. (default: no)
         overwrite: Make again all that other options or another model make stale. Without this they are refused.
             (default: no)
+        loss_sample: Number of new and of kept passages on which the language-model loss of the retriever's
+            adapter is measured; 0 leaves it out. It loads the pretrained model. (default: 64)
         ingest: Options of ingest. If omitted, those of the refresh before; so are the other sections.
         embed: Options of embed.
         index: Options of index.
@@ -1143,6 +1156,69 @@ def serve(
 def serve(config: ServeConfig, /) -> None: ...
 
 @overload
+def synthesize(
+    *,
+    output: str | Path,
+    corpus: str | Path,
+    model: str | Path,
+    overwrite: bool = False,
+    endpoint: str | None = None,
+    num_passages: int = 4000,
+    queries_per_passage: int = 1,
+    vectors: str | Path | None = None,
+    round_trip_k: int = 20,
+    prompt: str = 'Here is a passage:\n\n{passage}\n\nWrite one question that a person would type into a search engine and that this passage answers. Use other words than the passage where you can. Reply with the question alone.',
+    max_passage_chars: int = 2000,
+    max_query_tokens: int = 48,
+    temperature: float = 0.7,
+    budget_tokens: int | None = None,
+    dtype: Literal['auto', 'float32', 'float16', 'bfloat16'] = 'auto',
+    num_requests: int = 8,
+    timeout_s: float = 120.0,
+    seed: int = 0,
+) -> Artifact:
+    """Let a language model write queries for passages, to train on or tune by.
+
+    Give the options by name, or all of them as one SynthesizeConfig.
+
+    Options:
+        output: Folder or URI to write the artifact to. (required)
+        overwrite: Replace an artifact in the output that was made or begun with other options. Without this
+            such an output is refused. (default: no)
+        corpus: Passages: the output of `readapt ingest`. (required)
+        model: Causal language model that writes the queries, such as an instruct model: a folder, a URI or a
+            hub id. With endpoint, the name that the endpoint knows it by. (required)
+        endpoint: URL of an OpenAI-compatible endpoint, such as http://HOST:8000/v1. Its key is read from
+            $READAPT_ENDPOINT_KEY. If omitted, the model is loaded by Ray tasks, one per GPU.
+        num_passages: Maximum number of passages to write queries for, drawn at random. (default: 4000)
+        queries_per_passage: Queries to ask for per passage. (default: 1)
+        vectors: Vectors of the corpus: the output of `readapt embed`. A query is kept only if the retriever
+            that made them finds its passage with it. If omitted, queries are not tried.
+        round_trip_k: The passage must be among so many best results of its query, with vectors. (default: 20)
+        prompt: What the model is asked; {passage} stands for title and text. (default: Here is a passage:
+            {passage} Write one question that a person would type into a search engine and that this passage
+            answers. Use other words than the passage where you can. Reply with the question alone.)
+        max_passage_chars: Characters of a passage that the model reads; the rest is cut. (default: 2000)
+        max_query_tokens: Maximum tokens of an answer. (default: 48)
+        temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
+        budget_tokens: Tokens of prompts and answers after which an endpoint is asked no more; the queries that
+            are there are kept. If omitted, there is no limit.
+        dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
+            AVX512_BF16, else float32. (default: auto)
+        num_requests: Requests that an endpoint gets at the same time. (default: 8)
+        timeout_s: Seconds that one request to an endpoint may take. (default: 120.0)
+        seed: Random seed of the choice of passages and of the sampling. (default: 0)
+
+    Returns:
+        The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.
+
+    Raises:
+        InputError: an option is unknown, missing or wrong, or an input cannot be used; it is named.
+    """
+@overload
+def synthesize(config: SynthesizeConfig, /) -> Artifact: ...
+
+@overload
 def train(
     *,
     output: str | Path,
@@ -1177,6 +1253,8 @@ def train(
     exclude: str | Path | None = None,
     withhold: int = 0,
     only: str | Path | None = None,
+    new_since: str | None = None,
+    continue_from: str | Path | None = None,
     objective: Literal['causal_lm', 'masked_lm'] | None = None,
     batch_size: int | Literal['auto'] = 4,
     micro_batch_tokens: int = 4096,
@@ -1240,9 +1318,14 @@ def train(
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
+        new_since: An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose
+            title and text are not in it.
         pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are
             packed first, into OUTPUT-blocks. (required)
+        continue_from: Adapter of an earlier training on the same pretrained model to go on from; method, rank,
+            alpha and target modules are its own. Give it passages that it has not seen: with new_since, or a
+            corpus of new passages.
         objective: causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If
             omitted, what the model has a head for.
         batch_size: Blocks per step, over all workers. auto gives each worker at least 16,384 tokens per step,

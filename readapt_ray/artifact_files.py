@@ -1,14 +1,20 @@
-"""Tell which files in an output folder are ours, by the patterns that every lease and manifest lists.
+"""Tell which files in an output folder are ours, by what its record says.
 
-In: the folder of an artifact, and the patterns of its record. Out: what is in the way, or what was removed. A
-pattern is a path relative to the artifact in which `*` stands for anything but a slash, so a record of 244,000
-files takes a line. Nothing that matches no pattern is ever removed. It costs one listing of the folder, and on
-an object store a few requests for each file that is removed, 32 at a time.
+In: the folder of an artifact, and its record. Out: what is in the way, or what was removed. A manifest lists the names
+of its files; consecutive numbers take one entry, so a record of 244,000 files takes a line. A lease lists patterns of
+what the work writes: paths relative to the artifact in which `*` stands for anything but a slash and `#` for digits. Of
+what matches, files that changed after the work had ended are not ours. Nothing else is ever removed. It costs one
+listing of the folder, and on an object store a few requests for each file that is removed, 32 at a time.
 """
 
+import os
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow.fs as pafs
 
 from readapt_ray.model_file_names import (
     ADAPTER_CONFIG_NAME,
@@ -33,9 +39,15 @@ RECORDS = (MANIFEST_NAME, LEASE_NAME)
 SINGLE_FILE_SUFFIX = ".trec"
 _NUM_THREADS = 32
 _NUM_NAMED = 4
+_NUMBER = re.compile("[0-9]+")
+_LAST_WRITES_S = 120.0
+"""Tasks on other machines may write for so long after the last heartbeat of a driver that was killed, clocks included."""
+
+Names = Sequence[str | Sequence[str]]
+"""Names of files as a record keeps them: a name, or `[before, first, last, after]` for consecutive numbers."""
 
 _TOKENIZER = (*TOKENIZER_FILES, CHAT_TEMPLATE_NAME)
-_WEIGHTS = (CONFIG_NAME, SINGLE_NAME, "model-*.safetensors", INDEX_NAME)
+_WEIGHTS = (CONFIG_NAME, SINGLE_NAME, "model-#-of-#.safetensors", INDEX_NAME)
 RAY_TRAIN = ("workers/.validate_storage_marker", "workers/checkpoint_manager_snapshot.json")
 """What Ray Train keeps in its `storage_path` while workers run; they report no checkpoints to it."""
 _TRAINED = (
@@ -44,8 +56,8 @@ _TRAINED = (
     *_WEIGHTS,
     *_TOKENIZER,
     "metrics.jsonl",
-    "metrics/step-*.jsonl",
-    "checkpoints/step-*.safetensors",
+    "metrics/step-#-#.jsonl",
+    "checkpoints/step-#.safetensors",
     "batch_size",
     "dtype",
     "memory.json",
@@ -53,19 +65,31 @@ _TRAINED = (
     *RAY_TRAIN,
     ".seen-*",
 )
-_VECTORS = ("vectors/part-*.parquet", "vectors/.seen-*", "shards.parquet", "join/digests-*")
+_VECTORS = ("vectors/part-#.parquet", "vectors/.seen-*", "shards.parquet", "join/digests-*-#")
+
+EXCHANGED = (
+    "exchange/plan",
+    "exchange/summary.json",
+    "exchange/piece-#-#",
+    "exchange/ids-#-#",
+    "exchange/contents-#-#",
+    "exchange/lost-ids-#-#",
+    "exchange/drop-ids-#-#",
+    "exchange/drop-contents-#-#",
+)
+"""What tasks that ingest together tell each other."""
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {
     "ingest": (
-        "passages/part-*.parquet",
+        "passages/part-#.parquet",
         "passages/.seen-*",
-        "exchange/*",
-        "queries/part-*.parquet",
+        *EXCHANGED,
+        "queries/part-#.parquet",
         "qrels/*.parquet",
     ),
-    "pack": ("blocks/part-*.parquet", "blocks/.seen-*"),
+    "pack": ("blocks/part-#.parquet", "blocks/.seen-*"),
     "train": _TRAINED,
-    "finetune": (*_TRAINED, "pairs/part-*.parquet", CONTRACT_NAME),
+    "finetune": (*_TRAINED, "pairs/part-#.parquet", CONTRACT_NAME),
     "merge": (
         *_WEIGHTS,
         *_TOKENIZER,
@@ -73,13 +97,13 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         CONTRACT_NAME,
         MODULES_NAME,
         POOLING_CONFIG_NAME,
-        f"*_Dense/{CONFIG_NAME}",
-        f"*_Dense/{SINGLE_NAME}",
-        f"*_Normalize/{CONFIG_NAME}",
+        f"#_Dense/{CONFIG_NAME}",
+        f"#_Dense/{SINGLE_NAME}",
+        f"#_Normalize/{CONFIG_NAME}",
         LENGTH_NAME,
         PROMPTS_NAME,
         "model.safetensors.cast.json",
-        "model-*.safetensors.cast.json",
+        "model-#-of-#.safetensors.cast.json",
         "low-rank.factors",
         "low-rank.factors.json",
         "low-rank.factors.parts/*.factors",
@@ -91,26 +115,29 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
         "readapter.safetensors.parts/*.json",
         "retriever/adapter_config.json",
         "retriever/adapter_model.safetensors",
-        "knowledge-*/adapter_config.json",
-        "knowledge-*/adapter_model.safetensors",
-        "knowledge-*/difference.safetensors",
-        "knowledge-*/difference.safetensors.json",
-        "knowledge-*/difference.safetensors.parts/*.json",
+        "knowledge-#/adapter_config.json",
+        "knowledge-#/adapter_model.safetensors",
+        "knowledge-#/difference.safetensors",
+        "knowledge-#/difference.safetensors.json",
+        "knowledge-#/difference.safetensors.parts/*.json",
         ".seen-*",
     ),
     "embed": _VECTORS,
     "embed-sample": _VECTORS,
     "bridge": (*_VECTORS, "map.safetensors"),
     "index": (
-        "shards/*.faiss",
-        "shards/*.ids.parquet",
-        "shards/*.json",
-        "shards/*.recall.npz",
-        "shards/*.bm25.npz",
+        "shards/#.faiss",
+        "shards/#.ids.parquet",
+        "shards/#.json",
+        "shards/trained.faiss",
+        "shards/queries.recall.npz",
+        "shards/#.recall.npz",
+        "shards/#.bm25.npz",
         "shards/.seen-*",
     ),
-    "export": ("rows/part-*.parquet", "rows/.seen-*", "deleted/part-*.parquet"),
+    "export": ("rows/part-#.parquet", "rows/.seen-*", "deleted/part-#.parquet"),
     "search": (),
+    "synthesize": ("answers/part-*.parquet", "answers/.seen-*", "queries/part-*.parquet", "qrels/*.parquet"),
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
     "drift": ("report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),
@@ -137,38 +164,114 @@ def split_by_owner(names: Iterable[str], patterns: Iterable[str]) -> tuple[list[
     own: list[str] = []
     foreign: list[str] = []
     for name in names:
-        folder, slash, last = name.rpartition("/")
-        is_own = known.fullmatch(f"{folder}{slash}{name_when_whole(last) or last}")
-        (own if is_own else foreign).append(name)
+        (own if known.fullmatch(whole_name(name)) else foreign).append(name)
     return own, foreign
 
 
-def clear(location: Location, patterns: Collection[str], *, keep: str | None = None) -> list[str]:
-    """Remove the files of a folder that match a pattern, and the folders that are empty then.
+def packed(names: Iterable[str]) -> list[str | list[str]]:
+    """Return names as a record keeps them.
 
-    Args:
-        location: the folder.
-        patterns: what its record lists.
-        keep: the name of a file that stays.
+    Example:
+        packed(["a", "part-08", "part-09", "part-10"]) == ["a", ["part-", "08", "10", ""]]
+    """
+    single: list[str | list[str]] = []
+    numbered: dict[tuple[str, int, str], list[int]] = defaultdict(list)
+    for name in sorted(names):
+        if found := _NUMBER.search(name, name.rfind("/") + 1):
+            numbered[name[: found.start()], len(found[0]), name[found.end() :]].append(int(found[0]))
+        else:
+            single.append(name)
+    for (before, width, after), numbers in numbered.items():
+        first = numbers[0]
+        for number, following in zip(numbers, [*numbers[1:], -1], strict=True):
+            if following != number + 1:
+                single.append([before, f"{first:0{width}d}", f"{number:0{width}d}", after])
+                first = following
+    return single
 
-    Returns:
-        The names of the other files, all of which stay.
+
+def unpacked(names: Names) -> Iterator[str]:
+    """Yield each name of a record."""
+    for each in names:
+        if isinstance(each, str):
+            yield each
+        else:
+            before, first, last, after = each
+            for number in range(int(first), int(last) + 1):
+                yield f"{before}{number:0{len(first)}d}{after}"
+
+
+def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
+    """Return which files of a folder are ours by its manifest or lease, with temporary files of unfinished writes."""
+    if is_single_file(location):
+        return set()
+    there = location.entries()[0]
+    listed = {*unpacked(record.get("files", ())), *RECORDS}
+    matching = split_by_owner(there, record.get("patterns", ()))[0]
+    late = late_files(location, matching, record)
+    return {name for name in there if whole_name(name) in listed} | (set(matching) - late)
+
+
+def late_files(location: Location, names: Collection[str], lease: Mapping[str, Any]) -> set[str]:
+    """Return the files that changed after the process of a lease had ended.
+
+    On a disk this is when the inode changed: a copy that keeps the time of its original cannot set it.
+    """
+    if not names:
+        return set()
+    if location.is_local:
+        changed_s = {name: os.lstat(os.path.join(location.path, name)).st_ctime for name in names}
+    else:
+        start = len(location.path.rstrip("/")) + 1
+        found = location.filesystem.get_file_info(pafs.FileSelector(location.path, recursive=True))
+        changed_s = {each.path[start:]: each.mtime_ns / 1e9 for each in found if each.mtime_ns is not None}
+    return {name for name in names if changed_s.get(name, 0.0) > lease["heartbeat"] + _LAST_WRITES_S}
+
+
+def is_late(file: Location, lease: Mapping[str, Any]) -> bool:
+    """Return whether a file changed after the process of a lease had ended."""
+    changed_s = os.lstat(file.path).st_ctime if file.is_local else file.info().mtime_ns / 1e9
+    return bool(changed_s > lease["heartbeat"] + _LAST_WRITES_S)
+
+
+def matching_files(location: Location, patterns: Iterable[str]) -> set[str]:
+    """Return the whole files of a folder that match a pattern."""
+    found = [] if is_single_file(location) else split_by_owner(location.entries()[0], patterns)[0]
+    return {name for name in found if whole_name(name) == name}
+
+
+def whole_name(name: str) -> str:
+    """Return the name that a file has, or would have after its write."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}{name_when_whole(last) or last}"
+
+
+def remove(location: Location, names: Iterable[str]) -> None:
+    """Remove files of a folder, and the folders that are empty then.
 
     Raises:
         StorageError: a file may not be removed.
     """
-    own, foreign = split_by_owner((name for name in location.entries()[0] if name != keep), patterns)
+    gone = list(names)
     with ThreadPoolExecutor(1 if location.is_local else _NUM_THREADS) as pool:
-        list(pool.map(lambda name: (location / name).delete(), own))
+        list(pool.map(lambda name: (location / name).delete(), gone))
+    for parent in sorted(_parents(gone), reverse=True):
+        (location / parent).remove_if_empty()
+
+
+def clear(location: Location, patterns: Collection[str]) -> None:
+    """Remove the files of work under way that match a pattern, temporary ones too, and the folders that are empty then.
+
+    Raises:
+        StorageError: a file may not be removed.
+    """
+    remove(location, split_by_owner(location.entries()[0], patterns)[0])
     remove_empty_folders(location, patterns)
-    return foreign
 
 
-def remove_temporary(location: Location, patterns: Iterable[str]) -> None:
-    """Remove what killed writers left of files that match a pattern: files that never got their name."""
-    names = [name for name in location.entries()[0] if name_when_whole(name.rpartition("/")[2]) is not None]
-    for name in split_by_owner(names, patterns)[0]:
-        (location / name).delete()
+def remove_temporary(location: Location, names: Iterable[str]) -> None:
+    """Remove those files among `names` that killed writers left: they never got their name."""
+    remove(location, [name for name in names if whole_name(name) != name])
 
 
 def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
@@ -179,13 +282,13 @@ def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
             (location / name).remove_if_empty()
 
 
-def would_collide(location: Location, own: Iterable[str], planned: Sequence[str]) -> list[str]:
-    """Return what lies where planned files would be written, and matches no pattern of `own`.
+def would_collide(location: Location, own: Collection[str], planned: Sequence[str]) -> list[str]:
+    """Return what lies where planned files would be written, and is not in `own`.
 
     Work that goes on from the files it finds would take such a file for its own. A link in the place of a folder
     leads to files that are not removed, so it collides, too.
     """
-    _, foreign = split_by_owner(location.entries()[0], own)
+    foreign = [name for name in location.entries()[0] if name not in own]
     return split_by_owner(foreign, {*planned, *_parents(planned)})[0]
 
 
@@ -223,4 +326,4 @@ def _parents(patterns: Iterable[str]) -> set[str]:
 
 
 def _compiled(patterns: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(each).replace(r"\*", "[^/]*") for each in patterns))
+    return re.compile("|".join(re.escape(each).replace(r"\*", "[^/]*").replace(r"\#", "[0-9]+") for each in patterns))

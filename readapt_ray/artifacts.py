@@ -8,8 +8,8 @@ A stage calls `produce` with its config, the fingerprints of its inputs and the 
     `building.json` there, other          refused, unless told to overwrite
     anything else there                   refused, also when told to overwrite
 
-An output is ours only if a manifest or a lease of ours lies there. Both list patterns of the files that the stage
-writes (`artifact_files.py`); overwriting removes what matches, and leaves whatever else lies in the folder.
+An output is ours only if a manifest or a lease of ours lies there. It says which files are ours (`artifact_files.py`);
+overwriting removes these, and leaves whatever else lies in the folder.
 
 An output that ends with `.trec` is an artifact of one file, its records beside it under its name
 (`base.trec.manifest.json`).
@@ -32,9 +32,9 @@ from readapt_ray import artifact_files, hardware, leases, outputs
 from readapt_ray.artifact_files import (
     LEASE_NAME,
     MANIFEST_NAME,
-    RECORDS,
     SINGLE_FILE_SUFFIX,
     STAGE_FILES,
+    Names,
     record_of,
 )
 from readapt_ray.config import StageConfig
@@ -77,8 +77,8 @@ class Manifest:
     seconds: float
     created: str
     versions: dict[str, str]
-    files: tuple[str, ...] = ()
-    """Patterns of the files that the stage writes; empty in artifacts of releases that did not say."""
+    files: Names = ()
+    """Names of its files; consecutive numbers as `[before, first, last, after]`."""
     hardware: dict[str, Any] = field(default_factory=dict)
     """The driver's machine and the cluster; empty in artifacts of releases that did not say."""
     format_version: int = FORMAT_VERSION
@@ -149,7 +149,7 @@ def read_manifest(uri: str | Location) -> Manifest | None:
     if not isinstance(values, dict) or not required <= values.keys():
         return None
     known = {each.name: values[each.name] for each in fields if each.name in values}
-    return Manifest(**{**known, "files": tuple(known.get("files", ()))})
+    return Manifest(**known)
 
 
 def names_under(root: Location) -> list[str]:
@@ -190,7 +190,7 @@ def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) ->
         ArtifactConflictError: such a file is there.
     """
     try:
-        values = json.loads(file.read_bytes())
+        values = None if file.is_folder() else json.loads(file.read_bytes())
         found = [] if isinstance(values, dict) and keys <= values.keys() else [file]
     except FileNotFoundError:
         found = [each for each in beside if each.exists()]
@@ -274,7 +274,7 @@ def produce(
         "fingerprint": identified,
         "config": config.settings(),
         "inputs": dict(inputs),
-        "files": STAGE_FILES.get(stage, ()),
+        "patterns": STAGE_FILES.get(stage, ()),
     }
     outputs.refuse_what_is_there(location, config, ours, there)
     manifest = _fill(location, ours, work, there=there, before=before)
@@ -294,42 +294,48 @@ def _fill(
     """Do the work under a lease: resume what is there if its fingerprint is the same, else start from nothing."""
     stage, identified = ours["stage"], ours["fingerprint"]
     goes_on = there is not None and there["fingerprint"] == identified
-    replaces = there is not None and not goes_on
-    says = {**ours, "seconds_before": float(there["seconds"]) if there is not None and goes_on else 0.0}
-    listed = outputs.listed_files(there)
-    if replaces:
-        says |= {"fingerprint": outputs.LEFTOVERS, "files": listed}
+    own = artifact_files.own_files(location, there) if there is not None else set()
+    seconds_before = float(there["seconds"]) if there is not None and goes_on else 0.0
     reporter = ProgressReporter(stage)
     file = record_of(location, LEASE_NAME)
-    lease = leases.Lease(file, location, reporter, before=before, says=says)
+    cleared = outputs.being_cleared(own) if there is not None and not goes_on else {}
+    lease = leases.Lease(
+        file, location, reporter, before=before, says={**ours, "seconds_before": seconds_before, **cleared}
+    )
     try:
         with reporter, lease:
-            if replaces:
-                outputs.clear(location, listed)
-                lease.say(fingerprint=identified, files=ours["files"])
+            if there is not None and not goes_on:
+                outputs.clear(location, there, own)
+                lease.say(**ours, files=())
             elif goes_on:
                 logger.info("%s: goes on where it stopped in %s", stage, location)
-                artifact_files.remove_temporary(location, (*listed, *RECORDS))
+                artifact_files.remove_temporary(location, own)
             workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
             work(workspace)
-            manifest = Manifest(
-                **ours,
-                counts=workspace.counts,
-                details=workspace.details,
-                seconds=lease.seconds(),
-                created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                versions=_versions(),
-                hardware=hardware.machine_info(),
-            )
+            manifest = _described(workspace, ours, lease.seconds())
             text = json.dumps(dataclasses.asdict(manifest), indent=2, default=str) + "\n"
             lease.confirm()
             record_of(location, MANIFEST_NAME).write_text(text)
     except InputError:
         if lease.is_held:
-            outputs.forget_if_empty(location, ours["files"])
+            outputs.forget_if_empty(location, ours["patterns"])
         raise
     file.delete()
     return manifest
+
+
+def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) -> Manifest:
+    """Return the manifest of work that is done."""
+    return Manifest(
+        **{name: ours[name] for name in ("stage", "fingerprint", "config", "inputs")},
+        files=artifact_files.packed(artifact_files.matching_files(workspace.location, ours["patterns"])),
+        counts=workspace.counts,
+        details=workspace.details,
+        seconds=seconds,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=_versions(),
+        hardware=hardware.machine_info(),
+    )
 
 
 def read_lease(uri: str | Location) -> dict[str, Any] | None:

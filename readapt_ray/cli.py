@@ -30,6 +30,7 @@ from readapt_ray.errors import (
 if TYPE_CHECKING:
     from readapt_ray.artifacts import Artifact
     from readapt_ray.recipes import chain
+    from readapt_ray.recipes.problems import Problems
 
 logger = logging.getLogger("readapt_ray")
 
@@ -166,20 +167,27 @@ def _tell_left_out(details: dict[str, Any]) -> None:
         )
 
 
-def _run_config(options: argparse.Namespace) -> "chain.RunConfig":
+def _run_config(options: argparse.Namespace, problems: "Problems | None" = None) -> "chain.RunConfig":
+    """Return the config of a run; what is wrong with its options goes to `problems`, or is raised."""
     from readapt_ray.recipes import run_file
+    from readapt_ray.recipes.problems import Problems
 
-    changes = dict(map(run_file.parse_change, options.set))
+    found = Problems() if problems is None else problems
+    changes = run_file.parse_changes(options.set, found)
     given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
-    return run_file.read_run(options.config, changes | given)
+    config = run_file.read_run(options.config, changes | given, found)
+    if problems is None:
+        found.raise_them()
+    return config
 
 
 def _run_pipeline(arguments: Sequence[str]) -> None:
     from readapt_ray.recipes import run_end, running
+    from readapt_ray.recipes.problems import Problems
 
-    options = parser_of("run").parsed(arguments)
-    config = _run_config(options)
-    made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage)
+    options, problems = parser_of("run").parsed(arguments), Problems()
+    config = _run_config(options, problems)
+    made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage, problems=problems)
     for artifact in made.values():
         _tell(artifact)
     print(run_end.closing(config, made))

@@ -12,7 +12,7 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import pydantic
@@ -41,6 +41,9 @@ _ALLOWED = {
     "less_than_equal": "{le} or less",
 }
 """What a value must be, by pydantic's name for what is wrong with it."""
+
+
+UsedWith = Mapping[str, tuple[str, tuple[Any, ...]]]
 
 
 class OptionError(ValueError):
@@ -111,6 +114,9 @@ class Config(BaseModel):
     """Options that change how the work is done, and never what comes out."""
     safety: ClassVar[frozenset[str]] = frozenset()
     """Options that say what is refused, replaced, retried or kept."""
+    used_with: ClassVar[UsedWith] = {}
+    """Options that do nothing by themselves: the option that each one is used with, and its values (any but the default if
+    there are none)."""
 
     def __init__(self, /, **values: Any) -> None:
         """Make a config from options by name.
@@ -149,6 +155,24 @@ class Config(BaseModel):
         if not isinstance(values, dict):
             return values
         return {name: cls._plain(name, value) for name, value in values.items()}
+
+    @pydantic.model_validator(mode="after")
+    def _refuse_idle_options(self) -> Self:
+        """Refuse options that were given and would do nothing."""
+        for name, (other, values) in self.used_with.items():
+            value = getattr(self, other)
+            is_used = value in values if values else value != type(self).model_fields[other].get_default()
+            if not is_used and getattr(self, name) != type(self).model_fields[name].get_default(
+                call_default_factory=True
+            ):
+                if not values:
+                    raise OptionError(f"{{{name}}} does nothing without {{{other}}}; give both, or neither")
+                raise OptionError(
+                    f"{{{name}}} does nothing with {{{other}}} = {{value!r}}, only with {{allowed}}; leave one out",
+                    value=value,
+                    allowed=" or ".join(map(str, values)),
+                )
+        return self
 
     @classmethod
     def _plain(cls, name: str, value: Any) -> Any:

@@ -64,6 +64,8 @@ class StorageError(InputError):
 class CorruptFileError(ReadaptError):
     """A file of an artifact was cut short or altered."""
 
+    exit_code = 2
+
 
 class TrainingDivergedError(ReadaptError):
     """The loss became NaN or infinite; the last good checkpoint is kept."""

@@ -72,6 +72,12 @@ def is_cut_short(file: Location) -> bool:
     return False
 
 
+def is_foreign(file: Location) -> bool:
+    """Return whether something lies where a lease would be written that is neither a lease nor the beginning of one."""
+    is_ours = is_cut_short(file) or read_lease(file) is not None
+    return not is_ours and file.exists() and read_lease(file) is None  # another driver may have begun meanwhile
+
+
 def is_alive(lease: Mapping[str, Any]) -> bool:
     """Return whether the process of a lease seems to run, at one look: the clock of another machine is believed."""
     known = _is_alive_here(lease)

@@ -5,11 +5,11 @@ names what is in the way, or a folder from which the files of an earlier artifac
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from readapt_ray import artifact_files, leases
-from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME, RECORDS, STAGE_FILES, is_single_file, record_of
+from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME, RECORDS, is_single_file, record_of
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.storage import Location
@@ -31,6 +31,7 @@ def refuse_what_is_there(
     if there is None:
         _refuse_foreign_files(location, config)
         return
+    _refuse_late_files(location, config, ours["patterns"], there)
     if there["fingerprint"] == ours["fingerprint"]:
         return
     if not config.overwrite:
@@ -42,7 +43,8 @@ def refuse_what_is_there(
         )
     if is_single_file(location):
         return
-    if collisions := artifact_files.would_collide(location, (*listed_files(there), *RECORDS), ours["files"]):
+    own = artifact_files.own_files(location, there)
+    if collisions := artifact_files.would_collide(location, own, ours["patterns"]):
         raise ArtifactConflictError(
             f"{config.output!r} holds {artifact_files.named(collisions)} that no stage of readapt made, where this one "
             f"would write; move it away, or give another output"
@@ -52,7 +54,7 @@ def refuse_what_is_there(
 def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
     """Refuse an output that holds files other than a lease of ours: it may be the root of a run, a home or a mount."""
     lease = record_of(location, LEASE_NAME)
-    is_ours = leases.is_cut_short(lease) or leases.read_lease(lease) is not None
+    is_ours = not leases.is_foreign(lease)
     if is_single_file(location):
         records = [record_of(location, MANIFEST_NAME), *([] if is_ours else [lease])]
         found = [each.name for each in (location, *records) if each.exists()]
@@ -68,11 +70,21 @@ def _refuse_foreign_files(location: Location, config: StageConfig) -> None:
         )
 
 
-def listed_files(record: Mapping[str, Any] | None) -> tuple[str, ...]:
-    """Return the patterns of the files that a manifest or lease lists; for earlier releases, what their stages wrote."""
-    if record is None:
-        return ()
-    return tuple(record.get("files") or STAGE_FILES.get(record["stage"], ()))
+def _refuse_late_files(
+    location: Location, config: StageConfig, patterns: Sequence[str], there: Mapping[str, Any]
+) -> None:
+    """Refuse files that came after a killed process where the work would write, or take them for its own."""
+    if "heartbeat" not in there or artifact_files.is_late(record_of(location, LEASE_NAME), there):
+        return  # complete, or copied as a whole, so that times say nothing
+    if is_single_file(location):
+        late = {location.name} if location.is_file() and artifact_files.is_late(location, there) else set()
+    else:
+        late = artifact_files.late_files(location, artifact_files.matching_files(location, patterns), there)
+    if late:
+        raise ArtifactConflictError(
+            f"{artifact_files.named(sorted(late))} came to {config.output!r} after the process that worked there had ended; "
+            f"move it away, or give another output"
+        )
 
 
 def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str, Any]) -> str:
@@ -94,19 +106,34 @@ def _difference(config: StageConfig, ours: Mapping[str, Any], there: Mapping[str
     return "; ".join(changes) or "it was made by another version"
 
 
-def forget_if_empty(location: Location, files: Sequence[str]) -> None:
+def forget_if_empty(location: Location, patterns: Sequence[str]) -> None:
     """Remove the lease of work that was refused before it wrote anything, so that corrected input can start afresh."""
     if location.is_file():
         return
-    artifact_files.remove_empty_folders(location, files)
+    artifact_files.remove_empty_folders(location, patterns)
     if not artifact_files.in_the_way(location, but=(LEASE_NAME,)):
         record_of(location, LEASE_NAME).delete()
 
 
-def clear(location: Location, listed: Sequence[str]) -> None:
-    """Remove the files that a record lists; the manifest first, so that it never describes a part of the data."""
+def being_cleared(own: Collection[str]) -> dict[str, Any]:
+    """Return what a lease says while these files of an artifact are removed, so that a killed removal can go on."""
+    names = artifact_files.packed(name for name in own if name not in RECORDS)
+    return {"fingerprint": LEFTOVERS, "files": names, "patterns": ()}
+
+
+def clear(location: Location, there: Mapping[str, Any], own: Collection[str]) -> None:
+    """Remove the files of an artifact; the manifest first, so that it never describes a part of the data.
+
+    Args:
+        location: the artifact.
+        there: its record.
+        own: which files are its own, by that record.
+    """
     record_of(location, MANIFEST_NAME).delete()
     if location.is_file():
         location.delete()
-    elif foreign := artifact_files.clear(location, (*listed, *RECORDS), keep=LEASE_NAME):
+        return
+    artifact_files.remove(location, [name for name in own if name not in RECORDS])
+    artifact_files.remove_empty_folders(location, artifact_files.unpacked(there.get("files", ())))
+    if foreign := [name for name in location.entries()[0] if artifact_files.whole_name(name) not in RECORDS]:
         logger.warning("%s keeps %s, which no stage of readapt made", location, artifact_files.named(foreign))

@@ -98,6 +98,15 @@ def amount(count: int, unit: str) -> str:
     return f"{count:,} {unit}"
 
 
+def size_text(num_bytes: float) -> str:
+    """A size in three figures: 87 bytes, 1.2 KB, 350 MB, 14.2 GB."""
+    for unit in ("bytes", "KB", "MB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.3g} GB"
+
+
 def figure(rate: float) -> str:
     """A rate in two figures below ten, whole above."""
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"

@@ -79,9 +79,8 @@ def every_written_file_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
         before = location.entries()[0] if location.is_local else []
         manifest = fill(location, *args, **options)
         if manifest.stage in artifact_files.STAGE_FILES and location.is_local:
-            listed = (*manifest.files, "manifest.json")
-            unlisted = artifact_files.split_by_owner(location.entries()[0], listed)[1]
-            assert set(unlisted) <= set(before), f"not listed in STAGE_FILES of {manifest.stage}: {unlisted}"
+            unlisted = set(location.entries()[0]) - {*artifact_files.unpacked(manifest.files), "manifest.json"}
+            assert unlisted <= set(before), f"not listed in STAGE_FILES of {manifest.stage}: {unlisted}"
         return manifest
 
     monkeypatch.setattr(artifacts, "_fill", checked)

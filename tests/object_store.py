@@ -25,6 +25,10 @@ class Store:
     refused: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
     """Method and path of every request."""
+    bytes_written: int = 0
+    """Of the bodies of all requests."""
+    bytes_read: int = 0
+    """Of the bodies of all answers."""
 
     def names(self) -> list[str]:
         """Keys of all objects."""
@@ -42,11 +46,19 @@ def running(host: str = "127.0.0.1") -> Iterator[Store]:
     def application(environ: dict[str, Any], start_response: Any) -> Any:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         store.requests.append(f"{method} {path}")
+        length = environ.get("HTTP_X_AMZ_DECODED_CONTENT_LENGTH") or environ.get("CONTENT_LENGTH") or 0
+        store.bytes_written += int(length) if method in ("PUT", "POST") else 0
         if store.busy(method, path):
             store.refused.append(f"{method} {path}")
             start_response("503 Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(_BUSY)))])
             return [_BUSY]
-        return moto(environ, start_response)
+
+        def begin(status: str, headers: list[tuple[str, str]], *rest: Any) -> Any:
+            sizes = [int(value) for name, value in headers if name.lower() == "content-length"]
+            store.bytes_read += sum(sizes) if method == "GET" else 0
+            return start_response(status, headers, *rest)
+
+        return moto(environ, begin)
 
     server = make_server(host, 0, application, threaded=True)
     endpoint = f"http://{host}:{server.server_port}"

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from readapt_ray import artifact_files, artifacts, leases
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
+from readapt_ray.recipes.refreshing.clean import remove_artifact
 from readapt_ray.storage import Location
 
 
@@ -327,21 +329,122 @@ def test_lease_and_manifest_list_the_files_and_are_believed_in_a_later_release(
         fill(workspace)
 
     made = artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=work)
-    assert set(leased[0]["files"]) == set(made.manifest.files) == set(artifact_files.STAGE_FILES["copy"])
+    assert set(leased[0]["patterns"]) == set(artifact_files.STAGE_FILES["copy"])
+    assert made.manifest.files == [["passages/part-", "0", "2", ""], ["state-", "0", "2", ""]]
     monkeypatch.setitem(artifact_files.STAGE_FILES, "copy", ("data.txt",))
     make(CopyConfig(output=str(output), factor=2, overwrite=True), [])
     assert sorted(tree(output)) == ["data.txt", "manifest.json"]
 
 
-def test_an_artifact_of_a_release_that_listed_nothing_is_replaced(tmp_path: Path) -> None:
+LOOKALIKES = ("passages/part-00007", "passages/part-mine", "state-3", "state-old")
+
+
+def test_what_only_looks_like_ours_stays_in_a_complete_artifact(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     output = tmp_path / "a"
     artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=fill)
-    manifest = json.loads((output / "manifest.json").read_text())
-    del manifest["files"]
-    (output / "manifest.json").write_text(json.dumps(manifest))
-    lay(output, "mine/x")
-    make(CopyConfig(output=str(output), factor=2, overwrite=True), [])
-    assert sorted(tree(output)) == ["data.txt", "manifest.json", "mine", "mine/x"]
+    lay(output, *LOOKALIKES)
+    new = CopyConfig(output=str(output), factor=2, overwrite=True)
+    with pytest.raises(ArtifactConflictError, match=r"holds passages/part-00007, .*state-old that no stage of readapt"):
+        artifacts.produce("copy", new, inputs={}, work=fill)
+    assert artifacts.read_manifest(str(output)) is not None
+    remove_artifact(Location(str(output)))
+    assert {name for name, content in tree(output).items() if content} == set(LOOKALIKES)
+    assert "keeps passages/part-00007, passages/part-mine, state-3, state-old, which no stage" in caplog.text
+
+
+def begin(output: Path, factor: int = 1) -> None:
+    """Leave what a driver leaves that was cut off."""
+
+    def cut_off(workspace: Workspace) -> None:
+        fill(workspace)
+        (workspace.location / ".tmp-0123456789ab-state-7").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.produce("copy", CopyConfig(output=str(output), factor=factor), inputs={}, work=cut_off)
+
+
+def let_time_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on, what is written comes too late to be of the driver before."""
+    monkeypatch.setattr(artifact_files, "_LAST_WRITES_S", 1.0)
+    time.sleep(1.2)
+
+
+def test_what_came_after_a_killed_driver_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "a"
+    begin(output)
+    let_time_pass(monkeypatch)
+    lay(output, *LOOKALIKES)
+    os.utime(output / "state-3", (0, 0))
+    new = CopyConfig(output=str(output), factor=2, overwrite=True)
+    with pytest.raises(ArtifactConflictError, match=r"^passages/part-00007, .*state-old came to .* move it away"):
+        artifacts.produce("copy", new, inputs={}, work=fill)
+    remove_artifact(Location(str(output)))
+    assert {name for name, content in tree(output).items() if content} == set(LOOKALIKES)
+
+
+def test_work_goes_on_only_without_files_that_came_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "a"
+    begin(output)
+    let_time_pass(monkeypatch)
+    lay(output, "state-1", "state-old", "notes.txt")
+    for overwrite in (False, True):
+        config = CopyConfig(output=str(output), overwrite=overwrite)
+        with pytest.raises(ArtifactConflictError, match=r"^state-1, state-old came to .* move it away"):
+            artifacts.produce("copy", config, inputs={}, work=fill)
+    assert (output / "state-1").read_text() == "precious"
+    (output / "state-1").unlink()
+    (output / "state-old").unlink()
+    made = artifacts.produce("copy", CopyConfig(output=str(output)), inputs={}, work=fill)
+    assert made.manifest.files == [["passages/part-", "0", "2", ""], ["state-", "0", "2", ""]]
+
+
+def test_work_goes_on_in_a_copy_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path / "a")
+    let_time_pass(monkeypatch)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    seen = []
+    artifacts.produce(
+        "copy",
+        CopyConfig(output=str(tmp_path / "b")),
+        inputs={},
+        work=lambda w: seen.extend(file.name for file in w.location.files("")),
+    )
+    assert "state-1" in seen
+
+
+def test_a_run_of_another_tool_that_came_after_a_killed_search_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(workspace: Workspace) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "base.trec"
+    with pytest.raises(KeyboardInterrupt):
+        artifacts.produce("search", CopyConfig(output=str(output)), inputs={}, work=cut_off)
+    let_time_pass(monkeypatch)
+    output.write_text("precious")
+    for factor in (1, 2):
+        config = CopyConfig(output=str(output), factor=factor, overwrite=True)
+        with pytest.raises(ArtifactConflictError, match=r"^base\.trec came to .* move it away"):
+            artifacts.produce("search", config, inputs={}, work=lambda w: w.location.write_text("ours"))
+    assert output.read_text() == "precious"
+
+
+def test_names_are_kept_in_short_and_come_back() -> None:
+    names = [
+        *(f"v/part-{n:05d}.parquet" for n in (0, 1, 2, 7, 99999)),
+        "v/part-100000.parquet",
+        "a",
+        "d2/b",
+        "x-9-of-10",
+    ]
+    short = artifact_files.packed(names)
+    assert sorted(artifact_files.unpacked(short)) == sorted(names)
+    assert len(short) == 7
+    assert len(artifact_files.packed(f"part-{n:06d}" for n in range(244_000))) == 1
 
 
 def test_what_the_new_stage_would_take_for_its_own_work_is_refused(
@@ -364,11 +467,11 @@ def test_what_the_new_stage_would_take_for_its_own_work_is_refused(
 
 def test_a_link_that_stands_for_our_file_goes_without_what_it_leads_to(tmp_path: Path) -> None:
     output = tmp_path / "a"
-    make(CopyConfig(output=str(output)), [])
+    artifacts.produce("copy", CopyConfig(output=str(output)), inputs={"corpus": "c1"}, work=fill)
     lay(tmp_path, "folder/x", "file")
-    (output / "part-0").symlink_to(tmp_path / "folder")
-    (output / "part-1").symlink_to(tmp_path / "file")
-    (output / "part-2").symlink_to(tmp_path / "nowhere")
+    for number, target in enumerate(("folder", "file", "nowhere")):
+        (output / f"state-{number}").unlink()
+        (output / f"state-{number}").symlink_to(tmp_path / target)
     make(CopyConfig(output=str(output), factor=2, overwrite=True), [])
     assert sorted(path.name for path in output.iterdir()) == ["data.txt", "manifest.json"]
     assert (tmp_path / "folder" / "x").read_text() == (tmp_path / "file").read_text() == "precious"

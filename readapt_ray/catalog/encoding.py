@@ -64,7 +64,12 @@ def read_encoding(uri: str) -> Encoding:
 
 
 def _from_file(value: object) -> object:
-    return read_encoding(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_encoding(value)
+    except InputError as error:
+        raise ValueError(str(error)) from error  # so that it stands beside what is wrong with other options
 
 
 EncodingOption = Annotated[Encoding | None, BeforeValidator(_from_file)]

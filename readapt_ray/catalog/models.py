@@ -83,7 +83,7 @@ class OpenModel(ModelFolder):
         folder = self._tokenizer_holder.folder
         try:
             return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             said = first_line(error)
             raise ModelError(f"{self.name!r} has no tokenizer that can be read: {said}") from error
 
@@ -274,6 +274,11 @@ def find_encoding(model: OpenModel) -> tuple[Encoding, str] | None:
             model.read_json(BUNDLE_NAME)["encoding"], where=str(model.folder / BUNDLE_NAME)
         ), BUNDLE_NAME
     contract = model.read_json(CONTRACT_NAME)
+    if contract and not isinstance(contract.get("encoding"), dict):
+        raise ModelError(
+            f"{model.folder / CONTRACT_NAME} has no section 'encoding', so it is not of readapt; move it away, or add one as "
+            f"`readapt encoding` shows it"
+        )
     if contract:
         return Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME)), CONTRACT_NAME
     row = _catalog_row(model)

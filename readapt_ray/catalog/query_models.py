@@ -10,7 +10,7 @@ from typing import Any
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
-from readapt_ray.errors import FingerprintMismatchError
+from readapt_ray.errors import FingerprintMismatchError, ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
 
 _KEY = "passages"
@@ -60,6 +60,18 @@ def passages_model(model: OpenModel) -> PassagesModel | None:
         return None
     encoding = Encoding.parse(contract["encoding"], where=str(model.folder / CONTRACT_NAME))
     return PassagesModel(contract["model"], contract["weights"], contract["base"], encoding)
+
+
+def refuse_query_model(model: OpenModel) -> None:
+    """Refuse a retriever for queries alone where it would take the place of two models.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if (passages := passages_model(model)) is not None:
+        raise ModelError(
+            f"{model.name!r} is for queries alone, and its passages are encoded by {passages.name!r}; give {passages.name!r}"
+        )
 
 
 def _fingerprints(model: OpenModel) -> tuple[str, str | None]:

@@ -31,7 +31,7 @@ def check_reachable(name: str) -> int:
         if LEASE_NAME in files and MANIFEST_NAME not in files:
             raise ModelError(f"{name!r} is unfinished; run the stage that makes it again, or wait for its end")
         return num_bytes
-    if Path(plain).expanduser().is_dir() or not models.is_hub_id(target):
+    if models.own_folder(plain) is not None or not models.is_hub_id(target):
         models.open_model(name)  # or its error, which lists what a name may be
         return 0
     folder, num_bytes = fetching.seen_on_hub(plain, target, revision)

@@ -17,8 +17,15 @@ from readapt_ray import artifact_files
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.cluster.connection import connect
 from readapt_ray.records import content_hash
-from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, hashes_of, matching_rows, plan_shards
+from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
+from readapt_ray.retrieval.shard_plan import (
+    PASSAGE_COLUMNS,
+    DataShard,
+    hashes_of,
+    matching_rows,
+    plan_shards,
+    plan_shards_like,
+)
 from readapt_ray.sources.duplicates import digest
 from readapt_ray.sources.exchange import partition_of, read_partition, write_partitions
 from readapt_ray.storage import Location
@@ -49,6 +56,8 @@ class Matches:
 
     folder: Location
     chunk_rows: int
+    files: tuple[str, ...] = ()
+    """Names of all files of the join."""
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return for each passage from `first` on the earlier row that has its vector; -1 where there is none."""
@@ -61,9 +70,14 @@ class Matches:
                 parts.append(np.frombuffer(file.read((end - start) * _EARLIER.itemsize), _EARLIER))
         return np.concatenate(parts)
 
+    def pieces(self, num_rows: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the earlier rows of all passages in their order."""
+        for first in range(0, num_rows, self.chunk_rows):
+            yield self.rows(first, min(self.chunk_rows, num_rows - first))
+
     def remove(self) -> None:
         """Remove all files of the join."""
-        artifact_files.clear(self.folder, (_name("*"),))
+        artifact_files.clear(self.folder, self.files)
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,14 @@ class Joined:
     changes: Changes
     num_to_encode: NDArray[np.int64]
     """Passages without an earlier vector in each part of the corpus between `bin_bounds`."""
+
+    earlier_counts: RowCounts
+    """Names and rows of the files of earlier vectors."""
+
+    def shards(self, passages: ParquetRows, rows_per_shard: int) -> list[DataShard]:
+        """Return the shards of the passages, cut as the files of the earlier vectors are."""
+        pieces = self.matches.pieces(passages.num_rows)
+        return plan_shards_like(passages.counts, rows_per_shard, self.earlier_counts, pieces)
 
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:
@@ -90,21 +112,28 @@ def join_digests(passages: ParquetRows, earlier: ParquetRows, folder: Location) 
         folder: where the files go; every node sees it.
     """
     num_partitions = max(1, -(-max(passages.num_rows, earlier.num_rows) // _CHUNK_ROWS))
+    if num_partitions == 1:
+        ((counts, num_to_encode),) = _tasks(_join_whole, [(passages, earlier, folder)])
+        matches = Matches(folder, _CHUNK_ROWS, (_file(folder, "earlier", 0).name,))
+        return Joined(matches, Changes(**counts), num_to_encode, earlier.counts)
     sides = {"now": passages, "before": earlier}
     chunks = {side: plan_shards(rows.counts, _CHUNK_ROWS) for side, rows in sides.items()}
     splits = [(side, sides[side].folder, chunk) for side, planned in chunks.items() for chunk in planned]
     for _ in _tasks(_split, ((*split, folder, num_partitions) for split in splits)):
         pass
     num_chunks = {side: len(planned) for side, planned in chunks.items()}
-    counts: Counter[str] = Counter()
+    total: Counter[str] = Counter()
     joins = ((number, folder, num_partitions, num_chunks) for number in range(num_partitions))
     for found in _tasks(_join, ((*join, _CHUNK_ROWS) for join in joins)):
-        counts.update(found)
+        total.update(found)
     num_to_encode = np.zeros(NUM_BINS, np.int64)
     ordered = ((chunk, folder, num_partitions, num_chunks["now"], passages.num_rows) for chunk in chunks["now"])
     for found in _tasks(_in_order, ordered):
         num_to_encode += found
-    return Joined(Matches(folder, _CHUNK_ROWS), Changes(**counts), num_to_encode)
+    written = [(f"{side}-{what}", num) for side, num in num_chunks.items() for what in ("contents", "ids")]
+    written += [("matches", num_partitions), ("earlier", num_chunks["now"])]
+    files = tuple(_file(folder, what, number).name for what, num in written for number in range(num))
+    return Joined(Matches(folder, _CHUNK_ROWS, files), Changes(**total), num_to_encode, earlier.counts)
 
 
 def _tasks(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -114,8 +143,30 @@ def _tasks(function: Callable[..., Any], items: Iterable[tuple[Any, ...]]) -> It
     return run_bounded(lambda item: task.remote(*item), items, max(1, connect().num_cpus))
 
 
+def _join_whole(
+    passages: ParquetRows, earlier: ParquetRows, folder: Location
+) -> tuple[dict[str, int], NDArray[np.int64]]:
+    """Join all rows in one process, so that no digest goes through files; return the counts, and those to encode."""
+    (now, now_ids), (before, before_ids) = (
+        _records(rows.folder, chunk)
+        for rows in (passages, earlier)
+        for chunk in plan_shards(rows.counts, max(1, rows.num_rows)) or [DataShard(0, 0, ())]
+    )
+    place = matching_rows(now["key"], before["key"])
+    rows = np.where(place >= 0, before["row"][place] if len(before) else -1, -1).astype(_EARLIER)
+    return _counted(now_ids, before_ids), _write_in_order(rows, 0, folder, 0, passages.num_rows)
+
+
 def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_partitions: int) -> None:
     """Write digests of some rows: those of contents by the partition of the content, those of ids by that of the id."""
+    contents, ids = _records(source, chunk)
+    for what, records in (("contents", contents), ("ids", ids)):
+        to = _file(folder, f"{side}-{what}", chunk.number)
+        write_partitions(to, records, partition_of(records["key"], num_partitions), num_partitions)
+
+
+def _records(source: Location, chunk: DataShard) -> tuple[NDArray[np.void], NDArray[np.void]]:
+    """Return the digests of some rows: of their contents, and of their ids with those of the contents."""
     contents, ids = np.zeros(len(chunk), _CONTENT), np.zeros(len(chunk), _ID)
     contents["row"] = np.arange(chunk.first, chunk.first + len(chunk))
     done = 0
@@ -126,9 +177,7 @@ def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_
             contents["key"][rows], ids["key"][rows] = _digests(source / each.name, start, num_rows)
             done += num_rows
     ids["content"] = contents["key"]
-    for what, records in (("contents", contents), ("ids", ids)):
-        to = _file(folder, f"{side}-{what}", chunk.number)
-        write_partitions(to, records, partition_of(records["key"], num_partitions), num_partitions)
+    return contents, ids
 
 
 def _digests(file: Location, start: int, num_rows: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
@@ -164,7 +213,11 @@ def _join(
     matches = np.zeros(int(known.sum()), _MATCH)
     matches["row"], matches["earlier"] = now["row"][known], before["row"][place[known]]
     write_partitions(_file(folder, "matches", number), matches, matches["row"] // chunk_rows, num_chunks["now"])
-    now, before = read("ids", _ID)
+    return _counted(*read("ids", _ID))
+
+
+def _counted(now: NDArray[np.void], before: NDArray[np.void]) -> dict[str, int]:
+    """Count the changes between two lists of ids with their contents."""
     place = matching_rows(now["key"], before["key"])
     known = place >= 0
     num_known = int(known.sum())
@@ -185,15 +238,17 @@ def _in_order(
     matches = read_partition(files, chunk.number, num_chunks, _MATCH)
     earlier = np.full(len(chunk), -1, _EARLIER)
     earlier[matches["row"] - chunk.first] = matches["earlier"]
-    with _file(folder, "earlier", chunk.number).open_output() as file:
+    return _write_in_order(earlier, chunk.number, folder, chunk.first, num_passages)
+
+
+def _write_in_order(
+    earlier: NDArray[np.int64], number: int, folder: Location, first: int, num_passages: int
+) -> NDArray[np.int64]:
+    with _file(folder, "earlier", number).open_output() as file:
         file.write(earlier.tobytes())
-    to_encode = chunk.first + np.flatnonzero(earlier < 0)
+    to_encode = first + np.flatnonzero(earlier < 0)
     return np.diff(np.searchsorted(to_encode, bin_bounds(num_passages)))
 
 
 def _file(folder: Location, what: str, number: int) -> Location:
-    return folder / _name(f"{what}-{number:05d}")
-
-
-def _name(what: str) -> str:
-    return f"digests-{what}"
+    return folder / f"digests-{what}-{number:05d}"

@@ -26,7 +26,7 @@ from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_runner import encode_shards
 from readapt_ray.errors import InputError
-from readapt_ray.progress import duration
+from readapt_ray.progress import duration, size_text
 from readapt_ray.retrieval import neighbours
 from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
 from readapt_ray.retrieval.shard_ledger import ShardLedger
@@ -150,18 +150,10 @@ def _tell_forecast(details: dict[str, Any], size: int) -> None:
         duration(3600 * hours["plus_minus"]) if math.isfinite(hours["plus_minus"]) else "unknown",
         details["num_workers"],
         details["dtype"],
-        _size(details["bytes"]),
+        size_text(details["bytes"]),
         f"{size:,}",
         f", the fewest that a sample has ({_LEAST_ROWS})" if size == _LEAST_ROWS else "",
     )
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} GB"
 
 
 def _compare_neighbours(job: EmbedJob, ledger: ShardLedger, compared: ParquetRows) -> dict[str, float]:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 
 if TYPE_CHECKING:
     import torch
@@ -84,6 +84,19 @@ class OptimizationConfig(StageConfig):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_enough_workers(self) -> Self:
+        if self.min_workers is not None and self.num_workers is not None and self.min_workers > self.num_workers:
+            raise OptionError(
+                "{min_workers} = {least} is more than {num_workers} = {most}; lower it",
+                least=self.min_workers,
+                most=self.num_workers,
+            )
+        return self
+
+    used_with: ClassVar[UsedWith] = dict.fromkeys(
+        ("lora_rank", "lora_alpha", "lora_dropout"), ("method", ("dora", "lora"))
+    )
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {
         "min_workers",
         "checkpoint_every_s",

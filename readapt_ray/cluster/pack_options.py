@@ -24,6 +24,9 @@ class PackOptions(Config):
     language-model loss on them."""
     only: str | None = None
     """File of the only passages to use; same formats as exclude."""
+    new_since: str | None = None
+    """An earlier state of the corpus, the output of `readapt ingest`. Only passages are used whose title and text are not in
+    it."""
 
 
 PACK_OPTIONS = tuple(PackOptions.model_fields)

@@ -32,7 +32,7 @@ _TASKS_PER_CPU = 2
 _PLACE = (1 << ROW_BITS) - 1
 _SUMMARY = "summary.json"
 _PLAN = "plan"
-_PARTS = "passages/part-*.parquet"
+_PARTS = "passages/part-#.parquet"
 
 
 def num_partitions(total_bytes: int) -> int:
@@ -62,7 +62,7 @@ class ParallelIngest:
         """
         self._place()
         self._remove_other_plan()
-        summary = self._exchange / _SUMMARY
+        location, summary = self._workspace.location, self._exchange / _SUMMARY
         if not summary.is_file():
             summary.write_text(json.dumps(self._read_and_compare()))
         found = json.loads(summary.read_text())
@@ -74,9 +74,9 @@ class ParallelIngest:
         self._workspace.details |= found["details"]
         # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
         summary.write_text(json.dumps(found | {"lists": {}}))
-        artifact_files.clear(self._exchange, ("*",), keep=_SUMMARY)
-        artifact_files.clear(self._workspace.location, (f"exchange/{_SUMMARY}",))
-        artifact_files.remove_temporary(self._workspace.location, (_PARTS,))
+        artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
+        artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
+        artifact_files.remove_temporary(location, artifact_files.split_by_owner(location.entries()[0], [_PARTS])[0])
 
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""
@@ -85,7 +85,7 @@ class ParallelIngest:
         kept, summary = self._exchange / _PLAN, self._exchange / _SUMMARY
         if kept.read_text() != plan if kept.is_file() else not summary.is_file():
             summary.delete()
-            artifact_files.clear(self._workspace.location, (_PARTS, "exchange/*"))
+            artifact_files.clear(self._workspace.location, (_PARTS, *artifact_files.EXCHANGED))
             kept.write_text(plan)
 
     def _place(self) -> None:

@@ -5,12 +5,14 @@ In: what the user asked for, and the nodes. Out: a count and the resources of ea
 
 import contextlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from readapt_ray import environment
+from readapt_ray import environment, hardware
 from readapt_ray.cluster import autoscaling, connection, nodes
 from readapt_ray.errors import PlacementError
 
@@ -125,6 +127,36 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
             )
             return
         time.sleep(_SETTLE_S / 10)
+
+
+def check_asked(wanted: Placement, *, who: str) -> None:
+    """Check what options ask for before anything else: on the cluster of RAY_ADDRESS or the Ray that runs, else on this machine.
+
+    Args:
+        wanted: nothing is checked of a choice that is left to us.
+        who: what to call the workers.
+
+    Raises:
+        PlacementError: there is no room for so many, even on idle nodes.
+    """
+    if wanted.num_workers is None and wanted.num_cpus_per_worker is None:
+        return
+    num_workers, num_cpus = wanted.num_workers or 1, wanted.num_cpus_per_worker or 1
+    ray = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
+        num_gpus = 1 if connection.connect().num_gpus else 0
+        check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who=who)
+        return
+    import torch
+
+    here = {"CPU": environment.num_cpus() or hardware.num_cores(), "GPU": torch.cuda.device_count()}
+    each = {"CPU": num_cpus, "GPU": 1 if here["GPU"] else 0}
+    if (room := nodes.room_on(here, each)) < num_workers:
+        raise PlacementError(
+            f"{_asked(num_workers, each, who)} each cannot be placed: there is room for {room} on this machine with "
+            f"{nodes.describe_nodes([{'Resources': here}]).removeprefix('1 node with ')}; lower num_workers or num_cpus_per_worker, "
+            f"or join a cluster (RAY_ADDRESS)"
+        )
 
 
 @contextlib.contextmanager

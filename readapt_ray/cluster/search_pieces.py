@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors
+from readapt_ray.retrieval.vector_files import SHARD_BYTES, RowRange, cut, iterate_vectors
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -91,6 +92,23 @@ class Pieces:
         found = dict(run_bounded(lambda arguments: task.remote(*arguments), asked, num_at_once=self._room))
         unknown = pa.nulls(int(bounds[0]), pa.string())
         return pa.concat_arrays([unknown, *(found[number] for number in sorted(found))])
+
+
+def vector_pieces(vectors: Artifact, num_at_once: int) -> list[Content]:
+    """Cut vectors into ranges of rows, a list of ranges per task.
+
+    Args:
+        vectors: the output of the embed stage.
+        num_at_once: tasks that search at the same time.
+
+    Raises:
+        CorruptFileError: a file of vectors was cut short or altered, or is gone.
+    """
+    counts = row_counts(named_footers(vectors.location / "vectors"))
+    num_vectors = sum(count for _, count in counts)
+    check_complete(vectors, num_vectors, "vectors")
+    most = max(1, SHARD_BYTES // (4 * int(vectors.manifest.details["encoder"]["dimension"])))
+    return [tuple(each) for each in cut(counts, min(most, max(1, -(-num_vectors // num_at_once))))]
 
 
 def _num_rows(content: Content) -> int:

@@ -1,7 +1,7 @@
 """Where the passages of embed enter Ray Data: read tasks yield data shards.
 
 In: planned shards. Out: a row per shard, with doc_ids, content hashes and texts of its passages, or token ids in place
-of texts, and the earlier rows that have their vectors where these are known. Memory of a task is one shard.
+of texts, and the earlier rows that have their vectors where these are known. Texts whose vectors are there are not read. Memory of a task is one shard.
 """
 
 import functools
@@ -21,7 +21,7 @@ from readapt_ray.cluster.shard_tokens import tokenize_in_task
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import content_hash
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard
+from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS, DataShard, packed_hashes
 from readapt_ray.storage import Location
 
 _MAX_READ_TASKS = 2000
@@ -72,13 +72,34 @@ def _read(shard: DataShard, job: EmbedJob) -> pa.Table:
     if shard.num_drawn is not None:
         todo = rows if earlier is None else np.flatnonzero(earlier < 0)
         rows = np.sort(np.random.default_rng(shard.number).choice(todo, shard.num_drawn, replace=False))
+    if earlier is not None and shard.num_drawn is None:
+        return shard_row(shard.number, **_new_texts(shard, job, earlier), earlier=pa.array(earlier))
     table = _take(shard, job.passages, rows, (*PASSAGE_COLUMNS, _DIGEST_COLUMN))
     hashes = _checked_hashes(table)
     cells = {name: table[name].combine_chunks() for name in PASSAGE_COLUMNS}
-    cells["hashes"] = pa.array(hashes.reshape(-1))
-    if earlier is not None and shard.num_drawn is None:
-        cells["earlier"] = pa.array(earlier)
-    return shard_row(shard.number, **cells)
+    return shard_row(shard.number, **cells, hashes=pa.array(hashes.reshape(-1)))
+
+
+def _new_texts(shard: DataShard, job: EmbedJob, earlier: NDArray[np.int64]) -> dict[str, pa.Array]:
+    """Read the passages of a shard, without title and text of those whose vector is there: these are null."""
+    rows = np.arange(shard.num_rows)
+    ids = _take(shard, job.passages, rows, ("doc_id", _DIGEST_COLUMN))
+    if ids["doc_id"].null_count:
+        raise CorpusError("a passage has no doc_id; ingest the corpus again")
+    stored = ids[_DIGEST_COLUMN].combine_chunks() if _DIGEST_COLUMN in ids.column_names else pa.nulls(len(rows))
+    wanted = np.flatnonzero((earlier < 0) | stored.is_null().to_numpy(zero_copy_only=False))
+    texts = _take(shard, job.passages, rows[wanted], (*PASSAGE_COLUMNS, _DIGEST_COLUMN))
+    hashes = np.frombuffer(packed_hashes(stored.to_pylist()), np.uint64).reshape(-1, 2).copy()
+    place = np.full(len(rows), -1)
+    place[wanted] = np.arange(len(wanted))
+    cells = {"doc_id": ids["doc_id"].combine_chunks()}
+    if len(wanted):
+        hashes[wanted] = _checked_hashes(texts)
+        where = pa.array(place, mask=place < 0)
+        cells |= {name: texts[name].combine_chunks().take(where) for name in ("title", "text")}
+    else:
+        cells |= {name: pa.nulls(len(rows), pa.string()) for name in ("title", "text")}
+    return {**cells, "hashes": pa.array(hashes.reshape(-1))}
 
 
 def _take(shard: DataShard, folder: Location, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:

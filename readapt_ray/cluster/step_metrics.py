@@ -299,7 +299,7 @@ def _tensorboard(workspace: Workspace) -> Iterator[_Log]:
     target = workspace.location / "tensorboard"
     with tempfile.TemporaryDirectory() as temporary:
         folder = target.local_path if target.is_local else Path(temporary)
-        writer = _installed("tensorboardX").SummaryWriter(str(folder))
+        writer = _installed(_PACKAGES["tensorboard"]).SummaryWriter(str(folder))
 
         def log(step: int, values: dict[str, float]) -> None:
             for name, value in values.items():
@@ -317,7 +317,7 @@ def _tensorboard(workspace: Workspace) -> Iterator[_Log]:
 def _wandb(workspace: Workspace) -> Iterator[_Log]:
     """Write a run of Weights & Biases, configured by its own environment variables."""
     name, run_id = workspace.location.name, workspace.fingerprint
-    run = _installed("wandb").init(project=_PROJECT, name=name, id=run_id, resume="allow")
+    run = _installed(_PACKAGES["wandb"]).init(project=_PROJECT, name=name, id=run_id, resume="allow")
     try:
         yield lambda step, values: run.log(values, step=step)
     finally:
@@ -327,7 +327,7 @@ def _wandb(workspace: Workspace) -> Iterator[_Log]:
 @contextlib.contextmanager
 def _mlflow(workspace: Workspace) -> Iterator[_Log]:
     """Write a run of MLflow, to the server of MLFLOW_TRACKING_URI."""
-    mlflow = _installed("mlflow")
+    mlflow = _installed(_PACKAGES["mlflow"])
     mlflow.set_experiment(_PROJECT)
     with mlflow.start_run(run_name=workspace.location.name):
         yield lambda step, values: mlflow.log_metrics(values, step=step)
@@ -338,6 +338,17 @@ _TRACKERS: dict[str, Callable[[Workspace], contextlib.AbstractContextManager[_Lo
     "wandb": _wandb,
     "mlflow": _mlflow,
 }
+_PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Check that the packages of trackers are installed.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name in trackers:
+        _installed(_PACKAGES[name])
 
 
 def _installed(package: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator
 
 from readapt_ray.catalog.corpora import find_corpus
+from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 
 _LEAST_DEPTH = 100
@@ -15,7 +16,10 @@ def _one_measure(text: str) -> str:
     """Return the canonical name of a measure: `MRR@10` becomes `RR@10`."""
     from readapt_ray.evaluation.measures import parse_measures
 
-    names = list(parse_measures(text))
+    try:
+        names = list(parse_measures(text))
+    except InputError as error:
+        raise ValueError(str(error)) from error
     if len(names) != 1:
         raise ValueError("give one measure")
     return names[0]
@@ -31,10 +35,18 @@ def depth_of(measures: str | Sequence[str]) -> int:
     Raises:
         InputError: a name is not known.
     """
+    return max(_LEAST_DEPTH, *cutoffs(measures).values())
+
+
+def cutoffs(measures: str | Sequence[str]) -> dict[str, int]:
+    """Return how many results per query each of these measures looks at; 0 for all.
+
+    Raises:
+        InputError: a name is not known.
+    """
     from readapt_ray.evaluation.measures import parse_measures
 
-    cutoffs = [int(measure.params.get("cutoff", 0)) for measure in parse_measures(measures).values()]
-    return max(_LEAST_DEPTH, *cutoffs)
+    return {name: int(each.params.get("cutoff", 0)) for name, each in parse_measures(measures).items()}
 
 
 def drops_self_hits(source: str | None) -> bool:

@@ -201,14 +201,16 @@ def run(
         InputError: an option is unknown or wrong, or an input cannot be used; found before any stage starts.
     """
     from readapt_ray.recipes import run_file, running
+    from readapt_ray.recipes.problems import Problems
 
     with _as_told():
+        problems = Problems()
         changes = {**(overrides or {}), **({} if root is None else {"root": root})}
         if not isinstance(config, RunConfig):
-            config = run_file.read_run(str(config), changes)
+            config = run_file.read_run(str(config), changes, problems)
         elif changes:
-            config = run_file.changed(config.model_dump(exclude_unset=True), changes, where="ra.run")
-        made = running.run(config, overwrite=overwrite, from_stage=from_stage)
+            config = run_file.changed(config.model_dump(exclude_unset=True), changes, problems, where="ra.run")
+        made = running.run(config, overwrite=overwrite, from_stage=from_stage, problems=problems)
         return {name: of(each) for name, each in made.items()}
 
 

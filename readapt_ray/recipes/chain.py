@@ -4,7 +4,6 @@ A run is a list of steps, each a stage with its config, all made and checked bef
 starts. `train_on_passages` is the one pair of stages that the command line joins.
 """
 
-import contextlib
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, StageConfig
-from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.errors import InputError
+from readapt_ray.recipes.problems import Problems
 from readapt_ray.stages import STAGES
 from readapt_ray.storage import Location
 
@@ -177,45 +177,13 @@ def plan_run(config: RunConfig) -> list[Step]:
     return steps
 
 
-def plan_steps(config: RunConfig, problems: "Problems") -> list[Step]:
+def plan_steps(config: RunConfig, problems: Problems) -> list[Step]:
     """As `plan_run`, but what is wrong is noted, and the steps that it concerns are left out."""
     steps = _Plan(config, problems).steps()
     for check in (_check_merge, _check_evaluate):
         with problems.noted():
             check({step.stage: step.config for step in steps})
     return steps
-
-
-class Problems:
-    """What is wrong, gathered from several checks so that one message lists all of it."""
-
-    def __init__(self) -> None:
-        self._found: list[ReadaptError] = []
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note what a check raises, and go on."""
-        try:
-            yield
-        except ReadaptError as error:
-            if str(error) not in map(str, self._found):
-                self._found.append(error)
-
-    def __bool__(self) -> bool:
-        """Whether anything is wrong."""
-        return bool(self._found)
-
-    def raise_them(self) -> None:
-        """Raise what was noted.
-
-        Raises:
-            InputError: that one error, or one that lists all.
-        """
-        if len(self._found) == 1:
-            raise self._found[0]
-        if self._found:
-            lines = "".join(f"\n  - {error}" for error in self._found)
-            raise InputError(f"{len(self._found)} things are wrong, and nothing was started:{lines}")
 
 
 def _check_merge(configs: Mapping[str, Any]) -> None:
@@ -279,8 +247,11 @@ class _Plan:
     def _search(self, report: Step | None) -> Iterator[Step | None]:
         from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 
+        depth = {}
+        with self._problems.noted():
+            depth = {"top_k": depth_of(report.config.settings()["measures"])} if report else {}
         defaults = {
-            **({"top_k": depth_of(report.config.settings()["measures"])} if report else {}),
+            **depth,
             "drop_self_hits": drops_self_hits(self._config.source),
             "qrels": self._qrels,
         }

@@ -3,14 +3,14 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.encoding import Encoding
-from readapt_ray.config import Config
+from readapt_ray.config import Config, OptionError, UsedWith
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, stage_config
@@ -62,6 +62,18 @@ class CompareConfig(Config):
     """Options of finetune by name (in a YAML file)."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retrievers", "corpus", "queries", "qrels"})
+    used_with: ClassVar[UsedWith] = {
+        "train_options": ("readapt", ()),
+        "merge_options": ("readapt", ()),
+        "finetune_options": ("finetune", ()),
+    }
+
+    @model_validator(mode="after")
+    def _has_models_for_queries(self) -> Self:
+        for name in ("queries_only", "bridge"):
+            if getattr(self, name) and not (self.readapt or self.finetune):
+                raise OptionError(f"{{{name}}} does nothing without {{readapt}} or {{finetune}}; give one of them")
+        return self
 
     @field_validator("retrievers", mode="after")
     @classmethod
@@ -72,6 +84,7 @@ class CompareConfig(Config):
         return value
 
 
+_QUERIES_ONLY = "set queries_only of the comparison, which compares models for queries beside the others"
 NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
     "embed": {
         "sample": "a comparison needs vectors of all passages; estimate with `readapt embed --sample` first",
@@ -81,8 +94,12 @@ NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
         "bundle": "the comparison trains its own adapters; merge a bundle with `readapt merge --bundle` and compare the output",
         "factors": "the comparison embeds with whole models; leave it out",
         "encoding": "each model is encoded as its retriever is; leave it out",
+        "queries_only": _QUERIES_ONLY,
     },
-    "finetune": {"encoding": "each model is encoded as its retriever is; leave it out"},
+    "finetune": {
+        "encoding": "each model is encoded as its retriever is; leave it out",
+        "queries_only": _QUERIES_ONLY,
+    },
 }
 """Options of stages that a comparison refuses, each with the reason and what to do instead."""
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import connection
+from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.progress import duration
 from readapt_ray.recipes import chain, running
 from readapt_ray.recipes.chain import RunConfig
@@ -70,6 +71,7 @@ def run(root: str) -> None:
     """Run the quickstart and print what it found."""
     os.environ.setdefault("READAPT_NUM_CPUS", str(_NUM_CPUS))
     artifacts.refuse_foreign_results(Location(root) / _ANSWER_NAME, {"index", "question"})
+    artifacts.refuse_foreign_results(Location(root) / chain.RUN_NAME, {"config", "steps"})
     logger.info(
         "Adapting a small retriever to the documentation of torch, which it has never seen. First time: some minutes."
     )
@@ -87,13 +89,30 @@ def run(root: str) -> None:
 
 
 def choose_passages(corpus: Artifact, root: str) -> None:
-    """Write the doc_ids to train on, every third one, into the file that the recipe names."""
+    """Write the doc_ids to train on, every third one, into the file that the recipe names.
+
+    Raises:
+        ArtifactConflictError: another program wrote a file of that name.
+    """
     doc_ids = [
         doc_id
         for file in (corpus.location / "passages").files(".parquet")
         for doc_id in pq.read_table(file.local_path, columns=["doc_id"])["doc_id"].to_pylist()
     ]
-    (Location(root) / _TRAINED_ON).write_text("\n".join(doc_ids[::_ONE_PASSAGE_IN]) + "\n")
+    file = Location(root) / _TRAINED_ON
+    text = "\n".join(doc_ids[::_ONE_PASSAGE_IN]) + "\n"
+    if file.exists() and not _is_listed(file, root) and file.read_bytes() != text.encode():
+        raise ArtifactConflictError(
+            f"{file} is there, and readapt did not write it; move it away, or give another folder"
+        )
+    file.write_text(text)
+
+
+def _is_listed(file: Location, root: str) -> bool:
+    """Return whether the record of the quickstart's run names a list of passages, which an earlier corpus may have had."""
+    record = Location(root) / chain.RUN_NAME
+    values = json.loads(record.read_bytes()) if record.is_file() else {}
+    return bool(values.get("config", {}).get("train", {}).get("only") == file.uri)
 
 
 def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:

@@ -16,21 +16,23 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import batches
 from readapt_ray.errors import StorageError
-from readapt_ray.recipes.chain import RunConfig, Step
+from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
 
 _NUMBER_BYTES = {"float32": 4, "float16": 2, "int8": 1}
 
 
-def check_disk(config: RunConfig, found: Mapping[str, Standing], pretrained: OpenModel, retriever: OpenModel) -> None:
+def check_disk(
+    config: RunConfig, found: Mapping[str, Standing], pretrained: OpenModel | None, dimension: int | None
+) -> None:
     """Check that the disk of the root has room for the adapted model and, once the corpus is there, for the vectors.
 
     Args:
         config: the run.
         found: the artifact at each step's output.
-        pretrained: as large as the adapted model.
-        retriever: its hidden size is the dimension of the vectors.
+        pretrained: as large as the adapted model; None if it is not known.
+        dimension: numbers of a vector; None if it is not known.
 
     Raises:
         StorageError: it has not.
@@ -39,13 +41,14 @@ def check_disk(config: RunConfig, found: Mapping[str, Standing], pretrained: Ope
     if not root.is_local:
         return
     needed = {}
-    if _is_due(found.get("adapted")):
+    if pretrained is not None and _is_due(found.get("adapted")):
         needed["the adapted model"] = sum(file.stat().st_size for file in pretrained.folder.glob("*.safetensors"))
     corpus = artifacts.read_manifest(f"{config.root}/corpus")
     vectors = [each for name, each in found.items() if name.startswith("vectors/") and _is_due(each)]
-    if corpus is not None and vectors:
+    if corpus is not None and vectors and dimension is not None:
         number = corpus.counts.get("num_passages", 0)
-        size = sum(_vector_bytes(each.step, retriever) for each in vectors)
+        options: Any = vectors[0].step.config
+        size = len(vectors) * dimension * _NUMBER_BYTES[options.vector_dtype]
         needed[f"vectors of {number:,} passages"] = number * size
     folder = root.local_path.absolute()
     while not folder.exists():
@@ -62,42 +65,34 @@ def _is_due(standing: Standing | None) -> bool:
     return standing is not None and (not standing.is_complete or standing.is_stale)
 
 
-def _vector_bytes(step: Step, retriever: OpenModel) -> int:
-    options: Any = step.config
-    holder = retriever.base if retriever.is_adapter else retriever
-    dimension = options.dimensions or holder.config.get("hidden_size") or 0
-    return int(dimension) * _NUMBER_BYTES[options.vector_dtype]
-
-
-def check_batch(train: Standing | None) -> None:
+def check_batch(train: Any) -> None:
     """Check that a batch feeds every training worker, before the stages that come first cost anything.
 
     Their number is an option, that of the GPUs which the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
     machine has.
 
     Args:
-        train: the artifact at the output of train.
+        train: options of train; None if nothing is to be trained.
 
     Raises:
         PlacementError: it does not; the message has the number that would.
     """
-    options: Any = train.step.config if train is not None and _is_due(train) else None
-    if options is None or options.batch_size == "auto":
+    if train is None or train.batch_size == "auto":
         return
-    num_workers = options.num_workers or environment.num_gpus()
+    num_workers = train.num_workers or environment.num_gpus()
     if num_workers is None and os.environ.get("RAY_ADDRESS"):
-        batches.check_batch_feeds(options, options.batch_size, "blocks")
+        batches.check_batch_feeds(train, train.batch_size, "blocks")
         return
     import torch
 
-    batches.check_feeds(num_workers or torch.cuda.device_count(), options.batch_size, "blocks")
+    batches.check_feeds(num_workers or torch.cuda.device_count(), train.batch_size, "blocks")
 
 
-def check_memory(train: Standing | None, block_tokens: int, pretrained: OpenModel) -> None:
+def check_memory(train: Any, block_tokens: int, pretrained: OpenModel) -> None:
     """Check that a training step fits into the memory of this machine, where the run starts Ray on it.
 
     Args:
-        train: the artifact at the output of train.
+        train: options of train.
         block_tokens: longest block.
         pretrained: the model that is trained.
 
@@ -105,10 +100,7 @@ def check_memory(train: Standing | None, block_tokens: int, pretrained: OpenMode
         PlacementError: it does not; the message shows the arithmetic.
     """
     ray = sys.modules.get("ray")
-    if train is None or not _is_due(train) or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
-        return
-    options: Any = train.step.config
-    if not options.check_memory:
+    if not train.check_memory or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
         return
     import torch
 
@@ -117,7 +109,7 @@ def check_memory(train: Standing | None, block_tokens: int, pretrained: OpenMode
     from readapt_ray.stages.train import resolve
     from readapt_ray.training import memory
 
-    _, options = resolve(options, pretrained)
+    _, options = resolve(train, pretrained)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     num_workers = options.num_workers or (torch.cuda.device_count() if device.type == "cuda" else 1)
     is_low = options.dtype == "bfloat16" or (

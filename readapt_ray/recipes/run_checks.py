@@ -1,21 +1,25 @@
 """Check everything that can be known of a run before its first stage starts.
 
-Models and how they take text, the head and the layers that training needs, lengths against positions, files, room on
-the disk, and what stands under the root already. All that is wrong is said in one message.
+The source, models and how they take text, whether the two models belong together, the head and the layers that training
+needs, lengths against positions, files, options against each other, room on the disk and in memory, and what stands under the
+root already. All that is wrong is said in one message.
 """
 
-import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from readapt_ray import leases, outputs
+from readapt_ray import artifacts, leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
-from readapt_ray.recipes import room_checks, standing
-from readapt_ray.recipes.chain import Problems, RunConfig, Step
+from readapt_ray.recipes import option_checks, room_checks, standing
+from readapt_ray.recipes.chain import RunConfig, Step
+from readapt_ray.recipes.problems import Problems
 from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
+
+_MODEL_NAMES = frozenset({"tokenizer"})
+"""Inputs in a section of the user's that are no files."""
 
 
 def check_run(
@@ -36,41 +40,94 @@ def check_run(
     Raises:
         InputError: one message with all that is wrong.
     """
-    is_whole = not problems
-    by_stage: dict[str, Any] = {step.stage: step.config for step in steps}
-    pretrained = retriever = None
+    found: list[Standing] = []
     with problems.noted():
-        retriever = models.open_model(config.retriever)
-    with problems.noted():
-        pretrained = models.open_model(config.pretrained)
-    if retriever is not None:
+        found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
+    _check_root(config, steps, found, problems)
+    done = {each.step.name for each in found if each.is_complete and not each.is_stale}
+    every: dict[str, Any] = {step.stage: step.config for step in steps}
+    due: dict[str, Any] = {step.stage: step.config for step in steps if step.name not in done}
+    if "ingest" in due and "source" not in problems.left_out:
         with problems.noted():
-            _check_encoding(config, retriever)
-    for stage, check in (("train", _check_layers), ("pack", _check_positions)):
-        if pretrained is not None and stage in by_stage:
-            with problems.noted():
-                check(pretrained, by_stage[stage])
-    if "index" in by_stage and importlib.util.find_spec("faiss") is None:
-        with problems.noted():
-            importlib.import_module("readapt_ray.retrieval.faiss_build")  # its error says what to install
+            _check_source(config.source, due["ingest"])
+    pretrained, retriever = (_opened(name, getattr(config, name), problems) for name in ("pretrained", "retriever"))
+    _check_models(config, pretrained, retriever, every, problems)
     for step in steps:
         with problems.noted():
             _check_files(config, step)
-    found: list[Standing] = []
-    if is_whole and pretrained is not None and retriever is not None:
+    dimension = option_checks.check_options(due, every, retriever, _num_passages(config, done), problems)
+    by_name = {each.step.name: each for each in found}
+    with problems.noted():
+        room_checks.check_disk(config, by_name, pretrained, dimension)
+    with problems.noted():
+        room_checks.check_batch(due.get("train"))
+    if pretrained is not None and {"train", "pack"} <= due.keys() | every.keys() and "train" in due:
         with problems.noted():
-            found = standing.standings(steps, noted, reads_models=True)
-            _check_root(config, found)
-        by_name = {each.step.name: each for each in found}
-        with problems.noted():
-            room_checks.check_disk(config, by_name, pretrained, retriever)
-        with problems.noted():
-            room_checks.check_batch(by_name.get("adapter"))
-        if not problems:
-            with problems.noted():
-                room_checks.check_memory(by_name.get("adapter"), by_stage["pack"].block_tokens, pretrained)
+            room_checks.check_memory(due["train"], every["pack"].block_tokens, pretrained)
     problems.raise_them()
     return [each for each in found if each.is_stale]
+
+
+def _check_models(
+    config: RunConfig,
+    pretrained: OpenModel | None,
+    retriever: OpenModel | None,
+    configs: Mapping[str, Any],
+    problems: Problems,
+) -> None:
+    """Check the two models for what the stages do with them, and that they belong together."""
+    if retriever is not None and "encoding" not in problems.left_out:
+        with problems.noted():
+            _check_encoding(config, retriever)
+    for stage, check in (("train", _check_layers), ("pack", _check_positions)):
+        if pretrained is not None and stage in configs:
+            with problems.noted():
+                check(pretrained, configs[stage])
+    if pretrained is not None and retriever is not None and "merge" in configs:
+        with problems.noted():
+            _check_pair(pretrained, retriever, configs["merge"])
+
+
+def _num_passages(config: RunConfig, done: Container[str]) -> int | None:
+    """Return the passages of the corpus, if it is there."""
+    manifest = artifacts.read_manifest(f"{config.root}/corpus") if "corpus" in done else None
+    return None if manifest is None else manifest.counts.get("num_passages")
+
+
+def _opened(option: str, name: str, problems: Problems) -> OpenModel | None:
+    if option not in problems.left_out:
+        with problems.noted(option):
+            return models.open_model(name)
+    return None
+
+
+def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -> list[Step]:
+    """Return the steps that read nothing of a step that is left out, since its options are wrong."""
+    if not problems:
+        return list(steps)
+    kept: list[Step] = []
+    for step in steps:
+        made = tuple(f"{each.config.output.partition('?')[0]}/" for each in kept)
+        paths = [f"{value.partition('?')[0]}/" for _, value in standing.inputs_of(step)]
+        root = f"{Location(config.root).uri.partition('?')[0]}/"
+        if all(path.startswith(made) or not path.startswith(root) for path in paths):
+            kept.append(step)
+    return kept
+
+
+def _check_source(source: str, ingest: Any) -> None:
+    """Check that the source is there and has a format that we read; a corpus that would be fetched, by its name."""
+    from readapt_ray.sources.opening import check_source
+
+    check_source(source, ingest.format, ingest.read_options())
+
+
+def _check_pair(pretrained: OpenModel, retriever: OpenModel, merge: Any) -> None:
+    """Check that the retriever was made from the pretrained model."""
+    from readapt_ray.weights.merge_plan import check_pair
+
+    if not pretrained.is_adapter:
+        check_pair(pretrained, retriever, accept=merge.accept)
 
 
 def _check_encoding(config: RunConfig, retriever: OpenModel) -> None:
@@ -114,7 +171,7 @@ def _check_positions(pretrained: OpenModel, pack: Any) -> None:
 def _check_files(config: RunConfig, step: Step) -> None:
     """Check that the files which the user's sections name are there, and queries and qrels."""
     section = "train" if step.stage == "pack" else step.stage
-    for name in sorted(type(step.config).inputs & getattr(config, section, {}).keys()):
+    for name in sorted(type(step.config).inputs & getattr(config, section, {}).keys() - _MODEL_NAMES):
         value = getattr(step.config, name)
         if isinstance(value, str) and not Location(value).exists():
             raise InputError(f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists")
@@ -126,21 +183,29 @@ def _check_files(config: RunConfig, step: Step) -> None:
             raise InputError(f"{absent[0]} = {getattr(config, absent[0])!r} is not there; give a file that exists")
 
 
-def _check_root(config: RunConfig, found: Sequence[Standing]) -> None:
+def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standing], problems: Problems) -> None:
     """Check that all outputs are free, or ours and what the run would make, or may be overwritten."""
-    for each in found:
-        location = Location(each.step.config.output)
-        if each.record is None:
-            outputs.refuse_what_is_there(location, each.step.config, {}, None)
-        elif not each.is_complete and leases.is_alive(each.record):
-            raise ArtifactConflictError(
-                f"process {each.record['pid']} on {each.record['host']} is writing {location}; wait for it to end, or give "
-                f"another --root"
-            )
+    for step in steps:
+        with problems.noted():
+            _check_output(step)
     stale = [each for each in found if each.is_stale]
-    if refused := [each for each in stale if not each.step.config.overwrite]:
+    refused = [each for each in stale if not each.step.config.overwrite]
+    if refused and not problems.left_out:  # with an option that is not known all may seem to be stale
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
+        with problems.noted():
+            raise ArtifactConflictError(
+                f"under {config.root!r} stands what was made otherwise: {standing.summary(stale)}. Make these again, and only "
+                f"these, with --overwrite (or --from {first}), or give another --root"
+            )
+
+
+def _check_output(step: Step) -> None:
+    """Check that nothing but an artifact of ours, that nobody is writing, lies at an output."""
+    location = Location(step.config.output)
+    record, is_complete = standing.record_of(step)
+    if record is None:
+        outputs.refuse_what_is_there(location, step.config, {}, None)
+    elif not is_complete and leases.is_alive(record):
         raise ArtifactConflictError(
-            f"under {config.root!r} stands what was made otherwise: {standing.summary(stale)}. Make these again, and only "
-            f"these, with --overwrite (or --from {first}), or give another --root"
+            f"process {record['pid']} on {record['host']} is writing {location}; wait for it to end, or give another --root"
         )

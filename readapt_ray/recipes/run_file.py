@@ -1,35 +1,75 @@
 """Read a run's YAML file into its config, with changes of single options."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import pydantic
 import yaml
 
 from readapt_ray.errors import InputError
 from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.recipes.problems import Problems
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
 
-def read_run(file: str, changes: Mapping[str, Any]) -> RunConfig:
+def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = None) -> RunConfig:
     """Read the config of a run from its file.
 
     Args:
         file: its YAML file.
         changes: options in place of the file's, by name (`root`, `train.lora_rank`), or as sections inside each other.
+        problems: takes what is wrong with options, which are then left out. If omitted, it is raised.
 
     Raises:
         InputError: there is no such file, it holds something else, or an option is unknown or wrong.
     """
     what = "a run's options, one per line (source, pretrained, retriever and more; jobs/ has examples)"
-    return changed(options_of(read_yaml(Location(file), what), repr(file), what), changes, where=file)
+    return changed(options_of(read_yaml(Location(file), what), repr(file), what), changes, problems, where=file)
 
 
-def changed(values: dict[str, Any], changes: Mapping[str, Any], *, where: str) -> RunConfig:
+def changed(
+    values: dict[str, Any], changes: Mapping[str, Any], problems: Problems | None = None, *, where: str
+) -> RunConfig:
     """Make the config of a run from options by name, some of them changed; see `read_run`."""
+    found = Problems() if problems is None else problems
     for name, value in _by_name(changes):
-        _change(values, name, value)
-    return RunConfig.parse(values, where=where)
+        with found.noted(name.partition(".")[0]):
+            _change(values, name, value)
+    config = _parsed(values, found, where=where)
+    if problems is None:
+        found.raise_them()
+    return config
+
+
+def _parsed(values: dict[str, Any], problems: Problems, *, where: str) -> RunConfig:
+    """Make a config of the options that are right. What is required and wrong or missing is empty, and left out."""
+    wrong = _wrong_options(values)
+    if wrong:
+        with problems.noted(*wrong):
+            RunConfig.parse(values, where=where)
+    right = {name: value for name, value in values.items() if name not in wrong}
+    empty = {name: "" for name in wrong & RunConfig.model_fields.keys() if RunConfig.model_fields[name].is_required()}
+    return RunConfig.parse({**right, **empty}, where=where)
+
+
+def _wrong_options(values: Mapping[str, Any]) -> set[str]:
+    """Return the names of the options that are unknown, wrong, or required and missing."""
+    try:
+        RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        return {str(problem["loc"][0]) for problem in error.errors(include_url=False) if problem["loc"]}
+    return set()
+
+
+def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:
+    """Split each `NAME=VALUE` into the name and the value, which is YAML; what is something else is noted."""
+    changes: dict[str, Any] = {}
+    for text in texts:
+        with problems.noted(text.partition("=")[0].partition(".")[0]):
+            name, value = parse_change(text)
+            changes[name] = value
+    return changes
 
 
 def parse_change(text: str) -> tuple[str, Any]:

@@ -25,13 +25,13 @@ from readapt_ray.recipes.background import run_in_background
 from readapt_ray.recipes.chain import (
     RUN_NAME,
     RUN_STAGES,
-    Problems,
     RunConfig,
     Step,
     plan_steps,
     run_stage,
     runs_beside_next,
 )
+from readapt_ray.recipes.problems import Problems
 from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
 
@@ -40,13 +40,16 @@ logger = logging.getLogger("readapt_ray")
 LOG_NAME = "readapt-run.log"
 
 
-def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = None) -> dict[str, Artifact]:
+def run(
+    config: RunConfig, *, overwrite: bool = False, from_stage: str | None = None, problems: Problems | None = None
+) -> dict[str, Artifact]:
     """Run the main job; what is complete already is not done again.
 
     Args:
         config: the run.
         overwrite: make again all that is stale: made with other options or from other inputs.
         from_stage: as overwrite, but only for this stage and those after it.
+        problems: what is wrong with the options that the config was made of.
 
     Returns:
         The artifacts by their folder under the root (`corpus`, `adapter`, `adapted`, `report` ...).
@@ -54,15 +57,16 @@ def run(config: RunConfig, *, overwrite: bool = False, from_stage: str | None = 
     Raises:
         InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
     """
-    problems = Problems()
+    problems = Problems() if problems is None else problems
     planned = plan_steps(config, problems)
-    with problems.noted():
+    with problems.noted("from_stage"):
         planned = _with_overwriting(planned, overwrite=overwrite, from_stage=from_stage)
     steps = planned
     with problems.noted():
         steps = unlabelled.fitted(config, planned)
     root = Location(config.root)
-    artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
+    with problems.noted():
+        artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
     before = read_record(root)
     stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
     if stale:

@@ -63,14 +63,14 @@ def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, read
     asked = {each["fingerprint"]: each["options"] for each in noted if each.get("fingerprint") and "options" in each}
     replaced = {each["replaces"] for each in noted if each.get("replaces")}
     for step in steps:
-        record, is_complete = _record(step)
+        record, is_complete = record_of(step)
         standing = Standing(step, record, is_complete)
         if record is not None:
             changes = list(_changed_options(step, record, asked.get(record["fingerprint"])))
             if not changes and record["fingerprint"] in replaced:
                 changes.append("a run that did not end was about to make it again")
             stale = []
-            for name, value in _inputs(step):
+            for name, value in inputs_of(step):
                 source = _source(value, found)
                 if source is not None and source.is_stale:
                     stale.append(source.step.name)
@@ -81,7 +81,8 @@ def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, read
     return list(found.values())
 
 
-def _record(step: Step) -> tuple[Mapping[str, Any] | None, bool]:
+def record_of(step: Step) -> tuple[Mapping[str, Any] | None, bool]:
+    """Return the manifest at a step's output, else the lease, and whether it is the manifest."""
     manifest = artifacts.read_manifest(step.config.output)
     if manifest is not None:
         return dataclasses.asdict(manifest), True
@@ -100,7 +101,8 @@ def _changed_options(step: Step, record: Mapping[str, Any], asked: Mapping[str, 
             yield f"{section}.{name}: {before.get(name)!r} there, {value!r} now"
 
 
-def _inputs(step: Step) -> Iterator[tuple[str, str]]:
+def inputs_of(step: Step) -> Iterator[tuple[str, str]]:
+    """Yield the option and the value of each input that a step reads."""
     for name in sorted(step.config.inputs):
         value = getattr(step.config, name)
         if isinstance(value, str | tuple):

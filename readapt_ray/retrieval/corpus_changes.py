@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.records import content_hash
@@ -86,6 +87,33 @@ def added_up(parts: Sequence[Changes]) -> Changes:
     )
 
 
+def known_contents(passages: ParquetRows) -> NDArray[np.uint64]:
+    """Return what identifies the contents of a corpus, rising: 8 bytes a passage, for `is_known`.
+
+    Raises:
+        CorruptFileError: a file was cut short or altered.
+    """
+    found = [_contents(hashes) for _, hashes in _columns(passages)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
+
+
+def is_known(known: NDArray[np.uint64], hashes: Sequence[bytes]) -> NDArray[np.bool_]:
+    """Return for each content hash whether `known_contents` has it."""
+    contents = _contents(hashes)
+    place = np.minimum(np.searchsorted(known, contents), max(0, len(known) - 1))
+    return known[place] == contents if len(known) else np.zeros(len(contents), bool)
+
+
+def content_hashes(passages: pa.Table) -> list[bytes]:
+    """Return the hash of title and text of each row."""
+    pairs = zip(passages["title"].to_pylist(), passages["text"].to_pylist(), strict=True)
+    return [content_hash(title, text) for title, text in pairs]
+
+
+def _contents(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
+    return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)[:, 0]
+
+
 def _keys(passages: ParquetRows, part: int, num_parts: int) -> _Keys:
     """Read the ids and contents of a part of the passages, and order them by id."""
     found = [(np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, np.int64))]
@@ -94,8 +122,7 @@ def _keys(passages: ParquetRows, part: int, num_parts: int) -> _Keys:
         digests = b"".join(hashlib.blake2b(each.encode(), digest_size=8).digest() for each in doc_ids)
         ids = np.frombuffer(digests, np.uint64)
         mine = np.flatnonzero(ids % np.uint64(num_parts) == part)
-        contents = np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)[:, 0]
-        found.append((ids[mine], contents[mine], mine + first))
+        found.append((ids[mine], _contents(hashes)[mine], mine + first))
         first += len(doc_ids)
     ids, contents, rows = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(ids)
@@ -112,5 +139,4 @@ def _columns(passages: ParquetRows) -> Iterator[tuple[list[str], list[bytes]]]:
                 yield table["doc_id"].to_pylist(), table["content_hash"].to_pylist()
                 continue
             texts = read_rows(passages.folder / name, start, size, ("title", "text"))
-            pairs = zip(texts["title"].to_pylist(), texts["text"].to_pylist(), strict=True)
-            yield table["doc_id"].to_pylist(), [content_hash(title, text) for title, text in pairs]
+            yield table["doc_id"].to_pylist(), content_hashes(texts)

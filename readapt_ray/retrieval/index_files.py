@@ -3,8 +3,8 @@
 A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet`
 (columns doc_id and content_hash, in the order of the index; no doc_id where a passage was deleted). Beside them, written
 last, `shards/00000.json` says what they are, so that a resumed run reads no vectors and no ids; an approximate shard has
-`shards/00000.recall.npz`, what it finds, and `shards/00000.bm25.npz` holds its BM25 scores. Checksums stand in the artifact's manifest. A shard takes its memory twice while it
-is read.
+`shards/00000.recall.npz`, what it finds, and `shards/00000.bm25.npz` holds its BM25 scores. Checksums stand in the artifact's manifest. A shard that is not
+mapped takes its memory twice while it is read.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from readapt_ray.retrieval.footers import at_once
 from readapt_ray.retrieval.index_recall import set_depth
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard
 from readapt_ray.retrieval.shard_plan import packed_hashes
+from readapt_ray.retrieval.whole_files import check_whole
 from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
 
@@ -166,14 +167,24 @@ def read_ids(folder: Location, record: ShardRecord) -> tuple[NDArray[np.object_]
     return doc_ids, packed_hashes(table["content_hash"].to_pylist())
 
 
-def read_shard(folder: Location, record: ShardRecord) -> IndexShard:
+def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False) -> IndexShard:
     """Load a shard.
+
+    Args:
+        folder: the `shards` folder.
+        record: what the manifest says of it.
+        is_mapped: leave the vectors of a local file where they are, in pages that all processes of a node share, and
+            compute its checksum once per node. Such a shard cannot be merged with others.
 
     Raises:
         CorruptFileError: a file of it is gone, or is not the one that was written.
     """
-    content = _verified(folder / f"{record.name}.faiss", record.index_sha256)
-    index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
+    file = folder / f"{record.name}.faiss"
+    if is_mapped and file.is_local:
+        check_whole(file.local_path, record.index_sha256)
+        index = faiss.read_index(str(file.local_path), faiss.IO_FLAG_MMAP_IFC)
+    else:
+        index = faiss.deserialize_index(np.frombuffer(_verified(file, record.index_sha256), np.uint8))
     doc_ids, hashes = read_ids(folder, record)
     if not index.ntotal == len(doc_ids) == record.num_vectors:
         raise CorruptFileError(

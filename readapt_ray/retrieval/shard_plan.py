@@ -74,6 +74,46 @@ def plan_shards(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[
     ]
 
 
+def plan_shards_like(
+    counts: Sequence[tuple[str, int]],
+    rows_per_shard: int,
+    earlier_counts: Sequence[tuple[str, int]],
+    earlier_rows: Iterable[NDArray[np.int64]],
+) -> list[DataShard]:
+    """Cut the rows of files where the files of earlier vectors end, so that those of unchanged passages can be kept whole.
+
+    A shard has the rows of an earlier file with what was added there, half as many again at most, and half at least.
+
+    Args:
+        counts: of the passages.
+        rows_per_shard: as for `plan_shards`.
+        earlier_counts: of the earlier vectors.
+        earlier_rows: for all passages in their order, in pieces, the row of the earlier vector; -1 where there is none.
+    """
+    ends = np.cumsum([count for _, count in earlier_counts])
+    largest = max((count for _, count in earlier_counts), default=0)
+    most = max(2, largest if rows_per_shard < largest <= 2 * rows_per_shard else rows_per_shard)
+    cuts, first, file_before = [0], 0, np.int64(-1)
+    for rows in earlier_rows:
+        known = np.flatnonzero(rows >= 0)
+        files = np.searchsorted(ends, rows[known], side="right")
+        changes = first + known[files != np.concatenate([[file_before], files[:-1]])]
+        first, file_before = first + len(rows), files[-1] if len(files) else file_before
+        while True:
+            place = np.searchsorted(changes, cuts[-1] + most // 2)
+            if place < len(changes) and changes[place] <= cuts[-1] + 3 * most // 2:
+                cuts.append(int(changes[place]))
+            elif cuts[-1] + 3 * most // 2 < first:
+                cuts.append(cuts[-1] + most)
+            else:
+                break
+    bounds = zip(cuts, [*cuts[1:], first], strict=True)
+    return [
+        DataShard(number, start, tuple(ranges_between(counts, start, end)))
+        for number, (start, end) in enumerate(bounds)
+    ]
+
+
 def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> Iterator[RowRange]:
     """Return rows `first` to `last` of all files, by file."""
     begin = 0

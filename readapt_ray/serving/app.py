@@ -7,7 +7,7 @@ options. What does not fit together is refused before anything starts.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -30,6 +30,7 @@ from readapt_ray.serving.domain_app import (
 from readapt_ray.serving.keys import ApiKey, read_keys
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import DomainIndexConfig, DomainsConfig, Limits, ServeConfig, VersionConfig
+from readapt_ray.serving.slice_plan import planned_slices
 from readapt_ray.serving.versions import LossPolicy
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         # An application needs one deployment that leads to all others.
         others = slices if number == 0 and isinstance(config, DomainIndexConfig) else []
         bound = IndexReplica.options(  # type: ignore[attr-defined]
-            name=f"index-{number}",
+            name=each.deployment,
             num_replicas=config.index_replicas,
             max_ongoing_requests=64,
             ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": each.num_bytes},
@@ -108,28 +109,6 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         **_scale(config),
     )
     return encoder.bind(spec, *slices)
-
-
-class PlannedSlice(NamedTuple):
-    """A part of an index, which one process serves."""
-
-    shards: tuple[str, ...]
-    """Their names."""
-    num_bytes: int
-    """Memory that Ray sets aside, so that a slice never starts on a node without room for it."""
-
-
-def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
-    """Deal the shards of a version's index out to slices; none without an index."""
-    if not config.index:
-        return []
-    shards = open_artifact(config.index, "index").manifest.details["shards"]
-    sizes = {each["name"]: int(each["num_bytes"]) for each in shards}
-    dealt = [tuple(sizes)[first :: config.index_actors] for first in range(min(config.index_actors, len(sizes)))]
-    # A shard takes twice its size while it is read.
-    return [
-        PlannedSlice(names, sum(sizes[name] for name in names) + max(sizes[name] for name in names)) for names in dealt
-    ]
 
 
 def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
@@ -165,7 +144,7 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
         index=on_worker.absolute(index.location).uri if index else None,
         index_fingerprint=index.fingerprint if index else None,
         index_encoder=index.manifest.details["encoder"]["fingerprint"] if index else None,
-        shards=tuple(record["name"] for record in index.manifest.details["shards"]) if index else (),
+        slices={each.deployment: each.num_vectors for each in planned_slices(config)},
         has_words="bm25" in index.manifest.details if index else False,
         is_split=bool(index and index.manifest.details.get("is_split")),
         corpus=on_worker.absolute(corpus.location).uri if corpus else None,
@@ -268,7 +247,8 @@ def bind_gateway(setup: "GatewaySetup", state: "GatewayConfig") -> Any:
         user_config=state.model_dump(mode="json"),
         ray_actor_options={"num_cpus": 0},
         logging_config=LoggingConfig(encoding="JSON", enable_access_log=False).model_dump(),
-        **_LIFE | {"graceful_shutdown_timeout_s": setup.drain_s},
+        # One that an update replaces answers what it has; `readapt serve` bounds an end by drain_s itself.
+        **_LIFE | {"graceful_shutdown_timeout_s": max(setup.drain_s, setup.limits.timeout_s)},
     ).bind(setup)
 
 

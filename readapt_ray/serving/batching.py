@@ -82,6 +82,7 @@ class Batcher:
         wait_s: how long a batch that is not full waits for more rows although the encoder is free.
         max_queued_tokens: tokens that wait at most. A request that finds the queue empty always gets in.
         num_slots: batches under way at once: one for each replica.
+        tokens_per_s: what a replica encoded at its start; 0 if nothing is known.
         on_batch: told the rows, tokens and seconds of each batch.
     """
 
@@ -93,6 +94,7 @@ class Batcher:
         wait_s: float,
         max_queued_tokens: int,
         num_slots: int = 1,
+        tokens_per_s: float = 0.0,
         on_batch: Callable[[int, int, float], None] | None = None,
     ) -> None:
         self._encode = encode
@@ -110,6 +112,7 @@ class Batcher:
         self._queued_tokens = 0
         self._encoding_tokens = 0
         self._num_slots = num_slots
+        self._first_tokens_per_s = tokens_per_s
         self._tokens_per_s = 0.0
         self._rate_seen_s = -math.inf
         self._timer: asyncio.TimerHandle | None = None
@@ -165,11 +168,15 @@ class Batcher:
             raise QueueFullError(self._queued_tokens / (self._tokens_per_s or self._batch_tokens))
         now_s = job.came_s
         if now_s > self._rate_seen_s + _RATE_KNOWN_FOR_S:
+            # Of its start alone too little is known to refuse what twice that rate would do.
+            first_rate = self._first_tokens_per_s * self._num_slots
+            if first_rate and job.queued_tokens > 2 * first_rate * (job.deadline_s - now_s):
+                raise RequestTooLargeError(_num_rows_in_time(job, first_rate))
             return
         rate = self._tokens_per_s * self._num_slots
         time_s = _SHARE_OF_TIME * (job.deadline_s - now_s)
         if job.queued_tokens > rate * time_s:
-            raise RequestTooLargeError(int(len(job.rows) * rate * time_s / job.queued_tokens))
+            raise RequestTooLargeError(_num_rows_in_time(job, rate))
         jobs = sorted((*self._waiting, job), key=lambda each: each.queued_tokens)
         before, others = self._encoding_tokens, len(jobs)
         for each in jobs:
@@ -313,9 +320,13 @@ class Batcher:
         rate = self._tokens_per_s * self._num_slots
         for job in self._waiting:
             if job.queued_tokens > 2 * rate * (job.deadline_s - now_s):
-                time_s = _SHARE_OF_TIME * (job.deadline_s - job.came_s)
-                num_tokens = sum(map(len, job.rows))
-                _fail(job, RequestTooLargeError(int(len(job.rows) * rate * time_s / num_tokens)))
+                _fail(job, RequestTooLargeError(_num_rows_in_time(job, rate)))
+
+
+def _num_rows_in_time(job: _Job, rate: float) -> int:
+    """Return how many rows of a request would be accepted at a rate in tokens per second."""
+    time_s = _SHARE_OF_TIME * (job.deadline_s - job.came_s)
+    return int(len(job.rows) * rate * time_s / sum(map(len, job.rows)))
 
 
 def _fail(job: _Job, error: Any) -> None:

@@ -159,24 +159,17 @@ def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> Non
 
 def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
     """Return what a gateway is told of the index of each domain."""
-    from readapt_ray.serving.app import planned_slices
     from readapt_ray.serving.domains import DomainIndex
+    from readapt_ray.serving.slice_plan import planned_slices
 
     found = {}
     for name, each in config.domain_indexes().items():
         spec = index_spec(each)
-        sizes = {
-            shard["name"]: shard["num_vectors"] - shard.get("num_deleted", 0)
-            for shard in open_artifact(str(each.index), "index").manifest.details["shards"]
-        }
         found[name] = DomainIndex(
             app=index_app_name(each),
             fingerprint=spec.fingerprint(str(spec.encoder_fingerprint)),
             encoder_fingerprint=str(spec.encoder_fingerprint),
-            slices={
-                f"index-{number}": sum(sizes[shard] for shard in part.shards)
-                for number, part in enumerate(planned_slices(each))
-            },
+            slices={part.deployment: part.num_vectors for part in planned_slices(each)},
             has_words=spec.has_words,
             is_split=spec.is_split,
             corpus=spec.corpus,

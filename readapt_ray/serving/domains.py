@@ -5,7 +5,6 @@ rows of many domains share a batch, and domains are added and removed by the gat
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -108,12 +107,6 @@ class DomainBackend:
                 )
             self.info = index.described(self.info)
 
-    def without_search(self) -> "DomainBackend":
-        """Return this domain with an index that cannot be searched."""
-        lost = copy(self)
-        lost._searcher = LostIndex(self.source.name)
-        return lost
-
     def fingerprint_of(self, scales: Sequence[float]) -> str:
         """Return a fingerprint of what makes the vectors with these scales."""
         info = self.shared.info
@@ -134,24 +127,6 @@ class DomainBackend:
     async def check(self) -> float:
         """Check the encoder that all domains share."""
         return await self.shared.check()
-
-
-class LostIndex:
-    """The index of a domain that cannot be searched: its domain says so, and the others go on."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    async def search(self, *_: object) -> Found:
-        """Refuse.
-
-        Raises:
-            RequestError: always.
-        """
-        message = f"the corpus or the index of domain {self._name!r} cannot be used now"
-        raise RequestError(message, status=503, code="index_lost", retry_after_s=10)
-
-    search_words = search
 
 
 def policy_of_domains(policy: LossPolicy) -> LossPolicy:

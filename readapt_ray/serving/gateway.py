@@ -8,6 +8,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
 from readapt_ray.serving.options import Limits, is_loopback
 from readapt_ray.serving.ray_backend import RayBackend
+from readapt_ray.serving.readiness import Recent
 from readapt_ray.serving.routes import build_api
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import PREFIX, Telemetry
@@ -32,7 +34,11 @@ from readapt_ray.weights.domain_sources import DomainSource
 logger = logging.getLogger("ray.serve")
 
 _POLL_S = 0.5
+_OTHERS_S = 30.0
+"""How long the versions that are up wait for the others. An encoder answers between two batches."""
 _SCRAPE_S = 5.0
+_SCRAPING = ThreadPoolExecutor(8, thread_name_prefix="metrics")
+"""Nodes that do not answer must not delay what reads passages."""
 
 
 class GatewayConfig(Config):
@@ -80,6 +86,8 @@ class Gateway:
         self._id = uuid.uuid4().hex
         self._versions: dict[str, RayBackend] = {}
         """By their applications, whose handles they hold."""
+        self._completing: asyncio.Task[None] | None = None
+        """Adds the versions that came up late."""
 
     def __serve_build_asgi_app__(self) -> App:
         """Build the app in the replica."""
@@ -89,7 +97,7 @@ class Gateway:
 
             spans = RequestSpans()
         guard = self._guard = Guard(
-            build_api(self._service, gather_metrics),
+            build_api(self._service, Recent(gather_metrics).result),
             keys=KeyRing(self._setup.keys, share=1 / self._setup.num_gateways),
             allow_anonymous=self._setup.allow_anonymous,
             sees_clients=_sees_clients(),
@@ -112,13 +120,42 @@ class Gateway:
         return self._id, self._guard.stop_accepting(give_up=give_up) if self._guard else 0
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve what a `GatewayConfig` says, once every version in it is up."""
+        """Serve what a `GatewayConfig` says. Versions that are not up 30 s after the first are added later."""
+        if self._completing is not None:
+            self._completing.cancel()
+            await asyncio.wait({self._completing})
+            self._completing = None
         state = GatewayConfig.parse(user_config, where="user_config")
-        found = await asyncio.gather(*(self._version(app, state) for app in state.versions.values()))
-        versions = dict(zip(state.versions, found, strict=True))
-        await self._service.set_state(_backends(versions, state), state.routing)
-        self._versions, self._state = dict(zip(state.versions.values(), found, strict=True)), state
-        logger.info("serving %s, default %s", ", ".join(versions), state.routing.default)
+        if not await self._take_over(state):
+            self._completing = asyncio.create_task(self._complete(state))
+
+    async def _complete(self, state: GatewayConfig) -> None:
+        """Add versions as they come up."""
+        is_complete = False
+        while not is_complete:
+            try:
+                is_complete = await self._take_over(state)
+            except Exception:
+                logger.exception("a version that came up cannot be added")
+                await asyncio.sleep(_OTHERS_S)
+
+    async def _take_over(self, state: GatewayConfig) -> bool:
+        """Serve the versions that are up; return whether all are."""
+        asked = {name: asyncio.create_task(self._version(app, state)) for name, app in state.versions.items()}
+        try:
+            await asyncio.wait(asked.values(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(asked.values(), timeout=_OTHERS_S)
+            up = {name: each.result() for name, each in asked.items() if each.done()}
+        finally:
+            for each in asked.values():
+                each.cancel()
+        missing = dict.fromkeys(asked.keys() - up.keys(), "its encoder does not answer")
+        await self._service.set_state(_backends(up, state), state.routing, missing)
+        self._state, self._versions = state, {state.versions[name]: each for name, each in up.items()}
+        logger.info("serving %s, default %s", ", ".join(up), state.routing.default)
+        if missing:
+            logger.warning("not up yet: %s", ", ".join(sorted(missing)))
+        return not missing
 
     async def _version(self, app: str, state: GatewayConfig) -> RayBackend:
         encoder, info = await _description(app)
@@ -167,7 +204,7 @@ async def _description(app: str) -> tuple[Any, VersionInfo]:
             encoder = serve.get_deployment_handle(ENCODER_DEPLOYMENT, app)
             info: VersionInfo = await encoder.describe.remote()
             return encoder, info
-        except (RayServeException, ray.exceptions.RayActorError) as error:
+        except (RayServeException, ray.exceptions.RayActorError, KeyError) as error:  # KeyError: there is no such app
             logger.info("waiting for %s: %s", app, error)
             await asyncio.sleep(_POLL_S)
 
@@ -179,7 +216,8 @@ async def gather_metrics() -> str:
         for node in await asyncio.to_thread(ray.nodes)
         if node["Alive"] and node["MetricsExportPort"]
     ]
-    pages = await asyncio.gather(*(asyncio.to_thread(_read, url) for url in urls))
+    loop = asyncio.get_running_loop()
+    pages = await asyncio.gather(*(loop.run_in_executor(_SCRAPING, _read, url) for url in urls))
     described: dict[str, None] = {}
     samples = []
     for line in (line for page in pages for line in page.splitlines()):

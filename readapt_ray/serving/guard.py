@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
@@ -46,6 +47,8 @@ _KNOWN_PATHS = _OPEN_PATHS | {
 }  # fmt: skip
 _WHILE_STOPPING = frozenset({"/health", "/healthz", "/metrics"})
 _MAX_ID_CHARACTERS = 128
+_FORWARDED = re.compile(r"""(?i)\bfor\s*=\s*"?(\[[^\]"]*\]|[^\s;,:"]*)""")
+"""Clients in a `Forwarded` header (RFC 7239), without their ports."""
 
 
 class Guard:
@@ -194,7 +197,9 @@ class Guard:
             host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         except ValueError:
             host = ""
-        if not self._sees_clients or (client and not is_loopback(client[0])) or not is_loopback(host):
+        # A proxy on this machine says for whom it asks.
+        named = [*_FORWARDED.findall(headers.get("forwarded", "")), *([client[0]] if client else [])]
+        if not self._sees_clients or not all(map(is_loopback, [host, *named])):
             raise RequestError(
                 "this server has no API keys, so it answers only clients of its own machine at 127.0.0.1 or localhost; "
                 "start it with --api-keys",

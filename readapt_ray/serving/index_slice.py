@@ -25,7 +25,10 @@ from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, searc
 from readapt_ray.retrieval.kept_columns import KeptColumns
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.storage import Location
+from readapt_ray.weights.ordered_map import ordered_map
 
+READ_AT_ONCE = 4
+"""Shards that a slice reads at once."""
 _BLOCK_ROWS = 16384
 _SCANNED_ROWS = 32768
 """Rows of a shard up to which a filtered search compares all that pass."""
@@ -114,11 +117,21 @@ class _SearchableShard:
             yield Hits(scores, doc_ids)
 
 
-def _loaded(folder: Location, record: ShardRecord, words: Mapping[str, str]) -> IndexShard:
-    shard = read_shard(folder, record)
-    if record.name not in words:
-        return shard
-    return replace(shard, words=(read_words(folder, record.name, words[record.name]),))
+def is_mapped(record: ShardRecord, records: Sequence[ShardRecord]) -> bool:
+    """Return whether a shard of a slice stays in its local file: those that were trained together are merged in memory."""
+    return record.trained is None or sum(each.trained == record.trained for each in records) == 1
+
+
+def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str, str]) -> Iterator[IndexShard]:
+    """Yield the shards in their order; some are read at once."""
+
+    def load(record: ShardRecord) -> IndexShard:
+        shard = read_shard(folder, record, is_mapped=is_mapped(record, records))
+        if record.name not in words:
+            return shard
+        return replace(shard, words=(read_words(folder, record.name, words[record.name]),))
+
+    yield from ordered_map(load, (each for each in records if each.num_vectors), num_threads=READ_AT_ONCE)
 
 
 def _vectors(index: Any, rows: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -161,7 +174,7 @@ class IndexSlice:
         corpus: Sequence[Location] = (),
         words: Mapping[str, str] | None = None,
     ) -> None:
-        shards = merged(_loaded(folder, record, words or {}) for record in records if record.num_vectors)
+        shards = merged(_loaded(folder, records, words or {}))
         columns = KeptColumns.read(corpus, [doc_id for each in shards for doc_id in each.doc_ids]) if corpus else None
         starts = itertools.accumulate((len(each.doc_ids) for each in shards), initial=0)
         self._shards = [

@@ -5,11 +5,12 @@ and goes to other processes is the SHA-256 of each key. A check costs one hash a
 in time that does not depend on how much of a key was right.
 """
 
+import contextlib
 import hashlib
 import hmac
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,17 @@ def _within(name: str, given: Any, where: str) -> DocFilter:
     if found is None:
         raise InputError(f"{where}: `within` of {name!r} must have `doc_id_prefix`, `doc_ids` or `filter`")
     return found
+
+
+@contextlib.contextmanager
+def out_of_environment() -> Iterator[None]:
+    """Keep the keys from the processes that this block starts: Ray's need none, and would show them to each other."""
+    text = os.environ.pop(ENVIRONMENT, None)
+    try:
+        yield
+    finally:
+        if text is not None:
+            os.environ[ENVIRONMENT] = text
 
 
 class KeyRing:

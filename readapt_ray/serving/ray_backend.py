@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +13,9 @@ from readapt_ray.serving import rollout
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.domains import DomainUnavailableError
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT
+from readapt_ray.serving.readiness import without_folders
 from readapt_ray.serving.schema import RequestError
-from readapt_ray.serving.versions import Found, LossPolicy, PartsDownError, Ranked, VersionInfo, merged
+from readapt_ray.serving.versions import Found, LossPolicy, PartsDownError, Ranked, VersionInfo, aside, merged
 from readapt_ray.weights.domain_sources import DomainSource
 
 logger = logging.getLogger("ray.serve")
@@ -91,7 +91,9 @@ class RayBackend:
         if missing and (self.policy.lost_shards == "error" or len(missing) == len(names)):
             message = f"{len(missing)} of {len(names)} parts of the index do not answer; try again"
             raise RequestError(message, status=503, code="index_incomplete", retry_after_s=1)
-        return Found(merged([answer for answer in answers if answer is not None], len(queries), top_k), missing)
+        parts = [answer for answer in answers if answer is not None]
+        num_hits = len(queries) * top_k * len(parts)
+        return Found(await aside(num_hits, merged, parts, len(queries), top_k), missing)
 
     async def _search_slice(
         self, name: str, method: str, queries: Any, top_k: int, wanted: DocFilter | None
@@ -107,6 +109,10 @@ class RayBackend:
         except TimeoutError:
             logger.warning("%s of version %s did not answer within %s s", name, self.info.fingerprint, limit_s)
             return None
+        except RequestError:
+            if self.policy.lost_shards == "partial":
+                return None
+            raise
 
     async def check(self) -> float:
         """Encode and search for real; the seconds that the encoder took.
@@ -123,16 +129,11 @@ class RayBackend:
             failed = {name: causes.get(name) or answer for name, answer in sorted(failed.items())}
             for name, answer in failed.items():
                 logger.warning("%s of %s is down: %s", name, self._encoder.app_name, answer)
-            raise PartsDownError({name: _without_folders(answer) for name, answer in failed.items()})
+            raise PartsDownError({name: without_folders(answer) for name, answer in failed.items()})
         seconds, *sizes = answers
         if dict(zip(self._slices, sizes, strict=True)) != dict(self.info.slices):
             raise WorkerError(f"the index has {sum(sizes):,} vectors; it had {self.info.num_vectors:,}")
         return float(seconds)
-
-
-def _without_folders(cause: str) -> str:
-    """Leave out where files lie, which is not for everybody who asks whether the server is ready."""
-    return re.sub(r"[^\s'\"(]*/", "", cause)
 
 
 async def _check(handle: Any, fingerprint: str) -> Any:
@@ -162,9 +163,12 @@ async def _persistently(method: Any, *given: Any) -> Any:
     """Call a deployment until a replica that lives has answered: its work changes nothing, so it may be done twice.
 
     The caller's deadline ends this.
+
+    Raises:
+        RequestError: Ray Serve has removed the deployment, or starts it no more.
     """
     from ray.exceptions import RayActorError
-    from ray.serve.exceptions import ReplicaUnavailableError
+    from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
 
     while True:
         try:
@@ -172,3 +176,7 @@ async def _persistently(method: Any, *given: Any) -> Any:
         except (RayActorError, ReplicaUnavailableError) as error:
             logger.warning("a replica was lost under way, asking another: %s", type(error).__name__)
             await asyncio.sleep(_RETRY_S)
+        except DeploymentUnavailableError as error:
+            logger.warning("asked in vain: %s", error)
+            message = "this version, or a part of it, was removed or cannot be started; try again"
+            raise RequestError(message, status=503, code="version_down", retry_after_s=1) from None

@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Generic, TypeVar
 
 from readapt_ray.serving import schema
 from readapt_ray.serving.versions import PartsDownError, Version
@@ -11,28 +13,48 @@ from readapt_ray.serving.versions import PartsDownError, Version
 logger = logging.getLogger("ray.serve")
 
 _CHECK_S = 3.0
-_CHECKED_FOR_S = 1.0
+_RECENT_S = 1.0
+
+R = TypeVar("R")
 
 
-class ReadinessCheck:
-    """Check the versions once for all who ask within a second."""
+class Recent(Generic[R]):
+    """Make something once for all who ask while it is made, and within a second after.
 
-    def __init__(self, versions: Mapping[str, Version]) -> None:
-        self._versions = versions
-        self._task: asyncio.Task[schema.Readiness] | None = None
-        self._checked_s = 0.0
+    Args:
+        make: makes it.
+    """
 
-    async def result(self) -> schema.Readiness:
-        """Return the latest result, or check anew if it is older than a second."""
-        if self._task is None or (self._task.done() and time.monotonic() > self._checked_s + _CHECKED_FOR_S):
-            self._task = asyncio.get_running_loop().create_task(self._check_all())
+    def __init__(self, make: Callable[[], Awaitable[R]]) -> None:
+        self._make = make
+        self._task: asyncio.Task[R] | None = None
+        self._made_s = 0.0
+
+    async def result(self) -> R:
+        """Return the latest result, or make another if it is older than a second."""
+        if self._task is None or (self._task.done() and time.monotonic() > self._made_s + _RECENT_S):
+            self._task = asyncio.get_running_loop().create_task(self._made())
         return await asyncio.shield(self._task)
 
-    async def _check_all(self) -> schema.Readiness:
-        found = await asyncio.gather(*map(_check, self._versions.values()))
-        self._checked_s = time.monotonic()
-        is_ready = bool(found) and all(each.ready for each in found)
-        return schema.Readiness(ready=is_ready, versions=dict(zip(self._versions, found, strict=True)))
+    async def _made(self) -> R:
+        try:
+            return await self._make()
+        finally:
+            self._made_s = time.monotonic()
+
+
+async def checked(versions: Mapping[str, Version], missing: Mapping[str, str]) -> schema.Readiness:
+    """Check whether versions encode and search.
+
+    Args:
+        versions: those that are up.
+        missing: why each of the others is not.
+    """
+    found = await asyncio.gather(*map(_check, versions.values()))
+    results = dict(zip(versions, found, strict=True))
+    results |= {name: schema.CheckResult(ready=False, reason=f"not up: {cause}") for name, cause in missing.items()}
+    is_ready = bool(results) and all(each.ready for each in results.values())
+    return schema.Readiness(ready=is_ready, versions=results)
 
 
 async def _check(version: Version) -> schema.CheckResult:
@@ -48,3 +70,8 @@ async def _check(version: Version) -> schema.CheckResult:
         logger.warning("version %s is not ready: %s", version.info.fingerprint, error)
         return schema.CheckResult(ready=False, reason="its encoder or its index fails")
     return schema.CheckResult(ready=True, encode_s=round(seconds, 4), num_vectors=version.info.num_vectors)
+
+
+def without_folders(cause: str) -> str:
+    """Leave out where files lie, which is not for everybody who asks whether the server is ready."""
+    return re.sub(r"[^\s'\"(]*/", "", cause)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from readapt_ray.errors import ReadaptError
-from readapt_ray.serving.names import GATEWAY_APP
+from readapt_ray.serving.names import GATEWAY_APP, GATEWAY_DEPLOYMENT
 
 logger = logging.getLogger("readapt_ray")
 
@@ -47,6 +47,19 @@ def deploy(applications: Mapping[str, Any]) -> None:
         if time.monotonic() > said_s + _SAID_S:
             said_s = time.monotonic()
             logger.info("waiting for %s", "; ".join(pending))
+        time.sleep(_POLL_S)
+
+
+def wait_for_old_gateways(seconds: float) -> None:
+    """Wait until the gateways that an update replaced have answered what they had, at most so long.
+
+    Only they use the versions that the update leaves out.
+    """
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s:
+        gateways = ray_serve().status().applications[GATEWAY_APP].deployments[GATEWAY_DEPLOYMENT]
+        if set(gateways.replica_states) <= {"RUNNING"}:
+            return
         time.sleep(_POLL_S)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from readapt_ray.serving.doc_filter import MAX_COLUMNS, MAX_DOC_IDS, MAX_VALUES, FilterFields
 
@@ -104,6 +104,11 @@ class SearchRequest(FilterFields, _Request):
     user: Text | None = None
     """Where versions share the traffic, the same user gets the same version. They share the searches that name no
     `model`."""
+
+    @field_validator("top_k", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        return 10 if value is None else value
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:

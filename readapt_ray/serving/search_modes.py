@@ -1,9 +1,7 @@
 """Search by vectors, by words, or by both, whose rankings are fused by reciprocal rank."""
 
 import asyncio
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +9,8 @@ from numpy.typing import NDArray
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.parents import first_of_each
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.schema import Mode, RequestError, invalid
-from readapt_ray.serving.versions import Backend, Found, Ranked
+from readapt_ray.serving.schema import MAX_HITS, Mode, RequestError, invalid
+from readapt_ray.serving.versions import Backend, Found, Ranked, aside
 
 _PASSAGES_A_DOCUMENT = 3
 """Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
@@ -58,24 +56,6 @@ def word_queries(query: str | Sequence[str], *, truncate: bool, max_inputs: int)
     return [text[:_MAX_CHARACTERS] for text in texts]
 
 
-def given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
-    """Return the vectors of a request as [N, dimension].
-
-    Raises:
-        RequestError: one has another length, or a number beyond float32.
-    """
-    listed = given if isinstance(given[0], list) else [given]
-    for place, vector in enumerate(listed):
-        if len(vector) != dimension:
-            message = f"'vector[{place}]' has {len(vector):,} numbers; this index has vectors of {dimension:,}"
-            raise invalid(message, "vector")
-    with np.errstate(over="ignore"):
-        vectors = np.array(listed, dtype=np.float32)
-    if not np.isfinite(vectors).all():
-        raise invalid("'vector' has a number beyond float32", "vector")
-    return vectors
-
-
 async def search_documents(
     mode: Mode,
     backend: Backend,
@@ -91,18 +71,33 @@ async def search_documents(
         mode, backend, vectors, texts, wanted: as of `search_by_mode`.
         top_k: documents per query.
     """
-    search = functools.partial(search_by_mode, mode, backend, vectors, texts, wanted=wanted)
-    if not backend.info.is_split:
-        return await search(top_k=top_k)
-    depth = min(_PASSAGES_A_DOCUMENT * top_k, backend.info.num_vectors)
-    while True:
-        found = await search(top_k=depth)
-        best = [first_of_each((hit.doc_id for hit in ranked), top_k) for ranked in found.ranked]
-        lacks = any(len(own) < top_k and len(all_) == depth for own, all_ in zip(best, found.ranked, strict=True))
-        if not lacks or depth == backend.info.num_vectors or depth >= _DEEPEST * top_k:
-            ranked = [[all_[place] for place in own] for own, all_ in zip(best, found.ranked, strict=True)]
-            return Found(ranked, found.missing)
-        depth = min(_PASSAGES_A_DOCUMENT * depth, backend.info.num_vectors)
+    most = min(backend.info.num_vectors, _DEEPEST * top_k, MAX_HITS)
+    depth = min(_PASSAGES_A_DOCUMENT * top_k, most) if backend.info.is_split else top_k
+    found: list[list[Ranked]] = [[] for _ in vectors]
+    left, missing = np.arange(len(vectors)), set[str]()
+    while len(left):
+        lacking = []
+        for part in _pieces(left, max(depth, DEPTH) if mode == "hybrid" else depth):
+            asked = [texts[place] for place in part] if texts else []
+            its = await search_by_mode(mode, backend, vectors[part], asked, top_k=depth, wanted=wanted)
+            missing.update(its.missing)
+            for place, passages in zip(part, its.ranked, strict=True):
+                found[place] = _documents(passages, top_k) if backend.info.is_split else passages
+                if len(found[place]) < top_k and len(passages) == depth < most:
+                    lacking.append(place)
+        left, depth = np.array(lacking, np.int64), min(_PASSAGES_A_DOCUMENT * depth, most)
+    return Found(found, sorted(missing))
+
+
+def _pieces(places: NDArray[np.int64], depth: int) -> Iterator[NDArray[np.int64]]:
+    """Yield queries in pieces that find no more than a request may ask for: each is a list of Python objects at first."""
+    size = max(1, MAX_HITS // max(1, depth))
+    yield from (places[first : first + size] for first in range(0, len(places), size))
+
+
+def _documents(passages: Sequence[Ranked], top_k: int) -> list[Ranked]:
+    """Return the best passage of each of the k best documents."""
+    return [passages[place] for place in first_of_each((each.doc_id for each in passages), top_k)]
 
 
 async def search_by_mode(
@@ -130,7 +125,11 @@ async def search_by_mode(
         return await backend.search_words(texts, top_k, wanted)
     depth = max(top_k, DEPTH)
     both = await asyncio.gather(backend.search(vectors, depth, wanted), backend.search_words(texts, depth, wanted))
-    rankings = zip(*(each.ranked for each in both), strict=True)
-    fused = [reciprocal_rank_fusion([[hit.doc_id for hit in each] for each in pair], top_k) for pair in rankings]
-    missing = sorted({name for each in both for name in each.missing})
-    return Found([[Ranked(*each) for each in ranked] for ranked in fused], missing)
+    ranked = await aside(len(vectors) * depth, _fused, [each.ranked for each in both], top_k)
+    return Found(ranked, sorted({name for each in both for name in each.missing}))
+
+
+def _fused(both: Sequence[list[list[Ranked]]], top_k: int) -> list[list[Ranked]]:
+    """Fuse the rankings of each query."""
+    rankings = ([[hit.doc_id for hit in each] for each in of_query] for of_query in zip(*both, strict=True))
+    return [[Ranked(*each) for each in reciprocal_rank_fusion(of_query, top_k)] for of_query in rankings]

@@ -5,7 +5,6 @@ its first to its last step by the version that it began with.
 """
 
 import asyncio
-import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -21,22 +20,20 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.errors import FingerprintMismatchError, InputError, ReadaptError
+from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.records import Passage
-from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import answers, cohere, schema
-from readapt_ray.serving.batching import Batcher, QueueFullError, RequestTooLargeError
+from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
-from readapt_ray.serving.domain_options import VERSION_NAME
-from readapt_ray.serving.domains import DomainBackend, check_allowed, encoded_by, rows_of, scales_of
+from readapt_ray.serving.domains import check_allowed, encoded_by, rows_of, scales_of
 from readapt_ray.serving.options import Limits
-from readapt_ray.serving.readiness import ReadinessCheck
-from readapt_ray.serving.request_tokens import InputTokenizer
+from readapt_ray.serving.readiness import Recent, checked
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.search_modes import check_mode, given_vectors, search_documents, word_queries
+from readapt_ray.serving.search_modes import check_mode, search_documents, word_queries
 from readapt_ray.serving.shadow_and_probe import SideSearches
+from readapt_ray.serving.takeover import taken_over
 from readapt_ray.serving.telemetry import Telemetry, Trace
-from readapt_ray.serving.versions import Backend, Found, Registry, Routing, Version, VersionInfo
+from readapt_ray.serving.versions import INLINE_HITS, Backend, Found, Registry, Routing, Version
 
 R = TypeVar("R")
 
@@ -44,7 +41,6 @@ logger = logging.getLogger("ray.serve")
 
 _INLINE_CHARACTERS = 20_000
 _INLINE_NUMBERS = 50_000
-_INLINE_HITS = 500
 _TOKENIZING_THREADS = 2
 
 
@@ -62,68 +58,23 @@ class SearchService:
         self.limits = limits
         self._telemetry = telemetry
         self._registry = Registry()
-        self._readiness = ReadinessCheck({})
+        self._readiness = Recent(functools.partial(checked, {}, {}))
         self.side_searches = SideSearches(self._searched, limits.timeout_s, telemetry)
         # A small pool for this alone: long texts must not delay what reads passages and metrics.
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
 
-    async def set_state(self, backends: Mapping[str, Backend], routing: Routing) -> None:
-        """Serve these versions, by this routing, from the next request on.
-
-        Raises:
-            InputError: the routing names a version that is not among them.
-        """
-        routing.check(backends)
-        versions: dict[str, Version] = {}
-        for name, backend in backends.items():
-            kept = self._registry.versions.get(name)
-            is_same = kept is not None and kept.backend is backend
-            versions[name] = kept if is_same and kept else await self._added(name, backend, versions)
-        self._registry = Registry(versions, routing)
-        by_encoder = {id(each.batcher): (name, each) for name, each in reversed(versions.items())}
-        self._readiness = ReadinessCheck(dict(reversed(by_encoder.values())))
-
-    async def _added(self, name: str, backend: Backend, others: Mapping[str, Version]) -> Version:
-        """Make a version. Domains of one encoder have its batches and its tokenizer in common."""
-        if not isinstance(backend, DomainBackend):
-            return await asyncio.to_thread(self._prepare, name, backend)
-        for each in (*others.values(), *self._versions()):
-            if isinstance(each.backend, DomainBackend) and each.backend.shared is backend.shared:
-                return await self._with_store(dataclasses.replace(each, backend=backend, store=None))
-        return await self._with_store(await asyncio.to_thread(self._prepare, VERSION_NAME, backend))
-
-    async def _with_store(self, version: Version) -> Version:
-        """Open the corpus of a domain; one that is lost leaves the others as they are."""
-        backend = version.backend
-        assert isinstance(backend, DomainBackend)
-        try:
-            return dataclasses.replace(version, store=await asyncio.to_thread(self._store, backend.info))
-        except (ReadaptError, OSError):
-            logger.exception("domain %s cannot be searched", backend.source.name)
-            return dataclasses.replace(version, backend=backend.without_search())
-
-    def _store(self, info: VersionInfo) -> PassageStore | None:
-        stores = {(each.info.corpus, each.info.corpus_fingerprint): each.store for each in self._versions()}
-        store = stores.get((info.corpus, info.corpus_fingerprint))
-        if store is None and info.corpus:
-            store = PassageStore.open(info.corpus, info.corpus_fingerprint)
-        return store
-
-    def _prepare(self, name: str, backend: Backend) -> Version:
-        info = backend.info
-        store = None if isinstance(backend, DomainBackend) else self._store(info)
-        batcher = Batcher(
-            backend.encode,
-            batch_tokens=info.batch_tokens,
-            wait_s=self.limits.batch_wait_s,
-            max_queued_tokens=self.limits.max_queued_tokens,
-            num_slots=info.num_slots,
-            on_batch=functools.partial(self._telemetry.batch, name, info.batch_tokens),
+    async def set_state(
+        self, backends: Mapping[str, Backend], routing: Routing, missing: Mapping[str, str] | None = None
+    ) -> None:
+        """Serve these versions, by this routing, from the next request on; see `taken_over`."""
+        taken = taken_over(
+            self._registry, backends, routing, missing=missing or {}, limits=self.limits, telemetry=self._telemetry
         )
-        return Version(backend, InputTokenizer(info.tokenizer, info.encoding), batcher, store)
-
-    def _versions(self) -> list[Version]:
-        return list(self._registry.versions.values())
+        self._registry = await taken
+        by_encoder = {id(each.batcher): (name, each) for name, each in reversed(list(self._registry.versions.items()))}
+        self._readiness = Recent(
+            functools.partial(checked, dict(reversed(by_encoder.values())), self._registry.missing)
+        )
 
     def models(self, trace: Trace) -> schema.ModelList:
         """List the versions that the request may ask, the default first."""
@@ -235,13 +186,15 @@ class SearchService:
         """Return the token ids of a text, template and specials included, however long it is.
 
         Raises:
-            RequestError: there is no such model, or the text is empty or not Unicode.
+            RequestError: there is no such model, the text is empty or not Unicode, or its time is over.
         """
         name, version, kind_of_model = self._registry.named(body.model)
         check_allowed(name, trace)
         trace.version = name
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
-        ids = await asyncio.to_thread(version.tokenizer.whole, body.prompt, kind, param="prompt")
+        tokenize = functools.partial(version.tokenizer.whole, body.prompt, kind, param="prompt")
+        async with self._deadline(body.timeout_s):
+            ids = await asyncio.get_running_loop().run_in_executor(self._tokenizing, tokenize)
         limit = version.tokenizer.max_tokens(kind)
         return schema.TokenizeResponse(count=len(ids), max_model_len=limit, tokens=ids)
 
@@ -257,7 +210,7 @@ class SearchService:
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")
-        async with self._deadline(body.timeout_s) as deadline_s:
+        async with self._deadline(body.timeout_s, functools.partial(self._why_late, name)) as deadline_s:
             vectors, found = await self._searched(version, body, trace, deadline_s)
             passages = await _passages(version, found) if body.with_text else {}
         self.side_searches.shadow(registry, name, body, found, within=trace.within)
@@ -265,7 +218,7 @@ class SearchService:
         if found.missing:
             self._telemetry.partial(name)
         return await _written(
-            sum(map(len, found.ranked)) <= _INLINE_HITS,
+            sum(map(len, found.ranked)) <= INLINE_HITS,
             answers.search_json,
             found.ranked,
             passages,
@@ -277,16 +230,30 @@ class SearchService:
         )
 
     @asynccontextmanager
-    async def _deadline(self, wanted_s: float | None) -> AsyncIterator[float]:
-        """Give up when the time of a request is over, and drop what it has in a queue. Gives the end by the event loop's clock."""
+    async def _deadline(
+        self, wanted_s: float | None, why_late: Callable[[], Awaitable[str]] | None = None
+    ) -> AsyncIterator[float]:
+        """Give up when the time of a request is over, and drop what it has in a queue. Gives the end by the event loop's clock.
+
+        Args:
+            wanted_s: seconds that the request allows.
+            why_late: says what does not work, or "" if all does.
+        """
         seconds = min(wanted_s or self.limits.timeout_s, self.limits.timeout_s)
         try:
             deadline_s = asyncio.get_running_loop().time() + seconds
             async with asyncio.timeout_at(deadline_s):
                 yield deadline_s
         except TimeoutError:
-            message = f"no answer within {seconds:g} s; send fewer texts at a time, or start the server with a higher --timeout-s"
+            broken = await why_late() if why_late else ""
+            advice = broken or "send fewer texts at a time, or start the server with a higher --timeout-s"
+            message = f"no answer within {seconds:g} s; {advice}"
             raise RequestError(message, status=504, code="deadline_exceeded", retry_after_s=1) from None
+
+    async def _why_late(self, name: str) -> str:
+        """Return what does not work in a version; the log says more."""
+        found = (await self.readiness()).versions.get(name)
+        return f"version {name!r} is {found.reason}" if found and not found.ready else ""
 
     async def _tokenized(
         self, version: Version, given: Any, kind: schema.Kind, trace: Trace, *, param: str, truncate: bool
@@ -361,7 +328,7 @@ class SearchService:
         if body.query is not None and body.mode != "dense":
             texts = word_queries(body.query, truncate=body.truncate, max_inputs=self.limits.max_inputs)
         if body.query is None:
-            vectors = given_vectors(body.vector, version.info.dimension)
+            vectors = _given_vectors(body.vector, version.info.dimension)
             trace.num_items = len(vectors)
         elif body.mode == "bm25":
             vectors = np.zeros((len(texts), 0), np.float32)
@@ -379,6 +346,20 @@ class SearchService:
         trace.seconds["search"] = time.perf_counter() - before_s
         self._telemetry.searched(trace.version, trace.seconds["search"])
         return vectors, found
+
+
+def _given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
+    """Return the vectors of a request as [N, dimension]."""
+    listed = given if isinstance(given[0], list) else [given]
+    for place, vector in enumerate(listed):
+        if len(vector) != dimension:
+            message = f"'vector[{place}]' has {len(vector):,} numbers; this index has vectors of {dimension:,}"
+            raise invalid(message, "vector")
+    with np.errstate(over="ignore"):
+        vectors = np.array(listed, dtype=np.float32)
+    if not np.isfinite(vectors).all():
+        raise invalid("'vector' has a number beyond float32", "vector")
+    return vectors
 
 
 async def _passages(version: Version, found: Found) -> dict[str, Passage]:

@@ -7,6 +7,7 @@ gateway changes over between two requests, and only then do versions go that are
 
 import contextlib
 import http.client
+import json
 import logging
 import os
 import signal
@@ -15,6 +16,7 @@ import sys
 import threading
 import time
 import urllib.error
+from collections.abc import Collection
 from types import FrameType
 
 import yaml
@@ -23,7 +25,7 @@ from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError, first_line
 from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving import app, domain_app, haproxy, report_gate, rollout, server_file, updates
-from readapt_ray.serving.keys import ApiKey, read_keys
+from readapt_ray.serving.keys import ApiKey, out_of_environment, read_keys
 from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, is_loopback
@@ -62,10 +64,11 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
     searched = (versions | config.domain_indexes()).values()
     stores = [PassageStore.open(each.corpus) for each in searched if each.corpus]
     url = f"http://{_reachable(config.host)}:{config.port}"
-    _deploy(config, keys, url, fingerprints)
+    with out_of_environment():
+        _deploy(config, keys, url, fingerprints)
+        if not config.update:
+            haproxy.watch(_reachable(config.host), config.port)
     stores.clear()
-    if not config.update:
-        haproxy.watch(_reachable(config.host), config.port)
     who = f"{len(keys)} API keys" if keys else "no API keys: this machine alone is answered"
     logger.info("serving %s at %s (%s)", shortened(config.names()), url, "anybody" if config.allow_anonymous else who)
     if blocking and not config.update:
@@ -148,6 +151,7 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprint
             "this Ray cluster serves an app already; change it with --update, stop it, or use another cluster"
         )
     try:
+        updates.check_room(list(config.each_version().values()))
         _start_proxies(config)
         versions = {each: app.bind_version(*given) for each, given in app.applications(config).items()}
         rollout.deploy(versions | {GATEWAY_APP: app.bind_gateway(*app.gateway_of(config, keys))})
@@ -195,7 +199,7 @@ def _deploy_update(
             rollout.deploy({each: app.bind_version(*wanted[each]) for each in added})
             is_gateway_changed = True
             rollout.deploy({GATEWAY_APP: app.bind_gateway(*new)})
-            _wait_until_ready(url)
+            _wait_until_ready(url, [name for name, _ in kept.values()])
     except BaseException as error:
         found = _described(error)
         logger.warning(
@@ -206,6 +210,7 @@ def _deploy_update(
         finally:
             rollout.delete(added)
         raise found from None
+    rollout.wait_for_old_gateways(former[0].limits.timeout_s)
     rollout.delete(running - set(wanted) - {GATEWAY_APP})
 
 
@@ -278,19 +283,35 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _wait_until_ready(url: str) -> None:
-    """Return once every version works."""
+def _wait_until_ready(url: str, former: Collection[str] = ()) -> None:
+    """Return once every version works; after a minute, once all do that are not among the former ones.
+
+    Raises:
+        ReadaptError: a new version does not work, or the server does not answer.
+    """
     deadline_s = time.monotonic() + _ANSWER_TIMEOUT_S
-    while True:
-        try:
-            with open_url(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
-                return
-        except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-            if time.monotonic() > deadline_s:
-                raise ReadaptError(
-                    f"the server runs, but {url}/readyz does not say that it is ready: {error}"
-                ) from error
+    while broken := _not_ready(url):
+        if time.monotonic() > deadline_s:
+            named = "; ".join(f"{name}: {reason}" if name else reason for name, reason in broken.items())
+            if set(broken) - set(former):
+                raise ReadaptError(f"the server runs, but {url}/readyz does not say that it is ready: {named}")
+            logger.warning("what was served before does not work: %s", named)
+            return
         time.sleep(_POLL_S)
+
+
+def _not_ready(url: str) -> dict[str, str]:
+    """Return what /readyz says of each version that does not work; what is wrong with the whole server has the name ""."""
+    try:
+        with open_url(f"{url}/readyz", timeout=_ANSWER_TIMEOUT_S):
+            return {}
+    except urllib.error.HTTPError as error:
+        with contextlib.suppress(ValueError, LookupError, AttributeError):
+            versions = json.loads(error.read())["versions"]
+            return {name: each["reason"] for name, each in versions.items() if not each["ready"]} or {"": str(error)}
+        return {"": str(error)}
+    except (OSError, http.client.HTTPException) as error:
+        return {"": str(error)}
 
 
 def _wait_for_signal() -> None:

@@ -1,7 +1,7 @@
 """What the processes of one served version are started with; it is sent to their nodes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from readapt_ray.artifacts import fingerprint
@@ -25,8 +25,8 @@ class VersionSpec:
     index_fingerprint: str | None = None
     index_encoder: str | None = None
     """Fingerprint of what made the vectors of the index."""
-    shards: tuple[str, ...] = ()
-    """Names of the shards of the index."""
+    slices: Mapping[str, int] = field(default_factory=dict)
+    """The deployments that hold the index, each with the number of its vectors, as the index's manifest has it."""
     has_words: bool = False
     """Whether the index has BM25 scores."""
     is_split: bool = False

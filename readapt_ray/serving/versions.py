@@ -5,13 +5,14 @@ that it is meant for, and a process that holds another one refuses it. So a quer
 encoder, not even while versions change.
 """
 
+import asyncio
 import hashlib
 import heapq
 import itertools
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from readapt_ray.serving.batching import Batcher
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.request_tokens import InputTokenizer
 from readapt_ray.serving.schema import RequestError
+
+R = TypeVar("R")
 
 
 class Ranked(NamedTuple):
@@ -59,6 +62,8 @@ class VersionInfo:
     batch_tokens: int
     num_slots: int
     """Batches that its replicas can encode at once."""
+    tokens_per_s: float = 0.0
+    """What a replica encoded at its start, in large batches."""
     passages_by: str = ""
     """Model that encodes the passages, if this version encodes queries alone: behind a bridge, or by a model for queries."""
     slices: Mapping[str, int] = field(default_factory=dict)
@@ -177,6 +182,11 @@ class Routing(SideOptions):
             if name and name not in names:
                 raise InputError(f"{option} names {name!r}, which is not served; the versions are {shortened(names)}")
 
+    def among(self, names: Collection[str]) -> "Routing":
+        """Return the same routing without the versions that are not among these; the default stays."""
+        split = {name: weight for name, weight in self.split.items() if name in names and weight}
+        return self.model_copy(update={"split": split, "shadow": self.shadow if self.shadow in names else ""})
+
     def of_search(self, user: str | None) -> str:
         """Choose the version for a search that names none: the same for the same user, else at random."""
         if not self.split:
@@ -221,6 +231,8 @@ def _place(user: str) -> float:
     return int.from_bytes(hashlib.sha256(user.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
 
 
+INLINE_HITS = 500
+"""Hits that a gateway handles between two steps of other requests."""
 _NUM_NAMED = 10
 _SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": "-raw"}
 """What follows the name of a version where a client can say the kind of its texts by the model alone."""
@@ -232,6 +244,8 @@ class Registry:
 
     versions: Mapping[str, Version] = field(default_factory=dict)
     routing: Routing = field(default_factory=lambda: Routing(default=""))
+    missing: Mapping[str, str] = field(default_factory=dict)
+    """Why each version that should be served is not."""
 
     def models(self, allowed: frozenset[str] | None = None) -> schema.ModelList:
         """List the versions, the default first; of them those that are allowed, or all."""
@@ -286,6 +300,9 @@ class Registry:
             name = self.routing.default
         if name in self.versions:
             return name, self.versions[name], kind
+        if name in self.missing:
+            message = f"version {name!r} is not up: {self.missing[name]}; try again, or ask another version"
+            raise RequestError(message, status=503, code="version_down", retry_after_s=1)
         if not self.versions:
             raise RequestError("no version is up yet; try again soon", status=503, retry_after_s=1)
         known = shortened([repr(each) for each in self.versions])
@@ -332,6 +349,11 @@ def _modes(info: VersionInfo) -> list[schema.Mode]:
     if not info.slices:
         return []
     return ["dense", "bm25", "hybrid"] if info.has_words else ["dense"]
+
+
+async def aside(num_hits: int, function: Callable[..., R], *given: Any) -> R:
+    """Call a function on so many hits, in a thread unless they are few: many would hold up everybody."""
+    return function(*given) if num_hits <= INLINE_HITS else await asyncio.to_thread(function, *given)
 
 
 def merged(parts: Sequence[Sequence[Sequence[Ranked]]], num_queries: int, top_k: int) -> list[list[Ranked]]:

@@ -44,6 +44,10 @@ _PROBE = "Is this encoder well?"
 _MIN_COSINE = 0.99
 _PROOF_WAIT_S = 10.0
 _MAX_WORK_S = 300.0
+_TIMED_S = 5.0
+"""Longest batch that is timed at the start."""
+_TIMED_TOKENS = 32
+"""Tokens of each of its rows."""
 
 R = TypeVar("R")
 
@@ -110,13 +114,12 @@ class EncoderReplica:
 
     Args:
         spec: the version.
-        slices: handles of the deployments that hold its index, in order.
+        slices: the deployments that hold its index, which start and end with it.
     """
 
-    def __init__(self, spec: VersionSpec, *slices: Any) -> None:
+    def __init__(self, spec: VersionSpec, *_: Any) -> None:
         on_worker.check_gpus()
         self._spec = spec
-        self._slices = slices
         self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)
         self._compute = _Worker(
             functools.partial(_set_torch_threads, spec.num_threads or cores_per_process(spec.num_slots))
@@ -140,12 +143,12 @@ class EncoderReplica:
         self._probe_ids = self._encoder.tokenize([_PROBE], "query")
         self._probe_vector = self._compute.wait_for(self._encoder.encode_ids, self._probe_ids)[0]
         self._check_probe(self._probe_vector)
+        self._tokens_per_s = self._compute.wait_for(tokens_per_s, self._encoder, self._probe_ids[0])
         self._created = int(time.time())
 
     async def describe(self) -> VersionInfo:
         """Describe this version."""
         config = self._model.config
-        sizes = await asyncio.gather(*(each.num_vectors.remote() for each in self._slices))
         return VersionInfo(
             fingerprint=self._fingerprint,
             encoder_fingerprint=self._bridge.query_fingerprint if self._bridge else self._encoder.fingerprint,
@@ -156,7 +159,8 @@ class EncoderReplica:
             dimension=int(self._bridge.old_encoder["dimension"]) if self._bridge else self._encoder.dimension,
             batch_tokens=self._encoder.batch_tokens,
             num_slots=self._spec.num_slots,
-            slices={each.deployment_name: size for each, size in zip(self._slices, sizes, strict=True)},
+            tokens_per_s=self._tokens_per_s,
+            slices=self._spec.slices,
             has_words=self._spec.has_words,
             is_split=self._spec.is_split,
             corpus=self._spec.corpus,
@@ -249,10 +253,6 @@ class IndexReplica:
         self._fingerprint = spec.fingerprint(str(spec.encoder_fingerprint))
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)
 
-    async def num_vectors(self) -> int:
-        """Count the vectors in this slice."""
-        return self._slice.num_vectors
-
     async def search(
         self, version: str, queries: NDArray[np.float32], top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]]:
@@ -312,6 +312,25 @@ def _encoder(spec: VersionSpec, model: OpenModel) -> "Encoder":
 
     # Questions are short and of any length: padding would be half of a batch.
     return Encoder.load(model, encoding=spec.encoding, dtype=spec.dtype, batch_tokens=spec.batch_tokens, packed=True)
+
+
+def tokens_per_s(encoder: "Encoder", ids: Sequence[int]) -> float:
+    """Return how many tokens per second an encoder does in a full batch, or in one of some five seconds.
+
+    Args:
+        encoder: it has encoded something before, so it is warm.
+        ids: of a text.
+    """
+    before_s = time.perf_counter()
+    encoder.encode_ids([ids])
+    num_tokens = int(_TIMED_S * len(ids) / (time.perf_counter() - before_s))
+    length = min(_TIMED_TOKENS, encoder.encoding.max_query_tokens)
+    num_rows = max(1, min(num_tokens, encoder.batch_tokens) // length)
+    # Equal rows would be encoded once, so each is another mixture.
+    rows = np.random.default_rng(0).choice(np.asarray(ids), (num_rows, length)).tolist()
+    before_s = time.perf_counter()
+    encoder.encode_ids(rows)
+    return num_rows * length / (time.perf_counter() - before_s)
 
 
 def _domain_encoder(spec: VersionSpec, bundle: OpenModel) -> DomainEncoder:

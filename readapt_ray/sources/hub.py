@@ -38,12 +38,7 @@ def open_hub(name: str, options: ReadOptions) -> Source:
         CorpusError: it cannot be fetched, has no rows, or has several configurations and none was chosen.
         ReadaptError: the hub could not be reached, or went on failing.
     """
-    found = _HUB_ID.fullmatch(name)
-    if not found:
-        raise CorpusError(
-            f"{PREFIX}{name} is not a hub id; write {PREFIX}OWNER/NAME, such as {PREFIX}BeIR/scifact, or {PREFIX}OWNER/NAME:CONFIG"
-        )
-    hub_id, config = found[1], found[2] or ""
+    hub_id, config = check_name(name)
     in_card = configurations.in_card(_card(hub_id))
     _check_choice(hub_id, config, list(in_card), only=True)
     patterns = _patterns_of(config, in_card) if config else _FETCHED
@@ -55,6 +50,20 @@ def open_hub(name: str, options: ReadOptions) -> Source:
     beside = None if config or qrel_files(folder) else _fetch(f"{hub_id}-qrels", _FETCHED, may_be_absent=True)
     parts = parts_source(folder, options, name="hub", config=config, qrels_beside=beside)
     return parts or _rows_of(f"{PREFIX}{name}", folder, options, patterns if config else ())
+
+
+def check_name(name: str) -> tuple[str, str]:
+    """Split `OWNER/NAME:CONFIG` into the hub id and the configuration, which is empty where none is named.
+
+    Raises:
+        CorpusError: it is something else.
+    """
+    found = _HUB_ID.fullmatch(name)
+    if not found:
+        raise CorpusError(
+            f"{PREFIX}{name} is not a hub id; write {PREFIX}OWNER/NAME, such as {PREFIX}BeIR/scifact, or {PREFIX}OWNER/NAME:CONFIG"
+        )
+    return found[1], found[2] or ""
 
 
 def _check_choice(hub_id: str, config: str, there: Sequence[str], *, only: bool = False) -> None:

@@ -44,10 +44,7 @@ def open_source(name: str, format: Format, options: ReadOptions) -> Source:
     """
     if format not in get_args(Format):
         raise InputError(f"no format {format!r}; the formats are {', '.join(get_args(Format))}")
-    row = None if Location(name).exists() else corpora.find_corpus(name)
-    if row is not None:
-        by_hub_id = name.lower() == row.hub_id.lower()
-        name = f"{hub.PREFIX}{row.hub_id}" if by_hub_id else f"{named.PREFIX}{row.ir_datasets_id}"
+    name = _full_name(name)
     for prefix, kind in ((named.PREFIX, "ir_datasets"), (hub.PREFIX, "hub"), (python_docs.PREFIX, "python-docs")):
         if name.startswith(prefix):
             if format not in ("auto", kind):
@@ -63,6 +60,30 @@ def open_source(name: str, format: Format, options: ReadOptions) -> Source:
     if format in ("ir_datasets", "hub", "python-docs"):
         raise InputError(f"{name!r} is not of the format {format!r}; write {format}:NAME")
     return _open_location(Location(name), format, options)
+
+
+def check_source(name: str, format: Format, options: ReadOptions) -> None:
+    """Check that a source is there and can be read; what would be fetched is known by its name alone.
+
+    Raises:
+        InputError: as `open_source` and the check of the source.
+    """
+    name = _full_name(name)
+    if name.startswith(hub.PREFIX):
+        hub.check_name(name.removeprefix(hub.PREFIX))
+        return
+    source = open_source(name, format, options)
+    if not name.startswith(named.PREFIX):
+        source.check()
+
+
+def _full_name(name: str) -> str:
+    """Return what a name of the catalog stands for; other names are as they were."""
+    row = None if Location(name).exists() else corpora.find_corpus(name)
+    if row is None:
+        return name
+    by_hub_id = name.lower() == row.hub_id.lower()
+    return f"{hub.PREFIX}{row.hub_id}" if by_hub_id else f"{named.PREFIX}{row.ir_datasets_id}"
 
 
 def _open_location(location: Location, format: Format, options: ReadOptions) -> Source:

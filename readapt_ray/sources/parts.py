@@ -1,18 +1,23 @@
 """Passages into numbered Parquet parts, each written whole or not at all.
 
 A part is a pure function of the passages before it, so a part that an earlier process wrote is
-compared and kept, and the writer goes on behind it. At most one part is in memory: `rows_per_file`
-rows or 256 MB of text.
+compared and kept, and the writer goes on behind it. With parts of an earlier corpus, parts begin where those do, and one of
+the same rows is shared with it instead of written. At most one part is in memory: `rows_per_file` rows, half as many again
+with earlier parts, or 256 MB of text.
 """
 
 import bisect
+import hashlib
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from readapt_ray.records import PASSAGE_SCHEMA, Passage, content_hash
+from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
 
 ROW_GROUP_ROWS = 4096
@@ -20,13 +25,41 @@ _ROW_GROUP_BYTES = 32 << 20
 _PART_BYTES = 256 << 20
 
 
+METADATA_KEY = b"readapt"
+FIRST_ID, DIGEST = "first_doc_id", "rows_digest"
+
+
+class EarlierPart(NamedTuple):
+    """A part of an earlier corpus."""
+
+    file: Location
+    digest: str
+    """Stands for its rows."""
+
+
 class PartWriter:
     """Takes passages one by one. `num_rows` is how many it took."""
 
     def __init__(
-        self, folder: Location, *, rows_per_file: int, prefix: str = "", kept: pa.Schema | None = None
+        self,
+        folder: Location,
+        *,
+        rows_per_file: int,
+        prefix: str = "",
+        kept: pa.Schema | None = None,
+        earlier: Mapping[str, EarlierPart] | None = None,
     ) -> None:
-        """`prefix` stands before the numbers of the parts, in digits; `kept` are the columns behind those of a passage."""
+        """Begin with no part.
+
+        Args:
+            folder: of the parts.
+            rows_per_file: passages per part.
+            prefix: stands before the numbers of the parts, in digits.
+            kept: columns behind those of a passage.
+            earlier: parts of an earlier corpus by the doc_id of their first passage.
+        """
+        self._earlier = earlier or {}
+        self._most_rows = rows_per_file + (rows_per_file // 2 if self._earlier else 0)
         self._schema = passage_schema(kept)
         self._name = re.compile(rf"part-{prefix}(\d{{5,}})\.parquet")
         self._prefix = prefix
@@ -41,6 +74,8 @@ class PartWriter:
 
     def add(self, passage: Passage, num_bytes: int) -> bytes:
         """Take one passage of so many bytes; return the hash of its title and text."""
+        if passage.doc_id in self._earlier and self.num_rows - self._starts[-1] >= max(1, self._rows_per_file // 2):
+            self._close_part()
         hashed = content_hash(passage.title, passage.text)
         self._group.append(passage)
         self._hashes.append(hashed)
@@ -48,7 +83,7 @@ class PartWriter:
         self.num_rows += 1
         if len(self._group) == ROW_GROUP_ROWS or self._group_bytes >= _ROW_GROUP_BYTES:
             self._close_group()
-        if self.num_rows - self._starts[-1] == self._rows_per_file or self._part_bytes >= _PART_BYTES:
+        if self.num_rows - self._starts[-1] == self._most_rows or self._part_bytes >= _PART_BYTES:
             self._close_part()
         return hashed
 
@@ -91,11 +126,31 @@ class PartWriter:
             self._close_group()
         target = self._file(len(self._starts) - 1)
         if not _holds(target, self._groups):
-            with target.open_output() as file, pq.ParquetWriter(file, self._schema, compression="zstd") as writer:
-                for group in self._groups:
-                    writer.write_table(group)
+            self._write(target)
         self._starts.append(self.num_rows)
         self._groups, self._part_bytes = [], 0
+
+    def _write(self, target: Location) -> None:
+        """Share the earlier part that has these rows, or write them."""
+        first, digest = self._groups[0]["doc_id"][0].as_py(), _digest(self._groups)
+        if first in self._earlier and self._earlier[first].digest == digest:
+            share(self._earlier[first].file, target)
+            return
+        schema = self._schema.with_metadata({METADATA_KEY: json.dumps({FIRST_ID: first, DIGEST: digest})})
+        with target.open_output() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for group in self._groups:
+                writer.write_table(group)
+
+
+def _digest(groups: Iterable[pa.Table]) -> str:
+    """Return what stands for the rows of a part; their texts stand in it by their hashes."""
+    found = hashlib.blake2b(digest_size=16)
+    for group in groups:
+        stream = pa.BufferOutputStream()
+        with pa.ipc.new_stream(stream, group.drop_columns(["text"]).schema) as writer:
+            writer.write_table(group.drop_columns(["text"]))
+        found.update(stream.getvalue())
+    return found.hexdigest()
 
 
 def passage_schema(kept: pa.Schema | None = None) -> pa.Schema:

@@ -9,7 +9,7 @@ one part of passages, and the digests of a million of them or of one partition.
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from readapt_ray.sources import exchange
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.duplicates import digest
-from readapt_ray.sources.parts import PartWriter
+from readapt_ray.sources.parts import EarlierPart, PartWriter
 from readapt_ray.sources.pieces import Piece
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
@@ -48,6 +48,8 @@ class PieceJob:
     drops_duplicates: bool
     num_pieces: int
     num_partitions: int
+    earlier: Mapping[str, EarlierPart]
+    """Parts of an earlier corpus, for `PartWriter`."""
 
     def file(self, what: str, number: int, chunk: int = 0) -> Location:
         """Return the place of one file of the exchange."""
@@ -115,9 +117,8 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     if record.is_file():
         found: dict[str, Any] = json.loads(record.read_text())
         return found
-    writer = PartWriter(
-        job.output / "passages", rows_per_file=job.rows_per_file, prefix=f"{piece.number:06d}", kept=job.kept
-    )
+    prefix, to = f"{piece.number:06d}", job.output / "passages"
+    writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
     digests = _Digests(job, piece.number)
     checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     reasons: Counter[str] = Counter()
@@ -228,8 +229,8 @@ def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         if _FILTERED in (parquet.metadata.metadata or {}):
             return
-        start = 0
-        with file.open_output() as target, pq.ParquetWriter(target, parquet.schema_arrow, compression="zstd") as writer:
+        start, schema = 0, parquet.schema_arrow.remove_metadata()  # its digest is that of all rows
+        with file.open_output() as target, pq.ParquetWriter(target, schema, compression="zstd") as writer:
             for number in range(parquet.num_row_groups):
                 group = parquet.read_row_group(number)
                 kept = group.filter(pa.array(keeps[start : start + group.num_rows]))

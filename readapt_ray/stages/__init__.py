@@ -16,6 +16,7 @@ STAGES: dict[str, Stage] = {
     "ingest": Stage("IngestConfig", "read a corpus from a source: clean it, drop duplicates, keep the ids"),
     "pack": Stage("PackConfig", "tokenise passages and pack them into blocks (train does it when needed)"),
     "train": Stage("TrainConfig", "train a knowledge adapter on unlabelled passages"),
+    "synthesize": Stage("SynthesizeConfig", "let a language model write queries for passages, to train on or tune by"),
     "finetune": Stage("FinetuneConfig", "train a retriever on labelled pairs"),
     "merge": Stage("MergeConfig", "add the retriever's and the adapter's weight changes to the pretrained model"),
     "embed": Stage("EmbedConfig", "turn passages into vectors"),

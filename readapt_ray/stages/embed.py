@@ -137,13 +137,14 @@ def embed(config: EmbedConfig) -> Artifact:
     previous, other = _open_previous(config, job.encoder)
     rows_per_shard = _rows_per_shard(config, corpus, model, encoding)
     job = replace(job, earlier=previous)
+    placement = Placement(config.num_workers, config.num_cpus_per_worker)
 
     def work(workspace: Workspace) -> None:
         before = _state(job.passages)
         if config.sample is not None:
-            estimate_full_run(config.sample, job, passages, _placement(config), compared=other, workspace=workspace)
+            estimate_full_run(config.sample, job, passages, placement, compared=other, workspace=workspace)
         else:
-            _encode(replace(job, rows_per_shard=rows_per_shard), passages, config, workspace)
+            _encode(replace(job, rows_per_shard=rows_per_shard), passages, config, placement, workspace)
         if _state(job.passages) != before:
             raise CorpusError(f"{config.corpus!r} was replaced while it was embedded; embed it with --overwrite")
 
@@ -273,17 +274,16 @@ def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[Parque
     )
 
 
-def _placement(config: EmbedConfig) -> Placement:
-    return Placement(config.num_workers, config.num_cpus_per_worker)
-
-
-def _encode(job: EmbedJob, passages: ParquetRows, config: EmbedConfig, workspace: Workspace) -> None:
+def _encode(
+    job: EmbedJob, passages: ParquetRows, config: EmbedConfig, placement: Placement, workspace: Workspace
+) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
     joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
+    rows = job.rows_per_shard
     ledger = encode_shards(
-        plan_shards(passages.counts, job.rows_per_shard),
-        job if joined is None else replace(job, matches=joined.matches),
-        _placement(config),
+        joined.shards(passages, rows) if joined else plan_shards(passages.counts, rows),
+        replace(job, matches=joined.matches) if joined else job,
+        placement,
         lambda done, total: workspace.progress(done, total, unit="passages"),
     )
     figures = ledger.figures

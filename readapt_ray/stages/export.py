@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 import pyarrow as pa
 from pydantic import Field, model_validator
 
+from readapt_ray import artifact_files
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.export_check import TOP_K, compare
@@ -218,8 +219,8 @@ def _claim(target: Target, config: ExportConfig, job: ExportJob, record: Record,
     if there is not None:
         _refuse_what_is_there(config, job, record, there)
         target.drop()
-    for file in [file for folder in (ROWS, DELETED) for file in (job.output / folder).files(".parquet")]:
-        file.delete()  # they speak of a collection that is no more
+    # They speak of a collection that is no more.
+    artifact_files.clear(job.output, artifact_files.STAGE_FILES["export"])
     target.create(job.layout, record)
 
 
@@ -273,9 +274,7 @@ def _summarise(done: Done, job: ExportJob, record: Record, workspace: Workspace)
 
 def _forget_deletions(job: ExportJob) -> None:
     """Remove the lists of what was deleted, which only a resumed export needs: they hold ids that the corpus lost."""
-    for file in (job.output / DELETED).files():
-        file.delete()
-    (job.output / DELETED).remove_if_empty()
+    artifact_files.clear(job.output, (f"{DELETED}/part-#.parquet",))
 
 
 def _compare(target: Target, config: ExportConfig, source: Artifact, job: ExportJob, workspace: Workspace) -> None:

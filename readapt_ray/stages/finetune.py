@@ -18,7 +18,7 @@ from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.query_models import describe_passages, passages_model
 from readapt_ray.cluster import batches, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
-from readapt_ray.config import OptionError
+from readapt_ray.config import OptionError, UsedWith
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
@@ -31,8 +31,8 @@ class FinetuneConfig(OptimizationConfig):
     model: str
     """Model to start from: a catalog name, a folder, a URI or a hub id."""
     corpus: str
-    """Passages with queries and qrels (the output of `readapt ingest`), or a JSONL file of pairs with the texts
-    `query`, `positive` and, optionally, `negatives`."""
+    """Passages with queries and qrels (the output of `readapt ingest`), queries that a language model wrote (the output of
+    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`."""
     split: str = "train"
     """Split of the corpus's qrels to train on: train, dev, test."""
     negatives: str | None = None
@@ -68,6 +68,10 @@ class FinetuneConfig(OptimizationConfig):
     """Also train each passage to find its query among the queries of the batch."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"model", "corpus", "negatives"})
+    used_with: ClassVar[UsedWith] = {
+        **OptimizationConfig.used_with,
+        "num_negatives": ("negatives", ()),
+    }
     operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {"micro_batch_tokens"}
 
     @model_validator(mode="after")

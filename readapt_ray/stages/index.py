@@ -36,7 +36,7 @@ from readapt_ray.cluster.index_shards import (
     train_once,
 )
 from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
-from readapt_ray.config import StageConfig
+from readapt_ray.config import StageConfig, UsedWith
 from readapt_ray.errors import CorruptFileError, FingerprintMismatchError
 from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
@@ -87,6 +87,11 @@ class IndexConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"vectors", "previous"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"min_recall"}
+    used_with: ClassVar[UsedWith] = {
+        "code_bytes": ("kind", ("ivf-pq",)),
+        "refine": ("kind", ("ivf-pq", "rabitq")),
+        "memory_gb": ("kind", ("auto",)),
+    }
 
 
 def index(config: IndexConfig) -> Artifact:
@@ -103,7 +108,9 @@ def index(config: IndexConfig) -> Artifact:
     encoder = source.manifest.details["encoder"]
     dimension = int(encoder["dimension"])
     num_vectors = int(source.manifest.counts["num_vectors"])
-    options = _index_options(config, num_vectors, dimension, source.manifest.details.get("vector_dtype"))
+    options = index_options(config, num_vectors, dimension, source.manifest.details.get("vector_dtype"))
+    if config.kind == "auto" and config.factory is None:
+        logger.info("index: auto is %s in %s for %s vectors", options.kind, options.storage, f"{num_vectors:,}")
     rows_per_shard = config.rows_per_shard or shard_rows(options, num_vectors, dimension)
     spec = index_spec(options, num_vectors, dimension)
     previous = _open_previous(config, encoder, options)
@@ -125,9 +132,7 @@ def index(config: IndexConfig) -> Artifact:
         )
         records = build_shards([*kept, *new], plan, workspace)
         _summarise(_settled(records, len(kept), plan, workspace), len(kept), encoder, options, workspace)
-        workspace.details["is_split"] = bool(source.manifest.details.get("is_split"))
-        if "truncation" in source.manifest.details:
-            workspace.details["truncation"] = source.manifest.details["truncation"]
+        workspace.details |= _details_of(source)
         if corpus is not None:
             workspace.details["bm25"] = build_word_shards(records, shards, corpus, workspace)
 
@@ -138,6 +143,13 @@ def index(config: IndexConfig) -> Artifact:
         identity={"rows_per_shard": rows_per_shard},
         work=work,
     )
+
+
+def _details_of(vectors: Artifact) -> dict[str, Any]:
+    """Return what an index tells of its passages as their vectors do."""
+    details = vectors.manifest.details
+    truncation = {name: details[name] for name in ("truncation",) if name in details}
+    return {"is_split": bool(details.get("is_split")), **truncation}
 
 
 def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexOptions) -> Artifact | None:
@@ -166,12 +178,15 @@ def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexO
     return previous
 
 
-def _index_options(config: IndexConfig, num_vectors: int, dimension: int, vector_dtype: str | None) -> IndexOptions:
+def index_options(config: IndexConfig, num_vectors: int, dimension: int, vector_dtype: str | None) -> IndexOptions:
+    """Return what the options mean for so many vectors.
+
+    Raises:
+        InputError: no kind fits `memory_gb`.
+    """
     if config.kind == "auto" and config.factory is None:
         memory_bytes = None if config.memory_gb is None else config.memory_gb * 1e9
-        chosen = choose(num_vectors, dimension, memory_bytes=memory_bytes, min_recall=config.min_recall)
-        logger.info("index: auto is %s in %s for %s vectors", chosen.kind, chosen.storage, f"{num_vectors:,}")
-        return chosen
+        return choose(num_vectors, dimension, memory_bytes=memory_bytes, min_recall=config.min_recall)
     storage = config.storage or default_storage(config.kind, vector_dtype)
     names = ("kind", "refine", "code_bytes", "factory", "depth", "min_recall")
     values = {name: getattr(config, name) for name in names}

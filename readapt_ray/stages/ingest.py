@@ -4,9 +4,8 @@ Enters a source by name, one row at a time; leaves `passages/part-00000.parquet`
 `queries/part-00000.parquet` and `qrels/<split>.parquet`. A folder of tables without labels, of 64 MB or more, is read
 by Ray tasks (`cluster/parallel_ingest.py`), unless near duplicates are dropped. Anything else is read by one process, some
 30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many again for its
-text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts
-do not depend on when a process was killed: the next one reads the source again and keeps the parts
-that are there.
+text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts do not depend on when a
+process was killed: the next one reads the source again and keeps the parts that are there.
 """
 
 import logging
@@ -18,19 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
-from readapt_ray.artifacts import Artifact, Workspace, produce
+from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError
 from readapt_ray.evaluation.tables import named
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA, Passage, Qrel, Query
+from readapt_ray.retrieval.footers import named_footers
 from readapt_ray.sources import row_checks
 from readapt_ray.sources.cleaning import num_bytes
 from readapt_ray.sources.columns import ColumnChoice, ColumnsOption
 from readapt_ray.sources.duplicates import Deduplication, RowTable, digest, duplicate_finder
 from readapt_ray.sources.labels import repointed, with_passage
 from readapt_ray.sources.opening import Format, open_source
-from readapt_ray.sources.parts import PartWriter
+from readapt_ray.sources.parts import DIGEST, FIRST_ID, EarlierPart, PartWriter
 from readapt_ray.sources.piece_files import PieceJob
 from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
@@ -56,6 +56,8 @@ class IngestConfig(StageConfig):
     source: str
     """Corpus to read: a path or URI, ir_datasets:NAME, hub:OWNER/NAME, python-docs:PACKAGE,... or a corpus name of
     the catalog."""
+    previous: str | None = None
+    """Passages of an earlier state of the corpus. Files of passages that did not change are shared with it, not written."""
     format: Format = "auto"
     """Format of the source. auto recognises it by the file names; set it when that fails."""
     columns: ColumnsOption = ()
@@ -90,6 +92,11 @@ class IngestConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"source", "tokenizer"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"bad_rows"}
+    operational: ClassVar[frozenset[str]] = frozenset({"previous"})
+    used_with: ClassVar[UsedWith] = {
+        "overlap": ("split_tokens", ()),
+        "tokenizer": ("split_tokens", ()),
+    }
 
     @model_validator(mode="after")
     def _splits_by_a_tokenizer(self) -> Self:
@@ -114,8 +121,9 @@ def ingest(config: IngestConfig) -> Artifact:
     """Read a source into passages, unless they are there.
 
     Raises:
-        InputError: the source is missing, empty, without text, or of an unknown format; a bad row
-            under `bad_rows="fail"`; no passage is left.
+        ArtifactMissingError: `previous` is not the output of `readapt ingest`.
+        InputError: the source is missing, empty, without text, or of an unknown format; no passage is left; or a row is bad
+            under `bad_rows="fail"`.
     """
     options = config.read_options()
     source = open_source(config.source, config.format, options)
@@ -165,9 +173,8 @@ def _record_split(workspace: Workspace, splitting: Splitting, counts: list[dict[
 
 
 def _resolved(deduplicate: Literal["auto"] | Deduplication, source: Source) -> Deduplication:
-    if deduplicate != "auto":
-        return deduplicate
-    return "none" if source.has_qrels and not source.labels_from_passages else "exact"
+    automatic: Deduplication = "none" if source.has_qrels and not source.labels_from_passages else "exact"
+    return automatic if deduplicate == "auto" else deduplicate
 
 
 def _in_parallel(
@@ -189,6 +196,7 @@ def _in_parallel(
         drops_duplicates=config.deduplicate == "exact",
         num_pieces=len(pieces),
         num_partitions=parallel_ingest.num_partitions(total_bytes),
+        earlier=_earlier_parts(config),
     )
     run = parallel_ingest.ParallelIngest(workspace, pieces, job, fails_on_bad_rows=config.bad_rows == "fail")
     run.run()
@@ -196,6 +204,15 @@ def _in_parallel(
         _record_split(workspace, splitting, run.split_counts)
     workspace.details |= {"source": source.description(), "num_pieces": len(pieces)}
     return True
+
+
+def _earlier_parts(config: IngestConfig) -> dict[str, EarlierPart]:
+    """Return the parts of the earlier corpus by their first doc_id; none if documents are split, which writes parts again."""
+    if config.previous is None or config.split_tokens is not None:
+        return {}
+    folder = on_worker.absolute(open_artifact(config.previous, "ingest").location / "passages")
+    said = {name: footer.metadata for name, footer in named_footers(folder).items() if DIGEST in footer.metadata}
+    return {each[FIRST_ID]: EarlierPart(folder / name, each[DIGEST]) for name, each in said.items()}
 
 
 class _BadRows:
@@ -238,7 +255,12 @@ class _Ingestion:
         self._workspace, self._config, self._source = workspace, config, source
         self._deduplicate = deduplicate
         self._bad_rows = _BadRows(config.bad_rows)
-        self._writer = PartWriter(workspace.location / "passages", rows_per_file=config.rows_per_file, kept=source.kept)
+        self._writer = PartWriter(
+            workspace.location / "passages",
+            rows_per_file=config.rows_per_file,
+            kept=source.kept,
+            earlier=_earlier_parts(config),
+        )
         self._ids = RowTable()
         self._first_dropped: list[tuple[str, int]] = []
         self._num_dropped = 0

@@ -21,8 +21,7 @@ import pydantic
 from readapt_ray.artifacts import Artifact, Workspace, fingerprint, identify, produce
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import merge_shards
-from readapt_ray.config import OptionError, StageConfig
-from readapt_ray.errors import ModelError
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -85,6 +84,7 @@ class MergeConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "retriever", "adapter", "bundle", "measures"})
     safety: ClassVar[frozenset[str]] = StageConfig.safety | {"accept"}
+    used_with: ClassVar[UsedWith] = {"num_cpus_per_worker": ("num_workers", ())}
     operational: ClassVar[frozenset[str]] = frozenset({"accept", "num_workers", "num_cpus_per_worker"})
 
     @pydantic.model_validator(mode="after")
@@ -162,10 +162,13 @@ def merge(config: MergeConfig) -> Artifact:
         InputError: there are neither one nor as many knowledge scales as adapters.
         ArtifactConflictError: the output holds something else.
     """
+    from readapt_ray.catalog.models import open_model
+    from readapt_ray.catalog.query_models import refuse_query_model
     from readapt_ray.weights.merge_plan import MergeModels, plan_merge
     from readapt_ray.weights.model_card import measures_of
 
-    _refuse_query_model(config)
+    if config.retriever is not None:
+        refuse_query_model(open_model(config.retriever))
     models = MergeModels(**{field.name: getattr(config, field.name) for field in dataclasses.fields(MergeModels)})
     plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
     given = {
@@ -176,17 +179,6 @@ def merge(config: MergeConfig) -> Artifact:
     merged = _Merge(config, plan, plan.scales(**given), measures)
     work = _write_factors if config.factors else _write_model
     return produce("merge", work=lambda workspace: work(workspace, merged), **_identity(merged))
-
-
-def _refuse_query_model(config: MergeConfig) -> None:
-    """Refuse a retriever for queries alone: a merge of it would take the place of two models."""
-    from readapt_ray.catalog.models import open_model
-    from readapt_ray.catalog.query_models import passages_model
-
-    if config.retriever is not None and (passages := passages_model(open_model(config.retriever))) is not None:
-        raise ModelError(
-            f"{config.retriever!r} is for queries alone, and its passages are encoded by {passages.name!r}; give {passages.name!r}"
-        )
 
 
 def _identity(merged: _Merge) -> dict[str, Any]:

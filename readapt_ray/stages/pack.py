@@ -10,21 +10,25 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models, shapes
 from readapt_ray.cluster import connection, on_worker, placement
+from readapt_ray.cluster.corpus_comparison import opened
 from readapt_ray.cluster.pack_options import PackOptions
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
 from readapt_ray.progress import amount
 from readapt_ray.retrieval import footers, truncation
+from readapt_ray.retrieval.corpus_changes import content_hashes, is_known, known_contents
 from readapt_ray.retrieval.vector_files import METADATA_KEY
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
@@ -36,6 +40,23 @@ _TEXTS_PER_CALL = 1024
 _FILE_NUMBER_SHIFT = 32
 
 
+class _Choice(NamedTuple):
+    """Which passages are packed."""
+
+    lists: dict[str, frozenset[str]]
+    """The doc_ids of `exclude` and `only`."""
+    withheld: frozenset[int]
+    """Numbers of passages that are left out."""
+    known: NDArray[np.uint64] | None
+    """Contents that are left out."""
+
+    def seen(self, passages: pa.Table) -> NDArray[np.bool_]:
+        """Return for each row whether its content is left out."""
+        if self.known is None:
+            return np.zeros(passages.num_rows, bool)
+        return is_known(self.known, content_hashes(passages))
+
+
 class PackConfig(PackOptions, StageConfig):
     """Options of pack."""
 
@@ -43,15 +64,15 @@ class PackConfig(PackOptions, StageConfig):
     """Model whose tokenizer is used: a catalog name, a folder, a URI or a hub id."""
     corpus: str
     """Passages: the output of `readapt ingest`."""
-    inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "exclude", "only"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "exclude", "only", "new_since"})
 
 
 def pack(config: PackConfig) -> Artifact:
     """Turn passages into token blocks.
 
     Raises:
-        ArtifactMissingError: the corpus is not a complete output of ingest.
-        CorpusError: `exclude` or `only` cannot be read, names no passage of the corpus, or leaves none.
+        ArtifactMissingError: the corpus, or `new_since`, is not a complete output of ingest.
+        CorpusError: `exclude` or `only` cannot be read, or names no passage of the corpus; or none are left.
         CorruptFileError: the corpus does not have all its passages.
         PlacementError: no node of the cluster has a CPU.
         ModelError: the tokenizer cannot be read, has no end token, or the block is longer than the model's positions.
@@ -70,8 +91,15 @@ def pack(config: PackConfig) -> Artifact:
     inputs = {"corpus": corpus.fingerprint, "pretrained": model.tokenizer_fingerprint}
     lists = {name: read_doc_ids(uri) for name in ("exclude", "only") if (uri := getattr(config, name)) is not None}
     inputs |= {name: artifacts.fingerprint(sorted(ids)) for name, ids in lists.items()}
+    earlier = None
+    if config.new_since is not None:
+        earlier = artifacts.open_artifact(config.new_since, "ingest")
+        inputs["new_since"] = earlier.fingerprint
     return artifacts.produce(
-        "pack", config, inputs=inputs, work=lambda workspace: _pack(config, model, corpus, lists, workspace)
+        "pack",
+        config,
+        inputs=inputs,
+        work=lambda workspace: _pack(config, model, corpus, lists, workspace, earlier=earlier),
     )
 
 
@@ -97,6 +125,8 @@ def _pack(
     corpus: Artifact,
     lists: dict[str, frozenset[str]],
     workspace: Workspace,
+    *,
+    earlier: Artifact | None,
 ) -> None:
     connection.connect()
     import ray
@@ -113,10 +143,11 @@ def _pack(
     }
     blocks = on_worker.absolute(workspace.location) / "blocks"
     connection.check_seen_by_all(blocks)
-    shared_lists = ray.put((lists, frozenset(withheld)))
+    known = None if earlier is None else known_contents(opened(earlier, "passages"))
+    choice = ray.put(_Choice(lists, frozenset(withheld), known))
     dataset = ray.data.from_items(parts, override_num_blocks=len(parts))
     dataset.context.execution_no_progress_timeout_s = -1
-    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, *ray.get(shared_lists)))
+    dataset = dataset.map(lambda part: _pack_file(part, blocks.uri, job, ray.get(choice)))
     counts = dict.fromkeys(("num_blocks", "num_passages", "num_tokens", "num_truncated_passages", "num_lost_tokens"), 0)
     try:
         for row in dataset.iter_rows():
@@ -124,13 +155,13 @@ def _pack(
             workspace.progress(counts["num_passages"], num_passages, unit="passages")
     except ray.exceptions.RayError as error:
         raise connection.cause_of(error) from None
-    if lists or withheld:
+    if lists or withheld or earlier is not None:
         counts["num_withheld_passages"] = num_passages - counts["num_passages"]
         if not counts["num_passages"]:
             raise CorpusError(
-                f"exclude = {config.exclude!r}, only = {config.only!r} and withhold = {config.withhold} leave none of the "
-                f"{amount(num_passages, 'passages')} of {config.corpus!r}; check that the lists name its doc_ids, or "
-                "withhold fewer"
+                f"exclude = {config.exclude!r}, only = {config.only!r}, new_since = {config.new_since!r} and withhold = "
+                f"{config.withhold} leave none of the {amount(num_passages, 'passages')} of {config.corpus!r}; check that the "
+                "lists name its doc_ids, give an earlier state, or withhold fewer"
             )
     workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
     workspace.details["withheld"] = withheld
@@ -210,8 +241,7 @@ def _pack_file(
     part: dict[str, Any],
     blocks_uri: str,
     job: dict[str, Any],
-    lists: dict[str, frozenset[str]],
-    withheld: frozenset[int],
+    choice: _Choice,
 ) -> dict[str, int]:
     """Tokenise and pack one passages file, unless its blocks are there; the counts of it."""
     from readapt_ray.training import packing
@@ -221,7 +251,7 @@ def _pack_file(
         tokenizer = _tokenizer(job["pretrained"], job["tokenizer"], os.getpid())
         with Location(part["file"]).open_input() as stream:
             passages = pq.read_table(stream, columns=["doc_id", "title", "text"])
-
+        is_seen = choice.seen(passages)
         losses: list[int] = []
 
         def numbered() -> Any:
@@ -233,9 +263,10 @@ def _pack_file(
                     for number, (doc_id, title, text) in enumerate(
                         zip(*columns, strict=True), part["first_number"] + start
                     )
-                    if number not in withheld
-                    and doc_id not in lists.get("exclude", ())
-                    and doc_id in lists.get("only", (doc_id,))
+                    if number not in choice.withheld
+                    and not is_seen[number - part["first_number"]]
+                    and doc_id not in choice.lists.get("exclude", ())
+                    and doc_id in choice.lists.get("only", (doc_id,))
                 ]
                 ids, lost = packing.passage_ids(tokenizer, [text for _, text in taken], max_tokens=job["block_tokens"])
                 losses.extend(lost)

@@ -23,18 +23,16 @@ from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.cluster import connection, query_vectors
 from readapt_ray.cluster.query_vectors import encode_queries
-from readapt_ray.cluster.search_pieces import Content, Pieces
-from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.cluster.search_pieces import Content, Pieces, vector_pieces
+from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
 from readapt_ray.retrieval.bridge import Bridge
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
 from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
 from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
 from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
-from readapt_ray.retrieval.vector_files import SHARD_BYTES, cut
 from readapt_ray.sources.columns import ColumnsOption
 
 logger = logging.getLogger("readapt_ray")
@@ -85,6 +83,7 @@ class SearchConfig(RetrieverOptions, StageConfig):
         {"index", "vectors", "root", "as_of", "bridge", "queries", "qrels", "encoding"}
     )
     operational: ClassVar[frozenset[str]] = frozenset({"batch_tokens"})
+    used_with: ClassVar[UsedWith] = {"as_of": ("root", ())}
 
     @model_validator(mode="before")
     @classmethod
@@ -144,11 +143,7 @@ class _Source:
         """
         if self.artifact.manifest.stage == "index":
             return list(self.artifact.manifest.details["shards"])
-        counts = row_counts(named_footers(self.artifact.location / "vectors"))
-        check_complete(self.artifact, sum(count for _, count in counts), "vectors")
-        most = max(1, SHARD_BYTES // (4 * int(self.encoder["dimension"])))
-        even = -(-self.num_vectors // num_cpus)
-        return [tuple(each) for each in cut(counts, min(most, even))]
+        return vector_pieces(self.artifact, num_cpus)
 
 
 def search(config: SearchConfig) -> Artifact:

@@ -16,7 +16,7 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
-from readapt_ray.cluster import batches, on_worker, train_workers
+from readapt_ray.cluster import batches, continued_adapter, on_worker, train_workers
 from readapt_ray.cluster.optimization import OptimizationConfig
 from readapt_ray.cluster.pack_options import PACK_OPTIONS, PackOptions
 from readapt_ray.errors import CorpusError, ModelError
@@ -34,6 +34,9 @@ class TrainConfig(PackOptions, OptimizationConfig):
     corpus: str
     """Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are packed
     first, into OUTPUT-blocks."""
+    continue_from: str | None = None
+    """Adapter of an earlier training on the same pretrained model to go on from; method, rank, alpha and target modules are
+    its own. Give it passages that it has not seen: with new_since, or a corpus of new passages."""
     objective: Objective | None = None
     """causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If omitted, what
     the model has a head for."""
@@ -44,7 +47,7 @@ class TrainConfig(PackOptions, OptimizationConfig):
     micro_batch_tokens: int = Field(default=4096, ge=8)
     """Tokens per forward and backward pass. Lower it when memory is short; the result stays the same."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"pretrained", "corpus", "continue_from"})
     # What the options of pack did is in the fingerprint of the blocks.
     operational: ClassVar[frozenset[str]] = OptimizationConfig.operational | {
         "micro_batch_tokens",
@@ -61,8 +64,10 @@ def train(config: TrainConfig) -> Artifact:
     Raises:
         ArtifactMissingError: the blocks are not complete.
         CorpusError: there are no blocks, or they were packed with other options than those that are given.
+        InputError: `continue_from` has another shape than the options ask for.
         ModelError: the pretrained model is none, is not of the kind that the objective asks for, has no layer of
-            the names in `target_modules`, or its tokenizer is not the one that made the blocks.
+            the names in `target_modules`, or its tokenizer is not the one that made the blocks; or `continue_from` was
+            trained on another model.
         PlacementError: the cluster does not have the workers asked for, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
@@ -82,6 +87,11 @@ def train(config: TrainConfig) -> Artifact:
             f"of {config.pretrained!r}; pack the passages again with this model"
         )
     inputs = {"corpus": blocks.fingerprint, "pretrained": model.fingerprint}
+    if config.continue_from is not None:
+        earlier = models.open_model(config.continue_from)
+        continued_adapter.check_base(earlier, model)
+        inputs["continue_from"] = earlier.fingerprint
+        config = config.model_copy(update={"continue_from": on_worker.model_name(earlier)})
     return artifacts.produce(
         "train", config, inputs=inputs, work=lambda workspace: _train(config, model, blocks, workspace)
     )
@@ -100,12 +110,17 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
     """Fill in the objective and the target modules that follow from the model; no weight is read.
 
     Raises:
-        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
+        InputError: `continue_from` has another shape than the options ask for.
+        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`; or
+            `continue_from` is no adapter that can be trained further.
     """
     if model.is_adapter:
         raise ModelError(
             f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
         )
+    if config.continue_from is not None:
+        earlier = models.open_model(config.continue_from, with_weights=False)
+        config = continued_adapter.with_shape_of(config, earlier)
     objective = config.objective or objective_of(model)
     targets = train_workers.target_modules(config, model)
     if targets:
@@ -201,6 +216,9 @@ def _work(job: dict[str, Any]) -> None:
     worker = train_workers.TrainWorker(
         job, config, config.pretrained, objective=config.objective, micro_batch_tokens=longest_pass
     )
+    if config.continue_from is not None:
+        due, node = job["inputs"].values(), job["driver_node"]
+        continued_adapter.load(worker.model, config.continue_from, due=due, driver_node=node)
     objective = LanguageModelling(
         model=worker.model,
         data_order=job["data_order"],

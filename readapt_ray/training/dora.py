@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from readapt_ray.catalog.shapes import matching_layers
+from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.storage import Location
 from readapt_ray.training.adapted_output import AdaptedOutput, adapted_output
@@ -177,6 +178,32 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             for part, tensor in parts.items():
                 state[f"{_KEY_PREFIX}{name}.{part}"] = tensor.detach().float().cpu().clone()
     return state
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str) -> None:
+    """Set the trained tensors to what `adapter_state` gave. Collective under ZeRO-3.
+
+    Args:
+        model: with adapters of the same shape.
+        state: under PEFT's names.
+        name: of the adapter, for errors.
+
+    Raises:
+        ModelError: it is of other layers.
+    """
+    state = {key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"): state[key] for key in state}
+    there = adapter_state(model)
+    if differing := sorted(there.keys() ^ state.keys()):
+        raise ModelError(f"the adapter {name!r} was not trained on the same layers: {', '.join(differing[:5])}")
+    for path, layer in adapted_layers(model):
+        parts = {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+        if layer.magnitude is not None:
+            parts["lora_magnitude_vector"] = layer.magnitude
+        for part, tensor in parts.items():
+            with gathered([tensor], changed_by_rank=0):
+                tensor.copy_(state[f"{_KEY_PREFIX}{path}.{part}"])
+        layer.refresh_norm()
 
 
 def save_adapter(

@@ -17,7 +17,7 @@ from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.errors import CorpusError
+from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.storage import Location
@@ -43,6 +43,8 @@ class PairSource:
     """Of the inputs by the names of their options."""
     corpus: Artifact | None = None
     """An output of ingest; None where `file` holds the pairs."""
+    labels: Location | None = None
+    """Folder with the queries and qrels; None where `file` holds the pairs."""
     split: str = ""
     file: Location | None = None
     run: Location | None = field(default=None)
@@ -50,7 +52,7 @@ class PairSource:
 
 
 def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
-    """Open a corpus with judgements, or a JSONL file of pairs.
+    """Open a corpus with judgements, queries that a model wrote for one, or a JSONL file of pairs.
 
     Raises:
         ArtifactMissingError: neither is there.
@@ -64,16 +66,35 @@ def open_pairs(corpus: str, split: str, negatives: str | None) -> PairSource:
                 f"negatives = {negatives!r} names doc_ids and {corpus!r} holds texts; put them into its lines as `negatives`"
             )
         return PairSource(name=corpus, file=file, fingerprints={"corpus": file.sha256()})
-    artifact = artifacts.open_artifact(corpus, "ingest")
-    if not (artifact.location / "qrels" / f"{split}.parquet").is_file():
-        there = [each.name.removesuffix(".parquet") for each in (artifact.location / "qrels").files(".parquet")]
-        raise CorpusError(f"{corpus!r} has no qrels of the split {split!r}; it has {there or 'no qrels at all'}")
-    fingerprints = {"corpus": artifact.fingerprint}
+    labels, artifact = _open_labels(corpus)
+    if not (labels.location / "qrels" / f"{split}.parquet").is_file():
+        there = [each.name.removesuffix(".parquet") for each in (labels.location / "qrels").files(".parquet")]
+        raise CorpusError(
+            f"{corpus!r} has no qrels of the split {split!r}; it has {there or 'no qrels at all, and `readapt synthesize` writes queries'}"
+        )
+    fingerprints = {"corpus": labels.fingerprint}
     if run is not None:
         if not run.is_file():
             raise CorpusError(f"no run {negatives!r}; give the output of `readapt search`")
         fingerprints["negatives"] = run.sha256()
-    return PairSource(name=corpus, corpus=artifact, split=split, run=run, fingerprints=fingerprints)
+    return PairSource(
+        name=corpus, corpus=artifact, labels=labels.location, split=split, run=run, fingerprints=fingerprints
+    )
+
+
+def _open_labels(uri: str) -> tuple[Artifact, Artifact]:
+    """Return the artifact with queries and qrels, and the one with the passages: one and the same, but for synthesized queries."""
+    manifest = artifacts.read_manifest(uri)
+    if manifest is None or manifest.stage != "synthesize":
+        corpus = artifacts.open_artifact(uri, "ingest")
+        return corpus, corpus
+    labels = artifacts.open_artifact(uri, "synthesize")
+    corpus = artifacts.open_artifact(labels.manifest.config["corpus"], "ingest")
+    if corpus.fingerprint != labels.manifest.inputs["corpus"]:
+        raise FingerprintMismatchError(
+            f"{corpus.uri!r} is not the corpus that the queries of {uri!r} were written for; synthesize them again"
+        )
+    return labels, corpus
 
 
 def write_pairs(
@@ -146,17 +167,16 @@ class _Numbers:
 def _judged_pairs(source: PairSource, num_negatives: int) -> list[TrainingPair]:
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
-    assert source.corpus is not None
-    folder = source.corpus.location
-    queries = {query.query_id: query.text for query in read_queries((folder / "queries").uri)}
-    qrels = read_qrels((folder / "qrels" / f"{source.split}.parquet").uri)
+    assert source.corpus is not None and source.labels is not None
+    queries = {query.query_id: query.text for query in read_queries((source.labels / "queries").uri)}
+    qrels = read_qrels((source.labels / "qrels" / f"{source.split}.parquet").uri)
     relevant = [qrel for qrel in qrels if qrel.relevance > 0 and qrel.query_id in queries]
     right: dict[str, set[str]] = {}
     for qrel in relevant:
         right.setdefault(qrel.query_id, set()).add(qrel.doc_id)
     hard = _hard_negatives(source.run, right, num_negatives) if source.run is not None else {}
     passages = _read_passages(
-        folder, {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids}
+        source.corpus.location, {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids}
     )
     return [
         TrainingPair(

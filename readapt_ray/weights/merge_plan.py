@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.catalog.query_models import refuse_query_model
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import TOKENIZER_CONFIG_NAME, TOKENIZER_NAME
 from readapt_ray.weights.adapter import Adapter
@@ -104,6 +105,20 @@ def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
     return plan
 
 
+def check_pair(pretrained: OpenModel, retriever: OpenModel, *, accept: Sequence[str]) -> None:
+    """Check that a retriever was made from a pretrained model, as far as `plan_merge` does without an adapter.
+
+    Headers of weights, configs and tokenizers are read; the pretrained model is hashed only for an adapter of ours.
+
+    Raises:
+        WeightMismatchError: they do not fit each other; the message lists what differs.
+        ModelError: a model cannot be read, or is for queries alone.
+    """
+    refuse_query_model(retriever)
+    _open_pair(pretrained, retriever, (), accept)
+    check_bases(pretrained, [retriever], accept="base" in accept)
+
+
 def _check_origins(roles: Roles, plan: MergePlan) -> None:
     """Compare the pretrained model with the one that each other model was made from."""
     pretrained, second, *others = plan.sources
@@ -136,25 +151,31 @@ def _find(option: str, name: str) -> OpenModel:
 
 def _open_models(roles: Roles, models: MergeModels) -> MergePlan:
     pretrained, retriever, *adapters = (model for _, model in roles)
-    before = Checkpoint(pretrained.folder, name=pretrained.name)
-    knowledge = [open_retriever(adapter.folder, before, name=adapter.name) for adapter in adapters]
-    after = open_retriever(retriever.folder, before, name=retriever.name)
-    accept_vocabulary = "vocabulary" in models.accept
-    readapter = Readapter(before, after, knowledge, accept_vocabulary=accept_vocabulary)
-    for model, source in [(retriever, after), *zip(adapters, knowledge, strict=True)]:
-        if not isinstance(source, Adapter) and not (model is retriever and "config" in models.accept):
-            check_configs(pretrained, model)
-    if "tokenizer" not in models.accept:
-        check_tokenizers(pretrained, retriever, accept_vocabulary=accept_vocabulary)
     return MergePlan(
         models=models,
-        readapter=readapter,
+        readapter=_open_pair(pretrained, retriever, adapters, models.accept),
         encoding=models.encoding or retriever.encoding,
         config_of=pretrained if retriever.is_adapter else retriever,
         tokenizer_of=retriever if _has_tokenizer(retriever) or not retriever.is_adapter else pretrained,
         dense_of=retriever,
         sources=(),
     )
+
+
+def _open_pair(
+    pretrained: OpenModel, retriever: OpenModel, adapters: Sequence[OpenModel], accept: Sequence[str]
+) -> Readapter:
+    before = Checkpoint(pretrained.folder, name=pretrained.name)
+    knowledge = [open_retriever(adapter.folder, before, name=adapter.name) for adapter in adapters]
+    after = open_retriever(retriever.folder, before, name=retriever.name)
+    accept_vocabulary = "vocabulary" in accept
+    readapter = Readapter(before, after, knowledge, accept_vocabulary=accept_vocabulary)
+    for model, source in [(retriever, after), *zip(adapters, knowledge, strict=True)]:
+        if not isinstance(source, Adapter) and not (model is retriever and "config" in accept):
+            check_configs(pretrained, model)
+    if "tokenizer" not in accept:
+        check_tokenizers(pretrained, retriever, accept_vocabulary=accept_vocabulary)
+    return readapter
 
 
 def _has_tokenizer(model: OpenModel) -> bool:

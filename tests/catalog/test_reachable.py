@@ -85,3 +85,17 @@ def test_a_model_in_an_object_store(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             check_reachable(f"s3://{object_store.BUCKET}/other")
         with pytest.raises(ModelError, match="is empty or does not exist"):
             check_reachable(f"s3://{object_store.BUCKET}/none")
+
+
+def test_a_folder_that_is_no_model_leaves_a_catalog_name_to_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root of a run may have the name of its retriever; nothing is fetched to find out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e5-mistral").mkdir()
+    monkeypatch.setattr("readapt_ray.catalog.models.open_model", lambda name: pytest.fail(f"{name} was fetched"))
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    (seen / "config.json").write_text("{}")
+    monkeypatch.setattr("readapt_ray.catalog.fetching.seen_on_hub", lambda plain, target, revision: (seen, 7))
+    assert check_reachable("e5-mistral") == 7

@@ -36,14 +36,14 @@ def _hashes(rows):
     return [content_hash("", text) for text in rows.values()]
 
 
-@pytest.mark.parametrize("with_digests", [True, False])
-def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatch, with_digests):
+@pytest.mark.parametrize(("with_digests", "chunk_rows"), [(True, 70), (False, 70), (True, 1000)])
+def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatch, with_digests, chunk_rows):
     rng = np.random.default_rng(0)
     before = {f"d{number:04d}": f"text {number}" for number in range(300)}
     now = {key: before[key] for key in rng.permutation(sorted(before))[:200].tolist()}
     now |= dict.fromkeys(list(now)[:20], "another text") | {f"n{number}": f"new {number}" for number in range(30)}
     now["moved"] = before["d0001"]
-    monkeypatch.setattr(digest_join, "_CHUNK_ROWS", 70)
+    monkeypatch.setattr(digest_join, "_CHUNK_ROWS", chunk_rows)
     passages = _passages(tmp_path / "now", now, with_digests=with_digests)
     joined = join_digests(passages, _vectors(tmp_path / "before", before), Location(str(tmp_path / "join")))
     assert joined.changes == Changes(num_unchanged=180, num_changed=20, num_new=31, num_deleted=100)
@@ -55,5 +55,9 @@ def test_the_join_finds_what_dictionaries_find(ray_session, tmp_path, monkeypatc
     bounds = digest_join.bin_bounds(len(now))
     assert joined.num_to_encode.tolist() == [expected[a:b].count(-1) for a, b in itertools.pairwise(bounds.tolist())]
     assert joined.num_to_encode.sum() == 50
+    if chunk_rows == 1000:
+        assert [path.name for path in (tmp_path / "join").iterdir()] == ["digests-earlier-00000"], (
+            "digests stay in memory"
+        )
     joined.matches.remove()
     assert not list((tmp_path / "join").iterdir())

@@ -204,12 +204,12 @@ def test_stopped_while_the_exchange_is_removed_it_goes_on(tmp_path, no_ray, many
 def _clears_then_stops(num_files):
     """Remove so many files of the exchange, in any order as an object store does, and stop."""
 
-    def clear(location, patterns, **options):
-        if location.name != "exchange":
+    def clear(location, patterns):
+        if "exchange/summary.json" in patterns:
             return
-        files = location.files()
+        files = (location / "exchange").files()
         random.Random(num_files).shuffle(files)
-        for file in [each for each in files if each.name != options.get("keep")][: num_files * 5]:
+        for file in [each for each in files if each.name != "summary.json"][: num_files * 5]:
             file.delete()
         raise KeyboardInterrupt
 
@@ -302,3 +302,24 @@ def test_a_disk_that_fills_is_named_and_it_goes_on_when_there_is_room(tmp_path, 
         small_disk.free(disk)
         assert _many(source, disk / "out") == one
         assert not list((disk / "out").rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_after_an_earlier_corpus_the_rows_are_the_same_and_files_are_shared(tmp_path, no_ray, many_pieces, seed):
+    """Files that hold no duplicates are shared; those from which duplicates were taken out are written again."""
+    draw, kind = random.Random(seed), ("jsonl", "parquet", "tsv", "gz")[seed % 4]
+    rows = list(_rows(400, draw))
+    for folder, present in (("before", rows), ("now", [*rows[:50], *rows[55:]])):
+        (tmp_path / folder).mkdir()
+        _write_file(tmp_path / folder / f"0.{'jsonl.gz' if kind == 'gz' else kind}", kind, present, random.Random(seed))
+    options = {"deduplicate": draw.choice(["exact", "none"]), "keep": KEPT, "rows_per_file": 40}
+    _many(tmp_path / "before", tmp_path / "earlier", **options)
+    alone = _many(tmp_path / "now", tmp_path / "alone", **options)
+    after = _many(tmp_path / "now", tmp_path / "after", previous=str(tmp_path / "earlier"), **options)
+    assert after == alone
+    earlier, files = (
+        {file.stat().st_ino for file in (tmp_path / folder / "passages").iterdir()} for folder in ("earlier", "after")
+    )
+    shared = len(files & earlier)
+    assert shared >= (len(files) - 3 if options["deduplicate"] == "none" else 0)
+    assert all(file.stat().st_nlink == 1 for file in (tmp_path / "alone/passages").iterdir())

@@ -34,6 +34,7 @@ def job(tmp_path, monkeypatch):
     encoding = model.encoding.model_copy(update={"max_passage_tokens": MAX_TOKENS})
     return EmbedJob(
         model_name=str(folder),
+        base_name=on_worker.base_name(model),
         tokenizer=model.tokenizer_fingerprint,
         encoder=describe_encoder(model, encoding, "float32"),
         encoding=encoding,

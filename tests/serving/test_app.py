@@ -73,13 +73,14 @@ def test_a_slice_of_the_index_asks_for_the_memory_that_it_takes(ray_session, wor
     from readapt_ray.serving import app
 
     shards = Path(world.version()["index"]) / "shards"
-    files = [[shards / f"0000{number}{suffix}" for suffix in (".faiss", ".ids.parquet")] for number in (0, 1)]
-    sizes = [sum(file.stat().st_size for file in each) for each in files]
     args = {"name": "one", **world.version(), "index_actors": 1}
     encoder = app.version(args)._bound_deployment
     [index] = encoder.init_args[1:]
     asked = index._bound_deployment._replica_config.ray_actor_options["memory"]
-    assert asked == sum(sizes) + max(sizes)
+    # Its files, with the scores of words, are in memory once; and 40 doc_ids are Python objects.
+    files = [each for suffix in (".faiss", ".ids.parquet", ".bm25.npz") for each in shards.glob(f"*{suffix}")]
+    assert len(files) == 6
+    assert asked == sum(file.stat().st_size for file in files) + 40 * 160
 
 
 def test_metrics_of_all_processes_and_a_line_in_the_log(served):
@@ -133,7 +134,7 @@ def test_a_second_server_and_a_port_in_use_are_refused(served, world, caplog):
     with pytest.raises(InputError, match=rf"runs with port = {at['port']}, not \d+, and an update cannot change that"):
         serve(world.config(name="tiny", index_actors=2, update=True), blocking=False)
     with pytest.raises(
-        InputError, match=r"the new versions ask for 1000\.25 CPU, and .* free beside the versions that"
+        InputError, match=r"the new versions ask for 1000\.25 CPU, and .* free beside what runs already"
     ):
         versions = {"large": world.version("other") | {"num_cpus_per_replica": 1000}}
         serve(world.config(versions=versions, update=True, port=at["port"]), blocking=False)

@@ -364,3 +364,20 @@ def test_what_came_before_the_rate_was_known_is_given_up_once_it_is():
         assert 40 < caught.value.num_rows <= 50
 
     run_in_no_time(main())
+
+
+def test_a_fresh_server_refuses_what_it_can_never_do_in_time_before_any_work():
+    """The rate of its start is known: 20 s of work with 2 s left is refused, what twice the rate would do is not."""
+
+    async def main():
+        encoder = SteadyEncoder()
+        queue = batcher(encoder, batch_tokens=500, max_queued_tokens=10**9, tokens_per_s=1000.0)
+        loop = asyncio.get_running_loop()
+        for _ in range(2):
+            with pytest.raises(RequestTooLargeError) as caught:
+                await queue.submit([[1] * 20] * 1000, deadline_s=loop.time() + 2)
+            assert caught.value.num_rows == 50 and not encoder.num_tokens
+            await asyncio.sleep(3600)
+        assert await ask(queue, 1900, 2.0) == "done"
+
+    run_in_no_time(main())

@@ -1,15 +1,20 @@
+import hashlib
+from pathlib import Path
+
+import faiss
 import numpy as np
 import pytest
 
+from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.retrieval.index_files import write_shard
+from readapt_ray.retrieval.index_files import carry_over, write_shard
 from readapt_ray.retrieval.index_kinds import IndexOptions, index_spec
 from readapt_ray.retrieval.index_recall import calibrate
-from readapt_ray.retrieval.index_shard import DELETED, build_shard
+from readapt_ray.retrieval.index_shard import DELETED, IndexShard, build_shard
 from readapt_ray.retrieval.vector_index import VectorIndex
 from readapt_ray.serving import index_slice
 from readapt_ray.serving.doc_filter import DocFilter
-from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole
+from readapt_ray.serving.index_slice import IndexSlice, holds_vectors_whole, is_mapped
 from readapt_ray.serving.versions import Ranked, merged
 from readapt_ray.storage import Location
 
@@ -187,3 +192,96 @@ def test_what_faiss_misses_among_the_passages_that_pass_is_searched_exactly(tmp_
     exact = np.argsort(-(queries @ vectors[:1500].T), axis=1)[:, :1000]
     found = searchable.search(queries, 1000, wanted)
     assert found.doc_ids.tolist() == [[ids[row] for row in rows] for rows in exact]
+
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    """The bytes of index files whose checksum was computed, on a node whose cache is empty."""
+    monkeypatch.setenv("READAPT_CACHE", str(tmp_path / "cache"))
+    seen = []
+
+    def digest(stream, name):
+        seen.append(len(stream.read()))
+        stream.seek(0)
+        return compute(stream, name)
+
+    compute = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", digest)
+    return seen
+
+
+def test_of_the_next_version_only_the_shard_that_is_new_is_read(tmp_path, checked):
+    """Ten shards, of which nine are carried over: files stay where they are, and only the new one is summed."""
+    first, second = Location(str(tmp_path / "first")), Location(str(tmp_path / "second"))
+    made = np.random.default_rng(8).normal(size=(11, 50, 16)).astype(np.float32)
+
+    def write(folder, number):
+        ids = [f"{number}-{row}" for row in range(50)]
+        return write_shard(folder, f"{number:05d}", build_shard("Flat", 16, [(ids, made[number])]), encoder="e")
+
+    records = [write(first, number) for number in range(10)]
+    assert IndexSlice(first, records).num_vectors == 500
+    kept = np.ones(50, bool)
+    kept[3] = False
+    carried = [carry_over(first, record, kept, second, encoder="e") for record in records[1:]]
+    before = len(checked)
+    searchable = IndexSlice(second, [*carried, write(second, 10)])
+    size = (tmp_path / "second/00010.faiss").stat().st_size
+    assert checked[before:] == [size] and sum(checked) == 11 * size
+    assert searchable.num_vectors == 9 * 49 + 50
+    assert str(tmp_path / "second/00010.faiss") in Path("/proc/self/maps").read_text()
+    rows = made[1:].reshape(-1, 16)
+    ids = [f"{number}-{row}" for number in range(1, 11) for row in range(50)]
+    alive = [place for place, each in enumerate(ids) if not each.endswith("-3") or each == "10-3"]
+    oracle = search_exact(made[10, :3], [([ids[place] for place in alive], rows[alive])], 7)
+    assert searchable.search(made[10, :3], 7).doc_ids.tolist() == oracle.doc_ids.tolist()
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut short", "gone"])
+def test_a_damaged_shard_is_refused_also_after_it_was_whole(tmp_path, checked, damage):
+    folder = Location(str(tmp_path / "shards"))
+    vectors = np.random.default_rng(9).normal(size=(50, 16)).astype(np.float32)
+    record = write_shard(
+        folder, "00000", build_shard("Flat", 16, [([str(row) for row in range(50)], vectors)]), encoder="e"
+    )
+    IndexSlice(folder, [record])
+    file = tmp_path / "shards/00000.faiss"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(content[:-1] + b"?" if damage == "altered" else content[:-100])
+    with pytest.raises(CorruptFileError, match="is gone" if damage == "gone" else "was cut short or altered"):
+        IndexSlice(folder, [record])
+
+
+def test_without_a_cache_that_can_be_written_the_checksum_is_computed_each_time(tmp_path, checked, monkeypatch, caplog):
+    folder = Location(str(tmp_path / "shards"))
+    vectors = np.ones((5, 16), np.float32)
+    record = write_shard(folder, "00000", build_shard("Flat", 16, [(list("abcde"), vectors)]), encoder="e")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/whole-files").write_text("no folder")
+    for number in (1, 2):
+        assert IndexSlice(folder, [record]).num_vectors == 5
+        assert len(checked) == number
+    assert "is computed again by each process" in caplog.text
+
+
+def test_shards_that_were_trained_together_are_merged_in_memory(tmp_path):
+    folder = Location(str(tmp_path))
+    vectors = np.random.default_rng(10).normal(size=(600, 16)).astype(np.float32)
+    whole = build_shard("IVF4,Flat", 16, [([str(row) for row in range(600)], vectors)])
+    records = []
+    for number in range(2):
+        part = faiss.clone_index(whole.index)
+        part.reset()
+        rows = range(300 * number, 300 * (number + 1))
+        part.add(vectors[rows])
+        shard = IndexShard(part, np.array([str(row) for row in rows], object), trained="t")
+        records.append(write_shard(folder, f"{number:05d}", shard, encoder="e"))
+    assert not any(is_mapped(each, records) for each in records)
+    assert is_mapped(records[0], records[:1])
+    found = IndexSlice(folder, records).search(vectors[:5], 3, DocFilter(prefix=""))
+    assert (
+        found.doc_ids.tolist()
+        == search_exact(vectors[:5], [([str(row) for row in range(600)], vectors)], 3).doc_ids.tolist()
+    )

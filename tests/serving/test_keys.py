@@ -1,5 +1,7 @@
 import hashlib
 import hmac
+import subprocess
+import sys
 import types
 
 import pytest
@@ -32,6 +34,14 @@ def test_keys_of_the_environment(monkeypatch):
     assert [each.name for each in read_keys(None)] == ["ci"]
     monkeypatch.setenv("READAPT_API_KEYS", " ")
     assert read_keys(None) == ()
+
+
+def test_processes_that_are_started_do_not_get_the_keys(monkeypatch):
+    monkeypatch.setenv("READAPT_API_KEYS", f"ci: {SECRET}")
+    show = [sys.executable, "-c", "import os; print(os.environ)"]
+    with keys_module.out_of_environment():
+        assert SECRET not in subprocess.run(show, capture_output=True, text=True, check=True).stdout
+    assert [each.name for each in read_keys(None)] == ["ci"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -282,6 +283,47 @@ def test_a_lost_shard_by_policy(started, world: World):
 
 
 @pytest.mark.timeout(900)
+def test_what_is_lost_for_good_keeps_no_other_part_from_being_served(started, world: World, tmp_path):
+    """A slice whose file is gone, and a version without a process: a new gateway serves what there is, and updates go on."""
+    shutil.copytree(world.version()["index"], tmp_path / "index")
+    part = world.version() | {"index": str(tmp_path / "index"), "index_actors": 2}
+    versions = {"part": part, "gone": world.version("other")}
+    config = world.config(versions=versions, lost_shards="partial", shard_timeout_s=0.5)
+    url = started(config)
+    (tmp_path / "index/shards/00001.faiss").unlink()
+    for title in ("readapt-part:index-1", "readapt:gateway"):
+        [victim] = processes(f"ray::ServeReplica:{title}")
+        os.kill(victim.pid, signal.SIGKILL)
+    body = _found(url, {"model": "part", "top_k": 100})
+    assert (body["partial"], body["missing"], len(body["data"][0]["hits"])) == (True, ["index-1"], 25)
+    models = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    assert [each["num_vectors"] for each in models if each["id"] == "part"] == [40]
+    settings = config.model_dump(mode="json", exclude={"versions"}) | {"update": True, "default": "gone"}
+    serve(type(config).parse(settings | {"versions": versions}), blocking=False)
+    assert _found(url, {})["model"] == "gone"
+    ray.serve.delete("readapt-gone")
+    [victim] = processes("ray::ServeReplica:readapt:gateway")
+    os.kill(victim.pid, signal.SIGKILL)
+    assert _found(url, {"model": "part"})["partial"]
+    answer = httpx.post(f"{url}/v1/search", json=QUERY, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "version_down")
+    ready = httpx.get(f"{url}/readyz", timeout=60).json()["versions"]
+    assert ready["gone"]["reason"] == "not up: its encoder does not answer"
+
+
+def _found(url: str, body: dict) -> dict:
+    """What a search finds, once a gateway answers."""
+    deadline_s = time.monotonic() + 240
+    while time.monotonic() < deadline_s:
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.post(f"{url}/v1/search", json=QUERY | body, timeout=60)
+            if answer.status_code == 200:
+                return answer.json()
+        time.sleep(0.2)
+    raise TimeoutError(answer.text)
+
+
+@pytest.mark.timeout(900)
 def test_the_default_changes_under_load_without_a_failed_request(started, world: World):
     base = world.config(versions={"base": world.version("other")})
     url = started(base)
@@ -315,7 +357,7 @@ def test_an_update_that_ends_at_the_gateway_is_undone(started, world: World, tmp
     both = {"base": world.version("other"), "new": world.version() | {"corpus": str(tmp_path / "corpus")}}
     update = type(base).parse({"versions": both, "default": "new", "port": base.port, "update": True})
     if how == "SIGTERM":
-        monkeypatch.setattr(server, "_wait_until_ready", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        monkeypatch.setattr(server, "_wait_until_ready", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(KeyboardInterrupt):
             serve(update, blocking=False)
     else:

@@ -26,14 +26,32 @@ def test_one_check_answers_all_who_ask_whether_the_server_is_ready(fresh, monkey
             assert await statuses(1) == {200}
             assert len(fresh.encoded) == 1
             fresh.broken = "out of memory"
-            monkeypatch.setattr(readiness, "_CHECKED_FOR_S", 0.0)
+            monkeypatch.setattr(readiness, "_RECENT_S", 0.0)
             assert await statuses(50) == {503}
             assert len(fresh.encoded) == 2
-            monkeypatch.setattr(readiness, "_CHECKED_FOR_S", 1000.0)
+            monkeypatch.setattr(readiness, "_RECENT_S", 1000.0)
             fresh.broken = ""
             assert await statuses(1) == {503}
             await server.service.set_state({"tiny": fresh}, Routing(default="tiny"))
             assert await statuses(1) == {200}, "what was found of the versions before says nothing of these"
+
+    asyncio.run(run())
+
+
+def test_metrics_are_gathered_once_for_all_who_ask(monkeypatch):
+    async def run():
+        asked = []
+
+        async def gather():
+            asked.append(len(asked))
+            await asyncio.sleep(0.05)
+            return f"page {len(asked)}"
+
+        recent = readiness.Recent(gather)
+        assert set(await asyncio.gather(*(recent.result() for _ in range(50)))) == {"page 1"}
+        assert await recent.result() == "page 1"
+        monkeypatch.setattr(readiness, "_RECENT_S", 0.0)
+        assert await recent.result() == "page 2"
 
     asyncio.run(run())
 
@@ -174,7 +192,7 @@ def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(version, m
         async with local_server({"tiny": version}) as server, server.client() as client:
             found = []
             for inline in (0, 10_000):
-                monkeypatch.setattr(search_service, "_INLINE_HITS", inline)
+                monkeypatch.setattr(search_service, "INLINE_HITS", inline)
                 found.append((await client.post(SEARCH, json=body)).json())
             return found
 

@@ -4,13 +4,17 @@ import asyncio
 import logging
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ray import serve
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from readapt_ray.serving import ray_backend
 from readapt_ray.serving.ray_backend import RayBackend
-from readapt_ray.serving.readiness import ReadinessCheck
-from readapt_ray.serving.versions import LossPolicy
+from readapt_ray.serving.readiness import checked
+from readapt_ray.serving.schema import RequestError
+from readapt_ray.serving.versions import LossPolicy, Ranked
 
 
 class Handle:
@@ -34,7 +38,7 @@ def readiness(encoder, slices):
     info = SimpleNamespace(fingerprint="f", slices={"index-0": 25, "index-1": 15}, num_vectors=40)
     backend = RayBackend(info, Handle(encoder), {name: Handle(each) for name, each in slices.items()}, LossPolicy())
     versions = {"tiny": SimpleNamespace(backend=backend, info=info)}
-    return asyncio.run(ReadinessCheck(versions).result()).versions["tiny"]
+    return asyncio.run(checked(versions, {})).versions["tiny"]
 
 
 @pytest.fixture(autouse=True)
@@ -73,3 +77,38 @@ def test_without_ray_serves_word_the_log_has_what_was_seen(caplog, monkeypatch):
 def test_a_version_that_works_is_ready_and_one_that_lost_vectors_is_not():
     assert readiness(0.01, {"index-0": 25, "index-1": 15}).ready
     assert not readiness(0.01, {"index-0": 25, "index-1": 14}).ready
+
+
+class Removed:
+    """A handle of a deployment that Ray Serve has removed, or given up."""
+
+    def __init__(self) -> None:
+        self.encode = self.search = SimpleNamespace(remote=self._fail)
+
+    async def _fail(self, *_):
+        raise DeploymentUnavailableError(DeploymentID("index-1", "readapt-tiny"))
+
+
+class Slice:
+    """A part of an index that finds one passage."""
+
+    def __init__(self) -> None:
+        self.search = SimpleNamespace(remote=self._search)
+
+    async def _search(self, *_):
+        return [[Ranked("a", 1.0)]]
+
+
+def test_what_ray_serve_gave_up_is_503_or_a_missing_part():
+    info = SimpleNamespace(fingerprint="f")
+    vectors = np.ones((1, 4), np.float32)
+    for policy in ("wait", "error"):
+        backend = RayBackend(info, Removed(), {"index-1": Removed()}, LossPolicy(lost_shards=policy))
+        for asked in (backend.encode([[1]]), backend.search(vectors, 3, None)):
+            with pytest.raises(RequestError) as caught:
+                asyncio.run(asked)
+            assert (caught.value.status, caught.value.headers["retry-after"]) == (503, "1")
+    slices = {"index-0": Slice(), "index-1": Removed()}
+    backend = RayBackend(info, Removed(), slices, LossPolicy(lost_shards="partial"))
+    found = asyncio.run(backend.search(vectors, 3, None))
+    assert (found.ranked, found.missing) == ([[Ranked("a", 1.0)]], ["index-1"])

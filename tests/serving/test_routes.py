@@ -5,6 +5,7 @@ import base64
 import gzip
 import hashlib
 import json
+import threading
 
 import httpx
 import numpy as np
@@ -17,7 +18,7 @@ from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.telemetry import Telemetry
-from readapt_ray.serving.versions import Routing
+from readapt_ray.serving.versions import PartsDownError, Routing
 from tests.factories import small_corpus
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -266,8 +267,12 @@ def test_texts_of_another_corpus_at_the_same_place_are_not_served(version, world
     async def run():
         async with local_server({"tiny": version}) as server, server.client() as client:
             with pytest.raises(FingerprintMismatchError, match="0 is meant: it was made again"):
-                await server.service.set_state({"tiny": version, "other": other}, Routing(default="tiny"))
+                await server.service.set_state({"other": other}, Routing(default="other"))
             assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
+            await server.service.set_state({"tiny": version, "other": other}, Routing(default="tiny"))
+            assert (await client.post(SEARCH, json={"query": "array"})).status_code == 200
+            refused = await client.post(SEARCH, json={"query": "array", "model": "other"})
+            assert refused.status_code == 503 and "0 is meant: it was made again" in refused.text
 
     asyncio.run(run())
 
@@ -442,11 +447,85 @@ def test_without_keys_only_this_machine_is_answered(version, peer, url, status):
     assert anyhow.status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("forwarded", "status"),
+    [
+        ("for=127.0.0.1;proto=http", 200),
+        ('for="[::1]:4711", for=127.0.0.1:80', 200),
+        ("for=203.0.113.9", 403),
+        ('For="[2001:db8::7]:4711"', 403),
+        ("for=127.0.0.1, for=203.0.113.9;by=127.0.0.1", 403),
+        ("for=_hidden", 403),
+    ],
+)
+def test_a_proxy_on_this_machine_says_for_whom_it_asks(version, forwarded, status):
+    [answer] = ask(version, ("GET", "/v1/models", None), headers={"forwarded": forwarded})
+    assert answer.status_code == status
+
+
 def test_without_keys_nobody_is_answered_who_may_come_from_anywhere(version):
     [answer] = ask(version, ("GET", "/v1/models", None), sees_clients=False)
     assert answer.status_code == 403
     [anyhow] = ask(version, ("GET", "/v1/models", None), sees_clients=False, allow_anonymous=True)
     assert anyhow.status_code == 200
+
+
+def test_the_document_of_the_api_says_what_is_answered(version):
+    [answer] = ask(version, ("GET", "/openapi.json", None))
+    document = answer.json()
+    answers = {status for path in document["paths"].values() for each in path.values() for status in each["responses"]}
+    assert "400" in answers and "422" not in answers and "ValidationError" not in answer.text
+
+
+def test_top_k_may_be_null_as_if_it_were_left_out(version):
+    null, omitted = ask(
+        version, ("POST", SEARCH, {"query": "array", "top_k": None}), ("POST", SEARCH, {"query": "array"})
+    )
+    assert null.json() == omitted.json() and len(null.json()["data"][0]["hits"]) == 10
+
+
+def test_a_search_that_is_late_says_what_does_not_work(fresh):
+    """The index does not answer; only what the search asked of it is looked at, and nobody polled /readyz."""
+
+    async def never(*_):
+        await asyncio.Event().wait()
+
+    async def check():
+        raise PartsDownError({"index-1": "ArtifactMissingError: 'cisi-sh' does not exist"})
+
+    fresh.search, working = never, fresh.check
+    fresh.check = check
+    body = {"query": "array", "timeout_s": 0.2}
+    [down] = ask(fresh, ("POST", SEARCH, body))
+    fresh.check = working
+    [slow] = ask(fresh, ("POST", SEARCH, body))
+    assert (down.status_code, slow.status_code) == (504, 504)
+    assert down.json()["error"]["message"] == (
+        "no answer within 0.2 s; version 'tiny' is not working: index-1 (ArtifactMissingError: 'cisi-sh' does not exist)"
+    )
+    assert "; send fewer texts at a time, or start the server" in slow.json()["error"]["message"]
+
+
+def test_tokenize_waits_for_no_passages_and_has_a_deadline(fresh):
+    """Its threads are its own: those that read passages are all busy."""
+    busy = threading.Event()
+
+    async def run():
+        async with local_server({"tiny": fresh}) as server, server.client() as client:
+            blocked = [asyncio.create_task(asyncio.to_thread(busy.wait, 30)) for _ in range(64)]
+            await asyncio.sleep(0.1)
+            body = {"prompt": "array"}
+            made = await asyncio.wait_for(client.post("/tokenize", json=body), 10)
+            for _ in range(2):
+                server.service._tokenizing.submit(busy.wait, 30)
+            late = await client.post("/tokenize", json=body | {"timeout_s": 0.1})
+            busy.set()
+            await asyncio.gather(*blocked)
+            return made, late
+
+    made, late = asyncio.run(run())
+    assert made.status_code == 200
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "deadline_exceeded")
 
 
 def test_a_web_page_cannot_post_without_saying_json(version):

@@ -2,11 +2,16 @@
 
 import asyncio
 import dataclasses
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from readapt_ray.retrieval.bm25 import words
 from readapt_ray.retrieval.fusion import reciprocal_rank_fusion
+from readapt_ray.serving.schema import MAX_HITS
+from readapt_ray.serving.search_modes import search_documents
+from readapt_ray.serving.versions import Found, Ranked
 from tests.factories import small_corpus
 from tests.serving.conftest import local_server
 
@@ -73,3 +78,56 @@ def test_what_cannot_be_done_is_refused(version, has_words, body, message):
     answer, model = asked(dataclasses.replace(version, info=info), body)
     assert answer.status_code == 400 and message in answer.json()["error"]["message"]
     assert ("bm25" in model.json()["modes"]) == has_words
+
+
+class Ranking:
+    """An index of passages of split documents, ten of each document; it notes how many hits each search gave."""
+
+    def __init__(self, *, is_split: bool) -> None:
+        self.info = SimpleNamespace(is_split=is_split, num_vectors=1_000_000)
+        self.hits = []
+
+    async def search(self, queries, top_k, _):
+        self.hits.append(len(queries) * top_k)
+        ranked = [Ranked(f"d{number // 10}#{number % 10}", -float(number)) for number in range(top_k)]
+        return Found([ranked for _ in queries], [])
+
+    search_words = search
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_split", "num_queries", "top_k"),
+    [("hybrid", False, 2048, 10), ("dense", True, 50, 1000), ("hybrid", True, 2048, 10), ("dense", False, 50, 1000)],
+)
+def test_no_search_is_deeper_than_what_a_request_may_ask_for(mode, is_split, num_queries, top_k):
+    backend = Ranking(is_split=is_split)
+    vectors, texts = np.zeros((num_queries, 4), np.float32), ["a"] * num_queries
+    found = asyncio.run(search_documents(mode, backend, vectors, texts, top_k=top_k, wanted=None))
+    assert max(backend.hits) <= MAX_HITS
+    assert [len(each) for each in found.ranked] == [top_k] * num_queries
+    if is_split:
+        assert [hit.doc_id.partition("#")[0] for hit in found.ranked[-1]] == [f"d{number}" for number in range(top_k)]
+
+
+def test_only_queries_that_lack_documents_are_searched_deeper():
+    backend = Ranking(is_split=True)
+
+    async def search(queries, top_k, _):
+        backend.hits.append((queries[:, 0].tolist(), top_k))
+        # Query 1 finds passages of one document first.
+        return Found(
+            [
+                [Ranked(f"d{0 if query and each < 20 else each}#1", -each) for each in range(top_k)]
+                for query in queries[:, 0]
+            ],
+            [],
+        )
+
+    backend.search = search
+    vectors = np.arange(2, dtype=np.float32)[:, None]
+    found = asyncio.run(search_documents("dense", backend, vectors, [], top_k=3, wanted=None))
+    assert backend.hits == [([0.0, 1.0], 9), ([1.0], 27)]
+    assert [[hit.doc_id for hit in each] for each in found.ranked] == [
+        ["d0#1", "d1#1", "d2#1"],
+        ["d0#1", "d20#1", "d21#1"],
+    ]

@@ -4,10 +4,11 @@ import types
 
 import pytest
 
-from readapt_ray.errors import InputError
-from readapt_ray.serving import app, updates
+from readapt_ray.errors import InputError, ReadaptError
+from readapt_ray.serving import app, rollout, server, updates
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.options import ServeConfig
+from readapt_ray.storage import Location
 
 
 def config(**changes):
@@ -47,20 +48,88 @@ def test_an_update_does_not_wait_for_ever(monkeypatch):
         updates.served_gateway()
 
 
-@pytest.mark.parametrize(("num_bytes", "fits"), [(2 << 30, True), (12 * 2**30 // 5, False)])
-def test_an_index_that_memory_has_no_room_for_is_refused(monkeypatch, num_bytes, fits):
+@pytest.fixture
+def room(monkeypatch):
+    """Sets the free memory of a machine of 12 GiB, in GiB, and what each of three shards of an index takes."""
+    free = []
+
+    def set_sizes(num_bytes, *gib):
+        sums = {"index_sha256": "", "ids_sha256": ""}
+        shards = [{"name": name, "num_bytes": num_bytes, "num_vectors": 1} | sums for name in "abc"]
+        manifest = types.SimpleNamespace(details={"shards": shards})
+        index = types.SimpleNamespace(manifest=manifest, location=Location("/nowhere"))
+        monkeypatch.setattr("readapt_ray.retrieval.vector_index.open_artifact", lambda *_: index)
+        free[:] = gib
+        # Two slices: a and c, b. Flat shards are mapped, so nothing is in memory twice.
+        return [config(index="i", index_actors=2).each_version()["r"]]
+
+    def resources(memory):
+        return {"CPU": 8.0, "memory": memory * 2**30}
+
+    monkeypatch.setattr(updates, "_SETTLED_S", 0.5)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
-    for name in ("available_resources", "cluster_resources"):
-        monkeypatch.setattr(f"ray.{name}", lambda: {"CPU": 8.0, "memory": 12.0 * 2**30})
-    shards = [{"name": name, "num_bytes": num_bytes} for name in "abc"]
-    index = types.SimpleNamespace(manifest=types.SimpleNamespace(details={"shards": shards}))
-    monkeypatch.setattr(
-        updates.app, "open_artifact", lambda *_: index
-    )  # two slices: a and c, b; each reads one shard more
-    added = [config(index="i", index_actors=2).each_version()["r"]]
-    if fits:
-        updates.check_room(added)
-        return
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources(12.0))
+    monkeypatch.setattr("ray.available_resources", lambda: resources(free.pop(0) if len(free) > 1 else free[0]))
+    return set_sizes
+
+
+def test_an_index_that_memory_has_no_room_for_is_refused(room):
+    updates.check_room(room(2 << 30, 12.0))
+    updates.check_room(room(2 << 30, 1.0, 12.0))  # what ended gives its part back soon
     with pytest.raises(InputError, match=r"ask for 12\.0 GiB memory, and 11\.0 GiB of 12\.0 GiB are free"):
-        monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 8.0, "memory": 11.0 * 2**30})
+        updates.check_room(room(4 << 30, 11.0))
+
+
+def test_an_index_of_a_terabyte_is_refused_at_once_also_at_the_first_start(room, monkeypatch):
+    monkeypatch.setattr(updates, "_SETTLED_S", 3600.0)
+    added = room(2**40, 12.0)
+    with pytest.raises(InputError, match=r"ask for 3072\.0 GiB memory, and 12\.0 GiB of 12\.0 GiB are free"):
         updates.check_room(added)
+    first = config(index="i", index_actors=2, update=False)
+    monkeypatch.setattr(server.connection, "connect", lambda: None)
+    monkeypatch.setattr(server, "stop", lambda: None)
+    monkeypatch.setattr("ray.serve.status", lambda: types.SimpleNamespace(applications={}))
+    with pytest.raises(InputError, match=r"ask for 3072\.0 GiB memory"):
+        server._deploy(first, (), "http://127.0.0.1:1", {})
+
+
+class Statuses:
+    """What Ray Serve says of its applications, one answer after the other."""
+
+    def __init__(self, monkeypatch, *answers):
+        monkeypatch.setattr("ray.serve.status", lambda: types.SimpleNamespace(applications=answers[self.num_asked()]))
+        monkeypatch.setattr("ray.serve.run_many", lambda targets, **_: None)
+        monkeypatch.setattr(rollout, "_POLL_S", 0.0)
+        self.num = -1
+
+    def num_asked(self):
+        self.num += 1
+        return self.num
+
+
+def application(status, deployment="index-0", message="", **replica_states):
+    parts = {deployment: types.SimpleNamespace(message=message, replica_states=replica_states)}
+    return types.SimpleNamespace(status=status, message="", deployments=parts)
+
+
+def test_the_wait_for_processes_says_what_is_pending_and_ends_with_what_failed(monkeypatch, caplog):
+    monkeypatch.setattr(rollout, "_SAID_S", 0.0)
+    message = "Resources required for each replica: {'memory': 1e12}"
+    late, failed = application("DEPLOYING", message=message), application("DEPLOY_FAILED", message="a\nValueError: b\n")
+    with caplog.at_level("INFO", "readapt_ray"), pytest.raises(ReadaptError, match="could not start: ValueError: b"):
+        seen = Statuses(monkeypatch, {}, {"readapt-a": late}, {"readapt-a": failed})
+        rollout.deploy({"readapt-a": "bound"})
+    assert [each.getMessage() for each in caplog.records] == [
+        "waiting for readapt-a",
+        f"waiting for readapt-a, index-0: {message}",
+    ]
+    assert seen.num == 2
+
+
+def test_a_version_goes_only_after_the_gateways_that_used_it(monkeypatch):
+    both = {"readapt": application("RUNNING", "gateway", RUNNING=1, STOPPING=1)}
+    seen = Statuses(monkeypatch, both, both, {"readapt": application("RUNNING", "gateway", RUNNING=1)})
+    rollout.wait_for_old_gateways(60.0)
+    assert seen.num == 2
+    Statuses(monkeypatch, *[both] * 1000)
+    rollout.wait_for_old_gateways(0.0)

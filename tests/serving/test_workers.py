@@ -104,3 +104,20 @@ def test_searches_have_their_turn_between_the_blocks_of_a_search_for_words(versi
     by_words, _ = asyncio.run(run())
     assert done == ["search", "words"]
     assert len(by_words) == 40 and by_words[0] == by_words[38] and by_words[1] == by_words[39] != by_words[0]
+
+
+def test_a_full_batch_of_different_texts_is_timed_at_the_start(world):
+    timed = []
+
+    class Recording:
+        encoding, batch_tokens = world.encoder.encoding, 512
+
+        def encode_ids(self, rows):
+            timed.append(rows)
+            return world.encoder.encode_ids(rows)
+
+    ids = world.encoder.tokenize(["Is this encoder well?"], "query")[0]
+    assert workers.tokens_per_s(Recording(), ids) > 0
+    first, batch = timed
+    assert first == [ids]
+    assert sum(map(len, batch)) == 512 and len({tuple(row) for row in batch}) == len(batch)

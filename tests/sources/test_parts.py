@@ -1,7 +1,11 @@
+import json
+import random
+
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from readapt_ray.records import PASSAGE_SCHEMA, Passage
-from readapt_ray.sources.parts import PartWriter
+from readapt_ray.sources.parts import DIGEST, FIRST_ID, METADATA_KEY, EarlierPart, PartWriter
 from readapt_ray.storage import Location
 
 
@@ -66,3 +70,59 @@ def test_a_part_of_other_passages_is_replaced(tmp_path):
     other.close()
     _write(tmp_path, 1)
     assert pq.read_table(tmp_path)["doc_id"].to_pylist() == ["d0"]
+
+
+def _passages(numbers):
+    return [Passage(f"d{number}", "", f"text {number}") for number in numbers]
+
+
+def _written_after(folder, passages, earlier_folder, **options):
+    """Write parts after those of an earlier folder; return the names of the files that both share, and of all."""
+    earlier = {}
+    for file in sorted(earlier_folder.iterdir()) if earlier_folder else ():
+        said = json.loads(pq.read_schema(file).metadata[METADATA_KEY])
+        earlier[said[FIRST_ID]] = EarlierPart(Location(str(file)), said[DIGEST])
+    writer = PartWriter(Location(str(folder)), rows_per_file=10, earlier=earlier, **options)
+    for passage in passages:
+        writer.add(passage, 1)
+    writer.close()
+    there = {file.stat().st_ino for file in earlier_folder.iterdir()} if earlier_folder else set()
+    files = sorted(folder.iterdir())
+    assert pq.read_table(folder)["doc_id"].to_pylist() == [each.doc_id for each in passages]
+    return [file.name[5:10] for file in files if file.stat().st_ino in there], [file.name[5:10] for file in files]
+
+
+def test_parts_of_unchanged_passages_are_shared_with_an_earlier_corpus(tmp_path):
+    before = _passages(range(50))
+    assert _written_after(tmp_path / "a", before, None) == ([], [f"{number:05d}" for number in range(5)])
+    assert _written_after(tmp_path / "same", before, tmp_path / "a")[0] == [f"{number:05d}" for number in range(5)]
+    inserted = [*before[:13], *_passages([100, 101]), *before[13:34], before[34]._replace(text="new"), *before[35:]]
+    assert _written_after(tmp_path / "b", inserted, tmp_path / "a")[0] == ["00000", "00002", "00004"]
+    assert [pq.read_metadata(file).num_rows for file in sorted((tmp_path / "b").iterdir())] == [10, 12, 10, 10, 10]
+    deleted = [*inserted[:3], *inserted[5:]]
+    assert _written_after(tmp_path / "c", deleted, tmp_path / "b")[0] == ["00001", "00002", "00003", "00004"]
+    retitled = [*deleted[:20], deleted[20]._replace(title="new"), *deleted[21:]]
+    assert _written_after(tmp_path / "d", retitled, tmp_path / "c")[0] == ["00000", "00001", "00003", "00004"]
+
+
+def test_parts_stay_between_half_and_one_and_a_half(tmp_path):
+    now = _passages(range(50))
+    _written_after(tmp_path / "0", now, None)
+    draw = random.Random(0)
+    for day in range(1, 12):
+        for each in draw.sample(now, 6):
+            now.remove(each)
+        for number in range(draw.randrange(12)):
+            now.insert(draw.randrange(len(now)), Passage(f"d{day}-{number}", "", f"text {day} {number}"))
+        _written_after(tmp_path / str(day), now, tmp_path / str(day - 1))
+        sizes = [pq.read_metadata(file).num_rows for file in sorted((tmp_path / str(day)).iterdir())]
+        assert min(sizes[:-1]) >= 5 and max(sizes) <= 15, sizes
+
+
+def test_a_part_with_other_kept_columns_is_written(tmp_path):
+    kept = pa.schema([("url", pa.string())])
+    passages = [each._replace(columns={"url": each.doc_id}) for each in _passages(range(20))]
+    _written_after(tmp_path / "a", passages, None, kept=kept)
+    other = [*passages[:12], passages[12]._replace(columns={"url": "other"}), *passages[13:]]
+    assert _written_after(tmp_path / "b", other, tmp_path / "a", kept=kept)[0] == ["00000"]
+    assert _written_after(tmp_path / "c", passages, tmp_path / "a")[0] == [], "another schema"

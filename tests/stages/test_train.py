@@ -366,3 +366,48 @@ def test_bad_input_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_p
 def test_target_modules_that_match_nothing_come_out_as_our_error(packed: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\['nothing'\] match no linear layer; the model has"):
         trained(packed, tmp_path / "a", target_modules=("nothing",), max_failures=0)
+
+
+@pytest.fixture(scope="module")
+def grown(packed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same model, and in blocks what a later state of the corpus has that the first has not."""
+    base, blocks = packed
+    folder = tmp_path_factory.mktemp("grown")
+    first = factories.small_corpus(160)
+    changed = first[5]._replace(text=f"{first[5].text} It was changed.")
+    added = [each._replace(doc_id=f"new-{each.doc_id}") for each in factories.small_corpus(40, seed=9)]
+    same_text = first[7]._replace(doc_id="another-id")
+    factories.ingest_artifact(folder / "corpus", [*first[:5], changed, *first[6:100], *added, same_text])
+    options = {"mode": "packed", "block_tokens": 64, "new_since": str(blocks.parent / "corpus")}
+    made = pack(
+        PackConfig(pretrained=str(base), corpus=str(folder / "corpus"), output=str(folder / "blocks"), **options)
+    )
+    new = len({each.text for each in added} - {each.text for each in first})
+    assert made.manifest.counts["num_passages"] == 1 + new > 20
+    assert made.manifest.counts["num_withheld_passages"] == 141 - 1 - new
+    return base, folder / "blocks"
+
+
+def test_an_adapter_goes_on_from_an_earlier_one(
+    packed: tuple[Path, Path], grown: tuple[Path, Path], reference: Path, tmp_path: Path
+) -> None:
+    """At a learning rate of almost nothing it is the earlier one; at a real one it goes on from there, also when killed."""
+    still = trained(grown, tmp_path / "still", continue_from=str(reference), learning_rate=1e-12)
+    assert largest_difference(reference, tmp_path / "still") < 1e-9
+    assert still.manifest.inputs["continue_from"] == open_artifact(str(reference), "train").fingerprint
+    made = trained(grown, tmp_path / "calm", continue_from=str(reference), learning_rate=1e-3)
+    anew = trained(grown, tmp_path / "anew", learning_rate=1e-3)
+    first_losses = [read_metrics(each.location)[0]["loss"] for each in (made, anew)]
+    assert first_losses[0] < first_losses[1] - 0.2
+    with one_worker_killed(tmp_path / "hit" / "checkpoints"):
+        trained(grown, tmp_path / "hit", continue_from=str(reference), learning_rate=1e-3, checkpoint_every_s=0)
+    assert largest_difference(tmp_path / "calm", tmp_path / "hit") == 0
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_on_when_every_weight_is_partitioned(
+    grown: tuple[Path, Path], reference: Path, tmp_path: Path
+) -> None:
+    options = {"continue_from": str(reference), "learning_rate": 1e-12, "num_workers": 2, "zero_stage": 3}
+    trained(grown, tmp_path / "a", **options)
+    assert largest_difference(reference, tmp_path / "a") < 1e-9

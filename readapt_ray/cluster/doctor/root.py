@@ -46,7 +46,7 @@ class Probe:
 
 
 def check_root(root: Location, probe_name: str | None) -> Finding:
-    """Write a file, read, list and delete it. Folders that had to be made are removed again.
+    """Look whether a folder can be used, and whether its disk has room.
 
     Args:
         root: the folder.
@@ -56,27 +56,38 @@ def check_root(root: Location, probe_name: str | None) -> Finding:
         StorageError: the folder cannot be written.
     """
     started_s = time.monotonic()
+    if probe_name is not None and not (root / probe_name).is_file():
+        return failed(
+            f"{root} is not on a disk that all nodes share: this one does not see what the driver wrote; give a URI (s3://, "
+            f"gs://), or a folder of a shared filesystem that is mounted here"
+        )
+    if wrong := why_unusable(root):
+        return failed(wrong)
+    space = disks.space_problems(root.local_path) if root.is_local else ()
+    return Finding(f"ok, {time.monotonic() - started_s:.1f} s", space)
+
+
+def why_unusable(root: Location) -> str:
+    """Write a file, read, list and delete it, and return what is wrong. Folders that had to be made are removed again.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     made = _missing_folders(root)
     file = root / f"{PROBE}{uuid.uuid4().hex}"
     try:
-        if probe_name is not None and not (root / probe_name).is_file():
-            return failed(
-                f"{root} is not on a disk that all nodes share: this one does not see what the driver wrote; give a URI (s3://, "
-                f"gs://), or a folder of a shared filesystem that is mounted here"
-            )
         file.write_bytes(_CONTENT)
         is_read = file.read_bytes() == _CONTENT
         is_listed = file.name in root.children()[0]
         file.delete()
-        space = disks.space_problems(root.local_path) if root.is_local else ()
     except OSError as error:
-        return failed(f"{root} cannot be used: {first_line(error)}; {_mend(root)}")
+        return f"{root} cannot be used: {first_line(error)}; {_mend(root)}"
     finally:
         for folder in made:
             folder.remove_if_empty()
     if not (is_read and is_listed):
-        return failed(f"{root} does not give back what was written; use a filesystem that shows new files at once")
-    return Finding(f"ok, {time.monotonic() - started_s:.1f} s", space)
+        return f"{root} does not give back what was written; use a filesystem that shows new files at once"
+    return ""
 
 
 def _missing_folders(root: Location) -> list[Location]:

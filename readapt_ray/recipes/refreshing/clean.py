@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 
-from readapt_ray import artifacts, generations, leases, outputs
+from readapt_ray import artifact_files, artifacts, generations, leases, outputs
 from readapt_ray.artifact_files import LEASE_NAME, record_of
 from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import InputError
@@ -115,12 +115,12 @@ def remove_artifact(location: Location) -> None:
     record = dataclasses.asdict(manifest) if manifest else before
     if record is None:
         return
-    listed = outputs.listed_files(record)
-    says = {"stage": record["stage"], "fingerprint": outputs.LEFTOVERS, "files": listed, "seconds_before": 0.0}
+    own = artifact_files.own_files(location, record)
+    says = {"stage": record["stage"], **outputs.being_cleared(own), "seconds_before": 0.0}
     with leases.Lease(
         lease, location, ProgressReporter("clean"), before=before, says={**says, "config": {}, "inputs": {}}
     ):
-        outputs.clear(location, listed)
+        outputs.clear(location, record, own)
     lease.delete()
     location.remove_if_empty()
 

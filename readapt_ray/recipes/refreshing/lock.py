@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from readapt_ray import leases
+from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
@@ -15,9 +16,13 @@ def locked(root: Location) -> Iterator[leases.Lease]:
     """Hold the lock of a root. That of a process that was killed is taken over.
 
     Raises:
-        ArtifactConflictError: another process refreshes or cleans the root.
+        ArtifactConflictError: another process refreshes or cleans the root, or the file is of another program.
     """
     file = root / LOCK_NAME
+    if leases.is_foreign(file):
+        raise ArtifactConflictError(
+            f"{file} is there, and readapt did not write it; move it away, or give another folder"
+        )
     before = leases.wait_until_dead(file, root)
     says = {"stage": "refresh", "seconds_before": 0.0}
     with leases.Lease(file, root, ProgressReporter("refresh"), before=before, says=says) as lease:

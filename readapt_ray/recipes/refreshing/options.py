@@ -34,6 +34,9 @@ class RefreshConfig(Config):
     """Accept a source with less than half of the passages that the present generation has. Without this it is refused."""
     overwrite: bool = False
     """Make again all that other options or another model make stale. Without this they are refused."""
+    loss_sample: int = Field(default=64, ge=0)
+    """Number of new and of kept passages on which the language-model loss of the retriever's adapter is measured; 0 leaves it
+    out. It loads the pretrained model."""
     ingest: Section | None = None
     """Options of ingest. If omitted, those of the refresh before; so are the other sections."""
     embed: Section | None = None
@@ -73,6 +76,7 @@ _BY_REFRESH = "a refresh passes the generation before by itself; leave it out"
 RULES = SectionRules(
     recipe="the refresh",
     refused={
+        "ingest": {"previous": _BY_REFRESH},
         "embed": {"previous": _BY_REFRESH, "sample": "a refresh needs vectors of all passages; leave it out"},
         "index": {"previous": _BY_REFRESH},
         "export": {"previous": _BY_REFRESH},

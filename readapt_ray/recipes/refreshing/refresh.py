@@ -1,12 +1,13 @@
 """Refresh a root: find what changed in the source, and make a new generation of corpus, vectors, index and export.
 
 In: a source, and the generations under the root. Out: one more generation under `generations/`, and last of all its entry
-in `refresh.json`, which makes it the present one. The source is read and the corpus, vectors and index are written as a
-whole; only new and changed passages are encoded, and only they are sent to a vector database. A refresh that was killed is
+in `refresh.json`, which makes it the present one. The source is read as a whole; files of corpus, vectors and index that did
+not change are shared; only new and changed passages are encoded, and only they are sent to a vector database. A refresh that was killed is
 resumed by the same command. Until its entry is written, readers have the old state.
 """
 
 import datetime
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -22,11 +23,12 @@ from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError
 from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
 from readapt_ray.progress import amount, duration
 from readapt_ray.recipes.chain import make, stage_config
+from readapt_ray.recipes.refreshing.adapting import adapter_loss, command_to_adapt
 from readapt_ray.recipes.refreshing.clean import remove_artifact
 from readapt_ray.recipes.refreshing.lock import locked
 from readapt_ray.recipes.refreshing.options import RULES, RefreshConfig, settled, stale
 from readapt_ray.recipes.refreshing.serving import server_options, update_server
-from readapt_ray.recipes.refreshing.signals import signals
+from readapt_ray.recipes.refreshing.signals import ADAPT_AGAIN, signals
 from readapt_ray.retrieval.corpus_changes import Changes
 from readapt_ray.storage import Location
 
@@ -91,7 +93,7 @@ def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], l
     if made is None:
         logger.info("refresh: the files of %s changed, and no passage or judgement in them", settings["source"])
         return _seen(root, there, settings, fingerprint, lock)
-    _tell(made)
+    _tell(root, [*there, made])
     return publish(root, there, made, lock)
 
 
@@ -133,11 +135,14 @@ def _refusal(root: Location, reasons: Mapping[str, str], present: Generation | N
     )
 
 
-def _tell(made: Generation) -> None:
+def _tell(root: Location, there: list[Generation]) -> None:
+    made = there[-1]
     counted = ", ".join(f"{count:,} {name}" for name, count in made.counts.items())
     logger.info("refresh: generation %d: %s, in %s", made.number, counted, duration(made.seconds))
     if made.advice:
         logger.info("refresh: %s", made.advice)
+    if made.advice.startswith(ADAPT_AGAIN) and (command := command_to_adapt(root, there)):
+        logger.info("refresh: train its adapter on what is new, then merge, and refresh with the result: %s", command)
 
 
 @dataclass
@@ -232,7 +237,8 @@ class _Making:
             return self._made[CORPUS]
         if self.present is not None and self._has(CORPUS) and self.present.source_fingerprint == fingerprint:
             return self._present(CORPUS)
-        return self._run(CORPUS, source=self.settings["source"])
+        previous = self._present(CORPUS).uri if self._has(CORPUS) else None
+        return self._run(CORPUS, source=self.settings["source"], previous=previous)
 
     def _changes(self, corpus: Artifact) -> Changes | None:
         return None if self.present is None else compare_corpora(self._present(CORPUS), corpus)
@@ -322,7 +328,14 @@ class _Making:
         is_same_model = VECTORS not in self.stale
         share = (changes.added + changes.changed + changes.deleted) / max(1, total)
         turnover = round(self.present.turnover + share, 4) if is_same_model else 0.0
-        found = signals(opened(corpus, "passages"), opened(vectors, "vectors"), changes, turnover)
+        found = signals(
+            opened(corpus, "passages"),
+            opened(vectors, "vectors"),
+            changes,
+            turnover=turnover,
+            loss_of=functools.partial(adapter_loss, self.settings["retriever"]),
+            loss_sample=self.config.loss_sample,
+        )
         return replace(entry, counts=changes.counts(), signals=found.values(), advice=found.advice(), turnover=turnover)
 
 

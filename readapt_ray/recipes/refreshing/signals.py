@@ -1,12 +1,12 @@
 """Tell whether new passages call for adapting the retriever again, from what a refresh has anyway.
 
-In: the passages and vectors of a generation, and a sample of the rows that are new and of those that were kept. Out: four
+In: the passages and vectors of a generation, and a sample of the rows that are new and of those that were kept. Out:
 figures, and one line of advice. Nothing is encoded: it costs one pass over the doc_ids of the vectors, and some 4,000
-texts and vectors are read.
+texts and vectors are read. If the retriever's adapter is there, its loss on a hundred texts is measured, too.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from readapt_ray.recipes.refreshing.adapting import AdapterLoss
 from readapt_ray.retrieval.corpus_changes import Changes
 from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
@@ -23,7 +24,9 @@ MIN_PASSAGES = 50
 MAX_DRIFT = 0.25
 MAX_NEW_WORDS = 0.05
 MAX_TURNOVER = 0.3
+MAX_LOSS_GAP = 0.05
 """Above these, adapting again is advised. recipes/README.md says what was measured."""
+ADAPT_AGAIN = "adapt again"
 _WORD = re.compile(r"\w+")
 
 
@@ -40,6 +43,8 @@ class Signals:
     """Share of the passages of the generation before that were deleted."""
     turnover: float
     """Passages added, changed and deleted since the retriever was first used here, as a share of all."""
+    loss: AdapterLoss | None = None
+    """Language-model loss of the retriever's adapter on new and on kept passages."""
 
     def advice(self) -> str:
         """Return one line: `adapt again` with the reasons, or that nothing calls for it."""
@@ -50,14 +55,30 @@ class Signals:
             reasons.append(f"{100 * self.new_words:.0f}% of the words of new passages are new")
         if self.turnover > MAX_TURNOVER:
             reasons.append(f"{100 * self.turnover:.0f}% of the passages changed since this retriever was first used")
-        return f"adapt again: {'; '.join(reasons)}" if reasons else "nothing calls for adapting again"
+        if self.loss is not None and self.loss.gap > max(MAX_LOSS_GAP, self.loss.plus_minus):
+            reasons.append(
+                f"on new passages the adapter lowers the language-model loss {self.loss.gap:.2f} nats per token less than on "
+                f"the others"
+            )
+        return f"{ADAPT_AGAIN}: {'; '.join(reasons)}" if reasons else "nothing calls for adapting again"
 
     def values(self) -> dict[str, float]:
         """Return the figures that are known, by name."""
-        return {name: round(value, 4) for name, value in vars(self).items() if value is not None}
+        values = {**vars(self), "loss": None}
+        if self.loss is not None:
+            values |= {"loss_new": self.loss.new, "loss_kept": self.loss.kept, "loss_gap": self.loss.gap}
+        return {name: round(value, 4) for name, value in values.items() if value is not None}
 
 
-def signals(passages: ParquetRows, vectors: ParquetRows, changes: Changes, turnover: float) -> Signals:
+def signals(
+    passages: ParquetRows,
+    vectors: ParquetRows,
+    changes: Changes,
+    *,
+    turnover: float,
+    loss_of: Callable[[list[str], list[str]], AdapterLoss | None],
+    loss_sample: int,
+) -> Signals:
     """Compute the signals of one refresh.
 
     Args:
@@ -65,17 +86,21 @@ def signals(passages: ParquetRows, vectors: ParquetRows, changes: Changes, turno
         vectors: of the same.
         changes: since the generation before.
         turnover: since the retriever was first used here, this refresh included.
+        loss_of: compares the adapter's loss on new and on kept texts.
+        loss_sample: texts of each kind that it is given; 0 leaves it out.
     """
     there_before = changes.kept + changes.changed + changes.deleted
     deletions = changes.deleted / max(1, there_before)
     if min(len(changes.sample_new), len(changes.sample_kept)) < MIN_PASSAGES:
         return Signals(None, None, deletions, turnover)
     new, kept = (passages.take(rows, ("doc_id", "title", "text")) for rows in (changes.sample_new, changes.sample_kept))
+    texts = _texts(new), _texts(kept)
     return Signals(
         drift(_vectors_of(vectors, new["doc_id"]), _vectors_of(vectors, kept["doc_id"])),
-        new_words(_texts(new), _texts(kept)),
+        new_words(*texts),
         deletions,
         turnover,
+        loss_of(*(each[:loss_sample] for each in texts)) if loss_sample else None,
     )
 
 
@@ -106,7 +131,7 @@ def _unknown_share(texts: Iterable[str], known: set[str]) -> float:
 
 def _texts(passages: pa.Table) -> list[str]:
     pairs = zip(passages["title"].to_pylist(), passages["text"].to_pylist(), strict=True)
-    return [f"{title or ''} {text}" for title, text in pairs]
+    return [f"{title or ''} {text}".strip() for title, text in pairs]
 
 
 def _vectors_of(vectors: ParquetRows, doc_ids: pa.ChunkedArray) -> NDArray[np.float32]:

@@ -70,7 +70,7 @@ def test_only_what_changed_is_counted_and_an_unchanged_source_ends_in_one_line(
     root.holds(now)
     second = root.refresh()
     assert counts(second) == (1, 1, 2, 37)
-    assert stages.calls == [("ingest", False), ("embed", True), ("index", True)]
+    assert stages.calls == [("ingest", True), ("embed", True), ("index", True)]
     assert root.there() == [first, second]
     assert root.passages(second) == {each.doc_id: (each.title, each.text) for each in now}
     assert [(row["generation"], row["state"]) for row in history.history(root.location)] == [
@@ -85,7 +85,7 @@ def test_a_file_that_is_written_again_with_the_same_passages_makes_no_generation
     stages.calls.clear()
     again = root.refresh()
     assert again.artifacts == first.artifacts and len(root.there()) == 1
-    assert stages.calls == [("ingest", False)]
+    assert stages.calls == [("ingest", True)]
     assert artifacts.names_under(root.location) == sorted(first.artifacts.values())
     stages.calls.clear()
     root.refresh()
@@ -291,7 +291,7 @@ def test_the_root_of_a_run_is_refreshed_with_what_the_run_made(root: Root, model
     assert root.refresh().what == "run" and not stages.calls
     root.holds(REST)
     assert counts(root.refresh()) == (0, 0, 2, 38)
-    assert [each for each in stages.calls if each[1]] == [("embed", True), ("index", True)]
+    assert [each for each in stages.calls if each[1]] == [("ingest", True), ("embed", True), ("index", True)]
     rows = find(FindConfig(root=root.uri, doc_id="d00003"))
     assert ("blocks", "its tokens") in {(row["artifact"], row["where"]) for row in rows}
     freed = {row["artifact"] for row in clean(CleanConfig(root=root.uri, yes=True)).rows}

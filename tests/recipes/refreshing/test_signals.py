@@ -7,8 +7,10 @@ import pytest
 
 from readapt_ray.cluster import corpus_comparison
 from readapt_ray.cluster.corpus_comparison import compare_corpora
+from readapt_ray.recipes.refreshing.adapting import AdapterLoss
 from readapt_ray.recipes.refreshing.signals import Signals, drift, new_words
-from readapt_ray.retrieval.corpus_changes import added_up, compare
+from readapt_ray.records import content_hash
+from readapt_ray.retrieval.corpus_changes import added_up, compare, is_known, known_contents
 from tests import factories
 
 BEFORE = factories.small_corpus(120)
@@ -20,6 +22,17 @@ NOW = [
     *BEFORE[40:],
     *(each._replace(doc_id=f"new-{each.doc_id}") for each in BEFORE[:7]),
 ]
+
+
+def test_a_content_is_known_whatever_its_id_and_place(tmp_path: Path) -> None:
+    known = known_contents(
+        corpus_comparison.opened(factories.ingest_artifact(tmp_path / "a", BEFORE, num_files=3), "passages")
+    )
+    before = {each[1:3] for each in BEFORE}
+    found = is_known(known, [content_hash(each.title, each.text) for each in NOW])
+    assert found.tolist() == [each[1:3] in before for each in NOW]
+    assert 0 < found.sum() < len(NOW)
+    assert not is_known(known[:0], [content_hash("", "a")]).any()
 
 
 @pytest.mark.parametrize("num_parts", [1, 3])
@@ -74,6 +87,12 @@ def test_new_words_are_counted_above_what_kept_passages_differ_by_themselves() -
         (Signals(None, None, 0.9, 0.1), "nothing calls for adapting again"),
         (Signals(0.2, 0.05, 0.0, 0.3), "nothing calls for adapting again"),
         (Signals(0.7, 0.0, 0.0, 0.1), "adapt again: the vectors of new passages lie 0.70 standard deviations from the others"),
+        (Signals(0.0, 0.0, 0.0, 0.1, AdapterLoss(3.0, 2.0, 0.2, 0.3)), "nothing calls for adapting again"),
+        (Signals(0.0, 0.0, 0.0, 0.1, AdapterLoss(3.0, 2.0, 0.04, 0.01)), "nothing calls for adapting again"),
+        (
+            Signals(0.0, 0.0, 0.0, 0.1, AdapterLoss(3.0, 2.0, 0.3, 0.2)),
+            "adapt again: on new passages the adapter lowers the language-model loss 0.30 nats per token less than on the others",
+        ),
         (
             Signals(0.0, 0.25, 0.0, 0.5),
             "adapt again: 25% of the words of new passages are new; 50% of the passages changed since this retriever was "

@@ -1,0 +1,97 @@
+"""Go on training an adapter: check that it fits the model and the options, and load it on a worker.
+
+In: an adapter that `readapt train` or PEFT saved. Out: the options with the adapter's shape, and a model whose adapters
+begin where that one ended. The optimizer and the schedule of the learning rate begin anew.
+"""
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from readapt_ray import artifacts
+from readapt_ray.catalog import models
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.cluster import on_worker
+from readapt_ray.cluster.optimization import OptimizationConfig
+from readapt_ray.config import flag
+from readapt_ray.errors import InputError, ModelError
+from readapt_ray.model_file_names import ADAPTER_WEIGHTS_NAME
+
+Config = TypeVar("Config", bound=OptimizationConfig)
+
+_REFUSED = ("rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform", "exclude_modules")
+"""What PEFT can do to single layers, and our training cannot."""
+
+
+def with_shape_of(config: Config, adapter: OpenModel) -> Config:
+    """Return the options with method, rank, alpha and target modules of an adapter.
+
+    Raises:
+        InputError: another one of these was given.
+        ModelError: it is no adapter, or has a shape that training does not have.
+    """
+    if not adapter.is_adapter:
+        raise ModelError(
+            f"continue_from = {adapter.name!r} is not an adapter; give the output folder of `readapt train`"
+        )
+    there = adapter.adapter_config
+    targets = there.get("target_modules")
+    if not isinstance(targets, list) or (odd := [name for name in _REFUSED if there.get(name)]):
+        what = f"target_modules = {targets!r}" if not isinstance(targets, list) else f"{odd[0]} = {there[odd[0]]!r}"
+        raise ModelError(
+            f"continue_from = {adapter.name!r} has {what}, which cannot be trained on; train a new adapter"
+        )
+    shape: dict[str, Any] = {
+        "method": "dora" if there.get("use_dora") else "lora",
+        "lora_rank": int(there["r"]),
+        "lora_alpha": float(there["lora_alpha"]),
+        "target_modules": tuple(sorted(targets)),
+    }
+    for name, due in shape.items():
+        given = getattr(config, name)
+        same = tuple(sorted(given)) == due if name == "target_modules" else given == due
+        if name in config.model_fields_set and given and not same:
+            raise InputError(
+                f"{name} = {given!r}, and continue_from = {adapter.name!r} has {name} = {due!r}; leave {flag(name)} out, or "
+                f"leave {flag('continue_from')} out to train a new adapter"
+            )
+    return config.model_copy(update=shape)
+
+
+def check_base(adapter: OpenModel, model: OpenModel) -> None:
+    """See that an adapter was trained on a model.
+
+    Raises:
+        ModelError: it was trained on another one, by another stage, or it does not say on which.
+        WeightMismatchError: it changes layers that the model does not have, or not in this size.
+    """
+    from readapt_ray.weights.adapter import Adapter
+    from readapt_ray.weights.weight_files import Checkpoint
+
+    Adapter(adapter.folder, Checkpoint(model.folder, name=model.name), name=adapter.name)
+    manifest = artifacts.read_manifest(str(adapter.folder))
+    if manifest is not None and manifest.stage != "train":
+        raise ModelError(
+            f"continue_from = {adapter.name!r} is the output of {manifest.stage!r}; give the output folder of `readapt train`"
+        )
+    trained_on = manifest.inputs["pretrained"] if manifest else adapter.base.fingerprint
+    if trained_on != model.fingerprint:
+        raise ModelError(
+            f"continue_from = {adapter.name!r} was trained on {adapter.adapter_config.get('base_model_name_or_path')!r}, whose "
+            f"weights are not those of {model.name!r}; give that model, or train a new adapter"
+        )
+
+
+def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> None:
+    """On a worker: let the adapters of a model begin with the weights of an earlier one. Collective under ZeRO-3.
+
+    Raises:
+        FingerprintMismatchError: there is another adapter of this name on this node.
+        ModelError: it has other layers.
+    """
+    from safetensors.torch import load_file
+
+    from readapt_ray.training import dora
+
+    adapter = models.open_model(name)
+    on_worker.check_same_model(name, lambda: adapter.fingerprint, due, driver_node=driver_node)
+    dora.load_adapter_state(model, load_file(adapter.folder / ADAPTER_WEIGHTS_NAME), name=name)

@@ -1,0 +1,215 @@
+"""Ask a language model about passages, piece by piece: in this process for an endpoint, else by Ray tasks with a model each.
+
+The file of a piece, `answers/part-00000.parquet`, is its own ledger: what is there is not asked again. Memory is a piece of
+64 passages per task, and the model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster.placement import Placement, place_actors
+from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
+from readapt_ray.seeds import derive_seed
+from readapt_ray.storage import Location
+from readapt_ray.synthesis.answers import Ask, Writer
+from readapt_ray.synthesis.endpoint import EndpointWriter
+from readapt_ray.synthesis.prompts import fill, passage_text
+from readapt_ray.synthesis.query_filter import take_query
+
+PASSAGES_A_PIECE = 64
+ANSWER_SCHEMA = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("answer", pa.string()),
+        ("query", pa.string()),
+        ("reason", pa.string()),
+        ("num_tokens", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WritingJob:
+    """What is asked, of whom, and where answers go."""
+
+    passages: ParquetRows
+    rows: NDArray[np.int64]
+    """Row numbers of the passages that are asked about, in this order."""
+    answers: Location
+    """Folder of the files of answers."""
+    prompt: str
+    queries_per_passage: int
+    max_passage_chars: int
+    temperature: float
+    max_query_tokens: int
+    seed: int
+
+    @property
+    def num_pieces(self) -> int:
+        """Return the number of files of answers."""
+        return -(-len(self.rows) // PASSAGES_A_PIECE)
+
+    def file(self, number: int) -> Location:
+        """Return the file of a piece."""
+        return self.answers / f"part-{number:05d}.parquet"
+
+    def missing(self) -> list[int]:
+        """Return the pieces that have no file yet."""
+        there = {name for name, _ in self.answers.listing(".parquet")}
+        return [number for number in range(self.num_pieces) if self.file(number).name not in there]
+
+
+def ask_here(
+    job: WritingJob, writer: EndpointWriter, *, budget_tokens: int | None, report: Callable[[int], None]
+) -> bool:
+    """Answer the missing pieces in this process; False if the budget is spent before the last one.
+
+    Args:
+        job: what is asked.
+        writer: who is asked.
+        budget_tokens: tokens that may be used, with those of the pieces that are there.
+        report: is told how many passages are done.
+
+    Raises:
+        InputError, WorkerError: the endpoint refuses, or cannot be reached.
+    """
+    missing = job.missing()
+    spent = sum(_tokens_of(job.file(number)) for number in set(range(job.num_pieces)).difference(missing))
+    for place, number in enumerate(missing):
+        if budget_tokens is not None and spent >= budget_tokens:
+            return False
+        spent += _write(job, number, writer)
+        report(_num_done(job, len(missing) - place - 1))
+    return True
+
+
+def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callable[[int], None]) -> None:
+    """Answer the missing pieces by Ray tasks, one per GPU, or one per node without GPUs.
+
+    Args:
+        job: what is asked.
+        model: the language model.
+        dtype: that it computes in.
+        report: is told how many passages are done.
+
+    Raises:
+        ModelError: the model cannot write.
+        PlacementError: the cluster has no CPU.
+        WorkerError: tasks died again and again.
+    """
+    import ray
+
+    missing = job.missing()
+    if not missing:
+        return
+    total = connection.connect()
+    num_cpus = 1 if total.num_gpus else max(1, total.num_cpus // total.num_nodes)
+    num_tasks, num_cpus, num_gpus = place_actors(Placement(None, num_cpus), len(missing))
+    connection.check_seen_by_all(job.answers)
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_write_pieces)
+    streams = [
+        task.remote(
+            job,
+            missing[number::num_tasks],
+            (on_worker.model_name(model), model.fingerprint),
+            dtype=dtype,
+            driver_node=on_worker.this_node(),
+            num_threads=num_cpus,
+        )
+        for number in range(num_tasks)
+    ]
+    try:
+        for place in range(len(missing)):
+            ray.get(next(streams[place % num_tasks]))
+            report(_num_done(job, len(missing) - place - 1))
+    except ray.exceptions.RayError as error:
+        raise connection.cause_of(error) from None
+    finally:
+        for stream in streams:
+            ray.cancel(stream)
+
+
+def read_answers(job: WritingJob) -> pa.Table:
+    """Return all answers in the order of the passages."""
+    tables = [_read(job.file(number)) for number in range(job.num_pieces) if job.file(number).is_file()]
+    return pa.concat_tables(tables) if tables else ANSWER_SCHEMA.empty_table()
+
+
+def _num_done(job: WritingJob, pieces_left: int) -> int:
+    return max(0, len(job.rows) - pieces_left * PASSAGES_A_PIECE)
+
+
+def _read(file: Location) -> pa.Table:
+    with file.open_input() as stream:
+        num_rows = pq.ParquetFile(stream).metadata.num_rows
+    return read_rows(file, 0, num_rows, ANSWER_SCHEMA.names)
+
+
+def _tokens_of(file: Location) -> int:
+    return int(sum(_read(file)["num_tokens"].to_pylist()))
+
+
+def _write_pieces(
+    job: WritingJob,
+    numbers: Sequence[int],
+    due: tuple[str, str],
+    *,
+    dtype: str,
+    driver_node: str,
+    num_threads: int,
+) -> Iterator[int]:
+    """On a worker: load the model and answer pieces; yields the tokens of each."""
+    import torch
+
+    from readapt_ray.retrieval.encoder import DTYPES
+    from readapt_ray.synthesis.local_writer import LocalWriter
+
+    on_worker.check_node()
+    torch.set_num_threads(num_threads)
+    name, fingerprint = due
+    model = open_model(name)
+    on_worker.check_same_model(name, lambda: model.fingerprint, {fingerprint}, driver_node=driver_node)
+    writer = LocalWriter(model, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")
+    for number in numbers:
+        yield 0 if job.file(number).is_file() else _write(job, number, writer)
+
+
+def _write(job: WritingJob, number: int, writer: Writer) -> int:
+    """Answer a piece and write its file; returns the tokens that it took."""
+    first = number * PASSAGES_A_PIECE
+    rows = job.rows[first : first + PASSAGES_A_PIECE]
+    table = job.passages.take(rows, ("doc_id", "title", "text"))
+    titles = table["title"].to_pylist() if "title" in table.column_names else [""] * len(rows)
+    texts = [
+        passage_text(title, text or "", job.max_passage_chars)
+        for title, text in zip(titles, table["text"].to_pylist(), strict=True)
+    ]
+    asked = [(place, again) for place in range(len(texts)) for again in range(job.queries_per_passage)]
+    asks = [
+        Ask((first + place) * job.queries_per_passage + again, fill(job.prompt, texts[place])) for place, again in asked
+    ]
+    answers = writer.answer(
+        asks,
+        temperature=job.temperature,
+        max_tokens=job.max_query_tokens,
+        seed=derive_seed(job.seed, "synthesize") % 2**31,
+    )
+    taken = [take_query(answer.text, texts[place]) for answer, (place, _) in zip(answers, asked, strict=True)]
+    doc_ids = table["doc_id"].to_pylist()
+    columns = {
+        "doc_id": [doc_ids[place] for place, _ in asked],
+        "answer": [answer.text for answer in answers],
+        "query": [each.query for each in taken],
+        "reason": [each.reason for each in taken],
+        "num_tokens": [answer.num_tokens for answer in answers],
+    }
+    with job.file(number).open_output() as stream:
+        pq.write_table(pa.table(columns, schema=ANSWER_SCHEMA), stream, compression="zstd")
+    return sum(answer.num_tokens for answer in answers)

@@ -1,0 +1,56 @@
+"""Search for the passage of each query among the vectors of a corpus, to see whether the query finds it.
+
+In: queries with the doc_ids of their passages, and vectors. Out: which queries have their passage among the best. The
+search is exact, by Ray tasks.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.cluster import connection
+from readapt_ray.cluster.query_vectors import encode_queries
+from readapt_ray.cluster.recall_queries import query_encoder_of
+from readapt_ray.cluster.search_pieces import Pieces, vector_pieces
+from readapt_ray.retrieval.merged_rows import merge_rows
+
+
+def find_passages(
+    texts: Sequence[str],
+    doc_ids: Sequence[str],
+    vectors: Artifact,
+    top_k: int,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> NDArray[np.bool_]:
+    """Return whether each query has its passage among its best. bool [Q].
+
+    Args:
+        texts: Q queries.
+        doc_ids: the passage of each.
+        vectors: the output of the embed stage; its manifest names the retriever.
+        top_k: how many of the best are looked at.
+        progress: is told how many queries are encoded, of how many.
+
+    Raises:
+        ReadaptError: the retriever of the vectors is no longer there, or another one lies there.
+    """
+    from ray.exceptions import RayError
+
+    if not texts:
+        return np.zeros(0, np.bool_)
+    asking = query_encoder_of(vectors)
+    total = connection.connect()
+    num_at_once = max(1, total.num_gpus or total.num_cpus)
+    pieces = Pieces(vectors, vector_pieces(vectors, num_at_once), on_gpus=bool(total.num_gpus), num_at_once=num_at_once)
+    try:
+        encoded = encode_queries(texts, asking.model, asking.encoding, asking.description, progress=progress)
+        best = merge_rows(pieces.search(encoded, top_k), len(texts), top_k)
+        distinct, codes = np.unique(best.rows, return_inverse=True)
+        names = np.array(pieces.names(distinct).to_pylist(), object)
+    except RayError as error:
+        raise connection.cause_of(error) from None
+    found = names[codes.reshape(best.rows.shape)] == np.array(doc_ids, object)[:, None]
+    return np.asarray(found.any(axis=1), np.bool_)

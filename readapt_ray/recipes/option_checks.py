@@ -1,0 +1,148 @@
+"""Check before a run that its options fit each other, the retriever's vectors, what is installed and this machine.
+
+Only options of steps that are not done yet are looked at: a finished artifact needs none of it again.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from readapt_ray.catalog import models
+from readapt_ray.catalog.dense_layers import dense_layers
+from readapt_ray.catalog.models import OpenModel
+from readapt_ray.catalog.shapes import shape_of
+from readapt_ray.cluster import placement, step_metrics
+from readapt_ray.errors import InputError
+from readapt_ray.evaluation.measure_options import cutoffs
+from readapt_ray.recipes.problems import Problems
+from readapt_ray.retrieval.bm25 import import_bm25s
+from readapt_ray.retrieval.index_kinds import index_spec
+
+_PASSAGES = 1_000_000
+"""Taken for the size of a corpus that is not there yet."""
+
+
+def check_options(
+    due: Mapping[str, Any],
+    every: Mapping[str, Any],
+    retriever: OpenModel | None,
+    num_passages: int | None,
+    problems: Problems,
+) -> int | None:
+    """Note what does not go together.
+
+    Args:
+        due: configs of the steps that are to be made, by stage.
+        every: configs of all steps whose options are right, by stage.
+        retriever: the model that makes the vectors; None if it is not known.
+        num_passages: of the corpus; None if it is not there yet.
+        problems: takes what is wrong.
+
+    Returns:
+        Numbers of a vector; None if that is not known.
+    """
+    dimension = None
+    if "embed" in every and retriever is not None:
+        with problems.noted():
+            dimension = _dimension(every["embed"], retriever)
+    for stage, check in (("ingest", _check_tokenizer), ("train", _check_trackers)):
+        if stage in due:
+            with problems.noted():
+                check(due[stage])
+    for stage in ("train", "merge", "embed"):
+        if stage in due:
+            with problems.noted():
+                _check_workers(stage, due[stage])
+    if "index" in due:
+        with problems.noted():
+            _check_index(due["index"], every.get("embed"), dimension, num_passages or _PASSAGES)
+    if "search" in due:
+        for other, check_search in (("index", _check_mode), ("evaluate", _check_depth)):
+            if other in every:
+                with problems.noted():
+                    check_search(due["search"], every[other])
+    return dimension
+
+
+def _dimension(embed: Any, retriever: OpenModel) -> int:
+    """Return the numbers of a vector that embed stores.
+
+    Raises:
+        ModelError: the retriever's config is of no known kind.
+        InputError: more are asked for than its vectors have.
+    """
+    if layers := dense_layers(retriever):
+        width = layers[-1].out_features
+    else:
+        holder = retriever.base if retriever.is_adapter else retriever
+        width = shape_of(holder.config, holder.name).hidden
+    known = models.find_encoding(retriever)
+    encoding = embed.encoding or (known[0] if known else None)
+    wanted = embed.dimensions or (encoding and encoding.dimensions) or width
+    if wanted > width:
+        raise InputError(
+            f"section 'embed': dimensions = {wanted}, but vectors of {embed.retriever!r} have {width} numbers; give at most that"
+        )
+    return int(wanted)
+
+
+def _check_tokenizer(ingest: Any) -> None:
+    """Check that the tokenizer that counts for split_tokens can be had and used."""
+    from readapt_ray.sources.splitting import open_splitting
+
+    if ingest.split_tokens is not None:
+        open_splitting(ingest.split_tokens, ingest.overlap, ingest.tokenizer)
+
+
+def _check_trackers(train: Any) -> None:
+    step_metrics.check_trackers(train.trackers)
+
+
+def _check_workers(stage: str, config: Any) -> None:
+    """Check that the workers that a section asks for can be placed."""
+    # Tasks of merge wait for each other, so any number of them fits where one does.
+    num_workers = config.num_workers and (1 if stage == "merge" else config.num_workers)
+    if num_workers == 0:
+        return
+    placement.check_asked(
+        placement.Placement(num_workers, config.num_cpus_per_worker), who=f"workers of section {stage!r}"
+    )
+
+
+def _check_index(index: Any, embed: Any, dimension: int | None, num_passages: int) -> None:
+    """Check that FAISS is there and can build such an index of these vectors."""
+    from readapt_ray.retrieval.faiss_build import faiss
+    from readapt_ray.stages.index import index_options
+
+    if index.bm25:
+        import_bm25s()
+    if dimension is None or embed is None:
+        return
+    try:
+        spec = index_spec(index_options(index, num_passages, dimension, embed.vector_dtype), num_passages, dimension)
+    except InputError as error:
+        raise InputError(f"section 'index': {error}") from None
+    if index.factory is not None:
+        try:
+            faiss.index_factory(dimension, spec.factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise InputError(
+                f"section 'index': factory = {index.factory!r} is no index of {dimension} numbers for FAISS "
+                f"({str(error).splitlines()[-1].strip()}); give another, or a kind"
+            ) from None
+
+
+def _check_mode(search: Any, index: Any) -> None:
+    if search.mode != "dense" and not index.bm25:
+        raise InputError(
+            f"section 'search': mode = {search.mode!r} searches words, and section 'index' has no bm25; set bm25 = true there, or "
+            f"leave mode out"
+        )
+
+
+def _check_depth(search: Any, evaluate: Any) -> None:
+    deeper = [f"{name}" for name, cutoff in cutoffs(evaluate.measures).items() if cutoff > search.top_k]
+    if deeper:
+        raise InputError(
+            f"section 'search': top_k = {search.top_k} finds fewer results than {', '.join(deeper)} of section 'evaluate' "
+            f"looks at; leave top_k out, or give other measures"
+        )

@@ -1,0 +1,112 @@
+"""Compare what a retriever's adapter knows of new passages with what it knows of kept ones, and say how to train it further.
+
+In: the retriever that a refresh embeds with, and texts of both kinds. Out: the language-model loss of the adapter on each,
+and how much less it gains on the new ones. One Ray task loads the pretrained model, on a GPU if there is one: two forward
+passes per text, of at most 256 tokens.
+"""
+
+import logging
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from readapt_ray import artifacts
+from readapt_ray.artifacts import Artifact
+from readapt_ray.catalog import models
+from readapt_ray.cluster import loss_task
+from readapt_ray.errors import ReadaptError, first_line
+from readapt_ray.generations import CORPUS, Generation
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+MAX_TOKENS = 256
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class AdapterLoss:
+    """Losses in nats per token."""
+
+    new: float
+    """Of the adapter on new passages."""
+    kept: float
+    """Of the adapter on kept passages."""
+    gap: float
+    """How much the adapter lowers the pretrained model's loss on kept passages, minus the same on new ones. What makes new
+    texts harder for any model cancels out."""
+    plus_minus: float
+    """Half of the 95% interval of the gap."""
+
+
+def adapter_of(retriever: str) -> Artifact | None:
+    """Return the adapter that a retriever was merged from; None if it was not, or from several, or the adapter is gone."""
+    merged = artifacts.read_manifest(str(models.open_model(retriever).folder))
+    if merged is None or merged.stage != "merge" or not isinstance(merged.config.get("adapter"), str):
+        return None
+    try:
+        adapter = artifacts.open_artifact(merged.config["adapter"], "train")
+    except (ReadaptError, OSError):
+        return None
+    return adapter if adapter.fingerprint == merged.inputs.get("adapter") else None
+
+
+def adapter_loss(retriever: str, new: list[str], kept: list[str]) -> AdapterLoss | None:
+    """Measure it; None if the retriever has no adapter that is there, or the models cannot be loaded."""
+    adapter = adapter_of(retriever)
+    if adapter is None or not new or not kept:
+        return None
+    try:
+        losses = loss_task.measure_losses(
+            models.open_model(adapter.manifest.config["pretrained"]),
+            models.open_model(adapter.uri),
+            [*new, *kept],
+            objective=adapter.manifest.config["objective"],
+            max_tokens=MAX_TOKENS,
+            dtype=adapter.manifest.details["dtype"],
+        )
+    except ReadaptError as error:
+        logger.warning("refresh: the language-model loss of %s was not measured: %s", adapter.uri, first_line(error))
+        return None
+    return compared(losses[:, : len(new)], losses[:, len(new) :])
+
+
+def compared(new: NDArray[np.float64], kept: NDArray[np.float64]) -> AdapterLoss | None:
+    """Compare the losses of two samples, before and after training: [2, N] each. None if fewer than two are numbers."""
+    new, kept = (losses[:, ~np.isnan(losses).any(axis=0)] for losses in (new, kept))
+    if min(new.shape[1], kept.shape[1]) < 2:
+        return None
+    gains = [losses[0] - losses[1] for losses in (new, kept)]
+    return AdapterLoss(
+        new=float(new[1].mean()),
+        kept=float(kept[1].mean()),
+        gap=float(gains[1].mean() - gains[0].mean()),
+        plus_minus=_NORMAL_95 * math.sqrt(sum(float(each.var(ddof=1)) / len(each) for each in gains)),
+    )
+
+
+def command_to_adapt(root: Location, there: Sequence[Generation]) -> str:
+    """Return the command that trains the adapter on what is new since its retriever was first used, as far as that is there.
+
+    Empty if the retriever has no adapter that is there, or no earlier corpus is.
+    """
+    present, since = there[-1], there[-1]
+    for each in reversed(there):
+        if each.settings["retriever"] != present.settings["retriever"]:
+            break
+        since = since if each.freed else each
+    adapter = adapter_of(present.settings["retriever"])
+    if adapter is None or since.artifacts[CORPUS] == present.artifacts[CORPUS]:
+        return ""
+    options = {
+        "pretrained": adapter.manifest.config["pretrained"],
+        "continue-from": adapter.uri,
+        "corpus": present.folder(root, CORPUS),
+        "new-since": since.folder(root, CORPUS),
+        "output": (root / f"adapter-{present.number}").uri,
+    }
+    return " ".join(["readapt train", *(f"--{name} {shlex.quote(value)}" for name, value in options.items())])

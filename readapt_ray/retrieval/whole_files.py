@@ -1,0 +1,65 @@
+"""Compute the checksum of a local file once per node: marks in the cache say which files were found whole.
+
+A mark is for the file itself, by device, inode, size and time of change, so a hard link to it in another artifact needs no
+second look. Processes that want the same file wait for the one that reads it. Marks are empty but for one letter, and go
+after a month without use.
+"""
+
+import fcntl
+import hashlib
+import logging
+import time
+from pathlib import Path
+
+from readapt_ray import environment
+from readapt_ray.errors import CorruptFileError
+
+logger = logging.getLogger("readapt_ray")
+
+_FOLDER = "whole-files"
+_KEPT_S = 30 * 86_400
+
+
+def check_whole(file: Path, sha256: str) -> None:
+    """Check that a file is the one that was written; its content is read once per node.
+
+    Raises:
+        CorruptFileError: it is gone, cut short or altered.
+    """
+    try:
+        state = file.stat()
+    except FileNotFoundError as error:
+        raise CorruptFileError(f"{file} is gone; run `readapt index` again") from error
+    key = f"{state.st_dev}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}:{sha256}"
+    mark = environment.cache_folder() / _FOLDER / hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        _check_once(file, sha256, mark)
+    except OSError as error:
+        logger.warning("the checksum of %s is computed again by each process: %s", file, error)
+        _check(file, sha256)
+
+
+def _check_once(file: Path, sha256: str, mark: Path) -> None:
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    with mark.open("a+") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        stream.seek(0)
+        if not stream.read():
+            _check(file, sha256)
+            stream.write("w")
+            _remove_old(mark.parent)
+    mark.touch()
+
+
+def _check(file: Path, sha256: str) -> None:
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+            raise CorruptFileError(
+                f"{file} was cut short or altered: its checksum is not the one in the manifest; run `readapt index` again"
+            )
+
+
+def _remove_old(folder: Path) -> None:
+    for each in folder.iterdir():
+        if each.stat().st_mtime < time.time() - _KEPT_S:
+            each.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""Deal the shards of an index out to processes, each with the memory that it needs; only manifests and footers are read."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from readapt_ray.artifacts import open_artifact
+from readapt_ray.retrieval.footers import at_once
+from readapt_ray.serving.options import VersionConfig
+from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.index_files import ShardRecord
+
+_ID_BYTES = 160
+"""Memory per vector beside what lies in the shard's files: its doc_id as a Python object, its places and its content hash."""
+
+
+class PlannedSlice(NamedTuple):
+    """A part of an index, which one process serves."""
+
+    deployment: str
+    """Name of the Ray Serve deployment."""
+    shards: tuple[str, ...]
+    """Names of its shards."""
+    num_vectors: int
+    """Those that are not deleted."""
+    num_bytes: int
+    """Memory that Ray sets aside, so that a slice never starts on a node without room for it."""
+
+
+def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
+    """Deal the shards of a version's index out to slices; none without an index."""
+    if not config.index:
+        return []
+    from readapt_ray.retrieval.index_files import words_file
+    from readapt_ray.retrieval.vector_index import VectorIndex
+
+    index = VectorIndex.open(config.index)
+    records = index.records
+    names = {words_file(index.folder, name).name: name for name in index.words}
+    sizes = dict(index.folder.listing(".npz")) if names else {}
+    extra = {each.name: each.num_vectors * _ID_BYTES for each in records}
+    for file, name in names.items():
+        extra[name] += sizes[file].size if file in sizes else 0
+    columns = _column_bytes(config.corpus) / max(1, sum(each.num_vectors for each in records))
+    dealt = [records[first :: config.index_actors] for first in range(min(config.index_actors, len(records)))]
+    return [
+        PlannedSlice(
+            deployment=f"index-{number}",
+            shards=tuple(each.name for each in part),
+            num_vectors=sum(each.num_vectors - each.num_deleted for each in part),
+            num_bytes=sum(each.num_bytes + extra[each.name] for each in part)
+            + round(columns * sum(each.num_vectors for each in part))
+            + _read_bytes(index.folder, part),
+        )
+        for number, part in enumerate(dealt)
+    ]
+
+
+def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:
+    """Return the memory that shards take besides while they are read: twice that of the largest, unless they are mapped."""
+    from readapt_ray.serving.index_slice import READ_AT_ONCE, is_mapped
+
+    copied = [each.num_bytes for each in records if not (folder.is_local and is_mapped(each, records))]
+    return 2 * sum(sorted(copied)[-READ_AT_ONCE:])
+
+
+def _column_bytes(corpus: str | None) -> int:
+    """Return the bytes of the columns of a corpus that searches can be filtered by."""
+    from readapt_ray.retrieval.kept_columns import kept_columns
+    from readapt_ray.retrieval.passage_files import opened
+
+    files = (open_artifact(corpus, "ingest").location / "passages").files(".parquet") if corpus else []
+    names = set(kept_columns(files))
+
+    def num_bytes(file: Location) -> int:
+        with opened(file) as parquet:
+            footer = parquet.metadata
+        groups = map(footer.row_group, range(footer.num_row_groups))
+        chunks = (group.column(place) for group in groups for place in range(group.num_columns))
+        return sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.split(".")[0] in names)
+
+    return sum(at_once(num_bytes, files)) if names else 0

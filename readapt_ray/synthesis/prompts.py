@@ -1,0 +1,24 @@
+"""Word what a language model is asked about a passage."""
+
+from typing import Final
+
+PASSAGE_FIELD: Final = "{passage}"
+DEFAULT_PROMPT: Final = (
+    "Here is a passage:\n\n{passage}\n\n"
+    "Write one question that a person would type into a search engine and that this passage answers. Use other words than "
+    "the passage where you can. Reply with the question alone."
+)
+
+
+def passage_text(title: str | None, text: str, max_chars: int) -> str:
+    """Return title and text of a passage, cut behind a word to at most so many characters."""
+    whole = "\n".join(each.strip() for each in (title or "", text) if each.strip())
+    if len(whole) <= max_chars:
+        return whole
+    cut = whole[: max_chars + 1]
+    return cut[: max(cut.rfind(" "), cut.rfind("\n"), 0) or max_chars].rstrip()
+
+
+def fill(prompt: str, passage: str) -> str:
+    """Put a passage into a prompt; other braces stay what they are."""
+    return prompt.replace(PASSAGE_FIELD, passage)

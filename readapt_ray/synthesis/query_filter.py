@@ -1,0 +1,104 @@
+"""Take the query from what a language model answered, or say why there is none.
+
+In: an answer and the passage that it was asked about. Out: a query, or a reason from `REASONS`. Whether the query finds its
+passage is another matter (`cluster/round_trip.py`).
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from typing import NamedTuple
+
+MIN_WORDS, MAX_WORDS = 3, 64
+_MIN_SHARE = 0.5
+_PRESENT_SHARE = 0.05
+_LABEL = re.compile(
+    r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.):]\s+|(?:search\s+)?(?:question|query|answer)\s*\d*\s*[:\-]\s*)", re.IGNORECASE
+)
+_MARKUP = re.compile(r"\*\*|__|`")
+_QUOTES = "\"'“”„«»‘’"
+_OF_PASSAGE = re.compile(
+    r"\b(?:this|the|above|given|following|provided)\s+(?:\w+\s+)?(?:passage|text|paragraph|excerpt|document|article|abstract)\b",
+    re.IGNORECASE,
+)
+_REFUSAL = re.compile(
+    r"\b(?:as an ai|i cannot|i can't|i'm sorry|i am sorry|i am unable|language model)\b", re.IGNORECASE
+)
+_WORD = re.compile(r"\w+")
+_CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+
+REASONS = {
+    "empty": "empty answers",
+    "refusal": "refusals",
+    "short": f"under {MIN_WORDS} words",
+    "long": f"over {MAX_WORDS} words",
+    "copied": "copied from the passage",
+    "script": "in another script than the passage",
+    "of_passage": "about 'the passage' or 'the text'",
+    "repeated": "the same query as for another passage",
+    "not_found": "did not find their passage",
+}
+"""Why an answer gives no query, and how a count of such answers is called."""
+
+
+class Taken(NamedTuple):
+    """The query of an answer; empty with a reason if there is none."""
+
+    query: str
+    reason: str
+
+
+def take_query(answer: str, passage: str) -> Taken:
+    """Return the query that an answer holds.
+
+    The first line that is not empty is taken, without list marks, labels such as `Question:`, bold marks and quotes.
+
+    Args:
+        answer: what the language model wrote.
+        passage: title and text that it was asked about.
+    """
+    lines = [line for line in map(_bare, answer.splitlines()) if line]
+    if not lines:
+        return Taken("", "empty")
+    query = lines[0]
+    num_words = len(query.split()) + len(_CJK.findall(query)) // 2
+    if _REFUSAL.search(query):
+        reason = "refusal"
+    elif num_words < MIN_WORDS:
+        reason = "short"
+    elif num_words > MAX_WORDS:
+        reason = "long"
+    elif _plain(query) in _plain(passage):
+        reason = "copied"
+    elif not _shares_script(query, passage):
+        reason = "script"
+    elif _OF_PASSAGE.search(query):
+        reason = "of_passage"
+    else:
+        return Taken(query, "")
+    return Taken("", reason)
+
+
+def _bare(line: str) -> str:
+    """Return a line without what a model puts around a query."""
+    text = _MARKUP.sub("", line)
+    while (match := _LABEL.match(text)) is not None:
+        text = text[match.end() :]
+    return " ".join(text.strip().strip(_QUOTES).split())
+
+
+def _plain(text: str) -> str:
+    """Return the words of a text in lower case, without punctuation."""
+    return " ".join(["", *_WORD.findall(text.lower()), ""])
+
+
+def _shares_script(query: str, passage: str) -> bool:
+    """Return whether at least half of the query's letters are of scripts that the passage has."""
+    asked, there = _scripts(query), _scripts(passage)
+    known = {script for script, count in there.items() if count >= _PRESENT_SHARE * there.total()}
+    return not asked or sum(count for script, count in asked.items() if script in known) >= _MIN_SHARE * asked.total()
+
+
+def _scripts(text: str) -> Counter[str]:
+    """Count letters by script, the first word of their Unicode name: LATIN, CYRILLIC, CJK, HANGUL, ARABIC."""
+    return Counter(unicodedata.name(letter, "OTHER").split()[0] for letter in text if letter.isalpha())

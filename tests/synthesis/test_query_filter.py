@@ -1,0 +1,60 @@
+"""What is taken from an answer of a language model."""
+
+import pytest
+
+from readapt_ray.synthesis.prompts import DEFAULT_PROMPT, fill, passage_text
+from readapt_ray.synthesis.query_filter import REASONS, take_query
+
+PASSAGE = "Wing flutter\nThe flutter speed of a swept wing falls with its aspect ratio, as tunnel tests have shown."
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "how does aspect ratio change flutter?",
+        "\n\n  how does aspect ratio   change flutter?  \nBecause it is thin.",
+        "Question: how does aspect ratio change flutter?",
+        "1. how does aspect ratio change flutter?\n2. what is a swept wing?",
+        "**Query 1:** how does aspect ratio change flutter?",
+        '- "how does aspect ratio change flutter?"',
+        "“how does aspect ratio change flutter?”",
+    ],
+)
+def test_the_first_question_is_taken_without_what_is_around_it(answer: str) -> None:
+    assert take_query(answer, PASSAGE) == ("how does aspect ratio change flutter?", "")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ("", "empty"),
+        (" \n\t\n", "empty"),
+        ("Question:", "empty"),
+        ("wing flutter?", "short"),
+        ("why " * 65, "long"),
+        ("The flutter speed of a swept wing falls with its aspect ratio", "copied"),
+        ("flutter speed, of a SWEPT wing", "copied"),
+        ("как зависит флаттер от удлинения крыла", "script"),
+        ("機翼顫振與展弦比有什麼關係呢", "script"),
+        ("What is the main topic of this passage?", "of_passage"),
+        ("what does the following short text say of wings", "of_passage"),
+        ("I'm sorry, I cannot help with wings.", "refusal"),
+    ],
+)
+def test_an_answer_that_is_no_query_says_why(answer: str, reason: str) -> None:
+    assert take_query(answer, PASSAGE) == ("", reason)
+    assert reason in REASONS
+
+
+def test_scripts_are_those_of_the_passage() -> None:
+    assert take_query("顫振速度隨展弦比如何變化", "後掠翼的顫振速度隨展弦比下降。風洞試驗已經證明。").reason == ""
+    assert take_query("what does flutter speed depend on", "後掠翼的顫振速度隨展弦比下降。").reason == "script"
+    assert take_query("was ist 顫振 bei wings", "後掠翼 wings of an aircraft 的顫振速度隨展弦比下降。").reason == ""
+
+
+def test_a_passage_is_cut_behind_a_word_and_other_braces_stay() -> None:
+    assert passage_text(" Wing ", "flutter speed of a wing", 16) == "Wing\nflutter"
+    assert passage_text(None, "word", 80) == "word"
+    assert passage_text("", "x" * 100, 80) == "x" * 80
+    assert fill("{passage}: {other} {passage}", "a{b}") == "a{b}: {other} a{b}"
+    assert fill(DEFAULT_PROMPT, PASSAGE).count(PASSAGE) == 1
