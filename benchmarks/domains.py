@@ -141,6 +141,7 @@ def _numbered(source: DomainSource, number: int) -> DomainSource:
         name=f"domain-{number}",
         folder=source.folder,
         fingerprint=f"{source.fingerprint}-{number}",
+        model_fingerprint=source.model_fingerprint,
         scales=source.scales,
     )
 

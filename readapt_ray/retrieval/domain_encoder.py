@@ -13,7 +13,7 @@ from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.encoder import DTYPES, Encoder
+from readapt_ray.retrieval.encoder import DTYPES, Encoder, fingerprint_of
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.bundle import open_bundle
 from readapt_ray.weights.dense import load_dense
@@ -115,6 +115,18 @@ def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: st
     )
 
 
-def domain_fingerprint(encoder: str, domain: str, scales: Sequence[float]) -> str:
-    """Return a fingerprint of all that decides a vector of a domain: the shared encoder, the factors and their scales."""
-    return fingerprint({"encoder": encoder, "domain": domain, "knowledge": list(scales)})
+def domain_fingerprint(
+    encoder: str, source: DomainSource, scales: Sequence[float], encoding: Encoding, dtype: str
+) -> str:
+    """Return a fingerprint of all that decides a vector of a domain: at its own scales, that of the merged model's encoder.
+
+    Args:
+        encoder: fingerprint of the encoder that domains share.
+        source: the domain.
+        scales: of its knowledge adapters.
+        encoding: of the encoder.
+        dtype: type that it computes in.
+    """
+    if tuple(scales) == source.scales:
+        return fingerprint_of(source.model_fingerprint, None, encoding, dtype)
+    return fingerprint({"encoder": encoder, "domain": source.fingerprint, "knowledge": list(scales)})

@@ -19,10 +19,17 @@ from readapt_ray.cluster import on_worker
 from readapt_ray.errors import FingerprintMismatchError, InputError
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.query_encoder import describe_encoder, query_encoder
-from readapt_ray.serving.domain_app import check_domain_encoder, domain_records, domains_spec
+from readapt_ray.serving.domain_app import (
+    check_domain_encoder,
+    domain_indexes,
+    domain_records,
+    domains_spec,
+    index_app_name,
+    index_spec,
+)
 from readapt_ray.serving.keys import ApiKey, read_keys
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_DEPLOYMENT
-from readapt_ray.serving.options import DomainsConfig, Limits, ServeConfig, VersionConfig
+from readapt_ray.serving.options import DomainIndexConfig, DomainsConfig, Limits, ServeConfig, VersionConfig
 from readapt_ray.serving.slice_plan import planned_slices
 from readapt_ray.serving.versions import LossPolicy
 
@@ -41,15 +48,25 @@ def version_app_name(name: str) -> str:
     return f"{GATEWAY_APP}-{name}"
 
 
+def applications(config: ServeConfig) -> dict[str, tuple[str, VersionConfig]]:
+    """Return name and options of each version, and of the index of each domain, by its Ray Serve application.
+
+    Raises:
+        ArtifactMissingError: the index of a domain is not complete.
+    """
+    versions = {version_app_name(name): (name, each) for name, each in config.each_version().items()}
+    return versions | {index_app_name(each): (name, each) for name, each in config.domain_indexes().items()}
+
+
 def version(args: dict[str, Any]) -> Any:
-    """Make the application of one version, from `ServeConfig`'s options for it and its `name`.
+    """Make the application of one version or of a domain's index, from `ServeConfig`'s options for it and its `name`.
 
     Raises:
         InputError: an option is wrong; the index or the corpus is not complete.
     """
     values = dict(args)
     name = str(values.pop("name", ""))
-    kind = DomainsConfig if "base" in values else VersionConfig
+    kind = DomainsConfig if "base" in values else DomainIndexConfig if "domain" in values else VersionConfig
     return bind_version(name, kind.parse(values, where=f"version {name!r}"))
 
 
@@ -64,21 +81,25 @@ def gateway(args: dict[str, Any]) -> Any:
 
 
 def bind_version(name: str, config: VersionConfig) -> Any:
-    """Bind an encoder and the slices of its index."""
+    """Bind an encoder and the slices of its index; of a domain the slices of its index alone."""
     from readapt_ray.serving.workers import EncoderReplica, IndexReplica
 
     spec = version_spec(name, config)
     planned = planned_slices(config)
-    slices = [
-        IndexReplica.options(  # type: ignore[attr-defined]
+    slices: list[Any] = []
+    for number, each in reversed(list(enumerate(planned))):
+        # An application needs one deployment that leads to all others.
+        others = slices if number == 0 and isinstance(config, DomainIndexConfig) else []
+        bound = IndexReplica.options(  # type: ignore[attr-defined]
             name=each.deployment,
             num_replicas=config.index_replicas,
             max_ongoing_requests=64,
             ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": each.num_bytes},
             **_LIFE,
-        ).bind(spec, each.shards, len(planned))
-        for each in planned
-    ]
+        ).bind(spec, each.shards, len(planned), *others)
+        slices = [bound, *slices]
+    if isinstance(config, DomainIndexConfig):
+        return slices[0]
     encoder = EncoderReplica.options(  # type: ignore[attr-defined]
         name=ENCODER_DEPLOYMENT,
         # One batch in work and one on its way; batches are formed in the gateway. Domains are brought into memory besides.
@@ -101,6 +122,8 @@ def version_spec(name: str, config: VersionConfig) -> "VersionSpec":
 
     if isinstance(config, DomainsConfig):
         return domains_spec(name, config)
+    if isinstance(config, DomainIndexConfig):
+        return index_spec(config)
     if not config.retriever:
         raise InputError(f"version {name!r} has no retriever; give it one")
     num_replicas = max(config.num_replicas, config.max_replicas or 1)
@@ -196,6 +219,7 @@ def gateway_of(config: ServeConfig, keys: tuple[ApiKey, ...]) -> "tuple[GatewayS
     )
     state = GatewayConfig(
         domains=tuple(each.source for each in domain_records(config)),
+        indexes=domain_indexes(config),
         versions={name: version_app_name(name) for name in config.each_version()},
         routing=config.routing(),
         policy=LossPolicy(**{name: getattr(config, name) for name in LossPolicy.model_fields}),
@@ -233,17 +257,17 @@ def serve_config(config: ServeConfig) -> dict[str, Any]:
     given = config.model_dump(
         mode="json", exclude_defaults=True, exclude={"write_config", "update", "host", "port", "root", "as_of"}
     )
-    applications: list[dict[str, Any]] = [
+    written: list[dict[str, Any]] = [
         {
-            "name": version_app_name(name),
+            "name": application,
             "route_prefix": None,
             "import_path": f"{__name__}:version",
             "args": {"name": name, **each.model_dump(mode="json", exclude_defaults=True)},
         }
-        for name, each in config.each_version().items()
+        for application, (name, each) in applications(config).items()
     ]
     gateway = {"name": GATEWAY_APP, "route_prefix": "/", "import_path": f"{__name__}:gateway", "args": given}
-    return {"http_options": {"host": config.host, "port": config.port}, "applications": [*applications, gateway]}
+    return {"http_options": {"host": config.host, "port": config.port}, "applications": [*written, gateway]}
 
 
 def check_version(name: str, config: VersionConfig) -> str:
@@ -317,7 +341,9 @@ def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
             raise InputError(
                 f"the API key {key.name!r} names {unknown[0]!r}, which is not served; the names are {', '.join(config.names())}"
             )
-    for name, each in config.each_version().items() if any(key.within for key in keys) else ():
+    for name, each in (
+        (config.each_version() | config.domain_indexes()).items() if any(key.within for key in keys) else ()
+    ):
         if not each.index:
             continue
         files = (open_artifact(each.corpus, "ingest").location / "passages").files(".parquet") if each.corpus else []

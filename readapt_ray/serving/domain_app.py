@@ -1,13 +1,20 @@
 """Check the domains of a server before anything starts, and say what the encoder that they share is started with."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from readapt_ray.artifacts import fingerprint, open_artifact
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import open_model, own_folder
 from readapt_ray.cluster import on_worker
-from readapt_ray.serving.options import DomainsConfig, ServeConfig
+from readapt_ray.errors import FingerprintMismatchError
+from readapt_ray.serving.domain_options import VERSION_NAME
+from readapt_ray.serving.names import GATEWAY_APP
+from readapt_ray.serving.options import DomainIndexConfig, DomainsConfig, ServeConfig
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
+    from readapt_ray.serving.domains import DomainIndex
     from readapt_ray.serving.version_spec import VersionSpec
     from readapt_ray.weights.domain_sources import DomainRecord
 
@@ -26,7 +33,7 @@ def domains_spec(name: str, config: DomainsConfig) -> "VersionSpec":
         name=name,
         retriever="",
         encoding=config.encoding,
-        dtype=config.dtype or "float32",
+        dtype=config.dtype or _dtype_of(config.indexes),
         batch_tokens=config.batch_tokens,
         num_slots=max(config.num_replicas, config.max_replicas or 1),
         num_threads=config.num_threads,
@@ -64,10 +71,111 @@ def domain_records(config: ServeConfig) -> "list[DomainRecord]":
         return []
     from readapt_ray.weights.domain_sources import check_domains, read_domains
 
-    places = {name: on_worker.absolute(Location(folder)).uri for name, folder in config.domains.items()}
+    places = {name: on_worker.absolute(Location(each.factors)).uri for name, each in config.each_domain().items()}
     records = read_domains(places)
     check_domains(records, open_model(config.base or _named_base(next(iter(places.values())))))
     return records
+
+
+def _dtype_of(indexes: Sequence[str]) -> str:
+    """Return the type that the vectors of an index were computed in; float32 without one."""
+    for each in indexes:
+        return str(open_artifact(each, "index").manifest.details["encoder"]["dtype"])
+    return "float32"
+
+
+def index_spec(config: DomainIndexConfig) -> "VersionSpec":
+    """Return what the processes of a domain's index are started with, by names that mean the same on every node.
+
+    Raises:
+        ArtifactMissingError: the index or the corpus is not complete.
+    """
+    from readapt_ray.serving.version_spec import VersionSpec
+
+    index = open_artifact(str(config.index), "index")
+    corpus = open_artifact(config.corpus, "ingest") if config.corpus else None
+    details = index.manifest.details
+    return VersionSpec(
+        name=config.domain,
+        retriever=config.retriever,
+        encoding=Encoding.parse(details["encoder"]["encoding"], where=str(config.index)),
+        dtype=details["encoder"]["dtype"],
+        encoder_fingerprint=details["encoder"]["fingerprint"],
+        index=on_worker.absolute(index.location).uri,
+        index_fingerprint=index.fingerprint,
+        index_encoder=details["encoder"]["fingerprint"],
+        shards=tuple(record["name"] for record in details["shards"]),
+        has_words="bm25" in details,
+        is_split=bool(details.get("is_split")),
+        corpus=on_worker.absolute(corpus.location).uri if corpus else None,
+        corpus_fingerprint=corpus.fingerprint if corpus else None,
+        batch_tokens=None,
+        num_slots=0,
+        num_threads=config.num_threads,
+        processes=config.processes(),
+    )
+
+
+def index_app_name(config: DomainIndexConfig) -> str:
+    """Return the name of the Ray Serve application of a domain's index. Another index is another application, so that an
+    update starts it beside the one that is served."""
+    spec = index_spec(config)
+    made_of = fingerprint([spec.fingerprint(str(spec.encoder_fingerprint)), config.processes()])
+    return f"{GATEWAY_APP}-index-{config.domain}-{made_of[:8]}"
+
+
+def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> None:
+    """Check before anything starts that the index of each domain has the vectors that its queries get.
+
+    Raises:
+        ArtifactMissingError: an index or a corpus is not complete.
+        FingerprintMismatchError: the vectors are of another model, encoding or dtype.
+    """
+    from readapt_ray.retrieval.encoder import fingerprint_of
+
+    indexes = config.domain_indexes()
+    if not indexes:
+        return
+    (shared,) = config.each_version().values()
+    assert isinstance(shared, DomainsConfig)
+    spec = domains_spec(VERSION_NAME, shared)
+    for record in records:
+        name = record.source.name
+        if name not in indexes:
+            continue
+        index = index_spec(indexes[name])
+        encoding = shared.encoding or Encoding.parse(record.content["encoding"], where=record.source.folder)
+        if index.index_encoder != fingerprint_of(record.source.model_fingerprint, None, encoding, spec.dtype):
+            what = (
+                "another model"
+                if (encoding, spec.dtype) == (index.encoding, index.dtype)
+                else "another encoding or dtype"
+            )
+            raise FingerprintMismatchError(
+                f"the index of domain {name!r} ({indexes[name].index}) has the vectors of {what} than its factors in {spec.dtype}; give "
+                f"the index of vectors that `readapt embed --domain {record.source.folder}` makes with these options"
+            )
+
+
+def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
+    """Return what a gateway is told of the index of each domain."""
+    from readapt_ray.serving.domains import DomainIndex
+    from readapt_ray.serving.slice_plan import planned_slices
+
+    found = {}
+    for name, each in config.domain_indexes().items():
+        spec = index_spec(each)
+        found[name] = DomainIndex(
+            app=index_app_name(each),
+            fingerprint=spec.fingerprint(str(spec.encoder_fingerprint)),
+            encoder_fingerprint=str(spec.encoder_fingerprint),
+            slices={part.deployment: part.num_vectors for part in planned_slices(each)},
+            has_words=spec.has_words,
+            is_split=spec.is_split,
+            corpus=spec.corpus,
+            corpus_fingerprint=spec.corpus_fingerprint,
+        )
+    return found
 
 
 def _named_base(bundle: str) -> str:

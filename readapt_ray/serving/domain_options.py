@@ -2,16 +2,29 @@
 
 import math
 
+from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
+_OF_A_DOMAIN = ("index", "corpus")
 VERSION_NAME = "domains"
 """Name of the version whose encoder all domains share."""
 
 
+class DomainOptions(Config):
+    """Where a domain is."""
+
+    factors: str
+    """Output of `readapt merge --factors`."""
+    index: str | None = None
+    """Output of `readapt index`, of vectors that were made with these factors or the merged model."""
+    corpus: str | None = None
+    """Output of `readapt ingest`, for titles and texts."""
+
+
 def parse_domains(value: object) -> object:
-    """Read `legal=FACTORS,med=FACTORS`, or a YAML file of the same.
+    """Read `legal=FACTORS,index=INDEX,med=FACTORS`, or a YAML file of domains by name.
 
     Raises:
         InputError: an entry is not NAME=FACTORS, or a name is given twice.
@@ -20,14 +33,22 @@ def parse_domains(value: object) -> object:
         return options_of(read_yaml(Location(value), "domains by name"), repr(value), "domains by name")
     if not isinstance(value, str):
         return value
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {}
+    last: dict[str, str] | None = None
     for entry in value.split(","):
         name, _, folder = (part.strip() for part in entry.partition("="))
         if not (name and folder):
             raise InputError(f"domains: {entry!r} is not NAME=FACTORS, such as legal=run/legal-factors")
+        if name in _OF_A_DOMAIN:
+            if last is None or name in last:
+                raise InputError(
+                    f"domains: {entry!r} belongs to the domain before it; give it once, after NAME=FACTORS"
+                )
+            last[name] = folder
+            continue
         if name in found:
             raise InputError(f"domains: {name!r} is given twice; give each domain a name of its own")
-        found[name] = folder
+        last = found[name] = {"factors": folder}
     return found
 
 

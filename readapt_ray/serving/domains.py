@@ -4,18 +4,19 @@ The encoder knows no names. A row of token ids says where its domain's factors a
 rows of many domains share a batch, and domains are added and removed by the gateway alone, while the encoder runs.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.domain_encoder import domain_fingerprint
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.schema import RequestError, invalid
 from readapt_ray.serving.telemetry import Trace
-from readapt_ray.serving.versions import Backend, Found, VersionInfo, shortened
+from readapt_ray.serving.versions import Backend, Found, LossPolicy, VersionInfo, shortened
 from readapt_ray.weights.domain_sources import DomainSource
 
 
@@ -29,6 +30,38 @@ class DomainRow(list[int]):
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return DomainRow, (list(self), self.source, self.scales)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainIndex:
+    """The index of a domain, as its gateway is told of it."""
+
+    app: str
+    """Its Ray Serve application."""
+    fingerprint: str
+    """Of encoder, index and corpus together."""
+    encoder_fingerprint: str
+    """Of what made its vectors."""
+    slices: Mapping[str, int]
+    has_words: bool
+    is_split: bool
+    corpus: str | None
+    corpus_fingerprint: str | None
+
+    def described(self, info: VersionInfo) -> VersionInfo:
+        """Return the description of an encoder with this index."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "app"}
+        return replace(info, **own)
+
+
+class Searcher(Protocol):
+    """What searches an index."""
+
+    async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
+        """Find the k best passages of each query [Q, D]."""
+
+    async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
+        """Find the k best passages of each text by BM25."""
 
 
 class SharedEncoder(Backend, Protocol):
@@ -48,35 +81,57 @@ class DomainBackend:
     Args:
         shared: the version that encodes.
         source: where the factors are.
+        index: what its gateway is told of its index, if it has one.
+        searcher: searches that.
+
+    Raises:
+        FingerprintMismatchError: another encoder made the vectors of the index.
     """
 
-    def __init__(self, shared: SharedEncoder, source: DomainSource) -> None:
+    def __init__(
+        self,
+        shared: SharedEncoder,
+        source: DomainSource,
+        index: DomainIndex | None = None,
+        searcher: Searcher | None = None,
+    ) -> None:
         self.shared = shared
         self.source = source
-        fingerprint = self.fingerprint_of(source.scales)
-        self.info: VersionInfo = dataclasses.replace(
-            shared.info, fingerprint=fingerprint, encoder_fingerprint=fingerprint
-        )
+        self._searcher = searcher or shared
+        own = self.fingerprint_of(source.scales)
+        self.info: VersionInfo = replace(shared.info, fingerprint=own, encoder_fingerprint=own)
+        if index is not None:
+            if index.encoder_fingerprint != own:
+                raise FingerprintMismatchError(
+                    f"the index of domain {source.name!r} has the vectors of another encoder"
+                )
+            self.info = index.described(self.info)
 
     def fingerprint_of(self, scales: Sequence[float]) -> str:
         """Return a fingerprint of what makes the vectors with these scales."""
-        return domain_fingerprint(self.shared.info.encoder_fingerprint, self.source.fingerprint, scales)
+        info = self.shared.info
+        return domain_fingerprint(info.encoder_fingerprint, self.source, scales, info.encoding, info.dtype)
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
         """Return the vectors [N, D] of rows, each of its own domain."""
         return await self.shared.encode(rows)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """Search the index of the shared version: it has none, and is not asked."""
-        return await self.shared.search(vectors, top_k, wanted)
+        """Search the index of this domain alone; without one it is not asked."""
+        return await self._searcher.search(vectors, top_k, wanted)
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """Search the index of the shared version: it has none, and is not asked."""
-        return await self.shared.search_words(texts, top_k, wanted)
+        """Search the index of this domain alone; without one it is not asked."""
+        return await self._searcher.search_words(texts, top_k, wanted)
 
     async def check(self) -> float:
         """Check the encoder that all domains share."""
         return await self.shared.check()
+
+
+def policy_of_domains(policy: LossPolicy) -> LossPolicy:
+    """Return what to do about a part of a domain's index that is lost: never wait, since waiting requests take others' places."""
+    return policy if policy.lost_shards != "wait" else policy.model_copy(update={"lost_shards": "error"})
 
 
 class DomainUnavailableError(Exception):
@@ -103,9 +158,14 @@ def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, floa
 
 
 async def rows_of(
-    backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...]
+    backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...] | None = None
 ) -> Sequence[Sequence[int]]:
     """Return rows that name their domain, once its factors are in memory; those of a version as they are.
+
+    Args:
+        backend: the domain or the version.
+        rows: token ids.
+        scales: of the domain's adapters; None takes its own.
 
     Raises:
         RequestError: the factors cannot be used.
@@ -116,7 +176,7 @@ async def rows_of(
         await backend.shared.prepare(backend.source)
     except DomainUnavailableError as error:
         raise RequestError(str(error), status=503, code="domain_unavailable", retry_after_s=10) from None
-    return [DomainRow(row, backend.source, scales) for row in rows]
+    return [DomainRow(row, backend.source, backend.source.scales if scales is None else scales) for row in rows]
 
 
 def encoded_by(backend: Backend, scales: Sequence[float]) -> str:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import ray
+from pydantic import Field
 from ray import serve
 
 from readapt_ray.config import Config
-from readapt_ray.serving.domains import DomainBackend
+from readapt_ray.serving.domains import DomainBackend, DomainIndex, policy_of_domains
 from readapt_ray.serving.guard import App, Guard, with_cors
 from readapt_ray.serving.keys import ApiKey, KeyRing
 from readapt_ray.serving.local_http import open_url
@@ -49,6 +50,8 @@ class GatewayConfig(Config):
     """How requests that name no version reach them."""
     domains: tuple[DomainSource, ...] = ()
     """The domains; they share the one version that there is then, and clients see them in its place."""
+    indexes: dict[str, DomainIndex] = Field(default_factory=dict)
+    """The index of each domain that has one."""
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
 
@@ -147,7 +150,7 @@ class Gateway:
             for each in asked.values():
                 each.cancel()
         missing = dict.fromkeys(asked.keys() - up.keys(), "its encoder does not answer")
-        await self._service.set_state(_backends(up, state.domains), state.routing, missing)
+        await self._service.set_state(_backends(up, state), state.routing, missing)
         self._state, self._versions = state, {state.versions[name]: each for name, each in up.items()}
         logger.info("serving %s, default %s", ", ".join(up), state.routing.default)
         if missing:
@@ -163,12 +166,23 @@ class Gateway:
         return RayBackend(info, encoder, slices, state.policy)
 
 
-def _backends(versions: Mapping[str, RayBackend], domains: Sequence[DomainSource]) -> Mapping[str, Backend]:
+def _backends(versions: Mapping[str, RayBackend], state: GatewayConfig) -> Mapping[str, Backend]:
     """Return what clients can choose by name."""
-    if not domains:
+    if not state.domains:
         return versions
     (shared,) = versions.values()
-    return {each.name: DomainBackend(shared, each) for each in domains}
+    found = {}
+    for each in state.domains:
+        index = state.indexes.get(each.name)
+        searcher = None if index is None else _searcher(shared, index, state.policy)
+        found[each.name] = DomainBackend(shared, each, index, searcher)
+    return found
+
+
+def _searcher(shared: RayBackend, index: DomainIndex, policy: LossPolicy) -> RayBackend:
+    """Return what searches the index of a domain. It may be lost: its application is not asked whether it is there."""
+    slices = {name: serve.get_deployment_handle(name, index.app, _check_exists=False) for name in index.slices}
+    return shared.with_index(index.described(shared.info), slices, policy_of_domains(policy))
 
 
 def _sees_clients() -> bool:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
 from readapt_ray.generations import with_folders
-from readapt_ray.serving.domain_options import VERSION_NAME, parse_domains, parse_scales
+from readapt_ray.serving.domain_options import VERSION_NAME, DomainOptions, parse_domains, parse_scales
 from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
@@ -101,10 +101,21 @@ class DomainsConfig(VersionConfig):
 
     base: str
     """Model that the factors of the domains were made of."""
+    indexes: tuple[str, ...] = ()
+    """Index of a domain, if one has any: it says the type to compute in."""
     bundles: tuple[str, ...]
     """Factors of some of the domains; the retriever is read from the first that is there."""
     max_domain_bytes: int = Field(ge=1)
     """Memory of the factors."""
+
+
+class DomainIndexConfig(VersionConfig):
+    """Options of the index of one domain, whose encoder is that of all."""
+
+    domain: str
+    """Its name."""
+    num_replicas: int = 0
+    """Encoder processes."""
 
 
 _SPARE_BUNDLES = 8
@@ -127,9 +138,10 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     also hold them as a section."""
     base: str | None = None
     """Model before retrieval training that the `domains` were merged with. If omitted, the one that the factors name."""
-    domains: Annotated[dict[str, str] | None, BeforeValidator(parse_domains)] = None
+    domains: Annotated[dict[str, str | dict[str, str]] | None, BeforeValidator(parse_domains)] = None
     """Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name: factors`. Factors are the
-    output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`; embeddings only."""
+    output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`. `index=INDEX` and
+    `corpus=CORPUS` after a domain are its own; in the file, `name: {factors: ..., index: ..., corpus: ...}`."""
     max_domain_bytes: int = Field(default=1 << 30, ge=1)
     """Memory for the factors of all domains, in bytes, in each encoder process. Those that were used longest ago make room,
     and are read again when they are needed."""
@@ -216,10 +228,12 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         return self
 
     def _check_domains(self) -> None:
-        given = [name for name in ("index", "bridge", "corpus", "name", "shadow", "split") if getattr(self, name)]
+        given = [name for name in ("index", "bridge", "name", "shadow", "split") if getattr(self, name)]
         if given or self.recall_probe or self.require_report:
             unused = given or ["recall_probe" if self.recall_probe else "require_report"]
-            raise OptionError(f"{{domains}} give embeddings alone, without {{{unused[0]}}}; leave it out")
+            raise OptionError(
+                f"{{domains}} cannot have {{{unused[0]}}}; leave it out (an index is given to each: index=INDEX)"
+            )
 
     def names(self) -> list[str]:
         """Return the names by which clients choose what answers: the domains, or the versions."""
@@ -233,13 +247,42 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
         """
         common = {name: getattr(self, name) for name in VersionConfig.model_fields}
         if self.domains:
-            own = {"base": self.base or "", "bundles": tuple(self.domains.values())[:_SPARE_BUNDLES]}
+            domains = self.each_domain().values()
+            bundles = tuple(each.factors for each in domains)
+            indexes = tuple(each.index for each in domains if each.index)
+            own = {"base": self.base or "", "bundles": bundles[:_SPARE_BUNDLES], "indexes": indexes[:1], "corpus": None}
             return {VERSION_NAME: DomainsConfig.parse(common | own | {"max_domain_bytes": self.max_domain_bytes})}
         if not self.versions:
             return {self.name or self.retriever.rstrip("/").rsplit("/", 1)[-1]: VersionConfig.parse(common)}
         return {
             name: VersionConfig.parse(common | values, where=f"version {name!r}")
             for name, values in self.versions.items()
+        }
+
+    def each_domain(self) -> dict[str, DomainOptions]:
+        """Return where each domain is, by its name.
+
+        Raises:
+            InputError: an option of a domain is unknown or wrong.
+        """
+        return {
+            name: DomainOptions.parse(
+                {"factors": given} if isinstance(given, str) else dict(given), where=f"domain {name!r}"
+            )
+            for name, given in (self.domains or {}).items()
+        }
+
+    def domain_indexes(self) -> dict[str, DomainIndexConfig]:
+        """Return the options of the index of each domain that has one."""
+        encodes = {"num_replicas", "max_replicas", "bridge"}
+        common = {name: getattr(self, name) for name in VersionConfig.model_fields if name not in encodes}
+        return {
+            name: DomainIndexConfig.parse(
+                common
+                | {"domain": name, "retriever": each.factors, "index": each.index, "corpus": each.corpus or self.corpus}
+            )
+            for name, each in self.each_domain().items()
+            if each.index
         }
 
     def routing(self) -> Routing:

@@ -41,6 +41,10 @@ class RayBackend:
         self._slices = dict(slices)
         self.policy = policy
 
+    def with_index(self, info: VersionInfo, slices: Mapping[str, Any], policy: LossPolicy) -> "RayBackend":
+        """Return the same encoder with an index of its own."""
+        return RayBackend(info, self._encoder, slices, policy)
+
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
         """The vectors [N, D] of N rows of token ids, by whichever replica lives.
 

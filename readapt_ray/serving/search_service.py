@@ -335,7 +335,7 @@ class SearchService:
             trace.num_items = len(texts)
         else:
             rows = await self._tokenized(version, body.query, "query", trace, param="query", truncate=body.truncate)
-            vectors = await self._encoded(version, rows, trace, deadline_s)
+            vectors = await self._encoded(version, await rows_of(version.backend, rows), trace, deadline_s)
         before_s = time.perf_counter()
         wanted = doc_filter(body, trace.within)
         try:

@@ -61,7 +61,8 @@ def serve(config: ServeConfig, *, blocking: bool = True) -> str:
         return config.write_config
     fingerprints = _checked(config, keys)
     # Opened first: a corpus that cannot be read stops this before anything is deployed, and its copy is made once.
-    stores = [PassageStore.open(each.corpus) for each in versions.values() if each.corpus]
+    searched = (versions | config.domain_indexes()).values()
+    stores = [PassageStore.open(each.corpus) for each in searched if each.corpus]
     url = f"http://{_reachable(config.host)}:{config.port}"
     with out_of_environment():
         _deploy(config, keys, url, fingerprints)
@@ -94,7 +95,7 @@ def _checked(config: ServeConfig, keys: tuple[ApiKey, ...]) -> dict[str, str]:
         check_exporter()
     if not config.update:
         _check_port(config.host, config.port)
-    domain_app.domain_records(config)
+    domain_app.check_indexes(config, domain_app.domain_records(config))
     fingerprints = {name: app.check_version(name, each) for name, each in versions.items()}
     app.check_probe(config)
     app.check_keys(config, keys)
@@ -152,9 +153,7 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprint
     try:
         updates.check_room(list(config.each_version().values()))
         _start_proxies(config)
-        versions = {
-            app.version_app_name(name): app.bind_version(name, each) for name, each in config.each_version().items()
-        }
+        versions = {each: app.bind_version(*given) for each, given in app.applications(config).items()}
         rollout.deploy(versions | {GATEWAY_APP: app.bind_gateway(*app.gateway_of(config, keys))})
         _wait_until_ready(url)
     except BaseException as error:
@@ -185,11 +184,11 @@ def _deploy_update(
     config: ServeConfig, keys: tuple[ApiKey, ...], url: str, running: set[str], fingerprints: dict[str, str]
 ) -> None:
     """Bring a running server to another state, or leave it as it was."""
-    wanted = {app.version_app_name(name): (name, version) for name, version in config.each_version().items()}
+    wanted = app.applications(config)
     updates.check_server(config, running)
     former = updates.served_gateway()
     updates.check_options(config, keys, *former)
-    kept = {each: wanted[each] for each in set(wanted) & running}
+    kept = {each: wanted[each] for each in {app.version_app_name(name) for name in fingerprints} & running}
     updates.check_same_versions(kept, fingerprints)
     added = [each for each in wanted if each not in running]
     updates.check_room([wanted[each][1] for each in added])

@@ -67,16 +67,13 @@ async def _added(name: str, backend: Backend, others: list[Version], limits: Lim
         return await asyncio.to_thread(_prepared, name, backend, others, limits, telemetry)
     for each in others:
         if isinstance(each.backend, DomainBackend) and each.backend.shared is backend.shared:
-            return dataclasses.replace(each, backend=backend)
+            store = await asyncio.to_thread(_store, backend, others)
+            return dataclasses.replace(each, backend=backend, store=store)
     return await asyncio.to_thread(_prepared, VERSION_NAME, backend, others, limits, telemetry)
 
 
 def _prepared(name: str, backend: Backend, others: list[Version], limits: Limits, telemetry: Telemetry) -> Version:
-    info = backend.info
-    stores = {(each.info.corpus, each.info.corpus_fingerprint): each.store for each in others}
-    store = stores.get((info.corpus, info.corpus_fingerprint))
-    if store is None and info.corpus:
-        store = PassageStore.open(info.corpus, info.corpus_fingerprint)
+    info, store = backend.info, _store(backend, others)
     batcher = Batcher(
         backend.encode,
         batch_tokens=info.batch_tokens,
@@ -87,3 +84,13 @@ def _prepared(name: str, backend: Backend, others: list[Version], limits: Limits
         on_batch=functools.partial(telemetry.batch, name, info.batch_tokens),
     )
     return Version(backend, InputTokenizer(info.tokenizer, info.encoding), batcher, store)
+
+
+def _store(backend: Backend, others: list[Version]) -> PassageStore | None:
+    """Open the corpus of a version, or take that of another which has the same."""
+    info = backend.info
+    stores = {(each.info.corpus, each.info.corpus_fingerprint): each.store for each in others}
+    store = stores.get((info.corpus, info.corpus_fingerprint))
+    if store is None and info.corpus:
+        store = PassageStore.open(info.corpus, info.corpus_fingerprint)
+    return store

@@ -54,6 +54,8 @@ class VersionInfo:
     """Of encoder, index and corpus together."""
     encoder_fingerprint: str
     encoding: Encoding
+    dtype: str = "float32"
+    """Type that it computes in."""
     tokenizer: Any
     """The transformers tokenizer."""
     dimension: int

@@ -154,6 +154,7 @@ class EncoderReplica:
             encoder_fingerprint=self._bridge.query_fingerprint if self._bridge else self._encoder.fingerprint,
             passages_by=self._passages_by,
             encoding=self._encoder.encoding,
+            dtype=self._spec.dtype,
             tokenizer=self._model.tokenizer,
             dimension=int(self._bridge.old_encoder["dimension"]) if self._bridge else self._encoder.dimension,
             batch_tokens=self._encoder.batch_tokens,
@@ -225,9 +226,17 @@ class EncoderReplica:
 
 @serve.deployment
 class IndexReplica:
-    """Hold some shards of a version's index and search them."""
+    """Hold some shards of a version's index and search them.
 
-    def __init__(self, spec: VersionSpec, names: Sequence[str], num_slices: int) -> None:
+    Args:
+        spec: the version.
+        names: of the shards.
+        num_slices: replicas that share the index.
+        others: handles of these, if no encoder holds them: an application needs one deployment that leads to all.
+    """
+
+    def __init__(self, spec: VersionSpec, names: Sequence[str], num_slices: int, *others: Any) -> None:
+        del others
         from readapt_ray.retrieval.vector_index import VectorIndex
         from readapt_ray.serving.index_slice import IndexSlice
 

@@ -34,6 +34,8 @@ class DomainSource:
     """Folder or URI."""
     fingerprint: str
     """Of the bundle."""
+    model_fingerprint: str
+    """Of the merged model."""
     scales: tuple[float, ...]
     """Scale of each knowledge adapter unless a request says otherwise."""
 
@@ -77,7 +79,13 @@ def _read(name: str, folder: str) -> DomainRecord:
         raise ModelError(f"domain {name!r}: {folder!r} is not a finished output of `readapt merge --factors`")
     content = read_bundle(Location(folder), f"{name}={folder}")
     scales = tuple(map(float, content["knowledge_scale"]))
-    source = DomainSource(name=name, folder=folder, fingerprint=manifest.fingerprint, scales=scales)
+    source = DomainSource(
+        name=name,
+        folder=folder,
+        fingerprint=manifest.fingerprint,
+        model_fingerprint=str(content["model_fingerprint"]),
+        scales=scales,
+    )
     return DomainRecord(source=source, content=content)
 
 

@@ -303,7 +303,9 @@ def test_the_domains_of_a_key_are_names(tmp_path):
         ({"domains": "legal=a,legal=b"}, "'legal' is given twice"),
         ({"domains": "legal=a,b"}, "'b' is not NAME=FACTORS"),
         ({"domains": "legal=a", "retriever": "b"}, "or several versions with one each, or domains"),
-        ({"domains": "legal=a", "index": "b"}, "without index; leave it out"),
+        ({"domains": "legal=a", "index": "b"}, "domains cannot have index; leave it out"),
+        ({"domains": "index=a"}, "belongs to the domain before it"),
+        ({"domains": "legal=a,index=b,index=c"}, "belongs to the domain before it; give it once"),
         ({"domains": "legal=a", "knowledge_scale": "1..0"}, r"such as 0\.0\.\.1\.0"),
         ({"domains": "legal=a", "knowledge_scale": "0..inf"}, r"such as 0\.0\.\.1\.0"),
         ({"retriever": "b", "knowledge_scale": "0..1"}, "are for domains"),
@@ -318,8 +320,15 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 def test_domains_come_from_a_file(tmp_path):
     file = tmp_path / "domains.yaml"
-    file.write_text("legal: a\nmed: s3://bucket/b\n")
-    assert ServeConfig.parse({"domains": str(file)}).names() == ["legal", "med"]
+    file.write_text("legal: a\nmed: s3://bucket/b\ntax: {factors: c, index: d}\n")
+    config = ServeConfig.parse({"domains": str(file), "corpus": "e", "index_replicas": 2})
+    assert config.names() == ["legal", "med", "tax"]
+    assert config.each_version()["domains"].bundles == ("a", "s3://bucket/b", "c")
+    (index,) = config.domain_indexes().values()
+    assert (index.index, index.corpus, index.index_replicas, index.num_replicas) == ("d", "e", 2, 0)
+    assert (
+        ServeConfig.parse({"domains": "legal=a,med=s3://bucket/b,tax=c,index=d"}).each_domain() == config.each_domain()
+    )
 
 
 def test_a_server_does_not_start_with_factors_of_another_base(folder, tmp_path):
