@@ -56,7 +56,7 @@ def test_every_dependency_is_imported() -> None:
     assert declared(PROJECT["dependencies"]) - used == set()
     optional = {
         each
-        for extra in ("cpu", "gpu", "nf4", "datasets", "traces", "completion", *TARGETS)
+        for extra in ("cpu", "gpu", "nf4", "datasets", "traces", "completion", "endpoint", *TARGETS)
         for each in declared(EXTRAS[extra])
     }
     assert optional - used - NOT_IMPORTED_BY_NAME.keys() == set()
@@ -65,7 +65,7 @@ def test_every_dependency_is_imported() -> None:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("readapt_ray", ["cpu", "nf4", "datasets", "pdf", "traces", "bm25", "completion", *TARGETS]),
+        ("readapt_ray", ["cpu", "nf4", "datasets", "pdf", "traces", "bm25", "completion", "endpoint", *TARGETS]),
         ("tests", ["cpu", "datasets", "pdf", "traces", "bm25", *TARGETS, "test"]),
     ],
 )

@@ -127,7 +127,8 @@ class ParallelIngest:
             lambda item: remote.remote(item[0], *item[1:], job=job), items, self._num_at_once
         )
 
-    def _read_and_compare(self) -> dict[str, Any]:
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """Read the pieces; what each holds, and the passages of all."""
         read: dict[int, dict[str, Any]] = {}
         num_read = 0
         for found in self._tasks(piece_files.read_piece, ((piece,) for piece in self._pieces)):
@@ -135,7 +136,10 @@ class ParallelIngest:
             num_read += sum(found["parts"].values())
             total = round(num_read * len(self._pieces) / len(read))
             self._workspace.progress(num_read, total, unit="passages")
-        pieces = [read[number] for number in range(len(self._pieces))]
+        return [read[number] for number in range(len(self._pieces))], num_read
+
+    def _read_and_compare(self) -> dict[str, Any]:
+        pieces, num_read = self._read()
         chunks = [piece["num_chunks"] for piece in pieces]
         partitions = range(self._job.num_partitions)
         ids = list(self._tasks(piece_files.repeated_ids, ((number, chunks) for number in partitions)))
@@ -155,12 +159,32 @@ class ParallelIngest:
             lists["drop-near"] = near["files"]
             contents.append(near)
         self._add_bad_rows(pieces, ids)
-        lost = [*ids, *contents]
+        return self._summed(pieces, contents, lists, lost=[*ids, *contents], num_read=num_read)
+
+    def _summed(
+        self,
+        pieces: Sequence[dict[str, Any]],
+        contents: Sequence[dict[str, Any]],
+        lists: dict[str, Any],
+        *,
+        lost: Sequence[dict[str, Any]],
+        num_read: int,
+    ) -> dict[str, Any]:
+        """Return what the manifest says, and what is taken out of which part.
+
+        Args:
+            pieces: what each piece holds.
+            contents: what the comparison of contents found, by partition.
+            lists: the partitions that have lists of passages to drop.
+            lost: what all comparisons found, by partition.
+            num_read: passages of all pieces.
+        """
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
             raise CorpusError(
                 f"no passages are left: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); the log names the first of them"
             )
+        chunks = [piece["num_chunks"] for piece in pieces]
         kept = KeptPassages(self._job, [piece["parts"] for piece in pieces], chunks, lists)
         duplicates = self._duplicates(kept, contents)
         num_bytes = sum(piece["num_bytes"] for piece in pieces) - sum(found["num_bytes"] for found in lost)

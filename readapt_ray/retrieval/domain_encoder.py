@@ -13,7 +13,8 @@ from readapt_ray.artifacts import fingerprint
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import InputError
-from readapt_ray.retrieval.encoder import DTYPES, Encoder, fingerprint_of
+from readapt_ray.retrieval.encoder import DTYPES, Encoder
+from readapt_ray.retrieval.encoder_fingerprint import fingerprint_of
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.bundle import open_bundle
 from readapt_ray.weights.dense import load_dense

@@ -90,6 +90,7 @@ def index_spec(config: DomainIndexConfig) -> "VersionSpec":
     Raises:
         ArtifactMissingError: the index or the corpus is not complete.
     """
+    from readapt_ray.serving.slice_plan import planned_slices
     from readapt_ray.serving.version_spec import VersionSpec
 
     index = open_artifact(str(config.index), "index")
@@ -104,7 +105,7 @@ def index_spec(config: DomainIndexConfig) -> "VersionSpec":
         index=on_worker.absolute(index.location).uri,
         index_fingerprint=index.fingerprint,
         index_encoder=details["encoder"]["fingerprint"],
-        shards=tuple(record["name"] for record in details["shards"]),
+        slices={part.deployment: part.num_vectors for part in planned_slices(config)},
         has_words="bm25" in details,
         is_split=bool(details.get("is_split")),
         corpus=on_worker.absolute(corpus.location).uri if corpus else None,
@@ -117,10 +118,15 @@ def index_spec(config: DomainIndexConfig) -> "VersionSpec":
 
 
 def index_app_name(config: DomainIndexConfig) -> str:
-    """Return the name of the Ray Serve application of a domain's index. Another index is another application, so that an
-    update starts it beside the one that is served."""
+    """Return the name of the Ray Serve application of a domain's index.
+
+    Another index, or the same at another place, is another application, so that an update starts it beside the one that
+    is served.
+    """
     spec = index_spec(config)
-    made_of = fingerprint([spec.fingerprint(str(spec.encoder_fingerprint)), config.processes()])
+    made_of = fingerprint(
+        [spec.fingerprint(str(spec.encoder_fingerprint)), spec.index, spec.corpus, config.processes()]
+    )
     return f"{GATEWAY_APP}-index-{config.domain}-{made_of[:8]}"
 
 
@@ -131,7 +137,7 @@ def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> Non
         ArtifactMissingError: an index or a corpus is not complete.
         FingerprintMismatchError: the vectors are of another model, encoding or dtype.
     """
-    from readapt_ray.retrieval.encoder import fingerprint_of
+    from readapt_ray.retrieval.encoder_fingerprint import fingerprint_of
 
     indexes = config.domain_indexes()
     if not indexes:
@@ -160,7 +166,6 @@ def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> Non
 def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
     """Return what a gateway is told of the index of each domain."""
     from readapt_ray.serving.domains import DomainIndex
-    from readapt_ray.serving.slice_plan import planned_slices
 
     found = {}
     for name, each in config.domain_indexes().items():
@@ -169,7 +174,7 @@ def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
             app=index_app_name(each),
             fingerprint=spec.fingerprint(str(spec.encoder_fingerprint)),
             encoder_fingerprint=str(spec.encoder_fingerprint),
-            slices={part.deployment: part.num_vectors for part in planned_slices(each)},
+            slices=dict(spec.slices),
             has_words=spec.has_words,
             is_split=spec.is_split,
             corpus=spec.corpus,

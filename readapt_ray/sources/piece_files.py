@@ -89,9 +89,9 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
         return found
     prefix, to = f"{piece.number:06d}", job.output / "passages"
     writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
+    checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     digests = _Digests(job, piece.number)
     sketches = SketchWriter(job, piece.number) if job.deduplicate == "near" else None
-    checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
     reasons: Counter[str] = Counter()
     first: list[tuple[int, str, str]] = []
     num_lines: list[int] = []
@@ -100,19 +100,15 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
         passage = checks.passage(row, line)
         if isinstance(passage, BadRow):
             reasons[passage.reason] += 1
-            if len(first) < NUM_NAMED:
-                first.append((line, passage.reason, passage.value))
+            first += [(line, passage.reason, passage.value)] if len(first) < NUM_NAMED else []
             continue
         size_bytes = num_bytes(passage.title) + num_bytes(passage.text)
         total_bytes += size_bytes
-        content = writer.add(passage, size_bytes)
-        digests.add(passage.doc_id, content, line, size_bytes)
+        digests.add(passage.doc_id, writer.add(passage, size_bytes), line, size_bytes)
         if sketches:
             sketches.add(passage, size_bytes)
-    writer.close()
-    digests.flush()
-    if sketches:
-        sketches.flush()
+    for each in (writer.close, digests.flush, *([sketches.flush] if sketches else [])):
+        each()
     found = {
         "number": piece.number,
         "parts": writer.rows_by_file(),

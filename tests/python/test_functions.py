@@ -218,6 +218,7 @@ def test_overrides_are_names_with_dots_or_sections_and_win_over_the_file(
     assert given[0] == given[1] == given[2]
     assert given[0].train == {"lora_rank": 4, "seed": 3}
     assert given[0].root == str(tmp_path / "root")
+    monkeypatch.undo()
     for wrong, said in (
         ({"trian.seed": 1}, "'trian'; did you mean 'train'"),
         ({"source.x": 1}, "'source' is not a section"),
