@@ -147,7 +147,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     ),
     "export": ("rows/part-#.parquet", "rows/.seen-*", "deleted/part-#.parquet"),
     "search": (),
-    "synthesize": ("answers/part-*.parquet", "answers/.seen-*", "queries/part-*.parquet", "qrels/*.parquet"),
+    "synthesize": ("answers/part-#.parquet", "answers/.seen-*", "queries/part-#.parquet", "qrels/train.parquet"),
     "evaluate": ("per_query.parquet", "measures.json", "report.json", "report.md", "report.html"),
     "drift": ("report.json", "report.md", "report.html"),
     "tune": ("grid/*.json", "tune.json", "tune.md", "tune.html"),

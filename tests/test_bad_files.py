@@ -119,12 +119,16 @@ def test_a_file_that_cannot_be_read_is_named_in_one_line(
 @pytest.mark.parametrize(
     "change", ["train.lora_rank=[1", "train={lora_rank: 1", "train.lora_rank", "=1", "train.lora_rank.x=1", "train=3"]
 )
-def test_a_change_that_is_none_is_named_in_one_line(
+def test_a_change_that_is_none_is_one_of_what_is_wrong(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, change: str
 ) -> None:
     (tmp_path / "run.yaml").write_text(RUN + "train: {lora_rank: 4}\n")
-    said = refused(capsys, "run", "--config", str(tmp_path / "run.yaml"), "--set", change)
-    assert "train" in said or "--set" in said
+    assert cli.main(["run", "--config", str(tmp_path / "run.yaml"), "--set", change]) == 2
+    said = capsys.readouterr().err
+    assert said.count("readapt: error: ") == 1 and "Traceback" not in said, said
+    listed = [line for line in said.splitlines() if line.startswith("  - ")]
+    [about] = [line for line in listed if not line.startswith("  - no ")]  # the source and the models are not there
+    assert "train" in about or "--set" in about
 
 
 @pytest.mark.parametrize("error", [PermissionError, IsADirectoryError, NotADirectoryError])

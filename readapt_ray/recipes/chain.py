@@ -51,14 +51,17 @@ class SectionRules:
 
 
 NOT_IN_A_RUN: dict[str, dict[str, str]] = {
+    "ingest": {"previous": "a run makes one corpus; `readapt refresh` shares files with the corpus before"},
     "merge": {
         "bundle": "the run trains its own adapter; merge a bundle with `readapt merge --bundle`",
         "factors": "the run embeds with a whole model; write factors with `readapt merge --factors` after the run",
+        "push": "a run measures after it merges; send the model with `readapt merge --push` once the report holds",
         "queries_only": "the run embeds passages with the adapted model; use `readapt merge --queries-only` after the run",
     },
     "embed": {
         "sample": "the run needs vectors of all passages; estimate time and size with `readapt embed --sample` first",
         "previous": "the run embeds with two models and older vectors fit only one; use `readapt embed --previous`",
+        **dict.fromkeys(("domain", "base"), "the run embeds with whole models; use `readapt embed --domain`"),
     },
     "index": {
         "previous": "the run builds two indexes and an older one fits only one; use `readapt index --previous`",
@@ -68,6 +71,7 @@ NOT_IN_A_RUN: dict[str, dict[str, str]] = {
         "root": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
         "as_of": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
         "bridge": "the run embeds with both models; search older vectors with `readapt search --bridge`",
+        **dict.fromkeys(("domain", "base"), "the run searches with whole models; use `readapt search --domain`"),
         "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",
     },
 }

@@ -231,7 +231,7 @@ def test_an_open_model_is_read_and_hashed_once_and_pickled_as_its_name(
     assert all(one is other for one, other in zip(found, again, strict=True))
     copy = pickle.loads(pickle.dumps(model))
     assert copy == model
-    assert vars(copy) == {"name": model.name, "folder": model.folder}
+    assert vars(copy) == {"name": model.name, "folder": model.folder, "base_given": ""}
 
 
 def test_a_commit_behind_a_name_names_the_same_row() -> None:

@@ -456,11 +456,11 @@ def test_a_disk_that_fills_is_named_and_it_goes_on_when_there_is_room(tmp_path, 
 def test_after_an_earlier_corpus_the_rows_are_the_same_and_files_are_shared(tmp_path, no_ray, many_pieces, seed):
     """Files that hold no duplicates are shared; those from which duplicates were taken out are written again."""
     draw, kind = random.Random(seed), ("jsonl", "parquet", "tsv", "gz")[seed % 4]
-    rows = list(_rows(400, draw))
+    rows = list({row["_id"]: row for row in _rows(400, draw)}.values())  # a repeated id is dropped in any mode
     for folder, present in (("before", rows), ("now", [*rows[:50], *rows[55:]])):
         (tmp_path / folder).mkdir()
         _write_file(tmp_path / folder / f"0.{'jsonl.gz' if kind == 'gz' else kind}", kind, present, random.Random(seed))
-    options = {"deduplicate": draw.choice(["exact", "none"]), "keep": KEPT, "rows_per_file": 40}
+    options = {"deduplicate": draw.choice(["exact", "none"]), "keep": KEPT, "rows_per_file": 5}
     _many(tmp_path / "before", tmp_path / "earlier", **options)
     alone = _many(tmp_path / "now", tmp_path / "alone", **options)
     after = _many(tmp_path / "now", tmp_path / "after", previous=str(tmp_path / "earlier"), **options)
@@ -469,5 +469,6 @@ def test_after_an_earlier_corpus_the_rows_are_the_same_and_files_are_shared(tmp_
         {file.stat().st_ino for file in (tmp_path / folder / "passages").iterdir()} for folder in ("earlier", "after")
     )
     shared = len(files & earlier)
-    assert shared >= (len(files) - 3 if options["deduplicate"] == "none" else 0)
+    # At the beginning of each range of bytes parts have other rows, until one begins where an earlier part did.
+    assert shared >= (0.4 * len(files) if options["deduplicate"] == "none" else 0)
     assert all(file.stat().st_nlink == 1 for file in (tmp_path / "alone/passages").iterdir())

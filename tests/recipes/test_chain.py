@@ -147,13 +147,13 @@ def test_every_option_of_a_section_is_set_by_the_run_or_refused_or_offered_on_pu
     }
     assert places == {
         "ingest": ["columns", "keep", "tokenizer"],
-        "pack": ["exclude", "only"],
-        "train": ["exclude", "only", "target_modules"],
+        "pack": ["exclude", "new_since", "only"],
+        "train": ["continue_from", "exclude", "new_since", "only", "target_modules"],
         "merge": ["measures"],
         "embed": [],
         "index": ["factory"],
-        "search": [],
-        "evaluate": ["measures", "names", "require"],
+        "search": ["columns"],
+        "evaluate": ["columns", "measures", "names", "require"],
     }
 
 

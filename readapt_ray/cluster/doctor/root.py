@@ -63,7 +63,10 @@ def check_root(root: Location, probe_name: str | None) -> Finding:
         )
     if wrong := why_unusable(root):
         return failed(wrong)
-    space = disks.space_problems(root.local_path) if root.is_local else ()
+    space = ()
+    if root.is_local:  # the folder itself may not be there
+        path = root.local_path.absolute()
+        space = disks.space_problems(next(each for each in (path, *path.parents) if each.is_dir()))
     return Finding(f"ok, {time.monotonic() - started_s:.1f} s", space)
 
 
