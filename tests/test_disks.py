@@ -137,7 +137,8 @@ def test_a_stage_on_a_full_disk_says_so_and_goes_on_when_there_is_room(
     said = refused(command, capsys)
     assert f"cannot write to {disk}/run" in said
     assert "no space is left on its disk; free some" in said
-    written = {path: path.stat().st_mtime_ns for path in disk.rglob("*.parquet") if path.name != LEDGER_NAME}
+    tables = {LEDGER_NAME, "blocks.parquet"}  # they grow with the files that they list
+    written = {path: path.stat().st_mtime_ns for path in disk.rglob("*.parquet") if path.name not in tables}
     assert bool(written) == (leave_bytes > 0)
     assert not list(disk.rglob(".tmp-*"))
     small_disk.free(disk)

@@ -54,8 +54,8 @@ def trained(packed: tuple[Path, Path], output: Path, **options: Any) -> Artifact
         "num_workers": 1,
         "num_cpus_per_worker": 1,
         "learning_rate": 5e-3,
-        "lora_dropout": 0.0,
         "dtype": "float32",
+        **({} if options.get("method") == "full" else {"lora_dropout": 0.0}),
     }
     return train(TrainConfig(pretrained=str(base), corpus=str(blocks), output=str(output), **{**values, **options}))
 

@@ -4,7 +4,7 @@ import time
 import uuid
 
 from readapt_ray.cluster.doctor import disks
-from readapt_ray.cluster.doctor.findings import Finding, failed
+from readapt_ray.cluster.doctor.findings import Finding, Problem, failed
 from readapt_ray.errors import first_line
 from readapt_ray.storage import Location
 
@@ -63,7 +63,7 @@ def check_root(root: Location, probe_name: str | None) -> Finding:
         )
     if wrong := why_unusable(root):
         return failed(wrong)
-    space = ()
+    space: tuple[Problem, ...] = ()
     if root.is_local:  # the folder itself may not be there
         path = root.local_path.absolute()
         space = disks.space_problems(next(each for each in (path, *path.parents) if each.is_dir()))
