@@ -104,8 +104,8 @@ def _as_made(config: PackConfig, model: models.OpenModel) -> PackConfig | None:
     made = None if config.overwrite else artifacts.read_manifest(config.output)
     if made is None or made.details.get("model_config") != artifacts.fingerprint(model.config):
         return None
-    if "block_tokens" in config.model_fields_set:
-        return config
+    if "block_tokens" in config.model_fields_set and config.block_tokens != made.config["block_tokens"]:
+        return None
     return config.model_copy(update={"block_tokens": made.config["block_tokens"]})
 
 

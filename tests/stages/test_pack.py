@@ -115,10 +115,14 @@ def test_a_tokenizer_is_loaded_once_per_process(base: Path, corpus: Path, monkey
     file = str(corpus / "passages" / "part-00000.parquet")
     for index in range(2):
         part = {"index": index, "file": file, "first_number": 0}
-        assert stage._pack_file(part, str(corpus.parent / "blocks"), job, {}, frozenset())["num_blocks"]
+        assert stage._pack_file(part, str(corpus.parent / "blocks"), job, stage._Choice({}, frozenset(), None))[
+            "num_blocks"
+        ]
     assert opened == [str(base)]
     replaced = {"index": 2, "file": file, "first_number": 0}
-    stage._pack_file(replaced, str(corpus.parent / "blocks"), job | {"tokenizer": "b"}, {}, frozenset())
+    stage._pack_file(
+        replaced, str(corpus.parent / "blocks"), job | {"tokenizer": "b"}, stage._Choice({}, frozenset(), None)
+    )
     assert opened == [str(base)] * 2
 
 

@@ -442,6 +442,7 @@ def grown(packed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return base, folder / "blocks"
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_on_from_an_earlier_one(
     packed: tuple[Path, Path], grown: tuple[Path, Path], reference: Path, tmp_path: Path
 ) -> None:
