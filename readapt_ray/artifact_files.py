@@ -85,7 +85,7 @@ EXCHANGED = (
     "exchange/alike-#-#-#",
     "exchange/state-#-#-#",
 )
-"""What tasks that ingest together tell each other."""
+"""Files that the tasks of a parallel ingest exchange."""
 SUBSET_NAME = "passages.jsonl"
 
 STAGE_FILES: dict[str, tuple[str, ...]] = {

@@ -1,7 +1,7 @@
 """The exceptions of readapt_ray.
 
-Two families: `InputError` is the user's to mend (exit code 2; the message names the value, what
-is allowed and what to do), everything else is a failure of the work (exit code 1). All of them
+Two families: `InputError` and `CorruptFileError` are for the user to correct (exit code 2; the message names the value,
+what is allowed and what to do); everything else is a failure of the work (exit code 1). All of them
 carry one message and survive pickling, so they cross Ray's process borders unchanged.
 """
 

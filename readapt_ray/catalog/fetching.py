@@ -76,14 +76,14 @@ def _model(name: str, hub_id: str) -> str:
     return f"{name!r} (no folder here; {hub_id} on the hub)"
 
 
-class Mends(NamedTuple):
-    """What an error about the hub tells the user to do."""
+class Advice(NamedTuple):
+    """What the user can do about an error of the hub."""
 
     refused: str = "check the name and the network, set HF_TOKEN for a gated model or data set, or give a local folder"
     failed: str = "run again later, or give a local folder"
 
 
-_MENDS = Mends()
+_ADVICE = Advice()
 
 
 def asked_again(
@@ -92,7 +92,7 @@ def asked_again(
     *,
     refusal: type[InputError] = ModelError,
     verb: str = "fetch",
-    mends: Mends = _MENDS,
+    advice: Advice = _ADVICE,
 ) -> T:
     """Return what `ask` returns; a hub that is busy or cannot be reached is asked again.
 
@@ -101,7 +101,7 @@ def asked_again(
         ask: asks the hub.
         refusal: error for what the hub refuses or does not have.
         verb: what is done with it.
-        mends: what to do about a refusal, and about a failure.
+        advice: for errors.
 
     Raises:
         InputError: `refusal`.
@@ -123,10 +123,10 @@ def asked_again(
             said = f"cannot {verb} {what}: {first_line(error)}"
             cause = _cause(error)
             if isinstance(error, HFValidationError) or _is_final(cause):
-                raise refusal(f"{said}; {mends.refused}") from error
+                raise refusal(f"{said}; {advice.refused}") from error
             attempt += 1
             if attempt == (_ATTEMPTS_UNANSWERED if type(cause).__name__ in _UNANSWERED else _ATTEMPTS):
-                raise ReadaptError(f"{said}; tried {attempt} times: {mends.failed}") from error
+                raise ReadaptError(f"{said}; tried {attempt} times: {advice.failed}") from error
             wait_s = _FIRST_WAIT_S * 2 ** (attempt - 1)
             logger.warning("%s; trying again in %.0f s", said, wait_s)
             time.sleep(wait_s)

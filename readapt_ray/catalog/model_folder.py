@@ -23,7 +23,7 @@ class ModelFolder:
 
     @property
     def is_factors(self) -> bool:
-        """Whether it is the factors of a model (`readapt merge --factors`), to be added to their base."""
+        """Whether it holds the factors of a model (`readapt merge --factors`), which are added to their base model."""
         return (self.folder / BUNDLE_NAME).is_file()
 
     def read_json(self, file_name: str) -> dict[str, Any]:

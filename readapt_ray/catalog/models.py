@@ -53,7 +53,7 @@ class OpenModel(ModelFolder):
     """
 
     base_given: str = ""
-    """Where the base of factors is now; empty if it is where they say."""
+    """Name of the base model of factors, if it is not the one that they name."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {"name": self.name, "folder": self.folder, "base_given": self.base_given}

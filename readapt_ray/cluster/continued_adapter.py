@@ -19,7 +19,7 @@ from readapt_ray.model_file_names import ADAPTER_WEIGHTS_NAME
 Config = TypeVar("Config", bound=OptimizationConfig)
 
 _REFUSED = ("rank_pattern", "alpha_pattern", "use_rslora", "layers_to_transform", "exclude_modules")
-"""What PEFT can do to single layers, and our training cannot."""
+"""Options of PEFT that training does not support."""
 
 
 def with_shape_of(config: Config, adapter: OpenModel) -> Config:

@@ -2,8 +2,9 @@
 
 Rounds of Ray tasks. First each piece writes its passages, and 16-byte digests of ids and contents. Then each partition
 of the digests is read by one task, which finds repeats: of passages that share an id or a content the first in
-the order of the source stays. Near duplicates among the rest come next (`near_rounds.py`), then queries and judgements in one
-task. Last the pieces that hold repeats are written again without them. The driver holds some hundred bytes per file and piece. A task that is lost is done again; a run that is killed goes on from the files that are there.
+the order of the source stays. Near duplicates among the rest come next (`near_rounds.py`), then queries and judgements
+in one task. Last, pieces that hold repeats are written again without them. The driver holds some hundred bytes per file
+and piece. Ray repeats a lost task; a run that was killed resumes from the files that are there.
 """
 
 import json

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
-from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
+from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
 from readapt_ray.seeds import derive_seed
 from readapt_ray.storage import Location
 from readapt_ray.synthesis.answers import Ask, Writer
@@ -80,8 +80,9 @@ def ask_here(
     Raises:
         InputError, WorkerError: the endpoint refuses, or cannot be reached.
     """
-    missing = job.missing()
-    spent = sum(_tokens_of(job.file(number)) for number in set(range(job.num_pieces)).difference(missing))
+    missing, spent = job.missing(), 0
+    if budget_tokens is not None:
+        spent = int(np.sum(read_answers(job)["num_tokens"].to_numpy()))
     for place, number in enumerate(missing):
         if budget_tokens is not None and spent >= budget_tokens:
             return False
@@ -138,8 +139,8 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
 
 def read_answers(job: WritingJob) -> pa.Table:
     """Return all answers in the order of the passages."""
-    tables = [_read(job.file(number)) for number in range(job.num_pieces) if job.file(number).is_file()]
-    return pa.concat_tables(tables) if tables else ANSWER_SCHEMA.empty_table()
+    there = set(range(job.num_pieces)).difference(job.missing())
+    return pa.concat_tables([ANSWER_SCHEMA.empty_table(), *(_read(job.file(number)) for number in sorted(there))])
 
 
 def _num_done(job: WritingJob, pieces_left: int) -> int:
@@ -147,13 +148,8 @@ def _num_done(job: WritingJob, pieces_left: int) -> int:
 
 
 def _read(file: Location) -> pa.Table:
-    with file.open_input() as stream:
-        num_rows = pq.ParquetFile(stream).metadata.num_rows
-    return read_rows(file, 0, num_rows, ANSWER_SCHEMA.names)
-
-
-def _tokens_of(file: Location) -> int:
-    return int(sum(_read(file)["num_tokens"].to_pylist()))
+    with explain_damage(file), file.open_input() as stream:
+        return pq.read_table(stream)
 
 
 def _write_pieces(

@@ -1,7 +1,8 @@
 """Where the passages of embed enter Ray Data: read tasks yield data shards.
 
 In: planned shards. Out: a row per shard, with doc_ids, content hashes and texts of its passages, or token ids in place
-of texts, and the earlier rows that have their vectors where these are known. Texts whose vectors are there are not read. Memory of a task is one shard.
+of texts, and the earlier rows that have their vectors where these are known. Texts whose vectors are there are not
+read. Memory of a task is one shard.
 """
 
 import functools

@@ -8,6 +8,7 @@ distribution and one scale per 64 weights (Dettmers et al., 2023, section 3), by
 """
 
 import importlib.util
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ _ROWS_AT_ONCE = 1024
 """Rows that are float32 at the same time."""
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(nn.Module, ABC):
     """A frozen linear layer that stores its weight [O, I] in few bits. I = inputs, O = outputs.
 
     Args:
@@ -41,9 +42,9 @@ class QuantizedLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
         self.register_buffer("full_norm", row_norms(linear.weight.detach()), persistent=False)
 
+    @abstractmethod
     def decoded(self) -> Tensor:
         """Return the weight [O, I] that products use, in the type that it had."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output, [..., I] to [..., O]."""
@@ -135,7 +136,8 @@ def quantize(model: nn.Module, base_dtype: BaseDtype, device: torch.device) -> N
     for name in found:
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name).to(device)
-        setattr(model.get_submodule(parent), child, _CLASSES[base_dtype](linear))  # type: ignore[arg-type]
+        assert isinstance(linear, nn.Linear)
+        model.get_submodule(parent).register_module(child, _CLASSES[base_dtype](linear))
 
 
 def stored_bytes(base_dtype: BaseDtype, inputs: int, outputs: int) -> int:

@@ -21,10 +21,9 @@ from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.retrieval.index_kinds import shard_rows, vector_bytes
+from readapt_ray.stages.embed import MIN_SHARD_ROWS
 
 _STAGES = {"train", "merge", "embed", "index"}
-_LEAST_SHARD_ROWS = 256
-"""Passages of a shard of embed at least, so that a small corpus has few workers."""
 _INDEX_COPIES = 2
 """A task holds its shard of the index, and once more while it is written."""
 _SVD_COPIES = 4
@@ -172,7 +171,7 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
     num_workers = 1
     if place.device_type == "cpu":
         most = place.num_cores // (options.num_cpus_per_worker or 1)
-        pieces = -(-num_passages // _LEAST_SHARD_ROWS) if num_passages else 1
+        pieces = -(-num_passages // MIN_SHARD_ROWS) if num_passages else 1
         num_workers = options.num_workers or max(1, min(most, pieces))
     each = shape.num_parameters * (2.0 if _is_low(options.dtype, place) else 4.0)
     fewer = "lower embed.num_workers" if num_workers > 1 else "set embed.dtype to bfloat16"

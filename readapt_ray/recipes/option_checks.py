@@ -160,7 +160,7 @@ def _check_mode(search: Any, index: Any) -> None:
 
 
 def _check_depth(search: Any, evaluate: Any) -> None:
-    deeper = [f"{name}" for name, cutoff in cutoffs(evaluate.measures).items() if cutoff > search.top_k]
+    deeper = [name for name, cutoff in cutoffs(evaluate.measures).items() if cutoff > search.top_k]
     if deeper:
         raise InputError(
             f"section 'search': top_k = {search.top_k} finds fewer results than {', '.join(deeper)} of section 'evaluate' "

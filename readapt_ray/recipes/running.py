@@ -59,8 +59,9 @@ def run(
     """
     problems = Problems() if problems is None else problems
     root = Location(config.root)
-    with problems.noted("root"):
-        room_checks.check_root(config.root)
+    if "root" not in problems.left_out:
+        with problems.noted("root"):
+            room_checks.check_root(config.root)
     planned = plan_steps(config, problems)
     with problems.noted("from_stage"):
         planned = _with_overwriting(planned, overwrite=overwrite, from_stage=from_stage)

@@ -55,7 +55,8 @@ def applications(config: ServeConfig) -> dict[str, tuple[str, VersionConfig]]:
         ArtifactMissingError: the index of a domain is not complete.
     """
     versions = {version_app_name(name): (name, each) for name, each in config.each_version().items()}
-    return versions | {index_app_name(each): (name, each) for name, each in config.domain_indexes().items()}
+    indexes = config.domain_indexes().items()
+    return versions | {index_app_name(each, index_spec(each)): (name, each) for name, each in indexes}
 
 
 def version(args: dict[str, Any]) -> Any:

@@ -117,13 +117,16 @@ def index_spec(config: DomainIndexConfig) -> "VersionSpec":
     )
 
 
-def index_app_name(config: DomainIndexConfig) -> str:
+def index_app_name(config: DomainIndexConfig, spec: "VersionSpec") -> str:
     """Return the name of the Ray Serve application of a domain's index.
 
     Another index, or the same at another place, is another application, so that an update starts it beside the one that
     is served.
+
+    Args:
+        config: options of the index.
+        spec: what `index_spec` says of them.
     """
-    spec = index_spec(config)
     made_of = fingerprint(
         [spec.fingerprint(str(spec.encoder_fingerprint)), spec.index, spec.corpus, config.processes()]
     )
@@ -171,7 +174,7 @@ def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":
     for name, each in config.domain_indexes().items():
         spec = index_spec(each)
         found[name] = DomainIndex(
-            app=index_app_name(each),
+            app=index_app_name(each, spec),
             fingerprint=spec.fingerprint(str(spec.encoder_fingerprint)),
             encoder_fingerprint=str(spec.encoder_fingerprint),
             slices=dict(spec.slices),

@@ -151,9 +151,10 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprint
             "this Ray cluster serves an app already; change it with --update, stop it, or use another cluster"
         )
     try:
-        updates.check_room(list(config.each_version().values()))
+        wanted = app.applications(config)
+        updates.check_room([each for _, each in wanted.values()])
         _start_proxies(config)
-        versions = {each: app.bind_version(*given) for each, given in app.applications(config).items()}
+        versions = {name: app.bind_version(*given) for name, given in wanted.items()}
         rollout.deploy(versions | {GATEWAY_APP: app.bind_gateway(*app.gateway_of(config, keys))})
         _wait_until_ready(url)
     except BaseException as error:

@@ -140,7 +140,8 @@ class JsonValues:
         number = 0
         if layout is not None:
             values = _values(file, label, options, advance)
-            for number, row in enumerate(_object_values(values, label, layout.columns.names), start=1):  # noqa: B007
+            for row in _object_values(values, label, layout.columns.names):
+                number += 1
                 yield row if isinstance(row, BadRow) else layout.columns.row(*row)
         if span is not None:
             span.num_lines = number

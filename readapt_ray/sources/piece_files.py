@@ -84,9 +84,13 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     Lines in the result are counted from the beginning of the piece.
     """
     record = job.file("piece", piece.number)
-    if record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text())
-        return found
+    if not record.is_file():
+        record.write_text(json.dumps(_read_piece(piece, job)))
+    found: dict[str, Any] = json.loads(record.read_text())
+    return found
+
+
+def _read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     prefix, to = f"{piece.number:06d}", job.output / "passages"
     writer = PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
     checks: RowChecks[int] = RowChecks(job.kept, max_text_bytes=job.options.max_text_bytes)
@@ -100,16 +104,19 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
         passage = checks.passage(row, line)
         if isinstance(passage, BadRow):
             reasons[passage.reason] += 1
-            first += [(line, passage.reason, passage.value)] if len(first) < NUM_NAMED else []
+            if len(first) < NUM_NAMED:
+                first.append((line, passage.reason, passage.value))
             continue
         size_bytes = num_bytes(passage.title) + num_bytes(passage.text)
         total_bytes += size_bytes
         digests.add(passage.doc_id, writer.add(passage, size_bytes), line, size_bytes)
         if sketches:
             sketches.add(passage, size_bytes)
-    for each in (writer.close, digests.flush, *([sketches.flush] if sketches else [])):
-        each()
-    found = {
+    writer.close()
+    digests.flush()
+    if sketches:
+        sketches.flush()
+    return {
         "number": piece.number,
         "parts": writer.rows_by_file(),
         "num_bytes": total_bytes,
@@ -121,8 +128,6 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
         "reasons": dict(reasons),
         "first": first,
     }
-    record.write_text(json.dumps(found))
-    return found
 
 
 def repeated_ids(partition: int, num_chunks: list[int], job: PieceJob) -> dict[str, Any]:

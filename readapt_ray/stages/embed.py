@@ -42,7 +42,7 @@ from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-_MIN_SHARD_ROWS = 256
+MIN_SHARD_ROWS = 256
 _SHARDS = 32
 _SHARD_S = 45.0
 _DEVICE_FLOPS = {"GPU": 4.5e14, "CPU": 1.6e11}
@@ -114,7 +114,7 @@ def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: 
     flops = text.num_tokens * shape.forward_flops(text.num_tokens)
     at_work = _SHARD_S * _DEVICE_FLOPS["GPU" if on_gpus else "CPU"] / flops
     in_memory = _SHARD_BYTES / max(text.num_bytes, 4.0 * dimension)
-    return max(_MIN_SHARD_ROWS, int(min(at_work, in_memory, num_passages / _SHARDS)))
+    return max(MIN_SHARD_ROWS, int(min(at_work, in_memory, num_passages / _SHARDS)))
 
 
 def embed(config: EmbedConfig) -> Artifact:
@@ -201,7 +201,7 @@ def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, enc
         if begun:
             return begun
         if read_manifest(output):  # of a version without a ledger, by its rule
-            return min(4096, max(_MIN_SHARD_ROWS, num_passages // _SHARDS))
+            return min(4096, max(MIN_SHARD_ROWS, num_passages // _SHARDS))
     holder = model.base if model.is_adapter else model
     shape = shape_of(holder.read_json(CONFIG_NAME), model.name)
     num_bytes = corpus.manifest.counts["num_bytes"] / num_passages

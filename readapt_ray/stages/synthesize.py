@@ -26,8 +26,7 @@ from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.errors import CorpusError, FingerprintMismatchError, ModelError
 from readapt_ray.progress import amount
 from readapt_ray.records import QREL_SCHEMA, QUERY_SCHEMA
-from readapt_ray.retrieval.footers import check_complete, named_footers, row_counts
-from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.seeds import random_generator
 from readapt_ray.synthesis.endpoint import EndpointWriter, check_endpoint
 from readapt_ray.synthesis.prompts import DEFAULT_PROMPT, PASSAGE_FIELD
@@ -180,9 +179,7 @@ def _synthesize(
 
 
 def _plan(config: SynthesizeConfig, corpus: Artifact, workspace: Workspace) -> WritingJob:
-    folder = on_worker.absolute(corpus.location / "passages")
-    passages = ParquetRows(folder, row_counts(named_footers(folder)))
-    check_complete(corpus, passages.num_rows, "passages")
+    passages = open_passages(on_worker.absolute(corpus.location / "passages"), corpus, config.corpus)
     random = random_generator(config.seed, "synthesized passages")
     size = min(config.num_passages, passages.num_rows)
     return WritingJob(

@@ -56,7 +56,7 @@ class EndpointWriter:
         self._client = openai.OpenAI(
             base_url=url, api_key=os.environ.get(KEY_VARIABLE) or "none", timeout=timeout_s, max_retries=_MAX_RETRIES
         )
-        self._pool = ThreadPoolExecutor(num_at_once)
+        self._num_at_once = num_at_once
 
     def answer(self, asks: Sequence[Ask], *, temperature: float, max_tokens: int, seed: int) -> list[Answer]:
         """Return an answer to each prompt, in their order.
@@ -71,7 +71,6 @@ class EndpointWriter:
             InputError: the endpoint refuses the key, the model or the request.
             WorkerError: it cannot be reached, is busy or fails, also when asked again.
         """
-
         has_failed = threading.Event()  # what waits behind a failure would only be thrown away
 
         def one(ask: Ask) -> Answer:
@@ -85,7 +84,11 @@ class EndpointWriter:
                 has_failed.set()
                 raise
 
-        return list(self._pool.map(one, asks))
+        pool = ThreadPoolExecutor(self._num_at_once)
+        try:
+            return list(pool.map(one, asks))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer(self, ask: Ask, **options: Any) -> Answer:
         try:

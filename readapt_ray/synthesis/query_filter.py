@@ -18,12 +18,13 @@ _LABEL = re.compile(
 _MARKUP = re.compile(r"\*\*|__|`")
 _QUOTES = "\"'“”„«»‘’"
 _OF_PASSAGE = re.compile(
-    r"\b(?:this|the|above|given|following|provided)\s+(?:\w+\s+)?(?:passage|text|paragraph|excerpt|document|article|abstract)\b",
+    r"\b(?:this|the|above|given|following|provided)\s+(?:\w+\s+)?(passage|text|paragraph|excerpt|document|article|abstract)\b",
     re.IGNORECASE,
 )
 _REFUSAL = re.compile(
-    r"\b(?:as an ai|i cannot|i can't|i'm sorry|i am sorry|i am unable|language model)\b", re.IGNORECASE
+    r"(?:as an? (?:ai|language model)|i cannot|i can't|i'm sorry|i am sorry|i am unable)\b", re.IGNORECASE
 )
+"""How a refusal begins."""
 _WORD = re.compile(r"\w+")
 _CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
 
@@ -62,7 +63,7 @@ def take_query(answer: str, passage: str) -> Taken:
         return Taken("", "empty")
     query = lines[0]
     num_words = len(query.split()) + len(_CJK.findall(query)) // 2
-    if _REFUSAL.search(query):
+    if _REFUSAL.match(query):
         reason = "refusal"
     elif num_words < MIN_WORDS:
         reason = "short"
@@ -72,7 +73,7 @@ def take_query(answer: str, passage: str) -> Taken:
         reason = "copied"
     elif not _shares_script(query, passage):
         reason = "script"
-    elif _OF_PASSAGE.search(query):
+    elif _speaks_of_passage(query, passage):
         reason = "of_passage"
     else:
         return Taken(query, "")
@@ -85,6 +86,12 @@ def _bare(line: str) -> str:
     while (match := _LABEL.match(text)) is not None:
         text = text[match.end() :]
     return " ".join(text.strip().strip(_QUOTES).split())
+
+
+def _speaks_of_passage(query: str, passage: str) -> bool:
+    """Return whether a query says `this passage` or `the text`, and the passage itself does not speak of such a thing."""
+    found = _OF_PASSAGE.search(query)
+    return found is not None and f" {found[1].lower()} " not in _plain(passage)
 
 
 def _plain(text: str) -> str:

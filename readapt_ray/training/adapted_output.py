@@ -106,8 +106,10 @@ class AdaptedOutput(torch.autograd.Function):
 
 
 def _decoded(quantized: QuantizedLinear | None, weight_OI: Tensor | None) -> Tensor:
-    assert quantized is not None or weight_OI is not None
-    return quantized.decoded() if quantized is not None else weight_OI  # type: ignore[return-value]
+    if quantized is not None:
+        return quantized.decoded()
+    assert weight_OI is not None
+    return weight_OI
 
 
 def keeps_mask(device_type: str) -> bool:

@@ -54,7 +54,8 @@ def load_for_training(
         model = _load_partitioned(source, objective, dtype=dtype, device=device)
     else:
         if objective is None:
-            model = load_model(source, dtype=dtype, device="cpu")
+            # Weights that are quantized go to the device one by one.
+            model = load_model(source, dtype=dtype, device=str(device) if base_dtype == "auto" else "cpu")
         else:
             model = _load_with_head(source, objective, dtype=dtype)
         quantize(model, base_dtype, device)

@@ -11,7 +11,7 @@ from typing import Any
 
 from readapt_ray.artifact_files import STAGE_FILES, split_by_owner
 from readapt_ray.catalog import models
-from readapt_ray.catalog.fetching import Mends, asked_again
+from readapt_ray.catalog.fetching import Advice, asked_again
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.model_file_names import CONTRACT_NAME
 from readapt_ray.storage import Location
@@ -25,7 +25,7 @@ _REPOSITORY = re.compile(r"(?!.*(?:--|\.\.|\.git$))(?=.{3,96}$)\w[\w.-]*(?<![.-]
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _OF_THE_HUB = {".gitattributes", CARD_NAME}
 """Files that the hub puts into a repository that it makes."""
-_MENDS = Mends(
+_ADVICE = Advice(
     refused="check the name, and set HF_TOKEN to a token that may write there",
     failed="the model is whole in its folder; run the same command later, which only sends it",
 )
@@ -65,7 +65,7 @@ def push(folder: Location, repo_id: str, *, is_public: bool, fingerprint: str) -
         f"the model to {repo_id} on the hub",
         lambda: _commit(local, card, repo_id, is_public=is_public, fingerprint=fingerprint),
         verb="send",
-        mends=_MENDS,
+        advice=_ADVICE,
     )
     logger.info("merge: sent to %s (%s)", address, "public" if is_public else "private")
 

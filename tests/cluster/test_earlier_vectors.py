@@ -20,7 +20,6 @@ from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import DataShard, plan_shards, plan_shards_like
 from readapt_ray.storage import Location
 from tests import factories
-from tests.cluster.test_shard_tokens import job as job  # noqa: PLC0414 -- a fixture
 
 PASSAGES = factories.small_corpus(80)
 ROWS = 20

@@ -6,44 +6,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray.catalog.models import open_model
-from readapt_ray.cluster import connection, on_worker, shard_runner
-from readapt_ray.cluster.embed_job import EmbedJob, cell
+from readapt_ray.cluster import connection, shard_runner
+from readapt_ray.cluster.embed_job import cell
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
-from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import read_figures
 from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.retrieval.tokenization import TextTokenizer
-from readapt_ray.storage import Location
-from tests import factories
 
-MAX_TOKENS = 29
 FILES = ("part-00000.parquet", "part-00001.parquet")
-
-
-@pytest.fixture
-def job(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_worker, "this_node", lambda: "")
-    monkeypatch.setattr(on_worker, "check_node", lambda: None)
-    passages = factories.small_corpus(40)
-    passages[6] = passages[3]._replace(doc_id="twin")
-    factories.ingest_artifact(tmp_path / "corpus", passages, num_files=1)
-    folder = factories.tiny_encoder(tmp_path / "model", headless=True)
-    factories.write_contract(folder)
-    model = open_model(str(folder))
-    encoding = model.encoding.model_copy(update={"max_passage_tokens": MAX_TOKENS})
-    return EmbedJob(
-        model_name=str(folder),
-        base_name=on_worker.base_name(model),
-        tokenizer=model.tokenizer_fingerprint,
-        encoder=describe_encoder(model, encoding, "float32"),
-        encoding=encoding,
-        dtype="float32",
-        vector_dtype="float32",
-        batch_tokens=None,
-        passages=Location(str(tmp_path / "corpus/passages")),
-        output=Location(str(tmp_path / "out")),
-    )
 
 
 def _rows(job, *, tokenizes):
@@ -68,11 +39,11 @@ def test_what_truncation_takes_is_counted_wherever_a_shard_is_tokenised(job, tmp
     whole = TextTokenizer(
         open_model(job.model_name).tokenizer, job.encoding.model_copy(update={"max_passage_tokens": 512})
     )
-    lost = []
+    lost, most = [], job.encoding.max_passage_tokens
     for row in _rows(job, tokenizes=False):
         passages = set(zip(cell(row, "title").to_pylist(), cell(row, "text").to_pylist(), strict=True))
         lengths = [len(whole.ids([text], "passage", [title])[0]) for title, text in passages]
-        lost.append([length - MAX_TOKENS for length in lengths if length > MAX_TOKENS])
+        lost.append([length - most for length in lengths if length > most])
     assert all(lost) and len(lost[0]) < 19
     for tokenizes in (False, True):
         told = [ShardEncoder(job)(row).to_pylist()[0] for row in _rows(job, tokenizes=tokenizes)]

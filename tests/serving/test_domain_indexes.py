@@ -20,26 +20,18 @@ from readapt_ray.serving.keys import read_keys
 from readapt_ray.serving.options import ServeConfig
 from readapt_ray.serving.server import serve, stop
 from readapt_ray.serving.versions import Found, Ranked, merged
-from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights.domain_sources import read_domains
 from tests import factories
 from tests.chaos.nodes import free_port
 from tests.serving.conftest import index_artifact, local_server
-from tests.serving.test_domains import SharedInProcess
-
-NAMES = ("legal", "med", "tax")
+from tests.serving.test_domains import NAMES, SharedInProcess, write_domains
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A base, a retriever and three domains as factors; two have a corpus of their own with an index, the third has none."""
     folder = tmp_path_factory.mktemp("indexes")
-    base = factories.tiny_decoder(folder / "base")
-    retriever = factories.write_contract(factories.full_retriever(folder / "retriever", base))
-    for seed, name in enumerate(NAMES):
-        adapter = factories.dora_adapter(folder / f"adapter-{name}", base, seed=10 + seed)
-        given = {"pretrained": str(base), "retriever": str(retriever), "adapter": str(adapter)}
-        merge(MergeConfig(**given, output=str(folder / name), factors=True))
+    list(write_domains(folder))
     for seed, name in enumerate(NAMES[:2]):
         encoder = Encoder.load(open_model(str(folder / name)))
         passages = [each._replace(doc_id=f"{name}-{each.doc_id}") for each in factories.small_corpus(40, seed=seed)]

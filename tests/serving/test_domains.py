@@ -27,17 +27,23 @@ TEXTS = ["the lock of a thread", "a node of the graph", "read and write the file
 NAMES = ("legal", "med", "tax")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A base, a retriever, three domains as factors, and each as a merged model."""
-    folder = tmp_path_factory.mktemp("domains")
+def write_domains(folder):
+    """Write a base, a retriever and three domains as factors; yield name and models of each domain."""
     base = factories.tiny_decoder(folder / "base")
     retriever = factories.write_contract(factories.full_retriever(folder / "retriever", base))
     for seed, name in enumerate(NAMES):
         adapter = factories.dora_adapter(folder / f"adapter-{name}", base, seed=10 + seed)
-        given = {"pretrained": str(base), "retriever": str(retriever), "adapter": str(adapter)}
-        merge(MergeConfig(**given, output=str(folder / name), factors=True))
-        merge(MergeConfig(**given, output=str(folder / f"merged-{name}"), dtype="float32"))
+        models = {"pretrained": str(base), "retriever": str(retriever), "adapter": str(adapter)}
+        merge(MergeConfig(**models, output=str(folder / name), factors=True))
+        yield name, models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base, a retriever, three domains as factors, and each as a merged model."""
+    folder = tmp_path_factory.mktemp("domains")
+    for name, models in write_domains(folder):
+        merge(MergeConfig(**models, output=str(folder / f"merged-{name}"), dtype="float32"))
     return folder
 
 

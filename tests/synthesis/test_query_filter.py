@@ -46,6 +46,19 @@ def test_an_answer_that_is_no_query_says_why(answer: str, reason: str) -> None:
     assert reason in REASONS
 
 
+@pytest.mark.parametrize(
+    ("query", "passage"),
+    [
+        ("how is a language model trained on tables?", "Tables are linearised before training."),
+        ("what to do when I can't print in colour", "Check the ink of the printer."),
+        ("how long does the document retention rule hold", "A document is kept for ten years."),
+        ("where is the text field of a form", "A form has a text field and two buttons."),
+    ],
+)
+def test_a_query_about_such_things_is_none_of_these(query: str, passage: str) -> None:
+    assert take_query(query, passage) == (query, "")
+
+
 def test_scripts_are_those_of_the_passage() -> None:
     assert take_query("顫振速度隨展弦比如何變化", "後掠翼的顫振速度隨展弦比下降。風洞試驗已經證明。").reason == ""
     assert take_query("what does flutter speed depend on", "後掠翼的顫振速度隨展弦比下降。").reason == "script"
