@@ -65,7 +65,14 @@ _TRAINED = (
     *RAY_TRAIN,
     ".seen-*",
 )
-_VECTORS = ("vectors/part-#.parquet", "vectors/.seen-*", "shards.parquet", "join/digests-*-#")
+_VECTORS = (
+    "vectors/part-#.parquet",
+    "vectors/part-#-partly.parquet",
+    "vectors/part-#-partly.parquet.dead",
+    "vectors/.seen-*",
+    "shards.parquet",
+    "join/digests-*-#",
+)
 
 EXCHANGED = (
     "exchange/plan",
@@ -138,6 +145,7 @@ STAGE_FILES: dict[str, tuple[str, ...]] = {
     "index": (
         "shards/#.faiss",
         "shards/#.ids.parquet",
+        "shards/#.dead",
         "shards/#.json",
         "shards/trained.faiss",
         "shards/queries.recall.npz",

@@ -283,6 +283,30 @@ def produce(
     return Artifact(location, manifest)
 
 
+def produce_again(artifact: Artifact, output: str, work: Callable[[Workspace], None]) -> Artifact:
+    """Make an artifact of the same content in another folder, under the same fingerprint, unless it is there.
+
+    Args:
+        artifact: the one that is there.
+        output: the other folder; what unfinished work left there is replaced.
+        work: fills the workspace with the same content in other files. It finds there what a killed process left.
+    """
+    location, manifest = Location(output), artifact.manifest
+    before = leases.wait_until_dead(record_of(location, LEASE_NAME), location)
+    present = read_manifest(location)
+    if present is not None and present.fingerprint == manifest.fingerprint:
+        return Artifact(location, present)
+    ours = {
+        "stage": manifest.stage,
+        "fingerprint": manifest.fingerprint,
+        "config": {**manifest.config, "output": output},
+        "inputs": manifest.inputs,
+        "patterns": STAGE_FILES[manifest.stage],
+    }
+    there = dataclasses.asdict(present) if present is not None else before
+    return Artifact(location, _fill(location, ours, work, there=there, before=before))
+
+
 def _fill(
     location: Location,
     ours: Mapping[str, Any],

@@ -6,6 +6,7 @@ state of the corpus: the old one or the new one. An entry is some 2 KB.
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import re
@@ -93,6 +94,11 @@ def write(root: Location, generations: Sequence[Generation]) -> None:
     (root / FILE_NAME).write_text(
         json.dumps({"format_version": _FORMAT_VERSION, "generations": entries}, indent=1) + "\n"
     )
+
+
+def now() -> str:
+    """Return the time as the entries have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def as_of(root: Location, number: int | None) -> Generation:

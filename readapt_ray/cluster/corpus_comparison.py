@@ -4,8 +4,9 @@ from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.retrieval.corpus_changes import Changes, added_up, compare
-from readapt_ray.retrieval.footers import named_footers, row_counts
+from readapt_ray.retrieval.footers import listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
+from readapt_ray.retrieval.shard_ledger import open_vectors
 
 _PART_ROWS = 16_000_000
 """Passages per part: 400 MB of memory for each state."""
@@ -30,6 +31,8 @@ def compare_corpora(before: Artifact, now: Artifact) -> Changes:
 
 
 def opened(artifact: Artifact, name: str) -> ParquetRows:
-    """Return the rows of an artifact's folder of Parquet files, readable on every node."""
+    """Return the rows of the passages or vectors of an artifact, readable on every node; files that are known are not opened."""
     folder = on_worker.absolute(artifact.location / name)
-    return ParquetRows(folder, row_counts(named_footers(folder)))
+    if name == "vectors":
+        return ParquetRows(folder, open_vectors(artifact).counts)
+    return ParquetRows(folder, row_counts(listed_footers(artifact.location, name)))

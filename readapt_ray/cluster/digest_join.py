@@ -6,8 +6,8 @@ the order of the corpus. The driver sees counts alone. A task holds four million
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,11 @@ from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts, read_rows
 from readapt_ray.retrieval.shard_plan import (
     PASSAGE_COLUMNS,
     DataShard,
+    files_to_keep,
     hashes_of,
     matching_rows,
+    plan_rest,
     plan_shards,
-    plan_shards_like,
 )
 from readapt_ray.sources.duplicates import digest
 from readapt_ray.sources.exchange import partition_of, read_partition, write_partitions
@@ -34,10 +35,11 @@ _CHUNK_ROWS = 4_000_000
 _READ_ROWS = 65_536
 NUM_BINS = 4096
 
-_CONTENT = np.dtype([("key", "<u8", 2), ("row", "<i8")])
+_CONTENT = np.dtype([("key", "<u8", 2), ("id", "<u8", 2), ("row", "<i8")])
 _ID = np.dtype([("key", "<u8", 2), ("content", "<u8", 2)])
 _MATCH = np.dtype([("row", "<i8"), ("earlier", "<i8")])
 _EARLIER = np.dtype("<i8")
+"""Of a passage: twice the earlier row that has its content, and 1 more if that has its doc_id, too; -1 if there is none."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,29 @@ class Matches:
     chunk_rows: int
     files: tuple[str, ...] = ()
     """Names of all files of the join."""
+    ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Where the earlier files end, by rows."""
+    is_kept: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    """Which of them are kept."""
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return for each passage from `first` on the earlier row that has its vector; -1 where there is none."""
+        return self._read(first, num_rows) >> 1
+
+    def left(self, first: int, num_rows: int) -> NDArray[np.int64]:
+        """Return which of the passages from `first` on have no vector in a kept file, counted from `first`."""
+        found = self._read(first, num_rows)
+        own = np.flatnonzero((found >= 0) & (found & 1 == 1))
+        in_kept = self.is_kept[np.searchsorted(self.ends, found[own] >> 1, side="right")]
+        return np.setdiff1d(np.arange(num_rows), own[in_kept], assume_unique=True)
+
+    def living(self, first: int, num_rows: int) -> NDArray[np.int64]:
+        """Return the earlier rows whose doc_id and content a passage from `first` on has."""
+        found = self._read(first, num_rows)
+        rows: NDArray[np.int64] = found[(found >= 0) & (found & 1 == 1)] >> 1
+        return rows
+
+    def _read(self, first: int, num_rows: int) -> NDArray[np.int64]:
         parts = [np.empty(0, _EARLIER)]
         for chunk in range(first // self.chunk_rows, -(-(first + num_rows) // self.chunk_rows)):
             begin = chunk * self.chunk_rows
@@ -70,10 +92,10 @@ class Matches:
                 parts.append(np.frombuffer(file.read((end - start) * _EARLIER.itemsize), _EARLIER))
         return np.concatenate(parts)
 
-    def pieces(self, num_rows: int) -> Iterator[NDArray[np.int64]]:
-        """Yield the earlier rows of all passages in their order."""
+    def pieces(self, num_rows: int) -> Iterator[tuple[int, int]]:
+        """Yield the first passage and the number of passages of each file."""
         for first in range(0, num_rows, self.chunk_rows):
-            yield self.rows(first, min(self.chunk_rows, num_rows - first))
+            yield first, min(self.chunk_rows, num_rows - first)
 
     def remove(self) -> None:
         """Remove all files of the join."""
@@ -92,10 +114,34 @@ class Joined:
     earlier_counts: RowCounts
     """Names and rows of the files of earlier vectors."""
 
-    def shards(self, passages: ParquetRows, rows_per_shard: int) -> list[DataShard]:
-        """Return the shards of the passages, cut as the files of the earlier vectors are."""
-        pieces = self.matches.pieces(passages.num_rows)
-        return plan_shards_like(passages.counts, rows_per_shard, self.earlier_counts, pieces)
+    def shards(
+        self, passages: ParquetRows, rows_per_shard: int, known: Mapping[str, Mapping[str, int]]
+    ) -> tuple[list[DataShard], Matches]:
+        """Plan which earlier files are shared as they are, and cut the passages that these do not have into shards.
+
+        A byte per earlier vector is held.
+
+        Args:
+            passages: of the corpus.
+            rows_per_shard: most passages of a shard.
+            known: counts of the earlier files; one that is not known is not kept.
+
+        Returns:
+            Shards, the kept ones first, and the matches for those that are encoded.
+        """
+        lives = np.zeros(sum(count for _, count in self.earlier_counts), bool)
+        for first, num_rows in self.matches.pieces(passages.num_rows):
+            lives[self.matches.living(first, num_rows)] = True
+        kept = files_to_keep(self.earlier_counts, known, lives, rows_per_shard)
+        names = {each.name for each in kept}
+        matches = replace(
+            self.matches,
+            ends=np.cumsum([count for _, count in self.earlier_counts]),
+            is_kept=np.array([name in names for name, _ in self.earlier_counts], bool),
+        )
+        left = ((first, matches.left(first, size)) for first, size in matches.pieces(passages.num_rows))
+        shards = [DataShard(number, 0, (), kept=each) for number, each in enumerate(kept)]
+        return shards + plan_rest(passages.counts, rows_per_shard, left, number=len(kept)), matches
 
 
 def bin_bounds(num_passages: int) -> NDArray[np.int64]:
@@ -152,9 +198,21 @@ def _join_whole(
         for rows in (passages, earlier)
         for chunk in plan_shards(rows.counts, max(1, rows.num_rows)) or [DataShard(0, 0, ())]
     )
-    place = matching_rows(now["key"], before["key"])
-    rows = np.where(place >= 0, before["row"][place] if len(before) else -1, -1).astype(_EARLIER)
-    return _counted(now_ids, before_ids), _write_in_order(rows, 0, folder, 0, passages.num_rows)
+    return _counted(now_ids, before_ids), _write_in_order(_matched(now, before), 0, folder, 0, passages.num_rows)
+
+
+def _matched(now: NDArray[np.void], before: NDArray[np.void]) -> NDArray[np.int64]:
+    """Return for each passage what `_EARLIER` says: a row of the same doc_id and content, or else of the same content."""
+    own = matching_rows(_both(now), _both(before))
+    place = np.where(own >= 0, own, matching_rows(now["key"], before["key"]))
+    rows = before["row"][place] if len(before) else place
+    return np.where(place >= 0, 2 * rows + (own >= 0), -1).astype(_EARLIER)
+
+
+def _both(records: NDArray[np.void]) -> NDArray[np.uint64]:
+    """Return what stands for doc_id and content, [N, 2]; zeros, which match nothing, where the content is not known."""
+    has_content = records["key"].any(axis=1, keepdims=True)
+    return np.where(has_content, records["key"] ^ records["id"], np.uint64(0))
 
 
 def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_partitions: int) -> None:
@@ -176,7 +234,7 @@ def _records(source: Location, chunk: DataShard) -> tuple[NDArray[np.void], NDAr
             rows = slice(done, done + num_rows)
             contents["key"][rows], ids["key"][rows] = _digests(source / each.name, start, num_rows)
             done += num_rows
-    ids["content"] = contents["key"]
+    ids["content"], contents["id"] = contents["key"], ids["key"]
     return contents, ids
 
 
@@ -208,10 +266,10 @@ def _join(
         ]
 
     now, before = read("contents", _CONTENT)
-    place = matching_rows(now["key"], before["key"])
-    known = place >= 0
+    earlier = _matched(now, before)
+    known = earlier >= 0
     matches = np.zeros(int(known.sum()), _MATCH)
-    matches["row"], matches["earlier"] = now["row"][known], before["row"][place[known]]
+    matches["row"], matches["earlier"] = now["row"][known], earlier[known]
     write_partitions(_file(folder, "matches", number), matches, matches["row"] // chunk_rows, num_chunks["now"])
     return _counted(*read("ids", _ID))
 

@@ -40,6 +40,8 @@ class EmbedJob:
     """Folder of the artifact."""
     earlier: ParquetRows | None = None
     """Vectors of an earlier corpus, to be copied from."""
+    dimension: int = 0
+    """Numbers in one of them."""
     matches: Matches | None = None
     """Which passages have one of them."""
     max_left_out: int = 0

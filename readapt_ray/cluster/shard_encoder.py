@@ -1,7 +1,7 @@
 """What an embedding actor does: token ids, or texts, of a data shard in, a file of vectors out.
 
 In: rows of Ray Data, a shard each, and the job that all actors share. Out: `vectors/part-00000.parquet`, written
-whole, or shared with the earlier artifact if its passages are the same. An actor holds one model and works on two
+whole. An actor holds one model and works on two
 shards at a time: while the vectors of one are computed, the other is tokenised where no task did it, or written. Memory is the model and two shards.
 """
 
@@ -18,12 +18,9 @@ from readapt_ray import errors
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.embed_job import EmbedJob, cell
 from readapt_ray.cluster.shard_tokens import tokenize_shard
-from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.retrieval.shard_ledger import COUNTS, SECONDS, read_figures
 from readapt_ray.retrieval.shard_plan import shard_name
-from readapt_ray.retrieval.vector_files import Footer, read_footer, stored_vectors, write_stored
-from readapt_ray.shared_files import share
-from readapt_ray.storage import Location
+from readapt_ray.retrieval.vector_files import stored_vectors, write_stored
 
 logger = logging.getLogger("readapt_ray")
 
@@ -75,11 +72,6 @@ class ShardEncoder:
                 shard, lambda texts, titles: self._loaded().tokenize_with_losses(texts, "passage", titles)
             )
         place = cell(shard, "vector").to_numpy()
-        if (kept := self._file_of(place, doc_ids)) is not None:
-            earlier, footer = kept
-            share(earlier, file)
-            figures = {"num_rows": len(place), "num_copied": len(place)}
-            return figures | {"num_bytes": footer.num_bytes, "dimension": footer.dimension}
         copied, copied_place = np.unique(-1 - place[place < 0], return_inverse=True)
         stored, metadata = self._encoded(shard, place)
         num_encoded = len(cell(shard, "lengths"))
@@ -101,24 +93,6 @@ class ShardEncoder:
         num_left_out = table["vector"].null_count
         figures |= {"num_rows": len(place) - num_left_out, "num_left_out": num_left_out}
         return figures | {"num_bytes": num_bytes, "dimension": dimension}
-
-    def _file_of(self, place: NDArray[np.int64], doc_ids: pa.Array) -> tuple[Location, Footer] | None:
-        """Return the earlier file that has the vectors of exactly these passages, and its footer; None if there is none."""
-        earlier = self._job.earlier
-        if earlier is None or not len(place) or place.max() >= 0:
-            return None
-        rows = np.sort(-1 - place)
-        ends = np.cumsum([count for _, count in earlier.counts])
-        name, count = earlier.counts[np.searchsorted(ends, rows[0], side="right")]
-        first = int(ends[np.searchsorted(ends, rows[0], side="right")]) - count
-        if len(rows) != count or not np.array_equal(rows, np.arange(first, first + count)):
-            return None
-        file = earlier.folder / name
-        there = read_rows(file, 0, count, ("doc_id",))["doc_id"].take(pa.array(-1 - place - first))
-        if not there.equals(pa.chunked_array([doc_ids])):
-            return None
-        footer = read_footer(file)
-        return None if footer.left_out else (file, footer)
 
     def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
         """The stored vectors of the distinct texts of a shard, and what making them took."""

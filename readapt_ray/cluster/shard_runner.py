@@ -18,9 +18,11 @@ from readapt_ray.cluster import autoscaling, connection, nodes, on_worker
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.cluster.shard_encoder import SHARDS_AT_A_TIME, ShardEncoder
+from readapt_ray.dead_rows import share_part
 from readapt_ray.errors import PlacementError, WorkerError
-from readapt_ray.retrieval.shard_ledger import ShardLedger
-from readapt_ray.retrieval.shard_plan import DataShard
+from readapt_ray.retrieval.footers import at_once
+from readapt_ray.retrieval.shard_ledger import ShardLedger, shared_figures
+from readapt_ray.retrieval.shard_plan import DataShard, shard_name
 
 logger = logging.getLogger("readapt_ray")
 
@@ -50,6 +52,7 @@ def encode_shards(
     total = sum(map(len, shards))
     ledger = ShardLedger(shards, job.output, made_by=job.encoder["fingerprint"], rows_per_shard=job.rows_per_shard)
     ledger.find()
+    _share_kept(ledger, job)
     vain, has_started = 0, False
     while pending := ledger.pending:
         progress(ledger.num_done, total)
@@ -70,6 +73,22 @@ def encode_shards(
             raise WorkerError(f"nodes were lost, and what is written stays: {error}") from None
         has_started = True
     return ledger
+
+
+def _share_kept(ledger: ShardLedger, job: EmbedJob) -> None:
+    """Share the files of earlier vectors that are kept."""
+    pending = [shard for shard in ledger.pending if shard.kept]
+    if job.earlier is None or not pending:
+        return
+    folder = job.earlier.folder
+
+    def share(shard: DataShard) -> None:
+        assert shard.kept is not None
+        share_part(folder / shard.kept.name, job.vectors, shard_name(shard.number), shard.kept.dead)
+        ledger.record(shard.number, shared_figures(shard.kept, job.dimension))
+
+    at_once(share, pending)
+    ledger.save()
 
 
 def _recorded(pending: Sequence[DataShard], job: EmbedJob, placement: Placement, ledger: ShardLedger) -> Iterator[None]:

@@ -67,23 +67,25 @@ def _row(shard: DataShard, job: EmbedJob, tokenizes: bool) -> pa.Table:
 
 
 def _read(shard: DataShard, job: EmbedJob) -> pa.Table:
-    """Read the passages of a shard; a sample draws some of those that have no vector yet."""
-    earlier = job.matches.rows(shard.first, shard.num_rows) if job.matches else None
+    """Read the passages of a shard: all, a draw from those that have no vector yet, or those that no kept file has."""
     rows = np.arange(shard.num_rows)
-    if shard.num_drawn is not None:
-        todo = rows if earlier is None else np.flatnonzero(earlier < 0)
-        rows = np.sort(np.random.default_rng(shard.number).choice(todo, shard.num_drawn, replace=False))
-    if earlier is not None and shard.num_drawn is None:
-        return shard_row(shard.number, **_new_texts(shard, job, earlier), earlier=pa.array(earlier))
-    table = _take(shard, job.passages, rows, (*PASSAGE_COLUMNS, _DIGEST_COLUMN))
-    hashes = _checked_hashes(table)
-    cells = {name: table[name].combine_chunks() for name in PASSAGE_COLUMNS}
-    return shard_row(shard.number, **cells, hashes=pa.array(hashes.reshape(-1)))
+    if job.matches is None or not job.rows_per_shard:
+        if shard.num_drawn is not None:
+            todo = rows if job.matches is None else np.flatnonzero(job.matches.rows(shard.first, shard.num_rows) < 0)
+            rows = np.sort(np.random.default_rng(shard.number).choice(todo, shard.num_drawn, replace=False))
+        table = _take(shard, job.passages, rows, (*PASSAGE_COLUMNS, _DIGEST_COLUMN))
+        hashes = _checked_hashes(table)
+        cells = {name: table[name].combine_chunks() for name in PASSAGE_COLUMNS}
+        return shard_row(shard.number, **cells, hashes=pa.array(hashes.reshape(-1)))
+    rows = job.matches.left(shard.first, shard.num_rows)
+    earlier = job.matches.rows(shard.first, shard.num_rows)[rows]
+    return shard_row(shard.number, **_new_texts(shard, job, rows, earlier), earlier=pa.array(earlier))
 
 
-def _new_texts(shard: DataShard, job: EmbedJob, earlier: NDArray[np.int64]) -> dict[str, pa.Array]:
-    """Read the passages of a shard, without title and text of those whose vector is there: these are null."""
-    rows = np.arange(shard.num_rows)
+def _new_texts(
+    shard: DataShard, job: EmbedJob, rows: NDArray[np.int64], earlier: NDArray[np.int64]
+) -> dict[str, pa.Array]:
+    """Read some passages of a shard, without title and text of those whose vector is there: these are null."""
     ids = _take(shard, job.passages, rows, ("doc_id", _DIGEST_COLUMN))
     if ids["doc_id"].null_count:
         raise CorpusError("a passage has no doc_id; ingest the corpus again")

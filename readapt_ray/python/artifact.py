@@ -6,15 +6,13 @@ A table holds what the stage made: passages, blocks, vectors, a training log, ra
 import dataclasses
 import datetime
 import html
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, dead_rows
 from readapt_ray.errors import InputError
 from readapt_ray.progress import duration
 from readapt_ray.storage import Location
@@ -88,9 +86,7 @@ class Artifact(artifacts.Artifact):
             return pa.Table.from_pylist([each._asdict() for each in scored])
         if stage == "tune":
             return pa.Table.from_pylist(json.loads((self.location / "tune.json").read_text())["grid"])
-        return pa.concat_tables(
-            [pq.read_table(io.BytesIO(file.read_bytes())) for file in self._row_files()], promote_options="default"
-        )
+        return pa.concat_tables(map(dead_rows.read_table, self._row_files()), promote_options="default")
 
     def to_pandas(self) -> "pd.DataFrame":
         """All rows in memory, as pandas has them.
@@ -114,7 +110,13 @@ class Artifact(artifacts.Artifact):
         if self.manifest.stage not in _ROW_FILES:
             return ray.data.from_arrow(self.to_arrow())
         files = self._row_files()
-        return ray.data.read_parquet([each.path for each in files], filesystem=self.location.filesystem)
+        whole = [each.path for each in files if not dead_rows.is_partly(each.name)]
+        partly = [each.uri for each in files if dead_rows.is_partly(each.name)]
+        datasets = [ray.data.read_parquet(whole, filesystem=self.location.filesystem)] if whole else []
+        if partly:
+            read = ray.data.from_items(partly).map_batches(_live_rows, batch_size=1, batch_format="pyarrow")
+            datasets.append(read)
+        return datasets[0].union(*datasets[1:])
 
     def _row_files(self) -> list[Location]:
         stage = self.manifest.stage
@@ -125,6 +127,11 @@ class Artifact(artifacts.Artifact):
         if stage == "evaluate":
             return [self.location / "per_query.parquet"]
         raise InputError(f"{self.uri!r} is a model, which has no rows; encode with ra.Encoder({self.uri!r})")
+
+
+def _live_rows(uris: pa.Table) -> pa.Table:
+    """Read a file in a Ray task, without its dead rows."""
+    return dead_rows.read_table(Location(uris["item"][0].as_py()))
 
 
 def of(artifact: artifacts.Artifact) -> Artifact:

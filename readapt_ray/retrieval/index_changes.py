@@ -1,7 +1,7 @@
 """What an index of an earlier state of a corpus still says of the present one.
 
-Enters: the passages that have vectors now, and the ids of an earlier index. Leaves: which of its vectors are
-still found, a mask a shard, and which vectors it lacks. 24 bytes a vector of either, some seconds for a million.
+Enters: the passages that have vectors now, and the ids of an earlier index. Leaves: which of its shards stay, and which of
+their vectors are still found; and which vectors they lack. 24 bytes a vector of either, some seconds for a million.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from readapt_ray.dead_rows import MAX_DEAD
 from readapt_ray.retrieval.index_files import ShardRecord, read_ids
 from readapt_ray.retrieval.index_shard import DELETED
 from readapt_ray.retrieval.shard_plan import Contents, matching_rows
@@ -19,10 +20,11 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 def kept_and_added(
     now: Contents, folder: Location, records: Sequence[ShardRecord]
-) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
+) -> tuple[list[tuple[ShardRecord, NDArray[np.bool_]]], NDArray[np.int64]]:
     """Which vectors of each shard stand for a passage as it is now, and the rows of `now` that have none.
 
-    A passage whose content changed has none; neither has one whose content is not known.
+    A passage whose content changed has none; neither has one whose content is not known. A shard more than MAX_DEAD of which
+    are lost does not stay; those of its vectors that are still meant are among the rows that have none.
 
     Args:
         now: the vectors as they are now.
@@ -35,10 +37,12 @@ def kept_and_added(
     there = [_contents(folder, record) for record in records]
     keys = [_keys(each) for each in there]
     rows = matching_rows(np.concatenate([np.zeros((0, 2), np.uint64), *keys]), _keys(now))
+    parts = np.split(rows, np.cumsum([len(each) for each in there]))[: len(records)]
+    stay = [(record, part) for record, part in zip(records, parts, strict=True) if np.mean(part < 0) <= MAX_DEAD]
     present = np.zeros(len(now), bool)
-    present[rows[rows >= 0]] = True
-    ends = np.cumsum([len(each) for each in there])
-    return [part >= 0 for part in np.split(rows, ends)[: len(records)]], np.flatnonzero(~present)
+    for _, part in stay:
+        present[part[part >= 0]] = True
+    return [(record, part >= 0) for record, part in stay], np.flatnonzero(~present)
 
 
 def _contents(folder: Location, record: ShardRecord) -> Contents:

@@ -1,8 +1,8 @@
 """The files of an index shard: write them, find what an earlier run wrote, read and verify them.
 
 A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet`
-(columns doc_id and content_hash, in the order of the index; no doc_id where a passage was deleted). Beside them, written
-last, `shards/00000.json` says what they are, so that a resumed run reads no vectors and no ids; an approximate shard has
+(columns doc_id and content_hash, in the order of the index). They never change; the numbers of vectors that were deleted
+since are in `shards/00000.dead` (older releases left out their doc_ids instead). Beside them, written last, `shards/00000.json` says what they are, so that a resumed run reads no vectors and no ids; an approximate shard has
 `shards/00000.recall.npz`, what it finds, and `shards/00000.bm25.npz` holds its BM25 scores. The artifact's manifest has
 the checksums. A shard that is not mapped takes its memory twice while it is read.
 """
@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray.dead_rows import read_rows, write_rows
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.bm25 import WordIndex
 from readapt_ray.retrieval.faiss_build import faiss
@@ -51,6 +52,8 @@ class ShardRecord:
     """What its lists and codes were trained as: shards that share it can be merged. None for graphs and older indexes."""
     depth: int | None = None
     """nprobe or efSearch that it is searched with; None for what stands in its file."""
+    num_dead: int = 0
+    """Vectors whose numbers are in its file of dead rows."""
 
 
 def write_shard(
@@ -109,15 +112,19 @@ def _write_ids(
         ids_sha256=hashlib.sha256(content).hexdigest(),
         num_deleted=columns[0].null_count,
     )
-    state = {"encoder": encoder, "ids_bytes": len(content), "record": asdict(whole)}
+    return _write_record(folder, whole, len(content), encoder)
+
+
+def _write_record(folder: Location, record: ShardRecord, ids_bytes: int, encoder: str) -> ShardRecord:
+    state = {"encoder": encoder, "ids_bytes": ids_bytes, "record": asdict(record)}
     (folder / f"{record.name}.json").write_text(json.dumps(state))
-    return whole
+    return record
 
 
 def carry_over(
     source: Location, record: ShardRecord, kept: NDArray[np.bool_], target: Location, *, encoder: str
 ) -> ShardRecord:
-    """Take a shard into another index, without the vectors that are no longer kept; FAISS's file is shared as it is.
+    """Take a shard into another index, without the vectors that are no longer kept; its files are shared as they are.
 
     Args:
         source: the `shards` folder that the shard lies in.
@@ -127,13 +134,22 @@ def carry_over(
         encoder: fingerprint of what made the vectors.
 
     Raises:
-        CorruptFileError: a file of it is gone, or is not the one that was written.
+        CorruptFileError: a file of it is gone, or has another size than was written.
     """
-    doc_ids, hashes = read_ids(source, record)
-    content = _verified(source / f"{record.name}.faiss", record.index_sha256)
-    share(source / f"{record.name}.faiss", target / f"{record.name}.faiss")
-    carried = replace(record, num_bytes=len(content))
-    return _write_ids(target, carried, np.where(kept, doc_ids, DELETED), hashes, encoder)
+    names = [f"{record.name}.faiss", f"{record.name}.ids.parquet"]
+    sizes = [(source / name).info().size or 0 for name in names]
+    if sum(sizes) != record.num_bytes:
+        raise CorruptFileError(
+            f"{' and '.join(names)} in {source} have {sum(sizes)} bytes, and {record.num_bytes} in the manifest; run "
+            f"`readapt index` without --previous"
+        )
+    dead = np.flatnonzero(~kept)
+    if len(dead):
+        write_rows(_dead_file(target, record.name), dead)
+    for name in names:
+        share(source / name, target / name)
+    carried = replace(record, num_deleted=len(dead), num_dead=len(dead))
+    return _write_record(target, carried, sizes[1], encoder)
 
 
 def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> dict[str, ShardRecord]:
@@ -164,6 +180,8 @@ def read_ids(folder: Location, record: ShardRecord) -> tuple[NDArray[np.object_]
     content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256)
     table = pq.read_table(io.BytesIO(content))
     doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
+    if record.num_dead:
+        doc_ids[read_rows(_dead_file(folder, record.name))] = DELETED
     return doc_ids, packed_hashes(table["content_hash"].to_pylist())
 
 
@@ -193,6 +211,10 @@ def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False
         )
     set_depth(index, record.depth)
     return IndexShard(index, doc_ids, hashes, record.trained)
+
+
+def _dead_file(folder: Location, name: str) -> Location:
+    return folder / f"{name}.dead"
 
 
 def words_file(folder: Location, name: str) -> Location:

@@ -1,4 +1,4 @@
-"""Parquet files of one folder, read by row number as if they were one.
+"""Parquet files of one folder, read by row number as if they were one, without their dead rows.
 
 Only the row groups that hold the rows are read. Memory is that of the rows asked for and of one row group.
 """
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray import dead_rows
 from readapt_ray.damage import READ_ERRORS, is_damage
 from readapt_ray.errors import CorruptFileError, first_line
 from readapt_ray.storage import Location
 
 RowCounts = tuple[tuple[str, int], ...]
-"""Name and number of rows of each file, in order."""
+"""Name and number of live rows of each file, in order."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class ParquetRows:
             if wanted[-1] - wanted[0] == len(wanted) - 1 and (np.diff(wanted) == 1).all():
                 tables.append(read_rows(location, int(wanted[0]), len(wanted), columns))
             else:
-                tables.append(_scattered(location, wanted, columns))
+                tables.append(_read(location, wanted, columns))
         back = np.empty(len(order), np.int64)
         back[order] = np.arange(len(order))
         if not tables:
@@ -61,44 +61,23 @@ class ParquetRows:
 
 
 def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Rows `start` to `start + num_rows`; only the row groups that hold them are read.
+    """Live rows `start` to `start + num_rows`; only the row groups that hold them are read.
 
     Columns that the file does not have are left out.
 
     Raises:
         CorruptFileError: the file was cut short or altered, or has fewer rows.
     """
-    with explain_damage(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
-        groups, first = [], 0
-        skipped = 0
-        for group in range(file.metadata.num_row_groups):
-            last = first + file.metadata.row_group(group).num_rows
-            if last <= start:
-                skipped = last
-            elif first < start + num_rows:
-                groups.append(group)
-            first = last
-        there = [name for name in columns if name in file.schema_arrow.names]
-        table = file.read_row_groups(groups, columns=there).slice(start - skipped, num_rows)
-    if table.num_rows != num_rows:
-        raise CorruptFileError(f"{location} has {first} rows, but {start + num_rows} were expected; make it again")
-    return table
+    return _read(location, range(start, start + num_rows), columns)
 
 
-def _scattered(location: Location, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-    """Rising rows of one file, a row group in memory at a time."""
-    tables = []
-    with explain_damage(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
-        there = [name for name in columns if name in file.schema_arrow.names]
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
-        ends = np.cumsum([0, *sizes])
-        if rows[-1] >= ends[-1]:
-            raise CorruptFileError(f"{location} has {ends[-1]} rows, but {rows[-1] + 1} were expected; make it again")
-        groups = np.searchsorted(ends, rows, side="right") - 1
-        for group in np.unique(groups):
-            part = file.read_row_group(int(group), columns=there)
-            tables.append(part.take(pa.array(rows[groups == group] - ends[group])))
-    return pa.concat_tables(tables)
+def _read(location: Location, rows: range | NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
+    """Rising live rows of one file; a row group in memory at a time if they are no range."""
+    with explain_damage(location), dead_rows.opened(location) as file:
+        due = int(rows[-1]) + 1 if len(rows) else 0
+        if due > file.num_rows:
+            raise CorruptFileError(f"{location} has {file.num_rows} rows, but {due} were expected; make it again")
+        return file.read(rows, columns)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ repeats what the footers say, so that resuming takes one listing: only files tha
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.artifacts import Artifact
+from readapt_ray.dead_rows import partly_name
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.footers import at_once, check_complete, read_footers
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import DataShard, shard_name
+from readapt_ray.retrieval.shard_plan import DataShard, KeptFile, shard_name
 from readapt_ray.retrieval.vector_files import read_footer
 from readapt_ray.storage import Location
 
@@ -37,6 +38,7 @@ COUNTS = (
     "num_positions",
     "num_truncated",
     "num_lost",
+    "num_dead",
 )
 SECONDS = ("encode_s", "wait_s")
 _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])
@@ -128,7 +130,7 @@ class ShardLedger:
         said = (table.schema.metadata or {}) if table is not None else {}
         if table is None or said.get(b"encoder") != self._made_by.encode():
             return
-        columns = {name: table[name].to_numpy() for name in COUNTS}
+        columns = _counts_of(table)
         columns |= {name: np.array(values) for name, values in json.loads(said[_SECONDS_KEY]).items()}
         for index, number in enumerate(table["number"].to_pylist()):
             figures = {name: values[index] for name, values in columns.items()}
@@ -140,7 +142,8 @@ class ShardLedger:
         return bool(is_whole and sizes.get(shard.name) == figures["num_bytes"])
 
     def _read(self, shard: DataShard) -> dict[str, Any] | None:
-        return read_figures(self._file(shard), num_rows=len(shard), made_by=self._made_by)
+        figures = read_figures(self._file(shard), num_rows=len(shard), made_by=self._made_by)
+        return figures and shared_figures(shard.kept, figures["dimension"]) if shard.kept else figures
 
     def _file(self, shard: DataShard) -> Location:
         return self._output / "vectors" / shard.name
@@ -159,10 +162,9 @@ def open_vectors(artifact: Artifact) -> ParquetRows:
     counts: dict[str, int] = {}
     table = _read_ledger(artifact.location)
     if table is not None and (table.schema.metadata or {}).get(b"encoder") == encoder["fingerprint"].encode():
-        rows = zip(*(table[name].to_pylist() for name in ("number", "num_rows", "num_bytes", "dimension")), strict=True)
-        for number, num_rows, num_bytes, dimension in rows:
-            if sizes.get(shard_name(number)) == num_bytes and dimension == encoder["dimension"]:
-                counts[shard_name(number)] = num_rows
+        for name, figures in _by_name(table):
+            if sizes.get(name) == figures["num_bytes"] and figures["dimension"] == encoder["dimension"]:
+                counts[name] = figures["num_rows"]
     unknown = [name for name in sizes if name not in counts]
     for name, footer in zip(unknown, read_footers(folder, unknown), strict=True):
         made_by = footer.metadata.get("encoder", {}).get("fingerprint")
@@ -177,6 +179,48 @@ def open_vectors(artifact: Artifact) -> ParquetRows:
     return vectors
 
 
+def known_files(artifact: Location) -> dict[str, dict[str, int]]:
+    """Return the counts of each file of vectors by its name, as far as `shards.parquet` says."""
+    table = _read_ledger(artifact)
+    return dict(_by_name(table)) if table is not None else {}
+
+
+def write_compacted(source: Location, target: Location) -> int:
+    """Write the ledger of an artifact whose files are those of another without dead rows; return the bytes of all."""
+    table = _read_ledger(source)
+    sizes = {name: int(info.size) for name, info in (target / "vectors").listing(".parquet")}
+    if table is not None:
+        counts = _counts_of(table)
+        names = [shard_name(number) for number in table["number"].to_pylist()]
+        counts |= {"num_bytes": np.array([sizes[name] for name in names]), "num_dead": 0 * counts["num_dead"]}
+        written = pa.table({"number": table["number"], **counts}).replace_schema_metadata(table.schema.metadata)
+        with (target / LEDGER_NAME).open_output() as stream:
+            pq.write_table(written, stream)
+    return sum(sizes.values())
+
+
+def _by_name(table: pa.Table) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield the name and the counts of each file that is written."""
+    columns = {name: values.tolist() for name, values in _counts_of(table).items()}
+    for row, number in enumerate(table["number"].to_pylist()):
+        figures = {name: values[row] for name, values in columns.items()}
+        name = shard_name(number)
+        yield partly_name(name) if figures["num_dead"] else name, figures
+
+
+def _counts_of(table: pa.Table) -> dict[str, NDArray[np.int64]]:
+    """Return the counts of a ledger; zeros for those that an older release did not note."""
+    none = np.zeros(table.num_rows, np.int64)
+    return {name: table[name].to_numpy() if name in table.column_names else none for name in COUNTS}
+
+
+def shared_figures(kept: KeptFile, dimension: int) -> dict[str, Any]:
+    """Return the figures of a shard whose file is shared."""
+    figures = dict.fromkeys(COUNTS, 0) | dict.fromkeys(SECONDS, 0.0)
+    figures |= {name: getattr(kept, name) for name in ("num_rows", "num_bytes", "num_dead")}
+    return figures | {"num_copied": kept.num_rows, "dimension": dimension}
+
+
 def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, Any] | None:
     """Return what the file of a shard says; None where it is damaged, or not the whole shard by this encoder."""
     try:
@@ -189,7 +233,7 @@ def read_figures(file: Location, *, num_rows: int, made_by: str) -> dict[str, An
         return None
     figures: dict[str, Any] = {name: int(footer.metadata.get(name, 0)) for name in COUNTS}
     figures |= {name: float(footer.metadata.get(name, 0)) for name in SECONDS}
-    figures |= {"num_rows": footer.num_rows, "num_left_out": len(footer.left_out)}
+    figures |= {"num_rows": footer.num_rows, "num_left_out": len(footer.left_out), "num_dead": footer.num_dead}
     return figures | {"num_bytes": footer.num_bytes, "dimension": footer.dimension}
 
 

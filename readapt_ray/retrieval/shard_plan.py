@@ -4,13 +4,14 @@ Enters: name and number of rows of each passages file. Leaves: shards, each a ra
 read for the plan, so it takes seconds and memory of some 460 bytes per shard at any size of corpus.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from readapt_ray.dead_rows import MAX_DEAD, partly_name
 from readapt_ray.retrieval.parquet_rows import read_rows
 from readapt_ray.retrieval.vector_files import RowRange, cut
 from readapt_ray.storage import Location
@@ -18,6 +19,8 @@ from readapt_ray.storage import Location
 PASSAGE_COLUMNS = ("doc_id", "title", "text")
 _READ_ROWS = 65536
 _HASH_BYTES = 16
+_LEAST_ROWS = 4096
+_MOST_SMALL = 32
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,19 @@ class Contents:
 
 
 @dataclass(frozen=True)
+class KeptFile:
+    """A file of earlier vectors that is shared as it is."""
+
+    name: str
+    num_bytes: int
+    num_rows: int
+    """Rows that live."""
+    num_dead: int
+    dead: NDArray[np.int64]
+    """Of the dead rows those that lived in the earlier artifact, numbered through."""
+
+
+@dataclass(frozen=True)
 class DataShard:
     """A numbered range of the corpus, the unit of work and of commit; rows stand in the order of the corpus."""
 
@@ -44,12 +60,16 @@ class DataShard:
     ranges: tuple[RowRange, ...]
     """The same rows by file."""
     num_drawn: int | None = None
-    """How many of the rows are encoded, drawn at random; None for all of them. For samples."""
+    """How many of the rows it has vectors of; None for all of them. In samples they are drawn at random, else they are those
+    that no kept file has."""
+    kept: KeptFile | None = None
+    """The file that it shares; it has no range then."""
 
     @property
     def name(self) -> str:
         """Name of the file of its vectors."""
-        return shard_name(self.number)
+        name = shard_name(self.number)
+        return partly_name(name) if self.kept and self.kept.num_dead else name
 
     @property
     def num_rows(self) -> int:
@@ -58,6 +78,8 @@ class DataShard:
 
     def __len__(self) -> int:
         """Passages that it has vectors of."""
+        if self.kept:
+            return self.kept.num_rows
         return self.num_rows if self.num_drawn is None else self.num_drawn
 
 
@@ -74,44 +96,62 @@ def plan_shards(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[
     ]
 
 
-def plan_shards_like(
+def files_to_keep(
+    counts: Sequence[tuple[str, int]],
+    known: Mapping[str, Mapping[str, int]],
+    lives: NDArray[np.bool_],
+    rows_per_shard: int,
+) -> list[KeptFile]:
+    """Return which files of earlier vectors are shared, with their dead rows.
+
+    A file is not kept once MAX_DEAD of its rows are dead. Of more than twice the files that a fresh run writes, and 32, the
+    smaller half is not kept, so that small files do not add up.
+
+    Args:
+        counts: of the earlier files.
+        known: what the ledger says of them; a file that it lacks is not kept, nor one that names passages without a vector.
+        lives: for all earlier rows, whether a passage has its doc_id and content.
+        rows_per_shard: of a fresh run.
+    """
+    kept, first = [], 0
+    for name, count in counts:
+        dead = np.flatnonzero(~lives[first : first + count])
+        first += count
+        figures = known.get(name)
+        if figures is None or figures["num_left_out"] or len(dead) == count:
+            continue
+        num_dead = figures["num_dead"] + len(dead)
+        if num_dead <= MAX_DEAD * (figures["num_dead"] + count):
+            kept.append(KeptFile(name, figures["num_bytes"], count - len(dead), num_dead, dead))
+    if len(kept) > _MOST_SMALL + 2 * len(lives) // rows_per_shard:
+        least = sorted(each.num_rows for each in kept)[len(kept) // 2]
+        kept = [each for each in kept if each.num_rows > least]
+    return kept
+
+
+def plan_rest(
     counts: Sequence[tuple[str, int]],
     rows_per_shard: int,
-    earlier_counts: Sequence[tuple[str, int]],
-    earlier_rows: Iterable[NDArray[np.int64]],
+    left: Iterable[tuple[int, NDArray[np.int64]]],
+    *,
+    number: int,
 ) -> list[DataShard]:
-    """Cut the rows of files where the files of earlier vectors end, so that those of unchanged passages can be kept whole.
-
-    A shard has the rows of an earlier file with what was added there, half as many again at most, and half at least.
+    """Cut the passages that no kept file has into shards of at most so many: few are one shard, more are eight at least.
 
     Args:
         counts: of the passages.
         rows_per_shard: as for `plan_shards`.
-        earlier_counts: of the earlier vectors.
-        earlier_rows: for all passages in their order, in pieces, the row of the earlier vector; -1 where there is none.
+        left: first rows of pieces of the corpus, and which of their rows are left.
+        number: of the first shard.
     """
-    ends = np.cumsum([count for _, count in earlier_counts])
-    largest = max((count for _, count in earlier_counts), default=0)
-    most = max(2, largest if rows_per_shard < largest <= 2 * rows_per_shard else rows_per_shard)
-    cuts, first, file_before = [0], 0, np.int64(-1)
-    for rows in earlier_rows:
-        known = np.flatnonzero(rows >= 0)
-        files = np.searchsorted(ends, rows[known], side="right")
-        changes = first + known[files != np.concatenate([[file_before], files[:-1]])]
-        first, file_before = first + len(rows), files[-1] if len(files) else file_before
-        while True:
-            place = np.searchsorted(changes, cuts[-1] + most // 2)
-            if place < len(changes) and changes[place] <= cuts[-1] + 3 * most // 2:
-                cuts.append(int(changes[place]))
-            elif cuts[-1] + 3 * most // 2 < first:
-                cuts.append(cuts[-1] + most)
-            else:
-                break
-    bounds = zip(cuts, [*cuts[1:], first], strict=True)
-    return [
-        DataShard(number, start, tuple(ranges_between(counts, start, end)))
-        for number, (start, end) in enumerate(bounds)
-    ]
+    rows = np.concatenate([np.zeros(0, np.int64), *(first + places for first, places in left)])
+    size = min(rows_per_shard, max(_LEAST_ROWS, -(-len(rows) // 8)))
+    shards: list[DataShard] = []
+    for begin in range(0, len(rows), size):
+        part = rows[begin : begin + size]
+        first, last = int(part[0]), int(part[-1]) + 1
+        shards.append(DataShard(number + len(shards), first, tuple(ranges_between(counts, first, last)), len(part)))
+    return shards
 
 
 def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> Iterator[RowRange]:

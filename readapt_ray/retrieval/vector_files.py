@@ -7,7 +7,6 @@ gives some 400 MB of vectors a second on one core.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray import dead_rows
 from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.records import vector_schema
 from readapt_ray.retrieval.parquet_rows import explain_damage, read_rows
@@ -43,7 +43,7 @@ class RowRange:
 
 @dataclass(frozen=True)
 class Footer:
-    """What the end of a Parquet file says: rows, schema, size, and our own metadata (empty in a foreign file)."""
+    """What the end of a Parquet file says: live rows, schema, size, and our own metadata (empty in a foreign file)."""
 
     num_rows: int
     schema: pa.Schema
@@ -51,6 +51,8 @@ class Footer:
     metadata: dict[str, Any]
     digest: str
     """Stands for sizes and statistics of its first row group: equal for a copy of the file."""
+    num_dead: int = 0
+    """Rows besides that are dead."""
 
     @property
     def dimension(self) -> int:
@@ -93,13 +95,13 @@ def read_footer(location: Location) -> Footer:
     Raises:
         CorruptFileError: it was cut short or altered.
     """
-    with explain_damage(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
-        schema = file.schema_arrow
-        stored = (schema.metadata or {}).get(METADATA_KEY, b"{}")
-        first_group = str(file.metadata.row_group(0).to_dict()) if file.metadata.num_rows else ""
+    with explain_damage(location), dead_rows.opened(location) as file:
+        stored = (file.schema.metadata or {}).get(METADATA_KEY, b"{}")
+        metadata = file.parquet.metadata
+        first_group = str(metadata.row_group(0).to_dict()) if metadata.num_rows else ""
         digest = hashlib.blake2b(first_group.encode(), digest_size=16).hexdigest()
-        num_bytes = stream.seek(0, io.SEEK_END)  # known already: no request
-        return Footer(file.metadata.num_rows, schema, num_bytes, dict(json.loads(stored)), digest)
+        said = dict(json.loads(stored))
+        return Footer(file.num_rows, file.schema, file.num_bytes, said, digest, metadata.num_rows - file.num_rows)
 
 
 def stored_vectors(
@@ -181,6 +183,15 @@ def write_stored(
     schema = vector_schema(element.list_size, names[element.value_type])
     table = table.select(schema.names).cast(schema).take(pc.sort_indices(table["doc_id"]))
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(dict(metadata))})
+    return _write(location, table)
+
+
+def write_live(source: Location, target: Location) -> None:
+    """Write a part of vectors again, without its dead rows."""
+    _write(target, dead_rows.read_table(source))
+
+
+def _write(location: Location, table: pa.Table) -> int:
     with location.open_output() as stream:
         pq.write_table(
             table,

@@ -18,6 +18,7 @@ from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog import models
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.config import OptionError, StageConfig
+from readapt_ray.dead_rows import whole_name
 from readapt_ray.errors import CorpusError, WorkerError, first_line
 from readapt_ray.retrieval import neighbours
 from readapt_ray.seeds import random_generator
@@ -167,11 +168,14 @@ def _vector_change(before: Artifact, after: Artifact, num_passages: int) -> dict
 def _sampled(before: Location, after: Location, num_passages: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the vectors of the same passages by both models, drawn from some shards of the corpus. float32 [N, D] each."""
     random = random_generator(0, "drift")
-    names = sorted({name for name, _ in before.listing(".parquet")} & {name for name, _ in after.listing(".parquet")})
+    one_named, other_named = (
+        {whole_name(name): name for name, _ in each.listing(".parquet")} for each in (before, after)
+    )
+    names = sorted(one_named.keys() & other_named.keys())
     names = [names[place] for place in sorted(random.permutation(len(names))[:_MAX_SHARDS].tolist())]
     pairs, left = [], num_passages
     for index, name in enumerate(names):
-        (ids, one), (other_ids, other) = _shard(before / name), _shard(after / name)
+        (ids, one), (other_ids, other) = _shard(before / one_named[name]), _shard(after / other_named[name])
         _, rows, other_rows = np.intersect1d(ids, other_ids, return_indices=True)
         taken = random.permutation(len(rows))[: -(-left // (len(names) - index))]
         left -= len(taken)

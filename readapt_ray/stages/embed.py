@@ -36,7 +36,7 @@ from readapt_ray.retrieval import truncation
 from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
-from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, open_vectors
+from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, known_files, open_vectors
 from readapt_ray.retrieval.shard_plan import plan_shards
 from readapt_ray.storage import Location
 
@@ -290,10 +290,16 @@ def _encode(
 ) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
     joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
-    rows = job.rows_per_shard
+    if joined is None:
+        shards = plan_shards(passages.counts, job.rows_per_shard)
+    else:
+        earlier = open_artifact(str(config.previous), "embed")
+        shards, matches = joined.shards(passages, job.rows_per_shard, known_files(earlier.location))
+        dimension = int(earlier.manifest.details["encoder"]["dimension"])
+        job = replace(job, matches=matches, dimension=dimension)
     ledger = encode_shards(
-        joined.shards(passages, rows) if joined else plan_shards(passages.counts, rows),
-        replace(job, matches=joined.matches) if joined else job,
+        shards,
+        job,
         placement,
         lambda done, total: workspace.progress(done, total, unit="passages"),
     )
@@ -306,6 +312,7 @@ def _encode(
     workspace.details |= {
         "encoder": {**job.encoder, "dimension": int(figures["dimension"][0])},
         "vector_dtype": job.vector_dtype,
+        "num_dead": int(figures["num_dead"].sum()),
         "is_split": "split" in open_artifact(config.corpus, "ingest").manifest.details,
         **_tell_work(ledger, job),
         "left_out": _tell_left_out(ledger, config.max_left_out),

@@ -5,7 +5,8 @@ In: vectors, and an earlier index of them where there is one. Out: `shards/00000
 a kill is not built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so
 that shards can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks
 that build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
-again: what left the corpus is no longer found, and what came is a shard of its own. A task holds its shard as FAISS stores
+again: what left the corpus is no longer found, and what came is a shard of its own; a shard of which a fifth is gone is
+left out, and the rest of it comes, too. A task holds its shard as FAISS stores
 it, and once more while it is written; the driver holds a line per file of vectors.
 """
 
@@ -214,9 +215,8 @@ def _split_rows(
     source = on_worker.absolute(previous.location / "shards")
     records = previous.manifest.details["shards"]
     now = scan_vectors(vectors.folder, vectors.counts)
-    masks, rows = kept_and_added(now, source, [ShardRecord(**record) for record in records])
-    kept = [KeptShard(record, mask, encoder, source, shards) for record, mask in zip(records, masks, strict=True)]
-    return kept, rows
+    stay, rows = kept_and_added(now, source, [ShardRecord(**record) for record in records])
+    return [KeptShard(asdict(record), mask, encoder, source, shards) for record, mask in stay], rows
 
 
 def _prepared(

@@ -6,23 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray.cluster import digest_join, shard_source
-from readapt_ray.cluster.digest_join import Matches, _join_whole
+from readapt_ray import dead_rows
+from readapt_ray.cluster import digest_join, shard_runner, shard_source
 from readapt_ray.cluster.embed_job import EmbedJob
-from readapt_ray.cluster.shard_encoder import ShardEncoder
-from readapt_ray.cluster.shard_source import ShardSource
+from readapt_ray.cluster.placement import Placement
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import named_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
-from readapt_ray.retrieval.shard_plan import DataShard, plan_shards, plan_shards_like
+from readapt_ray.retrieval.shard_ledger import ShardLedger, known_files
+from readapt_ray.retrieval.shard_plan import DataShard, files_to_keep, plan_rest, plan_shards
 from readapt_ray.storage import Location
 from tests import factories
+from tests.recipes.refreshing.in_process import without_ray
 
+pytestmark = pytest.mark.usefixtures("no_ray")
 PASSAGES = factories.small_corpus(80)
 ROWS = 20
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ray(monkeypatch)
 
 
 def opened(folder: Path) -> ParquetRows:
@@ -33,46 +39,79 @@ def opened(folder: Path) -> ParquetRows:
 def embedded(
     job: EmbedJob, passages: Sequence[Passage], folder: Path, earlier: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Embed a corpus as the stage does, in this process; return what the encoder says of each shard."""
+    """Embed a corpus as the stage does, in this process; return the figures of each shard."""
     factories.ingest_artifact(folder / "corpus", list(passages))
     rows = opened(folder / "corpus/passages")
-    job = replace(job, passages=rows.folder, output=Location(str(folder / "out")))
+    job = replace(job, passages=rows.folder, output=Location(str(folder / "out")), rows_per_shard=ROWS)
     shards = plan_shards(rows.counts, ROWS)
     if earlier is not None:
         before = opened(earlier / "out/vectors")
-        _join_whole(rows, before, job.output / "join")
-        job = replace(job, earlier=before, matches=Matches(job.output / "join", digest_join._CHUNK_ROWS, ()))
-        shards = plan_shards_like(rows.counts, ROWS, before.counts, job.matches.pieces(rows.num_rows))
-    encoder = ShardEncoder(job)
-    found = [row for task in ShardSource(shards, job, tokenizes=True).get_read_tasks() for row in task()]
-    told = [encoder(row).to_pylist()[0] for row in found]
-    assert [each["error"] for each in told] == [""] * len(told), told
-    return told
+        joined = digest_join.join_digests(rows, before, job.output / "join")
+        shards, matches = joined.shards(rows, ROWS, known_files(Location(str(earlier / "out"))))
+        job = replace(job, earlier=before, matches=matches, dimension=job.encoder.get("dimension", 32))
+    ledger = shard_runner.encode_shards(shards, job, Placement(None, None), lambda *_: None)
+    resumed = ShardLedger(shards, job.output, made_by=job.encoder["fingerprint"], rows_per_shard=ROWS)
+    (job.output / "shards.parquet").delete()
+    resumed.find()
+    assert not resumed.pending, "the files alone say what is done"
+    ledger.save()
+    names = ledger.figures.dtype.names or ()
+    return [{name: figures[name].item() for name in names} for figures in ledger.figures]
 
 
 def vectors(folder: Path) -> dict[str, bytes]:
-    table = pq.read_table(folder / "out/vectors")
-    return {row["doc_id"]: np.array(row["vector"], np.float32).tobytes() for row in table.to_pylist()}
+    rows = [row for path in sorted((folder / "out/vectors").glob("*.parquet")) for row in read_table(path)]
+    assert len(rows) == len({row["doc_id"] for row in rows})
+    return {row["doc_id"]: np.array(row["vector"], np.float32).tobytes() for row in rows}
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = dead_rows.read_table(Location(str(path))).to_pylist()
+    return rows
 
 
 def inodes(folder: Path) -> dict[int, str]:
     return {path.stat().st_ino: path.name for path in (folder / "out/vectors").iterdir()}
 
 
-def test_only_shards_that_changed_are_written(job: EmbedJob, tmp_path: Path) -> None:
-    embedded(job, PASSAGES, tmp_path / "before")
+def shared(before: Path, now: Path) -> dict[str, str]:
+    """The files that two artifacts share, with the names that they have in both."""
+    one, other = inodes(before), inodes(now)
+    return {one[each]: other[each] for each in one.keys() & other.keys()}
+
+
+def test_files_stay_and_their_dead_rows_are_noted(job: EmbedJob, tmp_path: Path) -> None:
+    embedded(job, PASSAGES, tmp_path / "0")
     changed = PASSAGES[45]._replace(text="something that is quite new")
     added = [PASSAGES[3]._replace(doc_id=f"new{number}", text=f"a new text {number}") for number in range(3)]
     now = [*PASSAGES[:5], *PASSAGES[6:45], changed, *PASSAGES[46:60], *added, *PASSAGES[60:]]
-    told = embedded(job, now, tmp_path / "now", tmp_path / "before")
-    shared = inodes(tmp_path / "before").keys() & inodes(tmp_path / "now").keys()
-    assert {inodes(tmp_path / "before")[each] for each in shared} == {"part-00001.parquet", "part-00003.parquet"}
-    counts = [(each["num_rows"], each["num_encoded"], each["num_copied"]) for each in told]
-    assert counts == [(19, 0, 19), (20, 0, 20), (23, 4, 19), (20, 0, 20)]
-    before, found = vectors(tmp_path / "before"), vectors(tmp_path / "now")
+    told = embedded(job, now, tmp_path / "1", tmp_path / "0")
+    names = [f"part-0000{number}" for number in range(4)]
+    assert shared(tmp_path / "0", tmp_path / "1") == {
+        f"{name}.parquet": f"{name}{mark}.parquet"
+        for name, mark in zip(names, ("-partly", "", "-partly", ""), strict=True)
+    }
+    counts = [tuple(each[name] for name in ("num_rows", "num_dead", "num_encoded", "num_copied")) for each in told]
+    assert counts == [(19, 1, 0, 19), (20, 0, 0, 20), (19, 1, 0, 19), (20, 0, 0, 20), (4, 0, 4, 0)]
+    before, found = vectors(tmp_path / "0"), vectors(tmp_path / "1")
     assert found.keys() == {each.doc_id for each in now}
     kept = found.keys() & before.keys() - {changed.doc_id}
     assert {each: found[each] for each in kept} == {each: before[each] for each in kept}
+    # Once more: a file that is one of two then, rows that die beside dead ones, one past a fifth.
+    gone = {0, 7, 19, *range(40, 44)}
+    later = [each for each in now if each.doc_id not in {PASSAGES[number].doc_id for number in gone}]
+    told = embedded(job, later, tmp_path / "2", tmp_path / "1")
+    there = shared(tmp_path / "1", tmp_path / "2")
+    assert there == {
+        "part-00000-partly.parquet": "part-00000-partly.parquet",
+        "part-00001.parquet": "part-00001.parquet",
+        "part-00003.parquet": "part-00002.parquet",
+        "part-00004.parquet": "part-00003.parquet",
+    }
+    assert [(each["num_rows"], each["num_dead"], each["num_copied"]) for each in told] == [
+        (16, 4, 16), (20, 0, 20), (20, 0, 20), (4, 0, 4), (15, 0, 15)
+    ]  # fmt: skip
+    assert vectors(tmp_path / "2") == {each.doc_id: found[each.doc_id] for each in later}
 
 
 def test_a_file_is_not_kept_for_passages_of_other_ids(job: EmbedJob, tmp_path: Path) -> None:
@@ -81,10 +120,12 @@ def test_a_file_is_not_kept_for_passages_of_other_ids(job: EmbedJob, tmp_path: P
     for one, other in ((0, 1), (21, 22)):
         swapped[one] = PASSAGES[one]._replace(title=PASSAGES[other].title, text=PASSAGES[other].text)
         swapped[other] = PASSAGES[other]._replace(title=PASSAGES[one].title, text=PASSAGES[one].text)
-    embedded(job, swapped, tmp_path / "now", tmp_path / "before")
+    told = embedded(job, swapped, tmp_path / "now", tmp_path / "before")
     before, found = vectors(tmp_path / "before"), vectors(tmp_path / "now")
-    shared = inodes(tmp_path / "before").keys() & inodes(tmp_path / "now").keys()
-    assert {inodes(tmp_path / "before")[each] for each in shared} == {"part-00002.parquet", "part-00003.parquet"}
+    assert set(shared(tmp_path / "before", tmp_path / "now").values()) == {
+        "part-00000-partly.parquet", "part-00001-partly.parquet", "part-00002.parquet", "part-00003.parquet"
+    }  # fmt: skip
+    assert (told[-1]["num_encoded"], told[-1]["num_copied"]) == (0, 4), "by other ids their vectors are there"
     assert found["d00000"] == before["d00001"] and found["d00022"] == before["d00021"]
 
 
@@ -103,20 +144,37 @@ def test_texts_whose_vectors_are_there_are_not_read(
     now = [*PASSAGES[:70], *(each._replace(text=f"{each.text} more") for each in PASSAGES[70:])]
     embedded(job, now, tmp_path / "now", tmp_path / "before")
     assert sum(number for number, columns in read if "text" in columns) == 10
-    assert sum(number for number, columns in read if "text" not in columns) == 80
+    assert sum(number for number, columns in read if "text" not in columns) == 20, (
+        "the changed ones, and the rest of their file"
+    )
 
 
-def test_shards_follow_earlier_files_and_stay_within_bounds() -> None:
-    draw = np.random.default_rng(0)
-    counts = (("a", 600), ("b", 400))
-    for rows in (np.arange(1000), draw.permutation(1000), np.full(1000, -1), np.repeat(np.arange(500), 2)):
-        for pieces in (np.split(rows, 1), np.split(rows, [1, 333, 334, 900])):
-            shards = plan_shards_like(counts, 100, [(f"{number}", 90) for number in range(12)], pieces)
-            sizes = [len(each) for each in shards]
-            assert sum(sizes) == 1000 and max(sizes) <= 150 and min(sizes[:-1]) >= 50
-            assert [each.first for each in shards] == np.cumsum([0, *sizes[:-1]]).tolist()
-            assert [each.number for each in shards] == list(range(len(shards)))
-    like = plan_shards_like(counts, 100, [(f"{number}", 90) for number in range(12)], [np.arange(1000)])
-    assert [len(each) for each in like] == [90] * 11 + [10]
-    larger = plan_shards_like(counts, 100, [(f"{number}", 110) for number in range(12)], [np.arange(1000)])
-    assert [len(each) for each in larger] == [110] * 9 + [10], "as many as the earlier files have"
+def test_files_are_kept_until_a_fifth_is_dead_or_they_are_many() -> None:
+    counts = [(f"{number}", 100) for number in range(100)]
+    lives = np.ones(10_000, bool)
+    lives[[*range(20), *range(100, 121), *range(300, 400), 450]] = False
+    known = {name: {"num_bytes": 7, "num_left_out": 0, "num_dead": 0} for name, _ in counts}
+    known["2"] |= {"num_left_out": 1}
+    known["5"] |= {"num_dead": 26}
+    del known["6"]
+    kept = files_to_keep(counts, known, lives, rows_per_shard=200)
+    assert [each.name for each in kept] == [name for name, _ in counts if name not in ("1", "2", "3", "5", "6")]
+    assert [(each.num_rows, each.num_dead, each.dead.tolist()) for each in (kept[0], kept[1])] == [
+        (80, 20, list(range(20))), (99, 1, [50])
+    ]  # fmt: skip
+    fewer = files_to_keep(counts, known, np.arange(10_000) % 100 > np.arange(10_000) // 1000, rows_per_shard=1000)
+    assert len(fewer) <= 52 and {each.num_rows for each in fewer} == {95, 96, 97, 98, 99}, "the larger half"
+
+
+def test_the_rest_is_cut_into_shards_with_each_row_once() -> None:
+    counts = [("a", 60_000), ("b", 40_000)]
+    rows = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.5)
+    left = [(0, rows[rows < 70_000]), (70_000, rows[rows >= 70_000] - 70_000)]
+    shards = plan_rest(counts, 20_000, left, number=3)
+    assert [each.number for each in shards] == list(range(3, 11)) and sum(map(len, shards)) == len(rows)
+    assert [(each.first, each.num_rows) for each in shards[:2]] == [
+        (rows[0], rows[len(shards[0]) - 1] + 1 - rows[0]),
+        (rows[len(shards[0])], rows[2 * len(shards[0]) - 1] + 1 - rows[len(shards[0])]),
+    ]
+    assert [len(each) for each in plan_rest(counts, 20_000, [(0, rows[:4000])], number=0)] == [4000]
+    assert plan_rest(counts, 20_000, [], number=0) == []

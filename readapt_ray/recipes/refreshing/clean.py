@@ -1,18 +1,19 @@
 """Remove the generations that are not the present one, and with them what is left of deleted passages.
 
-In: the generations under a root. Out: what is, or would be, removed, and why. An index from which vectors were deleted
-holds them until it is built again; that is done first, as a generation of its own.
+In: the generations under a root. Out: what is, or would be, removed, and why. Files of vectors and index that hold deleted
+passages are written again without them first, as a generation of its own.
 """
 
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Set
+from collections.abc import Collection, Iterator, Set
 from dataclasses import dataclass, replace
 
 from readapt_ray import artifact_files, artifacts, generations, leases, outputs
 from readapt_ray.artifact_files import LEASE_NAME, record_of
 from readapt_ray.catalog import cache_entries
+from readapt_ray.cluster.compaction import compact, num_dead
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF, VECTORS, Generation
@@ -33,8 +34,8 @@ class Freed:
     root: str
     rows: list[dict[str, object]]
     """Artifact, stage, reason and bytes of each."""
-    num_deleted_vectors: int
-    """Vectors of deleted passages in the present index, which is built again without them."""
+    num_deleted: int
+    """Deleted passages whose vectors are in files of the present generation, which are written again without them."""
     is_done: bool
 
     def text(self) -> str:
@@ -48,10 +49,12 @@ class Freed:
             if self.rows
             else "nothing to free"
         )
-        if self.num_deleted_vectors:
-            built = "was" if self.is_done else "would be"
-            what += f"; the index held {amount(self.num_deleted_vectors, 'deleted vectors')} and {built} built again"
-        if not self.is_done and (self.rows or self.num_deleted_vectors):
+        if self.num_deleted:
+            held = "held" if self.is_done else "hold"
+            written = "were" if self.is_done else "would be"
+            passages = amount(self.num_deleted, "deleted passages")
+            what += f"; files of the present generation {held} {passages} and {written} written again"
+        if not self.is_done and (self.rows or self.num_deleted):
             what += f"; `readapt clean --root {self.root} --yes` does it"
         return "\n".join([*([aligned_table(lines)] if self.rows else []), what])
 
@@ -69,14 +72,15 @@ def clean(config: CleanConfig) -> Freed:
     _refuse_half_exported(root)
     if not config.yes:
         there = generations.read(root)
-        num_deleted = 0 if config.keep else _deleted_vectors(root, there[-1])
-        rebuilt = {there[-1].artifacts[INDEX]} if num_deleted else set()
-        return Freed(config.root, _rows(_useless(root, there, config.keep, rebuilt)), num_deleted, False)
+        deleted = {} if config.keep else _deleted(root, there[-1])
+        again = {there[-1].artifacts[name] for name in deleted}
+        num_deleted = max(deleted.values(), default=0)
+        return Freed(config.root, _rows(_useless(root, there, config.keep, again)), num_deleted, False)
     with locked(root) as lock:
         there = generations.read(root)
-        num_deleted = 0 if config.keep else _deleted_vectors(root, there[-1])
-        if num_deleted:
-            there = [*there, _compacted(root, there)]
+        deleted = {} if config.keep else _deleted(root, there[-1])
+        if deleted:
+            there = [*there, _compacted(root, there, deleted)]
             lock.confirm()
             generations.write(root, there)
         useless = _useless(root, there, config.keep)
@@ -91,7 +95,7 @@ def clean(config: CleanConfig) -> Freed:
         cache_entries.remove_unused("passages")
         for name in (root / FOLDER_NAME).children()[1]:
             (root / FOLDER_NAME / name).remove_if_empty()
-    return Freed(config.root, rows, num_deleted, True)
+    return Freed(config.root, rows, max(deleted.values(), default=0), True)
 
 
 def _refuse_half_exported(root: Location) -> None:
@@ -125,29 +129,38 @@ def remove_artifact(location: Location) -> None:
     location.remove_if_empty()
 
 
-def _deleted_vectors(root: Location, present: Generation) -> int:
-    shards = artifacts.open_artifact(present.folder(root, INDEX), "index").manifest.details["shards"]
-    return sum(int(each["num_deleted"]) for each in shards)
+def _deleted(root: Location, present: Generation) -> dict[str, int]:
+    """Return how many deleted passages the files of an artifact hold, of those that hold some."""
+    shards = artifacts.open_artifact(present.folder(root, INDEX), STAGE_OF[INDEX]).manifest.details["shards"]
+    vectors = artifacts.open_artifact(present.folder(root, VECTORS), STAGE_OF[VECTORS])
+    found = {VECTORS: num_dead(vectors), INDEX: sum(int(each["num_deleted"]) for each in shards)}
+    return {name: count for name, count in found.items() if count}
 
 
-def _compacted(root: Location, there: list[Generation]) -> Generation:
-    """Build the index of the present generation as a whole, and return it as a new generation."""
+def _compacted(root: Location, there: list[Generation], deleted: Collection[str]) -> Generation:
+    """Write artifacts of the present generation without what was deleted, and return them as a new generation."""
     started_s = time.monotonic()
     present, number = there[-1], 1 + max(each.number for each in there)
-    name = f"{FOLDER_NAME}/{number:05d}/{INDEX}"
-    options = {"vectors": present.folder(root, VECTORS), "output": (root / name).uri, "overwrite": True}
-    made = make("index", present.settings["index"], RULES, **options)
+    folders = dict(present.artifacts)
+    for name in deleted:
+        output = f"{FOLDER_NAME}/{number:05d}/{name}"
+        if name == INDEX:
+            options = {"vectors": (root / folders[VECTORS]).uri, "output": (root / output).uri, "overwrite": True}
+            make("index", present.settings["index"], RULES, **options)
+        else:
+            compact(artifacts.open_artifact(present.folder(root, name), STAGE_OF[name]), (root / output).uri)
+        folders[name] = output
     return replace(
         present,
         number=number,
         what="compaction",
-        created=made.manifest.created,
+        created=generations.now(),
         seconds=round(time.monotonic() - started_s, 3),
-        artifacts={**present.artifacts, INDEX: name},
+        artifacts=folders,
         counts={},
         signals={},
         advice="",
-        index_changes=0,
+        index_changes=0 if INDEX in deleted else present.index_changes,
     )
 
 

@@ -4,6 +4,7 @@ Every column of doc_ids under the root is read, some 10 million ids a second; ro
 skipped.
 """
 
+from collections.abc import Set
 from typing import Any
 
 import pyarrow as pa
@@ -12,12 +13,15 @@ import pyarrow.parquet as pq
 
 from readapt_ray import generations
 from readapt_ray.artifact_files import SINGLE_FILE_SUFFIX
+from readapt_ray.dead_rows import read_dead, read_rows
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.recipes.refreshing.options import FindConfig
 from readapt_ray.recipes.refreshing.traces import Trace, made_from, traces
 from readapt_ray.retrieval.parquet_rows import explain_damage
 from readapt_ray.storage import Location
+
+_IDS = ".ids.parquet"
 
 
 def find(config: FindConfig) -> list[dict[str, Any]]:
@@ -65,14 +69,26 @@ def _place(trace: Trace, doc_id: str) -> str:
     """Return the file and row of a passage in an artifact; empty if it is not there."""
     if not trace.holds_passages:
         return ""
+    deleted = ""
     for file in trace.files():
+        name = file.path[len(trace.location.path) + 1 :]
         if file.name.endswith(".parquet"):
             row = _row_of(file, doc_id)
+            if row is not None and row not in _dead_rows(trace.location, name):
+                return f"row {row:,} of {name}"
             if row is not None:
-                return f"row {row:,} of {file.path[len(trace.location.path) + 1 :]}"
+                deleted = f"row {row:,} of {name}, deleted; `readapt clean` removes it"
         elif file.name.endswith(SINGLE_FILE_SUFFIX) and f" {doc_id} " in file.read_text():
             return file.name
-    return ""
+    return deleted
+
+
+def _dead_rows(artifact: Location, name: str) -> Set[int]:
+    """Return which rows of a file are dead, numbered as plain pyarrow reads them."""
+    if not name.endswith(_IDS):
+        return set(read_dead(artifact / name).tolist())
+    dead = artifact / f"{name.removesuffix(_IDS)}.dead"
+    return set(read_rows(dead).tolist()) if dead.is_file() else set()
 
 
 def _row_of(file: Location, doc_id: str) -> int | None:

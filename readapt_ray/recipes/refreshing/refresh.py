@@ -6,7 +6,6 @@ that did not change are shared; only new and changed passages are encoded and se
 was killed is resumed by the same command. Until its entry is written, readers have the old state.
 """
 
-import datetime
 import functools
 import logging
 import time
@@ -71,11 +70,6 @@ def publish(root: Location, there: list[Generation], new: Generation, lock: leas
 def next_number(there: list[Generation]) -> int:
     """Return the number of the next generation."""
     return 1 + max((each.number for each in there), default=0)
-
-
-def now() -> str:
-    """Return the time as the entries have it."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], lock: leases.Lease) -> Generation:
@@ -313,7 +307,7 @@ class _Making:
         entry = Generation(
             number=self.number,
             what="refresh",
-            created=now(),
+            created=generations.now(),
             seconds=round(
                 max(time.monotonic() - self._started_s, sum(each.manifest.seconds for each in self._made.values())), 3
             ),
@@ -372,7 +366,7 @@ def go_back(number: int, root: Location, there: list[Generation], lock: leases.L
         earlier,
         number=new,
         what=f"back to {number}",
-        created=now(),
+        created=generations.now(),
         seconds=round(time.monotonic() - started_s, 3),
         artifacts=made,
         counts={},

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import ray
 
-from readapt_ray.cluster import connection, digest_join, index_shards, on_worker, shard_runner
+from readapt_ray.cluster import compaction, connection, digest_join, index_shards, on_worker, shard_runner
 from readapt_ray.cluster.shard_encoder import ShardEncoder
 from readapt_ray.cluster.shard_source import ShardSource
 from readapt_ray.stages import index
@@ -23,7 +23,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digest_join, "connect", connection.connect)
     monkeypatch.setattr(index, "task_cpus", lambda *_: 1)
     monkeypatch.setattr(shard_runner, "_results", _encoded)
-    for module in (digest_join, index_shards):
+    for module in (compaction, digest_join, index_shards):
         monkeypatch.setattr(module, "run_bounded", _one_by_one)
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray import artifacts, generations
+from readapt_ray import artifacts, dead_rows, generations
 from readapt_ray.artifacts import Artifact, Workspace
 from readapt_ray.catalog.models import open_model
 from readapt_ray.generations import Generation
@@ -50,7 +50,7 @@ class Root:
     def table(self, generation: Generation, name: str, folder: str) -> pa.Table:
         """The rows of the Parquet files of an artifact of a generation."""
         files = (Location(generation.folder(self.location, name)) / folder).files(".parquet")
-        return pa.concat_tables(map(read_table, files))
+        return pa.concat_tables(map(dead_rows.read_table, files))
 
     def passages(self, generation: Generation) -> dict[str, tuple[str, str]]:
         """Title and text by doc_id."""

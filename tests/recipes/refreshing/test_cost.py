@@ -1,5 +1,6 @@
 """What a refresh writes follows what changed: counted on a real S3 server, with the real stages and without Ray."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from readapt_ray import artifacts
 from readapt_ray.catalog.models import open_model
 from readapt_ray.generations import Generation
 from readapt_ray.recipes.refreshing.clean import clean
-from readapt_ray.recipes.refreshing.options import CleanConfig
+from readapt_ray.recipes.refreshing.find import find
+from readapt_ray.recipes.refreshing.options import CleanConfig, FindConfig
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.vector_index import VectorIndex
 from tests import factories, object_store
@@ -18,14 +21,14 @@ from tests.recipes.refreshing import root as roots
 from tests.recipes.refreshing.in_process import without_ray
 from tests.recipes.refreshing.root import Root
 
-ROWS = 50
+ROWS = 20
 OPTIONS: dict[str, Any] = {
     "ingest": {"rows_per_file": ROWS},
     "embed": {"batch_tokens": 1, "num_workers": 1, "dtype": "float32", "rows_per_shard": ROWS},
 }
 PASSAGES = [
     each._replace(doc_id=f"p{number:05d}", text=f"{each.text} {number}")
-    for number, each in enumerate(factories.small_corpus(1000))
+    for number, each in enumerate(factories.small_corpus(400))
 ]
 
 
@@ -42,36 +45,63 @@ def cost(store: object_store.Store, root: Root, **options: Any) -> tuple[int, Ge
     return store.bytes_written - before, made
 
 
-def test_one_percent_that_changed_in_one_place_costs_little(
+def test_what_is_written_follows_what_changed(
     store: object_store.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_ray(monkeypatch)
     root = Root(tmp_path, roots.models(tmp_path / "models") / "model", f"s3://{object_store.BUCKET}/cost")
+    encoder = Encoder.load(open_model(str(root.model)))
     root.holds(PASSAGES)
     first_bytes, first = cost(store, root, **OPTIONS)
     unchanged_bytes, same = cost(store, root)
     assert same == first and unchanged_bytes < 0.03 * first_bytes
-    added = [each._replace(doc_id=f"new-{each.doc_id}", text=f"{each.text} new") for each in PASSAGES[400:404]]
-    changed = [each._replace(text=f"{each.text} changed") for each in PASSAGES[410:413]]
-    now = [*PASSAGES[:405], *added, *PASSAGES[405:410], *changed, *PASSAGES[416:]]
-    root.holds(now)
+    one_place = [*PASSAGES[:205], _new(201), *PASSAGES[205:210], _changed(210), _changed(211), *PASSAGES[213:]]
+    root.holds(one_place)
     num_bytes, made = cost(store, root)
-    assert made.counts == {"added": 4, "changed": 3, "deleted": 3, "kept": 994}
-    assert num_bytes < 0.2 * first_bytes, "one of 20 files of passages, one of vectors, and the records"
-    equals_fresh(root, made, now)
+    assert made.counts == {"added": 1, "changed": 2, "deleted": 1, "kept": 397}
+    assert num_bytes < 0.2 * first_bytes, "one of 20 files of passages, four vectors, and the records"
+    equals_fresh(root, made, one_place, encoder)
+    spread = [_changed(number) if number % 21 == 5 else each for number, each in enumerate(PASSAGES) if number % 23]
+    root.holds(spread)
+    num_bytes, made = cost(store, root)
+    assert num_bytes < 0.6 * first_bytes, "all files of passages; of vectors and index only what is new"
+    assert made.counts["deleted"] > 15 and made.counts["changed"] > 15
+    vectors = artifacts.open_artifact(made.folder(root.location, "vectors"), "embed").manifest
+    assert 30 < vectors.details["num_dead"] < 40
+    equals_fresh(root, made, spread, encoder)
+    gone = [each for number, each in enumerate(PASSAGES) if number % 23 == 0]
+    needles = {f"id {each.doc_id}": each.doc_id.encode() for each in gone}
+    needles |= {f"text {each.doc_id}": each.text.encode() for each in (*gone, PASSAGES[5], PASSAGES[26])}
+    assert root.files_with(needles)
+    assert "deleted; `readapt clean` removes it" in {row["where"].partition(", ")[2] for row in _found(root, gone[3])}
     clean(CleanConfig(root=root.uri, yes=True))
-    equals_fresh(root, root.there()[-1], now)
-    gone = {f"id {each.doc_id}": each.doc_id.encode() for each in PASSAGES[413:416]}
-    assert root.files_with(gone | {f"text {each.doc_id}": each.text.encode() for each in PASSAGES[413:416]}) == []
+    equals_fresh(root, root.there()[-1], spread, encoder)
+    assert root.files_with(needles) == [] and _found(root, gone[3]) == []
 
 
-def equals_fresh(root: Root, made: Generation, now: list[factories.Passage]) -> None:
+def _new(number: int) -> factories.Passage:
+    return PASSAGES[number]._replace(doc_id=f"new-{number}", text=f"{PASSAGES[number].text} new")
+
+
+def _changed(number: int) -> factories.Passage:
+    return PASSAGES[number]._replace(text=f"{PASSAGES[number].text} changed")
+
+
+def _found(root: Root, passage: factories.Passage) -> list[dict[str, Any]]:
+    return find(FindConfig(root=root.uri, doc_id=passage.doc_id))
+
+
+def equals_fresh(root: Root, made: Generation, now: list[factories.Passage], encoder: Encoder) -> None:
     """Passages, vectors to the bit and the ten best are those that are computed afresh."""
-    encoder = Encoder.load(open_model(str(root.model)))
     queries = encoder.encode(["a file is read", "the lock of a thread"], "query")
-    expected = {each.doc_id: encoder.encode([each.text], "passage", [each.title])[0].astype(np.float32) for each in now}
+    expected = {each.doc_id: _vector(encoder, each) for each in now}
     assert root.passages(made) == {each.doc_id: each[1:3] for each in now}
     assert root.vectors(made) == {doc_id: vector.tobytes() for doc_id, vector in expected.items()}
     found = VectorIndex.open(made.folder(root.location, "index")).search(queries, 10).doc_ids.tolist()
     doc_ids, matrix = np.array(list(expected)), np.stack(list(expected.values()))
     assert [set(each) for each in found] == [set(doc_ids[np.argsort(-(matrix @ query))[:10]]) for query in queries]
+
+
+@functools.cache
+def _vector(encoder: Encoder, passage: factories.Passage) -> np.ndarray:
+    return encoder.encode([passage.text], "passage", [passage.title])[0].astype(np.float32)

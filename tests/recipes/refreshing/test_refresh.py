@@ -232,7 +232,7 @@ def test_after_clean_no_byte_of_a_deleted_passage_is_left(root: Root) -> None:
     assert not listed.is_done and "`readapt clean --root" in listed.text()
     assert {each.partition(" in ")[0] for each in root.files_with(needles)} == {"id", "text", "vector"}
     done = clean(CleanConfig(root=root.uri, yes=True))
-    assert done.rows == listed.rows and done.num_deleted_vectors == 2
+    assert done.rows == listed.rows and done.num_deleted == 2
     assert root.files_with(needles) == []
     assert find(FindConfig(root=root.uri, doc_id=gone.doc_id)) == []
     assert clean(CleanConfig(root=root.uri)).text() == "nothing to free"
