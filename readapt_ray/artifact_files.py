@@ -68,7 +68,7 @@ _TRAINED = (
 _VECTORS = (
     "vectors/part-#.parquet",
     "vectors/part-#-partly.parquet",
-    "vectors/part-#-partly.parquet.dead",
+    "vectors/_part-#-partly.dead",
     "vectors/.seen-*",
     "shards.parquet",
     "join/digests-*-#",

@@ -2,7 +2,7 @@
 
 A part of passages or vectors is written once. Where some of its rows were changed or deleted since, the next artifact
 shares the file under a name that says so, `part-00003-partly.parquet`, with the numbers of its dead rows beside it in
-`part-00003-partly.parquet.dead`. What reads parts opens them here, and sees the live rows alone, numbered through; a part that is
+`_part-00003-partly.dead`. What reads parts opens them here, and sees the live rows alone, numbered through; a part that is
 whole costs no request more. Plain pyarrow sees all rows.
 """
 
@@ -177,7 +177,8 @@ def read_table(file: Location, columns: Sequence[str] | None = None) -> pa.Table
 
 
 def _dead_file(file: Location) -> Location:
-    return file.beside(_DEAD_SUFFIX)
+    """Return the file of the dead rows of a part; pyarrow and Spark leave out such a name when they read a folder."""
+    return file.sibling(f"_{file.name.removesuffix(_SUFFIX)}{_DEAD_SUFFIX}")
 
 
 def _digest(content: bytes) -> bytes:

@@ -52,6 +52,16 @@ def extended(uri: str, tail: str) -> str:
     return longer if _split(longer) == (longer, "") else f"{longer}?"
 
 
+def sibling(uri: str, name: str) -> str:
+    """Return a local path or URI with another last name; the options of a URI stay at its end."""
+    head, query = _split(uri) if "://" in uri else (uri, "")
+    folder, slash, _ = head.rstrip("/").rpartition("/")
+    other = f"{folder}{slash}{name}"
+    if query:
+        return f"{other}?{query}"
+    return other if "://" not in uri or _split(other) == (other, "") else f"{other}?"
+
+
 def refuse_credentials(uri: str, *, variables: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
     """Refuse a URI that holds credentials: they would stand in logs and manifests.
 

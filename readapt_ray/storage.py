@@ -23,7 +23,7 @@ from typing import IO
 import pyarrow.fs as pafs
 
 from readapt_ray.errors import InputError, StorageError
-from readapt_ray.filesystems import extended, open_filesystem, refuse_credentials
+from readapt_ray.filesystems import extended, open_filesystem, refuse_credentials, sibling
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
@@ -102,6 +102,10 @@ class Location:
 
     def __truediv__(self, part: str) -> "Location":
         return Location(extended(self.uri, f"/{part}"))
+
+    def sibling(self, name: str) -> "Location":
+        """Return the location of another name in the same folder."""
+        return Location(sibling(self.uri, name))
 
     def beside(self, suffix: str) -> "Location":
         """Return the location whose name is this name plus a suffix."""

@@ -32,7 +32,7 @@ def test_every_way_of_reading_sees_the_live_rows_alone(tmp_path: Path, seed: int
     draw = np.random.default_rng(seed)
     dead = np.union1d(np.flatnonzero(draw.random(NUM_ROWS) < 0.3), np.arange(14, 21) if seed else np.arange(0))
     file = part(tmp_path, dead)
-    assert file.name == "part-00003-partly.parquet" and (tmp_path / "b/part-00003-partly.parquet.dead").is_file()
+    assert file.name == "part-00003-partly.parquet" and (tmp_path / "b/_part-00003-partly.dead").is_file()
     assert (tmp_path / "b" / file.name).samefile(tmp_path / "a/part-00000.parquet")
     lives = np.setdiff1d(np.arange(NUM_ROWS), dead)
     assert dead_rows.read_table(file)["n"].to_pylist() == lives.tolist()
@@ -64,12 +64,25 @@ def test_a_whole_part_keeps_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["gone", "cut", "altered"])
 def test_damaged_dead_rows_are_named(tmp_path: Path, damage: str) -> None:
     file = part(tmp_path, np.array([3, 8]))
-    dead = tmp_path / f"b/{file.name}.dead"
+    dead = tmp_path / "b/_part-00003-partly.dead"
     content = dead.read_bytes()
     dead.write_bytes(content[:-4] if damage == "cut" else content[:-1] + b"x")
     if damage == "gone":
         dead.unlink()
     with pytest.raises(
-        CorruptFileError, match=rf"part-00003-partly.parquet.dead {'is gone' if damage == 'gone' else 'was cut'}"
+        CorruptFileError, match=rf"_part-00003-partly.dead {'is gone' if damage == 'gone' else 'was cut'}"
     ):
         read_rows(file, 0, 1, ("n",))
+
+
+@pytest.mark.parametrize(
+    ("uri", "other"),
+    [
+        ("part", "b"),
+        ("/a/part", "/a/b"),
+        ("s3://bucket/a/part?region=x", "s3://bucket/a/b?region=x"),
+        ("file:///a/part", "file:///a/b"),
+    ],
+)
+def test_a_sibling_lies_in_the_same_folder(uri: str, other: str) -> None:
+    assert Location(uri).sibling("b").uri == other

@@ -3,9 +3,10 @@
 In: a corpus and a retriever, and the vectors of an earlier corpus where there are any. Out: `vectors/part-00000.parquet`
 and so on. The shards are planned from the sizes of files alone. Ray Data reads and tokenises them on idle cores, and
 actors encode them and write each as a whole, so what was written before a kill is not computed again, and every passage
-stands once. Texts that an earlier artifact holds are copied, and within a shard identical texts are encoded once. Two CPU
-cores with AMX encode some 230 passages of 89 tokens per second with all-MiniLM-L6-v2. An actor holds the model and two
-shards, the driver some 1.3 KB per shard.
+stands once. Files of earlier vectors are shared; what they hold for passages that changed since is dead, and noted beside
+them. Other texts whose vector is there are copied, and within a shard identical texts are encoded once. Two CPU cores with
+AMX encode some 230 passages of 89 tokens per second with all-MiniLM-L6-v2. An actor holds the model and two shards, the
+driver some 1.3 KB per shard, and with earlier vectors a byte for each and 8 bytes per changed passage.
 """
 
 import logging

@@ -11,9 +11,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import readapt_ray as ra
+from readapt_ray import dead_rows
 from readapt_ray.artifacts import read_lease, read_manifest
 from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import model_shape
@@ -75,7 +78,8 @@ def _files(root, output):
 
 
 def _read(root, output):
-    table = pq.read_table(root / output / "vectors")
+    files = Location(str(root / output / "vectors")).files(".parquet")
+    table = pa.concat_tables(map(dead_rows.read_table, files))
     return dict(zip(table["doc_id"].to_pylist(), np.array(table["vector"].to_pylist(), np.float32), strict=True)), table
 
 
@@ -284,7 +288,11 @@ def test_only_new_and_changed_passages_are_encoded(world, vectors, tmp_path, cap
     assert "196 unchanged, 1 changed, 4 new, 3 deleted" in caplog.text
     assert made.manifest.details["work"]["num_encoded"] == 4
     assert made.manifest.details["work"]["num_copied"] == 197
+    plain = pq.read_table(tmp_path / "incremental/vectors")
+    assert plain.num_rows == 201 + made.manifest.details["num_dead"], "plain pyarrow sees dead rows, too"
     found, table = _read(tmp_path, "incremental")
+    again = ra.open_artifact(made.uri)
+    assert again.to_arrow().num_rows == again.to_ray().count() == 201
     earlier, _ = _read(root, "vectors")
     assert table.num_rows == len(found) == 201 and found.keys() == {each.doc_id for each in now}
     copied = [each.doc_id for each in now if each.doc_id in earlier and each.doc_id != now[10].doc_id]

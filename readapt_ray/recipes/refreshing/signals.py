@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from readapt_ray import dead_rows
 from readapt_ray.recipes.refreshing.adapting import AdapterLoss
 from readapt_ray.retrieval.corpus_changes import Changes
-from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
+from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
 
 MIN_PASSAGES = 50
@@ -96,7 +97,7 @@ def signals(
     new, kept = (passages.take(rows, ("doc_id", "title", "text")) for rows in (changes.sample_new, changes.sample_kept))
     texts = _texts(new), _texts(kept)
     return Signals(
-        drift(_vectors_of(vectors, new["doc_id"]), _vectors_of(vectors, kept["doc_id"])),
+        drift(*_vectors_of(vectors, new["doc_id"], kept["doc_id"])),
         new_words(*texts),
         deletions,
         turnover,
@@ -134,16 +135,16 @@ def _texts(passages: pa.Table) -> list[str]:
     return [f"{title or ''} {text}".strip() for title, text in pairs]
 
 
-def _vectors_of(vectors: ParquetRows, doc_ids: pa.ChunkedArray) -> NDArray[np.float32]:
-    """Return the vectors of some passages, in no particular order; those that have none are left out."""
-    wanted, first, rows = doc_ids.combine_chunks(), 0, []
-    for name, count in vectors.counts:
-        column = read_rows(vectors.folder / name, 0, count, ("doc_id",))["doc_id"]
-        rows.append(first + np.flatnonzero(pc.is_in(column, wanted).to_numpy()))
-        first += count
-    places = np.concatenate([np.zeros(0, np.int64), *rows])
-    return (
-        matrix_of(vectors.take(places, VECTOR_COLUMNS), vectors.folder)[1]
-        if len(places)
-        else np.zeros((0, 0), np.float32)
-    )
+def _vectors_of(vectors: ParquetRows, *wanted: pa.ChunkedArray) -> list[NDArray[np.float32]]:
+    """Return the vectors of each list of doc_ids, in no particular order and without those that have none; each file is opened once."""
+    none = np.zeros((0, 0), np.float32)
+    found: list[list[NDArray[np.float32]]] = [[] for _ in wanted]
+    for name, _ in vectors.counts:
+        file = vectors.folder / name
+        with explain_damage(file), dead_rows.opened(file) as part:
+            there = part.read(range(part.num_rows), ("doc_id",))["doc_id"]
+            for matrices, doc_ids in zip(found, wanted, strict=True):
+                rows = np.flatnonzero(pc.is_in(there, doc_ids.combine_chunks()).to_numpy())
+                if len(rows):
+                    matrices.append(matrix_of(part.read(rows, VECTOR_COLUMNS), file)[1])
+    return [np.concatenate(matrices) if matrices else none for matrices in found]
