@@ -28,7 +28,8 @@ def main() -> None:
     for report in sorted(options.work.glob("*/report-*")):
         if measured := of_report(report):
             found.setdefault("domains", {}).setdefault(report.parent.name, {})[report.name] = measured
-    options.output.write_text(json.dumps(found, indent=2) + "\n")
+    text = json.dumps(found, indent=2).replace(str(options.work), "WORK")
+    options.output.write_text(text + "\n")
 
 
 def of_retriever(made: Path) -> dict[str, Any] | None:
