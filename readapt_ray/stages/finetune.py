@@ -158,17 +158,18 @@ def _work(job: dict[str, Any]) -> None:
     """One worker's part."""
     import torch
 
-    from readapt_ray.training.contrastive import Contrast
+    from readapt_ray.training.contrastive import Contrast, pack
     from readapt_ray.training.pairs import PairReader
 
     config = FinetuneConfig.model_validate(job["config"])
     encoding = Encoding.model_validate(job["encoding"])
-    worker = train_workers.TrainWorker(
-        job, config, config.model, objective=None, micro_batch_tokens=config.micro_batch_tokens
-    )
     reader = PairReader(
         Location(job["pairs"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
+    # A small batch does not fill a micro-batch, and shall not be refused for the memory that a full one would take.
+    most_tokens = min(config.micro_batch_tokens, reader.most_tokens(torch.distributed.get_world_size()))
+    worker = train_workers.TrainWorker(job, config, config.model, objective=None, micro_batch_tokens=most_tokens)
+    pack(worker.model, config.model)
     objective = Contrast(
         model=worker.model,
         reader=reader,

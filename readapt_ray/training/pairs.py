@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.packing import padded_width
 
 _IDS = pa.list_(pa.int32())
 _SIDES: Final = ("left", "right")
@@ -92,6 +93,14 @@ class PairReader:
         """Return the mean number of tokens of a query or passage."""
         lengths = [pc.sum(pc.list_value_length(self._columns[name])).as_py() for name in ("query_ids", "passage_ids")]
         return float(sum(lengths)) / (2 * self.data_order.num_units)
+
+    def most_tokens(self, num_workers: int) -> int:
+        """Return how many tokens one step of a worker computes at most, padding included."""
+        negatives = self._columns["negative_ids"]
+        ids = [self._columns["query_ids"], self._columns["passage_ids"], negatives.flatten()]
+        longest = max(pc.max(pc.list_value_length(each)).as_py() or 0 for each in ids)
+        num_texts = 2 + (pc.max(pc.list_value_length(negatives)).as_py() or 0)
+        return -(-self.data_order.batch_size // num_workers) * num_texts * padded_width(longest)
 
     def read(self, pairs: np.ndarray) -> Texts:
         """Read the texts of these pairs."""
