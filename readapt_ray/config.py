@@ -50,8 +50,8 @@ class OptionError(ValueError):
     """Options that do not go together, for a validator to raise.
 
     Args:
-        text: what is wrong; `{name}` stands for the option of that name as the user wrote it: `--top-k`, or `top_k`.
-        values: what else stands in braces.
+        text: what is wrong; `{name}` is replaced by the option of that name as the user wrote it: `--top-k`, or `top_k`.
+        values: values for the other braces.
     """
 
     def __init__(self, text: str, **values: object) -> None:
@@ -65,7 +65,7 @@ class OptionError(ValueError):
 
 
 class _Names(dict[str, object]):
-    """What stands in the braces of an `OptionError`: a given value, or the name of an option."""
+    """What replaces the braces of an `OptionError`: a given value, or the name of an option."""
 
     def __init__(self, values: dict[str, object], spelled: Callable[[str], str] = str) -> None:
         super().__init__(values)
@@ -197,7 +197,7 @@ class Config(BaseModel):
         """Make a config from plain values (from YAML, JSON or flags).
 
         Args:
-            values: option names and values; text is converted to numbers where a number is due.
+            values: option names and values; text is converted to numbers where a number is expected.
             where: what to name in the error: a file, or a command.
             flags: whether errors call options as the command line does.
 
@@ -354,7 +354,7 @@ def _join(problems: Iterable[_Problem]) -> str:
 
 
 def _known_at(config_class: type[Config], path: Sequence[Any]) -> list[str]:
-    """The options of a config, or of the config inside it in which the last part of a path stands."""
+    """The options of a config, or of the config inside it that has the last part of a path."""
     for part in path[:-1]:
         field = config_class.model_fields.get(str(part))
         inner = _alternatives(field.annotation) if field else []

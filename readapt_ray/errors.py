@@ -58,7 +58,7 @@ class PlacementError(InputError):
 
 
 class StorageError(InputError):
-    """A disk is full, or a folder may not be written; what was written before stays, and the work can go on."""
+    """A disk is full, or a folder may not be written; what was written before stays, and the work can resume."""
 
 
 class CorruptFileError(ReadaptError):
@@ -85,7 +85,7 @@ def first_line(error: Exception) -> str:
 
 
 UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
-"""What Python raises for a path that the user must mend."""
+"""What Python raises for a path that the user must change."""
 
 
 def unreadable(error: Exception) -> InputError:

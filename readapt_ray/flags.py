@@ -56,7 +56,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
 
 
 def config_parser(command: str, description: str, config_class: type[Config]) -> Parser:
-    """Return the parser of a command whose options are those of one config."""
+    """Return the parser of a command that has the options of one config."""
     parser = Parser(command, description, epilog=_notes(config_class))
     groups = add_flags(parser, config_class)
     groups[0].add_argument(

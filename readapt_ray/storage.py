@@ -157,7 +157,7 @@ class Location:
         return sorted(files), sorted(folders)
 
     def entries(self, *, recursive: bool = True) -> tuple[list[str], list[str]]:
-        """All that lies in this folder, temporary files too, by paths relative to it.
+        """List the files in this folder, temporary files too, by paths relative to it.
 
         Links are not followed.
 
@@ -285,10 +285,10 @@ class Location:
             if error.errno not in refusals:
                 raise
             full = error.errno in _FULL
-            mend = "free some, or give another output" if full else "give a folder that can be written"
-            again = "; run the same command again, it goes on where it stopped" if full else ""
+            advice = "free some, or give another output" if full else "give a folder that can be written"
+            again = "; run the same command again, it resumes where it stopped" if full else ""
             folder = self.uri.rpartition("/")[0]
-            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {mend}{again}") from error
+            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {advice}{again}") from error
 
     def _publish(self, temporary: str) -> None:
         """Rename a written file to its final name."""
@@ -360,7 +360,7 @@ class Location:
         return digest.hexdigest()
 
     def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:
-        """What lies here, by relative name: SHA-256 on a local disk; size and time on an object store.
+        """Identify each file here by relative name: SHA-256 on a local disk; size and time on an object store.
 
         A store is not read, so that a corpus of terabytes is not fetched to be recognised.
         """

@@ -35,7 +35,7 @@ _PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
 _OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
 _ATTEMPTS = 5
 _ATTEMPTS_UNANSWERED = 3
-"""Where nobody answers, the machine may well have no network, and the name be that of a folder, mistyped."""
+"""If the hub does not answer, the machine may have no network, or the name is a mistyped folder."""
 _UNANSWERED = ("ConnectError", "ConnectTimeout")
 """Of the HTTP library, whichever the hub's client uses."""
 _FIRST_WAIT_S = 2.0

@@ -3,7 +3,7 @@
 In: files of a folder on an object store, or a snapshot of the hub's own cache. Out: a local folder with the same bytes.
 A record beside it says of each file its size, its SHA-256 and the times that the disk gave it; a file of another size, or
 of other times and another hash, was cut short or altered, and is fetched again. One process at a time fetches, the others
-of the node wait for it; a fetch that was killed goes on behind the last whole file. Reading a file whose times
+of the node wait for it; a fetch that was killed resumes after the last whole file. Reading a file whose times
 changed costs a second a gigabyte. What was not used for longest makes room for what is fetched (`cache_entries.py`).
 """
 
@@ -32,7 +32,7 @@ def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
     Args:
         source: the folder.
         sizes_bytes: the files to have, by relative name.
-        key: stands for the folder's content.
+        key: identifies the folder's content.
 
     Raises:
         ModelError: a file did not arrive whole.

@@ -2,8 +2,8 @@
 
 In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors.
 Out: a folder in the cache with the same tensors as safetensors and the small files beside them,
-under a name that stands for the content of the `.bin` files. torch's weights-only loader takes
-tensors and nothing else; it maps the file, so memory is that of the page cache.
+under a name made from the content of the `.bin` files. torch's weights-only loader takes
+tensors and nothing else; it maps the file, so its memory is the page cache.
 """
 
 import collections

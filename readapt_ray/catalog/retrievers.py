@@ -211,7 +211,7 @@ def split_commit(name: str) -> tuple[str, str | None]:
 
 
 def find_cached(place: str) -> Retriever | None:
-    """Return the row of a model that lies in the hub's own cache.
+    """Return the row of a model in the hub's own cache.
 
     Args:
         place: path of its folder.
@@ -234,7 +234,7 @@ def find_copied(place: str) -> Retriever | None:
 
 
 def hub_id(name: str) -> str:
-    """What a catalog name stands for; any other name stands for itself."""
+    """Return the model of a catalog name; any other name is returned as it is."""
     row = find_retriever(name)
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)
 

@@ -64,7 +64,7 @@ class NewShard:
     first: int
     """Place of its first vector among all that are added."""
     vectors: ParquetRows
-    """The files that its vectors lie in, and no others."""
+    """The files that hold its vectors, and no others."""
     rows: NDArray[np.int64] | range
     plan: ShardPlan
 

@@ -27,13 +27,13 @@ logger = logging.getLogger("readapt_ray")
 _MAX_VAIN_STARTS = 3
 _SAVE_S = 60.0
 _SHARED_CPUS = 0.1
-"""CPUs that every encoder leaves to tasks that read: where no core is idle, they share those of the encoders."""
+"""CPUs that every encoder leaves to tasks that read: if no core is idle, they share the encoders' cores."""
 
 
 def encode_shards(
     shards: Sequence[DataShard], job: EmbedJob, placement: Placement, progress: Callable[[int, int], None]
 ) -> ShardLedger:
-    """Encode what has no file yet; go on with what is left when an actor dies.
+    """Encode what has no file yet; continue with the rest when an actor dies.
 
     Args:
         shards: numbered from 0.

@@ -29,7 +29,7 @@ def with_pseudo_queries(
         max_queries: how many queries are made at most.
 
     Returns:
-        The passages, without what became a query, and the queries; the id of a query is that of its passage
+        The passages, without what became a query, and the queries; a query has the id of its passage
         behind `pseudo:`.
     """
     left = list(passages)

@@ -1,6 +1,6 @@
 """The report of a search over scales, from what `scales.describe_search` says: Markdown, and one HTML page.
 
-The page is self-contained, as that of an evaluation; the curve shows the paired difference from the
+The page is self-contained, as an evaluation's is; the curve shows the paired difference from the
 retriever as it is over the knowledge scale, with intervals, a line for each readapter scale.
 """
 

@@ -68,8 +68,8 @@ NOT_IN_A_RUN: dict[str, dict[str, str]] = {
     },
     "search": {
         "vectors": "the run searches its own indexes; search vectors with `readapt search --vectors`",
-        "root": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
-        "as_of": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
+        "root": "the run searches its own indexes; search the indexes of a refresh with `readapt search --root`",
+        "as_of": "the run searches its own indexes; search the indexes of a refresh with `readapt search --root`",
         "bridge": "the run embeds with both models; search older vectors with `readapt search --bridge`",
         **dict.fromkeys(("domain", "base"), "the run searches with whole models; use `readapt search --domain`"),
         "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",

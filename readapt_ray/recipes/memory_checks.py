@@ -1,7 +1,7 @@
 """Check before a run that memory holds the largest step of each stage that is to be made.
 
 In: options, the shapes of the models and, once the corpus is there, its size. What counts is the memory of this machine or
-its GPUs, and on a cluster without GPUs that of its largest node. GPU workers of a cluster check theirs when they train. No
+its GPUs, and on a cluster without GPUs the memory of its largest node. GPU workers of a cluster check theirs when they train. No
 weight is read. Training is estimated as training itself does it. Of embed and index only what they hold for certain is
 counted, so that nothing is refused that would run.
 """
@@ -48,12 +48,12 @@ class _Place:
             self.free_bytes if self.device_type == "cuda" else self.free_bytes // -(-num_workers // self.num_machines)
         )
 
-    def refuse(self, what: str, num_workers: int, needed: float, mend: str) -> None:
+    def refuse(self, what: str, num_workers: int, needed: float, advice: str) -> None:
         """Raise an error if one of so many workers needs more than it has."""
         if needed > self.share(num_workers):
             times = f"{num_workers} x " if num_workers > 1 else ""
             raise PlacementError(
-                f"{what} would need about {times}{size_text(needed)}, and {self.name} has {size_text(self.free_bytes)}; {mend}"
+                f"{what} would need about {times}{size_text(needed)}, and {self.name} has {size_text(self.free_bytes)}; {advice}"
             )
 
 

@@ -16,7 +16,7 @@ class Problems:
 
     @contextlib.contextmanager
     def noted(self, *left_out: str) -> Iterator[None]:
-        """Note what a check raises, and go on.
+        """Note what a check raises, and continue.
 
         Args:
             left_out: the options that are then not known.

@@ -207,7 +207,7 @@ def _print_places(console: Console, made: dict[str, Artifact]) -> None:
     report = (made["report"].location / "report.html").local_path
     root = made["corpus"].location.local_path.parent
     console.print(
-        f"\nThe stages took {duration(seconds)} in all. Everything lies under {root}; the report: {report}",
+        f"\nThe stages took {duration(seconds)} in all. Everything is under {root}; the report: {report}",
         soft_wrap=True,
         markup=False,
     )

@@ -216,7 +216,7 @@ class Encoder:
         """As `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in float32.
 
         Returns:
-            float32 [N, D]; what float32 does not mend is as it was, and `is_usable` finds it.
+            float32 [N, D]; what is not finite in float32 either is unchanged, and `is_usable` finds it.
         """
         vectors = self.encode_ids(rows)
         unusable = np.flatnonzero(~is_usable(vectors))

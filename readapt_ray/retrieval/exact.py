@@ -60,7 +60,7 @@ class TopK:
         """Offer passages.
 
         Args:
-            scores: [Q, N]; -inf stands for no passage.
+            scores: [Q, N]; -inf means no passage.
             doc_ids: [Q, N], or [N] where they are the same for every query.
         """
         columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k).numpy()
@@ -68,7 +68,7 @@ class TopK:
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
         """Offer the best of some passages, [Q, K] each."""
-        _check_scores(scores, doc_ids)  # sees those of add(), too: torch.topk puts NaN first
+        _check_scores(scores, doc_ids)  # covers add(), too: torch.topk puts NaN first
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
         if scores.shape[1] > self._top_k:

@@ -149,6 +149,6 @@ def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
     for name, footer in footers.items():
         if footer.num_rows and footer.digest in seen:
             raise CorpusError(
-                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids stand twice; ingest the corpus again"
+                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids occur twice; ingest the corpus again"
             )
         seen[footer.digest] = name

@@ -1,6 +1,6 @@
 """From token ids to one pooled vector a text: a batch through the model, padded or packed.
 
-Padded, each text is a row with padding on its right. Packed, all texts lie end to end in one row, and
+Padded, each text is a row with padding on its right. Packed, all texts are concatenated in one row, and
 attention keeps them apart (attention.py); no position is computed in vain.
 """
 

@@ -49,7 +49,7 @@ def _contents(folder: Location, record: ShardRecord) -> Contents:
 
 
 def _keys(contents: Contents) -> NDArray[np.uint64]:
-    """16 bytes that stand for doc_id and content, [N, 2]; zeros, which match nothing, where the content is not known."""
+    """Hash doc_id and content to 16 bytes, [N, 2]; zeros, which match nothing, where the content is not known."""
     keys = contents.hashes.copy()
     keys[:, 0] ^= contents.ids.view(np.uint64) * _MIX
     keys[~contents.hashes.any(axis=1)] = 0

@@ -179,7 +179,7 @@ def vector_bytes(options: IndexOptions, dimension: int) -> float:
 
 
 def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_recall: float) -> IndexOptions:
-    """What `auto` stands for: the quickest kind, as the field knows them, that fits the memory.
+    """Choose the kind for `auto`: the quickest kind, as the field knows them, that fits the memory.
 
     Exact up to 200,000 vectors or where recall 1 is asked for; then graphs, up to 5 million; then inverted
     lists, and codes where memory is short. What is chosen is still measured.

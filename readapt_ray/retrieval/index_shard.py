@@ -211,7 +211,7 @@ def _can_merge(index: Any) -> bool:
 
 
 def _merge(index: Any, other: Any) -> None:
-    """Move the vectors of another index behind those of this one."""
+    """Append the vectors of another index to this one."""
     index, other = faiss.downcast_index(index), faiss.downcast_index(other)
     if isinstance(index, faiss.IndexRefine):
         _merge(index.base_index, other.base_index)
@@ -288,7 +288,7 @@ def num_training_rows(index: Any, num_rows: int) -> int:
 
 
 def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
-    """Return the rows that an index is trained on: runs of 128, since rows that lie together are read together."""
+    """Return the rows that an index is trained on: runs of 128, since neighbouring rows are read together."""
     size = num_training_rows(index, num_rows)
     if size == num_rows:
         return np.arange(num_rows)

@@ -36,7 +36,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class DataShard:
-    """A numbered range of the corpus, the unit of work and of commit; rows stand in the order of the corpus."""
+    """A numbered range of the corpus, the unit of work and of commit; rows are in the order of the corpus."""
 
     number: int
     first: int

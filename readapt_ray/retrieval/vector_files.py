@@ -1,8 +1,8 @@
 """Vectors as Parquet files: written whole, known again, and read a range of rows at a time.
 
 Enters and leaves: `doc_id` string, `vector` fixed_size_list (int8 with a `scale`) and `content_hash`, readable
-by plain pyarrow. Each file carries in its metadata what made it, and its rows stand in the order of their
-doc_ids, so that the statistics of its row groups find one. Memory is that of the rows asked for; reading
+by plain pyarrow. Each file carries in its metadata what made it, and its rows are in the order of their
+doc_ids, so that the statistics of its row groups find one. Memory: the rows asked for; reading
 gives some 400 MB of vectors a second on one core.
 """
 

@@ -51,7 +51,7 @@ class VectorIndex:
 
     @property
     def folder(self) -> Location:
-        """Where the shards lie."""
+        """Folder of the shards."""
         return self.artifact.location / "shards"
 
     def shards(self) -> Iterator[IndexShard]:

@@ -1,7 +1,7 @@
 """From what a request gives to rows of token ids, a bounded piece of work after the other.
 
 Enters: texts, or token ids of them. Leaves: blocks of rows, so that whoever gave up in the meantime costs no more than
-the block under way. A text costs no more than the longest that could be within the limit: what lies further
+the block under way. A text costs no more than the longest that could be within the limit: what comes after
 behind is cut off, or refused, before it is tokenised.
 """
 

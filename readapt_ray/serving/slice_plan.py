@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from readapt_ray.retrieval.index_files import ShardRecord
 
 _ID_BYTES = 160
-"""Memory per vector beside what lies in the shard's files: its doc_id as a Python object, its places and its content hash."""
+"""Memory per vector beside the shard's files: its doc_id as a Python object, its places and its content hash."""
 
 
 class PlannedSlice(NamedTuple):
@@ -58,7 +58,7 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
 
 
 def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:
-    """Return the memory that shards take besides while they are read: twice that of the largest, unless they are mapped."""
+    """Return the memory that shards take besides while they are read: twice the largest, unless they are mapped."""
     from readapt_ray.serving.index_slice import READ_AT_ONCE, is_mapped
 
     copied = [each.num_bytes for each in records if not (folder.is_local and is_mapped(each, records))]

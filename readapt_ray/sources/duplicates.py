@@ -22,7 +22,7 @@ _TWO_WORDS = struct.Struct("<QQ")
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text: any two of ten billion texts share it with a chance of 1.5 in 10^19."""
+    """Hash a text to 16 bytes: any two of ten billion texts share a hash with a chance of 1.5 in 10^19."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 

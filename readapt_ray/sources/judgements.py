@@ -4,7 +4,7 @@
     qrels       tables, such as BEIR's .tsv; .tsv without names; TREC (query, 0, document, relevance)
 
 or a folder of such files, as an ingest artifact has. Text files may be compressed. Lists of doc_ids, too: one a line,
-or the doc_ids of qrels. Ids are as those of passages (`cleaning.clean_id`), so that they meet.
+or the doc_ids of qrels. Ids are cleaned like the ids of passages (`cleaning.clean_id`), so that they match.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -79,7 +79,7 @@ def read_doc_ids(uri: str) -> frozenset[str]:
     found = set()
     for row in _doc_ids(file):
         if isinstance(row, BadRow):
-            raise CorpusError(f"{row.place} is not a doc_id: {REASONS[row.reason]}; mend or remove that line")
+            raise CorpusError(f"{row.place} is not a doc_id: {REASONS[row.reason]}; fix or remove that line")
         found.add(row)
     if not found:
         raise CorpusError(f"{uri!r} lists no doc_id; give one a line")
@@ -199,7 +199,7 @@ def _all_good(records: Iterable[_Record | BadRow], uri: str, what: str) -> list[
         if isinstance(record, BadRow):
             value = f" ({record.value})" if record.value else ""
             raise CorpusError(
-                f"{record.place} is not a {what}: {REASONS[record.reason]}{value}; mend or remove that line"
+                f"{record.place} is not a {what}: {REASONS[record.reason]}{value}; fix or remove that line"
             )
         found.append(record)
     if not found:

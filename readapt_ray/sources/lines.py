@@ -106,7 +106,7 @@ def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
 
 
 def refuse_damaged(label: str, where: str, error: Exception) -> None:
-    """Say of a file that could not be read that it must be mended; nothing where the disk or the network failed.
+    """Say that the user must repair a file that cannot be read; nothing if the disk or the network failed.
 
     Raises:
         CorpusError: the file is gone or damaged.

@@ -78,7 +78,7 @@ def check_source(name: str, format: Format, options: ReadOptions) -> None:
 
 
 def _full_name(name: str) -> str:
-    """Return what a name of the catalog stands for; other names are as they were."""
+    """Return the source of a name of the catalog; other names are returned as they are."""
     row = None if Location(name).exists() else corpora.find_corpus(name)
     if row is None:
         return name

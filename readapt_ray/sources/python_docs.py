@@ -159,7 +159,7 @@ class PythonDocsSource(Source):
 
     Where a docstring makes a query, the passage is the rest of it; else the whole. The title is the
     dotted name, and so is the id, with #2, #3 ... where a name occurs again. The id of a query is
-    `q:` and that of its passage, so that no query has the id of a passage.
+    `q:` and the id of its passage, so that no query has the id of a passage.
     """
 
     format = "python-docs"

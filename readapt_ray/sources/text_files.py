@@ -2,7 +2,7 @@
 
 Enters: a file, or a folder of such files, at any depth. Leaves: a passage a file, or several where it is long. The doc_id
 is the path relative to the folder, white space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the
-file was split. The title is that of the front matter or of the page, or the first Markdown heading, else the name without
+file was split. The title comes from the front matter or the page, or the first Markdown heading, else the name without
 its suffix. 17 files are in memory, read ahead for stores that answer slowly.
 """
 

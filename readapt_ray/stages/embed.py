@@ -221,7 +221,7 @@ def _on_gpus() -> bool:
 
 
 def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
-    """Return the options with the folder of a sample, and with the dtype that auto stands for."""
+    """Return the options with the folder of a sample, and with the dtype that auto chooses."""
     if config.sample is not None:
         sample_rows(config.sample, num_passages)
         config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})

@@ -61,7 +61,7 @@ class EvaluateConfig(StageConfig):
     """Output of `readapt ingest`, to show titles and texts in the report."""
     require: tuple[str, ...] = ()
     """What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005" (the whole 95% interval
-    of the difference from the first run lies above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first."""
+    of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
     """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
     seed: int = Field(default=0, ge=0)
@@ -308,7 +308,7 @@ def _provenance(uri: str) -> dict[str, Any]:
     manifest = read_manifest(uri)
     known: dict[str, Any] = {"file": uri, "content": next(iter(Location(uri).content_fingerprint().values()))}
     if manifest is None:
-        return known | {"note": "no manifest lies beside this file, so nothing is known of the model that made it"}
+        return known | {"note": "there is no manifest beside this file, so nothing is known of the model that made it"}
     return known | {
         "stage": manifest.stage,
         "fingerprint": manifest.fingerprint,

@@ -222,7 +222,7 @@ def _split_rows(
 def _prepared(
     plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int, source: Artifact
 ) -> ShardPlan:
-    """Train lists and codes, or take those of the earlier index; and lay down what recall is measured with."""
+    """Train lists and codes, or take the earlier index's; store the queries that recall is measured with."""
     num_rows = len(everything.rows)
     earlier = previous.location / "shards" / TRAINED_NAME if previous else None
     if previous is not None and earlier is not None and earlier.is_file():

@@ -1,7 +1,7 @@
 """pack: passages to numbered token blocks.
 
 Each passages file becomes one blocks file, tokenised in a Ray Data task of its own and written whole;
-after a kill only the files that are missing are made. Memory is that of one file's tokens a task, and
+after a kill only the files that are missing are made. Memory: one file's tokens per task, and
 everywhere that of the ids to leave out or to take.
 """
 
@@ -256,7 +256,7 @@ def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> dict[str, int]:
 @functools.lru_cache(maxsize=1)
 def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any:
     """Return the one tokenizer of this process."""
-    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded anew, and so by a forked process
+    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded again, and so by a forked process
     return models.open_model(pretrained, with_weights=False).tokenizer
 
 

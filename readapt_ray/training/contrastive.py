@@ -5,7 +5,7 @@ without a graph, the loss and its gradient with respect to each vector are compu
 is encoded again, with the same dropout, and the gradient sent through it. That costs one more forward
 pass; a batch that fits one micro-batch is encoded once.
 
-What answers a query is never its negative, though it stands in the batch as the passage of another pair or as a
+What answers a query is never its negative, though it is in the batch as the passage of another pair or as a
 hard negative of another query.
 """
 

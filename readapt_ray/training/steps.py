@@ -243,7 +243,7 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self, next_step_s: float = 0.0) -> bool:
-        """Return whether a checkpoint is due; the next one is then counted from now.
+        """Return whether to write a checkpoint now; the next interval starts now.
 
         Args:
             next_step_s: seconds that the next step will take: a checkpoint comes before one that would make it late.

@@ -101,7 +101,7 @@ class Adapter:
         return self.factors(name)
 
     def _read_factors(self, name: str) -> Factors:
-        """The factors of one weight in float32, read from disk; `factors` keeps those of the last weights.
+        """The factors of one weight in float32, read from disk; `factors` caches the last weights.
 
         Raises:
             ModelError: a factor holds NaN or infinity.
