@@ -339,7 +339,7 @@ def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) ->
 
 
 def read_lease(uri: str | Location) -> dict[str, Any] | None:
-    """What an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
+    """Return what an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
     return leases.read_lease(record_of(uri if isinstance(uri, Location) else Location(uri), LEASE_NAME))
 
 
@@ -354,5 +354,5 @@ def _versions() -> dict[str, str]:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
+    """Return counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
     return ", ".join(amount(value, name.removeprefix("num_").replace("_", " ")) for name, value in counts.items())

@@ -80,7 +80,7 @@ class WorkerError(ReadaptError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
+    """Return the first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -89,5 +89,5 @@ UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 def unreadable(error: Exception) -> InputError:
-    """The same as one message of ours."""
+    """Return the same as one message of ours."""
     return InputError(f"{' '.join(str(error).split())}; give a path that may be read")

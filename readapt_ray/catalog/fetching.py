@@ -45,7 +45,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
-    """A snapshot in the hub's cache.
+    """Return a snapshot in the hub's cache.
 
     Args:
         name: what the user calls the model; used in errors.
@@ -169,7 +169,7 @@ def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cause(error: Exception) -> BaseException:
-    """What the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
+    """Return what the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
@@ -199,7 +199,7 @@ def _has_no_address(error: BaseException | None) -> bool:
 
 
 def from_uri(uri: str, *, with_weights: bool = True) -> Path:
-    """The local copy of a model in an object store; without its weights it is a copy apart.
+    """Return the local copy of a model in an object store; without its weights it is a copy apart.
 
     Raises:
         ModelError: the folder is empty or does not exist, or a file did not arrive whole.

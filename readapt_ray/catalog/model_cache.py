@@ -27,7 +27,7 @@ _PLANNED: dict[str, Any] = {"sha256": "", "times": []}
 
 
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
-    """The local copy of a folder's files, whole.
+    """Return the local copy of a folder's files, whole.
 
     Args:
         source: the folder.
@@ -87,7 +87,9 @@ def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None
 
 
 def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
-    """Whether a file of the hub's cache has the hash that it is named by; one that is not named so is taken as it is."""
+    """Return whether a file of the hub's cache has the hash that it is named by; one that is not named so is taken as
+    it is.
+    """
     path = link.resolve()
     if not path.is_file():
         return False
@@ -119,7 +121,7 @@ class _Record:
         cache_entries.note_files(self._entry, self._files)
 
     def says_whole(self, path: Path, name: str) -> bool:
-        """Whether a file is what was noted of it; False also where nothing was."""
+        """Return whether a file is what was noted of it; False also where nothing was."""
         entry = self._files.get(name)
         if entry is None or name not in self or not path.is_file() or path.stat().st_size != entry["size_bytes"]:
             return False

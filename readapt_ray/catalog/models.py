@@ -147,7 +147,7 @@ class OpenModel(ModelFolder):
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
-        """The files that decide what the model is, by their names in the folder."""
+        """Return the files that decide what the model is, by their names in the folder."""
         listing = Location(str(self.folder)).listing(recursive=True)
         return [
             name

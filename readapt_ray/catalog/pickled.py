@@ -35,12 +35,13 @@ _SMALL = (".json", ".txt", ".model", ".jinja")
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Whether a folder holds weights that need no conversion."""
+    """Return whether a folder holds weights that need no conversion."""
     return any(folder.glob("*.safetensors"))
 
 
 def safe_folder(folder: Path, name: str) -> Path:
-    """The folder itself where it has safetensors; else one in the cache that was converted from its `.bin` files.
+    """Return the folder itself where it has safetensors; else one in the cache that was converted from its `.bin`
+    files.
 
     Args:
         folder: a local model or adapter folder.

@@ -185,7 +185,7 @@ PRETRAINED: dict[str, str] = {"quickstart-pretrained": "builtin:quickstart/pretr
 
 
 def target_modules(model_type: str) -> tuple[str, ...]:
-    """The layers of a family that get a knowledge adapter.
+    """Return the layers of a family that get a knowledge adapter.
 
     Raises:
         ModelError: the family is not known here.
@@ -199,7 +199,7 @@ def target_modules(model_type: str) -> tuple[str, ...]:
 
 
 def find_retriever(name: str) -> Retriever | None:
-    """The row of a catalog name or hub id; None for a model that is not in the catalog."""
+    """Return the row of a catalog name or hub id; None for a model that is not in the catalog."""
     plain = split_commit(name)[0].lower()
     return next((row for row in RETRIEVERS if plain in (row.name, row.hub_id.lower())), None)
 
@@ -240,7 +240,7 @@ def hub_id(name: str) -> str:
 
 
 def retriever(name: str) -> Retriever:
-    """The row of a catalog name or hub id.
+    """Return the row of a catalog name or hub id.
 
     Raises:
         ModelError: there is none.

@@ -35,7 +35,7 @@ class Problems:
             self._found.append(error)
 
     def __bool__(self) -> bool:
-        """Whether anything is wrong."""
+        """Return whether anything is wrong."""
         return bool(self._found)
 
     def raise_them(self) -> None:

@@ -116,7 +116,7 @@ def _is_listed(file: Location, root: str) -> bool:
 
 
 def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
-    """The answer of the served retriever; kept, with the fingerprint of its index, for a second quickstart."""
+    """Return the answer of the served retriever; kept, with the fingerprint of its index, for a second quickstart."""
     index = made[f"index/{chain.ADAPTED}"].fingerprint
     kept = Location(root) / _ANSWER_NAME
     if kept.is_file():

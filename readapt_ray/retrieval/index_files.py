@@ -156,7 +156,7 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
 
 
 def read_ids(folder: Location, record: ShardRecord) -> tuple[NDArray[np.object_], bytes]:
-    """The doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
+    """Return the doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
 
     Raises:
         CorruptFileError: the file is gone, or is not the one that was written.

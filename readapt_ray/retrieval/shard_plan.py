@@ -57,7 +57,7 @@ class DataShard:
         return sum(each.num_rows for each in self.ranges)
 
     def __len__(self) -> int:
-        """Passages that it has vectors of."""
+        """Return passages that it has vectors of."""
         return self.num_rows if self.num_drawn is None else self.num_drawn
 
 

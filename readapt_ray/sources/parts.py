@@ -97,7 +97,7 @@ class PartWriter:
                 (self._folder / name).delete()
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
-        """The ids of some rows, counted from 0 over all parts; after `close`."""
+        """Return the ids of some rows, counted from 0 over all parts; after `close`."""
         by_part: dict[int, list[int]] = {}
         for row in set(rows):
             by_part.setdefault(bisect.bisect_right(self._starts, row) - 1, []).append(row)
@@ -167,7 +167,7 @@ def passage_table(passages: list[Passage], hashes: list[bytes], schema: pa.Schem
 
 
 def _holds(file: Location, groups: list[pa.Table]) -> bool:
-    """Whether a file is there with exactly these row groups."""
+    """Return whether a file is there with exactly these row groups."""
     if not file.exists():
         return False
     try:

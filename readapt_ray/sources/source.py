@@ -114,7 +114,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row | BadRow]:
-        """Every row, always in the same order, with bounded memory.
+        """Return every row, always in the same order, with bounded memory.
 
         Raises:
             CorpusError: a file is cut short.
@@ -125,7 +125,7 @@ class Source(ABC):
         """Stands for all that it holds."""
 
     def description(self) -> dict[str, Any]:
-        """What the manifest says of it: files and columns that are read, and those that are not."""
+        """Return what the manifest says of it: files and columns that are read, and those that are not."""
         return {}
 
     def queries(self) -> Iterator[Query | BadRow]:

@@ -205,7 +205,7 @@ def _open_vectors(source: Artifact) -> ParquetRows:
 def _split_rows(
     previous: Artifact | None, vectors: ParquetRows, encoder: str, shards: Location
 ) -> tuple[list[KeptShard], NDArray[np.int64] | range]:
-    """The shards of an earlier index with what is still found in each, and the rows that none of them has."""
+    """Return the shards of an earlier index with what is still found in each, and the rows that none of them has."""
     if previous is None:
         return [], range(vectors.num_rows)
     from readapt_ray.retrieval.index_changes import kept_and_added

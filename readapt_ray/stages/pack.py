@@ -218,7 +218,7 @@ def _tell_truncation(counts: Mapping[str, int], block_tokens: int) -> dict[str, 
 
 
 def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dict[str, Any]], int]:
-    """The passages files, each with the number of its first passage, and how many passages there are."""
+    """Return the passages files, each with the number of its first passage, and how many passages there are."""
     parts, num_passages = [], 0
     wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
     num_found = dict.fromkeys(lists, 0)

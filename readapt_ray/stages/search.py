@@ -137,7 +137,7 @@ class _Source:
         return int(self.artifact.manifest.counts["num_vectors"])
 
     def pieces(self, num_cpus: int) -> list[Content]:
-        """What each task searches: the record of an index shard, or ranges of rows.
+        """Return what each task searches: the record of an index shard, or ranges of rows.
 
         Raises:
             CorruptFileError: a file of vectors was cut short or altered, or is gone.

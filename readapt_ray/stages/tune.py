@@ -221,7 +221,7 @@ def _passages(corpus: Artifact) -> Iterator[Passage]:
 
 
 def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) -> list[Passage]:
-    """The passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
+    """Return the passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
     random = random_generator(seed, "passages")
     kept: list[Passage] = []
     rest: list[Passage] = []

@@ -41,7 +41,7 @@ class Address:
         return f"{self.scheme}://{user}{self.host}{port}/{urllib.parse.quote(self.name)}{options}"
 
     def http_url(self, default_port: int) -> str:
-        """The address of an HTTP server; `?tls=true` makes it https."""
+        """Return the address of an HTTP server; `?tls=true` makes it https."""
         return f"http{'s' if self.has_tls else ''}://{self.host}:{self.port or default_port}"
 
     @property

@@ -159,7 +159,7 @@ def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator
 
 
 def _shuffled(row_groups: RowGroups, piece: Piece) -> Iterator[Block]:
-    """The blocks from the piece's first on; windows that are skipped as a whole are not read."""
+    """Yield the blocks from the piece's first on; windows that are skipped as a whole are not read."""
     random = copy.deepcopy(piece.random)
     num_skipped = piece.num_skipped
     for start in range(0, len(piece.groups), WINDOW_ROW_GROUPS):

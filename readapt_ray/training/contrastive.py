@@ -109,7 +109,7 @@ class Contrast:
         *,
         step: int,
     ) -> Any:
-        """The gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
+        """Return the gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
         texts = shares[engine.worker_rank]
         vectors_TD: Tensor | None = None
         with torch.no_grad():
@@ -136,7 +136,9 @@ class Contrast:
         return loss_of
 
     def _num_trained(self, texts: Texts) -> int:
-        """How many texts, the first ones, the trained model encodes: all, or the queries (a worker without one has one)."""
+        """Return how many texts, the first ones, the trained model encodes: all, or the queries (a worker without one
+        has one).
+        """
         return max(1, texts.num_pairs) if self.queries_only else len(texts.token_ids)
 
     def _frozen(self, engine: DeepSpeedEngine, texts: Texts, groups: Sequence[Sequence[list[int]]]) -> Tensor | None:

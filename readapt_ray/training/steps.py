@@ -52,10 +52,10 @@ class Objective(Protocol[B, T]):
         """Which units, in which order."""
 
     def batches(self, first_step: int) -> Iterator[B]:
-        """What this worker needs for every step from `first_step` on."""
+        """Return what this worker needs for every step from `first_step` on."""
 
     def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
-        """What this worker does with a batch; `step` counts from 0."""
+        """Return what this worker does with a batch; `step` counts from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,7 +139,7 @@ def _report_after(report: Callable[[int], None], before: int, made: int) -> None
 
 
 def is_written(shard: WeightShard, target: Location) -> bool:
-    """Whether a shard is there: a file appears under its name only when it is whole."""
+    """Return whether a shard is there: a file appears under its name only when it is whole."""
     return (target / shard.file_name).is_file() and _loss_record(target, shard).is_file()
 
 
@@ -227,7 +227,7 @@ def write_shard(
 
 
 def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: ScratchBuffers) -> tuple[torch.Tensor, CastLoss]:
-    """A slice in the output type, and what that lost; it uses up `rows.pretrained`."""
+    """Return a slice in the output type, and what that lost; it uses up `rows.pretrained`."""
     exact = rows.readapted
     cast = scratch.empty("cast", exact.shape, dtype, exact.device).copy_(exact)
     loss = CastLoss.of(name, rows, cast, scratch)

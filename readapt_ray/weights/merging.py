@@ -195,7 +195,7 @@ class Readapter:
         return (self.pretrained, self.retriever, *self.knowledge)
 
     def names(self) -> list[str]:
-        """Every tensor of the readapted model."""
+        """Return every tensor of the readapted model."""
         return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
