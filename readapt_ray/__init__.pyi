@@ -557,7 +557,8 @@ def finetune(
         model: Model to start from: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages with queries and qrels (the output of `readapt ingest`), queries that a language model
             wrote (the output of `readapt synthesize`), or a JSONL file of pairs with the texts `query`,
-            `positive` and, optionally, `negatives`. (required)
+            `positive` and, optionally, `negatives`. Of a document that ingest split, the passage with most
+            words of the query is trained on. (required)
         split: Split of the corpus's qrels to train on: train, dev, test. (default: train)
         negatives: TREC run to take hard negatives from (the output of `readapt search`): its best passages that
             are not judged relevant.
@@ -677,8 +678,9 @@ def ingest(
         columns: Columns that hold doc_id, title and text, if they are not called so:
             doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
             passage, body, headline and more. query_id, query and relevance are fields of the queries and qrels.
-        keep: Other columns to carry along, such as url,date; search and serve give them back, and filters can
-            use them. With NAME:TYPE (string, int64, float64, bool) a type is set.
+        keep: Other columns to carry along, such as url,date; servers and `ra.Retriever` give them back, filters
+            can use them, and exports hold them. The TREC run of `readapt search` has ids alone. With NAME:TYPE
+            (string, int64, float64, bool) a type is set.
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
             stops. (default: skip)
         deduplicate: Which duplicates to drop: none, exact (same title and text), or near (also nearly the
@@ -810,7 +812,8 @@ def pack(
             passages are truncated. If omitted, 1024 or the model's number of positions, whichever is smaller.
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
-            or JSONL file with a column doc_id, or qrels.
+            or JSONL file with a column doc_id, or qrels. The id of a document that ingest split stands for all
+            its passages.
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
@@ -1331,7 +1334,8 @@ def train(
             passages are truncated. If omitted, 1024 or the model's number of positions, whichever is smaller.
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
-            or JSONL file with a column doc_id, or qrels.
+            or JSONL file with a column doc_id, or qrels. The id of a document that ingest split stands for all
+            its passages.
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
@@ -1401,7 +1405,8 @@ def tune(
         queries: Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never
             the split that is reported on (test, or the split of the report beside the corpus); else
             pseudo-queries made from the passages.
-        qrels: Judgements of the queries: a file or folder.
+        qrels: Judgements of the queries: a file or folder. A document that ingest split has the score of its
+            best passage.
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)

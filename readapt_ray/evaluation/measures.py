@@ -147,6 +147,17 @@ def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
     return grouped
 
 
+def of_documents(judgements: Judgements, document_of: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Return judgements of documents; one that is judged by several passages has the highest relevance of these."""
+    merged: dict[str, dict[str, int]] = {}
+    for query_id, judged in judgements.items():
+        own = merged.setdefault(query_id, {})
+        for doc_id, relevance in judged.items():
+            document = document_of[doc_id]
+            own[document] = max(relevance, own.get(document, relevance))
+    return merged
+
+
 def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measurement:
     """Measure a run.
 

@@ -118,7 +118,7 @@ class _SearchableShard:
 
 
 def is_mapped(record: ShardRecord, records: Sequence[ShardRecord]) -> bool:
-    """Return whether a shard of a slice stays in its local file: those that were trained together are merged in memory."""
+    """Return whether a shard of a slice stays in its file on this node: those that were trained together are merged in memory."""
     return record.trained is None or sum(each.trained == record.trained for each in records) == 1
 
 
@@ -126,10 +126,10 @@ def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str
     """Yield the shards in their order; some are read at once."""
 
     def load(record: ShardRecord) -> IndexShard:
-        shard = read_shard(folder, record, is_mapped=is_mapped(record, records))
+        shard = read_shard(folder, record, is_mapped=is_mapped(record, records), is_kept=True)
         if record.name not in words:
             return shard
-        return replace(shard, words=(read_words(folder, record.name, words[record.name]),))
+        return replace(shard, words=(read_words(folder, record.name, words[record.name], is_kept=True),))
 
     yield from ordered_map(load, (each for each in records if each.num_vectors), num_threads=READ_AT_ONCE)
 

@@ -154,6 +154,9 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
     queries = read_queries(config.queries, config.columns) if config.queries else []
     texts = {query.query_id: query.text for query in queries}
     corpus = PassageFiles.open(config.corpus) if config.corpus else None
+    if corpus is not None and corpus.is_split:
+        documents = corpus.documents_of(doc_id for judged in judgements.values() for doc_id in judged)
+        judgements = measuring.of_documents(judgements, documents)
     runs, measurements = {}, {}
     for name, uri in files.items():
         runs[name] = _of_documents(load_run(uri), judgements, corpus, name)

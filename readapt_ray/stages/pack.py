@@ -30,6 +30,7 @@ from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
 from readapt_ray.progress import amount
 from readapt_ray.retrieval import footers, truncation
 from readapt_ray.retrieval.corpus_changes import content_hashes, is_known, known_contents
+from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.retrieval.vector_files import METADATA_KEY
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
@@ -147,6 +148,9 @@ def _pack(
 ) -> None:
     connection.connect()
     placement.check_placement(1, {"CPU": 1}, who="tasks")
+    if lists:
+        passages = PassageFiles.open(corpus.uri)
+        lists = {name: passages.passage_ids(ids) for name, ids in lists.items()}
     parts, num_passages = _parts(corpus, lists)
     withheld = withheld_numbers(config.withhold, num_passages)
     job = {
