@@ -130,7 +130,7 @@ class Location:
         return [self / relative for relative, _ in self.listing(suffix, recursive=recursive)]
 
     def listing(self, suffix: str = "", *, recursive: bool = False) -> list[tuple[str, pafs.FileInfo]]:
-        """As `files`: each file's path relative to this folder, and what the filesystem says of it."""
+        """List as `files`: each file's path relative to this folder, and what the filesystem says of it."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = []
         for info in self.filesystem.get_file_info(selector):
@@ -152,7 +152,7 @@ class Location:
         return sorted(files), sorted(folders)
 
     def entries(self, *, recursive: bool = True) -> tuple[list[str], list[str]]:
-        """All that lies in this folder, temporary files too, by paths relative to it.
+        """List the files in this folder, temporary files too, by paths relative to it.
 
         Links are not followed.
 
@@ -264,10 +264,10 @@ class Location:
             if error.errno not in refusals:
                 raise
             full = error.errno in _FULL
-            mend = "free some, or give another output" if full else "give a folder that can be written"
-            again = "; run the same command again, it goes on where it stopped" if full else ""
+            advice = "free some, or give another output" if full else "give a folder that can be written"
+            again = "; run the same command again, it resumes where it stopped" if full else ""
             folder = self.uri.rpartition("/")[0]
-            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {mend}{again}") from error
+            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {advice}{again}") from error
 
     def _publish(self, temporary: str) -> None:
         """Rename a written file to its final name."""
@@ -348,7 +348,7 @@ class Location:
         return digest.hexdigest()
 
     def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:
-        """What lies here, by relative name: SHA-256 on a local disk; size and time on an object store.
+        """Identify each file here by relative name: SHA-256 on a local disk; size and time on an object store.
 
         A store is not read, so that a corpus of terabytes is not fetched to be recognised.
         """

@@ -1,7 +1,7 @@
 """Entries of the cache of models, texts and index shards: filled by one process at a time, kept while in use, and removed when room is needed.
 
 In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
-folder NAME lie NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
+folder NAME are NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
 (locked by each process that uses it; its time says when it was last found). When the cache is larger than
 READAPT_CACHE_GB, the entries that were not used for longest are removed. Only files that NAME.json lists are removed.
 """

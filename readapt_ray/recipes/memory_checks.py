@@ -1,7 +1,7 @@
 """Check before a run that memory holds the largest step of each stage that is to be made.
 
 In: options, the shapes of the models and, once the corpus is there, its size. What counts is the memory of this machine or
-its GPUs, and on a cluster without GPUs that of each node. GPU workers of a cluster check theirs when they train. No
+its GPUs, and on a cluster without GPUs the memory of each node. GPU workers of a cluster check theirs when they train. No
 weight is read. Training is estimated as training itself does it. Of embed and index only what they hold for certain is
 counted, so that nothing is refused that would run.
 """
@@ -63,13 +63,15 @@ class _Place:
         shares = [node.free_bytes // k for node, room in zip(self.nodes, most, strict=True) for k in range(1, room + 1)]
         return sorted(shares, reverse=True)[min(num_workers, len(shares)) - 1]
 
-    def refuse(self, what: str, num_workers: int, needed: float, mend: str, num_cpus: int = 1) -> None:
+    def refuse(self, what: str, num_workers: int, needed: float, advice: str, num_cpus: int = 1) -> None:
         """Raise an error if one of so many workers needs more than it has."""
         if needed > self.share(num_workers, num_cpus):
             times = f"{num_workers} x " if num_workers > 1 else ""
             counts = Counter(size_text(node.free_bytes) for node in self.nodes)
             have = " and ".join(f"{count} x {size}" if count > 1 else size for size, count in counts.items())
-            raise PlacementError(f"{what} would need about {times}{size_text(needed)}, and {self.name} {have}; {mend}")
+            raise PlacementError(
+                f"{what} would need about {times}{size_text(needed)}, and {self.name} {have}; {advice}"
+            )
 
 
 def check_memory(

@@ -51,7 +51,7 @@ class ShardRecord:
     trained: str | None = None
     """What its lists and codes were trained as: shards that share it can be merged. None for graphs and older indexes."""
     depth: int | None = None
-    """nprobe or efSearch that it is searched with; None for what stands in its file."""
+    """nprobe or efSearch that it is searched with; None for the value in its file."""
 
 
 def write_shard(
@@ -121,7 +121,7 @@ def carry_over(
     """Take a shard into another index, without the vectors that are no longer kept; FAISS's file is shared as it is.
 
     Args:
-        source: the `shards` folder that the shard lies in.
+        source: the `shards` folder of the shard.
         record: what its manifest says of it.
         kept: [N], whether a vector is still found.
         target: the `shards` folder that it goes to, under the same name.
@@ -157,7 +157,7 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
 
 
 def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> tuple[NDArray[np.object_], bytes]:
-    """The doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
+    """Return the doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
 
     Args:
         folder, record, is_kept: as for `read_shard`.

@@ -158,8 +158,8 @@ class IndexSlice:
     """Shards of an index that one process holds.
 
     Args:
-        folder: where the shards lie.
-        records: those of this slice.
+        folder: of the shards.
+        records: of this slice.
         corpus: the files of its passages, whose columns searches may be filtered by.
         words: SHA-256 of the BM25 scores of each shard, by its name; empty where none are there.
 
@@ -198,7 +198,7 @@ class IndexSlice:
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Iterator[Hits | None]:
-        """Search by BM25, with a pause after each block of texts: None stands for a pause, and the k best come last.
+        """Search by BM25, with a pause after each block of texts: None is a pause, and the k best come last.
 
         Raises:
             InputError: there is no such column to filter by, or it holds no such values.
@@ -214,7 +214,7 @@ class IndexSlice:
         yield joined([each.hits() for each in best])
 
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
-        """Search with a filter, with a pause after each block but the last: None stands for a pause.
+        """Search with a filter, with a pause after each block but the last: None is a pause.
 
         Raises:
             InputError: the dimensions differ, or this kind of index cannot be filtered.

@@ -38,7 +38,7 @@ _POLICY = (
 
 
 def build_api(service: SearchService, gather_metrics: Callable[[], Awaitable[str]]) -> FastAPI:
-    """The app.
+    """Return the app.
 
     Args:
         service: answers.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from readapt_ray.retrieval.index_files import ShardRecord
 
 _ID_BYTES = 160
-"""Memory per vector beside what lies in the shard's files: its doc_id as a Python object, its places and its content hash."""
+"""Memory per vector beside the shard's files: its doc_id as a Python object, its places and its content hash."""
 
 
 class PlannedSlice(NamedTuple):

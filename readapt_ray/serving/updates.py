@@ -120,7 +120,7 @@ def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerpri
         other = [f"{option} = {served.processes[option]}, not {value}" for option, value in asked.items()]
         if other:
             raise InputError(
-                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
+                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start again; "
                 f"leave that as it is, or give the same version under another name and let this one go"
             )
 

@@ -244,7 +244,7 @@ def test_a_folder_that_ray_will_remove_is_warned_of(
     connection.check_seen_by_all(Location(str(tmp_path)))
     assert not caplog.records
     connection.check_seen_by_all(Location(str(tmp_path / "working_dir_files" / "_ray_pkg_1" / "out")))
-    assert "_ray_pkg_1/out lies where Ray unpacked the job's working directory" in caplog.text
+    assert "_ray_pkg_1/out is inside the job's working directory" in caplog.text
 
 
 def test_a_folder_that_some_node_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
