@@ -6,7 +6,7 @@ import pytest
 from ray.exceptions import RayError
 
 from readapt_ray.errors import InputError, ReadaptError
-from readapt_ray.serving import app, rollout, updates
+from readapt_ray.serving import app, rollout, server, updates
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.options import ServeConfig
 
