@@ -1,7 +1,7 @@
 """Score pairs of scales on actors: each holds the inputs of the merge, and sets the scales of an encoder in memory.
 
 In: pairs of scales, and a sample of queries, passages and judgements. Out: the measure of every query with every pair,
-kept as it is found, so that another process goes on. A pair costs one pass over the weights and the encoding of the sample.
+stored at once, so that another process can resume. A pair costs one pass over the weights and the encoding of the sample.
 """
 
 import json
@@ -74,7 +74,7 @@ class ScaleScoring:
         """What an actor asks for."""
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, ScalePair | None]] = {}
-        """The other actors by the answer that is due, and the pair that it is of; None while the models are loaded."""
+        """The other actors by their pending answer, with its pair; None while the models are loaded."""
         self._new_actor: Callable[[], Any] | None = None
 
     def score(self, pairs: Sequence[ScalePair]) -> None:

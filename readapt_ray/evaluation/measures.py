@@ -251,7 +251,7 @@ def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
 
 
 def _nested(run: Run, wanted: Mapping[str, int], cutoff: int | None) -> dict[str, dict[str, float]]:
-    """The wanted queries as nested dicts, cut; places stand for scores, since each tool breaks ties its own way."""
+    """Return the wanted queries as nested dicts, cut; ranks replace scores, since each tool breaks ties its own way."""
     nested = {}
     for index, query_id in enumerate(run.query_ids):
         if query_id not in wanted:

@@ -29,7 +29,7 @@ def with_pseudo_queries(
         max_queries: how many queries are made at most.
 
     Returns:
-        The passages, without what became a query, and the queries, one per document; the id of a query is that of its
+        The passages, without what became a query, and the queries, one per document; a query has the id of its
         passage behind `pseudo:`.
     """
     left: dict[int, Passage] = dict(enumerate(passages))

@@ -230,7 +230,7 @@ class _Ingestion:
         self._checks: RowChecks[str] = RowChecks(source.kept, max_text_bytes=config.max_text_bytes)
 
     def run(self) -> None:
-        """Passages first, then what points at them."""
+        """Write passages first, then what refers to them."""
         self._write_passages()
         self._write_labels()
         self._workspace.details |= {

@@ -7,9 +7,9 @@ reported comes from the other half, which did not choose it. Leaves `grid/` (the
 pair), `tune.json`, `tune.md` and `tune.html`. A pair costs one pass over the weights and the encoding of
 the sample.
 
-Without queries those of the corpus's own split dev, or else train, are taken, never the split that is reported on. Where there
+Without queries, the corpus's own split dev is taken, or else train, never the split that is reported on. Where there
 is none the corpus asks its own questions: the title of a passage, or its first sentence, is the query, the rest of it the
-answer. Such figures are called pseudo-queries wherever they stand.
+answer. Such figures are called pseudo-queries everywhere.
 """
 
 import json
@@ -55,8 +55,8 @@ class TuneConfig(StageConfig):
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """Withheld queries: a file or folder. If omitted, those of the corpus's split dev, else of train, but never of the split
-    that is reported on (test, or that of the report beside the corpus); else pseudo-queries made from the passages."""
+    """Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never the split
+    that is reported on (test, or the split of the report beside the corpus); else pseudo-queries made from the passages."""
     qrels: str | None = None
     """Judgements of the queries: a file or folder. A document that ingest split has the score of its best passage."""
     columns: ColumnsOption = ()
@@ -223,7 +223,7 @@ def _passages(corpus: Artifact) -> Iterator[Passage]:
 
 
 def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) -> list[Passage]:
-    """The passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
+    """Return the passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
     random = random_generator(seed, "passages")
     kept: list[Passage] = []
     rest: list[Passage] = []

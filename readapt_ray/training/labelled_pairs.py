@@ -258,7 +258,7 @@ def _file_pairs(file: Location) -> Iterator[TrainingPair]:
 
     for line in read_lines(file, str(file)):
         if isinstance(line, BadRow):
-            raise CorpusError(f"{line.place} is no pair: {REASONS[line.reason]}; mend or remove that line")
+            raise CorpusError(f"{line.place} is no pair: {REASONS[line.reason]}; fix or remove that line")
         where = f"line {line.number}"
         try:
             row = json.loads(line.text)

@@ -1,6 +1,6 @@
 """Read tokenised pairs of query and passage, with hard negatives, in training order.
 
-Pairs lie in memory on every worker: 0.6 GB a million pairs of 150 tokens; each hard negative adds its own.
+Every worker holds all pairs in memory: 0.6 GB a million pairs of 150 tokens; each hard negative adds its own.
 """
 
 from collections.abc import Iterator, Sequence
