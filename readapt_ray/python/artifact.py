@@ -44,7 +44,7 @@ class Artifact(artifacts.Artifact):
         """The folder, or the file of a run of `search`.
 
         Raises:
-            InputError: it lies in an object store; `uri` says where.
+            InputError: it is in an object store; `uri` says where.
         """
         if not self.location.is_local:
             raise InputError(f"{self.uri!r} is no path on this machine; use .uri, or .location to read its files")
@@ -93,7 +93,7 @@ class Artifact(artifacts.Artifact):
         )
 
     def to_pandas(self) -> "pd.DataFrame":
-        """All rows in memory, as pandas has them.
+        """Return all rows as a pandas DataFrame, in memory.
 
         Raises:
             InputError: the artifact is a model.

@@ -32,7 +32,8 @@ class FinetuneConfig(OptimizationConfig):
     """Model to start from: a catalog name, a folder, a URI or a hub id."""
     corpus: str
     """Passages with queries and qrels (the output of `readapt ingest`), queries that a language model wrote (the output of
-    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`."""
+    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`. Of a
+    document that ingest split, the passage with most words of the query is trained on."""
     split: str = "train"
     """Split of the corpus's qrels to train on: train, dev, test."""
     negatives: str | None = None
@@ -155,7 +156,7 @@ def _finetune(
 
 
 def _work(job: dict[str, Any]) -> None:
-    """One worker's part."""
+    """Do one worker's part."""
     import torch
 
     from readapt_ray.training.contrastive import Contrast, pack

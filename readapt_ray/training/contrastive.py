@@ -8,7 +8,7 @@ pass; a batch that fits one micro-batch is encoded once.
 The texts of a micro-batch lie end to end in one row where the model's attention can keep them apart (attention.py): padded,
 questions of 15 tokens would cost as much as the passages of 128 beside them.
 
-What answers a query is never its negative, though it stands in the batch as the passage of another pair or as a
+What answers a query is never its negative, though it is in the batch as the passage of another pair or as a
 hard negative of another query.
 """
 
@@ -73,7 +73,7 @@ class Contrast:
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
-        """This worker's micro-batches, after the vectors of all workers met where there are several."""
+        """Return this worker's micro-batches, after the workers exchanged their vectors."""
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
@@ -115,7 +115,7 @@ class Contrast:
         *,
         step: int,
     ) -> Any:
-        """The gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
+        """Return the gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
         texts = shares[engine.worker_rank]
         vectors_TD: Tensor | None = None
         with torch.no_grad():
@@ -161,7 +161,9 @@ class Contrast:
         return padded_width(sum(lengths)) if is_packed(self.model) else len(lengths) * padded_width(max(lengths))
 
     def _num_trained(self, texts: Texts) -> int:
-        """How many texts, the first ones, the trained model encodes: all, or the queries (a worker without one has one)."""
+        """Return how many texts, the first ones, the trained model encodes: all, or the queries (a worker without one
+        has one).
+        """
         return max(1, texts.num_pairs) if self.queries_only else len(texts.token_ids)
 
     def _frozen(self, engine: DeepSpeedEngine, texts: Texts, groups: Sequence[Sequence[list[int]]]) -> Tensor | None:

@@ -518,7 +518,7 @@ def _twice(path):
         (
             lambda root, new: _damaged(root, new, _twice),
             CorpusError,
-            r"part-00001.parquet is a copy of part-00000.parquet, so its doc_ids stand twice",
+            r"part-00001.parquet is a copy of part-00000.parquet, so its doc_ids occur twice",
         ),
         (
             lambda root, new: _damaged(root, new, lambda path: path.unlink()),

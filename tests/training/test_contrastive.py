@@ -41,6 +41,8 @@ def reader(folder: Path, num_negatives: int) -> PairReader:
         "doc_id": [f"d{number}" for number in numbers],
         "negative_ids": [[text() for _ in range(num_negatives)] for _ in numbers],
         "negative_numbers": [[100 + number * 10 + each for each in range(num_negatives)] for number in numbers],
+        "document_number": [None] * NUM_PAIRS,
+        "negative_document_numbers": [None] * NUM_PAIRS,
     }
     folder.mkdir()
     pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), folder / "part-0.parquet")
@@ -249,6 +251,8 @@ def test_the_reader_knows_all_passages_that_answer_a_query(tmp_path: Path) -> No
         "doc_id": ["d"] * 5,
         "negative_ids": [[]] * 5,
         "negative_numbers": [[]] * 5,
+        "document_number": [None] * 5,
+        "negative_document_numbers": [None] * 5,
     }
     pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), tmp_path / "part-0.parquet")
     texts = PairReader(Location(str(tmp_path)), batch_size=2, num_epochs=1, seed=0).read(np.array([2, 4, 1]))
