@@ -127,7 +127,9 @@ def test_figures_of_another_work_folder_stay(tmp_path: Path, monkeypatch: pytest
     row = {"num_steps": 9, "loss": 1.5, "seconds": 2.0, "tokens_per_s": 3.0, "peak_memory_bytes": 4}
     (lora / "metrics" / "step-2.jsonl").write_text("".join(json.dumps({"step": n, **row}) + "\n" for n in (1, 2)))
     texts.write_lines(lora.parent / "pairs.jsonl", [{"query": "q", "positive": "p"}])
-    (lora / "building.json").write_text(json.dumps({"config": {"output": str(lora)}}))
+    (lora / "building.json").write_text(
+        json.dumps({"stage": "finetune", "owner": "o", "pid": 1, "heartbeat": 0, "config": {"output": str(lora)}})
+    )
     (tmp_path / "work" / "nfcorpus" / "report-before").mkdir(parents=True)
     run(monkeypatch, results, "--work", str(tmp_path / "work"), "--output", str(output))
     found = json.loads(output.read_text())
