@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_terminated = termination.is_told(stop)
         if isinstance(stop, SystemExit) and not is_terminated:
             raise
-        goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
+        goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it resumes where it stopped"
         what, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
         print(f"\nreadapt: {what}{goes_on}", file=sys.stderr)
         return code
@@ -134,7 +134,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
 
 
 def _tell(artifact: "Artifact") -> None:
-    """What an artifact has to say beyond its counts: a report its verdicts and tables, a corpus what was left out."""
+    """Print what an artifact says beyond its counts: a report its verdicts and tables, a corpus what was left out."""
     if artifact.manifest.stage in ("evaluate", "drift"):
         lines = (artifact.location / "report.md").read_text().splitlines()
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))
@@ -222,7 +222,7 @@ def _doctor(arguments: Sequence[str]) -> None:
     report = doctor.examine(doctor.DoctorConfig.parse(values, where="readapt doctor", flags=True))
     print(report.text())
     if report.num_failing:
-        raise ReadaptError(f"will fail: {report.num_failing}; mend what is listed, and run doctor again")
+        raise ReadaptError(f"will fail: {report.num_failing}; fix what is listed, and run doctor again")
 
 
 def _compare(arguments: Sequence[str]) -> None:

@@ -73,7 +73,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer, or that of the model that an adapter was trained on. Do not change it: others share it.
+        """Its tokenizer; for an adapter, the tokenizer of its base. Do not change it: others share it.
 
         Raises:
             ModelError: there is none, or it cannot be read.
@@ -89,7 +89,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Stands for every byte of weights, configuration and tokenizer. Factors have that of the model that they make.
+        """Hash of every byte of weights, configuration and tokenizer. Factors have the fingerprint of the model that they make.
 
         Raises:
             WeightMismatchError: the base of these factors is another model by now.
@@ -108,7 +108,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Stands for every byte of the tokenizer."""
+        """Hash of every byte of the tokenizer."""
         folder = Location(str(self._tokenizer_holder.folder))
         return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
 
@@ -147,7 +147,7 @@ class OpenModel(ModelFolder):
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
-        """The files that decide what the model is, by their names in the folder."""
+        """Return the files that decide what the model is, by their names in the folder."""
         listing = Location(str(self.folder)).listing(recursive=True)
         return [
             name
@@ -189,9 +189,22 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
     folder_read = pickled.safe_folder(folder, name) if with_weights else folder
     model = OpenModel(name=name, folder=folder_read, base_given=base or "")
     if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
-        raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
+        raise ModelError(
+            f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}{_said_of_gguf(folder)}"
+        )
     _check_own_code(model)
     return model
+
+
+def _said_of_gguf(folder: Path) -> str:
+    """Return what to do with a folder whose weights are a GGUF file; nothing for others."""
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if file is None:
+        return ""
+    return (
+        f"; its {file.name} is not read here: load it with transformers (from_pretrained(..., gguf_file={file.name!r}), which needs "
+        f"the package gguf), copy its weights into a new model of its config, and give the folder that save_pretrained writes"
+    )
 
 
 def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, advice: str) -> None:
@@ -230,7 +243,7 @@ def base_name(name: str) -> str:
 
 
 def own_folder(name: str) -> Path | None:
-    """Return the local folder that a name means; a catalog name means one only if a model lies there."""
+    """Return the local folder that a name means; a catalog name means one only if a model is there."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return None
@@ -304,7 +317,7 @@ def likely_encoding(model: OpenModel) -> Encoding:
     """Guess how a model encodes text, from its architecture and tokenizer."""
     try:
         holder, tokenizer = model.base if model.is_adapter else model, model.tokenizer
-    except ReadaptError:  # the guess stands in an error message: it must not bring another
+    except ReadaptError:  # the guess is part of an error message and must not raise another
         holder, tokenizer = model, None
     return guess_encoding(holder.config, tokenizer)
 

@@ -18,7 +18,7 @@ from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
 
 BaseDtype = Literal["auto", "int8", "nf4"]
-"""Data type of the frozen weights in training; auto: that of the matrix products."""
+"""Data type of the frozen weights in training; auto: the type of the matrix products."""
 
 _CONFIGS_FILE: Final = Path(__file__).parent.parent / "data" / "model_configs.json"
 _CLASSES: Final = {None: "AutoModel", "causal_lm": "AutoModelForCausalLM", "masked_lm": "AutoModelForMaskedLM"}
@@ -221,7 +221,7 @@ def _remote_config(name: str, folder: Location) -> dict[str, Any]:
 
 
 def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
-    """Only config.json is fetched, not the weights."""
+    """Fetch config.json alone, not the weights."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -60,7 +60,7 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
 
     @staticmethod
     def no_dataset() -> None:
-        """Stand for the dataset that Ray Train wants before the number of workers is known."""
+        """Return a placeholder for the dataset that Ray Train wants before the number of workers is known."""
 
     def configure(self, *, world_size: int, **_: Any) -> list[dict[str, Any]]:
         """Return the iterator of each worker; Ray Train calls this in an actor, once all workers ask for theirs."""
@@ -98,7 +98,7 @@ class _Source(Datasource):  # type: ignore[misc]
         self.num_tasks = len(self._tasks)
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
+        """Return None: the size is unknown."""
         return None
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:
@@ -131,7 +131,7 @@ def rows_of(
 
 
 def _row(shares: tuple[Share, ...]) -> pa.Table:
-    """A table of one row that holds the table of the shares."""
+    """Return a table of one row that holds the table of the shares."""
     table = shares_to_table(shares)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:

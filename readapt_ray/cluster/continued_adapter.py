@@ -1,7 +1,7 @@
 """Go on training an adapter: check that it fits the model and the options, and load it on a worker.
 
 In: an adapter that `readapt train` or PEFT saved. Out: the options with the adapter's shape, and a model whose adapters
-begin where that one ended. The optimizer and the schedule of the learning rate begin anew.
+begin where that one ended. The optimizer and the learning-rate schedule start from the beginning.
 """
 
 from collections.abc import Collection
@@ -82,7 +82,7 @@ def check_base(adapter: OpenModel, model: OpenModel) -> None:
 
 
 def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> None:
-    """On a worker: let the adapters of a model begin with the weights of an earlier one. Collective under ZeRO-3.
+    """Start the adapters of a model with the weights of an earlier one. Called on a worker; collective under ZeRO-3.
 
     Raises:
         FingerprintMismatchError: there is another adapter of this name on this node.

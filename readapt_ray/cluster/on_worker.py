@@ -20,13 +20,15 @@ def absolute(location: Location) -> Location:
 
 
 def model_name(model: OpenModel) -> str:
-    """A name by which a worker finds the same model: its folder where the user named one, else what the user called it, at this commit."""
+    """Return a name by which a worker finds the same model: its folder where the user named one, else what the user
+    called it, at this commit.
+    """
     folder = own_folder(model.name)
     return str(folder) if folder is not None else model.pinned_name
 
 
 def base_name(model: OpenModel) -> str:
-    """A name by which a worker finds the base of factors; empty for other models."""
+    """Return a name by which a worker finds the base of factors; empty for other models."""
     return model_name(model.base) if model.is_factors else ""
 
 
@@ -68,7 +70,7 @@ def check_gpus() -> None:
 
 
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
-    """On another node than the driver's: see that a model is the one that the driver found under this name.
+    """Check on another node that a name means the same model as on the driver.
 
     Args:
         name: of the model.
@@ -122,7 +124,7 @@ def load_encoder(
 
 
 def faiss_on_threads(num_threads: int) -> Any:
-    """FAISS for a task of some CPUs. Its own BLAS takes all cores, and waits for them busily, unless told before it is loaded."""
+    """Return FAISS for a task of some CPUs. Its BLAS takes all cores and busy-waits unless told before it is loaded."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss
 

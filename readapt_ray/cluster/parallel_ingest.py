@@ -18,7 +18,6 @@ from readapt_ray.artifacts import Workspace, fingerprint
 from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.near_rounds import drop_near
 from readapt_ray.cluster.nodes import alive
-from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval import footers
 from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
@@ -27,7 +26,7 @@ from readapt_ray.sources.kept_passages import KeptPassages
 from readapt_ray.sources.labels import WrittenLabels, write_labels
 from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.source import BadRow, in_words
+from readapt_ray.sources.source import BadRow
 from readapt_ray.sources.table_sources import LabelledTableSource, TableSource
 
 logger = logging.getLogger("readapt_ray")
@@ -38,18 +37,18 @@ _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
 _FORMAT = 2
-"""Of the files of the exchange: those of another release are not read."""
+"""Format of the exchange's files: files of another release are not read."""
 _PARTS = "passages/part-#.parquet"
 _WRITTEN = (_PARTS, "queries/part-#.parquet", "qrels/*.parquet")
 
 
 def num_partitions(total_bytes: int) -> int:
-    """Return into how many partitions digests go: a task sorts those of 512 MB of source."""
+    """Return into how many partitions digests go: a task sorts the digests of 512 MB of source."""
     return max(1, -(-total_bytes // _PARTITION_BYTES))
 
 
 def num_near_partitions(total_bytes: int) -> int:
-    """Return into how many partitions bands of MinHashes go: a task compares those of 32 MB of source."""
+    """Return into how many partitions bands of MinHashes go: a task compares the bands of 32 MB of source."""
     return max(1, -(-total_bytes // _NEAR_PARTITION_BYTES))
 
 
@@ -91,7 +90,7 @@ class ParallelIngest:
         footers.write_table(self._job.output, "passages")
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
-        # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
+        # First the summary says that no repeat is left; while it is there, a run that resumes needs no other file.
         summary.write_text(json.dumps(found | {"lists": {}}))
         artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
         artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
@@ -183,9 +182,7 @@ class ParallelIngest:
         """
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
-            raise CorpusError(
-                f"no passages are left: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); the log names the first of them"
-            )
+            raise self._bad_rows.none_left(self._source.name)
         chunks = [piece["num_chunks"] for piece in pieces]
         kept = KeptPassages(self._job, [piece["parts"] for piece in pieces], chunks, lists)
         duplicates = self._duplicates(kept, contents)

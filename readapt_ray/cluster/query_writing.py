@@ -74,7 +74,7 @@ def ask_here(
     Args:
         job: what is asked.
         writer: who is asked.
-        budget_tokens: tokens that may be used, with those of the pieces that are there.
+        budget_tokens: tokens that may be used, including the pieces that are there.
         report: is told how many passages are done.
 
     Raises:
@@ -161,7 +161,7 @@ def _write_pieces(
     driver_node: str,
     num_threads: int,
 ) -> Iterator[int]:
-    """On a worker: load the model and answer pieces; yields the tokens of each."""
+    """Load the model and answer pieces, in a task; yields the tokens of each."""
     import torch
 
     from readapt_ray.retrieval.encoder import DTYPES

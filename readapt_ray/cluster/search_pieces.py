@@ -52,7 +52,7 @@ class Pieces:
         ]
 
     def search(self, queries: Sequence[Any], top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What each task found: scores and rows [Q, K], in the order in which tasks end."""
+        """Yield what each task found: scores and rows [Q, K], in the order in which tasks end."""
         import ray
 
         task = ray.remote(num_cpus=1, num_gpus=1 if self._on_gpus else 0)(_search_piece)
@@ -64,7 +64,7 @@ class Pieces:
     def search_words(
         self, texts: Sequence[str], sha256s: dict[str, str], top_k: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What each task found by BM25, as `search`.
+        """Yield what each task found by BM25, as `search`.
 
         Args:
             texts: the queries.
@@ -79,7 +79,7 @@ class Pieces:
         )
 
     def names(self, rows: np.ndarray) -> pa.Array:
-        """The doc_ids of rising row numbers; null for -1, which is no row."""
+        """Return the doc_ids of rising row numbers; null for -1, which is no row."""
         import ray
 
         task = ray.remote(num_cpus=1)(_names)
@@ -115,7 +115,7 @@ def _num_rows(content: Content) -> int:
 
 
 def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device.
+    """Search an index shard in FAISS, or stream ranges of vectors through exact search on a device; in a task.
 
     Returns:
         Scores [Q, K], and the number of each row in the whole, -1 for none: 12 bytes a hit travel.
@@ -151,7 +151,7 @@ def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str
 def _search_words(
     piece: _Piece, texts: Sequence[str], sha256s: dict[str, str], top_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """On a worker: the words of an index shard; returns what `_search_piece` does."""
+    """Search the words of an index shard, in a task; returns what `_search_piece` does."""
     from readapt_ray.retrieval.bm25 import search_words
     from readapt_ray.retrieval.index_files import ShardRecord, read_ids, read_words
 
@@ -164,14 +164,14 @@ def _search_words(
 
 
 def _numbered(hits: "Hits", doc_ids: pa.Array, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [Q, K], and the number of each row in the whole."""
+    """Return scores [Q, K], and the number of each row in the whole."""
     found = pc.index_in(pa.array(hits.doc_ids.ravel(), pa.string()), value_set=doc_ids)
     rows = found.fill_null(0).to_numpy().astype(np.int64).reshape(hits.scores.shape) + piece.first
     return hits.scores, np.where(hits.scores > -np.inf, rows, -1)
 
 
 def _names(piece: _Piece, rows: np.ndarray) -> tuple[int, pa.Array]:
-    """On a worker: the doc_ids of some rows of a piece, behind its number."""
+    """Return the doc_ids of some rows of a piece, with its number, in a task."""
     if isinstance(piece.content, dict):
         from readapt_ray.retrieval.index_files import ShardRecord, read_ids
 

@@ -2,7 +2,7 @@
 
 Where there are GPUs, or cores that no encoder uses, tasks of Ray Data do it on any idle core. Where the encoders use all
 cores, each does it for its own shards: a task would only take a core from them, and load the tokenizer once more. A
-text that stands twice in a shard is tokenised once. A core tokenises some 15,000 passages of 100 tokens per second.
+text that occurs twice in a shard is tokenised once. A core tokenises some 15,000 passages of 100 tokens per second.
 """
 
 import functools
@@ -25,7 +25,7 @@ TokensAndLosses = tuple[list[list[int]], list[int]]
 
 
 def tokenize_in_task(shard: pa.Table, job: EmbedJob) -> pa.Table:
-    """As `tokenize_shard`, with a tokenizer that the process keeps."""
+    """Tokenise as `tokenize_shard`, with a tokenizer that the process keeps."""
 
     def tokenize(texts: list[str], titles: list[str]) -> TokensAndLosses:
         tokenizer = _tokenizer(job.model_name, job.encoding.model_dump_json(), job.tokenizer, job.driver_node)

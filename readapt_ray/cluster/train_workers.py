@@ -47,7 +47,7 @@ class Outcome:
     """Step metrics, each step once."""
 
     def details(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the details for the manifest."""
         rows = self.rows
         tail = rows[-max(1, len(rows) // 20) :]
         return {
@@ -180,7 +180,9 @@ def _new_trainer(
 
 
 def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> str:
-    """What all workers compute in, at every start: as asked, else what the output was begun with, else what suits them."""
+    """Return what all workers compute in, at every start: as asked, else what the output was begun with, else what
+    suits them.
+    """
     if config.dtype != "auto":
         return config.dtype
     begun = output / _DTYPE_NAME
@@ -238,7 +240,7 @@ def _release_failed_start(error: Exception, monitor: Any) -> None:
 
 
 def _entered(config: dict[str, Any]) -> None:
-    """On the worker: as many threads as it has CPUs, then the work.
+    """Set as many threads as the worker has CPUs, then do the work.
 
     An error of ours would come again at every new start: it is left on the monitor, and a worker that finds
     one there ends at once.
@@ -261,7 +263,9 @@ def _entered(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """The layers that get an adapter: those asked for, or those of the model's family; none where all is trained."""
+    """Return the layers that get an adapter: those asked for, or those of the model's family; none where all is
+    trained.
+    """
     if config.target_modules or config.method == "full":
         return config.target_modules
     return retrievers.target_modules(str(model.config.get("model_type")))

@@ -94,7 +94,7 @@ def measure_corpus(
 
     Args:
         source, format, options: as of ingest.
-        ingested: where ingest's output would lie; read instead of the source where it is complete.
+        ingested: where ingest's output would be; read instead of the source where it is complete.
         pretrained, retriever: whose tokenizers count.
         encoding: how the retriever wants its text.
         block_tokens: longest passage in training.

@@ -42,7 +42,7 @@ class Artifact(artifacts.Artifact):
         """The folder, or the file of a run of `search`.
 
         Raises:
-            InputError: it lies in an object store; `uri` says where.
+            InputError: it is in an object store; `uri` says where.
         """
         if not self.location.is_local:
             raise InputError(f"{self.uri!r} is no path on this machine; use .uri, or .location to read its files")
@@ -89,7 +89,7 @@ class Artifact(artifacts.Artifact):
         return pa.concat_tables(map(dead_rows.read_table, self._row_files()), promote_options="default")
 
     def to_pandas(self) -> "pd.DataFrame":
-        """All rows in memory, as pandas has them.
+        """Return all rows as a pandas DataFrame, in memory.
 
         Raises:
             InputError: the artifact is a model.

@@ -9,7 +9,7 @@ from readapt_ray.storage import Location
 
 
 def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
-    """The artifacts by name, the report's page, and the next commands as they can be pasted.
+    """Return the artifacts by name, the report's page, and the next commands as they can be pasted.
 
     Args:
         config: the run that ended.

@@ -1,6 +1,6 @@
 """From token ids to one pooled vector a text: a batch through the model, padded or packed.
 
-Padded, each text is a row with padding on its right. Packed, all texts lie end to end in one row, and
+Padded, each text is a row with padding on its right. Packed, all texts are concatenated in one row, and
 attention keeps them apart (attention.py); no position is computed in vain.
 """
 
@@ -44,7 +44,7 @@ class ForwardPass:
         self._num_embeddings = int(network.get_input_embeddings().num_embeddings)
 
     def pooled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """The vectors of B texts' token ids, on the device: float32 [B, H].
+        """Return the vectors of B texts' token ids, on the device: float32 [B, H].
 
         Raises:
             ModelError: an id is over the model's token embeddings.
@@ -71,7 +71,7 @@ class ForwardPass:
         return alike
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Pooled, [B, H]: each text a row, padded on the right."""
+        """Return pooled vectors [B, H], with each text a row that is padded on the right."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
         for row, tokens in zip(ids, rows, strict=True):
@@ -85,7 +85,7 @@ class ForwardPass:
         return pool(hidden, mask, self._pooling)
 
     def _packed(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Pooled, [B, H]: all texts in one row."""
+        """Return pooled vectors [B, H], with all texts in one row."""
         lengths = [len(row) for row in rows]
         ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
         positions = np.concatenate([np.arange(length) for length in lengths])[None]
@@ -94,7 +94,7 @@ class ForwardPass:
         return pool_packed(hidden[0], lengths, self._pooling)
 
     def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:
-        """The last hidden states [B, T, H]; `more` goes to the attention."""
+        """Return the last hidden states [B, T, H]; `more` goes to the attention."""
         self._check_ids(ids)
         given = {
             "input_ids": torch.from_numpy(ids).to(self.device),

@@ -1,6 +1,6 @@
 """Parquet files of one folder, read by row number as if they were one, without their dead rows.
 
-Only the row groups that hold the rows are read. Memory is that of the rows asked for and of one row group.
+Only the row groups that hold the rows are read. Memory: the rows asked for and one row group.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class ParquetRows:
         return sum(count for _, count in self.counts)
 
     def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Some rows, in the order asked for; of each file only the row groups that hold them are read.
+        """Return some rows in the order asked for; read only the row groups that hold them.
 
         A column that no file has is left out; one that some lack is null there.
 
@@ -61,7 +61,7 @@ class ParquetRows:
 
 
 def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Live rows `start` to `start + num_rows`; only the row groups that hold them are read.
+    """Read live rows `start` to `start + num_rows`; only the row groups that hold them are read.
 
     Columns that the file does not have are left out.
 
@@ -72,7 +72,7 @@ def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[s
 
 
 def _read(location: Location, rows: range | NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-    """Rising live rows of one file; a row group in memory at a time if they are no range."""
+    """Read rising live rows of one file; a row group in memory at a time if they are no range."""
     with explain_damage(location), dead_rows.opened(location) as file:
         due = int(rows[-1]) + 1 if len(rows) else 0
         if due > file.num_rows:

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from readapt_ray.serving.answers import to_base64
-from readapt_ray.serving.schema import MAX_INPUTS, EmbeddingsRequest, InputType, Text
+from readapt_ray.serving.schema import MAX_INPUTS, EmbeddingsRequest, InputType, Text, Whole
 
 EmbeddingType = Literal["float", "base64"]
 
@@ -29,8 +29,13 @@ class EmbedRequest(BaseModel):
     """Cut the end of a text that is too long, or refuse it."""
     embedding_types: Annotated[list[EmbeddingType], Field(fail_fast=True, min_length=1, max_length=2)] | None = None
     """Numbers, which is the default, or the bytes of little-endian float32 in base64, or both."""
-    output_dimension: int | None = Field(default=None, ge=1, strict=True)
+    output_dimension: Whole | None = None
     """As `dimensions` of `/v1/embeddings`."""
+
+    @field_validator("truncate", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        return "END" if value is None else value
 
     def as_embeddings_request(self) -> EmbeddingsRequest:
         """Return the same request in OpenAI's words."""

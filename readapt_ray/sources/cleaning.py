@@ -22,7 +22,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
-    """Unicode NFC, no control characters, every run of white space one newline or one space, no edges."""
+    """Normalise to Unicode NFC without control characters; runs of white space become one newline or one space, edges
+    none.
+    """
     if text.isprintable() and "  " not in text:  # neither control characters nor white space but single spaces
         return unicodedata.normalize("NFC", text).strip()
     text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
@@ -30,12 +32,14 @@ def clean_text(text: str) -> str:
 
 
 def clean_id(value: str) -> str:
-    """An id of a passage or query, in which the TREC formats have no white space: its edges go, that inside is encoded."""
+    """Return an id of a passage or query, in which the TREC formats have no white space: its edges go, that inside is
+    encoded.
+    """
     return encoded_white_space(value.strip())
 
 
 def encoded_white_space(text: str) -> str:
-    """White space as in a URL: a space as %20."""
+    """Encode white space as in a URL: a space as %20."""
     if text.isprintable() and " " not in text:
         return text
     return _WHITE_SPACE.sub(lambda found: urllib.parse.quote(found[0]), text)
@@ -97,7 +101,7 @@ def shown(value: object) -> str:
 
 
 def num_bytes(text: str) -> int:
-    """The length of a text in UTF-8."""
+    """Return the length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
@@ -107,5 +111,5 @@ def text_fault(text: object) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8: half of a surrogate pair, as JSON may hold, cannot."""
+    """Return whether a string can be written as UTF-8: half of a surrogate pair, as JSON may hold, cannot."""
     return text.isascii() or not _SURROGATE.search(text)

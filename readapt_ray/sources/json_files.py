@@ -112,8 +112,9 @@ def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
         return line
     try:
         value = json.loads(line.text)
-    except (ValueError, RecursionError):
-        return BadRow(f"{label}:{line.number}", "not_json")
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return BadRow(f"{label}:{line.number}", "not_json", why)
     return value if isinstance(value, dict) else BadRow(f"{label}:{line.number}", "not_json_object")
 
 
@@ -176,7 +177,7 @@ def _are_objects(value: Any) -> bool:
 
 
 def _values(file: Location, label: str, options: ReadOptions, advance: Advance = lambda _: None) -> Iterator[Any]:
-    """Yield each JSON value of a file; those of an array if it is one.
+    """Yield each JSON value of a file; of an array, its elements.
 
     Raises:
         CorpusError: it is cut short, is not JSON, or has a value longer than a row may be.
@@ -212,7 +213,7 @@ def _skip(text: str, start: int) -> int:
 
 def _not_json(label: str, number: int, error: object) -> CorpusError:
     return CorpusError(
-        f"{label} is not JSON after value {number}: {error}; mend it, or fetch it again if it was cut short"
+        f"{label} is not JSON after value {number}: {error}; fix it, or fetch it again if it was cut short"
     )
 
 

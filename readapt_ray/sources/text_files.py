@@ -2,7 +2,7 @@
 
 Enters: a file, or a folder of such files, at any depth. Leaves: a passage a file, or several where it is long. The doc_id
 is the path relative to the folder, white space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the
-file was split. The title is that of the front matter or of the page, or the first Markdown heading, else the name without
+file was split. The title comes from the front matter or the page, or the first Markdown heading, else the name without
 its suffix. 17 files are in memory, read ahead for stores that answer slowly.
 """
 
@@ -79,7 +79,7 @@ class TextSource(Source):
         return self._listing.files
 
     def check(self) -> None:
-        """There is a file with something in it."""
+        """Check that there is a file with text."""
         files = self._files
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
@@ -101,11 +101,11 @@ class TextSource(Source):
             self.kept = kept_schema(choice, types)
 
     def description(self) -> dict[str, Any]:
-        """The files that are read, and those that are not."""
+        """Return the files that are read, and those that are not."""
         return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """File after file."""
+        """Yield the rows of one file after the other."""
         for number, (label, document) in enumerate(self._documents()):
             if isinstance(document, BadRow):
                 yield document
@@ -114,7 +114,7 @@ class TextSource(Source):
             self.fraction_read = (number + 1) / len(self._files)
 
     def _documents(self) -> Iterator[tuple[str, Document | BadRow]]:
-        """Each file, in order, while the next ones are read."""
+        """Yield each file in order, while the next ones are read."""
         with ThreadPoolExecutor(_READERS) as pool:
             reads = ((file.label, pool.submit(self._read, file)) for file in self._files)
             ahead = collections.deque(itertools.islice(reads, _READERS))
@@ -149,7 +149,7 @@ class TextSource(Source):
                 yield Row(f"{label}#{number}", f"{doc_id}#{number}", title, piece, kept)
 
     def fingerprint(self) -> str:
-        """By the content of the files and their names."""
+        """Hash the content of the files and their names."""
         return files_fingerprint(self._files)
 
 
@@ -159,7 +159,7 @@ def _field(document: Document, name: str) -> object:
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """A text as pieces of at most `max_chars` characters, cut between paragraphs.
+    """Return a text as pieces of at most `max_chars` characters, cut between paragraphs.
 
     Paragraphs are put together as long as they fit; one that is too long for itself is cut at
     white space, or anywhere where it has none.

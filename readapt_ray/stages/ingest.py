@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
 from readapt_ray.config import OptionError, StageConfig, UsedWith
-from readapt_ray.errors import CorpusError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import named_footers, write_table
 from readapt_ray.sources import row_checks
@@ -32,7 +31,7 @@ from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
-from readapt_ray.sources.source import BadRow, Source, in_words
+from readapt_ray.sources.source import BadRow, Source
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
 
@@ -60,8 +59,9 @@ class IngestConfig(StageConfig):
     names are known: id, docid, pid, content, contents, passage, body, headline and more. query_id, query and relevance are
     fields of the queries and qrels."""
     keep: tuple[str, ...] = ()
-    """Other columns to carry along, such as url,date; search and serve give them back, and filters can use them. With
-    NAME:TYPE (string, int64, float64, bool) a type is set."""
+    """Other columns to carry along, such as url,date; servers and `ra.Retriever` give them back, filters can use them, and
+    exports hold them. The TREC run of `readapt search` has ids alone. With NAME:TYPE (string, int64, float64, bool) a type
+    is set."""
     bad_rows: Literal["skip", "fail"] = "skip"
     """What to do with a row that cannot become a passage: skip leaves it out and counts it, fail stops."""
     deduplicate: Literal["auto", "none", "exact", "near"] = "auto"
@@ -230,7 +230,7 @@ class _Ingestion:
         self._checks: RowChecks[str] = RowChecks(source.kept, max_text_bytes=config.max_text_bytes)
 
     def run(self) -> None:
-        """Passages first, then what points at them."""
+        """Write passages first, then what refers to them."""
         self._write_passages()
         self._write_labels()
         self._workspace.details |= {
@@ -269,10 +269,7 @@ class _Ingestion:
                 self._show_progress()
         self._writer.close()
         if not self._writer.num_rows:
-            raise CorpusError(
-                f"no passages are left of {self._config.source!r}: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); "
-                f"the log names the first of them"
-            )
+            raise self._bad_rows.none_left(self._config.source)
         if self._checks.num_changed_ids:
             logger.info(
                 "ingest: %d doc_ids had white space, which TREC files cannot hold: it is cut off at the ends and encoded "

@@ -54,7 +54,7 @@ class CastLoss:
         return cls({kind: _Squares(update, knowledge, error)})
 
     def is_finite(self) -> bool:
-        """Whether all sums are finite; then so is every value that entered them."""
+        """Return whether all sums are finite; then so is every value that entered them."""
         return all(math.isfinite(value) for each in self.squares.values() for value in dataclasses.astuple(each))
 
     def add(self, other: "CastLoss") -> None:
@@ -66,7 +66,9 @@ class CastLoss:
             mine.error += squares.error
 
     def survives(self) -> dict[str, dict[str, float | None]]:
-        """By kind of tensor the shares of the whole update and of the knowledge that survive; None where there is none."""
+        """Return by kind of tensor which share of the whole update and of the knowledge survives the cast; None without
+        any.
+        """
         return {
             kind: {"update": _share(each.error, each.update), "knowledge": _share(each.error, each.knowledge)}
             for kind, each in sorted(self.squares.items())

@@ -222,7 +222,7 @@ class Checkpoint:
             raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
 
     def names(self) -> list[str]:
-        """All tensors, sorted with numbers compared as numbers: the same order however the files are split."""
+        """List all tensors, sorted with numbers compared as numbers: the same order however the files are split."""
         return sorted(self._tensors, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
@@ -269,7 +269,9 @@ def is_buffer(name: str) -> bool:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; without a mask, so thirty times as fast as isfinite().all()."""
+    """Return whether a tensor holds neither NaN nor infinity; without a mask, so thirty times as fast as
+    isfinite().all().
+    """
     if tensor.numel() == 0:
         return True
     if tensor.dtype == torch.float32 and tensor.is_contiguous():

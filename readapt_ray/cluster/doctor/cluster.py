@@ -48,7 +48,7 @@ def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: boo
 
 @contextlib.contextmanager
 def _gpu_nodes(report: Report, *, starts: bool) -> Iterator[None]:
-    """Have the GPU nodes up that the cluster may grow to, if they are to be started; report those that are not up."""
+    """Start the GPU nodes that the cluster may grow to, if that is asked for; report those that are not up."""
     wanted = environment.num_gpus() or 0
     with contextlib.ExitStack() as stack:
         if starts:
@@ -129,8 +129,8 @@ def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: 
             report.add(name, {"versions": _silent(there)})
             continue
         text = software.other_versions(here, there)  # missing packages are checked on each node
-        mend = "install the same versions on all nodes, or remove this node"
-        report.add(name, {"versions": failed(f"{text}; {mend}")} if text else {})
+        advice = "install the same versions on all nodes, or remove this node"
+        report.add(name, {"versions": failed(f"{text}; {advice}")} if text else {})
         if there["readapt_ray"] != "missing":
             usable[name] = up[name]
     return usable
