@@ -29,7 +29,7 @@ _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
-"""From doc_ids to those of the passages that the corpus has."""
+"""Maps doc_ids to the doc_ids of passages that the corpus has."""
 
 
 def build_report(

@@ -1,7 +1,7 @@
 """Check everything that can be known of a run before its first stage starts.
 
 The source, models and how they take text, whether the two models belong together, the head and the layers that training
-needs, lengths against positions, files, options against each other, room on the disk and in memory, and what stands under the
+needs, lengths against positions, files, options against each other, room on the disk and in memory, and what is under the
 root already. All that is wrong is said in one message.
 """
 
@@ -188,7 +188,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
         with problems.noted():
             raise ArtifactConflictError(
-                f"under {config.root!r} stands what was made otherwise: {standing.summary(stale)}. Make these again, and only "
+                f"artifacts under {config.root!r} were made otherwise: {standing.summary(stale)}. Make these again, and only "
                 f"these, with --overwrite (or --from {first}), or give another --root"
             )
 
