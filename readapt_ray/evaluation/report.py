@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 
 from readapt_ray.evaluation import plots
+from readapt_ray.evaluation.general_report import GeneralReport, side_by_side
 from readapt_ray.evaluation.measures import Judgements, Measurement, describe_measures, recall_curve
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
@@ -44,6 +45,7 @@ def build_report(
     num_permutations: int,
     seed: int,
     requirements: Sequence[Mapping[str, Any]] = (),
+    general: GeneralReport | None = None,
 ) -> dict[str, Any]:
     """Put together all that the report says, as JSON values.
 
@@ -58,6 +60,7 @@ def build_report(
         num_permutations: of the tests, for the record.
         seed: of the tests and of the intervals.
         requirements: what must hold, and whether it does; see `requirements.py`.
+        general: what the same retrievers do on a general collection.
     """
     names = list(runs)
     query_ids = measurements[names[0]].query_ids
@@ -94,9 +97,20 @@ def build_report(
             for name in names
         ],
         "comparisons": [dataclasses.asdict(each) for each in comparisons],
+        "general": general and _general(comparisons, general, measures[0]),
         "recall": _recall(runs, judgements),
         "changes": changes,
         "settings": {"num_permutations": num_permutations, "seed": seed, "confidence": 0.95, "alpha": ALPHA},
+    }
+
+
+def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure: str) -> dict[str, Any]:
+    """The gain on one's own queries and what was forgotten on general ones."""
+    return {
+        "report": general.uri,
+        "num_queries": general.num_queries,
+        "verdicts": [verdict(each) for each in general.comparisons if each.measure == measure],
+        "rows": side_by_side(comparisons, general),
     }
 
 
@@ -171,6 +185,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
         lines += markdown_table(header, [_comparison_row(each) for each in report["comparisons"]])
         lines += ["", _method(report["settings"])]
+    lines += _beside_general(report)
     for change in report["changes"]:
         for key in ("gained", "lost"):
             lines += ["", f"## Queries that {key} most: {markdown(change['run'])}, {change['measure']}", ""]
@@ -186,6 +201,30 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         known = _pretty(run["provenance"]).replace("```", "'''")
         lines += [f"### {markdown(run['name'])}", "", "```json", known, "```", ""]
     return "\n".join(lines) + "\n"
+
+
+def _beside_general(report: Mapping[str, Any]) -> list[str]:
+    general = report["general"]
+    if not general:
+        return []
+    lines = ["", f"## Beside {amount(general['num_queries'], 'general queries')}", ""]
+    header = ["run", "measure", "own: difference", "95% interval", "general: difference", "95% interval"]
+    lines += markdown_table(
+        header,
+        [
+            [row["run"], row["measure"], *(cell for side in ("own", "general") for cell in _difference(row[side]))]
+            for row in general["rows"]
+        ],
+    )
+    return lines + [line for each in general["verdicts"] for line in ("", f"General: {markdown(each['sentence'])}")]
+
+
+def _difference(each: Mapping[str, Any]) -> list[str]:
+    interval = each["interval"]
+    return [
+        signed(each["difference"]),
+        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
+    ]
 
 
 def _notes(run: Mapping[str, Any]) -> Iterator[str]:
@@ -329,12 +368,10 @@ def _add_passages(changes: Sequence[Mapping[str, Any]], find_passages: FindPassa
 
 
 def _comparison_row(each: Mapping[str, Any]) -> list[str]:
-    interval = each["interval"]
     return [
         each["run"],
         each["measure"],
-        signed(each["difference"]),
-        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
+        *_difference(each),
         p_value(each["p_value"]),
         p_value(each["p_holm"]),
         *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),

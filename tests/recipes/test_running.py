@@ -654,6 +654,85 @@ def test_a_run_without_queries_withholds_some_passages_and_does_not_train_again_
     assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 7
 
 
+GENERAL = [
+    *("general/vectors/retriever", "general/vectors/adapted", "general/runs/retriever.trec"),
+    *("general/runs/adapted.trec", "general/report"),
+]
+
+
+def test_a_general_collection_is_measured_with_the_same_models(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "general.jsonl").write_text('{"id": "g1", "text": "A general passage."}\n')
+    general = {"source": str(tmp_path / "general.jsonl")}
+    assert desk.run() == 0
+    assert desk.run(general=general) == 2, "the report has no general table yet"
+    assert "general: it was not given before. Stale, with the time each took: report (" in capsys.readouterr().err
+    assert desk.run("--overwrite", general=general) == 0
+    assert desk.made == ["general/corpus", *GENERAL, "report"]
+    assert set(desk.states().values()) == {"done"}
+    assert desk.run(general=general) == 0
+    assert desk.made == []
+
+    assert desk.run("--set", "merge.knowledge_scale=0.25", "--from", "merge", general=general) == 0
+    assert desk.made == [*AFTER_TRAIN[1:5], *(GENERAL[i] for i in (1, 3, 4)), "report"]
+    assert desk.run("--set", "merge.knowledge_scale=0.25") == 2
+    assert "general: it is not given any more" in capsys.readouterr().err
+
+
+def test_general_steps_stand_in_the_order_in_which_they_fail_first(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text('{"id": "g1", "text": "A general passage."}\n')
+    general = {"source": str(tmp_path / "general.jsonl")}
+    assert desk.run(general=general) == 0
+    assert desk.made == ["corpus", "general/corpus", *ALL[1:10], *GENERAL, "report"]
+
+
+def test_a_general_collection_is_measured_also_where_ones_own_has_no_queries(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "general.jsonl").write_text('{"id": "g1", "text": "A general passage."}\n')
+    general = {name: str(tmp_path / f"general.{kind}") for name, kind in (("source", "jsonl"), ("queries", "tsv"))}
+    general["qrels"] = general["queries"]
+    desk.is_judged = False
+    assert desk.run(general={"source": general["source"]}) == 2
+    assert desk.made == ["corpus", "general/corpus"], "it is told before the training"
+    said = capsys.readouterr().err
+    assert (
+        "has no queries and no qrels of the split 'test'; give general.split, or general.queries and general.qrels"
+        in said
+    )
+    assert desk.run(general=general) == 2
+    assert f"section 'general': queries = {general['queries']!r} is not there" in capsys.readouterr().err
+    Path(general["queries"]).write_text("")
+    assert desk.run(general=general) == 0
+    assert desk.made == [*ALL[1:8], *GENERAL, "drift"]
+    assert f"report on general queries: {desk.root}/general/report/report.html" in capsys.readouterr().out
+
+
+def test_what_is_required_of_a_corpus_without_queries_is_refused_before_the_training(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk.is_judged = False
+    assert desk.run(evaluate={"require": "nDCG@10 >= base"}) == 2
+    assert desk.made == ["corpus"]
+    assert "require = 'nDCG@10 >= base', and the corpus has no queries and qrels" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_general_collection_is_told_first(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run(general={"source": str(tmp_path / "absent"), "split": "test"}) == 2
+    assert f"no corpus at '{tmp_path}/absent'" in capsys.readouterr().err
+    assert desk.run(general={"sorce": "x"}) == 2
+    assert "did you mean 'source'" in capsys.readouterr().err
+    assert desk.run(evaluate={"require": "general nDCG@10 >= base"}) == 2
+    assert (
+        "no general collection is measured; give its report with --general, in a run its corpus"
+        in capsys.readouterr().err
+    )
+    assert not desk.made
+
+
 def test_a_bad_manifest_spoils_its_line_and_no_other(desk: Desk) -> None:
     assert desk.run() == 0
     for name, text in (("blocks", "{"), ("adapter", '{"stage": "trai'), ("adapted", '{"stage": 3}')):
