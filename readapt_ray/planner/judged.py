@@ -19,7 +19,9 @@ def num_given(run: RunConfig | GeneralCollection) -> int | None:
     """Return how many queries of the files that a run names are judged; None if it names none."""
     if not run.queries or not run.qrels or not Location(run.queries).exists() or not Location(run.qrels).exists():
         return None
-    columns = _Columns(columns=getattr(run, "search", {}).get("columns", ())).columns
+    columns: ColumnsOption = ()
+    if isinstance(run, RunConfig):
+        columns = _Columns(columns=run.search.get("columns", run.ingest.get("columns", ()))).columns
     return len(keep_judged(read_queries(run.queries, columns), read_qrels(run.qrels, columns)))
 
 

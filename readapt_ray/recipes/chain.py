@@ -155,7 +155,7 @@ class RunConfig(Config):
     """JSON file with the retriever's pooling, prompts and special tokens, for merge and embed. If omitted, what its
     folder or the catalog says."""
     ingest: Section = Field(default_factory=dict)
-    """Options of ingest."""
+    """Options of ingest. Its `columns` are those of the files `queries` and `qrels`, too."""
     train: Section = Field(default_factory=dict)
     """Options of train; `mode`, `block_tokens`, `exclude` and `only` decide which passages are packed, and how."""
     merge: Section = Field(default_factory=dict)
@@ -250,6 +250,8 @@ class _Plan:
         self._encoding = {} if config.encoding is None else {"encoding": config.encoding}
         self._retrievers = {BASE: config.retriever, ADAPTED: self._at(ADAPTED)}
         self._depth: Section = {}
+        is_given = (config.queries or config.qrels) and "columns" in config.ingest
+        self._columns: Section = {"columns": config.ingest["columns"]} if is_given else {}
         self._queries = config.queries or self._at("corpus/queries")
         self._qrels = config.qrels or self._at(f"corpus/qrels/{config.split}.parquet")
 
@@ -289,6 +291,7 @@ class _Plan:
             **self._depth,
             "drop_self_hits": drops_self_hits(self._config.source),
             "qrels": self._qrels,
+            **self._columns,
         }
         for name, model in self._retrievers.items():
             yield self._step(
@@ -333,7 +336,7 @@ class _Plan:
         return self._step(
             "report",
             "evaluate",
-            self._config.evaluate,
+            {**self._columns, **self._config.evaluate},
             runs=[self._at(f"runs/{name}.trec") for name in self._retrievers],
             qrels=self._qrels,
             queries=self._queries,

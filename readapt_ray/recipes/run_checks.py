@@ -5,13 +5,13 @@ needs, lengths against positions, files, options against each other, room on the
 root already. All that is wrong is said in one message.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from readapt_ray import artifacts, leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
+from readapt_ray.errors import ArtifactConflictError, CorpusError, InputError, ModelError
 from readapt_ray.recipes import memory_checks, option_checks, room_checks, standing
 from readapt_ray.recipes.chain import GENERAL, RunConfig, Step, by_stage
 from readapt_ray.recipes.problems import Problems
@@ -53,6 +53,10 @@ def check_run(
         if step.stage == "ingest" and step.name not in done and "source" not in problems.left_out:
             with problems.noted():
                 _check_source(step.config)
+    labels = {(search.queries, search.qrels): search for search in _searches(config, steps, done)}
+    for search in labels.values():
+        with problems.noted():
+            _check_labels(search)
     opened = dict(_opened(config, problems))
     _check_models(config, opened, every, problems)
     for step in steps:
@@ -72,6 +76,30 @@ def check_run(
         memory_checks.check_memory(due, every, opened, problems, dimension=dimension, num_passages=num_passages)
     problems.raise_them()
     return [each for each in found if each.is_stale]
+
+
+def _searches(config: RunConfig, steps: Sequence[Step], done: Collection[str]) -> Iterator[Any]:
+    """Yield the configs of the searches that are to be made, and whose queries and qrels the user gave and are there."""
+    for step in steps:
+        search: Any = step.config
+        given: Any = config.general if step.is_general else config
+        is_due = step.stage == "search" and step.name not in done and (given.queries or given.qrels) and search.qrels
+        if is_due and all(Location(uri).exists() for uri in (search.queries, search.qrels)):
+            yield search
+
+
+def _check_labels(search: Any) -> None:
+    """Check that queries and qrels can be read and belong together.
+
+    Raises:
+        CorpusError: they cannot, or no query is judged.
+    """
+    from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
+
+    if not keep_judged(read_queries(search.queries, search.columns), read_qrels(search.qrels, search.columns)):
+        raise CorpusError(
+            f"no query of {search.queries!r} is judged in {search.qrels!r}; give files that belong together"
+        )
 
 
 def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenModel]]:
