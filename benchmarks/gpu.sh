@@ -2,7 +2,7 @@
 # The tests and benchmarks of one GPU, each part under nine minutes; results in benchmarks/results/gpu_PART.json.
 #   bash benchmarks/gpu.sh [tests|training|embedding|search|weights|pair ...]
 # PYTHON names the interpreter, WORK a folder with room for 45 GB (default in memory); pair needs DATA, the folder of the
-# BEIR folders that benchmarks/pair.py names, and goes on where it stopped when it is called again.
+# BEIR folders that benchmarks/pair.py names, and resumes where it stopped when it is called again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"

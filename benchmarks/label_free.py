@@ -6,7 +6,7 @@ DIR holds the BEIR folders `nfcorpus` and `scifact`. The quickstart's pair, an a
 passage, every judged query of every split (nothing here is trained on them), and as many pseudo-queries as `tune` makes by
 default; readapter_scale 1. Half of the judged queries choose the labelled knowledge_scale, half of the pseudo-queries the
 label-free one, both as `tune` does; both choices are then measured on the other half of the judged queries. Half an hour on
-two idle cores; killed, it goes on where it stopped. A root of `benchmarks/recipes.py` spares the
+two idle cores; killed, it resumes where it stopped. A root of `benchmarks/recipes.py` spares the
 training: the artifacts have the same names there.
 """
 

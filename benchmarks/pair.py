@@ -7,7 +7,7 @@ DIR holds the BEIR folders `squad11`, `msmarco_dl1920_pool`, `cranfield`, `nfcor
 full` of a fresh Llama on the docstrings of the installed packages and the passages of the first three; `finetune` of all its
 weights on squad11's training questions; the paper's table 1 and baselines on NFCorpus and SciFact, which neither has seen; and
 for each corpus and seed `tune`, whose scales are chosen on one half of the test queries and reported on the other. Every
-step is a stage: killed or out of time, it goes on where it stopped, and what is done is in --output.
+step is a stage: killed or out of time, it resumes where it stopped, and what is done is in --output.
 """
 
 import argparse

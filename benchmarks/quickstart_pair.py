@@ -8,7 +8,7 @@ From the docstrings of the source packages alone, by the stages of the package: 
 docstrings for the language model and once with the summary sentences as queries; a byte-level BPE of
 8,192 tokens; `train --method full` of a fresh 5-million-parameter Llama (4 layers, 256 wide); `finetune`
 with InfoNCE on (summary sentence, rest of the docstring). The target packages (ray, torch and what
-belongs to them) are in none of it. Killed, it goes on where it stopped.
+belongs to them) are in none of it. Killed, it resumes where it stopped.
 """
 
 import argparse

@@ -5,7 +5,7 @@ docstring domains, three seeds.
 
 DIR holds the BEIR folders `nfcorpus` and `scifact`, and `msmarco-5000.jsonl`, any five thousand passages of a general
 domain, whose adapter table3 uses everywhere. 87 adapters are trained on 20 million tokens in all, one CPU at a time: three
-hours. Killed, it goes on where it stopped; what is done so far is written to --output after each experiment.
+hours. Killed, it resumes where it stopped; what is done so far is written to --output after each experiment.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a Slurm cluster: sbatch clusters/slurm.sh --config jobs/e5-mistral.yaml --root /shared/run
 # One Ray node a Slurm node, a token for this allocation only, and the pipeline on the first node. The root must lie on a disk
-# that all nodes see, or in an object store. Cut off at the time limit, the same sbatch goes on where it stopped.
+# that all nodes see, or in an object store. Cut off at the time limit, the same sbatch resumes where it stopped.
 #SBATCH --job-name=readapt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -380,7 +380,7 @@ def evaluate(
         general: Output of `readapt evaluate` for the same retrievers on a general collection, to show beside
             the gain on one's own what adapting lost there.
         require: What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005"
-            (the whole 95% interval of the difference from the first run lies above it) or "nDCG@10 >= 0.3" (the
+            (the whole 95% interval of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the
             mean). For each run after the first. "general nDCG@10 >= base - 0.005" is of what `general`
             measured.
         num_permutations: Number of random permutations in the significance test, and of bootstrap samples in
@@ -447,7 +447,7 @@ def find(
     root: str | Path,
     doc_id: str,
 ) -> Results:
-    """Find where a passage stands under a root.
+    """Find a passage in all artifacts of a root.
 
     Give the options by name, or all of them as one FindConfig.
 
@@ -531,7 +531,7 @@ def finetune(
         dtype: Data type of matrix products and frozen weights; trained weights are always float32. auto is
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
-        base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is that of
+        base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
             dtype; int8 and nf4 take 8 and 4.5 bits per weight and are decoded for each product. The adapter
             still fits the model in full precision. Use it with gradient_checkpointing where a model does not
             fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
@@ -561,7 +561,8 @@ def finetune(
         model: Model to start from: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages with queries and qrels (the output of `readapt ingest`), queries that a language model
             wrote (the output of `readapt synthesize`), or a JSONL file of pairs with the texts `query`,
-            `positive` and, optionally, `negatives`. (required)
+            `positive` and, optionally, `negatives`. Of a document that ingest split, the passage with most
+            words of the query is trained on. (required)
         split: Split of the corpus's qrels to train on: train, dev, test. (default: train)
         negatives: TREC run to take hard negatives from (the output of `readapt search`): its best passages that
             are not judged relevant.
@@ -681,8 +682,9 @@ def ingest(
         columns: Columns that hold doc_id, title and text, if they are not called so:
             doc_id=docid,text=abstract+body joins two. Usual names are known: id, docid, pid, content, contents,
             passage, body, headline and more. query_id, query and relevance are fields of the queries and qrels.
-        keep: Other columns to carry along, such as url,date; search and serve give them back, and filters can
-            use them. With NAME:TYPE (string, int64, float64, bool) a type is set.
+        keep: Other columns to carry along, such as url,date; servers and `ra.Retriever` give them back, filters
+            can use them, and exports hold them. The TREC run of `readapt search` has ids alone. With NAME:TYPE
+            (string, int64, float64, bool) a type is set.
         bad_rows: What to do with a row that cannot become a passage: skip leaves it out and counts it, fail
             stops. (default: skip)
         deduplicate: Which duplicates to drop: none, exact (same title and text), or near (also nearly the
@@ -814,7 +816,8 @@ def pack(
             passages are truncated. If omitted, 1024 or the model's number of positions, whichever is smaller.
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
-            or JSONL file with a column doc_id, or qrels.
+            or JSONL file with a column doc_id, or qrels. The id of a document that ingest split stands for all
+            its passages.
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
@@ -914,11 +917,11 @@ def refresh(
     Options:
         root: Folder or URI that holds the generations; also the root of a `readapt run`. (required)
         source: The corpus as it is now: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or
-            `python-docs:PACKAGE,...`. If omitted, that of the refresh before.
-        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, that
-            of the refresh before.
-        to: Vector database to keep up to date, as `readapt export --to`. If omitted, that of the refresh
-            before, if it had one.
+            `python-docs:PACKAGE,...`. If omitted, the source of the previous refresh.
+        retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, the
+            model of the previous refresh.
+        to: Vector database to keep up to date, as `readapt export --to`. If omitted, the target of the previous
+            refresh, if it had one.
         serve: YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to
             the new generation.
         back: Number of an earlier generation to make the present one again. The source is not read.
@@ -928,7 +931,8 @@ def refresh(
             (default: no)
         loss_sample: Number of new and of kept passages on which the language-model loss of the retriever's
             adapter is measured; 0 leaves it out. It loads the pretrained model. (default: 64)
-        ingest: Options of ingest. If omitted, those of the refresh before; so are the other sections.
+        ingest: Options of ingest. If omitted, the options of the previous refresh; the same holds for the other
+            sections.
         embed: Options of embed.
         index: Options of index.
         export: Options of export.
@@ -983,7 +987,7 @@ def search(
         root: Root of `readapt refresh`: search the index of its present generation, with its retriever. What is
             given beside it overrides it.
         as_of: Number of the generation of `root` to search. If omitted, the present one.
-        bridge: Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to
+        bridge: Output of `readapt bridge`, if the vectors were made by an older model: queries are mapped to
             them.
         queries: Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files.
             (required)
@@ -1076,8 +1080,8 @@ def serve(
         corpus: Output folder of `readapt ingest`. If omitted, search results have no titles and texts.
         encoding: JSON file that says how the retriever wants its text. If omitted, the index says it, or the
             model's folder.
-        dtype: Type that the model computes in. If omitted, that of the index, or float32. The index accepts no
-            other one.
+        dtype: Type that the model computes in. If omitted, the type of the index, or float32. The index accepts
+            no other one.
         batch_tokens: Maximum number of tokens per batch. If omitted, chosen for the device. Lower it if a GPU
             runs out of memory.
         num_replicas: Number of encoder processes; with `max_replicas`, the minimum. Raise it for more requests
@@ -1092,7 +1096,7 @@ def serve(
             other work runs there.
         index_actors: Number of processes that share the shards of the index. Raise it if the index does not fit
             one machine's memory. (default: 1)
-        index_replicas: Number of copies of each index process. With 2 or more, searches go on when one dies.
+        index_replicas: Number of copies of each index process. With 2 or more, searches continue when one dies.
             (default: 1)
         num_cpus_per_index_actor: CPUs that Ray reserves per index process. (default: 0.25)
         batch_wait_s: Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it
@@ -1107,8 +1111,8 @@ def serve(
         truncate: Cut texts that are too long, unless the request says `"truncate": false`. Without it they are
             refused. Set it for clients that cannot ask for it. (default: no)
         accept_token_ids: Accept token ids in place of texts. Only ids of the model's own tokenizer give the
-            right vectors. OpenAI's ids, which LangChain sends by default, give those of other texts. (default:
-            no)
+            right vectors. OpenAI's ids, which LangChain sends by default, give vectors of other texts.
+            (default: no)
         knowledge_scale: Range of scales that a request for a domain may ask for by `knowledge_scale`, such as
             0.0..1.0. If omitted, requests cannot choose, and each domain has the scale that it was merged with.
         timeout_s: Seconds until a request is given up with 504. A request can ask for less. Raise it if clients
@@ -1210,9 +1214,9 @@ def synthesize(
         vectors: Vectors of the corpus: the output of `readapt embed`. A query is kept only if the retriever
             that made them finds its passage with it. If omitted, queries are not tried.
         round_trip_k: The passage must be among so many best results of its query, with vectors. (default: 20)
-        prompt: What the model is asked; {passage} stands for title and text. (default: Here is a passage:
-            {passage} Write one question that a person would type into a search engine and that this passage
-            answers. Use other words than the passage where you can. Reply with the question alone.)
+        prompt: Prompt for the model; title and text replace {passage}. (default: Here is a passage: {passage}
+            Write one question that a person would type into a search engine and that this passage answers. Use
+            other words than the passage where you can. Reply with the question alone.)
         max_passage_chars: Characters of a passage that the model reads; the rest is cut. (default: 2000)
         max_query_tokens: Maximum tokens of an answer. (default: 48)
         temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
@@ -1301,7 +1305,7 @@ def train(
         dtype: Data type of matrix products and frozen weights; trained weights are always float32. auto is
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
-        base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is that of
+        base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
             dtype; int8 and nf4 take 8 and 4.5 bits per weight and are decoded for each product. The adapter
             still fits the model in full precision. Use it with gradient_checkpointing where a model does not
             fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
@@ -1334,7 +1338,8 @@ def train(
             passages are truncated. If omitted, 1024 or the model's number of positions, whichever is smaller.
             (default: 1024)
         exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
-            or JSONL file with a column doc_id, or qrels.
+            or JSONL file with a column doc_id, or qrels. The id of a document that ingest split stands for all
+            its passages.
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
@@ -1401,10 +1406,11 @@ def tune(
         retriever: Model to adapt: a catalog name, a folder, a URI or a hub id. (required)
         adapter: Knowledge adapter: the output of `readapt train`, or a PEFT folder. (required)
         corpus: Passages: the output of `readapt ingest`. (required)
-        queries: Withheld queries: a file or folder. If omitted, those of the corpus's split dev, else of train,
-            but never of the split that is reported on (test, or that of the report beside the corpus); else
+        queries: Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never
+            the split that is reported on (test, or the split of the report beside the corpus); else
             pseudo-queries made from the passages.
-        qrels: Judgements of the queries: a file or folder.
+        qrels: Judgements of the queries: a file or folder. A document that ingest split has the score of its
+            best passage.
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)

@@ -2,7 +2,7 @@
 
 In: the folder of an artifact, and its record. Out: what is in the way, or what was removed. A manifest lists the names
 of its files; consecutive numbers take one entry, so a record of 244,000 files takes a line. A lease lists patterns of
-what the work writes: paths relative to the artifact in which `*` stands for anything but a slash and `#` for digits. Of
+what the work writes: paths relative to the artifact in which `*` matches anything but a slash and `#` matches digits. Of
 what matches, files that changed after the work had ended are not ours. Nothing else is ever removed. It costs one
 listing of the folder, and on an object store a few requests for each file that is removed, 32 at a time.
 """
@@ -287,7 +287,7 @@ def remove_temporary(location: Location, names: Iterable[str]) -> None:
 
 
 def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
-    """Remove the folders that hold nothing and that files matching a pattern would lie in."""
+    """Remove the folders that hold nothing and would hold files that match a pattern."""
     parents = _compiled(_parents(patterns))
     for name in reversed(location.entries()[1]):
         if parents.fullmatch(name):
@@ -295,9 +295,9 @@ def remove_empty_folders(location: Location, patterns: Iterable[str]) -> None:
 
 
 def would_collide(location: Location, own: Collection[str], planned: Sequence[str]) -> list[str]:
-    """Return what lies where planned files would be written, and is not in `own`.
+    """Return what is in the place of planned files, and is not in `own`.
 
-    Work that goes on from the files it finds would take such a file for its own. A link in the place of a folder
+    Work that resumes from the files it finds would take such a file for its own. A link in the place of a folder
     leads to files that are not removed, so it collides, too.
     """
     foreign = [name for name in location.entries()[0] if name not in own]
@@ -305,7 +305,7 @@ def would_collide(location: Location, own: Collection[str], planned: Sequence[st
 
 
 def in_the_way(location: Location, *, but: Collection[str]) -> list[str]:
-    """Return what lies right under a folder, folders with a slash behind their names.
+    """Return the entries of a folder, folders with a slash behind their names.
 
     Temporary files of our writes do not count. On an object store a folder without files does not count either: it
     is only a mark that deleted files left.

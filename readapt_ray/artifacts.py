@@ -4,17 +4,17 @@ A stage calls `produce` with its config, the fingerprints of its inputs and the 
 
     manifest there, same fingerprint      nothing is done, and it says so
     manifest there, other fingerprint     refused, unless told to overwrite
-    `building.json` there, same           an earlier process was killed: the work goes on
+    `building.json` there, same           an earlier process was killed: the work resumes
     `building.json` there, other          refused, unless told to overwrite
     anything else there                   refused, also when told to overwrite
 
-An output is ours only if a manifest or a lease of ours lies there. It says which files are ours (`artifact_files.py`);
-overwriting removes these, and leaves whatever else lies in the folder.
+An output is ours only if a manifest or a lease of ours is there. It says which files are ours (`artifact_files.py`);
+overwriting removes these, and keeps all other files of the folder.
 
 An output that ends with `.trec` is an artifact of one file, its records beside it under its name
 (`base.trec.manifest.json`).
 
-While work goes on, `building.json` holds a lease (`leases.py`).
+During the work, `building.json` holds a lease (`leases.py`).
 """
 
 import dataclasses
@@ -118,7 +118,7 @@ class Workspace:
 
 
 def fingerprint(content: Any) -> str:
-    """32 hex characters that stand for a JSON-like value, whatever the order of its keys."""
+    """Hash a JSON-like value to 32 hex characters, whatever the order of its keys."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
@@ -251,7 +251,7 @@ def produce(
         stage: the stage's name.
         config: its options; those that decide the content are fingerprinted.
         inputs: the fingerprint of each input.
-        work: fills the workspace. It finds there what a killed process left, and goes on from it.
+        work: fills the workspace. It finds there what a killed process left, and resumes from it.
         identity: what else decides the content (a resolved default, say).
 
     Raises:
@@ -308,7 +308,7 @@ def _fill(
                 outputs.clear(location, there, own)
                 lease.say(**ours, files=())
             elif goes_on:
-                logger.info("%s: goes on where it stopped in %s", stage, location)
+                logger.info("%s: resumes where it stopped in %s", stage, location)
                 artifact_files.remove_temporary(location, own)
             workspace = Workspace(location=location, fingerprint=identified, reporter=reporter)
             work(workspace)
@@ -339,7 +339,7 @@ def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) ->
 
 
 def read_lease(uri: str | Location) -> dict[str, Any] | None:
-    """What an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
+    """Return what an unfinished artifact says: its stage, process, heartbeat (unix seconds) and progress."""
     return leases.read_lease(record_of(uri if isinstance(uri, Location) else Location(uri), LEASE_NAME))
 
 
@@ -354,5 +354,5 @@ def _versions() -> dict[str, str]:
 
 
 def counted(counts: Mapping[str, int]) -> str:
-    """Counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
+    """Return counts as people say them: 300 passages, 1 shard, 81,920 bytes."""
     return ", ".join(amount(value, name.removeprefix("num_").replace("_", " ")) for name, value in counts.items())

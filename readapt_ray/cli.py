@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_terminated = termination.is_told(stop)
         if isinstance(stop, SystemExit) and not is_terminated:
             raise
-        goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it goes on where it stopped"
+        goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it resumes where it stopped"
         what, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
         print(f"\nreadapt: {what}{goes_on}", file=sys.stderr)
         return code
@@ -223,7 +223,7 @@ def _doctor(arguments: Sequence[str]) -> None:
     report = doctor.examine(doctor.DoctorConfig.parse(values, where="readapt doctor", flags=True))
     print(report.text())
     if report.num_failing:
-        raise ReadaptError(f"will fail: {report.num_failing}; mend what is listed, and run doctor again")
+        raise ReadaptError(f"will fail: {report.num_failing}; fix what is listed, and run doctor again")
 
 
 def _compare(arguments: Sequence[str]) -> None:

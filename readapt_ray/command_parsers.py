@@ -95,7 +95,7 @@ def _run_parser(command: str) -> "flags.Parser":
         help="File of the run: source, pretrained, retriever, and a section of options per stage. (required)",
     )
     parser.add_argument(
-        "--root", metavar="URI", help="Folder or URI to write all artifacts to. If omitted, that of the file."
+        "--root", metavar="URI", help="Folder or URI to write all artifacts to. If omitted, the root of the file."
     )
     parser.add_argument(
         "--set",
@@ -107,7 +107,7 @@ def _run_parser(command: str) -> "flags.Parser":
     parser.add_argument(
         "--encoding",
         metavar="FILE.json",
-        help="JSON file with the retriever's pooling, prompts and special tokens. If omitted, that of the file, of the "
+        help="JSON file with the retriever's pooling, prompts and special tokens. If omitted, the encoding of the file, of the "
         "retriever's folder or of the catalog.",
     )
     return parser
@@ -226,5 +226,5 @@ _PARSERS: dict[str, Callable[[], "flags.Parser"]] = {
     "status": _status_parser,
     "quickstart": _quickstart_parser,
 }
-"""Parsers of commands whose options are not those of one config."""
+"""Parsers of commands that do not take the options of one config."""
 _SHELLS = ("bash", "zsh", "fish")

@@ -50,8 +50,8 @@ class OptionError(ValueError):
     """Options that do not go together, for a validator to raise.
 
     Args:
-        text: what is wrong; `{name}` stands for the option of that name as the user wrote it: `--top-k`, or `top_k`.
-        values: what else stands in braces.
+        text: what is wrong; `{name}` is replaced by the option of that name as the user wrote it: `--top-k`, or `top_k`.
+        values: values for the other braces.
     """
 
     def __init__(self, text: str, **values: object) -> None:
@@ -60,12 +60,12 @@ class OptionError(ValueError):
         self._values = values
 
     def as_flags(self) -> str:
-        """The message with the options as the command line calls them."""
+        """Return the message with the options as the command line calls them."""
         return self._text.format_map(_Names(self._values, flag))
 
 
 class _Names(dict[str, object]):
-    """What stands in the braces of an `OptionError`: a given value, or the name of an option."""
+    """What replaces the braces of an `OptionError`: a given value, or the name of an option."""
 
     def __init__(self, values: dict[str, object], spelled: Callable[[str], str] = str) -> None:
         super().__init__(values)
@@ -76,7 +76,7 @@ class _Names(dict[str, object]):
 
 
 def options_text(config_class: type[BaseModel]) -> str:
-    """The options of a config as the lines of a docstring: each with what it means and its default."""
+    """Return the options of a config as the lines of a docstring: each with what it means and its default."""
     lines = ["Options:"]
     for name, field in config_class.model_fields.items():
         text = " ".join(f"{name}: {field.description or ''} {default(field)}".split())
@@ -92,7 +92,7 @@ def options_text(config_class: type[BaseModel]) -> str:
 
 
 def default(field: FieldInfo) -> str:
-    """The default of an option in brackets, or that it is required."""
+    """Return the default of an option in brackets, or that it is required."""
     if field.is_required():
         return "(required)"
     if field.default is None or field.default in ("", ()) or field.default_factory is not None:
@@ -197,7 +197,7 @@ class Config(BaseModel):
         """Make a config from plain values (from YAML, JSON or flags).
 
         Args:
-            values: option names and values; text is converted to numbers where a number is due.
+            values: option names and values; text is converted to numbers where a number is expected.
             where: what to name in the error: a file, or a command.
             flags: whether errors call options as the command line does.
 
@@ -227,11 +227,11 @@ class StageConfig(Config):
     safety: ClassVar[frozenset[str]] = frozenset({"overwrite"})
 
     def settings(self) -> dict[str, Any]:
-        """Every option as JSON values."""
+        """Return every option as JSON values."""
         return dict(self.model_dump(mode="json"))
 
     def identity(self, known: Container[str] | None = None) -> dict[str, Any]:
-        """The options that decide what comes out.
+        """Return the options that decide what comes out.
 
         Args:
             known: the options that another release had; others are left out where they have their defaults.
@@ -247,7 +247,7 @@ class StageConfig(Config):
 
 
 def _without_paths(value: Any) -> Any:
-    """The same value with the text of each path in place of the path."""
+    """Return the same value with the text of each path in place of the path."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if type(value) in (list, tuple):
@@ -300,29 +300,29 @@ def _closing(text: str, at: int) -> int:
 
 
 def is_list(annotation: Any) -> bool:
-    """Whether an option takes several values."""
+    """Return whether an option takes several values."""
     return any(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
 
 
 def is_only_list(annotation: Any) -> bool:
-    """Whether an option takes several values, and never one that is not in a list."""
+    """Return whether an option takes several values, and never one that is not in a list."""
     return all(typing.get_origin(each) in (tuple, list) for each in _alternatives(annotation))
 
 
 def _alternatives(annotation: Any) -> list[Any]:
-    """The types of an option; `None` is left out."""
+    """Return the types of an option; `None` is left out."""
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return [annotation]
     return [each for each in typing.get_args(annotation) if each is not type(None)]
 
 
 def flag(option: str) -> str:
-    """An option as the command line calls it."""
+    """Return an option as the command line calls it."""
     return f"--{option.replace('_', '-')}"
 
 
 def meant(word: str, known: Iterable[str]) -> str:
-    """Which of the known words was meant, as a question; empty where none is like it.
+    """Return which of the known words was meant, as a question; empty where none is like it.
 
     `embd` means `embed`, and `k` means `top_k` where no other option has a `k` between underscores.
     """
@@ -354,7 +354,7 @@ def _join(problems: Iterable[_Problem]) -> str:
 
 
 def _known_at(config_class: type[Config], path: Sequence[Any]) -> list[str]:
-    """The options of a config, or of the config inside it in which the last part of a path stands."""
+    """Return the options of a config, or of the config inside it that has the last part of a path."""
     for part in path[:-1]:
         field = config_class.model_fields.get(str(part))
         inner = _alternatives(field.annotation) if field else []

@@ -32,7 +32,7 @@ def shows_tracebacks() -> bool:
 
 
 def cache_folder() -> Path:
-    """Return READAPT_CACHE: the folder for fetched models and the texts of served corpora; ~/.cache/readapt unless it is set.
+    """Return READAPT_CACHE: the folder for fetched models and for what servers copy; ~/.cache/readapt unless it is set.
 
     Raises:
         InputError: it is not a folder.

@@ -58,7 +58,7 @@ class PlacementError(InputError):
 
 
 class StorageError(InputError):
-    """A disk is full, or a folder may not be written; what was written before stays, and the work can go on."""
+    """A disk is full, or a folder may not be written; what was written before stays, and the work can resume."""
 
 
 class CorruptFileError(ReadaptError):
@@ -80,14 +80,14 @@ class WorkerError(ReadaptError):
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says."""
+    """Return the first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
-"""What Python raises for a path that the user must mend."""
+"""What Python raises for a path that the user must change."""
 
 
 def unreadable(error: Exception) -> InputError:
-    """The same as one message of ours."""
+    """Return the same as one message of ours."""
     return InputError(f"{' '.join(str(error).split())}; give a path that may be read")

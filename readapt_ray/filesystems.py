@@ -53,7 +53,7 @@ def extended(uri: str, tail: str) -> str:
 
 
 def refuse_credentials(uri: str, *, variables: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
-    """Refuse a URI that holds credentials: they would stand in logs and manifests.
+    """Refuse a URI that holds credentials: they would appear in logs and manifests.
 
     Args:
         uri: of a file, a folder or a server.

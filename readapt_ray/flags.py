@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{self.prog}: {message}; `{self.prog} --help` shows the options")
 
     def parsed(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """The options of a command line.
+        """Return the options of a command line.
 
         Raises:
             InputError: an option is unknown or lacks its value; the message says which was meant.
@@ -56,7 +56,7 @@ def parse(command: str, description: str, config_class: type[C], arguments: Sequ
 
 
 def config_parser(command: str, description: str, config_class: type[Config]) -> Parser:
-    """Return the parser of a command whose options are those of one config."""
+    """Return the parser of a command that has the options of one config."""
     parser = Parser(command, description, epilog=_notes(config_class))
     groups = add_flags(parser, config_class)
     groups[0].add_argument(
@@ -68,7 +68,7 @@ def config_parser(command: str, description: str, config_class: type[Config]) ->
 
 
 def given(config_class: type[Config], options: argparse.Namespace) -> dict[str, Any]:
-    """The options of a config that were set."""
+    """Return the options of a config that were set."""
     found = {name: getattr(options, name, None) for name in config_class.model_fields}
     return {name: value for name, value in found.items() if value is not None}
 

@@ -117,7 +117,7 @@ def as_of(root: Location, number: int | None) -> Generation:
 
 
 def with_folders(values: Mapping[str, Any], options: Sequence[str]) -> dict[str, Any]:
-    """Return the values of a config in which the options that are not given are those of a generation.
+    """Return the values of a config with a generation's values for the options that are not given.
 
     Args:
         values: with `root`, and perhaps `as_of`, the number of the generation.

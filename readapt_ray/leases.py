@@ -4,8 +4,8 @@ While a stage works, its `building.json` holds the process, a heartbeat (unix se
 so that `readapt status` can tell running from dead, and two drivers do not write into one folder.
 
 A process of this machine is looked up by its pid. Another is watched: it lives if its heartbeat changes,
-whatever the clocks say. Each reads its own lease before it writes it, and stops where another's lies
-there, so of two that began at once, or took each other for dead, one goes on.
+whatever the clocks say. Each reads its own lease before it writes it, and stops where it finds another's
+there, so of two that began at once, or took each other for dead, only one continues.
 """
 
 import json
@@ -29,7 +29,7 @@ logger = logging.getLogger("readapt_ray")
 
 _HEARTBEAT_S = 5.0
 STALE_S = 30.0
-"""A heartbeat that is older, by this machine's clock, is that of a process that ended."""
+"""A heartbeat that is older, by this machine's clock, belongs to a process that ended."""
 _FIELDS = {"stage", "owner", "pid", "heartbeat"}
 _FIRST_CHARACTERS = '{"stage": "'
 _NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
@@ -73,9 +73,9 @@ def is_cut_short(file: Location) -> bool:
 
 
 def is_foreign(file: Location) -> bool:
-    """Return whether something lies where a lease would be written that is neither a lease nor the beginning of one."""
+    """Return whether the path of the lease holds something that is neither a lease nor the beginning of one."""
     is_ours = is_cut_short(file) or read_lease(file) is not None
-    return not is_ours and file.exists() and read_lease(file) is None  # another driver may have begun meanwhile
+    return not is_ours and file.exists() and read_lease(file) is None  # another driver may have begun since
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:
@@ -118,7 +118,7 @@ def _beats(file: Location, lease: Mapping[str, Any]) -> bool:
 class Lease:
     """Hold the artifact at `location` for this process until the block ends.
 
-    After an error `building.json` stays, as a mark to go on from; after success it is the caller's to delete.
+    After an error `building.json` stays, so that the work can resume; after success it is the caller's to delete.
     A main thread that works while another process takes the artifact over is interrupted, as by Ctrl-C.
 
     Args:

@@ -52,7 +52,7 @@ def is_notebook() -> bool:
 
 
 class _Display:
-    """A rich display, which lasts as long as it has rows: drawn by a thread of rich's on a terminal, by us in a notebook."""
+    """A rich display, which ends when it has no rows: drawn by a thread of rich's on a terminal, by us in a notebook."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

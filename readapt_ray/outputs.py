@@ -116,7 +116,7 @@ def forget_if_empty(location: Location, patterns: Sequence[str]) -> None:
 
 
 def being_cleared(own: Collection[str]) -> dict[str, Any]:
-    """Return what a lease says while these files of an artifact are removed, so that a killed removal can go on."""
+    """Return what a lease says while these files of an artifact are removed, so that a killed removal can resume."""
     names = artifact_files.packed(name for name in own if name not in RECORDS)
     return {"fingerprint": LEFTOVERS, "files": names, "patterns": ()}
 

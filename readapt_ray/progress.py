@@ -74,7 +74,7 @@ class ProgressReporter:
         return (self.done - first) / seconds if seconds >= _MIN_RATED_S else 0.0
 
     def line(self) -> str:
-        """The state as one line of text."""
+        """Return the state as one line of text."""
         text = f"{self.label}: {self.done:,}"
         if self.total:
             text += f" of {amount(self.total, self.unit)} ({100 * self.done / self.total:.0f}%)"
@@ -92,14 +92,14 @@ class ProgressReporter:
 
 
 def amount(count: int, unit: str) -> str:
-    """A count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
+    """Return a count with its unit, which is given in the plural: 300 passages, 1 passage, 1 query."""
     if count == 1:
         unit = f"{unit[:-3]}y" if unit.endswith("ies") else unit.removesuffix("es" if unit.endswith("ches") else "s")
     return f"{count:,} {unit}"
 
 
 def size_text(num_bytes: float) -> str:
-    """A size in three figures: 87 bytes, 1.2 KB, 350 MB, 14.2 GB."""
+    """Return a size in three figures: 87 bytes, 1.2 KB, 350 MB, 14.2 GB."""
     for unit in ("bytes", "KB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"
@@ -108,12 +108,12 @@ def size_text(num_bytes: float) -> str:
 
 
 def figure(rate: float) -> str:
-    """A rate in two figures below ten, whole above."""
+    """Return a rate in two figures below ten, whole above."""
     return f"{rate:,.0f}" if rate >= 9.95 else f"{rate:.2g}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 8.1 s, 3 min 20 s, 2 h 05 min."""
+    """Return seconds as people say them: 8.1 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 60:

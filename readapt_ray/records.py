@@ -44,7 +44,7 @@ _HASH_BYTES = 16
 
 
 def content_hash(title: str | None, text: str) -> bytes:
-    """Return 16 bytes that stand for title and text: any two of ten billion share it with a chance of 1.5 in 10^19."""
+    """Hash title and text to 16 bytes: any two of ten billion share a hash with a chance of 1.5 in 10^19."""
     content = f"{title or ''}\0{text}".encode("utf-8", "surrogatepass")
     return hashlib.blake2b(content, digest_size=_HASH_BYTES).digest()
 
@@ -52,7 +52,7 @@ def content_hash(title: str | None, text: str) -> bytes:
 PASSAGE_SCHEMA = pa.schema(
     [("doc_id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("content_hash", pa.binary(_HASH_BYTES))]
 )
-"""Behind these stand the columns that were kept. Passages that an older ingest wrote have no `content_hash`."""
+"""The kept columns follow these. Passages that an older ingest wrote have no `content_hash`."""
 QUERY_SCHEMA = pa.schema([("query_id", pa.string()), ("text", pa.string())])
 QREL_SCHEMA = pa.schema([("query_id", pa.string()), ("doc_id", pa.string()), ("relevance", pa.int64())])
 

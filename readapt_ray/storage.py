@@ -12,26 +12,21 @@ import functools
 import hashlib
 import os
 import re
-import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import pyarrow.fs as pafs
 
+from readapt_ray import ranged_reads
 from readapt_ray.errors import InputError, StorageError
 from readapt_ray.filesystems import extended, open_filesystem, refuse_credentials
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{12}}-(.+)")
-_RANGE_BYTES = 16 << 20
-_RANGES_AT_ONCE = 16
-_READ_ATTEMPTS = 6
-_BACKOFF_S = 0.25
 _MAX_COPY_BYTES = 5 << 30
 """S3 copies no larger object in one request."""
 _FULL = {errno.ENOSPC: "no space is left on its disk", errno.EDQUOT: "the quota of its disk is used up"}
@@ -157,7 +152,7 @@ class Location:
         return sorted(files), sorted(folders)
 
     def entries(self, *, recursive: bool = True) -> tuple[list[str], list[str]]:
-        """All that lies in this folder, temporary files too, by paths relative to it.
+        """List the files in this folder, temporary files too, by paths relative to it.
 
         Links are not followed.
 
@@ -187,26 +182,10 @@ class Location:
         Raises:
             FileNotFoundError: there is none.
         """
-        attempt = 0
-        while True:
-            try:
-                return self._read_at_once()
-            except OSError as error:
-                # A 503 whose body is longer than the object is not recognised by pyarrow, so not asked again by it.
-                attempt += 1
-                if self.is_local or isinstance(error, FileNotFoundError) or attempt == _READ_ATTEMPTS:
-                    raise
-                time.sleep(_BACKOFF_S * 2**attempt)
-
-    def _read_at_once(self) -> bytes:
-        """Read the file; a large one from an object store in parallel ranges, since one stream gives 50 to 100 MB/s."""
-        with self.filesystem.open_input_file(self.path) as file:
-            size = file.size()
-            if self.is_local or size <= _RANGE_BYTES:
-                return bytes(file.read())
-            with ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
-                starts = range(0, size, _RANGE_BYTES)
-                return b"".join(pool.map(lambda start: file.read_at(min(_RANGE_BYTES, size - start), start), starts))
+        if not self.is_local:
+            return b"".join(ranged_reads.pieces(*self._opened))
+        with self.open_input() as file:
+            return bytes(file.read())
 
     def read_text(self) -> str:
         """Return the content of the file as UTF-8."""
@@ -285,10 +264,10 @@ class Location:
             if error.errno not in refusals:
                 raise
             full = error.errno in _FULL
-            mend = "free some, or give another output" if full else "give a folder that can be written"
-            again = "; run the same command again, it goes on where it stopped" if full else ""
+            advice = "free some, or give another output" if full else "give a folder that can be written"
+            again = "; run the same command again, it resumes where it stopped" if full else ""
             folder = self.uri.rpartition("/")[0]
-            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {mend}{again}") from error
+            raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {advice}{again}") from error
 
     def _publish(self, temporary: str) -> None:
         """Rename a written file to its final name."""
@@ -341,9 +320,18 @@ class Location:
             for relative, _ in self.listing(recursive=True):
                 (self / relative).copy_to(target / relative)
             return
-        with self.filesystem.open_input_stream(self.path, compression=None) as source, target.open_output() as sink:
+        with target.open_output() as sink:
+            for piece in self._pieces():
+                sink.write(piece)
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Yield the content of the file in order, some megabytes at a time."""
+        if not self.is_local:
+            yield from ranged_reads.pieces(*self._opened)
+            return
+        with self.filesystem.open_input_stream(self.path, compression=None) as source:
             while chunk := source.read(_CHUNK_BYTES):
-                sink.write(chunk)
+                yield chunk
 
     def sha256(self) -> str:
         """Return the hex digest of the file's content. A local file that did not change is read once a process."""
@@ -360,7 +348,7 @@ class Location:
         return digest.hexdigest()
 
     def content_fingerprint(self, suffixes: tuple[str, ...] = ("",)) -> dict[str, str]:
-        """What lies here, by relative name: SHA-256 on a local disk; size and time on an object store.
+        """Identify each file here by relative name: SHA-256 on a local disk; size and time on an object store.
 
         A store is not read, so that a corpus of terabytes is not fetched to be recognised.
         """

@@ -2,7 +2,7 @@
 
 Ray puts handlers of its own in place when it starts, one of which prints a C++ stack; `take_back` puts ours in again.
 Python drops a KeyboardInterrupt that is raised while an object is deleted, in `__del__` or in a weak reference's callback,
-and the command would go on: the signal is sent again. Ray raises a plain KeyboardInterrupt where a signal ends its waiting,
+and the command would continue: the signal is sent again. Ray raises a plain KeyboardInterrupt where a signal ends its waiting,
 whichever signal that was: what was received is noted.
 """
 

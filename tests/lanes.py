@@ -47,6 +47,24 @@ class Lanes(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         return module_of(nodeid)
 
+    def remove_node(self, node: WorkerController) -> str | None:
+        """Give the tests that a dead worker had left to the others, and return the test that killed it.
+
+        The base class hands out whole modules again: one that had ended is a list without tests, which no worker
+        answers, so the run waits for ever; and the test that killed one worker kills the next.
+        """
+        left = [nodeid for tests in self.assigned_work.pop(node).values() for nodeid, ran in tests.items() if not ran]
+        for nodeid in left[1:]:
+            self.workqueue.setdefault(module_of(nodeid), {})[nodeid] = False
+        for other in self.nodes:
+            self._reschedule(other)
+        return left[0] if left else None
+
+    def _reschedule(self, node: WorkerController) -> None:
+        """Hand out modules until a worker has three tests: it runs a test only once it knows the next one, or the end."""
+        while not node.shutting_down and self._pending_of(self.assigned_work[node]) <= 2:
+            super()._reschedule(node)
+
     def _assign_work_unit(self, node: WorkerController) -> None:
         wants_ray = node is self.nodes[0]
         queue = list(self.workqueue)

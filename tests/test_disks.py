@@ -122,8 +122,15 @@ def refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize(
     ("stage", "leave_bytes"),
-    [("ingest", 0), ("ingest", 24 << 10), ("pack", 40 << 10), ("embed", 80 << 10)]
-    + [pytest.param(*each, marks=pytest.mark.slow) for each in (("embed", 0), ("train", 0), ("train", 200 << 10))],
+    [
+        ("ingest", 0),
+        ("ingest", 24 << 10),
+        ("pack", 40 << 10),
+        pytest.param("embed", 0, marks=pytest.mark.slow),
+        pytest.param("embed", 80 << 10, marks=pytest.mark.slow),
+        pytest.param("train", 0, marks=pytest.mark.slow),
+        pytest.param("train", 200 << 10, marks=pytest.mark.slow),
+    ],
     indirect=["stage"],
 )
 def test_a_stage_on_a_full_disk_says_so_and_goes_on_when_there_is_room(

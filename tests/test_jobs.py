@@ -60,13 +60,13 @@ def test_a_job_that_is_stopped_and_killed_goes_on_when_it_is_submitted_again(ser
     assert lease is not None
     os.kill(lease["pid"], signal.SIGKILL)
     assert server.ended("second") == "failed"
-    assert "train: goes on where it stopped" in server.job("logs", "second")
+    assert "train: resumes where it stopped" in server.job("logs", "second")
 
     server.submit("third", *job)
     assert server.ended("third") == "succeeded", server.job("logs", "third")
     logs = server.job("logs", "third")
     assert "train: already complete" in logs
-    assert "embed: goes on where it stopped" in logs
+    assert "embed: resumes where it stopped" in logs
     counts = {
         name: artifacts.open_artifact(str(root / name), stage).manifest.counts
         for name, stage in (("adapter", "train"), ("vectors/adapted", "embed"), ("report", "evaluate"))

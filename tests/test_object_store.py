@@ -21,7 +21,7 @@ import pyarrow.fs as pafs
 import pytest
 import yaml
 
-from readapt_ray import artifact_files, artifacts, cli, filesystems, root_status, storage
+from readapt_ray import artifact_files, artifacts, cli, filesystems, ranged_reads, root_status, storage
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, InputError
@@ -101,7 +101,7 @@ def test_a_store_that_stays_busy_is_an_error_that_names_the_file(
 ) -> None:
     monkeypatch.setattr(filesystems, "_S3_ATTEMPTS", 2)
     monkeypatch.setattr(filesystems, "_s3_client", filesystems._s3_client.__wrapped__)
-    monkeypatch.setattr(storage, "_READ_ATTEMPTS", 2)
+    monkeypatch.setattr(ranged_reads, "_ATTEMPTS", 2)
     (folder / "x").write_text("kept")
     store.busy = lambda method, path: True
     with pytest.raises(OSError, match=r"SLOW_DOWN|SlowDown|503"):
@@ -265,14 +265,20 @@ def test_many_files_are_read_over_few_connections(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_large_file_is_read_in_ranges_at_once(
-    store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch
+    store: Store, folder: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_RANGE_BYTES", 1000)
-    content = os.urandom(10_500)
+    monkeypatch.setattr(ranged_reads, "_RANGE_BYTES", 1000)
+    monkeypatch.setattr(ranged_reads, "_BACKOFF_S", 0.0)
+    content = os.urandom(20_500)
     (folder / "large").write_bytes(content)
     store.requests.clear()
     assert (folder / "large").read_bytes() == content
-    assert sum(each.startswith("GET") for each in store.requests) == 11
+    assert sum(each.startswith("GET") for each in store.requests) == 21
+    calls = iter(range(10**9))
+    store.busy = lambda method, path: method == "GET" and next(calls) % 5 == 4
+    (folder / "large").copy_to(Location(str(tmp_path / "copy")))
+    assert store.refused
+    assert (tmp_path / "copy").read_bytes() == content
 
 
 def test_a_resumed_index_lists_its_shards_once_and_reads_a_small_file_of_each(store: Store, folder: Location) -> None:

@@ -62,7 +62,7 @@ def test_a_run_that_is_killed_goes_on_when_it_is_submitted_again(slurm: Slurm) -
     second = submit(slurm, config)
     wait_until(slurm.is_done, "the second job to end", limit_s=900)
     said = second.read_text()
-    assert "train: goes on where it stopped" in said, said
+    assert "train: resumes where it stopped" in said, said
     assert "pack: already complete" in said
     counts = artifacts.open_artifact(str(root / "vectors/adapted"), "embed").manifest.counts
     assert (

@@ -1,7 +1,7 @@
-"""Entries of the cache of models and texts: filled by one process at a time, kept while in use, and removed when room is needed.
+"""Entries of the cache of models, texts and index shards: filled by one process at a time, kept while in use, and removed when room is needed.
 
 In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
-folder NAME lie NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
+folder NAME are NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use
 (locked by each process that uses it; its time says when it was last found). When the cache is larger than
 READAPT_CACHE_GB, the entries that were not used for longest are removed. Only files that NAME.json lists are removed.
 """
@@ -11,6 +11,7 @@ import fcntl
 import json
 import logging
 import re
+import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,20 +19,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from readapt_ray import environment
+from readapt_ray.errors import StorageError
 from readapt_ray.storage import Location, name_when_whole
 
 logger = logging.getLogger("readapt_ray")
 
 _GB = 1e9
-_KINDS = ("models", "converted", "passages")
+_KINDS = ("models", "converted", "passages", "shards")
 _NAME = re.compile(r"[0-9a-f]{32}")
 _in_use: dict[Path, IO[str]] = {}
 """The open `.use` files of this process. Their locks end with the process, however it ends."""
-_room = threading.Lock()
+_room = threading.RLock()
 
 
 def folder_of(kind: str) -> Path:
-    """Return the folder of one kind of entries: `models` (fetched), `converted` (pickled weights), `passages` (texts).
+    """Return the folder of one kind of entries: `models` (fetched), `converted` (pickled weights), `passages` (texts), `shards`.
 
     Raises:
         InputError: READAPT_CACHE is not a folder.
@@ -47,6 +49,34 @@ def files_record(entry: Path) -> Path:
 def note_files(entry: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """List the files of an entry, each with its `size_bytes`. List them before they are written."""
     Location(str(files_record(entry))).write_text(json.dumps(files, indent=2) + "\n")
+
+
+def reserve(entry: Path, sizes_bytes: Mapping[str, int], what: str, *, is_bounded: bool = False) -> None:
+    """List the files that an entry will get, and make room for them. Call it inside `locked`.
+
+    Args:
+        entry: its folder.
+        sizes_bytes: by file name, as far as they are known.
+        what: these files, as errors call them.
+        is_bounded: refuse what makes the cache larger than READAPT_CACHE_GB, too.
+
+    Raises:
+        StorageError: there is no room.
+    """
+    num_bytes = sum(sizes_bytes.values())
+    with _room:  # what one thread takes back must not refuse another
+        note_files(entry, {name: {"size_bytes": size} for name, size in sizes_bytes.items()})
+        is_within, free_bytes = make_room(), shutil.disk_usage(entry.parent).free
+        if num_bytes <= free_bytes and (is_within or not is_bounded):
+            return
+        files_record(entry).unlink()
+    raise StorageError(
+        f"{what} takes about {num_bytes / _GB:,.1f} GB, and {entry.parent} has {free_bytes / _GB:,.1f} GB free; set READAPT_CACHE "
+        f"to a folder of a larger disk"
+        if num_bytes > free_bytes
+        else f"{what} takes about {num_bytes / _GB:,.1f} GB, and of the {environment.cache_gb():g} GB that the cache may hold "
+        f"(READAPT_CACHE_GB) the rest is in use"
+    )
 
 
 def noted_files(entry: Path) -> dict[str, dict[str, Any]]:
@@ -86,8 +116,8 @@ def remove_unused(kind: str) -> None:
             remove_unless_used(record.with_suffix(""))
 
 
-def make_room() -> None:
-    """Remove the entries that were not used for longest until the cache is within READAPT_CACHE_GB.
+def make_room() -> bool:
+    """Remove the entries that were not used for longest until the cache is within READAPT_CACHE_GB; return whether it is.
 
     Entries in use stay, so the cache may remain larger. List the files of an entry first (`note_files`), so that they
     count before they are written.
@@ -101,7 +131,7 @@ def make_room() -> None:
         total_bytes = sum(each.num_bytes for each in entries)
         for each in entries:
             if total_bytes <= limit_bytes:
-                return
+                return True
             if remove_unless_used(each.folder):
                 total_bytes -= each.num_bytes
                 logger.info(
@@ -117,6 +147,7 @@ def make_room() -> None:
             total_bytes / _GB,
             environment.cache_gb(),
         )
+    return total_bytes <= limit_bytes
 
 
 def remove_unless_used(entry: Path) -> bool:

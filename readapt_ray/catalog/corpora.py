@@ -151,7 +151,9 @@ CORPORA: tuple[Corpus, ...] = (
 
 
 def find_corpus(name: str) -> Corpus | None:
-    """The row of a catalog name or another name for it, of a title of the paper or of a hub id; None for any other."""
+    """Return the row of a catalog name or another name for it, of a title of the paper or of a hub id; None for any
+    other.
+    """
     lowered = name.lower()
     return next(
         (row for row in CORPORA if lowered in (row.name, row.title.lower(), row.hub_id.lower(), *row.aliases)), None
@@ -159,7 +161,7 @@ def find_corpus(name: str) -> Corpus | None:
 
 
 def corpus(name: str) -> Corpus:
-    """The row of a name.
+    """Return the row of a name.
 
     Raises:
         CorpusError: there is none.

@@ -24,7 +24,7 @@ class Encoding(Config):
     passage_template: str = "{title} {text}"
     """Text of a passage; `{title}` and `{text}` are filled in. Without a title no space is left over."""
     task: str = ""
-    """The instruction that `{task}` stands for."""
+    """The instruction that replaces `{task}`."""
     pooling: Pooling
     """Which hidden states become the vector: of the last token, the first (cls), or the mean."""
     normalize: bool = True
@@ -69,7 +69,7 @@ def _from_file(value: object) -> object:
     try:
         return read_encoding(value)
     except InputError as error:
-        raise ValueError(str(error)) from error  # so that it stands beside what is wrong with other options
+        raise ValueError(str(error)) from error  # pydantic lists it with what is wrong with other options
 
 
 EncodingOption = Annotated[Encoding | None, BeforeValidator(_from_file)]

@@ -35,7 +35,7 @@ _PATTERNS = (*_SMALL_PATTERNS, "*.safetensors")
 _OF_THE_MODEL = re.compile(r"((\d+_\w+|retriever|knowledge-\d+)/)?[^/]+")
 _ATTEMPTS = 5
 _ATTEMPTS_UNANSWERED = 3
-"""Where nobody answers, the machine may well have no network, and the name be that of a folder, mistyped."""
+"""If the hub does not answer, the machine may have no network, or the name is a mistyped folder."""
 _UNANSWERED = ("ConnectError", "ConnectTimeout")
 """Of the HTTP library, whichever the hub's client uses."""
 _FIRST_WAIT_S = 2.0
@@ -45,7 +45,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def from_hub(name: str, hub_id: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
-    """A snapshot in the hub's cache.
+    """Return a snapshot in the hub's cache.
 
     Args:
         name: what the user calls the model; used in errors.
@@ -169,7 +169,7 @@ def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _cause(error: Exception) -> BaseException:
-    """What the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
+    """Return what the hub said: where the cache lacks the model too, the client says that, and keeps this as the cause."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     return error.__cause__ or error if isinstance(error, LocalEntryNotFoundError) else error
@@ -199,7 +199,7 @@ def _has_no_address(error: BaseException | None) -> bool:
 
 
 def from_uri(uri: str, *, with_weights: bool = True) -> Path:
-    """The local copy of a model in an object store; without its weights it is a copy apart.
+    """Return the local copy of a model in an object store; without its weights it is a copy apart.
 
     Raises:
         ModelError: the folder is empty or does not exist, or a file did not arrive whole.

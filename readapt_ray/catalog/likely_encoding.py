@@ -13,7 +13,7 @@ from readapt_ray.catalog.special_tokens import added_by_itself
 _POOLING_BY_FAMILY: Final[dict[str, Pooling]] = {"modernbert": "cls", "bert": "mean", "xlm-roberta": "mean"}
 """gte-modernbert and granite-embedding-r2 take CLS; E5, GTE and MiniLM the mean."""
 _COUNTS_FROM_PADDING: Final = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
-"""Families whose first position lies behind that of the padding."""
+"""Families whose positions start after the position of the padding."""
 _MAX_TOKENS: Final = 512
 
 
@@ -21,7 +21,7 @@ def guess_encoding(config: Mapping[str, Any], tokenizer: Any | None) -> Encoding
     """Guess how a model encodes text.
 
     Args:
-        config: its config.json; that of the base of an adapter.
+        config: its config.json; for an adapter, the config.json of its base.
         tokenizer: as transformers loads it; None where there is none, which counts as one that adds both tokens.
     """
     pooling = _POOLING_BY_FAMILY.get(str(config.get("model_type"))) or ("last" if _is_causal(config) else "mean")

@@ -3,7 +3,7 @@
 In: files of a folder on an object store, or a snapshot of the hub's own cache. Out: a local folder with the same bytes.
 A record beside it says of each file its size, its SHA-256 and the times that the disk gave it; a file of another size, or
 of other times and another hash, was cut short or altered, and is fetched again. One process at a time fetches, the others
-of the node wait for it; a fetch that was killed goes on behind the last whole file. Reading a file whose times
+of the node wait for it; a fetch that was killed resumes after the last whole file. Reading a file whose times
 changed costs a second a gigabyte. What was not used for longest makes room for what is fetched (`cache_entries.py`).
 """
 
@@ -27,12 +27,12 @@ _PLANNED: dict[str, Any] = {"sha256": "", "times": []}
 
 
 def fetched(source: Location, sizes_bytes: Mapping[str, int], key: str) -> Path:
-    """The local copy of a folder's files, whole.
+    """Return the local copy of a folder's files, whole.
 
     Args:
         source: the folder.
         sizes_bytes: the files to have, by relative name.
-        key: stands for the folder's content.
+        key: identifies the folder's content.
 
     Raises:
         ModelError: a file did not arrive whole.
@@ -87,7 +87,9 @@ def checked_snapshot(folder: Path, fetch_again: Callable[[str], object]) -> None
 
 
 def _is_its_name(link: Path, name: str, record: "_Record") -> bool:
-    """Whether a file of the hub's cache has the hash that it is named by; one that is not named so is taken as it is."""
+    """Return whether a file of the hub's cache has the hash that it is named by; one that is not named so is taken as
+    it is.
+    """
     path = link.resolve()
     if not path.is_file():
         return False
@@ -119,7 +121,7 @@ class _Record:
         cache_entries.note_files(self._entry, self._files)
 
     def says_whole(self, path: Path, name: str) -> bool:
-        """Whether a file is what was noted of it; False also where nothing was."""
+        """Return whether a file is what was noted of it; False also where nothing was."""
         entry = self._files.get(name)
         if entry is None or name not in self or not path.is_file() or path.stat().st_size != entry["size_bytes"]:
             return False

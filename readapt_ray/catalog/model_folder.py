@@ -27,7 +27,7 @@ class ModelFolder:
         return (self.folder / BUNDLE_NAME).is_file()
 
     def read_json(self, file_name: str) -> dict[str, Any]:
-        """A JSON file of the folder; empty where there is none.
+        """Return a JSON file of the folder; empty where there is none.
 
         Raises:
             ModelError: it is not JSON.

@@ -73,7 +73,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer, or that of the model that an adapter was trained on. Do not change it: others share it.
+        """Its tokenizer; for an adapter, the tokenizer of its base. Do not change it: others share it.
 
         Raises:
             ModelError: there is none, or it cannot be read.
@@ -89,7 +89,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Stands for every byte of weights, configuration and tokenizer. Factors have that of the model that they make.
+        """Hash of every byte of weights, configuration and tokenizer. Factors have the fingerprint of the model that they make.
 
         Raises:
             WeightMismatchError: the base of these factors is another model by now.
@@ -108,7 +108,7 @@ class OpenModel(ModelFolder):
 
     @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
-        """Stands for every byte of the tokenizer."""
+        """Hash of every byte of the tokenizer."""
         folder = Location(str(self._tokenizer_holder.folder))
         return fingerprint({name: (folder / name).sha256() for name in TOKENIZER_FILES if (folder / name).is_file()})
 
@@ -147,7 +147,7 @@ class OpenModel(ModelFolder):
         return f"{self.name}@{self.revision}" if is_of_hub and self.revision else self.name
 
     def content_files(self) -> list[str]:
-        """The files that decide what the model is, by their names in the folder."""
+        """Return the files that decide what the model is, by their names in the folder."""
         listing = Location(str(self.folder)).listing(recursive=True)
         return [
             name
@@ -230,7 +230,7 @@ def base_name(name: str) -> str:
 
 
 def own_folder(name: str) -> Path | None:
-    """Return the local folder that a name means; a catalog name means one only if a model lies there."""
+    """Return the local folder that a name means; a catalog name means one only if a model is there."""
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return None
@@ -304,7 +304,7 @@ def likely_encoding(model: OpenModel) -> Encoding:
     """Guess how a model encodes text, from its architecture and tokenizer."""
     try:
         holder, tokenizer = model.base if model.is_adapter else model, model.tokenizer
-    except ReadaptError:  # the guess stands in an error message: it must not bring another
+    except ReadaptError:  # the guess is part of an error message and must not raise another
         holder, tokenizer = model, None
     return guess_encoding(holder.config, tokenizer)
 

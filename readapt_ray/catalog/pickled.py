@@ -2,8 +2,8 @@
 
 In: a model or adapter folder that has `pytorch_model*.bin` or `adapter_model.bin` and no safetensors.
 Out: a folder in the cache with the same tensors as safetensors and the small files beside them,
-under a name that stands for the content of the `.bin` files. torch's weights-only loader takes
-tensors and nothing else; it maps the file, so memory is that of the page cache.
+under a name made from the content of the `.bin` files. torch's weights-only loader takes
+tensors and nothing else; it maps the file, so its memory is the page cache.
 """
 
 import collections
@@ -35,12 +35,13 @@ _SMALL = (".json", ".txt", ".model", ".jinja")
 
 
 def has_safetensors(folder: Path) -> bool:
-    """Whether a folder holds weights that need no conversion."""
+    """Return whether a folder holds weights that need no conversion."""
     return any(folder.glob("*.safetensors"))
 
 
 def safe_folder(folder: Path, name: str) -> Path:
-    """The folder itself where it has safetensors; else one in the cache that was converted from its `.bin` files.
+    """Return the folder itself where it has safetensors; else one in the cache that was converted from its `.bin`
+    files.
 
     Args:
         folder: a local model or adapter folder.

@@ -185,7 +185,7 @@ PRETRAINED: dict[str, str] = {"quickstart-pretrained": "builtin:quickstart/pretr
 
 
 def target_modules(model_type: str) -> tuple[str, ...]:
-    """The layers of a family that get a knowledge adapter.
+    """Return the layers of a family that get a knowledge adapter.
 
     Raises:
         ModelError: the family is not known here.
@@ -199,7 +199,7 @@ def target_modules(model_type: str) -> tuple[str, ...]:
 
 
 def find_retriever(name: str) -> Retriever | None:
-    """The row of a catalog name or hub id; None for a model that is not in the catalog."""
+    """Return the row of a catalog name or hub id; None for a model that is not in the catalog."""
     plain = split_commit(name)[0].lower()
     return next((row for row in RETRIEVERS if plain in (row.name, row.hub_id.lower())), None)
 
@@ -211,7 +211,7 @@ def split_commit(name: str) -> tuple[str, str | None]:
 
 
 def find_cached(place: str) -> Retriever | None:
-    """Return the row of a model that lies in the hub's own cache.
+    """Return the row of a model in the hub's own cache.
 
     Args:
         place: path of its folder.
@@ -234,13 +234,13 @@ def find_copied(place: str) -> Retriever | None:
 
 
 def hub_id(name: str) -> str:
-    """What a catalog name stands for; any other name stands for itself."""
+    """Return the model of a catalog name; any other name is returned as it is."""
     row = find_retriever(name)
     return row.hub_id if row else PRETRAINED.get(name.lower(), name)
 
 
 def retriever(name: str) -> Retriever:
-    """The row of a catalog name or hub id.
+    """Return the row of a catalog name or hub id.
 
     Raises:
         ModelError: there is none.

@@ -30,7 +30,7 @@ _SETTINGS = tuple(
 
 
 def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[str, Any]) -> Encoding:
-    """The encoding that the folder describes.
+    """Return the encoding that the folder describes.
 
     Args:
         model: it holds `modules.json`.
@@ -88,7 +88,7 @@ def _warn_of_no_end(name: str) -> None:
 
 
 def _prompts(model: ModelFolder, encoder: Mapping[str, Any], pooling: Mapping[str, Any]) -> tuple[str, str]:
-    """What sentence-transformers puts before a query and before a passage."""
+    """Return what sentence-transformers puts before a query and before a passage."""
     given = {name: prompt for name, prompt in (encoder.get("prompts") or {}).items() if prompt is not None}
     default = encoder.get("default_prompt_name")
     if pooling.get("include_prompt") is False and any(given.values()):

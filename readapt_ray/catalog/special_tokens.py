@@ -10,7 +10,7 @@ from readapt_ray.errors import ModelError
 
 
 def added_by_itself(tokenizer: Any) -> tuple[list[str], list[str]]:
-    """The tokens before and after a text that the tokenizer makes of it unasked."""
+    """Return the tokens before and after a text that the tokenizer makes of it unasked."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     for start in range(len(ids) - len(plain) + 1):
@@ -21,7 +21,7 @@ def added_by_itself(tokenizer: Any) -> tuple[list[str], list[str]]:
 
 
 def only_token(tokens: list[str]) -> str | None:
-    """The one token of a side; None where there is none.
+    """Return the one token of a side; None where there is none.
 
     Raises:
         ModelError: there are several, which no encoding can ask for.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("readapt_ray")
 
-BATCH_MEND = "give batch_size {num_workers} or more, or num_workers {batch_size} or fewer"
+BATCH_ADVICE = "give batch_size {num_workers} or more, or num_workers {batch_size} or fewer"
 _BATCH_NAME = "batch_size"
 C = TypeVar("C", bound=OptimizationConfig)
 
@@ -22,7 +22,7 @@ def with_batch_size(config: C, size: "PackedSize", output: Location) -> C:
     """Return the config with `batch_size: auto` replaced by a number, with as many workers as it feeds and their
     learning rate.
 
-    The batch size of an output is chosen once, and kept in it: a run that goes on with other workers takes the same steps.
+    The batch size of an output is chosen once, and kept in it: a run that resumes with other workers takes the same steps.
 
     Raises:
         PlacementError: the cluster does not have the workers asked for.
@@ -80,5 +80,5 @@ def check_feeds(num_workers: int, batch_size: int, unit: str) -> None:
     if batch_size < num_workers:
         raise PlacementError(
             f"batch_size = {batch_size} {unit} cannot feed {num_workers} workers: "
-            + BATCH_MEND.format(num_workers=num_workers, batch_size=batch_size)
+            + BATCH_ADVICE.format(num_workers=num_workers, batch_size=batch_size)
         )

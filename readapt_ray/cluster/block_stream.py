@@ -131,7 +131,7 @@ def rows_of(
 
 
 def _row(shares: tuple[Share, ...]) -> pa.Table:
-    """A table of one row that holds the table of the shares."""
+    """Return a table of one row that holds the table of the shares."""
     table = shares_to_table(shares)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:

@@ -102,7 +102,9 @@ def _passages(shard: _Shard) -> list[list[str] | None]:
 
 
 def _texts(shard: _Shard, doc_ids: pa.Array) -> pa.Table:
-    """The passages of these doc_ids, which mostly follow each other in the corpus; else all of it is looked through."""
+    """Return the passages of these doc_ids, which mostly follow each other in the corpus; else all of it is looked
+    through.
+    """
     rows = np.arange(shard.first, min(shard.first + len(doc_ids), shard.passages.num_rows))
     table = shard.passages.take(rows, _TEXTS)
     if len(table) == len(doc_ids) and table["doc_id"].combine_chunks().cast(pa.string()).equals(doc_ids):

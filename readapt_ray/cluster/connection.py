@@ -210,7 +210,7 @@ def check_seen_by_all(folder: Location) -> None:
     """
     if folder.is_local and _UNPACKED in folder.local_path.parts:
         logger.warning(
-            "%s lies where Ray unpacked the job's working directory, and is removed with it: give an absolute path or a URI",
+            "%s is inside the job's working directory, which Ray removes after the job: give an absolute path or a URI",
             folder,
         )
     nodes = alive()
@@ -240,7 +240,7 @@ def check_seen_by_all(folder: Location) -> None:
 def _on_each(
     nodes: Sequence[Mapping[str, Any]], function: Callable[..., Any], *args: Any, max_calls: int = 0
 ) -> dict[str, Any]:
-    """Return what a function returns on each node, by the node's address; skip nodes that die meanwhile."""
+    """Return what a function returns on each node, by the node's address; skip nodes that die."""
     import ray
 
     found = {}

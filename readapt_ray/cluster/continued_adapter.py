@@ -1,7 +1,7 @@
 """Go on training an adapter: check that it fits the model and the options, and load it on a worker.
 
 In: an adapter that `readapt train` or PEFT saved. Out: the options with the adapter's shape, and a model whose adapters
-begin where that one ended. The optimizer and the schedule of the learning rate begin anew.
+begin where that one ended. The optimizer and the learning-rate schedule start from the beginning.
 """
 
 from collections.abc import Collection

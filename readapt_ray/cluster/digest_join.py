@@ -158,7 +158,7 @@ def _join_whole(
 
 
 def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_partitions: int) -> None:
-    """Write digests of some rows: those of contents by the partition of the content, those of ids by that of the id."""
+    """Write digests of some rows: digests of contents in the content's partition, digests of ids in the id's."""
     contents, ids = _records(source, chunk)
     for what, records in (("contents", contents), ("ids", ids)):
         to = _file(folder, f"{side}-{what}", chunk.number)
@@ -166,7 +166,7 @@ def _split(side: str, source: Location, chunk: DataShard, folder: Location, num_
 
 
 def _records(source: Location, chunk: DataShard) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """Return the digests of some rows: of their contents, and of their ids with those of the contents."""
+    """Return the digests of some rows: of their contents, and of their ids together with the contents."""
     contents, ids = np.zeros(len(chunk), _CONTENT), np.zeros(len(chunk), _ID)
     contents["row"] = np.arange(chunk.first, chunk.first + len(chunk))
     done = 0
@@ -197,7 +197,7 @@ def _digests(file: Location, start: int, num_rows: int) -> tuple[NDArray[np.uint
 def _join(
     number: int, folder: Location, num_partitions: int, num_chunks: dict[str, int], chunk_rows: int
 ) -> dict[str, int]:
-    """Join one partition: write its matches by where the passages stand, and count the changes."""
+    """Join one partition: write its matches by the positions of the passages, and count the changes."""
 
     def read(what: str, dtype: np.dtype[np.void]) -> Sequence[NDArray[np.void]]:
         return [

@@ -69,7 +69,7 @@ def or_error(number: int, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 def shard_row(number: int, *, error: str = "", message: str = "", **cells: pa.Array) -> pa.Table:
-    """A table of one row, in which each array is one cell."""
+    """Return a table of one row, in which each array is one cell."""
     return pa.table(
         {
             "number": [number],

@@ -44,7 +44,7 @@ _FIND_TASKS = 256
 
 
 def sample_rows(spec: str, num_passages: int) -> int:
-    """How many passages `1%` or `2000` are; at least 200 where the corpus has so many.
+    """Return how many passages `1%` or `2000` are; at least 200 where the corpus has so many.
 
     Raises:
         InputError: it is neither a share nor a count.
@@ -157,7 +157,7 @@ def _tell_forecast(details: dict[str, Any], size: int) -> None:
 
 
 def _compare_neighbours(job: EmbedJob, ledger: ShardLedger, compared: ParquetRows) -> dict[str, float]:
-    """How many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
+    """Return how many of a passage's 10 nearest in the sample are the same by the earlier vectors: the mean share."""
     names = [shard.name for shard in ledger.shards]
     written = ParquetRows(job.vectors, tuple(zip(names, ledger.figures["num_rows"].tolist(), strict=True)))
     doc_ids, vectors = matrix_of(written.take(np.arange(written.num_rows), VECTOR_COLUMNS), job.vectors)
@@ -196,7 +196,7 @@ def _vectors_of(compared: ParquetRows, doc_ids: Sequence[str]) -> tuple[list[str
 
 
 def _found_in(folder: Location, counts: RowCounts, wanted: pa.Array) -> pa.Table:
-    """The rows of some files whose doc_id is wanted."""
+    """Return the rows of some files whose doc_id is wanted."""
     tables = [read_rows(folder / counts[0][0], 0, 0, VECTOR_COLUMNS)]
     for name, num_rows in counts:
         ids = read_rows(folder / name, 0, num_rows, ("doc_id",))["doc_id"]

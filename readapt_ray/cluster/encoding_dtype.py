@@ -8,7 +8,7 @@ from readapt_ray.config import StageConfig
 
 
 def encoding_dtype(config: StageConfig, asked: str) -> str:
-    """Return the type that `auto` stands for: the one the output was begun with, else the one that suits the devices."""
+    """Choose the type for `auto`: the one the output was begun with, else the one that suits the devices."""
     if asked != "auto":
         return asked
     if not config.overwrite:

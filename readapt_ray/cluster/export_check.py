@@ -20,7 +20,7 @@ TOP_K = 10
 
 @dataclass(frozen=True)
 class Agreement:
-    """Overlap of a target's ten best with those of exact search."""
+    """Overlap of a target's ten best with exact search's."""
 
     num_queries: int
     overlap_at_10: float

@@ -1,6 +1,6 @@
 """Send the files of an export: by Ray tasks, a file each, or in this process if there is little to send.
 
-The doc_ids of the corpus are read by one task; its arrays lie in Ray's object store, once per node.
+The doc_ids of the corpus are read by one task; its arrays are in Ray's object store, once per node.
 """
 
 from collections.abc import Callable, Iterator

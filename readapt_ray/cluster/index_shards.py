@@ -64,7 +64,7 @@ class NewShard:
     first: int
     """Place of its first vector among all that are added."""
     vectors: ParquetRows
-    """The files that its vectors lie in, and no others."""
+    """The files that hold its vectors, and no others."""
     rows: NDArray[np.int64] | range
     plan: ShardPlan
 
@@ -168,7 +168,7 @@ def _train(everything: NewShard) -> None:
 
 
 def _sampled(shard: NewShard, places: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Vectors of rising places among a shard's rows; the files that hold them are read at once."""
+    """Return vectors of rising places among a shard's rows; the files that hold them are read at once."""
     rows = places + shard.rows.start if isinstance(shard.rows, range) else shard.rows[places]
     parts = np.array_split(rows, max(1, len(rows) // _SAMPLE_ROWS))
 
@@ -222,7 +222,7 @@ def _make(shard: NewShard | KeptShard) -> "ShardRecord":
 
 
 def _build_shard(shard: NewShard) -> "ShardRecord":
-    """A shard grows chunk by chunk; one that is not exact is measured with queries that all shards share."""
+    """Return a shard grows chunk by chunk; one that is not exact is measured with queries that all shards share."""
     plan = shard.plan
     on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.index_files import write_shard
@@ -247,7 +247,7 @@ def _build_shard(shard: NewShard) -> "ShardRecord":
 
 
 def _empty_index(plan: ShardPlan) -> tuple[Any, str]:
-    """The trained index without vectors, and what it was trained as."""
+    """Return the trained index without vectors, and what it was trained as."""
     from readapt_ray.retrieval.faiss_build import faiss
     from readapt_ray.retrieval.index_shard import new_index
 
@@ -258,7 +258,7 @@ def _empty_index(plan: ShardPlan) -> tuple[Any, str]:
 
 
 def _best_rows(shard: NewShard) -> "BestRows":
-    """The queries of all shards, with the place of each in this one."""
+    """Return the queries of all shards, with the place of each in this one."""
     from readapt_ray.retrieval.index_recall import BestRows
 
     vectors, rows = _queries(shard.plan)
@@ -266,7 +266,7 @@ def _best_rows(shard: NewShard) -> "BestRows":
 
 
 def _queries(plan: ShardPlan) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The vectors [Q, D] of the queries, and the row of each among all vectors."""
+    """Return the vectors [Q, D] of the queries, and the row of each among all vectors."""
     with np.load(io.BytesIO((plan.shards / _QUERIES_NAME).read_bytes()), allow_pickle=False) as arrays:
         return arrays["vectors"], arrays["rows"]
 

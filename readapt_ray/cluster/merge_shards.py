@@ -2,7 +2,7 @@
 
 In: the names of the models, as every node can find them, and the plan of files. Out: the files that
 were not there, in a place that every node can write. Each task process reads its inputs once to see
-that they are the very same, then its share of them; memory is that of `weights/export.py`.
+that they are the very same, then its share of them; memory as in `weights/export.py`.
 """
 
 import functools
@@ -82,7 +82,7 @@ def _write(job: ShardJob, number: int) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _open(models: "MergeModels", fingerprints: tuple[str, ...]) -> "Readapter":
-    """Open the models that this node finds, and check that their content is that of the driver's."""
+    """Open the models that this node finds, and check that their content equals the driver's."""
     from readapt_ray.weights.merge_plan import plan_merge
 
     plan = plan_merge(models)

@@ -20,13 +20,15 @@ def absolute(location: Location) -> Location:
 
 
 def model_name(model: OpenModel) -> str:
-    """A name by which a worker finds the same model: its folder where the user named one, else what the user called it, at this commit."""
+    """Return a name by which a worker finds the same model: its folder where the user named one, else what the user
+    called it, at this commit.
+    """
     folder = own_folder(model.name)
     return str(folder) if folder is not None else model.pinned_name
 
 
 def base_name(model: OpenModel) -> str:
-    """A name by which a worker finds the base of factors; empty for other models."""
+    """Return a name by which a worker finds the base of factors; empty for other models."""
     return model_name(model.base) if model.is_factors else ""
 
 

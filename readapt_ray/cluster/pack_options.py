@@ -18,7 +18,7 @@ class PackOptions(Config):
     truncated. If omitted, 1024 or the model's number of positions, whichever is smaller."""
     exclude: str | None = None
     """File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet or JSONL file
-    with a column doc_id, or qrels."""
+    with a column doc_id, or qrels. The id of a document that ingest split stands for all its passages."""
     withhold: int = Field(default=0, ge=0)
     """Number of passages, drawn at random, to leave out of training, so that `readapt drift` can measure the
     language-model loss on them."""

@@ -38,18 +38,18 @@ _TASKS_PER_CPU = 2
 _SUMMARY = "summary.json"
 _PLAN = "plan"
 _FORMAT = 2
-"""Of the files of the exchange: those of another release are not read."""
+"""Format of the exchange's files: files of another release are not read."""
 _PARTS = "passages/part-#.parquet"
 _WRITTEN = (_PARTS, "queries/part-#.parquet", "qrels/*.parquet")
 
 
 def num_partitions(total_bytes: int) -> int:
-    """Return into how many partitions digests go: a task sorts those of 512 MB of source."""
+    """Return into how many partitions digests go: a task sorts the digests of 512 MB of source."""
     return max(1, -(-total_bytes // _PARTITION_BYTES))
 
 
 def num_near_partitions(total_bytes: int) -> int:
-    """Return into how many partitions bands of MinHashes go: a task compares those of 32 MB of source."""
+    """Return into how many partitions bands of MinHashes go: a task compares the bands of 32 MB of source."""
     return max(1, -(-total_bytes // _NEAR_PARTITION_BYTES))
 
 
@@ -91,7 +91,7 @@ class ParallelIngest:
         footers.write_table(self._job.output, "passages")
         self._workspace.counts |= found["counts"]
         self._workspace.details |= found["details"]
-        # First the summary says that no repeat is left; while it is there, a run that goes on needs no other file.
+        # First the summary says that no repeat is left; while it is there, a run that resumes needs no other file.
         summary.write_text(json.dumps(found | {"lists": {}}))
         artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
         artifact_files.clear(location, (f"exchange/{_SUMMARY}",))

@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from readapt_ray import environment, hardware
@@ -75,7 +75,7 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
     if connection.connect().num_gpus:
         resources = {"GPU": 1.0, "CPU": float(num_cpus_per_worker or 1)}
         return num_workers or max(1, room_for(resources)), resources
-    most, share = largest_share(num_workers)
+    most, share = largest_share(num_workers, [int(node["Resources"].get("CPU", 0)) for node in nodes.alive()])
     resources = {"CPU": float(num_cpus_per_worker or share)}
     return num_workers or max(1, min(most, room_for(resources))), resources
 
@@ -203,9 +203,13 @@ def _asked(num_workers: int, each: Mapping[str, float], who: str) -> str:
     return f"{num_workers} {who} of " + " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
 
 
-def largest_share(num_workers: int | None) -> tuple[int, int]:
-    """Return the number of workers (one per node with CPUs unless given) and the most CPUs that each can have."""
-    cpus = [int(node["Resources"].get("CPU", 0)) for node in nodes.alive()]
+def largest_share(num_workers: int | None, cpus: Sequence[int]) -> tuple[int, int]:
+    """Return the number of workers (one per node with CPUs unless given) and the most CPUs that each can have.
+
+    Args:
+        num_workers: what the user asked for.
+        cpus: of each node.
+    """
     count = num_workers or max(1, sum(each > 0 for each in cpus))
     fits = (share for share in range(max(cpus, default=0), 1, -1) if sum(each // share for each in cpus) >= count)
     return count, next(fits, 1)

@@ -18,7 +18,7 @@ class StartError(Exception):
 class ProcessGroupConfig(TorchConfig):  # type: ignore[misc]
     """Ray Train's configuration of the process group, with a backend that works across nodes.
 
-    Left to itself Gloo takes the address that the host's name stands for, and many systems say 127.0.1.1 there
+    Left to itself Gloo takes the address of the host's name, and many systems say 127.0.1.1 there
     (Debian's /etc/hosts): workers of two nodes then never meet.
     """
 
@@ -39,7 +39,7 @@ class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
 
         Raises:
             StartError: it cannot be formed. Ray Train (2.60) itself starts the workers again where one is lost
-                meanwhile, but beside the placement group of the first, and waits for ever for room; this error ends it.
+                but beside the placement group of the first, and waits for room without end; this error ends it.
         """
         handle = worker_group.get_worker_group_state().placement_group_handle
         ray.get(backend_config.monitor.hold.remote(handle.placement_group))

@@ -43,7 +43,7 @@ def encode_queries(
         model: what encodes them.
         encoding: its templates and pooling.
         encoder: what the manifest of the vectors, or of the bridge, says of it.
-        bridge: maps the vectors to those of another model.
+        bridge: maps the vectors to another model's.
         batch_tokens: tokens per batch at most; None for the device's own.
         progress: is told how many are done, of how many.
 

@@ -74,7 +74,7 @@ def ask_here(
     Args:
         job: what is asked.
         writer: who is asked.
-        budget_tokens: tokens that may be used, with those of the pieces that are there.
+        budget_tokens: tokens that may be used, including the pieces that are there.
         report: is told how many passages are done.
 
     Raises:

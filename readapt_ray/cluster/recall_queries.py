@@ -58,7 +58,7 @@ def corpus_of(vectors: Artifact) -> Artifact:
 
     Raises:
         ArtifactMissingError: it is no longer there.
-        FingerprintMismatchError: another one lies there.
+        FingerprintMismatchError: another one is there.
     """
     corpus = open_artifact(vectors.manifest.config["corpus"], "ingest")
     if corpus.fingerprint != vectors.manifest.inputs["corpus"]:
@@ -72,7 +72,7 @@ def query_encoder_of(vectors: Artifact) -> QueryEncoder:
     """Return what encodes queries for vectors: the retriever that they were made with.
 
     Raises:
-        ReadaptError: it is no longer there, or another one lies there.
+        ReadaptError: it is no longer there, or another one is there.
     """
     return query_encoder(open_model(vectors.manifest.config["retriever"]), vectors)
 

@@ -35,7 +35,7 @@ def find_passages(
         progress: is told how many queries are encoded, of how many.
 
     Raises:
-        ReadaptError: the retriever of the vectors is no longer there, or another one lies there.
+        ReadaptError: the retriever of the vectors is no longer there, or another one is there.
     """
     from ray.exceptions import RayError
 

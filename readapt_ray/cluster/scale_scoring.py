@@ -1,7 +1,7 @@
 """Score pairs of scales on actors: each holds the inputs of the merge, and sets the scales of an encoder in memory.
 
 In: pairs of scales, and a sample of queries, passages and judgements. Out: the measure of every query with every pair,
-kept as it is found, so that another process goes on. A pair costs one pass over the weights and the encoding of the sample.
+stored at once, so that another process can resume. A pair costs one pass over the weights and the encoding of the sample.
 """
 
 import json
@@ -74,7 +74,7 @@ class ScaleScoring:
         """What an actor asks for."""
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, ScalePair | None]] = {}
-        """The other actors by the answer that is due, and the pair that it is of; None while the models are loaded."""
+        """The other actors by their pending answer, with its pair; None while the models are loaded."""
         self._new_actor: Callable[[], Any] | None = None
 
     def score(self, pairs: Sequence[ScalePair]) -> None:
@@ -243,6 +243,8 @@ def measure_sample(
 ) -> "Measurement":
     """Measure every query on as many of its best passages as the measure looks at.
 
+    Passages with one doc_id are those of a document that was split, which has the score of its best one.
+
     Args:
         sample: Q queries, P passages.
         scores_QP: of each query with each passage.
@@ -262,21 +264,33 @@ def measure_sample(
             f"{name}: query {sample.queries[row].query_id!r} has the score {scores_QP[row, column]} with "
             f"{sample.passages[column].doc_id!r}; give --dtype bfloat16 or float32, or leave these scales out"
         )
+    doc_ids, scores_QD = _best_of_documents([each.doc_id for each in sample.passages], scores_QP)
     if drop_self_hits:
-        columns_of = {each.doc_id: column for column, each in enumerate(sample.passages)}
+        columns_of = {doc_id: column for column, doc_id in enumerate(doc_ids)}
         themselves = [
             (row, columns_of[each.query_id]) for row, each in enumerate(sample.queries) if each.query_id in columns_of
         ]
-        scores_QP = scores_QP.copy()
-        scores_QP[tuple(np.array(themselves, np.int64).reshape(-1, 2).T)] = -np.inf
-    top_k = min(depth_of(measure), scores_QP.shape[1])
-    best = np.argpartition(-scores_QP, top_k - 1, axis=1)[:, :top_k]
+        scores_QD = scores_QD.copy()
+        scores_QD[tuple(np.array(themselves, np.int64).reshape(-1, 2).T)] = -np.inf
+    top_k = min(depth_of(measure), scores_QD.shape[1])
+    best = np.argpartition(-scores_QD, top_k - 1, axis=1)[:, :top_k]
     results = {
         query.query_id: [
-            ScoredDoc(query.query_id, sample.passages[column].doc_id, float(row[column]))
+            ScoredDoc(query.query_id, doc_ids[column], float(row[column]))
             for column in columns
             if row[column] != -np.inf
         ]
-        for query, row, columns in zip(sample.queries, scores_QP, best.tolist(), strict=True)
+        for query, row, columns in zip(sample.queries, scores_QD, best.tolist(), strict=True)
     }
     return measure_run(Run.of(results), sample.judgements, parse_measures([measure]), name=name)
+
+
+def _best_of_documents(doc_ids: Sequence[str], scores_QP: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Return each doc_id once, and the best score of its passages: [Q, D]."""
+    codes = {doc_id: code for code, doc_id in enumerate(dict.fromkeys(doc_ids))}
+    if len(codes) == len(doc_ids):
+        return list(doc_ids), scores_QP
+    owners = np.array([codes[doc_id] for doc_id in doc_ids])
+    order = np.argsort(owners, kind="stable")
+    starts = np.searchsorted(owners[order], np.arange(len(codes)))
+    return list(codes), np.maximum.reduceat(scores_QP[:, order], starts, axis=1)

@@ -52,7 +52,7 @@ class Pieces:
         ]
 
     def search(self, queries: Sequence[Any], top_k: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What each task found: scores and rows [Q, K], in the order in which tasks end."""
+        """Yield what each task found: scores and rows [Q, K], in the order in which tasks end."""
         import ray
 
         task = ray.remote(num_cpus=1, num_gpus=1 if self._on_gpus else 0)(_search_piece)
@@ -64,7 +64,7 @@ class Pieces:
     def search_words(
         self, texts: Sequence[str], sha256s: dict[str, str], top_k: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What each task found by BM25, as `search`.
+        """Yield what each task found by BM25, as `search`.
 
         Args:
             texts: the queries.
@@ -79,7 +79,7 @@ class Pieces:
         )
 
     def names(self, rows: np.ndarray) -> pa.Array:
-        """The doc_ids of rising row numbers; null for -1, which is no row."""
+        """Return the doc_ids of rising row numbers; null for -1, which is no row."""
         import ray
 
         task = ray.remote(num_cpus=1)(_names)
@@ -164,7 +164,7 @@ def _search_words(
 
 
 def _numbered(hits: "Hits", doc_ids: pa.Array, piece: _Piece) -> tuple[np.ndarray, np.ndarray]:
-    """Scores [Q, K], and the number of each row in the whole."""
+    """Return scores [Q, K], and the number of each row in the whole."""
     found = pc.index_in(pa.array(hits.doc_ids.ravel(), pa.string()), value_set=doc_ids)
     rows = found.fill_null(0).to_numpy().astype(np.int64).reshape(hits.scores.shape) + piece.first
     return hits.scores, np.where(hits.scores > -np.inf, rows, -1)

@@ -56,7 +56,7 @@ class ShardEncoder:
         return pa.Table.from_pylist([row])
 
     def _lowered_budget(self) -> int:
-        """The budget in tokens to which a lack of memory brought the encoder down; 0 where there was enough."""
+        """Return the budget in tokens to which a lack of memory brought the encoder down; 0 where there was enough."""
         tokens = self._encoder.batch_tokens if self._encoder else 0
         return tokens if self._encoder and tokens < self._encoder.first_batch_tokens else 0
 
@@ -121,7 +121,7 @@ class ShardEncoder:
         return None if footer.left_out else (file, footer)
 
     def _encoded(self, shard: pa.Table, place: NDArray[np.int64]) -> tuple[list[pa.Table], dict[str, Any]]:
-        """The stored vectors of the distinct texts of a shard, and what making them took."""
+        """Return the stored vectors of the distinct texts of a shard, and what making them took."""
         lengths, losses = (cell(shard, name).to_numpy() for name in ("lengths", "losses"))
         metadata: dict[str, Any] = {"num_encoded": len(lengths), "num_tokens": 0, "num_positions": 0}
         metadata |= {"num_truncated": int((losses > 0).sum()), "num_lost": int(losses.sum())}

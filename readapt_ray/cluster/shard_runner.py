@@ -27,13 +27,13 @@ logger = logging.getLogger("readapt_ray")
 _MAX_VAIN_STARTS = 3
 _SAVE_S = 60.0
 _SHARED_CPUS = 0.1
-"""CPUs that every encoder leaves to tasks that read: where no core is idle, they share those of the encoders."""
+"""CPUs that every encoder leaves to tasks that read: if no core is idle, they share the encoders' cores."""
 
 
 def encode_shards(
     shards: Sequence[DataShard], job: EmbedJob, placement: Placement, progress: Callable[[int, int], None]
 ) -> ShardLedger:
-    """Encode what has no file yet; go on with what is left when an actor dies.
+    """Encode what has no file yet; continue with the rest when an actor dies.
 
     Args:
         shards: numbered from 0.
@@ -87,7 +87,7 @@ def _recorded(pending: Sequence[DataShard], job: EmbedJob, placement: Placement,
 
 
 def _results(pending: Sequence[DataShard], job: EmbedJob, placement: Placement) -> Iterator[dict[str, Any]]:
-    """The figures of each shard, as it is written."""
+    """Yield the figures of each shard, as it is written."""
     connection.connect()
     connection.check_seen_by_all(job.vectors)
     num_workers, num_cpus, num_gpus = place_actors(placement, len(pending))
@@ -135,7 +135,7 @@ def tasks_tokenize(num_encoders: int, each: Mapping[str, float]) -> bool:
 def _stream(
     pending: Sequence[DataShard], job: EmbedJob, each: Mapping[str, float], pool: dict[str, int]
 ) -> Iterator[dict[str, Any]]:
-    """What the actors say of the shards that they wrote."""
+    """Yield what the actors say of the shards that they wrote."""
     import ray
     from ray.data import ActorPoolStrategy
     from ray.util.annotations import RayDeprecationWarning

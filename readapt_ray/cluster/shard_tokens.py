@@ -2,7 +2,7 @@
 
 Where there are GPUs, or cores that no encoder uses, tasks of Ray Data do it on any idle core. Where the encoders use all
 cores, each does it for its own shards: a task would only take a core from them, and load the tokenizer once more. A
-text that stands twice in a shard is tokenised once. A core tokenises some 15,000 passages of 100 tokens per second.
+text that occurs twice in a shard is tokenised once. A core tokenises some 15,000 passages of 100 tokens per second.
 """
 
 import functools

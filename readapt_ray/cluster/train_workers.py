@@ -180,7 +180,9 @@ def _new_trainer(
 
 
 def _dtype(config: OptimizationConfig, output: Location, *, on_gpus: bool) -> str:
-    """What all workers compute in, at every start: as asked, else what the output was begun with, else what suits them."""
+    """Return what all workers compute in, at every start: as asked, else what the output was begun with, else what
+    suits them.
+    """
     if config.dtype != "auto":
         return config.dtype
     begun = output / _DTYPE_NAME
@@ -261,7 +263,9 @@ def _entered(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """The layers that get an adapter: those asked for, or those of the model's family; none where all is trained."""
+    """Return the layers that get an adapter: those asked for, or those of the model's family; none where all is
+    trained.
+    """
     if config.target_modules or config.method == "full":
         return config.target_modules
     return retrievers.target_modules(str(model.config.get("model_type")))

@@ -147,6 +147,17 @@ def group_judgements(qrels: Iterable[Qrel]) -> dict[str, dict[str, int]]:
     return grouped
 
 
+def of_documents(judgements: Judgements, document_of: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Return judgements of documents; one that is judged by several passages has the highest relevance of these."""
+    merged: dict[str, dict[str, int]] = {}
+    for query_id, judged in judgements.items():
+        own = merged.setdefault(query_id, {})
+        for doc_id, relevance in judged.items():
+            document = document_of[doc_id]
+            own[document] = max(relevance, own.get(document, relevance))
+    return merged
+
+
 def measure_run(run: Run, judgements: Judgements, measures: Mapping[str, Any], *, name: str = "run") -> Measurement:
     """Measure a run.
 
@@ -240,7 +251,7 @@ def _by_cutoff(measures: Mapping[str, Any]) -> dict[int | None, list[Any]]:
 
 
 def _nested(run: Run, wanted: Mapping[str, int], cutoff: int | None) -> dict[str, dict[str, float]]:
-    """The wanted queries as nested dicts, cut; places stand for scores, since each tool breaks ties its own way."""
+    """Return the wanted queries as nested dicts, cut; ranks replace scores, since each tool breaks ties its own way."""
     nested = {}
     for index, query_id in enumerate(run.query_ids):
         if query_id not in wanted:

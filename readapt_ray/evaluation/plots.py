@@ -134,7 +134,7 @@ def scale_plot(series: Mapping[str, Sequence[Point]], *, axis: str, description:
     heights = _spread([y(max(line).y) for line in series.values()])
     for place, (name, line, height) in enumerate(zip(series, series.values(), heights, strict=True)):
         colour = f"var(--series-{(place + 1) % NUM_SERIES_COLOURS})"
-        # error bars at one place stand beside each other
+        # draw error bars at one place side by side
         aside = (place / max(1, len(series) - 1) - (len(series) > 1) / 2) * _BAR_SPREAD
         parts += _line_with_bars(f"{name}, {axis}", sorted(line), x, y, aside=aside, colour=colour)
         parts.append(

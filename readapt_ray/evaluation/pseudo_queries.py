@@ -24,24 +24,33 @@ def with_pseudo_queries(
     """Make queries of some passages.
 
     Args:
-        passages: the sample of the corpus.
+        passages: the sample of the corpus; those of a document that was split have its id.
         order: places of passages, in the order in which they are tried.
         max_queries: how many queries are made at most.
 
     Returns:
-        The passages, without what became a query, and the queries; the id of a query is that of its passage
-        behind `pseudo:`.
+        The passages, without what became a query, and the queries, one per document; a query has the id of its
+        passage behind `pseudo:`.
     """
-    left = list(passages)
+    left: dict[int, Passage] = dict(enumerate(passages))
+    places: dict[str, list[int]] = {}
+    for index, passage in left.items():
+        places.setdefault(passage.doc_id, []).append(index)
     queries: list[Query] = []
     for index in order:
         if len(queries) == max_queries:
             break
-        split = split_query(passages[index])
-        if split is not None:
-            text, left[index] = split
-            queries.append(Query(f"{PREFIX}{passages[index].doc_id}", text))
-    return left, queries
+        doc_id = passages[index].doc_id
+        split = split_query(passages[index]) if doc_id in places else None
+        if split is None:
+            continue
+        text, left[index] = split
+        queries.append(Query(f"{PREFIX}{doc_id}", text))
+        # The other passages of the document have its title, and may overlap with this one.
+        for at in places.pop(doc_id):
+            title, rest = left[at].title.replace(text, ""), left[at].text.replace(text, "")
+            left[at] = Passage(doc_id, title, rest)
+    return [each for each in left.values() if each.title or each.text.strip()], queries
 
 
 def split_query(passage: Passage) -> tuple[str, Passage] | None:

@@ -115,7 +115,7 @@ def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure:
 
 
 def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run holds, and what it lacks."""
+    """Return what a run holds, and what it lacks."""
     truncated = provenance.get("details", {}).get("truncation")
     return {
         "num_results": len(run),
@@ -128,13 +128,13 @@ def _contents(run: Run, measurement: Measurement, provenance: Mapping[str, Any])
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """The report as JSON; the per-query differences are in the file of per-query values."""
+    """Return the report as JSON; the per-query differences are in the file of per-query values."""
     changes = [{name: value for name, value in each.items() if name != "differences"} for each in report["changes"]]
     return json.dumps({**report, "changes": changes}, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def page_template(name: str) -> jinja2.Template:
-    """A page of this package with the filters that pages use."""
+    """Return a page of this package with the filters that pages use."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__, ""),
         autoescape=True,
@@ -147,7 +147,7 @@ def page_template(name: str) -> jinja2.Template:
 
 
 def to_html(report: Mapping[str, Any]) -> str:
-    """The report as one self-contained page."""
+    """Return the report as one self-contained page."""
     template = page_template("report.html")
     drawings = {
         each["run"]: plots.difference_plot(
@@ -166,7 +166,7 @@ def to_html(report: Mapping[str, Any]) -> str:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """The report as Markdown: verdicts, both tables, the changed queries, provenance."""
+    """Return the report as Markdown: verdicts, both tables, the changed queries, provenance."""
     measures = report["measures"]
     lines = ["# Evaluation", ""]
     lines += [f"{markdown(each['sentence'])}\n" for each in report["verdicts"]]
@@ -256,7 +256,7 @@ def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict
 
 
 def verdict(comparison: Comparison) -> dict[str, str]:
-    """Whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
+    """Return whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
     figures = (
         f"{comparison.measure} {value(comparison.mean)} against {value(comparison.baseline_mean)}, "
         f"{signed(comparison.difference)}"
@@ -299,7 +299,7 @@ def _changes(
     judgements: Judgements,
     query_texts: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The queries whose value changed most, with both lists of results, and every difference."""
+    """Return the queries whose value changed most, with both lists of results, and every difference."""
     query_ids = measurements[name].query_ids
     before, after = measurements[baseline].values[measure], measurements[name].values[measure]
     differences = np.where(abs(after - before) <= 1e-9, 0.0, after - before)

@@ -1,7 +1,7 @@
 """Check what must hold of a run before it ships: `nDCG@10 >= base - 0.005`, `nDCG@10 >= 0.3`, or either on general queries.
 
 Enter requirements as text, means and comparisons with the baseline; leaves for each run whether each holds. Against the
-baseline it is a test of non-inferiority: the whole 95% interval of the difference must lie above the margin, so too few
+baseline it is a test of non-inferiority: the whole 95% interval of the difference must be above the margin, so too few
 queries do not pass. Against a number the mean itself is compared.
 """
 

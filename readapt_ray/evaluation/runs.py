@@ -37,7 +37,7 @@ class Run:
     query_ids: list[str]
     """The queries, in the order in which they came."""
     offsets: NDArray[np.int64]
-    """[Q + 1]; the results of query i lie from offsets[i] to offsets[i + 1]."""
+    """[Q + 1]; the results of query i are rows offsets[i] to offsets[i + 1]."""
     doc_ids: list[str]
     """The distinct doc_ids."""
     codes: NDArray[np.int64]
@@ -50,7 +50,7 @@ class Run:
         """Make a run from records in any order; errors call it `name`.
 
         Raises:
-            InputError: a score is not a finite number, or a passage stands twice for one query.
+            InputError: a score is not a finite number, or a query has a passage twice.
         """
         rows = (("", query_id, doc.doc_id, doc.score) for query_id, docs in results.items() for doc in docs)
         return _ranked(_checked(rows, name))
@@ -84,7 +84,7 @@ def write_run(uri: str, scored: Iterable[ScoredDoc], *, tag: str) -> None:
 
     Raises:
         InputError: an id is empty or has whitespace in it, a score is not a finite number, or a
-            passage stands twice for one query: the format cannot hold it.
+            query has a passage twice: the format cannot hold it.
     """
     write_tables(uri, [_checked((("", doc.query_id, doc.doc_id, doc.score) for doc in scored), uri)], tag=tag)
 
@@ -94,7 +94,7 @@ def write_tables(uri: str, tables: Iterable[pa.Table], *, tag: str) -> None:
 
     Args:
         uri: the file.
-        tables: query_id, doc_id and score (float64); all results of a query stand in one table, each passage once.
+        tables: query_id, doc_id and score (float64); all results of a query are in one table, each passage once.
         tag: as in `write_run`.
 
     Raises:
@@ -134,7 +134,7 @@ def load_run(uri: str) -> Run:
 
     Raises:
         InputError: there is no such file, a line does not have the six fields, a score is not a
-            finite number, or a passage stands twice for one query; with the file and the line.
+            finite number, or a query has a passage twice; with the file and the line.
     """
     location = Location(uri)
     if not location.is_file():
@@ -182,7 +182,7 @@ def _lines(location: Location) -> Iterator[_Row]:
             if len(fields) != len(_FIELDS):
                 raise InputError(
                     f"{location}, {where}: {amount(len(fields), 'fields')}; a TREC run has six: {' '.join(_FIELDS)}; "
-                    f"mend the line: {_excerpt(line)}"
+                    f"fix the line: {_excerpt(line)}"
                 )
             try:
                 query_id, doc_id = fields[0].decode(), fields[2].decode()
@@ -192,7 +192,7 @@ def _lines(location: Location) -> Iterator[_Row]:
                 score = float(fields[4])
             except ValueError:
                 raise InputError(
-                    f"{location}, {where}: the score {_excerpt(fields[4])} is not a number; mend the line"
+                    f"{location}, {where}: the score {_excerpt(fields[4])} is not a number; fix the line"
                 ) from None
             yield where, query_id, doc_id, score
 
@@ -218,7 +218,7 @@ def _checked(rows: Iterable[_Row], name: str) -> pa.Table:
         docs = seen.setdefault(query_id, {})
         if doc_id in docs:
             first = f" (first on {docs[doc_id]})" if where else ""
-            raise InputError(f"{place}: passage {doc_id!r} stands twice for query {query_id!r}{first}; keep one")
+            raise InputError(f"{place}: passage {doc_id!r} occurs twice for query {query_id!r}{first}; keep one")
         docs[doc_id] = where
         query_ids.append(query_id)
         doc_ids.append(doc_id)

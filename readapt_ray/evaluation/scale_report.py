@@ -1,6 +1,6 @@
 """The report of a search over scales, from what `scales.describe_search` says: Markdown, and one HTML page.
 
-The page is self-contained, as that of an evaluation; the curve shows the paired difference from the
+The page is self-contained, as an evaluation's is; the curve shows the paired difference from the
 retriever as it is over the knowledge scale, with intervals, a line for each readapter scale.
 """
 
@@ -25,7 +25,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
-    """The search as Markdown: what it found, how, and every pair."""
+    """Return the search as Markdown: what it found, how, and every pair."""
     lines = ["# Scales", "", verdict(result), "", _method(result), ""]
     rows = [
         [
@@ -51,7 +51,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def to_html(result: Mapping[str, Any]) -> str:
-    """The search as one self-contained page."""
+    """Return the search as one self-contained page."""
     by_readapter: dict[float, list[plots.Point]] = {}
     for cell in result["grid"]:
         low, high = cell["interval"] or (cell["difference"], cell["difference"])

@@ -71,7 +71,7 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every layer.
+    """Return what transformers calls in every layer.
 
     Args:
         module: the attention layer; says whether it is causal.
@@ -111,7 +111,7 @@ def attend(  # noqa: PLR0917 -- the order is transformers'
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the flash kernel runs there, in this type."""
+    """Return whether the flash kernel runs there, in this type."""
     return device.type == _KERNEL_DEVICE and dtype in _KERNEL_DTYPES and _is_able(device)
 
 
@@ -132,7 +132,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @functools.cache
 def _kernel_options() -> frozenset[str]:
-    """What this torch's kernel takes by name; nothing where there is none."""
+    """Return what this torch's kernel takes by name; nothing where there is none."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -249,7 +249,7 @@ class Group:
         return len(self.lengths) * self.width
 
     def mask(self, *, causal: bool, window: int | None) -> Tensor | None:
-        """What a slot sees: bool, broadcast to [N, heads, width, width]. None is all of them, or all before.
+        """Return what a slot sees: bool, broadcast to [N, heads, width, width]. None is all of them, or all before.
 
         Empty slots are the last: no token sees them where it sees only what is before it.
         """
@@ -322,7 +322,7 @@ class _Gather(torch.autograd.Function):
 
 @functools.lru_cache(maxsize=8)  # every layer asks for the same
 def _layout(lengths: tuple[int, ...], device: torch.device) -> Layout:
-    """Passages sorted into few widths."""
+    """Return passages sorted into few widths."""
     starts = np.cumsum((0, *lengths))
     widths = np.array([_width(length) for length in lengths])
     groups, tokens = [], []
@@ -346,7 +346,7 @@ def _masks(layout: Layout, *, causal: bool, window: int | None) -> list[Tensor |
 
 
 def _width(length: int) -> int:
-    """A passage's slots: its length and up to a quarter more, 15 where that is more.
+    """Return a passage's slots: its length and up to a quarter more, 15 where that is more.
 
     A CPU's matrix library compiles and keeps a program for each shape that it meets: with passages at their
     own lengths a worker grew by 18 MB a step and took half as many steps a second.

@@ -116,12 +116,12 @@ class Plan:
         short = [f"{each.name} cannot run: {each.problem}" for each in self.stages if each.problem]
         short += [
             f"{each.stage} cannot be made of {self.setting.corpus.num_passages:,} passages: {each.what}, from {each.at:,.0f} on; take "
-            f"{each.mend}"
+            f"{each.advice}"
             for each in self.passage_limits
             if each.stage and each.at < self.setting.corpus.num_passages
         ]
         return short + [
-            f"{each.name} cannot run: a worker needs {each.memory.arithmetic()}; {each.memory.mend}"
+            f"{each.name} cannot run: a worker needs {each.memory.arithmetic()}; {each.memory.advice}"
             for each in self.stages
             if each.memory is not None and each.memory.is_checked and not each.memory.fits
         ]

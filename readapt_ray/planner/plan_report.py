@@ -139,9 +139,9 @@ def _grid(plan: Plan) -> str:
 def _limits(plan: Plan) -> str:
     kind = "GPUs" if plan.setting.cluster.num_gpus else "nodes"
     lines = ["what breaks, in this order"]
-    lines += [f"  from {count(limit.at)} passages: {limit.what}; {limit.mend}" for limit in plan.passage_limits]
+    lines += [f"  from {count(limit.at)} passages: {limit.what}; {limit.advice}" for limit in plan.passage_limits]
     lines += [
-        f"  from {progress.amount(round(limit.at), kind)}: {limit.what}; {limit.mend}" for limit in plan.worker_limits
+        f"  from {progress.amount(round(limit.at), kind)}: {limit.what}; {limit.advice}" for limit in plan.worker_limits
     ]
     return "\n".join(lines)
 

@@ -131,7 +131,7 @@ def measure(roots: list[str], planned: Cluster) -> Rates:
 
     Args:
         roots: folders or URIs; one that is not there has no rates.
-        planned: stands for the cluster that an artifact was made on, where its manifest does not say.
+        planned: taken as the cluster that made an artifact, where its manifest does not say.
     """
     work: dict[tuple[str, str], float] = defaultdict(float)
     seconds: dict[tuple[str, str], float] = defaultdict(float)

@@ -42,7 +42,7 @@ class Limit:
     """Passages or workers."""
     what: str
     """What happens from there on."""
-    mend: str
+    advice: str
     """What to change."""
     stage: str = ""
     """The artifact that cannot be made from there on; empty where it only takes longer."""
@@ -194,8 +194,8 @@ def _batch_limit(train: Any, setting: Setting, many: Cluster) -> Limit:
         what = f"a run takes {MIN_STEPS} steps of {TOKENS_PER_WORKER:,} tokens per worker: more workers stay out of training"
         return Limit(float(step.num_workers), what, "train on more passages or epochs")
     what = f"train shares out batch_size = {step.batch_size} blocks a step: more workers have nothing to do"
-    mend = "raise train.batch_size (it changes the result), or train on fewer GPUs than you embed with"
-    return Limit(float(step.batch_size), what, mend)
+    advice = "raise train.batch_size (it changes the result), or train on fewer GPUs than you embed with"
+    return Limit(float(step.batch_size), what, advice)
 
 
 def _stuck(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
@@ -209,8 +209,8 @@ def _stuck(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
             what = (
                 f"over half of the time goes to stages that get no faster ({', '.join({s.stage: None for s in stuck})})"
             )
-            mend = f"give the run fewer {kind}, or run stages apart on clusters of their own size"
-            return [Limit(float(workers), what, mend)]
+            advice = f"give the run fewer {kind}, or run stages apart on clusters of their own size"
+            return [Limit(float(workers), what, advice)]
     return []
 
 

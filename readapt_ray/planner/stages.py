@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from readapt_ray.catalog.shapes import ModelShape
-from readapt_ray.cluster.batches import BATCH_MEND, least_workers
+from readapt_ray.cluster.batches import BATCH_ADVICE, least_workers
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
@@ -231,7 +231,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     units = busy if cluster.num_gpus else min(cluster.num_cpus, busy * each)
     rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
-    mend = BATCH_MEND.format(num_workers=workers, batch_size=busy)
+    advice = BATCH_ADVICE.format(num_workers=workers, batch_size=busy)
     is_floor = floor > work / (units * rate.value)
     bound = "; the fixed cost per step dominates" if is_floor else ""
     return _timed(
@@ -250,7 +250,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         note="; ".join(
             filter(None, [f"{steps:,} steps of {step.batch_size:,} blocks{bound}", _float32_note(config, cluster)])
         ),
-        problem=f"a step has {busy} blocks for {workers} workers; {mend}" if busy < workers else "",
+        problem=f"a step has {busy} blocks for {workers} workers; {advice}" if busy < workers else "",
     )
 
 

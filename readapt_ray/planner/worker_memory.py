@@ -1,4 +1,4 @@
-"""Estimate what one worker of a stage needs and what it has; for training by the estimate that training itself makes."""
+"""Estimate the memory that one worker of a stage needs and has; training uses the same estimate."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What one worker needs, part by part, and what it has; in bytes."""
+    """Memory that one worker needs, by part, and has; in bytes."""
 
     parts: dict[str, float]
     available: float
     where: str
     """What `available` is a part of."""
-    mend: str
+    advice: str
     """What to change where it does not fit."""
     is_checked: bool = True
     """Whether the stage refuses to start where it does not fit."""
@@ -76,7 +76,7 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
         parts={name: float(size) for name, size in memory.estimate_memory(shape, setup).parts.items()},
         available=available,
         where=where,
-        mend=f"lower train.micro_batch_tokens (it bounds memory, not the result), {smaller}, raise "
+        advice=f"lower train.micro_batch_tokens (it bounds memory, not the result), {smaller}, raise "
         f"train.zero_stage with more workers, or take {larger}",
         is_checked=config.check_memory,
     )
@@ -98,7 +98,7 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
         },
         available=available,
         where=where,
-        mend=f"lower embed.{first}, set embed.dtype to bfloat16, or take {last}",
+        advice=f"lower embed.{first}, set embed.dtype to bfloat16, or take {last}",
     )
 
 
@@ -108,5 +108,5 @@ def index_memory(shard_bytes: float, group: NodeGroup) -> Memory:
         parts={"shard": 3.0 * shard_bytes, "process": 3e8},
         available=group.cpu_share_bytes,
         where=f"a CPU's share of {group.name}",
-        mend="lower index.rows_per_shard, or take nodes with more memory per CPU",
+        advice="lower index.rows_per_shard, or take nodes with more memory per CPU",
     )

@@ -44,7 +44,7 @@ class Artifact(artifacts.Artifact):
         """The folder, or the file of a run of `search`.
 
         Raises:
-            InputError: it lies in an object store; `uri` says where.
+            InputError: it is in an object store; `uri` says where.
         """
         if not self.location.is_local:
             raise InputError(f"{self.uri!r} is no path on this machine; use .uri, or .location to read its files")

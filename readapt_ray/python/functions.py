@@ -53,7 +53,7 @@ FUNCTIONS: dict[str, Work] = {
         Results,
     ),
     "find": Work(
-        "find where a passage stands under a root",
+        "find a passage in all artifacts of a root",
         "recipes.refreshing.options:FindConfig",
         "recipes.refreshing.find:find",
         Results,
@@ -71,7 +71,7 @@ FUNCTIONS: dict[str, Work] = {
         None,
     ),
 }
-"""The functions that are made from this table; the others stand below."""
+"""The functions that are made from this table; the others are defined below."""
 _RETURNS = {
     Artifact: "Returns:\n    The artifact: `.path`, `.manifest`, `.to_pandas()`, `.to_arrow()`, `.to_ray()`.",
     Results: "Returns:\n    The rows: they print as a table; `.rows`, `.to_pandas()`.",
@@ -163,7 +163,7 @@ _TABLES: dict[str, Callable[[Any, Any], tuple[list[dict[str, Any]], str]]] = {
 
 @contextlib.contextmanager
 def _as_told() -> Iterator[None]:
-    """Show progress, and raise only our own errors for what the user can mend.
+    """Show progress, and raise only our own errors for what the user can fix.
 
     Raises:
         InputError: a path may not be read.

@@ -1,6 +1,6 @@
 """Encode texts and search an index in this process, without Ray.
 
-The whole index lies in memory, and so does the model. A corpus gives hits their titles and texts.
+The whole index is in memory, and so is the model. A corpus gives hits their titles and texts.
 """
 
 from collections.abc import Mapping, Sequence

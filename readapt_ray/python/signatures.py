@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 _MORE_PATHS = frozenset({"output", "root", "exclude", "only", "previous", "api_keys", "negatives", "require_report"})
 _NO_PATHS = frozenset({"host", "name"})
-"""Options that stand among the inputs in --help and are not paths."""
+"""Options that are listed among the inputs in --help and are not paths."""
 
 
 def signature_of(config_class: type[Config], returns: Any) -> inspect.Signature:

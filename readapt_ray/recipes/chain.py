@@ -30,7 +30,7 @@ RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "e
 
 
 def stage_parts(stage: str) -> tuple[type[StageConfig], Any]:
-    """A stage's config class and function."""
+    """Return a stage's config class and function."""
     module = importlib.import_module(f"readapt_ray.stages.{stage}")
     return getattr(module, STAGES[stage].config), getattr(module, stage)
 
@@ -68,8 +68,8 @@ NOT_IN_A_RUN: dict[str, dict[str, str]] = {
     },
     "search": {
         "vectors": "the run searches its own indexes; search vectors with `readapt search --vectors`",
-        "root": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
-        "as_of": "the run searches its own indexes; search those of a refresh with `readapt search --root`",
+        "root": "the run searches its own indexes; search the indexes of a refresh with `readapt search --root`",
+        "as_of": "the run searches its own indexes; search the indexes of a refresh with `readapt search --root`",
         "bridge": "the run embeds with both models; search older vectors with `readapt search --bridge`",
         **dict.fromkeys(("domain", "base"), "the run searches with whole models; use `readapt search --domain`"),
         "encoding": "queries are encoded as the vectors were; set encoding in section 'embed' instead",
@@ -196,7 +196,7 @@ def by_stage(steps: Iterable[Step]) -> dict[str, Any]:
 
 
 def plan_run(config: RunConfig) -> list[Step]:
-    """The steps of a run in order.
+    """Return the steps of a run in order.
 
     Raises:
         InputError: options of sections are unknown or wrong; one message that names all, with their sections.
@@ -356,7 +356,8 @@ class _Plan:
 
 
 def runs_beside_next(steps: Sequence[Step], position: int) -> bool:
-    """Whether a step that needs no GPU goes before one that embeds and does not read it, so both can run at once.
+    """Return whether a step that needs no GPU goes before one that embeds and does not read it, so both can run at
+    once.
 
     So the retriever's vectors are made while the adapted model is merged, and the adapted ones while the first index is built.
     """

@@ -2,9 +2,9 @@
 
 In: retrievers, an ingested corpus, queries and judgements. Out, under one folder: vectors and a run for each,
 `report/` (the evaluation of all runs against the first), and `compare.json` and `compare.md`: quality, time of a
-query, bytes and dimension. On demand each retriever stands there also after `finetune` on the corpus's training
+query, bytes and dimension. On demand each retriever is compared after `finetune` on the corpus's training
 split, RE-adapted to its passages, and both together. Every artifact is made by its stage, so a comparison that
-was killed goes on, and a retriever more costs only itself.
+was killed resumes, and another retriever costs only itself.
 """
 
 import json
@@ -87,7 +87,7 @@ def _refuse_foreign_report(config: CompareConfig) -> None:
 
 
 def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queries: str) -> dict[str, Any]:
-    """What a candidate costs: time of a query, bytes, dimension."""
+    """Return what a candidate costs: time of a query, bytes, dimension."""
     from readapt_ray.evaluation.latency import query_latency
     from readapt_ray.retrieval.bridge import Bridge
     from readapt_ray.retrieval.encoder import Encoder
@@ -112,7 +112,7 @@ def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queri
 
 
 def _in_memory(vectors: Artifact) -> tuple[list[str], NDArray[np.float32]]:
-    """The vectors, a million at most: beyond that nobody scans them one query at a time."""
+    """Return the vectors, a million at most: nobody scans more one query at a time."""
     from readapt_ray.retrieval.vector_files import RowRange, iterate_vectors, read_footer
 
     folder = vectors.location / "vectors"
@@ -128,7 +128,7 @@ def _in_memory(vectors: Artifact) -> tuple[list[str], NDArray[np.float32]]:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The comparison as one table."""
+    """Return the comparison as one table."""
     header = [
         "retriever",
         *result["measures"],

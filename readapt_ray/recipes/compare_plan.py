@@ -75,7 +75,7 @@ class CompareConfig(Config):
     def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         labels = [_label(each) for each in value]
         if not labels or len(set(labels)) < len(labels):
-            raise ValueError("give at least one, and none whose last part is that of another")
+            raise ValueError("give at least one, each with another last part")
         return value
 
 

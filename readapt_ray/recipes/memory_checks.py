@@ -1,21 +1,22 @@
 """Check before a run that memory holds the largest step of each stage that is to be made.
 
 In: options, the shapes of the models and, once the corpus is there, its size. What counts is the memory of this machine or
-its GPUs, and on a cluster without GPUs that of its largest node. GPU workers of a cluster check theirs when they train. No
+its GPUs, and on a cluster without GPUs the memory of each node. GPU workers of a cluster check theirs when they train. No
 weight is read. Training is estimated as training itself does it. Of embed and index only what they hold for certain is
 counted, so that nothing is refused that would run.
 """
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from readapt_ray import environment, hardware
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.shapes import shape_of
-from readapt_ray.cluster import connection, nodes
+from readapt_ray.cluster import connection, nodes, placement
 from readapt_ray.errors import PlacementError
 from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
@@ -30,30 +31,46 @@ _SVD_COPIES = 4
 """A matrix, its two factors, and what their computation needs."""
 
 
+class _Node(NamedTuple):
+    """A machine that workers run on."""
+
+    num_cpus: int
+    free_bytes: int
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where workers run."""
 
     device_type: str
-    num_cores: int
-    """Of the machine, or of all nodes."""
-    num_machines: int
-    free_bytes: int
-    """Of one GPU; or of one machine, which its workers share."""
+    nodes: tuple[_Node, ...]
+    """Those with CPUs. Of a machine with GPUs, one of them has `free_bytes`."""
     name: str
 
-    def share(self, num_workers: int) -> int:
-        """Return the bytes of one of so many workers."""
-        return (
-            self.free_bytes if self.device_type == "cuda" else self.free_bytes // -(-num_workers // self.num_machines)
-        )
+    @property
+    def num_cpus(self) -> int:
+        """Count the CPUs of all nodes."""
+        return sum(node.num_cpus for node in self.nodes)
 
-    def refuse(self, what: str, num_workers: int, needed: float, mend: str) -> None:
+    def share(self, num_workers: int, num_cpus: int = 1) -> int:
+        """Return the most bytes that each of so many workers can have, however Ray spreads them.
+
+        Where a node has k workers, each has a k-th of its memory.
+        """
+        if self.device_type == "cuda":
+            return self.nodes[0].free_bytes
+        most = [max(1, node.num_cpus // num_cpus, num_workers if len(self.nodes) == 1 else 0) for node in self.nodes]
+        shares = [node.free_bytes // k for node, room in zip(self.nodes, most, strict=True) for k in range(1, room + 1)]
+        return sorted(shares, reverse=True)[min(num_workers, len(shares)) - 1]
+
+    def refuse(self, what: str, num_workers: int, needed: float, advice: str, num_cpus: int = 1) -> None:
         """Raise an error if one of so many workers needs more than it has."""
-        if needed > self.share(num_workers):
+        if needed > self.share(num_workers, num_cpus):
             times = f"{num_workers} x " if num_workers > 1 else ""
+            counts = Counter(size_text(node.free_bytes) for node in self.nodes)
+            have = " and ".join(f"{count} x {size}" if count > 1 else size for size, count in counts.items())
             raise PlacementError(
-                f"{what} would need about {times}{size_text(needed)}, and {self.name} has {size_text(self.free_bytes)}; {mend}"
+                f"{what} would need about {times}{size_text(needed)}, and {self.name} {have}; {advice}"
             )
 
 
@@ -103,17 +120,18 @@ def _place() -> _Place | None:
     ray = sys.modules.get("ray")
     if os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
         total = connection.connect()
-        up = nodes.alive()
+        up = [node["Resources"] for node in nodes.alive()]
         if os.environ.get("RAY_ADDRESS") and total.num_gpus:
             return None
         if len(up) > 1:
-            most = max(int(node["Resources"].get("memory", 0)) for node in up)
-            return _Place("cpu", total.num_cpus, len(up), most, "the largest node of the cluster")
+            found = (_Node(int(each.get("CPU", 0)), int(each.get("memory", 0))) for each in up)
+            return _Place("cpu", tuple(each for each in found if each.num_cpus), "the nodes of the cluster have")
     if torch.cuda.is_available():
         free = memory.free_bytes(torch.device("cuda"), 1)
-        return _Place("cuda", hardware.num_cores(), 1, free, "a GPU of this machine")
+        return _Place("cuda", (_Node(hardware.num_cores(), free),), "a GPU of this machine has")
     num_cores = environment.num_cpus() or hardware.num_cores()
-    return _Place("cpu", num_cores, 1, memory.free_bytes(torch.device("cpu"), 1), "this machine")
+    here = _Node(num_cores, memory.free_bytes(torch.device("cpu"), 1))
+    return _Place("cpu", (here,), "this machine has")
 
 
 def _is_low(dtype: str, place: _Place) -> bool:
@@ -134,7 +152,9 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
 
     _, options = resolve(options, pretrained)
     on_gpu = place.device_type == "cuda"
-    num_workers = options.num_workers or (torch.cuda.device_count() if on_gpu else place.num_machines)
+    num_workers, share = placement.largest_share(options.num_workers, [node.num_cpus for node in place.nodes])
+    if on_gpu:
+        num_workers = options.num_workers or torch.cuda.device_count()
     setup = worker_setup(
         options,
         adapter_shape(options, options.target_modules),
@@ -144,7 +164,7 @@ def _check_train(options: Any, block_tokens: int, pretrained: OpenModel, place: 
         device_type=place.device_type,
     )
     shape = shape_of(pretrained.config, pretrained.name, options.objective)
-    memory.check_fits(shape, setup, free_bytes=place.share(num_workers))
+    memory.check_fits(shape, setup, free_bytes=place.share(num_workers, options.num_cpus_per_worker or share))
 
 
 def _check_merge(options: Any, pretrained: OpenModel, place: _Place) -> None:
@@ -168,9 +188,9 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
     """Check that each worker can hold the retriever."""
     holder = retriever.base if retriever.is_adapter else retriever
     shape = shape_of(holder.config, holder.name)
-    num_workers = 1
+    num_workers, num_cpus = 1, options.num_cpus_per_worker or 1
     if place.device_type == "cpu":
-        most = place.num_cores // (options.num_cpus_per_worker or 1)
+        most = sum(node.num_cpus // num_cpus for node in place.nodes)
         pieces = -(-num_passages // MIN_SHARD_ROWS) if num_passages else 1
         num_workers = options.num_workers or max(1, min(most, pieces))
     each = shape.num_parameters * (2.0 if _is_low(options.dtype, place) else 4.0)
@@ -180,6 +200,7 @@ def _check_embed(options: Any, retriever: OpenModel, num_passages: int | None, p
         num_workers,
         each,
         f"{fewer}, or take more memory",
+        num_cpus,
     )
 
 
@@ -189,7 +210,7 @@ def _check_index(options: Any, vector_dtype: str, dimension: int, num_passages: 
     if kind.factory is not None or place.device_type == "cuda":
         return
     rows = min(num_passages, options.rows_per_shard or shard_rows(kind, num_passages, dimension))
-    at_once = min(place.num_cores, -(-num_passages // max(1, rows)))
+    at_once = min(place.num_cpus, -(-num_passages // max(1, rows)))
     place.refuse(
         f"index (shards of {rows:,} vectors, one per core)",
         at_once,

@@ -16,7 +16,7 @@ class Problems:
 
     @contextlib.contextmanager
     def noted(self, *left_out: str) -> Iterator[None]:
-        """Note what a check raises, and go on.
+        """Note what a check raises, and continue.
 
         Args:
             left_out: the options that are then not known.
@@ -35,7 +35,7 @@ class Problems:
             self._found.append(error)
 
     def __bool__(self) -> bool:
-        """Whether anything is wrong."""
+        """Return whether anything is wrong."""
         return bool(self._found)
 
     def raise_them(self) -> None:

@@ -116,7 +116,7 @@ def _is_listed(file: Location, root: str) -> bool:
 
 
 def _answer(root: str, made: dict[str, Artifact]) -> dict[str, Any]:
-    """The answer of the served retriever; kept, with the fingerprint of its index, for a second quickstart."""
+    """Return the answer of the served retriever; kept, with the fingerprint of its index, for a second quickstart."""
     index = made[f"index/{chain.ADAPTED}"].fingerprint
     kept = Location(root) / _ANSWER_NAME
     if kept.is_file():
@@ -207,7 +207,7 @@ def _print_places(console: Console, made: dict[str, Artifact]) -> None:
     report = (made["report"].location / "report.html").local_path
     root = made["corpus"].location.local_path.parent
     console.print(
-        f"\nThe stages took {duration(seconds)} in all. Everything lies under {root}; the report: {report}",
+        f"\nThe stages took {duration(seconds)} in all. Everything is under {root}; the report: {report}",
         soft_wrap=True,
         markup=False,
     )

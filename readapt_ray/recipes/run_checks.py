@@ -228,7 +228,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
 
 
 def _check_output(step: Step) -> None:
-    """Check that nothing but an artifact of ours, that nobody is writing, lies at an output."""
+    """Check that nothing but an artifact of ours, that nobody is writing, is at an output."""
     location = Location(step.config.output)
     record, is_complete = standing.record_of(step)
     if record is None:

@@ -11,7 +11,7 @@ GENERAL_REPORT = f"{GENERAL}/report"
 
 
 def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
-    """The artifacts by name, the report's page, and the next commands as they can be pasted.
+    """Return the artifacts by name, the report's page, and the next commands as they can be pasted.
 
     Args:
         config: the run that ended.

@@ -1,7 +1,7 @@
 """Compute BM25 scores over the words of passages, with statistics of the whole corpus.
 
-Enters: the passages of an index shard, and how often each word stands in all shards. Leaves: a sparse matrix of scores
-that `bm25s` made, 8 bytes per distinct word of a passage. Scores of shards are those of one index over all passages.
+Enters: the passages of an index shard, and how often each word is in all shards. Leaves: a sparse matrix of scores
+that `bm25s` made, 8 bytes per distinct word of a passage. Scores of shards equal the scores of one index over all passages.
 
 Words are lower-cased runs of letters and digits, without stemming or stop words, so that any language works; Chinese and
 Japanese characters are a word each. BM25 as in Lucene, with k1 = 1.5 and b = 0.75.
@@ -127,7 +127,7 @@ class WordIndex:
             return cls(vocabulary, num_rows=int(arrays["num_rows"]), **values)
 
     def scores(self, query: str) -> NDArray[np.float32]:
-        """Return the score of each row, 0 where no word of the query stands in it."""
+        """Return the score of each row, 0 if it has no word of the query."""
         counts = itertools.islice(Counter(words(query)).items(), MAX_QUERY_WORDS)
         found = np.zeros(self.num_rows, np.float64)
         for word, count in counts:

@@ -150,7 +150,7 @@ class Encoder:
         return self._identify()
 
     def encode(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> np.ndarray:
-        """The vectors of texts.
+        """Return the vectors of texts.
 
         Args:
             texts: N texts.
@@ -166,7 +166,7 @@ class Encoder:
         return self.encode_ids(self.tokenize(texts, kind, titles))
 
     def tokenize(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[list[int]]:
-        """The token ids that `encode` would feed to the model, specials included."""
+        """Return the token ids that `encode` would feed to the model, specials included."""
         return self._tokenizer.ids(texts, kind, titles)
 
     def tokenize_with_losses(
@@ -176,7 +176,7 @@ class Encoder:
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
     def encode_ids(self, rows: Sequence[Tokens], domains: Sequence[DomainUse | None] | None = None) -> np.ndarray:
-        """The vectors of token ids as `tokenize` gives them: float32 [N, D].
+        """Return the vectors of token ids as `tokenize` gives them: float32 [N, D].
 
         A batch that does not fit the memory halves the budget, for good.
 
@@ -216,7 +216,7 @@ class Encoder:
         """As `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in float32.
 
         Returns:
-            float32 [N, D]; what float32 does not mend is as it was, and `is_usable` finds it.
+            float32 [N, D]; what is not finite in float32 either is unchanged, and `is_usable` finds it.
         """
         vectors = self.encode_ids(rows)
         unusable = np.flatnonzero(~is_usable(vectors))
@@ -279,7 +279,7 @@ class Encoder:
 
 
 def suitable_dtype(device: str | None = None) -> str:
-    """The type that a device computes in fast and well enough: a name of DTYPES.
+    """Return the type that a device computes in fast and well enough: a name of DTYPES.
 
     bfloat16 on GPUs that have it (float16 on older ones) and on CPUs with AMX or AVX512_BF16; float32 on
     other CPUs.

@@ -6,7 +6,7 @@ from readapt_ray.catalog.models import OpenModel
 
 
 def encoder_fingerprint(model: OpenModel, encoding: Encoding, dtype: str) -> str:
-    """Stands for all that decides a vector: weights (those of an adapter's base too), encoding, dtype."""
+    """Hash all that decides a vector: weights (of an adapter's base too), encoding, dtype."""
     return fingerprint_of(model.fingerprint, model.base.fingerprint if model.is_adapter else None, encoding, dtype)
 
 

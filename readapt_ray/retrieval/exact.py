@@ -30,7 +30,7 @@ class Hits:
     """[Q, K]."""
 
     def of_query(self, index: int, query_id: str) -> list[ScoredDoc]:
-        """The passages of the query at place `index`."""
+        """Return the passages of the query at place `index`."""
         pairs = zip(self.doc_ids[index].tolist(), self.scores[index].tolist(), strict=True)
         return [ScoredDoc(query_id, doc_id, score) for doc_id, score in pairs if score != -np.inf]
 
@@ -60,7 +60,7 @@ class TopK:
         """Offer passages.
 
         Args:
-            scores: [Q, N]; -inf stands for no passage.
+            scores: [Q, N]; -inf means no passage.
             doc_ids: [Q, N], or [N] where they are the same for every query.
         """
         columns = best_columns(torch.from_numpy(scores), doc_ids, self._top_k).numpy()
@@ -68,7 +68,7 @@ class TopK:
 
     def merge(self, scores: NDArray[np.float32], doc_ids: NDArray[np.object_]) -> None:
         """Offer the best of some passages, [Q, K] each."""
-        _check_scores(scores, doc_ids)  # sees those of add(), too: torch.topk puts NaN first
+        _check_scores(scores, doc_ids)  # covers add(), too: torch.topk puts NaN first
         scores = np.concatenate([self._scores, scores], axis=1)
         doc_ids = np.concatenate([self._doc_ids, doc_ids], axis=1)
         if scores.shape[1] > self._top_k:
@@ -77,7 +77,7 @@ class TopK:
         self._scores, self._doc_ids = scores, doc_ids
 
     def hits(self) -> Hits:
-        """The best so far, in order."""
+        """Return the best so far, in order."""
         order = np.argsort(-self._scores, axis=1, kind="stable")
         scores = np.take_along_axis(self._scores, order, axis=1)
         doc_ids = np.take_along_axis(self._doc_ids, order, axis=1)
@@ -88,7 +88,7 @@ class TopK:
 
 
 def best_columns(scores: torch.Tensor, doc_ids: NDArray[np.object_], top_k: int) -> torch.Tensor:
-    """The columns of the k best scores of each row, in no order; at the last place the lower doc_id wins a tie.
+    """Return the columns of the k best scores of each row, in no order; at the last place the lower doc_id wins a tie.
 
     Only rows that have such a tie are looked at one by one.
 
@@ -121,7 +121,7 @@ def search_exact(
     *,
     device: str = "cpu",
 ) -> Hits:
-    """The k best passages of each query by inner product.
+    """Return the k best passages of each query by inner product.
 
     Args:
         queries: [Q, D].

@@ -28,13 +28,13 @@ Out = TypeVar("Out")
 
 
 def at_once(function: Callable[[In], Out], items: Iterable[In]) -> list[Out]:
-    """What a function that waits for storage gives for each item, in their order."""
+    """Return what a function that waits for storage gives for each item, in their order."""
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(function, items))
 
 
 def read_footers(folder: Location, names: Sequence[str]) -> list[Footer]:
-    """What each file says of itself.
+    """Return what each file says of itself.
 
     Raises:
         CorruptFileError: one was cut short or altered, or is gone.
@@ -43,7 +43,7 @@ def read_footers(folder: Location, names: Sequence[str]) -> list[Footer]:
 
 
 def named_footers(folder: Location) -> dict[str, Footer]:
-    """What each Parquet file of a folder says of itself, by name, in their order.
+    """Return what each Parquet file of a folder says of itself, by name, in their order.
 
     Raises:
         CorruptFileError: one was cut short or altered.
@@ -64,7 +64,8 @@ def write_table(artifact: Location, what: str) -> None:
 
 
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:
-    """What `named_footers` returns, but for metadata of our own, from the table of an artifact as far as the listing of the folder confirms it.
+    """Return what `named_footers` returns, but for metadata of our own, from the table of an artifact as far as the
+    listing of the folder confirms it.
 
     Raises:
         CorruptFileError: a file that the table does not describe was cut short or altered.
@@ -149,6 +150,6 @@ def _check_no_copies(passages: Location, footers: dict[str, Footer]) -> None:
     for name, footer in footers.items():
         if footer.num_rows and footer.digest in seen:
             raise CorpusError(
-                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids stand twice; ingest the corpus again"
+                f"{passages / name} is a copy of {seen[footer.digest]}, so its doc_ids occur twice; ingest the corpus again"
             )
         seen[footer.digest] = name

@@ -1,6 +1,6 @@
 """From token ids to one pooled vector a text: a batch through the model, padded or packed.
 
-Padded, each text is a row with padding on its right. Packed, all texts lie end to end in one row, and
+Padded, each text is a row with padding on its right. Packed, all texts are concatenated in one row, and
 attention keeps them apart (attention.py); no position is computed in vain.
 """
 
@@ -44,7 +44,7 @@ class ForwardPass:
         self._num_embeddings = int(network.get_input_embeddings().num_embeddings)
 
     def pooled(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """The vectors of B texts' token ids, on the device: float32 [B, H].
+        """Return the vectors of B texts' token ids, on the device: float32 [B, H].
 
         Raises:
             ModelError: an id is over the model's token embeddings.
@@ -94,7 +94,7 @@ class ForwardPass:
         return pool_packed(hidden[0], lengths, self._pooling)
 
     def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:
-        """The last hidden states [B, T, H]; `more` goes to the attention."""
+        """Return the last hidden states [B, T, H]; `more` goes to the attention."""
         self._check_ids(ids)
         given = {
             "input_ids": torch.from_numpy(ids).to(self.device),

@@ -20,7 +20,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 def kept_and_added(
     now: Contents, folder: Location, records: Sequence[ShardRecord]
 ) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
-    """Which vectors of each shard stand for a passage as it is now, and the rows of `now` that have none.
+    """Return which vectors of each shard stand for a passage as it is now, and the rows of `now` that have none.
 
     A passage whose content changed has none; neither has one whose content is not known.
 
@@ -49,7 +49,7 @@ def _contents(folder: Location, record: ShardRecord) -> Contents:
 
 
 def _keys(contents: Contents) -> NDArray[np.uint64]:
-    """16 bytes that stand for doc_id and content, [N, 2]; zeros, which match nothing, where the content is not known."""
+    """Hash doc_id and content to 16 bytes, [N, 2]; zeros, which match nothing, where the content is not known."""
     keys = contents.hashes.copy()
     keys[:, 0] ^= contents.ids.view(np.uint64) * _MIX
     keys[~contents.hashes.any(axis=1)] = 0

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval.bm25 import WordIndex
+from readapt_ray.retrieval.cached_files import near
 from readapt_ray.retrieval.faiss_build import faiss
 from readapt_ray.retrieval.footers import at_once
 from readapt_ray.retrieval.index_recall import set_depth
@@ -50,7 +51,7 @@ class ShardRecord:
     trained: str | None = None
     """What its lists and codes were trained as: shards that share it can be merged. None for graphs and older indexes."""
     depth: int | None = None
-    """nprobe or efSearch that it is searched with; None for what stands in its file."""
+    """nprobe or efSearch that it is searched with; None for the value in its file."""
 
 
 def write_shard(
@@ -120,7 +121,7 @@ def carry_over(
     """Take a shard into another index, without the vectors that are no longer kept; FAISS's file is shared as it is.
 
     Args:
-        source: the `shards` folder that the shard lies in.
+        source: the `shards` folder of the shard.
         record: what its manifest says of it.
         kept: [N], whether a vector is still found.
         target: the `shards` folder that it goes to, under the same name.
@@ -155,19 +156,22 @@ def find_shards(folder: Location, names: Collection[str], *, encoder: str) -> di
     return found
 
 
-def read_ids(folder: Location, record: ShardRecord) -> tuple[NDArray[np.object_], bytes]:
-    """The doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
+def read_ids(folder: Location, record: ShardRecord, *, is_kept: bool = False) -> tuple[NDArray[np.object_], bytes]:
+    """Return the doc_id of each vector of a shard, empty where it was deleted, and 16 bytes each of their contents.
+
+    Args:
+        folder, record, is_kept: as for `read_shard`.
 
     Raises:
         CorruptFileError: the file is gone, or is not the one that was written.
     """
-    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256)
+    content = _verified(folder / f"{record.name}.ids.parquet", record.ids_sha256, is_kept=is_kept)
     table = pq.read_table(io.BytesIO(content))
     doc_ids = np.array([doc_id or DELETED for doc_id in table["doc_id"].to_pylist()], dtype=object)
     return doc_ids, packed_hashes(table["content_hash"].to_pylist())
 
 
-def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False) -> IndexShard:
+def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False, is_kept: bool = False) -> IndexShard:
     """Load a shard.
 
     Args:
@@ -175,17 +179,20 @@ def read_shard(folder: Location, record: ShardRecord, *, is_mapped: bool = False
         record: what the manifest says of it.
         is_mapped: leave the vectors of a local file where they are, in pages that all processes of a node share, and
             compute its checksum once per node. Such a shard cannot be merged with others.
+        is_kept: copy the files of an object store to this node first, for other processes and the next start, too.
 
     Raises:
         CorruptFileError: a file of it is gone, or is not the one that was written.
     """
     file = folder / f"{record.name}.faiss"
+    if is_kept:
+        file = near(file, record.index_sha256)
     if is_mapped and file.is_local:
         check_whole(file.local_path, record.index_sha256)
         index = faiss.read_index(str(file.local_path), faiss.IO_FLAG_MMAP_IFC)
     else:
         index = faiss.deserialize_index(np.frombuffer(_verified(file, record.index_sha256), np.uint8))
-    doc_ids, hashes = read_ids(folder, record)
+    doc_ids, hashes = read_ids(folder, record, is_kept=is_kept)
     if not index.ntotal == len(doc_ids) == record.num_vectors:
         raise CorruptFileError(
             f"{folder / record.name}: {index.ntotal} vectors, {len(doc_ids)} ids, {record.num_vectors} in the manifest; "
@@ -200,18 +207,18 @@ def words_file(folder: Location, name: str) -> Location:
     return folder / f"{name}.bm25.npz"
 
 
-def read_words(folder: Location, name: str, sha256: str) -> WordIndex:
-    """Load the BM25 scores of a shard.
+def read_words(folder: Location, name: str, sha256: str, *, is_kept: bool = False) -> WordIndex:
+    """Load the BM25 scores of a shard; with `is_kept`, through a copy on this node.
 
     Raises:
         CorruptFileError: the file is gone, or is not the one that was written.
     """
-    return WordIndex.from_bytes(_verified(words_file(folder, name), sha256))
+    return WordIndex.from_bytes(_verified(words_file(folder, name), sha256, is_kept=is_kept))
 
 
-def _verified(location: Location, sha256: str) -> bytes:
+def _verified(location: Location, sha256: str, *, is_kept: bool = False) -> bytes:
     try:
-        content = location.read_bytes()
+        content = (near(location, sha256) if is_kept else location).read_bytes()
     except FileNotFoundError as error:
         raise CorruptFileError(f"{location} is gone; run `readapt index` again") from error
     if hashlib.sha256(content).hexdigest() != sha256:

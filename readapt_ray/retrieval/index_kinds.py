@@ -60,7 +60,7 @@ KINDS: tuple[IndexKind, ...] = (
 
 
 def index_kind(name: str) -> IndexKind:
-    """The row of a kind.
+    """Return the row of a kind.
 
     Raises:
         InputError: there is none of that name.
@@ -106,7 +106,7 @@ class IndexSpec:
 
 
 def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> IndexSpec:
-    """How to make an index of so many vectors, cut into shards or not.
+    """Return how to make an index of so many vectors, cut into shards or not.
 
     Raises:
         InputError: the kind is unknown, or `code_bytes` does not divide the dimension.
@@ -141,7 +141,7 @@ def default_storage(kind: str, vector_dtype: str | None) -> Storage:
 
 
 def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
-    """Vectors per shard: as many as one task holds, in shards of one size.
+    """Return vectors per shard: as many as one task holds, in shards of one size.
 
     A flat shard takes 512 MiB as it is stored, so that it loads quickly. An approximate one has 4 million vectors up to
     512 numbers, and 1 million from 2,048 numbers on.
@@ -179,7 +179,7 @@ def vector_bytes(options: IndexOptions, dimension: int) -> float:
 
 
 def choose(num_vectors: int, dimension: int, *, memory_bytes: float | None, min_recall: float) -> IndexOptions:
-    """What `auto` stands for: the quickest kind, as the field knows them, that fits the memory.
+    """Choose the kind for `auto`: the quickest kind, as the field knows them, that fits the memory.
 
     Exact up to 200,000 vectors or where recall 1 is asked for; then graphs, up to 5 million; then inverted
     lists, and codes where memory is short. What is chosen is still measured.

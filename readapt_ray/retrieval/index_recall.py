@@ -262,16 +262,16 @@ def _depths(index: Any, spec: IndexSpec, options: IndexOptions) -> list[int | No
 
 def _too_low(measured: IndexRecall, spec: IndexSpec, options: IndexOptions) -> str:
     if options.depth is not None and spec.depth is not None:
-        mend = f"raise --depth ({spec.depth}, {options.depth} now), or leave it out to have it found"
+        advice = f"raise --depth ({spec.depth}, {options.depth} now), or leave it out to have it found"
     elif options.kind == "ivf-pq" and not options.refine:
-        mend = "raise --code-bytes, or give --refine"
+        advice = "raise --code-bytes, or give --refine"
     elif options.kind == "rabitq" and not options.refine:
-        mend = "give --refine"
+        advice = "give --refine"
     elif options.storage == "int8":
-        mend = "give --storage float16"
+        advice = "give --storage float16"
     else:
-        mend = "give another --kind (flat is exact)"
+        advice = "give another --kind (flat is exact)"
     return (
         f"the index {spec.factory!r} finds {measured.recall_at_10:.3f} of the 10 best and {measured.recall_at_100:.3f} of the "
-        f"100 best, and min_recall = {options.min_recall:g} is asked for of both; {mend}, or lower --min-recall"
+        f"100 best, and min_recall = {options.min_recall:g} is asked for of both; {advice}, or lower --min-recall"
     )

@@ -51,7 +51,7 @@ class IndexShard:
         return bool(self._deleted.any())
 
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """The k best of this shard, ties by doc_id.
+        """Return the k best of this shard, ties by doc_id.
 
         A query that finds less than k, because it looked at too little of the index or deleted vectors took
         places, is asked again and looks further, until it has k or all that there are.
@@ -71,7 +71,7 @@ class IndexShard:
         return hits
 
     def search_among(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Hits:
-        """The k best of some rows of this shard, ties by doc_id; an approximate index may find fewer.
+        """Return the k best of some rows of this shard, ties by doc_id; an approximate index may find fewer.
 
         The fewer rows there are, the more lists are probed and the more of a graph is visited.
 
@@ -90,7 +90,7 @@ class IndexShard:
         return self._best(self.index, _among(self.index, selector, len(chosen) / max(1, len(rows))), queries, top_k)
 
     def _best(self, index: Any, parameters: Any, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """The k best of what one search looks at.
+        """Return the k best of what one search looks at.
 
         FAISS breaks ties as it likes, so one more than k is asked for, and where the last place may be
         tied with the one after it, or deleted vectors took places, more, until k have an end.
@@ -119,12 +119,12 @@ class IndexShard:
 
 
 def _are_falling(scores: NDArray[np.float32]) -> bool:
-    """Whether no two results of a query tie, so that FAISS's order is ours."""
+    """Return whether no two results of a query tie, so that FAISS's order is ours."""
     return bool((scores[:, 1:] < scores[:, :-1]).all())
 
 
 def _ever_further(index: Any) -> Iterator[tuple[Any, Any]]:
-    """What to search and with which parameters, to look at more of an index than it is set to, and ever more.
+    """Yield what to search and with which parameters, to look at more of an index than it is set to, and ever more.
 
     Inverted lists are probed twice as many, up to all. A graph takes efSearch = k at least by itself, but may
     have parts that no link leads to: its vectors are scanned.
@@ -211,7 +211,7 @@ def _can_merge(index: Any) -> bool:
 
 
 def _merge(index: Any, other: Any) -> None:
-    """Move the vectors of another index behind those of this one."""
+    """Append the vectors of another index to this one."""
     index, other = faiss.downcast_index(index), faiss.downcast_index(other)
     if isinstance(index, faiss.IndexRefine):
         _merge(index.base_index, other.base_index)
@@ -228,7 +228,7 @@ def _merge(index: Any, other: Any) -> None:
 
 
 def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], top_k: int) -> Hits:
-    """The k best over all shards: the same as from one index that holds all their vectors.
+    """Return the k best over all shards: the same as from one index that holds all their vectors.
 
     Each shard may be let go before the next is loaded. k over the number of vectors gives all of them.
     """
@@ -242,7 +242,8 @@ def search_shards(shards: Iterable[IndexShard], queries: NDArray[np.float32], to
 
 
 def build_shard(factory: str, dimension: int, chunks: Iterable[tuple[list[str], NDArray[np.float32]]]) -> IndexShard:
-    """An index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them all.
+    """Return an index of the vectors [N, D] that come in chunks with their doc_ids; one that must be trained holds them
+    all.
 
     Args:
         factory: FAISS factory string.
@@ -280,7 +281,7 @@ def new_index(factory: str, dimension: int) -> Any:
 
 
 def num_training_rows(index: Any, num_rows: int) -> int:
-    """How many of so many vectors an index is trained on: 64 a list and 65,536 at least, and what fits one task."""
+    """Return how many of so many vectors an index is trained on: 64 a list and 65,536 at least, and what fits one task."""
     lists = faiss.try_extract_index_ivf(index)
     num_lists = int(lists.nlist) if lists is not None else 0
     wanted = max(_TRAINING_ROWS, _TRAINING_ROWS_PER_LIST * num_lists)
@@ -288,7 +289,7 @@ def num_training_rows(index: Any, num_rows: int) -> int:
 
 
 def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
-    """Return the rows that an index is trained on: runs of 128, since rows that lie together are read together."""
+    """Return the rows that an index is trained on: runs of 128, since neighbouring rows are read together."""
     size = num_training_rows(index, num_rows)
     if size == num_rows:
         return np.arange(num_rows)
@@ -299,7 +300,7 @@ def training_rows(index: Any, num_rows: int) -> NDArray[np.int64]:
 
 
 def training_sample(vectors: NDArray[np.float32], index: Any) -> NDArray[np.float32]:
-    """What an index is trained on: 64 vectors a list, and 65,536 at least, where there are so many."""
+    """Return what an index is trained on: 64 vectors a list, and 65,536 at least, where there are so many."""
     size = num_training_rows(index, len(vectors))
     if len(vectors) == size:
         return vectors

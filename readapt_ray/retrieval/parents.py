@@ -40,7 +40,7 @@ def merged_to_documents(table: pa.Table, top_k: int) -> pa.Table:
 
 
 def ranks(table: pa.Table) -> NDArray[np.int64]:
-    """Return the place of each row among those of its query, from 0; the rows of a query stand together."""
+    """Return the rank of each row among the rows of its query, from 0; the rows of a query are consecutive."""
     owners = np.asarray(table["query_id"].to_numpy(), object)
     if not len(owners):
         return np.zeros(0, np.int64)

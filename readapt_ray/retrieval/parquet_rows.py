@@ -1,6 +1,6 @@
 """Parquet files of one folder, read by row number as if they were one.
 
-Only the row groups that hold the rows are read. Memory is that of the rows asked for and of one row group.
+Only the row groups that hold the rows are read. Memory: the rows asked for and one row group.
 """
 
 import contextlib

@@ -4,6 +4,7 @@ Enters: the files. Leaves: their rows, a batch at a time; nothing of a corpus st
 """
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -77,6 +78,24 @@ class PassageFiles:
                 missing = missing.filter(pc.invert(pc.is_in(missing, each)))
         return [str(each) for each in missing.to_pylist()]
 
+    def documents_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """Return the document of each id: that of a passage of a document that was split, else the id itself.
+
+        Raises:
+            CorruptFileError: a file cannot be read.
+        """
+        found = {each: each for each in ids}
+        if not self.is_split:
+            return found
+        wanted = pa.array(list(found), pa.string())
+        documents: set[str] = set()
+        for file in self.files:
+            for batch in read_batches(file, ["doc_id", "parent_id"]):
+                documents.update(pc.unique(batch["parent_id"].filter(pc.is_in(batch["parent_id"], wanted))).to_pylist())
+                for row in batch.filter(pc.is_in(batch["doc_id"], wanted)).to_pylist():
+                    found[row["doc_id"]] = row["parent_id"]
+        return found | {each: each for each in documents}
+
     def has_any(self, passage_ids: Iterable[str]) -> bool:
         """Return whether one of these is the id of a passage; that of a document which was split is none.
 
@@ -105,6 +124,41 @@ class PassageFiles:
             if first_piece(doc_id) in rows:
                 found[doc_id] = rows[first_piece(doc_id)]._replace(doc_id=doc_id)
         return found
+
+    def pieces_of(self, doc_ids: Iterable[str]) -> dict[str, list[Passage]]:
+        """Return all passages of each of these documents, in order; the id of a passage gives that passage alone.
+
+        Raises:
+            CorruptFileError: a file cannot be read.
+        """
+        wanted = pa.array(set(doc_ids), pa.string())
+        columns = [*TEXT_COLUMNS, *(["parent_id"] if self.is_split else [])]
+        own: dict[str, list[Passage]] = {}
+        alone: dict[str, list[Passage]] = {}
+        for file in self.files if len(wanted) else ():
+            for batch in read_batches(file, columns):
+                chosen = [pc.is_in(batch[name], wanted) for name in columns if name.endswith("_id")]
+                for row in batch.filter(functools.reduce(pc.or_, chosen)).to_pylist():
+                    passage = Passage(row["doc_id"], row["title"] or "", row["text"] or "")
+                    own.setdefault(row.get("parent_id", row["doc_id"]), []).append(passage)
+                    alone[row["doc_id"]] = [passage]
+        found = alone | own
+        return {each: found[each] for each in wanted.to_pylist() if each in found}
+
+    def passage_ids(self, ids: Iterable[str]) -> frozenset[str]:
+        """Return these ids with all passages of a document in place of its own.
+
+        Raises:
+            CorruptFileError: a file cannot be read.
+        """
+        named = set(ids)
+        wanted = pa.array(named, pa.string())
+        for file in self.files if self.is_split else ():
+            for batch in read_batches(file, ["doc_id", "parent_id"]):
+                of_these = batch.filter(pc.is_in(batch["parent_id"], wanted))
+                named.difference_update(set(of_these["parent_id"].to_pylist()) - set(of_these["doc_id"].to_pylist()))
+                named.update(of_these["doc_id"].to_pylist())
+        return frozenset(named)
 
     def _ids(self) -> Iterator[pa.Array]:
         for file in self.files:

@@ -7,7 +7,6 @@ last store of it is dropped; that of a process that ended goes when another stor
 """
 
 import logging
-import shutil
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import pyarrow as pa
 
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import cache_entries
-from readapt_ray.errors import FingerprintMismatchError, StorageError
+from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.id_lookup import IdLookup, id_keys
 from readapt_ray.retrieval.kept_columns import kept_columns
@@ -140,11 +139,7 @@ def _copy(files: list[Location], entry: Path, corpus: Artifact) -> None:
     cache_entries.remove_files(entry)
     num_bytes = _planned_bytes(files)
     # No file has 0 bytes, so the copy counts as whole only once its real sizes are noted.
-    cache_entries.note_files(
-        entry, {_TEXTS: {"size_bytes": num_bytes}, _KEYS: {"size_bytes": 0}, _ROWS: {"size_bytes": 0}}
-    )
-    cache_entries.make_room()
-    _check_room(entry, num_bytes, corpus.uri)
+    cache_entries.reserve(entry, {_TEXTS: num_bytes, _KEYS: 0, _ROWS: 0}, f"a copy of the texts of {corpus.uri}")
     logger.info("copying the texts of %s to %s (about %.1f GB)", corpus.uri, entry, num_bytes / 1e9)
     keys = []
     folder = Location(str(entry))
@@ -168,15 +163,6 @@ def _planned_bytes(files: list[Location]) -> int:
         num_bytes += footer.num_rows * _BYTES_PER_ROW
         num_bytes += sum(footer.row_group(each).total_byte_size for each in range(footer.num_row_groups))
     return num_bytes
-
-
-def _check_room(entry: Path, num_bytes: int, corpus: str) -> None:
-    free_bytes = shutil.disk_usage(entry.parent).free
-    if num_bytes > free_bytes:
-        raise StorageError(
-            f"a copy of the texts of {corpus} takes about {num_bytes / 1e9:,.1f} GB, and {entry.parent} has "
-            f"{free_bytes / 1e9:,.1f} GB free; set READAPT_CACHE to a folder of a larger disk, or do without the corpus"
-        )
 
 
 def _large_batches(files: list[Location], schema: pa.Schema) -> Iterator[pa.RecordBatch]:

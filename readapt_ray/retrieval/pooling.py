@@ -1,6 +1,6 @@
 """From the hidden states of all tokens to one vector a text.
 
-Padding may stand on either side, or on both: only the mask says which tokens are real. Sums and
+Padding may be on either side, or on both: only the mask says which tokens are real. Sums and
 norms are made in float32 whatever the type of the hidden states.
 """
 

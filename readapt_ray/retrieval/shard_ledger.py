@@ -41,7 +41,7 @@ COUNTS = (
 SECONDS = ("encode_s", "wait_s")
 _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64) for name in SECONDS)])
 _SECONDS_KEY = b"seconds"
-"""Times stand in the metadata, so that the rows of two runs are equal."""
+"""Times are in the metadata, so that the rows of two runs are equal."""
 _ROWS_KEY = b"rows_per_shard"
 
 
@@ -106,7 +106,7 @@ class ShardLedger:
         return [doc_id for footer in at_once(read_footer, files) for doc_id in footer.left_out]
 
     def check_there(self) -> None:
-        """See that no file was removed meanwhile; one listing, no file is opened.
+        """Check that no file was removed since; one listing, no file is opened.
 
         Raises:
             CorruptFileError: files that were written are gone.

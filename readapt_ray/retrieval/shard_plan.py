@@ -36,7 +36,7 @@ class Contents:
 
 @dataclass(frozen=True)
 class DataShard:
-    """A numbered range of the corpus, the unit of work and of commit; rows stand in the order of the corpus."""
+    """A numbered range of the corpus, the unit of work and of commit; rows are in the order of the corpus."""
 
     number: int
     first: int
@@ -57,7 +57,7 @@ class DataShard:
         return sum(each.num_rows for each in self.ranges)
 
     def __len__(self) -> int:
-        """Passages that it has vectors of."""
+        """Return passages that it has vectors of."""
         return self.num_rows if self.num_drawn is None else self.num_drawn
 
 

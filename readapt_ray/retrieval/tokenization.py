@@ -23,13 +23,13 @@ _FIELDS = ("text", "title", "task")
 
 
 def fill_query(encoding: Encoding, text: str) -> str:
-    """The text of a query as the retriever wants it."""
+    """Return the text of a query as the retriever wants it."""
     filled = _fill(encoding.query_template, text=text, title="", task=encoding.task)
     return filled.lower() if encoding.lower_case else filled
 
 
 def fill_passage(encoding: Encoding, title: str, text: str) -> str:
-    """The text of a passage as the retriever wants it, stripped. Without a title no second space is left.
+    """Return the text of a passage as the retriever wants it, stripped. Without a title no second space is left.
 
     `passage: {title} {text}` with an empty title gives `passage: text`, not `passage:  text`. A passage without text is
     encoded by its title, also by a template that has no title.
@@ -53,7 +53,7 @@ def _fill(template: str, **values: str) -> str:
 
 @functools.lru_cache(maxsize=64)
 def _parts(template: str) -> tuple[tuple[str, str | None], ...]:
-    """A template as literals, each with the field that follows it."""
+    """Return a template as literals, each with the field that follows it."""
     allowed = ", ".join(f"{{{field}}}" for field in _FIELDS)
     try:
         parsed = list(string.Formatter().parse(template))
@@ -109,7 +109,7 @@ class TextTokenizer:
         return limits[kind] - self._num_specials
 
     def texts(self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None) -> list[str]:
-        """The filled templates.
+        """Return the filled templates.
 
         Raises:
             InputError: a text is not a string, titles are given for queries, or their number differs.
@@ -170,7 +170,7 @@ class TextTokenizer:
 
 
 def _backend_copy(tokenizer: Any) -> Any:
-    """The Rust tokenizer, neither cutting nor padding; None where there is only a Python one."""
+    """Return the Rust tokenizer, neither cutting nor padding; None where there is only a Python one."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     from tokenizers import Tokenizer

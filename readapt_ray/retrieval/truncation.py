@@ -22,7 +22,7 @@ def truncation(
 
     Args:
         num_texts: texts that were tokenised.
-        num_truncated: those of them that were longer than the maximum.
+        num_truncated: how many of them were longer than the maximum.
         num_tokens: tokens that were kept.
         num_lost: tokens that were cut off.
         max_tokens: the maximum length of a text in tokens.
@@ -47,13 +47,13 @@ def sentence(found: Mapping[str, Any]) -> str:
     )
 
 
-def warn_of_loss(stage: str, found: Mapping[str, Any], mend: str) -> None:
+def warn_of_loss(stage: str, found: Mapping[str, Any], advice: str) -> None:
     """Warn if more than 5% of the tokens were lost.
 
     Args:
         stage: the stage that truncated.
         found: a record of `truncation`.
-        mend: what keeps more of the texts.
+        advice: what keeps more of the texts.
     """
     if found["lost_share"] > _WARNED_SHARE:
-        logger.warning("%s: %s; %s", stage, sentence(found), mend)
+        logger.warning("%s: %s; %s", stage, sentence(found), advice)

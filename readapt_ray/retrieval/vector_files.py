@@ -1,8 +1,8 @@
 """Vectors as Parquet files: written whole, known again, and read a range of rows at a time.
 
 Enters and leaves: `doc_id` string, `vector` fixed_size_list (int8 with a `scale`) and `content_hash`, readable
-by plain pyarrow. Each file carries in its metadata what made it, and its rows stand in the order of their
-doc_ids, so that the statistics of its row groups find one. Memory is that of the rows asked for; reading
+by plain pyarrow. Each file carries in its metadata what made it, and its rows are in the order of their
+doc_ids, so that the statistics of its row groups find one. Memory: the rows asked for; reading
 gives some 400 MB of vectors a second on one core.
 """
 
@@ -88,7 +88,7 @@ def cut(counts: Sequence[tuple[str, int]], rows_per_shard: int) -> list[list[Row
 
 
 def read_footer(location: Location) -> Footer:
-    """What a Parquet file says of itself; only its end is read.
+    """Return what a Parquet file says of itself; only its end is read.
 
     Raises:
         CorruptFileError: it was cut short or altered.
@@ -105,7 +105,7 @@ def read_footer(location: Location) -> Footer:
 def stored_vectors(
     doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]], dtype: str, *, max_left_out: int = 0
 ) -> pa.Table:
-    """Vectors as they are stored: the column `vector`, and for int8 `scale`.
+    """Return vectors as they are stored: the column `vector`, and for int8 `scale`.
 
     int8 is symmetric: the largest number of a vector becomes 127 or -127.
 
@@ -200,7 +200,7 @@ def is_usable(vectors: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
 
 
 def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> str:
-    """What is wrong with the first vector that cannot be searched, named by doc_id; empty where all are well."""
+    """Return what is wrong with the first vector that cannot be searched, named by doc_id; empty where all are well."""
     usable = is_usable(vectors)
     if usable.all():
         return ""
@@ -210,7 +210,7 @@ def find_fault(doc_ids: Sequence[str], vectors: NDArray[np.floating[Any]]) -> st
 
 
 def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.float32]]:
-    """The doc_ids and vectors (float32 [N, D]) of a table of vectors.
+    """Return the doc_ids and vectors (float32 [N, D]) of a table of vectors.
 
     Raises:
         CorruptFileError: a vector is missing, not finite, or zero; `where` and the doc_id are named.

@@ -22,7 +22,7 @@ class VectorIndex:
 
     @classmethod
     def open(cls, uri: str) -> "VectorIndex":
-        """The complete index in a folder.
+        """Return the complete index in a folder.
 
         Raises:
             ArtifactMissingError: there is none.
@@ -51,14 +51,14 @@ class VectorIndex:
 
     @property
     def folder(self) -> Location:
-        """Where the shards lie."""
+        """Folder of the shards."""
         return self.artifact.location / "shards"
 
     def shards(self) -> Iterator[IndexShard]:
-        """The shards, loaded and verified one at a time."""
+        """Yield the shards, loaded and verified one at a time."""
         for record in self.records:
             yield read_shard(self.folder, record)
 
     def search(self, queries: NDArray[np.float32], top_k: int) -> Hits:
-        """The k best of each query [Q, D], a shard in memory at a time."""
+        """Return the k best of each query [Q, D], a shard in memory at a time."""
         return search_shards(self.shards(), queries, top_k)

@@ -20,8 +20,13 @@ _FOLDER = "whole-files"
 _KEPT_S = 30 * 86_400
 
 
-def check_whole(file: Path, sha256: str) -> None:
+def check_whole(file: Path, sha256: str, *, name: str = "") -> None:
     """Check that a file is the one that was written; its content is read once per node.
+
+    Args:
+        file: on this machine.
+        sha256: of its content.
+        name: what errors call it, if it is a copy.
 
     Raises:
         CorruptFileError: it is gone, cut short or altered.
@@ -29,33 +34,33 @@ def check_whole(file: Path, sha256: str) -> None:
     try:
         state = file.stat()
     except FileNotFoundError as error:
-        raise CorruptFileError(f"{file} is gone; run `readapt index` again") from error
+        raise CorruptFileError(f"{name or file} is gone; run `readapt index` again") from error
     key = f"{state.st_dev}:{state.st_ino}:{state.st_size}:{state.st_mtime_ns}:{sha256}"
     mark = environment.cache_folder() / _FOLDER / hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
-        _check_once(file, sha256, mark)
+        _check_once(file, sha256, mark, name)
     except OSError as error:
         logger.warning("the checksum of %s is computed again by each process: %s", file, error)
-        _check(file, sha256)
+        _check(file, sha256, name)
 
 
-def _check_once(file: Path, sha256: str, mark: Path) -> None:
+def _check_once(file: Path, sha256: str, mark: Path, name: str) -> None:
     mark.parent.mkdir(parents=True, exist_ok=True)
     with mark.open("a+") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         stream.seek(0)
         if not stream.read():
-            _check(file, sha256)
+            _check(file, sha256, name)
             stream.write("w")
             _remove_old(mark.parent)
     mark.touch()
 
 
-def _check(file: Path, sha256: str) -> None:
+def _check(file: Path, sha256: str, name: str) -> None:
     with file.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
             raise CorruptFileError(
-                f"{file} was cut short or altered: its checksum is not the one in the manifest; run `readapt index` again"
+                f"{name or file} was cut short or altered: its checksum is not the one in the manifest; run `readapt index` again"
             )
 
 

@@ -38,9 +38,10 @@ def search_json(
     missing: Sequence[str],
     is_split: bool = False,
 ) -> bytes:
-    """A `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there is a text of.
+    """Return a `SearchResponse` as JSON, from doc_ids and scores of each query, best first, and the passages that there
+    is a text of.
 
-    If documents were split, the ids given are of passages, and a hit has that of its document as well.
+    If documents were split, the ids given are of passages, and a hit has the id of its document as well.
     """
     data = [
         {

@@ -3,7 +3,7 @@
 Enters: the token ids of a request. Leaves: their vectors. Whenever the encoder is free, it gets as many rows as fit a
 budget of tokens; while it is busy, rows wait. Whose rows go next is start-time fair queueing (Goyal, Vin and Cheng,
 1996) with tokens for bytes: among n requests that wait, each gets one n-th of the tokens, so a
-request of one row overtakes the rest of one with thousands, and the thousands still go on.
+request of one row overtakes the rest of one with thousands, and the thousands still progress.
 
 A request is accepted only if, at the present rate, it and all that wait would be done in half of the time that each has
 left. The other half is for the requests that come later and overtake it.

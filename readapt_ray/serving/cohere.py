@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from readapt_ray.serving.answers import to_base64
-from readapt_ray.serving.schema import MAX_INPUTS, EmbeddingsRequest, InputType, Text
+from readapt_ray.serving.schema import MAX_INPUTS, EmbeddingsRequest, InputType, Text, Whole
 
 EmbeddingType = Literal["float", "base64"]
 
@@ -29,7 +29,7 @@ class EmbedRequest(BaseModel):
     """Cut the end of a text that is too long, or refuse it."""
     embedding_types: Annotated[list[EmbeddingType], Field(fail_fast=True, min_length=1, max_length=2)] | None = None
     """Numbers, which is the default, or the bytes of little-endian float32 in base64, or both."""
-    output_dimension: int | None = Field(default=None, ge=1, strict=True)
+    output_dimension: Whole | None = None
     """As `dimensions` of `/v1/embeddings`."""
 
     def as_embeddings_request(self) -> EmbeddingsRequest:

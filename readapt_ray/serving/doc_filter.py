@@ -90,7 +90,7 @@ class DocFilter:
     doc_ids: tuple[str, ...] | None = None
     conditions: tuple[Condition, ...] = ()
     within: "DocFilter | None" = None
-    """Another filter that must hold as well: that of an API key."""
+    """Another filter that must hold as well, from an API key."""
     is_exact: bool = False
     """Whether every passage that is left is compared, also in an approximate index."""
 

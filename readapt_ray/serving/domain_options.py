@@ -1,4 +1,4 @@
-"""Read the options of domains as they stand on the command line."""
+"""Read the options of domains from the command line."""
 
 import math
 

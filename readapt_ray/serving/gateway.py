@@ -186,8 +186,8 @@ def _searcher(shared: RayBackend, index: DomainIndex, policy: LossPolicy) -> Ray
 
 
 def _sees_clients() -> bool:
-    """Whether requests say where they come from. Behind HAProxy all seem to come from it: if they may come from other machines,
-    nothing tells those apart.
+    """Return whether requests say where they come from. Behind HAProxy all seem to come from it: if they may come from
+    other machines, nothing tells those apart.
     """
     from ray.serve._private.constants import RAY_SERVE_ENABLE_HA_PROXY
     from ray.serve.context import _get_global_client

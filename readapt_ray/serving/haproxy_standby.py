@@ -29,7 +29,7 @@ class Standby:
 
     Args:
         binary: of HAProxy.
-        folder: where its configuration lies.
+        folder: of its configuration.
         host: an address of this machine that it listens on.
         port: the port that it listens on.
     """
@@ -65,7 +65,7 @@ class Standby:
         except ConnectionRefusedError:
             return False
         except OSError:
-            return True  # too busy, which another process would not mend
+            return True  # too busy, which another process would not help
         return True
 
     def _start(self) -> None:

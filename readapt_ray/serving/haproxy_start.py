@@ -24,7 +24,7 @@ def rewritten(config: str, folder: Path, header_s: str) -> str:
 
     Args:
         config: as Ray wrote it.
-        folder: where the answers to errors lie.
+        folder: of the answers to errors.
         header_s: seconds in which the headers of a request must come.
     """
     section, lines = "", []
@@ -81,7 +81,7 @@ def main(binary: str, header_s: str, folder: Path, *arguments: str) -> None:
     Args:
         binary: of HAProxy.
         header_s: seconds in which the headers of a request must come.
-        folder: of this server's files. Ray's configuration lies in a folder of the node below it.
+        folder: of this server's files. Ray's configuration is in a subfolder per node.
         arguments: those that Ray gives.
     """
     file = Path(arguments[arguments.index("-f") + 1])

@@ -118,7 +118,7 @@ class _SearchableShard:
 
 
 def is_mapped(record: ShardRecord, records: Sequence[ShardRecord]) -> bool:
-    """Return whether a shard of a slice stays in its local file: those that were trained together are merged in memory."""
+    """Return whether a shard of a slice stays in its file on this node: those that were trained together are merged in memory."""
     return record.trained is None or sum(each.trained == record.trained for each in records) == 1
 
 
@@ -126,10 +126,10 @@ def _loaded(folder: Location, records: Sequence[ShardRecord], words: Mapping[str
     """Yield the shards in their order; some are read at once."""
 
     def load(record: ShardRecord) -> IndexShard:
-        shard = read_shard(folder, record, is_mapped=is_mapped(record, records))
+        shard = read_shard(folder, record, is_mapped=is_mapped(record, records), is_kept=True)
         if record.name not in words:
             return shard
-        return replace(shard, words=(read_words(folder, record.name, words[record.name]),))
+        return replace(shard, words=(read_words(folder, record.name, words[record.name], is_kept=True),))
 
     yield from ordered_map(load, (each for each in records if each.num_vectors), num_threads=READ_AT_ONCE)
 
@@ -158,8 +158,8 @@ class IndexSlice:
     """Shards of an index that one process holds.
 
     Args:
-        folder: where the shards lie.
-        records: those of this slice.
+        folder: of the shards.
+        records: of this slice.
         corpus: the files of its passages, whose columns searches may be filtered by.
         words: SHA-256 of the BM25 scores of each shard, by its name; empty where none are there.
 
@@ -198,7 +198,7 @@ class IndexSlice:
         return next(hits for hits in self.scan(queries, top_k, wanted) if hits is not None)
 
     def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None = None) -> Iterator[Hits | None]:
-        """Search by BM25, with a pause after each block of texts: None stands for a pause, and the k best come last.
+        """Search by BM25, with a pause after each block of texts: None is a pause, and the k best come last.
 
         Raises:
             InputError: there is no such column to filter by, or it holds no such values.
@@ -214,7 +214,7 @@ class IndexSlice:
         yield joined([each.hits() for each in best])
 
     def scan(self, queries: NDArray[np.float32], top_k: int, wanted: DocFilter) -> Iterator[Hits | None]:
-        """Search with a filter, with a pause after each block but the last: None stands for a pause.
+        """Search with a filter, with a pause after each block but the last: None is a pause.
 
         Raises:
             InputError: the dimensions differ, or this kind of index cannot be filtered.

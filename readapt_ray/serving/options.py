@@ -39,7 +39,7 @@ class Limits(Config):
     clients that cannot ask for it."""
     accept_token_ids: bool = False
     """Accept token ids in place of texts. Only ids of the model's own tokenizer give the right vectors. OpenAI's ids, which
-    LangChain sends by default, give those of other texts."""
+    LangChain sends by default, give vectors of other texts."""
     knowledge_scale: Annotated[str | None, AfterValidator(_checked_scales)] = None
     """Range of scales that a request for a domain may ask for by `knowledge_scale`, such as 0.0..1.0. If omitted, requests
     cannot choose, and each domain has the scale that it was merged with."""
@@ -68,7 +68,7 @@ class VersionConfig(Config):
     encoding: EncodingOption = None
     """JSON file that says how the retriever wants its text. If omitted, the index says it, or the model's folder."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Type that the model computes in. If omitted, that of the index, or float32. The index accepts no other one."""
+    """Type that the model computes in. If omitted, the type of the index, or float32. The index accepts no other one."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum number of tokens per batch. If omitted, chosen for the device. Lower it if a GPU runs out of memory."""
     num_replicas: int = Field(default=1, ge=1)
@@ -86,7 +86,7 @@ class VersionConfig(Config):
     index_actors: int = Field(default=1, ge=1)
     """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's memory."""
     index_replicas: int = Field(default=1, ge=1)
-    """Number of copies of each index process. With 2 or more, searches go on when one dies."""
+    """Number of copies of each index process. With 2 or more, searches continue when one dies."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray reserves per index process."""
 
@@ -110,7 +110,7 @@ class DomainsConfig(VersionConfig):
 
 
 class DomainIndexConfig(VersionConfig):
-    """Options of the index of one domain, whose encoder is that of all."""
+    """Options of the index of one domain, which shares the encoder."""
 
     domain: str
     """Its name."""
@@ -119,7 +119,7 @@ class DomainIndexConfig(VersionConfig):
 
 
 _SPARE_BUNDLES = 8
-"""A replica that starts anew finds the retriever though some domains are gone by then."""
+"""A replica that starts again finds the retriever though some domains are gone by then."""
 
 
 def _from_file(value: object) -> object:

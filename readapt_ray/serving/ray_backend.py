@@ -46,7 +46,7 @@ class RayBackend:
         return RayBackend(info, self._encoder, slices, policy)
 
     async def encode(self, rows: list[Sequence[int]]) -> NDArray[np.float32]:
-        """The vectors [N, D] of N rows of token ids, by whichever replica lives.
+        """Return the vectors [N, D] of N rows of token ids, by whichever replica lives.
 
         Raises:
             FingerprintMismatchError: the replicas hold another version by now.
@@ -65,7 +65,7 @@ class RayBackend:
             raise DomainUnavailableError(problem)
 
     async def search(self, vectors: NDArray[np.float32], top_k: int, wanted: DocFilter | None) -> Found:
-        """The k best of each query [Q, D].
+        """Return the k best of each query [Q, D].
 
         Raises:
             FingerprintMismatchError: a slice holds another version by now.
@@ -75,7 +75,7 @@ class RayBackend:
         return await self._searched("search", vectors, top_k, wanted)
 
     async def search_words(self, texts: Sequence[str], top_k: int, wanted: DocFilter | None) -> Found:
-        """The k best of each text by BM25.
+        """Return the k best of each text by BM25.
 
         Raises:
             FingerprintMismatchError: a slice holds another version by now.
@@ -98,7 +98,7 @@ class RayBackend:
     async def _search_slice(
         self, name: str, method: str, queries: Any, top_k: int, wanted: DocFilter | None
     ) -> list[list[Ranked]] | None:
-        """What a slice found; None where it is lost."""
+        """Return what a slice found; None where it is lost."""
         limit_s = None if self.policy.lost_shards == "wait" else self.policy.shard_timeout_s
         try:
             async with asyncio.timeout(limit_s):
@@ -137,7 +137,7 @@ class RayBackend:
 
 
 async def _check(handle: Any, fingerprint: str) -> Any:
-    """What a part answers, or what is wrong with it as text."""
+    """Return what a part answers, or what is wrong with it as text."""
     try:
         async with asyncio.timeout(_CHECK_S):
             return await handle.check.remote(fingerprint)
@@ -148,7 +148,7 @@ async def _check(handle: Any, fingerprint: str) -> Any:
 
 
 def _causes(encoder: Any) -> dict[str, str]:
-    """What Ray Serve says of each part that it cannot start: the last line of the failure."""
+    """Return what Ray Serve says of each part that it cannot start: the last line of the failure."""
     from ray import serve
 
     try:

@@ -73,5 +73,5 @@ async def _check(version: Version) -> schema.CheckResult:
 
 
 def without_folders(cause: str) -> str:
-    """Leave out where files lie, which is not for everybody who asks whether the server is ready."""
+    """Leave out the paths of files, which are not for everybody who asks whether the server is ready."""
     return re.sub(r"[^\s'\"(]*/", "", cause)

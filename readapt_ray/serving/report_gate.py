@@ -36,7 +36,9 @@ def check_report(uri: str, versions: Mapping[str, VersionConfig]) -> None:
 
 
 def _made_from(version: VersionConfig) -> set[str]:
-    """The fingerprints by which a run names what is served: of the bridge, of the index or its vectors, else of the retriever."""
+    """Return the fingerprints by which a run names what is served: of the bridge, of the index or its vectors, else of
+    the retriever.
+    """
     if not version.index:
         return {open_model(version.retriever).fingerprint}
     if version.bridge:

@@ -1,7 +1,7 @@
 """From what a request gives to rows of token ids, a bounded piece of work after the other.
 
 Enters: texts, or token ids of them. Leaves: blocks of rows, so that whoever gave up in the meantime costs no more than
-the block under way. A text costs no more than the longest that could be within the limit: what lies further
+the block under way. A text costs no more than the longest that could be within the limit: what comes after
 behind is cut off, or refused, before it is tokenised.
 """
 
@@ -138,7 +138,7 @@ class InputTokenizer:
         )
 
     def _decoded(self, ids: list[int], kind: Kind, name: str, param: str) -> str:
-        """The text of token ids, or of as many as can matter."""
+        """Return the text of token ids, or of as many as can matter."""
         if max(ids) >= len(self._tokenizer):
             raise invalid(
                 f"{name} has the token id {max(ids)}; this model's tokenizer has {len(self._tokenizer):,} tokens: "
@@ -150,7 +150,7 @@ class InputTokenizer:
 
 
 def _cut_between_words(text: str, num_characters: int) -> str:
-    """The beginning of a text, up to a space where there is one near."""
+    """Return the beginning of a text, up to a space where there is one near."""
     last_word = text[num_characters - _LAST_WORD_CHARACTERS : num_characters]
     kept = last_word.rsplit(maxsplit=1)
     return text[: num_characters - len(kept[1])] if len(kept) == 2 else text[:num_characters]

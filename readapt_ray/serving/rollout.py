@@ -64,7 +64,7 @@ def wait_for_old_gateways(seconds: float) -> None:
 
 
 def delete(applications: Collection[str]) -> None:
-    """Remove those of these applications that are there."""
+    """Remove these applications, if they are there."""
     for each in applications:
         ray_serve().delete(each)
 

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
-from readapt_ray.serving import cohere, schema
+from readapt_ray.serving import api_document, cohere, schema
 from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.search_service import SearchService
 from readapt_ray.serving.telemetry import Trace
@@ -38,7 +38,7 @@ _POLICY = (
 
 
 def build_api(service: SearchService, gather_metrics: Callable[[], Awaitable[str]]) -> FastAPI:
-    """The app.
+    """Return the app.
 
     Args:
         service: answers.
@@ -56,18 +56,8 @@ def build_api(service: SearchService, gather_metrics: Callable[[], Awaitable[str
     _add_refusals(app)
     _add_health(app, service, gather_metrics)
     _add_pages(app)
-    _document(app)
+    api_document.complete(app.openapi())
     return app
-
-
-def _document(app: FastAPI) -> None:
-    """Leave 422 out of the API's document: what FastAPI would answer so is 400 here."""
-    document = app.openapi()
-    for operations in document["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-    for name in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(name, None)
 
 
 def _add_work(app: FastAPI, service: SearchService) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from readapt_ray.serving.doc_filter import MAX_COLUMNS, MAX_DOC_IDS, MAX_VALUES, FilterFields
 
@@ -44,6 +44,9 @@ KIND_OF_INPUT_TYPE: dict[InputType, Kind] = {
 Mode = Literal["dense", "bm25", "hybrid"]
 """Search by vectors, by words, or by both."""
 Switch = Annotated[bool, Field(strict=True)]
+_whole = BeforeValidator(lambda each: int(each) if isinstance(each, float) and each.is_integer() else each)
+Whole = Annotated[int, Field(ge=1, strict=True), _whole]
+"""1 or more; to JSON 10.0 is one, too."""
 
 
 class _Request(BaseModel):
@@ -61,8 +64,8 @@ class EmbeddingsRequest(_Request):
     """The body of `POST /v1/embeddings`."""
 
     input: Inputs
-    """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer: they are decoded and
-    take the same road as text. Token ids need `fingerprint`, or a server that was started with --accept-token-ids."""
+    """A text, a list of up to 2,048 texts, or the same as token ids of the model's own tokenizer, which are decoded. Token
+    ids need `fingerprint`, or a server that was started with --accept-token-ids."""
     fingerprint: Text | None = None
     """The `encoder_fingerprint` of the model whose tokenizer made the token ids. Not in OpenAI's API."""
     encoding_format: Literal["float", "base64"] | None = None
@@ -70,15 +73,14 @@ class EmbeddingsRequest(_Request):
     knowledge_scale: Number | None = None
     """Scale of the domain's knowledge, within what the server's --knowledge-scale allows: 0 gives the retriever's own vectors.
     If omitted, what the domain was merged with. Not in OpenAI's API."""
-    dimensions: int | None = Field(default=None, ge=1, strict=True)
-    """Length of the vectors: the first numbers are kept and, for a model of unit vectors, brought to length 1 again.
-    Worth having for models that were trained for it: `matryoshka` in `GET /v1/models`."""
+    dimensions: Whole | None = None
+    """Length of the vectors: the first numbers are kept, brought to length 1 if the model's vectors are. For models that
+    were trained for it: `matryoshka` in `GET /v1/models`."""
     input_type: InputType | None = None
     """Which of the model's templates the texts are put into; `raw` for none. If omitted, what the model's name says:
     query, unless it ends in -passage or -raw. Not in OpenAI's API."""
     truncate: Switch | None = None
-    """Cut a text that is too long, instead of refusing it. If omitted, as the server's --truncate says. Not in OpenAI's
-    API."""
+    """Cut a text that is too long. If omitted, as the server's --truncate says. Not in OpenAI's API."""
 
 
 class SearchRequest(FilterFields, _Request):
@@ -93,17 +95,15 @@ class SearchRequest(FilterFields, _Request):
     fingerprint: Text | None = None
     """The `encoder_fingerprint` of what made the vectors; they are searched in no other index."""
     mode: Mode = "dense"
-    """Search by vectors (`dense`), by words (`bm25`), or by both, fused by reciprocal rank (`hybrid`). `modes` in
-    `GET /v1/models` says what the index can do."""
-    top_k: int = Field(default=10, ge=1, le=MAX_TOP_K, strict=True)
+    """By vectors (`dense`), words (`bm25`), or both (`hybrid`); `modes` in `GET /v1/models` says what the index can do."""
+    top_k: Whole = Field(default=10, le=MAX_TOP_K)
     """Passages for each query; over the number of passages it gives all of them. All queries together may ask for 50,000."""
     with_text: Switch = True
     """Title and text of each passage, where the server has the corpus."""
     truncate: Switch = True
     """Cut a query that is too long, as `readapt search` does; false refuses it."""
     user: Text | None = None
-    """Where versions share the traffic, the same user gets the same version. They share the searches that name no
-    `model`."""
+    """Where versions share the searches that name no `model`, the same user gets the same version."""
 
     @field_validator("top_k", mode="before")
     @classmethod

@@ -147,8 +147,8 @@ class SearchService:
         scales = scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
         dimensions = body.dimensions or info.dimension
         if dimensions > info.dimension:
-            message = f"'dimensions' is {dimensions:,}; this model's vectors have {info.dimension:,} numbers"
-            raise invalid(message, "dimensions")
+            field = "output_dimension" if param == "texts" else "dimensions"  # Cohere's word
+            raise invalid(f"{field!r} is {dimensions:,}; this model's vectors have {info.dimension:,} numbers", field)
         self._check_token_ids(body, info.encoder_fingerprint)
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
         if kind == "passage" and info.passages_by:

@@ -24,7 +24,7 @@ import yaml
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError, InputError, ReadaptError, first_line
 from readapt_ray.retrieval.passage_store import PassageStore
-from readapt_ray.serving import app, domain_app, haproxy, report_gate, rollout, server_file, updates
+from readapt_ray.serving import app, domain_app, haproxy, report_gate, rollout, room, server_file, updates
 from readapt_ray.serving.keys import ApiKey, out_of_environment, read_keys
 from readapt_ray.serving.local_http import open_url
 from readapt_ray.serving.names import GATEWAY_APP, GATEWAY_DEPLOYMENT
@@ -152,7 +152,7 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprint
         )
     try:
         wanted = app.applications(config)
-        updates.check_room([each for _, each in wanted.values()])
+        room.check_room([each for _, each in wanted.values()])
         _start_proxies(config)
         versions = {name: app.bind_version(*given) for name, given in wanted.items()}
         rollout.deploy(versions | {GATEWAY_APP: app.bind_gateway(*app.gateway_of(config, keys))})
@@ -192,7 +192,7 @@ def _deploy_update(
     kept = {each: wanted[each] for each in {app.version_app_name(name) for name in fingerprints} & running}
     updates.check_same_versions(kept, fingerprints)
     added = [each for each in wanted if each not in running]
-    updates.check_room([wanted[each][1] for each in added])
+    room.check_room([wanted[each][1] for each in added])
     is_gateway_changed = False
     try:
         with updates.sigterm_ends_it():

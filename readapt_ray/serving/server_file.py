@@ -1,6 +1,6 @@
 """Keep a file per port that says how to reach the Ray of the server there, so that `readapt serve --update` finds it.
 
-It lies in the temporary folder, and only this user can read it.
+It is in the temporary folder, and only this user can read it.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def write(port: int, ray_address: str) -> dict[str, str]:
     try:
         with os.fdopen(os.open(_file(port), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
             json.dump(variables, stream)
-    except OSError as error:  # a file of another user may lie there, or the disk is full; the server works without it
+    except OSError as error:  # a file of another user may be there, or the disk is full; the server works without it
         logger.warning("%s cannot be written (%s): updates must set RAY_ADDRESS", _file(port), error.strerror)
     return variables
 

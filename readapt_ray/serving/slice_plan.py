@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from readapt_ray import ranged_reads
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.retrieval.footers import at_once
 from readapt_ray.serving.options import VersionConfig
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from readapt_ray.retrieval.index_files import ShardRecord
 
 _ID_BYTES = 160
-"""Memory per vector beside what lies in the shard's files: its doc_id as a Python object, its places and its content hash."""
+"""Memory per vector beside the shard's files: its doc_id as a Python object, its places and its content hash."""
 
 
 class PlannedSlice(NamedTuple):
@@ -58,11 +59,18 @@ def planned_slices(config: VersionConfig) -> list[PlannedSlice]:
 
 
 def _read_bytes(folder: Location, records: Sequence["ShardRecord"]) -> int:
-    """Return the memory that shards take besides while they are read: twice that of the largest, unless they are mapped."""
+    """Return the memory that shards take besides while they are read.
+
+    That is twice a shard that is not mapped, and what is under way of one that is copied to the node.
+    """
     from readapt_ray.serving.index_slice import READ_AT_ONCE, is_mapped
 
-    copied = [each.num_bytes for each in records if not (folder.is_local and is_mapped(each, records))]
-    return 2 * sum(sorted(copied)[-READ_AT_ONCE:])
+    each = [
+        2 * shard.num_bytes * (not is_mapped(shard, records))
+        + min(shard.num_bytes, ranged_reads.MAX_HELD_BYTES) * (not folder.is_local)
+        for shard in records
+    ]
+    return sum(sorted(each)[-READ_AT_ONCE:])
 
 
 def _column_bytes(corpus: str | None) -> int:

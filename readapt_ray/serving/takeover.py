@@ -32,7 +32,7 @@ async def taken_over(
     """Return the state that follows another one. A version that cannot be served holds up no other.
 
     Args:
-        registry: the former state, whose versions go on where they are the same.
+        registry: the former state, whose versions continue if they are the same.
         backends: versions that are up.
         routing: of these and the missing ones.
         missing: why each of the other versions is not up.
@@ -87,7 +87,7 @@ def _prepared(name: str, backend: Backend, others: list[Version], limits: Limits
 
 
 def _store(backend: Backend, others: list[Version]) -> PassageStore | None:
-    """Open the corpus of a version, or take that of another which has the same."""
+    """Open the corpus of a version, or take it from a version that has the same one."""
     info = backend.info
     stores = {(each.info.corpus, each.info.corpus_fingerprint): each.store for each in others}
     store = stores.get((info.corpus, info.corpus_fingerprint))

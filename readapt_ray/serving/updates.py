@@ -4,7 +4,6 @@ import contextlib
 import logging
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -12,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 from readapt_ray import termination
 from readapt_ray.cluster import connection
 from readapt_ray.errors import InputError
-from readapt_ray.serving import app
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, VersionConfig
-from readapt_ray.serving.slice_plan import planned_slices
 
 if TYPE_CHECKING:
     from readapt_ray.serving.gateway import GatewayConfig, GatewaySetup
@@ -24,8 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 _ANSWER_S = 60.0
-_SETTLED_S = 10.0
-_POLL_S = 0.2
 
 
 def check_server(config: ServeConfig, running: Set[str]) -> None:
@@ -125,50 +120,9 @@ def check_same_versions(kept: Mapping[str, tuple[str, VersionConfig]], fingerpri
         other = [f"{option} = {served.processes[option]}, not {value}" for option, value in asked.items()]
         if other:
             raise InputError(
-                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start anew; "
+                f"version {name!r} runs with {'; '.join(other)}, and its processes would all start again; "
                 f"leave that as it is, or give the same version under another name and let this one go"
             )
-
-
-def check_room(added: Sequence[VersionConfig]) -> None:
-    """Check that new versions have room beside what runs already. Only a Ray of one node is checked: others may grow,
-    and `rollout.deploy` says what waits.
-
-    Raises:
-        InputError: they have none; they would wait for ever.
-    """
-    import ray
-
-    deadline_s = time.monotonic() + _SETTLED_S
-    while sum(node["Alive"] for node in ray.nodes()) == 1:
-        free, there, asked = ray.available_resources(), ray.cluster_resources(), _asked(added)
-        lacking = [name for name, amount in asked.items() if amount > free.get(name, 0.0) + 1e-6]
-        if not lacking:
-            return
-        # What has just ended gives its part back soon.
-        if any(asked[name] > there.get(name, 0.0) for name in lacking) or time.monotonic() > deadline_s:
-            name = lacking[0]
-            raise InputError(
-                f"the new versions ask for {_amount(name, asked[name])} {name}, and {_amount(name, free.get(name, 0.0))} of "
-                f"{_amount(name, there.get(name, 0.0))} are free beside what runs already; lower num_cpus_per_replica, "
-                f"num_gpus_per_replica or num_cpus_per_index_actor, serve fewer versions, or take a machine with more"
-            )
-        time.sleep(_POLL_S)
-
-
-def _amount(resource: str, number: float) -> str:
-    return f"{number / 2**30:.1f} GiB" if resource == "memory" else f"{number:g}"
-
-
-def _asked(added: Sequence[VersionConfig]) -> dict[str, float]:
-    asked = {"CPU": 0.0, "GPU": 0.0, "memory": 0.0}
-    for each in added:
-        slices = planned_slices(each)
-        asked["CPU"] += each.num_replicas * each.num_cpus_per_replica
-        asked["CPU"] += len(slices) * each.index_replicas * each.num_cpus_per_index_actor
-        asked["GPU"] += each.num_replicas * app.num_gpus(each)
-        asked["memory"] += each.index_replicas * sum(part.num_bytes for part in slices)
-    return asked
 
 
 @contextlib.contextmanager

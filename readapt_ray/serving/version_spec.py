@@ -47,6 +47,6 @@ class VersionSpec:
     """Memory of the factors of domains."""
 
     def fingerprint(self, encoder: str) -> str:
-        """Return the fingerprint of the version, from that of its encoder."""
+        """Return the fingerprint of the version, made from its encoder's."""
         parts = {"encoder": encoder, "index": self.index_fingerprint, "corpus": self.corpus_fingerprint}
         return fingerprint(parts | ({"bridge": self.bridge_fingerprint} if self.bridge else {}))

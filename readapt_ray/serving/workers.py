@@ -56,7 +56,7 @@ class _Worker:
     """Compute in one thread, so that the event loop stays free to answer health checks.
 
     Nothing else may compute in the process, not even at its start: OpenMP keeps threads for each thread that ever did, and
-    once those of all are more than the cores, they sleep between two steps instead of spinning. all-MiniLM-L6-v2 took
+    once all together are more than the cores, they sleep between two steps instead of spinning. all-MiniLM-L6-v2 took
     12.4 ms for a question on two cores where it takes 5.8.
     """
 
@@ -352,7 +352,7 @@ def open_any(bundles: Sequence[str]) -> OpenModel:
     """Open the first bundle that is there.
 
     Raises:
-        ModelError: none is; the error is that of the last.
+        ModelError: none is; the error is the last one's.
     """
     for bundle in bundles[:-1]:
         try:

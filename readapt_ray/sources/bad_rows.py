@@ -38,7 +38,7 @@ class BadRows:
         self.reasons.update(reasons)
         for row in first:
             if self._policy == "fail":
-                raise CorpusError(f"bad row at {row.told}; mend it, or leave such rows out with --bad-rows skip")
+                raise CorpusError(f"bad row at {row.told}; fix it, or leave such rows out with --bad-rows skip")
             if len(self.first) == NUM_NAMED:
                 return
             self.first.append(row)

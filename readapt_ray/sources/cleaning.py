@@ -30,7 +30,9 @@ def clean_text(text: str) -> str:
 
 
 def clean_id(value: str) -> str:
-    """An id of a passage or query, in which the TREC formats have no white space: its edges go, that inside is encoded."""
+    """Return an id of a passage or query, in which the TREC formats have no white space: its edges go, that inside is
+    encoded.
+    """
     return encoded_white_space(value.strip())
 
 
@@ -97,7 +99,7 @@ def shown(value: object) -> str:
 
 
 def num_bytes(text: str) -> int:
-    """The length of a text in UTF-8."""
+    """Return the length of a text in UTF-8."""
     return len(text) if text.isascii() else len(text.encode("utf-8"))
 
 
@@ -107,5 +109,5 @@ def text_fault(text: object) -> str:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a string can be written as UTF-8: half of a surrogate pair, as JSON may hold, cannot."""
+    """Return whether a string can be written as UTF-8: half of a surrogate pair, as JSON may hold, cannot."""
     return text.isascii() or not _SURROGATE.search(text)

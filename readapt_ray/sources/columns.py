@@ -263,7 +263,7 @@ def _listed(found: Sequence[str]) -> str:
 
 
 def kept_schema(choice: ColumnChoice, types: Sequence[pa.DataType]) -> pa.Schema:
-    """Return the kept columns with the types in which they are stored: those that were given, else those of the file."""
+    """Return the kept columns with the types in which they are stored: the given ones, else the file's."""
     return pa.schema(
         (name, TYPES[kind] if kind else stored_type(found))
         for (name, kind), found in zip(choice.keep, types, strict=True)

@@ -304,7 +304,7 @@ def _are_rows(lines: Sequence[Line | BadRow], delimiter: str, num_columns: int) 
 
 
 def _fields(text: str, num_columns: int, delimiter: str = "\t") -> list[str]:
-    """Return the fields of a line: without quotes where these are as CSV has them, else as they stand."""
+    """Return the fields of a line: without quotes where these are as CSV has them, else unchanged."""
     if '"' in text and (fields := _parsed([text], delimiter)) is not None and len(fields) == num_columns:
         return fields
     return text.split(delimiter)

@@ -22,7 +22,7 @@ _TWO_WORDS = struct.Struct("<QQ")
 
 
 def digest(text: str) -> bytes:
-    """16 bytes that stand for a text: any two of ten billion texts share it with a chance of 1.5 in 10^19."""
+    """Hash a text to 16 bytes: any two of ten billion texts share a hash with a chance of 1.5 in 10^19."""
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
 
 
@@ -40,7 +40,7 @@ class RowTable:
         return self._count
 
     def get(self, key: bytes) -> int | None:
-        """The number of a digest; None where it was not put."""
+        """Return the number of a digest; None where it was not put."""
         value = self._slots[self._find(*_TWO_WORDS.unpack(key)) + 2]
         return value - 1 if value else None
 
@@ -81,7 +81,9 @@ class ExactDuplicates:
         self._rows = RowTable()
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """The row of the earlier passage that this one repeats; None for a new one, which is remembered as `row`."""
+        """Return the row of the earlier passage that this one repeats; None for a new one, which is remembered as
+        `row`.
+        """
         found = self._rows.get(self._key(passage))
         if found is None:
             self.remember(passage, row)
@@ -151,7 +153,7 @@ def _shingles(text: str) -> list[bytes]:
 def duplicate_finder(
     mode: Deduplication, *, near_threshold: float, title_tells_apart: bool
 ) -> Callable[[Passage, int], int | None]:
-    """What `earlier` of the wanted kind is; with "none" nothing is ever a duplicate."""
+    """Return what `earlier` of the wanted kind is; with "none" nothing is ever a duplicate."""
     if mode == "exact":
         return ExactDuplicates(title_tells_apart=title_tells_apart).earlier
     if mode == "near":

@@ -32,7 +32,7 @@ _FETCHED = tuple(
 
 
 def open_hub(name: str, options: ReadOptions) -> Source:
-    """The source of a data set of the hub, or of one configuration of it.
+    """Return the source of a data set of the hub, or of one configuration of it.
 
     Raises:
         CorpusError: it cannot be fetched, has no rows, or has several configurations and none was chosen.
@@ -99,14 +99,14 @@ def _rows_of(name: str, folder: Location, options: ReadOptions, patterns: Sequen
 
 
 def _card(hub_id: str) -> str:
-    """The README.md of a data set; empty where it has none."""
+    """Return the README.md of a data set; empty where it has none."""
     folder = _fetch(hub_id, (_CARD,))
     card = folder / _CARD if folder else None
     return card.read_text() if card and card.is_file() else ""
 
 
 def _fetch(hub_id: str, patterns: Sequence[str], *, may_be_absent: bool = False) -> Location | None:
-    """The folder of a data set in the hub's cache."""
+    """Return the folder of a data set in the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
 

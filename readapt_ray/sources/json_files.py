@@ -176,7 +176,7 @@ def _are_objects(value: Any) -> bool:
 
 
 def _values(file: Location, label: str, options: ReadOptions, advance: Advance = lambda _: None) -> Iterator[Any]:
-    """Yield each JSON value of a file; those of an array if it is one.
+    """Yield each JSON value of a file; of an array, its elements.
 
     Raises:
         CorpusError: it is cut short, is not JSON, or has a value longer than a row may be.
@@ -212,7 +212,7 @@ def _skip(text: str, start: int) -> int:
 
 def _not_json(label: str, number: int, error: object) -> CorpusError:
     return CorpusError(
-        f"{label} is not JSON after value {number}: {error}; mend it, or fetch it again if it was cut short"
+        f"{label} is not JSON after value {number}: {error}; fix it, or fetch it again if it was cut short"
     )
 
 

@@ -4,7 +4,7 @@
     qrels       tables, such as BEIR's .tsv; .tsv without names; TREC (query, 0, document, relevance)
 
 or a folder of such files, as an ingest artifact has. Text files may be compressed. Lists of doc_ids, too: one a line,
-or the doc_ids of qrels. Ids are as those of passages (`cleaning.clean_id`), so that they meet.
+or the doc_ids of qrels. Ids are cleaned like the ids of passages (`cleaning.clean_id`), so that they match.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -35,7 +35,7 @@ _Record = TypeVar("_Record", Query, Qrel)
 
 
 def read_queries(uri: str, columns: Sequence[str] = ()) -> list[Query]:
-    """The queries of a file or a folder, in its order; `columns` are as `--columns` has them.
+    """Return the queries of a file or a folder, in its order; `columns` are as `--columns` has them.
 
     Raises:
         CorpusError: nothing there, no queries in it, or a row that is not a query (by file and line).
@@ -45,7 +45,7 @@ def read_queries(uri: str, columns: Sequence[str] = ()) -> list[Query]:
 
 
 def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
-    """The judgements of a file or a folder, in its order; the same judgement twice counts once.
+    """Return the judgements of a file or a folder, in its order; the same judgement twice counts once.
 
     Args:
         uri: a file or folder.
@@ -68,7 +68,8 @@ def read_qrels(uri: str, columns: Sequence[str] = ()) -> list[Qrel]:
 
 
 def read_doc_ids(uri: str) -> frozenset[str]:
-    """The doc_ids of a file: one a line, the column doc_id of a table, or those that qrels judge, whatever the relevance.
+    """Return the doc_ids of a file: one a line, the column doc_id of a table, or those that qrels judge, whatever the
+    relevance.
 
     Raises:
         CorpusError: there is no such file, it has no doc_id, or a row without one (by file and line).
@@ -79,7 +80,7 @@ def read_doc_ids(uri: str) -> frozenset[str]:
     found = set()
     for row in _doc_ids(file):
         if isinstance(row, BadRow):
-            raise CorpusError(f"{row.place} is not a doc_id: {REASONS[row.reason]}; mend or remove that line")
+            raise CorpusError(f"{row.place} is not a doc_id: {REASONS[row.reason]}; fix or remove that line")
         found.add(row)
     if not found:
         raise CorpusError(f"{uri!r} lists no doc_id; give one a line")
@@ -108,7 +109,9 @@ def _first_fields(file: Location, label: str) -> list[str]:
 
 
 def _are_qrels(name: str, fields: Sequence[str]) -> bool:
-    """Whether a text file is one of qrels, not of one id a line: by its name, or by the fields of its first line."""
+    """Return whether a text file is one of qrels, not of one id a line: by its name, or by the fields of its first
+    line.
+    """
     if len(fields) < 2:
         return False
     is_header = any(field.lower() in QRELS.fields["query_id"] for field in fields)
@@ -117,13 +120,13 @@ def _are_qrels(name: str, fields: Sequence[str]) -> bool:
 
 
 def keep_judged(queries: Iterable[Query], qrels: Iterable[Qrel]) -> list[Query]:
-    """The queries with at least one judgement of any relevance, in their order."""
+    """Return the queries with at least one judgement of any relevance, in their order."""
     judged = {qrel.query_id for qrel in qrels}
     return [query for query in queries if query.query_id in judged]
 
 
 def iter_queries(location: Location, choice: ColumnChoice | None = None) -> Iterator[Query | BadRow]:
-    """The queries of a file or folder with their text cleaned; what is none of them as a bad row.
+    """Yield the queries of a file or folder with their text cleaned; what is none of them as a bad row.
 
     Raises:
         CorpusError: nothing there, an unknown kind of file, a missing column, a file cut short.
@@ -156,7 +159,7 @@ def _query(place: str, query_id: object, text: object) -> Query | BadRow:
 
 
 def iter_qrels(location: Location, choice: ColumnChoice | None = None) -> Iterator[Qrel | BadRow]:
-    """The judgements of a file or folder; what is none of them as a bad row.
+    """Yield the judgements of a file or folder; what is none of them as a bad row.
 
     Raises:
         CorpusError: as `iter_queries`.
@@ -199,7 +202,7 @@ def _all_good(records: Iterable[_Record | BadRow], uri: str, what: str) -> list[
         if isinstance(record, BadRow):
             value = f" ({record.value})" if record.value else ""
             raise CorpusError(
-                f"{record.place} is not a {what}: {REASONS[record.reason]}{value}; mend or remove that line"
+                f"{record.place} is not a {what}: {REASONS[record.reason]}{value}; fix or remove that line"
             )
         found.append(record)
     if not found:
@@ -208,7 +211,7 @@ def _all_good(records: Iterable[_Record | BadRow], uri: str, what: str) -> list[
 
 
 def _queries_in(location: Location) -> Location:
-    """The queries of a folder that has them beside others, else the folder itself."""
+    """Return the queries of a folder that has them beside others, else the folder itself."""
     if not location.is_folder():
         return location
     names = sorted(name for name, _ in location.listing() if plain_name(name).rpartition(".")[0] == "queries")

@@ -90,7 +90,7 @@ def label_rows(location: Location, kind: Kind, choice: ColumnChoice) -> Iterator
 
 
 def label_files(folder: Location, suffixes: tuple[str, ...] = TABLE_SUFFIXES) -> list[DataFile]:
-    """List the files of a folder; of a `DatasetDict` those of all splits."""
+    """List the files of a folder; for a `DatasetDict`, of all splits."""
     is_dict = (folder / "dataset_dict.json").is_file()
     found = [file for file in data_files(folder, suffixes) if is_dict or "/" not in file.label]
     return saved_files(folder, [file for file in found if file.location.name not in SAVED_NAMES])
@@ -143,9 +143,9 @@ def _picked(found: Sequence[str], label: str, kind: Kind, choice: ColumnChoice) 
         column = chosen or first_of(known, [name for name in found if name not in picked])
         if column is None:
             which = f"say which one it is with --columns {field}=COLUMN (in a run: ingest.columns)"
-            mend = which if kind.can_choose else "rename it"
+            advice = which if kind.can_choose else "rename it"
             raise CorpusError(
-                f"{label} has no column {' or '.join(given.get(field, known))}; its columns are {', '.join(found) or 'none'}: {mend}"
+                f"{label} has no column {' or '.join(given.get(field, known))}; its columns are {', '.join(found) or 'none'}: {advice}"
             )
         if field in given and chosen is None:
             logger.info("%s has no column %s: %s is read from %s", label, "+".join(given[field]), field, column)

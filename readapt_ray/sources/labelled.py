@@ -98,7 +98,7 @@ def _table(folder: Location, role: str) -> Location | None:
 
 
 def _formats(location: Location) -> list[str]:
-    """Return the formats of a file or folder; JSON in a folder may describe other tables, and stands last."""
+    """Return the formats of a file or folder; JSON in a folder may describe other tables, and comes last."""
     if location.is_file():
         names = [plain_name(location.name)]
     else:

@@ -88,7 +88,7 @@ def _write(target: Location, records: list[Query] | list[Qrel], schema: pa.Schem
 
 
 def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[list[Qrel], int]:
-    """Judgements of dropped duplicates, moved to the passage that was kept.
+    """Return judgements of dropped duplicates, moved to the passage that was kept.
 
     Args:
         qrels: the judgements of one split.
@@ -110,7 +110,7 @@ def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[lis
 def with_passage(
     queries: Iterable[Query], qrels: Iterable[Qrel], is_kept: Callable[[str], bool]
 ) -> tuple[list[Query], list[Qrel], dict[str, int]]:
-    """Queries that were made from passages: those whose passage was kept and whose text no other has.
+    """Return queries that were made from passages: those whose passage was kept and whose text no other has.
 
     Returns:
         The queries, their judgements, and how many queries were left out for which reason.

@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 def plain_name(name: str) -> str:
-    """A file's name in lower case without the suffix of its compression."""
+    """Return a file's name in lower case without the suffix of its compression."""
     lowered = name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         lowered = lowered.removesuffix(suffix)
@@ -40,7 +40,7 @@ def plain_name(name: str) -> str:
 
 
 def is_compressed(name: str) -> bool:
-    """Whether a file's name ends as compressed ones do."""
+    """Return whether a file's name ends as compressed ones do."""
     return name.lower().endswith(tuple(COMPRESSED_SUFFIXES))
 
 
@@ -52,7 +52,7 @@ def read_lines(
     advance: Callable[[int], None] | None = None,
     span: Span | None = None,
 ) -> Iterator[Line | BadRow]:
-    """The lines of a file that are not blank; those too long or not UTF-8 as bad rows.
+    """Yield the lines of a file that are not blank; those too long or not UTF-8 as bad rows.
 
     Args:
         location: the file.
@@ -92,7 +92,7 @@ def read_lines(
 
 
 def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
-    """A file's content, decompressed and in UTF-8, cut after `max_bytes`.
+    """Return a file's content, decompressed and in UTF-8, cut after `max_bytes`.
 
     Raises:
         CorpusError: the file cannot be read.
@@ -106,7 +106,7 @@ def read_whole(location: Location, label: str, *, max_bytes: int) -> bytes:
 
 
 def refuse_damaged(label: str, where: str, error: Exception) -> None:
-    """Say of a file that could not be read that it must be mended; nothing where the disk or the network failed.
+    """Say that the user must repair a file that cannot be read; nothing if the disk or the network failed.
 
     Raises:
         CorpusError: the file is gone or damaged.

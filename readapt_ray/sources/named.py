@@ -71,7 +71,7 @@ class NamedSource(Source):
         return self._read("docs_iter")
 
     def _read(self, what: str) -> Iterator[Any]:
-        """What the package yields; where it cannot, in our words.
+        """Yield what the package yields; where it cannot, in our words.
 
         Raises:
             CorpusError: it cannot be fetched or read.

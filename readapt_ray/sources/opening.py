@@ -36,8 +36,8 @@ _DETECTED: Final = "corpus.jsonl, passages/*.parquet, or files that end with " +
 
 
 def open_source(name: str, format: Format, options: ReadOptions) -> Source:
-    """The source of a name: a URI or path, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a corpus of
-    the catalog: by its name from ir_datasets, by its hub id from the hub.
+    """Return the source of a name: a URI or path, `ir_datasets:NAME`, `hub:OWNER/NAME`, `python-docs:PACKAGE,...`, or a
+    corpus of the catalog: by its name from ir_datasets, by its hub id from the hub.
 
     Raises:
         InputError: nothing is there, its format cannot be told or is another, or a package is not installed.
@@ -78,7 +78,7 @@ def check_source(name: str, format: Format, options: ReadOptions) -> None:
 
 
 def _full_name(name: str) -> str:
-    """Return what a name of the catalog stands for; other names are as they were."""
+    """Return the source of a name of the catalog; other names are returned as they are."""
     row = None if Location(name).exists() else corpora.find_corpus(name)
     if row is None:
         return name
@@ -110,7 +110,7 @@ def _labelled(folder: Location, options: ReadOptions) -> Source:
 
 
 def _ingested(folder: Location, options: ReadOptions) -> Source:
-    """What `ingest` wrote, or a folder like it."""
+    """Return what `ingest` wrote, or a folder like it."""
     queries = folder / "queries"
     return LabelledTableSource(
         folder / "passages",
@@ -123,7 +123,7 @@ def _ingested(folder: Location, options: ReadOptions) -> Source:
 
 
 def detected_format(location: Location) -> str:
-    """The format of a file by its suffix, of a folder by the files in it.
+    """Return the format of a file by its suffix, of a folder by the files in it.
 
     Raises:
         CorpusError: none fits, or several do, or the folder holds several data sets.

@@ -1,7 +1,7 @@
 """Passages into numbered Parquet parts, each written whole or not at all.
 
 A part is a pure function of the passages before it, so a part that an earlier process wrote is
-compared and kept, and the writer goes on behind it. With parts of an earlier corpus, parts begin where those do, and one of
+compared and kept, and the writer continues after it. With parts of an earlier corpus, parts begin where those do, and one of
 the same rows is shared with it instead of written. At most one part is in memory: `rows_per_file` rows, half as many again
 with earlier parts, or 256 MB of text.
 """
@@ -54,8 +54,8 @@ class PartWriter:
         Args:
             folder: of the parts.
             rows_per_file: passages per part.
-            prefix: stands before the numbers of the parts, in digits.
-            kept: columns behind those of a passage.
+            prefix: comes before the numbers of the parts, in digits.
+            kept: columns after a passage's own.
             earlier: parts of an earlier corpus by the doc_id of their first passage.
         """
         self._earlier = earlier or {}
@@ -97,7 +97,7 @@ class PartWriter:
                 (self._folder / name).delete()
 
     def doc_ids(self, rows: Iterable[int]) -> dict[int, str]:
-        """The ids of some rows, counted from 0 over all parts; after `close`."""
+        """Return the ids of some rows, counted from 0 over all parts; after `close`."""
         by_part: dict[int, list[int]] = {}
         for row in set(rows):
             by_part.setdefault(bisect.bisect_right(self._starts, row) - 1, []).append(row)
@@ -143,7 +143,7 @@ class PartWriter:
 
 
 def _digest(groups: Iterable[pa.Table]) -> str:
-    """Return what stands for the rows of a part; their texts stand in it by their hashes."""
+    """Return the rows of a part with hashes in place of their texts."""
     found = hashlib.blake2b(digest_size=16)
     for group in groups:
         stream = pa.BufferOutputStream()
@@ -167,7 +167,7 @@ def passage_table(passages: list[Passage], hashes: list[bytes], schema: pa.Schem
 
 
 def _holds(file: Location, groups: list[pa.Table]) -> bool:
-    """Whether a file is there with exactly these row groups."""
+    """Return whether a file is there with exactly these row groups."""
     if not file.exists():
         return False
     try:

@@ -2,7 +2,7 @@
 piece.
 
 In `passages/` a piece first writes all its passages. Parts from which repeats were taken are marked in their footers, so that
-a run that was killed goes on. `exchange/` holds digests and what each task found, and is removed at the end. A task holds
+a killed run resumes. `exchange/` holds digests and what each task found, and is removed at the end. A task holds
 one part of passages, and the digests of a million of them or of one partition.
 """
 
@@ -195,7 +195,7 @@ def _filter(file: Location, lost: NDArray[np.int64], num_rows: int) -> None:
     with file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         if _FILTERED in (parquet.metadata.metadata or {}):
             return
-        start, schema = 0, parquet.schema_arrow.remove_metadata()  # its digest is that of all rows
+        start, schema = 0, parquet.schema_arrow.remove_metadata()  # its digest is over all rows
         with file.open_output() as target, pq.ParquetWriter(target, schema, compression="zstd") as writer:
             for number in range(parquet.num_row_groups):
                 group = parquet.read_row_group(number)

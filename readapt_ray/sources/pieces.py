@@ -1,7 +1,7 @@
 """Split a source of rows into pieces that are read independently: byte ranges of text files, row groups of Parquet.
 
 Enters: the files of a `TableSource`. Leaves: pieces of 16 to 512 MB, in the order of the rows; small files share one. The cut
-depends on the files alone, never on the cluster. A line belongs to the range in which its first byte lies. A compressed
+depends on the files alone, never on the cluster. A line belongs to the range of its first byte. A compressed
 file is never cut.
 """
 

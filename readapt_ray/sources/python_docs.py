@@ -55,7 +55,7 @@ class Docstring:
 
 
 def package_files(package: str) -> list[Path]:
-    """The .py files of an installed top-level package, or of the standard library, sorted.
+    """Return the .py files of an installed top-level package, or of the standard library, sorted.
 
     Raises:
         InputError: no package of that name is installed, or it has no Python files.
@@ -64,7 +64,7 @@ def package_files(package: str) -> list[Path]:
 
 
 def _modules(package: str) -> list[tuple[Path, str]]:
-    """The files of a package and the dotted names of their modules."""
+    """Return the files of a package and the dotted names of their modules."""
     found = []
     for root in _roots(package):
         if root.suffix == ".py" and root.is_file():
@@ -80,7 +80,7 @@ def _modules(package: str) -> list[tuple[Path, str]]:
 
 
 def _roots(package: str) -> list[Path]:
-    """The folders of a package, or its one file."""
+    """Return the folders of a package, or its one file."""
     if package == STDLIB:
         return [Path(sysconfig.get_path("stdlib"))]
     try:
@@ -96,7 +96,7 @@ def _roots(package: str) -> list[Path]:
 
 
 def read_docstrings(package: str) -> Iterator[Docstring]:
-    """Every docstring of a package in the order of its files; how many files do not parse is logged."""
+    """Yield every docstring of a package in the order of its files; how many files do not parse is logged."""
     num_bad = 0
     for path, module in _modules(package):
         for found in file_docstrings(path, module):
@@ -109,7 +109,7 @@ def read_docstrings(package: str) -> Iterator[Docstring]:
 
 
 def file_docstrings(path: Path, module: str) -> Iterator[Docstring | BadRow]:
-    """The docstrings of the file of a module; one bad row where it does not parse."""
+    """Yield the docstrings of the file of a module; one bad row where it does not parse."""
     try:
         tree = _parsed(path)
     except (SyntaxError, ValueError, RecursionError):
@@ -144,13 +144,13 @@ def _walk(node: ast.AST, name: str, place: str) -> Iterator[Docstring]:
 
 
 def split_summary(text: str) -> tuple[str, str]:
-    """A docstring's first sentence on one line, and what follows it."""
+    """Return a docstring's first sentence on one line, and what follows it."""
     parts = _SENTENCE_END.split(text.strip(), maxsplit=1)
     return " ".join(parts[0].split()), parts[1].strip() if len(parts) > 1 else ""
 
 
 def makes_query(docstring: Docstring) -> bool:
-    """Whether the summary says enough to ask with and the rest enough to be found by."""
+    """Return whether the summary says enough to ask with and the rest enough to be found by."""
     return len(docstring.rest) >= _MIN_REST_CHARS and len(docstring.summary.split()) >= _MIN_SUMMARY_WORDS
 
 
@@ -159,7 +159,7 @@ class PythonDocsSource(Source):
 
     Where a docstring makes a query, the passage is the rest of it; else the whole. The title is the
     dotted name, and so is the id, with #2, #3 ... where a name occurs again. The id of a query is
-    `q:` and that of its passage, so that no query has the id of a passage.
+    `q:` and the id of its passage, so that no query has the id of a passage.
     """
 
     format = "python-docs"
@@ -188,7 +188,7 @@ class PythonDocsSource(Source):
         self._queries = queries
 
     def _rows(self, queries: list[Query]) -> Iterator[Row | BadRow]:
-        """The rows; the query that each makes is put into `queries`."""
+        """Yield the rows; the query that each makes is put into `queries`."""
         seen: Counter[str] = Counter()
         for number, (path, module) in enumerate(self._files):
             for found in file_docstrings(path, module):
@@ -204,7 +204,7 @@ class PythonDocsSource(Source):
             self.fraction_read = (number + 1) / len(self._files)
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """The summary sentences, remembered from `rows` where that was read to its end."""
+        """Yield the summary sentences, remembered from `rows` where that was read to its end."""
         if self._queries is None:
             for _ in self.rows():
                 continue

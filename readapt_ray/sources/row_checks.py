@@ -27,7 +27,7 @@ class RowChecks(Generic[Place]):
         self.num_changed_ids = 0
         self.kinds: Counter[str] = Counter()
         self.unfit: dict[str, tuple[int, Place, str]] = {}
-        """For a kept column how many values are not of its type, where the first stands, and it."""
+        """For a kept column how many values are not of its type, the place of the first, and its value."""
         self._kept, self._max_text_bytes = kept, max_text_bytes
 
     def passage(self, row: Row | BadRow, place: Place) -> Passage | BadRow:

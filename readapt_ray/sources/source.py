@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """What cannot become a record: where it stands, why (a key of `REASONS`), and the value where that helps."""
+    """What cannot become a record: its place, why (a key of `REASONS`), and the value where that helps."""
 
     place: str
     reason: str
@@ -65,7 +65,7 @@ REASONS: Final[dict[str, str]] = {
     "not_json": "it is not JSON",
     "not_json_object": "it is not a JSON object",
     "wrong_columns": "it has another number of columns than the first line",
-    "bad_quotes": "its quotes are not those of CSV",
+    "bad_quotes": "its quotes are not valid CSV",
     "bad_relevance": "its relevance is not a whole number",
     "conflicting_judgement": "an earlier row judges the same passage otherwise",
     "not_pdf": "it cannot be read as PDF",
@@ -114,7 +114,7 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row | BadRow]:
-        """Every row, always in the same order, with bounded memory.
+        """Return every row, always in the same order, with bounded memory.
 
         Raises:
             CorpusError: a file is cut short.
@@ -125,7 +125,7 @@ class Source(ABC):
         """Stands for all that it holds."""
 
     def description(self) -> dict[str, Any]:
-        """What the manifest says of it: files and columns that are read, and those that are not."""
+        """Return what the manifest says of it: files and columns that are read, and those that are not."""
         return {}
 
     def queries(self) -> Iterator[Query | BadRow]:

@@ -83,13 +83,13 @@ def open_splitting(max_tokens: int, overlap: int, tokenizer: str) -> Splitting:
     """Return how documents are split, by a tokenizer that can be had.
 
     Raises:
-        InputError: the tokenizer cannot say where its tokens stand.
+        InputError: the tokenizer cannot say where its tokens are in a text.
         ModelError: there is no such model, or it has no tokenizer.
     """
     model = open_model(tokenizer, with_weights=False)
     if not model.tokenizer.is_fast:
         raise InputError(
-            f"tokenizer = {tokenizer!r}: it does not say where in a text its tokens stand, as those with a tokenizer.json do; give "
+            f"tokenizer = {tokenizer!r}: it does not say where in a text its tokens are, as those with a tokenizer.json do; give "
             f"another"
         )
     return Splitting(

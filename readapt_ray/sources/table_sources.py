@@ -74,7 +74,7 @@ class TableSource(Source):
         self._columns = _described(layout)
 
     def description(self) -> dict[str, Any]:
-        """The files and columns that are read, and those that are not."""
+        """Return the files and columns that are read, and those that are not."""
         return {"files": len(self._files), "files_not_read": self._listing.counts(), "columns": self._columns}
 
     def rows(self) -> Iterator[Row | BadRow]:

@@ -51,12 +51,12 @@ class TableFormat(Protocol):
         """Where a file can be cut into parts that are read on their own."""
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
-        """Which columns make a passage; None for a file without rows. Raises CorpusError where none do."""
+        """Return which columns make a passage; None for a file without rows. Raises CorpusError where none do."""
 
     def rows(
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
-        """The rows; `advance` is told the part of the file, from 0 to 1, that was read, `span` the part to read."""
+        """Return the rows; `advance` is told the part of the file, from 0 to 1, that was read, `span` the part to read."""
 
 
 def shares(file: Location, advance: Advance) -> Callable[[int], None]:

@@ -2,7 +2,7 @@
 
 Enters: a file, or a folder of such files, at any depth. Leaves: a passage a file, or several where it is long. The doc_id
 is the path relative to the folder, white space in it as %20 (the TREC format has none in ids), with #1, #2 ... where the
-file was split. The title is that of the front matter or of the page, or the first Markdown heading, else the name without
+file was split. The title comes from the front matter or the page, or the first Markdown heading, else the name without
 its suffix. 17 files are in memory, read ahead for stores that answer slowly.
 """
 
@@ -101,7 +101,7 @@ class TextSource(Source):
             self.kept = kept_schema(choice, types)
 
     def description(self) -> dict[str, Any]:
-        """The files that are read, and those that are not."""
+        """Return the files that are read, and those that are not."""
         return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
@@ -159,7 +159,7 @@ def _field(document: Document, name: str) -> object:
 
 
 def split_text(text: str, max_chars: int) -> list[str]:
-    """A text as pieces of at most `max_chars` characters, cut between paragraphs.
+    """Return a text as pieces of at most `max_chars` characters, cut between paragraphs.
 
     Paragraphs are put together as long as they fit; one that is too long for itself is cut at
     white space, or anywhere where it has none.

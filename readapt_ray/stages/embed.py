@@ -170,7 +170,7 @@ def embed(config: EmbedConfig) -> Artifact:
 
 
 def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
-    """What the options and the model say of the job."""
+    """Return what the options and the model say of the job."""
     return EmbedJob(
         model_name=on_worker.model_name(model),
         base_name=on_worker.base_name(model),
@@ -187,7 +187,7 @@ def _job(config: EmbedConfig, model: OpenModel, encoding: Encoding) -> EmbedJob:
 
 
 def _state(passages: Location) -> str:
-    """What a listing says of the files of a corpus: other files, sizes or times are another state."""
+    """Return what a listing says of the files of a corpus: other files, sizes or times are another state."""
     return fingerprint([(name, info.size, info.mtime_ns) for name, info in passages.listing(".parquet")])
 
 
@@ -210,7 +210,7 @@ def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, enc
 
 
 def _on_gpus() -> bool:
-    """Whether encoders compute on GPUs."""
+    """Return whether encoders compute on GPUs."""
     import ray
 
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
@@ -221,7 +221,7 @@ def _on_gpus() -> bool:
 
 
 def _resolve(config: EmbedConfig, num_passages: int) -> EmbedConfig:
-    """Return the options with the folder of a sample, and with the dtype that auto stands for."""
+    """Return the options with the folder of a sample, and with the dtype that auto chooses."""
     if config.sample is not None:
         sample_rows(config.sample, num_passages)
         config = config.model_copy(update={"output": Location(config.output).beside("-sample").uri})
@@ -250,14 +250,14 @@ def _check_retriever(model: OpenModel, encoding: Encoding) -> None:
 
 
 def _sampled_against(config: EmbedConfig) -> dict[str, str]:
-    """A sample's report depends on `previous`; vectors do not."""
+    """Return a sample's report depends on `previous`; vectors do not."""
     if config.sample is None or config.previous is None:
         return {}
     return {"previous": open_artifact(config.previous, "embed").fingerprint}
 
 
 def _open_previous(config: EmbedConfig, encoder: dict[str, Any]) -> tuple[ParquetRows | None, ParquetRows | None]:
-    """The earlier vectors that may be copied, or those that a sample may only be compared with.
+    """Return the earlier vectors that may be copied, or those that a sample may only be compared with.
 
     Raises:
         FingerprintMismatchError: they are not what this run would make, and it is not a sample.

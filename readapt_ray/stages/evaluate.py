@@ -65,7 +65,7 @@ class EvaluateConfig(StageConfig):
     adapting lost there."""
     require: tuple[str, ...] = ()
     """What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005" (the whole 95% interval
-    of the difference from the first run lies above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first.
+    of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first.
     "general nDCG@10 >= base - 0.005" is of what `general` measured."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
     """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
@@ -115,7 +115,7 @@ def evaluate(config: EvaluateConfig) -> Artifact:
 
 
 def _names(config: EvaluateConfig) -> list[str]:
-    """A name for each run: as given, or of the file, with its folder where that is needed to tell them apart."""
+    """Return a name for each run: as given, or of the file, with its folder where that is needed to tell them apart."""
     if not config.runs:
         raise InputError("no run given; give --runs FILE.trec, or several with commas between them")
     names = list(config.names)
@@ -152,7 +152,7 @@ def _fingerprints(config: EvaluateConfig, files: Mapping[str, str]) -> dict[str,
 
 
 def _run_identity(uri: str) -> list[Any]:
-    """The content of a run file, and the fingerprint of what made it, since the report tells it."""
+    """Return the content of a run file, and the fingerprint of what made it, since the report tells it."""
     manifest = read_manifest(uri)
     return [list(Location(uri).content_fingerprint().values()), manifest.fingerprint if manifest else ""]
 
@@ -166,6 +166,9 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
     queries = read_queries(config.queries, config.columns) if config.queries else []
     texts = {query.query_id: query.text for query in queries}
     corpus = PassageFiles.open(config.corpus) if config.corpus else None
+    if corpus is not None and corpus.is_split:
+        documents = corpus.documents_of(doc_id for judged in judgements.values() for doc_id in judged)
+        judgements = measuring.of_documents(judgements, documents)
     runs, measurements = {}, {}
     for name, uri in files.items():
         runs[name] = _of_documents(load_run(uri), judgements, corpus, name)
@@ -220,7 +223,7 @@ def _check_one_corpus(judgements: measuring.Judgements, runs: Mapping[str, Run],
 
 
 def _num_unknown(judgements: measuring.Judgements, corpus: PassageFiles, name: str) -> int:
-    """How many judgements speak of passages that the corpus does not have; they are named."""
+    """Return how many judgements speak of passages that the corpus does not have; they are named."""
     missing = corpus.missing(doc_id for judged in judgements.values() for doc_id in judged)
     lost = set(missing)
     count = sum(doc_id in lost for judged in judgements.values() for doc_id in judged)
@@ -323,11 +326,11 @@ def _write_per_query(file: Location, measurements: Mapping[str, measuring.Measur
 
 
 def _provenance(uri: str) -> dict[str, Any]:
-    """What is known of a run file: what made it, from its manifest; its digest in any case."""
+    """Return what is known of a run file: what made it, from its manifest; its digest in any case."""
     manifest = read_manifest(uri)
     known: dict[str, Any] = {"file": uri, "content": next(iter(Location(uri).content_fingerprint().values()))}
     if manifest is None:
-        return known | {"note": "no manifest lies beside this file, so nothing is known of the model that made it"}
+        return known | {"note": "there is no manifest beside this file, so nothing is known of the model that made it"}
     return known | {
         "stage": manifest.stage,
         "fingerprint": manifest.fingerprint,

@@ -195,7 +195,7 @@ def _record(source: Artifact, job: ExportJob) -> Record:
 
 
 def _claim(target: Target, config: ExportConfig, job: ExportJob, record: Record, previous: Artifact | None) -> None:
-    """Make the collection, or go on with the one that is there, and refuse one that holds something else.
+    """Make the collection, or resume the one that is there, and refuse one that holds something else.
 
     Raises:
         FingerprintMismatchError: it holds vectors of another model.
@@ -242,12 +242,12 @@ def _refuse_what_is_there(config: ExportConfig, job: ExportJob, record: Record, 
 def _check_collection(target: Target, job: ExportJob) -> None:
     if (target.record() or {}).get("export") != job.fingerprint:
         raise TargetError(
-            f"{job.address.uri} was taken by another export meanwhile; remove the collection and run one of them again"
+            f"{job.address.uri} was taken by another export in between; remove the collection and run one of them again"
         )
     found, due = target.count(), job.vectors.num_rows
     if found < due:
         raise TargetError(
-            f"{job.address.uri} holds {found:,} rows, and {due:,} were sent: rows were deleted meanwhile; remove the collection "
+            f"{job.address.uri} holds {found:,} rows, and {due:,} were sent: rows were deleted in between; remove the collection "
             f"and run the same command again"
         )
     if found > due:

@@ -32,7 +32,8 @@ class FinetuneConfig(OptimizationConfig):
     """Model to start from: a catalog name, a folder, a URI or a hub id."""
     corpus: str
     """Passages with queries and qrels (the output of `readapt ingest`), queries that a language model wrote (the output of
-    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`."""
+    `readapt synthesize`), or a JSONL file of pairs with the texts `query`, `positive` and, optionally, `negatives`. Of a
+    document that ingest split, the passage with most words of the query is trained on."""
     split: str = "train"
     """Split of the corpus's qrels to train on: train, dev, test."""
     negatives: str | None = None
@@ -158,17 +159,18 @@ def _work(job: dict[str, Any]) -> None:
     """One worker's part."""
     import torch
 
-    from readapt_ray.training.contrastive import Contrast
+    from readapt_ray.training.contrastive import Contrast, pack
     from readapt_ray.training.pairs import PairReader
 
     config = FinetuneConfig.model_validate(job["config"])
     encoding = Encoding.model_validate(job["encoding"])
-    worker = train_workers.TrainWorker(
-        job, config, config.model, objective=None, micro_batch_tokens=config.micro_batch_tokens
-    )
     reader = PairReader(
         Location(job["pairs"]), batch_size=config.batch_size, num_epochs=config.num_epochs, seed=config.seed
     )
+    # A small batch does not fill a micro-batch, and shall not be refused for the memory that a full one would take.
+    most_tokens = min(config.micro_batch_tokens, reader.most_tokens(torch.distributed.get_world_size()))
+    worker = train_workers.TrainWorker(job, config, config.model, objective=None, micro_batch_tokens=most_tokens)
+    pack(worker.model, config.model)
     objective = Contrast(
         model=worker.model,
         reader=reader,

@@ -205,7 +205,7 @@ def _open_vectors(source: Artifact) -> ParquetRows:
 def _split_rows(
     previous: Artifact | None, vectors: ParquetRows, encoder: str, shards: Location
 ) -> tuple[list[KeptShard], NDArray[np.int64] | range]:
-    """The shards of an earlier index with what is still found in each, and the rows that none of them has."""
+    """Return the shards of an earlier index with what is still found in each, and the rows that none of them has."""
     if previous is None:
         return [], range(vectors.num_rows)
     from readapt_ray.retrieval.index_changes import kept_and_added
@@ -222,7 +222,7 @@ def _split_rows(
 def _prepared(
     plan: ShardPlan, previous: Artifact | None, everything: NewShard, rows_per_shard: int, source: Artifact
 ) -> ShardPlan:
-    """Train lists and codes, or take those of the earlier index; and lay down what recall is measured with."""
+    """Train lists and codes, or take the earlier index's; store the queries that recall is measured with."""
     num_rows = len(everything.rows)
     earlier = previous.location / "shards" / TRAINED_NAME if previous else None
     if previous is not None and earlier is not None and earlier.is_file():

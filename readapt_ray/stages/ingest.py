@@ -60,8 +60,9 @@ class IngestConfig(StageConfig):
     names are known: id, docid, pid, content, contents, passage, body, headline and more. query_id, query and relevance are
     fields of the queries and qrels."""
     keep: tuple[str, ...] = ()
-    """Other columns to carry along, such as url,date; search and serve give them back, and filters can use them. With
-    NAME:TYPE (string, int64, float64, bool) a type is set."""
+    """Other columns to carry along, such as url,date; servers and `ra.Retriever` give them back, filters can use them, and
+    exports hold them. The TREC run of `readapt search` has ids alone. With NAME:TYPE (string, int64, float64, bool) a type
+    is set."""
     bad_rows: Literal["skip", "fail"] = "skip"
     """What to do with a row that cannot become a passage: skip leaves it out and counts it, fail stops."""
     deduplicate: Literal["auto", "none", "exact", "near"] = "auto"

@@ -4,7 +4,7 @@ In: three models (or a bundle and its base) and two scales. Out: a Hugging Face 
 transformers and sentence-transformers load and pool as the retriever asks; with --factors a small
 folder from which any pair of scales can be made again. It runs in the driver without Ray, on all
 cores, or with --num-workers in tasks on the nodes of a cluster; memory is some slices of rows, time
-is that of reading the inputs twice (to recognise them, to merge them) and writing the output.
+is reading the inputs twice (to recognise them, to merge them) and writing the output.
 """
 
 import contextlib
@@ -217,7 +217,7 @@ def _identity(merged: _Merge) -> dict[str, Any]:
 
 
 def _model_fingerprint(merged: _Merge) -> str:
-    """Return the fingerprint of the model that these factors make: that of a merge with the same options."""
+    """Return the fingerprint of the model that these factors make: the same as a merge's with the same options."""
     made = _identity(merged)
     names = ("factors", "dtype", "max_shard_bytes")
     as_model = {name: MergeConfig.model_fields[name].default for name in names}
@@ -330,7 +330,7 @@ def _low_rank(
         yield whole, []
         return
     with tempfile.TemporaryDirectory(prefix="readapt-low-rank-") as temporary:
-        # On a disk the factors lie beside the output, where a killed merge finds those that it had made.
+        # On a disk the factors are beside the output, where a merge that resumes finds them.
         folder = workspace.location if workspace.location.is_local else Location(temporary)
         file = folder / "low-rank.factors"
         stored = write_difference(

@@ -1,7 +1,7 @@
 """pack: passages to numbered token blocks.
 
 Each passages file becomes one blocks file, tokenised in a Ray Data task of its own and written whole;
-after a kill only the files that are missing are made. Memory is that of one file's tokens a task, and
+after a kill only the files that are missing are made. Memory: one file's tokens per task, and
 everywhere that of the ids to leave out or to take.
 """
 
@@ -30,6 +30,7 @@ from readapt_ray.errors import CorpusError, CorruptFileError, ModelError
 from readapt_ray.progress import amount
 from readapt_ray.retrieval import footers, truncation
 from readapt_ray.retrieval.corpus_changes import content_hashes, is_known, known_contents
+from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.retrieval.vector_files import METADATA_KEY
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
@@ -147,6 +148,9 @@ def _pack(
 ) -> None:
     connection.connect()
     placement.check_placement(1, {"CPU": 1}, who="tasks")
+    if lists:
+        passages = PassageFiles.open(corpus.uri)
+        lists = {name: passages.passage_ids(ids) for name, ids in lists.items()}
     parts, num_passages = _parts(corpus, lists)
     withheld = withheld_numbers(config.withhold, num_passages)
     job = {
@@ -214,13 +218,13 @@ def _tell_truncation(counts: Mapping[str, int], block_tokens: int, model: models
         max_tokens=block_tokens,
     )
     is_all = block_tokens == shapes.usable_positions(model.config, model.name)
-    mend = f"{model.name} has no more positions: " if is_all else "raise block_tokens, or "
-    truncation.warn_of_loss("pack", lost, f"{mend}split long passages with ingest's split_tokens")
+    advice = f"{model.name} has no more positions: " if is_all else "raise block_tokens, or "
+    truncation.warn_of_loss("pack", lost, f"{advice}split long passages with ingest's split_tokens")
     return lost
 
 
 def _parts(corpus: Artifact, lists: dict[str, frozenset[str]]) -> tuple[list[dict[str, Any]], int]:
-    """The passages files, each with the number of its first passage, and how many passages there are."""
+    """Return the passages files, each with the number of its first passage, and how many passages there are."""
     parts, num_passages = [], 0
     wanted = {name: pa.array(list(ids), pa.string()) for name, ids in lists.items()}
     num_found = dict.fromkeys(lists, 0)
@@ -258,7 +262,7 @@ def _survey(file: Location, wanted: Mapping[str, pa.Array]) -> dict[str, int]:
 @functools.lru_cache(maxsize=1)
 def _tokenizer(pretrained: str, tokenizer_fingerprint: str, process: int) -> Any:
     """Return the one tokenizer of this process."""
-    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded anew, and so by a forked process
+    del tokenizer_fingerprint, process  # another tokenizer of that name is loaded again, and so by a forked process
     return models.open_model(pretrained, with_weights=False).tokenizer
 
 

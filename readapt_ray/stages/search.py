@@ -63,7 +63,7 @@ class SearchConfig(RetrieverOptions, StageConfig):
     as_of: int | None = Field(default=None, ge=1)
     """Number of the generation of `root` to search. If omitted, the present one."""
     bridge: str | None = None
-    """Output of `readapt bridge`, if the vectors are those of an older model: queries are mapped to them."""
+    """Output of `readapt bridge`, if the vectors were made by an older model: queries are mapped to them."""
     queries: str
     """Queries: a file (BEIR .jsonl, .csv, .tsv, .parquet, .json, .arrow), or a folder of such files."""
     qrels: str | None = None
@@ -137,7 +137,7 @@ class _Source:
         return int(self.artifact.manifest.counts["num_vectors"])
 
     def pieces(self, num_cpus: int) -> list[Content]:
-        """What each task searches: the record of an index shard, or ranges of rows.
+        """Return what each task searches: the record of an index shard, or ranges of rows.
 
         Raises:
             CorruptFileError: a file of vectors was cut short or altered, or is gone.
@@ -320,7 +320,7 @@ def _find_documents(
 
 
 def _fused(tables: Sequence[pa.Table], queries: Sequence[Query], top_k: int) -> pa.Table:
-    """Fuse the results of each query, which stand in the order of the queries."""
+    """Fuse the results of each query; they are in the order of the queries."""
     rankings: list[dict[str, list[str]]] = []
     for table in tables:
         ranked: dict[str, list[str]] = {}

@@ -59,7 +59,7 @@ class SynthesizeConfig(StageConfig):
     round_trip_k: int = Field(default=20, ge=1)
     """The passage must be among so many best results of its query, with vectors."""
     prompt: str = DEFAULT_PROMPT
-    """What the model is asked; {passage} stands for title and text."""
+    """Prompt for the model; title and text replace {passage}."""
     max_passage_chars: int = Field(default=2000, ge=80)
     """Characters of a passage that the model reads; the rest is cut."""
     max_query_tokens: int = Field(default=48, ge=4)

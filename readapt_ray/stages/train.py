@@ -133,7 +133,7 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
 
 
 def objective_of(model: OpenModel) -> Objective:
-    """What a pretrained model has a head for.
+    """Return what a pretrained model has a head for.
 
     Raises:
         ModelError: its config does not say, or names a model without a head.
@@ -236,7 +236,7 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _doc_ids(passages: Location) -> Callable[[Sequence[int]], list[str]]:
-    """The ids of passages by their numbers, which count the rows of the files in order."""
+    """Return the ids of passages by their numbers, which count the rows of the files in order."""
 
     def find(numbers: Sequence[int]) -> list[str]:
         import pyarrow.parquet as pq

@@ -7,9 +7,9 @@ reported comes from the other half, which did not choose it. Leaves `grid/` (the
 pair), `tune.json`, `tune.md` and `tune.html`. A pair costs one pass over the weights and the encoding of
 the sample.
 
-Without queries those of the corpus's own split dev, or else train, are taken, never the split that is reported on. Where there
+Without queries, the corpus's own split dev is taken, or else train, never the split that is reported on. Where there
 is none the corpus asks its own questions: the title of a passage, or its first sentence, is the query, the rest of it the
-answer. Such figures are called pseudo-queries wherever they stand.
+answer. Such figures are called pseudo-queries everywhere.
 """
 
 import json
@@ -55,10 +55,10 @@ class TuneConfig(StageConfig):
     corpus: str
     """Passages: the output of `readapt ingest`."""
     queries: str | None = None
-    """Withheld queries: a file or folder. If omitted, those of the corpus's split dev, else of train, but never of the split
-    that is reported on (test, or that of the report beside the corpus); else pseudo-queries made from the passages."""
+    """Withheld queries: a file or folder. If omitted, the corpus's split dev, else train, but never the split
+    that is reported on (test, or the split of the report beside the corpus); else pseudo-queries made from the passages."""
     qrels: str | None = None
-    """Judgements of the queries: a file or folder."""
+    """Judgements of the queries: a file or folder. A document that ingest split has the score of its best passage."""
     columns: ColumnsOption = ()
     """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     readapter_scales: tuple[float, ...] = (1.0,)
@@ -209,6 +209,7 @@ def _write_report(workspace: Workspace, result: Mapping[str, Any]) -> None:
 
 
 def _passages(corpus: Artifact) -> Iterator[Passage]:
+    """Yield the passages; those of a document that was split have its id, by which it is judged."""
     import pyarrow.parquet as pq
 
     num_rows = 0
@@ -216,12 +217,13 @@ def _passages(corpus: Artifact) -> Iterator[Passage]:
         with file.open_input() as stream:
             for batch in pq.ParquetFile(stream).iter_batches():
                 num_rows += batch.num_rows
-                yield from (Passage(row["doc_id"], row["title"] or "", row["text"]) for row in batch.to_pylist())
+                for row in batch.to_pylist():
+                    yield Passage(row.get("parent_id") or row["doc_id"], row["title"] or "", row["text"])
     check_complete(corpus, num_rows, "passages")
 
 
 def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) -> list[Passage]:
-    """The passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
+    """Return the passages to keep, filled up to `size` by a reservoir over the rest, in one pass."""
     random = random_generator(seed, "passages")
     kept: list[Passage] = []
     rest: list[Passage] = []
@@ -240,8 +242,9 @@ def _sampled(corpus: Artifact, keep: Mapping[str, Any], size: int, seed: int) ->
 
 
 def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
-    from readapt_ray.evaluation.measures import group_judgements
+    from readapt_ray.evaluation.measures import group_judgements, of_documents
     from readapt_ray.evaluation.tables import named
+    from readapt_ray.retrieval.passage_files import PassageFiles
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     judgements = group_judgements(read_qrels(str(config.qrels), config.columns))
@@ -258,6 +261,8 @@ def _judged_sample(config: TuneConfig, corpus: Artifact) -> Sample:
     order = random_generator(config.seed, "queries").permutation(len(queries))[: config.max_queries]
     queries = [queries[index] for index in sorted(order)]
     judgements = {query.query_id: judgements[query.query_id] for query in queries}
+    documents = PassageFiles.open(corpus.uri).documents_of(doc_id for each in judgements.values() for doc_id in each)
+    judgements = of_documents(judgements, documents)
     keep = {doc_id: None for judged in judgements.values() for doc_id in judged}
     passages = _sampled(corpus, keep, config.max_passages, config.seed)
     if missing := list(keep.keys() - {passage.doc_id for passage in passages}):

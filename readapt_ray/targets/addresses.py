@@ -3,7 +3,7 @@
     qdrant://host:6333/COLLECTION?tls=true     scheme, host, port, name, options
     lancedb:s3://bucket/folder/TABLE           scheme, folder, name
 
-A scheme with `//` names a server, one without names a folder: that of a database which is embedded in the client.
+A scheme with `//` names a server, one without names the folder of a database that is embedded in the client.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ class Address:
     name: str
     """Of the collection, table or index; for PostgreSQL of the database."""
     folder: str = ""
-    """Where an embedded database lies; empty for a server."""
+    """Folder of an embedded database; empty for a server."""
     user: str | None = None
     host: str = ""
     port: int | None = None
@@ -41,7 +41,7 @@ class Address:
         return f"{self.scheme}://{user}{self.host}{port}/{urllib.parse.quote(self.name)}{options}"
 
     def http_url(self, default_port: int) -> str:
-        """The address of an HTTP server; `?tls=true` makes it https."""
+        """Return the address of an HTTP server; `?tls=true` makes it https."""
         return f"http{'s' if self.has_tls else ''}://{self.host}:{self.port or default_port}"
 
     @property

@@ -113,7 +113,7 @@ class FilesTarget:
 
 
 def _write(file: Location, rows: pa.Table) -> None:
-    """Write both files of some rows; the Parquet file last, so that it never stands alone."""
+    """Write both files of some rows; the Parquet file last, so that it is never there alone."""
     buffer = io.BytesIO()
     np.save(buffer, matrix(rows))
     _numbers_of(file).write_bytes(buffer.getvalue())

@@ -1,7 +1,7 @@
 """Send a file of vectors to a target, or remove what a corpus lost, and note it in a ledger.
 
 In: the name of a file. Out: its rows in the target, then a ledger, `rows/part-00000.parquet`: doc_id and a digest of
-what was sent per row. A file whose ledger is there is done, so a killed export goes on with the next one. A later
+what was sent per row. A file whose ledger is there is done, so a killed export resumes with the next one. A later
 export compares its rows with the ledgers of this one. Memory is one file of vectors and its passages.
 """
 
@@ -76,7 +76,7 @@ class Done:
 
 
 def look_up(job: ExportJob) -> Lookups:
-    """Read the doc_ids of the corpus, and for an update those of the vectors and of the earlier export."""
+    """Read the doc_ids of the corpus, and for an update also of the vectors and the earlier export."""
     passages = _rows_by_id(job.passages) if job.passages else None
     if job.previous is None:
         return Lookups(passages=passages, before=None, now=None)

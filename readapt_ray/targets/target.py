@@ -70,7 +70,7 @@ class Target(Protocol):
         """Remove the collection."""
 
     def write(self, part: str, batches: Iterable[pa.Table]) -> None:
-        """Add rows, or replace those of the same doc_id.
+        """Add rows, or replace the rows of the same doc_id.
 
         Args:
             part: name of the file of vectors that they come from, and of the export.
@@ -136,9 +136,9 @@ def check_bytes(rows: Iterable[Mapping[str, Any]], column: str, most: int, datab
     for row in rows:
         size = len(str(row.get(column, "")).encode())
         if size > most:
-            mend = (
+            advice = (
                 "shorten it" if column == "doc_id" else "ingest with --max-passage-chars, or export with --no-with-text"
             )
             raise InputError(
-                f"{column} of {str(row['doc_id'])[:80]!r} has {size:,} bytes, and {database} takes at most {most:,}; {mend}"
+                f"{column} of {str(row['doc_id'])[:80]!r} has {size:,} bytes, and {database} takes at most {most:,}; {advice}"
             )

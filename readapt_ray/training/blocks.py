@@ -1,6 +1,6 @@
 """The order in which blocks are trained on: a seeded shuffle of which any part can be read alone.
 
-The blocks of an epoch lie in one order, given by (seed, epoch): row groups are permuted, then the blocks
+The blocks of an epoch have one order, given by (seed, epoch): row groups are permuted, then the blocks
 inside each window of row groups. Step s of the epoch takes blocks [s * batch_size, (s + 1) * batch_size) of
 it. So the number of steps done says exactly which blocks were consumed, whatever the number of workers was
 or will be.
@@ -125,7 +125,7 @@ def _epoch_pieces(
         for length in lengths_W[window:last]:
             random.permutation(length)
         start, end = int(ends_W[window] - lengths_W[window]), int(ends_W[last - 1])
-        # A step belongs to the piece in which its first block lies.
+        # A step belongs to the piece of its first block.
         step, end_step = max(first_step - begin, -(-start // size)), -(-end // size)
         if step >= end_step:
             continue
@@ -144,7 +144,7 @@ def _epoch_pieces(
 def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator[list[Block]]:
     """Yield the blocks of all workers for each step of a piece; the last batch of an epoch may be smaller.
 
-    Memory is that of one window and one batch.
+    Memory: one window and one batch.
     """
     batch: list[Block] = []
     num_left = piece.num_blocks
@@ -159,7 +159,7 @@ def read_steps(row_groups: RowGroups, piece: Piece, batch_size: int) -> Iterator
 
 
 def _shuffled(row_groups: RowGroups, piece: Piece) -> Iterator[Block]:
-    """The blocks from the piece's first on; windows that are skipped as a whole are not read."""
+    """Yield the blocks from the piece's first on; windows that are skipped as a whole are not read."""
     random = copy.deepcopy(piece.random)
     num_skipped = piece.num_skipped
     for start in range(0, len(piece.groups), WINDOW_ROW_GROUPS):

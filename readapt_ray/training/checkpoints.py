@@ -2,7 +2,7 @@
 
 A file holds the trained tensors and Adam's moments under the parameters' names, so it does not depend on
 the number of workers. Schedule and random states are functions of the step, and which blocks or pairs
-were consumed follows from the step, the batch size and the seed (blocks.py): these stand in its header,
+were consumed follows from the step, the batch size and the seed (blocks.py): its header has these,
 and a checkpoint in another data order is refused. Written by a thread of worker 0 while the next steps run;
 at most one write is under way, which costs the memory of two states.
 """
@@ -76,7 +76,7 @@ class CheckpointWriter:
         """Begin to write the state after `step` steps, once the previous one is whole.
 
         Args:
-            state: tensors on the CPU that nobody changes any more.
+            state: tensors on the CPU; not changed any more.
 
         Raises:
             OSError: the checkpoint before this one could not be written.

@@ -5,10 +5,14 @@ without a graph, the loss and its gradient with respect to each vector are compu
 is encoded again, with the same dropout, and the gradient sent through it. That costs one more forward
 pass; a batch that fits one micro-batch is encoded once.
 
-What answers a query is never its negative, though it stands in the batch as the passage of another pair or as a
+The texts of a micro-batch lie end to end in one row where the model's attention can keep them apart (attention.py): padded,
+questions of 15 tokens would cost as much as the passages of 128 beside them.
+
+What answers a query is never its negative, though it is in the batch as the passage of another pair or as a
 hard negative of another query.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +24,10 @@ import torch.distributed.nn
 from torch import Tensor, nn
 
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.catalog.shapes import first_position
+from readapt_ray.nn import attention
 from readapt_ray.nn.precision import products_in
-from readapt_ray.retrieval.pooling import normalized, pool
+from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.dora import without_adapters
 from readapt_ray.training.engine import DeepSpeedEngine, seed_dropout
@@ -41,7 +47,7 @@ class Contrast:
         encoding: pooling and normalisation.
         temperature: divides the inner product.
         both_directions: also tell each passage's query from all queries, at equal weight.
-        micro_batch_tokens: padded tokens of one forward and backward pass, at most; a longer text goes alone.
+        micro_batch_tokens: of one forward and backward pass, padding included, at most; a longer text goes alone.
         dtype: of matrix products; below float32 they run under autocast where weights have another type.
         seed: of dropout.
         queries_only: passages are encoded by the model without its adapters, so only queries are trained.
@@ -71,8 +77,8 @@ class Contrast:
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
-        groups = [_groups(share, self.micro_batch_tokens, 0, self._num_trained(share)) for share in shares]
-        frozen = [_groups(share, self.micro_batch_tokens, self._num_trained(share)) for share in shares]
+        groups = [self._groups(share, 0, self._num_trained(share)) for share in shares]
+        frozen = [self._groups(share, self._num_trained(share)) for share in shares]
         num_parts = max(map(len, groups))
         texts, own = shares[engine.worker_rank], groups[engine.worker_rank]
         frozen_FD = self._frozen(engine, texts, frozen)
@@ -92,7 +98,7 @@ class Contrast:
             loss_of=loss_of,
             num_tokens=sum(map(sum, lengths)),
             num_slots=sum(
-                len(group) * padded_width(max(lengths[rank][index] for index in group))
+                self._num_slots([lengths[rank][index] for index in group])
                 for rank in range(engine.num_workers)
                 for group in (*groups[rank], *frozen[rank])
             ),
@@ -109,7 +115,7 @@ class Contrast:
         *,
         step: int,
     ) -> Any:
-        """The gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
+        """Return the gradient of every vector first; then a part's loss has this gradient, and its share of the value."""
         texts = shares[engine.worker_rank]
         vectors_TD: Tensor | None = None
         with torch.no_grad():
@@ -135,8 +141,29 @@ class Contrast:
 
         return loss_of
 
+    def _groups(self, texts: Texts, first: int, last: int | None = None) -> list[list[int]]:
+        """Group texts, from `first` to `last`, that are encoded together, longest first."""
+        lengths = [len(ids) for ids in texts.token_ids]
+        packed = is_packed(self.model)
+        groups: list[list[int]] = []
+        num_tokens, width = 0, 0
+        for index in sorted(range(len(lengths))[first:last], key=lambda each: -lengths[each]):
+            num_tokens += lengths[index]
+            num_slots = padded_width(num_tokens) if packed else width * (len(groups[-1]) + 1 if groups else 1)
+            if not groups or num_slots > self.micro_batch_tokens:
+                groups.append([])
+                num_tokens, width = lengths[index], padded_width(lengths[index])
+            groups[-1].append(index)
+        return groups
+
+    def _num_slots(self, lengths: Sequence[int]) -> int:
+        """Return how many tokens a pass over texts of these lengths computes, padding included."""
+        return padded_width(sum(lengths)) if is_packed(self.model) else len(lengths) * padded_width(max(lengths))
+
     def _num_trained(self, texts: Texts) -> int:
-        """How many texts, the first ones, the trained model encodes: all, or the queries (a worker without one has one)."""
+        """Return how many texts, the first ones, the trained model encodes: all, or the queries (a worker without one
+        has one).
+        """
         return max(1, texts.num_pairs) if self.queries_only else len(texts.token_ids)
 
     def _frozen(self, engine: DeepSpeedEngine, texts: Texts, groups: Sequence[Sequence[list[int]]]) -> Tensor | None:
@@ -206,8 +233,31 @@ class Contrast:
         return nn.functional.cross_entropy(scores_BC, targets_B, reduction="sum")
 
 
-def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
-    """Return the vectors of tokenised texts with gradients, float32 [B, D]; texts are padded on the right."""
+def pack(model: Any, name: str) -> None:
+    """Let a headless transformers model take texts end to end from now on, if its attention can keep them apart.
+
+    Args:
+        model: its layers keep their weights.
+        name: what the user calls it.
+    """
+    if attention.is_exchangeable(model) and "position_ids" in inspect.signature(model.forward).parameters:
+        attention.install(model, name)
+
+
+def is_packed(model: Any) -> bool:
+    """Return whether `pack` changed a model."""
+    return bool(model.config._attn_implementation == attention.NAME)
+
+
+def encode(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, *, device: torch.device) -> Tensor:
+    """Return the vectors of tokenised texts with gradients, float32 [B, D]."""
+    pooled = (_packed if is_packed(model) else _padded)(model, token_ids, encoding, device)
+    vectors = pooled[:, : encoding.dimensions]
+    return normalized(vectors) if encoding.normalize else vectors.float()
+
+
+def _padded(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
+    """Pooled [B, H]: each text a row, padded on the right."""
     width = padded_width(max(len(ids) for ids in token_ids))
     input_ids = np.zeros((len(token_ids), width), np.int64)
     mask = np.zeros((len(token_ids), width), np.int64)
@@ -219,28 +269,32 @@ def encode(model: nn.Module, token_ids: Sequence[np.ndarray], encoding: Encoding
     hidden = model(
         input_ids=torch.from_numpy(input_ids).to(device), attention_mask=attention_mask, use_cache=False
     ).last_hidden_state
-    vectors = pool(hidden, attention_mask, encoding.pooling)[:, : encoding.dimensions]
-    return normalized(vectors) if encoding.normalize else vectors.float()
+    return pool(hidden, attention_mask, encoding.pooling)
+
+
+def _packed(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
+    """Pooled [B, H]: all texts in one row, behind them a text of padding."""
+    lengths = [len(ids) for ids in token_ids]
+    num_tokens = sum(lengths)
+    num_padding = padded_width(num_tokens) - num_tokens
+    spans = [*lengths, num_padding] if num_padding else lengths
+    ids = np.concatenate([*token_ids, np.repeat(token_ids[-1][-1:], num_padding)]).astype(np.int64)[None]
+    positions = np.concatenate([np.arange(span) for span in spans])[None] + first_position(model)
+    ends = torch.tensor([0, *spans]).cumsum(0).to(device, torch.int32)
+    hidden = model(
+        input_ids=torch.from_numpy(ids).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
+        use_cache=False,
+        cu_seq_lens_q=ends,
+        cu_seq_lens_k=ends,
+        max_length_q=max(spans),
+        max_length_k=max(spans),
+    ).last_hidden_state
+    return pool_packed(hidden[0, :num_tokens], lengths, encoding.pooling)
 
 
 def _with_frozen(vectors_TD: Tensor, frozen_FD: Tensor | None) -> Tensor:
     return vectors_TD if frozen_FD is None else torch.cat([vectors_TD, frozen_FD])
-
-
-def _groups(texts: Texts, max_tokens: int, first: int = 0, last: int | None = None) -> list[list[int]]:
-    """Group texts, from `first` to `last`, that are encoded together, longest first.
-
-    A group has at most `max_tokens` with padding, or one text.
-    """
-    lengths = [len(ids) for ids in texts.token_ids]
-    groups: list[list[int]] = []
-    width = 0
-    for index in sorted(range(len(lengths))[first:last], key=lambda each: -lengths[each]):
-        if not groups or width * (len(groups[-1]) + 1) > max_tokens:
-            groups.append([])
-            width = padded_width(lengths[index])
-        groups[-1].append(index)
-    return groups
 
 
 def _meetings(relevant: Sequence[np.ndarray], numbers: np.ndarray) -> list[tuple[int, int]]:

@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Module):
 
     Args:
         base: the layer to wrap, weight [O, I]. It is frozen and loses its bias, which belongs behind the magnitude. Where it
-            is quantized, norms are those of the weight that its products use.
+            is quantized, norms come from the weight that its products use.
         shape: method, rank, scale and dropout.
     """
 
@@ -104,7 +104,7 @@ class AdaptedLinear(nn.Module):
 
     @torch.no_grad()
     def refresh_norm(self) -> None:
-        """Compute ||W + s B A|| anew; call this after every change of the factors. Collective under ZeRO-3."""
+        """Compute ||W + s B A|| again; call this after every change of the factors. Collective under ZeRO-3."""
         if self.magnitude is None:
             return
         A, B, s = self.lora_A, self.lora_B, self.scaling
@@ -177,7 +177,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def refresh_norms(model: nn.Module) -> None:
-    """Compute every DoRA norm anew; call this once after each optimizer step."""
+    """Compute every DoRA norm again; call this once after each optimizer step."""
     for _, layer in adapted_layers(model):
         layer.refresh_norm()
 

@@ -72,7 +72,7 @@ def linear_schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
 
 
 def seed_dropout(seed: int, *, step: int, worker_rank: int, part: int) -> None:
-    """Set torch's random state to that of one micro-batch, so that it can be run again with the same dropout.
+    """Seed torch for one micro-batch, so that it can be run again with the same dropout.
 
     Args:
         seed: of the whole run.

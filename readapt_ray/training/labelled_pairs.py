@@ -2,14 +2,18 @@
 
 The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters. A file of pairs is
 streamed, with some 100 bytes in memory for each of its texts.
+
+Of a document that ingest split, the passage that shares most words with the query stands for it, both as the answer and
+as a hard negative; all its passages are in memory. None of a document's passages is a negative of a query that it answers.
 """
 
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +24,12 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.progress import amount
 from readapt_ray.records import Passage
+from readapt_ray.retrieval.bm25 import words
+from readapt_ray.retrieval.passage_files import PassageFiles
 from readapt_ray.storage import Location
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.tokenization import TextTokenizer
 
 _TEXTS_PER_CALL = 1024
 
@@ -117,32 +126,14 @@ def write_pairs(
     from readapt_ray.retrieval.tokenization import TextTokenizer
     from readapt_ray.training.pairs import PAIR_SCHEMA
 
-    pairs = _file_pairs(source.file) if source.file is not None else iter(_judged_pairs(source, num_negatives))
-    tokenizer = TextTokenizer(model.tokenizer, encoding)
-
-    def passage_ids(listed: list[Passage]) -> Any:
-        if not listed:
-            return []
-        return tokenizer.ids([each.text for each in listed], "passage", [each.title for each in listed])
-
-    queries, passages = _Numbers(), _Numbers()
+    pairs, document_of = (
+        _judged_pairs(source, num_negatives) if source.file is None else (_file_pairs(source.file), None)
+    )
+    columns = _Columns(TextTokenizer(model.tokenizer, encoding), document_of)
     num_pairs = 0
     with target.open_output() as stream, pq.ParquetWriter(stream, PAIR_SCHEMA, compression="zstd") as writer:
         while part := list(itertools.islice(pairs, _TEXTS_PER_CALL)):
-            found = iter(passage_ids([each for pair in part for each in pair.negatives]))
-            query_ids = tokenizer.ids([pair.query for pair in part], "query")
-            right_ids = passage_ids([pair.passage for pair in part])
-            negative_ids = [[next(found) for _ in pair.negatives] for pair in part]
-            columns = {
-                "query_ids": query_ids,
-                "query_number": queries.of(query_ids),
-                "passage_ids": right_ids,
-                "doc_number": passages.of(right_ids),
-                "doc_id": [pair.passage.doc_id for pair in part],
-                "negative_ids": negative_ids,
-                "negative_numbers": [passages.of(ids) for ids in negative_ids],
-            }
-            writer.write_table(pa.table(columns, schema=PAIR_SCHEMA))
+            writer.write_table(pa.table(columns.of(part), schema=PAIR_SCHEMA))
             num_pairs += len(part)
         if num_pairs < 2:
             of_split = f"of the split {source.split!r} whose query and passage it holds"
@@ -152,19 +143,58 @@ def write_pairs(
             )
 
 
-class _Numbers:
-    """Number texts from 0 on; equal texts have one number."""
+class _Columns:
+    """Make the columns of PAIR_SCHEMA: texts and documents are numbered from 0 on, and equal texts have one number.
 
-    def __init__(self) -> None:
-        self._known: dict[bytes, int] = {}
+    Args:
+        tokenizer: of the model that is trained.
+        document_of: the document of each passage, if ingest split documents.
+    """
 
-    def of(self, texts: Iterable[Sequence[int]]) -> list[int]:
-        """Return the number of each tokenised text."""
-        digests = (hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest() for ids in texts)
-        return [self._known.setdefault(digest, len(self._known)) for digest in digests]
+    def __init__(self, tokenizer: "TextTokenizer", document_of: Mapping[str, str] | None) -> None:
+        self._tokenizer, self._document_of = tokenizer, document_of
+        self._queries: dict[bytes, int] = {}
+        self._passages: dict[bytes, int] = {}
+        self._documents: dict[str, int] = {}
+
+    def of(self, part: Sequence[TrainingPair]) -> dict[str, Any]:
+        """Return the columns of some pairs."""
+        found = iter(self._passage_ids([each for pair in part for each in pair.negatives]))
+        query_ids = self._tokenizer.ids([pair.query for pair in part], "query")
+        right_ids = self._passage_ids([pair.passage for pair in part])
+        negative_ids = [[next(found) for _ in pair.negatives] for pair in part]
+        return {
+            "query_ids": query_ids,
+            "query_number": _numbers(query_ids, self._queries),
+            "passage_ids": right_ids,
+            "doc_number": _numbers(right_ids, self._passages),
+            "doc_id": [pair.passage.doc_id for pair in part],
+            "negative_ids": negative_ids,
+            "negative_numbers": [_numbers(ids, self._passages) for ids in negative_ids],
+            "document_number": self._document_numbers([pair.passage for pair in part]) or [None] * len(part),
+            "negative_document_numbers": [self._document_numbers(pair.negatives) for pair in part],
+        }
+
+    def _passage_ids(self, listed: Sequence[Passage]) -> Any:
+        if not listed:
+            return []
+        return self._tokenizer.ids([each.text for each in listed], "passage", [each.title for each in listed])
+
+    def _document_numbers(self, listed: Sequence[Passage]) -> Sequence[int | None] | None:
+        if self._document_of is None:
+            return None
+        documents = [self._document_of[each.doc_id] for each in listed]
+        return [self._documents.setdefault(each, len(self._documents)) for each in documents]
 
 
-def _judged_pairs(source: PairSource, num_negatives: int) -> list[TrainingPair]:
+def _numbers(texts: Iterable[Sequence[int]], known: dict[bytes, int]) -> list[int]:
+    """Return the number of each tokenised text; new ones are added to those that are known."""
+    digests = (hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=16).digest() for ids in texts)
+    return [known.setdefault(digest, len(known)) for digest in digests]
+
+
+def _judged_pairs(source: PairSource, num_negatives: int) -> tuple[Iterator[TrainingPair], Mapping[str, str] | None]:
+    """Return the judged pairs and, of a corpus that was split, the document of each of their passages."""
     from readapt_ray.sources.judgements import read_qrels, read_queries
 
     assert source.corpus is not None and source.labels is not None
@@ -174,44 +204,51 @@ def _judged_pairs(source: PairSource, num_negatives: int) -> list[TrainingPair]:
     right: dict[str, set[str]] = {}
     for qrel in relevant:
         right.setdefault(qrel.query_id, set()).add(qrel.doc_id)
-    hard = _hard_negatives(source.run, right, num_negatives) if source.run is not None else {}
-    passages = _read_passages(
-        source.corpus.location, {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids}
-    )
-    return [
+    corpus = PassageFiles.open(source.corpus.uri)
+    hard = _hard_negatives(source.run, right, num_negatives, corpus) if source.run is not None else {}
+    wanted = {qrel.doc_id for qrel in relevant} | {each for ids in hard.values() for each in ids}
+    passages = corpus.pieces_of(wanted)
+    pairs = (
         TrainingPair(
             queries[qrel.query_id],
-            passages[qrel.doc_id],
-            [passages[each] for each in hard.get(qrel.query_id, []) if each in passages],
+            _best(queries[qrel.query_id], passages[qrel.doc_id]),
+            [_best(queries[qrel.query_id], passages[each]) for each in hard.get(qrel.query_id, []) if each in passages],
         )
         for qrel in relevant
         if qrel.doc_id in passages
-    ]
+    )
+    if not corpus.is_split:
+        return pairs, None
+    return pairs, corpus.documents_of(each.doc_id for own in passages.values() for each in own)
 
 
-def _hard_negatives(run: Location, right: dict[str, set[str]], num_negatives: int) -> dict[str, list[str]]:
-    """Return the best passages of each query in a run that are not judged relevant to it."""
+def _best(query: str, passages: Sequence[Passage]) -> Passage:
+    """Return the passage of a document that has most words of the query, the first of equals.
+
+    A word counts the less the more of the passages have it, since what all have tells none from another.
+    """
+    if len(passages) == 1:
+        return passages[0]
+    asked = set(words(query))
+    shared = [asked.intersection(words(each.text)) for each in passages]
+    num_with = Counter(word for own in shared for word in own)
+    scores = [sum(1 / num_with[word] for word in sorted(own)) for own in shared]
+    return passages[scores.index(max(scores))]
+
+
+def _hard_negatives(
+    run: Location, right: Mapping[str, set[str]], num_negatives: int, corpus: PassageFiles
+) -> dict[str, list[str]]:
+    """Return the best passages or documents of each query in a run that are not judged relevant to it, nor of such a document."""
     from readapt_ray.evaluation.runs import read_run
 
-    ranked = read_run(run.uri)
-    return {
-        query_id: [scored.doc_id for scored in ranked[query_id] if scored.doc_id not in doc_ids][:num_negatives]
-        for query_id, doc_ids in right.items()
-        if query_id in ranked
-    }
-
-
-def _read_passages(folder: Location, wanted: set[str]) -> dict[str, Passage]:
-    import pyarrow.parquet as pq
-
-    found: dict[str, Passage] = {}
-    for file in (folder / "passages").files(".parquet"):
-        with file.open_input() as stream:
-            for batch in pq.ParquetFile(stream).iter_batches(columns=["doc_id", "title", "text"]):
-                for row in batch.to_pylist():
-                    if row["doc_id"] in wanted:
-                        found[row["doc_id"]] = Passage(row["doc_id"], row["title"] or "", row["text"])
-    return found
+    ranked = {query_id: [each.doc_id for each in found] for query_id, found in read_run(run.uri).items()}
+    document_of = corpus.documents_of(itertools.chain(*ranked.values(), *right.values()))
+    hard: dict[str, list[str]] = {}
+    for query_id in right.keys() & ranked.keys():
+        answers = {document_of[each] for each in right[query_id]}
+        hard[query_id] = [each for each in ranked[query_id] if document_of[each] not in answers][:num_negatives]
+    return hard
 
 
 def _file_pairs(file: Location) -> Iterator[TrainingPair]:
@@ -221,7 +258,7 @@ def _file_pairs(file: Location) -> Iterator[TrainingPair]:
 
     for line in read_lines(file, str(file)):
         if isinstance(line, BadRow):
-            raise CorpusError(f"{line.place} is no pair: {REASONS[line.reason]}; mend or remove that line")
+            raise CorpusError(f"{line.place} is no pair: {REASONS[line.reason]}; fix or remove that line")
         where = f"line {line.number}"
         try:
             row = json.loads(line.text)

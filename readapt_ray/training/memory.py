@@ -157,7 +157,7 @@ def what_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, secti
     Each next one computes longer or rounds more. The text is empty if none fits.
 
     Args:
-        section: stands before the names of options: `train.` in a run file.
+        section: prefix of the names of options: `train.` in a run file.
     """
     kinds: tuple[BaseDtype, ...] = get_args(BaseDtype)
     if setup.adapter is None or setup.zero_stage == 3:
@@ -187,10 +187,10 @@ def check_fits(shape: ModelShape, setup: WorkerSetup, *, free_bytes: int, correc
     """
     found = estimate_memory(shape, setup, correction=correction)
     if found.total_bytes > free_bytes:
-        mend = what_fits(shape, setup, free_bytes) or "set gradient_checkpointing"
+        advice = what_fits(shape, setup, free_bytes) or "set gradient_checkpointing"
         raise PlacementError(
             f"a worker would need about {_gigabytes(found.total_bytes)} and has {_gigabytes(free_bytes)}: {found.arithmetic()}. "
-            f"Lower micro_batch_tokens, {mend}, raise zero_stage with more workers, or start anyway with check_memory false"
+            f"Lower micro_batch_tokens, {advice}, raise zero_stage with more workers, or start anyway with check_memory false"
         )
 
 

@@ -12,7 +12,7 @@ Attention never leaves a passage (attention.py), so both give the same loss for 
 the passages of a forward pass are laid end to end in one row and none is padded; with `packed` all steps
 have about as many tokens.
 
-For an encoder 15% of each passage's tokens bear loss instead (Devlin et al., 2019): of these 80% become
+For an encoder 15% of each passage's tokens count in the loss instead (Devlin et al., 2019): of these 80% become
 the mask token, 10% a random one, 10% stay. Which ones is a function of seed, step and passage alone.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["passage", "packed"]
 IGNORED = -100
-"""Label of a token that bears no loss."""
+"""Label of a token that does not count in the loss."""
 _MIN_WIDTH_STEP = 16
 _WIDTHS_PER_OCTAVE = 16
 
@@ -63,7 +63,7 @@ class Block:
     passage_numbers: tuple[int, ...]
 
     def num_labels(self, masking: "Masking | None" = None) -> int:
-        """Count the tokens that bear loss: all but the first of each passage, or those that are masked."""
+        """Count the tokens of the loss: all but the first of each passage, or those that are masked."""
         if masking is None:
             return len(self.input_ids) - len(self.passage_lengths)
         return sum(masking.num_masked(length) for length in self.passage_lengths)
@@ -208,7 +208,7 @@ class Batch:
     def in_rows(self) -> "dict[str, torch.Tensor]":
         """Return input_ids, position_ids, labels and attention_mask with each passage in a row of its own, padded.
 
-        For models whose attention cannot keep passages apart that lie end to end.
+        For models whose attention cannot keep concatenated passages apart.
         """
         import torch
 
@@ -254,7 +254,7 @@ def lay_out(passages: Sequence[Block], *, pad_id: int, masking: Masking | None =
 
     Args:
         passages: blocks of one passage each, at least one.
-        pad_id: fills the row; bears no loss.
+        pad_id: fills the row; does not count in the loss.
         masking: an encoder's; without it the objective is the next token.
         step: which step of training it is; masks differ by it.
     """

@@ -1,6 +1,6 @@
 """Read tokenised pairs of query and passage, with hard negatives, in training order.
 
-Pairs lie in memory on every worker: 0.6 GB a million pairs of 150 tokens; each hard negative adds its own.
+Every worker holds all pairs in memory: 0.6 GB a million pairs of 150 tokens; each hard negative adds its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
 from readapt_ray.training.checkpoints import DataOrder
+from readapt_ray.training.packing import padded_width
 
 _IDS = pa.list_(pa.int32())
 _SIDES: Final = ("left", "right")
@@ -26,6 +27,9 @@ PAIR_SCHEMA = pa.schema(
         ("doc_id", pa.string()),
         ("negative_ids", pa.list_(_IDS)),
         ("negative_numbers", pa.list_(pa.int64())),
+        # Null unless ingest split documents; then documents are numbered, too.
+        ("document_number", pa.int64()),
+        ("negative_document_numbers", pa.list_(pa.int64())),
     ]
 )
 
@@ -44,7 +48,8 @@ class Texts(NamedTuple):
     negative_numbers: np.ndarray
     """int64 [negatives]"""
     relevant: list[np.ndarray]
-    """For each pair int64 numbers: every passage that answers its query, its own and those of the query's other pairs."""
+    """For each pair int64 numbers: every passage that answers its query, its own, those of the query's other pairs, and
+    all others of their documents."""
 
 
 class PairReader:
@@ -67,7 +72,21 @@ class PairReader:
         self._doc_numbers = table["doc_number"].to_numpy()
         queries = table["query_number"].to_numpy()
         order = np.argsort(queries, kind="stable")
-        self._by_query = self._doc_numbers[order]
+        documents, of_negatives = (
+            pc.coalesce(table[name], table[other]).combine_chunks()
+            for name, other in (("document_number", "doc_number"), ("negative_document_numbers", "negative_numbers"))
+        )
+        self._documents_by_query = documents.to_numpy()[order]
+        self._numbers_by_document = np.unique(
+            np.stack(
+                [
+                    np.concatenate([documents.to_numpy(), pc.list_flatten(of_negatives).to_numpy()]),
+                    np.concatenate([self._doc_numbers, pc.list_flatten(table["negative_numbers"]).to_numpy()]),
+                ],
+                axis=1,
+            ),
+            axis=0,
+        )
         self._query_starts, self._query_ends = (np.searchsorted(queries[order], queries, side) for side in _SIDES)
         self.data_order = DataOrder(num_units=table.num_rows, batch_size=batch_size, num_epochs=num_epochs, seed=seed)
 
@@ -93,6 +112,14 @@ class PairReader:
         lengths = [pc.sum(pc.list_value_length(self._columns[name])).as_py() for name in ("query_ids", "passage_ids")]
         return float(sum(lengths)) / (2 * self.data_order.num_units)
 
+    def most_tokens(self, num_workers: int) -> int:
+        """Return how many tokens one step of a worker computes at most, padding included."""
+        negatives = self._columns["negative_ids"]
+        ids = [self._columns["query_ids"], self._columns["passage_ids"], negatives.flatten()]
+        longest = max(pc.max(pc.list_value_length(each)).as_py() or 0 for each in ids)
+        num_texts = 2 + (pc.max(pc.list_value_length(negatives)).as_py() or 0)
+        return -(-self.data_order.batch_size // num_workers) * num_texts * padded_width(longest)
+
     def read(self, pairs: np.ndarray) -> Texts:
         """Read the texts of these pairs."""
         at = [int(pair) for pair in pairs]
@@ -105,5 +132,12 @@ class PairReader:
             num_pairs=len(at),
             passage_numbers=self._doc_numbers[pairs],
             negative_numbers=np.concatenate([np.empty(0, np.int64), *numbers]),
-            relevant=[np.unique(self._by_query[self._query_starts[pair] : self._query_ends[pair]]) for pair in at],
+            relevant=[self._answers(pair) for pair in at],
         )
+
+    def _answers(self, pair: int) -> np.ndarray:
+        """Return the numbers of the passages that answer the query of a pair."""
+        documents = np.unique(self._documents_by_query[self._query_starts[pair] : self._query_ends[pair]])
+        starts, ends = (np.searchsorted(self._numbers_by_document[:, 0], documents, side) for side in _SIDES)
+        rows = [self._numbers_by_document[start:end, 1] for start, end in zip(starts, ends, strict=True)]
+        return np.unique(np.concatenate(rows))

@@ -22,7 +22,7 @@ _COUNTS = ("step", "worker_rank", "num_own", "num_parts", "num_labels", "num_tok
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One worker's part of one step. All counts but `num_own` are those of all workers together."""
+    """One worker's part of one step. All counts but `num_own` are over all workers."""
 
     step: int
     """Steps before this one."""
@@ -34,7 +34,7 @@ class Share:
     num_parts: int
     """Micro-batches that every worker runs."""
     num_labels: int
-    """Tokens that bear loss."""
+    """Tokens that count in the loss."""
     num_tokens: int
     num_slots: int
     """Tokens and padding."""

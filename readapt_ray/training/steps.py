@@ -52,10 +52,10 @@ class Objective(Protocol[B, T]):
         """Which units, in which order."""
 
     def batches(self, first_step: int) -> Iterator[B]:
-        """What this worker needs for every step from `first_step` on."""
+        """Return what this worker needs for every step from `first_step` on."""
 
     def work(self, engine: DeepSpeedEngine, batch: B, step: int) -> StepWork[T]:
-        """What this worker does with a batch; `step` counts from 0."""
+        """Return what this worker does with a batch; `step` counts from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +243,7 @@ class CheckpointClock:
         self._last_s = time.monotonic()
 
     def is_due(self, next_step_s: float = 0.0) -> bool:
-        """Return whether a checkpoint is due; the next one is then counted from now.
+        """Return whether to write a checkpoint now; the next interval starts now.
 
         Args:
             next_step_s: seconds that the next step will take: a checkpoint comes before one that would make it late.

@@ -84,7 +84,7 @@ class Adapter:
         self.factors = functools.lru_cache(maxsize=_NUM_HELD)(self._read_factors)
 
     def names(self) -> list[str]:
-        """The weights that it changes, under the headless names of the model."""
+        """Return the weights that it changes, under the headless names of the model."""
         return sorted(self._modules, key=natural_order)
 
     def __contains__(self, name: str) -> bool:
@@ -101,7 +101,7 @@ class Adapter:
         return self.factors(name)
 
     def _read_factors(self, name: str) -> Factors:
-        """The factors of one weight in float32, read from disk; `factors` keeps those of the last weights.
+        """Return the factors of one weight in float32, read from disk; `factors` caches the last weights.
 
         Raises:
             ModelError: a factor holds NaN or infinity.

@@ -6,7 +6,7 @@
     config.json, tokenizer, 2_Dense/   the retriever's
 
 In: checked models and scales. Out: such a folder, from which any pair of scales can be made again
-with the base alone. Memory: that of `low_rank`.
+with the base alone. Memory: as `low_rank`.
 """
 
 import json

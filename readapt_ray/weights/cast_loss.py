@@ -54,7 +54,7 @@ class CastLoss:
         return cls({kind: _Squares(update, knowledge, error)})
 
     def is_finite(self) -> bool:
-        """Whether all sums are finite; then so is every value that entered them."""
+        """Return whether all sums are finite; then so is every value that entered them."""
         return all(math.isfinite(value) for each in self.squares.values() for value in dataclasses.astuple(each))
 
     def add(self, other: "CastLoss") -> None:

@@ -1,7 +1,7 @@
 """Hold one retriever in memory, and add the factors of many domains to it, text by text.
 
 In: a base model and the bundles that `readapt merge --factors` writes for one retriever of it. Out: pooled vectors of
-batches in which each text has its own domain and scales; they equal those of the merged models. Memory: the retriever;
+batches in which each text has its own domain and scales; they equal the merged models' vectors. Memory: the retriever;
 of a retriever of full weights also the pretrained weight of each layer that a domain adapts; and each domain's factors.
 """
 
@@ -61,7 +61,7 @@ class DomainNetwork:
             run: the forward pass through `module`.
             rows: the token ids of each text.
             uses: the domain of each text; None is the retriever itself.
-            is_packed: texts lie end to end in `run`; otherwise each is padded to the longest.
+            is_packed: texts are concatenated in `run`; otherwise each is padded to the longest.
         """
         kinds = {use: number for number, use in enumerate(dict.fromkeys(uses))}
         order = sorted(range(len(rows)), key=lambda place: kinds[uses[place]])
@@ -179,7 +179,7 @@ class DomainNetwork:
 
 @torch.no_grad()
 def _write_retriever(network: nn.Module, readapter: Readapter, scale: float) -> None:
-    """Write the retriever's weights over those of the base."""
+    """Replace the base's weights by the retriever's."""
     parameters = dict(network.named_parameters())
     scales = Scales(scale, (0.0,) * len(readapter.knowledge))
     for name in readapter.names():

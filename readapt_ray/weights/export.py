@@ -36,7 +36,7 @@ _SLICE_COPIES = 10
 
 @dataclass(frozen=True)
 class WeightShard:
-    """One file of the output and the tensors in it, in the order in which they lie there."""
+    """One file of the output and the tensors in it, in file order."""
 
     file_name: str
     names: tuple[str, ...]
@@ -109,7 +109,7 @@ def write_weights(
         scales: how much of each difference.
         plan: from `plan_shards`.
         target: the folder.
-        report: called with the bytes done so far, those of shards that were there included.
+        report: called with the bytes done so far, shards that were there included.
         num_threads: how many cores work; all, or as many as three times the largest tensor has room for.
 
     Returns:
@@ -139,7 +139,7 @@ def _report_after(report: Callable[[int], None], before: int, made: int) -> None
 
 
 def is_written(shard: WeightShard, target: Location) -> bool:
-    """Whether a shard is there: a file appears under its name only when it is whole."""
+    """Return whether a shard is there: a file appears under its name only when it is whole."""
     return (target / shard.file_name).is_file() and _loss_record(target, shard).is_file()
 
 
@@ -160,7 +160,7 @@ def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
 
 
 def forget_progress(plan: WeightPlan, target: Location) -> None:
-    """Remove the records that a merge needs to go on."""
+    """Remove the records that a merge needs to resume."""
     for shard in plan.shards:
         _loss_record(target, shard).delete()
 
@@ -196,7 +196,7 @@ def write_shard(
     report: Callable[[int], None],
     num_threads: int | None = None,
 ) -> None:
-    """Write one shard, unless it is there; the arguments are those of `write_weights`."""
+    """Write one shard, unless it is there; the arguments are as in `write_weights`."""
     if is_written(shard, target):
         return
     num_threads = num_threads or _affordable_threads(readapter)
@@ -227,7 +227,7 @@ def write_shard(
 
 
 def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: ScratchBuffers) -> tuple[torch.Tensor, CastLoss]:
-    """A slice in the output type, and what that lost; it uses up `rows.pretrained`."""
+    """Return a slice in the output type, and what that lost; it uses up `rows.pretrained`."""
     exact = rows.readapted
     cast = scratch.empty("cast", exact.shape, dtype, exact.device).copy_(exact)
     loss = CastLoss.of(name, rows, cast, scratch)

@@ -100,7 +100,7 @@ def _changes(tensor_terms: TensorTerms, before: Scales, now: Scales) -> bool:
 
 
 def _slice_elements(device: torch.device) -> int | None:
-    """An accelerator is kept busy by large slices, a CPU by those that stay in its cache."""
+    """Return an accelerator is kept busy by large slices, a CPU by those that stay in its cache."""
     return None if device.type == "cpu" else _DEVICE_SLICE_ELEMENTS
 
 

@@ -81,7 +81,7 @@ class MergePlan:
 
 
 def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:
-    """Find, open and check the models of a merge; hash their files on all cores meanwhile.
+    """Find, open and check the models of a merge, while all cores hash their files.
 
     Args:
         models: what the user named.

@@ -90,7 +90,7 @@ class TensorTerms:
 
         Args:
             scales: how much of each difference.
-            first_row: where these rows stand in the whole tensor.
+            first_row: index of the first of these rows in the whole tensor.
             scratch: where the rows are made; memory of their own without.
 
         Raises:
@@ -195,7 +195,7 @@ class Readapter:
         return (self.pretrained, self.retriever, *self.knowledge)
 
     def names(self) -> list[str]:
-        """Every tensor of the readapted model."""
+        """Return every tensor of the readapted model."""
         return sorted({*self.pretrained.names(), *self.carried}, key=natural_order)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -272,7 +272,7 @@ class Readapter:
         return TensorTerms(name=name, start=whole.start.to(device), terms=terms)
 
     def _terms_of_rows(self, name: str, start: int, stop: int, scratch: ScratchBuffers) -> TensorTerms:
-        """Read what rows are made of. They must lie entirely inside or outside the pretrained vocabulary."""
+        """Read what rows are made of. They must be entirely inside or outside the pretrained vocabulary."""
         sources = (self.retriever, *self.knowledge)
         if start >= self._shared_rows(name):
             alone = self._leading(name).read(name, start, stop, scratch, "start")

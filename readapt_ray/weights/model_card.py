@@ -124,7 +124,7 @@ def _usage(encoding: Encoding) -> list[str]:
         ),
         "```",
         "",
-        "Other servers pool as this folder says; what stands before a text is the client's to write, or an option:",
+        "Other servers pool as this folder says; the client writes what comes before a text, or an option:",
         "",
         f"    vllm serve {NAME_IN_CARD} --runner pooling",
         f"    text-embeddings-router --model-id {NAME_IN_CARD}{' --default-prompt-name query' * ('query' in prefixes)}",

@@ -50,7 +50,7 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
     """Return the config.json of the headless model.
 
     Args:
-        config: that of the model that the weights are of.
+        config: of the model of the weights.
         dtype: the weights' type by name.
         name: what the user calls that model; used in the error.
 
@@ -177,7 +177,7 @@ def _write_sentence_transformers(folder: Path, encoding: Encoding, hidden_size: 
     _write_json(folder / MODULES_NAME, modules_of(kinds))
     modes = {key: kind == encoding.pooling for kind, key in _POOLING_KEYS.items()}
     modes |= dict.fromkeys(_OTHER_POOLING_KEYS, False)
-    # vLLM takes the first key that is true for the pooling, so include_prompt stands last.
+    # vLLM takes the first key that is true for the pooling, so include_prompt comes last.
     _write_json(
         folder / POOLING_CONFIG_NAME, {"word_embedding_dimension": hidden_size, **modes, "include_prompt": True}
     )

@@ -2,7 +2,7 @@
 
 In: a function and its arguments, an iterator that is read as it is used. Out: the results in the
 order of the arguments. Each thread computes by itself: what a sum gives must not depend on how many
-cores share it, and torch's own threads would stand in each other's way.
+cores share it, and torch's own threads would slow each other down.
 """
 
 import collections

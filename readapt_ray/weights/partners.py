@@ -51,7 +51,9 @@ def check_embeddings(checkpoint: Checkpoint) -> None:
 
 
 def _is_padding(pretrained: Checkpoint, tuned: Checkpoint, name: str) -> bool:
-    """Whether word embeddings differ in number by rows alone that no token has, as is done to round a vocabulary up."""
+    """Return whether word embeddings differ in number by rows alone that no token has, as is done to round a vocabulary
+    up.
+    """
     rows = [each.shape(name)[0] for each in (pretrained, tuned)]
     models = [OpenModel(name=each.name, folder=each.folder) for each in (pretrained, tuned)]
     with_tokenizer = [each for each in models if any((each.folder / file).is_file() for file in TOKENIZER_FILES)]

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model: one whose own post-processor makes the ids that the encoding asks for.
+"""Make the tokenizer of an exported model: its own post-processor makes the ids that the encoding asks for.
 
 Libraries differ in whether they honour `add_bos_token` and `add_eos_token`, and some versions drop
 the EOS that a retriever was trained with. A post-processor inside `tokenizer.json` is honoured by all
@@ -19,7 +19,7 @@ _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def edge_tokens(tokenizer: Any, encoding: Encoding) -> tuple[str | None, str | None]:
-    """The tokens that stand before and after a text; None where the encoding asks for none.
+    """Return the tokens before and after a text; None where the encoding asks for none.
 
     A token that the tokenizer already puts there by itself is kept (a few end with another than their
     `eos_token`); else it is BOS or CLS in front, EOS or SEP behind.

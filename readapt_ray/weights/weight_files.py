@@ -269,7 +269,9 @@ def is_buffer(name: str) -> bool:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; without a mask, so thirty times as fast as isfinite().all()."""
+    """Return whether a tensor holds neither NaN nor infinity; without a mask, so thirty times as fast as
+    isfinite().all().
+    """
     if tensor.numel() == 0:
         return True
     if tensor.dtype == torch.float32 and tensor.is_contiguous():

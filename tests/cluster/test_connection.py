@@ -91,18 +91,17 @@ def test_what_a_run_waits_for_after_a_node_was_lost_is_said(
 @pytest.mark.parametrize(
     ("cpus", "num_workers", "expected"),
     [
-        ([0.0, 8.0, 8.0], None, (2, 8)),  # a head without CPUs has no worker
-        ([8.0, 8.0, 8.0], 2, (2, 8)),  # not 12, which no node has
-        ([16.0, 64.0], None, (2, 32)),
-        ([16.0], 4, (4, 4)),
-        ([2.0], 4, (4, 1)),  # refused afterwards, by check_placement
+        ([0, 8, 8], None, (2, 8)),  # a head without CPUs has no worker
+        ([8, 8, 8], 2, (2, 8)),  # not 12, which no node has
+        ([16, 64], None, (2, 32)),
+        ([16], 4, (4, 4)),
+        ([2], 4, (4, 1)),  # refused afterwards, by check_placement
     ],
 )
 def test_workers_get_the_most_cpus_that_so_many_can_have(
-    monkeypatch: pytest.MonkeyPatch, cpus: list[float], num_workers: int | None, expected: tuple[int, int]
+    cpus: list[int], num_workers: int | None, expected: tuple[int, int]
 ) -> None:
-    nodes(monkeypatch, *({"CPU": each} for each in cpus))
-    assert placement.largest_share(num_workers) == expected
+    assert placement.largest_share(num_workers, cpus) == expected
 
 
 FOUR_SMALL = [{"CPU": 4.0}] * 4
@@ -245,7 +244,7 @@ def test_a_folder_that_ray_will_remove_is_warned_of(
     connection.check_seen_by_all(Location(str(tmp_path)))
     assert not caplog.records
     connection.check_seen_by_all(Location(str(tmp_path / "working_dir_files" / "_ray_pkg_1" / "out")))
-    assert "_ray_pkg_1/out lies where Ray unpacked the job's working directory" in caplog.text
+    assert "_ray_pkg_1/out is inside the job's working directory" in caplog.text
 
 
 def test_a_folder_that_some_node_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

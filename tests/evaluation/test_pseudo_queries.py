@@ -44,3 +44,15 @@ def test_what_became_a_query_is_gone_from_its_passage_and_from_no_other():
         else:
             assert after == before
     assert all(query.text not in passage.text for query, passage in ((queries[0], left[4]), (queries[1], left[1])))
+
+
+def test_a_document_that_was_split_asks_one_question_that_none_of_its_passages_repeats():
+    parts = [f"{REST} What says the end?", f"What says the end of this? {REST}", "How arrays lie in memory"]
+    passages = [Passage("d", "How arrays lie in memory", text) for text in parts] + [Passage("e", "", parts[1])]
+    left, queries = with_pseudo_queries(passages, [0, 1, 2, 3], 9)
+    assert [query.query_id for query in queries] == ["pseudo:d", "pseudo:e"]
+    assert [(each.doc_id, each.title, each.text) for each in left] == [
+        ("d", "", parts[0]),
+        ("d", "", parts[1]),
+        ("e", "", REST),
+    ]

@@ -100,7 +100,7 @@ GOOD = "q1 Q0 d0 1 9 t\n"
         (b"q1 Q0 d1 2 nan t", r"a\.trec, line 2: the score of 'd1' for query 'q1' is nan"),
         (b"q1 Q0 d1 2 inf t", r"line 2: .* is inf, not a finite number"),
         (b"q1 Q0 d1 2 high t", r"line 2: the score 'high' is not a number"),
-        (b"q1 Q0 d0 2 1 t", r"line 2: passage 'd0' stands twice for query 'q1' \(first on line 1\)"),
+        (b"q1 Q0 d0 2 1 t", r"line 2: passage 'd0' occurs twice for query 'q1' \(first on line 1\)"),
         (b"q1 Q0 d1 2 1", r"line 2: 5 fields; a TREC run has six: query_id Q0 doc_id rank score tag"),
         (b"q1 Q0 d 1 2 1 t", r"line 2: 7 fields"),
         (b"q1 Q0 d\xff 2 1 t", r"line 2: not UTF-8"),
@@ -129,7 +129,7 @@ def test_no_file_and_a_folder_are_told_apart(tmp_path):
         (("q", "d 1", 1.0), "whitespace"),
         (("", "d", 1.0), "empty"),
         (("q", "d\n", 1.0), "whitespace"),
-        (("q", "first", 1.0), "stands twice"),
+        (("q", "first", 1.0), "occurs twice"),
     ],
 )
 def test_what_the_format_cannot_hold_is_refused_and_leaves_no_file(tmp_path, row, message):
@@ -144,5 +144,5 @@ def test_a_run_from_records_equals_the_one_from_a_file(tmp_path):
     of_file, of_records = load_run(str(tmp_path / "a.trec")), Run.of({"q1": rows[:2], "q2": rows[2:]})
     for index in range(2):
         assert of_file.top(index) == of_records.top(index)
-    with pytest.raises(InputError, match="mine: passage 'a' stands twice"):
+    with pytest.raises(InputError, match="mine: passage 'a' occurs twice"):
         Run.of({"q1": [rows[0], rows[0]]}, name="mine")

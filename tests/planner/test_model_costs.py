@@ -145,7 +145,7 @@ def test_a_plan_says_with_which_base_dtype_a_7b_model_fits_on_a_gpu(gigabytes: i
     config = TrainConfig(pretrained="m", corpus="c", output="o")
     found = worker_memory.train_memory(config, shape, cluster, 1)
     assert not found.fits
-    assert said in found.mend
+    assert said in found.advice
     if gigabytes > 8:
         chosen = {"base_dtype": {24: "auto", 16: "int8", 12: "nf4"}[gigabytes], "gradient_checkpointing": True}
         config = TrainConfig(pretrained="m", corpus="c", output="o", **chosen)

@@ -551,7 +551,7 @@ def test_the_memory_of_a_training_step_is_checked_before_any_stage(
     assert desk.run() == 0, "what is trained already needs no memory"
 
 
-@pytest.mark.parametrize("where", ["this machine", "the largest node of the cluster"])
+@pytest.mark.parametrize("where", ["this machine has", "the nodes of the cluster have 2 x"])
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -571,7 +571,7 @@ def test_the_memory_of_a_training_step_is_checked_before_any_stage(
 def test_the_memory_of_each_stage_is_checked_where_it_will_run(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str | None, where: str
 ) -> None:
-    free, is_here = 150_000, where == "this machine"
+    free, is_here = 150_000, where == "this machine has"
     node = {"Alive": True, "Resources": {"CPU": 1.0, "memory": float(free)}}
     monkeypatch.setattr(memory_checks.connection, "connect", lambda: Resources(2, 0, 2))
     monkeypatch.setattr(memory_checks.nodes, "alive", lambda: [node, node])
@@ -587,8 +587,43 @@ def test_the_memory_of_each_stage_is_checked_where_it_will_run(
     if said is None or (" 2 x " in said and not is_here):
         assert not problems, "each of the two nodes has one worker"
     else:
-        with pytest.raises(PlacementError, match=f"{said}, and {where} has 150 KB; "):
+        with pytest.raises(PlacementError, match=f"{said}, and {where} 150 KB; "):
             problems.raise_them()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_workers", "num_cpus", "share"),
+    [
+        ([(8, 64)], 1, 1, 64),
+        ([(8, 64)], 16, 1, 4),
+        ([(8, 64), (8, 64)], 2, 8, 64),
+        ([(8, 64), (8, 64)], 3, 1, 32),
+        ([(8, 64), (8, 8)], 2, 8, 8),  # one worker on each, as large as they are
+        ([(8, 64), (8, 8)], 2, 4, 32),  # both may be on the larger one
+        ([(8, 64), (8, 8)], 16, 1, 1),
+        ([(8, 64), (1, 8)], 9, 1, 8),
+    ],
+)
+def test_a_worker_has_a_part_of_the_memory_of_its_node(
+    nodes: list[tuple[int, int]], num_workers: int, num_cpus: int, share: int
+) -> None:
+    place = memory_checks._Place("cpu", tuple(memory_checks._Node(*each) for each in nodes), "the nodes have")
+    assert place.share(num_workers, num_cpus) == share
+
+
+def test_a_node_without_cpus_has_no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = [{"memory": 1000.0}, {"CPU": 2.0, "memory": 30.0}, {"CPU": 4.0, "memory": 70.0}]
+    monkeypatch.setattr(memory_checks.connection, "connect", lambda: Resources(6, 0, 3))
+    monkeypatch.setattr(memory_checks.nodes, "alive", lambda: [{"Resources": each} for each in resources])
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
+    place = memory_checks._place()
+    assert place is not None
+    assert (place.nodes, place.num_cpus) == (((2, 30), (4, 70)), 6)
+    with pytest.raises(
+        PlacementError,
+        match=r"would need about 6 x 16 bytes, and the nodes of the cluster have 30 bytes and 70 bytes; ",
+    ):
+        place.refuse("work", 6, 16, "take more")
 
 
 @pytest.mark.parametrize("known_by", ["option", "autoscaler", "cluster", "this machine"])

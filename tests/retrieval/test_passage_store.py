@@ -166,7 +166,7 @@ def test_a_copy_counts_in_the_cache_and_goes_when_room_is_needed(tmp_path, cache
 
 def test_a_disk_without_room_is_said_before_anything_is_copied(tmp_path, cache, monkeypatch):
     made = ingest_artifact(tmp_path / "corpus", small_corpus(20))
-    monkeypatch.setattr(passage_store.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 1000, 10))
     with pytest.raises(StorageError, match=r"about 0\.0 GB, and .*passages has 0\.0 GB free; set READAPT_CACHE"):
         PassageStore.open(made.uri)
     assert not copied_files(cache)

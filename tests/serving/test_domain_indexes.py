@@ -225,6 +225,7 @@ def test_a_server_does_not_start_with_indexes_that_do_not_fit(folder, tmp_path):
     refused(InputError, "'acme' cannot search in version 'legal'", api_keys=str(keys))
 
 
+@pytest.mark.slow
 def test_domains_are_searched_on_ray_and_one_whose_index_is_lost_fails_alone(ray_session, folder, tmp_path):
     import ray
 

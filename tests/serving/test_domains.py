@@ -345,6 +345,7 @@ def test_a_server_does_not_start_with_factors_of_another_base(folder, tmp_path):
         serve(ServeConfig.parse({"domains": domains, "base": str(other), "port": free_port()}), blocking=False)
 
 
+@pytest.mark.slow
 def test_domains_are_served_added_and_removed_on_ray(ray_session, folder, tmp_path):
     keys = tmp_path / "keys.yaml"
     keys.write_text("acme: {key: secret-of-acme-1234, domains: [law]}\n")

@@ -249,7 +249,7 @@ def test_a_damaged_shard_is_refused_also_after_it_was_whole(tmp_path, checked, d
     content = file.read_bytes()
     file.unlink()
     if damage != "gone":
-        file.write_bytes(content[:-1] + b"?" if damage == "altered" else content[:-100])
+        file.write_bytes(bytes([*content[:-1], content[-1] ^ 1]) if damage == "altered" else content[:-100])
     with pytest.raises(CorruptFileError, match="is gone" if damage == "gone" else "was cut short or altered"):
         IndexSlice(folder, [record])
 

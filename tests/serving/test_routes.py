@@ -8,6 +8,7 @@ import json
 import threading
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -475,6 +476,36 @@ def test_the_document_of_the_api_says_what_is_answered(version):
     document = answer.json()
     answers = {status for path in document["paths"].values() for each in path.values() for status in each["responses"]}
     assert "400" in answers and "422" not in answers and "ValidationError" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("EmbeddingsRequest", {"input": ""}),
+        ("EmbeddingsRequest", {"input": ["a", " \x1d"]}),
+        ("EmbedRequest", {"texts": ["a", "\x85"]}),
+        ("TokenizeRequest", {"prompt": " "}),
+        ("SearchRequest", {}),
+        ("SearchRequest", {"query": None}),
+        ("SearchRequest", {"query": "a", "vector": [1.0], "fingerprint": "f"}),
+        ("SearchRequest", {"vector": [1.0]}),
+        ("SearchRequest", {"vector": [1.0], "fingerprint": None}),
+        ("SearchRequest", {"vector": [1.0], "fingerprint": "f", "mode": "bm25"}),
+        ("SearchRequest", {"query": "a", "doc_ids": ["a"], "doc_id_prefix": "a"}),
+        ("SearchRequest", {"query": "a", "filter": {"year": {}}}),
+        ("SearchRequest", {"query": "a", "filter": {"year": {"gt": None}}}),
+    ],
+)
+def test_what_the_document_refuses_the_server_refuses(version, name, body):
+    document = ask(version, ("GET", "/openapi.json", None))[0].json()
+    check = jsonschema.Draft202012Validator(document | {"$ref": f"#/components/schemas/{name}"})
+    assert not check.is_valid(body)
+    paths = {"EmbeddingsRequest": "/v1/embeddings", "EmbedRequest": "/v2/embed", "TokenizeRequest": "/tokenize"}
+    [answer] = ask(version, ("POST", paths.get(name, SEARCH), body))
+    assert answer.status_code == 400
+    good = {"vector": [1.0], "fingerprint": "f", "doc_ids": ["a"], "doc_id_prefix": None, "query": None}
+    assert name != "SearchRequest" or check.is_valid(good)
+    assert name != "EmbeddingsRequest" or check.is_valid({"input": ["a"], "dimensions": None})
 
 
 def test_top_k_may_be_null_as_if_it_were_left_out(version):

@@ -119,3 +119,21 @@ def test_the_page_of_the_api_describes_types_that_exist():
     assert listed
     for name in json.loads(listed[1]):
         assert hasattr(schema, name), name
+
+
+@pytest.mark.parametrize("given", [1.0, 10])
+def test_a_whole_number_may_be_written_with_a_point(given):
+    body = schema.SearchRequest(query="a", top_k=given)
+    assert (body.top_k, type(body.top_k)) == (given, int)
+    assert schema.EmbeddingsRequest(input="a", dimensions=given).dimensions == given
+    assert cohere.EmbedRequest(texts=["a"], output_dimension=given).output_dimension == given
+
+
+@pytest.mark.parametrize("given", [1.5, True, "5", 0.0, float("inf")])
+def test_what_is_no_whole_number_of_1_or_more_is_refused(given):
+    for each in (
+        lambda: schema.SearchRequest(query="a", top_k=given),
+        lambda: schema.EmbeddingsRequest(input="a", dimensions=given),
+    ):
+        with pytest.raises(pydantic.ValidationError):
+            each()

@@ -5,10 +5,9 @@ import types
 import pytest
 
 from readapt_ray.errors import InputError, ReadaptError
-from readapt_ray.serving import app, rollout, server, updates
+from readapt_ray.serving import app, rollout, updates
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.options import ServeConfig
-from readapt_ray.storage import Location
 
 
 def config(**changes):
@@ -46,51 +45,6 @@ def test_an_update_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: handle)
     with pytest.raises(InputError, match=r"does not answer .*nothing was changed"):
         updates.served_gateway()
-
-
-@pytest.fixture
-def room(monkeypatch):
-    """Sets the free memory of a machine of 12 GiB, in GiB, and what each of three shards of an index takes."""
-    free = []
-
-    def set_sizes(num_bytes, *gib):
-        sums = {"index_sha256": "", "ids_sha256": ""}
-        shards = [{"name": name, "num_bytes": num_bytes, "num_vectors": 1} | sums for name in "abc"]
-        manifest = types.SimpleNamespace(details={"shards": shards})
-        index = types.SimpleNamespace(manifest=manifest, location=Location("/nowhere"))
-        monkeypatch.setattr("readapt_ray.retrieval.vector_index.open_artifact", lambda *_: index)
-        free[:] = gib
-        # Two slices: a and c, b. Flat shards are mapped, so nothing is in memory twice.
-        return [config(index="i", index_actors=2).each_version()["r"]]
-
-    def resources(memory):
-        return {"CPU": 8.0, "memory": memory * 2**30}
-
-    monkeypatch.setattr(updates, "_SETTLED_S", 0.5)
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
-    monkeypatch.setattr("ray.cluster_resources", lambda: resources(12.0))
-    monkeypatch.setattr("ray.available_resources", lambda: resources(free.pop(0) if len(free) > 1 else free[0]))
-    return set_sizes
-
-
-def test_an_index_that_memory_has_no_room_for_is_refused(room):
-    updates.check_room(room(2 << 30, 12.0))
-    updates.check_room(room(2 << 30, 1.0, 12.0))  # what ended gives its part back soon
-    with pytest.raises(InputError, match=r"ask for 12\.0 GiB memory, and 11\.0 GiB of 12\.0 GiB are free"):
-        updates.check_room(room(4 << 30, 11.0))
-
-
-def test_an_index_of_a_terabyte_is_refused_at_once_also_at_the_first_start(room, monkeypatch):
-    monkeypatch.setattr(updates, "_SETTLED_S", 3600.0)
-    added = room(2**40, 12.0)
-    with pytest.raises(InputError, match=r"ask for 3072\.0 GiB memory, and 12\.0 GiB of 12\.0 GiB are free"):
-        updates.check_room(added)
-    first = config(index="i", index_actors=2, update=False)
-    monkeypatch.setattr(server.connection, "connect", lambda: None)
-    monkeypatch.setattr(server, "stop", lambda: None)
-    monkeypatch.setattr("ray.serve.status", lambda: types.SimpleNamespace(applications={}))
-    with pytest.raises(InputError, match=r"ask for 3072\.0 GiB memory"):
-        server._deploy(first, (), "http://127.0.0.1:1", {})
 
 
 class Statuses:

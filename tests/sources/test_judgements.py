@@ -215,7 +215,7 @@ def test_bad_queries_are_named(tmp_path, name, content, message):
     [
         ("r.tsv", b"", "holds no judgement"),
         ("r.tsv", b"query-id\tscore\nq\t1\n", "no column doc_id or corpus-id"),
-        ("r.tsv", b"q1\td1\t1\nq1\td2\tyes\n", r"r.tsv:2 is not a judgement: its relevance .* \('yes'\); mend"),
+        ("r.tsv", b"q1\td1\t1\nq1\td2\tyes\n", r"r.tsv:2 is not a judgement: its relevance .* \('yes'\); fix"),
         ("r.tsv", b"q1\td1\t1\nq1\td2\t0.5\n", r"r.tsv:2 .*relevance"),
         ("r.tsv", b"q1\td1\t1\nq1\td2\tnan\n", r"r.tsv:2 .*relevance"),
         ("r.tsv", b"q1\td1\t1\nq1\td1\t2\n", r"r.tsv:2 .*judges the same passage otherwise"),

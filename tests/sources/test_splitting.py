@@ -111,5 +111,5 @@ def test_a_part_is_split_once(tmp_path, model):
 def test_a_model_without_a_tokenizer_that_knows_places_is_refused(tmp_path, monkeypatch):
     folder = tiny_decoder(tmp_path / "model")
     monkeypatch.setattr("transformers.PreTrainedTokenizerFast.is_fast", property(lambda self: False))
-    with pytest.raises(InputError, match=r"does not say where in a text its tokens stand"):
+    with pytest.raises(InputError, match=r"does not say where in a text its tokens are"):
         open_splitting(10, 0, str(folder))

@@ -47,6 +47,7 @@ def _vectors(root, name):
     return np.array(table["vector"].to_pylist(), np.float32)
 
 
+@pytest.mark.slow
 def test_withheld_passages_are_in_no_block_and_are_measured_before_and_after(world, tmp_path):
     root, passages, blocks = world
     withheld = blocks.manifest.details["withheld"]
@@ -107,6 +108,7 @@ def test_what_does_not_belong_together_is_refused(world, tmp_path):
         _config(root, vectors=("one",), output=str(tmp_path / "drift"))
 
 
+@pytest.mark.slow
 def test_without_withheld_passages_the_report_says_how_to_get_the_loss(world, tmp_path, capsys):
     root, _, _ = world
     blocks = pack(

@@ -180,6 +180,7 @@ embed(EmbedConfig(
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_a_killed_driver_is_gone_on_from(world, ray_session):
     import ray
@@ -441,6 +442,7 @@ def test_errors_of_actors_come_out_as_our_own(world, ray_session, tmp_path):
     assert not list((tmp_path / "out").rglob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_passages_without_a_vector_are_left_out_counted_and_named(ray_session, tmp_path, caplog):
     """The last shard has two passages, and no vector is left of it."""
     caplog.set_level("WARNING", "readapt_ray")
@@ -516,7 +518,7 @@ def _twice(path):
         (
             lambda root, new: _damaged(root, new, _twice),
             CorpusError,
-            r"part-00001.parquet is a copy of part-00000.parquet, so its doc_ids stand twice",
+            r"part-00001.parquet is a copy of part-00000.parquet, so its doc_ids occur twice",
         ),
         (
             lambda root, new: _damaged(root, new, lambda path: path.unlink()),

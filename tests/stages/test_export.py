@@ -127,7 +127,7 @@ def test_a_collection_that_another_export_took_meanwhile_is_a_failure(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FilesTarget, "finish", lambda self: self.set_record({"export": "another"}))
-    with pytest.raises(TargetError, match="was taken by another export meanwhile"):
+    with pytest.raises(TargetError, match="was taken by another export in between"):
         exported(world, f"files:{world}/files")
 
 

@@ -46,6 +46,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.timeout(400)
 def test_it_learns_and_two_workers_with_cached_gradients_equal_one_with_none(

@@ -12,6 +12,7 @@ import pytest
 import readapt_ray as ra
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog.models import open_model
+from readapt_ray.cluster.scale_scoring import measure_sample
 from readapt_ray.errors import ArtifactConflictError, InputError
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.records import Query
@@ -22,11 +23,17 @@ from readapt_ray.retrieval.passage_store import PassageStore
 from readapt_ray.serving.search_modes import search_documents
 from readapt_ray.serving.versions import Found, Ranked
 from readapt_ray.stages import search as search_stage
+from readapt_ray.stages import tune as tune_stage
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.evaluate import EvaluateConfig, evaluate
 from readapt_ray.stages.index import IndexConfig, index
 from readapt_ray.stages.ingest import IngestConfig, ingest
+from readapt_ray.stages.pack import PackConfig, pack
 from readapt_ray.stages.search import SearchConfig, search
+from readapt_ray.stages.tune import TuneConfig
+from readapt_ray.storage import Location
+from readapt_ray.training import labelled_pairs
+from readapt_ray.training.pairs import PairReader
 from tests import factories
 
 SPLIT = {"split_tokens": 24, "overlap": 6}
@@ -176,6 +183,17 @@ def test_a_store_knows_documents_and_passages(made):
     assert found["d1"].text == store.find(["d1#1"])["d1#1"].text
 
 
+def test_lists_of_documents_name_all_their_passages(made):
+    listed = made / "exclude.txt"
+    listed.write_text("d0\nd5\nd7#2\nd3#7\n")
+    rows = rows_of(open_artifact(str(made / "corpus"), "ingest"))
+    due = {row["doc_id"] for row in rows if row["parent_id"] in ("d0", "d5", "d3#7")} | {"d7#2"}
+    assert PassageFiles.open(str(made / "corpus")).passage_ids(["d0", "d5", "d7#2", "d3#7"]) == due
+    values = {"pretrained": str(made / "model"), "corpus": str(made / "corpus"), "output": str(made / "blocks")}
+    packed = pack(PackConfig.parse(values | {"exclude": str(listed)}))
+    assert packed.manifest.counts["num_withheld_passages"] == len(due)
+
+
 def test_a_server_searches_until_there_are_enough_documents():
     passages = [f"a#{number}" for number in range(1, 50)] + ["b", "c#1", "c#2", "d"]
     depths = []
@@ -242,3 +260,65 @@ def test_evaluate_merges_passages_that_others_ranked(root):
             found.append((run["means"], run["num_results"]))
     assert found == [found[0]] * 4
     assert found[0][0]["nDCG@10"]["mean"] > 0
+
+
+def judged_corpus(root, name):
+    """A split corpus whose queries are of single passages, judged by document; and each query's passage."""
+    corpus = ingested(root, name)
+    rows = [row for row in rows_of(corpus) if row["parent_id"] in ("d3#7", "d5", "d7")]
+    asked = {f"s{number}": row for number, row in enumerate(rows)}
+    queries = [{"query_id": key, "text": row["text"]} for key, row in asked.items()]
+    qrels = [{"query_id": key, "doc_id": row["parent_id"], "relevance": 1} for key, row in asked.items()]
+    pq.write_table(pa.Table.from_pylist(queries), corpus.location.local_path / "queries/part-00000.parquet")
+    pq.write_table(pa.Table.from_pylist(qrels), corpus.location.local_path / "qrels/train.parquet")
+    return corpus, asked
+
+
+def test_a_judged_document_is_trained_on_by_the_passage_that_answers_best(root):
+    corpus, asked = judged_corpus(root, "to-train")
+    others = {"d3#7": "d5", "d5": "d7", "d7": "d3#7"}
+    lines = []
+    for key, row in asked.items():
+        ranked = (f"{row['parent_id']}#1", row["parent_id"], others[row["parent_id"]])
+        lines += [f"{key} Q0 {doc_id} {rank} {9 - rank} x" for rank, doc_id in enumerate(ranked, 1)]
+    (root / "hard.trec").write_text("\n".join(lines))
+    source = labelled_pairs.open_pairs(corpus.uri, "train", str(root / "hard.trec"))
+    model = open_model(str(root / "model"))
+    labelled_pairs.write_pairs(source, model, model.encoding, Location(str(root / "pairs/p.parquet")), num_negatives=2)
+    rows = pq.read_table(root / "pairs/p.parquet").to_pylist()
+    texts = {row["doc_id"]: row["text"] for row in rows_of(corpus)}
+    assert [texts[row["doc_id"]] for row in rows] == [row["text"] for row in asked.values()]
+    assert [len(row["negative_ids"]) for row in rows] == [1] * len(rows), "no passage of a right document is a negative"
+    read = PairReader(Location(str(root / "pairs")), batch_size=4, num_epochs=1, seed=0).read(np.arange(len(rows)))
+    numbers = {document: set() for document in others}
+    for row, own in zip(rows, asked.values(), strict=True):
+        numbers[own["parent_id"]].add(row["doc_number"])
+        numbers[others[own["parent_id"]]].update(row["negative_numbers"])
+    for own, right in zip(asked.values(), read.relevant, strict=True):
+        assert set(right.tolist()) == numbers[own["parent_id"]], (
+            "passages of its document are no negatives in the batch"
+        )
+
+
+@pytest.mark.parametrize("by", ["parent_id", "doc_id"])
+def test_tune_and_evaluate_take_judgements_of_documents_and_of_passages(root, by):
+    corpus, asked = judged_corpus(root, f"to-measure-{by}")
+    qrels = [{"query_id": key, "doc_id": row[by], "relevance": 1} for key, row in asked.items()]
+    folder = corpus.location.local_path
+    pq.write_table(pa.Table.from_pylist(qrels), folder / "qrels/train.parquet")
+    labels = {"queries": str(folder / "queries"), "qrels": str(folder / "qrels/train.parquet")}
+    wired = dict.fromkeys(("pretrained", "retriever", "adapter"), "x")
+    config = TuneConfig.parse(wired | labels | {"corpus": corpus.uri, "output": str(root / "o"), "max_passages": 1})
+    sample = tune_stage._judged_sample(config, corpus)
+    assert sample.judgements == {key: {row["parent_id"]: 1} for key, row in asked.items()}
+    assert len(sample.passages) == len(asked), "all passages of the judged documents"
+    texts = [each.text.replace("\n", " ") for each in sample.passages]
+    scores = np.array([[float(text == query.text) for text in texts] for query in sample.queries])
+    found = measure_sample(sample, scores, "RR@1")
+    assert found.values["RR@1"].tolist() == [1.0] * len(asked), "a document has the score of its best passage"
+    lines = [f"{key} Q0 {row['parent_id']} 1 1 x" for key, row in asked.items()]
+    (root / "right.trec").write_text("\n".join(lines))
+    values = {"runs": [str(root / "right.trec")], "qrels": labels["qrels"], "corpus": corpus.uri}
+    evaluate(EvaluateConfig.parse(values | {"output": str(root / f"measured-{by}")}))
+    (run,) = json.loads((root / f"measured-{by}/report.json").read_text())["runs"]
+    assert run["means"]["nDCG@10"]["mean"] == 1.0

@@ -263,6 +263,7 @@ def test_vectors_of_another_corpus_are_refused(vectors, server, tmp_path):
         synthesize(config(other, server, tmp_path / "queries", vectors=vectors.uri))
 
 
+@pytest.mark.slow
 def test_a_model_on_ray_writes_the_same_queries_again_and_goes_on(corpus, tmp_path):
     model = factories.tiny_decoder(tmp_path / "model")
     arguments = [

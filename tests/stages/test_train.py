@@ -67,6 +67,7 @@ def test_a_batch_that_cannot_feed_every_worker_is_refused_with_the_number_that_w
         trained(packed, tmp_path / "a", num_workers=2, batch_size=1)
 
 
+@pytest.mark.slow
 def test_a_batch_size_of_our_choice_and_its_learning_rate_are_in_the_manifest(
     packed: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def test_the_adapter_learns_and_loads_in_plain_peft(packed: tuple[Path, Path], r
         assert not torch.allclose(model(ids).logits, without, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
 def test_an_adapter_of_a_quantized_base_fits_the_full_precision_model(
     packed: tuple[Path, Path], reference: Path, tmp_path: Path, base_dtype: str
@@ -307,6 +309,7 @@ def test_checkpointed_activations_and_trackers_change_nothing(
     assert list((tmp_path / "a" / "tensorboard").glob("events*"))
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_its_masked_tokens(tmp_path: Path) -> None:
     base = factories.tiny_encoder(tmp_path / "base")
     # With random embeddings of BERT's size every token has about the same chance, whatever an adapter does.
@@ -335,6 +338,7 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic(packed: tuple[Path, Pa
         trained(packed, tmp_path / "a", micro_batch_tokens=10**12)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_names_step_and_passages(tmp_path: Path) -> None:
     base = factories.tiny_decoder(tmp_path / "base")
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(24))

@@ -231,6 +231,7 @@ def test_the_pair_of_an_actor_that_died_is_anothers_and_not_for_ever(
     assert len(list((tmp_path / "again/marks").iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_a_retriever_with_more_words_is_tuned_where_that_is_accepted(ray_session: None, tmp_path: Path) -> None:
     import json
 

@@ -1,5 +1,6 @@
 """InfoNCE against sentence-transformers' own, with hard negatives, in one pass and with cached gradients."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,8 @@ def reader(folder: Path, num_negatives: int) -> PairReader:
         "doc_id": [f"d{number}" for number in numbers],
         "negative_ids": [[text() for _ in range(num_negatives)] for _ in numbers],
         "negative_numbers": [[100 + number * 10 + each for each in range(num_negatives)] for number in numbers],
+        "document_number": [None] * NUM_PAIRS,
+        "negative_document_numbers": [None] * NUM_PAIRS,
     }
     folder.mkdir()
     pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), folder / "part-0.parquet")
@@ -88,10 +91,12 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("num_negatives", [0, 1])
 @pytest.mark.parametrize("micro_batch_tokens", [100_000, 30])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("make", [factories.tiny_encoder, factories.tiny_decoder])
 def test_loss_and_gradients_equal_sentence_transformers(
-    tmp_path: Path, num_negatives: int, micro_batch_tokens: int
+    tmp_path: Path, num_negatives: int, micro_batch_tokens: int, packed: bool, make: Any
 ) -> None:
-    base = factories.tiny_encoder(tmp_path / "m")
+    base = make(tmp_path / "m")
     transformer = Transformer(str(base))
     model = transformer.auto_model.eval()
     theirs = SentenceTransformer(
@@ -111,6 +116,9 @@ def test_loss_and_gradients_equal_sentence_transformers(
         expected = cached([features(group) for group in groups], torch.zeros(0))
         expected.backward()
     expected_gradients = gradients(model)
+    if packed:
+        contrastive.pack(model, "m")
+        assert contrastive.is_packed(model)
     loss, num_parts = our_loss(model, pairs, micro_batch_tokens)
     assert (num_parts > 1) == (micro_batch_tokens == 30)
     assert loss == pytest.approx(expected.item(), abs=1e-5)
@@ -243,10 +251,30 @@ def test_the_reader_knows_all_passages_that_answer_a_query(tmp_path: Path) -> No
         "doc_id": ["d"] * 5,
         "negative_ids": [[]] * 5,
         "negative_numbers": [[]] * 5,
+        "document_number": [None] * 5,
+        "negative_document_numbers": [None] * 5,
     }
     pq.write_table(pa.table(columns, schema=PAIR_SCHEMA), tmp_path / "part-0.parquet")
     texts = PairReader(Location(str(tmp_path)), batch_size=2, num_epochs=1, seed=0).read(np.array([2, 4, 1]))
     assert [each.tolist() for each in texts.relevant] == [[1, 3], [9], [3]]
+
+
+@pytest.mark.parametrize("num_negatives", [0, 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_step_takes_more_tokens_than_the_reader_says(tmp_path: Path, num_negatives: int, packed: bool) -> None:
+    pairs = reader(tmp_path / "pairs", num_negatives)
+    model = Transformer(str(factories.tiny_encoder(tmp_path / "m"))).auto_model
+    if packed:
+        contrastive.pack(model, "m")
+    contrast = dataclasses.replace(contrast_of_vectors(both_directions=False), reader=pairs, model=model)
+    contrast = dataclasses.replace(contrast, micro_batch_tokens=100_000)
+    engine: Any = SimpleNamespace(num_workers=1, worker_rank=0, device=torch.device("cpu"))
+    work = contrast.work(engine, np.arange(NUM_PAIRS), step=0)
+    if packed:
+        assert work.num_tokens <= work.num_slots < work.num_tokens + 16
+    else:
+        assert work.num_slots == pairs.most_tokens(1)
+    assert work.num_slots <= pairs.most_tokens(1) == 3 * pairs.most_tokens(4)
 
 
 def test_vectors_are_cut_before_they_are_normalised(tmp_path: Path) -> None:

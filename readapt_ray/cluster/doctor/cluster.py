@@ -129,8 +129,8 @@ def _alike(up: Nodes, here: Mapping[str, str], said: Mapping[str, Any], report: 
             report.add(name, {"versions": _silent(there)})
             continue
         text = software.other_versions(here, there)  # missing packages are checked on each node
-        mend = "install the same versions on all nodes, or remove this node"
-        report.add(name, {"versions": failed(f"{text}; {mend}")} if text else {})
+        advice = "install the same versions on all nodes, or remove this node"
+        report.add(name, {"versions": failed(f"{text}; {advice}")} if text else {})
         if there["readapt_ray"] != "missing":
             usable[name] = up[name]
     return usable

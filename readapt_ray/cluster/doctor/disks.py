@@ -19,7 +19,7 @@ _LEAST_FREE_BYTES = 1 * _GB
 _LITTLE_FREE_BYTES = 20 * _GB
 _MOST_USED = 0.95
 """Ray does not spill to a disk that is fuller (its setting local_fs_capacity_threshold)."""
-_MEND = "free some, mount a larger disk, or move it (--root, READAPT_CACHE, HF_HOME, `ray start --temp-dir`)"
+_ADVICE = "free some, mount a larger disk, or move it (--root, READAPT_CACHE, HF_HOME, `ray start --temp-dir`)"
 _WRITTEN_BYTES = 64 << 20
 _SLOW_BYTES_PER_S = 50e6
 _LEAST_SHARED_BYTES = 1 * _GB
@@ -50,14 +50,14 @@ def existing(folder: Path) -> Path:
 
 
 def check_disk(folder: Path) -> Finding:
-    """Measure free space and speed of writing where a folder lies."""
+    """Measure free space and speed of writing on the disk of a folder."""
     problems = space_problems(folder)
     free = shutil.disk_usage(folder).free
     shown = f"{free / _GB:,.0f} GB"
     try:
         speed = _bytes_per_s(folder, min(_WRITTEN_BYTES, free // 2))
     except OSError as error:
-        text = f"{folder} cannot be written ({first_line(error)}); give this user the right, or {_MEND}"
+        text = f"{folder} cannot be written ({first_line(error)}); give this user the right, or {_ADVICE}"
         return Finding(shown, (*problems, Problem(text)))
     if speed < _SLOW_BYTES_PER_S:
         text = (
@@ -68,13 +68,13 @@ def check_disk(folder: Path) -> Finding:
 
 
 def space_problems(folder: Path) -> tuple[Problem, ...]:
-    """Return what is wrong with the free space where a folder lies."""
+    """Return what is wrong with the free space on the disk of a folder."""
     usage = shutil.disk_usage(folder)
     if usage.free < _LEAST_FREE_BYTES or usage.used / usage.total > _MOST_USED:
-        text = f"{folder} has {usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free, too little to work; {_MEND}"
+        text = f"{folder} has {usage.free / _GB:.1f} of {usage.total / _GB:.1f} GB free, too little to work; {_ADVICE}"
         return (Problem(text),)
     if usage.free < _LITTLE_FREE_BYTES:
-        text = f"{folder} has {usage.free / _GB:.0f} GB free; models of 7 billion parameters take 15 GB each: {_MEND}"
+        text = f"{folder} has {usage.free / _GB:.0f} GB free; models of 7 billion parameters take 15 GB each: {_ADVICE}"
         return (Problem(text, fails=False),)
     return ()
 
@@ -101,11 +101,11 @@ def check_shared_memory(store_bytes: int, num_gpus: int) -> Finding:
         return Finding("none")
     total = shutil.disk_usage(SHARED_MEMORY).total
     shown = f"{total / _GB:.1f} GB"
-    mend = "start the container with a larger --shm-size, or mount an emptyDir with `medium: Memory` at /dev/shm"
+    advice = "start the container with a larger --shm-size, or mount an emptyDir with `medium: Memory` at /dev/shm"
     if total < _LEAST_SHARED_BYTES and num_gpus > 1:
-        text = f"{SHARED_MEMORY} has {total / 1e6:.0f} MB, and NCCL needs more between {num_gpus} GPUs; {mend}"
+        text = f"{SHARED_MEMORY} has {total / 1e6:.0f} MB, and NCCL needs more between {num_gpus} GPUs; {advice}"
         return Finding(shown, (Problem(text),))
     if total < store_bytes:
-        text = f"{SHARED_MEMORY} has {shown} and Ray's objects may take {store_bytes / _GB:.1f} GB, so they go to disk; {mend}"
+        text = f"{SHARED_MEMORY} has {shown} and Ray's objects may take {store_bytes / _GB:.1f} GB, so they go to disk; {advice}"
         return Finding(shown, (Problem(text, fails=False),))
     return Finding(shown)

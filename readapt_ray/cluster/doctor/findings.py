@@ -72,4 +72,4 @@ def _finding_of(check: Check) -> Finding:
     except ReadaptError as error:
         return failed(first_line(error))
     except Exception as error:
-        return failed(f"{type(error).__name__}: {first_line(error)}; mend this, then run doctor again")
+        return failed(f"{type(error).__name__}: {first_line(error)}; fix this, then run doctor again")

@@ -19,7 +19,7 @@ EXCHANGE_S = 15.0
 _NUM_QUESTIONS = 3
 _LARGE_OFFSET_S = 2.0
 _SLOW_BYTES_PER_S = 0.1e9
-_MEND_CLOCK = "start chrony or ntpd there: heartbeats of leases and signatures of S3 requests are timed"
+_CLOCK_ADVICE = "start chrony or ntpd there: heartbeats of leases and signatures of S3 requests are timed"
 
 
 def check_clock(inspector: Any) -> Finding:
@@ -39,7 +39,7 @@ def check_clock(inspector: Any) -> Finding:
     shown = f"{offset:+.1f} s" if offset else "ok"
     if abs(offset) < _LARGE_OFFSET_S:
         return Finding(shown)
-    text = f"its clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} the driver's; {_MEND_CLOCK}"
+    text = f"its clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} the driver's; {_CLOCK_ADVICE}"
     return Finding(shown, (Problem(text, fails=abs(offset) >= leases.STALE_S),))
 
 
@@ -93,7 +93,7 @@ def _check_connections(inspectors: Mapping[str, Any]) -> Finding:
 def _check_all_reduce(workers: list[Any], *, is_on_gpus: bool) -> Finding:
     import ray
 
-    mend = (
+    advice = (
         "set NCCL_SOCKET_IFNAME to the nodes' network, see to shared memory, and look into it with NCCL_DEBUG=INFO"
         if is_on_gpus
         else "set GLOO_SOCKET_IFNAME to the nodes' network"
@@ -102,7 +102,7 @@ def _check_all_reduce(workers: list[Any], *, is_on_gpus: bool) -> Finding:
     try:
         meeting = ray.get(workers[0].open_store.remote(count, EXCHANGE_S), timeout=READY_S + EXCHANGE_S)
     except ray.exceptions.RayError as error:
-        return failed(f"workers cannot meet: {_last_line(error)}; {mend}")
+        return failed(f"workers cannot meet: {_last_line(error)}; {advice}")
     started = {
         str(rank): worker.all_reduce.remote(rank, count, meeting, EXCHANGE_S) for rank, worker in enumerate(workers)
     }
@@ -112,7 +112,7 @@ def _check_all_reduce(workers: list[Any], *, is_on_gpus: bool) -> Finding:
         errors = [each for each in said.values() if not isinstance(each, Exchange)]
         told = [each for each in errors if not isinstance(each, ray.exceptions.GetTimeoutError)]
         reason = _last_line(told[0]) if told else f"no answer within {EXCHANGE_S:g} s"
-        return failed(f"{count - len(measured)} of {amount(count, 'workers')} did not finish: {reason}; {mend}")
+        return failed(f"{count - len(measured)} of {amount(count, 'workers')} did not finish: {reason}; {advice}")
     slowest = min(each.bytes_per_s for each in measured)
     shown = f"{amount(count, 'workers')} by {measured[0].backend}, {slowest / 1e9:.2f} GB/s"
     if count > 1 and slowest < _SLOW_BYTES_PER_S:

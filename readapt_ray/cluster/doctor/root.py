@@ -84,7 +84,7 @@ def why_unusable(root: Location) -> str:
         is_listed = file.name in root.children()[0]
         file.delete()
     except OSError as error:
-        return f"{root} cannot be used: {first_line(error)}; {_mend(root)}"
+        return f"{root} cannot be used: {first_line(error)}; {_advice(root)}"
     finally:
         for folder in made:
             folder.remove_if_empty()
@@ -101,7 +101,7 @@ def _missing_folders(root: Location) -> list[Location]:
     return [Location(str(each)) for each in (path, *path.parents) if not each.exists()]
 
 
-def _mend(root: Location) -> str:
+def _advice(root: Location) -> str:
     if root.is_local:
         return "give a folder that this user may read and write"
     return (

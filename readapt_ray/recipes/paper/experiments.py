@@ -15,7 +15,7 @@ def run(config: PaperConfig) -> dict[str, str]:
     """Run experiments; what is complete already is not done again.
 
     Returns:
-        The Markdown of each experiment's outcome, which also lies under the root after each seed.
+        The Markdown of each experiment's outcome, which is also written under the root after each seed.
 
     Raises:
         InputError: a model or a corpus cannot be found or an option is wrong; found before any stage starts.

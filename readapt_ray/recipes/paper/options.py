@@ -101,7 +101,7 @@ def collection(text: str, data: str | None) -> Collection:
     """Return a corpus by its catalog name, or from NAME=SOURCE.
 
     Raises:
-        CorpusError: it is neither, or the catalog name is also that of a folder here.
+        CorpusError: it is neither, or the catalog name is also a folder here.
     """
     name, mark, source = text.partition("=")
     row = corpora.find_corpus(name)

@@ -86,7 +86,7 @@ def _values(reproduction: Reproduction, experiment: str, own: Collection, seeds:
 
 
 def _compared(outcome: _Outcome, measure: str) -> list[Comparison]:
-    """Every variant with the retriever as it is."""
+    """Return every variant with the retriever as it is."""
     return compare({name: {measure: values.mean(axis=0)} for name, values in outcome.values.items()})
 
 
@@ -130,7 +130,7 @@ def _rows(reproduction: Reproduction, outcome: _Outcome, tested: dict[str, Compa
 
 
 def _averages(reproduction: Reproduction, rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The mean over the corpora that have every variant, of all and of the zero-shot ones."""
+    """Return the mean over the corpora that have every variant, of all and of the zero-shot ones."""
     names = list(dict.fromkeys(row["arm"] for row in rows))
     means = {(row["corpus"], row["arm"]): row["mean"] for row in rows}
     whole = [each for each in reproduction.collections if all((each, variant) in means for variant in names)]
@@ -159,7 +159,7 @@ def _combined(found: Sequence[_Outcome]) -> dict[str, dict[str, Any]]:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """The outcome as one page; scores times 100, as the paper prints them."""
+    """Return the outcome as one page; scores times 100, as the paper prints them."""
     seeds = result["seeds"]
     lines = [
         f"# {result['experiment']}: {result['what']}",

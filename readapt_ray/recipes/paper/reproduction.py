@@ -8,7 +8,7 @@
     ROOT/EXPERIMENT.json, EXPERIMENT.md what came out, beside the paper's figures
 
 Every artifact is made by its stage, so whatever is complete is not made again: a reproduction that was
-killed goes on, and experiments share what they have in common. At 7 billion parameters a variant takes 14 GB
+killed resumes, and experiments share what they have in common. At 7 billion parameters a variant takes 14 GB
 for its model besides the vectors.
 """
 
@@ -230,7 +230,7 @@ class Reproduction:
             corpus=passages,
             output=f"{self._folder(source)}/blocks/{name}",
         )
-        # A retriever's config.json tells of no head; with that of its pretrained model it has the same.
+        # A retriever's config.json has no head: take the head of its pretrained model.
         objective = self.config.train.get("objective") or objective_of(models.open_model(self.pretrained))
         return self._make(
             "train",

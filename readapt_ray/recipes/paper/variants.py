@@ -15,7 +15,7 @@ Domain = Literal["own", "general", "other"]
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One model that is searched with. Scales that are None are those of the reproduction."""
+    """One model that is searched with. Scales that are None are the reproduction's."""
 
     name: str
     domain: Domain = "own"

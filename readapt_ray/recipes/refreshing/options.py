@@ -21,11 +21,11 @@ class RefreshConfig(Config):
     """Folder or URI that holds the generations; also the root of a `readapt run`."""
     source: str | None = None
     """The corpus as it is now: a folder, a file, a URI, `ir_datasets:NAME`, `hub:OWNER/NAME` or `python-docs:PACKAGE,...`. If
-    omitted, that of the refresh before."""
+    omitted, the source of the previous refresh."""
     retriever: str | None = None
-    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, that of the refresh before."""
+    """Model that makes the vectors: a catalog name, a folder, a URI or a hub id. If omitted, the model of the previous refresh."""
     to: str | None = None
-    """Vector database to keep up to date, as `readapt export --to`. If omitted, that of the refresh before, if it had one."""
+    """Vector database to keep up to date, as `readapt export --to`. If omitted, the target of the previous refresh, if it had one."""
     serve: str | None = None
     """YAML file with the options of a server that runs, as `readapt serve --config`. It is updated to the new generation."""
     back: int | None = Field(default=None, ge=1)
@@ -38,7 +38,7 @@ class RefreshConfig(Config):
     """Number of new and of kept passages on which the language-model loss of the retriever's adapter is measured; 0 leaves it
     out. It loads the pretrained model."""
     ingest: Section | None = None
-    """Options of ingest. If omitted, those of the refresh before; so are the other sections."""
+    """Options of ingest. If omitted, the options of the previous refresh; the same holds for the other sections."""
     embed: Section | None = None
     """Options of embed."""
     index: Section | None = None
@@ -94,7 +94,7 @@ another model is told by its content."""
 
 
 def settled(config: RefreshConfig, present: Generation | None) -> dict[str, Any]:
-    """Return the settings of a refresh: those that are given, and else those of the present generation.
+    """Return the settings of a refresh: the given ones, and for the others the present generation's.
 
     Raises:
         InputError: there is no source or no retriever, or an option of a section is wrong.

@@ -210,7 +210,7 @@ class _Making:
         return artifacts.open_artifact(self.present.folder(self.root, name), STAGE_OF[name])
 
     def _has(self, name: str) -> bool:
-        """Return whether the present generation has an artifact that may be gone on from."""
+        """Return whether the present generation has an artifact to continue from."""
         return self.present is not None and name in self.present.artifacts and name not in self.stale
 
     def _run(self, name: str, *, overwrite: bool = True, **wired: Any) -> Artifact:
@@ -244,7 +244,7 @@ class _Making:
         return None if self.present is None else compare_corpora(self._present(CORPUS), corpus)
 
     def _has_same_labels(self, corpus: Artifact) -> bool:
-        """Return whether queries and judgements are those of the present generation."""
+        """Return whether queries and judgements are the same as in the present generation."""
         found = []
         for each in (corpus, self._present(CORPUS)):
             files = [*(each.location / "queries").files(), *(each.location / "qrels").files()]

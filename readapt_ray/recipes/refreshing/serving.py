@@ -30,7 +30,7 @@ def server_options(file: str) -> dict[str, Any]:
 def update_server(file: str, root: Location, generation: Generation) -> None:
     """Update a server. It answers from the old generation until the new one is up.
 
-    The stages of the refresh may have started a Ray of their own, so another process joins that of the server.
+    The stages of the refresh may have started a Ray of their own, so another process joins the server's Ray.
 
     Raises:
         ReadaptError: the server could not be updated; the generation is in place all the same.
@@ -42,7 +42,7 @@ def update_server(file: str, root: Location, generation: Generation) -> None:
     command = [sys.executable, "-m", "readapt_ray.cli", "serve", *given]
     if subprocess.run(command, check=False).returncode != 0:
         raise ReadaptError(
-            f"generation {generation.number} is in place, and the server was not updated to it (see above); mend that, and run "
+            f"generation {generation.number} is in place, and the server was not updated to it (see above); fix that, and run "
             f"the same command again"
         )
     logger.info("refresh: the server answers from generation %d", generation.number)

@@ -35,7 +35,7 @@ class Signals:
     """How new passages differ from kept ones. None where there are too few to say."""
 
     drift: float | None
-    """Distance of the mean vector of new passages from that of kept ones, in standard deviations of the kept ones."""
+    """Distance between the mean vectors of new and kept passages, in standard deviations of the kept ones."""
     new_words: float | None
     """Share of the words of new passages that the kept ones do not have, above the same share between two halves of the
     kept ones."""
@@ -50,7 +50,7 @@ class Signals:
         """Return one line: `adapt again` with the reasons, or that nothing calls for it."""
         reasons = []
         if self.drift is not None and self.drift > MAX_DRIFT:
-            reasons.append(f"the vectors of new passages lie {self.drift:.2f} standard deviations from the others")
+            reasons.append(f"the vectors of new passages are {self.drift:.2f} standard deviations from the others")
         if self.new_words is not None and self.new_words > MAX_NEW_WORDS:
             reasons.append(f"{100 * self.new_words:.0f}% of the words of new passages are new")
         if self.turnover > MAX_TURNOVER:

@@ -40,7 +40,7 @@ def test_an_error_that_nobody_foresaw_is_a_line() -> None:
         return Finding(str(1 / 0))
 
     found = run_checks([Check("disk", divide, "")], limit_s=5)
-    assert found["disk"].problems[0].text.startswith("ZeroDivisionError: division by zero; mend this")
+    assert found["disk"].problems[0].text.startswith("ZeroDivisionError: division by zero; fix this")
 
 
 def test_what_many_machines_have_is_one_line() -> None:

@@ -165,5 +165,5 @@ def test_the_command_takes_root_and_models_of_a_run_and_ends_with_1_if_something
     said = capsys.readouterr()
     assert f"{2 - code} of 2" in said.out
     assert ("no model 'no-such-model'" in said.out) is bool(code)
-    assert ("readapt: error: will fail: 1; mend what is listed" in said.err) is bool(code)
+    assert ("readapt: error: will fail: 1; fix what is listed" in said.err) is bool(code)
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]

@@ -86,7 +86,7 @@ def test_new_words_are_counted_above_what_kept_passages_differ_by_themselves() -
     [
         (Signals(None, None, 0.9, 0.1), "nothing calls for adapting again"),
         (Signals(0.2, 0.05, 0.0, 0.3), "nothing calls for adapting again"),
-        (Signals(0.7, 0.0, 0.0, 0.1), "adapt again: the vectors of new passages lie 0.70 standard deviations from the others"),
+        (Signals(0.7, 0.0, 0.0, 0.1), "adapt again: the vectors of new passages are 0.70 standard deviations from the others"),
         (Signals(0.0, 0.0, 0.0, 0.1, AdapterLoss(3.0, 2.0, 0.2, 0.3)), "nothing calls for adapting again"),
         (Signals(0.0, 0.0, 0.0, 0.1, AdapterLoss(3.0, 2.0, 0.04, 0.01)), "nothing calls for adapting again"),
         (

@@ -1,0 +1,66 @@
+"""Keep files of an object store on this node's disk, by the hash of their content, so that processes can map them.
+
+In: a file of a store and its SHA-256. Out: the copy in the node's cache (`catalog/cache_entries.py`, kind `shards`): loaded
+once per node, whichever index, version or process wants it, and checked once per node. What has no room stays in the store,
+and its reader takes it into memory.
+"""
+
+import logging
+
+from readapt_ray.catalog import cache_entries
+from readapt_ray.errors import CorruptFileError, StorageError
+from readapt_ray.retrieval.whole_files import check_whole
+from readapt_ray.storage import Location
+
+logger = logging.getLogger("readapt_ray")
+
+_FILE = "content"
+
+
+def near(file: Location, sha256: str) -> Location:
+    """Return the copy of a file on this node, which stays until this process ends; the file itself if it lies here anyway.
+
+    The file itself is returned, too, if the copy has no room or the cache cannot be written; a warning says so.
+
+    Raises:
+        CorruptFileError: it is gone, or is not the one that was written.
+    """
+    if file.is_local:
+        return file
+    entry = cache_entries.folder_of("shards") / sha256[:32]
+    copy = Location(str(entry / _FILE))
+    try:
+        with cache_entries.locked(entry):
+            if not _is_whole(copy, sha256):
+                _load(file, sha256, copy)
+            cache_entries.keep(entry)
+    except (OSError, StorageError) as error:
+        logger.warning("%s is read into memory, not mapped from a copy on this node: %s", file, error)
+        return file
+    return copy
+
+
+def _is_whole(copy: Location, sha256: str) -> bool:
+    if not copy.is_file():
+        return False
+    try:
+        check_whole(copy.local_path, sha256)
+    except CorruptFileError:
+        logger.warning("%s was cut short or altered; it is loaded again", copy)
+        return False
+    return True
+
+
+def _load(file: Location, sha256: str, copy: Location) -> None:
+    """Fill an entry, or leave nothing of it. Call it inside `cache_entries.locked`."""
+    entry, size_bytes = copy.local_path.parent, file.info().size
+    cache_entries.remove_files(entry)
+    if size_bytes is None:
+        raise CorruptFileError(f"{file} is gone; run `readapt index` again")
+    try:
+        cache_entries.reserve(entry, {_FILE: size_bytes}, f"a copy of {file}", is_bounded=True)
+        file.copy_to(copy)
+        check_whole(copy.local_path, sha256, name=str(file))
+    except BaseException:
+        cache_entries.remove_files(entry)
+        raise

@@ -1,0 +1,50 @@
+"""Complete the API's document (OpenAPI) with what requests are refused for beyond the types of their fields."""
+
+from typing import Any
+
+_NULL = {"type": "null"}
+_GIVEN = {"not": _NULL}
+_NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
+"""More than the white space of Python, which is also that of ECMAScript."""
+_TEXTS = (
+    ("EmbeddingsRequest", "input"),
+    ("SearchRequest", "query"),
+    ("EmbedRequest", "texts"),
+    ("TokenizeRequest", "prompt"),
+)
+
+
+def complete(document: dict[str, Any]) -> None:
+    """Change a document that FastAPI made: what it would answer with 422 is 400 here, and has a message."""
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    schemas = document["components"]["schemas"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    for name, field in _TEXTS:
+        _refuse_blank(schemas[name]["properties"][field])
+    search = schemas["SearchRequest"]
+    search["oneOf"] = [
+        {"required": ["query"], "properties": {"query": _GIVEN, "vector": _NULL}},
+        {
+            "required": ["vector", "fingerprint"],
+            "properties": {"vector": _GIVEN, "fingerprint": _GIVEN, "query": _NULL, "mode": {"const": "dense"}},
+        },
+    ]
+    search["not"] = {
+        "required": ["doc_ids", "doc_id_prefix"],
+        "properties": {"doc_ids": _GIVEN, "doc_id_prefix": _GIVEN},
+    }
+    bounds = schemas["Bounds"]
+    bounds["minProperties"] = 1
+    for each in bounds["properties"].values():
+        each["anyOf"] = [kind for kind in each["anyOf"] if kind != _NULL]
+
+
+def _refuse_blank(schema: dict[str, Any]) -> None:
+    """Say of each string in a schema that it holds more than spaces."""
+    if schema.get("type") == "string":
+        schema["pattern"] = _NOT_BLANK
+    for inner in (*schema.get("anyOf", ()), *filter(None, [schema.get("items")])):
+        _refuse_blank(inner)
