@@ -12,6 +12,7 @@ from typing import Any
 from readapt_ray.artifacts import Artifact
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.significance import Comparison
+from readapt_ray.evaluation.tables import difference_cells, markdown, markdown_table
 from readapt_ray.progress import amount
 
 
@@ -82,3 +83,17 @@ def side_by_side(comparisons: Sequence[Comparison], general: GeneralReport) -> l
         for each in comparisons
         if (each.run, each.measure) in there
     ]
+
+
+def general_markdown(general: Mapping[str, Any]) -> list[str]:
+    """Return what a report says of the general collection, as lines of Markdown."""
+    lines = ["", f"## Beside {amount(general['num_queries'], 'general queries')}", ""]
+    header = ["run", "measure", "own: difference", "95% interval", "general: difference", "95% interval"]
+    lines += markdown_table(
+        header,
+        [
+            [row["run"], row["measure"], *(cell for side in ("own", "general") for cell in difference_cells(row[side]))]
+            for row in general["rows"]
+        ],
+    )
+    return lines + [line for each in general["verdicts"] for line in ("", f"General: {markdown(each['sentence'])}")]

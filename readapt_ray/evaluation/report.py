@@ -13,11 +13,20 @@ import jinja2
 import numpy as np
 
 from readapt_ray.evaluation import plots
-from readapt_ray.evaluation.general_report import GeneralReport, side_by_side
+from readapt_ray.evaluation.general_report import GeneralReport, general_markdown, side_by_side
 from readapt_ray.evaluation.measures import Judgements, Measurement, describe_measures, recall_curve
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
-from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
+from readapt_ray.evaluation.tables import (
+    MAX_NAMED,
+    difference_cells,
+    markdown,
+    markdown_table,
+    named,
+    p_value,
+    signed,
+    value,
+)
 from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.truncation import sentence
@@ -46,6 +55,7 @@ def build_report(
     seed: int,
     requirements: Sequence[Mapping[str, Any]] = (),
     general: GeneralReport | None = None,
+    num_unknown: int = 0,
 ) -> dict[str, Any]:
     """Put together all that the report says, as JSON values.
 
@@ -61,6 +71,7 @@ def build_report(
         seed: of the tests and of the intervals.
         requirements: what must hold, and whether it does; see `requirements.py`.
         general: what the same retrievers do on a general collection.
+        num_unknown: judgements of passages that the corpus does not have.
     """
     names = list(runs)
     query_ids = measurements[names[0]].query_ids
@@ -85,6 +96,8 @@ def build_report(
         "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
         "num_unjudged": len(query_texts.keys() - set(query_ids)),
+        "num_unknown": num_unknown,
+        "num_judgements": sum(map(len, judgements.values())),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
         "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
@@ -142,7 +155,9 @@ def page_template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=value, signed=signed, p=p_value, pretty=_pretty, unjudged=_unjudged)
+    environment.filters.update(
+        value=value, signed=signed, p=p_value, pretty=_pretty, unjudged=_unjudged, unknown=_unknown
+    )
     return environment.get_template(name)
 
 
@@ -178,6 +193,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     )
     if report["num_unjudged"]:
         lines += ["", _unjudged(report)]
+    if report["num_unknown"]:
+        lines += ["", _unknown(report)]
     lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     lines += [line for run in report["runs"] for note in _notes(run) for line in ("", markdown(note))]
     if report["comparisons"]:
@@ -185,7 +202,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
         lines += markdown_table(header, [_comparison_row(each) for each in report["comparisons"]])
         lines += ["", _method(report["settings"])]
-    lines += _beside_general(report)
+    if report["general"]:
+        lines += general_markdown(report["general"])
     for change in report["changes"]:
         for key in ("gained", "lost"):
             lines += ["", f"## Queries that {key} most: {markdown(change['run'])}, {change['measure']}", ""]
@@ -203,30 +221,6 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _beside_general(report: Mapping[str, Any]) -> list[str]:
-    general = report["general"]
-    if not general:
-        return []
-    lines = ["", f"## Beside {amount(general['num_queries'], 'general queries')}", ""]
-    header = ["run", "measure", "own: difference", "95% interval", "general: difference", "95% interval"]
-    lines += markdown_table(
-        header,
-        [
-            [row["run"], row["measure"], *(cell for side in ("own", "general") for cell in _difference(row[side]))]
-            for row in general["rows"]
-        ],
-    )
-    return lines + [line for each in general["verdicts"] for line in ("", f"General: {markdown(each['sentence'])}")]
-
-
-def _difference(each: Mapping[str, Any]) -> list[str]:
-    interval = each["interval"]
-    return [
-        signed(each["difference"]),
-        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
-    ]
-
-
 def _notes(run: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a run lacks, and what truncation took from its passages."""
     for key, meaning in (
@@ -242,6 +236,11 @@ def _notes(run: Mapping[str, Any]) -> Iterator[str]:
 def _unjudged(report: Mapping[str, Any]) -> str:
     total = report["num_queries"] + report["num_unjudged"]
     return f"{report['num_queries']:,} of the {total:,} queries are judged in these qrels; only these count."
+
+
+def _unknown(report: Mapping[str, Any]) -> str:
+    counts = f"{report['num_unknown']:,} of {amount(report['num_judgements'], 'judgements')}"
+    return f"{counts} are of passages that the corpus does not have: no run can find them."
 
 
 def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -371,7 +370,7 @@ def _comparison_row(each: Mapping[str, Any]) -> list[str]:
     return [
         each["run"],
         each["measure"],
-        *_difference(each),
+        *difference_cells(each),
         p_value(each["p_value"]),
         p_value(each["p_holm"]),
         *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),

@@ -283,6 +283,7 @@ def _write(
         seed=config.seed,
         requirements=requirements,
         general=general,
+        num_unknown=loaded.num_unknown,
     )
     folder = workspace.location
     _write_per_query(folder / "per_query.parquet", measurements)

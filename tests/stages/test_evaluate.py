@@ -91,6 +91,9 @@ def test_judgements_of_passages_that_the_corpus_lacks_are_counted_and_named(worl
         f"3 of {len(qrels) + 3} judgements are of 2 passages that {world}/corpus does not have, so no run can find them: gone, lost"
     ]
     assert artifact.manifest.details["qrels_of_unknown_passages"] == 3
+    for name in ("report.md", "report.html"):
+        said = (artifact.location / name).read_text()
+        assert f"3 of {len(qrels) + 3} judgements are of passages that the corpus does not have" in said
     caplog.clear()
     artifact = evaluate(_config(world, corpus=f"{world}/corpus", overwrite=True))
     assert artifact.manifest.details["qrels_of_unknown_passages"] == 0
