@@ -442,7 +442,7 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
         f"root: {tmp_path}/root\n"
     )
     said = refused(capsys, "run", "--config", str(file))
-    assert f"under '{tmp_path}/root' stands what was made otherwise: " in said
+    assert f"outputs under '{tmp_path}/root' were made with other options or inputs: " in said
     assert "Stale, with the time each took: corpus (" in said
     assert said.endswith("with --overwrite (or --from ingest), or give another --root")
     options = parser_of("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])

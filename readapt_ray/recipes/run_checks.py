@@ -222,7 +222,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
         with problems.noted():
             raise ArtifactConflictError(
-                f"under {config.root!r} stands what was made otherwise: {standing.summary(stale)}. Make these again, and only "
+                f"outputs under {config.root!r} were made with other options or inputs: {standing.summary(stale)}. Make these again, and only "
                 f"these, with --overwrite (or --from {first}), or give another --root"
             )
 
