@@ -134,7 +134,7 @@ def _run_stage(command: str, arguments: Sequence[str]) -> None:
 
 
 def _tell(artifact: "Artifact") -> None:
-    """What an artifact has to say beyond its counts: a report its verdicts and tables, a corpus what was left out."""
+    """Print what an artifact says beyond its counts: a report its verdicts and tables, a corpus what was left out."""
     if artifact.manifest.stage in ("evaluate", "drift"):
         lines = (artifact.location / "report.md").read_text().splitlines()
         print("\n".join(itertools.takewhile(lambda line: line != _PROVENANCE, lines)))

@@ -287,7 +287,7 @@ def _items(text: str) -> list[str]:
 
 
 def _closing(text: str, at: int) -> int:
-    """Where to go on after the character at `at`: behind its closing bracket, if it is a bracket that is closed."""
+    """Return the index after the character at `at`: after its closing bracket, if it is a bracket that is closed."""
     expected = []
     for place in range(at, len(text)):
         if text[place] in _CLOSING:

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"readapt {command}", description=description, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls where something does not fit.
+        """Handle an error of argparse.
 
         Raises:
             InputError: always.
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(command: str, description: str, config_class: type[C], arguments: Sequence[str]) -> C:
-    """Flags, and a YAML file under them where `--config` names one, as a config.
+    """Parse flags into a config, over a YAML file if `--config` names one.
 
     Raises:
         InputError: an option is unknown, missing or wrong.
@@ -99,7 +99,7 @@ def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._Argu
 
 
 def _rank(name: str, field: FieldInfo) -> tuple[bool, bool]:
-    """Required options come first, and of these the output last."""
+    """Sort required options first, and of these the output last."""
     return not field.is_required(), name == "output"
 
 

@@ -66,7 +66,7 @@ class ProgressReporter:
             self._row.update(done, self.total, pace=", ".join(self._pace()), note=note)
 
     def rate(self) -> float:
-        """Units a second; 0 where nothing can be said yet."""
+        """Return units per second; 0 if nothing is known yet."""
         if self._rated_from is None:
             return 0.0
         first, since_s = self._rated_from

@@ -17,7 +17,7 @@ from readapt_ray.storage import Location
 
 
 def rows(root: Location, usd_per_hour: Callable[[str], float] | None = None) -> list[dict[str, Any]]:
-    """One row an artifact: its folder, stage, state, seconds and what it says.
+    """Return one row per artifact: its folder, stage, state, seconds and summary.
 
     The states: done, stale (made from something else than what is in the root, or with other options than the run
     has), running, stopped, failed, unreadable, missing.

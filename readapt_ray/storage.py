@@ -130,7 +130,7 @@ class Location:
         return [self / relative for relative, _ in self.listing(suffix, recursive=recursive)]
 
     def listing(self, suffix: str = "", *, recursive: bool = False) -> list[tuple[str, pafs.FileInfo]]:
-        """As `files`: each file's path relative to this folder, and what the filesystem says of it."""
+        """List as `files`: each file's path relative to this folder, and what the filesystem says of it."""
         selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = []
         for info in self.filesystem.get_file_info(selector):

@@ -205,7 +205,7 @@ def find_retriever(name: str) -> Retriever | None:
 
 
 def split_commit(name: str) -> tuple[str, str | None]:
-    """`owner/name@commit` in its two parts; None for a name without a commit."""
+    """Split `owner/name@commit` in its two parts; None for a name without a commit."""
     found = _PINNED.fullmatch(name)
     return (found[1], found[2]) if found else (name, None)
 

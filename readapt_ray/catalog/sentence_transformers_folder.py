@@ -79,7 +79,7 @@ def read_encoding(model: ModelFolder, tokenizer: Any, tokenizer_config: Mapping[
 
 @functools.cache
 def _warn_of_no_end(name: str) -> None:
-    """Once a process: what a model asks for is looked up in several places."""
+    """Warn once per process: several places look up what a model asks for."""
     logger.warning(
         "%s pools the last token, and its tokenizer puts no special token behind a text; if it was trained with one, give "
         "--encoding FILE.json with add_eos true",
@@ -119,7 +119,7 @@ def _similarity(model: ModelFolder, encoder: Mapping[str, Any]) -> str:
 
 
 def _longest_text(model: ModelFolder, tokenizer: Any) -> int:
-    """Tokens, as sentence-transformers finds them: the tokenizer's limit, and the model's."""
+    """Return the maximum tokens as sentence-transformers finds them: the tokenizer's limit, and the model's."""
     return min(int(tokenizer.model_max_length), usable_positions(model.config))
 
 

@@ -221,7 +221,7 @@ def _remote_config(name: str, folder: Location) -> dict[str, Any]:
 
 
 def _hub_config(name: str, hub_id: str) -> dict[str, Any]:
-    """Only config.json is fetched, not the weights."""
+    """Fetch config.json alone, not the weights."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -60,7 +60,7 @@ class BlockStream(ray.train.DataConfig):  # type: ignore[misc]
 
     @staticmethod
     def no_dataset() -> None:
-        """Stand for the dataset that Ray Train wants before the number of workers is known."""
+        """Return a placeholder for the dataset that Ray Train wants before the number of workers is known."""
 
     def configure(self, *, world_size: int, **_: Any) -> list[dict[str, Any]]:
         """Return the iterator of each worker; Ray Train calls this in an actor, once all workers ask for theirs."""
@@ -98,7 +98,7 @@ class _Source(Datasource):  # type: ignore[misc]
         self.num_tasks = len(self._tasks)
 
     def estimate_inmemory_data_size(self) -> int | None:
-        """Unknown."""
+        """Return None: the size is unknown."""
         return None
 
     def get_read_tasks(self, *_: Any, **__: Any) -> list[ReadTask]:

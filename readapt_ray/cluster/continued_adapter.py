@@ -82,7 +82,7 @@ def check_base(adapter: OpenModel, model: OpenModel) -> None:
 
 
 def load(model: Any, name: str, *, due: Collection[str], driver_node: str) -> None:
-    """On a worker: let the adapters of a model begin with the weights of an earlier one. Collective under ZeRO-3.
+    """Start the adapters of a model with the weights of an earlier one. Called on a worker; collective under ZeRO-3.
 
     Raises:
         FingerprintMismatchError: there is another adapter of this name on this node.

@@ -118,7 +118,7 @@ def _strata(passages: ParquetRows, joined: Joined | None, size: int) -> list[Dat
 
 
 def _forecast(ledger: ShardLedger, num_to_encode: int, num_passages: int, num_workers: int) -> dict[str, Any]:
-    """Each a mean over strata times what is to be encoded, with the half-width of its 95% interval."""
+    """Estimate each figure as a mean over strata times what is to be encoded, with the half-width of its 95% interval."""
     num_rows = np.array([len(shard) for shard in ledger.shards])
 
     def scaled(name: str, factor: float) -> dict[str, float]:

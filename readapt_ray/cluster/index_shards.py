@@ -104,7 +104,7 @@ def cut_shards(
 
 
 def task_cpus(plan: ShardPlan, num_rows: int) -> int:
-    """CPUs of a task that makes a shard of so many vectors: one per 4 GiB of it, and one per 262,144 vectors."""
+    """Return the CPUs of a task that makes a shard: one per 4 GiB of it, and one per 262,144 vectors."""
     import ray
 
     connection.connect()
@@ -149,7 +149,7 @@ def train_once(everything: NewShard) -> None:
 
 
 def _train(everything: NewShard) -> None:
-    """On a worker: train an index on a sample, and write it without vectors; then queries to measure recall with, if none are."""
+    """Train an index on a sample and write it without vectors; then queries to measure recall with, if none are there."""
     plan = everything.plan
     faiss = on_worker.faiss_on_threads(plan.num_cpus)
     from readapt_ray.retrieval.faiss_build import train
@@ -213,7 +213,7 @@ def _results(pending: Sequence[NewShard | KeptShard], plan: ShardPlan) -> Iterat
 
 
 def _make(shard: NewShard | KeptShard) -> "ShardRecord":
-    """On a worker: one shard."""
+    """Make one shard, in a task."""
     if isinstance(shard, NewShard):
         return _build_shard(shard)
     from readapt_ray.retrieval.index_files import ShardRecord, carry_over
@@ -272,7 +272,7 @@ def _queries(plan: ShardPlan) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
 
 
 def _read(shard: NewShard) -> Iterator[tuple[list[str], NDArray[np.float32], bytes]]:
-    """doc_ids, vectors and content hashes of a shard's rows, a chunk at a time."""
+    """Yield doc_ids, vectors and content hashes of a shard's rows, a chunk at a time."""
     for start in range(0, len(shard.rows), _CHUNK_ROWS):
         rows = np.asarray(shard.rows[start : start + _CHUNK_ROWS])
         table = shard.vectors.take(rows, (*VECTOR_COLUMNS, "content_hash"))

@@ -70,7 +70,7 @@ def check_gpus() -> None:
 
 
 def check_same_model(name: str, fingerprint: Callable[[], str], due: Collection[str], *, driver_node: str) -> None:
-    """On another node than the driver's: see that a model is the one that the driver found under this name.
+    """Check on another node that a name means the same model as on the driver.
 
     Args:
         name: of the model.
@@ -124,7 +124,7 @@ def load_encoder(
 
 
 def faiss_on_threads(num_threads: int) -> Any:
-    """FAISS for a task of some CPUs. Its own BLAS takes all cores, and waits for them busily, unless told before it is loaded."""
+    """Return FAISS for a task of some CPUs. Its BLAS takes all cores and busy-waits unless told before it is loaded."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", str(num_threads))
     from readapt_ray.retrieval.faiss_build import faiss
 

@@ -161,7 +161,7 @@ def check_asked(wanted: Placement, *, who: str) -> None:
 
 @contextlib.contextmanager
 def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str) -> Iterator[None]:
-    """While the block runs, say every minute what is waited for where the nodes that are left have no room for so many.
+    """Log once per minute, while the block runs, what is waited for if the remaining nodes lack room for it.
 
     Args:
         num_workers: how many the block cannot do without.

@@ -53,7 +53,7 @@ class ProcessGroupBackend(_TorchBackend):  # type: ignore[misc]
 
 
 def choose_interface() -> None:
-    """On a worker: Gloo's network is that by which Ray knows its node, unless GLOO_SOCKET_IFNAME says otherwise."""
+    """Set Gloo's network to the one by which Ray knows this node, unless GLOO_SOCKET_IFNAME is set."""
     address = ray.util.get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address and each.family in (socket.AF_INET, socket.AF_INET6) for each in addresses):

@@ -161,7 +161,7 @@ def _write_pieces(
     driver_node: str,
     num_threads: int,
 ) -> Iterator[int]:
-    """On a worker: load the model and answer pieces; yields the tokens of each."""
+    """Load the model and answer pieces, in a task; yields the tokens of each."""
     import torch
 
     from readapt_ray.retrieval.encoder import DTYPES

@@ -115,7 +115,7 @@ def _num_rows(content: Content) -> int:
 
 
 def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str) -> tuple[np.ndarray, np.ndarray]:
-    """On a worker: an index shard in FAISS, or ranges of vectors streamed through exact search on a device.
+    """Search an index shard in FAISS, or stream ranges of vectors through exact search on a device; in a task.
 
     Returns:
         Scores [Q, K], and the number of each row in the whole, -1 for none: 12 bytes a hit travel.
@@ -151,7 +151,7 @@ def _search_piece(piece: _Piece, queries: Sequence[Any], top_k: int, device: str
 def _search_words(
     piece: _Piece, texts: Sequence[str], sha256s: dict[str, str], top_k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """On a worker: the words of an index shard; returns what `_search_piece` does."""
+    """Search the words of an index shard, in a task; returns what `_search_piece` does."""
     from readapt_ray.retrieval.bm25 import search_words
     from readapt_ray.retrieval.index_files import ShardRecord, read_ids, read_words
 
@@ -171,7 +171,7 @@ def _numbered(hits: "Hits", doc_ids: pa.Array, piece: _Piece) -> tuple[np.ndarra
 
 
 def _names(piece: _Piece, rows: np.ndarray) -> tuple[int, pa.Array]:
-    """On a worker: the doc_ids of some rows of a piece, behind its number."""
+    """Return the doc_ids of some rows of a piece, with its number, in a task."""
     if isinstance(piece.content, dict):
         from readapt_ray.retrieval.index_files import ShardRecord, read_ids
 

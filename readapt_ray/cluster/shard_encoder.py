@@ -164,5 +164,5 @@ class ShardEncoder:
 
 
 def _seconds(value: float) -> str:
-    """At one width, so that the size of a file does not depend on the clock."""
+    """Format seconds at one width, so that the size of a file does not depend on the clock."""
     return f"{value:012.3f}"

@@ -25,7 +25,7 @@ TokensAndLosses = tuple[list[list[int]], list[int]]
 
 
 def tokenize_in_task(shard: pa.Table, job: EmbedJob) -> pa.Table:
-    """As `tokenize_shard`, with a tokenizer that the process keeps."""
+    """Tokenise as `tokenize_shard`, with a tokenizer that the process keeps."""
 
     def tokenize(texts: list[str], titles: list[str]) -> TokensAndLosses:
         tokenizer = _tokenizer(job.model_name, job.encoding.model_dump_json(), job.tokenizer, job.driver_node)

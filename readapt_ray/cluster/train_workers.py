@@ -47,7 +47,7 @@ class Outcome:
     """Step metrics, each step once."""
 
     def details(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the details for the manifest."""
         rows = self.rows
         tail = rows[-max(1, len(rows) // 20) :]
         return {
@@ -240,7 +240,7 @@ def _release_failed_start(error: Exception, monitor: Any) -> None:
 
 
 def _entered(config: dict[str, Any]) -> None:
-    """On the worker: as many threads as it has CPUs, then the work.
+    """Set as many threads as the worker has CPUs, then do the work.
 
     An error of ours would come again at every new start: it is left on the monitor, and a worker that finds
     one there ends at once.

@@ -278,7 +278,7 @@ class Layout:
     """int64"""
 
     def spread(self, row_THD: Tensor) -> list[Tensor]:
-        """[T, H, D] to [N, H, width, D] of each group; on a CPU in float32, where torch's attention is fastest."""
+        """Spread [T, H, D] to [N, H, width, D] of each group; on a CPU in float32, where torch's attention is fastest."""
         slots_SHD: Tensor = _Spread.apply(row_THD, self)  # type: ignore[no-untyped-call]
         parts = torch.split(slots_SHD, [group.num_slots for group in self.groups])
         dtype = torch.float32 if slots_SHD.device.type == "cpu" and slots_SHD.dtype.itemsize < 4 else slots_SHD.dtype
@@ -288,7 +288,7 @@ class Layout:
         ]
 
     def gather(self, slots_SHD: Tensor) -> Tensor:
-        """[S, H, D] to [T, H, D]."""
+        """Gather [S, H, D] to [T, H, D]."""
         return _Gather.apply(slots_SHD, self)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -25,7 +25,7 @@ class GatedMLP(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to the same."""
+        """Map [..., H] to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if torch.compiler.is_compiling():
             return self.down_proj(functional.silu(gate) * up)  # type: ignore[no-any-return]

@@ -32,7 +32,7 @@ class FusedRMSNorm(nn.Module):
         self.eps = float(norm.variance_epsilon)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., H] to the same, in the type of `x`; CUDA's autocast would give float32."""
+        """Map [..., H] to the same shape, in the type of `x`; CUDA's autocast would give float32."""
         with torch.autocast(x.device.type, enabled=False):
             return functional.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 

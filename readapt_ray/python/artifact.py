@@ -93,7 +93,7 @@ class Artifact(artifacts.Artifact):
         )
 
     def to_pandas(self) -> "pd.DataFrame":
-        """All rows in memory, as pandas has them.
+        """Return all rows as a pandas DataFrame, in memory.
 
         Raises:
             InputError: the artifact is a model.

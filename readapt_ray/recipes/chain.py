@@ -208,7 +208,7 @@ def plan_run(config: RunConfig) -> list[Step]:
 
 
 def plan_steps(config: RunConfig, problems: Problems) -> list[Step]:
-    """As `plan_run`, but what is wrong is noted, and the steps that it concerns are left out."""
+    """Plan as `plan_run`, but note what is wrong and leave out the steps that it concerns."""
     steps = _Plan(config, problems).steps()
     for check in (_check_merge, _check_evaluate):
         with problems.noted():

@@ -172,7 +172,7 @@ class Encoder:
     def tokenize_with_losses(
         self, texts: Sequence[str], kind: Kind, titles: Sequence[str] | None = None
     ) -> tuple[list[list[int]], list[int]]:
-        """As `tokenize`, and how many tokens truncation took from each text."""
+        """Tokenise as `tokenize`, and count the tokens that truncation took from each text."""
         return self._tokenizer.ids_and_losses(texts, kind, titles)
 
     def encode_ids(self, rows: Sequence[Tokens], domains: Sequence[DomainUse | None] | None = None) -> np.ndarray:
@@ -213,7 +213,8 @@ class Encoder:
         return vectors[place]
 
     def encode_usable(self, rows: Sequence[Tokens]) -> np.ndarray:
-        """As `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in float32.
+        """Encode as `encode_ids`; a text whose vector cannot be searched (NaN, infinity, zero) is encoded again in
+        float32.
 
         Returns:
             float32 [N, D]; what is not finite in float32 either is unchanged, and `is_usable` finds it.
@@ -244,7 +245,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward(self, rows: Sequence[Tokens], uses: Sequence[DomainUse | None]) -> np.ndarray:
-        """One batch: float32 [B, D]."""
+        """Encode one batch to float32 [B, D]."""
         if self._domains is None:
             vectors = self._forward_pass.pooled(rows)
         else:
@@ -315,7 +316,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[np.ndarray]:
-    """Indices in batches of like length, longest first, so that memory is at its peak at once.
+    """Group indices into batches of similar length, longest first, so that memory peaks at once.
 
     A batch holds at most `batch_tokens` tokens with its padding, or a single text.
 

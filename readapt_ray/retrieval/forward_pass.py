@@ -71,7 +71,7 @@ class ForwardPass:
         return alike
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Pooled, [B, H]: each text a row, padded on the right."""
+        """Return pooled vectors [B, H], with each text a row that is padded on the right."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
         for row, tokens in zip(ids, rows, strict=True):
@@ -85,7 +85,7 @@ class ForwardPass:
         return pool(hidden, mask, self._pooling)
 
     def _packed(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
-        """Pooled, [B, H]: all texts in one row."""
+        """Return pooled vectors [B, H], with all texts in one row."""
         lengths = [len(row) for row in rows]
         ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
         positions = np.concatenate([np.arange(length) for length in lengths])[None]

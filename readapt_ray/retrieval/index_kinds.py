@@ -156,7 +156,9 @@ def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
 
 
 def _lists(num_vectors: int, dimension: int) -> int:
-    """FAISS's guidance: some four square roots, and 39 vectors a list to train on, which must fit one task."""
+    """Choose the number of lists by FAISS's guidance: some four square roots, and 39 vectors per list to train on,
+    which must fit one task.
+    """
     trained = min(num_vectors, TRAINING_BYTES // (4 * dimension)) // _VECTORS_PER_LIST
     return max(1, min(int(4 * math.sqrt(num_vectors)), trained, _MAX_LISTS))
 
@@ -166,7 +168,7 @@ def _default_codes(dimension: int) -> int:
 
 
 def vector_bytes(options: IndexOptions, dimension: int) -> float:
-    """Bytes that a vector takes in memory, ids aside."""
+    """Return the bytes that a vector takes in memory, without ids."""
     stored = _ELEMENT_BYTES[options.storage] * dimension
     refined = stored if options.refine else 0
     return {

@@ -140,7 +140,7 @@ def _ever_further(index: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _probing(index: Any, num_lists: int) -> Any:
-    """Parameters of one search that probes so many lists; the index itself, which others search too, stays as it is."""
+    """Return parameters of one search that probes so many lists; the index, which others search too, is unchanged."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         below = _probing(index.base_index, num_lists)
@@ -151,7 +151,7 @@ def _probing(index: Any, num_lists: int) -> Any:
 
 
 def _among(index: Any, selector: Any, factor: float) -> Any:
-    """Parameters of one search among the rows of a selector, that looks at so many times more of the index."""
+    """Return parameters of one search among the rows of a selector that looks at so many times more of the index."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexRefine):
         below = _among(index.base_index, selector, factor)

@@ -33,7 +33,7 @@ class ParquetRows:
         return sum(count for _, count in self.counts)
 
     def take(self, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-        """Some rows, in the order asked for; of each file only the row groups that hold them are read.
+        """Return some rows in the order asked for; read only the row groups that hold them.
 
         A column that no file has is left out; one that some lack is null there.
 
@@ -61,7 +61,7 @@ class ParquetRows:
 
 
 def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[str]) -> pa.Table:
-    """Rows `start` to `start + num_rows`; only the row groups that hold them are read.
+    """Read rows `start` to `start + num_rows`, and only the row groups that hold them.
 
     Columns that the file does not have are left out.
 
@@ -86,7 +86,7 @@ def read_rows(location: Location, start: int, num_rows: int, columns: Sequence[s
 
 
 def _scattered(location: Location, rows: NDArray[np.int64], columns: Sequence[str]) -> pa.Table:
-    """Rising rows of one file, a row group in memory at a time."""
+    """Yield rising rows of one file, with one row group in memory at a time."""
     tables = []
     with explain_damage(location), location.open_input() as stream, pq.ParquetFile(stream) as file:
         there = [name for name in columns if name in file.schema_arrow.names]

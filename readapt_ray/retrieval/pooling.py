@@ -12,7 +12,7 @@ from readapt_ray.catalog.encoding import Pooling
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
-    """One vector a text.
+    """Pool padded states to one vector per text.
 
     Args:
         hidden: hidden states [B, T, H], any floating type.
@@ -43,7 +43,7 @@ def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Te
 
 
 def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], pooling: Pooling) -> torch.Tensor:
-    """One vector a text, of texts laid end to end.
+    """Pool concatenated texts to one vector per text.
 
     Args:
         hidden: hidden states [T, H] of all tokens.
@@ -63,5 +63,5 @@ def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], pooling: Pooling) 
 
 
 def normalized(vectors: torch.Tensor) -> torch.Tensor:
-    """Each row divided by its length, in float32 [B, H]. A row of zeros stays zero."""
+    """Divide each row by its length, in float32 [B, H]. A row of zeros stays zero."""
     return torch.nn.functional.normalize(vectors.float(), dim=-1, eps=1e-12)

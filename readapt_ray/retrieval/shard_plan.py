@@ -145,12 +145,12 @@ def hashes_of(table: pa.Table) -> NDArray[np.uint64]:
 
 
 def packed_hashes(digests: Iterable[bytes | None]) -> bytes:
-    """Content hashes end to end; zeros, which match nothing, where there is none."""
+    """Concatenate content hashes; zeros, which match nothing, if there is none."""
     return b"".join(digest or bytes(_HASH_BYTES) for digest in digests)
 
 
 def first_rows(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each row the first row of the same content, [N]."""
+    """Return for each row the first row of the same content, [N]."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))
     ordered = hashes[order]
     begins = np.ones(len(order), bool)
@@ -162,7 +162,7 @@ def first_rows(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def matching_rows(hashes: NDArray[np.uint64], there: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """For each row a row of `there` of the same content, -1 where there is none: [N]."""
+    """Return for each row a row of `there` of the same content, or -1: [N]."""
     first = first_rows(np.concatenate([there, hashes]))[len(there) :]
     known = (first < len(there)) & there[np.minimum(first, len(there) - 1)].any(axis=1) if len(there) else first < 0
     return np.where(known, first, -1)

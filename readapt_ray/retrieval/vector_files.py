@@ -233,7 +233,7 @@ def matrix_of(table: pa.Table, where: object) -> tuple[list[str], NDArray[np.flo
 def iterate_vectors(
     folder: Location, ranges: Sequence[RowRange], *, chunk_rows: int = _CHUNK_ROWS
 ) -> Iterator[tuple[list[str], NDArray[np.float32]]]:
-    """doc_ids and vectors of the ranges, in chunks of at most `chunk_rows` rows.
+    """Yield doc_ids and vectors of the ranges, in chunks of at most `chunk_rows` rows.
 
     Raises:
         CorruptFileError: as `read_rows` and `matrix_of`.

@@ -54,7 +54,7 @@ class InputTokenizer:
     def blocks(
         self, given: str | Sequence[Any], kind: Kind, *, param: str, truncate: bool, max_inputs: int
     ) -> Iterator[list[list[int]]]:
-        """Token ids of each text, template and specials included, some texts at a time, in their order.
+        """Yield the token ids of each text with template and specials, some texts at a time, in their order.
 
         Args:
             given: a text, a list of texts, or token ids in either form.

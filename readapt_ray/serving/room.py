@@ -44,8 +44,8 @@ def check_room(added: Sequence[VersionConfig]) -> None:
 
 def _processes(config: VersionConfig) -> list[Resources]:
     """Return what each process of a version asks for."""
-    encoder = {"CPU": config.num_cpus_per_replica, "GPU": app.num_gpus(config)}
-    slices = [
+    encoder: Resources = {"CPU": config.num_cpus_per_replica, "GPU": app.num_gpus(config)}
+    slices: list[Resources] = [
         {"CPU": config.num_cpus_per_index_actor, "memory": float(part.num_bytes)} for part in planned_slices(config)
     ]
     return [encoder] * config.num_replicas + slices * config.index_replicas

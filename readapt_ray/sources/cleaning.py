@@ -22,7 +22,9 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean_text(text: str) -> str:
-    """Unicode NFC, no control characters, every run of white space one newline or one space, no edges."""
+    """Normalise to Unicode NFC without control characters; runs of white space become one newline or one space, edges
+    none.
+    """
     if text.isprintable() and "  " not in text:  # neither control characters nor white space but single spaces
         return unicodedata.normalize("NFC", text).strip()
     text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
@@ -37,7 +39,7 @@ def clean_id(value: str) -> str:
 
 
 def encoded_white_space(text: str) -> str:
-    """White space as in a URL: a space as %20."""
+    """Encode white space as in a URL: a space as %20."""
     if text.isprintable() and " " not in text:
         return text
     return _WHITE_SPACE.sub(lambda found: urllib.parse.quote(found[0]), text)

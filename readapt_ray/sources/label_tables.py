@@ -174,7 +174,7 @@ def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> I
                 continue
             order = _trec_order(width, label)
         if len(fields) != width:
-            yield BadRow(f"{label}:{line.number}", "wrong_columns")
+            yield BadRow(f"{label}:{line.number}", "wrong_columns", f"{len(fields)}, not {width}")
         else:
             yield f"{label}:{line.number}", tuple(fields[at] for at in order)
 

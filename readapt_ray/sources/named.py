@@ -45,7 +45,7 @@ class NamedSource(Source):
         self.has_qrels = bool(self._dataset.has_qrels())
 
     def check(self) -> None:
-        """It has documents, and they can be fetched."""
+        """Check that it has documents and that they can be fetched."""
         if not self._dataset.has_docs():
             raise CorpusError(f"{PREFIX}{self._name} has no documents; name a collection that has them")
         peeked = list(itertools.islice(self._documents(), _PEEKED_DOCUMENTS if self._choice.keep else 1))
@@ -57,7 +57,7 @@ class NamedSource(Source):
             self.kept = kept_schema(self._choice, types)
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Document after document."""
+        """Yield the rows of one document after the other."""
         total = self._expected_rows()
         for number, document in enumerate(self._documents(), start=1):
             place, title = f"{self._name}:{number}", getattr(document, "title", None)
@@ -84,11 +84,11 @@ class NamedSource(Source):
             ) from error
 
     def _expected_rows(self) -> int:
-        """From the package's own table, which needs no download."""
+        """Return the number from the package's own table, which needs no download."""
         return int(self._dataset.metadata().get("docs", {}).get("count") or 0)
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Its queries, where it has them."""
+        """Return its queries, if it has them."""
         if self._dataset.has_queries():
             for number, query in enumerate(self._read("queries_iter"), start=1):
                 text = _text(query, QUERY_TEXT_NAMES)
@@ -100,7 +100,7 @@ class NamedSource(Source):
                 )
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Its judgements, under the split that its name ends with; else "test"."""
+        """Return its judgements, under the split that its name ends with; else "test"."""
         if not self.has_qrels:
             return {}
         split = next((part for part in reversed(self._name.split("/")) if part in _SPLITS), "test")
@@ -108,7 +108,7 @@ class NamedSource(Source):
         return {split: (Qrel(clean_id(q.query_id), clean_id(q.doc_id), int(q.relevance)) for q in qrels)}
 
     def fingerprint(self) -> str:
-        """By name: a published collection does not change."""
+        """Hash the name: a published collection does not change."""
         return fingerprint({"ir_datasets": self._name})
 
 

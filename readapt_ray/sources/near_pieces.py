@@ -214,7 +214,7 @@ def _records(sent: NDArray[np.void], later: NDArray[np.int64], before: NDArray[n
 
 
 def near_decide(rounds: int, job: PieceJob) -> dict[str, Any]:
-    """Go through the passages in the order of the source: one that is like a kept one is dropped, any other is kept.
+    """Decide in the order of the source: drop a passage that is like a kept one, keep any other.
 
     Returns:
         `count` and `num_bytes` of what this round drops, the `first` of them with what is kept, the `pieces` that have any,

@@ -177,12 +177,12 @@ class PythonDocsSource(Source):
         self._queries: list[Query] | None = None
 
     def check(self) -> None:
-        """There is a docstring."""
+        """Check that there is a docstring."""
         if next(self._rows([]), None) is None:
             raise CorpusError(f"the packages {', '.join(self._packages)} have no docstrings; name others")
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """Docstring after docstring, in the order of the packages and their files."""
+        """Yield one docstring after the other, in the order of the packages and their files."""
         queries: list[Query] = []
         yield from self._rows(queries)
         self._queries = queries
@@ -211,7 +211,7 @@ class PythonDocsSource(Source):
         yield from self._queries or ()
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Each query has one relevant passage: the rest of its docstring."""
+        """Return one relevant passage per query: the rest of its docstring."""
         return {
             SPLIT: (
                 Qrel(q.query_id, q.query_id.removeprefix(QUERY_PREFIX), 1)
@@ -221,7 +221,7 @@ class PythonDocsSource(Source):
         }
 
     def fingerprint(self) -> str:
-        """By the dotted names and the content of the files."""
+        """Hash the dotted names and the content of the files."""
         return fingerprint(
             {"python-docs": [[module, hashlib.sha256(path.read_bytes()).hexdigest()] for path, module in self._files]}
         )

@@ -47,7 +47,7 @@ class BadRow(NamedTuple):
         return f"{self.place}: {REASONS[self.reason]}{f': {self.value}' if self.value else ''}"
 
     def as_json(self) -> dict[str, str]:
-        """Its fields as a manifest has them."""
+        """Return its fields for a manifest."""
         return {name: text for name, text in self._asdict().items() if text}
 
 
@@ -122,16 +122,16 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Stands for all that it holds."""
+        """Hash all that it holds."""
 
     def description(self) -> dict[str, Any]:
         """Return what the manifest says of it: files and columns that are read, and those that are not."""
         return {}
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """Its queries."""
+        """Return its queries."""
         yield from ()
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """Its judgements by split."""
+        """Return its judgements by split."""
         return {}

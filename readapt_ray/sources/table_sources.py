@@ -34,6 +34,7 @@ class TableSource(Source):
         self.options = options
         self._location, self.table_format = location, table_format
         self._only = tuple(only)
+        self.name = str(location)
         self._columns: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ class TableSource(Source):
         return self._files
 
     def check(self) -> None:
-        """The first file with rows has the columns."""
+        """Check that the first file with rows has the columns."""
         files = self._files
         layouts = (self.table_format.layout(file, label, self.options) for label, file, _ in files)
         layout = next(filter(None, layouts), None)
@@ -78,7 +79,7 @@ class TableSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts(), "columns": self._columns}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """File after file."""
+        """Yield the rows of one file after the other."""
         files = self._files
         sizes = [max(file.size_bytes(), 1) for file in files]
         total, before = sum(sizes), 0

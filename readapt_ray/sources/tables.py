@@ -48,7 +48,7 @@ class TableFormat(Protocol):
         """How its files end."""
 
     def cut(self, file: Location, label: str, options: ReadOptions) -> Cut:
-        """Where a file can be cut into parts that are read on their own."""
+        """Return where a file can be cut into parts that are read on their own."""
 
     def layout(self, file: Location, label: str, options: ReadOptions) -> Layout | None:
         """Return which columns make a passage; None for a file without rows. Raises CorpusError where none do."""

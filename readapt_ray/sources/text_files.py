@@ -79,7 +79,7 @@ class TextSource(Source):
         return self._listing.files
 
     def check(self) -> None:
-        """There is a file with something in it."""
+        """Check that there is a file with text."""
         files = self._files
         if not files:
             raise CorpusError(f"{self._location} holds no text: no file there ends with {' or '.join(TEXT_SUFFIXES)}")
@@ -105,7 +105,7 @@ class TextSource(Source):
         return {"files": len(self._files), "files_not_read": self._listing.counts()}
 
     def rows(self) -> Iterator[Row | BadRow]:
-        """File after file."""
+        """Yield the rows of one file after the other."""
         for number, (label, document) in enumerate(self._documents()):
             if isinstance(document, BadRow):
                 yield document
@@ -114,7 +114,7 @@ class TextSource(Source):
             self.fraction_read = (number + 1) / len(self._files)
 
     def _documents(self) -> Iterator[tuple[str, Document | BadRow]]:
-        """Each file, in order, while the next ones are read."""
+        """Yield each file in order, while the next ones are read."""
         with ThreadPoolExecutor(_READERS) as pool:
             reads = ((file.label, pool.submit(self._read, file)) for file in self._files)
             ahead = collections.deque(itertools.islice(reads, _READERS))
@@ -149,7 +149,7 @@ class TextSource(Source):
                 yield Row(f"{label}#{number}", f"{doc_id}#{number}", title, piece, kept)
 
     def fingerprint(self) -> str:
-        """By the content of the files and their names."""
+        """Hash the content of the files and their names."""
         return files_fingerprint(self._files)
 
 

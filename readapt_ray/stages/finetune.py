@@ -156,7 +156,7 @@ def _finetune(
 
 
 def _work(job: dict[str, Any]) -> None:
-    """One worker's part."""
+    """Do one worker's part."""
     import torch
 
     from readapt_ray.training.contrastive import Contrast, pack

@@ -322,7 +322,7 @@ def _queries_note(config: MergeConfig) -> list[str]:
 def _low_rank(
     workspace: Workspace, config: MergeConfig, whole: "Readapter"
 ) -> Iterator[tuple["Readapter", list["Stored"]]]:
-    """The models, with the retriever's difference truncated where that was asked for."""
+    """Yield the models, with the retriever's difference truncated if that was asked for."""
     from readapt_ray.weights.low_rank import StoredDifference, write_difference
     from readapt_ray.weights.merging import Readapter
 

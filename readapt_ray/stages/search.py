@@ -266,7 +266,7 @@ def _encoded(
 
 
 def _depth(config: SearchConfig) -> int:
-    """Results of a search that are looked at: of two that are fused, a hundred at least."""
+    """Return how many results of a search are used; if two are fused, at least a hundred."""
     return config.drop_self_hits + (max(config.top_k, DEPTH) if config.mode == "hybrid" else config.top_k)
 
 

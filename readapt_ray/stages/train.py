@@ -209,7 +209,7 @@ def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Loc
 
 
 def _work(job: dict[str, Any]) -> None:
-    """One worker's part."""
+    """Do one worker's part."""
     from readapt_ray.cluster import block_stream
     from readapt_ray.training.language_model import LanguageModelling
 

@@ -73,7 +73,7 @@ class Contrast:
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
-        """This worker's micro-batches, after the vectors of all workers met where there are several."""
+        """Return this worker's micro-batches, after the workers exchanged their vectors."""
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]

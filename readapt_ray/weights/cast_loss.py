@@ -66,7 +66,9 @@ class CastLoss:
             mine.error += squares.error
 
     def survives(self) -> dict[str, dict[str, float | None]]:
-        """By kind of tensor the shares of the whole update and of the knowledge that survive; None where there is none."""
+        """Return by kind of tensor which share of the whole update and of the knowledge survives the cast; None without
+        any.
+        """
         return {
             kind: {"update": _share(each.error, each.update), "knowledge": _share(each.error, each.knowledge)}
             for kind, each in sorted(self.squares.items())

@@ -183,7 +183,7 @@ def _write_merged(module: torch.nn.Module, readapter: Readapter, scales: Scales)
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers prints a report and a bar for each load; what matters in them is raised as an error here."""
+    """Silence transformers' report and progress bar of a load; what matters in them is raised as an error here."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -222,7 +222,7 @@ class Checkpoint:
             raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
 
     def names(self) -> list[str]:
-        """All tensors, sorted with numbers compared as numbers: the same order however the files are split."""
+        """List all tensors, sorted with numbers compared as numbers: the same order however the files are split."""
         return sorted(self._tensors, key=natural_order)
 
     def __contains__(self, name: str) -> bool:

@@ -48,7 +48,7 @@ def check_cluster(root: str | None, models: tuple[str, ...], *, starts_gpus: boo
 
 @contextlib.contextmanager
 def _gpu_nodes(report: Report, *, starts: bool) -> Iterator[None]:
-    """Have the GPU nodes up that the cluster may grow to, if they are to be started; report those that are not up."""
+    """Start the GPU nodes that the cluster may grow to, if that is asked for; report those that are not up."""
     wanted = environment.num_gpus() or 0
     with contextlib.ExitStack() as stack:
         if starts:

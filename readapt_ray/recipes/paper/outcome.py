@@ -91,7 +91,7 @@ def _compared(outcome: _Outcome, measure: str) -> list[Comparison]:
 
 
 def _corrected(comparisons: Sequence[Sequence[Comparison]]) -> list[dict[str, Comparison]]:
-    """By variant, with Holm's correction over the whole table."""
+    """Return p-values by variant, with Holm's correction over the whole table."""
     p_values = [each.p_value for group in comparisons for each in group if each.p_value is not None]
     adjusted = iter(holm(p_values))
     return [
