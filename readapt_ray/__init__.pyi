@@ -352,6 +352,7 @@ def evaluate(
     queries: str | Path = '',
     columns: Sequence[str] = (),
     corpus: str | Path = '',
+    general: str | Path = '',
     require: Sequence[str] = (),
     num_permutations: int = 10000,
     seed: int = 0,
@@ -376,9 +377,12 @@ def evaluate(
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         corpus: Output of `readapt ingest`, to show titles and texts in the report.
+        general: Output of `readapt evaluate` for the same retrievers on a general collection, to show beside
+            the gain on one's own what adapting lost there.
         require: What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005"
             (the whole 95% interval of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the
-            mean). For each run after the first.
+            mean). For each run after the first. "general nDCG@10 >= base - 0.005" is of what `general`
+            measured.
         num_permutations: Number of random permutations in the significance test, and of bootstrap samples in
             the intervals. (default: 10000)
         seed: Random seed for the significance test and the intervals. (default: 0)

@@ -34,3 +34,11 @@ def collection(name: str) -> Path:
         except OSError:  # another process was first
             shutil.rmtree(unpacked)
     return target / name
+
+
+def case(name: str) -> Path:
+    """A small input on which the product once failed, beside the archives; skips the test where it is absent."""
+    path = data_folder().parent / "cases" / name
+    if not path.exists():
+        pytest.skip(f"no {path}: set READAPT_TEST_DATA to a folder that has cases/ beside it")
+    return path

@@ -18,7 +18,6 @@ from readapt_ray.artifacts import Workspace, fingerprint
 from readapt_ray.cluster import bounded_tasks, connection, on_worker, placement
 from readapt_ray.cluster.near_rounds import drop_near
 from readapt_ray.cluster.nodes import alive
-from readapt_ray.errors import CorpusError
 from readapt_ray.retrieval import footers
 from readapt_ray.sources import piece_files, row_checks
 from readapt_ray.sources.bad_rows import NUM_NAMED, BadRows
@@ -27,7 +26,7 @@ from readapt_ray.sources.kept_passages import KeptPassages
 from readapt_ray.sources.labels import WrittenLabels, write_labels
 from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import Piece
-from readapt_ray.sources.source import BadRow, in_words
+from readapt_ray.sources.source import BadRow
 from readapt_ray.sources.table_sources import LabelledTableSource, TableSource
 
 logger = logging.getLogger("readapt_ray")
@@ -183,9 +182,7 @@ class ParallelIngest:
         """
         num_kept = num_read - sum(found["count"] for found in lost)
         if not num_kept:
-            raise CorpusError(
-                f"no passages are left: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); the log names the first of them"
-            )
+            raise self._bad_rows.none_left(self._source.name)
         chunks = [piece["num_chunks"] for piece in pieces]
         kept = KeptPassages(self._job, [piece["parts"] for piece in pieces], chunks, lists)
         duplicates = self._duplicates(kept, contents)

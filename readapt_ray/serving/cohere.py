@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from readapt_ray.serving.answers import to_base64
 from readapt_ray.serving.schema import MAX_INPUTS, EmbeddingsRequest, InputType, Text, Whole
@@ -31,6 +31,11 @@ class EmbedRequest(BaseModel):
     """Numbers, which is the default, or the bytes of little-endian float32 in base64, or both."""
     output_dimension: Whole | None = None
     """As `dimensions` of `/v1/embeddings`."""
+
+    @field_validator("truncate", mode="before")
+    @classmethod
+    def _null_is_the_default(cls, value: Any) -> Any:
+        return "END" if value is None else value
 
     def as_embeddings_request(self) -> EmbeddingsRequest:
         """Return the same request in OpenAI's words."""

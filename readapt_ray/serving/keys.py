@@ -89,7 +89,9 @@ def _parse(name: str, entry: Any, where: str) -> ApiKey:
         raise InputError(f"{where}: requests_per_minute of {name!r} is {rate!r}; it must be a number over 0")
     # No message shows a key.
     if not isinstance(key, str) or len(key) < _MIN_CHARACTERS:
-        raise InputError(f"{where}: the key of {name!r} must be text of at least {_MIN_CHARACTERS} characters")
+        raise InputError(
+            f"{where}: the key of {name!r} must be text of at least {_MIN_CHARACTERS} characters; quote digits"
+        )
     if key.startswith(_HASHED):
         digest = key.removeprefix(_HASHED).lower()
         if len(digest) != 64 or set(digest) - set("0123456789abcdef"):

@@ -105,10 +105,10 @@ class SearchRequest(FilterFields, _Request):
     user: Text | None = None
     """Where versions share the searches that name no `model`, the same user gets the same version."""
 
-    @field_validator("top_k", mode="before")
+    @field_validator("mode", "top_k", "with_text", "truncate", mode="before")
     @classmethod
-    def _null_is_the_default(cls, value: Any) -> Any:
-        return 10 if value is None else value
+    def _null_is_the_default(cls, value: Any, info: Any) -> Any:
+        return cls.model_fields[info.field_name].default if value is None else value
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:

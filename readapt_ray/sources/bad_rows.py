@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
-from readapt_ray.sources.source import BadRow
+from readapt_ray.sources.source import BadRow, in_words
 
 logger = logging.getLogger("readapt_ray")
 
@@ -54,6 +54,16 @@ class BadRows:
             else:
                 found.append(record)
         return found
+
+    def none_left(self, source: str) -> CorpusError:
+        """Return the error of a source that gives no passage."""
+        reasons = in_words(dict(sorted(self.reasons.items())))
+        if not reasons:
+            return CorpusError(f"{source!r} holds no rows; give a corpus with at least one passage")
+        return CorpusError(
+            f"no passages are left of {source!r}: every row is bad ({reasons}); the log names the first of them: mend them, or say "
+            f"which columns of a table to read with --columns doc_id=COLUMN,text=COLUMN"
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return what the manifest says of them."""

@@ -160,7 +160,8 @@ def delimited_rows(
         elif record.start == header.first_line:
             continue
         elif len(record.fields) != len(header.names):
-            yield BadRow(f"{label}:{record.number}", "wrong_columns")
+            counts = f"{len(record.fields)}, not {len(header.names)}"
+            yield BadRow(f"{label}:{record.number}", "wrong_columns", counts)
         else:
             yield f"{label}:{record.number}", tuple(record.fields[place] for place in at)
 

@@ -112,8 +112,9 @@ def parsed_object(line: Line | BadRow, label: str) -> dict[str, Any] | BadRow:
         return line
     try:
         value = json.loads(line.text)
-    except (ValueError, RecursionError):
-        return BadRow(f"{label}:{line.number}", "not_json")
+    except (ValueError, RecursionError) as error:
+        why = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        return BadRow(f"{label}:{line.number}", "not_json", why)
     return value if isinstance(value, dict) else BadRow(f"{label}:{line.number}", "not_json_object")
 
 

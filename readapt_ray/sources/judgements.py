@@ -140,7 +140,7 @@ def iter_queries(location: Location, choice: ColumnChoice | None = None) -> Iter
         record = _query(place, query_id, text)
         if isinstance(record, Query):
             if record.query_id in seen:
-                yield BadRow(place, "duplicate_id")
+                yield BadRow(place, "duplicate_id", shown(record.query_id))
                 continue
             seen.add(record.query_id)
         yield record

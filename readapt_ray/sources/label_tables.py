@@ -142,7 +142,8 @@ def _picked(found: Sequence[str], label: str, kind: Kind, choice: ColumnChoice) 
         chosen = first_of(given.get(field, ()), found)
         column = chosen or first_of(known, [name for name in found if name not in picked])
         if column is None:
-            advice = f"say which one it is with --columns {field}=COLUMN" if kind.can_choose else "rename it"
+            which = f"say which one it is with --columns {field}=COLUMN (in a run: ingest.columns)"
+            advice = which if kind.can_choose else "rename it"
             raise CorpusError(
                 f"{label} has no column {' or '.join(given.get(field, known))}; its columns are {', '.join(found) or 'none'}: {advice}"
             )
@@ -173,7 +174,7 @@ def trec_rows(file: Location, label: str, kind: Kind, choice: ColumnChoice) -> I
                 continue
             order = _trec_order(width, label)
         if len(fields) != width:
-            yield BadRow(f"{label}:{line.number}", "wrong_columns")
+            yield BadRow(f"{label}:{line.number}", "wrong_columns", f"{len(fields)}, not {width}")
         else:
             yield f"{label}:{line.number}", tuple(fields[at] for at in order)
 

@@ -34,6 +34,7 @@ class TableSource(Source):
         self.options = options
         self._location, self.table_format = location, table_format
         self._only = tuple(only)
+        self.name = str(location)
         self._columns: dict[str, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -345,7 +345,9 @@ def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
             100 * work["padding_share"],
             truncation.sentence(lost),
         )
-    truncation.warn_of_loss("embed", lost, "raise max_passage_tokens of the encoding, or ingest shorter passages")
+    truncation.warn_of_loss(
+        "embed", lost, "raise max_passage_tokens of the encoding, or split long passages with ingest's split_tokens"
+    )
     return {"work": work, "truncation": lost}
 
 

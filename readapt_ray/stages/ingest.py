@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from readapt_ray.artifacts import Artifact, Workspace, open_artifact, produce
 from readapt_ray.cluster import on_worker, parallel_ingest
 from readapt_ray.config import OptionError, StageConfig, UsedWith
-from readapt_ray.errors import CorpusError
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.footers import named_footers, write_table
 from readapt_ray.sources import row_checks
@@ -32,7 +31,7 @@ from readapt_ray.sources.piece_job import PieceJob
 from readapt_ray.sources.pieces import plan_pieces
 from readapt_ray.sources.read_options import DEFAULT_MAX_PASSAGE_CHARS, DEFAULT_MAX_TEXT_BYTES, ReadOptions
 from readapt_ray.sources.row_checks import RowChecks
-from readapt_ray.sources.source import BadRow, Source, in_words
+from readapt_ray.sources.source import BadRow, Source
 from readapt_ray.sources.splitting import Splitting, open_splitting, split_part, total
 from readapt_ray.sources.table_sources import TableSource
 
@@ -270,10 +269,7 @@ class _Ingestion:
                 self._show_progress()
         self._writer.close()
         if not self._writer.num_rows:
-            raise CorpusError(
-                f"no passages are left of {self._config.source!r}: every row is bad ({in_words(self._bad_rows.summary()['by_reason'])}); "
-                f"the log names the first of them"
-            )
+            raise self._bad_rows.none_left(self._config.source)
         if self._checks.num_changed_ids:
             logger.info(
                 "ingest: %d doc_ids had white space, which TREC files cannot hold: it is cut off at the ends and encoded "

@@ -51,7 +51,7 @@ def test_processes_that_are_started_do_not_get_the_keys(monkeypatch):
         ("- a\n", "holds no keys"),
         ("a: [", "not YAML"),
         ("a: short", "at least 16 characters"),
-        ("a: 1234567890123456", "at least 16 characters"),
+        ("a: 1234567890123456", "at least 16 characters; quote digits"),
         ("a: sha256:0123456789", "no SHA-256 follows"),
         (f"a: {{key: {SECRET}, rate: 3}}", r"\['rate'\]"),
         (f"a: {{key: {SECRET}, requests_per_minute: 0}}", "over 0"),

@@ -508,11 +508,13 @@ def test_what_the_document_refuses_the_server_refuses(version, name, body):
     assert name != "EmbeddingsRequest" or check.is_valid({"input": ["a"], "dimensions": None})
 
 
-def test_top_k_may_be_null_as_if_it_were_left_out(version):
-    null, omitted = ask(
-        version, ("POST", SEARCH, {"query": "array", "top_k": None}), ("POST", SEARCH, {"query": "array"})
-    )
+def test_a_null_is_as_if_it_were_left_out(version):
+    nulls = dict.fromkeys(("mode", "top_k", "with_text", "truncate", "filter", "user", "timeout_s", "model"))
+    null, omitted = ask(version, ("POST", SEARCH, {"query": "array"} | nulls), ("POST", SEARCH, {"query": "array"}))
     assert null.json() == omitted.json() and len(null.json()["data"][0]["hits"]) == 10
+    nulls = dict.fromkeys(("model", "input_type", "truncate", "embedding_types", "output_dimension"))
+    null, omitted = ask(version, *(("POST", "/v2/embed", {"texts": ["a"]} | each) for each in (nulls, {})))
+    assert null.json()["embeddings"] == omitted.json()["embeddings"]
 
 
 def test_a_search_that_is_late_says_what_does_not_work(fresh):

@@ -3,9 +3,10 @@
 import types
 
 import pytest
+from ray.exceptions import RayError
 
 from readapt_ray.errors import InputError, ReadaptError
-from readapt_ray.serving import app, rollout, updates
+from readapt_ray.serving import app, rollout, server, updates
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.options import ServeConfig
 
@@ -87,3 +88,14 @@ def test_a_version_goes_only_after_the_gateways_that_used_it(monkeypatch):
     assert seen.num == 2
     Statuses(monkeypatch, *[both] * 1000)
     rollout.wait_for_old_gateways(0.0)
+
+
+def test_a_proxy_that_does_not_come_up_in_time_is_named(monkeypatch):
+    def start(**_):
+        raise RayError("The actor never ran - it was cancelled before it started running.")
+
+    monkeypatch.setattr(rollout, "ray_serve", lambda: types.SimpleNamespace(start=start))
+    with pytest.raises(
+        ReadaptError, match=r"Ray Serve's HTTP proxy did not come up .*where the machine is busy.*try again"
+    ):
+        server._start_proxies(config(update=False))

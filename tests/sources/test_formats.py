@@ -175,7 +175,10 @@ def test_what_is_not_a_row_of_csv_is_named(tmp_path):
     (tmp_path / "c.csv").write_bytes(content)
     told = [row if isinstance(row, str) else row[0] for row in passages(tmp_path / "c.csv")]
     assert told[0] == "1" and told[-1] == "5"
-    assert told[1:3] == [f"c.csv:{line}: it has another number of columns than the first line" for line in (4, 5)]
+    assert told[1:3] == [
+        f"c.csv:{line}: it has another number of columns than the first line: {count}, not 3"
+        for line, count in ((4, 4), (5, 2))
+    ]
     assert "c.csv:6: it is not UTF-8" in told
 
 

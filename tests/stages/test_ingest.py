@@ -155,9 +155,13 @@ def test_policy_fail_stops_at_the_row(tmp_path, number):
 def test_no_passage_left_is_an_error(tmp_path):
     source = _corpus(tmp_path / "c.jsonl", [{"_id": "a", "text": " "}, {"_id": "b", "text": None}])
     with pytest.raises(
-        CorpusError, match=r"no passages are left .*: every row is bad \(its text is empty: 1; its text is null: 1\)"
+        CorpusError,
+        match=r"no passages are left .*: every row is bad \(its text is empty: 1; its text is null: 1\).*--columns",
     ):
         _run(source, tmp_path / "out")
+    (tmp_path / "names.csv").write_text("id,text\n")
+    with pytest.raises(CorpusError, match=r"names.csv' holds no rows"):
+        _run(tmp_path / "names.csv", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
