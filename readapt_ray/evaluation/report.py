@@ -102,11 +102,7 @@ def build_report(
         "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
         "runs": [
-            {
-                "name": name,
-                "means": means[name],
-                **_contents(runs[name], measurements[name], provenance[name]),
-            }
+            {"name": name, "means": means[name], **_contents(runs[name], measurements[name], provenance[name])}
             for name in names
         ],
         "comparisons": [dataclasses.asdict(each) for each in comparisons],
