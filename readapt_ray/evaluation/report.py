@@ -39,7 +39,7 @@ _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
-"""From doc_ids to those of the passages that the corpus has."""
+"""Maps doc_ids to the doc_ids of passages that the corpus has."""
 
 
 def build_report(
@@ -113,7 +113,7 @@ def build_report(
 
 
 def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure: str) -> dict[str, Any]:
-    """The gain on one's own queries and what was forgotten on general ones."""
+    """Return the gain on one's own queries and what was forgotten on general ones."""
     return {
         "report": general.uri,
         "num_queries": general.num_queries,
