@@ -96,8 +96,7 @@ def build_report(
         "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
         "num_unjudged": len(query_texts.keys() - set(query_ids)),
-        "num_unknown": num_unknown,
-        "num_judgements": sum(map(len, judgements.values())),
+        "unknown": _unknown(num_unknown, sum(map(len, judgements.values()))),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
         "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
@@ -189,8 +188,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     )
     if report["num_unjudged"]:
         lines += ["", _unjudged(report)]
-    if report["num_unknown"]:
-        lines += ["", _unknown(report)]
+    if report["unknown"]:
+        lines += ["", report["unknown"]]
     lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     lines += [line for run in report["runs"] for note in _notes(run) for line in ("", markdown(note))]
     if report["comparisons"]:
@@ -234,9 +233,9 @@ def _unjudged(report: Mapping[str, Any]) -> str:
     return f"{report['num_queries']:,} of the {total:,} queries are judged in these qrels; only these count."
 
 
-def _unknown(report: Mapping[str, Any]) -> str:
-    counts = f"{report['num_unknown']:,} of {amount(report['num_judgements'], 'judgements')}"
-    return f"{counts} are of passages that the corpus does not have: no run can find them."
+def _unknown(count: int, total: int) -> str:
+    counts = f"{count:,} of {amount(total, 'judgements')}"
+    return f"{counts} are of passages that the corpus does not have: no run can find them." if count else ""
 
 
 def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
