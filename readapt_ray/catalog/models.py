@@ -62,7 +62,7 @@ class OpenModel(ModelFolder):
     def encoding(self) -> Encoding:
         """Return how the model encodes text.
 
-        A folder's own files always win: readapt.json, then those of sentence-transformers. The catalog speaks for models
+        A folder's own files always win: readapt.json, then the files of sentence-transformers. The catalog speaks for models
         that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say
         nothing, a copy that still has its name on the hub is encoded as the catalog says.
 

@@ -39,7 +39,7 @@ _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
-"""From doc_ids to those of the passages that the corpus has."""
+"""Maps doc_ids to the doc_ids of passages that the corpus has."""
 
 
 def build_report(
@@ -96,17 +96,12 @@ def build_report(
         "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
         "num_unjudged": len(query_texts.keys() - set(query_ids)),
-        "num_unknown": num_unknown,
-        "num_judgements": sum(map(len, judgements.values())),
+        "unknown": _unknown(num_unknown, sum(map(len, judgements.values()))),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
         "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
         "runs": [
-            {
-                "name": name,
-                "means": means[name],
-                **_contents(runs[name], measurements[name], provenance[name]),
-            }
+            {"name": name, "means": means[name], **_contents(runs[name], measurements[name], provenance[name])}
             for name in names
         ],
         "comparisons": [dataclasses.asdict(each) for each in comparisons],
@@ -118,7 +113,7 @@ def build_report(
 
 
 def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure: str) -> dict[str, Any]:
-    """The gain on one's own queries and what was forgotten on general ones."""
+    """Return the gain on one's own queries and what was forgotten on general ones."""
     return {
         "report": general.uri,
         "num_queries": general.num_queries,
@@ -193,8 +188,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     )
     if report["num_unjudged"]:
         lines += ["", _unjudged(report)]
-    if report["num_unknown"]:
-        lines += ["", _unknown(report)]
+    if report["unknown"]:
+        lines += ["", report["unknown"]]
     lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     lines += [line for run in report["runs"] for note in _notes(run) for line in ("", markdown(note))]
     if report["comparisons"]:
@@ -238,9 +233,9 @@ def _unjudged(report: Mapping[str, Any]) -> str:
     return f"{report['num_queries']:,} of the {total:,} queries are judged in these qrels; only these count."
 
 
-def _unknown(report: Mapping[str, Any]) -> str:
-    counts = f"{report['num_unknown']:,} of {amount(report['num_judgements'], 'judgements')}"
-    return f"{counts} are of passages that the corpus does not have: no run can find them."
+def _unknown(count: int, total: int) -> str:
+    counts = f"{count:,} of {amount(total, 'judgements')}"
+    return f"{counts} are of passages that the corpus does not have: no run can find them." if count else ""
 
 
 def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:

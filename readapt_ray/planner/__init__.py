@@ -23,7 +23,7 @@ from readapt_ray.recipes.chain import RunConfig, Step
 
 
 class PlanConfig(Config):
-    """Options of `readapt plan` besides those of the run."""
+    """Options of `readapt plan` besides the run's."""
 
     cluster: str
     """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a Slurm script, a list of nodes, or `local`."""

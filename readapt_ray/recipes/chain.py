@@ -191,7 +191,7 @@ class Step:
 
 
 def by_stage(steps: Iterable[Step]) -> dict[str, Any]:
-    """The configs of the steps of one's own corpus, the last of each stage."""
+    """Return the configs of the steps of one's own corpus, the last of each stage."""
     return {step.stage: step.config for step in steps if not step.is_general}
 
 
@@ -304,7 +304,9 @@ class _Plan:
             )
 
     def _on_general(self) -> Iterator[Step | None]:
-        """The same on the general collection: its corpus first, so that what is wrong with it is known before training."""
+        """Yield the same on the general collection: its corpus first, so that what is wrong with it is known before
+        training.
+        """
         from readapt_ray.evaluation.measure_options import drops_self_hits
 
         general = self._config.general

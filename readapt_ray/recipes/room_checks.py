@@ -129,7 +129,7 @@ def _of_corpus(due: Mapping[str, list[Any]], corpus: Manifest, dimension: int | 
 def check_batch(train: Any) -> None:
     """Check that a batch feeds every training worker, before the stages that come first cost anything.
 
-    Their number is an option, that of the GPUs which the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
+    Their number is an option, the number of GPUs that the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
     machine has.
 
     Args:

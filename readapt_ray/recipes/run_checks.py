@@ -1,7 +1,7 @@
 """Check everything that can be known of a run before its first stage starts.
 
 The source, models and how they take text, whether the two models belong together, the head and the layers that training
-needs, lengths against positions, files, options against each other, room on the disk and in memory, and what stands under the
+needs, lengths against positions, files, options against each other, room on the disk and in memory, and what is under the
 root already. All that is wrong is said in one message.
 """
 

@@ -17,7 +17,8 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
         config: the run that ended.
         made: its artifacts, by their folder under the root.
     """
-    lines = [f"{name:20} {artifact.uri}" for name, artifact in made.items()]
+    width = max(map(len, made), default=0)
+    lines = [f"{name:{width}} {artifact.uri}" for name, artifact in made.items()]
     for name, what in (("report", "report"), (DRIFT, "report"), (GENERAL_REPORT, "report on general queries")):
         if name in made:
             lines += ["", f"{what}: {made[name].location / 'report.html'}"]

@@ -17,7 +17,7 @@ from readapt_ray.recipes.chain import Step
 
 _MODELS = ("pretrained", "retriever")
 _RESOLVED: tuple[Any, ...] = (None, "auto", "retriever", (), [])
-"""Values of options that a stage replaces by what they stand for; its manifest has that."""
+"""Values of options that a stage replaces; its manifest has the replacement."""
 
 _CAPPED = {("pack", "block_tokens")}
 """Options that a stage lowers to what the model takes."""
@@ -48,7 +48,7 @@ class Standing:
 
 
 def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, reads_models: bool) -> list[Standing]:
-    """Compare each step with what stands at its output.
+    """Compare each step with what is at its output.
 
     Args:
         steps: all steps, in order.

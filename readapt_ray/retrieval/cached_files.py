@@ -18,7 +18,7 @@ _FILE = "content"
 
 
 def near(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
-    """Return the copy of a file on this node; the file itself if it lies here anyway.
+    """Return the copy of a file on this node; the file itself if it is on this node anyway.
 
     The file itself is returned, too, if the copy has no room or the cache cannot be written; a warning says so.
 

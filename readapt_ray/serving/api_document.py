@@ -5,7 +5,7 @@ from typing import Any
 _NULL = {"type": "null"}
 _GIVEN = {"not": _NULL}
 _NOT_BLANK = r"[^\s\u001c-\u001f\u0085]"
-"""More than the white space of Python, which is also that of ECMAScript."""
+"""More than the white space of Python, which is also ECMAScript's."""
 _TEXTS = (
     ("EmbeddingsRequest", "input"),
     ("SearchRequest", "query"),

@@ -212,7 +212,7 @@ def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, i
         found: the names that the file has.
         label: what to call the file.
         choice: what the user says.
-        is_sample: whether the names are those of the first rows, so that a kept column may come later.
+        is_sample: whether the names come from the first rows, so that a kept column may come later.
 
     Raises:
         CorpusError: no id or no text, or a column that was asked for is not there; it names the columns found.

@@ -2,7 +2,7 @@
 
 Each passages file becomes one blocks file, tokenised in a Ray Data task of its own and written whole;
 after a kill only the files that are missing are made. Memory: one file's tokens per task, and
-everywhere that of the ids to leave out or to take.
+and in every task the ids to leave out or to take.
 """
 
 import functools

@@ -340,7 +340,7 @@ def test_two_models_that_do_not_belong_together_are_refused_first(desk: Desk, mo
     one, two = list(words)[-2:]
     words[one], words[two] = words[two], words[one]
     file.write_text(json.dumps(values))
-    with pytest.raises(WeightMismatchError, match=r"the tokenizer of .* is not that of"):
+    with pytest.raises(WeightMismatchError, match=r"the tokenizer of .* differs from the one of"):
         check(desk, retriever=str(moved))
     check(desk, retriever=str(moved), merge={"accept": "tokenizer"})
     adapter = factories.write_contract(factories.lora_adapter(tmp_path / "adapter", models / "base"))
