@@ -304,8 +304,8 @@ def embed(
             such an output is refused. (default: no)
         retriever: Model that makes the vectors: a catalog name, a folder, a URI or a hub id. Give this or
             domain.
-        domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries are those of
-            the merged model. Give this or retriever.
+        domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries equal the
+            merged model's. Give this or retriever.
         base: Model before retrieval training that the domain was merged with. If omitted, the one that the
             factors name.
         corpus: Passages: the output of `readapt ingest`. (required)
@@ -352,6 +352,7 @@ def evaluate(
     queries: str | Path = '',
     columns: Sequence[str] = (),
     corpus: str | Path = '',
+    general: str | Path = '',
     require: Sequence[str] = (),
     num_permutations: int = 10000,
     seed: int = 0,
@@ -376,9 +377,12 @@ def evaluate(
         columns: Columns of queries and qrels, if they are not called as usual:
             query_id=key,query=question,doc_id=docno,relevance=grade.
         corpus: Output of `readapt ingest`, to show titles and texts in the report.
+        general: Output of `readapt evaluate` for the same retrievers on a general collection, to show beside
+            the gain on one's own what adapting lost there.
         require: What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005"
             (the whole 95% interval of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the
-            mean). For each run after the first.
+            mean). For each run after the first. "general nDCG@10 >= base - 0.005" is of what `general`
+            measured.
         num_permutations: Number of random permutations in the significance test, and of bootstrap samples in
             the intervals. (default: 10000)
         seed: Random seed for the significance test and the intervals. (default: 0)
@@ -811,9 +815,9 @@ def pack(
         block_tokens: Maximum length of a passage in tokens, and the length of a block in packed mode; longer
             passages are truncated. If omitted, 1024 or the model's number of positions, whichever is smaller.
             (default: 1024)
-        exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
-            or JSONL file with a column doc_id, or qrels. The id of a document that ingest split stands for all
-            its passages.
+        exclude: File of passages to leave out, for example of a test set: one doc_id per line, a Parquet or
+            JSONL file with a column doc_id, or qrels. The id of a document that ingest split means all its
+            passages.
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
@@ -974,8 +978,8 @@ def search(
             such an output is refused. (default: no)
         retriever: Model that made the vectors (or that `bridge` is for, or a model for queries alone that names
             it): a catalog name, a folder, a URI or a hub id. Give this or domain.
-        domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries are those of
-            the merged model. Give this or retriever.
+        domain: Factors of a domain, the output of `readapt merge --factors`: vectors and queries equal the
+            merged model's. Give this or retriever.
         base: Model before retrieval training that the domain was merged with. If omitted, the one that the
             factors name.
         index: Index to search: the output of `readapt index`. Give this or vectors.
@@ -1333,9 +1337,9 @@ def train(
         block_tokens: Maximum length of a passage in tokens, and the length of a block in packed mode; longer
             passages are truncated. If omitted, 1024 or the model's number of positions, whichever is smaller.
             (default: 1024)
-        exclude: File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet
-            or JSONL file with a column doc_id, or qrels. The id of a document that ingest split stands for all
-            its passages.
+        exclude: File of passages to leave out, for example of a test set: one doc_id per line, a Parquet or
+            JSONL file with a column doc_id, or qrels. The id of a document that ingest split means all its
+            passages.
         withhold: Number of passages, drawn at random, to leave out of training, so that `readapt drift` can
             measure the language-model loss on them. (default: 0)
         only: File of the only passages to use; same formats as exclude.
@@ -1344,7 +1348,7 @@ def train(
         pretrained: Model before retrieval training: a catalog name, a folder, a URI or a hub id. (required)
         corpus: Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are
             packed first, into OUTPUT-blocks. (required)
-        continue_from: Adapter of an earlier training on the same pretrained model to go on from; method, rank,
+        continue_from: Adapter of an earlier training on the same pretrained model to start from; method, rank,
             alpha and target modules are its own. Give it passages that it has not seen: with new_since, or a
             corpus of new passages.
         objective: causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If

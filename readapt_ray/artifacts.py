@@ -155,7 +155,7 @@ def read_manifest(uri: str | Location) -> Manifest | None:
 def names_under(root: Location) -> list[str]:
     """Return the artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
 
-    What lies inside an artifact is not listed, so a root with millions of files takes a few requests. Records are
+    The content of an artifact is not listed, so a root with millions of files takes a few requests. Records are
     told by what they say: a `manifest.json` of another program makes no artifact.
     """
     found = []

@@ -188,8 +188,9 @@ def _run_pipeline(arguments: Sequence[str]) -> None:
     options, problems = parser_of("run").parsed(arguments), Problems()
     config = _run_config(options, problems)
     made = running.run(config, overwrite=options.overwrite, from_stage=options.from_stage, problems=problems)
-    for artifact in made.values():
-        _tell(artifact)
+    for name, artifact in made.items():
+        if name != run_end.GENERAL_REPORT or "report" not in made:  # the report has it in its own table
+            _tell(artifact)
     print(run_end.closing(config, made))
     _end_by_requirements(made.values())
 

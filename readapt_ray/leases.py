@@ -88,7 +88,7 @@ def wait_until_dead(file: Location, location: Location) -> dict[str, Any] | None
     """Return the lease of a process that worked on the artifact at `location` and has stopped, or None.
 
     Raises:
-        ArtifactConflictError: it goes on.
+        ArtifactConflictError: it is still running.
     """
     lease = read_lease(file)
     if lease is None:

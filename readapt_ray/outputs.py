@@ -1,6 +1,6 @@
 """Decide what may be written to an output, and clear it first.
 
-In: the output, the record (manifest or lease) that lies there, and what a stage wants to write. Out: a refusal that
+In: the output, the record (manifest or lease) that is there, and what a stage wants to write. Out: a refusal that
 names what is in the way, or a folder from which the files of an earlier artifact are gone.
 """
 

@@ -2,7 +2,8 @@
 
 Ray puts handlers of its own in place when it starts, one of which prints a C++ stack; `take_back` puts ours in again.
 Python drops a KeyboardInterrupt that is raised while an object is deleted, in `__del__` or in a weak reference's callback,
-and the command would continue: the signal is sent again.
+and the command would continue: the signal is sent again. Ray raises a plain KeyboardInterrupt where a signal ends its waiting,
+whichever signal that was: what was received is noted.
 """
 
 import os
@@ -23,11 +24,13 @@ class Terminated(KeyboardInterrupt):
 
 
 _is_ours = threading.Event()
+_is_received = threading.Event()
 
 
 def end_as_ctrl_c_does() -> None:
     """Let SIGTERM raise `Terminated` in the main thread, from now on in this process; drop neither it nor a Ctrl-C."""
     if threading.current_thread() is threading.main_thread():
+        _is_received.clear()
         signal.signal(signal.SIGTERM, _end)
         sys.unraisablehook = _send_again
         _is_ours.set()
@@ -41,10 +44,13 @@ def take_back() -> None:
 
 def is_told(stop: BaseException) -> bool:
     """Return whether SIGTERM ended the work: by our handler, or by Ray's, which exits with the number of the signal."""
-    return isinstance(stop, Terminated) or (isinstance(stop, SystemExit) and stop.code == signal.SIGTERM)
+    if isinstance(stop, SystemExit):
+        return stop.code == signal.SIGTERM
+    return isinstance(stop, Terminated) or _is_received.is_set()
 
 
 def _end(_: int, __: FrameType | None) -> None:
+    _is_received.set()
     raise Terminated
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").glob("*.py"))
+BENCHMARKS = sorted((Path(__file__).parent.parent / "benchmarks").rglob("*.py"))
 
 
 def taken(tree: ast.AST) -> dict[str, Any]:

@@ -326,12 +326,16 @@ def test_an_interruption_says_how_to_go_on_where_one_can(
     assert ("run the same command again" in said) == goes_on
 
 
-def test_sigterm_ends_a_command_as_ctrl_c_does_with_one_line() -> None:
+@pytest.mark.parametrize("waiting", ["time.sleep(60)", "ray_get()"])
+def test_sigterm_ends_a_command_as_ctrl_c_does_with_one_line(waiting: str) -> None:
     script = (
         "import signal, sys, time; from readapt_ray import cli, termination\n"
+        "def ray_get():\n"  # raises a plain one, whichever signal it was
+        "    try: time.sleep(60)\n"
+        "    except KeyboardInterrupt: raise KeyboardInterrupt from None\n"
         "def work(_):\n"
         "    signal.signal(signal.SIGTERM, signal.SIG_DFL)\n"  # as Ray does when it starts
-        "    termination.take_back(); print('ready', flush=True); time.sleep(60)\n"
+        "    termination.take_back(); print('ready', flush=True); " + waiting + "\n"
         "cli._RUNNERS['run'] = work; sys.exit(cli.main(['run']))"
     )
     process = subprocess.Popen(
@@ -438,7 +442,7 @@ def test_a_run_into_the_root_of_another_says_what_run_can_do(
         f"root: {tmp_path}/root\n"
     )
     said = refused(capsys, "run", "--config", str(file))
-    assert f"under '{tmp_path}/root' stands what was made otherwise: " in said
+    assert f"outputs under '{tmp_path}/root' were made with other options or inputs: " in said
     assert "Stale, with the time each took: corpus (" in said
     assert said.endswith("with --overwrite (or --from ingest), or give another --root")
     options = parser_of("run").parsed(["--config", str(file), "--set", "ingest.overwrite=true"])

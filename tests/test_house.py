@@ -21,6 +21,38 @@ RIDDLES = (
 """Phrases that users did not understand; errors and reports have plainer ones."""
 
 
+NOT_VERBS = frozenset(
+    [
+        "A",
+        "All",
+        "An",
+        "As",
+        "By",
+        "Counts",
+        "Each",
+        "Every",
+        "For",
+        "From",
+        "How",
+        "Its",
+        "It",
+        "On",
+        "One",
+        "Pooled",
+        "Stands",
+        "That",
+        "The",
+        "These",
+        "Vectors",
+        "What",
+        "Where",
+        "Whether",
+        "Which",
+    ]
+)
+"""First words of docstrings of functions that do not say what the function does."""
+
+
 def _name(file: Path) -> str:
     return file.relative_to(PACKAGE).as_posix()
 
@@ -73,4 +105,18 @@ def _texts(file: Path) -> Iterator[str]:
 
 def test_no_message_is_a_riddle():
     found = {f"{_name(file)}: {each}" for file in FILES for text in _texts(file) for each in RIDDLES if each in text}
+    assert found == set()
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    """Properties and routes are things, so theirs may be nouns."""
+    things = {"property", "cached_property", "model_validator", "field_validator", "get", "head", "post"}
+    found = set()
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("__"):
+                names = {ast.unparse(each).partition("(")[0].rpartition(".")[2] for each in node.decorator_list}
+                first = (ast.get_docstring(node) or "").partition(" ")[0]
+                if first in NOT_VERBS and not names & things:
+                    found.add(f"{_name(file)}:{node.name}")
     assert found == set()

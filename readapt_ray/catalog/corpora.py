@@ -1,6 +1,6 @@
 """Corpora that are known: the fourteen of RE-AdaptIR's tables (MS MARCO dev and thirteen of BEIR).
 
-Sizes are those of the ir_datasets 0.6.3 metadata and of BEIR's table 1 (arXiv 2104.08663); the
+Sizes come from the ir_datasets 0.6.3 metadata and from BEIR's table 1 (arXiv 2104.08663); the
 task sentences are E5-Mistral's (microsoft/unilm `e5/utils.py`), without a final period. The ids on
 the hub are from memory.
 """

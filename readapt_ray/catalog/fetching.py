@@ -157,7 +157,7 @@ def _configuration(hub_id: str, revision: str | None) -> tuple[Path, int]:
 
 
 def _to_fetch(sizes_bytes: Mapping[str, int]) -> dict[str, int]:
-    """Return the files of a model among those of its folder, by relative name; pickled weights if there are no others."""
+    """Return the files of a model in its folder, by relative name; pickled weights if there are no others."""
     names = [name for name in sizes_bytes if _OF_THE_MODEL.fullmatch(name)]
     has_safetensors = any(name.endswith(".safetensors") for name in names)
     return {

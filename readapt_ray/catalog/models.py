@@ -62,7 +62,7 @@ class OpenModel(ModelFolder):
     def encoding(self) -> Encoding:
         """Return how the model encodes text.
 
-        A folder's own files always win: readapt.json, then those of sentence-transformers. The catalog speaks for models
+        A folder's own files always win: readapt.json, then the files of sentence-transformers. The catalog speaks for models
         that were named by their catalog name or hub id, and for folders of the hub's own cache. Where a folder's files say
         nothing, a copy that still has its name on the hub is encoded as the catalog says.
 
@@ -189,9 +189,22 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
     folder_read = pickled.safe_folder(folder, name) if with_weights else folder
     model = OpenModel(name=name, folder=folder_read, base_given=base or "")
     if not model.is_adapter and not (folder / CONFIG_NAME).is_file():
-        raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")
+        raise ModelError(
+            f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}{_said_of_gguf(folder)}"
+        )
     _check_own_code(model)
     return model
+
+
+def _said_of_gguf(folder: Path) -> str:
+    """Return what to do with a folder whose weights are a GGUF file; nothing for others."""
+    file = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if file is None:
+        return ""
+    return (
+        f"; its {file.name} is not read here: load it with transformers (from_pretrained(..., gguf_file={file.name!r}), which needs "
+        f"the package gguf), copy its weights into a new model of its config, and give the folder that save_pretrained writes"
+    )
 
 
 def refuse_other_base(what: str, made_of: Mapping[str, Any], base: OpenModel, advice: str) -> None:

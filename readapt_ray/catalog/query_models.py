@@ -1,7 +1,7 @@
 """Read and write models for queries only: a folder whose readapt.json names another model, which encodes the passages.
 
 `finetune --queries-only` and `merge --queries-only` write it. So vectors of passages stay as they are, and only queries
-change. The entry `passages` of readapt.json holds the passages' model, its fingerprint, that of its base if it is an
+change. The entry `passages` of readapt.json holds the passages' model, its fingerprint, its base's if it is an
 adapter, and its encoding.
 """
 

@@ -39,7 +39,7 @@ class ModelShape:
     """Attention heads times the width of one."""
     is_causal: bool
     num_parameters: int
-    """All parameters; those of the language-model head only where the shape was asked for with an objective."""
+    """All parameters; with the language-model head only if the shape was asked for with an objective."""
     num_matrix_parameters: int
     """Parameters that every token is multiplied with: all matrices but the embeddings, a tied head included."""
     first_position: int

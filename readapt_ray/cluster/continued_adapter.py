@@ -77,7 +77,7 @@ def check_base(adapter: OpenModel, model: OpenModel) -> None:
     if trained_on != model.fingerprint:
         raise ModelError(
             f"continue_from = {adapter.name!r} was trained on {adapter.adapter_config.get('base_model_name_or_path')!r}, whose "
-            f"weights are not those of {model.name!r}; give that model, or train a new adapter"
+            f"weights are not the weights of {model.name!r}; give that model, or train a new adapter"
         )
 
 

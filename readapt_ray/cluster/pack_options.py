@@ -17,8 +17,8 @@ class PackOptions(Config):
     """Maximum length of a passage in tokens, and the length of a block in packed mode; longer passages are
     truncated. If omitted, 1024 or the model's number of positions, whichever is smaller."""
     exclude: str | None = None
-    """File of passages to leave out, for example those of a test set: one doc_id per line, a Parquet or JSONL file
-    with a column doc_id, or qrels. The id of a document that ingest split stands for all its passages."""
+    """File of passages to leave out, for example of a test set: one doc_id per line, a Parquet or JSONL file
+    with a column doc_id, or qrels. The id of a document that ingest split means all its passages."""
     withhold: int = Field(default=0, ge=0)
     """Number of passages, drawn at random, to leave out of training, so that `readapt drift` can measure the
     language-model loss on them."""

@@ -243,7 +243,7 @@ def measure_sample(
 ) -> "Measurement":
     """Measure every query on as many of its best passages as the measure looks at.
 
-    Passages with one doc_id are those of a document that was split, which has the score of its best one.
+    Passages with the same doc_id come from a document that was split; its score is the best of theirs.
 
     Args:
         sample: Q queries, P passages.

@@ -263,7 +263,7 @@ def _entered(config: dict[str, Any]) -> None:
 
 
 def target_modules(config: OptimizationConfig, model: OpenModel) -> tuple[str, ...]:
-    """Return the layers that get an adapter: those asked for, or those of the model's family; none where all is
+    """Return the layers that get an adapter: the ones asked for, or the family's; none where all is
     trained.
     """
     if config.target_modules or config.method == "full":

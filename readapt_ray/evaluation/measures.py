@@ -2,7 +2,7 @@
 
 Enter a run and judgements; leaves the value of each measure for each judged query, and the mean.
 A judged query without results counts as zero; a query without judgements is named, never averaged
-in. Ten million results take some seconds where every measure has a cutoff: what lies below the
+in. Ten million results take some seconds where every measure has a cutoff: what is below the
 deepest one is not looked at. Ties are in trec_eval's order for every measure, whichever tool computes it.
 """
 

@@ -24,7 +24,7 @@ def with_pseudo_queries(
     """Make queries of some passages.
 
     Args:
-        passages: the sample of the corpus; those of a document that was split have its id.
+        passages: the sample of the corpus; passages of a document that was split have its id.
         order: places of passages, in the order in which they are tried.
         max_queries: how many queries are made at most.
 

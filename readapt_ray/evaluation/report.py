@@ -13,10 +13,20 @@ import jinja2
 import numpy as np
 
 from readapt_ray.evaluation import plots
+from readapt_ray.evaluation.general_report import GeneralReport, general_markdown, side_by_side
 from readapt_ray.evaluation.measures import Judgements, Measurement, describe_measures, recall_curve
 from readapt_ray.evaluation.runs import Run
 from readapt_ray.evaluation.significance import Comparison, bootstrap_interval
-from readapt_ray.evaluation.tables import MAX_NAMED, markdown, markdown_table, named, p_value, signed, value
+from readapt_ray.evaluation.tables import (
+    MAX_NAMED,
+    difference_cells,
+    markdown,
+    markdown_table,
+    named,
+    p_value,
+    signed,
+    value,
+)
 from readapt_ray.progress import amount
 from readapt_ray.records import Passage
 from readapt_ray.retrieval.truncation import sentence
@@ -29,7 +39,7 @@ _NUM_RESULTS = 5
 _MAX_TEXT_CHARS = 280
 
 FindPassages = Callable[[set[str]], Mapping[str, Passage]]
-"""From doc_ids to those of the passages that the corpus has."""
+"""Maps doc_ids to the doc_ids of passages that the corpus has."""
 
 
 def build_report(
@@ -44,6 +54,8 @@ def build_report(
     num_permutations: int,
     seed: int,
     requirements: Sequence[Mapping[str, Any]] = (),
+    general: GeneralReport | None = None,
+    num_unknown: int = 0,
 ) -> dict[str, Any]:
     """Put together all that the report says, as JSON values.
 
@@ -58,6 +70,8 @@ def build_report(
         num_permutations: of the tests, for the record.
         seed: of the tests and of the intervals.
         requirements: what must hold, and whether it does; see `requirements.py`.
+        general: what the same retrievers do on a general collection.
+        num_unknown: judgements of passages that the corpus does not have.
     """
     names = list(runs)
     query_ids = measurements[names[0]].query_ids
@@ -82,21 +96,29 @@ def build_report(
         "descriptions": describe_measures(measures),
         "num_queries": len(query_ids),
         "num_unjudged": len(query_texts.keys() - set(query_ids)),
+        "unknown": _unknown(num_unknown, sum(map(len, judgements.values()))),
         "num_without_relevant": sum(max(judged.values(), default=0) <= 0 for judged in judgements.values()),
         "requirements": [dict(each) for each in requirements],
         "verdicts": [verdict(each) for each in comparisons if each.measure == measures[0]],
         "runs": [
-            {
-                "name": name,
-                "means": means[name],
-                **_contents(runs[name], measurements[name], provenance[name]),
-            }
+            {"name": name, "means": means[name], **_contents(runs[name], measurements[name], provenance[name])}
             for name in names
         ],
         "comparisons": [dataclasses.asdict(each) for each in comparisons],
+        "general": general and _general(comparisons, general, measures[0]),
         "recall": _recall(runs, judgements),
         "changes": changes,
         "settings": {"num_permutations": num_permutations, "seed": seed, "confidence": 0.95, "alpha": ALPHA},
+    }
+
+
+def _general(comparisons: Sequence[Comparison], general: GeneralReport, measure: str) -> dict[str, Any]:
+    """Return the gain on one's own queries and what was forgotten on general ones."""
+    return {
+        "report": general.uri,
+        "num_queries": general.num_queries,
+        "verdicts": [verdict(each) for each in general.comparisons if each.measure == measure],
+        "rows": side_by_side(comparisons, general),
     }
 
 
@@ -128,7 +150,9 @@ def page_template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(value=value, signed=signed, p=p_value, pretty=_pretty, unjudged=_unjudged)
+    environment.filters.update(
+        value=value, signed=signed, p=p_value, pretty=_pretty, unjudged=_unjudged, unknown=_unknown
+    )
     return environment.get_template(name)
 
 
@@ -164,6 +188,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     )
     if report["num_unjudged"]:
         lines += ["", _unjudged(report)]
+    if report["unknown"]:
+        lines += ["", report["unknown"]]
     lines += ["", *(f"- {name}: {markdown(meaning)}" for name, meaning in report["descriptions"].items())]
     lines += [line for run in report["runs"] for note in _notes(run) for line in ("", markdown(note))]
     if report["comparisons"]:
@@ -171,6 +197,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         header = ["run", "measure", "difference", "95% interval", "p", "p (Holm)", "wins", "ties", "losses"]
         lines += markdown_table(header, [_comparison_row(each) for each in report["comparisons"]])
         lines += ["", _method(report["settings"])]
+    if report["general"]:
+        lines += general_markdown(report["general"])
     for change in report["changes"]:
         for key in ("gained", "lost"):
             lines += ["", f"## Queries that {key} most: {markdown(change['run'])}, {change['measure']}", ""]
@@ -203,6 +231,11 @@ def _notes(run: Mapping[str, Any]) -> Iterator[str]:
 def _unjudged(report: Mapping[str, Any]) -> str:
     total = report["num_queries"] + report["num_unjudged"]
     return f"{report['num_queries']:,} of the {total:,} queries are judged in these qrels; only these count."
+
+
+def _unknown(count: int, total: int) -> str:
+    counts = f"{count:,} of {amount(total, 'judgements')}"
+    return f"{counts} are of passages that the corpus does not have: no run can find them." if count else ""
 
 
 def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -329,12 +362,10 @@ def _add_passages(changes: Sequence[Mapping[str, Any]], find_passages: FindPassa
 
 
 def _comparison_row(each: Mapping[str, Any]) -> list[str]:
-    interval = each["interval"]
     return [
         each["run"],
         each["measure"],
-        signed(each["difference"]),
-        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
+        *difference_cells(each),
         p_value(each["p_value"]),
         p_value(each["p_holm"]),
         *(f"{each[key]:,}" for key in ("wins", "ties", "losses")),

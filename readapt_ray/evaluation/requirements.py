@@ -1,4 +1,4 @@
-"""Check what must hold of a run before it ships: `nDCG@10 >= base - 0.005`, or `nDCG@10 >= 0.3`.
+"""Check what must hold of a run before it ships: `nDCG@10 >= base - 0.005`, `nDCG@10 >= 0.3`, or either on general queries.
 
 Enter requirements as text, means and comparisons with the baseline; leaves for each run whether each holds. Against the
 baseline it is a test of non-inferiority: the whole 95% interval of the difference must be above the margin, so too few
@@ -15,7 +15,7 @@ from readapt_ray.evaluation.significance import Comparison
 from readapt_ray.evaluation.tables import signed, value
 
 _FORM = re.compile(
-    r"(?P<measure>\S.*?)\s*>=\s*(?:(?P<base>base)(?:\s*(?P<sign>[+-])\s*(?P<margin>\d*\.?\d+))?|(?P<floor>\d*\.?\d+))"
+    r"(?P<general>general\s+)?(?P<measure>\S.*?)\s*>=\s*(?:(?P<base>base)(?:\s*(?P<sign>[+-])\s*(?P<margin>\d*\.?\d+))?|(?P<floor>\d*\.?\d+))"
 )
 
 
@@ -27,14 +27,17 @@ class Requirement(NamedTuple):
     bound: float
     """The difference from the baseline, or the mean."""
     is_relative: bool
+    is_general: bool = False
+    """Whether it is of the general collection."""
 
 
-def parse_requirement(text: str, measures: Sequence[str]) -> Requirement:
+def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str] = ()) -> Requirement:
     """Read a requirement.
 
     Args:
         text: as a user writes it.
         measures: those that are measured.
+        general: those that are measured on a general collection; none if there is none.
 
     Raises:
         InputError: it is none, or its measure is not measured.
@@ -43,16 +46,23 @@ def parse_requirement(text: str, measures: Sequence[str]) -> Requirement:
     if found is None:
         raise InputError(
             f"require = {text!r}: must be MEASURE >= base - MARGIN, MEASURE >= base + MARGIN or MEASURE >= NUMBER, such as "
-            f"'nDCG@10 >= base - 0.005'"
+            f"'nDCG@10 >= base - 0.005', or one of these after the word general"
         )
-    measure = found["measure"]
+    measure, is_general = found["measure"], bool(found["general"])
+    if is_general and not general:
+        raise InputError(
+            f"require = {text!r}: no general collection is measured; give its report with --general, in a run its corpus "
+            f"in section 'general', or leave the word general out"
+        )
+    measures = general if is_general else measures
     if measure not in measures:
         hint = meant(measure, measures) or f"measured are {', '.join(measures)}; add it to the measures"
         raise InputError(f"require = {text!r}: {measure!r} is not measured; {hint}")
     if found["floor"]:
-        return Requirement(text.strip(), measure, float(found["floor"]), is_relative=False)
+        return Requirement(text.strip(), measure, float(found["floor"]), is_relative=False, is_general=is_general)
     margin = float(found["margin"] or 0.0)
-    return Requirement(text.strip(), measure, -margin if found["sign"] == "-" else margin, is_relative=True)
+    bound = -margin if found["sign"] == "-" else margin
+    return Requirement(text.strip(), measure, bound, is_relative=True, is_general=is_general)
 
 
 def check_requirements(

@@ -1,10 +1,10 @@
 """Read and write runs: ranked results in the TREC format, one `query_id Q0 doc_id rank score tag` per line.
 
-Enters and leaves: text files that trec_eval, ir-measures and pyserini read. In memory a run lies in
+Enters and leaves: text files that trec_eval, ir-measures and pyserini read. In memory a run is in
 columns, so that ten million lines take some seconds to read; `read_run` gives plain records.
 
 The order is trec_eval's everywhere, in files too: by falling score as float32, ties by falling doc_id. So what
-stands first in a list is what was measured first.
+is first in a list is what was measured first.
 """
 
 import io

@@ -2,7 +2,8 @@
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 MAX_NAMED = 20
 
@@ -49,3 +50,12 @@ def p_value(number: float | None) -> str:
     if number is None:
         return "no test"
     return "< 0.0001" if number < 0.0001 else f"{number:.4f}"
+
+
+def difference_cells(each: Mapping[str, Any]) -> list[str]:
+    """Return the cells of a comparison's difference and its interval."""
+    interval = each["interval"]
+    return [
+        signed(each["difference"]),
+        f"{signed(interval[0])} to {signed(interval[1])}" if interval else each["note"],
+    ]

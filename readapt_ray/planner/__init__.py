@@ -4,13 +4,14 @@ In: a run's config, a cluster's file, and whatever the root already measured. Ou
 It reads a sample of the corpus and configs of models; no weight is read and Ray is not started.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from readapt_ray.catalog.shapes import model_shape, pretrained_shape
 from readapt_ray.config import Config
 from readapt_ray.planner import calibration, judged, machines, rates, scaling, stages
-from readapt_ray.planner.corpus import encoding_of, measure_corpus
+from readapt_ray.planner.corpus import Corpus, encoding_of, measure_corpus
 from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
@@ -22,7 +23,7 @@ from readapt_ray.recipes.chain import RunConfig, Step
 
 
 class PlanConfig(Config):
-    """Options of `readapt plan` besides those of the run."""
+    """Options of `readapt plan` besides the run's."""
 
     cluster: str
     """The cluster: a file of the Ray cluster launcher, a KubeRay manifest, a Slurm script, a list of nodes, or `local`."""
@@ -152,19 +153,24 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
     ingest, pack, train, embed = (_first(steps, stage) for stage in ("ingest", "pack", "train", "embed"))
     encoding = embed.encoding or encoding_of(run.retriever)
     retriever = model_shape(run.retriever)
-    corpus = measure_corpus(
-        source=run.source,
-        format=ingest.format,
-        options=ingest.read_options(),
-        ingested=ingest.output,
+    measure = functools.partial(
+        measure_corpus,
         pretrained=run.pretrained,
         retriever=run.retriever,
         encoding=encoding,
         block_tokens=pack.block_tokens,
+    )
+    corpus = measure(
+        ingest,
         num_passages=options.num_passages,
         num_queries=options.num_queries if options.num_queries is not None else judged.num_given(run),
         split=run.split,
     )
+    general: Corpus | None = None
+    if run.general is not None:
+        given: Any = next(step.config for _, step in steps if step.is_general)
+        num_queries = judged.num_given(run.general)
+        general = measure(given, num_passages=None, num_queries=num_queries, split=run.general.split)
     measured: Rates = rates.measure([run.root, *options.measured], cluster)
     if options.calibrate:
         configs = {"embed": embed, "train": train}
@@ -178,6 +184,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         retriever=retriever,
         dimension=embed.dimensions or encoding.dimensions or retriever.hidden,
         vector_dtype=embed.vector_dtype,
+        general=general,
     )
 
 

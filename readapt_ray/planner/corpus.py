@@ -23,7 +23,7 @@ from readapt_ray.sources.pieces import MIN_PIECE_BYTES
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Source
 from readapt_ray.sources.table_sources import TableSource
-from readapt_ray.stages.ingest import MIN_PARALLEL_BYTES
+from readapt_ray.stages.ingest import MIN_PARALLEL_BYTES, IngestConfig
 from readapt_ray.storage import Location
 
 SAMPLE_PASSAGES: Final = 2_000
@@ -77,11 +77,8 @@ class _Sample:
 
 
 def measure_corpus(
+    ingest: IngestConfig,
     *,
-    source: str,
-    format: Any,
-    options: ReadOptions,
-    ingested: str,
     pretrained: str,
     retriever: str,
     encoding: Encoding,
@@ -93,8 +90,7 @@ def measure_corpus(
     """Count and sample a corpus.
 
     Args:
-        source, format, options: as of ingest.
-        ingested: where ingest's output would be; read instead of the source where it is complete.
+        ingest: options of ingest; its output is read instead of the source where it is complete.
         pretrained, retriever: whose tokenizers count.
         encoding: how the retriever wants its text.
         block_tokens: longest passage in training.
@@ -105,13 +101,14 @@ def measure_corpus(
     Raises:
         InputError: the source cannot be read.
     """
-    manifest = artifacts.read_manifest(ingested)
+    source = ingest.source
+    manifest = artifacts.read_manifest(ingest.output)
     if manifest is None and not Location(source).exists() and (row := corpora.find_corpus(source)) is not None:
         return _known_corpus(row, num_passages, num_queries)
     if manifest is not None and manifest.stage == "ingest":
-        sample = _ingested_sample(artifacts.open_artifact(ingested, "ingest"), split)
+        sample = _ingested_sample(artifacts.open_artifact(ingest.output, "ingest"), split)
     else:
-        sample = _source_sample(source, format, options, split)
+        sample = _source_sample(source, ingest.format, ingest.read_options(), split)
     if not sample.passages:
         raise CorpusError(f"no passage of {source!r} could be read, so there is nothing to plan with")
     trained, train_known = _counts(pretrained, [f"{title} {text}".strip() for title, text in sample.passages])

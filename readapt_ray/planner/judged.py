@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from readapt_ray.config import Config
-from readapt_ray.recipes.chain import RunConfig
+from readapt_ray.recipes.chain import GeneralCollection, RunConfig
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
@@ -15,11 +15,13 @@ class _Columns(Config):
     columns: ColumnsOption = ()
 
 
-def num_given(run: RunConfig) -> int | None:
+def num_given(run: RunConfig | GeneralCollection) -> int | None:
     """Return how many queries of the files that a run names are judged; None if it names none."""
     if not run.queries or not run.qrels or not Location(run.queries).exists() or not Location(run.qrels).exists():
         return None
-    columns = _Columns(columns=run.search.get("columns", ())).columns
+    columns: ColumnsOption = ()
+    if isinstance(run, RunConfig):
+        columns = _Columns(columns=run.search.get("columns", run.ingest.get("columns", ()))).columns
     return len(keep_judged(read_queries(run.queries, columns), read_qrels(run.qrels, columns)))
 
 

@@ -70,6 +70,7 @@ def _heading(plan: Plan) -> str:
             f"         {corpus.text_bytes:,.0f} bytes, {corpus.train_tokens:.1f} tokens to train on and {corpus.embed_tokens:.1f} to "
             f"embed a passage (+-{100 * corpus.error:.0f}%): {count(corpus.num_passages * corpus.train_tokens)} and "
             f"{count(corpus.num_passages * corpus.embed_tokens)} tokens",
+            *([f"general  {plan.setting.general.note}"] if plan.setting.general else []),
             f"models   {count(plan.setting.pretrained.num_parameters)} parameters, vectors of {plan.setting.dimension}",
             f"cluster  {cluster.describe()}",
             f"in all   {_cost(plan, plan.stages, f', {size(plan.out_bytes)} on disk')}",

@@ -15,7 +15,7 @@ from readapt_ray.planner.cost import cost_of
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.progress import amount
-from readapt_ray.recipes.chain import Step, runs_beside_next
+from readapt_ray.recipes.chain import Step, by_stage, runs_beside_next
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
 
 PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_000_000)
@@ -98,7 +98,7 @@ def _cell(steps: Sequence[tuple[str, Step]], setting: Setting, num_passages: int
 
 def passage_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
     """Return what breaks as the corpus grows, in the order in which it breaks."""
-    configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
+    configs = by_stage(step for _, step in steps)
     train, corpus, cluster = configs["train"], setting.corpus, setting.cluster
     rate = setting.rates.of("ingest", "CPU", 0, is_low=False).value
     id_bytes = _ID_BYTES[configs["ingest"].deduplicate]
@@ -174,7 +174,7 @@ def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
 
 def worker_limits(steps: Sequence[tuple[str, Step]], setting: Setting) -> list[Limit]:
     """Return what keeps a larger cluster from being faster, in the order in which it does."""
-    configs: dict[str, Any] = {step.stage: step.config for _, step in steps}
+    configs = by_stage(step for _, step in steps)
     many = scaled(setting.cluster, max(WORKERS))
     limits = [_batch_limit(configs["train"], setting, many)]
     shards = stages.embed_workers(

@@ -67,12 +67,16 @@ class Setting:
     """Numbers of a vector that are kept."""
     vector_dtype: str
     """How embed stores them."""
+    general: Corpus | None = None
+    """The general collection, if the run measures one."""
 
 
 def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
     """Estimate one stage; None if it has nothing to do."""
     if step.needs_judgements and not setting.corpus.num_queries:
         return None
+    if step.is_general and setting.general is not None:
+        setting = replace(setting, corpus=setting.general)
     return _ESTIMATES[step.stage](step.config, name, setting)
 
 

@@ -21,7 +21,7 @@ from readapt_ray.storage import Location
 
 
 class Work(NamedTuple):
-    """A row of the table of functions whose options are those of a config."""
+    """A row of the table of functions that take the options of a config."""
 
     summary: str
     config: str
@@ -189,7 +189,7 @@ def run(
 
     Args:
         config: the file, or a RunConfig.
-        root: folder or URI to write all artifacts to. If omitted, that of the file.
+        root: folder or URI to write all artifacts to. If omitted, the root of the file.
         overrides: options in place of the file's: {"train.lora_rank": 16}, or {"train": {"lora_rank": 16}}.
         overwrite: make again all that is stale: made with other options or from other inputs.
         from_stage: as overwrite, but only for this stage and those after it.

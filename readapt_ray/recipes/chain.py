@@ -5,7 +5,7 @@ starts. `train_on_passages` is the one pair of stages that the command line join
 """
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from readapt_ray.stages.train import TrainConfig
 
 RUN_NAME = "run.json"
-BASE, ADAPTED, DRIFT = "retriever", "adapted", "drift"
+BASE, ADAPTED, DRIFT, GENERAL = "retriever", "adapted", "drift", "general"
 RUN_STAGES = ("ingest", "pack", "train", "merge", "embed", "index", "search", "evaluate", "drift")
 """The stages of a run, in order. `drift` is for a corpus without queries, instead of the two before it."""
 
@@ -118,6 +118,19 @@ def pack_options(train_options: Section) -> Section:
     return {name: train_options[name] for name in (*PACK_OPTIONS, "overwrite") if name in train_options}
 
 
+class GeneralCollection(Config):
+    """A second collection with queries and qrels, to measure what adapting to one's own costs elsewhere."""
+
+    source: str
+    """The general corpus, as `source`."""
+    queries: str | None = None
+    """File of its queries. If omitted, the source's own."""
+    qrels: str | None = None
+    """File of its judgements. If omitted, the source's own."""
+    split: str = "test"
+    """Which of the source's own qrels to take."""
+
+
 class RunConfig(Config):
     """The main job: from a corpus to an adapted retriever, its index and, with judgements, a report.
 
@@ -142,7 +155,7 @@ class RunConfig(Config):
     """JSON file with the retriever's pooling, prompts and special tokens, for merge and embed. If omitted, what its
     folder or the catalog says."""
     ingest: Section = Field(default_factory=dict)
-    """Options of ingest."""
+    """Options of ingest. Its `columns` are those of the files `queries` and `qrels`, too."""
     train: Section = Field(default_factory=dict)
     """Options of train; `mode`, `block_tokens`, `exclude` and `only` decide which passages are packed, and how."""
     merge: Section = Field(default_factory=dict)
@@ -156,6 +169,9 @@ class RunConfig(Config):
     catalog says of the source, and only the queries that are judged are searched."""
     evaluate: Section = Field(default_factory=dict)
     """Options of evaluate, such as measures."""
+    general: GeneralCollection | None = None
+    """A general collection with queries and qrels (section of `source`, and where they are not its own `queries`, `qrels`,
+    `split`): both retrievers are measured on it too, exactly and by vectors, and the report shows what adapting lost there."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +183,16 @@ class Step:
     stage: str
     config: StageConfig
     needs_judgements: bool = False
+
+    @property
+    def is_general(self) -> bool:
+        """Whether it is of the general collection."""
+        return self.name.startswith(f"{GENERAL}/")
+
+
+def by_stage(steps: Iterable[Step]) -> dict[str, Any]:
+    """Return the configs of the steps of one's own corpus, the last of each stage."""
+    return {step.stage: step.config for step in steps if not step.is_general}
 
 
 def plan_run(config: RunConfig) -> list[Step]:
@@ -186,7 +212,7 @@ def plan_steps(config: RunConfig, problems: Problems) -> list[Step]:
     steps = _Plan(config, problems).steps()
     for check in (_check_merge, _check_evaluate):
         with problems.noted():
-            check({step.stage: step.config for step in steps})
+            check(by_stage(steps))
     return steps
 
 
@@ -207,7 +233,7 @@ def _check_evaluate(configs: Mapping[str, Any]) -> None:
     if evaluate is None:
         return
     for each in evaluate.require:
-        parse_requirement(each, evaluate.measures)
+        parse_requirement(each, evaluate.measures, evaluate.measures if evaluate.general else ())
     if evaluate.names and (len(evaluate.names) != len(evaluate.runs) or len(set(evaluate.names)) < len(evaluate.names)):
         raise InputError(
             f"section 'evaluate': names = {list(evaluate.names)}: the run compares {len(evaluate.runs)} retrievers; give "
@@ -223,13 +249,23 @@ class _Plan:
         self._problems = problems
         self._encoding = {} if config.encoding is None else {"encoding": config.encoding}
         self._retrievers = {BASE: config.retriever, ADAPTED: self._at(ADAPTED)}
+        self._depth: Section = {}
+        is_given = (config.queries or config.qrels) and "columns" in config.ingest
+        self._columns: Section = {"columns": config.ingest["columns"]} if is_given else {}
         self._queries = config.queries or self._at("corpus/queries")
         self._qrels = config.qrels or self._at(f"corpus/qrels/{config.split}.parquet")
 
     def steps(self) -> list[Step]:
         """Return all steps in order; without those whose options are wrong."""
+        from readapt_ray.evaluation.measure_options import depth_of
+
         report = self._report()
-        steps = [*self._adapt(), *self._embed(), *self._search(report), report]
+        if report is not None:
+            with self._problems.noted():
+                self._depth = {"top_k": depth_of(report.config.settings()["measures"])}
+        corpus, *adapt = self._adapt()
+        general, *measured = self._on_general()
+        steps = [corpus, general, *adapt, *self._embed(), *self._search(), *measured, report]
         return [step for step in steps if step is not None]
 
     def _adapt(self) -> Iterator[Step | None]:
@@ -248,16 +284,14 @@ class _Plan:
             yield self._step(f"vectors/{name}", "embed", options, retriever=model, corpus=self._at("corpus"))
             yield self._step(f"index/{name}", "index", self._config.index, vectors=self._at(f"vectors/{name}"))
 
-    def _search(self, report: Step | None) -> Iterator[Step | None]:
-        from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
+    def _search(self) -> Iterator[Step | None]:
+        from readapt_ray.evaluation.measure_options import drops_self_hits
 
-        depth = {}
-        with self._problems.noted():
-            depth = {"top_k": depth_of(report.config.settings()["measures"])} if report else {}
         defaults = {
-            **depth,
+            **self._depth,
             "drop_self_hits": drops_self_hits(self._config.source),
             "qrels": self._qrels,
+            **self._columns,
         }
         for name, model in self._retrievers.items():
             yield self._step(
@@ -269,22 +303,55 @@ class _Plan:
                 queries=self._queries,
             )
 
+    def _on_general(self) -> Iterator[Step | None]:
+        """Yield the same on the general collection: its corpus first, so that what is wrong with it is known before
+        training.
+        """
+        from readapt_ray.evaluation.measure_options import drops_self_hits
+
+        general = self._config.general
+        if general is None:
+            yield None
+            return
+        corpus = self._at(f"{GENERAL}/corpus")
+        queries = general.queries or self._at(f"{GENERAL}/corpus/queries")
+        qrels = general.qrels or self._at(f"{GENERAL}/corpus/qrels/{general.split}.parquet")
+        yield self._step(f"{GENERAL}/corpus", "ingest", {}, source=general.source)
+        for name, model in self._retrievers.items():
+            options = {**self._encoding, **self._config.embed}
+            yield self._step(f"{GENERAL}/vectors/{name}", "embed", options, retriever=model, corpus=corpus)
+        wired = {"queries": queries, "qrels": qrels, "drop_self_hits": drops_self_hits(general.source)}
+        for name, model in self._retrievers.items():
+            vectors = self._at(f"{GENERAL}/vectors/{name}")
+            run = f"{GENERAL}/runs/{name}.trec"
+            yield self._step(run, "search", self._depth, retriever=model, vectors=vectors, **wired)
+        options = {
+            name: value
+            for name, value in self._config.evaluate.items()
+            if name not in ("require", "columns", "general")
+        }
+        runs = [self._at(f"{GENERAL}/runs/{name}.trec") for name in self._retrievers]
+        wired = {"runs": runs, "qrels": qrels, "queries": queries, "corpus": corpus}
+        yield self._step(f"{GENERAL}/report", "evaluate", options, **wired)
+
     def _report(self) -> Step | None:
         return self._step(
             "report",
             "evaluate",
-            self._config.evaluate,
+            {**self._columns, **self._config.evaluate},
             runs=[self._at(f"runs/{name}.trec") for name in self._retrievers],
             qrels=self._qrels,
             queries=self._queries,
             corpus=self._at("corpus"),
+            general=self._at(f"{GENERAL}/report") if self._config.general else "",
         )
 
     def _step(self, name: str, stage: str, options: Section, **wired: Any) -> Step | None:
         config = None
         with self._problems.noted():
             config = stage_config(stage, options, RUN_RULES, **wired, output=self._at(name))
-        return None if config is None else Step(name, stage, config, needs_judgements=stage in ("search", "evaluate"))
+        needs_judgements = stage in ("search", "evaluate") and not name.startswith(f"{GENERAL}/")
+        return None if config is None else Step(name, stage, config, needs_judgements=needs_judgements)
 
     def _at(self, name: str) -> str:
         return (Location(self._config.root) / name).uri

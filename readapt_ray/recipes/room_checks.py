@@ -41,7 +41,11 @@ def check_root(uri: str) -> None:
 
 
 def check_disk(
-    root: str, left: Sequence[Step], pretrained: OpenModel | None, dimension: int | None, corpus: Manifest | None
+    root: str,
+    left: Sequence[Step],
+    pretrained: OpenModel | None,
+    dimension: int | None,
+    corpora: Mapping[str, Manifest | None],
 ) -> None:
     """Check that the disk of the root has room for what the run writes, as far as that is known by now.
 
@@ -50,7 +54,7 @@ def check_disk(
         left: the steps that are to be made.
         pretrained: as large as the adapted model; None if it is not known.
         dimension: numbers of a vector; None if it is not known.
-        corpus: None if it is not there yet; then only models are counted.
+        corpora: those that are there, by name; without any only models are counted.
 
     Raises:
         StorageError: it has not.
@@ -58,14 +62,14 @@ def check_disk(
     location = Location(root)
     if not location.is_local:
         return
-    due: dict[str, list[Any]] = {}
-    for step in left:
-        due.setdefault(step.stage, []).append(step.config)
     needed: dict[str, float] = {}
     if pretrained is not None:
-        needed |= _of_models(due, pretrained)
-    if corpus is not None:
-        needed |= _of_corpus(due, corpus, dimension)
+        needed |= _of_models(_configs(left, is_general=False), pretrained)
+    for name, corpus in corpora.items():
+        if corpus is not None:
+            is_own = name == "corpus"
+            sizes = _of_corpus(_configs(left, is_general=not is_own), corpus, dimension)
+            needed |= {what if is_own else f"general {what}": size for what, size in sizes.items()}
     folder = location.local_path.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -75,6 +79,14 @@ def check_disk(
         raise StorageError(
             f"the disk of {location.uri!r} has {size_text(free)} free, and the run writes {terms}; make room, or give another --root"
         )
+
+
+def _configs(steps: Sequence[Step], *, is_general: bool) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for step in steps:
+        if step.is_general == is_general:
+            found.setdefault(step.stage, []).append(step.config)
+    return found
 
 
 def _of_models(due: Mapping[str, list[Any]], pretrained: OpenModel) -> dict[str, float]:
@@ -117,7 +129,7 @@ def _of_corpus(due: Mapping[str, list[Any]], corpus: Manifest, dimension: int | 
 def check_batch(train: Any) -> None:
     """Check that a batch feeds every training worker, before the stages that come first cost anything.
 
-    Their number is an option, that of the GPUs which the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
+    Their number is an option, the number of GPUs that the autoscaler may bring, or what the cluster of RAY_ADDRESS or this
     machine has.
 
     Args:

@@ -1,23 +1,24 @@
 """Check everything that can be known of a run before its first stage starts.
 
 The source, models and how they take text, whether the two models belong together, the head and the layers that training
-needs, lengths against positions, files, options against each other, room on the disk and in memory, and what stands under the
+needs, lengths against positions, files, options against each other, room on the disk and in memory, and what is under the
 root already. All that is wrong is said in one message.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from readapt_ray import artifacts, leases, outputs
 from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.errors import ArtifactConflictError, InputError, ModelError
+from readapt_ray.errors import ArtifactConflictError, CorpusError, InputError, ModelError
 from readapt_ray.recipes import memory_checks, option_checks, room_checks, standing
-from readapt_ray.recipes.chain import RunConfig, Step
+from readapt_ray.recipes.chain import GENERAL, RunConfig, Step, by_stage
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.recipes.standing import Standing
 from readapt_ray.storage import Location
 
+_CORPORA = ("corpus", f"{GENERAL}/corpus")
 _MODEL_NAMES = frozenset({"tokenizer"})
 """Inputs in a section of the user's that are no files."""
 
@@ -46,29 +47,59 @@ def check_run(
             found = standing.standings(_with_inputs(config, steps, problems), noted, reads_models=True)
         _check_root(config, steps, found, problems)
     done = {each.step.name for each in found if each.is_complete and not each.is_stale}
-    every: dict[str, Any] = {step.stage: step.config for step in steps}
-    due = {step.stage: step.config for step in steps if step.name not in done}
-    if "ingest" in due and "source" not in problems.left_out:
+    every = by_stage(steps)
+    due = by_stage(step for step in steps if step.name not in done)
+    for step in steps:
+        if step.stage == "ingest" and step.name not in done and "source" not in problems.left_out:
+            with problems.noted():
+                _check_source(step.config)
+    labels = {(search.queries, search.qrels): search for search in _searches(config, steps, done)}
+    for search in labels.values():
         with problems.noted():
-            _check_source(config.source, due["ingest"])
+            _check_labels(search)
     opened = dict(_opened(config, problems))
     _check_models(config, opened, every, problems)
     for step in steps:
         with problems.noted():
             _check_files(config, step)
-    corpus = artifacts.read_manifest(f"{config.root}/corpus") if "corpus" in done else None
+    corpora = {name: artifacts.read_manifest(Location(config.root) / name) for name in done if name in _CORPORA}
+    corpus = corpora.get("corpus")
     num_passages = None if corpus is None else corpus.counts.get("num_passages")
     dimension = option_checks.check_options(due, every, opened.get("retriever"), num_passages, problems)
     if "root" not in problems.left_out:
         left = [step for step in steps if step.name not in done]
         with problems.noted():
-            room_checks.check_disk(config.root, left, opened.get("pretrained"), dimension, corpus)
+            room_checks.check_disk(config.root, left, opened.get("pretrained"), dimension, corpora)
     with problems.noted():
         room_checks.check_batch(due.get("train"))
     with problems.noted():
         memory_checks.check_memory(due, every, opened, problems, dimension=dimension, num_passages=num_passages)
     problems.raise_them()
     return [each for each in found if each.is_stale]
+
+
+def _searches(config: RunConfig, steps: Sequence[Step], done: Collection[str]) -> Iterator[Any]:
+    """Yield the configs of the searches that are to be made, and whose queries and qrels the user gave and are there."""
+    for step in steps:
+        search: Any = step.config
+        given: Any = config.general if step.is_general else config
+        is_due = step.stage == "search" and step.name not in done and (given.queries or given.qrels) and search.qrels
+        if is_due and all(Location(uri).exists() for uri in (search.queries, search.qrels)):
+            yield search
+
+
+def _check_labels(search: Any) -> None:
+    """Check that queries and qrels can be read and belong together.
+
+    Raises:
+        CorpusError: they cannot, or no query is judged.
+    """
+    from readapt_ray.sources.judgements import keep_judged, read_qrels, read_queries
+
+    if not keep_judged(read_queries(search.queries, search.columns), read_qrels(search.qrels, search.columns)):
+        raise CorpusError(
+            f"no query of {search.queries!r} is judged in {search.qrels!r}; give files that belong together"
+        )
 
 
 def _opened(config: RunConfig, problems: Problems) -> Iterator[tuple[str, OpenModel]]:
@@ -109,11 +140,11 @@ def _with_inputs(config: RunConfig, steps: Sequence[Step], problems: Problems) -
     return kept
 
 
-def _check_source(source: str, ingest: Any) -> None:
+def _check_source(ingest: Any) -> None:
     """Check that the source is there and has a format that we read; a corpus that would be fetched, by its name."""
     from readapt_ray.sources.opening import check_source
 
-    check_source(source, ingest.format, ingest.read_options())
+    check_source(ingest.source, ingest.format, ingest.read_options())
 
 
 def _check_pair(pretrained: OpenModel, retriever: OpenModel, merge: Any) -> None:
@@ -165,16 +196,19 @@ def _check_positions(pretrained: OpenModel, pack: Any) -> None:
 def _check_files(config: RunConfig, step: Step) -> None:
     """Check that the files which the user's sections name are there, and queries and qrels."""
     section = "train" if step.stage == "pack" else step.stage
-    for name in sorted(type(step.config).inputs & getattr(config, section, {}).keys() - _MODEL_NAMES):
+    given = config.general if step.is_general else config
+    options = {} if step.is_general else getattr(config, section, {})
+    for name in sorted(type(step.config).inputs & options.keys() - _MODEL_NAMES):
         value = getattr(step.config, name)
         if isinstance(value, str) and not Location(value).exists():
             raise InputError(f"section {section!r}: {name} = {value!r} is not there; give a file or folder that exists")
     if step.stage == "evaluate":
-        absent = [
-            name for name in ("queries", "qrels") if (uri := getattr(config, name)) and not Location(uri).exists()
-        ]
+        absent = [name for name in ("queries", "qrels") if (uri := getattr(given, name)) and not Location(uri).exists()]
         if absent:
-            raise InputError(f"{absent[0]} = {getattr(config, absent[0])!r} is not there; give a file that exists")
+            where = f"section {GENERAL!r}: " if step.is_general else ""
+            raise InputError(
+                f"{where}{absent[0]} = {getattr(given, absent[0])!r} is not there; give a file that exists"
+            )
 
 
 def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standing], problems: Problems) -> None:
@@ -188,7 +222,7 @@ def _check_root(config: RunConfig, steps: Sequence[Step], found: Sequence[Standi
         first = "train" if refused[0].step.stage == "pack" else refused[0].step.stage
         with problems.noted():
             raise ArtifactConflictError(
-                f"under {config.root!r} stands what was made otherwise: {standing.summary(stale)}. Make these again, and only "
+                f"outputs under {config.root!r} were made with other options or inputs: {standing.summary(stale)}. Make these again, and only "
                 f"these, with --overwrite (or --from {first}), or give another --root"
             )
 

@@ -4,8 +4,10 @@ import shlex
 from collections.abc import Mapping
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.recipes.chain import ADAPTED, DRIFT, RunConfig
+from readapt_ray.recipes.chain import ADAPTED, DRIFT, GENERAL, RunConfig
 from readapt_ray.storage import Location
+
+GENERAL_REPORT = f"{GENERAL}/report"
 
 
 def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
@@ -15,10 +17,11 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
         config: the run that ended.
         made: its artifacts, by their folder under the root.
     """
-    lines = [f"{name:20} {artifact.uri}" for name, artifact in made.items()]
-    for name in ("report", DRIFT):
+    width = max(map(len, made), default=0)
+    lines = [f"{name:{width}} {artifact.uri}" for name, artifact in made.items()]
+    for name, what in (("report", "report"), (DRIFT, "report"), (GENERAL_REPORT, "report on general queries")):
         if name in made:
-            lines += ["", f"report: {made[name].location / 'report.html'}"]
+            lines += ["", f"{what}: {made[name].location / 'report.html'}"]
     if "report" not in made and "adapter" in made:
         lines += [
             "",

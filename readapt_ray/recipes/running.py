@@ -57,6 +57,7 @@ def run(
     Raises:
         InputError: all that is known to be wrong before any stage starts, in one message; or what a stage finds.
     """
+    logger.info("checking the run before its first stage")
     problems = Problems() if problems is None else problems
     root = Location(config.root)
     if "root" not in problems.left_out:
@@ -204,11 +205,13 @@ def _run_steps(
             made[beside[0].name] = beside[1].result()
             record.note(beside[0], made[beside[0].name])
             beside = None
-        if step.stage == "ingest":
+        if step.name == "corpus":
             steps = unlabelled.fitted(config, planned)
             record.keep(steps)
             if steps[-1].stage == "drift":
                 unlabelled.tell(config)
+        if step.is_general and step.stage == "ingest":
+            unlabelled.check_general(config, steps)
         record.note(step, made[step.name])
 
 

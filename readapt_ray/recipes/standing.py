@@ -17,7 +17,7 @@ from readapt_ray.recipes.chain import Step
 
 _MODELS = ("pretrained", "retriever")
 _RESOLVED: tuple[Any, ...] = (None, "auto", "retriever", (), [])
-"""Values of options that a stage replaces by what they stand for; its manifest has that."""
+"""Values of options that a stage replaces; its manifest has the replacement."""
 
 _CAPPED = {("pack", "block_tokens")}
 """Options that a stage lowers to what the model takes."""
@@ -48,7 +48,7 @@ class Standing:
 
 
 def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, reads_models: bool) -> list[Standing]:
-    """Compare each step with what stands at its output.
+    """Compare each step with what is at its output.
 
     Args:
         steps: all steps, in order.
@@ -74,8 +74,8 @@ def standings(steps: Sequence[Step], noted: Sequence[Mapping[str, Any]], *, read
                 source = _source(value, found)
                 if source is not None and source.is_stale:
                     stale.append(source.step.name)
-                elif _has_changed(step, name, value, record, source, reads_models=reads_models):
-                    changes.append(f"{name}: its content changed")
+                elif what := _change_of_input(step, name, value, record, source, reads_models=reads_models):
+                    changes.append(f"{name}: {what}")
             standing = dataclasses.replace(standing, changes=tuple(changes), stale_inputs=tuple(dict.fromkeys(stale)))
         found[step.name] = standing
     return list(found.values())
@@ -117,21 +117,27 @@ def _source(value: str, found: Mapping[str, Standing]) -> Standing | None:
     )
 
 
-def _has_changed(
+def _change_of_input(
     step: Step, name: str, value: str, record: Mapping[str, Any], source: Standing | None, *, reads_models: bool
-) -> bool:
-    """Return whether an input differs from what the artifact was made from, as far as can be told without reading it."""
-    known: str | None = record.get("inputs", {}).get(name)
-    if known is None or isinstance(getattr(step.config, name), tuple):
-        return False
+) -> str:
+    """Return how an input differs from what the artifact was made from, as far as can be told without reading it."""
+    inputs: Mapping[str, str] = record.get("inputs", {})
+    known = inputs.get(name)
+    if isinstance(getattr(step.config, name), tuple):
+        return ""
+    is_whole = source is not None and value == source.step.config.output
+    if known is None:
+        return "it was not given before" if is_whole and inputs else ""
+    if not value:
+        return "it is not given any more"
     if source is not None:
-        is_whole = value == source.step.config.output
         made = source.record["fingerprint"] if source.record else ""
-        return bool(is_whole and made and made != known)
+        return "its content changed" if is_whole and made and made != known else ""
     if name not in _MODELS or not reads_models:
-        return False
+        return ""
     model = models.open_model(value, with_weights=step.stage != "pack")
-    return known != (model.tokenizer_fingerprint if step.stage == "pack" else model.fingerprint)
+    same = known == (model.tokenizer_fingerprint if step.stage == "pack" else model.fingerprint)
+    return "" if same else "its content changed"
 
 
 def summary(stale: Sequence[Standing]) -> str:

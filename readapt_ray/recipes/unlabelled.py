@@ -52,18 +52,42 @@ def has_judgements(config: RunConfig, steps: Sequence[Step]) -> bool:
     Raises:
         CorpusError: only one of queries and qrels is there.
     """
-    evaluation: Any = next((step.config for step in steps if step.stage == "evaluate"), None)
+    evaluation: Any = next((step.config for step in steps if step.name == "report"), None)
     if evaluation is None:
         return True
-    there = {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
+    there = _there(evaluation)
     if all(there.values()):
         return True
+    if evaluation.require:
+        raise CorpusError(
+            f"section 'evaluate': require = {', '.join(evaluation.require)!r}, and the corpus has no queries and qrels of the split "
+            f"{config.split!r} to tell it by; give them with --set queries=FILE --set qrels=FILE, or leave require out"
+        )
     if any(there.values()) or config.queries or config.qrels:
         absent = next(name for name, present in there.items() if not present)
         raise CorpusError(
             f"no {absent} at {getattr(evaluation, absent)!r}; evaluation needs queries and qrels: give both, or a split that the source has"
         )
     return False
+
+
+def check_general(config: RunConfig, steps: Sequence[Step]) -> None:
+    """Check that the general collection has queries and qrels, once it is ingested.
+
+    Raises:
+        CorpusError: it has not.
+    """
+    evaluation = next(step.config for step in steps if step.is_general and step.stage == "evaluate")
+    absent = [name for name, is_there in _there(evaluation).items() if not is_there]
+    if config.general and absent:
+        raise CorpusError(
+            f"section 'general': {config.general.source!r} has no {' and no '.join(absent)} of the split {config.general.split!r}; give "
+            f"general.split, or general.queries and general.qrels"
+        )
+
+
+def _there(evaluation: Any) -> dict[str, bool]:
+    return {name: Location(getattr(evaluation, name)).exists() for name in ("queries", "qrels")}
 
 
 def tell(config: RunConfig) -> None:

@@ -96,7 +96,7 @@ class WordIndex:
         if not vocabulary:
             empty = np.zeros(0)
             return cls({}, empty.astype(np.float32), empty.astype(np.int32), np.zeros(1, np.int64), len(passages))
-        # bm25s takes the mean length and the frequencies of this shard. Other k1 and b stand for the mean length of the
+        # bm25s takes the mean length and the frequencies of this shard. Other k1 and b give the mean length of the
         # corpus: k1 (1 - b + b length / mean) is all that the formula knows of it. Frequencies are a factor of a column.
         weight = K1 * B * np.mean([len(each) for each in ids]) / (whole.num_words / whole.num_passages)
         k1 = K1 * (1 - B) + weight

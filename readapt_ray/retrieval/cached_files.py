@@ -17,10 +17,15 @@ logger = logging.getLogger("readapt_ray")
 _FILE = "content"
 
 
-def near(file: Location, sha256: str) -> Location:
-    """Return the copy of a file on this node, which stays until this process ends; the file itself if it lies here anyway.
+def near(file: Location, sha256: str, *, is_mapped: bool = True) -> Location:
+    """Return the copy of a file on this node; the file itself if it is on this node anyway.
 
     The file itself is returned, too, if the copy has no room or the cache cannot be written; a warning says so.
+
+    Args:
+        file: on a store.
+        sha256: of its content.
+        is_mapped: keep the copy until this process ends. Otherwise it may go at once, when others need the room.
 
     Raises:
         CorruptFileError: it is gone, or is not the one that was written.
@@ -33,7 +38,10 @@ def near(file: Location, sha256: str) -> Location:
         with cache_entries.locked(entry):
             if not _is_whole(copy, sha256):
                 _load(file, sha256, copy)
-            cache_entries.keep(entry)
+            if is_mapped:
+                cache_entries.keep(entry)
+            else:
+                cache_entries.in_use(entry).close()
     except (OSError, StorageError) as error:
         logger.warning("%s is read into memory, not mapped from a copy on this node: %s", file, error)
         return file

@@ -1,6 +1,6 @@
 """Encode texts of many domains with one retriever in memory; the factors of domains come and go.
 
-In: token ids, each text with its domain. Out: vectors that equal those of each domain's merged model. Factors are read
+In: token ids, each text with its domain. Out: vectors that equal each domain's merged model's. Factors are read
 when they are first needed. Those that were used longest ago go when they take more memory than allowed.
 """
 
@@ -119,7 +119,7 @@ def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: st
 def domain_fingerprint(
     encoder: str, source: DomainSource, scales: Sequence[float], encoding: Encoding, dtype: str
 ) -> str:
-    """Return a fingerprint of all that decides a vector of a domain: at its own scales, that of the merged model's encoder.
+    """Return a fingerprint of all that decides a vector of a domain: at its own scales, the same as the merged model's encoder has.
 
     Args:
         encoder: fingerprint of the encoder that domains share.

@@ -20,7 +20,7 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 def kept_and_added(
     now: Contents, folder: Location, records: Sequence[ShardRecord]
 ) -> tuple[list[NDArray[np.bool_]], NDArray[np.int64]]:
-    """Return which vectors of each shard stand for a passage as it is now, and the rows of `now` that have none.
+    """Return which vectors of each shard belong to a passage as it is now, and the rows of `now` that have none.
 
     A passage whose content changed has none; neither has one whose content is not known.
 

@@ -218,7 +218,7 @@ def read_words(folder: Location, name: str, sha256: str, *, is_kept: bool = Fals
 
 def _verified(location: Location, sha256: str, *, is_kept: bool = False) -> bytes:
     try:
-        content = (near(location, sha256) if is_kept else location).read_bytes()
+        content = _content(near(location, sha256, is_mapped=False), location) if is_kept else location.read_bytes()
     except FileNotFoundError as error:
         raise CorruptFileError(f"{location} is gone; run `readapt index` again") from error
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -226,3 +226,10 @@ def _verified(location: Location, sha256: str, *, is_kept: bool = False) -> byte
             f"{location} was cut short or altered: its checksum is not the one in the manifest; run `readapt index` again"
         )
     return content
+
+
+def _content(copy: Location, location: Location) -> bytes:
+    try:
+        return copy.read_bytes()
+    except FileNotFoundError:  # it made room for another
+        return location.read_bytes()

@@ -1,7 +1,7 @@
 """Filter searches by columns that a corpus has beside doc_id, title and text.
 
 Enters: the files of the passages, and the doc_ids of some vectors. Leaves: the columns in the order of these, null where
-there is no passage. Memory holds the columns of these passages, and while they are read those of a million others.
+there is no passage. Memory holds the columns of these passages, and while they are read the columns of a million others.
 """
 
 import functools

@@ -66,7 +66,7 @@ class PassageFiles:
         return cls((artifact.location / "passages").files(".parquet"), "split" in artifact.manifest.details)
 
     def missing(self, doc_ids: Iterable[str]) -> list[str]:
-        """Return those of the doc_ids that the corpus does not have, each once, in their order.
+        """Return the given doc_ids that the corpus does not have, each once, in their order.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -79,7 +79,7 @@ class PassageFiles:
         return [str(each) for each in missing.to_pylist()]
 
     def documents_of(self, ids: Iterable[str]) -> dict[str, str]:
-        """Return the document of each id: that of a passage of a document that was split, else the id itself.
+        """Return the document of each id: of a passage of a document that was split, else the id itself.
 
         Raises:
             CorruptFileError: a file cannot be read.
@@ -97,7 +97,7 @@ class PassageFiles:
         return found | {each: each for each in documents}
 
     def has_any(self, passage_ids: Iterable[str]) -> bool:
-        """Return whether one of these is the id of a passage; that of a document which was split is none.
+        """Return whether one of these is the id of a passage; the id of a document that was split is not.
 
         Raises:
             CorruptFileError: a file cannot be read.

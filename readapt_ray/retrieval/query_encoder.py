@@ -108,7 +108,8 @@ def _check(model: OpenModel, encoding: Encoding, recorded: dict[str, Any], made:
         if recorded["encoding"].get(name) != value
     ]
     what = (
-        "; ".join(differing) or f"the weights, tokenizer or configuration are not those of {recorded['model']!r} then"
+        "; ".join(differing)
+        or f"the weights, tokenizer or configuration are not the ones that {recorded['model']!r} had then"
     )
     if made.manifest.stage == "bridge":
         raise FingerprintMismatchError(

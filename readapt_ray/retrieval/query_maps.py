@@ -126,7 +126,7 @@ def low_rank_regressions(
 
 
 def _residual(new: Matrix, old: Matrix, start: QueryMap, *, seed: int, recall: Callable[[QueryMap], float]) -> QueryMap:
-    """Train a small network beside a matrix, so that scores of old vectors are distributed as those of new vectors are.
+    """Train a small network beside a matrix, so that scores of old and new vectors have the same distribution.
 
     Each passage is a query in turn; the loss is the Kullback-Leibler divergence of the softmax over other passages. Of all
     epochs the best by recall is returned, since many of them overfit some thousand passages.

@@ -80,7 +80,7 @@ def plan_shards_like(
     earlier_counts: Sequence[tuple[str, int]],
     earlier_rows: Iterable[NDArray[np.int64]],
 ) -> list[DataShard]:
-    """Cut the rows of files where the files of earlier vectors end, so that those of unchanged passages can be kept whole.
+    """Cut the rows of files where the files of earlier vectors end, so that vectors of unchanged passages can be kept whole.
 
     A shard has the rows of an earlier file with what was added there, half as many again at most, and half at least.
 

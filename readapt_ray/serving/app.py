@@ -363,7 +363,7 @@ def _mismatch(
     there = {**recorded["encoding"], "dtype": recorded["dtype"]}
     other = {key: value for key, value in wanted.items() if there.get(key) != value}
     differing = [f"{key} is {there.get(key)!r} there and {value!r} here" for key, value in other.items()]
-    what = "; ".join(differing) or f"its vectors are of other weights (those of {recorded['model']!r})"
+    what = "; ".join(differing) or f"its vectors were made with other weights ({recorded['model']!r})"
     if config.bridge:
         return FingerprintMismatchError(
             f"bridge {config.bridge!r} is not for {model.name!r}: {what}; serve the model that it was fitted with, or run "

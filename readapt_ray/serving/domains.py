@@ -160,7 +160,7 @@ def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, floa
 async def rows_of(
     backend: Backend, rows: Sequence[Sequence[int]], scales: tuple[float, ...] | None = None
 ) -> Sequence[Sequence[int]]:
-    """Return rows that name their domain, once its factors are in memory; those of a version as they are.
+    """Return rows that name their domain, once its factors are in memory; rows of a version are unchanged.
 
     Args:
         backend: the domain or the version.

@@ -1,6 +1,6 @@
 """Search some shards of an index in memory, whole or only among some doc_ids; without Ray.
 
-A filtered search that leaves few passages is exact among the vectors that the index holds: it scores those of the passages
+A filtered search that leaves few passages is exact among the vectors that the index holds: it scores the passages
 that pass, a block at a time, read back from the index. Of many passages FAISS searches those that pass; what finds fewer than
 it should is searched exactly.
 """

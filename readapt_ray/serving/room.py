@@ -1,4 +1,4 @@
-"""Refuse versions that the nodes have no room for, before anything is deployed; Ray would let them wait for ever."""
+"""Refuse versions that the nodes have no room for, before anything is deployed; Ray would let them wait without end."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -168,7 +168,7 @@ class Hit(BaseModel):
     text: str | None = None
     columns: dict[str, Any] | None = None
     passage_id: str | None = None
-    """Id of the best passage of the document, if ingest split documents. Title and text are those of this passage."""
+    """Id of the best passage of the document, if ingest split documents. Title and text are this passage's."""
 
 
 class SearchResult(BaseModel):

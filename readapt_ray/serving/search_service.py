@@ -171,7 +171,7 @@ class SearchService:
         return _Embedded(vectors, encoded_by(version.backend, scales))
 
     def _check_token_ids(self, body: schema.EmbeddingsRequest, encoder_fingerprint: str) -> None:
-        """Refuse token ids that may be another tokenizer's: their vectors would be those of other texts."""
+        """Refuse token ids that may be another tokenizer's: they would give vectors of other texts."""
         is_text = isinstance(body.input, str) or isinstance(body.input[0], str)
         if is_text or self.limits.accept_token_ids or body.fingerprint == encoder_fingerprint:
             return

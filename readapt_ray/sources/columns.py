@@ -212,7 +212,7 @@ def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, i
         found: the names that the file has.
         label: what to call the file.
         choice: what the user says.
-        is_sample: whether the names are those of the first rows, so that a kept column may come later.
+        is_sample: whether the names come from the first rows, so that a kept column may come later.
 
     Raises:
         CorpusError: no id or no text, or a column that was asked for is not there; it names the columns found.
@@ -231,7 +231,7 @@ def passage_columns(found: Sequence[str], label: str, choice: ColumnChoice, *, i
     if missing:
         options = ",".join(f"{field}=COLUMN" for field in ("doc_id", "text") if not chosen[field])
         raise CorpusError(
-            f"{label} has {' and '.join(missing)}; its columns are {_listed(found)}: say which one it is with --columns {options}"
+            f"{label} has {' and '.join(missing)}; its columns are {_listed(found)}: say which one it is with --columns {options} (in a run: ingest.columns)"
         )
     kept = tuple(
         name if is_sample and kind and name not in found else _found(name, found, label, None)

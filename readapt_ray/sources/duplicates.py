@@ -130,7 +130,7 @@ class NearDuplicates:
         self._sketches: dict[int, Any] = {}
 
     def earlier(self, passage: Passage, row: int) -> int | None:
-        """As `ExactDuplicates.earlier`; of several the first that was kept."""
+        """Find as `ExactDuplicates.earlier`; of several the first that was kept."""
         found = self._exact.earlier(passage, row)
         if found is not None:
             return found

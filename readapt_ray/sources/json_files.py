@@ -55,7 +55,7 @@ class JsonLines:
 def json_rows(
     file: Location, label: str, pick: Callable[[list[str]], Sequence[str]], options: ReadOptions, *, is_lines: bool
 ) -> Iterator[Values | BadRow]:
-    """Yield place and values of each object, in the fields that `pick` chooses by those of the first hundred.
+    """Yield place and values of each object, in the fields that `pick` chooses by the first hundred.
 
     Args:
         file: the file.

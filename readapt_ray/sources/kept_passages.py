@@ -1,4 +1,4 @@
-"""Find, in the files of a parallel ingest, which passage stands for a doc_id after duplicates were dropped.
+"""Find, in the files of a parallel ingest, which passage replaces a doc_id after duplicates were dropped.
 
 Everything is read in one pass over the files of the exchange; in memory are one partition of ids, and what was asked for.
 """
@@ -28,7 +28,7 @@ class KeptPassages:
     lists: Lists
 
     def kept_ids(self, doc_ids: Sequence[str]) -> dict[str, str]:
-        """Return for each doc_id its own, or of a duplicate that of the passage that was kept; not those of no passage."""
+        """Return for each doc_id itself, or for a duplicate the doc_id of the kept passage; ids of no passage are left out."""
         rows = self._rows(doc_ids)
         kept = self.kept_rows(rows.values(), ("drop-contents", "drop-near"))
         names = self.doc_ids(kept.values())

@@ -142,7 +142,8 @@ def _picked(found: Sequence[str], label: str, kind: Kind, choice: ColumnChoice) 
         chosen = first_of(given.get(field, ()), found)
         column = chosen or first_of(known, [name for name in found if name not in picked])
         if column is None:
-            advice = f"say which one it is with --columns {field}=COLUMN" if kind.can_choose else "rename it"
+            which = f"say which one it is with --columns {field}=COLUMN (in a run: ingest.columns)"
+            advice = which if kind.can_choose else "rename it"
             raise CorpusError(
                 f"{label} has no column {' or '.join(given.get(field, known))}; its columns are {', '.join(found) or 'none'}: {advice}"
             )

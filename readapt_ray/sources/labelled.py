@@ -26,7 +26,7 @@ from readapt_ray.storage import Location
 
 ROLES = ("corpus", "queries", "qrels")
 PART = re.compile(rf"(?:(.+)[-_.])?({'|'.join(ROLES)})")
-"""A part's name: that of its configuration, and what it holds."""
+"""A part's name: its configuration, and what it holds."""
 _SPLITS: Final = {"train": "train", "dev": "dev", "test": "test", "validation": "dev", "valid": "dev"}
 _SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(_SPLITS)})(?:$|[-_.])")
 _QRELS = re.compile(r"(^|[-_.])qrels?($|[-_.])")

@@ -15,7 +15,7 @@ from readapt_ray.sources.source import Source
 from readapt_ray.storage import Location
 
 KeptIds = Callable[[Sequence[str]], Mapping[str, str]]
-"""Gives for doc_ids those of the passages that stand for them: their own, or of a duplicate the one that was kept. Ids
+"""Maps doc_ids to kept passages: to themselves, or for a duplicate to the one that was kept. Ids
 of no passage are left out."""
 
 
@@ -37,7 +37,7 @@ def write_labels(
         source: of the passages.
         output: the artifact's folder.
         bad_rows: gets the rows that are none.
-        kept_ids: which passage stands for an id.
+        kept_ids: maps an id to the id of the kept passage.
         any_dropped: whether duplicates were dropped.
     """
     queries = bad_rows.good(source.queries())
@@ -92,7 +92,7 @@ def repointed(qrels: Iterable[Qrel], kept_id: Callable[[str], str]) -> tuple[lis
 
     Args:
         qrels: the judgements of one split.
-        kept_id: the id that stands for an id now; its own where nothing was dropped.
+        kept_id: maps an id to the id of the kept passage; to itself where nothing was dropped.
 
     Returns:
         The judgements, the highest relevance where two now meet, and how many were moved.

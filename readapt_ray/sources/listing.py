@@ -108,12 +108,12 @@ def data_files(folder: Location, suffixes: tuple[str, ...]) -> list[DataFile]:
 
 
 def is_data(name: str, suffixes: tuple[str, ...], hidden: tuple[str, ...] = HIDDEN) -> bool:
-    """Return whether a relative path is that of a file of some kinds, and no part of it begins as hidden ones do."""
+    """Return whether a relative path names a file of some kinds, and no part of it is hidden."""
     return plain_name(name).endswith(suffixes) and not is_hidden(name, hidden)
 
 
 def is_hidden(name: str, hidden: tuple[str, ...] = HIDDEN) -> bool:
-    """Return whether a part of a relative path begins as those of hidden files do."""
+    """Return whether a part of a relative path is hidden."""
     return any(part.startswith(hidden) for part in name.split("/"))
 
 

@@ -180,7 +180,7 @@ def split_part(file: Location, splitting: Splitting) -> dict[str, int]:
 
 
 def split_schema(documents: pa.Schema) -> pa.Schema:
-    """Return the columns of passages: those of documents, and behind the content_hash the parent_id."""
+    """Return the columns of passages: the columns of documents, with the parent_id after the content_hash."""
     at = documents.get_field_index("content_hash") + 1
     return documents.remove_metadata().insert(at, pa.field("parent_id", pa.string()))
 

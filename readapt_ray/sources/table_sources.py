@@ -93,7 +93,7 @@ class TableSource(Source):
             self.fraction_read = before / total
 
     def fingerprint(self) -> str:
-        """By the content of its files."""
+        """Hash the content of its files."""
         return files_fingerprint(self._files)
 
 
@@ -131,16 +131,16 @@ class LabelledTableSource(TableSource):
         self._queries, self._qrels = queries, qrels
 
     def queries(self) -> Iterator[Query | BadRow]:
-        """From the file of queries."""
+        """Return the queries of the file of queries."""
         if self._queries is not None:
             yield from iter_queries(self._queries, self.options.columns)
 
     def qrels(self) -> dict[str, Iterator[Qrel | BadRow]]:
-        """From the files of judgements, one a split."""
+        """Return the judgements of the files, one per split."""
         return {split: iter_qrels(file, self.options.columns) for split, file in self._qrels.items()}
 
     def fingerprint(self) -> str:
-        """By the content of passages, queries and judgements."""
+        """Hash the content of passages, queries and judgements."""
         queries = [DataFile("queries", self._queries)] if self._queries is not None else []
         qrels = [DataFile(f"qrels/{split}", file) for split, file in self._qrels.items()]
         return files_fingerprint([*self._files, *queries, *qrels])

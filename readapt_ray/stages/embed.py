@@ -121,7 +121,7 @@ def embed(config: EmbedConfig) -> Artifact:
     """Encode a corpus.
 
     Raises:
-        ArtifactMissingError: the corpus is not the output of `readapt ingest`, or `previous` not that of `readapt embed`.
+        ArtifactMissingError: the corpus is not the output of `readapt ingest`, or `previous` is not the output of `readapt embed`.
         CorpusError: it is empty, lacks a column, holds a file twice, or was altered; or a passage gives no vector.
         FingerprintMismatchError: `previous` was made by another model, or is stored otherwise.
         ModelError: the retriever is not a model, or cannot be used with its encoding.
@@ -345,7 +345,9 @@ def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:
             100 * work["padding_share"],
             truncation.sentence(lost),
         )
-    truncation.warn_of_loss("embed", lost, "raise max_passage_tokens of the encoding, or ingest shorter passages")
+    truncation.warn_of_loss(
+        "embed", lost, "raise max_passage_tokens of the encoding, or split long passages with ingest's split_tokens"
+    )
     return {"work": work, "truncation": lost}
 
 

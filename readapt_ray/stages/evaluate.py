@@ -23,6 +23,7 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, InputError
 from readapt_ray.evaluation import measures as measuring
 from readapt_ray.evaluation import report as reporting
+from readapt_ray.evaluation.general_report import GeneralReport, read_general
 from readapt_ray.evaluation.requirements import Requirement, check_requirements, parse_requirement
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.evaluation.significance import Comparison, compare
@@ -59,15 +60,19 @@ class EvaluateConfig(StageConfig):
     """Columns of queries and qrels, if they are not called as usual: query_id=key,query=question,doc_id=docno,relevance=grade."""
     corpus: str = ""
     """Output of `readapt ingest`, to show titles and texts in the report."""
+    general: str = ""
+    """Output of `readapt evaluate` for the same retrievers on a general collection, to show beside the gain on one's own what
+    adapting lost there."""
     require: tuple[str, ...] = ()
     """What must hold, else the command ends with 1, separated by commas: "nDCG@10 >= base - 0.005" (the whole 95% interval
-    of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first."""
+    of the difference from the first run is above it) or "nDCG@10 >= 0.3" (the mean). For each run after the first.
+    "general nDCG@10 >= base - 0.005" is of what `general` measured."""
     num_permutations: int = Field(default=10_000, ge=100, le=10_000_000)
     """Number of random permutations in the significance test, and of bootstrap samples in the intervals."""
     seed: int = Field(default=0, ge=0)
     """Random seed for the significance test and the intervals."""
 
-    inputs: ClassVar[frozenset[str]] = frozenset({"runs", "qrels", "queries", "corpus"})
+    inputs: ClassVar[frozenset[str]] = frozenset({"runs", "qrels", "queries", "corpus", "general"})
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,9 @@ class _Loaded:
     corpus: PassageFiles | None
     num_unknown: int
     """Judgements of passages that the corpus does not have."""
+    provenance: dict[str, dict[str, Any]]
+    """What is known of each run."""
+    general: GeneralReport | None
 
 
 def evaluate(config: EvaluateConfig) -> Artifact:
@@ -91,7 +99,9 @@ def evaluate(config: EvaluateConfig) -> Artifact:
         CorpusError: the runs and the judgements are of different corpora.
     """
     measures = measuring.parse_measures(config.measures)
-    required = [parse_requirement(each, list(measures)) for each in config.require]
+    general = open_artifact(config.general, "evaluate") if config.general else None
+    also = list(next(iter(general.manifest.details["means"].values()))) if general else []
+    required = [parse_requirement(each, list(measures), also) for each in config.require]
     files = dict(zip(_names(config), config.runs, strict=True))
     inputs = _fingerprints(config, files)
     # Bad input is found before the output folder is touched; a complete artifact is not measured again.
@@ -136,6 +146,8 @@ def _fingerprints(config: EvaluateConfig, files: Mapping[str, str]) -> dict[str,
             known[option] = fingerprint(Location(uri).content_fingerprint())
     if config.corpus:
         known["corpus"] = open_artifact(config.corpus, "ingest").fingerprint
+    if config.general:
+        known["general"] = open_artifact(config.general, "evaluate").fingerprint
     return known
 
 
@@ -166,7 +178,9 @@ def _load(config: EvaluateConfig, files: Mapping[str, str], measures: Mapping[st
     is_of_corpus = corpus is not None and num_unknown < sum(map(len, judgements.values()))
     if not is_of_corpus:
         _check_one_corpus(judgements, runs, config)
-    return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown)
+    provenance = {name: _provenance(uri) for name, uri in files.items()}
+    general = read_general(open_artifact(config.general, "evaluate"), provenance) if config.general else None
+    return _Loaded(runs, measurements, judgements, texts, corpus, num_unknown, provenance, general)
 
 
 def _of_documents(run: Run, judgements: measuring.Judgements, corpus: PassageFiles | None, name: str) -> Run:
@@ -252,7 +266,11 @@ def _write(
         num_resamples=config.num_permutations,
         seed=config.seed,
     )
-    requirements = check_requirements(required, {name: each.means for name, each in measurements.items()}, comparisons)
+    means = {name: each.means for name, each in measurements.items()}
+    requirements = check_requirements([each for each in required if not each.is_general], means, comparisons)
+    if general := loaded.general:
+        also = [each for each in required if each.is_general]
+        requirements += check_requirements(also, general.means, general.comparisons)
     report = reporting.build_report(
         loaded.runs,
         measurements,
@@ -260,10 +278,12 @@ def _write(
         loaded.judgements,
         query_texts=loaded.query_texts,
         find_passages=loaded.corpus.find if loaded.corpus is not None else lambda _: {},
-        provenance={name: _provenance(uri) for name, uri in files.items()},
+        provenance=loaded.provenance,
         num_permutations=config.num_permutations,
         seed=config.seed,
         requirements=requirements,
+        general=general,
+        num_unknown=loaded.num_unknown,
     )
     folder = workspace.location
     _write_per_query(folder / "per_query.parquet", measurements)

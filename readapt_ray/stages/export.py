@@ -159,7 +159,7 @@ def _plan(
         payload = pa.schema([each for each in payload if each.name not in _NOT_SENT])
         if previous is not None and payload.names != previous.manifest.details["record"]["columns"]:
             raise CorpusError(
-                f"the passages have the columns {payload.names}, and those of previous = {config.previous!r} had "
+                f"the passages have the columns {payload.names}, and the passages of previous = {config.previous!r} had "
                 f"{previous.manifest.details['record']['columns']}; export to another collection, without --previous"
             )
     return ExportJob(

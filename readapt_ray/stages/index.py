@@ -98,7 +98,7 @@ def index(config: IndexConfig) -> Artifact:
     """Build an index.
 
     Raises:
-        ArtifactMissingError: the vectors are not the output of `readapt embed`, or `previous` not that of `readapt index`.
+        ArtifactMissingError: the vectors are not the output of `readapt embed`, or `previous` is not the output of `readapt index`.
         FingerprintMismatchError: `previous` is an index of vectors of another model, or of another kind.
         CorruptFileError: a file of vectors was cut short, altered, or made by another model.
         InputError: bm25s is not installed; the kind does not fit, or finds less than `min_recall`; the message says what to raise.

@@ -2,7 +2,7 @@
 
 Each passages file becomes one blocks file, tokenised in a Ray Data task of its own and written whole;
 after a kill only the files that are missing are made. Memory: one file's tokens per task, and
-everywhere that of the ids to leave out or to take.
+and in every task the ids to leave out or to take.
 """
 
 import functools
@@ -181,7 +181,7 @@ def _pack(
                 f"{config.withhold} leave none of the {amount(num_passages, 'passages')} of {config.corpus!r}; check that the "
                 "lists name its doc_ids, give an earlier state, or withhold fewer"
             )
-    workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens)}
+    workspace.counts, workspace.details = counts, {"truncation": _tell_truncation(counts, config.block_tokens, model)}
     workspace.details["withheld"] = withheld
     workspace.details["model_config"] = artifacts.fingerprint(model.config)
 
@@ -209,7 +209,7 @@ def withheld_numbers(withhold: int, num_passages: int) -> list[int]:
     return sorted(drawn.tolist())
 
 
-def _tell_truncation(counts: Mapping[str, int], block_tokens: int) -> dict[str, Any]:
+def _tell_truncation(counts: Mapping[str, int], block_tokens: int, model: models.OpenModel) -> dict[str, Any]:
     lost = truncation.truncation(
         num_texts=counts["num_passages"],
         num_truncated=counts["num_truncated_passages"],
@@ -217,7 +217,9 @@ def _tell_truncation(counts: Mapping[str, int], block_tokens: int) -> dict[str, 
         num_lost=counts["num_lost_tokens"],
         max_tokens=block_tokens,
     )
-    truncation.warn_of_loss("pack", lost, "raise block_tokens, or ingest shorter passages")
+    is_all = block_tokens == shapes.usable_positions(model.config, model.name)
+    advice = f"{model.name} has no more positions: " if is_all else "raise block_tokens, or "
+    truncation.warn_of_loss("pack", lost, f"{advice}split long passages with ingest's split_tokens")
     return lost
 
 

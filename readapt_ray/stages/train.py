@@ -2,7 +2,7 @@
 
 Runs on Ray Train workers under DeepSpeed: the next token for decoders, masked tokens for encoders. Leaves a
 plain PEFT adapter folder, or a Hugging Face model folder where all weights are trained. Killed at any
-moment, it goes on from the newest checkpoint, on as many workers as there are then: every block bears
+moment, it resumes from the newest checkpoint, on as many workers as there are then: every block bears
 loss once an epoch.
 """
 
@@ -35,7 +35,7 @@ class TrainConfig(PackOptions, OptimizationConfig):
     """Passages (the output of `readapt ingest`) or blocks (the output of `readapt pack`). Passages are packed
     first, into OUTPUT-blocks."""
     continue_from: str | None = None
-    """Adapter of an earlier training on the same pretrained model to go on from; method, rank, alpha and target modules are
+    """Adapter of an earlier training on the same pretrained model to start from; method, rank, alpha and target modules are
     its own. Give it passages that it has not seen: with new_since, or a corpus of new passages."""
     objective: Objective | None = None
     """causal_lm predicts the next token (decoders); masked_lm predicts masked tokens (encoders). If omitted, what

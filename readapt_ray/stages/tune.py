@@ -209,7 +209,7 @@ def _write_report(workspace: Workspace, result: Mapping[str, Any]) -> None:
 
 
 def _passages(corpus: Artifact) -> Iterator[Passage]:
-    """Yield the passages; those of a document that was split have its id, by which it is judged."""
+    """Yield the passages; passages of a document that was split have its id, by which it is judged."""
     import pyarrow.parquet as pq
 
     num_rows = 0

@@ -5,7 +5,7 @@ without a graph, the loss and its gradient with respect to each vector are compu
 is encoded again, with the same dropout, and the gradient sent through it. That costs one more forward
 pass; a batch that fits one micro-batch is encoded once.
 
-The texts of a micro-batch lie end to end in one row where the model's attention can keep them apart (attention.py): padded,
+The texts of a micro-batch are packed into one row where the model's attention can keep them apart (attention.py): padded,
 questions of 15 tokens would cost as much as the passages of 128 beside them.
 
 What answers a query is never its negative, though it is in the batch as the passage of another pair or as a
@@ -257,7 +257,7 @@ def encode(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, *, d
 
 
 def _padded(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
-    """Pooled [B, H]: each text a row, padded on the right."""
+    """Return pooled [B, H]; each text is a row, padded on the right."""
     width = padded_width(max(len(ids) for ids in token_ids))
     input_ids = np.zeros((len(token_ids), width), np.int64)
     mask = np.zeros((len(token_ids), width), np.int64)
@@ -273,7 +273,7 @@ def _padded(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, dev
 
 
 def _packed(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
-    """Pooled [B, H]: all texts in one row, behind them a text of padding."""
+    """Return pooled [B, H]; all texts are in one row, with a text of padding at its end."""
     lengths = [len(ids) for ids in token_ids]
     num_tokens = sum(lengths)
     num_padding = padded_width(num_tokens) - num_tokens

@@ -3,7 +3,7 @@
 The driver holds the judged passages and their hard negatives: 1 GB a million of 1,000 characters. A file of pairs is
 streamed, with some 100 bytes in memory for each of its texts.
 
-Of a document that ingest split, the passage that shares most words with the query stands for it, both as the answer and
+Of a document that ingest split, the passage that shares most words with the query represents it, both as the answer and
 as a hard negative; all its passages are in memory. None of a document's passages is a negative of a query that it answers.
 """
 

@@ -38,7 +38,7 @@ class Texts(NamedTuple):
     """The texts of some pairs: queries, the passages that answer them, then their hard negatives.
 
     Numbers name passages: equal numbers, equal texts. What is relevant to a query is no negative to it, wherever in the
-    batch it stands.
+    batch it is.
     """
 
     token_ids: list[np.ndarray]
@@ -48,7 +48,7 @@ class Texts(NamedTuple):
     negative_numbers: np.ndarray
     """int64 [negatives]"""
     relevant: list[np.ndarray]
-    """For each pair int64 numbers: every passage that answers its query, its own, those of the query's other pairs, and
+    """For each pair int64 numbers: every passage that answers its query, its own, the passages of the query's other pairs, and
     all others of their documents."""
 
 

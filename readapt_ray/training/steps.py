@@ -100,7 +100,7 @@ class PartReport:
     num_parts: int
     """Micro-batches of this step."""
     part_s: float
-    """Seconds per micro-batch, without the first, which takes longer, once there are others: until then that of the first,
+    """Seconds per micro-batch, without the first, which takes longer, once there are others: until then the first one's,
     and within the first an estimate from its loss. 0 before that."""
     num_tokens: int
     """Tokens of text in the whole step over all workers."""

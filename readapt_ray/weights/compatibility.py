@@ -44,7 +44,7 @@ def check_configs(pretrained: OpenModel, tuned: OpenModel) -> None:
     ]
     if differences:
         raise WeightMismatchError(
-            f"the config of {tuned.name!r} is not that of {pretrained.name!r}: {listed(differences)}. Give the model that it "
+            f"the config of {tuned.name!r} differs from the one of {pretrained.name!r}: {listed(differences)}. Give the model that it "
             f"was made from; if the change is meant, --accept config takes the options of {tuned.name!r}"
         )
 
@@ -111,8 +111,8 @@ def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabula
             cut.append(f"{probe!r} is cut into {pieces[0][:8]} before, {pieces[1][:8]} after")
     if moved or cut:
         raise WeightMismatchError(
-            f"the tokenizer of {tuned.name!r} is not that of {pretrained.name!r}: {listed(moved + cut)}. Give the model that "
-            f"it was made from; if the change is meant, --accept tokenizer takes that of {tuned.name!r}"
+            f"the tokenizer of {tuned.name!r} differs from the one of {pretrained.name!r}: {listed(moved + cut)}. Give the model that "
+            f"it was made from; if the change is meant, --accept tokenizer takes the one of {tuned.name!r}"
         )
     alone = [
         f"{token!r} ({vocabulary[token]}) only {when}"

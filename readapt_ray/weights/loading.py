@@ -100,7 +100,7 @@ def load_headless(
     ]
     if problems:
         raise WeightMismatchError(
-            f"the weights of {name!r} are not those of {type(module).__name__}, which its config.json names: "
+            f"the weights of {name!r} do not fit {type(module).__name__}, which its config.json names: "
             f"{listed(problems)}; fetch the model again, or correct its config.json"
         )
     return module  # type: ignore[no-any-return]

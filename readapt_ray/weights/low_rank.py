@@ -157,7 +157,7 @@ def write_difference(
     Args:
         pretrained: the weights before.
         tuned: what was made of them, checked to fit, see `check_shapes`.
-        target: the file; beside it stand how each weight is kept (its name with .json), and parts until it is whole.
+        target: the file; beside it is written how each weight is kept (its name with .json), and parts until it is whole.
         variance: share of the squared difference that the factors of a matrix hold at least; None keeps the whole.
         report: called with the elements of weights done so far.
 

@@ -140,7 +140,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 if name != "__metadata__"
             }
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{path} has a header that is not that of safetensors: {error}") from error
+            raise ModelError(f"{path} has no valid safetensors header: {error}") from error
     end = max((tensor.offset + tensor.num_bytes for tensor in found.values()), default=0)
     if end > num_file_bytes:
         raise ModelError(f"{path} is cut short: {num_file_bytes:,} bytes of {end:,}; fetch or copy it again")

@@ -81,7 +81,7 @@ def test_an_adapter_of_another_base_is_refused(folder: Path, tmp_path: Path) -> 
     check_base(adapter, base)
     other = open_model(str(factories.tiny_decoder(tmp_path / "other", seed=3)))
     with pytest.raises(
-        ModelError, match=r"was trained on '.*base', whose weights are not those of '.*other'; give that"
+        ModelError, match=r"was trained on '.*base', whose weights are not the weights of '.*other'; give that"
     ):
         check_base(adapter, other)
     with pytest.raises(WeightMismatchError, match="does not fit the model"):
@@ -100,7 +100,7 @@ def test_the_manifest_says_what_an_adapter_was_trained_on(folder: Path, tmp_path
 
     base = open_model(str(folder / "base"))
     check_base(made("train", "own", base.fingerprint), base)
-    with pytest.raises(ModelError, match="whose weights are not those of"):
+    with pytest.raises(ModelError, match="whose weights are not the weights of"):
         check_base(made("train", "changed", "of another state of the folder"), base)
     with pytest.raises(ModelError, match="is the output of 'finetune'; give the output folder of `readapt train`"):
         check_base(made("finetune", "labelled", base.fingerprint), base)

@@ -23,8 +23,10 @@ MEASURES = ("nDCG@10", "R@100", "nDCG(gains={0:0,1:1})@10")
 )
 def test_a_requirement_is_read(text, parsed):
     found = parse_requirement(text, MEASURES)
-    assert found[1:] == parsed
+    assert found[1:] == (*parsed, False)
     assert found.text == text.strip()
+    general = parse_requirement(f"general {text.strip()}", ("other",), MEASURES)
+    assert general[1:] == (*parsed, True)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +37,7 @@ def test_a_requirement_is_read(text, parsed):
         (">= base", "must be MEASURE >= base - MARGIN"),
         ("nDGC@10 >= base", "'nDGC@10' is not measured; did you mean 'nDCG@10'"),
         ("RR@7 >= base", "'RR@7' is not measured; measured are nDCG@10, R@100"),
+        ("general nDCG@10 >= base", "no general collection is measured; give its report with --general"),
     ],
 )
 def test_what_is_no_requirement_is_refused(text, said):

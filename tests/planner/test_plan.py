@@ -433,3 +433,19 @@ def test_only_queries_that_are_judged_in_the_split_count(tmp_path: Path, run_fil
     Path(given["queries"]).write_text("a\tone\nb\ttwo\nc\tthree\n")
     Path(given["qrels"]).write_text("a\t0\td1\t1\nc\t0\td2\t1\nc\t0\td3\t0\n")
     assert make_plan(run_file, {**own, **given}).setting.corpus.num_queries == 2
+
+
+def test_a_general_collection_is_planned_by_its_own_size(tmp_path: Path, run_file: Path) -> None:
+    (tmp_path / "general.jsonl").write_text("".join(f'{{"_id": "d{n}", "text": "text {n}"}}\n' for n in range(30)))
+    plain, planned = make_plan(run_file), make_plan(run_file, {"general": {"source": str(tmp_path / "general.jsonl")}})
+    assert planned.setting.general is not None
+    assert planned.setting.general.num_passages == 30
+    own, general = (
+        next(each for each in planned.stages if each.name == f"{prefix}vectors/adapted") for prefix in ("", "general/")
+    )
+    tokens = [each.num_passages * each.embed_tokens for each in (planned.setting.corpus, planned.setting.general)]
+    assert general.work / tokens[1] == pytest.approx(own.work / tokens[0], rel=0.2)
+    assert tokens[1] < tokens[0] / 10
+    assert "general/report" in {each.name for each in planned.stages}
+    assert planned.passage_limits == plain.passage_limits
+    assert "general  30 passages counted" in plan_report.text(planned)

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import readapt_ray as ra
+from benchmarks.smollm.adapter import ENCODING
 from readapt_ray import artifacts, cli, root_status
 from readapt_ray.catalog import retrievers
 from readapt_ray.errors import InputError, ModelError
@@ -26,9 +27,11 @@ from tests import factories
 
 JOBS = Path(__file__).parent.parent.parent / "jobs"
 FILES = sorted(JOBS.glob("*.yaml"))
+FIRST_RUN = "smollm2"
+"""The file for a first run, whose models are folders that a script makes; the others are for models of the catalog."""
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", [each for each in FILES if each.stem != FIRST_RUN], ids=lambda file: file.stem)
 def test_the_shipped_experiments_resolve_to_the_papers_settings_and_use_all_gpus_unless_named_paper(file: Path) -> None:
     config = RunConfig.parse(yaml.safe_load(file.read_text()), where=file.name)
     steps = {step.name: step for step in chain.plan_run(config)}
@@ -83,7 +86,21 @@ def test_a_run_is_as_deep_as_its_measures_and_without_self_hits_where_the_corpus
 
 def test_there_is_a_file_for_each_promised_model() -> None:
     models = ("e5-mistral", "qwen3-embedding-0.6b", "repllama")
-    assert {file.stem for file in FILES} == {f"{model}{variant}" for model in models for variant in ("", "-paper")}
+    assert {file.stem for file in FILES} == {
+        FIRST_RUN,
+        *(f"{model}{variant}" for model in models for variant in ("", "-paper")),
+    }
+
+
+def test_the_first_run_trains_on_what_its_retriever_reads() -> None:
+    text = (JOBS / f"{FIRST_RUN}.yaml").read_text()
+    config = RunConfig.parse(yaml.safe_load(text))
+    steps: dict[str, Any] = {step.name: step.config for step in chain.plan_run(config)}
+    assert steps["blocks"].block_tokens == ENCODING["max_passage_tokens"]
+    assert (steps["adapted"].readapter_scale, steps["adapted"].knowledge_scale) == (1.0, 0.5)
+    (command,) = re.findall(r"bash (benchmarks/smollm/run\.sh) \. (\w+) model", text)
+    assert (JOBS.parent / command[0]).is_file()
+    assert {config.pretrained, config.retriever} == {f"{command[1]}/pretrained", f"{command[1]}/retriever"}
 
 
 def test_a_wrong_section_is_named() -> None:
@@ -241,14 +258,14 @@ def test_a_whole_run_measures_what_an_independent_computation_measures(
     ray_session: None, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tiny / "run"
-    assert (
-        cli.main(
-            ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
-        )
-        == 0
-    )
-    assert "nDCG@10" in capsys.readouterr().out
+    general = ["--set", f"general.source={tiny / 'beir'}"]  # its own corpus again: both must measure the same
+    again = ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
+    again += general
+    assert cli.main(again) == 0
+    said = capsys.readouterr().out
+    assert said.count("## Means") == 1 and "## Beside 12 general queries" in said
     measured = json.loads((root / "report" / "measures.json").read_text())["means"]
+    assert measured == json.loads((root / "general" / "report" / "measures.json").read_text())["means"]
     qrels = list(ir_measures.read_trec_qrels("\n".join(_trec_qrels(tiny / "beir" / "qrels" / "test.tsv"))))
     for name in ("retriever", "adapted"):
         run = list(ir_measures.read_trec_run(str(root / "runs" / f"{name}.trec")))
@@ -260,12 +277,7 @@ def test_a_whole_run_measures_what_an_independent_computation_measures(
 
     own = ("run.json", running.LOG_NAME)
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name not in own}
-    assert (
-        cli.main(
-            ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
-        )
-        == 0
-    )
+    assert cli.main(again) == 0
     after = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file() and path.name not in own}
     assert before == after
 

@@ -340,7 +340,7 @@ def test_two_models_that_do_not_belong_together_are_refused_first(desk: Desk, mo
     one, two = list(words)[-2:]
     words[one], words[two] = words[two], words[one]
     file.write_text(json.dumps(values))
-    with pytest.raises(WeightMismatchError, match=r"the tokenizer of .* is not that of"):
+    with pytest.raises(WeightMismatchError, match=r"the tokenizer of .* differs from the one of"):
         check(desk, retriever=str(moved))
     check(desk, retriever=str(moved), merge={"accept": "tokenizer"})
     adapter = factories.write_contract(factories.lora_adapter(tmp_path / "adapter", models / "base"))
@@ -678,15 +678,121 @@ def test_a_run_without_queries_withholds_some_passages_and_does_not_train_again_
     desk.is_judged, desk.num_passages = False, 60
     assert desk.run() == 0
     assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 3
-    files = {name: str(desk.file.parent / f"{name}.tsv") for name in ("queries", "qrels")}
-    for file in files.values():
-        Path(file).write_text("")
+    files = write_labels(desk.file.parent)
     assert desk.run("--set", f"queries={files['queries']}", "--set", f"qrels={files['qrels']}") == 0
     assert desk.made == ALL[8:]
     assert set(desk.states().values()) == {"done"}
     assert desk.run("--set", "train.withhold=7", "--overwrite") == 0
     assert desk.made[:2] == ["blocks", "adapter"]
     assert artifacts.open_artifact(str(desk.root / "blocks"), "pack").manifest.config["withhold"] == 7
+
+
+def write_labels(folder: Path) -> dict[str, str]:
+    """Write a query and its judgement; their files, by option."""
+    (folder / "queries.tsv").write_text("q1\tan old question\n")
+    (folder / "qrels.tsv").write_text("q1\t0\td1\t1\n")
+    return {name: str(folder / f"{name}.tsv") for name in ("queries", "qrels")}
+
+
+def test_columns_of_queries_and_qrels_are_told_before_the_training_and_are_those_of_ingest(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "topics.csv").write_text("topic,wording\n1,what makes the tide\n")
+    (tmp_path / "judged.csv").write_text("topic,record,grade\n1,d1,1\n")
+    (tmp_path / "source.jsonl").write_text('{"record": "d1", "text": "A passage."}\n')
+    files = {"queries": str(tmp_path / "topics.csv"), "qrels": str(tmp_path / "judged.csv")}
+    assert desk.run(**files) == 2
+    said = capsys.readouterr().err
+    assert "source.jsonl has no id column" in said, "both are said at once"
+    assert "topics.csv has no column query_id" in said
+    assert said.count("(in a run: ingest.columns)") == 2
+    columns = {"query_id": "topic", "query": "wording", "doc_id": "record", "relevance": "grade"}
+    assert desk.run(**files, ingest={"columns": columns}) == 0
+    assert desk.made == ALL
+    record = json.loads((desk.root / "run.json").read_text())["steps"]
+    assert [each["options"]["columns"] for each in record if each["stage"] in ("search", "evaluate")] == [
+        [f"{field}={columns[field]}" for field in sorted(columns)]
+    ] * 3
+    (tmp_path / "judged.csv").write_text("topic,record,grade\n2,d1,1\n")
+    assert desk.run("--root", str(tmp_path / "other"), **files, ingest={"columns": columns}) == 2
+    assert "give files that belong together" in capsys.readouterr().err
+
+
+GENERAL = [
+    *("general/vectors/retriever", "general/vectors/adapted", "general/runs/retriever.trec"),
+    *("general/runs/adapted.trec", "general/report"),
+]
+
+
+def test_a_general_collection_is_measured_with_the_same_models(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "general.jsonl").write_text('{"id": "g1", "text": "A general passage."}\n')
+    general = {"source": str(tmp_path / "general.jsonl")}
+    assert desk.run() == 0
+    assert desk.run(general=general) == 2, "the report has no general table yet"
+    assert "general: it was not given before. Stale, with the time each took: report (" in capsys.readouterr().err
+    assert desk.run("--overwrite", general=general) == 0
+    assert desk.made == ["general/corpus", *GENERAL, "report"]
+    assert set(desk.states().values()) == {"done"}
+    assert desk.run(general=general) == 0
+    assert desk.made == []
+
+    assert desk.run("--set", "merge.knowledge_scale=0.25", "--from", "merge", general=general) == 0
+    assert desk.made == [*AFTER_TRAIN[1:5], *(GENERAL[i] for i in (1, 3, 4)), "report"]
+    assert desk.run("--set", "merge.knowledge_scale=0.25") == 2
+    assert "general: it is not given any more" in capsys.readouterr().err
+
+
+def test_general_steps_stand_in_the_order_in_which_they_fail_first(desk: Desk, tmp_path: Path) -> None:
+    (tmp_path / "general.jsonl").write_text('{"id": "g1", "text": "A general passage."}\n')
+    general = {"source": str(tmp_path / "general.jsonl")}
+    assert desk.run(general=general) == 0
+    assert desk.made == ["corpus", "general/corpus", *ALL[1:10], *GENERAL, "report"]
+
+
+def test_a_general_collection_is_measured_also_where_ones_own_has_no_queries(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "general.jsonl").write_text('{"id": "g1", "text": "A general passage."}\n')
+    general = {"source": str(tmp_path / "general.jsonl"), "queries": "absent.tsv", "qrels": "absent.tsv"}
+    desk.is_judged = False
+    assert desk.run(general={"source": general["source"]}) == 2
+    assert desk.made == ["corpus", "general/corpus"], "it is told before the training"
+    said = capsys.readouterr().err
+    assert (
+        "has no queries and no qrels of the split 'test'; give general.split, or general.queries and general.qrels"
+        in said
+    )
+    assert desk.run(general=general) == 2
+    assert "section 'general': queries = 'absent.tsv' is not there" in capsys.readouterr().err
+    assert desk.run(general=general | write_labels(tmp_path)) == 0
+    assert desk.made == [*ALL[1:8], *GENERAL, "drift"]
+    assert f"report on general queries: {desk.root}/general/report/report.html" in capsys.readouterr().out
+
+
+def test_what_is_required_of_a_corpus_without_queries_is_refused_before_the_training(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk.is_judged = False
+    assert desk.run(evaluate={"require": "nDCG@10 >= base"}) == 2
+    assert desk.made == ["corpus"]
+    assert "require = 'nDCG@10 >= base', and the corpus has no queries and qrels" in capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_general_collection_is_told_first(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert desk.run(general={"source": str(tmp_path / "absent"), "split": "test"}) == 2
+    assert f"no corpus at '{tmp_path}/absent'" in capsys.readouterr().err
+    assert desk.run(general={"sorce": "x"}) == 2
+    assert "did you mean 'source'" in capsys.readouterr().err
+    assert desk.run(evaluate={"require": "general nDCG@10 >= base"}) == 2
+    assert (
+        "no general collection is measured; give its report with --general, in a run its corpus"
+        in capsys.readouterr().err
+    )
+    assert not desk.made
 
 
 def test_a_bad_manifest_spoils_its_line_and_no_other(desk: Desk) -> None:

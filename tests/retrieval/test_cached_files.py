@@ -18,7 +18,7 @@ from readapt_ray.catalog import cache_entries
 from readapt_ray.errors import CorruptFileError
 from readapt_ray.retrieval import cached_files
 from readapt_ray.retrieval.exact import search_exact
-from readapt_ray.retrieval.index_files import ShardRecord, carry_over, write_shard
+from readapt_ray.retrieval.index_files import ShardRecord, carry_over, read_ids, write_shard
 from readapt_ray.retrieval.index_shard import build_shard
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.storage import Location
@@ -103,6 +103,16 @@ def test_a_start_loads_what_is_new_alone_and_maps_it(
     store.requests.clear()
     check(IndexSlice(folder / "next", [changed, *carried]), without=7)
     assert fetched(store) == ["00000.ids.parquet"]
+
+
+def test_only_what_is_mapped_is_held_open(
+    folder: Location, records: list[ShardRecord], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have some thousand open files, and ids of a shard are in memory."""
+    IndexSlice(folder, records)
+    assert {each.name for each in cache_entries._in_use} == {each.index_sha256[:32] for each in records}
+    monkeypatch.setattr("readapt_ray.retrieval.index_files.near", lambda *_, **__: Location(str(cache / "gone")))
+    assert read_ids(folder, records[0], is_kept=True)[0].tolist() == IDS[:20]
 
 
 def test_slices_that_want_a_shard_at_once_load_it_once(

@@ -85,7 +85,7 @@ def test_its_encoder_maps_queries(world, bridged):
         (
             {"retriever": "{}/retriever"},
             FingerprintMismatchError,
-            "is not for .*retriever.*its vectors are of other weights",
+            "is not for .*retriever.*its vectors were made with other weights",
         ),
         ({"dtype": "bfloat16"}, FingerprintMismatchError, "dtype is 'float32' there and 'bfloat16' here"),
         ({"bridge": None}, FingerprintMismatchError, "index .* does not fit .*other"),

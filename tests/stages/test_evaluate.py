@@ -91,6 +91,9 @@ def test_judgements_of_passages_that_the_corpus_lacks_are_counted_and_named(worl
         f"3 of {len(qrels) + 3} judgements are of 2 passages that {world}/corpus does not have, so no run can find them: gone, lost"
     ]
     assert artifact.manifest.details["qrels_of_unknown_passages"] == 3
+    for name in ("report.md", "report.html"):
+        said = (artifact.location / name).read_text()
+        assert f"3 of {len(qrels) + 3} judgements are of passages that the corpus does not have" in said
     caplog.clear()
     artifact = evaluate(_config(world, corpus=f"{world}/corpus", overwrite=True))
     assert artifact.manifest.details["qrels_of_unknown_passages"] == 0
@@ -234,3 +237,64 @@ def test_judgements_that_find_nothing_relevant_are_told(world, caplog):
     evaluate(_config(world, qrels=f"{world}/zero.txt", output=f"{world}/zero"))
     (line,) = [each for each in caplog.messages if "above 0" in each]
     assert line.endswith("zero.txt' is above 0, so every measure is zero; check the column of relevance")
+
+
+def test_the_report_has_the_gain_on_ones_own_beside_what_was_forgotten_on_general_queries(world):
+    for name in ("base", "adapted"):
+        (world / "general").mkdir(exist_ok=True)
+        (world / "general" / f"{name}.trec").write_bytes((world / f"{name}.trec").read_bytes())
+    # the adapted one is first on one's own, and last on the general collection
+    general = evaluate(_config(world, runs=f"{world}/adapted.trec,{world}/base.trec", output=f"{world}/general/report"))
+    require = "nDCG@10 >= base,general nDCG@10 >= base - 0.005,general RR@10 >= 0.1"
+    made = evaluate(_config(world, general=general.uri, require=require))
+    gain = next(each for each in made.manifest.details["comparisons"] if each["measure"] == "nDCG@10")
+    report = json.loads((made.location / "report.json").read_text())["general"]
+    assert report["num_queries"] == 8
+    row = next(each for each in report["rows"] if each["measure"] == "nDCG@10")
+    assert row["own"]["difference"] == gain["difference"] > 0
+    assert row["general"]["difference"] == pytest.approx(-gain["difference"])
+    assert (row["general"]["run"], row["general"]["baseline"]) == ("adapted", "base"), "names are those of one's own"
+    assert [(each["text"], each["holds"]) for each in made.manifest.details["requirements"]] == [
+        ("nDCG@10 >= base", True),
+        ("general nDCG@10 >= base - 0.005", False),
+        ("general RR@10 >= 0.1", True),
+    ]
+    figures = f"{gain['difference']:+.4f}"
+    for name in ("report.md", "report.html"):
+        said = (made.location / name).read_text()
+        assert "Beside 8 general queries" in said
+        assert figures in said and figures.replace("+", "−") in said
+    assert made.manifest.inputs["general"] == general.manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("runs", "fingerprints", "message"),
+    [
+        ("base", ["a", "b"], "general = .* has 1 run and this report has 2"),
+        ("base adapted", ["a", "c"], "measured another model as 'adapted' than 'adapted' is"),
+    ],
+)
+def test_a_report_on_other_retrievers_is_no_general_one(world, runs, fingerprints, message):
+    (world / "there").mkdir()
+    for folder, models in ((world, ["a", "b"]), (world / "there", fingerprints)):
+        for name, model in zip(("base", "adapted"), models, strict=True):
+            content = (world / f"{name}.trec").read_bytes()
+
+            def work(workspace, content=content, model=model):
+                workspace.location.write_bytes(content)
+                workspace.details = {"encoder": {"fingerprint": model}}
+
+            produce(
+                "search",
+                StageConfig(output=f"{folder}/made-{name}.trec"),
+                inputs={"retriever": model},
+                work=work,
+            )
+    names = [f"{world}/there/made-{name}.trec" for name in runs.split()]
+    general = evaluate(_config(world, runs=",".join(names), output=f"{world}/there/report"))
+    own = f"{world}/made-base.trec,{world}/made-adapted.trec"
+    with pytest.raises(
+        InputError, match=message.replace("'adapted' than 'adapted'", "'made-adapted' than 'made-adapted'")
+    ):
+        evaluate(_config(world, runs=own, general=general.uri))
+    assert not (world / "evaluation").exists()

@@ -97,3 +97,14 @@ def test_pack_counts_what_it_truncates_and_not_what_just_fits(tmp_path, corpus, 
     files = Location(config.output + "/blocks").files(".parquet")  # after a kill, their counts are read again
     assert sum(stage._read_counts(file)["num_lost_tokens"] for file in files) == sum(longer)
     assert "pack: " in caplog.text and "raise block_tokens" in caplog.text
+
+
+def test_where_a_model_has_no_more_positions_only_shorter_passages_help(tmp_path, caplog):
+    model = open_model(str(factories.tiny_decoder(tmp_path / "base")))
+    positions = model.config["max_position_embeddings"]
+    counts = {"num_passages": 9, "num_truncated_passages": 3, "num_tokens": 90, "num_lost_tokens": 30}
+    stage._tell_truncation(counts, positions, model)
+    assert "has no more positions: split long passages with ingest's split_tokens" in caplog.text
+    assert "raise block_tokens" not in caplog.text
+    stage._tell_truncation(counts, positions - 1, model)
+    assert "raise block_tokens" in caplog.text

@@ -295,11 +295,14 @@ def test_vectors_are_cut_before_they_are_normalised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("make", [factories.tiny_decoder, factories.tiny_encoder])
 @pytest.mark.parametrize("poison", [0, 7])
-def test_padding_carries_no_overflow_into_another_text(tmp_path, make, poison):
+@pytest.mark.parametrize("packed", [False, True])
+def test_padding_carries_no_overflow_into_another_text(tmp_path, make, poison, packed):
     """Neither that of a token which no text has, nor that of one which another text has."""
     from transformers import AutoModel
 
     model = AutoModel.from_pretrained(str(make(tmp_path / "model"))).eval()
+    if packed:
+        contrastive.pack(model, "m")
     encoding = Encoding(pooling="mean", add_bos=True, add_eos=True)
     texts = [np.array(ids) for ids in ([20, 21, 22, 23, 24], [30, 31], [40])]
     with torch.no_grad():

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Is a real language model of 135 million parameters better after RE-AdaptIR? The study, step by step, by `readapt` commands.
+#   bash benchmarks/smollm/run.sh DATA WORK [STEP ...]
+# DATA is the folder of the BEIR folders that the steps name, WORK gets models, vectors and runs. Steps, in this order:
+#   model                fetch SmolLM2-135M-Instruct and lay the committed retriever beside it
+#   domain:NAME[:SEED]   RE-adapt to DATA/NAME and compare with the retriever as it is, BM25 and their fusion
+#   retriever            train the retriever again, from pairs of DATA/squad11, into WORK/made (README.md)
+#   curve                its quality after each checkpoint on questions of squad11's dev split
+#   results              gather what is done in benchmarks/results/smollm.json
+# Without steps: model, domain:cranfield, domain:nfcorpus, results. A step that was killed goes on where it stopped, and what
+# is done is skipped, so `timeout 2h bash benchmarks/smollm/run.sh ...` makes a piece. PYTHON names the interpreter;
+# TRAIN_WORKERS are options of `readapt train`: one worker of one thread per core here; set it to "" where there are GPUs.
+set -euo pipefail
+[ $# -ge 2 ] || { sed -n '2,12s/^# //p' "$0"; exit 2; }
+cd "$(dirname "$0")/../.."
+export DATA=$1 WORK=$2 PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export TRAIN_WORKERS=${TRAIN_WORKERS---num-workers $(nproc) --num-cpus-per-worker 1}
+shift 2
+[ $# -gt 0 ] || set -- model domain:cranfield domain:nfcorpus results
+mkdir -p "$WORK"
+for step in "$@"; do
+  echo "== $step"
+  case $step in
+    model | retriever | curve) bash "benchmarks/smollm/$step.sh" ;;
+    domain:*:*) bash benchmarks/smollm/domain.sh "$(cut -d: -f2 <<< "$step")" "$(cut -d: -f3 <<< "$step")" ;;
+    domain:*) bash benchmarks/smollm/domain.sh "${step#domain:}" 0 ;;
+    results) "$PYTHON" benchmarks/smollm/results.py --work "$WORK" ;;
+    *) echo "no step $step: model, domain:NAME[:SEED], retriever, curve, results" && exit 2 ;;
+  esac
+done

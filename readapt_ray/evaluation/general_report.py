@@ -1,0 +1,99 @@
+"""Read the report on a general collection, to stand beside that on one's own: the gain here, and what was forgotten there.
+
+Enter the output of `readapt evaluate` on the general collection, and what made the runs on one's own; leave its
+comparisons, under the names that the runs have on one's own.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from readapt_ray.artifacts import Artifact
+from readapt_ray.errors import InputError
+from readapt_ray.evaluation.significance import Comparison
+from readapt_ray.evaluation.tables import difference_cells, markdown, markdown_table
+from readapt_ray.progress import amount
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneralReport:
+    """What was measured on a general collection."""
+
+    uri: str
+    num_queries: int
+    means: Mapping[str, Mapping[str, float]]
+    """By run, in the order of the runs on one's own, and measure."""
+    comparisons: Sequence[Comparison]
+
+
+def read_general(artifact: Artifact, own: Mapping[str, Mapping[str, Any]]) -> GeneralReport:
+    """Read the report on a general collection, and see that it measured the same retrievers.
+
+    Args:
+        artifact: output of `readapt evaluate` on it.
+        own: provenance of the runs on one's own, by name.
+
+    Raises:
+        InputError: it measured other retrievers, or in another order.
+    """
+    details = artifact.manifest.details
+    runs = json.loads((artifact.location / "report.json").read_bytes())["runs"]
+    if len(runs) != len(own):
+        raise InputError(
+            f"general = {artifact.uri!r} has {amount(len(runs), 'runs')} and this report has {len(own)}; evaluate the same "
+            f"retrievers on both collections"
+        )
+    for run, (name, provenance) in zip(runs, own.items(), strict=True):
+        there, here = _models(run["provenance"]), _models(provenance)
+        if there and here and there != here:
+            raise InputError(
+                f"general = {artifact.uri!r} measured another model as {run['name']!r} than {name!r} is; evaluate the same "
+                f"retrievers on both collections, in the same order"
+            )
+    names = dict(zip((run["name"] for run in runs), own, strict=True))
+    comparisons = [Comparison(**each) for each in details["comparisons"]]
+    return GeneralReport(
+        uri=artifact.uri,
+        num_queries=details["num_queries"],
+        means={names[name]: means for name, means in details["means"].items()},
+        comparisons=[
+            dataclasses.replace(each, run=names[each.run], baseline=names[each.baseline]) for each in comparisons
+        ],
+    )
+
+
+def _models(provenance: Mapping[str, Any]) -> list[str]:
+    """Return the fingerprints of the models of passages and of queries; none if nothing says what made a run."""
+    details = provenance.get("details", {})
+    found = [details.get("encoder", {}).get("fingerprint"), details.get("query_encoder", {}).get("query_fingerprint")]
+    return [each for each in found if each]
+
+
+def side_by_side(comparisons: Sequence[Comparison], general: GeneralReport) -> list[dict[str, Any]]:
+    """Return a row for each comparison that both reports have: the differences on one's own and on general queries."""
+    there = {(each.run, each.measure): each for each in general.comparisons}
+    return [
+        {
+            "run": each.run,
+            "measure": each.measure,
+            "own": dataclasses.asdict(each),
+            "general": dataclasses.asdict(there[each.run, each.measure]),
+        }
+        for each in comparisons
+        if (each.run, each.measure) in there
+    ]
+
+
+def general_markdown(general: Mapping[str, Any]) -> list[str]:
+    """Return what a report says of the general collection, as lines of Markdown."""
+    lines = ["", f"## Beside {amount(general['num_queries'], 'general queries')}", ""]
+    header = ["run", "measure", "own: difference", "95% interval", "general: difference", "95% interval"]
+    lines += markdown_table(
+        header,
+        [
+            [row["run"], row["measure"], *(cell for side in ("own", "general") for cell in difference_cells(row[side]))]
+            for row in general["rows"]
+        ],
+    )
+    return lines + [line for each in general["verdicts"] for line in ("", f"General: {markdown(each['sentence'])}")]
