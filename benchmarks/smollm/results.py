@@ -55,6 +55,7 @@ def of_retriever(made: Path) -> dict[str, Any] | None:
             "what": f"questions on passages of SQuAD's dev split, {CUTS}",
             "corpus": (artifacts.read_manifest(str(made / "corpus")) or curve).counts,
             "means": curve.details["means"],
+            "comparisons": curve.details["comparisons"],
             "created": curve.created,
         }
     return found
