@@ -31,7 +31,8 @@ def closing(config: RunConfig, made: Mapping[str, Artifact]) -> str:
         lines.append(
             _command("tune", **models, corpus=made["corpus"].uri, output=(Location(config.root) / "scales").uri)
         )
-    if f"index/{ADAPTED}" in made:
+    required = made["report"].manifest.details.get("requirements", ()) if "report" in made else ()
+    if f"index/{ADAPTED}" in made and all(each["holds"] for each in required):
         places = {"retriever": made[ADAPTED].uri, "index": made[f"index/{ADAPTED}"].uri, "corpus": made["corpus"].uri}
         lines += [
             "",

@@ -29,17 +29,26 @@ def complete(document: dict[str, Any]) -> None:
         {"required": ["query"], "properties": {"query": _GIVEN, "vector": _NULL}},
         {
             "required": ["vector", "fingerprint"],
-            "properties": {"vector": _GIVEN, "fingerprint": _GIVEN, "query": _NULL, "mode": {"const": "dense"}},
+            "properties": {"vector": _GIVEN, "fingerprint": _GIVEN, "query": _NULL, "mode": {"enum": ["dense", None]}},
         },
     ]
     search["not"] = {
         "required": ["doc_ids", "doc_id_prefix"],
         "properties": {"doc_ids": _GIVEN, "doc_id_prefix": _GIVEN},
     }
+    for field in ("mode", "top_k", "with_text", "truncate"):
+        _take_null(search["properties"][field])
+    _take_null(schemas["EmbedRequest"]["properties"]["truncate"])
     bounds = schemas["Bounds"]
     bounds["minProperties"] = 1
     for each in bounds["properties"].values():
         each["anyOf"] = [kind for kind in each["anyOf"] if kind != _NULL]
+
+
+def _take_null(schema: dict[str, Any]) -> None:
+    """Say of a field with a default that it may be null, which is as if it were left out."""
+    kind = {name: schema.pop(name) for name in set(schema) - {"title", "description", "default"}}
+    schema["anyOf"] = [kind, _NULL]
 
 
 def _refuse_blank(schema: dict[str, Any]) -> None:

@@ -1,5 +1,8 @@
 """Shapes of models from their configs."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from readapt_ray.catalog import retrievers
@@ -49,3 +52,11 @@ def test_every_layer_of_a_known_family_has_its_targets(family: str) -> None:
     assert in_layers[0] in (3, 5, 6)
     assert in_layers[1] in ((0,) if family == "albert" else in_layers[:1])
     assert sum(in_layers) == len(names) or family == "albert"
+
+
+def test_the_table_of_families_names_those_whose_layers_are_known() -> None:
+    page = (Path(retrievers.__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| (`\w.*?) \|.*\| (?:next token|masked tokens)", page, re.MULTILINE)
+    told = [name for row in rows for name in re.findall(r"`([\w-]+)`", row)]
+    assert len(told) == 20
+    assert set(told) <= retrievers.TARGETS_BY_FAMILY.keys()

@@ -28,7 +28,7 @@ from readapt_ray.errors import (
     StorageError,
     WeightMismatchError,
 )
-from readapt_ray.recipes import chain, memory_checks, room_checks, run_checks, run_file, running
+from readapt_ray.recipes import chain, memory_checks, room_checks, run_checks, run_end, run_file, running
 from readapt_ray.recipes.problems import Problems
 from readapt_ray.storage import Location
 from readapt_ray.training import memory
@@ -778,6 +778,17 @@ def test_what_is_required_of_a_corpus_without_queries_is_refused_before_the_trai
     assert desk.run(evaluate={"require": "nDCG@10 >= base"}) == 2
     assert desk.made == ["corpus"]
     assert "require = 'nDCG@10 >= base', and the corpus has no queries and qrels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_a_version_that_a_requirement_stops_is_not_offered_to_be_served(desk: Desk, holds: bool) -> None:
+    assert desk.run() == 0
+    made = {
+        name: artifacts.open_artifact(str(desk.root / name), "")
+        for name in ("corpus", "adapted", "index/adapted", "report")
+    }
+    made["report"].manifest.details["requirements"] = [{"holds": True}, {"holds": holds}]
+    assert ("readapt serve" in run_end.closing(chain.RunConfig.parse(desk.values), made)) == holds
 
 
 def test_what_is_wrong_with_a_general_collection_is_told_first(

@@ -335,3 +335,16 @@ def test_vectors_are_those_of_sentence_transformers(minilm, num_passages):
     assert _cosines(ours, expected).min() >= 0.9999
     assert max(map(len, encoder.tokenize(texts, "passage", titles))) == 256
     assert model.tokenizer.cls_token_id == encoder.tokenize(texts[:1], "query")[0][0]
+
+
+def test_a_real_models_vectors_do_not_depend_on_the_batch(minilm):
+    """Numbers of the vectors in float32, and the ten best of each query, with small and with large batches."""
+    found = random.Random(0).sample([(doc.summary, doc.rest) for doc in read_docstrings("numpy")], 60)
+    passages, queries = [], []
+    for batch_tokens in (256, 4096):
+        encoder = Encoder.load(open_model(minilm), device="cpu", batch_tokens=batch_tokens)
+        passages.append(encoder.encode([rest[:300] for _, rest in found], "passage"))
+        queries.append(encoder.encode([summary for summary, _ in found], "query"))
+    assert max(np.abs(one - other).max() for one, other in (passages, queries)) <= 1e-6
+    best = [np.argsort(-(asked @ there.T), axis=1)[:, :10] for asked, there in zip(queries, passages, strict=True)]
+    assert np.array_equal(np.sort(best[0]), np.sort(best[1]))

@@ -271,14 +271,14 @@ def test_a_lost_shard_by_policy(started, world: World):
     url = started(config)
     [victim] = processes("ray::ServeReplica:readapt-tiny:index-1")
     os.kill(victim.pid, signal.SIGKILL)
-    body = httpx.post(f"{url}/v1/search", json=QUERY | {"top_k": 100}, timeout=60).json()
+    body = _found(url, {"top_k": 100})  # where the machine is busy, the other part may be late, too: that is 503
     assert (body["partial"], body["missing"]) == (True, ["index-1"])
     # Two shards of 25 and 15 vectors: the second is the one that is lost.
     assert len(body["data"][0]["hits"]) == 25
     deadline_s = time.monotonic() + 120
     while body["partial"]:
         assert time.monotonic() < deadline_s
-        body = httpx.post(f"{url}/v1/search", json=QUERY | {"top_k": 100}, timeout=60).json()
+        body = _found(url, {"top_k": 100})
     assert len(body["data"][0]["hits"]) == 40
     assert _ready_within(url, 5, wanted=200)
 

@@ -188,6 +188,7 @@ def test_a_line_that_is_no_pair_is_named(base: Path, tmp_path: Path, row: Any, m
         pairs_of(labelled_pairs.open_pairs(file, "train", None), base, tmp_path / "pairs.parquet")
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_bad_sources_are_refused_before_any_work(base: Path, corpus: Path, tmp_path: Path) -> None:
     def attempt(**options: Any) -> None:
         finetune(
