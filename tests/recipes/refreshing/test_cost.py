@@ -45,6 +45,7 @@ def cost(store: object_store.Store, root: Root, **options: Any) -> tuple[int, Ge
     return store.bytes_written - before, made
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_written_follows_what_changed(
     store: object_store.Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
