@@ -110,6 +110,15 @@ def pretrained_shape(name: str, objective: Objective | None = None) -> ModelShap
     return shape_of(config, name, objective or objective_of(config))
 
 
+def longest_text(name: str) -> int | None:
+    """Return the longest text that a MODEL has positions for, in tokens; None where it has no limit.
+
+    Raises:
+        ModelError: as for `model_shape`.
+    """
+    return usable_positions(_config(name), name)
+
+
 def objective_of(config: dict[str, Any]) -> Objective | None:
     """Return what a model is trained on, by the head that its config.json names; None where it names none."""
     for name in config.get("architectures") or []:

@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from readapt_ray.catalog.shapes import model_shape, pretrained_shape
+from readapt_ray.catalog.shapes import longest_text, model_shape, pretrained_shape
 from readapt_ray.config import Config
 from readapt_ray.planner import calibration, judged, machines, rates, scaling, stages
 from readapt_ray.planner.corpus import Corpus, encoding_of, measure_corpus
@@ -158,7 +158,7 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
         pretrained=run.pretrained,
         retriever=run.retriever,
         encoding=encoding,
-        block_tokens=pack.block_tokens,
+        block_tokens=min(pack.block_tokens, longest_text(run.pretrained) or pack.block_tokens),
     )
     corpus = measure(
         ingest,

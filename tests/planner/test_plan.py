@@ -449,3 +449,14 @@ def test_a_general_collection_is_planned_by_its_own_size(tmp_path: Path, run_fil
     assert "general/report" in {each.name for each in planned.stages}
     assert planned.passage_limits == plain.passage_limits
     assert "general  30 passages counted" in plan_report.text(planned)
+
+
+def test_passages_are_planned_as_long_as_the_models_positions_let_pack_make_them(
+    tmp_path: Path, run_file: Path
+) -> None:
+    (tmp_path / "long.jsonl").write_text(json.dumps({"_id": "d1", "text": "tide " * 3000}) + "\n")
+    planned = make_plan(
+        run_file, {"source": str(tmp_path / "long.jsonl"), "root": str(tmp_path / "none"), "train": {"batch_size": 16}}
+    )
+    positions = json.loads((run_file / "base" / "config.json").read_text())["max_position_embeddings"]
+    assert planned.setting.corpus.train_tokens == positions < 1024
