@@ -30,7 +30,7 @@ WORK_UNITS: Final = {
     "embed": "FLOP",
     "index": "bytes of vectors",
     "search": "FLOP",
-    "evaluate": "judged queries",
+    "evaluate": "query evaluations",
 }
 """What the work of each stage is counted in."""
 _MEASURED_SPREAD: Final = 1.3

@@ -23,6 +23,8 @@ Kind = Literal["query", "passage"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Place = str | Path | Artifact
 """A name, a path, a URI, or what a stage returned."""
+_SHOWN = 80
+"""Characters of a text that a hit shows."""
 
 
 class Hit(NamedTuple):
@@ -36,6 +38,11 @@ class Hit(NamedTuple):
     """The columns that ingest kept."""
     passage_id: str | None = None
     """Id of the best passage of the document, if ingest split documents."""
+
+    def __repr__(self) -> str:
+        """Shorten the text, so that a notebook shows a list of hits in a few lines."""
+        text = self.text if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]}..."
+        return f"Hit(doc_id={self.doc_id!r}, score={self.score:.4g}, title={self.title!r}, text={text!r})"
 
 
 class Encoder:

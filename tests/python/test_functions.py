@@ -15,6 +15,7 @@ import yaml
 import readapt_ray as ra
 from readapt_ray import artifacts, log_output
 from readapt_ray.python import functions
+from readapt_ray.python.retriever import Hit
 from readapt_ray.recipes import run_file, running
 from readapt_ray.storage import Location
 from tests import factories, stub
@@ -267,3 +268,9 @@ def test_a_stage_returns_an_artifact_that_stands_for_its_place(tmp_path: Path, m
     assert isinstance(corpus, ra.Artifact)
     ra.embed(retriever="a", corpus=corpus, output="b")
     assert given[0].corpus == str(tmp_path / "corpus") == Location(given[0].corpus).uri
+
+
+def test_a_hit_shows_the_beginning_of_its_text():
+    hit = Hit("d1", 0.51234, "Arrays", "a" * 100)
+    assert repr(hit) == f"Hit(doc_id='d1', score=0.5123, title='Arrays', text='{'a' * 80}...')"
+    assert repr(hit._replace(text="short")) == "Hit(doc_id='d1', score=0.5123, title='Arrays', text='short')"
