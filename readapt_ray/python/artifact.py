@@ -116,7 +116,7 @@ class Artifact(artifacts.Artifact):
         if partly:
             read = ray.data.from_items(partly).map_batches(_live_rows, batch_size=1, batch_format="pyarrow")
             datasets.append(read)
-        return datasets[0].union(*datasets[1:])
+        return datasets[0].union(datasets[1]) if len(datasets) > 1 else datasets[0]
 
     def _row_files(self) -> list[Location]:
         stage = self.manifest.stage

@@ -244,6 +244,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         yaml.safe_dump(
             {
                 "source": str(beir),
+                "general": {"source": str(beir)},  # its own corpus again: both must measure the same
                 "pretrained": str(base),
                 "retriever": str(folder / "retriever"),
                 "train": {"block_tokens": 64, "batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1},
@@ -258,9 +259,7 @@ def test_a_whole_run_measures_what_an_independent_computation_measures(
     ray_session: None, tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tiny / "run"
-    general = ["--set", f"general.source={tiny / 'beir'}"]  # its own corpus again: both must measure the same
     again = ["run", "--config", str(tiny / "my-run.yaml"), "--root", str(root), "--set", "merge.knowledge_scale=0.75"]
-    again += general
     assert cli.main(again) == 0
     said = capsys.readouterr().out
     assert said.count("## Means") == 1 and "## Beside 12 general queries" in said
@@ -326,7 +325,7 @@ def _trec_qrels(file: Path) -> list[str]:
 def test_a_corpus_without_labels_is_adapted_all_the_same(ray_session: None, tiny: Path, tmp_path: Path) -> None:
     source = tmp_path / "plain.jsonl"
     source.write_text((tiny / "beir" / "corpus.jsonl").read_text())
-    values = yaml.safe_load((tiny / "my-run.yaml").read_text())
+    values = yaml.safe_load((tiny / "my-run.yaml").read_text()) | {"general": None}
     made = running.run(RunConfig(**{**values, "source": str(source), "root": str(tmp_path / "root")}))
     assert list(made) == [
         "corpus",

@@ -48,7 +48,7 @@ def config(pieces: Path, **changes: Any) -> CompareConfig:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"retrievers": ["{}/first", "{}/out/first"]}, InputError, "last part is that of another"),
+        ({"retrievers": ["{}/first", "{}/out/first"]}, InputError, "each with another last part"),
         ({"retrievers": []}, InputError, "at least one"),
         ({"retrievers": ["{}/absent"]}, InputError, "absent"),
         ({"corpus": "{}/base"}, InputError, "base"),

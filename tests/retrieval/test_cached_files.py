@@ -102,7 +102,7 @@ def test_a_start_loads_what_is_new_alone_and_maps_it(
     carried = [carry_over(folder, each, np.ones(20, bool), folder / "next", encoder="e") for each in records[1:]]
     store.requests.clear()
     check(IndexSlice(folder / "next", [changed, *carried]), without=7)
-    assert fetched(store) == ["00000.ids.parquet"]
+    assert fetched(store) == ["00000.dead"]
 
 
 def test_only_what_is_mapped_is_held_open(

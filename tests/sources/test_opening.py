@@ -243,7 +243,7 @@ def test_a_row_that_is_not_utf8_is_bad_and_its_neighbours_are_not(tmp_path):
     assert rows[2:] == [
         BadRow("c.jsonl:3", "not_utf8"),
         BadRow("c.jsonl:4", "not_json_object"),
-        BadRow("c.jsonl:5", "not_json"),
+        BadRow("c.jsonl:5", "not_json", "Expecting value, column 1"),
         Row("c.jsonl:6", "d", None, "z"),
     ]
     text = pa.Array.from_buffers(

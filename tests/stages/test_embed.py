@@ -605,13 +605,15 @@ def _figures(number=0):
 
 def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
     """Run the shards with a stub in place of Ray; the names of the footers that were read, in their order."""
-    job = SimpleNamespace(output=Location(str(tmp_path)), rows_per_shard=1, encoder={"fingerprint": "ours"})
+    job = SimpleNamespace(
+        output=Location(str(tmp_path)), rows_per_shard=1, earlier=None, encoder={"fingerprint": "ours"}
+    )
     read = []
 
     def read_footer(file):
         read.append(file.name)
         metadata = {"encoder": {"fingerprint": "ours"}}
-        return SimpleNamespace(num_rows=1, num_bytes=7, dimension=2, metadata=metadata, left_out=[])
+        return SimpleNamespace(num_rows=1, num_bytes=7, dimension=2, metadata=metadata, left_out=[], num_dead=0)
 
     def results(pending, job, placement):
         for shard in pending:
@@ -663,7 +665,9 @@ def test_a_cluster_that_shrinks_under_a_run_is_a_failure_and_not_bad_input(tmp_p
         raise next(starts)
         yield
 
-    job = SimpleNamespace(output=Location(str(tmp_path)), rows_per_shard=1, encoder={"fingerprint": "ours"})
+    job = SimpleNamespace(
+        output=Location(str(tmp_path)), rows_per_shard=1, earlier=None, encoder={"fingerprint": "ours"}
+    )
     monkeypatch.setattr(shard_runner, "_results", results)
     encode = functools.partial(shard_runner.encode_shards, shards, job, Placement(4, 1), lambda done, total: None)
     with pytest.raises(WorkerError, match="nodes were lost, and what is written stays: 4 actors cannot be placed"):
