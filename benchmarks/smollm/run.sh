@@ -14,7 +14,7 @@ set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,12s/^# //p' "$0"; exit 2; }
 cd "$(dirname "$0")/../.."
 export DATA=$1 WORK=$2 PYTHON=${PYTHON:-python3} PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-export TRAIN_WORKERS=${TRAIN_WORKERS---num-workers $(nproc) --num-cpus-per-worker 1}
+export TRAIN_WORKERS=${TRAIN_WORKERS---num-workers $(nproc) --num-cpus-per-worker 1 --micro-batch-tokens 2048}
 shift 2
 [ $# -gt 0 ] || set -- model domain:cranfield domain:nfcorpus results
 mkdir -p "$WORK"
