@@ -65,7 +65,7 @@ class OptionError(ValueError):
 
 
 class _Names(dict[str, object]):
-    """What replaces the braces of an `OptionError`: a given value, or the name of an option."""
+    """A value for a placeholder in the message of an `OptionError`: what the user gave, or the name of an option."""
 
     def __init__(self, values: dict[str, object], spelled: Callable[[str], str] = str) -> None:
         super().__init__(values)

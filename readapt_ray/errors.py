@@ -85,7 +85,7 @@ def first_line(error: Exception) -> str:
 
 
 UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
-"""What Python raises for a path that the user must change."""
+"""Errors of Python for a path that cannot be used as it is."""
 
 
 def unreadable(error: Exception) -> InputError:

@@ -7,8 +7,8 @@
 #   retriever            train the retriever again, from pairs of DATA/squad11, into WORK/made (README.md)
 #   curve                its quality after each checkpoint on questions of squad11's dev split
 #   results              gather what is done in benchmarks/results/smollm.json
-# Without steps: model, domain:cranfield, domain:nfcorpus, results. A step that was killed goes on where it stopped, and what
-# is done is skipped, so `timeout 2h bash benchmarks/smollm/run.sh ...` makes a piece. PYTHON names the interpreter;
+# Without steps: model, domain:cranfield, domain:nfcorpus, results. A killed step resumes when it is run
+# again, and finished steps are skipped: `timeout 2h bash benchmarks/smollm/run.sh ...` does a part of the study. PYTHON names the interpreter;
 # TRAIN_WORKERS are options of `readapt train`: one worker of one thread per core here; set it to "" where there are GPUs.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,12s/^# //p' "$0"; exit 2; }

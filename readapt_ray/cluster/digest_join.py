@@ -39,7 +39,7 @@ _CONTENT = np.dtype([("key", "<u8", 2), ("id", "<u8", 2), ("row", "<i8")])
 _ID = np.dtype([("key", "<u8", 2), ("content", "<u8", 2)])
 _MATCH = np.dtype([("row", "<i8"), ("earlier", "<i8")])
 _EARLIER = np.dtype("<i8")
-"""Of a passage: twice the earlier row that has its content, and 1 more if that has its doc_id, too; -1 if there is none."""
+"""The match of a passage: 2 * row of an earlier vector of the same content, plus 1 if its doc_id is the same; -1 without a match."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Matches:
     files: tuple[str, ...] = ()
     """Names of all files of the join."""
     ends: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Where the earlier files end, by rows."""
+    """Row after the last row of each earlier file."""
     is_kept: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
-    """Which of them are kept."""
+    """For each earlier file, whether it is shared as it is."""
 
     def rows(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return for each passage from `first` on the earlier row that has its vector; -1 where there is none."""
@@ -71,15 +71,15 @@ class Matches:
 
     def left(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return which of the passages from `first` on have no vector in a kept file, counted from `first`."""
-        found = self._read(first, num_rows)
-        own = np.flatnonzero((found >= 0) & (found & 1 == 1))
-        in_kept = self.is_kept[np.searchsorted(self.ends, found[own] >> 1, side="right")]
+        rows = self._read(first, num_rows)
+        own = np.flatnonzero(_has_own(rows))
+        in_kept = self.is_kept[np.searchsorted(self.ends, rows[own] >> 1, side="right")]
         return np.setdiff1d(np.arange(num_rows), own[in_kept], assume_unique=True)
 
     def living(self, first: int, num_rows: int) -> NDArray[np.int64]:
         """Return the earlier rows whose doc_id and content a passage from `first` on has."""
         found = self._read(first, num_rows)
-        rows: NDArray[np.int64] = found[(found >= 0) & (found & 1 == 1)] >> 1
+        rows: NDArray[np.int64] = found[_has_own(found)] >> 1
         return rows
 
     def _read(self, first: int, num_rows: int) -> NDArray[np.int64]:
@@ -202,15 +202,21 @@ def _join_whole(
 
 
 def _matched(now: NDArray[np.void], before: NDArray[np.void]) -> NDArray[np.int64]:
-    """Return for each passage what `_EARLIER` says: a row of the same doc_id and content, or else of the same content."""
+    """Return the match of each passage (see `_EARLIER`); a row of the same doc_id is preferred."""
     own = matching_rows(_both(now), _both(before))
     place = np.where(own >= 0, own, matching_rows(now["key"], before["key"]))
     rows = before["row"][place] if len(before) else place
     return np.where(place >= 0, 2 * rows + (own >= 0), -1).astype(_EARLIER)
 
 
+def _has_own(matches: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which matches are of the same doc_id."""
+    own: NDArray[np.bool_] = (matches >= 0) & (matches & 1 == 1)
+    return own
+
+
 def _both(records: NDArray[np.void]) -> NDArray[np.uint64]:
-    """Return what stands for doc_id and content, [N, 2]; zeros, which match nothing, where the content is not known."""
+    """Hash doc_id and content together, [N, 2]; zeros, which match nothing, if the content is not known."""
     has_content = records["key"].any(axis=1, keepdims=True)
     return np.where(has_content, records["key"] ^ records["id"], np.uint64(0))
 

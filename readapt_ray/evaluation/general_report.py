@@ -1,7 +1,7 @@
-"""Read the report on a general collection, to stand beside that on one's own: the gain here, and what was forgotten there.
+"""Read the report on a general collection and compare it with the report on one's own: the gain, and what was forgotten.
 
-Enter the output of `readapt evaluate` on the general collection, and what made the runs on one's own; leave its
-comparisons, under the names that the runs have on one's own.
+In: the output of `readapt evaluate` on the general collection, and what made the runs on one's own. Out: its comparisons,
+under the names of the runs on one's own.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from readapt_ray.progress import amount
 
 @dataclasses.dataclass(frozen=True)
 class GeneralReport:
-    """What was measured on a general collection."""
+    """Measures and comparisons of the same runs on a general collection."""
 
     uri: str
     num_queries: int
@@ -28,7 +28,7 @@ class GeneralReport:
 
 
 def read_general(artifact: Artifact, own: Mapping[str, Mapping[str, Any]]) -> GeneralReport:
-    """Read the report on a general collection, and see that it measured the same retrievers.
+    """Read the report on a general collection, and check that it measured the same retrievers.
 
     Args:
         artifact: output of `readapt evaluate` on it.

@@ -250,7 +250,7 @@ def _means(measurements: Mapping[str, Measurement], seed: int) -> dict[str, dict
 
 
 def verdict(comparison: Comparison) -> dict[str, str]:
-    """Return whether a run is better or worse than the baseline, or cannot be told from it, in a sentence."""
+    """Say in a sentence whether a run is better than the baseline, worse, or not significantly different."""
     figures = (
         f"{comparison.measure} {value(comparison.mean)} against {value(comparison.baseline_mean)}, "
         f"{signed(comparison.difference)}"

@@ -28,7 +28,7 @@ class Requirement(NamedTuple):
     """The difference from the baseline, or the mean."""
     is_relative: bool
     is_general: bool = False
-    """Whether it is of the general collection."""
+    """Whether it is a requirement for the general collection."""
 
 
 def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str] = ()) -> Requirement:

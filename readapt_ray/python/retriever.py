@@ -42,7 +42,8 @@ class Hit(NamedTuple):
     def __repr__(self) -> str:
         """Shorten the text, so that a notebook shows a list of hits in a few lines."""
         text = self.text if len(self.text) <= _SHOWN else f"{self.text[:_SHOWN]}..."
-        return f"Hit(doc_id={self.doc_id!r}, score={self.score:.4g}, title={self.title!r}, text={text!r})"
+        shown = self._asdict() | {"score": float(f"{self.score:.4g}"), "text": text}
+        return f"Hit({', '.join(f'{name}={value!r}' for name, value in shown.items() if value is not None)})"
 
 
 class Encoder:

@@ -186,7 +186,7 @@ class Step:
 
     @property
     def is_general(self) -> bool:
-        """Whether it is of the general collection."""
+        """Whether the step belongs to the general collection."""
         return self.name.startswith(f"{GENERAL}/")
 
 

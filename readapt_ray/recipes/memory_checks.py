@@ -44,7 +44,7 @@ class _Place:
 
     device_type: str
     nodes: tuple[_Node, ...]
-    """Those with CPUs. Of a machine with GPUs, one of them has `free_bytes`."""
+    """The nodes that have CPUs. On a machine with GPUs, `free_bytes` is the memory of one GPU."""
     name: str
 
     @property

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from readapt_ray.catalog.encoding import Pooling
 from readapt_ray.catalog.shapes import first_position
@@ -22,6 +23,30 @@ logger = logging.getLogger("readapt_ray")
 
 _ALIKE = 0.995
 """Least cosine of a packed vector and a padded one in bfloat16; mixed-up texts give far less."""
+
+
+def padded_inputs(
+    rows: Sequence[Sequence[int] | np.ndarray], width: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return ids and mask, both [B, width], with each text a row that is padded on the right."""
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    for row, tokens in zip(ids, rows, strict=True):
+        row[: len(tokens)] = tokens
+        # Attention multiplies padding by 0, which is NaN where it overflows: a text pads itself, so only its own
+        # vector can suffer.
+        row[len(tokens) :] = tokens[-1]
+    return ids, (np.arange(width) < lengths[:, None]).astype(np.int64)
+
+
+def packed_inputs(
+    rows: Sequence[Sequence[int] | np.ndarray],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
+    """Return ids and positions from 0 of all texts in one row, both [1, T], and where texts begin and end, [B + 1]."""
+    lengths = [len(row) for row in rows]
+    ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    return ids, positions, np.cumsum([0, *lengths], dtype=np.int32)
 
 
 class ForwardPass:
@@ -72,25 +97,18 @@ class ForwardPass:
 
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
         """Return pooled vectors [B, H], with each text a row that is padded on the right."""
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        ids = np.zeros((len(rows), int(lengths.max())), dtype=np.int64)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[: len(tokens)] = tokens
-            # Attention multiplies padding by 0, which is NaN where it overflows: a text pads itself, so only its own
-            # vector can suffer.
-            row[len(tokens) :] = tokens[-1]
-        positions = np.arange(ids.shape[1])
-        mask = torch.from_numpy((positions < lengths[:, None]).astype(np.int64)).to(self.device)
-        hidden = self._hidden(ids, np.broadcast_to(positions, ids.shape), attention_mask=mask)
+        ids, mask_BT = padded_inputs(rows, max(map(len, rows)))
+        mask = torch.from_numpy(mask_BT).to(self.device)
+        hidden = self._hidden(ids, np.broadcast_to(np.arange(ids.shape[1]), ids.shape), attention_mask=mask)
         return pool(hidden, mask, self._pooling)
 
     def _packed(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
         """Return pooled vectors [B, H], with all texts in one row."""
         lengths = [len(row) for row in rows]
-        ids = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])[None]
-        positions = np.concatenate([np.arange(length) for length in lengths])[None]
-        ends = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
-        hidden = self._hidden(ids, positions, cu_seq_lens_q=ends, max_length_q=max(lengths))
+        ids, positions, ends = packed_inputs(rows)
+        hidden = self._hidden(
+            ids, positions, cu_seq_lens_q=torch.from_numpy(ends).to(self.device), max_length_q=max(lengths)
+        )
         return pool_packed(hidden[0], lengths, self._pooling)
 
     def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:

@@ -27,6 +27,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.nn import attention
 from readapt_ray.nn.precision import products_in
+from readapt_ray.retrieval.forward_pass import packed_inputs, padded_inputs
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.dora import without_adapters
@@ -258,13 +259,7 @@ def encode(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, *, d
 
 def _padded(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, device: torch.device) -> Tensor:
     """Return pooled [B, H]; each text is a row, padded on the right."""
-    width = padded_width(max(len(ids) for ids in token_ids))
-    input_ids = np.zeros((len(token_ids), width), np.int64)
-    mask = np.zeros((len(token_ids), width), np.int64)
-    for row, ids in enumerate(token_ids):
-        input_ids[row, : len(ids)] = ids
-        input_ids[row, len(ids) :] = ids[-1]  # masked, but 0 x NaN is NaN: padding of its own cannot reach another text
-        mask[row, : len(ids)] = 1
+    input_ids, mask = padded_inputs(token_ids, padded_width(max(map(len, token_ids))))
     attention_mask = torch.from_numpy(mask).to(device)
     hidden = model(
         input_ids=torch.from_numpy(input_ids).to(device), attention_mask=attention_mask, use_cache=False
@@ -277,18 +272,17 @@ def _packed(model: Any, token_ids: Sequence[np.ndarray], encoding: Encoding, dev
     lengths = [len(ids) for ids in token_ids]
     num_tokens = sum(lengths)
     num_padding = padded_width(num_tokens) - num_tokens
-    spans = [*lengths, num_padding] if num_padding else lengths
-    ids = np.concatenate([*token_ids, np.repeat(token_ids[-1][-1:], num_padding)]).astype(np.int64)[None]
-    positions = np.concatenate([np.arange(span) for span in spans])[None] + first_position(model)
-    ends = torch.tensor([0, *spans]).cumsum(0).to(device, torch.int32)
+    padding = [np.repeat(token_ids[-1][-1:], num_padding)] if num_padding else []
+    ids, positions, places = packed_inputs([*token_ids, *padding])
+    ends, longest = torch.from_numpy(places).to(device), max(*lengths, num_padding)
     hidden = model(
         input_ids=torch.from_numpy(ids).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
+        position_ids=torch.from_numpy(positions + first_position(model)).to(device),
         use_cache=False,
         cu_seq_lens_q=ends,
         cu_seq_lens_k=ends,
-        max_length_q=max(spans),
-        max_length_k=max(spans),
+        max_length_q=longest,
+        max_length_k=longest,
     ).last_hidden_state
     return pool_packed(hidden[0, :num_tokens], lengths, encoding.pooling)
 

@@ -273,4 +273,5 @@ def test_a_stage_returns_an_artifact_that_stands_for_its_place(tmp_path: Path, m
 def test_a_hit_shows_the_beginning_of_its_text():
     hit = Hit("d1", 0.51234, "Arrays", "a" * 100)
     assert repr(hit) == f"Hit(doc_id='d1', score=0.5123, title='Arrays', text='{'a' * 80}...')"
-    assert repr(hit._replace(text="short")) == "Hit(doc_id='d1', score=0.5123, title='Arrays', text='short')"
+    kept = hit._replace(text="short", columns={"year": 2020})
+    assert repr(kept) == "Hit(doc_id='d1', score=0.5123, title='Arrays', text='short', columns={'year': 2020})"

@@ -1,7 +1,7 @@
 """Remove the generations that are not the present one, and with them what is left of deleted passages.
 
-In: the generations under a root. Out: what is, or would be, removed, and why. Files of vectors and index that hold deleted
-passages are written again without them first, as a generation of its own.
+In: the generations under a root. Out: what is, or would be, removed, and why. Before that, files of
+vectors and index that hold deleted passages are written again without them, in a new generation.
 """
 
 import dataclasses
