@@ -137,6 +137,21 @@ def test_deleted_vectors_are_not_found_and_take_no_place(tmp_path, top_k):
     assert read_shard(Location(str(tmp_path / "c")), again).search(queries, 5).of_query(0, "q") == []
 
 
+@pytest.mark.parametrize("name", ["00000.faiss", "00000.ids.parquet"])
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_shard_with_a_damaged_file_is_not_carried_over(tmp_path, name, is_gone):
+    _, doc_ids, vectors = _made()
+    (shard,) = _shards(doc_ids, vectors, 300)
+    folder = Location(str(tmp_path / "a"))
+    record = write_shard(folder, "00000", shard, encoder="f")
+    content = (folder / name).read_bytes()
+    (folder / name).delete()
+    if not is_gone:
+        (folder / name).write_bytes(content[:-9])
+    with pytest.raises(CorruptFileError, match="bytes, and .* in the manifest; run `readapt index` without --previous"):
+        carry_over(folder, record, np.ones(300, bool), Location(str(tmp_path / "b")), encoder="f")
+
+
 def _clustered(num_docs=1000, dimension=16):
     """Vectors in tight groups of some 20, so that an inverted list or a part of a graph holds few."""
     rng = np.random.default_rng(0)
