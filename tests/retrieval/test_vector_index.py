@@ -148,7 +148,9 @@ def test_a_shard_with_a_damaged_file_is_not_carried_over(tmp_path, name, is_gone
     (folder / name).delete()
     if not is_gone:
         (folder / name).write_bytes(content[:-9])
-    with pytest.raises(CorruptFileError, match="bytes, and .* in the manifest; run `readapt index` without --previous"):
+    with pytest.raises(
+        CorruptFileError, match=r"bytes, and .* in the manifest; run `readapt index` without --previous"
+    ):
         carry_over(folder, record, np.ones(300, bool), Location(str(tmp_path / "b")), encoder="f")
 
 
