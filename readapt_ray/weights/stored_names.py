@@ -57,7 +57,8 @@ class NameTable:
 
     def _stored_name(self, weight: str) -> tuple[str, tuple[str, ...]]:
         """Return the name of the tensor that holds a weight, and all weights in it."""
-        whole, parts = f".{weight}", (weight,)
+        whole = f".{weight}"
+        parts: tuple[str, ...] = (weight,)
         for stored, modules in self.joined.items():
             own = next((each for each in modules if f".{each}." in whole), None)
             if own is not None:
