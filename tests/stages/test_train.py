@@ -424,7 +424,6 @@ def test_bad_input_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_p
         pack(PackConfig(pretrained=str(base), corpus=corpus, output=str(tmp_path / "c"), block_tokens=100_000))
 
 
-@pytest.mark.slow
 def test_a_quantized_model_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(packed[0], tmp_path / "base")
     config = json.loads((tmp_path / "base/config.json").read_text())
@@ -445,6 +444,7 @@ def test_rows_are_filled_with_a_token_that_the_model_has(packed: tuple[Path, Pat
     assert stream._cutting.pad_id == model.tokenizer.eos_token_id
 
 
+@pytest.mark.slow
 def test_target_modules_that_match_nothing_come_out_as_our_error(packed: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\['nothing'\] match no linear layer; the model has"):
         trained(packed, tmp_path / "a", target_modules=("nothing",), max_failures=0)

@@ -115,6 +115,6 @@ def test_what_lacks_a_package_is_refused_and_no_crash(tmp_path, monkeypatch):
     model = open_model(str(factories.tiny_decoder(tmp_path / "m")))
     monkeypatch.setattr(loading, "_from_pretrained", load)
     with pytest.raises(
-        ModelError, match="transformers cannot load .*: Loading an AWQ quantized model requires gptqmodel"
+        ModelError, match=r"transformers cannot load .*: Loading an AWQ quantized model requires gptqmodel"
     ):
         load_model(model, dtype=torch.float32, device="cpu")
