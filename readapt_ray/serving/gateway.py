@@ -5,6 +5,7 @@ Which versions it serves, and how, is its `user_config`: Ray Serve changes it in
 """
 
 import asyncio
+import http.client
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
@@ -232,7 +233,7 @@ def _read(url: str) -> str:
     try:
         with open_url(url, timeout=_SCRAPE_S) as answer:
             return str(answer.read().decode())
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the second, if a node dies while it answers
         logger.warning("no metrics from %s: %s", url, error)
         return ""
 
