@@ -81,7 +81,8 @@ class Contrast:
         """
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
         highest = max(int(ids.max()) for share in shares for ids in share.token_ids)
-        check_ids(highest, int(self.model.get_input_embeddings().num_embeddings))
+        model: Any = self.model
+        check_ids(highest, int(model.get_input_embeddings().num_embeddings))
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
         groups = [self._groups(share, 0, self._num_trained(share)) for share in shares]
