@@ -26,6 +26,7 @@ from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
 from readapt_ray.serving.domains import DomainUnavailableError, domain_down, encoded_by, rows_of, scales_of
+from readapt_ray.serving.hit_texts import texts_of
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import Recent, checked
 from readapt_ray.serving.schema import RequestError, invalid
@@ -365,8 +366,7 @@ def _given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
 
 
 async def _passages(version: Version, found: Found) -> dict[str, Passage]:
-    wanted = {hit.doc_id for ranked in found.ranked for hit in ranked}
-    return await asyncio.to_thread(version.store.find, wanted) if version.store else {}
+    return await asyncio.to_thread(texts_of, version.store, found.ranked) if version.store else {}
 
 
 async def _by_this_version(call: Awaitable[R]) -> R:
