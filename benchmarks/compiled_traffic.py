@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import step_traffic
 from readapt_ray.nn import attention
-from readapt_ray.training.trainable import spend_less
+from readapt_ray.training.compiling import compile_layers
 
 _NO_KERNEL = ("MultiOutput", "NopKernel")
 _OF_MATRICES = ("mm", "addmm", "bmm", "_varlen_attn")
@@ -65,7 +65,7 @@ def estimate(shape: str, num_tokens: int) -> dict[str, float]:
     ):
         model = step_traffic.make_model(shape, 1, device="cpu")
         with mock.patch.object(torch.nn.Module, "compile", _compile_by(_counting(passes))):
-            spend_less(model, gradient_checkpointing=False, compile_layers=True, zero_stage=0)
+            compile_layers(model)
         batch = step_traffic.make_batch(num_tokens, is_masked=shape == "modernbert-base", device="cpu")
         step_traffic.loss_of(model, batch).backward()
     torch._dynamo.reset()

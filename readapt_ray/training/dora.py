@@ -124,7 +124,8 @@ class AdaptedLinear(nn.Module):
             self.cast_b.copy_(B)
         if self.magnitude is None:
             return
-        with gathered([*self.base.parameters(), A, B]):
+        precise = torch.autocast(A.device.type, enabled=False)
+        with gathered([*self.base.parameters(), A, B]), precise:
             weight_OI = weight_of(self.base)
             cross_O = ((weight_OI @ A.T.to(weight_OI.dtype)).to(B.dtype) * B).sum(1)
             square_O = ((B @ (A @ A.T)) * B).sum(1)

@@ -20,14 +20,13 @@ from readapt_ray.model_file_names import CHAT_TEMPLATE_NAME, CONFIG_NAME, INDEX_
 from readapt_ray.nn.quantized import quantize
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
+from readapt_ray.training.compiling import compile_if_right
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
 from readapt_ray.weights.loading import load_model, with_best_attention
 from readapt_ray.weights.weight_files import StoredTensor, modern_name, stored_tensors
 
 _SHARD_BYTES = 2 << 30
-_MEMORY_BUDGET = 0.9
-"""Below 1 the compiler keeps a quarter less for the backward pass, and makes dropped inputs again (compiled_traffic.py)."""
 
 
 def load_for_training(
@@ -147,7 +146,7 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
     Args:
         gradient_checkpointing: compute a layer's activations again in the backward pass; DoRA's norms are not
             computed again, they change with the optimizer step alone.
-        compile_layers: torch.compile each layer, one graph for all lengths.
+        compile_layers: torch.compile each layer; see `compile_if_right`.
 
     Raises:
         InputError: torch.compile with ZeRO-3, whose hooks it cannot trace.
@@ -158,12 +157,7 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
         return
     if zero_stage == 3:
         raise InputError("torch_compile does not go with zero_stage = 3; choose a lower stage, or leave it off")
-    torch._functorch.config.activation_memory_budget = _MEMORY_BUDGET
-    for _, adapted in dora.adapted_layers(model):
-        adapted.keep_casts()
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for layer in max(stacks, key=len):
-        layer.compile(dynamic=True)
+    compile_if_right(model)
 
 
 def save_model(model: Any, source: Location, output: Location) -> None:
