@@ -320,6 +320,7 @@ def test_columns_are_mapped_joined_and_kept_in_every_format(tmp_path, kind):
             (),
             rf"c.{kind} has no column 'story'; its columns are key, headline, .*--columns text=COLUMN",
         ),
+        (OWN_COLUMNS, ("year:int",), r"has no column 'year:int'; .*: int is no type; the types are string, int64, float64, bool"),
         (OWN_COLUMNS, ("yaer",), rf"c.{kind} has no column 'yaer'; .*did you mean 'year'.*--keep"),
     ):
         with pytest.raises(CorpusError, match=message):
@@ -331,6 +332,7 @@ def test_columns_are_mapped_joined_and_kept_in_every_format(tmp_path, kind):
     [
         (["body=content"], [], "columns = 'body=content': write FIELD=COLUMN, where the field is doc_id, title, text"),
         (["titel=headline"], [], "did you mean 'title'"),
+        (["text="], [], "columns = 'text=' names no column: write text=COLUMN"),
         (["text"], [], "write FIELD=COLUMN"),
         (["text=a", "text=b"], [], r"sets a field twice; join columns with \+"),
         (["doc_id=a+b"], [], "doc_id is one column"),
