@@ -320,7 +320,11 @@ def test_columns_are_mapped_joined_and_kept_in_every_format(tmp_path, kind):
             (),
             rf"c.{kind} has no column 'story'; its columns are key, headline, .*--columns text=COLUMN",
         ),
-        (OWN_COLUMNS, ("year:int",), r"has no column 'year:int'; .*int is no type; the types are string, int64, float64, bool"),
+        (
+            OWN_COLUMNS,
+            ("year:int",),
+            r"has no column 'year:int'; .*int is no type; the types are string, int64, float64, bool",
+        ),
         (OWN_COLUMNS, ("yaer",), rf"c.{kind} has no column 'yaer'; .*did you mean 'year'.*--keep"),
     ):
         with pytest.raises(CorpusError, match=message):
