@@ -2,12 +2,14 @@
 
 import asyncio
 import collections
+import hashlib
 import re
 
 import pytest
 
 from readapt_ray.serving import telemetry
 from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.versions import Found, Routing
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -162,3 +164,25 @@ def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):
             return answer
 
     assert asyncio.run(run()).status_code == 200
+
+
+def test_a_split_gives_a_key_of_one_version_that_version_alone(world):
+    """Also by vectors that the encoder of several versions made."""
+    secret = "a-key-of-the-version-adapted"
+    keys = [ApiKey("acme", hashlib.sha256(secret.encode()).hexdigest(), domains=frozenset({"adapted"}))]
+    versions = {name: LocalVersion.load(world) for name in ("base", "adapted")}
+    routing = Routing(default="base", split={"base": 0.5, "adapted": 0.5})
+
+    async def run():
+        vector = world.encoder.encode(["array"], "query")[0].tolist()
+        by_vector = {"vector": vector, "fingerprint": world.encoder.fingerprint}
+        headers = {"authorization": f"Bearer {secret}"}
+        async with (
+            local_server(versions, routing=routing, keys=keys) as server,
+            server.client(headers=headers) as client,
+        ):
+            bodies = [by_vector, *({"query": "array", "user": f"user {number}"} for number in range(12))]
+            answers = [await client.post(SEARCH, json=body) for body in bodies]
+        assert {(each.status_code, each.json().get("model")) for each in answers} == {(200, "adapted")}
+
+    asyncio.run(run())

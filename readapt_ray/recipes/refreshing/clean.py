@@ -86,7 +86,7 @@ def clean(config: CleanConfig) -> Freed:
         useless = _useless(root, there, config.keep)
         rows = _rows(useless)
         needed = _needed(there, config.keep)
-        marked = [replace(each, freed=not needed.issuperset(each.artifacts.values())) for each in there]
+        marked = [replace(each, freed=each.freed or not needed.issuperset(each.artifacts.values())) for each in there]
         lock.confirm()
         generations.write(root, marked)
         # What was made from a corpus is known by the corpus's manifest, so that goes last.
@@ -165,8 +165,9 @@ def _compacted(root: Location, there: list[Generation], deleted: Collection[str]
 
 
 def _needed(there: list[Generation], num_kept: int) -> set[str]:
-    """Return the names of the artifacts of the present generation and of some before it."""
-    return {name for each in there[-1 - num_kept :] for name in each.artifacts.values()}
+    """Return the names of the artifacts of the present generation and of some before it that are there."""
+    left = [each for each in there if not each.freed]
+    return {name for each in left[-1 - num_kept :] for name in each.artifacts.values()}
 
 
 def _useless(
