@@ -112,7 +112,7 @@ def train(source: models.OpenModel, texts: list[str], name: str, output: Path) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        dora.refresh_norms(model)
+        dora.refresh(model)
         step_losses.append(float(loss.detach()))
     output.mkdir(parents=True, exist_ok=True)
     state = dora.adapter_state(model)

@@ -487,7 +487,7 @@ def finetune(
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
     base_dtype: Literal['auto', 'int8', 'nf4'] = 'auto',
     gradient_checkpointing: bool = False,
-    torch_compile: bool = False,
+    torch_compile: bool | None = None,
     zero_stage: Literal[0, 1, 2, 3] = 0,
     num_workers: int | None = None,
     min_workers: int | None = None,
@@ -539,8 +539,9 @@ def finetune(
             fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
-        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps on a GPU.
-            It does not work with zero_stage 3. (default: no)
+        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
+            omitted, layers are compiled on GPUs, except with zero_stage 3, where it does not work. A compiled
+            layer that computes something else is not used.
         zero_stage: What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also
             gradients, 3 also the model's weights. Use 3 only for a model that does not fit on one worker,
             because it sends every weight to every worker in each pass. (default: 0)
@@ -1260,7 +1261,7 @@ def train(
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
     base_dtype: Literal['auto', 'int8', 'nf4'] = 'auto',
     gradient_checkpointing: bool = False,
-    torch_compile: bool = False,
+    torch_compile: bool | None = None,
     zero_stage: Literal[0, 1, 2, 3] = 0,
     num_workers: int | None = None,
     min_workers: int | None = None,
@@ -1313,8 +1314,9 @@ def train(
             fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
-        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps on a GPU.
-            It does not work with zero_stage 3. (default: no)
+        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
+            omitted, layers are compiled on GPUs, except with zero_stage 3, where it does not work. A compiled
+            layer that computes something else is not used.
         zero_stage: What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also
             gradients, 3 also the model's weights. Use 3 only for a model that does not fit on one worker,
             because it sends every weight to every worker in each pass. (default: 0)

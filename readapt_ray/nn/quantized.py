@@ -90,8 +90,10 @@ class Nf4Linear(QuantizedLinear):
     def decoded(self) -> Tensor:
         """Return the weight [O, I]."""
         shape = [self.out_features, self.in_features]
-        weight: Tensor = _kernels().dequantize_4bit(self.numbers, self.scales, _NF4_BLOCK, "nf4", shape, self.dtype)
-        return weight
+        # bitsandbytes 0.50 decodes wrongly on CPUs with AVX512 where a block goes over the end of a row.
+        flat = shape if self.in_features % _NF4_BLOCK == 0 else [self.out_features * self.in_features]
+        weight: Tensor = _kernels().dequantize_4bit(self.numbers, self.scales, _NF4_BLOCK, "nf4", flat, self.dtype)
+        return weight.view(shape)
 
 
 class _DecodedProduct(torch.autograd.Function):

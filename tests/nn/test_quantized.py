@@ -96,7 +96,7 @@ def test_adapters_get_the_gradients_of_the_decoded_weight_in_float64(kind: Any, 
             torch.testing.assert_close(ours.magnitude.double(), theirs.base.weight.norm(dim=1), rtol=1e-6, atol=0)
             theirs.magnitude.copy_(ours.magnitude)
     for module in (network, reference):
-        dora.refresh_norms(module)
+        dora.refresh(module)
     if method == "dora":
         dense = theirs.base.weight + 2.0 * theirs.lora_B @ theirs.lora_A
         torch.testing.assert_close(ours.norm.double(), dense.norm(dim=1), rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ def test_an_adapter_that_learned_nothing_leaves_the_full_precision_model_as_it_i
     with torch.no_grad():
         layer.lora_B.normal_(std=0.02)
         layer.magnitude.mul_(1.1)
-    dora.refresh_norms(network)
+    dora.refresh(network)
     dense = weight + layer.scaling * layer.lora_B @ layer.lora_A
     expected = layer.magnitude / layer.norm
     saved, as_trained = (
@@ -164,7 +164,7 @@ def test_a_compiled_layer_computes_the_same(kind: Any) -> None:
     quantized.quantize(network, kind, torch.device("cpu"))
     dora.add_adapters(network, dora.AdapterShape(method="dora", rank=2, alpha=4.0, dropout=0.0, targets=("0",)))
     nn.init.normal_(network[0].lora_B)
-    dora.refresh_norms(network)
+    dora.refresh(network)
     x = torch.randn(3, 96)
     found = []
     for compute in (network, torch.compile(network, backend="aot_eager", fullgraph=True)):
