@@ -97,7 +97,7 @@ def _compile_by(backend: Callable[..., Any]) -> Callable[..., None]:
     """Return `Module.compile` with another backend, for one length."""
 
     def compile_module(module: torch.nn.Module, **_: Any) -> None:
-        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, fullgraph=True)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend=backend, fullgraph=True, dynamic=False)
 
     return compile_module
 
