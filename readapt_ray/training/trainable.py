@@ -20,6 +20,7 @@ from readapt_ray.model_file_names import CHAT_TEMPLATE_NAME, CONFIG_NAME, INDEX_
 from readapt_ray.nn.quantized import quantize
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
+from readapt_ray.training.compiling import compile_if_right
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
 from readapt_ray.weights.loading import load_model, with_best_attention
@@ -149,7 +150,7 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
     Args:
         gradient_checkpointing: compute a layer's activations again in the backward pass; DoRA's norms are not
             computed again, they change with the optimizer step alone.
-        compile_layers: torch.compile each layer, one graph for all lengths.
+        compile_layers: torch.compile each layer; see `compile_if_right`.
 
     Raises:
         InputError: torch.compile with ZeRO-3, whose hooks it cannot trace.
@@ -160,9 +161,7 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
         return
     if zero_stage == 3:
         raise InputError("torch_compile does not go with zero_stage = 3; choose a lower stage, or leave it off")
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for layer in max(stacks, key=len):
-        layer.compile(dynamic=True)
+    compile_if_right(model)
 
 
 def save_model(model: Any, source: Location, output: Location) -> None:

@@ -89,8 +89,7 @@ def clean(config: CleanConfig) -> Freed:
         marked = [replace(each, freed=each.freed or not needed.issuperset(each.artifacts.values())) for each in there]
         lock.confirm()
         generations.write(root, marked)
-        # What was made from a corpus is known by the corpus's manifest, so that goes last.
-        for trace, _ in sorted(useless, key=lambda pair: pair[0].stage == STAGE_OF[CORPUS]):
+        for trace, _ in sorted(useless, key=lambda pair: _turn(pair[0])):
             remove_artifact(trace.location)
         cache_entries.remove_unused("passages")
         for name in (root / FOLDER_NAME).children()[1]:
@@ -197,6 +196,15 @@ def _not_in_use(found: list[tuple[Trace, str]]) -> Iterator[tuple[Trace, str]]:
             logger.warning("clean: %s is being written by process %s, and is kept", each.location, lease["pid"])
         else:
             yield each, why
+
+
+def _turn(trace: Trace) -> tuple[bool, bool]:
+    """Return what an artifact's turn to be removed goes by.
+
+    What was made from a corpus is known by the corpus's manifest, so that goes last. What a killed refresh left goes before
+    the generations that it shares files with: which of its files are its own is told by when their inodes changed.
+    """
+    return trace.stage == STAGE_OF[CORPUS], bool(trace.generations)
 
 
 def _rows(found: list[tuple[Trace, str]]) -> list[dict[str, object]]:

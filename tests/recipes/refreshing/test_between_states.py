@@ -1,17 +1,19 @@
 """Refreshes of other columns than texts, exports that did not end, and what `find` and `clean` say of it."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from readapt_ray import artifacts
+from readapt_ray import artifact_files, artifacts
 from readapt_ray.errors import InputError, TargetError
 from readapt_ray.recipes.refreshing.clean import clean
 from readapt_ray.recipes.refreshing.find import find
 from readapt_ray.recipes.refreshing.options import CleanConfig, FindConfig
+from readapt_ray.sources import parts
 from readapt_ray.stages import export
 from tests import factories
 from tests.recipes.refreshing import root as roots
@@ -149,3 +151,26 @@ def test_find_takes_no_rank_for_an_id_and_passes_over_a_file_that_was_not_finish
     found = {doc_id: find(FindConfig(root=root.uri, doc_id=doc_id)) for doc_id in ("5", "Q0", "6", "q1", "7", "other")}
     assert {doc_id for doc_id, rows in found.items() if rows} == {"7", "other"}
     assert [row["artifact"] for row in found["7"]] == [run.location.name]
+
+
+def test_clean_removes_what_a_killed_refresh_shares_with_an_earlier_generation(
+    root: Root, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root.refresh(ingest={"rows_per_file": 10})
+    root.holds([*PASSAGES[:39], PASSAGES[39]._replace(text="something new")])
+    root.refresh()
+    root.holds([*PASSAGES[:39], PASSAGES[39]._replace(text="something newer")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(parts.PartWriter, "close", interrupt)
+        root.refresh()
+    left = Path(root.uri) / "generations/00003/corpus"
+    assert len(list(left.glob("passages/*.parquet"))) == 3
+    monkeypatch.setattr(artifact_files, "_LAST_WRITES_S", 0.2)
+    time.sleep(0.5)
+    clean(CleanConfig(root=root.uri, yes=True))
+    assert not left.exists()
+    assert root.refresh().counts["changed"] == 1
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
