@@ -32,6 +32,7 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
         logging.getLogger("transformers.tokenization").warning("Token indices sequence length is longer")
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
         logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU")
+        logging.getLogger("pypdf._reader").warning("EOF marker not found")
     logging.getLogger("ray.data.exceptions").error("after the block")
     said = capfd.readouterr()
     assert said.out + said.err == ""
@@ -41,6 +42,7 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
         "transformers.tokenization WARNING Token indices sequence length is longer",
         "bitsandbytes.backends.cpu.ops WARNING Failed to load CPU gemm_4bit_forward",
         "DeepSpeed WARNING Setting accelerator to CPU",
+        "pypdf._reader WARNING EOF marker not found",
     ]
 
 

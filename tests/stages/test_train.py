@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ from readapt_ray.errors import (
     PlacementError,
     TrainingDivergedError,
 )
-from readapt_ray.nn import quantized
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.worker_memory import train_memory
 from readapt_ray.recipes.chain import train_on_passages
@@ -118,44 +116,26 @@ def test_the_adapter_learns_and_loads_in_plain_peft(packed: tuple[Path, Path], r
         assert not torch.allclose(model(ids).logits, without, atol=1e-3)
 
 
-def decoded_base(base: Path, folder: Path, base_dtype: Any) -> Path:
-    """The model that a quantized one computes with, in float32."""
-    shutil.copytree(base, folder)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    quantized.quantize(model, base_dtype, torch.device("cpu"))
-    layers = [(name, each) for name, each in model.named_modules() if isinstance(each, quantized.QuantizedLinear)]
-    assert layers
-    factories.write_tensors(
-        folder, factories.read_tensors(base) | {f"{name}.weight": layer.decoded() for name, layer in layers}
-    )
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("base_dtype", ["int8", "nf4"])
 def test_an_adapter_of_a_quantized_base_fits_the_full_precision_model(
     packed: tuple[Path, Path], reference: Path, tmp_path: Path, base_dtype: str
 ) -> None:
-    """It trains as on the decoded weights in float32; on the full-precision model it gains almost what one of its own does."""
+    """Its losses while it trains, and those of the full-precision model with it, are those of a base in float32."""
     from readapt_ray.catalog.models import open_model
     from readapt_ray.storage import Location
     from readapt_ray.training.withheld_loss import losses
 
     trained(packed, tmp_path / "a", base_dtype=base_dtype, gradient_checkpointing=True)
-    trained((decoded_base(packed[0], tmp_path / "decoded", base_dtype), packed[1]), tmp_path / "b")
-    full, ours, expected = (
-        [row["loss"] for row in read_metrics(Location(str(each)))]
-        for each in (reference, tmp_path / "a", tmp_path / "b")
-    )
-    assert ours == pytest.approx(expected, rel=1e-4)
-    assert ours != pytest.approx(full, rel=1e-4)
+    while_trained = [[row["loss"] for row in read_metrics(Location(str(each)))] for each in (reference, tmp_path / "a")]
+    assert while_trained[0] != while_trained[1]
+    assert while_trained[1] == pytest.approx(while_trained[0], rel=0.01)
     texts = [f"{passage.title} {passage.text}" for passage in factories.small_corpus(20)]
     options: Any = {"objective": "causal_lm", "max_tokens": 64, "dtype": torch.float32, "device": torch.device("cpu")}
     base = open_model(str(packed[0]))
-    plain, with_ours = (losses(base, open_model(str(each)), texts, **options) for each in (reference, tmp_path / "a"))
-    gains = [before.mean() - after.mean() for before, after in (plain, with_ours)]
-    assert gains[0] > 0.2
-    assert gains[1] / gains[0] > (0.99 if base_dtype == "int8" else 0.8)
+    plain, quantized = (losses(base, open_model(str(each)), texts, **options) for each in (reference, tmp_path / "a"))
+    assert plain[1].mean() < plain[0].mean() - 0.2
+    assert quantized[1].mean() == pytest.approx(plain[1].mean(), rel=0.01)
 
 
 @pytest.mark.parametrize(
