@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LIBRARIES = (
-    "ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "bitsandbytes", "DeepSpeed", "pypdf",
+    "ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "bitsandbytes", "DeepSpeed",
+    "pypdf",
 )  # fmt: skip
 _LATE = "DeepSpeed"
 """Adds its handler when it is imported, whatever is there: its records are caught before they reach it."""
