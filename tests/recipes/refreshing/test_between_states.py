@@ -174,3 +174,14 @@ def test_clean_removes_what_a_killed_refresh_shares_with_an_earlier_generation(
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_local_target_is_the_same_folder_from_anywhere(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root.folder)
+    root.refresh(to="files:collection")
+    monkeypatch.chdir(tmp_path.parent)
+    root.holds(FEWER)
+    root.refresh()
+    assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER}
