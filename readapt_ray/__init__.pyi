@@ -485,7 +485,7 @@ def finetune(
     max_gradient_norm: float = 1.0,
     seed: int = 0,
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
-    base_dtype: Literal['auto', 'int8', 'nf4'] = 'auto',
+    base_dtype: Literal['auto', 'int8', 'fp8', 'nf4'] = 'auto',
     gradient_checkpointing: bool = False,
     torch_compile: bool | None = None,
     zero_stage: Literal[0, 1, 2, 3] = 0,
@@ -534,9 +534,10 @@ def finetune(
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
         base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
-            dtype; int8 and nf4 take 8 and 4.5 bits per weight and are decoded for each product. The adapter
-            still fits the model in full precision. Use it with gradient_checkpointing where a model does not
-            fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
+            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product, but fp8
+            on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in
+            full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
         torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
@@ -1259,7 +1260,7 @@ def train(
     max_gradient_norm: float = 1.0,
     seed: int = 0,
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
-    base_dtype: Literal['auto', 'int8', 'nf4'] = 'auto',
+    base_dtype: Literal['auto', 'int8', 'fp8', 'nf4'] = 'auto',
     gradient_checkpointing: bool = False,
     torch_compile: bool | None = None,
     zero_stage: Literal[0, 1, 2, 3] = 0,
@@ -1309,9 +1310,10 @@ def train(
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
         base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
-            dtype; int8 and nf4 take 8 and 4.5 bits per weight and are decoded for each product. The adapter
-            still fits the model in full precision. Use it with gradient_checkpointing where a model does not
-            fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
+            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product, but fp8
+            on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in
+            full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
         torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
