@@ -65,13 +65,23 @@ class SearchService:
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
 
     async def set_state(
-        self, backends: Mapping[str, Backend], routing: Routing, missing: Mapping[str, str] | None = None
+        self,
+        backends: Mapping[str, Backend],
+        routing: Routing,
+        missing: Mapping[str, str] | None = None,
+        *,
+        must_be_whole: bool = False,
     ) -> None:
         """Serve these versions, by this routing, from the next request on; see `taken_over`."""
-        taken = taken_over(
-            self._registry, backends, routing, missing=missing or {}, limits=self.limits, telemetry=self._telemetry
+        self._registry = await taken_over(
+            self._registry,
+            backends,
+            routing,
+            missing=missing or {},
+            limits=self.limits,
+            telemetry=self._telemetry,
+            must_be_whole=must_be_whole,
         )
-        self._registry = await taken
         by_encoder = {id(each.batcher): (name, each) for name, each in reversed(list(self._registry.versions.items()))}
         self._readiness = Recent(
             functools.partial(checked, dict(reversed(by_encoder.values())), self._registry.missing)
