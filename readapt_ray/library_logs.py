@@ -6,6 +6,7 @@ they print without Python's logging (C++ parts of Ray) is not changed.
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def silence() -> None:
             continue
         logger.propagate = False
         logger.addHandler(_to_files)
+
+
+def hush_notebooks() -> None:
+    """Keep tqdm from warning in a notebook without ipywidgets: libraries import it for progress bars that are not shown."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:

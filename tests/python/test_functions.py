@@ -248,6 +248,16 @@ def test_progress_shows_without_any_set_up_and_not_when_quiet_or_where_logging_i
     assert not logging.getLogger("readapt_ray").isEnabledFor(logging.INFO)
 
 
+@pytest.mark.parametrize(("name", "is_said"), [("Encoder", False), ("run", False), ("__version__", True)])
+def test_a_notebook_without_ipywidgets_gets_no_warning_of_tqdm(name: str, is_said: bool) -> None:
+    code = (
+        "import sys, types; shell = types.ModuleType('ipykernel.zmqshell'); sys.modules['ipykernel.zmqshell'] = shell;"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: shell); sys.modules['ipywidgets'] = None;"
+        f"import readapt_ray as ra; ra.{name}; import tqdm.auto"
+    )
+    assert ("IProgress not found" in in_new_process(code)) == is_said
+
+
 def test_status_prints_as_a_table(tmp_path: Path) -> None:
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(3))
     shown = ra.status(tmp_path)
