@@ -31,6 +31,8 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
         logging.getLogger("ray.data.exceptions").error("Dataset execution will now abort")
         logging.getLogger("transformers.tokenization").warning("Token indices sequence length is longer")
         logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU")
+        logging.getLogger("ray.data").setLevel(logging.DEBUG)  # as Ray Data does
+        logging.getLogger("ray.data.executor").debug("Operator 0 has 3 tasks")
     logging.getLogger("ray.data.exceptions").error("after the block")
     said = capfd.readouterr()
     assert said.out + said.err == ""
