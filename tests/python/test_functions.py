@@ -110,6 +110,8 @@ def test_paths_are_annotated_and_taken_wherever_a_path_is(monkeypatch: pytest.Mo
             lambda: ra.EmbedConfig(retriever="a", corpus="b", output="c", encoding={"poolin": "mean"}),
             "unknown option 'encoding.poolin'; did you mean 'pooling'",
         ),
+        (lambda: ra.Encoding("mean"), r"Encoding: 'mean' has no name; give each option by its name, such as "),
+        (lambda: ra.IngestConfig("notes/", "run"), r"IngestConfig: 'notes/' has no name"),
         (lambda: ra.Encoding(pooling="men", add_bos=True, add_eos=True), "pooling = .*did you mean 'mean'"),
         (
             lambda: ra.run("absent.yaml"),
