@@ -55,8 +55,9 @@ def silence() -> None:
 
 
 def hush_notebooks() -> None:
-    """Keep tqdm from warning in a notebook without ipywidgets: libraries import it for progress bars that are not shown."""
+    """Keep tqdm and Ray from asking for ipywidgets in a notebook: they are imported for bars and tables that are not shown."""
     warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("ray.widgets").setLevel(logging.WARNING)
 
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:

@@ -251,13 +251,17 @@ def test_progress_shows_without_any_set_up_and_not_when_quiet_or_where_logging_i
 
 
 @pytest.mark.parametrize(("name", "is_said"), [("Encoder", False), ("run", False), ("__version__", True)])
-def test_a_notebook_without_ipywidgets_gets_no_warning_of_tqdm(name: str, is_said: bool) -> None:
+def test_a_notebook_without_ipywidgets_is_not_asked_for_it(name: str, is_said: bool) -> None:
     code = (
         "import sys, types; shell = types.ModuleType('ipykernel.zmqshell'); sys.modules['ipykernel.zmqshell'] = shell;"
+        "import ray; from ray.widgets import util; import readapt_ray as ra; ra.{};"
+        "util._has_missing(('no_such_package', '1'), message='Run pip');"
         "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: shell); sys.modules['ipywidgets'] = None;"
-        f"import readapt_ray as ra; ra.{name}; import tqdm.auto"
+        "del sys.modules['tqdm.autonotebook'], sys.modules['tqdm.auto']; import tqdm.auto"
     )
-    assert ("IProgress not found" in in_new_process(code)) == is_said
+    said = in_new_process(code.format(name))
+    assert ("IProgress not found" in said) == is_said
+    assert ("Run pip" in said) == is_said
 
 
 def test_status_prints_as_a_table(tmp_path: Path) -> None:
