@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -346,9 +347,7 @@ def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseEx
 
 def has_ended() -> bool:
     """Return whether Ray's own processes have ended, if this process started them."""
-    from ray._private import worker
-
-    node = getattr(worker, "_global_node", None)
+    node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
     return node is not None and bool({kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"})
 
 
