@@ -285,7 +285,7 @@ def _hush_libraries(*, is_new: bool) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # Ray's own loses the cause on its way here
-    worker.print_to_stdstream = _to_log  # type: ignore[assignment]  # Ray's notices, such as a task that failed at the end
+    worker.print_to_stdstream = _to_log  # Ray's notices, such as a task that failed at the end
     library_logs.silence()
     if is_new and (folder := logs_folder()):
         library_logs.add_file(folder / _DRIVER_LOG)
