@@ -3,7 +3,7 @@
     python benchmarks/base_dtype.py --root /tmp/base-dtype
 
 DoRA adapters of the quickstart's pretrained model are trained on the documentation of torch, with the frozen weights in
-float32, bfloat16, int8 and nf4, on the same passages in the same order, by the model, loss and layers of `train` in one
+float32, bfloat16, int8, fp8 and nf4, on the same passages in the same order, by the model, loss and layers of `train` in one
 process. Products are in bfloat16, in float32 for the first. Each adapter is then added to the model in full precision, and
 the loss is that of withheld passages in float32. Goal: at most 1% above bfloat16. Writes JSON to --output.
 """
@@ -35,6 +35,7 @@ ARMS: Final[dict[str, tuple[torch.dtype, Any]]] = {
     "float32": (torch.float32, "auto"),
     "bfloat16": (torch.bfloat16, "auto"),
     "int8": (torch.bfloat16, "int8"),
+    "fp8": (torch.bfloat16, "fp8"),
     "nf4": (torch.bfloat16, "nf4"),
 }
 CPU: Final = torch.device("cpu")
@@ -112,7 +113,7 @@ def train(source: models.OpenModel, texts: list[str], name: str, output: Path) -
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        dora.refresh_norms(model)
+        dora.refresh(model)
         step_losses.append(float(loss.detach()))
     output.mkdir(parents=True, exist_ok=True)
     state = dora.adapter_state(model)

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers.initialization import no_init_weights
 
 from readapt_ray.nn import attention, gated, norms, quantized
 from readapt_ray.nn.precision import products_in
@@ -232,34 +233,34 @@ def as_on_cuda(count: Count) -> Iterator[None]:
         yield
 
 
-def make_model(name: str, num_layers: int, base_dtype: Any = "auto") -> Any:
-    """Return a language model of a shape on the meta device with adapters, made ready as for training."""
+def make_model(name: str, num_layers: int, base_dtype: Any = "auto", device: str = "meta") -> Any:
+    """Return a language model of a shape with adapters, made ready as for training."""
     options = dict(SHAPES[name], num_hidden_layers=num_layers)
     config = AutoConfig.for_model(**options)
     auto = AutoModelForMaskedLM if name == "modernbert-base" else AutoModelForCausalLM
-    with torch.device("meta"):
+    with torch.device(device), no_init_weights():
         model = auto.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         objectives.prepare(model, name)
         norms.fuse(model)
         gated.fuse(model)
-        quantized.quantize(model, base_dtype, torch.device("meta"))
+        quantized.quantize(model, base_dtype, torch.device(device))
         shape = dora.AdapterShape(method="dora", rank=32, alpha=64.0, dropout=0.05, targets=TARGETS[name])
         dora.add_adapters(model, shape)
     return model.train()
 
 
-def make_batch(num_tokens: int, *, is_masked: bool) -> Batch:
-    """Return passages of 80 tokens, end to end in one row on the meta device."""
+def make_batch(num_tokens: int, *, is_masked: bool, device: str = "meta") -> Batch:
+    """Return passages of 80 tokens, end to end in one row."""
     lengths = [PASSAGE_TOKENS] * (num_tokens // PASSAGE_TOKENS)
     lengths += [num_tokens - sum(lengths)] if sum(lengths) < num_tokens else []
     passages = [Block(np.ones(length, np.int32), (length,), (number,)) for number, length in enumerate(lengths)]
     masking = Masking(mask_id=4, vocab_size=1000, seed=0) if is_masked else None
-    return packing.collate(passages, pad_id=0, masking=masking).to("meta")
+    return packing.collate(passages, pad_id=0, masking=masking).to(device)
 
 
 def loss_of(model: Any, batch: Batch) -> Tensor:
     """Return the loss of a batch, as a training worker computes it."""
-    with products_in(torch.bfloat16, model, "meta"):
+    with products_in(torch.bfloat16, model, str(batch.input_ids.device)):
         return objectives.loss_sum(model, batch)
 
 
@@ -305,7 +306,7 @@ def run_update(model: nn.Module) -> Count:
     with as_on_cuda(count):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         count.add("fused_adamw", 7 * 4 * sum(each.numel() for each in trained))
-        dora.refresh_norms(model)
+        dora.refresh(model)
     return count
 
 

@@ -485,9 +485,9 @@ def finetune(
     max_gradient_norm: float = 1.0,
     seed: int = 0,
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
-    base_dtype: Literal['auto', 'int8', 'nf4'] = 'auto',
+    base_dtype: Literal['auto', 'int8', 'fp8', 'nf4'] = 'auto',
     gradient_checkpointing: bool = False,
-    torch_compile: bool = False,
+    torch_compile: bool | None = None,
     zero_stage: Literal[0, 1, 2, 3] = 0,
     num_workers: int | None = None,
     min_workers: int | None = None,
@@ -534,13 +534,15 @@ def finetune(
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
         base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
-            dtype; int8 and nf4 take 8 and 4.5 bits per weight and are decoded for each product. The adapter
-            still fits the model in full precision. Use it with gradient_checkpointing where a model does not
-            fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
+            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product, but fp8
+            on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in
+            full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
-        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps on a GPU.
-            It does not work with zero_stage 3. (default: no)
+        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
+            omitted, layers are compiled on GPUs, except with zero_stage 3, where it does not work. A compiled
+            layer that computes something else is not used.
         zero_stage: What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also
             gradients, 3 also the model's weights. Use 3 only for a model that does not fit on one worker,
             because it sends every weight to every worker in each pass. (default: 0)
@@ -1258,9 +1260,9 @@ def train(
     max_gradient_norm: float = 1.0,
     seed: int = 0,
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto',
-    base_dtype: Literal['auto', 'int8', 'nf4'] = 'auto',
+    base_dtype: Literal['auto', 'int8', 'fp8', 'nf4'] = 'auto',
     gradient_checkpointing: bool = False,
-    torch_compile: bool = False,
+    torch_compile: bool | None = None,
     zero_stage: Literal[0, 1, 2, 3] = 0,
     num_workers: int | None = None,
     min_workers: int | None = None,
@@ -1308,13 +1310,15 @@ def train(
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
         base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
-            dtype; int8 and nf4 take 8 and 4.5 bits per weight and are decoded for each product. The adapter
-            still fits the model in full precision. Use it with gradient_checkpointing where a model does not
-            fit on a GPU. nf4 needs the extra nf4 (bitsandbytes). (default: auto)
+            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product, but fp8
+            on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in
+            full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
-        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps on a GPU.
-            It does not work with zero_stage 3. (default: no)
+        torch_compile: Compile each layer with torch.compile: minutes at the start, then faster steps. If
+            omitted, layers are compiled on GPUs, except with zero_stage 3, where it does not work. A compiled
+            layer that computes something else is not used.
         zero_stage: What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also
             gradients, 3 also the model's weights. Use 3 only for a model that does not fit on one worker,
             because it sends every weight to every worker in each pass. (default: 0)

@@ -222,25 +222,31 @@ def unpacked(names: Names) -> Iterator[str]:
 
 
 def own_files(location: Location, record: Mapping[str, Any]) -> set[str]:
-    """Return which files of a folder are ours by its manifest or lease, with temporary files of unfinished writes."""
+    """Return which files of a folder are ours by its manifest or lease, with temporary files of unfinished writes.
+
+    If the lease itself is late, the folder was copied as a whole or clocks differ, so that times say nothing.
+    """
     if is_single_file(location):
         return set()
     there = location.entries()[0]
     listed = {*unpacked(record.get("files", ())), *RECORDS}
     matching = split_by_owner(there, record.get("patterns", ()))[0]
-    late = late_files(location, matching, record)
+    is_copied = "heartbeat" in record and is_late(record_of(location, LEASE_NAME), record)
+    late = set() if is_copied else late_files(location, matching, record)
     return {name for name in there if whole_name(name) in listed} | (set(matching) - late)
 
 
 def late_files(location: Location, names: Collection[str], lease: Mapping[str, Any]) -> set[str]:
     """Return the files that changed after the process of a lease had ended.
 
-    On a disk this is when the inode changed: a copy that keeps the time of its original cannot set it.
+    On a disk this is when the inode changed: a copy that keeps the time of its original cannot set it. The inode of a file
+    that artifacts share changes with each name that it gets or loses, so one that has other names is not late.
     """
     if not names:
         return set()
     if location.is_local:
-        changed_s = {name: os.lstat(os.path.join(location.path, name)).st_ctime for name in names}
+        states = ((name, os.lstat(os.path.join(location.path, name))) for name in names)
+        changed_s = {name: state.st_ctime for name, state in states if state.st_nlink == 1}
     else:
         start = len(location.path.rstrip("/")) + 1
         found = location.filesystem.get_file_info(pafs.FileSelector(location.path, recursive=True))
@@ -250,7 +256,7 @@ def late_files(location: Location, names: Collection[str], lease: Mapping[str, A
 
 def is_late(file: Location, lease: Mapping[str, Any]) -> bool:
     """Return whether a file changed after the process of a lease had ended."""
-    changed_s = os.lstat(file.path).st_ctime if file.is_local else file.info().mtime_ns / 1e9
+    changed_s = os.lstat(file.path).st_ctime if file.is_local else (file.info().mtime_ns or 0) / 1e9
     return bool(changed_s > lease["heartbeat"] + _LAST_WRITES_S)
 
 

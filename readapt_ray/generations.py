@@ -74,7 +74,7 @@ def read(root: Location) -> list[Generation]:
         return _of_run(root)
     names = {each.name for each in dataclasses.fields(Generation)}
     try:
-        content = json.loads(file.read_bytes())
+        content = file.read_json()
         entries, version = content["generations"], content.get("format_version", _FORMAT_VERSION)
         if version != _FORMAT_VERSION:
             raise InputError(

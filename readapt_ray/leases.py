@@ -51,7 +51,7 @@ def owner() -> dict[str, Any]:
 def read_lease(file: Location) -> dict[str, Any] | None:
     """Return the content of a `building.json`; None if there is none or another program wrote it."""
     try:
-        values = json.loads(file.read_bytes())
+        values = file.read_json()
     except (*_NO_FILE, ValueError):
         return None
     return values if isinstance(values, dict) and values.keys() >= _FIELDS else None

@@ -10,7 +10,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-_LIBRARIES = ("ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "DeepSpeed")
+_LIBRARIES = (
+    "ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "DeepSpeed", "pypdf",
+)  # fmt: skip
 _LATE = "DeepSpeed"
 """Adds its handler when it is imported, whatever is there: its records are caught before they reach it."""
 _FORMAT = "%(asctime)s %(name)s %(levelname)s %(message)s"

@@ -10,13 +10,14 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import os
 import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pyarrow.fs as pafs
 
@@ -29,6 +30,8 @@ _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(rf"{re.escape(_TEMPORARY)}[0-9a-f]{{12}}-(.+)")
 _MAX_COPY_BYTES = 5 << 30
 """S3 copies no larger object in one request."""
+_MAX_REPLACED = 2
+"""How often an object that is no JSON is read again."""
 _FULL = {errno.ENOSPC: "no space is left on its disk", errno.EDQUOT: "the quota of its disk is used up"}
 _FORBIDDEN = {
     errno.EACCES: "this user may not write there",
@@ -194,6 +197,21 @@ class Location:
     def read_text(self) -> str:
         """Return the content of the file as UTF-8."""
         return self.read_bytes().decode("utf-8")
+
+    def read_json(self) -> Any:
+        """Return the content of a JSON file that other processes may replace.
+
+        An object of a store is read up to the length that it had when it was opened, so a longer one that takes its place in
+        that moment is cut off: it is read again.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is not JSON.
+        """
+        for _ in range(0 if self.is_local else _MAX_REPLACED):
+            with contextlib.suppress(ValueError):
+                return json.loads(self.read_bytes())
+        return json.loads(self.read_bytes())
 
     def open_input(self) -> IO[bytes]:
         """Open a readable, seekable binary file."""

@@ -28,8 +28,20 @@ def pytest_sessionstart() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give one worker the modules that use Ray, and the others the rest."""
+    """Give one worker the tests that use Ray, and the others the rest."""
     return lanes.Lanes(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Ask each worker which tests use Ray."""
+    lanes.invite(node)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Tell it, in a worker, before the scheduler is told that this one is ready."""
+    lanes.tell(session.config, session.items)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -40,7 +52,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    """See that a test ran in the lane that it belongs to, once its fixtures are gone."""
+    """See that a test left no Ray of its own, once its fixtures are gone."""
     lanes.check(item)
 
 

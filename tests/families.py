@@ -45,6 +45,10 @@ FAMILIES = {
     "modernbert": Family("modernbert", {**_ENCODER_IDS, "num_hidden_layers": 4, "local_attention": 8}, pooling="cls"),
     "xlm-roberta": Family("xlm-roberta", {"pad_token_id": 1}),
     "mpnet": Family("mpnet", {"pad_token_id": 1}),
+    "nomic-bert": Family("nomic_bert", {"pad_token_id": 0}),
+    "eurobert": Family("eurobert", {**_DECODER_IDS, "mask_token_id": 4, "num_key_value_heads": 2}),
+    "jina-v3": Family("jina_embeddings_v3", {**_ENCODER_IDS}),
+    "gte": Family("gte", {"pad_token_id": 0}, pooling="cls"),
     "labse": Family("bert", {"pad_token_id": 0}, dense=((32, "Tanh"),), pooling="cls"),
     "gemma3": Family(
         "gemma3_text",

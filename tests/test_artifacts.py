@@ -16,6 +16,7 @@ from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.recipes.refreshing.clean import remove_artifact
+from readapt_ray.shared_files import share
 from readapt_ray.storage import Location
 
 
@@ -413,6 +414,27 @@ def test_work_goes_on_in_a_copy_of_its_folder(tmp_path: Path, monkeypatch: pytes
         work=lambda w: seen.extend(file.name for file in w.location.files("")),
     )
     assert "state-1" in seen
+
+
+def test_a_copy_of_an_unfinished_folder_is_replaced_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the clocks of driver and storage differ: then the lease is as late as the files."""
+    begin(tmp_path / "a")
+    let_time_pass(monkeypatch)
+    for name in ("b", "c"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    new = CopyConfig(output=str(tmp_path / "b"), factor=2, overwrite=True)
+    assert artifacts.produce("copy", new, inputs={}, work=fill).manifest.config["factor"] == 2
+    remove_artifact(Location(str(tmp_path / "c")))
+    assert not (tmp_path / "c").exists()
+
+
+def test_work_goes_on_with_a_file_whose_other_names_came_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path / "a")
+    let_time_pass(monkeypatch)
+    share(Location(str(tmp_path / "a/state-1")), Location(str(tmp_path / "other/state-1")))
+    artifacts.produce("copy", CopyConfig(output=str(tmp_path / "a")), inputs={}, work=fill)
 
 
 def test_a_run_of_another_tool_that_came_after_a_killed_search_is_refused(

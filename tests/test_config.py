@@ -180,6 +180,11 @@ def test_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("command", "options", "said"),
     [
+        (
+            "ingest",
+            "--source s --split-tokens 64 --tokenizer t --max-passage-chars 500",
+            "--max-passage-chars does nothing with --split-tokens, which splits text files, too; leave one out",
+        ),
         ("ingest", "--source s --overlap 8", "--overlap does nothing without --split-tokens; give both, or neither"),
         ("ingest", "--source s --tokenizer m", "--tokenizer does nothing without --split-tokens"),
         (

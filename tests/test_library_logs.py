@@ -33,6 +33,7 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
         logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU")
         logging.getLogger("ray.data").setLevel(logging.DEBUG)  # as Ray Data does
         logging.getLogger("ray.data.executor").debug("Operator 0 has 3 tasks")
+        logging.getLogger("pypdf._reader").warning("EOF marker not found")
     logging.getLogger("ray.data.exceptions").error("after the block")
     said = capfd.readouterr()
     assert said.out + said.err == ""
@@ -41,6 +42,7 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
         "ray.data.exceptions ERROR Dataset execution will now abort",
         "transformers.tokenization WARNING Token indices sequence length is longer",
         "DeepSpeed WARNING Setting accelerator to CPU",
+        "pypdf._reader WARNING EOF marker not found",
     ]
 
 

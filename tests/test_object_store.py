@@ -421,3 +421,26 @@ def test_a_whole_run_on_a_store_killed_once_and_throttled_measures_what_one_on_a
             everything += store.client.get_object(Bucket=BUCKET, Key=name)["Body"].read().decode()
     assert not re.search(KEYS["AWS_SECRET_ACCESS_KEY"], everything)
     assert not any(".tmp-" in name for name in store.names())
+
+
+def test_a_record_that_is_replaced_by_a_longer_one_while_it_is_read_is_read_whole(
+    store: Store, folder: Location
+) -> None:
+    """An object is read up to the length that it had when it was opened."""
+    record = folder / "building.json"
+    texts = [json.dumps({"stage": "a", "owner": "b", "pid": 1, "heartbeat": 10**digits}) for digits in (3, 9)]
+    record.write_text(texts[0])
+    key = record.path.partition("/")[2]
+    replaced: list[str] = []
+
+    def replace_it(method: str, path: str) -> bool:
+        if method == "GET" and path.endswith("building.json") and not replaced:
+            replaced.append(path)
+            store.client.put_object(Bucket=BUCKET, Key=key, Body=texts[1].encode())
+        return False
+
+    store.busy = replace_it
+    assert artifacts.read_lease(folder) == json.loads(texts[1])
+    assert len(replaced) == 1
+    record.write_text(texts[1][:-9])
+    assert artifacts.read_lease(folder) is None

@@ -5,7 +5,7 @@ A figure that falls is lowered here with the change that lowers it.
 
 import pytest
 
-from benchmarks import step_traffic
+from benchmarks import compiled_traffic, step_traffic
 
 TOKENS = 4096
 FIGURES = {
@@ -24,6 +24,22 @@ def test_a_step_starts_no_more_kernels_and_moves_no_more_bytes_than_before(shape
     figures = [found[name] for name in names]
     assert figures == pytest.approx(FIGURES[shape], rel=0.01)
     assert found["host_syncs"] == 0
+
+
+COMPILED = {
+    "mistral-7b": (100, 5.13, 156.2),
+    "llama-2-7b": (98, 4.99, 158.0),
+    "qwen3-0.6b": (106, 1.58, 48.7),
+    "modernbert-base": (63, 0.72, 26.0),
+}
+
+
+@pytest.mark.parametrize("shape", COMPILED)
+@pytest.mark.filterwarnings("ignore:Your compiler for AOTAutograd")
+def test_a_compiled_step_is_estimated_at_no_more_than_before(shape: str) -> None:
+    """Mistral's goals: 120 kernels, 6.0 GB and 180 KB."""
+    found = compiled_traffic.estimate(shape, TOKENS)
+    assert list(found.values()) == pytest.approx(COMPILED[shape], rel=0.01)
 
 
 @pytest.mark.parametrize(("base_dtype", "read_bytes"), [("int8", 1.0), ("nf4", 0.5 + 4 / 64)])

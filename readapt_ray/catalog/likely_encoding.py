@@ -10,8 +10,13 @@ from typing import Any, Final
 from readapt_ray.catalog.encoding import Encoding, Pooling
 from readapt_ray.catalog.special_tokens import added_by_itself
 
-_POOLING_BY_FAMILY: Final[dict[str, Pooling]] = {"modernbert": "cls", "bert": "mean", "xlm-roberta": "mean"}
-"""gte-modernbert and granite-embedding-r2 take CLS; E5, GTE and MiniLM the mean."""
+_POOLING_BY_FAMILY: Final[dict[str, Pooling]] = {
+    "modernbert": "cls",
+    "gte": "cls",
+    "bert": "mean",
+    "xlm-roberta": "mean",
+}
+"""gte-modernbert, gte-multilingual and granite-embedding-r2 take CLS; E5, GTE on BERT and MiniLM the mean."""
 _COUNTS_FROM_PADDING: Final = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"})
 """Families whose positions start after the position of the padding."""
 _MAX_TOKENS: Final = 512

@@ -272,11 +272,21 @@ def _check_own_code(model: OpenModel) -> None:
     code = dict(config.get("auto_map") or {}).get("AutoModel")
     if code is None:
         return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    advice = (
+        f"Where transformers' own {kind!r} computes the same, drop auto_map from the config.json of a copy; where the code only "
+        f'makes attention bidirectional, also write "is_causal": false there; else give another model'
+    )
+    if kind not in CONFIG_MAPPING_NAMES:
+        advice = (
+            f"transformers has none for the type {kind!r}: look on the hub for a conversion of it that is loaded without code, or "
+            f"give one of the type {', '.join(retrievers.TARGETS_BY_FAMILY)}"
+        )
     raise ModelError(
         f"{model.name!r} brings code of its own (auto_map in config.json: {code}), which changes how it computes and is never "
-        f"executed here. Where transformers' own {config.get('model_type')!r} computes the same, drop auto_map from the "
-        f"config.json of a copy; where the code only makes attention bidirectional, also write "
-        f'"is_causal": false there; else give another model'
+        f"executed here. {advice}"
     )
 
 

@@ -38,7 +38,7 @@ BERT_TARGETS = ("query", "key", "value", "intermediate.dense", "output.dense")
 
 _LLAMA_LIKE = (
     "llama", "mistral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2",
-    "olmo3", "smollm3", "nomic_bert", "eurobert",
+    "olmo3", "smollm3", "nomic_bert", "eurobert", "gte",
 )  # fmt: skip
 _BERT_LIKE = ("bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra")
 

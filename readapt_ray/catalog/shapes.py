@@ -17,7 +17,7 @@ from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from readapt_ray.storage import Location
 
-BaseDtype = Literal["auto", "int8", "nf4"]
+BaseDtype = Literal["auto", "int8", "fp8", "nf4"]
 """Data type of the frozen weights in training; auto: the type of the matrix products."""
 
 _CONFIGS_FILE: Final = Path(__file__).parent.parent / "data" / "model_configs.json"

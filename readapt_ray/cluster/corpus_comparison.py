@@ -3,13 +3,14 @@
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
+from readapt_ray.records import PASSAGE_SCHEMA
 from readapt_ray.retrieval.corpus_changes import Changes, added_up, compare
 from readapt_ray.retrieval.footers import listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import open_vectors
 
 _PART_ROWS = 16_000_000
-"""Passages per part: 400 MB of memory for each state."""
+"""Passages per part: 500 MB of memory for each state."""
 
 
 def compare_corpora(before: Artifact, now: Artifact) -> Changes:
@@ -19,15 +20,24 @@ def compare_corpora(before: Artifact, now: Artifact) -> Changes:
         CorruptFileError: a file was cut short or altered.
     """
     old, new = opened(before, "passages"), opened(now, "passages")
+    columns = sorted({*_kept_columns(before), *_kept_columns(now)})
     num_parts = -(-max(old.num_rows, new.num_rows, 1) // _PART_ROWS)
     if num_parts == 1:
-        return compare(old, new)
+        return compare(old, new, columns=columns)
     import ray
 
     num_at_once = connection.connect().num_cpus
     task = ray.remote(num_cpus=1)(compare)
-    parts = run_bounded(lambda part: task.remote(old, new, part, num_parts), range(num_parts), num_at_once)
+    parts = run_bounded(
+        lambda part: task.remote(old, new, part, num_parts, columns=columns), range(num_parts), num_at_once
+    )
     return added_up(list(parts))
+
+
+def _kept_columns(corpus: Artifact) -> set[str]:
+    """Return the names of the columns that were carried along from the source."""
+    names = {name for footer in listed_footers(corpus.location, "passages").values() for name in footer.schema.names}
+    return names - {*PASSAGE_SCHEMA.names, "parent_id"}
 
 
 def opened(artifact: Artifact, name: str) -> ParquetRows:

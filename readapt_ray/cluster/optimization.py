@@ -47,15 +47,15 @@ class OptimizationConfig(StageConfig):
     """Data type of matrix products and frozen weights; trained weights are always float32. auto is bfloat16 on GPUs
     and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type that it began with."""
     base_dtype: BaseDtype = "auto"
-    """Data type in which the frozen weights of the model's layers are stored: auto is the same as dtype; int8 and nf4 take 8 and 4.5
-    bits per weight and are decoded for each product. The adapter still fits the model in full precision. Use it with
+    """Data type in which the frozen weights of the model's layers are stored: auto is the same as dtype; int8, fp8 and nf4 take 8, 8 and 4.5
+    bits per weight and are decoded for each product, but fp8 on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in full precision. Use it with
     gradient_checkpointing where a model does not fit on a GPU. nf4 needs the extra nf4 (bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: about a third more computation, but memory for one layer instead
     of all. Turn it on when training does not fit in memory."""
-    torch_compile: bool = False
-    """Compile each layer with torch.compile: minutes at the start, then faster steps on a GPU. It does not work
-    with zero_stage 3."""
+    torch_compile: bool | None = None
+    """Compile each layer with torch.compile: minutes at the start, then faster steps. If omitted, layers are compiled on GPUs,
+    except with zero_stage 3, where it does not work. A compiled layer that computes something else is not used."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What DeepSpeed ZeRO partitions over the workers: 0 nothing, 1 optimizer states, 2 also gradients, 3 also the
     model's weights. Use 3 only for a model that does not fit on one worker, because it sends every weight to every
@@ -172,6 +172,13 @@ def optimization(config: OptimizationConfig) -> "Optimization":
     )
 
 
+def compiles(config: OptimizationConfig, device_type: str) -> bool:
+    """Return whether a worker tries to compile layers."""
+    if config.torch_compile is not None:
+        return config.torch_compile
+    return device_type == "cuda" and config.zero_stage != 3
+
+
 def worker_setup(
     config: OptimizationConfig,
     adapter: "AdapterShape | None",
@@ -192,6 +199,6 @@ def worker_setup(
         dtype=dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         device_type=device_type,
-        compile_layers=config.torch_compile,
+        compile_layers=bool(config.torch_compile),  # unasked, uncompiled layers must fit too
         base_dtype=config.base_dtype,
     )

@@ -50,7 +50,7 @@ def encode_shards(
         ReadaptError: what a task or an actor ran into.
     """
     total = sum(map(len, shards))
-    ledger = ShardLedger(shards, job.output, made_by=job.encoder["fingerprint"], rows_per_shard=job.rows_per_shard)
+    ledger = shard_ledger(shards, job)
     ledger.find()
     _share_kept(ledger, job)
     vain, has_started = 0, False
@@ -73,6 +73,12 @@ def encode_shards(
             raise WorkerError(f"nodes were lost, and what is written stays: {error}") from None
         has_started = True
     return ledger
+
+
+def shard_ledger(shards: Sequence[DataShard], job: EmbedJob) -> ShardLedger:
+    """Return the ledger of a job, before it looks at what is written."""
+    made_by, rows_per_shard = job.encoder["fingerprint"], job.rows_per_shard
+    return ShardLedger(shards, job.output, made_by=made_by, rows_per_shard=rows_per_shard, plan=job.plan)
 
 
 def _share_kept(ledger: ShardLedger, job: EmbedJob) -> None:

@@ -21,7 +21,13 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import autoscaling, connection, on_worker, placement, step_metrics
-from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, optimization, worker_setup
+from readapt_ray.cluster.optimization import (
+    OptimizationConfig,
+    adapter_shape,
+    compiles,
+    optimization,
+    worker_setup,
+)
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.seeds import derive_seed
 from readapt_ray.storage import Location
@@ -324,7 +330,7 @@ class TrainWorker:
         trained_models.spend_less(
             self.model,
             gradient_checkpointing=config.gradient_checkpointing,
-            compile_layers=config.torch_compile,
+            compile_layers=compiles(config, self.device.type),
             zero_stage=config.zero_stage,
         )
 

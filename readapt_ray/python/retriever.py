@@ -3,21 +3,28 @@
 The whole index is in memory, and so is the model. A corpus gives hits their titles and texts.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray.artifacts import Artifact
+from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog.encoding import Encoding, read_encoding
 from readapt_ray.catalog.models import open_model
+from readapt_ray.errors import InputError
 from readapt_ray.hardware import limit_threads
 from readapt_ray.progress import amount
 from readapt_ray.python.signatures import refusing_in_our_words
 from readapt_ray.records import Passage, ScoredDoc
 from readapt_ray.sources.splitting import parent_of
+
+if TYPE_CHECKING:
+    from readapt_ray.retrieval.exact import Hits
+    from readapt_ray.serving.doc_filter import DocFilter
+    from readapt_ray.serving.index_slice import IndexSlice
 
 Kind = Literal["query", "passage"]
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -130,7 +137,7 @@ class Retriever:
     Args:
         retriever: the model that made the vectors, or that the bridge is for.
         index: the output of `ra.index`, or its folder.
-        corpus: the output of `ra.ingest`, or its folder, for titles and texts of hits.
+        corpus: the output of `ra.ingest`, or its folder, for titles and texts of hits, and for filters.
         bridge: the output of `ra.bridge`, or its folder, if an older model made the vectors.
         device: a torch device. If omitted, cuda where there is one, else cpu.
 
@@ -155,7 +162,8 @@ class Retriever:
         from readapt_ray.retrieval.vector_index import VectorIndex
 
         opened = VectorIndex.open(_named(index))
-        self._passages = None if corpus is None else PassageStore.open(_named(corpus))
+        self._corpus = None if corpus is None else _named(corpus)
+        self._passages = None if self._corpus is None else PassageStore.open(self._corpus)
         self._bridge = None if bridge is None else Bridge.open(_named(bridge))
         asking = query_encoder(open_model(_named(retriever)), opened.artifact, bridge=self._bridge)
         self._encoder = Encoder(retriever, encoding=asking.encoding, dtype=asking.description["dtype"], device=device)
@@ -165,31 +173,35 @@ class Retriever:
         self._index = _named(index)
 
     @refusing_in_our_words
-    def search(self, query: str, top_k: int = 10) -> list[Hit]:
+    def search(self, query: str, top_k: int = 10, *, filter: Mapping[str, Any] | None = None) -> list[Hit]:
         """Return the best passages for a query, best first.
 
         Args:
             query: a text; `search_all` takes several.
             top_k: how many passages, at most all that there are.
+            filter: what columns that ingest kept must hold: one of some values, or a value within bounds, such as
+                {"lang": ["en", "de"], "year": {"gte": 2020}}.
 
         Raises:
-            InputError: top_k is under 1, or the query is not a text or is empty.
+            InputError: top_k is under 1, the query is not a text or is empty, or there is no such column.
         """
-        return self.search_all([query], top_k)[0]
+        return self.search_all([query], top_k, filter=filter)[0]
 
     @refusing_in_our_words
-    def search_all(self, queries: Sequence[str], top_k: int = 10) -> list[list[Hit]]:
+    def search_all(
+        self, queries: Sequence[str], top_k: int = 10, *, filter: Mapping[str, Any] | None = None
+    ) -> list[list[Hit]]:
         """Return the best passages for each query; see `search`."""
-        from readapt_ray.retrieval.index_shard import search_shards
         from readapt_ray.retrieval.parents import first_of_each
 
+        wanted = None if filter is None else self._wanted(filter)
         if not len(queries):
             return []
         vectors = self._encoder.encode(queries, "query")
         vectors = self._bridge.query_map(vectors) if self._bridge else vectors
         depth = top_k
         while True:
-            hits = search_shards(self._shards, vectors, depth)
+            hits = self._hits(vectors, depth, wanted)
             found = [hits.of_query(place, "") for place in range(len(queries))]
             if not self._is_split:
                 break
@@ -200,6 +212,38 @@ class Retriever:
             depth = min(3 * depth, self._num_vectors)
         passages = self._passages.find({each.doc_id for scored in found for each in scored}) if self._passages else {}
         return [[_hit(each, passages.get(each.doc_id), self._is_split) for each in scored] for scored in found]
+
+    def _wanted(self, filter: Mapping[str, Any]) -> "DocFilter | None":
+        import pydantic
+
+        from readapt_ray.serving.doc_filter import FilterFields, doc_filter
+
+        if self._corpus is None:
+            raise InputError("a filter needs the corpus, whose columns it names; give corpus to ra.Retriever")
+        try:
+            return doc_filter(FilterFields(filter=dict(filter)))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"][1:])) or "all"
+            raise InputError(
+                f"ra.Retriever.search_all: filter = {dict(filter)!r}: {place}: {first['msg']}; write a value, a list of values or "
+                f"bounds per column, such as {{'lang': ['en', 'de'], 'year': {{'gte': 2020}}}}"
+            ) from None
+
+    def _hits(self, vectors: NDArray[np.float32], top_k: int, wanted: "DocFilter | None") -> "Hits":
+        from readapt_ray.retrieval.index_shard import search_shards
+
+        if wanted is None:
+            return search_shards(self._shards, vectors, top_k)
+        return self._filtered.search(vectors, top_k, wanted)
+
+    @functools.cached_property
+    def _filtered(self) -> "IndexSlice":
+        """The same shards with the columns of their passages, which are read at the first filter."""
+        from readapt_ray.serving.index_slice import IndexSlice
+
+        folder = open_artifact(str(self._corpus), "ingest").location / "passages"
+        return IndexSlice.of(self._shards, folder.files(".parquet"))
 
     def __repr__(self) -> str:
         """What it searches, and with what."""

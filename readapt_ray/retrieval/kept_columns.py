@@ -4,6 +4,7 @@ Enters: the files of the passages, and the doc_ids of some vectors. Leaves: the 
 there is no passage. Memory holds the columns of these passages, and while they are read the columns of a million others.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -138,12 +139,15 @@ def _mask(column: pa.ChunkedArray, condition: Condition) -> NDArray[np.bool_]:
 
 
 def _mask_of_values(column: Any, condition: Condition) -> NDArray[np.bool_]:
-    passing = []
+    kind = column.type
+    # Arrow compares no float16.
+    compared = pa.float32() if pa.types.is_float16(kind) else kind
+    column, passing = column.cast(compared), []
     if condition.one_of is not None:
-        values = pa.concat_arrays([_typed(each, column.type, condition.column) for each in condition.one_of])
-        passing.append(pc.is_in(column, value_set=values))
+        values = pa.concat_arrays([_typed(each, kind, condition.column) for each in condition.one_of])
+        passing.append(pc.is_in(column, value_set=values.cast(compared)))
     for bound, value in condition.bounds:
-        passing.append(_COMPARE[bound](column, _typed(value, column.type, condition.column)[0]))
+        passing.append(_COMPARE[bound](column, _typed(value, kind, condition.column).cast(compared)[0]))
     return _all([each.fill_null(False).to_numpy(zero_copy_only=False) for each in passing])
 
 
@@ -160,9 +164,17 @@ def _typed(value: Value, kind: pa.DataType, column: str) -> pa.Array:
         or (pa.types.is_boolean(kind) and isinstance(value, bool))
         or (pa.types.is_temporal(kind) and isinstance(value, str))
     )
-    try:
+    with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError, UnicodeEncodeError):
         if fits:
-            return pa.array([value]).cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OverflowError):
-        pass
+            return _parsed(pa.array([value]), kind)
     raise InputError(f"the column {column!r} holds {kind}, and {str(value)[:100]!r} is no such value")
+
+
+def _parsed(values: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Return values in the column's type; a time without a zone is in UTC, in a column that has one."""
+    if not pa.types.is_timestamp(kind) or kind.tz is None:
+        return values.cast(kind)
+    try:
+        return values.cast(kind)
+    except pa.ArrowInvalid:
+        return values.cast(pa.timestamp(kind.unit)).cast(pa.timestamp(kind.unit, "UTC")).cast(kind)

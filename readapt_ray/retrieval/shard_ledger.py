@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from readapt_ray import artifact_files
 from readapt_ray.artifacts import Artifact
 from readapt_ray.dead_rows import partly_name
-from readapt_ray.errors import CorruptFileError
+from readapt_ray.errors import ArtifactConflictError, CorruptFileError
 from readapt_ray.retrieval.footers import at_once, check_complete, read_footers
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import DataShard, KeptFile, shard_name
@@ -45,6 +46,8 @@ _FIGURES = np.dtype([*((name, np.int64) for name in COUNTS), *((name, np.float64
 _SECONDS_KEY = b"seconds"
 """Times are in the metadata, so that the rows of two runs are equal."""
 _ROWS_KEY = b"rows_per_shard"
+_PLAN_KEY = b"plan"
+_FILES = ("vectors/part-#.parquet", "vectors/part-#-partly.parquet", "vectors/_part-#-partly.dead", LEDGER_NAME)
 
 
 class ShardLedger:
@@ -55,10 +58,13 @@ class ShardLedger:
         output: folder of the artifact.
         made_by: fingerprint of the encoder; a file that another one made is not ours.
         rows_per_shard: for `begun_rows_per_shard`.
+        plan: fingerprint of the plan on earlier vectors; empty without these.
     """
 
-    def __init__(self, shards: Sequence[DataShard], output: Location, *, made_by: str, rows_per_shard: int) -> None:
-        self.shards = shards
+    def __init__(
+        self, shards: Sequence[DataShard], output: Location, *, made_by: str, rows_per_shard: int, plan: str = ""
+    ) -> None:
+        self.shards, self._plan = shards, plan
         self.figures: NDArray[Any] = np.zeros(len(shards), _FIGURES)
         self._output, self._made_by, self._rows_per_shard = output, made_by, rows_per_shard
 
@@ -77,6 +83,31 @@ class ShardLedger:
         """Return the passages that are done: those with a vector, and those that have no usable one."""
         return self.num_vectors + int(self.figures["num_left_out"].sum())
 
+    def begin(self, previous: str | None, *, may_clear: bool) -> None:
+        """Note the plan before the first file is written. The numbers of files mean other passages in another plan.
+
+        Args:
+            previous: the earlier vectors, as the user calls them.
+            may_clear: remove the files of another plan.
+
+        Raises:
+            ArtifactConflictError: there are some, and they may not be removed.
+        """
+        table = _read_ledger(self._output)
+        begun = (table.schema.metadata or {}).get(_PLAN_KEY, b"").decode() if table is not None else ""
+        if begun == self._plan:
+            return
+        if names := self._sizes():
+            there = "on other earlier vectors, or these as they were then" if begun else "without --previous"
+            if not may_clear:
+                raise ArtifactConflictError(
+                    f"{self._output} was begun {there}, and this run has previous = {previous!r}: {len(names):,} files are cut "
+                    f"otherwise; resume it as it was begun, or add --overwrite to begin anew"
+                )
+            logger.warning("embed: %s was begun %s, and begins anew", self._output, there)
+        artifact_files.clear(self._output, _FILES)
+        self._write(np.zeros(0, np.int64))
+
     def find(self) -> None:
         """Take in what is written: one listing, and the footers of files that the ledger does not know."""
         sizes = self._sizes()
@@ -93,12 +124,15 @@ class ShardLedger:
     def save(self) -> None:
         """Write `shards.parquet`, unless nothing is done yet."""
         numbers = np.flatnonzero(self.figures["num_bytes"])
-        if not len(numbers):
-            return
+        if len(numbers):
+            self._write(numbers)
+
+    def _write(self, numbers: NDArray[np.int64]) -> None:
         done = self.figures[numbers]
         table = pa.table({"number": numbers, **{name: done[name] for name in COUNTS}})
         seconds = json.dumps({name: done[name].round(3).tolist() for name in SECONDS})
         said = {_SECONDS_KEY: seconds, b"encoder": self._made_by, _ROWS_KEY: str(self._rows_per_shard)}
+        said |= {_PLAN_KEY: self._plan}
         with (self._output / LEDGER_NAME).open_output() as stream:
             pq.write_table(table.replace_schema_metadata(said), stream)
 

@@ -4,6 +4,7 @@ Enters: name and number of rows of each passages file. Leaves: shards, each a ra
 read for the plan, so it takes seconds and memory of some 460 bytes per shard at any size of corpus.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -152,6 +153,22 @@ def plan_rest(
         first, last = int(part[0]), int(part[-1]) + 1
         shards.append(DataShard(number + len(shards), first, tuple(ranges_between(counts, first, last)), len(part)))
     return shards
+
+
+def plan_fingerprint(shards: Iterable[DataShard], earlier: str) -> str:
+    """Return what stands for a plan on earlier vectors: which file each shard shares, and which passages the others have.
+
+    Args:
+        shards: all of them.
+        earlier: fingerprint of the earlier vectors.
+    """
+    found = hashlib.blake2b(earlier.encode(), digest_size=16)
+    for each in shards:
+        found.update(repr((each.name, each.first, each.ranges, each.num_drawn)).encode())
+        if each.kept:
+            found.update(repr((each.kept.name, each.kept.num_bytes, each.kept.num_rows)).encode())
+            found.update(each.kept.dead.tobytes())
+    return found.hexdigest()
 
 
 def ranges_between(counts: Sequence[tuple[str, int]], first: int, last: int) -> Iterator[RowRange]:

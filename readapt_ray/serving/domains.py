@@ -15,8 +15,7 @@ from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.domain_encoder import domain_fingerprint
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.telemetry import Trace
-from readapt_ray.serving.versions import Backend, Found, LossPolicy, VersionInfo, shortened
+from readapt_ray.serving.versions import Backend, Found, LossPolicy, VersionInfo
 from readapt_ray.weights.domain_sources import DomainSource
 
 
@@ -138,6 +137,11 @@ class DomainUnavailableError(Exception):
     """The factors of one domain cannot be used."""
 
 
+def domain_down(error: DomainUnavailableError) -> RequestError:
+    """Return what a client is told."""
+    return RequestError(str(error), status=503, code="domain_unavailable", retry_after_s=10)
+
+
 def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, float] | None) -> tuple[float, ...]:
     """Return the scale of each knowledge adapter for a request; none for a version that is no domain.
 
@@ -175,21 +179,13 @@ async def rows_of(
     try:
         await backend.shared.prepare(backend.source)
     except DomainUnavailableError as error:
-        raise RequestError(str(error), status=503, code="domain_unavailable", retry_after_s=10) from None
+        raise domain_down(error) from None
     return [DomainRow(row, backend.source, backend.source.scales if scales is None else scales) for row in rows]
 
 
 def encoded_by(backend: Backend, scales: Sequence[float]) -> str:
     """Return a fingerprint of what made the vectors."""
     return backend.fingerprint_of(scales) if isinstance(backend, DomainBackend) else backend.info.encoder_fingerprint
-
-
-def check_allowed(name: str, trace: Trace) -> None:
-    """Refuse what the API key has no right to; it is told no more than of a name that is not there."""
-    if trace.domains is not None and name not in trace.domains:
-        known = shortened(map(repr, sorted(trace.domains)))
-        message = f"no model {name[:200]!r} for this API key; it has {known}"
-        raise RequestError(message, status=404, param="model", code="model_not_found")
 
 
 _SCALE = "knowledge_scale"

@@ -115,7 +115,9 @@ class Guard:
             self._admit(scope, headers, trace)
             if counted and task:
                 self._tasks.add(task)
-            body = await self._body(headers, receive)
+            # What needs no key, or is no POST, reads no body: it would fill the places of those that do.
+            has_body = counted and scope["path"] not in _OPEN_PATHS
+            body = await self._body(headers, receive) if has_body else b""
             if body is not None:
                 if counted:
                     self._take_place()

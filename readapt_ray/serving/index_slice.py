@@ -154,6 +154,16 @@ def holds_vectors_whole(factory: str) -> bool:
     return _WHOLE.fullmatch(factory) is not None
 
 
+def _searchable(shards: Sequence[IndexShard], corpus: Sequence[Location]) -> list[_SearchableShard]:
+    """Return the shards with the columns of their passages."""
+    columns = KeptColumns.read(corpus, [doc_id for each in shards for doc_id in each.doc_ids]) if corpus else None
+    starts = itertools.accumulate((len(each.doc_ids) for each in shards), initial=0)
+    return [
+        _SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None)
+        for start, shard in zip(starts, shards, strict=False)
+    ]
+
+
 class IndexSlice:
     """Shards of an index that one process holds.
 
@@ -174,13 +184,14 @@ class IndexSlice:
         corpus: Sequence[Location] = (),
         words: Mapping[str, str] | None = None,
     ) -> None:
-        shards = merged(_loaded(folder, records, words or {}))
-        columns = KeptColumns.read(corpus, [doc_id for each in shards for doc_id in each.doc_ids]) if corpus else None
-        starts = itertools.accumulate((len(each.doc_ids) for each in shards), initial=0)
-        self._shards = [
-            _SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None)
-            for start, shard in zip(starts, shards, strict=False)
-        ]
+        self._shards = _searchable(merged(_loaded(folder, records, words or {})), corpus)
+
+    @classmethod
+    def of(cls, shards: Sequence[IndexShard], corpus: Sequence[Location] = ()) -> "IndexSlice":
+        """Return a slice of shards that are in memory already."""
+        made = cls.__new__(cls)
+        made._shards = _searchable(shards, corpus)
+        return made
 
     @property
     def num_vectors(self) -> int:

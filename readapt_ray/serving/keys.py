@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +50,8 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
     given as `sha256:` and its digest.
 
     Raises:
-        InputError: the file is not there, is not such a list, or a key is too short to be one.
+        InputError: the file is not there, is not such a list, a key is too short to be one, or two entries have one name
+            or one key.
     """
     if uri is None:
         text, where = os.environ.get(ENVIRONMENT, ""), ENVIRONMENT
@@ -60,12 +62,25 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
         if not location.is_file():
             raise InputError(f"api_keys = {uri!r}: no such file; give a YAML file of `name: key`")
     try:  # no message of a parser, since it may show a key
-        entries = yaml.safe_load(text if uri is None else location.read_text())
+        content = text if uri is None else location.read_text()
+        entries, tree = yaml.safe_load(content), yaml.compose(content, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"{where} is not YAML in UTF-8; it must hold one `name: key` a line") from None
-    if not isinstance(entries, dict) or not entries:
+    if not isinstance(entries, dict) or not entries or not isinstance(tree, yaml.MappingNode):
         raise InputError(f"{where} holds no keys; it must hold one `name: key` a line")
-    return tuple(_parse(str(name), entry, where) for name, entry in entries.items())
+    keys = tuple(_parse(str(name), entry, where) for name, entry in entries.items())
+    _check_distinct([name.value for name, _ in tree.value], keys, where)
+    return keys
+
+
+def _check_distinct(names: Sequence[str], keys: Sequence[ApiKey], where: str) -> None:
+    """Refuse two entries of one name or of one key: the restrictions of one of them would not hold."""
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{where}: {twice[0]!r} is there twice; give each key a name of its own")
+    owners: dict[str, str] = {}
+    for key in keys:
+        if (other := owners.setdefault(key.sha256, key.name)) != key.name:
+            raise InputError(f"{where}: {other!r} and {key.name!r} have the same key; give each a key of its own")
 
 
 def _parse(name: str, entry: Any, where: str) -> ApiKey:
@@ -110,6 +125,8 @@ def _within(name: str, given: Any, where: str) -> DocFilter:
         raise InputError(f"{where}: {place} of {name!r}: {first['msg']}") from None
     if found is None:
         raise InputError(f"{where}: `within` of {name!r} must have `doc_id_prefix`, `doc_ids` or `filter`")
+    if found.prefix == "" and found.doc_ids is None and not found.conditions:
+        raise InputError(f"{where}: doc_id_prefix of {name!r} is empty, which every doc_id begins with; write a prefix")
     return found
 
 

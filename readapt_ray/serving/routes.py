@@ -94,10 +94,10 @@ def _add_models(app: FastAPI, service: SearchService) -> None:
         """One of the versions that are served."""
         return service.model(model, _trace(request))
 
-    @app.get("/info", responses={each: _ERRORS[each] for each in (401, 403, 429, 503)})
-    async def info() -> schema.ServerInfo:
+    @app.get("/info", responses={each: _ERRORS[each] for each in (401, 403, 404, 429, 503)})
+    async def info(request: Request) -> schema.ServerInfo:
         """The default version and the limits of this server."""
-        return service.info()
+        return service.info(_trace(request))
 
 
 def _add_refusals(app: FastAPI) -> None:

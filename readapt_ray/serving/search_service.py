@@ -25,7 +25,7 @@ from readapt_ray.records import Passage
 from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
-from readapt_ray.serving.domains import check_allowed, encoded_by, rows_of, scales_of
+from readapt_ray.serving.domains import DomainUnavailableError, domain_down, encoded_by, rows_of, scales_of
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import Recent, checked
 from readapt_ray.serving.schema import RequestError, invalid
@@ -80,9 +80,13 @@ class SearchService:
         """List the versions that the request may ask, the default first."""
         return self._registry.models(trace.domains)
 
-    def info(self) -> schema.ServerInfo:
-        """Describe the default version and the limits, in the words of text-embeddings-inference."""
-        model = self._registry.model(schema.DEFAULT_MODEL)
+    def info(self, trace: Trace) -> schema.ServerInfo:
+        """Describe the default version and the limits, in the words of text-embeddings-inference.
+
+        Raises:
+            RequestError: the request may not ask the default version.
+        """
+        model = self._registry.model(schema.DEFAULT_MODEL, trace.domains)
         return schema.ServerInfo(
             version=importlib.metadata.version("readapt-ray"),
             model_id=model.id,
@@ -99,8 +103,7 @@ class SearchService:
         Raises:
             RequestError: there is none of this name, or it is another's.
         """
-        check_allowed(self._registry.named(name)[0], trace)
-        return self._registry.model(name)
+        return self._registry.model(name, trace.domains)
 
     async def readiness(self) -> schema.Readiness:
         """Say whether every version encodes and searches, found out by doing it at most once per second."""
@@ -140,8 +143,7 @@ class SearchService:
         )
 
     async def _embedded(self, body: schema.EmbeddingsRequest, trace: Trace, *, param: str) -> _Embedded:
-        name, version, kind_of_model = self._registry.named(body.model)
-        check_allowed(name, trace)
+        name, version, kind_of_model = self._registry.named(body.model, trace.domains)
         trace.version = name
         info = version.info
         scales = scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
@@ -188,8 +190,7 @@ class SearchService:
         Raises:
             RequestError: there is no such model, the text is empty or not Unicode, or its time is over.
         """
-        name, version, kind_of_model = self._registry.named(body.model)
-        check_allowed(name, trace)
+        name, version, kind_of_model = self._registry.named(body.model, trace.domains)
         trace.version = name
         kind = schema.KIND_OF_INPUT_TYPE[body.input_type] if body.input_type else kind_of_model
         tokenize = functools.partial(version.tokenizer.whole, body.prompt, kind, param="prompt")
@@ -205,8 +206,7 @@ class SearchService:
             RequestError: the request cannot be answered.
         """
         registry = self._registry
-        name, version = registry.for_search(body)
-        check_allowed(name, trace)
+        name, version = registry.for_search(body, trace.domains)
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")
@@ -300,6 +300,8 @@ class SearchService:
                 code="queue_full",
                 retry_after_s=max(1, round(error.retry_after_s)),
             ) from None
+        except DomainUnavailableError as error:  # in the replica that encodes; another one had it
+            raise domain_down(error) from None
         trace.seconds |= {"queue": timing.queue_s, "encode": timing.encode_s}
         self._telemetry.encoded(trace.version, timing)
         self._check_finite(vectors, trace)

@@ -261,13 +261,13 @@ class Registry:
         ]
         return schema.ModelList(data=[each for each in data if each.id == each.version or each.id not in self.versions])
 
-    def model(self, model: str) -> schema.ServedModel:
+    def model(self, model: str, allowed: frozenset[str] | None = None) -> schema.ServedModel:
         """Describe the version of this name, for the kind of text that the name says.
 
         Raises:
-            RequestError: there is none.
+            RequestError: there is none, or it is not allowed.
         """
-        name, _, kind = self.named(model)
+        name, _, kind = self.named(model, allowed)
         return self._described(name, kind)
 
     def _described(self, name: str, kind: schema.Kind) -> schema.ServedModel:
@@ -289,15 +289,21 @@ class Registry:
             **{each: getattr(info.encoding, each) for each in schema.SHOWN_OF_ENCODING},
         )
 
-    def named(self, model: str | None) -> tuple[str, Version, schema.Kind]:
+    def named(self, model: str | None, allowed: frozenset[str] | None = None) -> tuple[str, Version, schema.Kind]:
         """Find the version of this name, and the kind of text that the name says; the default for None or `default`.
 
+        Args:
+            model: as the request names it.
+            allowed: versions that the API key may ask; None for all. It is told nothing of the others.
+
         Raises:
-            RequestError: there is none.
+            RequestError: there is none, or it is not allowed.
         """
-        name, kind = self._without_suffix(model or schema.DEFAULT_MODEL)
-        if name == schema.DEFAULT_MODEL and name not in self.versions:
-            name = self.routing.default
+        asked, kind = self._without_suffix(model or schema.DEFAULT_MODEL)
+        name = self.routing.default if asked == schema.DEFAULT_MODEL and asked not in self.versions else asked
+        if allowed is not None and name not in allowed:
+            message = f"no model {asked[:200]!r} for this API key; it has {shortened(map(repr, sorted(allowed)))}"
+            raise RequestError(message, status=404, param="model", code="model_not_found")
         if name in self.versions:
             return name, self.versions[name], kind
         if name in self.missing:
@@ -315,17 +321,21 @@ class Registry:
                 return model.removesuffix(suffix), kind
         return model, "query"
 
-    def for_search(self, body: schema.SearchRequest) -> tuple[str, Version]:
-        """Find the version that a search names, or that made its vectors, or that the split chooses.
+    def for_search(self, body: schema.SearchRequest, allowed: frozenset[str] | None = None) -> tuple[str, Version]:
+        """Find the version that a search names, or that made its vectors, or that the split chooses of those allowed.
 
         Raises:
-            RequestError: there is none, or its encoder did not make the vectors.
+            RequestError: there is none, it is not allowed, or its encoder did not make the vectors.
         """
         if body.vector is None:
-            return self.named(body.model or self.routing.of_search(body.user))[:2]
-        made_by = [name for name, each in self.versions.items() if each.info.encoder_fingerprint == body.fingerprint]
+            return self.named(body.model or self._chosen(body.user, allowed), allowed)[:2]
+        made_by = [
+            name
+            for name, each in self.versions.items()
+            if each.info.encoder_fingerprint == body.fingerprint and (allowed is None or name in allowed)
+        ]
         if body.model:
-            name, *_ = self.named(body.model)
+            name, *_ = self.named(body.model, allowed)
             made_by = [each for each in made_by if each == name]
         if not made_by:
             raise RequestError(
@@ -335,6 +345,12 @@ class Registry:
                 code="fingerprint_mismatch",
             )
         return self.named(self.routing.default if self.routing.default in made_by else made_by[0])[:2]
+
+    def _chosen(self, user: str | None, allowed: frozenset[str] | None) -> str | None:
+        """Return the version that the split chooses of those allowed; None if it is none of them."""
+        routing = self.routing if allowed is None else self.routing.among(allowed)
+        name = routing.of_search(user)
+        return name if allowed is None or name in allowed else None
 
 
 def shortened(names: Iterable[str]) -> str:

@@ -81,6 +81,8 @@ def _field(item: str) -> tuple[str, tuple[str, ...]]:
     field, _, names = item.partition("=")
     field, columns = field.strip(), tuple(filter(None, (name.strip() for name in names.split("+"))))
     known = (*FIELDS, *LABEL_FIELDS)
+    if field in known and "=" in item and not columns:
+        raise InputError(f"columns = {item!r} names no column: write {field}=COLUMN")
     if field not in known or not columns:
         hint = f"; {meant(field, known)}" if meant(field, known) else ""
         raise InputError(
@@ -247,6 +249,9 @@ def _found(name: str, found: Sequence[str], label: str, field: str | None) -> st
     if column is not None:
         return column
     hint = meant(name, found)
+    column, _, kind = name.rpartition(":")
+    if not field and first_of((column,), found):
+        hint = f"{kind} is no type; the types are {', '.join(TYPES)}"
     option = (
         f"--columns {field}=COLUMN"
         if field

@@ -14,6 +14,7 @@ import lxml.etree
 import lxml.html
 import yaml
 
+from readapt_ray.errors import first_line
 from readapt_ray.sources.lines import plain_name
 
 MARKDOWN_SUFFIXES: Final = (".md", ".markdown", ".mdx")
@@ -80,7 +81,11 @@ class Document(NamedTuple):
 
 
 class UnreadableDocumentError(ValueError):
-    """A file is not of the kind that its name says. Its text is a key of `REASONS`."""
+    """A file is not of the kind that its name says: why (a key of `REASONS`), and what its reader said."""
+
+    def __init__(self, reason: str, said: str = "") -> None:
+        super().__init__(reason, said)
+        self.reason, self.said = reason, said
 
 
 def has_pdf_reader() -> bool:
@@ -193,6 +198,6 @@ def _pdf(data: bytes) -> Document:
         reader = PdfReader(io.BytesIO(data))
         fields = {str(name).lstrip("/").lower(): str(value) for name, value in (reader.metadata or {}).items()}
         text = "\n\n".join(page.extract_text() for page in reader.pages)
-    except Exception:
-        raise UnreadableDocumentError("not_pdf") from None
+    except Exception as error:
+        raise UnreadableDocumentError("not_pdf", first_line(error)) from None
     return Document(_title_of(fields), text, fields)

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from readapt_ray.damage import READ_ERRORS
 from readapt_ray.errors import CorpusError
@@ -183,9 +183,11 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
         CorpusError: it is cut short, is not JSON, or has a value longer than a row may be.
     """
     chunks = _chunks(file, label, shares(file, advance))
-    buffer = _BEGIN.sub("", next(chunks, ""))
+    first = next(chunks, "")
+    buffer = _BEGIN.sub("", first)
     is_array = buffer.startswith("[")
     buffer, number, ended = buffer.removeprefix("["), 0, False
+    place = _behind(_Place(1, 1), first[: len(first) - len(buffer)])
     for chunk in itertools.chain(chunks, [""]):
         at = 0
         while not ended and (at := _skip(buffer, at)) < len(buffer):
@@ -197,12 +199,35 @@ def _values(file: Location, label: str, options: ReadOptions, advance: Advance =
             except (ValueError, RecursionError) as error:
                 if chunk and len(buffer) - at < options.max_line_bytes:
                     break  # more of it follows
-                raise _not_json(label, number, error) from None
+                raise _not_json(label, number, _told(error, place)) from None
             number += 1
             yield value
+        place = _behind(place, buffer[:at])
         buffer = buffer[at:] + chunk if not ended else ""
     if is_array and not ended:
         raise _not_json(label, number, "its array has no end")
+
+
+class _Place(NamedTuple):
+    """Line and column of a character in a file, from 1."""
+
+    line: int
+    column: int
+
+
+def _behind(place: _Place, text: str) -> _Place:
+    """Return the place behind a text that begins at `place`."""
+    num_lines = text.count("\n")
+    column = len(text) - text.rfind("\n") if num_lines else place.column + len(text)
+    return _Place(place.line + num_lines, column)
+
+
+def _told(error: Exception, place: _Place) -> str:
+    """Return what is wrong, with line and column in the file. `place` is where the text that was decoded begins."""
+    if not isinstance(error, json.JSONDecodeError):
+        return str(error)
+    found = _behind(place, error.doc[: error.pos])
+    return f"{error.msg}, line {found.line}, column {found.column}"
 
 
 def _skip(text: str, start: int) -> int:

@@ -130,7 +130,7 @@ class TextSource(Source):
         try:
             return documents.read_document(file.label, data)
         except UnreadableDocumentError as error:
-            return BadRow(file.label, str(error))
+            return BadRow(file.label, error.reason, error.said)
 
     def _passages(self, label: str, document: Document) -> Iterator[Row]:
         name = plain_name(label)

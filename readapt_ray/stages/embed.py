@@ -24,12 +24,12 @@ from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.catalog.retriever_options import RetrieverOptions
 from readapt_ray.catalog.shapes import ModelShape, shape_of
 from readapt_ray.cluster import connection, on_worker
-from readapt_ray.cluster.digest_join import Changes, join_digests
+from readapt_ray.cluster.digest_join import Changes, Joined, join_digests
 from readapt_ray.cluster.embed_job import EmbedJob
 from readapt_ray.cluster.embed_sample import estimate_full_run, sample_rows
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.cluster.placement import Placement
-from readapt_ray.cluster.shard_runner import encode_shards
+from readapt_ray.cluster.shard_runner import encode_shards, shard_ledger
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
@@ -38,7 +38,7 @@ from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.shard_ledger import ShardLedger, begun_rows_per_shard, known_files, open_vectors
-from readapt_ray.retrieval.shard_plan import plan_shards
+from readapt_ray.retrieval.shard_plan import DataShard, plan_fingerprint, plan_shards
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -291,14 +291,7 @@ def _encode(
     job: EmbedJob, passages: ParquetRows, config: EmbedConfig, placement: Placement, workspace: Workspace
 ) -> None:
     """Plan, encode what is missing, and put what came of it into the manifest."""
-    joined = join_digests(passages, job.earlier, job.output / "join") if job.earlier else None
-    if joined is None:
-        shards = plan_shards(passages.counts, job.rows_per_shard)
-    else:
-        earlier = open_artifact(str(config.previous), "embed")
-        shards, matches = joined.shards(passages, job.rows_per_shard, known_files(earlier.location))
-        dimension = int(earlier.manifest.details["encoder"]["dimension"])
-        job = replace(job, matches=matches, dimension=dimension)
+    shards, job, joined = _planned(job, passages, config)
     ledger = encode_shards(
         shards,
         job,
@@ -322,6 +315,23 @@ def _encode(
     if joined is not None:
         workspace.details["changes"] = _tell_changes(joined.changes, str(config.previous))
         joined.matches.remove()
+
+
+def _planned(
+    job: EmbedJob, passages: ParquetRows, config: EmbedConfig
+) -> tuple[list[DataShard], EmbedJob, Joined | None]:
+    """Plan the shards, with earlier vectors where there are any; refuse files that were written by another plan."""
+    if job.earlier is None:
+        joined, shards = None, plan_shards(passages.counts, job.rows_per_shard)
+    else:
+        joined, earlier = join_digests(passages, job.earlier, job.output / "join"), str(config.previous)
+        artifact = open_artifact(earlier, "embed")
+        shards, matches = joined.shards(passages, job.rows_per_shard, known_files(artifact.location))
+        dimension = int(artifact.manifest.details["encoder"]["dimension"])
+        plan = plan_fingerprint(shards, artifact.fingerprint)
+        job = replace(job, matches=matches, dimension=dimension, plan=plan)
+    shard_ledger(shards, job).begin(config.previous, may_clear=config.overwrite)
+    return shards, job, joined
 
 
 def _tell_work(ledger: ShardLedger, job: EmbedJob) -> dict[str, Any]:

@@ -101,6 +101,10 @@ class IngestConfig(StageConfig):
             raise OptionError("{split_tokens} needs a {tokenizer}: the model that will encode the passages")
         if self.overlap >= self.split_tokens:
             raise OptionError("{overlap} = {value!r} must be less than {split_tokens}", value=self.overlap)
+        if self.max_passage_chars != DEFAULT_MAX_PASSAGE_CHARS:
+            raise OptionError(
+                "{max_passage_chars} does nothing with {split_tokens}, which splits text files, too; leave one out"
+            )
         return self
 
     def read_options(self) -> ReadOptions:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from readapt_ray.targets import addresses
-from readapt_ray.targets.target import Layout, Record
+from readapt_ray.targets.target import Layout, Record, check_columns
 
 VARIABLES = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _RECORDS = "readapt_exports"
@@ -37,7 +37,8 @@ class LanceTarget:
         """Do nothing: there is no connection to close."""
 
     def check(self, layout: Layout) -> None:
-        """Take vectors of any dimension."""
+        """Take vectors of any dimension; refuse a column whose name has a dot."""
+        check_columns(layout, lambda name: "." in name, "LanceDB")
 
     def record(self) -> Record | None:
         """Return what the table of records says."""

@@ -14,11 +14,22 @@ from numpy.typing import NDArray
 
 from readapt_ray.progress import amount
 from readapt_ray.targets import addresses
-from readapt_ray.targets.target import SERVER_WRITERS, Layout, Record, check_bytes, check_dimension, matrix, payloads
+from readapt_ray.targets.target import (
+    SERVER_WRITERS,
+    Layout,
+    Record,
+    check_bytes,
+    check_columns,
+    check_dimension,
+    matrix,
+    payloads,
+)
 
 VARIABLES = "OPENSEARCH_USERNAME and OPENSEARCH_PASSWORD"
 _MAX_DIMENSION = 16_000
 _MAX_ID_BYTES = 512
+_OWN_FIELDS = frozenset(("_id", "_index", "_source", "_field_names", "_ignored", "_routing", "_size", "_type"))
+"""Its documents cannot hold these."""
 _TIMEOUT_S = 60
 _KEY = "readapt"
 
@@ -46,8 +57,9 @@ class OpenSearchTarget:
         self._client.close()
 
     def check(self, layout: Layout) -> None:
-        """Refuse too many dimensions."""
+        """Refuse too many dimensions, and columns with the names of its own fields."""
         check_dimension(layout, _MAX_DIMENSION, "OpenSearch")
+        check_columns(layout, _OWN_FIELDS.__contains__, "OpenSearch")
 
     def record(self) -> Record | None:
         """Return what `_meta` of the mapping says."""

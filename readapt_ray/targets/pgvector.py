@@ -154,12 +154,23 @@ class PgvectorTarget:
     def _values(self, row: dict[str, Any]) -> tuple[Any, ...]:
         from psycopg.types.json import Jsonb
 
-        more = {name: value for name, value in row.items() if name not in _COLUMNS[:3]}
+        more = {name: _without_nul(value) for name, value in row.items() if name not in _COLUMNS[:3]}
         return (*(row.get(name) for name in _COLUMNS[:3]), Jsonb(more))
 
     def _run(self, text: str, values: Sequence[Any] = (), **parts: Any) -> Any:
         query = self._psycopg.sql.SQL(text).format(table=self._table, **parts)
         return self._connection.execute(query, values or None)
+
+
+def _without_nul(value: Any) -> Any:
+    """Return a JSON value without the character NUL, which no text of PostgreSQL can hold."""
+    if isinstance(value, str):
+        return value.replace("\x00", "")
+    if isinstance(value, list):
+        return [_without_nul(each) for each in value]
+    if isinstance(value, dict):
+        return {_without_nul(name): _without_nul(each) for name, each in value.items()}
+    return value
 
 
 def _as_kind(vector: NDArray[np.float32], kind: str) -> Any:

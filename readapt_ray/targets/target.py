@@ -6,7 +6,8 @@ passages.
 """
 
 import datetime
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,12 +100,15 @@ def matrix(rows: pa.Table) -> NDArray[np.float32]:
 
 
 def payloads(rows: pa.Table) -> list[dict[str, Any]]:
-    """Return the doc_id and the payload of each row as JSON values; a column that is null is left out."""
+    """Return the doc_id and the payload of each row as JSON values; a column that is null, or no number, is left out."""
     plain = rows.drop_columns(["vector"]).to_pylist()
-    return [{name: _json(value) for name, value in row.items() if value is not None} for row in plain]
+    found = ({name: _json(value) for name, value in row.items()} for row in plain)
+    return [{name: value for name, value in row.items() if value is not None} for row in found]
 
 
 def _json(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, list):
@@ -124,6 +128,19 @@ def check_dimension(layout: Layout, most: int, database: str) -> None:
         raise InputError(
             f"{database} indexes vectors of at most {most:,} dimensions, and these have {layout.dimension:,}; embed with "
             f"--dimensions {most} or fewer if the model was trained for it, or export to another database"
+        )
+
+
+def check_columns(layout: Layout, refused: Callable[[str], bool], database: str) -> None:
+    """Refuse a column of passages with a name that a database cannot hold.
+
+    Raises:
+        InputError: the first such column is named.
+    """
+    for name in filter(refused, layout.payload.names):
+        raise InputError(
+            f"{database} takes no column {name!r}; ingest without it in --keep, or after giving it another name in the source, "
+            f"or export with --no-with-text"
         )
 
 

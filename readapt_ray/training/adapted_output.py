@@ -34,6 +34,21 @@ def adapted_output(base: Tensor, x: Tensor, scaled_A_RI: Tensor, B_OR: Tensor, s
     return updated if share_O is None else updated * share_O.to(base.dtype)
 
 
+class CastFactor(torch.autograd.Function):
+    """Use a cast copy of a trained factor, and give the factor its gradient: both as `(scale * factor).to(type)` would."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, cast: Tensor, scale: float) -> Tensor:
+        """Return the copy."""
+        ctx.scale, ctx.dtype = scale, factor.dtype
+        return cast.view_as(cast)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        """Return the gradient of the factor, in its type."""
+        return gradients[0].to(ctx.dtype) * ctx.scale, None, None
+
+
 class AdaptedOutput(torch.autograd.Function):
     """`adapted_output` with dropout; the norm has no gradient (DoRA, section 4.3).
 
@@ -58,7 +73,7 @@ class AdaptedOutput(torch.autograd.Function):
         ctx.quantized = weight if isinstance(weight, QuantizedLinear) else None
         weight_OI = weight if isinstance(weight, Tensor) else None
         if base is None:
-            base = functional.linear(x, _decoded(ctx.quantized, weight_OI))
+            base = functional.linear(x, weight_OI) if weight_OI is not None else weight.product(x)  # type: ignore[union-attr]
         else:
             ctx.mark_dirty(base)
         ctx.probability, ctx.seed = probability, draw_seed() if probability else 0

@@ -30,7 +30,7 @@ from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from readapt_ray.nn.quantized import LINEAR_LAYERS, QuantizedLinear, row_norms, weight_of
 from readapt_ray.storage import Location
-from readapt_ray.training.adapted_output import AdaptedOutput, adapted_output
+from readapt_ray.training.adapted_output import AdaptedOutput, CastFactor, adapted_output
 from readapt_ray.training.partitioned import gathered, is_partitioned
 
 AdapterMethod = Literal["dora", "lora"]
@@ -68,6 +68,9 @@ class AdaptedLinear(nn.Module):
     bias: nn.Parameter | None
     base_norm_squared: Tensor
     norm: Tensor
+    cast_scaled_a: Tensor | None
+    """s A in the type of the products; see `keep_casts`."""
+    cast_b: Tensor | None
 
     def __init__(self, base: nn.Linear | QuantizedLinear, shape: AdapterShape) -> None:
         super().__init__()
@@ -79,6 +82,8 @@ class AdaptedLinear(nn.Module):
         self.dropout = shape.dropout
         self.is_on = True
         """Whether the adapter takes part; see `without_adapters`."""
+        self.register_buffer("cast_scaled_a", None, persistent=False)
+        self.register_buffer("cast_b", None, persistent=False)
         device = (base.full_norm if isinstance(base, QuantizedLinear) else base.weight).device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
@@ -102,13 +107,25 @@ class AdaptedLinear(nn.Module):
         full_squared = self.norm**2 - self.base_norm_squared + self.base.full_norm**2
         return full_squared.clamp_min(0).sqrt().clamp_min(torch.finfo(self.norm.dtype).tiny) / self.norm
 
+    def keep_casts(self) -> None:
+        """Cast the factors once a step instead of in each pass: two kernels fewer per layer where passes are compiled."""
+        weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
+        if weight.dtype != self.lora_A.dtype:
+            self.cast_scaled_a = self.lora_A.detach().to(weight.dtype)
+            self.cast_b = self.lora_B.detach().to(weight.dtype)
+            self.refresh()
+
     @torch.no_grad()
-    def refresh_norm(self) -> None:
-        """Compute ||W + s B A|| again; call this after every change of the factors. Collective under ZeRO-3."""
+    def refresh(self) -> None:
+        """Compute ||W + s B A|| and casts again; call this after every change of the factors. Collective under ZeRO-3."""
+        A, B, s = self.lora_A, self.lora_B, self.scaling
+        if self.cast_scaled_a is not None and self.cast_b is not None:
+            torch.mul(A, s, out=self.cast_scaled_a)
+            self.cast_b.copy_(B)
         if self.magnitude is None:
             return
-        A, B, s = self.lora_A, self.lora_B, self.scaling
-        with gathered([*self.base.parameters(), A, B]):
+        precise = torch.autocast(A.device.type, enabled=False)
+        with gathered([*self.base.parameters(), A, B]), precise:
             weight_OI = weight_of(self.base)
             cross_O = ((weight_OI @ A.T.to(weight_OI.dtype)).to(B.dtype) * B).sum(1)
             square_O = ((B @ (A @ A.T)) * B).sum(1)
@@ -123,7 +140,12 @@ class AdaptedLinear(nn.Module):
         elif torch.compiler.is_compiling():  # the compiler fuses this, and cannot trace a change in place
             share = None if self.magnitude is None else self.magnitude / self.norm
             dropped = functional.dropout(x, probability) if probability else x
-            y = adapted_output(self.base(x), dropped, self.lora_A * self.scaling, self.lora_B, share)
+            if self.cast_scaled_a is None:
+                scaled_A, B = self.lora_A * self.scaling, self.lora_B
+            else:
+                scaled_A = CastFactor.apply(self.lora_A, self.cast_scaled_a, self.scaling)  # type: ignore[no-untyped-call]
+                B = CastFactor.apply(self.lora_B, self.cast_b, 1.0)  # type: ignore[no-untyped-call]
+            y = adapted_output(self.base(x), dropped, scaled_A, B, share)
         else:
             norm = None if self.magnitude is None else self.norm
             weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
@@ -176,10 +198,10 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
             layer.is_on = True
 
 
-def refresh_norms(model: nn.Module) -> None:
-    """Compute every DoRA norm again; call this once after each optimizer step."""
+def refresh(model: nn.Module) -> None:
+    """Compute again what follows from the factors; call this once after each optimizer step."""
     for _, layer in adapted_layers(model):
-        layer.refresh_norm()
+        layer.refresh()
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -219,7 +241,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], *, name: str)
         for part, tensor in parts.items():
             with gathered([tensor], changed_by_rank=0):
                 tensor.copy_(state[f"{_KEY_PREFIX}{path}.{part}"])
-        layer.refresh_norm()
+        layer.refresh()
         if layer.magnitude is not None and (share := layer.saved_share()) is not None:
             layer.magnitude.div_(share)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from readapt_ray.errors import TrainingDivergedError
 from readapt_ray.seeds import derive_seed
-from readapt_ray.training.dora import refresh_norms
+from readapt_ray.training import dora
 from readapt_ray.training.partitioned import gathered
 
 T = TypeVar("T")
@@ -163,7 +163,7 @@ class DeepSpeedEngine:
         norm = told[0] if told else float(self._engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise TrainingDivergedError(f"the gradient's norm became {norm}")
-        refresh_norms(self.model)
+        dora.refresh(self.model)
         return StepOutcome(loss=loss, gradient_norm=norm)
 
     def _clipped_norm(self) -> Tensor:
@@ -209,7 +209,7 @@ class DeepSpeedEngine:
         for name, tensor in self.trained.items():
             moments = {moment: state[f"{name}@{moment}"].to(self.device) for moment in _MOMENTS}
             self._set(tensor, state[name].to(self.device), moments, step)
-        refresh_norms(self.model)
+        dora.refresh(self.model)
 
     @torch.no_grad()
     def _set(self, tensor: Tensor, value: Tensor, moments: dict[str, Tensor], step: int) -> None:

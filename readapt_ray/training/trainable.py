@@ -20,10 +20,12 @@ from readapt_ray.model_file_names import CHAT_TEMPLATE_NAME, CONFIG_NAME, INDEX_
 from readapt_ray.nn.quantized import quantize
 from readapt_ray.storage import Location
 from readapt_ray.training import dora, objectives
+from readapt_ray.training.compiling import compile_if_right
 from readapt_ray.training.engine import deepspeed_config, prepare_deepspeed
 from readapt_ray.training.partitioned import gathered
 from readapt_ray.weights.loading import load_model, with_best_attention
-from readapt_ray.weights.weight_files import StoredTensor, modern_name, stored_tensors
+from readapt_ray.weights.stored_names import table_in, table_of
+from readapt_ray.weights.weight_files import StoredTensor, by_weight, modern_name, stored_tensors
 
 _SHARD_BYTES = 2 << 30
 
@@ -115,7 +117,10 @@ def _load_partitioned(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{source.name!r} is no model for the objective {objective}: {error}") from error
     model.tie_weights()
-    stored = {modern_name(each): tensor for each, tensor in stored_tensors(source.folder, source.name).items()}
+    table = table_in(source.folder)
+    stored: dict[str, StoredTensor] = {}
+    for each, tensor in stored_tensors(source.folder, source.name).items():
+        stored |= by_weight(modern_name(each), tensor, table)
     found = {name: _find(name, stored, model.base_model_prefix) for name, _ in model.named_parameters()}
     _refuse_missing(source, objective, [name for name, tensor in found.items() if tensor is None])
     for name, parameter in model.named_parameters():
@@ -145,7 +150,7 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
     Args:
         gradient_checkpointing: compute a layer's activations again in the backward pass; DoRA's norms are not
             computed again, they change with the optimizer step alone.
-        compile_layers: torch.compile each layer, one graph for all lengths.
+        compile_layers: torch.compile each layer; see `compile_if_right`.
 
     Raises:
         InputError: torch.compile with ZeRO-3, whose hooks it cannot trace.
@@ -156,9 +161,7 @@ def spend_less(model: Any, *, gradient_checkpointing: bool, compile_layers: bool
         return
     if zero_stage == 3:
         raise InputError("torch_compile does not go with zero_stage = 3; choose a lower stage, or leave it off")
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for layer in max(stacks, key=len):
-        layer.compile(dynamic=True)
+    compile_if_right(model)
 
 
 def save_model(model: Any, source: Location, output: Location) -> None:
@@ -183,7 +186,11 @@ def save_model(model: Any, source: Location, output: Location) -> None:
 
 
 def _write_weights(model: Any, output: Location) -> tuple[dict[str, str], int]:
-    """Write the weights in numbered files; return the file of each tensor and the bytes of all, on worker 0 alone."""
+    """Write the weights in numbered files, with the names and tensors that files of the family have.
+
+    Returns:
+        The file of each tensor and the bytes of all, on worker 0 alone.
+    """
     is_writer = torch.distributed.get_rank() == 0
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     file_of: dict[str, str] = {}
@@ -196,13 +203,13 @@ def _write_weights(model: Any, output: Location) -> tuple[dict[str, str], int]:
         file_of.update(dict.fromkeys(shard, file))
         shard.clear()
 
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if name in tied:
-            continue
-        with gathered([tensor]):
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
+    for name, weights in table_of(model.config.model_type).stored(state):
+        parts = [state[each] for each in weights]
+        with gathered(parts):
             if not is_writer:
                 continue
-            shard[name] = tensor.detach().cpu().clone().contiguous()
+            shard[name] = torch.cat(parts).detach().cpu() if len(parts) > 1 else _copied(parts[0])
         num_bytes += shard[name].nbytes
         held_bytes += shard[name].nbytes
         if held_bytes >= _SHARD_BYTES:
@@ -211,3 +218,7 @@ def _write_weights(model: Any, output: Location) -> tuple[dict[str, str], int]:
     if shard:
         flush()
     return file_of, num_bytes
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone().contiguous()

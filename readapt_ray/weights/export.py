@@ -25,6 +25,7 @@ from readapt_ray.weights.cast_loss import CastLoss
 from readapt_ray.weights.merging import Readapter, Scales, TensorRows
 from readapt_ray.weights.ordered_map import ordered_map
 from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.stored_names import StoredWeights
 from readapt_ray.weights.weight_files import file_header, is_finite
 
 OUTPUT_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -39,9 +40,14 @@ class WeightShard:
     """One file of the output and the tensors in it, in file order."""
 
     file_name: str
-    names: tuple[str, ...]
+    tensors: tuple[StoredWeights, ...]
     num_bytes: int
     """Bytes of tensors, without the header."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The weights in it, in file order."""
+        return tuple(weight for tensor in self.tensors for weight in tensor.weights)
 
 
 @dataclass(frozen=True)
@@ -71,25 +77,32 @@ def plan_shards(readapter: Readapter, *, dtype: str, max_shard_bytes: int) -> We
         dtype: float32, float16, bfloat16, or retriever: for each tensor what the retriever has.
         max_shard_bytes: bound of a shard; a tensor that is larger has a shard of its own.
     """
-    dtypes = {name: _output_dtype(readapter, name, dtype) for name in readapter.names()}
-    sizes = {name: math.prod(readapter.shape(name)) * dtypes[name].itemsize for name in dtypes}
-    groups: list[list[str]] = [[]]
-    for name in dtypes:
-        if groups[-1] and sum(sizes[each] for each in groups[-1]) + sizes[name] > max_shard_bytes:
+    tensors = readapter.pretrained.name_table.stored(readapter.names())
+    dtypes = {name: _output_dtype(readapter, tensor, dtype) for tensor in tensors for name in tensor.weights}
+    sizes = {
+        tensor: sum(math.prod(readapter.shape(name)) * dtypes[name].itemsize for name in tensor.weights)
+        for tensor in tensors
+    }
+    groups: list[list[StoredWeights]] = [[]]
+    for tensor in tensors:
+        if groups[-1] and sum(sizes[each] for each in groups[-1]) + sizes[tensor] > max_shard_bytes:
             groups.append([])
-        groups[-1].append(name)
+        groups[-1].append(tensor)
     count = len(groups)
     shards = []
     for number, group in enumerate(groups, start=1):
         file_name = SINGLE_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
         # Wider types first, as safetensors itself does, so that every tensor is aligned.
-        ordered = sorted(group, key=lambda name: -dtypes[name].itemsize)
-        shards.append(WeightShard(file_name, tuple(ordered), sum(sizes[name] for name in group)))
+        ordered = sorted(group, key=lambda tensor: -dtypes[tensor.weights[0]].itemsize)
+        shards.append(WeightShard(file_name, tuple(ordered), sum(sizes[tensor] for tensor in group)))
     return WeightPlan(tuple(shards), dtypes)
 
 
-def _output_dtype(readapter: Readapter, name: str, dtype: str) -> torch.dtype:
-    chosen = readapter.dtype(name) if dtype == "retriever" else OUTPUT_DTYPES[dtype]
+def _output_dtype(readapter: Readapter, tensor: StoredWeights, dtype: str) -> torch.dtype:
+    """Return the type of a tensor: of the weights in it, the widest."""
+    if dtype != "retriever":
+        return OUTPUT_DTYPES[dtype]
+    chosen = max(map(readapter.dtype, tensor.weights), key=lambda each: each.itemsize)
     return torch.float32 if chosen == torch.float64 else chosen
 
 
@@ -153,7 +166,9 @@ def finish_weights(plan: WeightPlan, target: Location) -> CastLoss:
     for shard in plan.shards:
         losses.add(CastLoss.from_json(_loss_record(target, shard).read_text()))
     if len(plan.shards) > 1:
-        weight_map = {name: shard.file_name for shard in plan.shards for name in sorted(shard.names)}
+        weight_map = {
+            name: shard.file_name for shard in plan.shards for name in sorted(tensor.name for tensor in shard.tensors)
+        }
         index = {"metadata": {"total_size": plan.num_bytes}, "weight_map": weight_map}
         (target / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
     return losses
@@ -214,8 +229,7 @@ def write_shard(
         return scratch, cast.reshape(-1).view(torch.uint8), loss
 
     with (target / shard.file_name).open_output() as stream:
-        header = ((name, plan.dtypes[name], readapter.shape(name)) for name in shard.names)
-        stream.write(file_header(header))
+        stream.write(file_header(_entry(readapter, plan, tensor) for tensor in shard.tensors))
         with contextlib.closing(ordered_map(make, slices, num_threads=num_threads, num_waiting=1)) as made:
             for scratch, content, loss in made:
                 stream.write(content.numpy().data)
@@ -224,6 +238,13 @@ def write_shard(
                 done += content.nbytes
                 report(done)
         _loss_record(target, shard).write_text(losses.to_json())
+
+
+def _entry(readapter: Readapter, plan: WeightPlan, tensor: StoredWeights) -> tuple[str, torch.dtype, tuple[int, ...]]:
+    """Return name, type and shape of a tensor; the rows of its weights follow each other."""
+    shapes = [readapter.shape(name) for name in tensor.weights]
+    shape = (sum(each[0] for each in shapes), *shapes[0][1:]) if shapes[0] else ()
+    return tensor.name, plan.dtypes[tensor.weights[0]], shape
 
 
 def _cast(name: str, rows: TensorRows, dtype: torch.dtype, scratch: ScratchBuffers) -> tuple[torch.Tensor, CastLoss]:

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from readapt_ray.model_file_names import INDEX_NAME, SINGLE_NAME
 from readapt_ray.progress import amount
 from readapt_ray.weights.deltas import Whole
 from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.stored_names import NameTable, table_in
 
 _DTYPES = {
     "F64": torch.float64,
@@ -51,6 +52,9 @@ _BASE_PREFIXES = (
     "deberta.",
     "albert.",
     "camembert.",
+    "nomic_bert.",
+    "gte.",
+    "new.",
 )
 _HEAD = re.compile(
     r"(lm_head|cls|score|classifier|pre_classifier|qa_outputs|predictions|embed_out|mlm_head|lm_predictions"
@@ -209,15 +213,16 @@ class Checkpoint:
         prefix = base_prefix(backbone)
         headless = {each: modern_name(each.removeprefix(prefix)) for each in backbone}
         self.buffers = tuple(sorted(each for each, short in headless.items() if _BUFFER.search(short)))
+        self.name_table = table_in(folder)
+        """How the files of its family name the weights."""
         self._tensors: dict[str, StoredTensor] = {}
         for each in backbone:
             if each in self.buffers:
                 continue
-            if headless[each] in self._tensors:
-                raise ModelError(
-                    f"{self.name!r} holds {headless[each]!r} twice, once as {each!r}; its files are mixed up"
-                )
-            self._tensors[headless[each]] = stored[each]
+            for weight, tensor in by_weight(headless[each], stored[each], self.name_table).items():
+                if weight in self._tensors:
+                    raise ModelError(f"{self.name!r} holds {weight!r} twice, once as {each!r}; its files are mixed up")
+                self._tensors[weight] = tensor
         if not self._tensors:
             raise ModelError(f"{self.name!r} holds no weights: its safetensors in {folder} are empty but for heads")
 
@@ -250,6 +255,32 @@ class Checkpoint:
         """Return the headless name of a tensor that another file names with or without a base prefix; None if unknown."""
         candidates = [stored_name, *(stored_name.removeprefix(prefix) for prefix in _BASE_PREFIXES)]
         return next((each for each in map(modern_name, candidates) if each in self._tensors), None)
+
+
+def by_weight(name: str, stored: StoredTensor, table: NameTable) -> dict[str, StoredTensor]:
+    """Return the weights that a tensor of a file holds: itself, or equal parts of its rows.
+
+    Args:
+        name: its name, with or without the prefix of the file.
+        stored: the tensor.
+        table: of its family.
+
+    Raises:
+        ModelError: its rows cannot be divided.
+    """
+    weights = table.weights_of(name)
+    count = len(weights)
+    if stored.shape and stored.shape[0] % count:
+        raise ModelError(
+            f"{stored.path} holds {stored.stored_name!r} with {stored.shape[0]} rows, and {count} weights of equal size are due "
+            f"in it ({', '.join(weights)}); fetch the model again"
+        )
+    num_bytes = stored.num_bytes // count
+    shape = (stored.shape[0] // count, *stored.shape[1:]) if stored.shape else ()
+    return {
+        weight: replace(stored, shape=shape, offset=stored.offset + place * num_bytes, num_bytes=num_bytes)
+        for place, weight in enumerate(weights)
+    }
 
 
 def base_prefix(backbone: Iterable[str]) -> str:

@@ -23,6 +23,9 @@ from tests import factories, families
         ({"model_type": "bert"}, "mean"),
         ({"model_type": "mpnet"}, "mean"),
         ({"model_type": "modernbert"}, "cls"),
+        ({"model_type": "gte"}, "cls"),
+        ({"model_type": "nomic_bert"}, "mean"),
+        ({"model_type": "eurobert"}, "mean"),
         ({}, "mean"),
     ],
 )

@@ -137,6 +137,11 @@ def test_a_model_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_own.Bidirectional"}}))
     with pytest.raises(ModelError, match=r"modeling_own\.Bidirectional.*never executed.*'llama'.*\"is_causal\": false"):
         models.open_model(str(folder))
+    unknown = {"model_type": "new", "auto_map": {"AutoModel": "modeling_own.NewModel"}}
+    (folder / "config.json").write_text(json.dumps(config | unknown))
+    with pytest.raises(ModelError, match=r"has none for the type 'new'.*without code.*llama, mistral") as refused:
+        models.open_model(str(folder))
+    assert "drop auto_map" not in str(refused.value)
 
 
 def test_every_file_of_a_tokenizer_counts(tmp_path: Path) -> None:

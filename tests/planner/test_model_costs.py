@@ -110,7 +110,7 @@ def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict
         dtype=torch.bfloat16 if is_low else torch.float32,
         gradient_checkpointing=config.gradient_checkpointing,
         device_type="cuda" if gpus else "cpu",
-        compile_layers=config.torch_compile,
+        compile_layers=bool(config.torch_compile),
         base_dtype=config.base_dtype,
     )
     assert planned == memory.estimate_memory(shape, demand).parts

@@ -78,11 +78,39 @@ def test_which_passages_pass_in_whatever_order(files, monkeypatch, condition, pa
         (Condition("year", (True,)), "'year' holds int32"),
         (Condition("public", (1,)), "'public' holds bool"),
         (Condition("day", bounds=(("lt", "soon"),)), "'day' holds date32"),
+        (Condition("lang", ("\ud800",)), "'lang' holds string"),
+        (Condition("tags", ("\ud800",)), "'tags' holds string"),
+        (Condition("day", bounds=(("lt", "\ud800"),)), "'day' holds date32"),
     ],
 )
 def test_what_does_not_fit_the_corpus_is_refused(files, condition, message):
     with pytest.raises(InputError, match=message):
         KeptColumns.read(files, ["a"]).passing((condition,))
+
+
+@pytest.mark.parametrize(
+    ("condition", "passing"),
+    [
+        (Condition("half", one_of=(0.1, 2)), [True, True, False]),
+        (Condition("half", bounds=(("gt", 0.1), ("lt", 3))), [False, True, False]),
+        (Condition("halves", bounds=(("gte", 2),)), [False, True, False]),
+        (Condition("seen", bounds=(("gte", "2024-01-02"),)), [False, True, False]),
+        (Condition("seen", bounds=(("lt", "2024-01-02T00:00:00Z"),)), [True, False, False]),
+        (Condition("seen", one_of=("2024-01-02T01:00:00+01:00",)), [False, True, False]),
+    ],
+)
+def test_half_numbers_and_times_with_a_zone(condition, passing):
+    days = [datetime.datetime(2024, 1, day, tzinfo=datetime.UTC) for day in (1, 2)]
+    columns = KeptColumns(
+        pa.table(
+            {
+                "half": pa.array([np.float16(0.1), np.float16(2), None], pa.float16()),
+                "halves": pa.array([[np.float16(1)], [np.float16(1), np.float16(2)], None], pa.list_(pa.float16())),
+                "seen": pa.array([*days, None], pa.timestamp("us", "Europe/Berlin")),
+            }
+        )
+    )
+    assert columns.passing((condition,)).tolist() == passing
 
 
 def test_what_was_found_for_one_is_not_given_for_true():

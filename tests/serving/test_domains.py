@@ -254,6 +254,24 @@ def test_more_domains_in_a_batch_than_fit_the_memory_go_one_after_the_other(fold
     asyncio.run(run())
 
 
+def test_a_domain_that_fails_in_the_replica_that_encodes_is_down_and_no_failure(folder, tmp_path):
+    """One replica has the domain in memory, and is asked for it; another one encodes."""
+    shutil.copytree(folder / "legal", tmp_path / "legal")
+
+    async def run():
+        one, other = SharedInProcess(folder), SharedInProcess(folder)
+        one.encode = other.encode
+        made = backends(one, tmp_path, ["legal"]) | backends(one, folder, ["med"])
+        async with local_server(made) as local, local.client() as client:
+            await one.prepare(made["legal"].source)
+            shutil.rmtree(tmp_path / "legal")
+            (status, body), (fine, _) = await asyncio.gather(embed(client, "legal"), embed(client, "med"))
+            assert (status, body["error"]["code"], fine) == (503, "domain_unavailable", 200)
+            assert "domain 'legal' cannot be used: " in body["error"]["message"]
+
+    asyncio.run(run())
+
+
 def test_a_domain_that_fails_can_be_asked_again_later(folder, tmp_path, monkeypatch):
     late = tmp_path / "late"
     shutil.copytree(folder / "tax", late)
@@ -279,8 +297,9 @@ def test_a_key_reaches_its_domains_alone(folder, tmp_path):
     keys.write_text("acme: {key: secret-of-acme-1234, domains: [legal]}\nall: secret-of-all-12345\n")
 
     async def run():
-        made = backends(SharedInProcess(folder), folder)
-        async with local_server(made, keys=read_keys(str(keys))) as local:
+        made, routing = backends(SharedInProcess(folder), folder), Routing(default="med")
+        async with local_server(made, keys=read_keys(str(keys)), routing=routing) as local:
+            await local.service.set_state(made, routing, {"lost": "its encoder does not answer"})
             async with local.client(headers={"authorization": "Bearer secret-of-acme-1234"}) as client:
                 assert (await embed(client, "legal-passage"))[0] == 200
                 status, body = await embed(client, "med")
@@ -289,6 +308,13 @@ def test_a_key_reaches_its_domains_alone(folder, tmp_path):
                 assert (await client.post("/tokenize", json={"model": "med", "prompt": "x"})).status_code == 404
                 listed = (await client.get("/v1/models")).json()["data"]
                 assert {each["version"] for each in listed} == {"legal"}
+                for refused in [
+                    await client.post("/v1/embeddings", json={"model": name, "input": "x"})
+                    for name in ("med", "nobody", "lost", "default", None)
+                ]:
+                    assert refused.status_code == 404
+                    assert refused.json()["error"]["message"].endswith("for this API key; it has 'legal'")
+                assert (await client.get("/info")).status_code == 404
             async with local.client(headers={"authorization": "Bearer secret-of-all-12345"}) as client:
                 assert (await embed(client, "med"))[0] == 200
 

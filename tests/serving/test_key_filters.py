@@ -179,6 +179,7 @@ def test_and_a_server_does_not_start_with_one(world, keys, changes):
         (None, r"within of 'a'"),
         ("acme", r"within of 'a'"),
         ({"doc_id_prefix": None}, "must have"),
+        ({"doc_id_prefix": ""}, "doc_id_prefix of 'a' is empty"),
     ],
 )
 def test_a_restriction_that_restricts_nothing_is_refused(tmp_path, within, message):

@@ -56,6 +56,8 @@ def test_processes_that_are_started_do_not_get_the_keys(monkeypatch):
         (f"a: {{key: {SECRET}, rate: 3}}", r"\['rate'\]"),
         (f"a: {{key: {SECRET}, requests_per_minute: 0}}", "over 0"),
         (f"a: {{key: {SECRET}, requests_per_minute: true}}", "over 0"),
+        (f"a: {{key: {SECRET}, domains: [b]}}\na: {OTHER}", "'a' is there twice"),
+        (f"a: {{key: {SECRET}, domains: [b]}}\nc: {SECRET}", "'a' and 'c' have the same key"),
     ],
 )
 def test_what_is_no_list_of_keys_is_refused_without_showing_one(tmp_path, text, message):

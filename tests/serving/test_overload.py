@@ -59,14 +59,14 @@ def test_metrics_are_gathered_once_for_all_who_ask(monkeypatch):
 class SlowClient:
     """A POST whose body comes a part at a time, when a test says so, and whose answer may stay unread."""
 
-    def __init__(self, app, *, reads: bool = True) -> None:
+    def __init__(self, app, *, reads: bool = True, method: str = "POST", path: str = EMBEDDINGS) -> None:
         self._reads = reads
         self._parts: asyncio.Queue[dict] = asyncio.Queue()
         self._sent: list[dict] = []
         scope = {
             "type": "http",
-            "method": "POST",
-            "path": EMBEDDINGS,
+            "method": method,
+            "path": path,
             "headers": [(b"host", b"localhost"), (b"content-type", b"application/json")],
             "client": ("127.0.0.1", 1),
             "query_string": b"",
@@ -104,6 +104,19 @@ def test_a_body_that_does_not_come_takes_nobodys_place(version):
             assert [await each.status() for each in (*slow, *more[:-1])] == [408] * 34
             assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
             assert server.app._buffered_bytes == 0
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/healthz"), ("POST", "/docs"), ("GET", "/v1/models")])
+def test_no_body_is_waited_for_where_none_is_read(version, method, path):
+    """Such a request needs no key, and would fill the places of requests that have one."""
+
+    async def run():
+        async with local_server({"tiny": version}, max_requests=1) as server, server.client() as client:
+            slow = [SlowClient(server.app, method=method, path=path) for _ in range(40)]
+            assert {await each.status() for each in slow} == {405 if method == "POST" else 200}
+            assert (await client.post(EMBEDDINGS, json={"input": "a"})).status_code == 200
 
     asyncio.run(run())
 

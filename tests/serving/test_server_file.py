@@ -1,12 +1,14 @@
 """How an update finds the server of a port."""
 
+import logging
 import os
 import stat
+import types
 
 import pytest
 
 from readapt_ray.errors import InputError
-from readapt_ray.serving import server_file
+from readapt_ray.serving import server, server_file
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +29,16 @@ def test_an_update_joins_the_ray_of_the_server_at_its_port(own_folder, monkeypat
     monkeypatch.delenv("RAY_AUTH_MODE")
     server_file.join(8000)
     assert (os.environ["RAY_ADDRESS"], os.environ["RAY_AUTH_MODE"]) == ("127.0.0.1:6379", "token")
+
+
+def test_a_start_says_how_to_update_the_server(own_folder, monkeypatch, caplog):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr("ray.get_runtime_context", lambda: types.SimpleNamespace(gcs_address="127.0.0.1:6379"))
+    with caplog.at_level(logging.INFO, "readapt_ray"):
+        server._say_how_to_update(8000)
+    assert (
+        "to change it: RAY_ADDRESS=127.0.0.1:6379 RAY_AUTH_MODE=token readapt serve --update --port 8000" in caplog.text
+    )
 
 
 def test_an_address_that_somebody_set_is_joined(monkeypatch):

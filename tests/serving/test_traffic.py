@@ -1,10 +1,15 @@
 """Which version answers, and what goes along unseen: names, splits, switches, shadows and probes; without Ray."""
 
 import asyncio
+import collections
+import hashlib
+import re
 
 import pytest
 
+from readapt_ray.serving import telemetry
 from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.versions import Found, Routing
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -111,6 +116,42 @@ def test_what_the_index_misses_is_probed(fresh, world):
     assert searched == [None, DocFilter(is_exact=True), DocFilter(prefix="d")], "a filtered search is not probed"
 
 
+def test_the_recall_of_an_exact_index_is_one_to_the_last_digit(fresh, monkeypatch):
+    """Ray exports sums of histograms from the middles of their buckets, so shares are two counters each."""
+    totals, observed = collections.Counter(), []
+
+    class Counter:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def inc(self, number, tags):
+            totals[self.name, tags.get("shadow", "")] += number
+
+    class Histogram(Counter):
+        def observe(self, number, tags):
+            observed.append(self.name)
+
+    monkeypatch.setattr(telemetry, "Counter", Counter)
+    monkeypatch.setattr(telemetry, "Histogram", Histogram)
+    measured = telemetry.Telemetry()
+
+    async def run():
+        routing = Routing(default="base", shadow="same", shadow_share=1.0, recall_probe=1.0)
+        async with local_server({"base": fresh, "same": fresh}, routing=routing) as server, server.client() as client:
+            monkeypatch.setattr(server.service, "_telemetry", measured)
+            for text in TEXTS:
+                await client.post(SEARCH, json={"query": text, "with_text": False})
+                await asyncio.wait_for(asyncio.gather(*server.service.side_searches.tasks), 10)
+
+    asyncio.run(run())
+    assert totals["readapt_recall_found", ""] == totals["readapt_recall_due", ""] == 10 * len(TEXTS)
+    assert totals["readapt_shadow_shared", "same"] == totals["readapt_shadow_due", "same"] == 10 * len(TEXTS)
+    totals.clear()
+    measured.batch("base", budget=64, num_rows=2, num_tokens=48, seconds=0.1)
+    assert (totals["readapt_batch_tokens", ""], totals["readapt_batch_budget", ""]) == (48, 64)
+    assert not {name for name in observed if re.search("recall|shared|overlap|fill", name)}
+
+
 def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):
     fresh.broken = "out of memory"
 
@@ -123,3 +164,25 @@ def test_a_shadow_that_fails_is_nobodys_trouble(fresh, world):
             return answer
 
     assert asyncio.run(run()).status_code == 200
+
+
+def test_a_split_gives_a_key_of_one_version_that_version_alone(world):
+    """Also by vectors that the encoder of several versions made."""
+    secret = "a-key-of-the-version-adapted"
+    keys = [ApiKey("acme", hashlib.sha256(secret.encode()).hexdigest(), domains=frozenset({"adapted"}))]
+    versions = {name: LocalVersion.load(world) for name in ("base", "adapted")}
+    routing = Routing(default="base", split={"base": 0.5, "adapted": 0.5})
+
+    async def run():
+        vector = world.encoder.encode(["array"], "query")[0].tolist()
+        by_vector = {"vector": vector, "fingerprint": world.encoder.fingerprint}
+        headers = {"authorization": f"Bearer {secret}"}
+        async with (
+            local_server(versions, routing=routing, keys=keys) as server,
+            server.client(headers=headers) as client,
+        ):
+            bodies = [by_vector, *({"query": "array", "user": f"user {number}"} for number in range(12))]
+            answers = [await client.post(SEARCH, json=body) for body in bodies]
+        assert {(each.status_code, each.json().get("model")) for each in answers} == {(200, "adapted")}
+
+    asyncio.run(run())

@@ -320,6 +320,11 @@ def test_columns_are_mapped_joined_and_kept_in_every_format(tmp_path, kind):
             (),
             rf"c.{kind} has no column 'story'; its columns are key, headline, .*--columns text=COLUMN",
         ),
+        (
+            OWN_COLUMNS,
+            ("year:int",),
+            r"has no column 'year:int'; .*int is no type; the types are string, int64, float64, bool",
+        ),
         (OWN_COLUMNS, ("yaer",), rf"c.{kind} has no column 'yaer'; .*did you mean 'year'.*--keep"),
     ):
         with pytest.raises(CorpusError, match=message):
@@ -331,6 +336,7 @@ def test_columns_are_mapped_joined_and_kept_in_every_format(tmp_path, kind):
     [
         (["body=content"], [], "columns = 'body=content': write FIELD=COLUMN, where the field is doc_id, title, text"),
         (["titel=headline"], [], "did you mean 'title'"),
+        (["text="], [], "columns = 'text=' names no column: write text=COLUMN"),
         (["text"], [], "write FIELD=COLUMN"),
         (["text=a", "text=b"], [], r"sets a field twice; join columns with \+"),
         (["doc_id=a+b"], [], "doc_id is one column"),
@@ -412,3 +418,16 @@ def test_the_table_of_formats_says_what_is_read():
     assert {name: tuple(re.findall(r"`(.\w+)`", files)) for name, files in told.items()} == read_
     columns = re.search(r"^\| corpus \| (.*?) \|", page, re.MULTILINE)[1]
     assert re.findall(r"`(\w+)`", columns) == [*ID_NAMES, *TEXT_NAMES, *TITLE_NAMES]
+
+
+@pytest.mark.parametrize("num_rows", [2, 30_000])
+def test_what_is_not_json_is_named_by_its_line_and_column_in_the_file(tmp_path, num_rows):
+    """Also where it comes after the first megabyte."""
+    text = json.dumps([{"id": str(number), "text": "some words"} for number in range(num_rows)], indent=1)
+    lines = text.splitlines()
+    at = len(lines) - 3  # the last text
+    lines[at] = lines[at].replace(": ", " ")
+    (tmp_path / "c.json").write_text("\ufeff\n" + "\n".join(lines))
+    message = rf"c.json is not JSON after value {num_rows - 1}: Expecting ':' delimiter, line {at + 2}, column 10;"
+    with pytest.raises(CorpusError, match=message):
+        list(opened(tmp_path / "c.json").rows())

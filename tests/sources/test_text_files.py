@@ -210,7 +210,10 @@ def test_pdf_is_read_with_its_extra(tmp_path):
     pytest.importorskip("pypdf", reason="the extra pdf is not installed")
     (tmp_path / "a.pdf").write_bytes(_pdf("The moon raises tides."))
     (tmp_path / "b.pdf").write_bytes(b"%PDF-1.4 damaged")
-    assert _rows(tmp_path) == [Row("a.pdf", "a.pdf", "a", "The moon raises tides."), BadRow("b.pdf", "not_pdf")]
+    assert _rows(tmp_path) == [
+        Row("a.pdf", "a.pdf", "a", "The moon raises tides."),
+        BadRow("b.pdf", "not_pdf", "Stream has ended unexpectedly"),
+    ]
 
 
 def test_pdf_without_its_extra_is_counted_or_refused(tmp_path, monkeypatch, caplog):

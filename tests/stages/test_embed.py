@@ -606,7 +606,7 @@ def _figures(number=0):
 def _encoded_by_a_stub(tmp_path, monkeypatch, num_shards):
     """Run the shards with a stub in place of Ray; the names of the footers that were read, in their order."""
     job = SimpleNamespace(
-        output=Location(str(tmp_path)), rows_per_shard=1, earlier=None, encoder={"fingerprint": "ours"}
+        output=Location(str(tmp_path)), rows_per_shard=1, earlier=None, plan="", encoder={"fingerprint": "ours"}
     )
     read = []
 
@@ -666,7 +666,7 @@ def test_a_cluster_that_shrinks_under_a_run_is_a_failure_and_not_bad_input(tmp_p
         yield
 
     job = SimpleNamespace(
-        output=Location(str(tmp_path)), rows_per_shard=1, earlier=None, encoder={"fingerprint": "ours"}
+        output=Location(str(tmp_path)), rows_per_shard=1, earlier=None, plan="", encoder={"fingerprint": "ours"}
     )
     monkeypatch.setattr(shard_runner, "_results", results)
     encode = functools.partial(shard_runner.encode_shards, shards, job, Placement(4, 1), lambda done, total: None)

@@ -77,7 +77,7 @@ def running() -> Iterator[tuple[str, Cluster]]:
 
     @Request.application
     def application(request: Request) -> Response:
-        lines = [json.loads(line) for line in request.get_data(as_text=True).splitlines() if line]
+        lines = [json.loads(line) for line in request.get_data(as_text=True).split("\n") if line]
         status, value = cluster.answer(request.method, request.path.strip("/"), lines)
         return Response(json.dumps(value), status=status, content_type="application/json")
 

@@ -86,6 +86,14 @@ def test_previous_sends_what_changed_and_deletes_what_the_corpus_lost(place: Pla
         exported(tmp_path / "third", place, previous=previous.uri)
 
 
+def test_a_kept_column_may_hold_any_text(place: Place, tmp_path: Path) -> None:
+    rows = worlds.passages(6, note="a\x00b\u2028'\"\\u0000 \U0001f30a")
+    worlds.write(tmp_path, rows)
+    exported(tmp_path, place)
+    found = {row["note"] for row in place.read().values()}
+    assert found in ({"a\x00b\u2028'\"\\u0000 \U0001f30a"}, {"ab\u2028'\"\\u0000 \U0001f30a"})
+
+
 def test_what_does_not_belong_there_is_refused_unless_told_to_replace_it(place: Place, tmp_path: Path) -> None:
     worlds.write(tmp_path / "first", ROWS)
     exported(tmp_path / "first", place)

@@ -142,6 +142,23 @@ def test_dimensions_are_refused_before_anything_is_sent(tmp_path: Path, monkeypa
     assert not any((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(
+    ("to", "column"),
+    [("lancedb:{folder}/lance/table", "meta.year"), ("opensearch://{address}/i", "_id")],
+)
+def test_a_column_that_a_target_cannot_hold_is_refused_before_anything_is_sent(
+    to: str, column: str, tmp_path: Path
+) -> None:
+    worlds.write(tmp_path, worlds.passages(4, **{column: "a"}))
+    inputs: dict[str, Any] = {name: str(tmp_path / name) for name in ("vectors", "corpus")}
+    with opensearch_server.running() as (address, cluster):
+        uri = to.format(folder=tmp_path, address=address)
+        with pytest.raises(InputError, match=rf"takes no column {column!r}.*--keep.*--no-with-text"):
+            export(ExportConfig(**inputs, to=uri, output=str(tmp_path / "out")))
+        assert cluster.requests == []
+        export(ExportConfig(vectors=inputs["vectors"], with_text=False, to=uri, output=str(tmp_path / "bare")))
+
+
 def test_a_server_that_does_not_answer_is_one_failure() -> None:
     address = opening.parse("opensearch://127.0.0.1:9/i")
     with (
@@ -169,9 +186,10 @@ def test_payloads_are_json() -> None:
             "date": [datetime.date(2026, 1, 2), None],
             "tags": [["x", "y"], []],
             "raw": [b"\x01", None],
+            "share": [float("inf"), 0.5],
         }
     )
     assert payloads(rows) == [
         {"doc_id": "a", "date": "2026-01-02", "tags": ["x", "y"], "raw": "b'\\x01'"},
-        {"doc_id": "b", "tags": []},
+        {"doc_id": "b", "tags": [], "share": 0.5},
     ]

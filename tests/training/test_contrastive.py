@@ -18,7 +18,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.storage import Location
 from readapt_ray.training import contrastive
 from readapt_ray.training.contrastive import Contrast, encode
-from readapt_ray.training.dora import AdapterShape, adapted_layers, add_adapters, refresh_norms
+from readapt_ray.training.dora import AdapterShape, adapted_layers, add_adapters, refresh
 from readapt_ray.training.engine import seed_dropout
 from readapt_ray.training.pairs import PAIR_SCHEMA, PairReader, Texts
 from tests import factories
@@ -147,7 +147,7 @@ def test_for_queries_alone_passages_are_those_of_the_model_before(tmp_path: Path
     add_adapters(model, AdapterShape(method="dora", rank=4, alpha=8, dropout=0.0, targets=factories.ENCODER_TARGETS))
     for _, layer in adapted_layers(model):
         torch.nn.init.normal_(layer.lora_B, std=0.3)
-    refresh_norms(model)
+    refresh(model)
     pairs, encoding = reader(tmp_path / "pairs", 1), Encoding(pooling="mean", add_bos=True, add_eos=True)
     texts, cpu = pairs.read(np.arange(NUM_PAIRS)).token_ids, torch.device("cpu")
     passages = encode(before, texts[NUM_PAIRS:], encoding, device=cpu).detach()

@@ -48,7 +48,7 @@ def pair(method: Any, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
                 peer.lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
                 layer.base_norm_squared = layer.base.weight.square().sum(1)
                 layer.norm = layer.norm.double()
-    dora.refresh_norms(ours)
+    dora.refresh(ours)
     return ours, theirs
 
 
@@ -78,7 +78,7 @@ def test_on_a_gpu_outputs_gradients_and_norms_equal_the_cpus(dtype: torch.dtype,
     for _, layer in dora.adapted_layers(on_gpu):
         layer.base.to(dtype)
     x = torch.randn(64, 24, dtype=torch.float64)
-    dora.refresh_norms(on_gpu)
+    dora.refresh(on_gpu)
     on_cpu(x).square().sum().backward()
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         output = on_gpu(x.to("cuda", dtype))
@@ -211,7 +211,7 @@ def test_the_magnitude_of_a_bfloat16_model_moves() -> None:
     for _ in range(3):
         plain(torch.randn(4, 24, dtype=torch.bfloat16)).float().square().sum().backward()
         optimizer.step()
-        dora.refresh_norms(plain)
+        dora.refresh(plain)
     assert layer.magnitude.dtype == torch.float32
     assert (layer.magnitude - before).abs().min() > 0
 
@@ -237,7 +237,7 @@ def test_the_saved_adapter_loads_in_plain_peft_with_the_same_output(tmp_path: Pa
             layer.lora_B.normal_(std=0.1)
             if layer.magnitude is not None:
                 layer.magnitude.mul_(1.3)
-    dora.refresh_norms(ours)
+    dora.refresh(ours)
     folder = Location(str(tmp_path / "adapter"))
     dora.save_adapter(folder, dora.adapter_state(ours), adapter, base=str(base), task_type="CAUSAL_LM")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -20,7 +20,7 @@ from readapt_ray.training.engine import DeepSpeedEngine, Optimization
 from readapt_ray.training.partitioned import gathered
 from readapt_ray.training.steps import StepWork, run_steps
 from readapt_ray.training.trainable import load_for_training
-from tests import factories
+from tests import factories, families
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.training.attempt"])
@@ -45,7 +45,16 @@ def test_partitioned_weights_and_buffers_are_those_of_a_model_loaded_whole(
     tmp_path: Path, device: str, dtype: torch.dtype
 ) -> None:
     factories.tiny_decoder(tmp_path / "base")
-    in_a_process(load_whole_and_partitioned, tmp_path, device, dtype)
+    _check_partitioned(tmp_path, device, dtype, "causal_lm")
+
+
+def test_weights_that_files_join_are_partitioned_under_the_names_of_modules(tmp_path: Path) -> None:
+    families.pretrained(tmp_path / "base", families.FAMILIES["nomic-bert"])
+    _check_partitioned(tmp_path, "cpu", torch.float32, "masked_lm")
+
+
+def _check_partitioned(tmp_path: Path, device: str, dtype: torch.dtype, objective: str) -> None:
+    in_a_process(load_whole_and_partitioned, tmp_path, device, dtype, objective)
     whole, partitioned = torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "partitioned.pt")
     assert whole.keys() == partitioned.keys() and any("inv_freq" in name for name in whole)
     for name, tensor in whole.items():
@@ -106,12 +115,12 @@ class RecordsSeeds:
         return self._model(inputs).square().mean()
 
 
-def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype) -> None:
+def load_whole_and_partitioned(folder: Path, device: str, dtype: torch.dtype, objective: Any) -> None:
     join(folder, device)
     source = open_model(str(folder / "base"))
     for name, zero_stage in (("whole", 0), ("partitioned", 3)):
         model = load_for_training(
-            source, objective="causal_lm", dtype=dtype, device=torch.device(device), zero_stage=zero_stage
+            source, objective=objective, dtype=dtype, device=torch.device(device), zero_stage=zero_stage
         )
         parameters = dict(model.named_parameters())
         with gathered(list(parameters.values())):

@@ -86,11 +86,10 @@ def clean(config: CleanConfig) -> Freed:
         useless = _useless(root, there, config.keep)
         rows = _rows(useless)
         needed = _needed(there, config.keep)
-        marked = [replace(each, freed=not needed.issuperset(each.artifacts.values())) for each in there]
+        marked = [replace(each, freed=each.freed or not needed.issuperset(each.artifacts.values())) for each in there]
         lock.confirm()
         generations.write(root, marked)
-        # What was made from a corpus is known by the corpus's manifest, so that goes last.
-        for trace, _ in sorted(useless, key=lambda pair: pair[0].stage == STAGE_OF[CORPUS]):
+        for trace, _ in sorted(useless, key=lambda pair: _turn(pair[0])):
             remove_artifact(trace.location)
         cache_entries.remove_unused("passages")
         for name in (root / FOLDER_NAME).children()[1]:
@@ -165,8 +164,9 @@ def _compacted(root: Location, there: list[Generation], deleted: Collection[str]
 
 
 def _needed(there: list[Generation], num_kept: int) -> set[str]:
-    """Return the names of the artifacts of the present generation and of some before it."""
-    return {name for each in there[-1 - num_kept :] for name in each.artifacts.values()}
+    """Return the names of the artifacts of the present generation and of some before it that are there."""
+    left = [each for each in there if not each.freed]
+    return {name for each in left[-1 - num_kept :] for name in each.artifacts.values()}
 
 
 def _useless(
@@ -196,6 +196,15 @@ def _not_in_use(found: list[tuple[Trace, str]]) -> Iterator[tuple[Trace, str]]:
             logger.warning("clean: %s is being written by process %s, and is kept", each.location, lease["pid"])
         else:
             yield each, why
+
+
+def _turn(trace: Trace) -> tuple[bool, bool]:
+    """Return what an artifact's turn to be removed goes by.
+
+    What was made from a corpus is known by the corpus's manifest, so that goes last. What a killed refresh left goes before
+    the generations that it shares files with: which of its files are its own is told by when their inodes changed.
+    """
+    return trace.stage == STAGE_OF[CORPUS], bool(trace.generations)
 
 
 def _rows(found: list[tuple[Trace, str]]) -> list[dict[str, object]]:

@@ -4,6 +4,7 @@ Every column of doc_ids under the root is read, some 10 million ids a second; ro
 skipped.
 """
 
+import re
 from collections.abc import Set
 from typing import Any
 
@@ -12,14 +13,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from readapt_ray import generations
-from readapt_ray.artifact_files import SINGLE_FILE_SUFFIX
+from readapt_ray.artifact_files import SINGLE_FILE_SUFFIX, whole_name
 from readapt_ray.dead_rows import read_dead, read_rows
-from readapt_ray.errors import InputError
+from readapt_ray.errors import CorruptFileError, InputError
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.recipes.refreshing.options import FindConfig
 from readapt_ray.recipes.refreshing.traces import Trace, made_from, traces
 from readapt_ray.retrieval.parquet_rows import explain_damage
-from readapt_ray.storage import Location
+from readapt_ray.storage import Location, name_when_whole
 
 _IDS = ".ids.parquet"
 
@@ -74,13 +75,19 @@ def _place(trace: Trace, doc_id: str) -> str:
         name = file.path[len(trace.location.path) + 1 :]
         if file.name.endswith(".parquet"):
             row = _row_of(file, doc_id)
-            if row is not None and row not in _dead_rows(trace.location, name):
+            if row is not None and row not in _dead_rows(trace.location, whole_name(name)):
                 return f"row {row:,} of {name}"
             if row is not None:
                 deleted = f"row {row:,} of {name}, deleted; `readapt clean` removes it"
-        elif file.name.endswith(SINGLE_FILE_SUFFIX) and f" {doc_id} " in file.read_text():
+        elif file.name.endswith(SINGLE_FILE_SUFFIX) and _is_ranked(file, doc_id):
             return file.name
     return deleted
+
+
+def _is_ranked(file: Location, doc_id: str) -> bool:
+    """Return whether a TREC run has a doc_id in its third column; ranks and scores may look like ids."""
+    line = rb"^\S+[ \t]+\S+[ \t]+" + re.escape(doc_id.encode()) + rb"[ \t]"
+    return re.search(line, file.read_bytes(), re.MULTILINE) is not None
 
 
 def _dead_rows(artifact: Location, name: str) -> Set[int]:
@@ -92,6 +99,16 @@ def _dead_rows(artifact: Location, name: str) -> Set[int]:
 
 
 def _row_of(file: Location, doc_id: str) -> int | None:
+    """Return the row of a passage in a Parquet file; None also for a file whose writer was killed."""
+    try:
+        return _row_in(file, doc_id)
+    except CorruptFileError:
+        if name_when_whole(file.name) is None:
+            raise
+        return None
+
+
+def _row_in(file: Location, doc_id: str) -> int | None:
     with explain_damage(file), file.open_input() as stream, pq.ParquetFile(stream) as parquet:
         if "doc_id" not in parquet.schema_arrow.names:
             return None

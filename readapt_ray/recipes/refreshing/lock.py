@@ -3,8 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-from readapt_ray import leases
+from readapt_ray import generations, leases
 from readapt_ray.errors import ArtifactConflictError
+from readapt_ray.generations import Generation
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
 
@@ -28,3 +29,15 @@ def locked(root: Location) -> Iterator[leases.Lease]:
     with leases.Lease(file, root, ProgressReporter("refresh"), before=before, says=says) as lease:
         yield lease
     file.delete()
+
+
+def publish(root: Location, there: list[Generation], new: Generation, lock: leases.Lease) -> Generation:
+    """Make a generation the present one: write the list of all with it as the last."""
+    lock.confirm()
+    generations.write(root, [*there, new])
+    return new
+
+
+def next_number(there: list[Generation]) -> int:
+    """Return the number of the next generation."""
+    return 1 + max((each.number for each in there), default=0)

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from readapt_ray import artifacts, generations, leases
-from readapt_ray.artifact_files import LEASE_NAME, MANIFEST_NAME
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster.corpus_comparison import compare_corpora, opened
 from readapt_ray.config import flag
@@ -23,8 +22,9 @@ from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, INDEX, STAGE_OF
 from readapt_ray.progress import amount, duration
 from readapt_ray.recipes.chain import make, stage_config
 from readapt_ray.recipes.refreshing.adapting import adapter_loss, command_to_adapt
+from readapt_ray.recipes.refreshing.back import go_back
 from readapt_ray.recipes.refreshing.clean import remove_artifact
-from readapt_ray.recipes.refreshing.lock import locked
+from readapt_ray.recipes.refreshing.lock import locked, next_number, publish
 from readapt_ray.recipes.refreshing.options import RULES, RefreshConfig, settled, stale
 from readapt_ray.recipes.refreshing.serving import server_options, update_server
 from readapt_ray.recipes.refreshing.signals import ADAPT_AGAIN, signals
@@ -58,18 +58,6 @@ def refresh(config: RefreshConfig) -> Generation:
     if config.serve:
         update_server(config.serve, root, made)
     return made
-
-
-def publish(root: Location, there: list[Generation], new: Generation, lock: leases.Lease) -> Generation:
-    """Make a generation the present one: write the list of all with it as the last."""
-    lock.confirm()
-    generations.write(root, [*there, new])
-    return new
-
-
-def next_number(there: list[Generation]) -> int:
-    """Return the number of the next generation."""
-    return 1 + max((each.number for each in there), default=0)
 
 
 def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], lock: leases.Lease) -> Generation:
@@ -175,12 +163,14 @@ class _Making:
         there = self.present.artifacts if self.present else {}
         has_export = EXPORT in there or not self.settings["to"]
         is_same = self.present is not None and self.present.source_fingerprint == fingerprint
-        return is_same and has_export and not self.stale and not self._has_exported()
+        return is_same and has_export and not self.stale and not self._begun_export()
 
     def make(self, fingerprint: str) -> Generation | None:
         """Make what is not there; None if the source has the same passages and judgements as before."""
         corpus = self._corpus(fingerprint)
         changes = self._changes(corpus)
+        if changes is not None and changes.other_columns:
+            logger.info("refresh: the kept columns of %s differ", amount(changes.other_columns, "passages"))
         if changes is not None and changes.is_empty and self._has_same_labels(corpus):
             if CORPUS in self._made:
                 self._made.pop(CORPUS)
@@ -214,21 +204,46 @@ class _Making:
         self._made[name] = make(stage, self.settings[stage], RULES, output=output, overwrite=overwrite, **wired)
         return self._made[name]
 
-    def _has_exported(self) -> bool:
-        """Return whether a refresh that did not end has begun to change the collection."""
-        export = self.folder / EXPORT
-        return any((export / name).is_file() for name in (MANIFEST_NAME, LEASE_NAME))
+    def _begun_export(self) -> Mapping[str, Any] | None:
+        """Return the record of the export of a refresh that did not end and has begun to change the collection."""
+        manifest = artifacts.read_manifest(self.folder / EXPORT)
+        return vars(manifest) if manifest else artifacts.read_lease(self.folder / EXPORT)
+
+    def _exported_corpus(self, begun: Mapping[str, Any]) -> Artifact:
+        """Return the corpus of an export that has begun: the collection is between two states, so it is finished first.
+
+        The next refresh reads the source.
+        """
+        if (self.folder / CORPUS).exists():
+            self._made[CORPUS] = artifacts.open_artifact((self.folder / CORPUS).uri, "ingest")
+            corpus = self._made[CORPUS]
+        elif (self.folder / VECTORS).exists() or not self._has(EXPORT):
+            corpus = self._present(CORPUS)
+        else:
+            raise InputError(
+                f"a `readapt refresh --back` did not end, and {begun['config']['to']} is between two states; run it again"
+            )
+        logger.info("refresh: generation %d was being exported and is finished first", self.number)
+        return corpus
+
+    def _forget_other_export(self, begun: Mapping[str, Any]) -> None:
+        """Leave a collection between two states, as the user wants to, where the export now goes to another or to none."""
+        there, now = begun["config"].get("to"), self.settings["to"]
+        if there and not self.config.overwrite:
+            raise InputError(
+                f"a refresh that did not end has begun to export to {there}, and this one exports to {now or 'no target'}; "
+                f"finish it with --to {there}, or add {flag('overwrite')} to leave that collection as it is"
+            )
+        if there:
+            logger.warning("refresh: %s is left as it is, between two states", there)
+        remove_artifact(self.folder / EXPORT)
 
     def _corpus(self, fingerprint: str) -> Artifact:
-        if self._has_exported():
-            # The collection is between two states, so that refresh is finished first; the next one reads the source.
-            logger.info("refresh: generation %d was being exported and is finished first", self.number)
-            if not (self.folder / CORPUS).exists():
-                raise InputError(
-                    f"a `readapt refresh --back` did not end, and {self.settings['to']} is between two states; run it again"
-                )
-            self._made[CORPUS] = artifacts.open_artifact((self.folder / CORPUS).uri, "ingest")
-            return self._made[CORPUS]
+        begun = self._begun_export()
+        if begun and begun["config"].get("to", "") == self.settings["to"]:
+            return self._exported_corpus(begun)
+        if begun:
+            self._forget_other_export(begun)
         if self.present is not None and self._has(CORPUS) and self.present.source_fingerprint == fingerprint:
             return self._present(CORPUS)
         previous = self._present(CORPUS).uri if self._has(CORPUS) else None
@@ -331,47 +346,3 @@ class _Making:
             loss_sample=self.config.loss_sample,
         )
         return replace(entry, counts=changes.counts(), signals=found.values(), advice=found.advice(), turnover=turnover)
-
-
-def go_back(number: int, root: Location, there: list[Generation], lock: leases.Lease) -> Generation:
-    """Make an earlier generation the present one again, as a new entry that shares its artifacts.
-
-    A vector database is brought back to it, too.
-
-    Raises:
-        InputError: there is no such generation, or its parts were removed.
-    """
-    started_s = time.monotonic()
-    earlier, present = generations.as_of(root, number), there[-1]
-    if earlier.number == present.number:
-        raise InputError(f"back = {number}: generation {number} is the present one; give an earlier one")
-    for name, folder in earlier.artifacts.items():
-        artifacts.open_artifact((root / folder).uri, STAGE_OF[name])
-    made = {name: folder for name, folder in earlier.artifacts.items() if name != EXPORT}
-    new = next_number(there)
-    if EXPORT in present.artifacts:
-        made[EXPORT] = f"{FOLDER_NAME}/{new:05d}/{EXPORT}"
-        options = {**present.settings["export"], "to": present.settings["to"]}
-        corpus = {"corpus": earlier.folder(root, CORPUS)} if options.get("with_text", True) else {}
-        make(
-            "export",
-            options,
-            RULES,
-            vectors=earlier.folder(root, VECTORS),
-            previous=present.folder(root, EXPORT),
-            output=(root / made[EXPORT]).uri,
-            **corpus,
-        )
-    entry = replace(
-        earlier,
-        number=new,
-        what=f"back to {number}",
-        created=generations.now(),
-        seconds=round(time.monotonic() - started_s, 3),
-        artifacts=made,
-        counts={},
-        signals={},
-        advice="",
-    )
-    logger.info("refresh: generation %d is generation %d again", new, number)
-    return publish(root, there, entry, lock)

@@ -1,0 +1,154 @@
+"""Compile a model's layers with torch.compile, and use them only if they compute what the layers compute without it.
+
+The first forward pass of a training compares one layer with itself compiled, on its real input: output and gradients.
+Where they differ, or the compiler fails, all workers train without it, and one line says so.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from readapt_ray.nn.quantized import weight_of
+from readapt_ray.training import dora
+
+logger = logging.getLogger("readapt_ray")
+
+_MEMORY_BUDGET = 0.9
+"""Below 1 the compiler keeps a quarter less for the backward pass, and makes dropped inputs again (compiled_traffic.py)."""
+_MAX_ERROR = {torch.bfloat16: 0.03, torch.float16: 0.01, torch.float32: 1e-3}
+"""Largest norm of a difference over the norm of what the layer computes uncompiled, by type."""
+
+
+class _CapturedError(Exception):
+    """Ends a forward pass whose first layer was reached."""
+
+
+def layers_of(model: nn.Module) -> nn.ModuleList:
+    """Return the longest list of modules in a model: its transformer layers."""
+    return max((each for each in model.modules() if isinstance(each, nn.ModuleList)), key=len)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compile each layer at its first call, one graph for all lengths."""
+    torch._functorch.config.activation_memory_budget = _MEMORY_BUDGET
+    for _, adapted in dora.adapted_layers(model):
+        adapted.keep_casts()
+    for layer in layers_of(model):
+        layer.compile(dynamic=True)
+
+
+def compile_if_right(model: nn.Module) -> None:
+    """Compile each layer in the first forward pass that is trained on, if the compiled layer is right on all workers."""
+
+    def before_first(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        handle.remove()
+        with torch.random.fork_rng(_devices(model)):
+            taken, given = _input_of_first_layer(module, args, kwargs)
+            reason = _difference(model, taken, given)
+        if _any_worker(reason is not None, model):
+            _uncompile(model)
+            if reason is not None:
+                logger.warning("layers are not compiled: %s", reason)
+            return
+        # A shape that the compiler cannot take later is computed uncompiled, too.
+        torch._dynamo.config.suppress_errors = True
+
+    handle = model.register_forward_pre_hook(before_first, with_kwargs=True)
+
+
+def _input_of_first_layer(model: nn.Module, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a forward pass hands its first layer, without computing it."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def capture(_: nn.Module, taken: Any, given: Any) -> None:
+        found.append((taken, given))
+        raise _CapturedError
+
+    handle = layers_of(model)[0].register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        with torch.no_grad(), contextlib.suppress(_CapturedError):
+            model.forward(*args, **kwargs)
+    finally:
+        handle.remove()
+    return found[0]
+
+
+def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Compile the layers; return why they must not be used, None if nothing is wrong."""
+    layer = layers_of(model)[0]
+    with _with_visible_factors(layer):
+        expected, again = (_passes(layer, args, kwargs) for _ in range(2))
+        try:
+            compile_layers(model)
+            found = _passes(layer, args, kwargs)
+        except Exception as error:  # whatever a compiler raises, training can do without it
+            return f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).splitlines()[:2])})"
+    for name, wanted in expected.items():
+        # Dropout makes two uncompiled passes differ, too.
+        bound = _MAX_ERROR[expected["output"].dtype] + 3 * _relative_error(again[name], wanted)
+        off = _relative_error(found[name], wanted)
+        if not off <= bound:  # also where it is NaN
+            return f"torch.compile gives a layer's {name} off by {off:.2g} of its norm; up to {bound:.2g} is right"
+    return None
+
+
+def _relative_error(found: Tensor, wanted: Tensor) -> float:
+    wanted = wanted.float()
+    return float((found.float() - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+def _passes(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return output and gradients of a layer."""
+    hidden = args[0].detach().clone().requires_grad_()
+    trained = {name: each for name, each in layer.named_parameters() if each.requires_grad}
+    output = layer(hidden, *args[1:], **kwargs)
+    output = output[0] if isinstance(output, tuple) else output
+    weights = torch.linspace(-1, 1, output.numel(), device=output.device, dtype=torch.float32).view(output.shape)
+    wanted = [hidden, *trained.values()]
+    gradients = torch.autograd.grad((output.float() * weights).sum(), wanted, allow_unused=True)
+    named = zip(["gradient of the input", *(f"gradient of {name}" for name in trained)], gradients, strict=True)
+    return {"output": output.detach()} | {name: each for name, each in named if each is not None}
+
+
+@contextlib.contextmanager
+def _with_visible_factors(layer: nn.Module) -> Iterator[None]:
+    """Give adapters, whose B may be 0, updates with a tenth of the norm of their weights."""
+    before = [(each.lora_B, each.lora_B.detach().clone()) for _, each in dora.adapted_layers(layer)]
+    try:
+        with torch.no_grad():
+            for _, each in dora.adapted_layers(layer):
+                each.lora_B.normal_()
+                update_norm = each.scaling * (each.lora_B @ each.lora_A).norm()
+                each.lora_B.mul_(0.1 * weight_of(each.base).norm() / update_norm)
+        dora.refresh(layer)
+        yield
+    finally:
+        with torch.no_grad():
+            for factor, value in before:
+                factor.copy_(value)
+        dora.refresh(layer)
+
+
+def _uncompile(model: nn.Module) -> None:
+    for layer in layers_of(model):
+        layer._compiled_call_impl = None
+
+
+def _any_worker(answer: bool, model: nn.Module) -> bool:
+    """Return whether any worker says yes. Collective."""
+    if not torch.distributed.is_initialized():
+        return answer
+    told = torch.tensor(int(answer), device=next(model.parameters()).device)
+    torch.distributed.all_reduce(told, op=torch.distributed.ReduceOp.MAX)
+    return bool(told)
+
+
+def _devices(model: nn.Module) -> list[torch.device]:
+    device = next(model.parameters()).device
+    return [device] if device.type == "cuda" else []

@@ -1,0 +1,121 @@
+"""Translate the names of tensors in a model's files to those of the modules that transformers loads them into, and back.
+
+Most families have one name for both. The files of the families below have other names, and hold several weights as one
+tensor: `encoder.layers.0.attn.Wqkv` of nomic_bert has the rows of `q_proj`, `k_proj` and `v_proj`, one after the other.
+Adapters know the modules, so weights are read and summed under the modules' names; they are written as they were stored,
+which every server of such a model reads. Only names and shapes are needed: no weight is read.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from readapt_ray.model_file_names import CONFIG_NAME
+
+_QKV: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+
+
+class StoredWeights(NamedTuple):
+    """A tensor of a file, and the weights whose rows it has, in order."""
+
+    name: str
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NameTable:
+    """How the files of a family name what its modules hold. Each part of a name stands between dots."""
+
+    renamed: Mapping[str, str]
+    """Part of a name in the files, and what the modules have for it."""
+    joined: Mapping[str, tuple[str, ...]]
+    """Part of the name of a tensor that holds several weights, and what the modules have for each of them."""
+
+    def weights_of(self, stored_name: str) -> tuple[str, ...]:
+        """Return the weights that a tensor of a file holds."""
+        name = f".{stored_name}"
+        for stored, module in self.renamed.items():
+            name = name.replace(f".{stored}.", f".{module}.")
+        for stored, modules in self.joined.items():
+            if f".{stored}." in name:
+                return tuple(name.replace(f".{stored}.", f".{each}.")[1:] for each in modules)
+        return (name[1:],)
+
+    def stored(self, weights: Iterable[str]) -> list[StoredWeights]:
+        """Return the tensors that files hold weights in; those that are joined only where all of them are given."""
+        there = dict.fromkeys(weights)
+        found: dict[str, tuple[str, ...]] = {}
+        for weight in there:
+            name, parts = self._stored_name(weight)
+            if all(each in there for each in parts):
+                found[name] = parts
+            else:
+                found[weight] = (weight,)
+        return [StoredWeights(name, parts) for name, parts in found.items()]
+
+    def _stored_name(self, weight: str) -> tuple[str, tuple[str, ...]]:
+        """Return the name of the tensor that holds a weight, and all weights in it."""
+        whole = f".{weight}"
+        parts: tuple[str, ...] = (weight,)
+        for stored, modules in self.joined.items():
+            own = next((each for each in modules if f".{each}." in whole), None)
+            if own is not None:
+                parts = tuple(whole.replace(f".{own}.", f".{each}.")[1:] for each in modules)
+                whole = whole.replace(f".{own}.", f".{stored}.")
+                break
+        for stored, module in self.renamed.items():
+            whole = whole.replace(f".{module}.", f".{stored}.")
+        return whole[1:], parts
+
+
+_NORMS: Final = {"norm1": "post_attention_layernorm", "norm2": "post_mlp_layernorm"}
+_TABLES: Final = {
+    "nomic_bert": NameTable(
+        renamed={
+            "emb_ln": "embeddings.LayerNorm",
+            "encoder.layers": "layers",
+            "attn.out_proj": "self_attn.o_proj",
+            "mlp.fc11": "mlp.up_proj",
+            "mlp.fc12": "mlp.gate_proj",
+            "mlp.fc2": "mlp.down_proj",
+            **_NORMS,
+        },
+        joined={"attn.Wqkv": _QKV},
+    ),
+    "jina_embeddings_v3": NameTable(
+        renamed={
+            "emb_ln": "embeddings.LayerNorm",
+            "encoder.layers": "layers",
+            "mixer.out_proj": "self_attn.o_proj",
+            **_NORMS,
+        },
+        joined={"mixer.Wqkv": _QKV},
+    ),
+    "gte": NameTable(
+        renamed={
+            "encoder.layer": "layers",
+            "attention.o_proj": "self_attn.o_proj",
+            "attn_ln": "post_attention_layernorm",
+            "mlp_ln": "post_mlp_layernorm",
+            "lm_head.norm": "lm_head.layer_norm",
+        },
+        joined={"attention.qkv_proj": _QKV, "mlp.up_gate_proj": ("mlp.up_proj", "mlp.gate_proj")},
+    ),
+}
+"""By `model_type`; from conversion_mapping.py of transformers 5.23, whose save_pretrained writes the stored names."""
+_SAME: Final = NameTable(renamed={}, joined={})
+
+
+def table_of(model_type: object) -> NameTable:
+    """Return the table of a family; one that changes no name where its files have the names of its modules."""
+    return _TABLES.get(str(model_type), _SAME)
+
+
+def table_in(folder: Path) -> NameTable:
+    """Return the table of the model in a folder, by its config.json."""
+    try:
+        return table_of(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return _SAME  # who needs the config says what is wrong with it
