@@ -1,4 +1,4 @@
-"""Keep what Ray, DeepSpeed and transformers log off the terminal, and write it to files.
+"""Keep what Ray, DeepSpeed and Hugging Face's libraries log off the terminal, and write it to files.
 
 `silence` takes their handlers that write to the terminal away; what they log goes to the files of `written_to`, if any. What
 they print without Python's logging (C++ parts of Ray) is not changed.
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _LIBRARIES = (
-    "ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "DeepSpeed", "pypdf",
+    "ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "accelerate", "bitsandbytes", "DeepSpeed",
+    "pypdf",
 )  # fmt: skip
 _LATE = "DeepSpeed"
 """Adds its handler when it is imported, whatever is there: its records are caught before they reach it."""

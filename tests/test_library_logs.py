@@ -30,6 +30,7 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
     with library_logs.written_to(tmp_path / "log"):
         logging.getLogger("ray.data.exceptions").error("Dataset execution will now abort")
         logging.getLogger("transformers.tokenization").warning("Token indices sequence length is longer")
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
         logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU")
         logging.getLogger("ray.data").setLevel(logging.DEBUG)  # as Ray Data does
         logging.getLogger("ray.data.executor").debug("Operator 0 has 3 tasks")
@@ -41,6 +42,7 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
     assert [line.split(" ", 2)[2] for line in lines] == [
         "ray.data.exceptions ERROR Dataset execution will now abort",
         "transformers.tokenization WARNING Token indices sequence length is longer",
+        "bitsandbytes.backends.cpu.ops WARNING Failed to load CPU gemm_4bit_forward",
         "DeepSpeed WARNING Setting accelerator to CPU",
         "pypdf._reader WARNING EOF marker not found",
     ]

@@ -15,6 +15,9 @@ from readapt_ray.retrieval.index_shard import DELETED
 from readapt_ray.retrieval.shard_plan import Contents, matching_rows
 from readapt_ray.storage import Location
 
+_MOST_SMALL = 16
+_SMALL = 1 / 8
+"""Share of the vectors of the largest shard below which a shard is small."""
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -24,7 +27,8 @@ def kept_and_added(
     """Return which vectors of each shard belong to a passage as it is now, and the rows of `now` that have none.
 
     A passage whose content changed has none; neither has one whose content is not known. A shard more than MAX_DEAD of which
-    are lost does not stay; those of its vectors that are still meant are among the rows that have none.
+    are lost does not stay; those of its vectors that are still meant are among the rows that have none. Of more than 16 small
+    shards, which as many updates made, none stays: a query pays for each.
 
     Args:
         now: the vectors as they are now.
@@ -39,10 +43,18 @@ def kept_and_added(
     rows = matching_rows(np.concatenate([np.zeros((0, 2), np.uint64), *keys]), _keys(now))
     parts = np.split(rows, np.cumsum([len(each) for each in there]))[: len(records)]
     stay = [(record, part) for record, part in zip(records, parts, strict=True) if np.mean(part < 0) <= MAX_DEAD]
+    if len(small := _small([part for _, part in stay])) > _MOST_SMALL:
+        stay = [each for number, each in enumerate(stay) if number not in small]
     present = np.zeros(len(now), bool)
     for _, part in stay:
         present[part[part >= 0]] = True
     return [(record, part >= 0) for record, part in stay], np.flatnonzero(~present)
+
+
+def _small(parts: Sequence[NDArray[np.int64]]) -> set[int]:
+    """Return which shards have few vectors, of those that are still found."""
+    sizes = np.array([np.count_nonzero(part >= 0) for part in parts])
+    return set(np.flatnonzero(sizes < _SMALL * sizes.max(initial=0)).tolist())
 
 
 def _contents(folder: Location, record: ShardRecord) -> Contents:

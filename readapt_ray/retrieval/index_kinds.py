@@ -5,6 +5,7 @@ Leaves: an `IndexSpec`, a FAISS factory string and the search parameter that tra
 """
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -133,6 +134,12 @@ def index_spec(options: IndexOptions, num_vectors: int, dimension: int) -> Index
 def is_flat(factory: str) -> bool:
     """Return whether a factory string makes an index that compares with every vector."""
     return factory in _QUANTIZERS.values()
+
+
+def same_codes(factory: str, other: str) -> bool:
+    """Return whether two factory strings make the same codes, ranked again by the same vectors, in however many lists."""
+    one, two = (re.sub(r"IVF\d+", "IVF", each) for each in (factory, other))
+    return one == two
 
 
 def default_storage(kind: str, vector_dtype: str | None) -> Storage:

@@ -19,7 +19,7 @@ from readapt_ray.catalog import models
 from readapt_ray.cluster.encoding_dtype import encoding_dtype
 from readapt_ray.config import OptionError, StageConfig
 from readapt_ray.dead_rows import whole_name
-from readapt_ray.errors import CorpusError, WorkerError, first_line
+from readapt_ray.errors import CorpusError, FingerprintMismatchError, WorkerError, first_line
 from readapt_ray.retrieval import neighbours
 from readapt_ray.seeds import random_generator
 from readapt_ray.storage import Location
@@ -57,6 +57,7 @@ def drift(config: DriftConfig) -> Artifact:
     Raises:
         ArtifactMissingError: the adapter or the vectors are not the output of their stage.
         CorpusError: the vectors are of different corpora, or in shards that have no passage in common.
+        FingerprintMismatchError: blocks or corpus of the adapter are other ones now.
         CorruptFileError: a file was cut short, altered or is gone.
     """
     adapter = artifacts.open_artifact(config.adapter, "train")
@@ -93,11 +94,11 @@ def _loss_change(config: DriftConfig, adapter: Artifact, workspace: Workspace) -
     """Return the loss per token on withheld passages before and after training, or a note why there is none."""
     from readapt_ray.cluster.loss_task import measure_losses
 
-    blocks = artifacts.open_artifact(adapter.manifest.config["corpus"], "pack")
+    blocks = _made_of(adapter, "pack")
     numbers = blocks.manifest.details.get("withheld", [])
     if not numbers:
         return {"note": "not measured: no passage was withheld from training (`readapt train --withhold 200`)"}
-    texts = _texts(artifacts.open_artifact(blocks.manifest.config["corpus"], "ingest"), numbers)
+    texts = _texts(_made_of(blocks, "ingest"), numbers)
     workspace.progress(0, len(texts), unit="passages")
     try:
         losses = measure_losses(
@@ -124,6 +125,17 @@ def _loss_change(config: DriftConfig, adapter: Artifact, workspace: Workspace) -
         "high": float(change.mean()) + half,
         "num_passages": losses.shape[1],
     }
+
+
+def _made_of(made: Artifact, stage: str) -> Artifact:
+    """Open the blocks of an adapter, or the corpus of blocks. Numbers of passages mean others in another one."""
+    found = artifacts.open_artifact(made.manifest.config["corpus"], stage)
+    if found.fingerprint != made.manifest.inputs["corpus"]:
+        raise FingerprintMismatchError(
+            f"{found.uri!r} is not what {made.uri!r} was made of, so which passages were withheld is not known; train an adapter "
+            f"on what is there now"
+        )
+    return found
 
 
 def _half_width(values: NDArray[np.float64]) -> float:

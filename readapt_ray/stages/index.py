@@ -6,7 +6,7 @@ a kill is not built again. Inverted lists and codes are trained once, on a sampl
 that shards can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks
 that build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
 again: what left the corpus is no longer found, and what came is a shard of its own; a shard of which a fifth is gone is
-left out, and the rest of it comes, too. A task holds its shard as FAISS stores
+left out, and the rest of it comes, too; so it is with small shards once there are more than 16. A task holds its shard as FAISS stores
 it, and once more while it is written; the driver holds a line per file of vectors.
 """
 
@@ -40,7 +40,16 @@ from readapt_ray.cluster.recall_queries import corpus_of, recall_queries
 from readapt_ray.config import StageConfig, UsedWith
 from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.bm25 import import_bm25s
-from readapt_ray.retrieval.index_kinds import IndexOptions, choose, default_storage, index_spec, is_flat, shard_rows
+from readapt_ray.retrieval.index_kinds import (
+    IndexOptions,
+    IndexSpec,
+    choose,
+    default_storage,
+    index_spec,
+    is_flat,
+    same_codes,
+    shard_rows,
+)
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import open_vectors
 from readapt_ray.retrieval.shard_plan import scan_vectors
@@ -114,7 +123,7 @@ def index(config: IndexConfig) -> Artifact:
         logger.info("index: auto is %s in %s for %s vectors", options.kind, options.storage, f"{num_vectors:,}")
     rows_per_shard = config.rows_per_shard or shard_rows(options, num_vectors, dimension)
     spec = index_spec(options, num_vectors, dimension)
-    previous = _open_previous(config, encoder, options)
+    previous = _open_previous(config, encoder, options, spec)
     if config.bm25:
         import_bm25s()
     # A finished index is known by its manifest alone: 244,000 footers on an object store take minutes.
@@ -153,7 +162,9 @@ def _details_of(vectors: Artifact) -> dict[str, Any]:
     return {"is_split": bool(details.get("is_split")), **truncation}
 
 
-def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexOptions) -> Artifact | None:
+def _open_previous(
+    config: IndexConfig, encoder: dict[str, Any], options: IndexOptions, spec: IndexSpec
+) -> Artifact | None:
     """Open the earlier index, if one is given. Refuse one of another encoder, or of other shards than new ones would be."""
     if config.previous is None:
         return None
@@ -175,6 +186,12 @@ def _open_previous(config: IndexConfig, encoder: dict[str, Any], options: IndexO
         raise FingerprintMismatchError(
             f"previous = {made_with['output']!r} is {_kind_in_words(*there)}, and this index would be "
             f"{_kind_in_words(*now)}; ask for what it is, or leave it out to build afresh"
+        )
+    factory = details["shards"][-1]["factory"]
+    if options.factory is None and not (is_flat(factory) or is_flat(spec.factory) or same_codes(factory, spec.factory)):
+        raise FingerprintMismatchError(
+            f"previous = {made_with['output']!r} is {factory!r}, and this index would be {spec.factory!r}; ask for the same "
+            f"code_bytes and refine, or leave it out to build afresh"
         )
     return previous
 

@@ -9,6 +9,7 @@ from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.generations import CORPUS, EXPORT, INDEX, SECTIONS, VECTORS, Generation, absolute
 from readapt_ray.recipes.chain import Section, SectionRules, stage_config, stage_parts
+from readapt_ray.targets.opening import parse
 
 
 class RefreshConfig(Config):
@@ -97,12 +98,14 @@ def settled(config: RefreshConfig, present: Generation | None) -> dict[str, Any]
     """Return the settings of a refresh: the given ones, and for the others the present generation's.
 
     Raises:
-        InputError: there is no source or no retriever, or an option of a section is wrong.
+        InputError: there is no source or no retriever, the target is none, or an option of a section is wrong.
     """
     before = present.settings if present else {}
     names = ("source", "retriever", "to", *SECTIONS)
     given = {name: value for name in names if (value := getattr(config, name)) is not None}
     given |= {name: absolute(given[name]) for name in ("source", "retriever") if name in given}
+    if "to" in given and not (address := parse(given["to"])).host:
+        given["to"] = address.uri
     settings = {"to": None, **{name: {} for name in SECTIONS}, **before, **given}
     if missing := [name for name in ("source", "retriever") if not settings.get(name)]:
         raise InputError(

@@ -217,12 +217,13 @@ class _Making:
         if (self.folder / CORPUS).exists():
             self._made[CORPUS] = artifacts.open_artifact((self.folder / CORPUS).uri, "ingest")
             corpus = self._made[CORPUS]
-        elif (self.folder / VECTORS).exists() or not self._has(EXPORT):
-            corpus = self._present(CORPUS)
-        else:
+        elif self._has(VECTORS) and self._has(EXPORT):  # with these options nothing would be exported
             raise InputError(
-                f"a `readapt refresh --back` did not end, and {begun['config']['to']} is between two states; run it again"
+                f"a `readapt refresh` with --back or other options did not end, and {begun['config']['to']} is between two "
+                f"states; run that command again"
             )
+        else:
+            corpus = self._present(CORPUS)
         logger.info("refresh: generation %d was being exported and is finished first", self.number)
         return corpus
 

@@ -69,14 +69,14 @@ def exported(root: Root, column: str) -> list[list[Any]]:
     return [pq.read_table(file)[column].to_pylist() for file in (root.folder / "collection").glob("*.parquet")]
 
 
-def fail_to_export(root: Root, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
+def fail_to_export(root: Root, monkeypatch: pytest.MonkeyPatch, to: str, **options: Any) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise TargetError("no answer")
 
     with monkeypatch.context() as patch:
         patch.setattr(export, "send_all", refuse)
         with pytest.raises(TargetError):
-            root.refresh(to=to)
+            root.refresh(to=to, **options)
 
 
 def test_a_first_export_that_fails_is_done_by_the_next_refresh(root: Root, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +88,21 @@ def test_a_first_export_that_fails_is_done_by_the_next_refresh(root: Root, monke
     root.refresh()
     assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER}
     clean(CleanConfig(root=root.uri, yes=True))
+
+
+def test_an_export_by_another_model_is_finished_by_the_same_command_alone(
+    root: Root, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = f"files:{root.folder}/collection"
+    first = root.refresh(to=target)
+    other = {"retriever": str(models / "other"), "overwrite": True}
+    fail_to_export(root, monkeypatch, target, **other)
+    root.holds(FEWER)
+    with pytest.raises(InputError, match=rf"did not end, and {target} is between two states; run that command again"):
+        root.refresh()
+    assert root.there() == [first]
+    assert root.refresh(**other).settings["retriever"] == str(models / "other")
+    assert root.passages(root.refresh()).keys() == {each.doc_id for each in FEWER}
 
 
 @pytest.mark.parametrize("to", [None, "files:{folder}/other"])
@@ -174,3 +189,14 @@ def test_clean_removes_what_a_killed_refresh_shares_with_an_earlier_generation(
 
 def interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_local_target_is_the_same_folder_from_anywhere(
+    root: Root, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root.folder)
+    root.refresh(to="files:collection")
+    monkeypatch.chdir(tmp_path.parent)
+    root.holds(FEWER)
+    root.refresh()
+    assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER}
