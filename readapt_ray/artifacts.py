@@ -23,6 +23,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
@@ -156,9 +157,11 @@ def names_under(root: Location) -> list[str]:
     """Return the artifacts under a folder, complete or not, by their paths relative to it; `.` is the folder itself.
 
     The content of an artifact is not listed, so a root with millions of files takes a few requests. Records are
-    told by what they say: a `manifest.json` of another program makes no artifact.
+    told by what they say: a `manifest.json` of another program makes no artifact. A link to a folder is followed if it leads
+    away from the root, once: else an artifact would be listed, and cleaned, under a second name.
     """
     found = []
+    seen: set[str] = set()
     pending = [(".", root)]
     while pending:
         name, folder = pending.pop()
@@ -172,8 +175,19 @@ def names_under(root: Location) -> list[str]:
             artifact = f"{stem}{SINGLE_FILE_SUFFIX}"
             if mark and record in (MANIFEST_NAME, LEASE_NAME) and _is_artifact(folder / artifact):
                 found.append(f"{prefix}{artifact}")
-        pending += [(f"{prefix}{each}", folder / each) for each in folders]
+        inner = ((f"{prefix}{each}", folder / each) for each in folders)
+        pending += [each for each in inner if not _leads_back(each[1], root, seen)]
     return sorted(set(found))
+
+
+def _leads_back(folder: Location, root: Location, seen: set[str]) -> bool:
+    """Return whether a folder is a link into the root, above it, or to a place that was seen."""
+    if not folder.is_local or not os.path.islink(folder.path):
+        return False
+    there, own = os.path.realpath(folder.path), os.path.realpath(root.path)
+    leads_back = os.path.commonpath([there, own]) in (there, own) or there in seen
+    seen.add(there)
+    return leads_back
 
 
 def _is_artifact(location: Location) -> bool:

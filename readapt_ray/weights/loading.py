@@ -21,7 +21,7 @@ from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.bundle import open_bundle
 from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.ordered_map import ordered_map
-from readapt_ray.weights.weight_files import Checkpoint, is_buffer
+from readapt_ray.weights.weight_files import Checkpoint, is_buffer, is_head
 
 logger = logging.getLogger("readapt_ray")
 
@@ -92,7 +92,11 @@ def load_headless(
             ) from error
     missing = sorted(each for each in report["missing_keys"] if not each.startswith("pooler.") and not is_buffer(each))
     aside = {*checkpoint.heads, *checkpoint.buffers}
-    unexpected = sorted(each for each in report["unexpected_keys"] if each not in aside and "pooler." not in each)
+    unexpected = sorted(
+        each
+        for each in report["unexpected_keys"]
+        if each not in aside and not is_head(each) and "pooler." not in each  # a head may be renamed when it is loaded
+    )
     problems = [
         *(f"{each}: not in the files" for each in missing),
         *(f"{each}: unknown to {type(module).__name__}" for each in unexpected),

@@ -200,3 +200,22 @@ def test_a_local_target_is_the_same_folder_from_anywhere(
     root.holds(FEWER)
     root.refresh()
     assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER}
+
+
+def test_clean_removes_nothing_by_a_link_to_the_present_generation(root: Root, tmp_path: Path) -> None:
+    root.refresh()
+    root.holds([*PASSAGES[:39], PASSAGES[39]._replace(text="something new")])
+    made = root.refresh()
+    (Path(root.uri) / "current").symlink_to(Path(root.uri) / "generations/00002")
+    (Path(root.uri) / "up").symlink_to(root.folder)
+    (tmp_path / "elsewhere").mkdir()
+    (Path(root.uri) / "generations/00001").rename(tmp_path / "elsewhere/00001")
+    (Path(root.uri) / "generations/00001").symlink_to(tmp_path / "elsewhere/00001")
+    names = artifacts.names_under(root.location)
+    assert names == [f"generations/0000{number}/{name}" for number in (1, 2) for name in ("corpus", "index", "vectors")]
+    freed = {str(row["artifact"]) for row in clean(CleanConfig(root=root.uri, yes=True)).rows}
+    assert freed >= {f"generations/00001/{name}" for name in ("corpus", "index", "vectors")}
+    assert not list((tmp_path / "elsewhere/00001").rglob("*.parquet"))
+    for name, folder in root.there()[-1].artifacts.items():
+        assert artifacts.read_manifest(root.location / folder) is not None, name
+    assert made.artifacts["corpus"] == root.there()[-1].artifacts["corpus"]
