@@ -6,7 +6,7 @@ no network and no licence.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -137,6 +137,20 @@ def usable_positions(config: dict[str, Any], name: str) -> int | None:
     """
     positions = config.get("max_position_embeddings")
     return None if positions is None else int(positions) - shape_of(config, name).first_position
+
+
+def refuse_quantized(config: Mapping[str, Any], name: str) -> None:
+    """Refuse to train a model whose config.json says that transformers shall quantize it.
+
+    Raises:
+        ModelError: it does.
+    """
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method", "unknown") if isinstance(found, Mapping) else found
+        raise ModelError(
+            f"{name!r} is quantized (quantization_config in its config.json: {method}), and cannot be trained; give its "
+            f"weights in float32, float16 or bfloat16, with --base-dtype int8 or nf4 if memory is short"
+        )
 
 
 def shape_of(values: dict[str, Any], name: str, objective: Objective | None = None) -> ModelShape:

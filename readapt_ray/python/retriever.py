@@ -243,7 +243,7 @@ class Retriever:
         from readapt_ray.serving.index_slice import IndexSlice
 
         folder = open_artifact(str(self._corpus), "ingest").location / "passages"
-        return IndexSlice.of(self._shards, folder.files(".parquet"))
+        return IndexSlice.of(self._shards, folder.files(".parquet"), is_split=self._is_split)
 
     def __repr__(self) -> str:
         """What it searches, and with what."""

@@ -49,6 +49,19 @@ def packed_inputs(
     return ids, positions, np.cumsum([0, *lengths], dtype=np.int32)
 
 
+def check_ids(highest: int, num_embeddings: int) -> None:
+    """Refuse token ids that a model does not know.
+
+    Raises:
+        ModelError: the highest one is over its token embeddings.
+    """
+    if highest >= num_embeddings:
+        raise ModelError(
+            f"the tokenizer gives the id {highest}, but the model has {num_embeddings} token embeddings; "
+            f"take the tokenizer that belongs to the model"
+        )
+
+
 class ForwardPass:
     """A model and how its hidden states become a vector.
 
@@ -113,7 +126,7 @@ class ForwardPass:
 
     def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:
         """Return the last hidden states [B, T, H]; `more` goes to the attention."""
-        self._check_ids(ids)
+        check_ids(int(ids.max()), self._num_embeddings)
         given = {
             "input_ids": torch.from_numpy(ids).to(self.device),
             "position_ids": torch.from_numpy(positions + self.first_position).to(self.device),
@@ -121,11 +134,3 @@ class ForwardPass:
         }
         output = self.network(**{name: value for name, value in given.items() if name in self._accepted}, **more)
         return output.last_hidden_state  # type: ignore[no-any-return]
-
-    def _check_ids(self, ids: np.ndarray) -> None:
-        highest = int(ids.max())
-        if highest >= self._num_embeddings:
-            raise ModelError(
-                f"the tokenizer gives the id {highest}, but the model has {self._num_embeddings} token embeddings; "
-                f"take the tokenizer that belongs to the model"
-            )

@@ -350,6 +350,8 @@ def check_keys(config: ServeConfig, keys: Sequence[ApiKey]) -> None:
         files = (open_artifact(each.corpus, "ingest").location / "passages").files(".parquet") if each.corpus else []
         columns = KeptColumns(pa.schema(list(kept_columns(files).items())).empty_table())
         for key in keys:
+            if key.domains is not None and name not in key.domains:
+                continue
             try:
                 columns.passing(key.within.conditions if key.within else ())
             except InputError as error:

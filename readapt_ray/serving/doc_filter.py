@@ -69,7 +69,7 @@ class FilterFields(KnownFields):
     doc_id_prefix: _Text | None = None
     """Search only passages whose doc_id begins so."""
     doc_ids: DocIds | None = None
-    """Search only these passages, up to 10,000."""
+    """Search only these passages, up to 10,000. Where ingest split documents, a document's id names all of its passages."""
     filter: Columns | None = None
     """Search only passages whose columns hold one of these values, or a value within bounds, such as
     `{"lang": ["en", "de"], "year": {"gte": 2020}}`. Passages without a value are left out. `columns` in `GET /v1/models`

@@ -5,7 +5,9 @@ Which versions it serves, and how, is its `user_config`: Ray Serve changes it in
 """
 
 import asyncio
+import http.client
 import logging
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +56,9 @@ class GatewayConfig(Config):
     """The index of each domain that has one."""
     policy: LossPolicy = LossPolicy()
     """What to do when a part of an index is lost."""
+    whole_until_s: float = 0.0
+    """Unix time until which a gateway that starts must be able to serve every version: it belongs to an update, which is undone
+    if it does not start. One that starts later, since one died, serves what there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +155,8 @@ class Gateway:
             for each in asked.values():
                 each.cancel()
         missing = dict.fromkeys(asked.keys() - up.keys(), "its encoder does not answer")
-        await self._service.set_state(_backends(up, state), state.routing, missing)
+        is_of_update = self._state is None and time.time() < state.whole_until_s
+        await self._service.set_state(_backends(up, state), state.routing, missing, must_be_whole=is_of_update)
         self._state, self._versions = state, {state.versions[name]: each for name, each in up.items()}
         logger.info("serving %s, default %s", ", ".join(up), state.routing.default)
         if missing:
@@ -232,7 +238,7 @@ def _read(url: str) -> str:
     try:
         with open_url(url, timeout=_SCRAPE_S) as answer:
             return str(answer.read().decode())
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:  # the second, if a node dies while it answers
         logger.warning("no metrics from %s: %s", url, error)
         return ""
 

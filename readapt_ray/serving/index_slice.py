@@ -24,6 +24,7 @@ from readapt_ray.retrieval.index_files import ShardRecord, read_shard, read_word
 from readapt_ray.retrieval.index_shard import DELETED, IndexShard, merged, search_shards
 from readapt_ray.retrieval.kept_columns import KeptColumns
 from readapt_ray.serving.doc_filter import DocFilter
+from readapt_ray.sources.splitting import parent_of
 from readapt_ray.storage import Location
 from readapt_ray.weights.ordered_map import ordered_map
 
@@ -40,6 +41,8 @@ class _SearchableShard:
     shard: IndexShard
     columns: KeptColumns | None = None
     """Of its passages, to filter by."""
+    is_split: bool = False
+    """Whether passages are parts of documents, whose ids then name all of their passages."""
     order: NDArray[np.int64] = field(init=False)
     """Rows that are not deleted, by rising doc_id."""
     ids: NDArray[np.object_] = field(init=False)
@@ -80,9 +83,15 @@ class _SearchableShard:
         return np.sort(self.order[first:last])
 
     def _rows_of_ids(self, doc_ids: tuple[str, ...]) -> NDArray[np.int64]:
-        names = np.array(doc_ids, dtype=object)
+        names = np.array([*doc_ids, *(self._pieces(doc_ids) if self.is_split else ())], dtype=object)
         places = np.minimum(np.searchsorted(self.ids, names), len(self.ids) - 1)
         return np.unique(self.order[places[self.ids[places] == names]]) if len(self.ids) else self.order
+
+    def _pieces(self, doc_ids: tuple[str, ...]) -> Iterator[str]:
+        """Yield the passages here of documents that were split."""
+        firsts, ends = (np.searchsorted(self.ids, np.array([each + mark for each in doc_ids], object)) for mark in "#$")
+        for doc_id, first, end in zip(doc_ids, firsts, ends, strict=True):  # "$" follows "#"
+            yield from (each for each in self.ids[first:end] if parent_of(each) == doc_id)
 
     def scan(self, queries: NDArray[np.float32], top_k: int, rows: NDArray[np.int64]) -> Iterator[Hits]:
         """Yield the k best of each query among the rows, for each block of them."""
@@ -154,12 +163,12 @@ def holds_vectors_whole(factory: str) -> bool:
     return _WHOLE.fullmatch(factory) is not None
 
 
-def _searchable(shards: Sequence[IndexShard], corpus: Sequence[Location]) -> list[_SearchableShard]:
+def _searchable(shards: Sequence[IndexShard], corpus: Sequence[Location], *, is_split: bool) -> list[_SearchableShard]:
     """Return the shards with the columns of their passages."""
     columns = KeptColumns.read(corpus, [doc_id for each in shards for doc_id in each.doc_ids]) if corpus else None
     starts = itertools.accumulate((len(each.doc_ids) for each in shards), initial=0)
     return [
-        _SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None)
+        _SearchableShard(shard, columns.part(start, len(shard.doc_ids)) if columns else None, is_split)
         for start, shard in zip(starts, shards, strict=False)
     ]
 
@@ -172,6 +181,7 @@ class IndexSlice:
         records: of this slice.
         corpus: the files of its passages, whose columns searches may be filtered by.
         words: SHA-256 of the BM25 scores of each shard, by its name; empty where none are there.
+        is_split: whether passages are parts of documents.
 
     Raises:
         CorruptFileError: a file of a shard is gone, cut short or altered.
@@ -183,14 +193,18 @@ class IndexSlice:
         records: Sequence[ShardRecord],
         corpus: Sequence[Location] = (),
         words: Mapping[str, str] | None = None,
+        *,
+        is_split: bool = False,
     ) -> None:
-        self._shards = _searchable(merged(_loaded(folder, records, words or {})), corpus)
+        self._shards = _searchable(merged(_loaded(folder, records, words or {})), corpus, is_split=is_split)
 
     @classmethod
-    def of(cls, shards: Sequence[IndexShard], corpus: Sequence[Location] = ()) -> "IndexSlice":
+    def of(
+        cls, shards: Sequence[IndexShard], corpus: Sequence[Location] = (), *, is_split: bool = False
+    ) -> "IndexSlice":
         """Return a slice of shards that are in memory already."""
         made = cls.__new__(cls)
-        made._shards = _searchable(shards, corpus)
+        made._shards = _searchable(shards, corpus, is_split=is_split)
         return made
 
     @property

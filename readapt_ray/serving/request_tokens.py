@@ -120,6 +120,8 @@ class InputTokenizer:
         for row, name in zip(rows, names, strict=True):
             if len(row) > self._limits[kind]:
                 raise self._too_long(f"{name} has {len(row):,} tokens", kind, param)
+            if not row:  # nothing but control characters, say
+                raise RequestError(f"{name} has no token of this model; leave it out", param=param, code="empty")
         return rows
 
     def _check_cut(self, name: str, item: Item, text: str, kind: Kind, param: str) -> None:

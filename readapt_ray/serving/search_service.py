@@ -26,6 +26,7 @@ from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
 from readapt_ray.serving.domains import DomainUnavailableError, domain_down, encoded_by, rows_of, scales_of
+from readapt_ray.serving.hit_texts import texts_of
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import Recent, checked
 from readapt_ray.serving.schema import RequestError, invalid
@@ -64,13 +65,23 @@ class SearchService:
         self._tokenizing = ThreadPoolExecutor(_TOKENIZING_THREADS, thread_name_prefix="tokenize")
 
     async def set_state(
-        self, backends: Mapping[str, Backend], routing: Routing, missing: Mapping[str, str] | None = None
+        self,
+        backends: Mapping[str, Backend],
+        routing: Routing,
+        missing: Mapping[str, str] | None = None,
+        *,
+        must_be_whole: bool = False,
     ) -> None:
         """Serve these versions, by this routing, from the next request on; see `taken_over`."""
-        taken = taken_over(
-            self._registry, backends, routing, missing=missing or {}, limits=self.limits, telemetry=self._telemetry
+        self._registry = await taken_over(
+            self._registry,
+            backends,
+            routing,
+            missing=missing or {},
+            limits=self.limits,
+            telemetry=self._telemetry,
+            must_be_whole=must_be_whole,
         )
-        self._registry = await taken
         by_encoder = {id(each.batcher): (name, each) for name, each in reversed(list(self._registry.versions.items()))}
         self._readiness = Recent(
             functools.partial(checked, dict(reversed(by_encoder.values())), self._registry.missing)
@@ -365,8 +376,7 @@ def _given_vectors(given: Any, dimension: int) -> NDArray[np.float32]:
 
 
 async def _passages(version: Version, found: Found) -> dict[str, Passage]:
-    wanted = {hit.doc_id for ranked in found.ranked for hit in ranked}
-    return await asyncio.to_thread(version.store.find, wanted) if version.store else {}
+    return await asyncio.to_thread(texts_of, version.store, found.ranked) if version.store else {}
 
 
 async def _by_this_version(call: Awaitable[R]) -> R:

@@ -38,6 +38,8 @@ _ANSWER_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
 _GIVE_UP_S = 5.0
+_UPDATE_S = 600.0
+"""The gateways of an update start within this time, or it failed."""
 
 
 def serve(config: ServeConfig, *, blocking: bool = True) -> str:
@@ -199,7 +201,9 @@ def _deploy_update(
             new = app.gateway_of(config, keys)
             rollout.deploy({each: app.bind_version(*wanted[each]) for each in added})
             is_gateway_changed = True
-            rollout.deploy({GATEWAY_APP: app.bind_gateway(*new)})
+            setup, state = new
+            state = state.model_copy(update={"whole_until_s": time.time() + _UPDATE_S})
+            rollout.deploy({GATEWAY_APP: app.bind_gateway(setup, state)})
             _wait_until_ready(url, [name for name, _ in kept.values()])
     except BaseException as error:
         found = _described(error)

@@ -28,8 +28,11 @@ async def taken_over(
     missing: Mapping[str, str],
     limits: Limits,
     telemetry: Telemetry,
+    must_be_whole: bool = False,
 ) -> Registry:
     """Return the state that follows another one. A version that cannot be served holds up no other.
+
+    If it is the new default, the former versions and their routing are kept: requests that name no version would fail.
 
     Args:
         registry: the former state, whose versions continue if they are the same.
@@ -38,10 +41,11 @@ async def taken_over(
         missing: why each of the other versions is not up.
         limits: of the gateway.
         telemetry: of the gateway.
+        must_be_whole: raise what keeps a version from being served.
 
     Raises:
         InputError: the routing names a version that is not among them.
-        Exception: what kept the last one from being served, if none can be.
+        Exception: what kept the last one from being served, if none can be, or any with `must_be_whole`.
     """
     routing.check([*backends, *missing])
     left_out, versions = dict(missing), dict[str, Version]()
@@ -54,10 +58,12 @@ async def taken_over(
             others = [*versions.values(), *registry.versions.values()]
             versions[name] = await _added(name, backend, others, limits, telemetry)
         except Exception as error:
-            if number == len(backends) and not versions:
+            if must_be_whole or (number == len(backends) and not versions):
                 raise
             logger.exception("version %s cannot be served", name)
             left_out[name] = without_folders(first_line(error))
+    if routing.default not in versions and registry.routing.default in registry.versions:
+        return Registry({**registry.versions, **versions}, registry.routing, left_out)
     return Registry(versions, routing.among(versions), left_out)
 
 

@@ -248,7 +248,8 @@ class IndexReplica:
         ):
             raise FingerprintMismatchError(f"index {spec.index!r} is not the one that this version was set up with")
         records = [record for record in index.records if record.name in names]
-        self._slice = self._compute.wait_for(IndexSlice, index.folder, records, _passage_files(spec), index.words)
+        load = functools.partial(IndexSlice, is_split=spec.is_split)
+        self._slice = self._compute.wait_for(load, index.folder, records, _passage_files(spec), index.words)
         self._search = SearchBatches(functools.partial(self._compute, self._slice.search))
         self._fingerprint = spec.fingerprint(str(spec.encoder_fingerprint))
         self._probe = np.ones((1, int(index.encoder["dimension"])), np.float32)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from readapt_ray import artifacts
 from readapt_ray.artifacts import Artifact, Workspace
-from readapt_ray.catalog import models
+from readapt_ray.catalog import models, shapes
 from readapt_ray.catalog.dense_layers import dense_layers
 from readapt_ray.catalog.encoding import Encoding, EncodingOption
 from readapt_ray.catalog.query_models import describe_passages, passages_model
@@ -91,7 +91,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
         InputError: `base_dtype` needs a package that is not installed.
         ArtifactMissingError: the corpus is neither a complete output of ingest nor a file of pairs.
         CorpusError: it has no qrels of that split, or fewer than two that name a query and a passage it holds.
-        ModelError: the model cannot be found, is an adapter, or nothing says how it wants its text.
+        ModelError: the model cannot be found, is an adapter or quantized, or nothing says how it wants its text.
         PlacementError: the cluster does not have the workers asked for, or not the memory.
         TrainingDivergedError: the loss became NaN or infinite; checkpoints are kept.
     """
@@ -104,6 +104,7 @@ def finetune(config: FinetuneConfig) -> Artifact:
         raise ModelError(
             f"{config.model!r} is an adapter; merge it first (readapt merge) or give the model that it was trained on"
         )
+    shapes.refuse_quantized(model.config, model.name)
     if (passages := passages_model(model)) is not None:
         raise ModelError(
             f"{config.model!r} is for queries alone, and its passages are encoded by {passages.name!r}; finetune starts from one "

@@ -101,7 +101,8 @@ def check_pretrained(config: TrainConfig) -> None:
     """Check that the model can be trained as asked, before any passage is packed; fetch no weight.
 
     Raises:
-        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`.
+        ModelError: it is an adapter or quantized, has no language-model head, or has no layers of the names in
+            `target_modules`.
     """
     resolve(config, models.open_model(config.pretrained, with_weights=False))
 
@@ -112,8 +113,8 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
     Raises:
         InputError: `continue_from` has another shape than the options ask for, or `base_dtype` needs a package that is
             not installed.
-        ModelError: it is an adapter, has no language-model head, or has no layers of the names in `target_modules`; or
-            `continue_from` is no adapter that can be trained further.
+        ModelError: it is an adapter or quantized, has no language-model head, or has no layers of the names in
+            `target_modules`; or `continue_from` is no adapter that can be trained further.
     """
     from readapt_ray.nn import quantized
 
@@ -122,6 +123,7 @@ def resolve(config: TrainConfig, model: OpenModel) -> tuple[OpenModel, TrainConf
         raise ModelError(
             f"{config.pretrained!r} is an adapter; give the model that it was trained on: {model.base.name!r}"
         )
+    shapes.refuse_quantized(model.config, model.name)
     if config.continue_from is not None:
         earlier = models.open_model(config.continue_from, with_weights=False)
         config = continued_adapter.with_shape_of(config, earlier)
@@ -197,8 +199,10 @@ def _stream(config: TrainConfig, model: OpenModel, blocks: Location, output: Loc
     tokenizer = model.tokenizer
     masking = None
     if config.objective == "masked_lm":
-        masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=len(tokenizer), seed=config.seed)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id(tokenizer)
+        vocab_size = min(len(tokenizer), int(model.config.get("vocab_size") or len(tokenizer)))
+        masking = Masking(mask_id=tokenizer.mask_token_id, vocab_size=vocab_size, seed=config.seed)
+    # Not the token for padding: some tokenizers have one that the model has no embedding of.
+    pad_id = end_id(tokenizer)
     assert pad_id is not None  # pack refuses a tokenizer without an end token
     row_groups = list_row_groups(blocks)
     data_order = DataOrder(

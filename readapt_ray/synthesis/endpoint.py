@@ -16,6 +16,8 @@ from readapt_ray.synthesis.answers import Answer, Ask
 
 KEY_VARIABLE = "READAPT_ENDPOINT_KEY"
 _MAX_RETRIES = 6
+_FILTERED = "content_filter"
+"""Code of the error by which Azure OpenAI and those that follow it refuse a prompt for what it speaks of."""
 _KEY_WORDS = ("key", "token", "secret", "password")
 
 
@@ -106,6 +108,8 @@ class EndpointWriter:
                 f"same command again when it is up"
             ) from None
         except self._errors.APIStatusError as error:
+            if error.code == _FILTERED:  # this passage alone; asked again, it would be refused again
+                return Answer("", 0)
             raise InputError(
                 f"endpoint {self._url}, model {self._model!r}: {first_line(error)}; check the URL, the model's name and ${KEY_VARIABLE}"
             ) from None

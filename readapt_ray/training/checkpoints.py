@@ -96,8 +96,10 @@ class CheckpointWriter:
         place = dict(zip(("epoch", "num_consumed"), self._data_order.consumed(step), strict=True))
         header = {"step": step, **place, **self._data_order.identity(), "order_version": _ORDER_VERSION}
         metadata = {name: json.dumps(value) for name, value in header.items()}
-        (self._folder / f"step-{step:09d}{_SUFFIX}").write_bytes(to_safetensors(state, metadata=metadata))
-        for old in _files(self._folder)[: -self._keep]:
+        written = self._folder / f"step-{step:09d}{_SUFFIX}"
+        written.write_bytes(to_safetensors(state, metadata=metadata))
+        # A later one is damaged: the run went on from before it. It takes no other's place.
+        for old in [each for each in _files(self._folder) if each.name <= written.name][: -self._keep]:
             old.delete()
 
 

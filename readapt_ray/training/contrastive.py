@@ -27,7 +27,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.nn import attention
 from readapt_ray.nn.precision import products_in
-from readapt_ray.retrieval.forward_pass import packed_inputs, padded_inputs
+from readapt_ray.retrieval.forward_pass import check_ids, packed_inputs, padded_inputs
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.dora import without_adapters
@@ -74,8 +74,15 @@ class Contrast:
         return self.reader.steps(first_step)
 
     def work(self, engine: DeepSpeedEngine, batch: np.ndarray, step: int) -> StepWork[Any]:
-        """Return this worker's micro-batches, after the workers exchanged their vectors."""
+        """Return this worker's micro-batches, after the workers exchanged their vectors.
+
+        Raises:
+            ModelError: the tokenizer gives an id that the model does not know.
+        """
         shares = [self.reader.read(batch[rank :: engine.num_workers]) for rank in range(engine.num_workers)]
+        highest = max(int(ids.max()) for share in shares for ids in share.token_ids)
+        model: Any = self.model
+        check_ids(highest, int(model.get_input_embeddings().num_embeddings))
         # A worker without a pair encodes a text that counts for nothing, since passes are collective.
         shares = [share if share.num_pairs else share._replace(token_ids=shares[0].token_ids[:1]) for share in shares]
         groups = [self._groups(share, 0, self._num_trained(share)) for share in shares]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from readapt_ray.nn.precision import products_in
+from readapt_ray.retrieval.forward_pass import check_ids
 from readapt_ray.training import objectives
 from readapt_ray.training.checkpoints import DataOrder
 from readapt_ray.training.engine import DeepSpeedEngine
@@ -38,11 +39,14 @@ class LanguageModelling:
 
         Raises:
             RuntimeError: the batch is of another step or worker.
+            ModelError: the tokenizer gives an id that the model does not know.
         """
         if (batch.step, batch.worker_rank) != (step, engine.worker_rank):
             raise RuntimeError(
                 f"worker {engine.worker_rank} at step {step} got the data of step {batch.step} of worker {batch.worker_rank}"
             )
+        highest = max(int(row.input_ids.max()) for row in batch.rows)
+        check_ids(highest, self.model.get_input_embeddings().num_embeddings)
 
         def loss_of(part: Batch) -> Tensor:
             with products_in(self.dtype, self.model, engine.device.type):

@@ -86,7 +86,7 @@ def load_headless(
     with _quiet():
         try:
             module, report = _from_pretrained(folder, dtype, config_folder or folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise ModelError(
                 f"transformers cannot load {name!r}: {first_line(error)}; check its config.json and weights"
             ) from error

@@ -43,6 +43,8 @@ _LAYERED_ROPE: dict[str, tuple[tuple[str, ...], bool]] = {
     **dict.fromkeys(("modernbert", "modernbert-decoder"), (("global_rope_theta", "local_rope_theta"), False)),
     "olmo3": (("rope_theta", "rope_theta"), True),
 }
+# The weights that are written are floating-point, also if the retriever's were quantized when it was trained.
+_NOT_OF_RESULT = ("auto_map", "_name_or_path", "transformers_version", "quantization_config")
 _TITLE, _TEXT = "\x00title\x00", "\x00text\x00"
 
 
@@ -66,9 +68,7 @@ def headless_config(config: Mapping[str, Any], *, dtype: str, name: str) -> dict
             f"{name!r} has the model_type {kind!r} in config.json, which transformers' AutoModel does not know"
         )
     # Both names of the type: releases of transformers before 4.56 read only the second.
-    kept = {
-        key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path", "transformers_version")
-    }
+    kept = {key: value for key, value in config.items() if key not in _NOT_OF_RESULT}
     return {
         **_older_rope(config, name),
         **kept,

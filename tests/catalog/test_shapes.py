@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from readapt_ray.catalog import retrievers
-from readapt_ray.catalog.shapes import matching_layers, objective_of, shape_of
+from readapt_ray.catalog.shapes import matching_layers, objective_of, refuse_quantized, shape_of
 from readapt_ray.errors import ModelError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
@@ -32,6 +32,12 @@ def test_a_head_names_the_objective() -> None:
     assert objective_of({"architectures": ["BertForPreTraining"]}) == "masked_lm"
     assert objective_of({"architectures": ["GPT2LMHeadModel"]}) == "causal_lm"
     assert objective_of({"architectures": ["BertModel"]}) is None
+
+
+def test_a_quantized_model_is_not_trained() -> None:
+    refuse_quantized({"quantization_config": None}, "x")
+    with pytest.raises(ModelError, match=r"'x' is quantized \(quantization_config in its config.json: fp8\)"):
+        refuse_quantized({"quantization_config": {"quant_method": "fp8"}}, "x")
 
 
 def test_a_config_that_transformers_does_not_know_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import time
 import types
 
 import pytest
@@ -20,15 +21,16 @@ def replica(monkeypatch):
     async def description(app):
         return f"encoder of {app}", types.SimpleNamespace(fingerprint="f", slices={"index-0": 40})
 
-    async def set_state(versions, routing, missing):
+    async def set_state(versions, routing, missing, *, must_be_whole):
         made.served.append((sorted(versions), sorted(missing)))
+        made.had_to_be_whole.append(must_be_whole)
 
     monkeypatch.setattr(gateway, "_description", description)
     handles = types.SimpleNamespace(get_deployment_handle=lambda name, app: f"{name} of {app}")
     monkeypatch.setattr(gateway, "serve", handles)
     made = object.__new__(gateway.Gateway.func_or_class.__bases__[0])  # without Ray Serve around it
     made._versions, made._completing, made._service = {}, None, types.SimpleNamespace(set_state=set_state)
-    made.served = []
+    made.served, made.had_to_be_whole, made._state = [], [], None
     return made
 
 
@@ -130,3 +132,34 @@ def test_a_version_whose_passages_are_damaged_holds_up_no_other(world, version, 
 async def _served_alone(version):
     async with local_server({"damaged": version}):
         pass
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(60, [True, False]), (-60, [False, False])])
+def test_only_a_gateway_that_starts_in_an_update_must_serve_every_version(replica, seconds, expected):
+    for _ in range(2):  # the second one finds a state to keep
+        take_over(replica, {"a": "readapt-a"}, whole_until_s=time.time() + seconds)
+    assert replica.had_to_be_whole == expected
+
+
+def test_a_new_default_that_cannot_be_served_leaves_the_former_one(version, tmp_path):
+    """In a gateway that serves; one that starts in an update does not start."""
+    made = ingest_artifact(tmp_path / "corpus", small_corpus(5))
+    [file] = (tmp_path / "corpus/passages").iterdir()
+    file.write_bytes(file.read_bytes()[:-20])
+    info = dataclasses.replace(version.info, corpus=made.uri, corpus_fingerprint=made.fingerprint)
+    both = {"base": version, "new": dataclasses.replace(version, info=info)}
+
+    async def run():
+        async with local_server({"base": version}) as server, server.client() as client:
+            await server.service.set_state(both, Routing(default="new"))
+            answers = [
+                await client.post("/v1/embeddings", json={"input": "array"} | name) for name in ({}, {"model": "new"})
+            ]
+            with pytest.raises(CorruptFileError):
+                await server.service.set_state(both, Routing(default="base"), must_be_whole=True)
+            return answers, await client.get("/readyz")
+
+    (unnamed, named), ready = asyncio.run(run())
+    assert (unnamed.status_code, unnamed.json()["model"]) == (200, "base")
+    assert named.status_code == 503
+    assert not ready.json()["versions"]["new"]["ready"]

@@ -65,6 +65,27 @@ def test_a_filtered_search_is_exact_among_what_passes(sliced, vectors, wanted, k
         np.testing.assert_allclose([doc.score for doc in mine], [doc.score for doc in its], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("doc_ids", "there"),
+    [
+        (("a",), ["a#1", "a#10", "a#2"]),
+        (("a", "b", "absent"), ["a#1", "a#10", "a#2", "b"]),
+        (("a#2",), ["a#2"]),
+        (("a#1",), ["a#1", "a#1#1"]),
+        (("a#", "#", ""), []),
+    ],
+)
+def test_a_document_that_was_split_stands_for_its_passages(tmp_path, vectors, doc_ids, there):
+    """A hit has the id of its document, by which the next search can be restricted."""
+    folder = Location(str(tmp_path))
+    ids = ["b", "a#2", "a#1#1", "ab#1", "a", "a#x", "a#1", "a#10", "a!", "a$"]
+    made = build_shard("Flat", 8, [(ids, vectors[: len(ids)])])
+    records = [write_shard(folder, "00000", made, encoder="e")]
+    for is_split, due in ((True, there), (False, sorted(set(doc_ids) & set(ids)))):
+        found = IndexSlice(folder, records, is_split=is_split).search(vectors[:1], 10, DocFilter(doc_ids=doc_ids))
+        assert sorted({each.doc_id for each in found.of_query(0, "")} - {"a"}) == sorted(set(due) - {"a"})
+
+
 def test_a_slice_knows_its_size(sliced):
     assert sliced.num_vectors == len(IDS)
 

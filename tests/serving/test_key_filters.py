@@ -168,6 +168,10 @@ def test_and_a_server_does_not_start_with_one(world, keys, changes):
     ):
         check_keys(config, keys)
     check_keys(config, [key for key in keys if key.name == "all"])
+    elsewhere = [dataclasses.replace(key, domains=frozenset({"other"})) for key in keys]
+    both = ServeConfig.parse({"versions": {name: world.version(name) for name in ("retriever", "other")}} | changes)
+    with pytest.raises(InputError, match="the API key 'acme' cannot search in version 'other'"):
+        check_keys(both, elsewhere)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,17 @@ def url(monkeypatch):
         listening.shutdown()
 
 
+def test_a_node_that_dies_while_it_answers_has_no_metrics(url, monkeypatch):
+    def cut_short(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "1000")
+        self.end_headers()
+        self.wfile.write(b"a metric")
+
+    monkeypatch.setattr(Page, "do_GET", cut_short)
+    assert gateway._read(f"{url}/metrics") == ""
+
+
 def test_a_server_is_ready_and_has_metrics_beside_a_proxy(url, monkeypatch):
     assert gateway._read(f"{url}/metrics") == "a metric"
     monkeypatch.setattr(server, "_ANSWER_TIMEOUT_S", 5.0)

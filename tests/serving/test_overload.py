@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from readapt_ray.serving import guard as guard_module
-from readapt_ray.serving import readiness, search_service, shadow_and_probe
+from readapt_ray.serving import hit_texts, readiness, search_service, shadow_and_probe
 from readapt_ray.serving.versions import Routing
 from tests.serving.conftest import LocalVersion, local_server
 
@@ -212,6 +212,28 @@ def test_a_large_answer_is_written_off_the_event_loop_and_is_the_same(version, m
     in_a_thread, inline = asyncio.run(run())
     assert in_a_thread == inline
     assert sum(len(each["hits"]) for each in inline["data"]) == 20 * 40
+
+
+def test_the_texts_of_an_answer_are_bounded(version, monkeypatch):
+    monkeypatch.setattr(hit_texts, "_READ_AT_ONCE", 2)
+
+    async def run():
+        async with local_server({"tiny": version}) as server, server.client() as client:
+
+            async def ask(**body):
+                return await client.post("/v1/search", json={"query": ["array", "array"], "top_k": 5} | body)
+
+            hits, again = (each["hits"] for each in (await ask()).json()["data"])
+            assert hits == again and len(hits) == 5
+            size = 2 * sum(len(hit["title"]) + len(hit["text"]) for hit in hits)
+            monkeypatch.setattr(hit_texts, "_MAX_CHARACTERS", size)
+            assert (await ask()).status_code == 200
+            monkeypatch.setattr(hit_texts, "_MAX_CHARACTERS", size - 1)
+            refused = await ask()
+            assert (refused.status_code, refused.json()["error"]["code"]) == (400, "answer_too_large")
+            assert (await ask(with_text=False)).status_code == (await ask(top_k=2)).status_code == 200
+
+    asyncio.run(run())
 
 
 def test_what_cannot_be_done_in_time_is_refused_at_once(world):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.retrieval.tokenization import TextTokenizer
 from readapt_ray.serving import request_tokens, search_service
 from readapt_ray.serving.request_tokens import InputTokenizer
@@ -31,6 +32,14 @@ def wordwise(version) -> InputTokenizer:
 
 def tokenize(tokenizer, given, kind="query", *, truncate=True) -> list[list[list[int]]]:
     return list(tokenizer.blocks(given, kind, param="input", truncate=truncate, max_inputs=2048))
+
+
+def test_a_text_without_a_token_is_refused():
+    encoding = Encoding(pooling="mean", add_bos=False, add_eos=False)
+    for kind in ("query", "raw"):
+        with pytest.raises(RequestError, match=r"'input\[1\]' has no token of this model") as caught:
+            tokenize(InputTokenizer(encoder_tokenizer(), encoding), ["array", "\x07"], kind)
+        assert caught.value.status == 400
 
 
 BOTH = {

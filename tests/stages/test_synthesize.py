@@ -161,6 +161,14 @@ def test_an_endpoint_that_refuses_or_is_none_is_named(corpus, server, tmp_path, 
         synthesize(config(corpus, server, tmp_path / "queries", num_passages=3))
 
 
+def test_a_passage_that_an_endpoint_refuses_to_read_ends_nothing(corpus, server, tmp_path):
+    error = {"message": "The prompt was filtered", "code": "content_filter", "status": 400}
+    server.answer = lambda number, _: (400, {"error": error}) if number == 2 else (200, f"what is asked as {number}")
+    made = synthesize(config(corpus, server, tmp_path / "queries", num_passages=4, num_requests=1))
+    assert made.manifest.counts["num_queries"] == 3 and len(server.requests) == 4
+    assert made.manifest.details["left_out"] == {"empty": 1}
+
+
 def test_nonsense_is_counted_by_reason_and_all_nonsense_is_refused(corpus, server, tmp_path):
     said = [
         "",

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from readapt_ray.artifacts import Artifact, open_artifact
+from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.shapes import pretrained_shape
 from readapt_ray.cluster.step_metrics import read_metrics
 from readapt_ray.errors import (
@@ -31,9 +33,11 @@ from readapt_ray.errors import (
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.worker_memory import train_memory
 from readapt_ray.recipes.chain import train_on_passages
+from readapt_ray.stages import train as train_stage
 from readapt_ray.stages.finetune import FinetuneConfig, finetune
 from readapt_ray.stages.pack import PackConfig, pack
 from readapt_ray.stages.train import TrainConfig, check_pretrained, train
+from readapt_ray.storage import Location
 from tests import factories
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -418,6 +422,26 @@ def test_bad_input_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_p
     corpus = str(blocks.parent / "corpus")
     with pytest.raises(ModelError, match="block_tokens = 100000 is more than"):
         pack(PackConfig(pretrained=str(base), corpus=corpus, output=str(tmp_path / "c"), block_tokens=100_000))
+
+
+def test_a_quantized_model_is_refused_before_any_worker(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(packed[0], tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"is quantized \(quantization_config in its config.json: bitsandbytes\)"):
+        trained((tmp_path / "base", packed[1]), tmp_path / "out")
+
+
+def test_rows_are_filled_with_a_token_that_the_model_has(packed: tuple[Path, Path], tmp_path: Path) -> None:
+    """Some tokenizers have a token for padding that the model has no embedding of."""
+    model = open_model(str(packed[0]))
+    model.tokenizer.add_special_tokens({"pad_token": "[A NEW ONE]"})
+    assert model.tokenizer.pad_token_id >= model.config["vocab_size"]
+    config = TrainConfig(pretrained="", corpus="", output="", objective="causal_lm")
+    blocks = open_artifact(str(packed[1]), "pack").location / "blocks"
+    stream = train_stage._stream(config, model, blocks, Location(str(tmp_path)))
+    assert stream._cutting.pad_id == model.tokenizer.eos_token_id
 
 
 @pytest.mark.slow

@@ -53,6 +53,17 @@ def test_a_checkpoint_cut_short_is_never_taken_for_a_whole_one(tmp_path: Path, k
         newest_checkpoint(location, ORDER)
 
 
+def test_a_damaged_checkpoint_takes_no_others_place(tmp_path: Path) -> None:
+    """The run went on from an earlier one, and has not come as far again."""
+    saved(tmp_path / "c", 2, 5)
+    (tmp_path / "c" / "step-000000005.safetensors").write_bytes(b"damaged")
+    for step in (3, 4):
+        assert newest_step(saved(tmp_path / "c", step, keep=1)) == step
+    assert [file.name[5:14] for file in Location(str(tmp_path / "c")).files()] == ["000000004", "000000005"]
+    assert newest_step(saved(tmp_path / "c", 5, 6, keep=1)) == 6
+    assert len(Location(str(tmp_path / "c")).files()) == 1
+
+
 def test_files_that_are_no_checkpoints_are_neither_removed_nor_read(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     for name in ("adapter.safetensors", "zzz.safetensors"):

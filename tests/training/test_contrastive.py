@@ -15,6 +15,7 @@ from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 from sentence_transformers.models import Normalize, Pooling, Transformer
 
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.errors import ModelError
 from readapt_ray.storage import Location
 from readapt_ray.training import contrastive
 from readapt_ray.training.contrastive import Contrast, encode
@@ -127,6 +128,13 @@ def test_loss_and_gradients_equal_sentence_transformers(
     assert max(float(each.abs().max()) for each in found.values()) > 1e-3
     for name, each in found.items():
         assert torch.allclose(each, expected_gradients[name], atol=1e-5), name
+
+
+def test_an_id_that_the_model_does_not_know_is_named(tmp_path: Path) -> None:
+    model = Transformer(str(factories.tiny_encoder(tmp_path / "m"))).auto_model
+    model.set_input_embeddings(torch.nn.Embedding(3, model.config.hidden_size))
+    with pytest.raises(ModelError, match="but the model has 3 token embeddings"):
+        our_loss(model, reader(tmp_path / "pairs", 0), 100_000)
 
 
 def test_cached_gradients_replay_dropout(tmp_path: Path) -> None:

@@ -280,12 +280,13 @@ def test_config_is_that_of_the_headless_class():
         "model_type": "mistral",
         "architectures": ["MistralForCausalLM"],
         "auto_map": {"x": "y"},
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
         "torch_dtype": "float16",
     }
     made = headless_config(config, dtype="bfloat16", name="x")
     assert made["architectures"] == ["MistralModel"]
     assert made["dtype"] == made["torch_dtype"] == "bfloat16"
-    assert "auto_map" not in made
+    assert not {"auto_map", "quantization_config"} & made.keys()
     assert headless_config({"model_type": "bert"}, dtype="float32", name="x")["architectures"] == ["BertModel"]
     with pytest.raises(ModelError, match="'nosuch'"):
         headless_config({"model_type": "nosuch"}, dtype="float32", name="x")

@@ -6,6 +6,7 @@ import transformers
 
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ModelError, WeightMismatchError
+from readapt_ray.weights import loading
 from readapt_ray.weights.loading import load_model
 from tests import factories
 from tests.weights import oracles
@@ -103,3 +104,17 @@ def test_an_architecture_without_sdpa_is_loaded_with_plain_attention(tmp_path):
     assert loaded.config._attn_implementation == "eager"
     with torch.no_grad():
         assert torch.equal(loaded(IDS).last_hidden_state, model(IDS).last_hidden_state)
+
+
+def test_what_lacks_a_package_is_refused_and_no_crash(tmp_path, monkeypatch):
+    """A model in 4 bits by AWQ, say."""
+
+    def load(*_):
+        raise ImportError("Loading an AWQ quantized model requires gptqmodel.")
+
+    model = open_model(str(factories.tiny_decoder(tmp_path / "m")))
+    monkeypatch.setattr(loading, "_from_pretrained", load)
+    with pytest.raises(
+        ModelError, match=r"transformers cannot load .*: Loading an AWQ quantized model requires gptqmodel"
+    ):
+        load_model(model, dtype=torch.float32, device="cpu")
