@@ -10,12 +10,15 @@ from readapt_ray import library_logs
 
 @pytest.fixture(autouse=True)
 def libraries() -> Iterator[None]:
-    """The loggers of libraries, as they were afterwards."""
+    """The loggers of libraries, as they were afterwards; other tests leave levels of their own."""
     loggers = {name: logging.getLogger(name) for name in library_logs._LIBRARIES}
-    before = {name: (each.handlers[:], each.filters[:], each.propagate) for name, each in loggers.items()}
+    before = {name: (each.handlers[:], each.filters[:], each.propagate, each.level) for name, each in loggers.items()}
+    for each in loggers.values():
+        each.setLevel(logging.WARNING)
     yield
     for name, each in loggers.items():
-        each.handlers, each.filters, each.propagate = before[name]
+        each.handlers, each.filters, each.propagate, level = before[name]
+        each.setLevel(level)
 
 
 def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(

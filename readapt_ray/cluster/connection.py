@@ -293,8 +293,10 @@ def _hush_libraries(*, is_new: bool) -> None:
 
 def _to_log(data: Mapping[str, Any], **_: Any) -> None:
     """Log what Ray would print."""
+    printed = logging.getLogger("ray.printed")
+    printed.setLevel(logging.INFO)  # Ray's own drops all but errors
     for line in data["lines"]:
-        logging.getLogger("ray").warning("%s", line)
+        printed.warning("%s", line)
 
 
 def logs_folder() -> Path | None:
