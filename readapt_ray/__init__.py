@@ -83,6 +83,7 @@ def __getattr__(name: str) -> Any:
         close = difflib.get_close_matches(name, __all__, n=1)
         hint = f"; did you mean {close[0]!r}?" if close and not name.startswith("_") else ""
         raise AttributeError(f"module 'readapt_ray' has no attribute {name!r}{hint}")
+    importlib.import_module("readapt_ray.library_logs").hush_notebooks()
     module = importlib.import_module(f"readapt_ray.{_HOMES[name]}")
     if name in _FROM_CONFIGS:
         return module.function_of(name)

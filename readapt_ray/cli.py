@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -42,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `readapt` with these arguments; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else "--help"
+    ending = _Ending(command)
     try:
         warnings.filterwarnings("ignore")
-        termination.end_as_ctrl_c_does()
+        termination.end_as_ctrl_c_does(ending.give_up if command != "serve" else None, is_vain=_is_ray_gone)
         log_output.write_to_terminal()
         library_logs.silence()
         try:
@@ -58,10 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         is_terminated = termination.is_told(stop)
         if isinstance(stop, SystemExit) and not is_terminated:
             raise
-        goes_on = "" if command in _WITHOUT_STATE else "; run the same command again and it resumes where it stopped"
-        what, code = ("terminated", 143) if is_terminated else ("interrupted", 130)
-        print(f"\nreadapt: {what}{goes_on}", file=sys.stderr)
-        return code
+        return ending.tell(is_terminated=is_terminated)
     except UNREADABLE as error:
         print(f"readapt: error: {unreadable(error)}", file=sys.stderr)
         return InputError.exit_code
@@ -73,6 +72,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"readapt: failed: {type(error).__name__}: {error} (READAPT_DEBUG=1 shows where)", file=sys.stderr)
         return 1
     return 0
+
+
+class _Ending:
+    """Say once that a signal ended a command, be it after the cleanup or because that takes too long."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._lock = threading.Lock()
+        self._code: int | None = None
+
+    def tell(self, *, is_terminated: bool) -> int:
+        """Print the line, if it is not there yet; return the exit code."""
+        with self._lock:
+            if self._code is None:
+                how = (
+                    ""
+                    if self._command in _WITHOUT_STATE
+                    else "; run the same command again and it resumes where it stopped"
+                )
+                what, self._code = ("terminated", 143) if is_terminated else ("interrupted", 130)
+                print(f"\nreadapt: {what}{how}", file=sys.stderr, flush=True)
+        return self._code
+
+    def give_up(self) -> None:
+        """End this process now; what it leaves behind is what a killed one leaves."""
+        os._exit(self.tell(is_terminated=termination.has_sigterm()))
+
+
+def _is_ray_gone() -> bool:
+    """Return whether Ray's processes, which this one started, have ended."""
+    connection = sys.modules.get("readapt_ray.cluster.connection")
+    return connection is not None and connection.has_ended()
 
 
 def _is_unread() -> bool:

@@ -118,12 +118,17 @@ class Config(BaseModel):
     """Options that do nothing by themselves: the option that each one is used with, and its values (any but the default if
     there are none)."""
 
-    def __init__(self, /, **values: Any) -> None:
+    def __init__(self, /, *given: Any, **values: Any) -> None:
         """Make a config from options by name.
 
         Raises:
             InputError: one message that names every wrong option, its value and what is allowed.
         """
+        if given:
+            raise InputError(
+                f"{type(self).__name__}: {given[0]!r} has no name; give each option by its name, such as "
+                f"{next(iter(type(self).model_fields))}=..."
+            )
         try:
             super().__init__(**values)
         except pydantic.ValidationError as error:

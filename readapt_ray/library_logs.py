@@ -1,11 +1,12 @@
 """Keep what Ray, DeepSpeed and Hugging Face's libraries log off the terminal, and write it to files.
 
-`silence` takes their handlers that write to the terminal away; what they log goes to the files of `write_to`, if any. What
+`silence` takes their handlers that write to the terminal away; what they log goes to the files of `written_to`, if any. What
 they print without Python's logging (C++ parts of Ray) is not changed.
 """
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,12 +40,12 @@ class _Caught(logging.Filter):
         return False
 
 
-_to_files = _ToFiles()
+_to_files = _ToFiles(logging.INFO)  # ray.data would fill the log of a run with what it does in each second
 _caught = _Caught()
 
 
 def silence() -> None:
-    """Take the libraries off the terminal; what they log goes to the files of `write_to`."""
+    """Take the libraries off the terminal; what they log goes to the files of `written_to`."""
     for name in _LIBRARIES:
         logger = logging.getLogger(name)
         for handler in [each for each in logger.handlers if _writes_to_terminal(each)]:
@@ -54,6 +55,12 @@ def silence() -> None:
             continue
         logger.propagate = False
         logger.addHandler(_to_files)
+
+
+def hush_notebooks() -> None:
+    """Keep tqdm and Ray from asking for ipywidgets in a notebook: they are imported for bars and tables that are not shown."""
+    warnings.filterwarnings("ignore", message="IProgress not found")
+    logging.getLogger("ray.widgets").setLevel(logging.WARNING)
 
 
 def _writes_to_terminal(handler: logging.Handler) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from readapt_ray import termination
 from tests import lanes
 
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
@@ -78,6 +79,13 @@ def package_logger() -> Iterator[None]:
     before = logger.handlers[:], logger.level, logger.propagate
     yield
     logger.handlers, logger.level, logger.propagate = before
+
+
+@pytest.fixture(autouse=True)
+def cleanup_without_limit() -> Iterator[None]:
+    """A command ends its process when cleanup after a Ctrl-C takes long; pytest itself may take its time."""
+    yield
+    termination._stop.give_up = None
 
 
 @pytest.fixture(autouse=True)

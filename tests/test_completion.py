@@ -1,5 +1,8 @@
-"""Completion in a shell: the script is made from the parsers, and bash completes with it."""
+"""Completion in a shell: the script is made from the parsers, and the shells complete with it."""
 
+import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
@@ -42,6 +45,51 @@ def test_bash_completes_commands_and_options(capsys: pytest.CaptureFixture[str],
     assert completed("readapt", "qu") == ["quickstart"]
     assert completed("readapt", "embed", "--max-l") == ["--max-left-out"]
     assert set(completed("readapt", "run", "--")) >= {"--config", "--set", "--overwrite", "--from"}
+
+
+def test_fish_completes_commands_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(_script("fish", capsys))
+    fish = shutil.which("fish") or pytest.skip("fish is not installed")
+
+    def completed(words: str) -> list[str]:
+        code = f"source {tmp_path / 'script'}; complete -C '{words}'"
+        out = subprocess.run([fish, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+        return [line.split("\t")[0] for line in out.splitlines()]
+
+    assert completed("readapt qu") == ["quickstart"]
+    assert completed("readapt embed --max-l") == ["--max-left-out"]
+    assert set(completed("readapt run --")) >= {"--config", "--set", "--overwrite", "--from"}
+
+
+def test_zsh_completes_commands_and_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "_readapt").write_text(_script("zsh", capsys))
+    zsh = shutil.which("zsh") or pytest.skip("zsh is not installed")
+    begin = f"PS1=; PS2=; fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -d {tmp_path}/dump; readapt() {{ echo GIVEN $@ }}"
+
+    def completed(words: str) -> str:
+        ours, theirs = pty.openpty()
+        process = subprocess.Popen(
+            [zsh, "-f", "-i"], stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, "TERM": "dumb"}
+        )
+        os.write(ours, f"{begin}; echo READY\n".encode())
+        _read_until(ours, "\nREADY")
+        os.write(ours, f"{words}\t\n".encode())
+        said = _read_until(ours, "\nGIVEN")
+        process.kill()
+        process.wait()
+        return said.rpartition("GIVEN ")[2].partition("\n")[0].strip()
+
+    assert completed("readapt qu") == "quickstart"
+    assert completed("readapt embed --max-l") == "embed --max-left-out"
+
+
+def _read_until(terminal: int, mark: str) -> str:
+    """What a terminal shows up to the end of the line that begins with a mark."""
+    said = ""
+    while "\n" not in said.partition(mark)[2]:
+        assert select.select([terminal], [], [], 30)[0], said
+        said += os.read(terminal, 4096).decode().replace("\r", "")
+    return said
 
 
 def test_what_is_missing_or_unknown_is_said(

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from tests import factories
@@ -35,6 +36,20 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def with_general(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run file of a smaller experiment, which measures a general collection, too."""
+    folder = tmp_path_factory.mktemp("with_general")
+    train = {"block_tokens": 128, "batch_size": 64, "num_workers": 1, "num_cpus_per_worker": 1}
+    file = factories.run_file(folder, num_passages=120, num_queries=10, train=train)
+    passages = factories.small_corpus(1500)
+    made = factories.ingest_artifact(folder / "other", passages, *factories.small_queries(passages, 10))
+    place = made.location.local_path
+    general = {"source": f"{place}/passages", "queries": f"{place}/queries", "qrels": f"{place}/qrels"}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"general": general}))
+    return folder
+
+
 def start(experiment: Path, root: Path) -> subprocess.Popen[str]:
     environment = {**os.environ, "READAPT_NUM_CPUS": "2", "OMP_NUM_THREADS": "1"}
     environment.pop("RAY_ADDRESS", None)
@@ -49,19 +64,21 @@ def start(experiment: Path, root: Path) -> subprocess.Popen[str]:
     )
 
 
-def hit(experiment: Path, root: Path, stage: str, sent: signal.Signals, after_s: float) -> tuple[int, str]:
-    """Run, and send a signal some time after the stage began; exit code and output."""
+def hit(
+    experiment: Path, root: Path, stage: str, sent: signal.Signals, after_s: float, *, to_group: bool = False
+) -> tuple[int, str]:
+    """Run, and send a signal some time after the stage, or the step of this output, began; exit code and output."""
     process = start(experiment, root)
     assert process.stdout is not None
     said, ray_processes = [], []
 
     def send() -> None:
         ray_processes.extend(psutil.Process(process.pid).children(recursive=True))
-        os.kill(process.pid, sent)
+        (os.killpg if to_group else os.kill)(process.pid, sent)
 
     for line in process.stdout:
         said.append(line)
-        if f"] {stage} ->" in line:
+        if f"] {stage} ->" in line or line.endswith(f"-> {root / stage}\n"):
             threading.Timer(after_s, send).start()
     code = process.wait(timeout=120)
     for left in psutil.wait_procs(ray_processes, timeout=30)[1]:
@@ -119,3 +136,41 @@ def test_a_driver_killed_while_training_and_embedding(experiment: Path, undistur
         assert code in (-signal.SIGKILL, 0), (stage, out)
     finish(experiment, root)
     assert content(root) == undisturbed
+
+
+GENERAL = ("corpus", "vectors/retriever", "vectors/adapted", "runs/retriever.trec", "runs/adapted.trec", "report")
+
+
+def test_a_run_resumes_in_the_middle_of_its_general_collection(with_general: Path) -> None:
+    expected = with_general / "undisturbed"
+    finish(with_general, expected)
+    root = with_general / "stopped"
+    signals = (signal.SIGTERM, signal.SIGKILL, signal.SIGINT)
+    for number, name in enumerate(GENERAL):
+        sent = signals[number % 3]
+        after_s = 8.0 if name.startswith("vectors") else 0.2
+        code, out = hit(with_general, root, f"general/{name}", sent, after_s, to_group=sent != signal.SIGKILL)
+        assert code in ({signal.SIGTERM: 143, signal.SIGKILL: -9, signal.SIGINT: 130}[sent], 0), (name, out)
+        assert code or name != "vectors/retriever", "it was hit"
+        if code > 0:
+            assert out.count("readapt: ") == 1, out
+            assert out.endswith("run the same command again and it resumes where it stopped\n"), out
+    out = finish(with_general, root)
+    assert "general/report" in out
+    for name in ("vectors/retriever/vectors", "vectors/adapted/vectors"):
+        tables = [pq.read_table(each / "general" / name).to_pydict() for each in (expected, root)]
+        assert tables[0] == tables[1]
+    for name in ("general/runs/adapted.trec", "general/report/measures.json", "report/measures.json"):
+        assert (root / name).read_text() == (expected / name).read_text()
+
+
+def test_timeout_ends_a_run_with_one_line(experiment: Path) -> None:
+    for stage, after_s in (("pack", 6.0), ("train", 15.0), ("embed", 10.0)):
+        code, out = hit(experiment, experiment / "group", stage, signal.SIGTERM, after_s, to_group=True)
+        assert code in (143, 0), out
+        if code:
+            assert out.split("\n")[-3:] == [
+                "",
+                "readapt: terminated; run the same command again and it resumes where it stopped",
+                "",
+            ]

@@ -10,12 +10,15 @@ from readapt_ray import library_logs
 
 @pytest.fixture(autouse=True)
 def libraries() -> Iterator[None]:
-    """The loggers of libraries, as they were afterwards."""
+    """The loggers of libraries, as they were afterwards; other tests leave levels of their own."""
     loggers = {name: logging.getLogger(name) for name in library_logs._LIBRARIES}
-    before = {name: (each.handlers[:], each.filters[:], each.propagate) for name, each in loggers.items()}
+    before = {name: (each.handlers[:], each.filters[:], each.propagate, each.level) for name, each in loggers.items()}
+    for each in loggers.values():
+        each.setLevel(logging.WARNING)
     yield
     for name, each in loggers.items():
-        each.handlers, each.filters, each.propagate = before[name]
+        each.handlers, each.filters, each.propagate, level = before[name]
+        each.setLevel(level)
 
 
 def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
@@ -32,6 +35,8 @@ def test_what_libraries_log_goes_to_a_file_and_not_to_the_terminal(
         logging.getLogger("transformers.tokenization").warning("Token indices sequence length is longer")
         logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward")
         logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU")
+        logging.getLogger("ray.data").setLevel(logging.DEBUG)  # as Ray Data does
+        logging.getLogger("ray.data.executor").debug("Operator 0 has 3 tasks")
         logging.getLogger("pypdf._reader").warning("EOF marker not found")
     logging.getLogger("ray.data.exceptions").error("after the block")
     said = capfd.readouterr()

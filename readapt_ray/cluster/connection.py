@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import uuid
@@ -277,15 +278,25 @@ def _gpus_by_kind(nodes: list[dict[str, Any]]) -> dict[str, int]:
 
 def _hush_libraries(*, is_new: bool) -> None:
     """Take the libraries off the terminal; what they log goes to a file among Ray's."""
+    from ray._private import worker
     from ray.data import DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # Ray's own loses the cause on its way here
+    worker.print_to_stdstream = _to_log  # Ray's notices, such as a task that failed at the end
     library_logs.silence()
     if is_new and (folder := logs_folder()):
         library_logs.add_file(folder / _DRIVER_LOG)
+
+
+def _to_log(data: Mapping[str, Any], **_: Any) -> None:
+    """Log what Ray would print."""
+    printed = logging.getLogger("ray.printed")
+    printed.setLevel(logging.INFO)  # Ray's own drops all but errors
+    for line in data["lines"]:
+        printed.warning("%s", line)
 
 
 def logs_folder() -> Path | None:
@@ -334,6 +345,12 @@ def _linked(error: BaseException, *, with_contexts: bool = False) -> list[BaseEx
         pending += [*inner, *failures.values(), current.__cause__]
         pending += [current.__context__] if with_contexts else []
     return found
+
+
+def has_ended() -> bool:
+    """Return whether Ray's own processes have ended, if this process started them."""
+    node = getattr(sys.modules.get("ray._private.worker"), "_global_node", None)
+    return node is not None and bool({kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"})
 
 
 def disconnect() -> None:

@@ -1,8 +1,10 @@
 """Start Ray on this machine. A machine that is busy gets a second chance: Ray gives its processes 30 s to come up."""
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from readapt_ray import environment, hardware
@@ -35,7 +37,7 @@ def start() -> None:
         "log_to_driver": False,
     }
     try:
-        ray.init(**options)
+        _init(options)
     except Exception as error:
         if _TIMED_OUT not in str(error):
             raise
@@ -53,7 +55,7 @@ def _start_again(options: Mapping[str, Any]) -> None:
     import ray
 
     try:
-        ray.init(**options)
+        _init(options)
     except Exception as error:
         if _TIMED_OUT not in str(error):
             raise
@@ -61,6 +63,47 @@ def _start_again(options: Mapping[str, Any]) -> None:
         raise WorkerError(
             f"Ray did not start in time, twice: {_how_busy()}; run the command again when less runs here"
         ) from None
+
+
+def _init(options: Mapping[str, Any]) -> None:
+    """Start Ray; if that fails or is interrupted, end the processes that it has started by then.
+
+    Ray itself forgets them, and they run until this process ends: for hours in a notebook, and beside those of the second try.
+    """
+    import ray
+    from ray._private.node import Node
+
+    try:
+        with _in_groups_of_their_own():
+            ray.init(**options)
+    except BaseException as error:
+        holders = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+        node = next((each for each in holders if isinstance(each, Node)), None)
+        if node is not None:
+            node.kill_all_processes(check_alive=False, allow_graceful=True, wait=True)
+        raise
+
+
+@contextlib.contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Start each of Ray's processes in a process group of its own while the block runs.
+
+    `timeout` sends its signal to the group of the command. Ray has to outlive that for as long as the command cleans up; when
+    the command ends, Ray's processes end with it in any case.
+    """
+    from ray._private import utils
+
+    end_with_parent = utils.set_kill_on_parent_death_linux
+
+    def leave_group() -> None:
+        os.setpgid(0, 0)
+        end_with_parent()
+
+    utils.set_kill_on_parent_death_linux = leave_group  # Ray calls it in each process before it starts there
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = end_with_parent
 
 
 def _how_busy() -> str:

@@ -23,6 +23,7 @@ _REPLACEMENT_S = 45.0
 _ROOM_POLL_S = 5.0
 _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
+_ROOM_JOIN_S = 2.0
 _SETTLE_S = 3.0
 """What a stage held is free again a second or two after it ends."""
 
@@ -175,7 +176,7 @@ def said_when_too_small(num_workers: int, each: Mapping[str, float], *, who: str
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(_ROOM_JOIN_S)  # where Ray has ended, what asks it for its nodes waits for a minute
 
 
 def _watch_room(num_workers: int, each: Mapping[str, float], who: str, stop: threading.Event) -> None:

@@ -345,7 +345,7 @@ def _end_where_ray_ends() -> None:
     node = ray._private.worker._global_node
 
     def watch() -> None:
-        while not {kind for kind, _ in node.dead_processes()} & {"gcs_server", "raylet"}:
+        while not connection.has_ended():
             time.sleep(_POLL_S)
         node.kill_all_processes(check_alive=False)
         haproxy.remove_folders()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,31 @@ def test_a_real_cluster_says_what_it_has(ray_session: None) -> None:
     assert hardware.machine_info()["cluster"] == {"num_nodes": 1, "num_cpus": found.num_cpus, "gpus": {}}
     with pytest.raises(PlacementError, match=r"room for 0 on 1 node with 2 CPU"):
         placement.check_placement(1, {"CPU": 3}, who="workers")
+
+
+def test_what_ray_would_print_goes_to_its_log(ray_session: None, capfd: pytest.CaptureFixture[str]) -> None:
+    from ray._private import worker
+
+    folder = connection.logs_folder()
+    assert folder is not None
+    worker.print_to_stdstream({"lines": ["Task f failed."], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert "Task f failed." in (folder / "readapt-driver.log").read_text()
+    said = capfd.readouterr()
+    assert said.out + said.err == ""
+
+
+def test_a_stage_that_ends_does_not_wait_for_an_answer_about_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def never() -> list[dict[str, Any]]:
+        asked.set()
+        time.sleep(60)
+        return []
+
+    monkeypatch.setattr(placement.nodes, "alive", never)
+    monkeypatch.setattr(placement, "_ROOM_POLL_S", 0.01)
+    monkeypatch.setattr(placement, "_ROOM_JOIN_S", 0.2)
+    began_s = time.monotonic()
+    with placement.said_when_too_small(1, {"CPU": 1}, who="workers"):
+        assert asked.wait(5)
+    assert time.monotonic() - began_s < 10

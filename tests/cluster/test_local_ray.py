@@ -1,5 +1,8 @@
 import logging
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,6 +53,43 @@ def test_another_failure_is_not_tried_again(starts: list[Any]) -> None:
     with pytest.raises(ValueError, match="no such option"):
         local_ray.start()
     assert len(starts) == 1
+
+
+FAILING = """
+import psutil
+from ray._private import services
+from readapt_ray.cluster import local_ray
+from readapt_ray.errors import WorkerError
+
+def late(*_):
+    raise {error}
+
+services.get_node = late
+try:
+    local_ray.start()
+except BaseException as error:
+    print(type(error).__name__, [each.name() for each in psutil.Process().children(recursive=True)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(f"Exception({TIMED_OUT!r})", "WorkerError []"), ("KeyboardInterrupt", "KeyboardInterrupt []")]
+)
+def test_a_start_that_fails_leaves_no_process(error: str, said: str) -> None:
+    code = FAILING.format(error=error)
+    repository = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True, cwd=repository
+    )
+    assert done.stdout.strip() == said
+
+
+def test_a_signal_to_the_process_group_does_not_reach_ray(ray_session: None) -> None:
+    from ray._private import worker
+
+    groups = {os.getpgid(process.pid) for _, process in worker._global_node.live_processes()}
+    assert groups
+    assert os.getpgid(0) not in groups
 
 
 def test_the_error_of_a_worker_says_where_its_log_is(ray_session: None) -> None:

@@ -110,6 +110,8 @@ def test_paths_are_annotated_and_taken_wherever_a_path_is(monkeypatch: pytest.Mo
             lambda: ra.EmbedConfig(retriever="a", corpus="b", output="c", encoding={"poolin": "mean"}),
             "unknown option 'encoding.poolin'; did you mean 'pooling'",
         ),
+        (lambda: ra.Encoding("mean"), r"Encoding: 'mean' has no name; give each option by its name, such as "),
+        (lambda: ra.IngestConfig("notes/", "run"), r"IngestConfig: 'notes/' has no name"),
         (lambda: ra.Encoding(pooling="men", add_bos=True, add_eos=True), "pooling = .*did you mean 'mean'"),
         (
             lambda: ra.run("absent.yaml"),
@@ -246,6 +248,20 @@ def test_progress_shows_without_any_set_up_and_not_when_quiet_or_where_logging_i
     monkeypatch.setenv("READAPT_LOG_LEVEL", "WARNING")
     log_output.write_to_terminal()
     assert not logging.getLogger("readapt_ray").isEnabledFor(logging.INFO)
+
+
+@pytest.mark.parametrize(("name", "is_said"), [("Encoder", False), ("run", False), ("__version__", True)])
+def test_a_notebook_without_ipywidgets_is_not_asked_for_it(name: str, is_said: bool) -> None:
+    code = (
+        "import sys, types; shell = types.ModuleType('ipykernel.zmqshell'); sys.modules['ipykernel.zmqshell'] = shell;"
+        "import ray; from ray.widgets import util; import readapt_ray as ra; ra.{};"
+        "util._has_missing(('no_such_package', '1'), message='Run pip');"
+        "sys.modules['IPython'] = types.SimpleNamespace(get_ipython=lambda: shell); sys.modules['ipywidgets'] = None;"
+        "del sys.modules['tqdm.autonotebook'], sys.modules['tqdm.auto']; import tqdm.auto"
+    )
+    said = in_new_process(code.format(name))
+    assert ("IProgress not found" in said) == is_said
+    assert ("Run pip" in said) == is_said
 
 
 def test_status_prints_as_a_table(tmp_path: Path) -> None:
