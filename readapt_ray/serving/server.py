@@ -144,11 +144,12 @@ def _deploy(config: ServeConfig, keys: tuple[ApiKey, ...], url: str, fingerprint
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no colour codes in a file of logs
     with haproxy.preferred(config.host, config.timeout_s):
         connection.connect()
-    running = set(rollout.ray_serve().status().applications)
     if config.update:
-        _deploy_update(config, keys, url, running, fingerprints)
+        with updates.alone():
+            running = set(rollout.ray_serve().status().applications)
+            _deploy_update(config, keys, url, running, fingerprints)
         return
-    if running:
+    if rollout.ray_serve().status().applications:
         raise InputError(
             "this Ray cluster serves an app already; change it with --update, stop it, or use another cluster"
         )

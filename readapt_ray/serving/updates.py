@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from readapt_ray import termination
 from readapt_ray.cluster import connection
-from readapt_ray.errors import InputError
+from readapt_ray.errors import InputError, ReadaptError
 from readapt_ray.serving.keys import ApiKey
 from readapt_ray.serving.names import ENCODER_DEPLOYMENT, GATEWAY_APP, GATEWAY_DEPLOYMENT
 from readapt_ray.serving.options import ServeConfig, VersionConfig
@@ -21,6 +21,35 @@ if TYPE_CHECKING:
 logger = logging.getLogger("readapt_ray")
 
 _ANSWER_S = 60.0
+_LOCK_NAME = "readapt-update"
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Keep other updates of this server out while the block runs: each would delete versions that the other adds.
+
+    The lock is an actor with a name. It ends with the process that made it, however that ends.
+
+    Raises:
+        ReadaptError: another update runs.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_NAMESPACE
+
+    try:
+        lock = ray.remote(num_cpus=0)(_Lock).options(name=_LOCK_NAME, namespace=SERVE_NAMESPACE).remote()
+    except ValueError:
+        raise ReadaptError(
+            "another update of this server runs; wait until it has ended, and run this one again"
+        ) from None
+    try:
+        yield
+    finally:
+        ray.kill(lock)
+
+
+class _Lock:
+    """Held as long as it lives."""
 
 
 def check_server(config: ServeConfig, running: Set[str]) -> None:

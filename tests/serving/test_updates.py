@@ -1,5 +1,6 @@
-"""What an update refuses before it changes anything; without Ray."""
+"""What an update refuses before it changes anything."""
 
+import contextlib
 import types
 
 import pytest
@@ -99,3 +100,11 @@ def test_a_proxy_that_does_not_come_up_in_time_is_named(monkeypatch):
         ReadaptError, match=r"Ray Serve's HTTP proxy did not come up .*where the machine is busy.*try again"
     ):
         server._start_proxies(config(update=False))
+
+
+def test_one_update_at_a_time(ray_session):
+    with updates.alone(), pytest.raises(ReadaptError, match="another update of this server runs"), updates.alone():
+        pytest.fail("two at once")
+    for _ in range(2):
+        with contextlib.suppress(KeyError), updates.alone():
+            raise KeyError
