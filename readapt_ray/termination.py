@@ -163,6 +163,8 @@ def _limit_cleanup(give_up: Callable[[], None], is_vain: Callable[[], bool] | No
     deadline_s = time.monotonic() + _CLEANUP_S
     while time.monotonic() < deadline_s:
         time.sleep(_POLL_S)
+        if _stop.give_up is not give_up:  # another command began in this process
+            return
         if is_vain is not None and is_vain():
             deadline_s, is_vain = min(deadline_s, time.monotonic() + _VAIN_S), None
     give_up()

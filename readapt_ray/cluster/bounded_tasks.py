@@ -1,6 +1,6 @@
 """Run a few Ray tasks at a time, so that memory for their results stays bounded."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from readapt_ray.cluster import connection
@@ -34,5 +34,19 @@ def run_bounded(start: Callable[[T], Any], items: Iterable[T], num_at_once: int)
     except ray.exceptions.RayError as error:
         raise connection.cause_of(error) from None
     finally:
-        for each in running:
-            ray.cancel(each)
+        cancel(running)
+
+
+def cancel(running: Sequence[Any]) -> None:
+    """Cancel tasks, the last one first.
+
+    Ray 2.60 aborts this process if a task that waits is cancelled at the moment in which it gets the CPU of another one that
+    was cancelled, or that ends.
+
+    Args:
+        running: references or streams of tasks that have not ended, in the order in which they were started.
+    """
+    import ray
+
+    for each in reversed(running):
+        ray.cancel(each)

@@ -10,7 +10,7 @@ import numpy as np
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.cluster import on_worker
+from readapt_ray.cluster import bounded_tasks, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.errors import ModelError
 from readapt_ray.retrieval.bridge import Bridge
@@ -95,9 +95,9 @@ def encode_pieces(
     try:
         for number in range(len(pieces)):
             yield next(streams[number % num_tasks])
-    finally:
-        for stream in streams:
-            ray.cancel(stream)
+    except BaseException:  # also where the caller stops
+        bounded_tasks.cancel(streams)
+        raise
 
 
 def _encoded(

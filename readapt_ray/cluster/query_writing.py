@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.catalog.models import OpenModel, open_model
-from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster import bounded_tasks, connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
 from readapt_ray.seeds import derive_seed
@@ -130,11 +130,11 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
         for place in range(len(missing)):
             ray.get(next(streams[place % num_tasks]))
             report(_num_done(job, len(missing) - place - 1))
-    except ray.exceptions.RayError as error:
-        raise connection.cause_of(error) from None
-    finally:
-        for stream in streams:
-            ray.cancel(stream)
+    except BaseException as error:
+        bounded_tasks.cancel(streams)
+        if isinstance(error, ray.exceptions.RayError):
+            raise connection.cause_of(error) from None
+        raise
 
 
 def read_answers(job: WritingJob) -> pa.Table:

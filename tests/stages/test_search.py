@@ -6,6 +6,7 @@ from pathlib import Path
 import ir_measures
 import numpy as np
 import pytest
+import ray
 from ir_measures import nDCG
 
 from readapt_ray import artifacts
@@ -82,6 +83,7 @@ def _same(found, expected):
 def test_queries_in_pieces_for_several_tasks_keep_their_order(world, monkeypatch):
     root, passages, queries = world
     monkeypatch.setattr(query_vectors, "QUERIES_A_PIECE", 3)
+    monkeypatch.setattr(ray, "cancel", lambda _: pytest.fail("a task that ended was cancelled"))
     artifact = search(_config(root, "pieces.trec"))
     _same(read_run(artifact.uri), _by_hand(root, passages, queries, 10))
 
