@@ -116,7 +116,9 @@ def test_a_killed_gateway_fails_only_what_was_under_way(started, world: World):
     statuses = load.end()
     failed = [each for each in load.answers if each[1] != 200]
     assert statuses[200] >= 90
-    assert len(failed) <= 4, failed  # one of each client
+    # What was under way, and what each client sent while the sockets of the dead process were closed.
+    assert len(failed) <= 8, failed
+    assert max(each[0] for each in failed) - min(each[0] for each in failed) < 0.1, failed
     assert _ready_within(url, 120, wanted=200)
 
 
