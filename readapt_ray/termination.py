@@ -172,11 +172,13 @@ def _limit_cleanup(give_up: Callable[[], None], is_vain: Callable[[], bool] | No
 
 def _send_again(dropped: "UnraisableHookArgs") -> None:
     """Send the signal of an interrupt that Python dropped again, when the main thread has left the deletion."""
-    if not isinstance(dropped.exc_value, KeyboardInterrupt):
+    stop = dropped.exc_value
+    is_rays = isinstance(stop, SystemExit) and is_told(stop)
+    if not (isinstance(stop, KeyboardInterrupt) or is_rays):
         sys.__unraisablehook__(dropped)
         return
     _stop.first_s = None
-    number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
+    number = signal.SIGTERM if is_rays or isinstance(stop, Terminated) else signal.SIGINT
     again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), number))
     again.daemon = True
     again.start()

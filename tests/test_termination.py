@@ -35,6 +35,29 @@ def test_an_interrupt_while_an_object_is_deleted_is_not_lost(number: str, expect
     assert (done.stdout.strip(), done.stderr) == (expected, "")
 
 
+RAYS = """
+import signal, sys, time
+from readapt_ray import termination
+
+class Slow:
+    def __del__(self):
+        sys.exit(signal.SIGTERM)  # as Ray's own handler does
+
+termination.end_as_ctrl_c_does()
+try:
+    slow = Slow()
+    del slow
+    time.sleep(20)
+except KeyboardInterrupt as stop:
+    print(type(stop).__name__, termination.is_told(stop))
+"""
+
+
+def test_a_sigterm_that_rays_handler_took_while_an_object_was_deleted_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", RAYS], capture_output=True, text=True, timeout=15, check=True)
+    assert (done.stdout.strip(), done.stderr) == ("Terminated True", "")
+
+
 IN_GROUP = """
 import os, sys, threading, time
 from readapt_ray import cli, termination
