@@ -37,15 +37,15 @@ _OF_MATRICES = ("mm", "addmm", "bmm", "_varlen_attn")
 
 @dataclass
 class Fused:
-    """What is left of one layer's forward or backward pass after fusion."""
+    """Counts of one layer's forward or backward pass after fusion."""
 
     num_kernels: int = 0
     elementwise_bytes: int = 0
-    """Of all kernels but matrix products and attention."""
+    """Bytes that all kernels except matrix products and attention read and write."""
     outputs: list[Any] = field(default_factory=list)
-    """Tensors that the pass returns: of the forward pass the output, and what is kept."""
+    """Tensors that the pass returns: those of the forward pass are its output and what is kept for the backward pass."""
     made_bytes: int = 0
-    """Of the outputs that are not views of inputs."""
+    """Bytes of the outputs that are not views of inputs."""
 
 
 def estimate(shape: str, num_tokens: int) -> dict[str, float]:

@@ -534,9 +534,9 @@ def finetune(
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
         base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
-            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product, but fp8
-            on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in
-            full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product. With
+            fp8, GPUs such as H100 and L4 compute the forward pass in 8 bits. The adapter still fits the model
+            in full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
             the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)
@@ -1310,9 +1310,9 @@ def train(
             bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else float32; a resumed run keeps the type
             that it began with. (default: auto)
         base_dtype: Data type in which the frozen weights of the model's layers are stored: auto is the same as
-            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product, but fp8
-            on GPUs such as H100 and L4 computes the forward pass in 8 bits. The adapter still fits the model in
-            full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
+            dtype; int8, fp8 and nf4 take 8, 8 and 4.5 bits per weight and are decoded for each product. With
+            fp8, GPUs such as H100 and L4 compute the forward pass in 8 bits. The adapter still fits the model
+            in full precision. Use it with gradient_checkpointing where a model does not fit on a GPU. nf4 needs
             the extra nf4 (bitsandbytes). (default: auto)
         gradient_checkpointing: Recompute activations in the backward pass: about a third more computation, but
             memory for one layer instead of all. Turn it on when training does not fit in memory. (default: no)

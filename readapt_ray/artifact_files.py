@@ -266,6 +266,13 @@ def matching_files(location: Location, patterns: Iterable[str]) -> set[str]:
     return {name for name in found if whole_name(name) == name}
 
 
+def tidied_files(location: Location, patterns: Iterable[str]) -> set[str]:
+    """Remove the temporary files of killed writers among the files that match a pattern, and return the whole ones."""
+    found = set() if is_single_file(location) else {*split_by_owner(location.entries()[0], patterns)[0]}
+    remove_temporary(location, found)
+    return {name for name in found if whole_name(name) == name}
+
+
 def whole_name(name: str) -> str:
     """Return the name that a file has, or would have after its write."""
     folder, slash, last = name.rpartition("/")

@@ -363,10 +363,10 @@ def _fill(
 
 
 def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) -> Manifest:
-    """Return the manifest of work that is done."""
+    """Return the manifest of work that is done, and remove what killed writers left of it."""
     return Manifest(
         **{name: ours[name] for name in ("stage", "fingerprint", "config", "inputs")},
-        files=artifact_files.packed(artifact_files.matching_files(workspace.location, ours["patterns"])),
+        files=artifact_files.packed(artifact_files.tidied_files(workspace.location, ours["patterns"])),
         counts=workspace.counts,
         details=workspace.details,
         seconds=seconds,

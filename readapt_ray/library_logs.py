@@ -5,6 +5,7 @@ they print without Python's logging (C++ parts of Ray) is not changed.
 """
 
 import contextlib
+import functools
 import logging
 import warnings
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ def silence() -> None:
         logger.addHandler(_to_files)
 
 
+@functools.cache  # each change of the filters makes Python repeat warnings that it has shown
 def hush_notebooks() -> None:
     """Keep tqdm and Ray from asking for ipywidgets in a notebook: they are imported for bars and tables that are not shown."""
     warnings.filterwarnings("ignore", message="IProgress not found")

@@ -687,6 +687,18 @@ def test_refused_input_leaves_no_trace_so_that_mended_input_is_taken(tmp_path: P
     assert made.manifest.inputs == {"corpus": "mended"}
 
 
+def test_a_finished_artifact_holds_nothing_of_workers_that_were_killed(tmp_path: Path) -> None:
+    def work(workspace: Workspace) -> None:
+        (workspace.location / "deep" / "part").write_text("whole")
+        for name in ("deep/.tmp-0123456789ab-part", "deep/.tmp-mine", "other/.tmp-0123456789ab-part"):
+            lay(tmp_path / "a", name)
+
+    made = artifacts.produce("copy", CopyConfig(output=str(tmp_path / "a")), inputs={}, work=work)
+    assert sorted(path.name for path in (tmp_path / "a" / "deep").iterdir()) == [".tmp-mine", "part"]
+    assert (tmp_path / "a" / "other" / ".tmp-0123456789ab-part").read_text() == "precious"
+    assert made.manifest.files
+
+
 def test_going_on_removes_what_killed_writers_left(tmp_path: Path) -> None:
     def fail(workspace: Workspace) -> None:
         (workspace.location / "deep" / "part").write_text("whole")

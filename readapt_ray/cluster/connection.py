@@ -32,6 +32,7 @@ _WAIT_LOG_S = 20.0
 _FIRST_NODE_S = 50.0
 _NODE_ANSWERS_S = 120.0
 _DRIVER_LOG = "readapt-driver.log"
+_printed = logging.getLogger("ray.printed")
 _PROBE = ".seen-"
 _HEX = "[0-9a-f]" * 32
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -286,6 +287,7 @@ def _hush_libraries(*, is_new: bool) -> None:
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # Ray's own loses the cause on its way here
     worker.print_to_stdstream = _to_log  # Ray's notices, such as a task that failed at the end
+    _printed.setLevel(logging.INFO)  # Ray's own logger drops all but errors
     library_logs.silence()
     if is_new and (folder := logs_folder()):
         library_logs.add_file(folder / _DRIVER_LOG)
@@ -293,10 +295,8 @@ def _hush_libraries(*, is_new: bool) -> None:
 
 def _to_log(data: Mapping[str, Any], **_: Any) -> None:
     """Log what Ray would print."""
-    printed = logging.getLogger("ray.printed")
-    printed.setLevel(logging.INFO)  # Ray's own drops all but errors
     for line in data["lines"]:
-        printed.warning("%s", line)
+        _printed.warning("%s", line)
 
 
 def logs_folder() -> Path | None:

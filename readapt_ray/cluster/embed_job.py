@@ -45,7 +45,7 @@ class EmbedJob:
     matches: Matches | None = None
     """Which passages have one of them."""
     plan: str = ""
-    """Stands for the cut of the shards on earlier vectors; empty without these."""
+    """Fingerprint of the plan of the shards on earlier vectors; empty without earlier vectors."""
     max_left_out: int = 0
     """Passages without a usable vector that a shard may have."""
     rows_per_shard: int = 0

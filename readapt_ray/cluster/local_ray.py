@@ -86,7 +86,7 @@ def _init(options: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _in_groups_of_their_own() -> Iterator[None]:
-    """Start each of Ray's processes in a process group of its own while the block runs.
+    """Start each of Ray's processes in its own process group while the block runs.
 
     `timeout` sends its signal to the group of the command. Ray has to outlive that for as long as the command cleans up; when
     the command ends, Ray's processes end with it in any case.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from readapt_ray import artifact_files
 from readapt_ray.artifacts import Workspace
+from readapt_ray.cluster.run_monitor import MEASURED
 from readapt_ray.errors import InputError
 from readapt_ray.progress import amount, duration
 from readapt_ray.storage import Location
@@ -40,83 +41,6 @@ _LONG_STEP_S = 10.0
 _PROJECT = "readapt_ray"
 _Log = Callable[[int, dict[str, float]], None]
 """Takes a step and its values."""
-MEASURED = (
-    "loss",
-    "learning_rate",
-    "gradient_norm",
-    "tokens_per_s",
-    "mfu",
-    "padding_share",
-    "seconds",
-    "data_wait_s",
-    "peak_memory_bytes",
-)
-"""What Ray's metrics and the trackers get of a step."""
-
-
-class RunMonitor:
-    """An actor between the workers and the driver: step metrics, the error that ends a run, and what the workers hold.
-
-    It also sets Ray's own metrics (`ray_readapt_train_loss` and the like for Prometheus).
-    """
-
-    def __init__(self, stage: str) -> None:
-        from ray.util.metrics import Gauge
-
-        self._rows: list[dict[str, Any]] = []
-        self._part: dict[str, Any] | None = None
-        self._error: Exception | None = None
-        self._held: Any = None
-        self._kept_step = 0
-        self._gauges = {
-            name: Gauge(f"readapt_{stage}_{name}", description=f"{name} of the last step of readapt {stage}")
-            for name in ("step", *MEASURED)
-        }
-
-    def post(self, rows: list[dict[str, Any]]) -> None:
-        """Add rows of worker 0."""
-        self._rows.extend(rows)
-        for name, gauge in self._gauges.items():
-            if rows and rows[-1][name] is not None:
-                gauge.set(float(rows[-1][name]))
-
-    def take(self) -> list[dict[str, Any]]:
-        """Return the rows since the last call."""
-        rows, self._rows = self._rows, []
-        return rows
-
-    def post_part(self, part: dict[str, Any]) -> None:
-        """Take how far worker 0 is inside a step."""
-        self._part = part
-
-    def take_part(self) -> dict[str, Any] | None:
-        """Return how far worker 0 is inside a step; None if it said nothing since the last call."""
-        part, self._part = self._part, None
-        return part
-
-    def fail(self, error: Exception) -> None:
-        """Record an error that a restart would not cure; the first one counts."""
-        self._error = self._error or error
-
-    def error(self) -> Exception | None:
-        """Return the error that ends the run."""
-        return self._error
-
-    def keep(self, step: int) -> None:
-        """Note that a checkpoint of this step is being written."""
-        self._kept_step = max(self._kept_step, step)
-
-    def kept_step(self) -> int:
-        """Return the step of the newest checkpoint of this run; 0 before the first."""
-        return self._kept_step
-
-    def hold(self, placement_group: Any) -> None:
-        """Remember the placement group of the workers that start."""
-        self._held = placement_group
-
-    def held(self) -> Any:
-        """Return the placement group of the last start; None before the first."""
-        return self._held
 
 
 class StepPoster:
@@ -239,9 +163,12 @@ def _show(
     try:
         rows = ray.get(monitor.take.remote(), timeout=10)
         part = ray.get(monitor.take_part.remote(), timeout=10)
+        warnings = ray.get(monitor.take_warnings.remote(), timeout=10)
     except ray.exceptions.RayError as error:
         logger.debug("no metrics: %s", error)
         return
+    for text in warnings:
+        logger.warning("%s: %s", workspace.reporter.label, text)
     for row in rows:
         for log in logs:
             log(row["step"], {name: row[name] for name in MEASURED if row[name] is not None})

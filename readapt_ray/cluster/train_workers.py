@@ -20,14 +20,8 @@ from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.catalog.shapes import shape_of
-from readapt_ray.cluster import autoscaling, connection, on_worker, placement, step_metrics
-from readapt_ray.cluster.optimization import (
-    OptimizationConfig,
-    adapter_shape,
-    compiles,
-    optimization,
-    worker_setup,
-)
+from readapt_ray.cluster import autoscaling, connection, on_worker, placement, run_monitor, step_metrics
+from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, compiles, optimization, worker_setup
 from readapt_ray.errors import PlacementError, ReadaptError
 from readapt_ray.seeds import derive_seed
 from readapt_ray.storage import Location
@@ -146,7 +140,7 @@ def _start_monitor(stage: str) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(**options)(step_metrics.RunMonitor).remote(stage)
+    return ray.remote(**options)(run_monitor.RunMonitor).remote(stage)
 
 
 def _new_trainer(
@@ -257,6 +251,7 @@ def _entered(config: dict[str, Any]) -> None:
     monitor = config["job"]["monitor"]
     if ray.get(monitor.error.remote()) is not None:
         return
+    logger.addHandler(run_monitor.WarningPoster(monitor))
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))

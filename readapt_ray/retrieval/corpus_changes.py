@@ -30,7 +30,7 @@ class Changes:
     deleted: int
     kept: int
     other_columns: int
-    """Of the kept passages those whose kept columns differ, in a value or in which columns there are."""
+    """Kept passages whose kept columns differ: in a value, or in which columns exist."""
     sample_new: NDArray[np.int64]
     """Rows of the present corpus: a sample of what was added or changed."""
     sample_kept: NDArray[np.int64]
@@ -38,7 +38,7 @@ class Changes:
 
     @property
     def is_empty(self) -> bool:
-        """Whether both states have the same passages, with the same columns."""
+        """Return whether both states have the same passages with the same columns."""
         return not (self.added or self.changed or self.deleted or self.other_columns)
 
     def counts(self) -> dict[str, int]:

@@ -156,7 +156,7 @@ def plan_rest(
 
 
 def plan_fingerprint(shards: Iterable[DataShard], earlier: str) -> str:
-    """Return what stands for a plan on earlier vectors: which file each shard shares, and which passages the others have.
+    """Return a fingerprint of a plan on earlier vectors: which file each shard shares, which passages the others have.
 
     Args:
         shards: all of them.

@@ -115,7 +115,7 @@ class Guard:
             self._admit(scope, headers, trace)
             if counted and task:
                 self._tasks.add(task)
-            # What needs no key, or is no POST, reads no body: it would fill the places of those that do.
+            # Requests that need no key, and those that are no POST, read no body: slow ones would fill the others' places.
             has_body = counted and scope["path"] not in _OPEN_PATHS
             body = await self._body(headers, receive) if has_body else b""
             if body is not None:

@@ -9,9 +9,9 @@ from readapt_ray.serving.schema import RequestError
 from readapt_ray.serving.versions import Ranked
 
 _MAX_CHARACTERS = 128 << 20
-"""Of titles and texts in an answer: documents that were not split can have megabytes each."""
+"""Bound of all titles and texts in one answer. Documents that were not split can have megabytes each."""
 _READ_AT_ONCE = 64
-"""Passages that are read before their length counts."""
+"""Passages that are read before their lengths are added up."""
 
 
 def texts_of(store: PassageStore, found: Iterable[Sequence[Ranked]]) -> dict[str, Passage]:

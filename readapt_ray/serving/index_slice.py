@@ -42,7 +42,7 @@ class _SearchableShard:
     columns: KeptColumns | None = None
     """Of its passages, to filter by."""
     is_split: bool = False
-    """Whether passages are parts of documents, whose ids then name all of their passages."""
+    """Whether passages are parts of documents. A document's id then names all of its passages."""
     order: NDArray[np.int64] = field(init=False)
     """Rows that are not deleted, by rising doc_id."""
     ids: NDArray[np.object_] = field(init=False)

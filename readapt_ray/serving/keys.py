@@ -76,11 +76,11 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
 def _check_distinct(names: Sequence[str], keys: Sequence[ApiKey], where: str) -> None:
     """Refuse two entries of one name or of one key: the restrictions of one of them would not hold."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{where}: {twice[0]!r} is there twice; give each key a name of its own")
+        raise InputError(f"{where}: {twice[0]!r} is there twice; give each key its own name")
     owners: dict[str, str] = {}
     for key in keys:
         if (other := owners.setdefault(key.sha256, key.name)) != key.name:
-            raise InputError(f"{where}: {other!r} and {key.name!r} have the same key; give each a key of its own")
+            raise InputError(f"{where}: {other!r} and {key.name!r} have the same key; give each its own key")
 
 
 def _parse(name: str, entry: Any, where: str) -> ApiKey:

@@ -199,10 +199,9 @@ def _deploy_update(
     is_gateway_changed = False
     try:
         with updates.sigterm_ends_it():
-            new = app.gateway_of(config, keys)
+            setup, state = app.gateway_of(config, keys)
             rollout.deploy({each: app.bind_version(*wanted[each]) for each in added})
             is_gateway_changed = True
-            setup, state = new
             state = state.model_copy(update={"whole_until_s": time.time() + _UPDATE_S})
             rollout.deploy({GATEWAY_APP: app.bind_gateway(setup, state)})
             _wait_until_ready(url, [name for name, _ in kept.values()])

@@ -73,7 +73,7 @@ class AdaptedOutput(torch.autograd.Function):
         ctx.quantized = weight if isinstance(weight, QuantizedLinear) else None
         weight_OI = weight if isinstance(weight, Tensor) else None
         if base is None:
-            base = functional.linear(x, weight_OI) if weight_OI is not None else weight.product(x)  # type: ignore[union-attr]
+            base = functional.linear(x, weight_OI) if weight_OI is not None else ctx.quantized.product(x)
         else:
             ctx.mark_dirty(base)
         ctx.probability, ctx.seed = probability, draw_seed() if probability else 0

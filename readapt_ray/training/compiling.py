@@ -48,12 +48,14 @@ def compile_if_right(model: nn.Module) -> None:
         if not torch.is_grad_enabled():
             return
         handle.remove()
-        with torch.random.fork_rng(_devices(model)):
-            taken, given = _input_of_first_layer(module, args, kwargs)
-            reason = _difference(model, taken, given)
-        if _any_worker(reason is not None, model):
+        try:
+            with torch.random.fork_rng(_devices(model)):
+                reason = _difference(model, *_input_of_first_layer(module, args, kwargs))
+        except Exception as error:  # whatever a compiler, or a model that calls its layers otherwise, raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:2])}"
+        if _any_worker(bool(reason), model):
             _uncompile(model)
-            if reason is not None:
+            if reason:
                 logger.warning("layers are not compiled: %s", reason)
             return
         # A shape that the compiler cannot take later is computed uncompiled, too.
@@ -79,23 +81,20 @@ def _input_of_first_layer(model: nn.Module, args: Any, kwargs: Any) -> tuple[tup
     return found[0]
 
 
-def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Compile the layers; return why they must not be used, None if nothing is wrong."""
+def _difference(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Compile the layers; return what they compute otherwise, an empty text if nothing."""
     layer = layers_of(model)[0]
     with _with_visible_factors(layer):
         expected, again = (_passes(layer, args, kwargs) for _ in range(2))
-        try:
-            compile_layers(model)
-            found = _passes(layer, args, kwargs)
-        except Exception as error:  # whatever a compiler raises, training can do without it
-            return f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).splitlines()[:2])})"
+        compile_layers(model)
+        found = _passes(layer, args, kwargs)
     for name, wanted in expected.items():
         # Dropout makes two uncompiled passes differ, too.
         bound = _MAX_ERROR[expected["output"].dtype] + 3 * _relative_error(again[name], wanted)
         off = _relative_error(found[name], wanted)
         if not off <= bound:  # also where it is NaN
             return f"torch.compile gives a layer's {name} off by {off:.2g} of its norm; up to {bound:.2g} is right"
-    return None
+    return ""
 
 
 def _relative_error(found: Tensor, wanted: Tensor) -> float:
@@ -138,6 +137,8 @@ def _with_visible_factors(layer: nn.Module) -> Iterator[None]:
 def _uncompile(model: nn.Module) -> None:
     for layer in layers_of(model):
         layer._compiled_call_impl = None
+    for _, adapted in dora.adapted_layers(model):
+        adapted.drop_casts()
 
 
 def _any_worker(answer: bool, model: nn.Module) -> bool:

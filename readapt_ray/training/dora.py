@@ -108,12 +108,16 @@ class AdaptedLinear(nn.Module):
         return full_squared.clamp_min(0).sqrt().clamp_min(torch.finfo(self.norm.dtype).tiny) / self.norm
 
     def keep_casts(self) -> None:
-        """Cast the factors once a step instead of in each pass: two kernels fewer per layer where passes are compiled."""
+        """Cast the factors once a step instead of in each pass: two kernels fewer where passes are compiled."""
         weight: Any = self.base if isinstance(self.base, QuantizedLinear) else self.base.weight
         if weight.dtype != self.lora_A.dtype:
-            self.cast_scaled_a = self.lora_A.detach().to(weight.dtype)
-            self.cast_b = self.lora_B.detach().to(weight.dtype)
+            self.cast_scaled_a = torch.empty_like(self.lora_A, dtype=weight.dtype, requires_grad=False)
+            self.cast_b = torch.empty_like(self.lora_B, dtype=weight.dtype, requires_grad=False)
             self.refresh()
+
+    def drop_casts(self) -> None:
+        """Cast the factors in each pass again."""
+        self.cast_scaled_a = self.cast_b = None
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from readapt_ray.artifacts import Workspace
-from readapt_ray.cluster import step_metrics
+from readapt_ray.cluster import run_monitor, step_metrics
 from readapt_ray.cluster.step_metrics import note
 from readapt_ray.progress import ProgressReporter
 from readapt_ray.storage import Location
@@ -112,3 +112,21 @@ def test_a_first_step_of_one_micro_batch_tells_what_it_takes_that_it_is_at_work_
     now_s += 60
     inside.show(None)
     assert len(caplog.messages) == before
+
+
+def test_a_warning_of_workers_reaches_the_drivers_log_once(
+    ray_session: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    monitor = ray.remote(num_cpus=0)(run_monitor.RunMonitor).remote("train")
+    in_worker = logging.Logger("readapt_ray")
+    in_worker.addHandler(run_monitor.WarningPoster(monitor))
+    workspace = Workspace(Location(str(tmp_path)), "", ProgressReporter("train"))
+    with caplog.at_level(logging.INFO, "readapt_ray"), step_metrics.followed(monitor, workspace, ()):
+        for _ in range(2):  # two workers
+            in_worker.warning("layers are not compiled: %s", "no compiler")
+        in_worker.info("not for the terminal")
+    told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told == ["train: layers are not compiled: no compiler"]
+    assert "not for the terminal" not in caplog.text

@@ -42,6 +42,19 @@ def expected(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return (y + linear.bias.double()).view(*x.shape[:-1], -1)
 
 
+def count_kernels(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Return a list that gets an entry for each product by the kernel."""
+    counted: list[None] = []
+    product = quantized._scaled_product
+
+    def counting(*given: torch.Tensor) -> torch.Tensor:
+        counted.append(None)
+        return product(*given)
+
+    monkeypatch.setattr(quantized, "_scaled_product", counting)
+    return counted
+
+
 @DEVICES
 @pytest.mark.parametrize(
     ("inputs", "outputs", "dtype", "bound"),
@@ -49,13 +62,16 @@ def expected(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     ids=["kernel", "other sizes", "float32"],
 )
 def test_a_product_is_that_of_rounded_numbers(
-    inputs: int, outputs: int, dtype: torch.dtype, bound: float, device: str
+    inputs: int, outputs: int, dtype: torch.dtype, bound: float, device: str, *, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     linear = make_linear(inputs, outputs, dtype, device)
+    layer = Fp8Linear(linear)
+    by_kernel = count_kernels(monkeypatch)
     x = torch.randn(3, 7, inputs, dtype=dtype, device=device)
     x[0, 1] *= 1e4
     x[0, 2] = 0
-    found, wanted = Fp8Linear(linear)(x), expected(linear, x)
+    found, wanted = layer(x), expected(linear, x)
+    assert len(by_kernel) == ((inputs, outputs, dtype) == (64, 32, torch.bfloat16))
     assert found.dtype == dtype
     terms = x.double().abs() @ linear.weight.double().abs().T + 1
     assert ((found - wanted).abs() <= bound * terms).all()
@@ -109,3 +125,11 @@ def test_gradients_go_through_the_decoded_weight() -> None:
     (gradient,) = torch.autograd.grad((layers(x) * direction).sum(), [x])
     wanted = direction.double() @ decoded.double()
     assert (gradient - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_a_compiled_layer_runs_the_kernel_in_one_graph() -> None:
+    layers = nn.Sequential(Fp8Linear(make_linear(64, 32)))
+    dora.add_adapters(layers, dora.AdapterShape(method="dora", rank=2, alpha=4.0, dropout=0.0, targets=("0",)))
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    found = torch.compile(layers, backend="aot_eager", fullgraph=True)(x)
+    assert (found - layers(x)).norm() < 0.01 * found.norm()

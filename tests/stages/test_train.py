@@ -494,3 +494,18 @@ def test_an_adapter_goes_on_when_every_weight_is_partitioned(
     options = {"continue_from": str(reference), "learning_rate": 1e-12, "num_workers": 2, "zero_stage": 3}
     trained(grown, tmp_path / "a", **options)
     assert largest_difference(reference, tmp_path / "a") < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [{}, {"num_workers": 2, "zero_stage": 2}])
+def test_compiled_layers_train_the_same_adapter(
+    packed: tuple[Path, Path],
+    reference: Path,
+    tmp_path: Path,
+    workers: dict[str, Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A compiled layer that differs would not be used, and the log would say so."""
+    trained(packed, tmp_path / "a", torch_compile=True, **workers)
+    assert "not compiled" not in caplog.text
+    assert largest_difference(reference, tmp_path / "a") < 2e-3

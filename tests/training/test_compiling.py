@@ -84,9 +84,9 @@ def test_layers_that_are_right_stay_compiled_and_the_model_is_as_before(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda out: tuple(each * 1.2 for each in out), r"gives a layer's output off by 0\.2"),
-        (lambda out: tuple(each * float("nan") for each in out), r"gives a layer's output off by nan"),
-        (RuntimeError("no such kernel\nat line 7"), r"failed \(BackendCompilerFailed: .*RuntimeError: no such kernel"),
+        (lambda out: tuple(each * 1.2 for each in out), r"torch.compile gives a layer's output off by 0\.2"),
+        (lambda out: tuple(each * float("nan") for each in out), r"torch.compile gives a layer's output off by nan"),
+        (RuntimeError("no such kernel\nat line 7"), r"BackendCompilerFailed: .*RuntimeError: no such kernel"),
     ],
 )
 def test_layers_that_are_wrong_are_not_compiled(
@@ -102,9 +102,21 @@ def test_layers_that_are_wrong_are_not_compiled(
             torch.manual_seed(0)
             losses.append(objectives.loss_sum(each, batch).item())
     assert not any(is_compiled(model))
+    assert all(layer.cast_b is None for _, layer in dora.adapted_layers(model))
     assert losses[0] == losses[1]
     (message,) = caplog.messages
-    assert re.fullmatch(rf"layers are not compiled: torch\.compile {reason}.*", message)
+    assert re.fullmatch(rf"layers are not compiled: {reason}.*", message)
+
+
+def test_a_model_that_does_not_call_its_layers_in_turn_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = made(monkeypatch)
+    model.others = torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(9))
+    compiling.compile_if_right(model)
+    with flash_kernel.installed(monkeypatch), caplog.at_level(logging.WARNING, "readapt_ray"):
+        assert objectives.loss_sum(model, batch).isfinite()
+    assert caplog.messages == ["layers are not compiled: IndexError: list index out of range"]
 
 
 def test_a_pass_without_gradients_is_not_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention
 from readapt_ray.training import adapted_output, dora, objectives, packing
+from readapt_ray.training.compiling import layers_of
 from readapt_ray.training.packing import IGNORED, Block, Masking
 from readapt_ray.training.trainable import spend_less
 from tests import factories, flash_kernel
@@ -172,6 +173,7 @@ def test_compiled_layers_have_graphs_for_all_lengths_and_no_breaks(
         monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_by, compiled))
         spend_less(model, gradient_checkpointing=recompute, compile_layers=True, zero_stage=0)
         ours = taken()
+    assert all(layer._compiled_call_impl is not None for layer in layers_of(model))
     assert num_graphs[-1] == num_graphs[-3] <= 3  # the first layer's input needs no gradient, that of the others does
     assert not torch._dynamo.utils.counters["graph_break"]
     for (loss, grads), (expected_loss, expected_grads) in zip(ours, expected, strict=True):

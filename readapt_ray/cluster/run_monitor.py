@@ -1,0 +1,106 @@
+"""Carry what training workers have to say to the driver: step metrics, warnings, the error that ends a run."""
+
+import logging
+from typing import Any
+
+MEASURED = (
+    "loss",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_s",
+    "mfu",
+    "padding_share",
+    "seconds",
+    "data_wait_s",
+    "peak_memory_bytes",
+)
+"""What Ray's metrics and the trackers get of a step."""
+
+
+class RunMonitor:
+    """An actor between the workers and the driver: step metrics, the error that ends a run, and what the workers hold.
+
+    It also sets Ray's own metrics (`ray_readapt_train_loss` and the like for Prometheus).
+    """
+
+    def __init__(self, stage: str) -> None:
+        from ray.util.metrics import Gauge
+
+        self._rows: list[dict[str, Any]] = []
+        self._part: dict[str, Any] | None = None
+        self._error: Exception | None = None
+        self._warnings: list[str] = []
+        self._num_taken = 0
+        self._held: Any = None
+        self._kept_step = 0
+        self._gauges = {
+            name: Gauge(f"readapt_{stage}_{name}", description=f"{name} of the last step of readapt {stage}")
+            for name in ("step", *MEASURED)
+        }
+
+    def post(self, rows: list[dict[str, Any]]) -> None:
+        """Add rows of worker 0."""
+        self._rows.extend(rows)
+        for name, gauge in self._gauges.items():
+            if rows and rows[-1][name] is not None:
+                gauge.set(float(rows[-1][name]))
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the rows since the last call."""
+        rows, self._rows = self._rows, []
+        return rows
+
+    def post_part(self, part: dict[str, Any]) -> None:
+        """Take how far worker 0 is inside a step."""
+        self._part = part
+
+    def take_part(self) -> dict[str, Any] | None:
+        """Return how far worker 0 is inside a step; None if it said nothing since the last call."""
+        part, self._part = self._part, None
+        return part
+
+    def warn(self, text: str) -> None:
+        """Add a warning of a worker, unless another one gave the same."""
+        if text not in self._warnings:
+            self._warnings.append(text)
+
+    def take_warnings(self) -> list[str]:
+        """Return the warnings since the last call."""
+        taken, self._num_taken = self._warnings[self._num_taken :], len(self._warnings)
+        return taken
+
+    def fail(self, error: Exception) -> None:
+        """Record an error that a restart would not cure; the first one counts."""
+        self._error = self._error or error
+
+    def error(self) -> Exception | None:
+        """Return the error that ends the run."""
+        return self._error
+
+    def keep(self, step: int) -> None:
+        """Note that a checkpoint of this step is being written."""
+        self._kept_step = max(self._kept_step, step)
+
+    def kept_step(self) -> int:
+        """Return the step of the newest checkpoint of this run; 0 before the first."""
+        return self._kept_step
+
+    def hold(self, placement_group: Any) -> None:
+        """Remember the placement group of the workers that start."""
+        self._held = placement_group
+
+    def held(self) -> Any:
+        """Return the placement group of the last start; None before the first."""
+        return self._held
+
+
+class WarningPoster(logging.Handler):
+    """Post the warnings of a worker to the monitor: what a worker logs goes to Ray's files alone."""
+
+    def __init__(self, monitor: Any) -> None:
+        super().__init__(logging.WARNING)
+        self._monitor = monitor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Post one."""
+        self._monitor.warn.remote(record.getMessage())
