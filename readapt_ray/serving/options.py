@@ -108,6 +108,10 @@ class DomainsConfig(VersionConfig):
     max_domain_bytes: int = Field(ge=1)
     """Memory of the factors."""
 
+    def processes(self) -> dict[str, Any]:
+        """Return the options of the processes, which an update cannot change."""
+        return super().processes() | {"max_domain_bytes": self.max_domain_bytes}
+
 
 class DomainIndexConfig(VersionConfig):
     """Options of the index of one domain, which shares the encoder."""
@@ -233,6 +237,14 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             unused = given or ["recall_probe" if self.recall_probe else "require_report"]
             raise OptionError(
                 f"{{domains}} cannot have {{{unused[0]}}}; leave it out (an index is given to each: index=INDEX)"
+            )
+        each_domain = self.each_domain()
+        idle = [name for name, each in each_domain.items() if each.corpus and not each.index]
+        if idle or (self.corpus and not any(each.index for each in each_domain.values())):
+            whose = f"domain {idle[0]!r}" if idle else "no domain"
+            raise OptionError(
+                f"a {{corpus}} holds the texts of what an index finds, and {whose} has {'no' if idle else 'an'} index; give it "
+                f"index=INDEX, or leave the corpus out"
             )
 
     def names(self) -> list[str]:
