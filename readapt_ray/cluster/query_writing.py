@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.catalog.models import OpenModel, open_model
-from readapt_ray.cluster import bounded_tasks, connection, on_worker
+from readapt_ray.cluster import autoscaling, bounded_tasks, connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
 from readapt_ray.seeds import derive_seed, random_generator
@@ -108,7 +108,7 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
 
     Raises:
         ModelError: the model cannot write.
-        PlacementError: the cluster has no CPU.
+        PlacementError: the cluster has no CPU, or no GPU that it may grow to came.
         WorkerError: tasks died again and again.
     """
     import ray
@@ -121,26 +121,19 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, num_cpus), len(missing))
     connection.check_seen_by_all(job.answers)
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_write_pieces)
-    streams = [
-        task.remote(
-            job,
-            missing[number::num_tasks],
-            (on_worker.model_name(model), model.fingerprint),
-            dtype=dtype,
-            driver_node=on_worker.this_node(),
-            num_threads=num_cpus,
-        )
-        for number in range(num_tasks)
-    ]
-    try:
-        for place in range(len(missing)):
-            ray.get(next(streams[place % num_tasks]))
-            report(_num_done(job, len(missing) - place - 1))
-    except BaseException as error:
-        bounded_tasks.cancel(streams)
-        if isinstance(error, ray.exceptions.RayError):
-            raise connection.cause_of(error) from None
-        raise
+    due = on_worker.model_name(model), model.fingerprint
+    options = {"dtype": dtype, "driver_node": on_worker.this_node(), "num_threads": num_cpus}
+    with autoscaling.requested(num_tasks, {"CPU": num_cpus, "GPU": num_gpus}, least=1):
+        streams = [task.remote(job, missing[number::num_tasks], due, **options) for number in range(num_tasks)]
+        try:
+            for place in range(len(missing)):
+                ray.get(next(streams[place % num_tasks]))
+                report(_num_done(job, len(missing) - place - 1))
+        except BaseException as error:
+            bounded_tasks.cancel(streams)
+            if isinstance(error, ray.exceptions.RayError):
+                raise connection.cause_of(error) from None
+            raise
 
 
 def read_answers(job: WritingJob) -> pa.Table:
