@@ -46,21 +46,21 @@ def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) ->
         return 0.0
     from readapt_ray.training.gradients import BUCKET_BYTES
 
-    num_passes = math.ceil(steps.worker_tokens / max(config.micro_batch_tokens, config.block_tokens))
+    num_passes: int = math.ceil(steps.worker_tokens / max(config.micro_batch_tokens, config.block_tokens))
     pass_s = steps.work_s / steps.num_steps / num_passes
     forward_s = pass_s * _FORWARD_SHARE[config.method == "full"]
     # Seconds per byte that is on one of the nodes and comes to all others.
     gbit = min(group.network_gbit for group in cluster.gpu_groups or cluster.groups)
-    s_per_byte = (num_nodes - 1) / num_nodes / (_USABLE_SHARE * gbit * 1e9 / 8)
+    s_per_byte: float = (num_nodes - 1) / num_nodes / (_USABLE_SHARE * gbit * 1e9 / 8)
     scattered_s = 4 * steps.num_trained * s_per_byte
     if config.zero_stage == 3:
         fetched_s = shape.num_parameters * (2 if cluster.computes_low(config.dtype) else 4) * s_per_byte
         num_forward = 2 if config.gradient_checkpointing else 1
-        waited_s = num_forward * max(0.0, fetched_s - forward_s)
+        waited_s: float = num_forward * max(0.0, fetched_s - forward_s)
         waited_s += max(0.0, fetched_s + scattered_s - (pass_s - forward_s))
         return steps.num_steps * num_passes * waited_s
     last_bucket_s = 2 * min(BUCKET_BYTES, 4 * steps.num_trained) * s_per_byte
-    left_s = max(last_bucket_s, 2 * scattered_s - (pass_s - forward_s))
+    left_s: float = max(last_bucket_s, 2 * scattered_s - (pass_s - forward_s))
     if config.zero_stage:
         left_s = scattered_s + left_s * (num_passes if config.zero_stage == 2 else 1)
     return steps.num_steps * left_s
