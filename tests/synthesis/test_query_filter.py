@@ -18,6 +18,12 @@ PASSAGE = "Wing flutter\nThe flutter speed of a swept wing falls with its aspect
         "**Query 1:** how does aspect ratio change flutter?",
         '- "how does aspect ratio change flutter?"',
         "“how does aspect ratio change flutter?”",
+        "Query - how does aspect ratio change flutter?",
+        "__how does aspect ratio change flutter?__",
+        "how does `aspect ratio` change flutter?",
+        '"how does aspect ratio change flutter?',
+        "<think>\nThe user wants a question about wings.\n</think>\n\nhow does aspect ratio change flutter?",
+        "<think></think>how does aspect ratio change flutter?",
     ],
 )
 def test_the_first_question_is_taken_without_what_is_around_it(answer: str) -> None:
@@ -31,6 +37,8 @@ def test_the_first_question_is_taken_without_what_is_around_it(answer: str) -> N
         (" \n\t\n", "empty"),
         ("Question:", "empty"),
         ("wing flutter?", "short"),
+        ("<think>The user wants a question about the wings of", "empty"),
+        ("ปีกบิน", "script"),
         ("why " * 65, "long"),
         ("The flutter speed of a swept wing falls with its aspect ratio", "copied"),
         ("flutter speed, of a SWEPT wing", "copied"),
@@ -53,6 +61,15 @@ def test_an_answer_that_is_no_query_says_why(answer: str, reason: str) -> None:
         ("what to do when I can't print in colour", "Check the ink of the printer."),
         ("how long does the document retention rule hold", "A document is kept for ten years."),
         ("where is the text field of a form", "A form has a text field and two buttons."),
+        ("query-based retrieval of tables", "Rows are found by what is asked."),
+        ("question-answering systems for wings", "Wings are asked about."),
+        ("answer-set programming in practice", "Rules are solved."),
+        ("what does __init__ do with **options and *rows", "The constructor takes options."),
+        ("when are __enter__ and __exit__ called", "A context manager is entered."),
+        ("is 2**8 more than 3**4", "Powers of numbers."),
+        ('what does "flutter" mean in "wing flutter"', "Wings vibrate."),
+        ("what is the meaning of «flutter»", "Wings vibrate."),
+        ("ปีกเครื่องบินสั่นสะเทือนเมื่อใด", "ความเร็วของการสั่นสะเทือนของปีกเครื่องบินลดลงเมื่ออัตราส่วน"),
     ],
 )
 def test_a_query_about_such_things_is_none_of_these(query: str, passage: str) -> None:
