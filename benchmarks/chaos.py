@@ -3,11 +3,11 @@
     python benchmarks/chaos.py --seeds 30 --work DIR
 
 Each seed draws one to three such events and their moments (tests/chaos/harness.py). After each the same command is
-submitted again, if its driver ended, until it succeeds; then what it left is compared with an undisturbed run: every file, the
-passages that bore loss, vectors, index. Every tenth seed runs all steps; the others take the steps before that of the first
-event from the undisturbed run, and end with the step of the last event, whose output is what the next ones would start from. Seeds that
---output records are not run again, so it may be run in pieces (--minutes). The nodes are processes on one machine; the root is
-on a small tmpfs where mounting is permitted.
+submitted again, if its driver ended, until it succeeds; then what it left is compared with an undisturbed run: every file,
+the passages that bore loss, vectors, index. Every tenth seed runs all steps; the others take the steps before that of the
+first event from the undisturbed run, and end with the step of the last event, whose output is what the next ones would
+start from. Seeds that --output records are not run again, so it may be run in pieces (--minutes). The nodes are processes
+on one machine; the root is on a small tmpfs where mounting is permitted.
 """
 
 import argparse

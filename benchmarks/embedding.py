@@ -2,10 +2,10 @@
 
     python benchmarks/embedding.py --work /tmp/embedding-benchmark --passages corpus.jsonl
 
-all-MiniLM-L6-v2 on passages of a JSON-lines file, or on docstrings of installed packages. For us everything counts: Ray's start, reading and hashing the
-corpus, loading the model in each actor, writing Parquet. sentence-transformers is timed without imports and model
-loading; its pool of processes without its start. Each part runs in a process of its own, one after the other, and
-vectors are compared. Writes JSON to --output.
+all-MiniLM-L6-v2 on passages of a JSON-lines file, or on docstrings of installed packages. For us everything counts: Ray's
+start, reading and hashing the corpus, loading the model in each actor, writing Parquet. sentence-transformers is timed
+without imports and model loading; its pool of processes without its start. Each part runs in a process of its own, one
+after the other, and vectors are compared. Writes JSON to --output.
 """
 
 import argparse

@@ -6,7 +6,8 @@
 Models have the shape of Mistral 7B and random weights; passages are as long as MS MARCO's (log-normal, mean 80 tokens).
 Peers run in the same call on the same model and the same texts: plain PEFT DoRA in a Hugging Face Trainer at the paper's
 batches of 4, and sentence-transformers at the best of several batch sizes. Floors are measured too: a copy on the device
-gives its bandwidth. What does not fit the memory says so in place of its rate. `--shape small` runs anywhere, to try the script.
+gives its bandwidth. What does not fit the memory says so in place of its rate. `--shape small` runs anywhere, to try the
+script.
 
 --work holds models: 45 GB for `weights`, 15 for `embedding`.
 """

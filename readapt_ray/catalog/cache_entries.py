@@ -1,4 +1,6 @@
-"""Entries of the cache of models, texts and index shards: filled by one process at a time, kept while in use, and removed when room is needed.
+"""Fill, keep and remove entries of the cache of models, texts and index shards.
+
+One process at a time fills an entry. It stays while it is in use, and goes when room is needed.
 
 In: the folder of an entry and the files that it gets. Out: room for them, where other entries can go. Beside the
 folder NAME are NAME.json (its files, with `size_bytes`), NAME.lock (locked while it is filled or removed) and NAME.use

@@ -1,8 +1,9 @@
 """The files of a model, brought from the hub or an object store onto this machine's disk.
 
-In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer: safetensors, and pickled weights
-only where there are no others. `seen_on_hub` and `seen_at_uri` fetch no weights: they see that a model can be had. What else a folder of ours holds (checkpoints, pairs, logs) stays where it is. A hub
-that is busy is asked again for half a minute, one that cannot be reached for six seconds.
+In: a hub id or a URI. Out: a local folder with weights, configuration and tokenizer: safetensors, and pickled weights only
+where there are no others. `seen_on_hub` and `seen_at_uri` fetch no weights: they see that a model can be had. What else a
+folder of ours holds (checkpoints, pairs, logs) stays where it is. A hub that is busy is asked again for half a minute, one
+that cannot be reached for six seconds.
 """
 
 import errno

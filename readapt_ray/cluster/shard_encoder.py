@@ -1,8 +1,8 @@
 """What an embedding actor does: token ids, or texts, of a data shard in, a file of vectors out.
 
-In: rows of Ray Data, a shard each, and the job that all actors share. Out: `vectors/part-00000.parquet`, written
-whole. An actor holds one model and works on two
-shards at a time: while the vectors of one are computed, the other is tokenised where no task did it, or written. Memory is the model and two shards.
+In: rows of Ray Data, a shard each, and the job that all actors share. Out: `vectors/part-00000.parquet`, written whole. An
+actor holds one model and works on two shards at a time: while the vectors of one are computed, the other is tokenised where
+no task did it, or written. Memory is the model and two shards.
 """
 
 import logging

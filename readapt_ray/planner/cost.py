@@ -1,8 +1,8 @@
 """Compute what a run costs: which nodes are up for how long.
 
 Nodes of a group's `min_workers` are up for the whole run. Those above it come when a stage needs GPUs, which takes some
-minutes, and end some idle minutes after the last one that did; all of it is paid for, and for as many as the stage has workers. Stages that run side by side take
-the time of the longer one.
+minutes, and end some idle minutes after the last one that did; all of it is paid for, and for as many as the stage has
+workers. Stages that run side by side take the time of the longer one.
 """
 
 from collections.abc import Callable, Sequence

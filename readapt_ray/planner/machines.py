@@ -1,8 +1,8 @@
 """Read the cluster that a plan is for: node groups with their CPUs, memory, GPUs and price.
 
-Read from what a cluster is started with: a Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay
-manifest (`kind: RayCluster`, `RayJob` or `RayService`), a Slurm script, a plain list (`nodes`), or `local`, this machine. Prices and what a
-machine type has come from a table that the user can replace.
+Read from what a cluster is started with: a Ray cluster launcher file (`cluster_name`, AWS or GCP), a KubeRay manifest
+(`kind: RayCluster`, `RayJob` or `RayService`), a Slurm script, a plain list (`nodes`), or `local`, this machine. Prices and
+what a machine type has come from a table that the user can replace.
 """
 
 import math

@@ -1,10 +1,11 @@
 """The files of an index shard: write them, find what an earlier run wrote, read and verify them.
 
-A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet`
-(columns doc_id and content_hash, in the order of the index). They never change; the numbers of vectors that were deleted
-since are in `shards/00000.dead` (older releases left out their doc_ids instead). Beside them, written last, `shards/00000.json` says what they are, so that a resumed run reads no vectors and no ids; an approximate shard has
-`shards/00000.recall.npz`, what it finds, and `shards/00000.bm25.npz` holds its BM25 scores. The artifact's manifest has
-the checksums. A shard that is not mapped takes its memory twice while it is read.
+A shard is two files that plain FAISS and plain pyarrow open: `shards/00000.faiss` and `shards/00000.ids.parquet` (columns
+doc_id and content_hash, in the order of the index). They never change; the numbers of vectors that were deleted since are
+in `shards/00000.dead` (older releases left out their doc_ids instead). Beside them, written last, `shards/00000.json` says
+what they are, so that a resumed run reads no vectors and no ids; an approximate shard has `shards/00000.recall.npz`, what
+it finds, and `shards/00000.bm25.npz` holds its BM25 scores. The artifact's manifest has the checksums. A shard that is not
+mapped takes its memory twice while it is read.
 """
 
 import hashlib

@@ -2,8 +2,9 @@
 
 The copy is an entry of the node's cache (`catalog/cache_entries.py`): `passages.arrow` has titles and texts, uncompressed;
 `keys.npy` and `rows.npy` have the row of each doc_id by its hash. The first process makes it, the others wait for it. What
-searches read stays in the operating system's page cache, and nothing of the corpus is held by a process. A copy goes when the
-last store of it is dropped; the copy of a process that ended is removed when another store is opened, or when the same one uses it again.
+searches read stays in the operating system's page cache, and nothing of the corpus is held by a process. A copy goes when
+the last store of it is dropped; the copy of a process that ended is removed when another store is opened, or when the same
+one uses it again.
 """
 
 import logging

@@ -1,8 +1,9 @@
 """Find near duplicates by an exchange of MinHashes, in the tasks of a parallel ingest.
 
 In: the passages of all pieces, without repeats of ids and contents. Out: for each piece files that say which passages are
-dropped, and which ones were kept in their place. The rule is the same as in one process: in the order of the source a passage is
-dropped if a passage that was kept before shares a band of MinHash values with it and at least `near_threshold` of all values.
+dropped, and which ones were kept in their place. The rule is the same as in one process: in the order of the source a
+passage is dropped if a passage that was kept before shares a band of MinHash values with it and at least `near_threshold`
+of all values.
 
     sketches   with `read_piece`: each passage's MinHash, and its bands by hash
     buckets    once per partition of bands: which passages share one; asks their pieces for the MinHashes

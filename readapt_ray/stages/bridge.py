@@ -3,8 +3,9 @@
 In: vectors of an old model and a new model. Out: `map.safetensors`, and the new vectors of a sample of the passages. Eight
 tenths of the sample fit the maps (`retrieval/query_maps.py`), one tenth chooses among them, and on the last tenth, and on
 queries of the corpus where it has some, recall is measured against what the new model finds among its own vectors of these
-passages: those that no map was fitted on, with as large a share of the others as in the corpus. It costs encoding the sample, reading the doc_ids of the corpus, and some minutes on the driver: with 20,000
-vectors of 4,096 numbers it holds 1.5 GB.
+passages: those that no map was fitted on, with as large a share of the others as in the corpus. It costs encoding the
+sample, reading the doc_ids of the corpus, and some minutes on the driver: with 20,000 vectors of 4,096 numbers it holds 1.5
+GB.
 """
 
 import hashlib

@@ -1,13 +1,13 @@
 """The index stage: vectors become FAISS shards.
 
 In: vectors, and an earlier index of them where there is one. Out: `shards/00000.faiss` and
-`shards/00000.ids.parquet` and so on, each built by one Ray task and committed whole, so what was built before
-a kill is not built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so
-that shards can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks
-that build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing is built
-again: what left the corpus is no longer found, and what came is a shard of its own; a shard of which a fifth is gone is
-left out, and the rest of it comes, too; so it is with small shards once there are more than 16. A task holds its shard as FAISS stores
-it, and once more while it is written; the driver holds a line per file of vectors.
+`shards/00000.ids.parquet` and so on, each built by one Ray task and committed whole, so what was built before a kill is not
+built again. Inverted lists and codes are trained once, on a sample of all vectors (`shards/trained.faiss`), so that shards
+can be merged when they are searched. What is not exact is measured with queries against exact search by the tasks that
+build it, and all shards together get the least depth that reaches the recall, or are refused. On an earlier index nothing
+is built again: what left the corpus is no longer found, and what came is a shard of its own; a shard of which a fifth is
+gone is left out, and the rest of it comes, too; so it is with small shards once there are more than 16. A task holds its
+shard as FAISS stores it, and once more while it is written; the driver holds a line per file of vectors.
 """
 
 import logging

@@ -129,7 +129,8 @@ def check_tokenizers(pretrained: OpenModel, tuned: OpenModel, *, accept_vocabula
 def check_bases(pretrained: MergeInput | OpenModel, adapters: Sequence[OpenModel], *, accept: bool) -> None:
     """Compare the model that each adapter was trained on with the one that it is applied to.
 
-    What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is only a warning.
+    What `readapt train` and `readapt finetune` made says it by fingerprint; other adapters give a name, and another name is
+    only a warning.
 
     Args:
         pretrained: what they are laid on.
