@@ -307,7 +307,7 @@ def _status(arguments: Sequence[str]) -> None:
         return
     usd_per_hour = None
     if options.cluster:
-        from readapt_ray.planner.machines import read_cluster
+        from readapt_ray.planner.cluster_files import read_cluster
         from readapt_ray.planner.prices import read_prices
 
         usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour_of

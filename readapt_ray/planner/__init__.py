@@ -10,7 +10,7 @@ from typing import Any
 
 from readapt_ray.catalog.shapes import longest_text, model_shape, pretrained_shape
 from readapt_ray.config import Config
-from readapt_ray.planner import calibration, judged, machines, rates, scaling, stages
+from readapt_ray.planner import calibration, cluster_files, judged, rates, scaling, stages
 from readapt_ray.planner.corpus import Corpus, encoding_of, measure_corpus
 from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
 from readapt_ray.planner.machines import Cluster
@@ -135,7 +135,7 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         ModelError: what a model costs cannot be told.
     """
     prices = read_prices(options.prices)
-    cluster = machines.read_cluster(options.cluster, prices)
+    cluster = cluster_files.read_cluster(options.cluster, prices)
     steps = [(step.name, step) for step in chain.plan_run(run)]
     setting = _setting(run, options, steps, cluster)
     return Plan(

@@ -49,9 +49,10 @@ class Limit:
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
-    """Return the cluster with this many GPUs (nodes if it has no GPU); other groups stay."""
+    """Return the cluster with this many GPUs (nodes if it has no GPU); other groups stay, a head that takes no task too."""
     if not cluster.gpu_groups:
-        return replace(cluster, groups=(replace(cluster.largest, count=workers),))
+        heads = (group for group in cluster.groups if not group.cpus)
+        return replace(cluster, groups=(replace(cluster.largest, count=workers), *heads))
     fast = cluster.gpu_groups[0]
     one = replace(
         fast,

@@ -7,20 +7,35 @@ from typing import Any, Final
 
 from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.cluster.batches import BATCH_ADVICE, least_workers
+from readapt_ray.cluster.index_shards import UNTRAINED
+from readapt_ray.cluster.query_vectors import QUERIES_A_PIECE
+from readapt_ray.errors import InputError
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
 from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory, train_adapter, train_memory
 from readapt_ray.recipes.chain import Step
-from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, default_storage, vector_bytes
+from readapt_ray.retrieval.index_kinds import (
+    KINDS,
+    IndexOptions,
+    default_storage,
+    index_spec,
+    shard_bytes,
+    shard_cpus,
+    shard_rows,
+    vector_bytes,
+)
 from readapt_ray.retrieval.vector_files import SHARD_BYTES
-from readapt_ray.stages.embed import TextSize, shard_rows
+from readapt_ray.stages import embed
+from readapt_ray.stages.index import index_options
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
 LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
+_QUERY_TOKENS: Final = 32.0
+"""Of a query with its prompt."""
 _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 """Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
 
@@ -43,6 +58,10 @@ class StageEstimate:
     rate: Rate
     memory: Memory | None = None
     note: str = ""
+    first_gpus: int = 0
+    """GPUs that it takes only at first, for the queries of a search in an index."""
+    first_gpus_s: float = 0.0
+    """For how many of its seconds."""
     is_beside_next: bool = False
     """Whether it runs at the same time as the stage after it."""
     problem: str = ""
@@ -88,11 +107,11 @@ def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
 def embed_rows(config: Any, setting: Setting) -> int:
     """Return the passages of a data shard."""
     corpus = setting.corpus
-    text = TextSize(corpus.embed_tokens, corpus.text_bytes)
+    text = embed.TextSize(corpus.embed_tokens, corpus.text_bytes)
     on_gpus = bool(setting.cluster.num_gpus)
     return int(
         config.rows_per_shard
-        or shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
+        or embed.shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
     )
 
 
@@ -118,7 +137,7 @@ def train_workers(config: Any, cluster: Cluster) -> int:
     """Return the number of Ray Train workers."""
     if cluster.num_gpus:
         return int(min(config.num_workers or cluster.num_gpus, cluster.num_gpus))
-    return int(config.num_workers or cluster.num_nodes)
+    return int(config.num_workers or cluster.num_nodes_with_cpus)
 
 
 def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
@@ -304,42 +323,75 @@ def _float32_note(config: Any, cluster: Cluster) -> str:
 
 
 def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
-    corpus = setting.corpus
-    size = 4.0 * corpus.num_passages * setting.dimension
-    shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else SHARD_BYTES
-    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(size / shard)))
-    known = {} if config.factory else index_bytes(config, setting)
-    taken = "time" if config.kind in known else "time and bytes"
+    corpus, group, dimension = setting.corpus, setting.cluster.largest_lasting, setting.dimension
+    problem = ""
+    try:
+        options = index_options(config, corpus.num_passages, dimension, setting.vector_dtype)
+        spec = index_spec(options, corpus.num_passages, dimension)
+    except InputError as error:  # such as: nothing fits memory_gb
+        problem, options = str(error), IndexOptions()
+        spec = index_spec(options, corpus.num_passages, dimension)
+    rows = min(corpus.num_passages, config.rows_per_shard or shard_rows(options, corpus.num_passages, dimension))
+    cpus = 1
+    if not (spec.is_exact and spec.factory in UNTRAINED):
+        cpus = max(1, min(group.cpus, shard_cpus(options, dimension, rows)))
+    size = 4.0 * corpus.num_passages * dimension
+    workers = max(1, min(setting.cluster.num_lasting_cpus // cpus, math.ceil(corpus.num_passages / rows)))
+    taken = "time and bytes" if options.factory else "time"
     return _timed(
         name,
         "index",
         size,
         _cpu_rate(setting, "index"),
-        units=workers,
-        workers=workers,
-        out_bytes=known.get(config.kind, size),
-        needs=index_memory(min(shard, size), setting.cluster.largest),
-        note="" if known and config.kind == "flat" else f"{taken} of a flat index; see the bytes of each kind below",
+        units=workers * cpus,
+        workers=workers * cpus,
+        out_bytes=shard_bytes(options, dimension, corpus.num_passages),
+        needs=index_memory(shard_bytes(options, dimension, rows), cpus, group),
+        note="" if spec.factory in UNTRAINED else f"{taken} of a flat index; see the bytes of each kind below",
+        problem=problem,
     )
 
 
 def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
-    corpus = setting.corpus
+    corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
-    pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
-    workers = max(1, min(setting.cluster.num_lasting_cpus, pieces))
-    return _timed(
+    load_s = 2 * shape.num_parameters / LOAD_BYTES_PER_S
+    encoders, encode_s = _query_encoders(setting)
+    device, peak = _device(cluster)
+    if config.vectors and cluster.num_gpus:  # vectors are compared on GPUs, an index is searched on CPUs
+        workers, rate = cluster.num_gpus, setting.rates.of("search", device, peak, is_low=True)
+    else:
+        pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
+        workers, rate = max(1, min(cluster.num_lasting_cpus, pieces)), _cpu_rate(setting, "search")
+        device = CPU
+    found = _timed(
         name,
         "search",
         work,
-        _cpu_rate(setting, "search"),
+        rate,
         units=workers,
         workers=workers,
+        device=device,
         error=corpus.error,
         out_bytes=45.0 * corpus.num_queries * min(config.top_k, corpus.num_passages),
-        fixed_s=2 * setting.retriever.num_parameters / LOAD_BYTES_PER_S,
+        fixed_s=load_s + encode_s,
         note=f"{corpus.num_queries:,} queries",
     )
+    return replace(found, first_gpus=encoders, first_gpus_s=load_s + encode_s if encoders else 0.0)
+
+
+def _query_encoders(setting: Setting) -> tuple[int, float]:
+    """Return how many GPUs encode the queries of a search, and for how long, once the model is loaded; 0 on CPUs, where the
+    rate of search counts it.
+    """
+    cluster, num_queries = setting.cluster, setting.corpus.num_queries
+    if not cluster.num_gpus:
+        return 0, 0.0
+    device, peak = _device(cluster)
+    rate = setting.rates.of("embed", device, peak, is_low=True)
+    encoders = max(1, min(cluster.num_gpus, math.ceil(num_queries / QUERIES_A_PIECE)))
+    work = num_queries * _QUERY_TOKENS * setting.retriever.forward_flops(_QUERY_TOKENS)
+    return encoders, work / (encoders * rate.value)
 
 
 def _evaluate(config: Any, name: str, setting: Setting) -> StageEstimate:
