@@ -16,7 +16,7 @@ from readapt_ray.catalog.models import OpenModel, open_model
 from readapt_ray.cluster import autoscaling, bounded_tasks, connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
-from readapt_ray.seeds import derive_seed
+from readapt_ray.seeds import derive_seed, random_generator
 from readapt_ray.storage import Location
 from readapt_ray.synthesis.answers import Ask, Writer
 from readapt_ray.synthesis.endpoint import EndpointWriter
@@ -65,11 +65,17 @@ class WritingJob:
         there = {name for name, _ in self.answers.listing(".parquet")}
         return [number for number in range(self.num_pieces) if self.file(number).name not in there]
 
+    def missing_in_random_order(self) -> list[int]:
+        """Return the missing pieces so that those of a job that ends early are of all parts of the corpus."""
+        missing = set(self.missing())
+        order = random_generator(self.seed, "order of synthesized pieces").permutation(self.num_pieces).tolist()
+        return [number for number in order if number in missing]
+
 
 def ask_here(
     job: WritingJob, writer: EndpointWriter, *, budget_tokens: int | None, report: Callable[[int], None]
 ) -> bool:
-    """Answer the missing pieces in this process; False if the budget is spent before the last one.
+    """Answer the missing pieces in this process, in a random order; False if the budget is spent before the last one.
 
     Args:
         job: what is asked.
@@ -80,7 +86,7 @@ def ask_here(
     Raises:
         InputError, WorkerError: the endpoint refuses, or cannot be reached.
     """
-    missing, spent = job.missing(), 0
+    missing, spent = job.missing_in_random_order(), 0
     if budget_tokens is not None:
         spent = int(np.sum(read_answers(job)["num_tokens"].to_numpy()))
     for place, number in enumerate(missing):
