@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from readapt_ray.planner.estimates import StageEstimate
 from readapt_ray.planner.machines import Cluster
-from readapt_ray.planner.stages import StageEstimate
 
 START_S: Final = 300.0
 """From the request for a GPU node until it works: the machine boots, pulls an image of 10 GB, joins."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Final
 
-from readapt_ray.planner import stages
+from readapt_ray.planner import index_stages, stages
 from readapt_ray.planner.cost import cost_of
+from readapt_ray.planner.estimates import Setting, StageEstimate
 from readapt_ray.planner.machines import Cluster, NodeGroup
-from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.progress import amount
 from readapt_ray.recipes.chain import Step, by_stage, runs_beside_next
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
@@ -157,7 +157,7 @@ def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None
 def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
     """Return what breaks if vectors are neither compressed nor searched approximately."""
     cluster = setting.cluster
-    flat = stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
+    flat = index_stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
     scanned = _SCANNED_PER_S * max(1, cluster.num_cpus / 8)
     return [
         Limit(

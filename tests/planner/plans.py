@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from readapt_ray import planner
+from readapt_ray.planner.estimates import StageEstimate
 from readapt_ray.planner.prices import read_prices
-from readapt_ray.planner.stages import StageEstimate
 from readapt_ray.recipes.chain import RunConfig
 
 PRICES = read_prices(None)
