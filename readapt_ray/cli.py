@@ -205,7 +205,7 @@ def _run_config(options: argparse.Namespace, problems: "Problems | None" = None)
 
     found = Problems() if problems is None else problems
     changes = run_file.parse_changes(options.set, found)
-    given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
+    given = {name: value for name in ("root", "encoding") if (value := getattr(options, name)) is not None}
     config = run_file.read_run(options.config, changes | given, found)
     if problems is None:
         found.raise_them()
