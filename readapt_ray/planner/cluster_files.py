@@ -18,6 +18,7 @@ from readapt_ray.config import Config, meant
 from readapt_ray.errors import InputError
 from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
+from readapt_ray.planner.quantities import quantity
 from readapt_ray.planner.slurm_script import is_slurm_script, nodes_of
 from readapt_ray.storage import Location
 
@@ -146,6 +147,8 @@ class _PlainNode(Config):
     """Kind of GPU."""
     gpus: int = Field(default=0, ge=0)
     """GPUs of one node."""
+    network_gbit: float = Field(default=10.0, gt=0)
+    """Gbit/s between nodes."""
     usd_per_hour: float | None = Field(default=None, ge=0)
     """Of one node."""
 
@@ -173,7 +176,7 @@ def _check_plain(node: _PlainNode, where: str) -> None:
     """
     if not node.machine and (node.cpus < 1 or node.memory_gb <= 0):
         raise InputError(f"{where}: node {node.name!r} says neither its machine nor its cpus and memory_gb")
-    described = ("cpus", "memory_gb", "gpu", "gpus", "usd_per_hour")
+    described = ("cpus", "memory_gb", "gpu", "gpus", "network_gbit", "usd_per_hour")
     if node.machine and (twice := [name for name in described if name in node.model_fields_set]):
         raise InputError(
             f"{where}: node {node.name!r} has machine = {node.machine!r} and {', '.join(twice)}; what a machine has and costs is "
@@ -185,7 +188,8 @@ def _check_plain(node: _PlainNode, where: str) -> None:
 
 def _described(node: _PlainNode) -> Machine:
     price = node.usd_per_hour or 0.0
-    return Machine(cpus=node.cpus, memory_gb=node.memory_gb, gpu=node.gpu, gpus=node.gpus, on_demand=price, spot=price)
+    said = node.model_dump(include={"cpus", "memory_gb", "gpu", "gpus", "network_gbit"})
+    return Machine(**said, on_demand=price, spot=price)
 
 
 def _machine(kind: str, prices: PriceTable, where: str) -> Machine:
@@ -215,6 +219,7 @@ def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot:
         gpus=machine.gpus,
         gpu_flops=device.tflops * 1e12 if has_gpus and device else 0.0,
         gpu_memory_bytes=device.memory_gb * _GB if has_gpus and device else 0.0,
+        network_gbit=machine.network_gbit,
         usd_per_hour=machine.spot if spot else machine.on_demand,
         is_spot=spot,
     )
@@ -295,10 +300,11 @@ def _pods(group: dict[str, Any], prices: PriceTable, where: str, *, is_scaled: b
     price = _number(annotations, "readapt.dev/usd-per-hour", 0, place)
     started = _section(group, "rayStartParams", place)
     machine = Machine(
-        cpus=max(1, math.floor(_quantity(asked["cpu"], place))),
-        memory_gb=_quantity(asked["memory"], place) / _GB,
+        cpus=max(1, math.floor(quantity(asked["cpu"], place))),
+        memory_gb=quantity(asked["memory"], place) / _GB,
         gpu=str(annotations.get("readapt.dev/gpu", "")),
         gpus=_count(started, "num-gpus", _count(asked, "nvidia.com/gpu", 0, place), place),
+        network_gbit=_number(annotations, "readapt.dev/network-gbit", 10, place),
         on_demand=price,
         spot=price,
     )
@@ -323,18 +329,3 @@ def _resources(pod: dict[str, Any], where: str) -> dict[str, Any]:
     if asked.get("cpu") is None or asked.get("memory") is None:
         raise InputError(f"{where} sets no limits for cpu and memory of its first container; set both")
     return asked
-
-
-_SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
-    suffix: float(1 << 10 * power) for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)
-}
-
-
-def _quantity(value: Any, where: str) -> float:
-    """Parse a Kubernetes quantity (4, 500m, 16Gi) to a number."""
-    text = str(value).strip()
-    suffix = next((each for each in sorted(_SUFFIXES, key=len, reverse=True) if text.endswith(each)), "")
-    try:
-        return float(text.removesuffix(suffix)) * _SUFFIXES.get(suffix, 1.0)
-    except ValueError:
-        raise InputError(f"{where}: {value!r} is not a Kubernetes quantity, such as 4, 500m or 16Gi") from None

@@ -84,13 +84,14 @@ def timed(
     error: float = 0.0,
     fixed_s: float = 0.0,
     floor_s: float = 0.0,
+    waiting_s: float = 0.0,
     needs: Memory | None = None,
     note: str = "",
     problem: str = "",
 ) -> StageEstimate:
-    """Return fixed seconds plus the work at so many units times the rate; never less than the floor."""
+    """Return fixed seconds plus the work at so many units times the rate, never less than the floor, and the waiting."""
     fixed = FIXED_S[stage] + fixed_s
-    working = max(work / (units * rate.value), floor_s)
+    working = max(work / (units * rate.value), floor_s) + waiting_s
     return StageEstimate(
         name=name,
         stage=stage,

@@ -29,6 +29,8 @@ class NodeGroup:
     gpus: int = 0
     gpu_flops: float = 0.0
     gpu_memory_bytes: float = 0.0
+    network_gbit: float = 10.0
+    """Between nodes, per second."""
     usd_per_hour: float = 0.0
     """Of one node."""
     machine_type: str = ""

@@ -54,6 +54,7 @@ def nodes_of(text: str, where: str) -> dict[str, Any]:
         "gpus": gpus,
         "gpu": ours.get("gpu", kind) if gpus else "",
         "memory_gb": _own(ours, "memory_gb", where) or memory or _memory_gb(options.get("mem-per-gpu", "0")) * gpus,
+        "network_gbit": _own(ours, "network_gbit", where) or 10.0,
         "usd_per_hour": _own(ours, "usd_per_hour", where),
     }
     absent = [name for name in ("gpu", "memory_gb") if not node[name] and (name != "gpu" or gpus)]

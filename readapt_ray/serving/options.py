@@ -86,7 +86,11 @@ class VersionConfig(Config):
     index_actors: int = Field(default=1, ge=1)
     """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's memory."""
     index_replicas: int = Field(default=1, ge=1)
-    """Number of copies of each index process. With 2 or more, searches continue when one dies."""
+    """Number of copies of each index process; with `max_index_replicas`, the minimum. With 2 or more, searches continue when
+    one dies."""
+    max_index_replicas: int | None = Field(default=None, ge=1)
+    """Maximum number of copies of each index process. Ray Serve starts more while searches wait, and stops them again. If
+    omitted, `index_replicas`."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray reserves per index process."""
 
@@ -192,6 +196,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     operational: ClassVar[frozenset[str]] = frozenset(
         {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}
         | {
+            "max_index_replicas",
             "max_domain_bytes",
             "num_replicas",
             "max_replicas",

@@ -33,7 +33,6 @@ def test_a_cluster_without_gpus_is_planned_without_its_idle_head(run_file: Path,
     values["available_node_types"]["head"] = {"node_config": {"InstanceType": "m7i.4xlarge"}, "resources": {"CPU": 0}}
     found = make_plan(run_file, cluster=write(tmp_path, values), num_passages=1_000_000)
     assert stage(found, "train").workers == 4, "a worker per node that takes tasks"
-    assert found.grid[1_000_000][8].seconds < found.grid[1_000_000][1].seconds
     head, nodes = PRICES.machines["m7i.4xlarge"].on_demand, 8 * PRICES.machines["m7i.4xlarge"].on_demand
     cell = found.grid[1_000_000][8]
     assert cell.usd == pytest.approx(cell.seconds / 3600 * (head + nodes))
