@@ -13,7 +13,7 @@
 #SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 # For `readapt plan --cluster clusters/slurm.sh`: the kind of GPU, and the memory and price of a node.
-#READAPT gpu=H100 memory_gb=1000 usd_per_hour=0
+#READAPT gpu=H100 memory_gb=1000 network_gbit=10 usd_per_hour=0
 set -euo pipefail
 
 : "${SLURM_JOB_ID:?run this with sbatch}"

@@ -1034,6 +1034,7 @@ def serve(
     num_threads: int | None = None,
     index_actors: int = 1,
     index_replicas: int = 1,
+    max_index_replicas: int | None = None,
     num_cpus_per_index_actor: float = 0.25,
     batch_wait_s: float = 0.0,
     max_requests: int = 256,
@@ -1100,8 +1101,10 @@ def serve(
             other work runs there.
         index_actors: Number of processes that share the shards of the index. Raise it if the index does not fit
             one machine's memory. (default: 1)
-        index_replicas: Number of copies of each index process. With 2 or more, searches continue when one dies.
-            (default: 1)
+        index_replicas: Number of copies of each index process; with `max_index_replicas`, the minimum. With 2
+            or more, searches continue when one dies. (default: 1)
+        max_index_replicas: Maximum number of copies of each index process. Ray Serve starts more while searches
+            wait, and stops them again. If omitted, `index_replicas`.
         num_cpus_per_index_actor: CPUs that Ray reserves per index process. (default: 0.25)
         batch_wait_s: Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it
             to get larger batches at the cost of latency. While the encoder is busy, texts gather anyway.

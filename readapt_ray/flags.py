@@ -44,6 +44,21 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(list(arguments))
 
 
+class _Once(argparse.Action):
+    """Refuse an option with several values that is given again: the values that it had would be dropped."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if getattr(namespace, self.dest, None) is not None:
+            parser.error(f"{option_string} is given twice; give it once, with commas between its values")
+        setattr(namespace, self.dest, values)
+
+
 def parse(command: str, description: str, config_class: type[C], arguments: Sequence[str]) -> C:
     """Parse flags into a config, over a YAML file if `--config` names one.
 
@@ -94,7 +109,12 @@ def add_flags(parser: Parser, config_class: type[Config]) -> list[argparse._Argu
                 flag(name), action=argparse.BooleanOptionalAction, help=f"{text} {default(field)}".rstrip()
             )
         else:
-            group.add_argument(flag(name), metavar=_metavar(field.annotation), help=f"{text} {default(field)}".rstrip())
+            group.add_argument(
+                flag(name),
+                action=_Once if _has_several(field.annotation) else "store",
+                metavar=_metavar(field.annotation),
+                help=f"{text} {default(field)}".rstrip(),
+            )
     return groups
 
 
@@ -124,6 +144,11 @@ def _notes(config_class: type[Config]) -> str:
             f"The file of --config can also hold the sections {', '.join(sections)}: options of these stages by name."
         )
     return " ".join(notes)
+
+
+def _has_several(annotation: Any) -> bool:
+    """Return whether an option takes several values, as a list or by name."""
+    return is_list(annotation) or any(typing.get_origin(each) is dict for each in typing.get_args(annotation))
 
 
 def _metavar(annotation: Any) -> str:

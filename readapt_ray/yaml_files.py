@@ -7,6 +7,29 @@ import yaml
 from readapt_ray.errors import InputError, first_line
 from readapt_ray.storage import Location
 
+
+class TwiceError(yaml.MarkedYAMLError):
+    """A mapping has a name twice."""
+
+
+class DistinctLoader(yaml.SafeLoader):
+    """A safe loader that refuses a name that a mapping has twice; PyYAML keeps the last of them without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Compose a mapping.
+
+        Raises:
+            TwiceError: it has a name twice.
+        """
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        known = set()
+        for name, _ in node.value:
+            if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in known:
+                raise TwiceError(problem=f"{name.value!r} is given twice", problem_mark=name.start_mark)
+            known.add((name.tag, str(name.value)))
+        return node
+
+
 _WORDS: dict[type, str] = {type(None): "nothing", str: "text", list: "a list"}
 
 
@@ -34,10 +57,14 @@ def parse_yaml(text: str, where: str) -> list[Any]:
     """Return the documents of a YAML text; errors call it `where`.
 
     Raises:
-        InputError: it is not YAML.
+        InputError: it is not YAML, or a mapping has a name twice.
     """
     try:
-        return list(yaml.safe_load_all(text))
+        return list(yaml.load_all(text, DistinctLoader))
+    except TwiceError as error:
+        mark = error.problem_mark
+        assert mark is not None
+        raise InputError(f"{where}, line {mark.line + 1}: {error.problem}; keep one of them") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"

@@ -7,6 +7,7 @@ the autoscaler's idle_timeout_minutes.
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
@@ -22,6 +23,9 @@ PATIENCE_S = 300.0
 
 _POLL_S = 1.0
 _SAID_S = 20.0
+_requests: dict[object, list[dict[str, float]]] = {}
+"""What the work of this process asks for at this moment, by a key per request."""
+_REQUESTING = threading.Lock()
 
 
 def may_grow(each: Mapping[str, float]) -> bool:
@@ -48,10 +52,9 @@ def requested(
     if not may_grow(each):
         yield
         return
-    from ray.autoscaler.sdk import request_resources
-
     before = {node["NodeID"] for node in nodes.alive()}
-    request_resources(bundles=[{name: size for name, size in each.items() if size}] * num_workers)
+    request = object()
+    _note(request, [{name: size for name, size in each.items() if size}] * num_workers)
     try:
         _wait(num_workers, each, least, min(patience_s, environment.wait_s()))
         if check_versions:
@@ -59,7 +62,23 @@ def requested(
         connection.connect()  # notes the new nodes for manifests
         yield
     finally:
-        request_resources(bundles=[])
+        _note(request, None)
+
+
+def _note(request: object, bundles: list[dict[str, float]] | None) -> None:
+    """Tell the autoscaler the largest of all requests: it knows the last one only, and stages run side by side.
+
+    Args:
+        request: the key of one request.
+        bundles: resources of each of its workers; None where it ends.
+    """
+    from ray.autoscaler.sdk import request_resources
+
+    with _REQUESTING:
+        _requests.pop(request, None)
+        if bundles is not None:
+            _requests[request] = bundles
+        request_resources(bundles=max(_requests.values(), key=len, default=[]))
 
 
 def _wait(num_workers: int, each: Mapping[str, float], least: int, patience_s: float) -> None:

@@ -3,7 +3,7 @@
 import os
 
 from readapt_ray.artifacts import read_lease, read_manifest
-from readapt_ray.cluster import connection
+from readapt_ray.cluster import autoscaling, connection
 from readapt_ray.config import StageConfig
 
 
@@ -24,7 +24,9 @@ def encoding_dtype(config: StageConfig, asked: str) -> str:
         return suitable_dtype()
     total = connection.connect()
     device = "cuda" if total.num_gpus else "cpu"
-    if total.num_nodes == 1:
+    each = {"CPU": 1, "GPU": 1 if total.num_gpus else 0}
+    if total.num_nodes == 1 and not autoscaling.may_grow(each):
         return suitable_dtype(device)
-    there = ray.remote(num_cpus=1, num_gpus=1 if total.num_gpus else 0)(suitable_dtype)
-    return str(ray.get(there.remote(device)))
+    there = ray.remote(num_cpus=each["CPU"], num_gpus=each["GPU"])(suitable_dtype)
+    with autoscaling.requested(1, each, least=1):
+        return str(ray.get(there.remote(device)))

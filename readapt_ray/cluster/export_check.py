@@ -53,7 +53,7 @@ def _exact_on_ray(source: Artifact, vectors: ParquetRows, queries: NDArray[np.fl
 
     from readapt_ray.cluster import connection
     from readapt_ray.cluster.search_pieces import Pieces
-    from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
+    from readapt_ray.retrieval.merged_rows import merge_rows, ordered_ties
 
     num_cpus = max(1, connection.connect().num_cpus)
     rows_per_piece = max(1, min(SHARD_BYTES // (4 * queries.shape[1]), -(-vectors.num_rows // num_cpus)))
@@ -62,6 +62,6 @@ def _exact_on_ray(source: Artifact, vectors: ParquetRows, queries: NDArray[np.fl
     best = merge_rows(pieces.search([ray.put(queries)], TOP_K), len(queries), TOP_K)
     distinct, codes = np.unique(best.rows, return_inverse=True)
     names = pieces.names(distinct)
-    _, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, TOP_K)
+    _, codes = ordered_ties(best.scores, codes.reshape(best.rows.shape), names, TOP_K)
     found = names.to_pylist()
     return [[found[code] for code in row if found[code] is not None] for row in codes]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from readapt_ray.catalog import models
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.catalog.retrievers import Objective
-from readapt_ray.cluster import connection, on_worker
+from readapt_ray.cluster import autoscaling, connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 
 
@@ -28,7 +28,7 @@ def measure_losses(
     """Return the loss per token of each text, before and after training. float64 [2, N]; see `training.withheld_loss`.
 
     Raises:
-        PlacementError: the cluster has no CPU.
+        PlacementError: the cluster has no CPU, or a GPU that it may grow to did not come.
         WorkerError: the task died, such as for lack of memory.
     """
     import ray
@@ -43,7 +43,8 @@ def measure_losses(
     }
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus)(_measure)
     try:
-        found: NDArray[np.float64] = ray.get(task.remote(job, list(texts)))
+        with autoscaling.requested(1, {"CPU": num_cpus, "GPU": num_gpus}, least=1):
+            found: NDArray[np.float64] = ray.get(task.remote(job, list(texts)))
     except ray.exceptions.RayError as error:
         raise connection.cause_of(error) from None
     return found

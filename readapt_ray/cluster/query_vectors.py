@@ -10,7 +10,7 @@ import numpy as np
 
 from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel
-from readapt_ray.cluster import bounded_tasks, on_worker
+from readapt_ray.cluster import autoscaling, bounded_tasks, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.errors import ModelError
 from readapt_ray.retrieval.bridge import Bridge
@@ -78,26 +78,23 @@ def encode_pieces(
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, None), len(pieces))
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_encoded)
     query_map = None if bridge is None else ray.put(bridge.query_map)
-    streams = [
-        task.remote(
-            pieces[number::num_tasks],
-            query_map,
-            retriever=on_worker.model_name(model),
-            base=on_worker.base_name(model),
-            encoding=encoding,
-            encoder=encoder,
-            driver_node=on_worker.this_node(),
-            batch_tokens=batch_tokens,
-            num_threads=num_cpus,
-        )
-        for number in range(num_tasks)
-    ]
-    try:
-        for number in range(len(pieces)):
-            yield next(streams[number % num_tasks])
-    except BaseException:  # also where the caller stops
-        bounded_tasks.cancel(streams)
-        raise
+    options = {
+        "retriever": on_worker.model_name(model),
+        "base": on_worker.base_name(model),
+        "encoding": encoding,
+        "encoder": encoder,
+        "driver_node": on_worker.this_node(),
+        "batch_tokens": batch_tokens,
+        "num_threads": num_cpus,
+    }
+    with autoscaling.requested(num_tasks, {"CPU": num_cpus, "GPU": num_gpus}, least=1):
+        streams = [task.remote(pieces[number::num_tasks], query_map, **options) for number in range(num_tasks)]
+        try:
+            for number in range(len(pieces)):
+                yield next(streams[number % num_tasks])
+        except BaseException:  # also where the caller stops
+            bounded_tasks.cancel(streams)
+            raise
 
 
 def _encoded(

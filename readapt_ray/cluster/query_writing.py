@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from readapt_ray.catalog.models import OpenModel, open_model
-from readapt_ray.cluster import bounded_tasks, connection, on_worker
+from readapt_ray.cluster import autoscaling, bounded_tasks, connection, on_worker
 from readapt_ray.cluster.placement import Placement, place_actors
 from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
-from readapt_ray.seeds import derive_seed
+from readapt_ray.seeds import derive_seed, random_generator
 from readapt_ray.storage import Location
 from readapt_ray.synthesis.answers import Ask, Writer
 from readapt_ray.synthesis.endpoint import EndpointWriter
@@ -65,11 +65,17 @@ class WritingJob:
         there = {name for name, _ in self.answers.listing(".parquet")}
         return [number for number in range(self.num_pieces) if self.file(number).name not in there]
 
+    def missing_in_random_order(self) -> list[int]:
+        """Return the missing pieces so that those of a job that ends early are of all parts of the corpus."""
+        missing = set(self.missing())
+        order = random_generator(self.seed, "order of synthesized pieces").permutation(self.num_pieces).tolist()
+        return [number for number in order if number in missing]
+
 
 def ask_here(
     job: WritingJob, writer: EndpointWriter, *, budget_tokens: int | None, report: Callable[[int], None]
 ) -> bool:
-    """Answer the missing pieces in this process; False if the budget is spent before the last one.
+    """Answer the missing pieces in this process, in a random order; False if the budget is spent before the last one.
 
     Args:
         job: what is asked.
@@ -80,7 +86,7 @@ def ask_here(
     Raises:
         InputError, WorkerError: the endpoint refuses, or cannot be reached.
     """
-    missing, spent = job.missing(), 0
+    missing, spent = job.missing_in_random_order(), 0
     if budget_tokens is not None:
         spent = int(np.sum(read_answers(job)["num_tokens"].to_numpy()))
     for place, number in enumerate(missing):
@@ -102,7 +108,7 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
 
     Raises:
         ModelError: the model cannot write.
-        PlacementError: the cluster has no CPU.
+        PlacementError: the cluster has no CPU, or no GPU that it may grow to came.
         WorkerError: tasks died again and again.
     """
     import ray
@@ -115,26 +121,19 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, num_cpus), len(missing))
     connection.check_seen_by_all(job.answers)
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_write_pieces)
-    streams = [
-        task.remote(
-            job,
-            missing[number::num_tasks],
-            (on_worker.model_name(model), model.fingerprint),
-            dtype=dtype,
-            driver_node=on_worker.this_node(),
-            num_threads=num_cpus,
-        )
-        for number in range(num_tasks)
-    ]
-    try:
-        for place in range(len(missing)):
-            ray.get(next(streams[place % num_tasks]))
-            report(_num_done(job, len(missing) - place - 1))
-    except BaseException as error:
-        bounded_tasks.cancel(streams)
-        if isinstance(error, ray.exceptions.RayError):
-            raise connection.cause_of(error) from None
-        raise
+    due = on_worker.model_name(model), model.fingerprint
+    options = {"dtype": dtype, "driver_node": on_worker.this_node(), "num_threads": num_cpus}
+    with autoscaling.requested(num_tasks, {"CPU": num_cpus, "GPU": num_gpus}, least=1):
+        streams = [task.remote(job, missing[number::num_tasks], due, **options) for number in range(num_tasks)]
+        try:
+            for place in range(len(missing)):
+                ray.get(next(streams[place % num_tasks]))
+                report(_num_done(job, len(missing) - place - 1))
+        except BaseException as error:
+            bounded_tasks.cancel(streams)
+            if isinstance(error, ray.exceptions.RayError):
+                raise connection.cause_of(error) from None
+            raise
 
 
 def read_answers(job: WritingJob) -> pa.Table:

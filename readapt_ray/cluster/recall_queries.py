@@ -74,7 +74,9 @@ def query_encoder_of(vectors: Artifact) -> QueryEncoder:
     Raises:
         ReadaptError: it is no longer there, or another one is there.
     """
-    return query_encoder(open_model(vectors.manifest.config["retriever"]), vectors)
+    made_with = vectors.manifest.config  # the options of embed: a retriever, or a domain
+    model = open_model(made_with.get("domain") or made_with["retriever"], base=made_with.get("base"))
+    return query_encoder(model, vectors)
 
 
 def recall_texts(corpus: Artifact) -> list[str]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from readapt_ray.artifacts import Artifact
-from readapt_ray.cluster import on_worker
+from readapt_ray.cluster import autoscaling, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import open_vectors
@@ -55,11 +55,13 @@ class Pieces:
         """Yield what each task found: scores and rows [Q, K], in the order in which tasks end."""
         import ray
 
-        task = ray.remote(num_cpus=1, num_gpus=1 if self._on_gpus else 0)(_search_piece)
+        each = {"CPU": 1, "GPU": int(self._on_gpus)}
+        task = ray.remote(num_cpus=each["CPU"], num_gpus=each["GPU"])(_search_piece)
         device = "cuda" if self._on_gpus else "cpu"
-        yield from run_bounded(
-            lambda piece: task.remote(piece, list(queries), top_k, device), self._pieces, num_at_once=self._room
-        )
+        with autoscaling.requested(min(len(self._pieces), self._room), each, least=1):
+            yield from run_bounded(
+                lambda piece: task.remote(piece, list(queries), top_k, device), self._pieces, num_at_once=self._room
+            )
 
     def search_words(
         self, texts: Sequence[str], sha256s: dict[str, str], top_k: int

@@ -15,7 +15,7 @@ PREFIX = "pseudo:"
 MIN_QUERY_WORDS = 4
 MIN_REST_CHARS = 80
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
-_CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff]")
 
 
 def with_pseudo_queries(
@@ -65,5 +65,5 @@ def split_query(passage: Passage) -> tuple[str, Passage] | None:
 
 
 def _says_enough(text: str) -> bool:
-    """Return whether a text has four words; Chinese and Japanese, which have no spaces, count two characters as a word."""
-    return len(text.split()) + len(_CJK.findall(text)) // 2 >= MIN_QUERY_WORDS
+    """Return whether a text has four words; scripts without spaces, such as Chinese or Thai, count two characters as a word."""
+    return len(text.split()) + len(_NO_SPACES.findall(text)) // 2 >= MIN_QUERY_WORDS

@@ -14,6 +14,7 @@ from readapt_ray import hardware
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.planner.prices import Machine, PriceTable, read_mapping
+from readapt_ray.planner.quantities import quantity
 from readapt_ray.planner.slurm_script import is_slurm_script, nodes_of
 from readapt_ray.storage import Location
 
@@ -43,6 +44,8 @@ class NodeGroup:
     gpus: int = 0
     gpu_flops: float = 0.0
     gpu_memory_bytes: float = 0.0
+    network_gbit: float = 10.0
+    """Between nodes, per second."""
     usd_per_hour: float = 0.0
     """Of one node."""
     machine_type: str = ""
@@ -253,6 +256,8 @@ class _PlainNode(Config):
     """Kind of GPU."""
     gpus: int = 0
     """GPUs of one node."""
+    network_gbit: float = 10.0
+    """Gbit/s between nodes."""
     usd_per_hour: float | None = None
     """Of one node."""
 
@@ -273,7 +278,8 @@ def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[Node
 
 def _described(node: _PlainNode) -> Machine:
     price = node.usd_per_hour or 0.0
-    return Machine(cpus=node.cpus, memory_gb=node.memory_gb, gpu=node.gpu, gpus=node.gpus, on_demand=price, spot=price)
+    said = node.model_dump(include={"cpus", "memory_gb", "gpu", "gpus", "network_gbit"})
+    return Machine(**said, on_demand=price, spot=price)
 
 
 def _machine(kind: str, prices: PriceTable, where: str) -> Machine:
@@ -303,6 +309,7 @@ def _group(name: str, count: int, machine: Machine, prices: PriceTable, *, spot:
         gpus=machine.gpus,
         gpu_flops=device.tflops * 1e12 if has_gpus and device else 0.0,
         gpu_memory_bytes=device.memory_gb * _GB if has_gpus and device else 0.0,
+        network_gbit=machine.network_gbit,
         usd_per_hour=machine.spot if spot else machine.on_demand,
         is_spot=spot,
     )
@@ -371,28 +378,12 @@ def _pods(group: dict[str, Any], prices: PriceTable, where: str) -> NodeGroup:
     annotations = (group.get("template") or {}).get("metadata", {}).get("annotations") or {}
     price = float(annotations.get("readapt.dev/usd-per-hour", 0))
     machine = Machine(
-        cpus=max(1, math.floor(_quantity(asked["cpu"]))),
-        memory_gb=_quantity(asked["memory"]) / _GB,
+        cpus=max(1, math.floor(quantity(asked["cpu"]))),
+        memory_gb=quantity(asked["memory"]) / _GB,
         gpu=str(annotations.get("readapt.dev/gpu", "")),
         gpus=gpus,
+        network_gbit=float(annotations.get("readapt.dev/network-gbit", 10)),
         on_demand=price,
         spot=price,
     )
     return replace(_group(name, count, machine, prices, where=where), min_count=int(group.get("minReplicas", count)))
-
-
-_SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
-    suffix: float(1 << 10 * power) for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti"), 1)
-}
-
-
-def _quantity(value: Any) -> float:
-    """Parse a Kubernetes quantity (4, 500m, 16Gi) to a number."""
-    text = str(value).strip()
-    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
-        if text.endswith(suffix):
-            return float(text[: -len(suffix)]) * _SUFFIXES[suffix]
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"{value!r} is not a Kubernetes quantity, such as 4, 500m or 16Gi") from None

@@ -33,6 +33,8 @@ class Machine(Config):
     """Its kind of GPU; a name of the table's `gpus`."""
     gpus: int = 0
     """How many."""
+    network_gbit: float = 10.0
+    """Gbit/s between nodes over TCP."""
     on_demand: float
     """USD an hour."""
     spot: float

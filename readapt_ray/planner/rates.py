@@ -197,7 +197,7 @@ def _trained(manifest: Manifest) -> float:
 
 def _embedded(manifest: Manifest) -> float:
     counts = manifest.counts
-    shape = model_shape(manifest.config["retriever"])
+    shape = model_shape(manifest.config.get("domain") or manifest.config["retriever"])
     return float(counts["num_tokens"] * shape.forward_flops(counts["num_tokens"] / counts["num_vectors"]))
 
 

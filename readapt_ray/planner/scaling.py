@@ -7,7 +7,7 @@ the process that ingests, the driver's memory, the number of files, the batch, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import inf
+from math import gcd, inf
 from typing import Any, Final
 
 from readapt_ray.planner import stages
@@ -49,18 +49,20 @@ class Limit:
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
-    """Return the cluster with this many GPUs (nodes if it has no GPU); other groups stay."""
+    """Return the cluster with this many GPUs, in nodes as they are or parts of them (nodes if it has no GPU); other groups stay."""
     if not cluster.gpu_groups:
         return replace(cluster, groups=(replace(cluster.largest, count=workers),))
     fast = cluster.gpu_groups[0]
+    gpus = gcd(fast.gpus, workers)
+    share = gpus / fast.gpus
     one = replace(
         fast,
-        count=workers,
-        gpus=1,
-        cpus=max(1, fast.cpus // fast.gpus),
-        memory_bytes=fast.memory_bytes / fast.gpus,
-        usd_per_hour=fast.usd_per_hour / fast.gpus,
-        min_count=None if fast.min_count is None else min(fast.min_count * fast.gpus, workers),
+        count=workers // gpus,
+        gpus=gpus,
+        cpus=max(1, int(fast.cpus * share)),
+        memory_bytes=fast.memory_bytes * share,
+        usd_per_hour=fast.usd_per_hour * share,
+        min_count=None if fast.min_count is None else min(fast.min_count * fast.gpus, workers) // gpus,
     )
     return replace(cluster, groups=(one, *(group for group in cluster.groups if not group.gpus)))
 

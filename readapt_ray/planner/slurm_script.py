@@ -40,6 +40,7 @@ def nodes_of(text: str, where: str) -> dict[str, Any]:
         "gpus": gpus,
         "gpu": ours.get("gpu", kind) if gpus else "",
         "memory_gb": float(ours["memory_gb"]) if "memory_gb" in ours else _memory_gb(options.get("mem", "0")),
+        "network_gbit": float(ours.get("network_gbit", 10)),
         "usd_per_hour": float(ours.get("usd_per_hour", 0)),
     }
     absent = [name for name in ("gpu", "memory_gb") if not node[name] and (name != "gpu" or gpus)]

@@ -8,6 +8,7 @@ from typing import Any, Final
 from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.cluster.batches import BATCH_ADVICE, least_workers
 from readapt_ray.planner.corpus import Corpus
+from readapt_ray.planner.exchange import Steps, waiting_s
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
 from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory, train_adapter, train_memory
@@ -21,6 +22,8 @@ LOAD_BYTES_PER_S: Final = 5e8
 """Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
+_TOLD_WAITING: Final = 0.05
+"""From this share of the computing on, waiting for the network is told."""
 _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 """Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
 
@@ -164,13 +167,14 @@ def _timed(
     error: float = 0.0,
     fixed_s: float = 0.0,
     floor_s: float = 0.0,
+    waiting_s: float = 0.0,
     needs: Memory | None = None,
     note: str = "",
     problem: str = "",
 ) -> StageEstimate:
-    """Return fixed seconds plus the work at so many units times the rate; never less than the floor."""
+    """Return fixed seconds plus the work at so many units times the rate, never less than the floor, and the waiting."""
     fixed = FIXED_S[stage] + fixed_s
-    working = max(work / (units * rate.value), floor_s)
+    working = max(work / (units * rate.value), floor_s) + waiting_s
     return StageEstimate(
         name=name,
         stage=stage,
@@ -232,8 +236,15 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     rate = setting.rates.of("train", device, peak, is_low=cluster.computes_low(config.dtype))
     floor = 0.0 if rate.is_measured else steps * _STEP_FLOOR_S["GPU" if cluster.num_gpus else "CPU"]
     advice = BATCH_ADVICE.format(num_workers=workers, batch_size=busy)
-    is_floor = floor > work / (units * rate.value)
-    bound = "; the fixed cost per step dominates" if is_floor else ""
+    work_s = work / (units * rate.value)
+    bound = "; the fixed cost per step dominates" if floor > work_s else ""
+    trained = num_trained(shape, adapter)
+    run = Steps(
+        num_steps=steps, num_workers=busy, worker_tokens=step.num_tokens / busy, work_s=work_s, num_trained=trained
+    )
+    waiting = 0.0 if rate.is_measured else waiting_s(config, shape, cluster, run)
+    computed_s = max(work_s, floor)
+    waits = f"{waiting / (computed_s + waiting):.0%} of it waiting for the network between nodes"
     return _timed(
         name,
         "train",
@@ -243,12 +254,20 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
         workers=workers,
         device=device,
         error=corpus.error,
-        out_bytes=(30.0 if adapter is None else 28.0) * num_trained(shape, adapter),
+        out_bytes=(30.0 if adapter is None else 28.0) * trained,
         fixed_s=2 * shape.num_parameters / LOAD_BYTES_PER_S,
         floor_s=floor,
+        waiting_s=waiting,
         needs=train_memory(config, shape, cluster, workers),
         note="; ".join(
-            filter(None, [f"{steps:,} steps of {step.batch_size:,} blocks{bound}", _float32_note(config, cluster)])
+            filter(
+                None,
+                [
+                    f"{steps:,} steps of {step.batch_size:,} blocks{bound}",
+                    waits if waiting > _TOLD_WAITING * computed_s else "",
+                    _float32_note(config, cluster),
+                ],
+            )
         ),
         problem=f"a step has {busy} blocks for {workers} workers; {advice}" if busy < workers else "",
     )

@@ -42,6 +42,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     corpus = open_artifact(config.corpus, "ingest")
     plan = Plan(config, corpus)
     candidates = list(plan.candidates())
+    plan.check_outputs(candidates)
     evaluate = plan.evaluate(candidates)
     plan.check_files()
     rows = []

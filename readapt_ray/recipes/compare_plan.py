@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from readapt_ray.artifacts import Artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.encoding import Encoding
+from readapt_ray.cluster import on_worker
 from readapt_ray.config import Config, OptionError
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
@@ -257,6 +258,23 @@ class Plan:
             overwrite=True,
         )
 
+    @staticmethod
+    def check_outputs(candidates: Sequence[Candidate]) -> None:
+        """See that no two steps write to one place.
+
+        Raises:
+            InputError: two do; their retrievers are named.
+        """
+        known: dict[str, tuple[str, Any]] = {}
+        for each in candidates:
+            for step in (*each.making, each.embed, each.search):
+                name, config = known.setdefault(step.config.output, (each.name, step.config))
+                if config != step.config:
+                    raise InputError(
+                        f"{name!r} and {each.name!r} would both be written to {step.config.output!r}; rename the folder of "
+                        f"one of the retrievers, or compare them one after the other"
+                    )
+
     def check_files(self) -> None:
         """See that queries, judgements and the labels for finetune are there.
 
@@ -272,6 +290,11 @@ class Plan:
             )
         split = self._config.finetune_options.get("split", "train")
         labels = self._corpus.location / "qrels" / f"{split}.parquet"
+        if self._config.finetune and on_worker.absolute(Location(self._qrels)) == on_worker.absolute(labels):
+            raise InputError(
+                f"finetune would train on {labels.uri!r}, by which the comparison is measured; set another split in "
+                f"finetune_options, or give other --queries and --qrels"
+            )
         if self._config.finetune and not labels.is_file():
             raise InputError(
                 f"no judgements at {labels.uri!r} to finetune with; set split in finetune_options, or leave it out"

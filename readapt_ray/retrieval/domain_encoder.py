@@ -4,6 +4,7 @@ In: token ids, each text with its domain. Out: vectors that equal each domain's 
 when they are first needed. Those that were used longest ago go when they take more memory than allowed.
 """
 
+import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -82,10 +83,11 @@ class DomainEncoder:
         return sum(each.num_bytes for each in tuple(self._domains.values()))
 
     def find(self, source: DomainSource) -> Domain | None:
-        """Return a domain that is in memory, and note that it was used."""
+        """Return a domain that is in memory, and note that it was used. Another thread may load one meanwhile."""
         domain = self._domains.get(source.fingerprint)
         if domain is not None:
-            self._domains.move_to_end(source.fingerprint)
+            with contextlib.suppress(KeyError):  # it has just made room for another
+                self._domains.move_to_end(source.fingerprint)
         return domain
 
     def load(self, source: DomainSource, adapters: Sequence[Adapter]) -> Iterator[None]:
@@ -104,9 +106,11 @@ class DomainEncoder:
                     f"the factors of domain {source.name!r} take {domain.num_bytes:,} bytes, and all domains may take "
                     f"{self.max_bytes:,}; raise --max-domain-bytes"
                 )
-            self._domains[source.fingerprint] = domain
-            while self.num_bytes > self.max_bytes:
+            # Room is made first: what is used meanwhile moves to the end, and the new one would be the oldest.
+            self._domains.pop(source.fingerprint, None)
+            while self.num_bytes + domain.num_bytes > self.max_bytes:
                 self._domains.popitem(last=False)
+            self._domains[source.fingerprint] = domain
 
 
 def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 
@@ -45,10 +46,12 @@ def merge_rows(
     return RankedRows(scores, rows)
 
 
-def cut_ties(
+def ordered_ties(
     scores: NDArray[np.float32], codes: NDArray[np.int64], names: pa.Array, top_k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Leave the k best of each query; where the last place is tied, the lower doc_id has it.
+    """Leave the k best of each query in an order that does not depend on which part was merged first: ties go by doc_id.
+
+    Fusion by rank and the merging of passages to documents go by this order.
 
     Args:
         scores: [Q, K], falling.
@@ -56,9 +59,11 @@ def cut_ties(
         names: distinct doc_ids.
         top_k: results per query.
     """
-    if scores.shape[1] > top_k:
-        for query in np.flatnonzero((scores[:, top_k] == scores[:, top_k - 1]) & (scores[:, top_k] > -np.inf)):
-            tied = np.flatnonzero(scores[query] == scores[query, top_k - 1])
-            own = codes[query, tied]
-            codes[query, tied] = own[np.argsort(np.array(names.take(pa.array(own)).to_pylist(), object))]
+    is_tied = (scores[:, 1:] == scores[:, :-1]) & (scores[:, 1:] > -np.inf)
+    queries = np.flatnonzero(is_tied.any(axis=1))
+    if len(queries):
+        alphabetical = np.empty(len(names), np.int64)
+        alphabetical[pc.sort_indices(names).to_numpy()] = np.arange(len(names))
+        order = np.lexsort((alphabetical[codes[queries]], -scores[queries]), axis=1)
+        codes[queries] = np.take_along_axis(codes[queries], order, axis=1)
     return scores[:, :top_k], codes[:, :top_k]

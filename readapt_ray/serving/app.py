@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     from readapt_ray.serving.version_spec import VersionSpec
 
 _MAX_PREPARING = 64
+_MAX_SEARCHES = 64
+"""Searches in an index process at once: as many as share one scan."""
+_BUSY_SEARCHES = 16.0
+"""Searches per index process, waiting or in work, above which another copy is started."""
 _HEALTH_CHECK_PERIOD_S = 5
 _HEALTH_CHECK_TIMEOUT_S = 30
 _DRAIN_S = 20
@@ -93,10 +97,10 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         others = slices if number == 0 and isinstance(config, DomainIndexConfig) else []
         bound = IndexReplica.options(  # type: ignore[attr-defined]
             name=each.deployment,
-            num_replicas=config.index_replicas,
-            max_ongoing_requests=64,
+            max_ongoing_requests=_MAX_SEARCHES,
             ray_actor_options={"num_cpus": config.num_cpus_per_index_actor, "memory": each.num_bytes},
             **_LIFE,
+            **_scale(config.index_replicas, config.max_index_replicas, _BUSY_SEARCHES),
         ).bind(spec, each.shards, len(planned), *others)
         slices = [bound, *slices]
     if isinstance(config, DomainIndexConfig):
@@ -107,7 +111,8 @@ def bind_version(name: str, config: VersionConfig) -> Any:
         max_ongoing_requests=_MAX_PREPARING if spec.base else 2,
         ray_actor_options={"num_cpus": config.num_cpus_per_replica, "num_gpus": num_gpus(config)},
         **_LIFE,
-        **_scale(config),
+        # The gateway sends a batch for each replica that there may be: where fewer work, batches wait for them.
+        **_scale(config.num_replicas, config.max_replicas, 1.0),
     )
     return encoder.bind(spec, *slices)
 
@@ -180,15 +185,21 @@ _LIFE: dict[str, Any] = {
 }
 
 
-def _scale(config: VersionConfig) -> dict[str, Any]:
-    if config.max_replicas is None or config.max_replicas <= config.num_replicas:
-        return {"num_replicas": config.num_replicas}
+def _scale(minimum: int, maximum: int | None, ongoing: float) -> dict[str, Any]:
+    """Return the options that keep a number of replicas, or let Ray Serve choose one.
+
+    Args:
+        minimum: replicas that there always are.
+        maximum: replicas that there may be; if None, the minimum.
+        ongoing: calls waiting or in work per replica, above which Ray Serve starts another one.
+    """
+    if maximum is None or maximum <= minimum:
+        return {"num_replicas": minimum}
     return {
         "autoscaling_config": {
-            "min_replicas": config.num_replicas,
-            "max_replicas": config.max_replicas,
-            # The gateway sends a batch for each replica that there may be: where fewer work, batches wait for them.
-            "target_ongoing_requests": 1.0,
+            "min_replicas": minimum,
+            "max_replicas": maximum,
+            "target_ongoing_requests": ongoing,
             "upscale_delay_s": 10.0,
             "downscale_delay_s": 300.0,
         }

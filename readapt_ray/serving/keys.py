@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from readapt_ray.errors import InputError
 from readapt_ray.serving.doc_filter import DocFilter, FilterFields, doc_filter
 from readapt_ray.storage import Location
+from readapt_ray.yaml_files import DistinctLoader, TwiceError
 
 ENVIRONMENT = "READAPT_API_KEYS"
 _HASHED = "sha256:"
@@ -63,20 +64,22 @@ def read_keys(uri: str | None) -> tuple[ApiKey, ...]:
             raise InputError(f"api_keys = {uri!r}: no such file; give a YAML file of `name: key`")
     try:  # no message of a parser, since it may show a key
         content = text if uri is None else location.read_text()
-        entries, tree = yaml.safe_load(content), yaml.compose(content, yaml.SafeLoader)
+        entries = yaml.load(content, DistinctLoader)
+    except TwiceError as error:
+        raise InputError(f"{where}: {error.problem}; keep one of them, and give each key its own name") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise InputError(f"{where} is not YAML in UTF-8; it must hold one `name: key` a line") from None
-    if not isinstance(entries, dict) or not entries or not isinstance(tree, yaml.MappingNode):
+    if not isinstance(entries, dict) or not entries:
         raise InputError(f"{where} holds no keys; it must hold one `name: key` a line")
     keys = tuple(_parse(str(name), entry, where) for name, entry in entries.items())
-    _check_distinct([name.value for name, _ in tree.value], keys, where)
+    _check_distinct(keys, where)
     return keys
 
 
-def _check_distinct(names: Sequence[str], keys: Sequence[ApiKey], where: str) -> None:
-    """Refuse two entries of one name or of one key: the restrictions of one of them would not hold."""
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise InputError(f"{where}: {twice[0]!r} is there twice; give each key its own name")
+def _check_distinct(keys: Sequence[ApiKey], where: str) -> None:
+    """Refuse two entries of one key, or of names that are one as text: the restrictions of one would not hold."""
+    if twice := [name for name, count in Counter(each.name for each in keys).items() if count > 1]:
+        raise InputError(f"{where}: {twice[0]!r} is given twice; give each key its own name")
     owners: dict[str, str] = {}
     for key in keys:
         if (other := owners.setdefault(key.sha256, key.name)) != key.name:

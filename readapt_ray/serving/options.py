@@ -86,7 +86,11 @@ class VersionConfig(Config):
     index_actors: int = Field(default=1, ge=1)
     """Number of processes that share the shards of the index. Raise it if the index does not fit one machine's memory."""
     index_replicas: int = Field(default=1, ge=1)
-    """Number of copies of each index process. With 2 or more, searches continue when one dies."""
+    """Number of copies of each index process; with `max_index_replicas`, the minimum. With 2 or more, searches continue when
+    one dies."""
+    max_index_replicas: int | None = Field(default=None, ge=1)
+    """Maximum number of copies of each index process. Ray Serve starts more while searches wait, and stops them again. If
+    omitted, `index_replicas`."""
     num_cpus_per_index_actor: float = Field(default=0.25, ge=0)
     """CPUs that Ray reserves per index process."""
 
@@ -107,6 +111,10 @@ class DomainsConfig(VersionConfig):
     """Factors of some of the domains; the retriever is read from the first that is there."""
     max_domain_bytes: int = Field(ge=1)
     """Memory of the factors."""
+
+    def processes(self) -> dict[str, Any]:
+        """Return the options of the processes, which an update cannot change."""
+        return super().processes() | {"max_domain_bytes": self.max_domain_bytes}
 
 
 class DomainIndexConfig(VersionConfig):
@@ -188,6 +196,7 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     operational: ClassVar[frozenset[str]] = frozenset(
         {"batch_tokens", "batch_wait_s", "num_gateways", "index_actors", "index_replicas", "num_threads"}
         | {
+            "max_index_replicas",
             "max_domain_bytes",
             "num_replicas",
             "max_replicas",
@@ -233,6 +242,14 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             unused = given or ["recall_probe" if self.recall_probe else "require_report"]
             raise OptionError(
                 f"{{domains}} cannot have {{{unused[0]}}}; leave it out (an index is given to each: index=INDEX)"
+            )
+        each_domain = self.each_domain()
+        idle = [name for name, each in each_domain.items() if each.corpus and not each.index]
+        if idle or (self.corpus and not any(each.index for each in each_domain.values())):
+            whose = f"domain {idle[0]!r}" if idle else "no domain"
+            raise OptionError(
+                f"a {{corpus}} holds the texts of what an index finds, and {whose} has {'no' if idle else 'an'} index; give it "
+                f"index=INDEX, or leave the corpus out"
             )
 
     def names(self) -> list[str]:

@@ -36,8 +36,9 @@ class ResidentDomains:
     def __init__(self, encoder: DomainEncoder, compute: Callable[..., Awaitable[Any]]) -> None:
         self._encoder = encoder
         self._compute = compute
-        self._loading: dict[str, asyncio.Task[Domain]] = {}
-        self._failed: dict[str, tuple[float, str]] = {}
+        self._loading: dict[DomainSource, asyncio.Task[Domain]] = {}
+        self._failed: dict[DomainSource, tuple[float, str]] = {}
+        """By name and place: of two copies of the same factors, one may be gone."""
         self._one_at_a_time = asyncio.Lock()
 
     async def domain(self, source: DomainSource) -> Domain:
@@ -49,13 +50,13 @@ class ResidentDomains:
         found = self._encoder.find(source)
         if found is not None:
             return found
-        failed_s, reason = self._failed.get(source.fingerprint, (-FAILED_FOR_S, ""))
+        failed_s, reason = self._failed.get(source, (-FAILED_FOR_S, ""))
         if time.monotonic() < failed_s + FAILED_FOR_S:
             raise DomainUnavailableError(reason)
-        task = self._loading.get(source.fingerprint)
+        task = self._loading.get(source)
         if task is None:
-            task = self._loading[source.fingerprint] = asyncio.ensure_future(self._load(source))
-            task.add_done_callback(lambda _: self._loading.pop(source.fingerprint, None))
+            task = self._loading[source] = asyncio.ensure_future(self._load(source))
+            task.add_done_callback(lambda _: self._loading.pop(source, None))
         return await asyncio.shield(task)
 
     async def _load(self, source: DomainSource) -> Domain:
@@ -73,7 +74,7 @@ class ResidentDomains:
             if not isinstance(error, (ReadaptError, TimeoutError, OSError)):
                 said = type(error).__name__
             reason = f"domain {source.name!r} cannot be used: {said}"
-            self._failed[source.fingerprint] = (time.monotonic(), reason)
+            self._failed[source] = (time.monotonic(), reason)
             raise DomainUnavailableError(reason) from error
         finally:
             await asyncio.to_thread(files.close)
@@ -81,6 +82,8 @@ class ResidentDomains:
     async def _installed(self, source: DomainSource, adapters: Sequence[Adapter]) -> Domain:
         """Prepare the factors layer by layer. Domains change the model's layers, so one follows the other."""
         async with self._one_at_a_time:
+            if (domain := self._encoder.find(source)) is not None:  # another name for the same factors
+                return domain
             steps = self._encoder.load(source, adapters)
             while await self._compute(_step, steps):
                 pass

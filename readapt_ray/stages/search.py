@@ -30,7 +30,7 @@ from readapt_ray.generations import with_folders
 from readapt_ray.records import Query
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.fusion import DEPTH, reciprocal_rank_fusion
-from readapt_ray.retrieval.merged_rows import cut_ties, merge_rows
+from readapt_ray.retrieval.merged_rows import merge_rows, ordered_ties
 from readapt_ray.retrieval.parents import counts_of, merged_to_documents, ranks
 from readapt_ray.retrieval.query_encoder import QueryEncoder, query_encoder
 from readapt_ray.sources.columns import ColumnsOption
@@ -359,7 +359,7 @@ def _results(
     best = merge_rows(parts, len(queries), depth)
     distinct, codes = np.unique(best.rows, return_inverse=True)
     names = searched.names(distinct)
-    scores, codes = cut_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
+    scores, codes = ordered_ties(best.scores, codes.reshape(best.rows.shape), names, depth)
     counted = scores > -np.inf
     owners = np.repeat(np.arange(len(queries)), counted.sum(axis=1))
     return pa.table(

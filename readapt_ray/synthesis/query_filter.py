@@ -13,10 +13,25 @@ MIN_WORDS, MAX_WORDS = 3, 64
 _MIN_SHARE = 0.5
 _PRESENT_SHARE = 0.05
 _LABEL = re.compile(
-    r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.):]\s+|(?:search\s+)?(?:question|query|answer)\s*\d*\s*[:\-]\s*)", re.IGNORECASE
+    r"^\s*(?:[-*•]\s+|#{1,6}\s+|\(?\d{1,2}[.):]\s+|(?:search\s+)?(?:q|question|query|answer)\s*\d*(?:\s*:\s*|\s+-\s+|-\s+))",
+    re.IGNORECASE,
 )
-_MARKUP = re.compile(r"\*\*|__|`")
+"""A list mark or `Question 1:`; the hyphen of `question-answering` is none."""
+_PREAMBLE = re.compile(
+    r"(?:(?:sure|certainly|of course|okay|ok)\b[,.!]?\s*)?here(?:'s|’s| is| are)\b[^?:]*:\s*|"
+    r"(?:sure|certainly|of course|okay|ok)[,.!]?(?::\s*|$)",
+    re.IGNORECASE,
+)
+"""What a chatty model says before the query: `Sure! Here is a question:`."""
+_MARKUP = (
+    re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])"),
+    re.compile(r"(?<!\w)__(?=\S)([^_]*\s[^_]*)(?<=\S)__(?!\w)"),
+    re.compile(r"`([^`]*)`"),
+)
+"""Bold and code; `**options` and `__init__` are words."""
 _QUOTES = "\"'“”„«»‘’"
+_THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL | re.IGNORECASE)
+"""What a model that reasons writes before its answer."""
 _OF_PASSAGE = re.compile(
     r"\b(?:this|the|above|given|following|provided)\s+(?:\w+\s+)?(passage|text|paragraph|excerpt|document|article|abstract)\b",
     re.IGNORECASE,
@@ -26,7 +41,8 @@ _REFUSAL = re.compile(
 )
 """How a refusal begins."""
 _WORD = re.compile(r"\w+")
-_CJK = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff]")
+_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff]")
+"""A character of a script without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 
 REASONS = {
     "empty": "empty answers",
@@ -52,17 +68,20 @@ class Taken(NamedTuple):
 def take_query(answer: str, passage: str) -> Taken:
     """Return the query that an answer holds.
 
-    The first line that is not empty is taken, without list marks, labels such as `Question:`, bold marks and quotes.
+    The first line that is not empty and announces no other is taken, without list marks, labels such as `Question:`, bold
+    marks and quotes around it; what is between <think> and </think> is no part of the answer.
 
     Args:
         answer: what the language model wrote.
         passage: title and text that it was asked about.
     """
-    lines = [line for line in map(_bare, answer.splitlines()) if line]
+    lines = [line for line in map(_bare, _THOUGHT.sub("", answer).splitlines()) if line]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # announces what follows
     if not lines:
         return Taken("", "empty")
     query = lines[0]
-    num_words = len(query.split()) + len(_CJK.findall(query)) // 2
+    num_words = len(query.split()) + len(_NO_SPACES.findall(query)) // 2
     if _REFUSAL.match(query):
         reason = "refusal"
     elif num_words < MIN_WORDS:
@@ -82,10 +101,23 @@ def take_query(answer: str, passage: str) -> Taken:
 
 def _bare(line: str) -> str:
     """Return a line without what a model puts around a query."""
-    text = _MARKUP.sub("", line)
-    while (match := _LABEL.match(text)) is not None:
+    text = line
+    for each in _MARKUP:
+        text = each.sub(r"\1", text)
+    while match := _LABEL.match(text) or _PREAMBLE.match(text):
         text = text[match.end() :]
-    return " ".join(text.strip().strip(_QUOTES).split())
+    return " ".join(_without_quotes(text.strip()).split())
+
+
+def _without_quotes(text: str) -> str:
+    """Return a text without the quotes around the whole of it; those of a word at one end stay."""
+    inner = text.strip(_QUOTES)
+    num_quotes = sum(text.count(each) for each in _QUOTES if each not in "'’")
+    is_around = (
+        text[:1] in _QUOTES and text[-1:] in _QUOTES and not any(each in inner for each in _QUOTES if each not in "'’")
+    )
+    is_half = num_quotes == 1 and inner != text
+    return inner if is_around or is_half else text
 
 
 def _speaks_of_passage(query: str, passage: str) -> bool:

@@ -1,11 +1,12 @@
 """Take optimizer steps with DeepSpeed on any number of workers, and save and load their state.
 
-DeepSpeed averages gradients over workers. A step's loss is a sum over all its units divided by their
-number over *all* workers, so each worker scales its part by the number of workers; then one worker and
-many take the same step. Workers run the same number of passes, since those are collective where
-gradients or parameters are partitioned: a worker short of one repeats a part at weight zero.
+A step's loss is a sum over all its units divided by their number over *all* workers, and gradients are summed over
+workers; then one worker and many take the same step. At stage 0 gradients.py sums them. At others DeepSpeed averages them,
+so each worker scales its part by the number of workers. Workers run the same number of passes, since those are collective
+where gradients or parameters are partitioned: a worker short of one repeats a part at weight zero.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from readapt_ray.errors import TrainingDivergedError
 from readapt_ray.seeds import derive_seed
-from readapt_ray.training import dora
+from readapt_ray.training import dora, gradients
 from readapt_ray.training.partitioned import gathered
 
 T = TypeVar("T")
@@ -42,12 +43,20 @@ class Optimization:
 
 
 def deepspeed_config(*, zero_stage: int, max_gradient_norm: float) -> dict[str, Any]:
-    """Return DeepSpeed's settings. Batches and accumulation are ours, so DeepSpeed sees one batch per step."""
+    """Return DeepSpeed's settings. Batches and accumulation are ours, so DeepSpeed sees one batch per step.
+
+    Gradients are summed beside the backward pass. Buckets are small: with DeepSpeed's default all gradients of an adapter
+    are in one, which is sent last, and its buffer takes 2 GB. At stage 3 weights are fetched beside the products, too.
+    """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_gradient_norm,
-        "zero_optimization": {"stage": zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": zero_stage > 0,
+            "reduce_bucket_size": gradients.BUCKET_BYTES // 4,
+        },
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -124,6 +133,10 @@ class DeepSpeedEngine:
             ),
             dist_init_required=False,
         )
+        self._buckets = None
+        if optimization.zero_stage == 0:
+            self._engine.enable_backward_allreduce = False
+            self._buckets = gradients.GradientBuckets(list(self.trained.values()))
         self.model = model
         self.device = torch.device(self._engine.device)
         self.num_workers = torch.distributed.get_world_size()
@@ -146,12 +159,14 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self._learning_rate
         total = torch.zeros((), device=self.device)
+        if self._buckets is not None:
+            self._buckets.clear()
         for index, (part, weight) in enumerate(parts):
             self._engine.set_gradient_accumulation_boundary(index == len(parts) - 1)
             seed_dropout(self._seed, step=step, worker_rank=self.worker_rank, part=index)
             loss = loss_of(part) * weight
             total += loss.detach()
-            self._engine.backward(loss * self.num_workers)
+            self._backward(loss, is_last=index == len(parts) - 1)
         torch.distributed.all_reduce(total)
         # At stage 0 DeepSpeed clips but does not tell the norm, so it is done here. A device is waited for once.
         norms = [self._clipped_norm()] if self._zero_stage == 0 else []
@@ -165,6 +180,16 @@ class DeepSpeedEngine:
             raise TrainingDivergedError(f"the gradient's norm became {norm}")
         dora.refresh(self.model)
         return StepOutcome(loss=loss, gradient_norm=norm)
+
+    def _backward(self, loss: Tensor, *, is_last: bool) -> None:
+        if self._buckets is None:
+            # DeepSpeed's forward calls this, which the loss does not go through: without it, stage 3 forgets all passes of a
+            # step but the last.
+            self._optimizer.clear_backward_seen_flag()
+            self._engine.backward(loss * self.num_workers)
+            return
+        with self._buckets.summed() if is_last else contextlib.nullcontext():
+            self._engine.backward(loss)
 
     def _clipped_norm(self) -> Tensor:
         return nn.utils.clip_grad_norm_(self.trained.values(), self._max_gradient_norm)

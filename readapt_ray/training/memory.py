@@ -16,6 +16,7 @@ from readapt_ray.catalog.shapes import BaseDtype, ModelShape, is_in_layer
 from readapt_ray.errors import PlacementError
 from readapt_ray.nn.quantized import stored_bytes
 from readapt_ray.training.dora import AdapterShape
+from readapt_ray.training.gradients import BUCKET_BYTES
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
@@ -92,7 +93,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
         parts={
             "frozen weights": frozen_bytes // shared(3),
             "trained weights": 4 * trained // shared(3),
-            "gradients": 4 * trained // shared(2),
+            "gradients": 4 * trained // shared(2) + (2 * BUCKET_BYTES if stage else 0),
             "optimizer": (8 if stage == 0 else 12) * trained // shared(1),
             "activations": int(_activations(shape, setup) * correction),
             "loss": _LOSS_BYTES.get(setup.device_type, _LOSS_BYTES["cuda"]),
@@ -101,7 +102,7 @@ def estimate_memory(shape: ModelShape, setup: WorkerSetup, *, correction: float 
         reasons={
             "frozen weights": f"{frozen_text}, {where(3)}",
             "trained weights": f"{trained:,} x 4 bytes, {where(3)}",
-            "gradients": where(2),
+            "gradients": where(2) + (", and two buckets that are sent" if stage else ""),
             "optimizer": where(1),
             "activations": f"{setup.micro_batch_tokens:,} tokens, {shape.num_layers} layers, {kept}"
             + (f", times {correction:.2f} as measured before" if correction != 1.0 else ""),

@@ -6,13 +6,32 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from readapt_ray.cluster import autoscaling, connection, launcher, nodes, placement
+from readapt_ray.catalog.models import OpenModel, open_model
+from readapt_ray.cluster import (
+    autoscaling,
+    connection,
+    encoding_dtype,
+    launcher,
+    loss_task,
+    nodes,
+    placement,
+    query_vectors,
+    query_writing,
+    search_pieces,
+)
 from readapt_ray.errors import PlacementError
+from readapt_ray.retrieval.vector_files import RowRange
+from readapt_ray.stages.embed import EmbedConfig
+from readapt_ray.storage import Location
+from tests import factories
 
 REPOSITORY = Path(__file__).parent.parent.parent
 GPU = {"CPU": 1.0, "GPU": 1.0}
@@ -110,6 +129,53 @@ def test_nothing_is_asked_for_where_the_cluster_is_what_is_up(monkeypatch: pytes
     with autoscaling.requested(8, GPU, least=8):
         pass
     assert cluster.asked == []
+
+
+def test_work_that_ends_does_not_take_the_nodes_of_what_runs_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = FakeCluster(monkeypatch, most=8)
+    with autoscaling.requested(8, GPU, least=1):
+        with autoscaling.requested(2, GPU, least=1):
+            pass
+        assert cluster.asked == [8, 8, 8], "the autoscaler knows the last request only"
+    assert cluster.asked[-1] == 0
+
+
+def _encodes_queries(model: OpenModel, folder: Path) -> object:
+    return list(query_vectors.encode_pieces([query_vectors.TextPiece(["what"])], model, model.encoding, {}))
+
+
+def _searches_vectors(model: OpenModel, folder: Path) -> object:
+    vectors = SimpleNamespace(location=Location(str(folder)))
+    pieces = search_pieces.Pieces(vectors, [(RowRange("a", 0, 1),)], on_gpus=True, num_at_once=1)  # type: ignore[arg-type]
+    return list(pieces.search([], 1))
+
+
+def _measures_losses(model: OpenModel, folder: Path) -> object:
+    return loss_task.measure_losses(model, model, ["a"], objective="causal", max_tokens=8, dtype="float32")
+
+
+def _writes_queries(model: OpenModel, folder: Path) -> object:
+    job = SimpleNamespace(missing=lambda: [0], answers=Location(str(folder)), rows=np.arange(1))
+    return query_writing.ask_on_ray(job, model, dtype="float32", report=lambda _: None)  # type: ignore[func-returns-value, arg-type]
+
+
+def _chooses_a_type(model: OpenModel, folder: Path) -> object:
+    config = EmbedConfig(retriever=model.name, corpus="corpus", output=str(folder / "vectors"))
+    return encoding_dtype.encoding_dtype(config, "auto")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "work", [_encodes_queries, _searches_vectors, _measures_losses, _writes_queries, _chooses_a_type]
+)
+def test_work_on_gpus_that_do_not_come_ends_with_the_reason(
+    work: Callable[[OpenModel, Path], object], ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("READAPT_NUM_GPUS", "2")
+    monkeypatch.setenv("READAPT_WAIT_S", "0.1")
+    model = open_model(str(factories.write_contract(factories.tiny_decoder(tmp_path / "model"))))
+    with pytest.raises(PlacementError, match=r"1 GPU is needed and the autoscaler brought 0 within 0\.1 s"):
+        work(model, tmp_path)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = factories.tiny_decoder(folder / "base")
     factories.write_contract(factories.full_retriever(folder / "first", base))
     factories.write_contract(factories.full_retriever(folder / "second", base, seed=9))
+    factories.write_contract(factories.full_retriever(folder / "first-finetune", base, seed=8))
     factories.write_contract(factories.lora_adapter(folder / "lora", base))
     passages = factories.small_corpus(60)
     queries, qrels = factories.small_queries(passages, 16)
@@ -70,6 +71,21 @@ def config(pieces: Path, **changes: Any) -> CompareConfig:
         ({"merge_options": {"knowledge_scale": [0.5, 1]}}, InputError, "merge_options: knowledge_scale = .*one number"),
         ({"finetune_options": {"encoding": "x"}}, InputError, "finetune_options: encoding = 'x' is refused: .*;"),
         ({"finetune": True, "finetune_options": {"split": "dev"}}, InputError, "no judgements at .*dev.parquet'"),
+        (
+            {"finetune": True, "finetune_options": {"split": "test"}},
+            InputError,
+            "would train on .*test.parquet', by which the comparison is measured; set another split",
+        ),
+        (
+            {"finetune": True, "qrels": "{}/corpus/qrels/train.parquet"},
+            InputError,
+            "would train on .*train.parquet', by which the comparison is measured",
+        ),
+        (
+            {"finetune": True, "retrievers": ["{}/first", "{}/first-finetune"]},
+            InputError,
+            "'first . finetune' and 'first-finetune' would both be written to .*vectors/first-finetune'; rename the folder",
+        ),
     ],
 )
 def test_bad_input_is_named_before_anything_is_encoded(

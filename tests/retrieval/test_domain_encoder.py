@@ -1,4 +1,5 @@
 import json
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -172,6 +173,37 @@ def test_domains_that_were_not_used_for_long_make_room(decoder):
     encoder, _ = _open(domains, base, max_bytes=sizes[0] - 1)
     with pytest.raises(InputError, match=r"domain-0.*bytes.*--max-domain-bytes"):
         _load(encoder, sources[0])
+
+
+class UsedMeanwhile(OrderedDict):
+    """Domains of which another thread uses the oldest whenever one is added, or takes one away while it is asked for."""
+
+    takes = False
+
+    def __setitem__(self, name, domain):
+        super().__setitem__(name, domain)
+        if len(self) > 1:
+            self.move_to_end(next(iter(self)))
+
+    def get(self, name, default=None):
+        found = super().get(name, default)
+        if self.takes:
+            self.pop(name, None)
+        return found
+
+
+def test_domains_that_another_thread_uses_meanwhile_break_nothing(decoder):
+    base, _, domains = decoder
+    encoder, sources = _open(domains, base)
+    sizes = [_load(encoder, source).num_bytes for source in sources]
+    encoder, _ = _open(domains, base, max_bytes=sizes[0] + sizes[1] - 1)
+    encoder._domains = UsedMeanwhile()
+    assert _load(encoder, sources[0]) is not None
+    assert _load(encoder, sources[1]) is not None
+    assert encoder.num_bytes == sizes[1]
+    encoder._domains.takes = True
+    assert encoder.find(sources[1]) is not None
+    assert encoder.find(sources[1]) is None
 
 
 def test_factors_take_no_more_memory_than_their_files(decoder):

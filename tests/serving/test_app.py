@@ -214,7 +214,9 @@ def test_the_config_file_builds_the_same_applications(ray_session, world, tmp_pa
     from readapt_ray.serving import app
 
     versions = {"base": world.version("other"), "adapted": world.version()}
-    config = world.config(versions=versions, max_replicas=4, split=["base=1"], host="0.0.0.0", allow_anonymous=True)
+    config = world.config(
+        versions=versions, max_replicas=4, max_index_replicas=3, split=["base=1"], host="0.0.0.0", allow_anonymous=True
+    )
     path = str(tmp_path / "serve.yaml")
     assert serve(config.model_copy(update={"write_config": path}), blocking=False) == path
     written = ServeDeploySchema.model_validate(yaml.safe_load(Path(path).read_text()))
@@ -230,4 +232,8 @@ def test_the_config_file_builds_the_same_applications(ray_session, world, tmp_pa
     assert state["routing"]["split"] == {"base": 1.0}
     scaled = app.version(written.applications[0].args)._bound_deployment._deployment_config.autoscaling_config
     assert (scaled.min_replicas, scaled.max_replicas) == (1, 4)
+    indexed = app.version(written.applications[1].args)._bound_deployment.init_args
+    slices = [each._bound_deployment._deployment_config for each in indexed if hasattr(each, "_bound_deployment")]
+    scaled = [each.autoscaling_config for each in slices]
+    assert scaled and all((each.min_replicas, each.max_replicas) == (1, 3) for each in scaled)
     assert serve_config(config)["applications"][0]["route_prefix"] is None

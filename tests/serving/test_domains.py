@@ -6,6 +6,7 @@ import httpx
 import numpy as np
 import pytest
 
+from readapt_ray import flags
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, WeightMismatchError
 from readapt_ray.retrieval.domain_encoder import DomainEncoder
@@ -201,6 +202,23 @@ def test_a_corrupt_domain_fails_alone_and_is_not_read_for_each_request(folder, t
     asyncio.run(run())
 
 
+def test_a_copy_of_factors_that_is_gone_fails_alone(folder, tmp_path):
+    shutil.copytree(folder / "tax", tmp_path / "gone")
+
+    async def run():
+        shared = SharedInProcess(folder)
+        records = read_domains({"gone": str(tmp_path / "gone"), "there": str(folder / "tax")})
+        gone, there = (each.source for each in records)
+        assert gone.fingerprint == there.fingerprint
+        shutil.rmtree(tmp_path / "gone")
+        with pytest.raises(DomainUnavailableError, match="domain 'gone' cannot be used"):
+            await shared.prepare(gone)
+        await shared.prepare(there)
+        await shared.prepare(gone)  # what it needs is in memory
+
+    asyncio.run(run())
+
+
 def test_a_domain_that_is_removed_answers_the_requests_that_wait(folder, tmp_path):
     gone = tmp_path / "gone"
     shutil.copytree(folder / "tax", gone)
@@ -343,11 +361,31 @@ def test_the_domains_of_a_key_are_names(tmp_path):
         ({"retriever": "b", "knowledge_scale": "0..1"}, "are for domains"),
         ({"retriever": "b", "base": "c"}, "are for domains"),
         ({"domains": "legal=a", "default": "med"}, "default names 'med', which is not served"),
+        ({"domains": "legal=a,index=b,med=c,corpus=d"}, "domain 'med' has no index; give it index=INDEX"),
+        ({"domains": "legal=a", "corpus": "d"}, "no domain has an index"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         ServeConfig.parse(options)
+
+
+def test_two_domains_of_one_name_are_refused_wherever_they_are_given(tmp_path):
+    file = tmp_path / "domains.yaml"
+    file.write_text("legal: a\nmed: {factors: b, index: c, index: d}\n")
+    with pytest.raises(InputError, match=r"domains.yaml', line 2: 'index' is given twice; keep one of them"):
+        ServeConfig.parse({"domains": str(file)})
+    file.write_text("legal: a\nmed: b\n\nlegal: c\n")
+    with pytest.raises(InputError, match=r"domains.yaml', line 4: 'legal' is given twice; keep one of them"):
+        ServeConfig.parse({"domains": str(file)})
+    with pytest.raises(InputError, match="--domains is given twice; give it once, with commas between its values"):
+        flags.parse("serve", "Serve.", ServeConfig, ["--domains", "legal=a", "--domains", "med=b"])
+    assert flags.parse("serve", "Serve.", ServeConfig, ["--domains", "legal=a,med=b"]).names() == ["legal", "med"]
+
+
+def test_an_update_cannot_change_the_memory_of_domains():
+    (config,) = ServeConfig.parse({"domains": "legal=a", "max_domain_bytes": 5}).each_version().values()
+    assert config.processes()["max_domain_bytes"] == 5
 
 
 def test_domains_come_from_a_file(tmp_path):

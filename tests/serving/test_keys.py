@@ -56,7 +56,9 @@ def test_processes_that_are_started_do_not_get_the_keys(monkeypatch):
         (f"a: {{key: {SECRET}, rate: 3}}", r"\['rate'\]"),
         (f"a: {{key: {SECRET}, requests_per_minute: 0}}", "over 0"),
         (f"a: {{key: {SECRET}, requests_per_minute: true}}", "over 0"),
-        (f"a: {{key: {SECRET}, domains: [b]}}\na: {OTHER}", "'a' is there twice"),
+        (f"a: {{key: {SECRET}, domains: [b]}}\na: {OTHER}", "'a' is given twice"),
+        (f"1: {SECRET}\n'1': {OTHER}", "'1' is given twice"),
+        (f"a: {{key: {SECRET}, domains: [b], domains: [c]}}", "'domains' is given twice"),
         (f"a: {{key: {SECRET}, domains: [b]}}\nc: {SECRET}", "'a' and 'c' have the same key"),
     ],
 )

@@ -15,12 +15,14 @@ from readapt_ray.errors import (
     FingerprintMismatchError,
     InputError,
 )
+from readapt_ray.evaluation.bridge_recall import Asked, measure_bridge, objection
 from readapt_ray.evaluation.runs import read_run
 from readapt_ray.python.retriever import Retriever
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.query_encoder import describe_encoder
 from readapt_ray.retrieval.vector_files import write_vectors
+from readapt_ray.stages import bridge as stage
 from readapt_ray.stages.bridge import BridgeConfig, bridge, check_sample
 from readapt_ray.stages.embed import EmbedConfig
 from readapt_ray.stages.index import IndexConfig, index
@@ -186,6 +188,46 @@ def test_models_of_unlike_dimensions_are_bridged_and_one_that_is_far_is_not_wort
     assert _details(made)["not_worth_it"]
     search(_search(root, "far.trec", retriever=str(root / "far"), bridge=made.uri))
     assert "is not worth it" in caplog.text
+
+
+def _unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("relation", [0.0, 0.5])
+def test_recall_is_that_of_a_corpus_of_which_the_sample_is_a_small_part(relation):
+    size, dimension, num_vectors, random = 500, 400, 10_500, np.random.default_rng(0)
+    meaning = random.normal(size=(num_vectors, 64))
+    new = _unit(meaning @ random.normal(size=(64, dimension)) + 3 * random.normal(size=(num_vectors, dimension)))
+    noise = 3 * random.normal(size=(num_vectors, dimension))
+    old = _unit(relation * (meaning @ random.normal(size=(64, dimension))) + noise)
+    parts = stage._parts(size, num_vectors, seed=0)
+    assert not set(parts.pool[parts.last]) & set(parts.fit) and not set(parts.pool[parts.choice]) & set(parts.fit)
+    query_map, _ = stage._chosen_map(new[:size], old[:size], parts, seed=0)
+    asked, pool = np.arange(300), np.arange(size, size + len(parts.pool))
+    rest = [Asked(new[pool + shift][:50], old[pool + shift][:50], asked[:50]) for shift in range(0, 9000, 1000)]
+    due = np.mean(
+        [
+            measure_bridge(query_map, each, new[pool + 1000 * number], old[pool + 1000 * number])["bridged"]["mean"]
+            for number, each in enumerate(rest)
+        ]
+    )
+    measured = measure_bridge(
+        query_map,
+        Asked(new[parts.pool[parts.last]], old[parts.pool[parts.last]], parts.last),
+        new[parts.pool],
+        old[parts.pool],
+    )
+    low, high = measured["bridged"]["interval"]
+    assert low - 0.03 < due < high + 0.03
+    assert bool(objection(measured)) == (relation == 0.0)
+
+
+def test_a_sample_that_is_the_whole_corpus_is_searched_as_a_whole():
+    parts = stage._parts(1000, 1000, seed=0)
+    assert sorted(parts.pool) == list(range(1000)) and len(parts.fit) == 800
+    parts = stage._parts(1000, 2000, seed=0)
+    assert len(set(parts.pool) & set(parts.fit)) / len(parts.pool) == pytest.approx(0.4, abs=0.01)
 
 
 def test_a_sample_is_drawn_by_its_seed_and_without_queries_passages_alone_are_measured(world):

@@ -9,8 +9,11 @@ import pytest
 
 from readapt_ray.catalog.models import open_model
 from readapt_ray.catalog.retrievers import TARGETS_BY_FAMILY
+from readapt_ray.cluster.recall_queries import query_encoder_of
+from readapt_ray.cluster.round_trip import find_passages
 from readapt_ray.errors import FingerprintMismatchError, InputError, ModelError, WeightMismatchError
 from readapt_ray.evaluation.runs import read_run
+from readapt_ray.planner import rates
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
 from readapt_ray.stages.embed import EmbedConfig, embed
@@ -91,6 +94,19 @@ def test_either_searches_the_vectors_of_the_other(folder, embedded):
     with pytest.raises(FingerprintMismatchError, match="was not made by"):
         other = {"retriever": str(folder / "retriever"), "vectors": str(folder / "of-domain")}
         search(SearchConfig.parse(other | {"queries": str(folder / "corpus"), "output": str(folder / "other.trec")}))
+
+
+def test_stages_that_ask_queries_find_the_model_of_vectors_of_a_domain(folder, embedded, tmp_path):
+    moved = shutil.move(folder / "pretrained", tmp_path / "moved")
+    try:
+        of_moved = _embed(folder, "asked-of-moved", domain=str(folder / "domain"), base=str(moved))
+        found = [query_encoder_of(each) for each in (of_moved, embedded["merged"])]
+        assert found[0].model.is_factors and found[0].fingerprint == found[1].fingerprint
+    finally:
+        shutil.move(moved, folder / "pretrained")
+    passage = factories.small_corpus(NUM_PASSAGES)[7]
+    assert find_passages([passage.text], [passage.doc_id], embedded["domain"], NUM_PASSAGES).tolist() == [True]
+    assert rates.work_of(embedded["domain"].manifest) == rates.work_of(embedded["merged"].manifest)
 
 
 def test_a_model_made_of_the_factors_is_the_same_model(folder, tmp_path):

@@ -138,7 +138,7 @@ def test_an_endpoint_that_goes_down_loses_nothing(corpus, server, tmp_path, monk
     server.answer = lambda number, _: (500, {}) if number > PASSAGES_A_PIECE + 5 else (200, f"what is number {number}")
     with pytest.raises(WorkerError, match="run the same command again"):
         synthesize(config(corpus, server, tmp_path / "queries", **options))
-    assert [file.name for file in (tmp_path / "queries/answers").iterdir()] == ["part-00000.parquet"]
+    assert len(list((tmp_path / "queries/answers").iterdir())) == 1
     server.requests.clear()
     server.answer = lambda number, _: (200, f"what is later number {number}")
     made = synthesize(config(corpus, server, tmp_path / "queries", **options))
@@ -195,11 +195,25 @@ def test_a_budget_that_is_spent_keeps_what_is_there(corpus, server, tmp_path, ca
     assert "budget of 6,500 tokens was spent after 128 of 150 passages" in caplog.text
 
 
+def test_a_budget_buys_queries_for_all_parts_of_the_corpus(tmp_path, server):
+    """Passages are asked about in pieces of neighbours; a corpus is often sorted by subject."""
+    large = factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(40 * PASSAGES_A_PIECE), num_files=2)
+    options = {"num_passages": 40 * PASSAGES_A_PIECE, "budget_tokens": 10 * PASSAGES_A_PIECE * 100}
+    made = synthesize(config(large, server, tmp_path / "queries", **options))
+    assert made.manifest.counts["num_passages"] == 10 * PASSAGES_A_PIECE
+    names = sorted(each.name for each in (made.location / "answers").files(".parquet"))
+    numbers = [int(each[5:10]) for each in names]
+    assert min(numbers) < 10 and max(numbers) >= 30
+    again = synthesize(config(large, server, tmp_path / "again", **options))
+    assert sorted(each.name for each in (again.location / "answers").files(".parquet")) == names
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"endpoint": "http://user:secret@host/v1"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "http://host/v1?api_key=secret"}, "READAPT_ENDPOINT_KEY"),
+        ({"endpoint": "http://host/v1?sv=2024&sig=secret"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "localhost:8000"}, "no URL such as"),
         ({"prompt": "Write a query."}, "has no {passage}"),
         ({"endpoint": None, "budget_tokens": 5}, "endpoint"),
