@@ -10,6 +10,8 @@ from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 
 _LEAST_DEPTH = 100
+_DEPTH_WITHOUT_CUTOFF = 1000
+"""As TREC evaluates measures such as AP, which look at all results."""
 
 
 def _one_measure(text: str) -> str:
@@ -30,12 +32,13 @@ MeasureOption = Annotated[str, AfterValidator(_one_measure)]
 
 
 def depth_of(measures: str | Sequence[str]) -> int:
-    """Return how many results per query these measures need: the largest cutoff, and at least 100.
+    """Return how many results per query these measures need: the largest cutoff, and at least 100; 1,000 if one has no cutoff.
 
     Raises:
         InputError: a name is not known.
     """
-    return max(_LEAST_DEPTH, *cutoffs(measures).values())
+    found = cutoffs(measures).values()
+    return max(_LEAST_DEPTH if all(found) else _DEPTH_WITHOUT_CUTOFF, *found)
 
 
 def cutoffs(measures: str | Sequence[str]) -> dict[str, int]:

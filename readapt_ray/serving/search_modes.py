@@ -11,6 +11,7 @@ from readapt_ray.retrieval.parents import first_of_each
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.schema import MAX_HITS, Mode, RequestError, invalid
 from readapt_ray.serving.versions import Backend, Found, Ranked, aside
+from readapt_ray.sources.splitting import parent_of
 
 _PASSAGES_A_DOCUMENT = 3
 """Passages that are searched per document that is wanted, where documents were split; each next search is as much deeper."""
@@ -72,7 +73,9 @@ async def search_documents(
         top_k: documents per query.
     """
     most = min(backend.info.num_vectors, _DEEPEST * top_k, MAX_HITS)
-    depth = min(_PASSAGES_A_DOCUMENT * top_k, most) if backend.info.is_split else top_k
+    fuses_documents = mode == "hybrid" and backend.info.is_split
+    depth = max(top_k, DEPTH) if fuses_documents else top_k
+    depth = min(_PASSAGES_A_DOCUMENT * depth, most) if backend.info.is_split else depth
     found: list[list[Ranked]] = [[] for _ in vectors]
     left, missing = np.arange(len(vectors)), set[str]()
     while len(left):
@@ -83,7 +86,8 @@ async def search_documents(
             missing.update(its.missing)
             for place, passages in zip(part, its.ranked, strict=True):
                 found[place] = _documents(passages, top_k) if backend.info.is_split else passages
-                if len(found[place]) < top_k and len(passages) == depth < most:
+                may_lack = fuses_documents or len(passages) == depth
+                if len(found[place]) < top_k and may_lack and depth < most:
                     lacking.append(place)
         left, depth = np.array(lacking, np.int64), min(_PASSAGES_A_DOCUMENT * depth, most)
     return Found(found, sorted(missing))
@@ -109,7 +113,7 @@ async def search_by_mode(
     top_k: int,
     wanted: DocFilter | None,
 ) -> Found:
-    """Return the k best passages of each query.
+    """Return the k best passages of each query; by both rankings, of documents that were split the best passage of each.
 
     Args:
         mode: how to search.
@@ -125,7 +129,8 @@ async def search_by_mode(
         return await backend.search_words(texts, top_k, wanted)
     depth = max(top_k, DEPTH)
     both = await asyncio.gather(backend.search(vectors, depth, wanted), backend.search_words(texts, depth, wanted))
-    ranked = await aside(len(vectors) * depth, _fused, [each.ranked for each in both], top_k)
+    fused = _fused_documents if backend.info.is_split else _fused
+    ranked = await aside(len(vectors) * depth, fused, [each.ranked for each in both], top_k)
     return Found(ranked, sorted({name for each in both for name in each.missing}))
 
 
@@ -133,3 +138,18 @@ def _fused(both: Sequence[list[list[Ranked]]], top_k: int) -> list[list[Ranked]]
     """Fuse the rankings of each query."""
     rankings = ([[hit.doc_id for hit in each] for each in of_query] for of_query in zip(*both, strict=True))
     return [[Ranked(*each) for each in reciprocal_rank_fusion(of_query, top_k)] for of_query in rankings]
+
+
+def _fused_documents(both: Sequence[list[list[Ranked]]], top_k: int) -> list[list[Ranked]]:
+    """Fuse the documents of each query, as `readapt search` does; each has the passage that stands first in either ranking."""
+    found = []
+    for of_query in zip(*both, strict=True):
+        rankings, passages = [], dict[str, tuple[int, str]]()
+        for each in of_query:
+            best = [each[place].doc_id for place in first_of_each((hit.doc_id for hit in each), len(each))]
+            rankings.append([parent_of(doc_id) for doc_id in best])
+            for rank, doc_id in enumerate(best):
+                passages[parent_of(doc_id)] = min(passages.get(parent_of(doc_id), (rank, doc_id)), (rank, doc_id))
+        fused = reciprocal_rank_fusion(rankings, top_k)
+        found.append([Ranked(passages[document][1], score) for document, score in fused])
+    return found

@@ -18,7 +18,7 @@ KEY_VARIABLE = "READAPT_ENDPOINT_KEY"
 _MAX_RETRIES = 6
 _FILTERED = "content_filter"
 """Code of the error by which Azure OpenAI and those that follow it refuse a prompt for what it speaks of."""
-_KEY_WORDS = ("key", "token", "secret", "password")
+_KEY_WORDS = ("key", "token", "secret", "pass", "auth", "sig", "credential")
 
 
 def check_endpoint(url: str) -> None:

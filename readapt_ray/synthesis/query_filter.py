@@ -13,10 +13,16 @@ MIN_WORDS, MAX_WORDS = 3, 64
 _MIN_SHARE = 0.5
 _PRESENT_SHARE = 0.05
 _LABEL = re.compile(
-    r"^\s*(?:[-*•]\s+|\(?\d{1,2}[.):]\s+|(?:search\s+)?(?:question|query|answer)\s*\d*(?:\s*:\s*|\s+-\s+|-\s+))",
+    r"^\s*(?:[-*•]\s+|#{1,6}\s+|\(?\d{1,2}[.):]\s+|(?:search\s+)?(?:q|question|query|answer)\s*\d*(?:\s*:\s*|\s+-\s+|-\s+))",
     re.IGNORECASE,
 )
 """A list mark or `Question 1:`; the hyphen of `question-answering` is none."""
+_PREAMBLE = re.compile(
+    r"(?:(?:sure|certainly|of course|okay|ok)\b[,.!]?\s*)?here(?:'s|’s| is| are)\b[^?:]*:\s*|"
+    r"(?:sure|certainly|of course|okay|ok)[,.!]?(?::\s*|$)",
+    re.IGNORECASE,
+)
+"""What a chatty model says before the query: `Sure! Here is a question:`."""
 _MARKUP = (
     re.compile(r"(?<![\w*])\*\*(?=\S)(.+?)(?<=\S)\*\*(?![\w*])"),
     re.compile(r"(?<!\w)__(?=\S)([^_]*\s[^_]*)(?<=\S)__(?!\w)"),
@@ -62,14 +68,16 @@ class Taken(NamedTuple):
 def take_query(answer: str, passage: str) -> Taken:
     """Return the query that an answer holds.
 
-    The first line that is not empty is taken, without list marks, labels such as `Question:`, bold marks and quotes around
-    it; what is between <think> and </think> is no part of the answer.
+    The first line that is not empty and announces no other is taken, without list marks, labels such as `Question:`, bold
+    marks and quotes around it; what is between <think> and </think> is no part of the answer.
 
     Args:
         answer: what the language model wrote.
         passage: title and text that it was asked about.
     """
     lines = [line for line in map(_bare, _THOUGHT.sub("", answer).splitlines()) if line]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        del lines[0]  # announces what follows
     if not lines:
         return Taken("", "empty")
     query = lines[0]
@@ -96,7 +104,7 @@ def _bare(line: str) -> str:
     text = line
     for each in _MARKUP:
         text = each.sub(r"\1", text)
-    while (match := _LABEL.match(text)) is not None:
+    while match := _LABEL.match(text) or _PREAMBLE.match(text):
         text = text[match.end() :]
     return " ".join(_without_quotes(text.strip()).split())
 

@@ -6,7 +6,9 @@ import pytest
 import pytrec_eval
 
 import readapt_ray
+from readapt_ray.cluster.scale_scoring import Sample, measure_sample
 from readapt_ray.errors import InputError
+from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.evaluation.measures import (
     describe_measures,
     group_judgements,
@@ -16,7 +18,7 @@ from readapt_ray.evaluation.measures import (
     recall_curve,
 )
 from readapt_ray.evaluation.runs import Run, load_run
-from readapt_ray.records import Qrel, ScoredDoc
+from readapt_ray.records import Passage, Qrel, Query, ScoredDoc
 
 
 def _run(**results):
@@ -231,3 +233,22 @@ def test_ten_million_results_take_less_than_twenty_seconds(tmp_path):
     measured = measure_run(load_run(str(tmp_path / "big.trec")), judgements, parse_measures("nDCG@10,R@100,RR@10"))
     assert time.process_time() - started_s < 20
     assert len(measured.query_ids) == 10_000
+
+
+def test_runs_are_as_deep_as_their_measures_and_1000_deep_for_one_that_looks_at_all_results():
+    found = {name: depth_of(name) for name in ("nDCG@10", "R@100", "R@200,RR@10", "AP", "nDCG@10,RR", "Rprec,R@2000")}
+    assert found == {
+        "nDCG@10": 100,
+        "R@100": 100,
+        "R@200,RR@10": 200,
+        "AP": 1000,
+        "nDCG@10,RR": 1000,
+        "Rprec,R@2000": 2000,
+    }
+
+
+def test_a_sample_is_measured_by_all_of_its_passages_where_the_measure_looks_at_all():
+    passages = [Passage(f"d{place:03d}", "", "text") for place in range(300)]
+    sample = Sample(passages, [Query("q", "text")], {"q": {"d000": 1, "d149": 1}})
+    scores = np.linspace(1, 0, 300)[None]
+    assert measure_sample(sample, scores, "AP").means["AP"] == pytest.approx((1 / 1 + 2 / 150) / 2)

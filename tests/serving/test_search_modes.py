@@ -131,3 +131,24 @@ def test_only_queries_that_lack_documents_are_searched_deeper():
         ["d0#1", "d1#1", "d2#1"],
         ["d0#1", "d20#1", "d21#1"],
     ]
+
+
+def test_documents_that_were_split_are_fused_by_the_ranks_of_documents_as_search_does():
+    backend = Ranking(is_split=True)
+    dense, words = (
+        [Ranked(doc_id, float(-place)) for place, doc_id in enumerate(listed.split())]
+        for listed in ("a#1 a#2 a#3 b#1 c#1", "d#1 d#2 b#2 b#1")
+    )
+
+    async def search(queries, *_):
+        return Found([dense] * len(queries), [])
+
+    async def search_words(queries, *_):
+        return Found([words] * len(queries), [])
+
+    backend.search, backend.search_words = search, search_words
+    vectors = np.zeros((2, 4), np.float32)
+    found = asyncio.run(search_documents("hybrid", backend, vectors, ["a"] * 2, top_k=3, wanted=None))
+    due = reciprocal_rank_fusion([["a", "b", "c"], ["d", "b"]], 3)
+    passages = {"a": "a#1", "b": "b#1", "d": "d#1"}
+    assert found.ranked == [[Ranked(passages[document], score) for document, score in due]] * 2

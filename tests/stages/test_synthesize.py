@@ -213,6 +213,7 @@ def test_a_budget_buys_queries_for_all_parts_of_the_corpus(tmp_path, server):
     [
         ({"endpoint": "http://user:secret@host/v1"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "http://host/v1?api_key=secret"}, "READAPT_ENDPOINT_KEY"),
+        ({"endpoint": "http://host/v1?sv=2024&sig=secret"}, "READAPT_ENDPOINT_KEY"),
         ({"endpoint": "localhost:8000"}, "no URL such as"),
         ({"prompt": "Write a query."}, "has no {passage}"),
         ({"endpoint": None, "budget_tokens": 5}, "endpoint"),
