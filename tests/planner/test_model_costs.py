@@ -12,7 +12,7 @@ import transformers
 from readapt_ray.catalog import shapes
 from readapt_ray.catalog.shapes import measure_shape, model_shape, pretrained_shape
 from readapt_ray.nn import quantized
-from readapt_ray.planner import machines, worker_memory
+from readapt_ray.planner import cluster_files, machines, worker_memory
 from readapt_ray.stages.train import TrainConfig
 from readapt_ray.training import dora, memory
 from readapt_ray.training.dora import AdapterShape
@@ -96,7 +96,7 @@ def trained_module(name: str, objective: Any, adapter: AdapterShape | None, base
 def test_a_plan_and_the_check_before_training_count_the_same_bytes(options: dict[str, Any], gpus: int) -> None:
     shape = pretrained_shape(QWEN)
     group = {"name": "x", "cpus": 64, "memory_gb": 512, "gpu": "H100", "gpus": gpus}
-    cluster = machines.Cluster(name="x", groups=machines._plain({"nodes": [group]}, PRICES, "here"))
+    cluster = machines.Cluster(name="x", groups=cluster_files._plain({"nodes": [group]}, PRICES, "here"))
     config = TrainConfig(pretrained=QWEN, corpus="c", output="o", **options)
     num_workers = options.get("num_workers", 1)
     planned = worker_memory.train_memory(config, shape, cluster, num_workers).parts
