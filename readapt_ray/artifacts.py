@@ -53,7 +53,6 @@ _VERSIONED_PACKAGES = (
     "ray",
     "torch",
     "transformers",
-    "peft",
     "deepspeed",
     "faiss-cpu",
     "faiss-gpu",

@@ -31,6 +31,7 @@ from readapt_ray.model_file_names import (
     TOKENIZER_CONFIG_NAME,
     TOKENIZER_FILES,
 )
+from readapt_ray.quick_imports import quick_imports
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -78,7 +79,8 @@ class OpenModel(ModelFolder):
         Raises:
             ModelError: there is none, or it cannot be read.
         """
-        from transformers import AutoTokenizer
+        with quick_imports():
+            from transformers import AutoTokenizer
 
         folder = self._tokenizer_holder.folder
         try:

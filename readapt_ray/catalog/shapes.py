@@ -15,6 +15,7 @@ from readapt_ray.catalog import models, retrievers
 from readapt_ray.catalog.retrievers import Objective
 from readapt_ray.errors import ModelError
 from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, CONFIG_NAME
+from readapt_ray.quick_imports import import_for_models
 from readapt_ray.storage import Location
 
 BaseDtype = Literal["auto", "int8", "fp8", "nf4"]
@@ -214,6 +215,7 @@ def first_position(network: Any) -> int:
 
 def auto_class(objective: Objective | None) -> Any:
     """Return transformers' class of an objective: with its language-model head, or headless."""
+    import_for_models()
     import transformers
 
     return getattr(transformers, _CLASSES[objective])

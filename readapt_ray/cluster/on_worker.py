@@ -8,6 +8,7 @@ from readapt_ray.catalog.encoding import Encoding
 from readapt_ray.catalog.models import OpenModel, open_model, own_folder
 from readapt_ray.cluster import gpus, software
 from readapt_ray.errors import FingerprintMismatchError, PlacementError
+from readapt_ray.quick_imports import import_for_models
 from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def load_encoder(
         FingerprintMismatchError: there are other weights on this node.
         PlacementError: the node differs from the driver's.
     """
+    import_for_models(freeze=True)
     import torch
 
     from readapt_ray.retrieval.encoder import Encoder

@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 
-PACKAGES = ("torch", "ray", "transformers", "peft", "deepspeed", "faiss", "pyarrow")
+PACKAGES = ("torch", "ray", "transformers", "deepspeed", "faiss", "pyarrow")
 """Modules that the stages import on every node."""
 DRIVER_VARIABLE = "READAPT_DRIVER_SOFTWARE"
 """Environment variable of the workers: what the driver runs, as JSON."""

@@ -23,6 +23,7 @@ from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster import autoscaling, connection, on_worker, placement, run_monitor, step_metrics
 from readapt_ray.cluster.optimization import OptimizationConfig, adapter_shape, compiles, optimization, worker_setup
 from readapt_ray.errors import PlacementError, ReadaptError
+from readapt_ray.quick_imports import import_for_models
 from readapt_ray.seeds import derive_seed
 from readapt_ray.storage import Location
 
@@ -246,6 +247,8 @@ def _entered(config: dict[str, Any]) -> None:
     one there ends at once.
     """
     import ray
+
+    import_for_models(freeze=True)
     import torch
 
     monitor = config["job"]["monitor"]

@@ -23,6 +23,7 @@ from readapt_ray.catalog.query_models import passages_model
 from readapt_ray.cluster import on_worker
 from readapt_ray.cluster.nodes import cores_per_process
 from readapt_ray.errors import FingerprintMismatchError, ModelError, WorkerError
+from readapt_ray.quick_imports import import_for_models
 from readapt_ray.retrieval.bridge import Bridge
 from readapt_ray.retrieval.domain_encoder import DomainEncoder
 from readapt_ray.serving.doc_filter import DocFilter
@@ -118,6 +119,7 @@ class EncoderReplica:
     """
 
     def __init__(self, spec: VersionSpec, *_: Any) -> None:
+        import_for_models(freeze=True)
         on_worker.check_gpus()
         self._spec = spec
         self._model = open_model(spec.retriever) if not spec.base else open_any(spec.bundles)

@@ -35,6 +35,25 @@ from readapt_ray.training.partitioned import gathered, is_partitioned
 
 AdapterMethod = Literal["dora", "lora"]
 _KEY_PREFIX = "base_model.model."
+_PEFT_DEFAULTS: dict[str, Any] = {
+    "peft_type": "LORA",
+    "auto_mapping": None,
+    "revision": None,
+    "inference_mode": True,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "use_rslora": False,
+    "modules_to_save": None,
+    "init_lora_weights": True,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "loftq_config": {},
+}
+"""What every PEFT since 0.9, the first with DoRA, has in its config. PEFT itself takes 2 s to import."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,18 +280,14 @@ def save_adapter(
         base: name, folder or hub id of the model underneath.
         task_type: PEFT's: `CAUSAL_LM` for a model with its head, `FEATURE_EXTRACTION` for a headless one.
     """
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        r=shape.rank,
-        lora_alpha=shape.alpha,
-        lora_dropout=shape.dropout,
-        target_modules=sorted(shape.targets),
-        use_dora=shape.method == "dora",
-        base_model_name_or_path=base,
-        task_type=task_type,
-        inference_mode=True,
-    ).to_dict()
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    config = _PEFT_DEFAULTS | {
+        "r": shape.rank,
+        "lora_alpha": shape.alpha,
+        "lora_dropout": shape.dropout,
+        "target_modules": sorted(shape.targets),
+        "use_dora": shape.method == "dora",
+        "base_model_name_or_path": base,
+        "task_type": task_type,
+    }
     (location / ADAPTER_WEIGHTS_NAME).write_bytes(to_safetensors(state, metadata={"format": "pt"}))
-    (location / ADAPTER_CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True, default=str) + "\n")
+    (location / ADAPTER_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -17,6 +17,7 @@ import torch
 from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import ModelError, WeightMismatchError, first_line
 from readapt_ray.hardware import num_cores
+from readapt_ray.quick_imports import import_for_models
 from readapt_ray.weights.adapter import Adapter, listed
 from readapt_ray.weights.bundle import open_bundle
 from readapt_ray.weights.merging import Readapter, Scales
@@ -112,6 +113,7 @@ def load_headless(
 
 def _from_pretrained(folder: Path, dtype: torch.dtype, config_folder: Path) -> Any:
     """Return the module, and the report on which tensors it found."""
+    import_for_models()
     from transformers import AutoConfig, AutoModel
 
     load = functools.partial(

@@ -240,6 +240,20 @@ def test_the_saved_adapter_loads_in_plain_peft_with_the_same_output(tmp_path: Pa
     dora.refresh(ours)
     folder = Location(str(tmp_path / "adapter"))
     dora.save_adapter(folder, dora.adapter_state(ours), adapter, base=str(base), task_type="CAUSAL_LM")
+    wanted = peft.LoraConfig(
+        r=4,
+        lora_alpha=8.0,
+        lora_dropout=0.1,
+        target_modules=list(TARGETS),
+        use_dora=method == "dora",
+        base_model_name_or_path=str(base),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    read = peft.PeftConfig.from_pretrained(str(tmp_path / "adapter"))
+    assert type(read) is peft.LoraConfig
+    assert {**read.to_dict(), "peft_version": None} == {**wanted.to_dict(), "peft_version": None}
+    assert read.target_modules == wanted.target_modules == set(TARGETS)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
     ids = torch.tensor([[0, 5, 9, 7, 1]])
