@@ -183,7 +183,7 @@ def main() -> None:
         root = options.root or Path(tempfile.mkdtemp())
         result["losses"] = train(root, options.seeds, options.passages)
         print(json.dumps(result["losses"], indent=2))
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -198,11 +198,12 @@ class Encoder:
             raise InputError(f"texts[{index}] gives no token, so it has no vector; leave it out")
         vectors = np.empty((len(distinct), self.dimension), dtype=np.float32)
         pending = token_batches([len(row) for row in distinct], self.batch_tokens)[::-1]
+        started: list[tuple[np.ndarray, torch.Tensor]] = []
         while pending:
             batch = pending.pop()
             texts = [distinct[index] for index in batch]
             try:
-                vectors[batch] = self._forward(texts, [uses[index] for index in batch])
+                started.append((batch, self._forward(texts, [uses[index] for index in batch])))
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -210,6 +211,10 @@ class Encoder:
                 rest = np.concatenate([batch, *pending[::-1]])
                 cut = token_batches([len(distinct[index]) for index in rest], self.batch_tokens)
                 pending = [rest[each] for each in cut][::-1]
+            # A GPU computes a batch while the next one is built: it is waited for when that one is started.
+            while len(started) > bool(pending):
+                done, found = started.pop(0)
+                vectors[done] = found.cpu().numpy()
         return vectors[place]
 
     def encode_usable(self, rows: Sequence[Tokens]) -> np.ndarray:
@@ -244,8 +249,8 @@ class Encoder:
         logger.warning("out of memory with %d tokens in a batch; going on with %d", tried, self.batch_tokens)
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[Tokens], uses: Sequence[DomainUse | None]) -> np.ndarray:
-        """Encode one batch to float32 [B, D]."""
+    def _forward(self, rows: Sequence[Tokens], uses: Sequence[DomainUse | None]) -> torch.Tensor:
+        """Encode one batch to float32 [B, D], on the device; a GPU may still be at work."""
         if self._domains is None:
             vectors = self._forward_pass.pooled(rows)
         else:
@@ -262,7 +267,7 @@ class Encoder:
             num_tokens=self.work.num_tokens + num_tokens,
             num_positions=self.work.num_positions + (width * len(rows) or num_tokens),
         )
-        return vectors.cpu().numpy()
+        return vectors
 
     def _check_sizes(self, config: Any) -> None:
         positions = getattr(config, "max_position_embeddings", None)

@@ -17,6 +17,7 @@ from readapt_ray.catalog.encoding import Pooling
 from readapt_ray.catalog.shapes import first_position
 from readapt_ray.errors import ModelError
 from readapt_ray.nn import attention, norms
+from readapt_ray.nn.transfer import to_device
 from readapt_ray.retrieval.pooling import normalized, pool, pool_packed
 
 logger = logging.getLogger("readapt_ray")
@@ -111,7 +112,7 @@ class ForwardPass:
     def _padded(self, rows: Sequence[Sequence[int] | np.ndarray]) -> torch.Tensor:
         """Return pooled vectors [B, H], with each text a row that is padded on the right."""
         ids, mask_BT = padded_inputs(rows, max(map(len, rows)))
-        mask = torch.from_numpy(mask_BT).to(self.device)
+        mask = to_device(mask_BT, self.device)
         hidden = self._hidden(ids, np.broadcast_to(np.arange(ids.shape[1]), ids.shape), attention_mask=mask)
         return pool(hidden, mask, self._pooling)
 
@@ -119,17 +120,15 @@ class ForwardPass:
         """Return pooled vectors [B, H], with all texts in one row."""
         lengths = [len(row) for row in rows]
         ids, positions, ends = packed_inputs(rows)
-        hidden = self._hidden(
-            ids, positions, cu_seq_lens_q=torch.from_numpy(ends).to(self.device), max_length_q=max(lengths)
-        )
+        hidden = self._hidden(ids, positions, cu_seq_lens_q=to_device(ends, self.device), max_length_q=max(lengths))
         return pool_packed(hidden[0], lengths, self._pooling)
 
     def _hidden(self, ids: np.ndarray, positions: np.ndarray, **more: Any) -> torch.Tensor:
         """Return the last hidden states [B, T, H]; `more` goes to the attention."""
         check_ids(int(ids.max()), self._num_embeddings)
         given = {
-            "input_ids": torch.from_numpy(ids).to(self.device),
-            "position_ids": torch.from_numpy(positions + self.first_position).to(self.device),
+            "input_ids": to_device(ids, self.device),
+            "position_ids": to_device(positions + self.first_position, self.device),
             "use_cache": False,
         }
         output = self.network(**{name: value for name, value in given.items() if name in self._accepted}, **more)

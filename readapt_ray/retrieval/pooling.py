@@ -6,9 +6,11 @@ norms are made in float32 whatever the type of the hidden states.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from readapt_ray.catalog.encoding import Pooling
+from readapt_ray.nn.transfer import to_device
 
 
 def pool(hidden: torch.Tensor, mask: torch.Tensor, pooling: Pooling) -> torch.Tensor:
@@ -53,13 +55,13 @@ def pool_packed(hidden: torch.Tensor, lengths: Sequence[int], pooling: Pooling) 
     Returns:
         float32 [B, H].
     """
-    ends = torch.tensor(lengths, device=hidden.device).cumsum(0)
-    starts = ends - torch.tensor(lengths, device=hidden.device)
+    counts = np.asarray(lengths, np.int64)
+    ends = np.cumsum(counts)
     if pooling == "mean":
-        texts = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), ends - starts)
-        sums = torch.zeros(len(lengths), hidden.shape[1], dtype=torch.float32, device=hidden.device)
-        return sums.index_add_(0, texts, hidden.float()) / (ends - starts).unsqueeze(-1)
-    return hidden[starts if pooling == "cls" else ends - 1].float()
+        texts = to_device(np.repeat(np.arange(len(counts)), counts), hidden.device)
+        sums = torch.zeros(len(counts), hidden.shape[1], dtype=torch.float32, device=hidden.device)
+        return sums.index_add_(0, texts, hidden.float()) / to_device(counts, hidden.device).unsqueeze(-1)
+    return hidden[to_device(ends - counts if pooling == "cls" else ends - 1, hidden.device)].float()
 
 
 def normalized(vectors: torch.Tensor) -> torch.Tensor:

@@ -244,6 +244,30 @@ def test_identical_texts_are_encoded_once_and_order_is_kept(models):
         np.testing.assert_allclose(vectors[index::5], np.tile(alone, (5, 1)), atol=1e-6)
 
 
+def test_a_batch_is_waited_for_when_the_next_one_is_started(models, monkeypatch):
+    """So that a GPU computes while the next batch is built; a `.cpu()` waits for it."""
+    encoder = Encoder.load(models["decoder"], batch_tokens=6)
+    forward, events = encoder._forward, []
+
+    class Computed:
+        def __init__(self, vectors):
+            self.number = events.count("start")
+            self.vectors = vectors
+            events.append("start")
+
+        def cpu(self):
+            events.append(f"fetch {self.number}")
+            return self.vectors.cpu()
+
+    expected = encoder.encode_ids([[5, 6, 7], [8, 9], [10, 11, 12, 13]])
+    monkeypatch.setattr(encoder, "_forward", lambda *given: Computed(forward(*given)))
+    assert np.array_equal(encoder.encode_ids([[5, 6, 7], [8, 9], [10, 11, 12, 13]]), expected)
+    assert events in (
+        ["start", "start", "fetch 0", "fetch 1"],
+        ["start", "start", "fetch 0", "start", "fetch 1", "fetch 2"],
+    )
+
+
 def test_batches_keep_the_budget_and_waste_little():
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, 200, 1000).tolist()
