@@ -1,5 +1,6 @@
 """One Ray for the whole run: starting it is most of the time that a test takes."""
 
+import functools
 import gc
 import logging
 import os
@@ -106,6 +107,7 @@ def every_written_file_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fill = artifacts._fill
 
+    @functools.wraps(fill)
     def checked(location: Any, *args: Any, **options: Any) -> Any:
         before = location.entries()[0] if location.is_local else []
         manifest = fill(location, *args, **options)
