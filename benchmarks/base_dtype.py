@@ -12,6 +12,7 @@ import argparse
 import datetime
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,27 +53,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     recipe = quickstart.recipe(str(options.root))
     corpus = ra.ingest(ra.IngestConfig(source=recipe.source, output=f"{options.root}/corpus"))
-    tables = [
-        pq.read_table(str(file.local_path), columns=["title", "text"])
-        for file in (corpus.location / "passages").files(".parquet")
-    ]
-    texts = [f"{row['title']} {row['text']}".strip() for table in tables for row in table.to_pylist()]
-    texts = np.random.default_rng(0).permutation(texts)[: options.passages + options.withheld].tolist()
-    withheld = [texts.pop() for _ in range(options.withheld)]
+    texts, withheld = split_texts(corpus, options.passages, options.withheld)
     model = models.open_model(recipe.pretrained)
     arms = {}
     for name in ARMS:
         arms[name] = train(model, texts, name, options.root / name)
-        before, after = losses(
-            model,
-            models.open_model(str(options.root / name)),
-            withheld,
-            objective="causal_lm",
-            max_tokens=BLOCK_TOKENS,
-            dtype=torch.float32,
-            device=CPU,
-        )
-        arms[name] |= {"loss_before": float(np.nanmean(before)), "loss": float(np.nanmean(after))}
+        arms[name] |= withheld_losses(model, options.root / name, withheld)
         logging.info("%s: %s", name, arms[name])
     result = {
         "command": "python benchmarks/base_dtype.py",
@@ -88,16 +74,61 @@ def main() -> None:
     print(json.dumps({name: each["loss"] for name, each in arms.items()}, indent=2))
 
 
-def train(source: models.OpenModel, texts: list[str], name: str, output: Path) -> dict[str, Any]:
-    """Train one adapter, write it, and return what it took."""
+def split_texts(corpus: ra.Artifact, num_passages: int, num_withheld: int) -> tuple[list[str], list[str]]:
+    """Return texts to train on, and others to measure on, in an order of chance."""
+    tables = [
+        pq.read_table(str(file.local_path), columns=["title", "text"])
+        for file in (corpus.location / "passages").files(".parquet")
+    ]
+    texts = [f"{row['title']} {row['text']}".strip() for table in tables for row in table.to_pylist()]
+    texts = np.random.default_rng(0).permutation(texts)[: num_passages + num_withheld].tolist()
+    withheld = [texts.pop() for _ in range(num_withheld)]
+    return texts, withheld
+
+
+def withheld_losses(model: models.OpenModel, adapter: Path, withheld: list[str]) -> dict[str, float]:
+    """Return the mean loss of a model without and with an adapter, in float32."""
+    before, after = losses(
+        model,
+        models.open_model(str(adapter)),
+        withheld,
+        objective="causal_lm",
+        max_tokens=BLOCK_TOKENS,
+        dtype=torch.float32,
+        device=CPU,
+    )
+    return {"loss_before": float(np.nanmean(before)), "loss": float(np.nanmean(after))}
+
+
+def train(
+    source: models.OpenModel,
+    texts: list[str],
+    name: str,
+    output: Path,
+    *,
+    seed: int = 0,
+    change: Callable[[torch.nn.Module], None] | None = None,
+) -> dict[str, Any]:
+    """Train one adapter, write it, and return what it took.
+
+    Args:
+        source: the model underneath.
+        texts: to train on, in this order.
+        name: of the arm.
+        output: folder of the adapter.
+        seed: of its first weights and dropout.
+        change: what is changed on the model with its adapters.
+    """
     dtype, base_dtype = ARMS[name]
     model = trainable.load_for_training(
         source, objective="causal_lm", dtype=dtype, device=CPU, zero_stage=0, base_dtype=base_dtype
     )
     targets = retrievers.target_modules(str(source.config["model_type"]))
     shape = dora.AdapterShape(method="dora", rank=32, alpha=64.0, dropout=0.05, targets=targets)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     trainable.make_trainable(model, shape)
+    if change is not None:
+        change(model)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], weight_decay=0.0)
     ids, _ = packing.passage_ids(source.tokenizer, texts, max_tokens=BLOCK_TOKENS)
     blocks = [packing.Block(np.asarray(each, np.int32), (len(each),), (n,)) for n, each in enumerate(ids)]

@@ -205,7 +205,7 @@ def _run_config(options: argparse.Namespace, problems: "Problems | None" = None)
 
     found = Problems() if problems is None else problems
     changes = run_file.parse_changes(options.set, found)
-    given = {name: value for name in ("root", "encoding") if (value := getattr(options, name))}
+    given = {name: value for name in ("root", "encoding") if (value := getattr(options, name)) is not None}
     config = run_file.read_run(options.config, changes | given, found)
     if problems is None:
         found.raise_them()
@@ -307,7 +307,7 @@ def _status(arguments: Sequence[str]) -> None:
         return
     usd_per_hour = None
     if options.cluster:
-        from readapt_ray.planner.machines import read_cluster
+        from readapt_ray.planner.cluster_files import read_cluster
         from readapt_ray.planner.prices import read_prices
 
         usd_per_hour = read_cluster(options.cluster, read_prices(options.prices)).usd_per_hour_of

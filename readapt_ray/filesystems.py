@@ -62,6 +62,17 @@ def sibling(uri: str, name: str) -> str:
     return other if "://" not in uri or _split(other) == (other, "") else f"{other}?"
 
 
+def check_uri(uri: str) -> None:
+    """Refuse a path or URI that is empty, or that holds credentials.
+
+    Raises:
+        InputError: it is, or does.
+    """
+    if not uri:  # what is in it would be in the root of the disk: "" + "/corpus"
+        raise InputError("a path is empty, as one from a variable that is not set; give a folder, a file or a URI")
+    refuse_credentials(uri)
+
+
 def refuse_credentials(uri: str, *, variables: str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") -> None:
     """Refuse a URI that holds credentials: they would appear in logs and manifests.
 

@@ -114,6 +114,8 @@ def _done(location: Location) -> dict[str, Any] | None:
     if manifest is None:
         return None
     what = artifacts.counted(manifest.counts)
+    if not isinstance(manifest.stage, str) or not isinstance(manifest.seconds, int | float):
+        raise ValueError(f"its stage is {manifest.stage!r} and its seconds are {manifest.seconds!r}")
     return {"stage": manifest.stage, "state": "done", "seconds": manifest.seconds, "what": what}
 
 

@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 
 from readapt_ray import ranged_reads
 from readapt_ray.errors import InputError, StorageError
-from readapt_ray.filesystems import extended, open_filesystem, refuse_credentials, sibling
+from readapt_ray.filesystems import check_uri, extended, open_filesystem, sibling
 
 _CHUNK_BYTES = 8 << 20
 _TEMPORARY = ".tmp-"
@@ -47,7 +47,7 @@ class Location:
     uri: str
 
     def __post_init__(self) -> None:
-        refuse_credentials(self.uri)
+        check_uri(self.uri)
 
     @property
     def _opened(self) -> tuple[pafs.FileSystem, str]:

@@ -86,7 +86,36 @@ def test_one_broken_manifest_without_a_plan_spoils_one_line(tmp_path: Path) -> N
     assert states == {"a": "unreadable", "b": "done"}
 
 
-@pytest.mark.parametrize("content", ["not JSON", "[]", '{"steps": 3}', '{"steps": [{"run": "make"}]}', "{}"])
+@pytest.mark.parametrize("changes", [{"seconds": None}, {"seconds": "4"}, {"stage": 4}, {"counts": None}])
+def test_a_manifest_with_values_of_other_types_spoils_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        factories.ingest_artifact(tmp_path / name, factories.small_corpus(5))
+    file = tmp_path / "a/manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    assert [line.split()[:2] for line in root_status.status_table(Location(str(tmp_path))).splitlines()[1:3]] == [
+        ["a", "unreadable"],
+        ["b", "ingest"],
+    ]
+
+
+@pytest.mark.parametrize("failed", ["a text", {"output": "vectors"}, {"output": "vectors", "error": "e", "host": "h"}])
+def test_a_failure_that_is_noted_in_part_is_left_out(failed: Any, tmp_path: Path) -> None:
+    record = {"steps": [{"stage": "embed", "output": "vectors"}], "failed": failed}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert only(tmp_path)["state"] == "missing"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not JSON",
+        "[]",
+        '{"steps": 3}',
+        '{"steps": [{"run": "make"}]}',
+        '{"steps": [{"stage": "ingest", "output": 3}]}',
+        "{}",
+    ],
+)
 def test_a_plan_of_another_program_is_none(content: str, tmp_path: Path) -> None:
     factories.ingest_artifact(tmp_path / "corpus", factories.small_corpus(5))
     (tmp_path / "run.json").write_text(content)

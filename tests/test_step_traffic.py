@@ -4,8 +4,12 @@ A figure that falls is lowered here with the change that lowers it.
 """
 
 import pytest
+import torch
+from transformers import AutoConfig
 
-from benchmarks import compiled_traffic, step_traffic
+from benchmarks import compiled_traffic, merged_forward, step_traffic
+from readapt_ray.catalog.shapes import shape_of
+from readapt_ray.training import dora, memory
 
 TOKENS = 4096
 FIGURES = {
@@ -42,6 +46,16 @@ def test_a_compiled_step_is_estimated_at_no_more_than_before(shape: str) -> None
     assert list(found.values()) == pytest.approx(COMPILED[shape], rel=0.01)
 
 
+@pytest.mark.parametrize("shape", FIGURES)
+def test_the_check_of_memory_counts_what_is_kept(shape: str) -> None:
+    """Within 15%, compiled or not; 7% for Mistral."""
+    config = AutoConfig.for_model(**step_traffic.SHAPES[shape]).to_dict()
+    objective = "masked_lm" if shape == "modernbert-base" else "causal_lm"
+    estimate_kb = 2 * memory.kept_numbers(shape_of(config, shape, objective), "cuda") / 1e3
+    for counted_kb in (FIGURES[shape][2], COMPILED[shape][2]):
+        assert 0.85 * counted_kb < estimate_kb < (1.11 if shape == "mistral-7b" else 1.07) * counted_kb
+
+
 @pytest.mark.parametrize(("base_dtype", "read_bytes"), [("int8", 1.0), ("nf4", 0.5 + 4 / 64)])
 def test_a_quantized_base_is_decoded_twice_per_layer_and_pass(base_dtype: str, read_bytes: float) -> None:
     """Once forward and once backward, each time written in bfloat16; nothing more is kept."""
@@ -65,3 +79,24 @@ def test_products_are_counted_as_by_hand() -> None:
     assert found["gemm_tflop_per_layer"] == pytest.approx(
         2 * TOKENS * (frozen + low_rank + magnitudes) / 1e12, abs=1e-3
     )
+
+
+def test_a_merged_forward_pass_gives_the_output_and_gradients_of_an_unmerged_one() -> None:
+    """In float32, with factors that have learned something."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40))
+    dora.add_adapters(model, dora.AdapterShape(method="dora", rank=4, alpha=8.0, dropout=0.0, targets=("0",)))
+    with torch.no_grad():
+        for each in (model[0].lora_B, model[0].magnitude):
+            each.add_(torch.randn_like(each) / 5)
+    dora.refresh(model)
+    found = []
+    for change in (merged_forward.drop_dropout, merged_forward.merge_layers):
+        change(model)
+        x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = model(x)
+        trained = [each for each in model.parameters() if each.requires_grad]
+        found.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, 40)).sum(), [x, *trained])])
+    assert len(found[0]) == 5
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

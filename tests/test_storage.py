@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from readapt_ray import cli
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 
@@ -106,3 +107,26 @@ def test_of_several_processes_one_creates_a_file(tmp_path: Path) -> None:
         made = list(pool.map(file.create_text, [str(number) for number in range(8)]))
     assert made.count(True) == 1
     assert file.read_text() == str(made.index(True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("ingest", "--source", "c.jsonl", "--output", ""),
+        ("ingest", "--source", "", "--output", "made"),
+        ("embed", "--retriever", "all-minilm-l6-v2", "--corpus", "", "--output", "made"),
+        ("status", "--root", ""),
+        ("find", "--root", "", "--doc-id", "a"),
+        ("clean", "--root", ""),
+        ("doctor", "--root", ""),
+    ],
+    ids=" ".join,
+)
+def test_an_empty_path_is_refused_and_does_not_mean_the_root_of_the_disk(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.jsonl").write_text('{"_id": "a", "text": "hello there"}\n')
+    assert cli.main(arguments) == InputError.exit_code
+    assert "a path is empty, as one from a variable that is not set" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["c.jsonl"]

@@ -7,7 +7,6 @@ its shard as FAISS stores it, and once more while it is written.
 
 import hashlib
 import io
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from readapt_ray.artifacts import Workspace
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
 from readapt_ray.retrieval.footers import at_once
-from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, vector_bytes
+from readapt_ray.retrieval.index_kinds import IndexOptions, IndexSpec, shard_cpus
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_plan import packed_hashes
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
@@ -37,10 +36,6 @@ _NO_ROW = np.iinfo(np.int64).min // 2
 """Row of a query that is no vector of the index."""
 UNTRAINED = ("Flat", "SQfp16")
 _SAMPLE_ROWS = 4096
-_CPU_BYTES = 4 << 30
-"""Memory of a shard for which its task takes another CPU."""
-_CPU_ROWS = 1 << 18
-"""Vectors of an approximate shard for which its task takes another CPU: most of its time is spent on adding them."""
 
 
 @dataclass(frozen=True)
@@ -104,14 +99,12 @@ def cut_shards(
 
 
 def task_cpus(plan: ShardPlan, num_rows: int) -> int:
-    """Return the CPUs of a task that makes a shard: one per 4 GiB of it, and one per 262,144 vectors."""
+    """Return the CPUs of a task that makes a shard, at most those of the largest node; see `shard_cpus`."""
     import ray
 
     connection.connect()
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    stored = 4.0 * plan.dimension if plan.options.factory else vector_bytes(plan.options, plan.dimension)
-    wanted = max(2 * stored * num_rows / _CPU_BYTES, num_rows / _CPU_ROWS)
-    return max(1, min(largest, math.ceil(wanted)))
+    return max(1, min(largest, shard_cpus(plan.options, plan.dimension, num_rows)))
 
 
 def lay_down_queries(plan: ShardPlan, find: Callable[[], NDArray[np.float32] | None]) -> None:

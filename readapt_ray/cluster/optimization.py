@@ -200,6 +200,5 @@ def worker_setup(
         dtype=dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         device_type=device_type,
-        compile_layers=bool(config.torch_compile),  # unasked, uncompiled layers must fit too
         base_dtype=config.base_dtype,
     )

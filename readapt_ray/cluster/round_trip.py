@@ -43,8 +43,9 @@ def find_passages(
         return np.zeros(0, np.bool_)
     asking = query_encoder_of(vectors)
     total = connection.connect()
-    num_at_once = max(1, total.num_gpus or total.num_cpus)
-    pieces = Pieces(vectors, vector_pieces(vectors, num_at_once), on_gpus=bool(total.num_gpus), num_at_once=num_at_once)
+    num_at_once, on_gpus = max(1, total.num_gpus or total.num_cpus), bool(total.num_gpus)
+    contents = vector_pieces(vectors, num_at_once, on_gpus=on_gpus)
+    pieces = Pieces(vectors, contents, on_gpus=on_gpus, num_at_once=num_at_once)
     try:
         encoded = encode_queries(texts, asking.model, asking.encoding, asking.description, progress=progress)
         best = merge_rows(pieces.search(encoded, top_k), len(texts), top_k)

@@ -7,7 +7,7 @@ is a shard per task.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,9 @@ from readapt_ray.storage import Location
 
 if TYPE_CHECKING:
     from readapt_ray.retrieval.exact import Hits
+
+_TASKS_PER_GPU: Final = 4
+"""At most; with more than one, a GPU that is slow or comes late has less to do."""
 
 Content = tuple[RowRange, ...] | dict[str, Any]
 """What a task searches: ranges of vectors, or the record of an index shard."""
@@ -96,12 +99,16 @@ class Pieces:
         return pa.concat_arrays([unknown, *(found[number] for number in sorted(found))])
 
 
-def vector_pieces(vectors: Artifact, num_at_once: int) -> list[Content]:
+def vector_pieces(vectors: Artifact, num_at_once: int, *, on_gpus: bool) -> list[Content]:
     """Cut vectors into ranges of rows, a list of ranges per task.
+
+    A task on a GPU has a process of its own, which starts CUDA for some seconds. So a GPU gets few tasks, however many
+    vectors there are: they are streamed.
 
     Args:
         vectors: the output of the embed stage.
         num_at_once: tasks that search at the same time.
+        on_gpus: whether each has a GPU.
 
     Raises:
         CorruptFileError: a file of vectors was cut short or altered, or is gone.
@@ -109,7 +116,10 @@ def vector_pieces(vectors: Artifact, num_at_once: int) -> list[Content]:
     counts = open_vectors(vectors).counts
     num_vectors = sum(count for _, count in counts)
     most = max(1, SHARD_BYTES // (4 * int(vectors.manifest.details["encoder"]["dimension"])))
-    return [tuple(each) for each in cut(counts, min(most, max(1, -(-num_vectors // num_at_once))))]
+    rows = min(most, max(1, -(-num_vectors // num_at_once)))
+    if on_gpus:
+        rows = max(rows, -(-num_vectors // (_TASKS_PER_GPU * num_at_once)))
+    return [tuple(each) for each in cut(counts, rows)]
 
 
 def _num_rows(content: Content) -> int:

@@ -14,8 +14,10 @@ from readapt_ray.errors import InputError
 from readapt_ray.evaluation.significance import Comparison
 from readapt_ray.evaluation.tables import signed, value
 
+_NUMBER = r"\d*\.?\d+(?:[eE][+-]?\d+)?"
 _FORM = re.compile(
-    r"(?P<general>general\s+)?(?P<measure>\S.*?)\s*>=\s*(?:(?P<base>base)(?:\s*(?P<sign>[+-])\s*(?P<margin>\d*\.?\d+))?|(?P<floor>\d*\.?\d+))"
+    r"(?P<general>general\s+)?(?P<measure>\S.*?)\s*>=\s*"
+    rf"(?:(?P<base>base)(?:\s*(?P<sign>[+-])\s*(?P<margin>{_NUMBER}))?|(?P<floor>{_NUMBER}))"
 )
 
 
@@ -55,6 +57,8 @@ def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str]
             f"in section 'general', or leave the word general out"
         )
     measures = general if is_general else measures
+    known = {_canonical(each): each for each in measures}
+    measure = known.get(_canonical(measure), measure)
     if measure not in measures:
         hint = meant(measure, measures) or f"measured are {', '.join(measures)}; add it to the measures"
         raise InputError(f"require = {text!r}: {measure!r} is not measured; {hint}")
@@ -63,6 +67,16 @@ def parse_requirement(text: str, measures: Sequence[str], general: Sequence[str]
     margin = float(found["margin"] or 0.0)
     bound = -margin if found["sign"] == "-" else margin
     return Requirement(text.strip(), measure, bound, is_relative=True, is_general=is_general)
+
+
+def _canonical(measure: str) -> str:
+    """Return the one name of a measure that has several, such as RR@10 for MRR@10; another text as it is."""
+    from readapt_ray.evaluation.measures import parse_measures
+
+    try:
+        return next(iter(parse_measures([measure])))
+    except InputError:
+        return measure
 
 
 def check_requirements(

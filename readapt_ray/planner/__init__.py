@@ -10,14 +10,14 @@ from typing import Any
 
 from readapt_ray.catalog.shapes import longest_text, model_shape, pretrained_shape
 from readapt_ray.config import Config
-from readapt_ray.planner import calibration, judged, machines, rates, scaling, stages
+from readapt_ray.planner import calibration, cluster_files, estimates, index_stages, judged, rates, scaling
 from readapt_ray.planner.corpus import Corpus, encoding_of, measure_corpus
 from readapt_ray.planner.cost import START_S, Cost, Duration, cost_of
+from readapt_ray.planner.estimates import Setting, StageEstimate
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.prices import PriceTable, read_prices
 from readapt_ray.planner.rates import Rates
 from readapt_ray.planner.scaling import Cell, Limit
-from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.recipes import chain
 from readapt_ray.recipes.chain import RunConfig, Step
 
@@ -96,7 +96,7 @@ class Plan:
         cluster = self.setting.cluster
         rated = {each.stage for each in self.stages if each.needs_gpus and not each.rate.is_measured}
         lines = [rates.describe_gpu_share(stage) for stage in sorted(rated)]
-        lines += [f"weights are read at {stages.LOAD_BYTES_PER_S / 1e9:g} GB/s, each model once per node"]
+        lines += [f"weights are read at {estimates.LOAD_BYTES_PER_S / 1e9:g} GB/s, each model once per node"]
         if cluster.growing_usd_per_hour:
             lines += [
                 f"GPU nodes start in {START_S / 60:.0f} minutes, all at once, and end after {cluster.idle_timeout_s / 60:g} idle "
@@ -135,14 +135,14 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
         ModelError: what a model costs cannot be told.
     """
     prices = read_prices(options.prices)
-    cluster = machines.read_cluster(options.cluster, prices)
+    cluster = cluster_files.read_cluster(options.cluster, prices)
     steps = [(step.name, step) for step in chain.plan_run(run)]
     setting = _setting(run, options, steps, cluster)
     return Plan(
         setting=setting,
         prices=prices,
         stages=scaling.estimates(steps, setting),
-        index_bytes=stages.index_bytes(_first(steps, "index"), setting),
+        index_bytes=index_stages.index_bytes(_first(steps, "index"), setting),
         passage_limits=scaling.passage_limits(steps, setting),
         worker_limits=scaling.worker_limits(steps, setting),
         grid=scaling.grid(steps, setting),

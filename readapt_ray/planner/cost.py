@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from readapt_ray.planner.estimates import StageEstimate
 from readapt_ray.planner.machines import Cluster
-from readapt_ray.planner.stages import StageEstimate
 
 START_S: Final = 300.0
 """From the request for a GPU node until it works: the machine boots, pulls an image of 10 GB, joins."""
@@ -46,17 +46,16 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
     let_go_s: float | None = None
     """When the last stage with GPUs ended."""
     for each in rounds(stages):
-        needs_gpus = any(stage.needs_gpus for stage in each)
-        if needs_gpus:
+        gpu_s = max(_gpu_seconds(stage, duration) for stage in each)
+        if gpu_s:
             gap_s = float("inf") if let_go_s is None else total_s - let_go_s
             waiting_s += gap_s if gap_s <= idle_s else START_S + (0.0 if let_go_s is None else idle_s)
             if gap_s > idle_s and cluster.growing_usd_per_hour:
                 total_s += START_S
-        lasts_s = max(duration(stage) for stage in each)
-        total_s += lasts_s
-        if needs_gpus:
-            working_s += lasts_s * max(_share_up(stage, cluster) for stage in each)
-            let_go_s = total_s
+        if gpu_s:
+            working_s += gpu_s * max(_share_up(stage, cluster) for stage in each)
+            let_go_s = total_s + gpu_s
+        total_s += max(duration(stage) for stage in each)
     waiting_s += 0.0 if let_go_s is None else idle_s
     waiting_usd = cluster.growing_usd_per_hour * waiting_s / 3600
     return Cost(
@@ -69,9 +68,16 @@ def cost_of(stages: Sequence[StageEstimate], cluster: Cluster, duration: Duratio
 def stage_usd(stage: StageEstimate, cluster: Cluster) -> float:
     """Return the cost of the nodes that are up while a stage runs, without those that start or are idle."""
     growing = cluster.growing_usd_per_hour * _share_up(stage, cluster)
-    return stage.seconds / 3600 * (cluster.lasting_usd_per_hour + growing)
+    gpu_s = _gpu_seconds(stage, lambda each: each.seconds)
+    return (stage.seconds * cluster.lasting_usd_per_hour + gpu_s * growing) / 3600
+
+
+def _gpu_seconds(stage: StageEstimate, duration: Duration) -> float:
+    """Return for how many of its seconds a stage takes GPUs."""
+    return duration(stage) if stage.needs_gpus else min(stage.first_gpus_s, duration(stage))
 
 
 def _share_up(stage: StageEstimate, cluster: Cluster) -> float:
     """Return the share of the GPU nodes that a stage asks for."""
-    return min(1.0, stage.workers / cluster.num_gpus) if stage.needs_gpus and cluster.num_gpus else 0.0
+    asked = stage.workers if stage.needs_gpus else stage.first_gpus
+    return min(1.0, asked / cluster.num_gpus) if cluster.num_gpus else 0.0

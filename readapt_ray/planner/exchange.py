@@ -68,5 +68,7 @@ def waiting_s(config: Any, shape: ModelShape, cluster: Cluster, steps: Steps) ->
 
 def _num_nodes(cluster: Cluster, num_workers: int) -> int:
     """Return the number of nodes that workers take: a worker a GPU, or a worker a node where there is none."""
-    per_node = max((group.gpus for group in cluster.gpu_groups), default=max(1, num_workers // cluster.num_nodes))
+    per_node = max(
+        (group.gpus for group in cluster.gpu_groups), default=max(1, num_workers // cluster.num_nodes_with_cpus)
+    )
     return math.ceil(num_workers / per_node)

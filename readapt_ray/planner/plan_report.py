@@ -6,7 +6,7 @@ from readapt_ray import progress
 from readapt_ray.evaluation.tables import aligned_table
 from readapt_ray.planner import Plan, scaling
 from readapt_ray.planner.cost import stage_usd
-from readapt_ray.planner.stages import StageEstimate
+from readapt_ray.planner.estimates import StageEstimate
 
 _NUMBERS = ("", "K", "M", "B", "T")
 _SI = ("", "K", "M", "G", "T", "P", "E")

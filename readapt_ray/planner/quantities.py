@@ -9,17 +9,20 @@ _SUFFIXES: Final = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
 }
 
 
-def quantity(value: Any) -> float:
+def quantity(value: Any, where: str = "") -> float:
     """Parse a Kubernetes quantity (4, 500m, 16Gi) to a number.
+
+    Args:
+        value: the quantity.
+        where: what errors call its place.
 
     Raises:
         InputError: it is none.
     """
     text = str(value).strip()
-    for suffix in sorted(_SUFFIXES, key=len, reverse=True):
-        if text.endswith(suffix):
-            return float(text[: -len(suffix)]) * _SUFFIXES[suffix]
+    suffix = next((each for each in sorted(_SUFFIXES, key=len, reverse=True) if text.endswith(each)), "")
     try:
-        return float(text)
+        return float(text.removesuffix(suffix)) * _SUFFIXES.get(suffix, 1.0)
     except ValueError:
-        raise InputError(f"{value!r} is not a Kubernetes quantity, such as 4, 500m or 16Gi") from None
+        place = where and f"{where}: "
+        raise InputError(f"{place}{value!r} is not a Kubernetes quantity, such as 4, 500m or 16Gi") from None

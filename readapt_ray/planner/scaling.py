@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from math import gcd, inf
 from typing import Any, Final
 
-from readapt_ray.planner import stages
+from readapt_ray.planner import index_stages, stages
 from readapt_ray.planner.cost import cost_of
+from readapt_ray.planner.estimates import Setting, StageEstimate
 from readapt_ray.planner.machines import Cluster, NodeGroup
-from readapt_ray.planner.stages import Setting, StageEstimate
 from readapt_ray.progress import amount
 from readapt_ray.recipes.chain import Step, by_stage, runs_beside_next
 from readapt_ray.training.step_size import MIN_STEPS, TOKENS_PER_WORKER
@@ -49,9 +49,12 @@ class Limit:
 
 
 def scaled(cluster: Cluster, workers: int) -> Cluster:
-    """Return the cluster with this many GPUs, in nodes as they are or parts of them (nodes if it has no GPU); other groups stay."""
+    """Return the cluster with this many GPUs, in nodes as they are or parts of them (nodes if it has no GPU); other groups
+    stay, a head that takes no task too.
+    """
     if not cluster.gpu_groups:
-        return replace(cluster, groups=(replace(cluster.largest, count=workers),))
+        heads = (group for group in cluster.groups if not group.cpus)
+        return replace(cluster, groups=(replace(cluster.largest, count=workers), *heads))
     fast = cluster.gpu_groups[0]
     gpus = gcd(fast.gpus, workers)
     share = gpus / fast.gpus
@@ -158,7 +161,7 @@ def _passages_of_a_week(step: Step, name: str, setting: Setting) -> float | None
 def _flat_index_limits(index: Any, setting: Setting) -> list[Limit]:
     """Return what breaks if vectors are neither compressed nor searched approximately."""
     cluster = setting.cluster
-    flat = stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
+    flat = index_stages.index_bytes(index, setting)["flat"] / setting.corpus.num_passages
     scanned = _SCANNED_PER_S * max(1, cluster.num_cpus / 8)
     return [
         Limit(

@@ -2,76 +2,27 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.cluster.batches import BATCH_ADVICE, least_workers
 from readapt_ray.planner.corpus import Corpus
+from readapt_ray.planner.estimates import LOAD_BYTES_PER_S, Setting, StageEstimate, cpu_rate, device_of, timed
 from readapt_ray.planner.exchange import Steps, waiting_s
+from readapt_ray.planner.index_stages import index_estimate, search_estimate
 from readapt_ray.planner.machines import Cluster
-from readapt_ray.planner.rates import CPU, FIXED_S, ROWS_PER_FILE, WORK_UNITS, Rate, Rates
-from readapt_ray.planner.worker_memory import Memory, embed_memory, index_memory, train_adapter, train_memory
+from readapt_ray.planner.rates import ROWS_PER_FILE, Rate
+from readapt_ray.planner.worker_memory import embed_memory, train_adapter, train_memory
 from readapt_ray.recipes.chain import Step
-from readapt_ray.retrieval.index_kinds import KINDS, IndexOptions, default_storage, vector_bytes
-from readapt_ray.retrieval.vector_files import SHARD_BYTES
-from readapt_ray.stages.embed import TextSize, shard_rows
+from readapt_ray.stages import embed
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
-LOAD_BYTES_PER_S: Final = 5e8
-"""Weights from an object store or a disk to a node."""
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
 """Shortest optimizer step: kernel launches, the optimizer, gradients between workers."""
 _TOLD_WAITING: Final = 0.05
 """From this share of the computing on, waiting for the network is told."""
 _VECTOR_BYTES: Final = {"float32": (4, 0), "float16": (2, 0), "int8": (1, 4)}
 """Bytes a number and a vector, by how vectors are stored (int8 has a scale)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageEstimate:
-    """The estimate of one stage."""
-
-    name: str
-    """Folder of its artifact."""
-    stage: str
-    work: float
-    unit: str
-    workers: int
-    device: str
-    seconds: float
-    low_s: float
-    high_s: float
-    out_bytes: float
-    rate: Rate
-    memory: Memory | None = None
-    note: str = ""
-    is_beside_next: bool = False
-    """Whether it runs at the same time as the stage after it."""
-    problem: str = ""
-    """Why the stage would refuse to start, memory aside."""
-
-    @property
-    def needs_gpus(self) -> bool:
-        """Whether its workers take GPUs."""
-        return self.device != CPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What all stages of a plan share."""
-
-    corpus: Corpus
-    cluster: Cluster
-    rates: Rates
-    pretrained: ModelShape
-    retriever: ModelShape
-    dimension: int
-    """Numbers of a vector that are kept."""
-    vector_dtype: str
-    """How embed stores them."""
-    general: Corpus | None = None
-    """The general collection, if the run measures one."""
 
 
 def estimate_stage(step: Step, name: str, setting: Setting) -> StageEstimate | None:
@@ -91,11 +42,11 @@ def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
 def embed_rows(config: Any, setting: Setting) -> int:
     """Return the passages of a data shard."""
     corpus = setting.corpus
-    text = TextSize(corpus.embed_tokens, corpus.text_bytes)
+    text = embed.TextSize(corpus.embed_tokens, corpus.text_bytes)
     on_gpus = bool(setting.cluster.num_gpus)
     return int(
         config.rows_per_shard
-        or shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
+        or embed.shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
     )
 
 
@@ -107,21 +58,11 @@ def embed_workers(config: Any, setting: Setting) -> int:
     return max(1, min(config.num_workers or most, most, shards))
 
 
-def index_bytes(config: Any, setting: Setting) -> dict[str, float]:
-    """Return the bytes in memory of each kind of index with the run's own options, without ids."""
-    found = {}
-    for kind in KINDS:
-        storage = config.storage or default_storage(kind.name, setting.vector_dtype)
-        options = IndexOptions(kind=kind.name, storage=storage, refine=config.refine, code_bytes=config.code_bytes)
-        found[kind.name] = setting.corpus.num_passages * vector_bytes(options, setting.dimension)
-    return found
-
-
 def train_workers(config: Any, cluster: Cluster) -> int:
     """Return the number of Ray Train workers."""
     if cluster.num_gpus:
         return int(min(config.num_workers or cluster.num_gpus, cluster.num_gpus))
-    return int(config.num_workers or cluster.num_nodes)
+    return int(config.num_workers or cluster.num_nodes_with_cpus)
 
 
 def train_step_size(config: Any, corpus: Corpus, cluster: Cluster) -> StepSize:
@@ -146,70 +87,19 @@ def train_steps(config: Any, corpus: Corpus, step: StepSize) -> int:
     return max(1, math.ceil(num_tokens / step.num_tokens)) * int(config.num_epochs)
 
 
-def _device(cluster: Cluster) -> tuple[str, float]:
-    """Return the slowest GPU, for which a synchronous step waits, or a CPU."""
-    if not cluster.gpu_groups:
-        return CPU, 0.0
-    slowest = min(cluster.gpu_groups, key=lambda group: group.gpu_flops)
-    return slowest.gpu, slowest.gpu_flops
-
-
-def _timed(
-    name: str,
-    stage: str,
-    work: float,
-    rate: Rate,
-    *,
-    out_bytes: float,
-    units: float = 1,
-    workers: int = 1,
-    device: str = CPU,
-    error: float = 0.0,
-    fixed_s: float = 0.0,
-    floor_s: float = 0.0,
-    waiting_s: float = 0.0,
-    needs: Memory | None = None,
-    note: str = "",
-    problem: str = "",
-) -> StageEstimate:
-    """Return fixed seconds plus the work at so many units times the rate, never less than the floor, and the waiting."""
-    fixed = FIXED_S[stage] + fixed_s
-    working = max(work / (units * rate.value), floor_s) + waiting_s
-    return StageEstimate(
-        name=name,
-        stage=stage,
-        work=work,
-        unit=WORK_UNITS[stage],
-        workers=workers,
-        device=device,
-        seconds=fixed + working,
-        low_s=0.5 * fixed + working * (1 - min(error, 0.9)) / rate.faster,
-        high_s=2 * fixed + working * (1 + error) * rate.slower,
-        out_bytes=out_bytes,
-        rate=rate,
-        memory=needs,
-        note=note,
-        problem=problem,
-    )
-
-
-def _cpu_rate(setting: Setting, stage: str) -> Rate:
-    return setting.rates.of(stage, CPU, 0, is_low=False)
-
-
 def _ingest(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work, workers = corpus.num_passages * corpus.text_bytes, ingest_workers(corpus, setting.cluster)
-    rate = _cpu_rate(setting, "ingest")
-    return _timed(name, "ingest", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=0.6 * work)
+    rate = cpu_rate(setting, "ingest")
+    return timed(name, "ingest", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=0.6 * work)
 
 
 def _pack(_: Any, name: str, setting: Setting) -> StageEstimate:
     corpus = setting.corpus
     work = corpus.num_passages * corpus.train_tokens
     workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(corpus.num_passages / ROWS_PER_FILE)))
-    rate = _cpu_rate(setting, "pack")
-    return _timed(name, "pack", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=2.2 * work)
+    rate = cpu_rate(setting, "pack")
+    return timed(name, "pack", work, rate, units=workers, workers=workers, error=corpus.error, out_bytes=2.2 * work)
 
 
 def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
@@ -220,7 +110,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     step = train_step_size(config, corpus, cluster)
     workers = step.num_workers
     busy = min(workers, step.batch_size)
-    device, peak = _device(cluster)
+    device, peak = device_of(cluster)
     steps = train_steps(config, corpus, step)
     adapter = train_adapter(config, shape)
     work = run_flops(
@@ -245,7 +135,7 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
     waiting = 0.0 if rate.is_measured else waiting_s(config, shape, cluster, run)
     computed_s = max(work_s, floor)
     waits = f"{waiting / (computed_s + waiting):.0%} of it waiting for the network between nodes"
-    return _timed(
+    return timed(
         name,
         "train",
         work,
@@ -275,17 +165,17 @@ def _train(config: Any, name: str, setting: Setting) -> StageEstimate:
 
 def _merge(config: Any, name: str, setting: Setting) -> StageEstimate:
     size = setting.retriever.num_parameters * (4 if config.dtype == "float32" else 2)
-    return _timed(name, "merge", 3.0 * size, _cpu_rate(setting, "merge"), out_bytes=size)
+    return timed(name, "merge", 3.0 * size, cpu_rate(setting, "merge"), out_bytes=size)
 
 
 def _embed(config: Any, name: str, setting: Setting) -> StageEstimate:
     corpus, cluster, shape = setting.corpus, setting.cluster, setting.retriever
     workers = embed_workers(config, setting)
     is_low = cluster.computes_low(config.dtype)
-    device, peak = _device(cluster)
+    device, peak = device_of(cluster)
     rate = setting.rates.of("embed", device, peak if is_low else peak / 8, is_low=is_low)
     number_bytes, more_bytes = _VECTOR_BYTES[config.vector_dtype]
-    return _timed(
+    return timed(
         name,
         "embed",
         corpus.num_passages * corpus.embed_tokens * shape.forward_flops(corpus.embed_tokens),
@@ -322,48 +212,9 @@ def _float32_note(config: Any, cluster: Cluster) -> str:
     return "in float32, as dtype auto is on CPUs without bfloat16 units"
 
 
-def _index(config: Any, name: str, setting: Setting) -> StageEstimate:
-    corpus = setting.corpus
-    size = 4.0 * corpus.num_passages * setting.dimension
-    shard = 4.0 * config.rows_per_shard * setting.dimension if config.rows_per_shard else SHARD_BYTES
-    workers = max(1, min(setting.cluster.num_lasting_cpus, math.ceil(size / shard)))
-    known = {} if config.factory else index_bytes(config, setting)
-    taken = "time" if config.kind in known else "time and bytes"
-    return _timed(
-        name,
-        "index",
-        size,
-        _cpu_rate(setting, "index"),
-        units=workers,
-        workers=workers,
-        out_bytes=known.get(config.kind, size),
-        needs=index_memory(min(shard, size), setting.cluster.largest),
-        note="" if known and config.kind == "flat" else f"{taken} of a flat index; see the bytes of each kind below",
-    )
-
-
-def _search(config: Any, name: str, setting: Setting) -> StageEstimate:
-    corpus = setting.corpus
-    work = 2.0 * corpus.num_queries * corpus.num_passages * setting.dimension
-    pieces = math.ceil(4.0 * corpus.num_passages * setting.dimension / SHARD_BYTES)
-    workers = max(1, min(setting.cluster.num_lasting_cpus, pieces))
-    return _timed(
-        name,
-        "search",
-        work,
-        _cpu_rate(setting, "search"),
-        units=workers,
-        workers=workers,
-        error=corpus.error,
-        out_bytes=45.0 * corpus.num_queries * min(config.top_k, corpus.num_passages),
-        fixed_s=2 * setting.retriever.num_parameters / LOAD_BYTES_PER_S,
-        note=f"{corpus.num_queries:,} queries",
-    )
-
-
 def _evaluate(config: Any, name: str, setting: Setting) -> StageEstimate:
     work = float(setting.corpus.num_queries * len(config.runs))
-    return _timed(name, "evaluate", work, _cpu_rate(setting, "evaluate"), out_bytes=500.0 * work)
+    return timed(name, "evaluate", work, cpu_rate(setting, "evaluate"), out_bytes=500.0 * work)
 
 
 _ESTIMATES: dict[str, Callable[[Any, str, Setting], StageEstimate]] = {
@@ -372,7 +223,7 @@ _ESTIMATES: dict[str, Callable[[Any, str, Setting], StageEstimate]] = {
     "train": _train,
     "merge": _merge,
     "embed": _embed,
-    "index": _index,
-    "search": _search,
+    "index": index_estimate,
+    "search": search_estimate,
     "evaluate": _evaluate,
 }

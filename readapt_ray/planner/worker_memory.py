@@ -102,11 +102,17 @@ def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     )
 
 
-def index_memory(shard_bytes: float, group: NodeGroup) -> Memory:
-    """Return what an indexing task needs: about three times its shard."""
+def index_memory(shard_bytes: float, cpus: int, group: NodeGroup) -> Memory:
+    """Return what an indexing task needs: its shard, and once more while it is written.
+
+    Args:
+        shard_bytes: of a shard as it is stored.
+        cpus: of a task.
+        group: the nodes that it runs on.
+    """
     return Memory(
-        parts={"shard": 3.0 * shard_bytes, "process": 3e8},
-        available=group.cpu_share_bytes,
-        where=f"a CPU's share of {group.name}",
+        parts={"shard": shard_bytes, "copy that is written": shard_bytes, "process": 3e8},
+        available=group.share_bytes(cpus),
+        where=f"a share of {cpus} {'CPU' if cpus == 1 else 'CPUs'} of {group.name}",
         advice="lower index.rows_per_shard, or take nodes with more memory per CPU",
     )

@@ -12,6 +12,9 @@ from readapt_ray.recipes.problems import Problems
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
+_MARKS = ("[", "{", '"', "'")
+"""What a YAML list, section or quoted text begins with."""
+
 
 def read_run(file: str, changes: Mapping[str, Any], problems: Problems | None = None) -> RunConfig:
     """Read the config of a run from its file.
@@ -73,7 +76,8 @@ def parse_changes(texts: Iterable[str], problems: Problems) -> dict[str, Any]:
 
 
 def parse_change(text: str) -> tuple[str, Any]:
-    """Split `NAME=VALUE` into the name and the value, which is YAML.
+    """Split `NAME=VALUE` into the name and the value: a number, true or false, null, or a list or section in brackets, as
+    in YAML, and any other text as it is: `query: {text}`, `notes #2.jsonl` and `2024-01-01` too.
 
     Raises:
         InputError: it is something else.
@@ -82,11 +86,13 @@ def parse_change(text: str) -> tuple[str, Any]:
     if not mark or not name:
         raise InputError(f"--set {text!r} is not NAME=VALUE, such as train.lora_rank=16")
     try:
-        return name, yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError:
         if value.lstrip().startswith(("[", "{")):
             raise InputError(f"--set {text!r}: {value!r} is not a whole YAML list or section") from None
         return name, value  # such as "a,b",c, which is a list of two
+    is_yaml = found is None or isinstance(found, bool | int | float) or value.lstrip().startswith(_MARKS)
+    return name, found if is_yaml else value.strip()
 
 
 def _by_name(changes: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -93,9 +93,14 @@ def read_record(root: Location) -> dict[str, Any]:
         return {}
     steps = values.get("steps") if isinstance(values, dict) else None
     is_ours = isinstance(steps, list) and all(
-        isinstance(each, dict) and {"stage", "output"} <= each.keys() for each in steps
+        isinstance(each, dict) and isinstance(each.get("stage"), str) and isinstance(each.get("output"), str)
+        for each in steps
     )
-    return values if is_ours else {}
+    if not is_ours:
+        return {}
+    failed = values.pop("failed", None)
+    is_told = isinstance(failed, dict) and {"output", "error", "host"} <= failed.keys()
+    return values | ({"failed": failed} if is_told and isinstance(failed.get("time"), int | float) else {})
 
 
 class _Record:

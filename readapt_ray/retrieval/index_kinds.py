@@ -34,6 +34,10 @@ _FLAT_SHARD_BYTES = 512 << 20
 _SEARCHED_SHARD_BYTES = 8 << 30
 _SEARCHED_SHARD_ROWS = (1 << 20, 4 << 20)
 """Vectors in a shard of an approximate index, at least and at most: each more shard is one more graph or set of lists."""
+_CPU_BYTES = 4 << 30
+"""Memory of a shard for which its task takes another CPU."""
+_CPU_ROWS = 1 << 18
+"""Vectors of an approximate shard for which its task takes another CPU: most of its time is spent on adding them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,18 @@ def shard_rows(options: IndexOptions, num_vectors: int, dimension: int) -> int:
         least, most = _SEARCHED_SHARD_ROWS
         most = min(most, max(least, _SEARCHED_SHARD_BYTES // (4 * dimension)))
     return max(1, math.ceil(num_vectors / math.ceil(num_vectors / most))) if num_vectors else most
+
+
+def shard_bytes(options: IndexOptions, dimension: int, num_rows: int) -> float:
+    """Return the bytes of a shard in memory, without ids; of a factory string, as if it kept float32."""
+    return num_rows * (4.0 * dimension if options.factory else vector_bytes(options, dimension))
+
+
+def shard_cpus(options: IndexOptions, dimension: int, num_rows: int) -> int:
+    """Return the CPUs of a task that makes a shard of an index that is trained: one per 4 GiB of it and of the copy that is
+    written, and one per 262,144 vectors.
+    """
+    return max(1, math.ceil(max(2 * shard_bytes(options, dimension, num_rows) / _CPU_BYTES, num_rows / _CPU_ROWS)))
 
 
 def _lists(num_vectors: int, dimension: int) -> int:

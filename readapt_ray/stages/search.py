@@ -136,7 +136,7 @@ class _Source:
     def num_vectors(self) -> int:
         return int(self.artifact.manifest.counts["num_vectors"])
 
-    def pieces(self, num_cpus: int) -> list[Content]:
+    def pieces(self, num_at_once: int, *, on_gpus: bool) -> list[Content]:
         """Return what each task searches: the record of an index shard, or ranges of rows.
 
         Raises:
@@ -144,7 +144,7 @@ class _Source:
         """
         if self.artifact.manifest.stage == "index":
             return list(self.artifact.manifest.details["shards"])
-        return vector_pieces(self.artifact, num_cpus)
+        return vector_pieces(self.artifact, num_at_once, on_gpus=on_gpus)
 
 
 def search(config: SearchConfig) -> Artifact:
@@ -342,7 +342,8 @@ def _pieces(source: _Source) -> Pieces:
     total = connection.connect()
     on_gpus = bool(total.num_gpus) and source.artifact.manifest.stage == "embed"
     num_at_once = max(1, total.num_gpus if on_gpus else total.num_cpus)
-    return Pieces(source.artifact, source.pieces(num_at_once), on_gpus=on_gpus, num_at_once=num_at_once)
+    contents = source.pieces(num_at_once, on_gpus=on_gpus)
+    return Pieces(source.artifact, contents, on_gpus=on_gpus, num_at_once=num_at_once)
 
 
 def _results(

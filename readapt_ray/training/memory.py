@@ -20,9 +20,6 @@ from readapt_ray.training.gradients import BUCKET_BYTES
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
-_KEPT = {"cpu": (16, 6), "cuda": (12, 3), "compiled": (9, 3)}
-"""Tensors of the hidden and of the intermediate size that autograd keeps in a layer, in the type of the products, counted on
-Llama layers with DoRA and dropout; a compiler keeps what the backward pass cannot make again."""
 _CGROUP = Path("/sys/fs/cgroup")
 """Of the container (version 2); what the kernel could drop of the file cache counts as free."""
 
@@ -39,7 +36,6 @@ class WorkerSetup:
     dtype: torch.dtype
     gradient_checkpointing: bool
     device_type: str
-    compile_layers: bool = False
     base_dtype: BaseDtype = "auto"
     """How the frozen linear layers are stored; auto: in `dtype`."""
 
@@ -143,13 +139,24 @@ def num_trained(shape: ModelShape, adapter: AdapterShape | None) -> int:
 
 def _activations(shape: ModelShape, setup: WorkerSetup) -> int:
     """Return the bytes that the backward pass needs."""
-    is_compiled = setup.compile_layers and setup.device_type == "cuda"
-    kept_hidden, kept_intermediate = _KEPT["compiled" if is_compiled else setup.device_type]
     token_bytes = setup.micro_batch_tokens * setup.dtype.itemsize
-    layer_bytes = token_bytes * (kept_hidden * shape.hidden + kept_intermediate * shape.intermediate)
+    layer_bytes = round(token_bytes * kept_numbers(shape, setup.device_type))
     if setup.gradient_checkpointing:
         return shape.num_layers * token_bytes * shape.hidden + layer_bytes
     return shape.num_layers * layer_bytes
+
+
+def kept_numbers(shape: ModelShape, device_type: str) -> float:
+    """Return the numbers per token that autograd keeps in a layer with DoRA and dropout, in the type of the products.
+
+    On a GPU: what each linear layer gives; what attention and the feed-forward part take, with rotated queries and keys;
+    both norms and what they take. benchmarks/step_traffic.py counts the same within 15%, compiled or not, and a CPU keeps
+    masks of dropout and what is not fused.
+    """
+    if device_type == "cpu":
+        return 16 * shape.hidden + 6 * shape.intermediate
+    outputs = sum(each for name, _, each in shape.linears if is_in_layer(name)) / shape.num_layers
+    return outputs + 4 * shape.hidden + 3 * shape.attention_width + shape.intermediate
 
 
 def what_fits(shape: ModelShape, setup: WorkerSetup, free_bytes: float, *, section: str = "") -> str:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from readapt_ray.errors import InputError
+from readapt_ray.evaluation.measures import parse_measures
 from readapt_ray.evaluation.requirements import check_requirements, parse_requirement
 from readapt_ray.evaluation.significance import compare
 
@@ -18,6 +19,8 @@ MEASURES = ("nDCG@10", "R@100", "nDCG(gains={0:0,1:1})@10")
         ("R@100 >= base + 0.01", ("R@100", 0.01, True)),
         ("R@100 >= base", ("R@100", 0.0, True)),
         (" R@100 >= 0.3 ", ("R@100", 0.3, False)),
+        ("R@100 >= base - 1e-3", ("R@100", -0.001, True)),
+        ("R@100 >= 5E-05", ("R@100", 0.00005, False)),
         ("nDCG(gains={0:0,1:1})@10 >= base", ("nDCG(gains={0:0,1:1})@10", 0.0, True)),
     ],
 )
@@ -27,6 +30,16 @@ def test_a_requirement_is_read(text, parsed):
     assert found.text == text.strip()
     general = parse_requirement(f"general {text.strip()}", ("other",), MEASURES)
     assert general[1:] == (*parsed, True)
+
+
+@pytest.mark.parametrize("asked", ["MRR@10", "RR@10", "nDCG(gains={0:0,1:1})@10", "NDCG(gains={})@10"])
+def test_a_measure_is_known_by_each_of_its_names(asked):
+    for spelled in (
+        ["MRR@10", "nDCG(gains={0:0,1:1})@10"],
+        list(parse_measures(["MRR@10", "nDCG(gains={0:0,1:1})@10"])),
+    ):
+        found = parse_requirement(f"{asked} >= base", spelled)
+        assert found.measure in spelled, "as it is measured: evaluate knows canonical names, a run what the user wrote"
 
 
 @pytest.mark.parametrize(

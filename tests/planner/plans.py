@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from readapt_ray import planner
+from readapt_ray.planner.estimates import StageEstimate
 from readapt_ray.planner.prices import read_prices
-from readapt_ray.planner.stages import StageEstimate
 from readapt_ray.recipes.chain import RunConfig
 
 PRICES = read_prices(None)
@@ -30,10 +30,14 @@ def write(folder: Path, values: Any, name: str = "cluster.yaml") -> str:
 
 
 def launcher(**values: Any) -> dict[str, Any]:
-    """A launcher file with a head, workers without GPUs and workers with one."""
-    types = {name: {"node_config": {"InstanceType": kind}} for name, kind in MACHINES.items()}
+    """A launcher file with a head, workers without GPUs and workers with one: at most so many, or at least and at most."""
+    types: dict[str, dict[str, Any]] = {
+        name: {"node_config": {"InstanceType": kind}} for name, kind in MACHINES.items()
+    }
     for name in ("cpu", "gpu"):
-        types[name]["max_workers"] = values.pop(name, None)
+        given = values.pop(name, None)
+        least, most = given if isinstance(given, tuple) else (None, given)
+        types[name] |= {"min_workers": least, "max_workers": most}
     kept = {name: {key: value for key, value in each.items() if value is not None} for name, each in types.items()}
     return {
         "cluster_name": "x",

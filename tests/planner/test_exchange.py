@@ -9,8 +9,9 @@ import pytest
 from readapt_ray.catalog.retrievers import target_modules
 from readapt_ray.catalog.shapes import shape_of
 from readapt_ray.cluster.optimization import adapter_shape
+from readapt_ray.planner.cluster_files import read_cluster
 from readapt_ray.planner.exchange import Steps, waiting_s
-from readapt_ray.planner.machines import Cluster, NodeGroup, read_cluster
+from readapt_ray.planner.machines import Cluster, NodeGroup
 from readapt_ray.planner.quantities import quantity
 from readapt_ray.stages.train import TrainConfig
 from readapt_ray.training.memory import num_trained

@@ -15,9 +15,9 @@ from readapt_ray import cli, planner
 from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError
 from readapt_ray.planner import plan_report, scaling
+from readapt_ray.planner.cluster_files import read_cluster
 from readapt_ray.planner.corpus import Corpus
 from readapt_ray.planner.cost import stage_usd
-from readapt_ray.planner.machines import read_cluster
 from readapt_ray.planner.prices import PRICES_FILE
 from readapt_ray.recipes.chain import RunConfig
 from readapt_ray.stages.ingest import IngestConfig, ingest
@@ -105,7 +105,10 @@ def test_bytes_of_indexes_are_those_of_the_options(run_file: Path) -> None:
     assert "rabitq 84 MB" in plan_report.text(found)
     small = make_plan(run_file, {"index": options | {"refine": False}}, num_passages=1_000_000)
     assert small.index_bytes["ivf-pq"] == 1e6 * codes
-    assert "time and bytes of a flat index" in stage(make_plan(run_file, {"index": {"kind": "auto"}}), "index").note
+    factory = {"index": {"factory": "IVF4,Flat"}}
+    assert "time and bytes of a flat index" in stage(make_plan(run_file, factory), "index").note
+    chosen = make_plan(run_file, {"index": {"kind": "auto"}}, num_passages=1_000_000)
+    assert stage(chosen, "index").out_bytes == chosen.index_bytes["hnsw"], "auto takes graphs of so many"
 
 
 def test_auto_is_float32_on_cpus_that_may_lack_units_for_less(run_file: Path) -> None:

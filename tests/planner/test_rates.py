@@ -10,7 +10,7 @@ import pytest
 from readapt_ray import artifacts
 from readapt_ray.catalog.shapes import model_shape
 from readapt_ray.planner import calibration, plan_report, rates
-from readapt_ray.planner.machines import read_cluster
+from readapt_ray.planner.cluster_files import read_cluster
 from tests.planner.plans import PRICES, make_plan
 
 

@@ -72,7 +72,7 @@ class Desk:
             value = getattr(config, name)
             if isinstance(value, tuple):
                 yield name, artifacts.fingerprint([artifacts.read_manifest(each).fingerprint for each in value])  # type: ignore[union-attr]
-            elif isinstance(value, str) and (manifest := artifacts.read_manifest(value)):
+            elif isinstance(value, str) and value and (manifest := artifacts.read_manifest(value)):
                 yield name, manifest.fingerprint
             elif name in ("pretrained", "retriever"):
                 model = open_model(value)
