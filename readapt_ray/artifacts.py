@@ -19,6 +19,7 @@ During the work, `building.json` holds a lease (`leases.py`).
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -370,7 +371,7 @@ def _described(workspace: Workspace, ours: Mapping[str, Any], seconds: float) ->
         details=workspace.details,
         seconds=seconds,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions=_versions(),
+        versions=dict(_versions()),
         hardware=hardware.machine_info(),
     )
 
@@ -380,6 +381,7 @@ def read_lease(uri: str | Location) -> dict[str, Any] | None:
     return leases.read_lease(record_of(uri if isinstance(uri, Location) else Location(uri), LEASE_NAME))
 
 
+@functools.cache  # reading them takes 20 ms
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in _VERSIONED_PACKAGES:

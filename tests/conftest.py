@@ -1,5 +1,7 @@
 """One Ray for the whole run: starting it is most of the time that a test takes."""
 
+import functools
+import gc
 import logging
 import os
 import signal
@@ -10,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from readapt_ray import termination
+from readapt_ray import leases, termination
 from tests import lanes
 
 HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
+
+gc.disable()  # until all tests are imported: it looks through their objects again and again, a sixth of the time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -40,8 +44,10 @@ def pytest_configure_node(node: Any) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Tell it, in a worker, before the scheduler is told that this one is ready."""
+    """Tell it, in a worker, before the scheduler is told that this one is ready; collect garbage from here on."""
     lanes.tell(session.config, session.items)
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -82,6 +88,12 @@ def package_logger() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def leases_settle_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for no other driver: within this process there is none. Two that race are processes, which wait as always."""
+    monkeypatch.setattr(leases, "_SETTLE_S", 0.01)
+
+
+@pytest.fixture(autouse=True)
 def cleanup_without_limit() -> Iterator[None]:
     """A command ends its process when cleanup after a Ctrl-C takes long; pytest itself may take its time."""
     yield
@@ -95,6 +107,7 @@ def every_written_file_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fill = artifacts._fill
 
+    @functools.wraps(fill)
     def checked(location: Any, *args: Any, **options: Any) -> Any:
         before = location.entries()[0] if location.is_local else []
         manifest = fill(location, *args, **options)

@@ -19,6 +19,7 @@ from readapt_ray.errors import PlacementError
 logger = logging.getLogger("readapt_ray")
 
 _POLL_S = 1.0
+_FREE_POLL_S = 0.05
 _REPLACEMENT_S = 45.0
 _ROOM_POLL_S = 5.0
 _ROOM_SAID_S = 20.0
@@ -127,7 +128,7 @@ def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) ->
                 "%s each are asked for, and %s free: waiting for what else runs on this cluster", asked, have
             )
             return
-        time.sleep(_SETTLE_S / 10)
+        time.sleep(_FREE_POLL_S)
 
 
 def check_asked(wanted: Placement, *, who: str) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import ray
 
-from readapt_ray.cluster import connection, placement, software
+from readapt_ray.cluster import connection, local_ray, placement, software
 from readapt_ray.cluster.placement import Placement
 from readapt_ray.errors import InputError, PlacementError
 from readapt_ray.storage import Location
@@ -191,7 +191,8 @@ def test_a_ray_of_our_own_can_use_the_workers_that_it_starts_ahead(
     monkeypatch.setattr(ray, "init", lambda **options: seen.update(options))
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setenv("RAY_ADDRESS", address or "")
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # and taken back afterwards
+    for name, value in local_ray._LOCAL.items():  # and taken back afterwards
+        monkeypatch.setenv(name, value)
     assert connection.connect().num_cpus == 2
     assert seen["address"] == (address or "local")
     assert ("runtime_env" in seen) is (address is not None)
@@ -214,7 +215,8 @@ def test_ray_is_started_once_however_many_ask_for_it_and_a_failure_is_told_where
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for name, value in local_ray._LOCAL.items():
+        monkeypatch.setenv(name, value)
     with connection.connecting_ahead():
         assert not starts
         assert connection.connect().num_cpus == 2

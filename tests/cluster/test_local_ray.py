@@ -26,7 +26,8 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(os, "getloadavg", lambda: (27.4, 0.0, 0.0))
-    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for name, value in local_ray._LOCAL.items():  # and taken back afterwards
+        monkeypatch.setenv(name, value)
     return outcomes
 
 
