@@ -190,6 +190,7 @@ def compare(
     drop_self_hits: bool | None = None,
     finetune: bool = False,
     readapt: bool = False,
+    synthesize: str | None = None,
     queries_only: bool = False,
     bridge: bool = False,
     num_timed_queries: int = 50,
@@ -197,6 +198,7 @@ def compare(
     train_options: dict[str, Any] = {},
     merge_options: dict[str, Any] = {},
     finetune_options: dict[str, Any] = {},
+    synthesize_options: dict[str, Any] = {},
 ) -> Results:
     """Compare retrievers on one corpus.
 
@@ -219,15 +221,19 @@ def compare(
             (default: no)
         readapt: Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its
             pretrained model. With finetune, also after both. (default: no)
-        queries_only: With readapt or finetune: also compare their models for queries alone, over the
+        synthesize: Also compare each retriever after `readapt finetune` on queries that this language model
+            writes for the passages: a folder, a URI or a hub id, or with an endpoint in synthesize_options the
+            name that it has there. The first retriever must find their passages. With readapt, also after both.
+        queries_only: With readapt, finetune or synthesize: also compare their models for queries alone, over
+            the retriever's own vectors. (default: no)
+        bridge: With readapt, finetune or synthesize: also compare their queries behind a bridge to the
             retriever's own vectors. (default: no)
-        bridge: With readapt or finetune: also compare their queries behind a bridge to the retriever's own
-            vectors. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
         train_options: Options of train and pack by name (in a YAML file).
         merge_options: Options of merge by name (in a YAML file).
         finetune_options: Options of finetune by name (in a YAML file).
+        synthesize_options: Options of synthesize by name (in a YAML file).
 
     Returns:
         The rows: they print as a table; `.rows`, `.to_pandas()`.

@@ -47,10 +47,14 @@ class CompareConfig(Config):
     readapt: bool = False
     """Also compare each retriever after RE-AdaptIR on the passages, if the catalog knows its pretrained model. With
     finetune, also after both."""
+    synthesize: str | None = None
+    """Also compare each retriever after `readapt finetune` on queries that this language model writes for the passages: a
+    folder, a URI or a hub id, or with an endpoint in synthesize_options the name that it has there. The first retriever must
+    find their passages. With readapt, also after both."""
     queries_only: bool = False
-    """With readapt or finetune: also compare their models for queries alone, over the retriever's own vectors."""
+    """With readapt, finetune or synthesize: also compare their models for queries alone, over the retriever's own vectors."""
     bridge: bool = False
-    """With readapt or finetune: also compare their queries behind a bridge to the retriever's own vectors."""
+    """With readapt, finetune or synthesize: also compare their queries behind a bridge to the retriever's own vectors."""
     num_timed_queries: int = Field(default=50, ge=1)
     """Number of queries to time, one by one, on this machine."""
     embed_options: Section = Field(default_factory=dict)
@@ -61,14 +65,20 @@ class CompareConfig(Config):
     """Options of merge by name (in a YAML file)."""
     finetune_options: Section = Field(default_factory=dict)
     """Options of finetune by name (in a YAML file)."""
+    synthesize_options: Section = Field(default_factory=dict)
+    """Options of synthesize by name (in a YAML file)."""
 
     inputs: ClassVar[frozenset[str]] = frozenset({"retrievers", "corpus", "queries", "qrels"})
 
     @model_validator(mode="after")
     def _has_models_for_queries(self) -> Self:
         for name in ("queries_only", "bridge"):
-            if getattr(self, name) and not (self.readapt or self.finetune):
-                raise OptionError(f"{{{name}}} does nothing without {{readapt}} or {{finetune}}; give one of them")
+            if getattr(self, name) and not (self.readapt or self.finetune or self.synthesize):
+                raise OptionError(
+                    f"{{{name}}} does nothing without {{readapt}}, {{finetune}} or {{synthesize}}; give one of them"
+                )
+        if self.synthesize_options and not self.synthesize:
+            raise OptionError("{synthesize_options} does nothing without {synthesize}; give the language model there")
         return self
 
     @field_validator("retrievers", mode="after")
@@ -80,6 +90,8 @@ class CompareConfig(Config):
         return value
 
 
+_OF_LABELLED_QUERIES = frozenset({"split", "negatives", "num_negatives"})
+"""Options of finetune that are for the corpus's own queries."""
 _QUERIES_ONLY = "set queries_only of the comparison, which compares models for queries beside the others"
 NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
     "embed": {
@@ -128,7 +140,7 @@ class Plan:
         self.queries = config.queries or f"{corpus.uri}/queries"
         self._columns = {"columns": list(config.columns)} if config.columns else {}
         self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
-        for stage in ("embed", "train", "merge", "finetune"):
+        for stage in ("embed", "train", "merge", "finetune", "synthesize"):
             self._check_section(stage)
 
     def candidates(self) -> Iterator[Candidate]:
@@ -138,7 +150,7 @@ class Plan:
 
     def _of_retriever(self, name: str, model: models.OpenModel) -> Iterator[Candidate]:
         config, encoding, label, row = self._config, model.encoding, _label(name), models.find_row(name)
-        if config.finetune and model.is_adapter and not config.readapt:
+        if (config.finetune or config.synthesize) and model.is_adapter and not config.readapt:
             raise ModelError(
                 f"{name!r} is an adapter, and finetune starts from whole weights; add --readapt, which makes them, or give "
                 f"the output of `readapt merge`"
@@ -152,14 +164,20 @@ class Plan:
             )
         if readapted:
             yield from self._with_old_vectors(as_it_is, f"{label} + RE-AdaptIR", encoding, *readapted)
-        if not config.finetune or (model.is_adapter and not readapted):
+        if model.is_adapter and not readapted:
             return
         start = readapted[-2].config.output if model.is_adapter else name
-        tuned = self._finetuned(start, row, label)
-        yield from self._with_old_vectors(as_it_is, f"{label} + finetune", encoding, tuned)
-        if readapted:
-            both = self._finetuned(readapted[-1].config.output, row, f"{label}-readapted")
-            yield self._candidate(f"{label} + RE-AdaptIR + finetune", both.config.output, encoding, both)
+        for kind in self._kinds_of_finetuning():
+            making = self._finetuned(start, row, label, kind)
+            yield from self._with_old_vectors(as_it_is, f"{label} + {kind}", encoding, *making)
+            if readapted:
+                both = self._finetuned(readapted[-1].config.output, row, f"{label}-readapted", kind)
+                yield self._candidate(f"{label} + RE-AdaptIR + {kind}", both[-1].config.output, encoding, *both)
+
+    def _kinds_of_finetuning(self) -> list[str]:
+        """Return by which queries retrievers are finetuned: those of the split train, and those that a model wrote."""
+        config = self._config
+        return ["finetune"] * config.finetune + ["synthesize"] * bool(config.synthesize)
 
     def _with_old_vectors(
         self, as_it_is: Candidate, name: str, encoding: Encoding, *making: Step
@@ -238,10 +256,23 @@ class Plan:
         readapted = self._step(f"models/{row.name}-readapted", "merge", config.merge_options, **wired)
         return blocks, adapter, whole, readapted
 
-    def _finetuned(self, start: str, row: retrievers.Retriever | None, label: str) -> Step:
-        targets = {} if row is None else {"target_modules": row.dora_targets}
-        options = {**targets, **self._config.finetune_options}
-        return self._step(f"models/{label}-finetuned", "finetune", options, model=start, corpus=self._corpus.uri)
+    def _finetuned(self, start: str, row: retrievers.Retriever | None, label: str, kind: str) -> tuple[Step, ...]:
+        """Plan the finetuning of a model by the queries of a kind, which are written first if they are not there."""
+        options = {**({} if row is None else {"target_modules": row.dora_targets}), **self._config.finetune_options}
+        if kind == "finetune":
+            return (self._step(f"models/{label}-finetuned", "finetune", options, model=start, corpus=self._corpus.uri),)
+        written = self._written_queries()
+        # Their split is train, and a run for other queries has no negatives for them.
+        own = {name: value for name, value in options.items() if name not in _OF_LABELLED_QUERIES}
+        tuned = self._step(f"models/{label}-synthesized", "finetune", own, model=start, corpus=written.config.output)
+        return written, tuned
+
+    def _written_queries(self) -> Step:
+        """Plan the queries that a language model writes; the vectors of the first retriever are there by then."""
+        config = self._config
+        vectors = (Location(config.output) / f"vectors/{file_name(_label(config.retrievers[0]))}").uri
+        wired = {"corpus": self._corpus.uri, "model": config.synthesize, "vectors": vectors}
+        return self._step("queries", "synthesize", config.synthesize_options, **wired)
 
     def evaluate(self, candidates: Sequence[Candidate]) -> Step:
         """Plan the measurement of all runs against the first."""
@@ -313,6 +344,7 @@ class Plan:
             "train": ("pretrained", "corpus"),
             "merge": ("pretrained", "retriever", "adapter"),
             "finetune": ("model", "corpus"),
+            "synthesize": ("model", "corpus", "vectors"),
         }[stage]
         inputs: Section = dict.fromkeys(names, "-")
         if stage == "embed":

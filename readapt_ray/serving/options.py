@@ -1,6 +1,7 @@
 """Define the options of `readapt serve`: one version, or several side by side, and how requests are routed to them."""
 
 import ipaddress
+import itertools
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -9,7 +10,7 @@ from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.config import Config, OptionError
 from readapt_ray.generations import with_folders
 from readapt_ray.serving.domain_options import VERSION_NAME, DomainOptions, parse_domains, parse_scales
-from readapt_ray.serving.versions import LossPolicy, Routing, SideOptions, parse_split
+from readapt_ray.serving.versions import SUFFIXES, LossPolicy, Routing, SideOptions, parse_split
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
@@ -233,8 +234,21 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
             self._check_domains()
         elif self.base or self.knowledge_scale:
             raise OptionError("{base} and {knowledge_scale} are for {domains}; give these")
+        self._check_names()
         self.routing().check(self.names())
         return self
+
+    def _check_names(self) -> None:
+        """Refuse names by which a client would reach another one than it means."""
+        names = set(self.names())
+        if "" in names:
+            raise ValueError("a name of a version or domain is empty; give it one")
+        for name, suffix in itertools.product(sorted(names), filter(None, SUFFIXES.values())):
+            if f"{name}{suffix}" in names:
+                raise ValueError(
+                    f"clients ask {name!r} for another kind of text by '{name}{suffix}', which is the name of another version "
+                    f"or domain; rename that"
+                )
 
     def _check_domains(self) -> None:
         given = [name for name in ("index", "bridge", "name", "shadow", "split") if getattr(self, name)]

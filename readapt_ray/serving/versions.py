@@ -234,7 +234,7 @@ def _place(user: str) -> float:
 INLINE_HITS = 500
 """Hits that a gateway handles between two steps of other requests."""
 _NUM_NAMED = 10
-_SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": "-raw"}
+SUFFIXES: dict[schema.Kind, str] = {"query": "", "passage": "-passage", "raw": "-raw"}
 """What follows the name of a version where a client can say the kind of its texts by the model alone."""
 
 
@@ -256,7 +256,7 @@ class Registry:
         data = [
             self._described(name, kind)
             for name in names
-            for kind in _SUFFIXES
+            for kind in SUFFIXES
             if kind != "passage" or not self.versions[name].info.passages_by
         ]
         return schema.ModelList(data=[each for each in data if each.id == each.version or each.id not in self.versions])
@@ -273,7 +273,7 @@ class Registry:
     def _described(self, name: str, kind: schema.Kind) -> schema.ServedModel:
         info, store = self.versions[name].info, self.versions[name].store
         return schema.ServedModel(
-            id=name + _SUFFIXES[kind],
+            id=name + SUFFIXES[kind],
             created=info.created,
             default=name == self.routing.default and kind == "query",
             version=name,
@@ -316,7 +316,7 @@ class Registry:
         raise RequestError(message, status=404, param="model", code="model_not_found")
 
     def _without_suffix(self, model: str) -> tuple[str, schema.Kind]:
-        for kind, suffix in _SUFFIXES.items():
+        for kind, suffix in SUFFIXES.items():
             if suffix and model.endswith(suffix) and model not in self.versions:
                 return model.removesuffix(suffix), kind
         return model, "query"

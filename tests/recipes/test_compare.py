@@ -17,6 +17,7 @@ from readapt_ray.recipes.chain import stage_parts
 from readapt_ray.recipes.compare import to_markdown
 from readapt_ray.recipes.compare_plan import CompareConfig, Plan
 from tests import factories
+from tests.stages.test_synthesize import Endpoint
 
 TRAINING = {"batch_size": 8, "num_workers": 1, "num_cpus_per_worker": 1}
 
@@ -71,6 +72,14 @@ def config(pieces: Path, **changes: Any) -> CompareConfig:
         ({"merge_options": {"knowledge_scale": [0.5, 1]}}, InputError, "merge_options: knowledge_scale = .*one number"),
         ({"finetune_options": {"encoding": "x"}}, InputError, "finetune_options: encoding = 'x' is refused: .*;"),
         ({"finetune": True, "finetune_options": {"split": "dev"}}, InputError, "no judgements at .*dev.parquet'"),
+        ({"synthesize_options": {"num_passages": 5}}, InputError, "does nothing without synthesize"),
+        (
+            {"synthesize": "w", "synthesize_options": {"vectors": "x"}},
+            InputError,
+            "synthesize_options sets vectors, which",
+        ),
+        ({"bridge": True}, InputError, "bridge does nothing without readapt, finetune or synthesize"),
+        ({"retrievers": ["{}/lora"], "synthesize": "w"}, ModelError, "is an adapter, and finetune starts from whole"),
         (
             {"finetune": True, "finetune_options": {"split": "test"}},
             InputError,
@@ -157,6 +166,57 @@ def test_rows_for_queries_alone_and_behind_a_bridge_search_the_vectors_of_the_re
         assert {alone.search.config.vectors, bridged.search.config.vectors} == {old} != {model.search.config.vectors}
     runs = [each.search.config.output for each in found.values()]
     assert len(set(runs)) == len(runs)
+
+
+def test_rows_for_written_queries_are_made_of_one_set_that_the_first_retriever_tried(
+    pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_as_tiny(monkeypatch, pieces, "first")
+    options = {"endpoint": "http://host/v1", "num_passages": 7}
+    asked = {"retrievers": ["tiny", str(pieces / "second")], "readapt": True, "synthesize": "writer"}
+    labelled = {"split": "train", "negatives": "run.trec", "num_epochs": 2}
+    plan = Plan(
+        config(pieces, **asked, synthesize_options=options, finetune_options=labelled, bridge=True),
+        open_artifact(f"{pieces}/corpus", "ingest"),
+    )
+    found: Any = {each.name: each for each in plan.candidates()}
+    plan.check_outputs(list(found.values()))
+    rows = [
+        "tiny",
+        "tiny + RE-AdaptIR",
+        "tiny + RE-AdaptIR + bridge",
+        "tiny + synthesize",
+        "tiny + synthesize + bridge",
+    ]
+    rows += ["tiny + RE-AdaptIR + synthesize", "second", "second + synthesize", "second + synthesize + bridge"]
+    assert list(found) == rows
+    for name in ("tiny + synthesize", "tiny + RE-AdaptIR + synthesize", "second + synthesize"):
+        written, tuned = (step.config for step in found[name].making)
+        assert (written.model, written.endpoint, written.num_passages) == ("writer", "http://host/v1", 7)
+        assert written.vectors == found["tiny"].embed.config.output and written.corpus == str(pieces / "corpus")
+        assert tuned.corpus == written.output and (tuned.negatives, tuned.num_epochs) == (None, 2)
+        assert found[name].embed.config.retriever == tuned.output
+    assert found["tiny + RE-AdaptIR + synthesize"].making[1].config.model == found["tiny + RE-AdaptIR"].model
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_retriever_is_compared_after_queries_that_an_endpoint_wrote(ray_session: None, pieces: Path) -> None:
+    server = Endpoint()
+    words = [each.text.split() for each in factories.small_corpus(60)]
+    server.answer = lambda number, _: (200, " ".join(words[number % 60][:9][::-1]) + "?")
+    asked = {"retrievers": [str(pieces / "first")], "output": str(pieces / "written"), "synthesize": "writer"}
+    options = {"endpoint": server.url, "num_passages": 60}
+    try:
+        result = compare.compare(config(pieces, **asked, synthesize_options=options, finetune_options=TRAINING))
+    finally:
+        server.server.shutdown()
+        server.server.server_close()
+    assert [row["retriever"] for row in result["rows"]] == ["first", "first + synthesize"]
+    queries = open_artifact(f"{pieces}/written/queries", "synthesize")
+    assert queries.manifest.counts["num_queries"] >= 8 and len(server.requests) == 60
+    tuned = open_artifact(f"{pieces}/written/models/first-synthesized", "finetune")
+    assert tuned.manifest.inputs["corpus"] == queries.fingerprint
 
 
 def test_every_option_of_pack_reaches_pack_and_train(pieces: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -361,6 +361,12 @@ def test_the_domains_of_a_key_are_names(tmp_path):
         ({"retriever": "b", "knowledge_scale": "0..1"}, "are for domains"),
         ({"retriever": "b", "base": "c"}, "are for domains"),
         ({"domains": "legal=a", "default": "med"}, "default names 'med', which is not served"),
+        ({"domains": "legal=a,legal-passage=b"}, "by 'legal-passage', which is the name of another version or domain"),
+        (
+            {"versions": {"x-raw": {"retriever": "a"}, "x": {"retriever": "b"}}},
+            "'x' for another kind of text by 'x-raw'",
+        ),
+        ({"domains": {"": "a"}}, "name of a version or domain is empty"),
         ({"domains": "legal=a,index=b,med=c,corpus=d"}, "domain 'med' has no index; give it index=INDEX"),
         ({"domains": "legal=a", "corpus": "d"}, "no domain has an index"),
     ],
