@@ -33,8 +33,8 @@ class PlanConfig(Config):
     """Roots of finished runs whose measured rates are used, separated by commas. The root of the run itself always
     is."""
     calibrate: bool = False
-    """Measure for some seconds on this machine how fast the run's own models embed and train, and plan with that. Models that
-    are not here are fetched."""
+    """Measure for some seconds on this machine how fast the run's own models embed and train, and plan with that: on a node of
+    the cluster, or one with the same GPU. Models that are not here are fetched."""
     num_passages: int | None = None
     """Number of passages of the corpus, when only a part of it is at hand."""
     num_queries: int | None = None
@@ -137,7 +137,8 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
     prices = read_prices(options.prices)
     cluster = cluster_files.read_cluster(options.cluster, prices)
     steps = [(step.name, step) for step in chain.plan_run(run)]
-    setting = _setting(run, options, steps, cluster)
+    device_name = calibration.check_device(cluster_files.own_gpu(prices), cluster) if options.calibrate else ""
+    setting = _setting(run, options, steps, cluster, device_name)
     return Plan(
         setting=setting,
         prices=prices,
@@ -149,7 +150,9 @@ def plan(run: RunConfig, options: PlanConfig) -> Plan:
     )
 
 
-def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]], cluster: Cluster) -> Setting:
+def _setting(
+    run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]], cluster: Cluster, device_name: str
+) -> Setting:
     ingest, pack, train, embed = (_first(steps, stage) for stage in ("ingest", "pack", "train", "embed"))
     encoding = embed.encoding or encoding_of(run.retriever)
     retriever = model_shape(run.retriever)
@@ -175,7 +178,8 @@ def _setting(run: RunConfig, options: PlanConfig, steps: list[tuple[str, Step]],
     if options.calibrate:
         configs = {"embed": embed, "train": train}
         lengths = {"embed_tokens": corpus.embed_tokens, "train_tokens": corpus.train_tokens}
-        measured = measured.with_measured(calibration.calibrate(run, configs, **lengths))
+        own = calibration.calibrate(run, configs, **lengths, device_name=device_name)
+        measured = measured.with_measured(own)
     return Setting(
         corpus=corpus,
         cluster=cluster,

@@ -12,6 +12,8 @@ from typing import Any, Final
 import numpy as np
 
 from readapt_ray.catalog import models
+from readapt_ray.errors import InputError
+from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import CPU, WORK_UNITS
 from readapt_ray.planner.worker_memory import train_adapter
 from readapt_ray.recipes.chain import RunConfig
@@ -26,7 +28,32 @@ _TEXTS: Final = 64
 _SOURCE: Final = "calibrated on this machine"
 
 
-def calibrate(run: RunConfig, configs: dict[str, Any], *, embed_tokens: float, train_tokens: float) -> Measured:
+def check_device(own: str, cluster: Cluster) -> str:
+    """Return what rates of this machine are kept under: CPU, or its kind of GPU without the size of its memory.
+
+    Args:
+        own: the kind of this machine's GPUs; empty if it has none.
+        cluster: what is planned for.
+
+    Raises:
+        InputError: the cluster computes with something else, so that nothing measured here would count.
+    """
+    here, there = _speed_of(own), {_speed_of(group.gpu) for group in cluster.gpu_groups} or {CPU}
+    if here not in there:
+        raise InputError(
+            f"--calibrate measures how fast this machine is ({here}), and the cluster computes with {' and '.join(sorted(there))}: run "
+            f"it on a node of the cluster, or give a finished run with --measured"
+        )
+    return here
+
+
+def _speed_of(gpu: str) -> str:
+    return gpu.partition("-")[0] or CPU
+
+
+def calibrate(
+    run: RunConfig, configs: dict[str, Any], *, embed_tokens: float, train_tokens: float, device_name: str
+) -> Measured:
     """Return the rates of embed and train on this machine's GPU, or per CPU.
 
     Args:
@@ -34,6 +61,7 @@ def calibrate(run: RunConfig, configs: dict[str, Any], *, embed_tokens: float, t
         configs: options of the stages.
         embed_tokens: mean length of a passage in embedding.
         train_tokens: mean length of a passage in training.
+        device_name: what `check_device` calls this machine's device.
 
     Raises:
         ModelError: a model cannot be loaded.
@@ -49,7 +77,7 @@ def calibrate(run: RunConfig, configs: dict[str, Any], *, embed_tokens: float, t
         config = configs[stage]
         dtype = suitable_dtype() if config.dtype == "auto" else config.dtype
         rate = measure(run, config, max(2, round(num_tokens)), DTYPES[dtype], device) / units
-        found[stage, _name(device)] = rate, _SOURCE
+        found[stage, device_name] = rate, _SOURCE
         logger.info("plan: %s at %.3g %s/s on this machine", stage, rate * units, WORK_UNITS[stage])
     return found
 
@@ -124,15 +152,3 @@ def _rounds_per_second(work: Callable[[], Any]) -> float:
         work()
         num_rounds += 1
     return num_rounds / (time.monotonic() - started_s)
-
-
-def _name(device: Any) -> str:
-    """Return the planner's name of a device: CPU, or the kind of GPU."""
-    if device.type != "cuda":
-        return CPU
-    import torch
-
-    from readapt_ray.training.speed import PEAK_FLOPS
-
-    full = torch.cuda.get_device_name(device)
-    return next((part for part in PEAK_FLOPS if part in full), full)

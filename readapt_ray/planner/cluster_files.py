@@ -38,7 +38,7 @@ def read_cluster(uri: str, prices: PriceTable) -> Cluster:
             table.
     """
     if uri == "local":
-        return Cluster(name="local", groups=(_this_machine(),))
+        return Cluster(name="local", groups=(_this_machine(prices),))
     location = Location(uri)
     values = _values(location)
     if "nodes" in values:
@@ -118,14 +118,46 @@ def _idle_timeout_s(values: dict[str, Any], where: str) -> float:
     return _number(options, "idleTimeoutSeconds", 60, where)
 
 
-def _this_machine() -> NodeGroup:
-    return NodeGroup(
+def _this_machine(prices: PriceTable) -> NodeGroup:
+    node = NodeGroup(
         name="this machine",
         count=1,
         cpus=hardware.num_cores(),
         memory_bytes=float(hardware.memory_bytes()),
         has_bfloat16_units=hardware.has_bfloat16_units(),
     )
+    if not (kind := own_gpu(prices)):
+        return node
+    import torch
+
+    return replace(
+        node,
+        gpu=kind,
+        gpus=torch.cuda.device_count(),
+        gpu_flops=prices.gpus[kind].tflops * 1e12,
+        gpu_memory_bytes=float(torch.cuda.get_device_properties(0).total_memory),
+    )
+
+
+def own_gpu(prices: PriceTable) -> str:
+    """Return what the price table calls the kind of this machine's GPUs; empty if it has none.
+
+    Raises:
+        InputError: the table does not know it.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    name = torch.cuda.get_device_name(0)
+    num_bytes = torch.cuda.get_device_properties(0).total_memory
+    kinds = [kind for kind in prices.gpus if kind.partition("-")[0] in re.split(r"[\s-]+", name)]
+    if not kinds:
+        raise InputError(
+            f"this machine has the GPU {name!r}, which the price table does not know; it knows {', '.join(prices.gpus)}: give a "
+            f"table that has it with --prices"
+        )
+    return min(kinds, key=lambda kind: abs(prices.gpus[kind].memory_gb * _GB - num_bytes))
 
 
 class _PlainNode(Config):

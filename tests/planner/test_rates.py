@@ -9,9 +9,11 @@ import pytest
 
 from readapt_ray import artifacts
 from readapt_ray.catalog.shapes import model_shape
+from readapt_ray.errors import InputError
 from readapt_ray.planner import calibration, plan_report, rates
 from readapt_ray.planner.cluster_files import read_cluster
-from tests.planner.plans import PRICES, make_plan
+from readapt_ray.planner.machines import Cluster, NodeGroup
+from tests.planner.plans import PRICES, make_plan, write
 
 
 def finished(
@@ -114,6 +116,64 @@ def test_a_calibration_on_this_machine_prices_the_run(run_file: Path, monkeypatc
             assert 1e6 < each.rate.value < 1e13, "FLOP per second of one core or GPU"
     assert "calibrated on this machine" in plan_report.text(found)
     assert {each.rate.source for each in plain.stages} == {"table"}
+
+
+def gpus_here(monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float) -> None:
+    """Two GPUs of a kind in this machine, as torch describes them."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(name))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=gigabytes * 1e9))
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", 85.0, "H100"),
+        ("NVIDIA A100-SXM4-40GB", 42.3, "A100-40GB"),
+        ("NVIDIA A100-SXM4-80GB", 85.1, "A100-80GB"),
+        ("NVIDIA L40S", 47.7, "L40S"),
+        ("NVIDIA L4", 23.7, "L4"),
+        ("Tesla V100-SXM2-16GB", 16.9, "V100"),
+        ("NVIDIA H200", 150.0, "H200"),
+    ],
+)
+def test_this_machine_has_the_gpus_that_torch_sees(
+    monkeypatch: pytest.MonkeyPatch, name: str, gigabytes: float, kind: str
+) -> None:
+    gpus_here(monkeypatch, name, gigabytes)
+    (node,) = read_cluster("local", PRICES).groups
+    assert (node.gpu, node.gpus, node.gpu_memory_bytes) == (kind, 2, gigabytes * 1e9)
+    assert node.gpu_flops == PRICES.gpus[kind].tflops * 1e12
+
+
+def test_a_gpu_that_the_table_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus_here(monkeypatch, "NVIDIA RTX 6000 Ada Generation", 51.0)
+    with pytest.raises(InputError, match=r"this machine has the GPU 'NVIDIA RTX 6000 .*it knows T4, V100"):
+        read_cluster("local", PRICES)
+
+
+@pytest.mark.parametrize(
+    ("own", "there", "said"),
+    [
+        ("", "H100", r"this machine is \(CPU\), and the cluster computes with H100"),
+        ("L4", "H100", r"this machine is \(L4\), and the cluster computes with H100"),
+        ("H100", "", r"this machine is \(H100\), and the cluster computes with CPU"),
+    ],
+)
+def test_a_calibration_that_would_not_count_is_refused_before_models_are_fetched(
+    run_file: Path, monkeypatch: pytest.MonkeyPatch, own: str, there: str, said: str
+) -> None:
+    gpus_here(monkeypatch, own, 80.0)
+    node = {"name": "a", "cpus": 8, "memory_gb": 64} | ({"gpu": there, "gpus": 1} if there else {})
+    cluster = write(run_file, {"nodes": [node]}, f"to-{own}-{there}.yaml")
+    with pytest.raises(InputError, match=said):
+        make_plan(run_file, cluster=cluster, calibrate=True)
+
+
+def test_a_rate_of_one_a100_counts_for_the_other() -> None:
+    group = NodeGroup(name="a", count=1, cpus=8, memory_bytes=1e11, gpu="A100-80GB", gpus=1)
+    assert calibration.check_device("A100-40GB", Cluster(name="c", groups=(group,))) == "A100"
 
 
 def test_a_rate_is_work_over_the_time_without_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
