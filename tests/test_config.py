@@ -202,7 +202,11 @@ def test_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture
             "--retrievers a --corpus c --queries-only",
             "--queries-only does nothing without --readapt, --finetune or --synthesize",
         ),
-        ("compare", "--retrievers a --corpus c --bridge", "--bridge does nothing without --readapt, --finetune or --synthesize"),
+        (
+            "compare",
+            "--retrievers a --corpus c --bridge",
+            "--bridge does nothing without --readapt, --finetune or --synthesize",
+        ),
         (
             "train",
             "--pretrained m --corpus c --num-workers 2 --min-workers 4",
