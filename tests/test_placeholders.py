@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from readapt_ray import cli
-from readapt_ray.planner import machines, prices
+from readapt_ray.planner import cluster_files, prices
 
 CLUSTERS = Path(__file__).parent.parent / "clusters"
 
@@ -17,11 +17,11 @@ CLUSTERS = Path(__file__).parent.parent / "clusters"
 )
 def test_words_that_are_still_to_be_filled_in_are_named_by_the_plan(name: str, words: str, tmp_path: Path) -> None:
     table = prices.read_prices(None)
-    said = machines.read_cluster(str(CLUSTERS / name), table).unfilled
+    said = cluster_files.read_cluster(str(CLUSTERS / name), table).unfilled
     assert said.endswith(f"{name} still has {words} in it: fill it in before you start the cluster")
     filled = re.sub(r"\b(ACCOUNT|PROJECT|REGISTRY|BUCKET)\b", "ours", (CLUSTERS / name).read_text())
     (tmp_path / "filled.yaml").write_text(filled)
-    assert machines.read_cluster(str(tmp_path / "filled.yaml"), table).unfilled == ""
+    assert cluster_files.read_cluster(str(tmp_path / "filled.yaml"), table).unfilled == ""
 
 
 def test_a_plan_ends_with_2_as_long_as_something_is_to_be_filled_in(

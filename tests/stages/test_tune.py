@@ -87,7 +87,7 @@ def test_pseudo_queries_are_found_by_their_passage_alone(tmp_path: Path) -> None
         tune._pseudo_sample(config(tmp_path / "short"), short)
 
 
-def test_a_pair_is_measured_on_the_best_hundred(tmp_path: Path) -> None:
+def test_a_pair_is_measured_as_deep_as_its_measure_says(tmp_path: Path) -> None:
     passages = factories.small_corpus(150)
     sample = scale_scoring.Sample(
         passages,
@@ -95,11 +95,11 @@ def test_a_pair_is_measured_on_the_best_hundred(tmp_path: Path) -> None:
         {"a": {passages[0].doc_id: 1}, "b": {passages[149].doc_id: 1}},
     )
     scores = np.stack([np.arange(150.0)[::-1], -np.arange(150.0)])
-    measurement = scale_scoring.measure_sample(sample, scores, "RR")
-    assert dict(zip(measurement.query_ids, measurement.values["RR"], strict=True)) == {"a": 1.0, "b": 0.0}
+    measurement = scale_scoring.measure_sample(sample, scores, "RR@100")
+    assert dict(zip(measurement.query_ids, measurement.values["RR@100"], strict=True)) == {"a": 1.0, "b": 0.0}
     few = scale_scoring.Sample(passages[:2], sample.queries[:1], {"a": {passages[1].doc_id: 1}})
-    two = scale_scoring.measure_sample(few, scores[:1, :2], "RR")
-    assert two.values["RR"].tolist() == [0.5]
+    two = scale_scoring.measure_sample(few, scores[:1, :2], "RR@100")
+    assert two.values["RR@100"].tolist() == [0.5]
 
 
 def test_a_measure_is_one_and_known_by_its_canonical_name(tmp_path: Path) -> None:
