@@ -22,8 +22,8 @@ PASSAGES: Final = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000, 1_000_00
 WORKERS: Final = (1, 8, 64, 256, 1000)
 
 _DAY_S: Final = 86_400
-_ID_BYTES: Final = {"none": 48, "exact": 96, "auto": 96, "near": 4096}
-"""Bytes per passage that ingest holds, by `deduplicate` (stages/ingest.py)."""
+_ID_BYTES: Final = {"none": 48, "exact": 126, "auto": 126, "near": 4096}
+"""Bytes per passage that ingest in one process holds, by `deduplicate` (stages/ingest.py)."""
 _MAX_FILES: Final = 100_000
 _SCANNED_PER_S: Final = 2.5e9
 """Numbers of vectors that a flat scan compares on eight CPUs, however they are stored."""
