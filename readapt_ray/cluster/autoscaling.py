@@ -24,7 +24,7 @@ PATIENCE_S = 300.0
 _POLL_S = 1.0
 _SAID_S = 20.0
 _requests: dict[object, list[dict[str, float]]] = {}
-"""What the work of this process asks for at this moment, by a key per request."""
+"""Resources that this process requests now, by request."""
 _REQUESTING = threading.Lock()
 
 

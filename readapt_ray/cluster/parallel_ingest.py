@@ -39,7 +39,6 @@ _PLAN = "plan"
 _FORMAT = 2
 """Format of the exchange's files: files of another release are not read."""
 _PARTS = "passages/part-#.parquet"
-_WRITTEN = (_PARTS, "queries/part-#.parquet", "qrels/*.parquet")
 
 
 def num_partitions(total_bytes: int) -> int:
@@ -94,7 +93,6 @@ class ParallelIngest:
         summary.write_text(json.dumps(found | {"lists": {}}))
         artifact_files.clear(location, [each for each in artifact_files.EXCHANGED if each != f"exchange/{_SUMMARY}"])
         artifact_files.clear(location, (f"exchange/{_SUMMARY}",))
-        artifact_files.remove_temporary(location, artifact_files.split_by_owner(location.entries()[0], _WRITTEN)[0])
 
     def _remove_other_plan(self) -> None:
         """Remove what was left by one process, or by a release that cut the source otherwise: its parts have other numbers."""

@@ -121,10 +121,10 @@ def ask_on_ray(job: WritingJob, model: OpenModel, *, dtype: str, report: Callabl
     num_tasks, num_cpus, num_gpus = place_actors(Placement(None, num_cpus), len(missing))
     connection.check_seen_by_all(job.answers)
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, num_returns="streaming")(_write_pieces)
-    due = on_worker.model_name(model), model.fingerprint
+    writer = on_worker.model_name(model), model.fingerprint
     options = {"dtype": dtype, "driver_node": on_worker.this_node(), "num_threads": num_cpus}
     with autoscaling.requested(num_tasks, {"CPU": num_cpus, "GPU": num_gpus}, least=1):
-        streams = [task.remote(job, missing[number::num_tasks], due, **options) for number in range(num_tasks)]
+        streams = [task.remote(job, missing[number::num_tasks], writer, **options) for number in range(num_tasks)]
         try:
             for place in range(len(missing)):
                 ray.get(next(streams[place % num_tasks]))
@@ -154,13 +154,13 @@ def _read(file: Location) -> pa.Table:
 def _write_pieces(
     job: WritingJob,
     numbers: Sequence[int],
-    due: tuple[str, str],
+    writer_name: tuple[str, str],
     *,
     dtype: str,
     driver_node: str,
     num_threads: int,
 ) -> Iterator[int]:
-    """Load the model and answer pieces, in a task; yields the tokens of each."""
+    """Load the model of a name and fingerprint, and answer pieces in a task; yields the tokens of each."""
     import torch
 
     from readapt_ray.retrieval.encoder import DTYPES
@@ -168,7 +168,7 @@ def _write_pieces(
 
     on_worker.check_node()
     torch.set_num_threads(num_threads)
-    name, fingerprint = due
+    name, fingerprint = writer_name
     model = open_model(name)
     on_worker.check_same_model(name, lambda: model.fingerprint, {fingerprint}, driver_node=driver_node)
     writer = LocalWriter(model, dtype=DTYPES[dtype], device="cuda" if torch.cuda.is_available() else "cpu")

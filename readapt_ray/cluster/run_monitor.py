@@ -14,7 +14,7 @@ MEASURED = (
     "data_wait_s",
     "peak_memory_bytes",
 )
-"""What Ray's metrics and the trackers get of a step."""
+"""Values of a step that go to Ray's metrics and to the trackers."""
 
 
 class RunMonitor:
@@ -102,5 +102,5 @@ class WarningPoster(logging.Handler):
         self._monitor = monitor
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Post one."""
+        """Post a warning."""
         self._monitor.warn.remote(record.getMessage())

@@ -102,8 +102,8 @@ class Pieces:
 def vector_pieces(vectors: Artifact, num_at_once: int, *, on_gpus: bool) -> list[Content]:
     """Cut vectors into ranges of rows, a list of ranges per task.
 
-    A task on a GPU has a process of its own, which starts CUDA for some seconds. So a GPU gets few tasks, however many
-    vectors there are: they are streamed.
+    On GPUs each task starts a process, and CUDA in it, which takes seconds. So a GPU gets few tasks, and each streams its
+    vectors.
 
     Args:
         vectors: the output of the embed stage.

@@ -161,9 +161,8 @@ def _show(
     import ray
 
     try:
-        rows = ray.get(monitor.take.remote(), timeout=10)
-        part = ray.get(monitor.take_part.remote(), timeout=10)
-        warnings = ray.get(monitor.take_warnings.remote(), timeout=10)
+        asked = (monitor.take, monitor.take_part, monitor.take_warnings)
+        rows, part, warnings = ray.get([each.remote() for each in asked], timeout=10)
     except ray.exceptions.RayError as error:
         logger.debug("no metrics: %s", error)
         return

@@ -1,7 +1,7 @@
 """Measure what queries find through a bridge: recall of the new model's ten best, and whether that is worth it.
 
-Enters: vectors of a sample of passages by both models, and queries by the new model, and by the old one where it is still
-there. Leaves: means over queries with 95% bootstrap intervals. The truth is what the new model finds among its own vectors
+In: vectors of a sample of passages by both models, and queries by the new model, and by the old one where it is still
+there. Out: means over queries with 95% bootstrap intervals. The truth is what the new model finds among its own vectors
 of these passages, which the caller chooses: a map does better among those that it was fitted on. It costs three products of
 queries and passages per set of queries.
 """

@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable, Sequence
 
 from readapt_ray.records import Passage, Query
+from readapt_ray.synthesis.query_filter import num_words
 
 PREFIX = "pseudo:"
 MIN_QUERY_WORDS = 4
 MIN_REST_CHARS = 80
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
-_NO_SPACES = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff]")
 
 
 def with_pseudo_queries(
@@ -56,14 +56,9 @@ def with_pseudo_queries(
 def split_query(passage: Passage) -> tuple[str, Passage] | None:
     """Split a passage into a query and the rest that answers it; None if it is too short for both."""
     title, text = passage.title.strip(), passage.text.strip()
-    if _says_enough(title) and len(text) >= MIN_REST_CHARS and title not in text:
+    if num_words(title) >= MIN_QUERY_WORDS and len(text) >= MIN_REST_CHARS and title not in text:
         return title, passage._replace(title="", text=text)
     sentence, *rest = _SENTENCE_END.split(text, maxsplit=1)
-    if _says_enough(sentence) and rest and len(rest[0]) >= MIN_REST_CHARS:
+    if num_words(sentence) >= MIN_QUERY_WORDS and rest and len(rest[0]) >= MIN_REST_CHARS:
         return sentence, passage._replace(text=rest[0])
     return None
-
-
-def _says_enough(text: str) -> bool:
-    """Return whether a text has four words; scripts without spaces, such as Chinese or Thai, count two characters as a word."""
-    return len(text.split()) + len(_NO_SPACES.findall(text)) // 2 >= MIN_QUERY_WORDS

@@ -26,7 +26,7 @@ _PLACEHOLDER: Final = re.compile(r"\b(?:ACCOUNT|PROJECT|REGISTRY|BUCKET)\b")
 """Words of our cluster files that a user replaces."""
 _GB: Final = 1_000_000_000
 _RAY_MAX_WORKERS: Final = 2
-"""What Ray takes where a launcher file does not say."""
+"""Ray's default of max_workers in a launcher file."""
 _KINDS = "a Ray launcher file (cluster_name, provider), a KubeRay manifest (kind: RayCluster), a Slurm script, or a list of nodes"
 
 
@@ -164,17 +164,17 @@ class _PlainNode(Config):
     """A node group in a plain list."""
 
     name: str
-    """What to call it."""
+    """Name of the group."""
     count: int = Field(default=1, ge=0)
-    """Nodes."""
+    """Number of nodes."""
     machine: str = ""
     """A machine type of the price table; or say cpus, memory_gb and usd_per_hour."""
     spot: bool = False
-    """Whether the machine is a spot instance."""
+    """Take spot instances."""
     cpus: int = Field(default=0, ge=0)
-    """Of one node."""
+    """CPUs of one node."""
     memory_gb: float = Field(default=0.0, ge=0)
-    """Of one node, in 10^9 bytes."""
+    """Memory of one node in 10^9 bytes."""
     gpu: str = ""
     """Kind of GPU."""
     gpus: int = Field(default=0, ge=0)
@@ -182,7 +182,7 @@ class _PlainNode(Config):
     network_gbit: float = Field(default=10.0, gt=0)
     """Gbit/s between nodes."""
     usd_per_hour: float | None = Field(default=None, ge=0)
-    """Of one node."""
+    """Price of one node in USD an hour."""
 
 
 def _plain(values: dict[str, Any], prices: PriceTable, where: str) -> tuple[NodeGroup, ...]:

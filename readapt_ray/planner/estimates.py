@@ -32,11 +32,11 @@ class StageEstimate:
     memory: Memory | None = None
     note: str = ""
     first_gpus: int = 0
-    """GPUs that it takes only at first, for the queries of a search in an index."""
+    """GPUs that a search takes at first, to encode its queries."""
     first_gpus_s: float = 0.0
-    """For how many of its seconds."""
+    """Seconds for which it takes them."""
     is_beside_next: bool = False
-    """Whether it runs at the same time as the stage after it."""
+    """It runs at the same time as the stage after it."""
     problem: str = ""
     """Why the stage would refuse to start, memory aside."""
 

@@ -2,9 +2,9 @@
 
 In: retrievers, an ingested corpus, queries and judgements. Out, under one folder: vectors and a run for each,
 `report/` (the evaluation of all runs against the first), and `compare.json` and `compare.md`: quality, time of a
-query, bytes and dimension. On demand each retriever is compared after `finetune` on the corpus's training
-split or on queries that a language model wrote, RE-adapted to its passages, and both together. Every artifact is made by its stage, so a comparison that
-was killed resumes, and another retriever costs only itself.
+query, bytes and dimension. On demand each retriever is compared after `finetune` on the corpus's training split or on
+queries that a language model wrote, RE-adapted to its passages, and both together. Every artifact is made by its stage, so
+a comparison that was killed resumes, and another retriever costs only itself.
 """
 
 import json

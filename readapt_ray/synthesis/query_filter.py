@@ -65,6 +65,11 @@ class Taken(NamedTuple):
     reason: str
 
 
+def num_words(text: str) -> int:
+    """Count the words of a text; scripts without spaces, such as Chinese or Thai, count two characters as a word."""
+    return len(text.split()) + len(_NO_SPACES.findall(text)) // 2
+
+
 def take_query(answer: str, passage: str) -> Taken:
     """Return the query that an answer holds.
 
@@ -81,12 +86,12 @@ def take_query(answer: str, passage: str) -> Taken:
     if not lines:
         return Taken("", "empty")
     query = lines[0]
-    num_words = len(query.split()) + len(_NO_SPACES.findall(query)) // 2
+    length = num_words(query)
     if _REFUSAL.match(query):
         reason = "refusal"
-    elif num_words < MIN_WORDS:
+    elif length < MIN_WORDS:
         reason = "short"
-    elif num_words > MAX_WORDS:
+    elif length > MAX_WORDS:
         reason = "long"
     elif _plain(query) in _plain(passage):
         reason = "copied"
