@@ -73,7 +73,6 @@ def test_embed_has_as_many_shards_as_the_stage_cuts(run_file: Path) -> None:
     assert stage(make_plan(run_file, cluster=cluster, num_passages=10 * 256), "embed").workers == 10
 
 
-@pytest.mark.parametrize(("dtype", "each"), [("float32", 4 * 24), ("float16", 2 * 24), ("int8", 24 + 4)])
 def test_encoders_that_share_a_gpu_count_as_one_and_share_its_memory(run_file: Path) -> None:
     cluster = write(run_file, launcher(max_workers=8, gpu=8, cpu=0), "launcher.yaml")
     whole, half = (
@@ -84,6 +83,7 @@ def test_encoders_that_share_a_gpu_count_as_one_and_share_its_memory(run_file: P
     assert half.needs.available == whole.needs.available / 2 and half.needs.where == f"0.5 of {whole.needs.where}"
 
 
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 4 * 24), ("float16", 2 * 24), ("int8", 24 + 4)])
 @pytest.mark.parametrize("by", ["option", "encoding"])
 def test_vectors_take_the_bytes_of_their_type_and_of_the_numbers_that_are_kept(
     run_file: Path, dtype: str, each: int, by: str
