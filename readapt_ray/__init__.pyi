@@ -1063,7 +1063,7 @@ def serve(
     name: str = '',
     versions: dict[str, dict[str, Any]] | None = None,
     base: str | Path | None = None,
-    domains: dict[str, str | dict[str, str]] | None = None,
+    domains: dict[str, str | dict[str, str | float]] | None = None,
     max_domain_bytes: int = 1073741824,
     default: str = '',
     split: Sequence[str] = (),
@@ -1152,8 +1152,9 @@ def serve(
             factors name.
         domains: Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name:
             factors`. Factors are the output of `readapt merge --factors`, all with the same retriever. Give it
-            instead of `retriever`. `index=INDEX` and `corpus=CORPUS` after a domain are its own; in the file,
-            `name: {factors: ..., index: ..., corpus: ...}`.
+            instead of `retriever`. `index=INDEX`, `corpus=CORPUS` and `knowledge_scale=0` after a domain are
+            its own; in the file, `name: {factors: ..., index: ...}`. At scale 0 the index is of the retriever's
+            own vectors.
         max_domain_bytes: Memory for the factors of all domains, in bytes, in each encoder process. Those that
             were used longest ago make room, and are read again when they are needed. (default: 1073741824)
         default: Version that answers requests that name none. If omitted, the first.
