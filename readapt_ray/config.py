@@ -112,6 +112,8 @@ class Config(BaseModel):
     """Options that name inputs: known by what they hold, not by where they are."""
     operational: ClassVar[frozenset[str]] = frozenset()
     """Options that change how the work is done, and never what comes out."""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Options that decide how much is done: an output with another value is resumed, not refused."""
     safety: ClassVar[frozenset[str]] = frozenset()
     """Options that say what is refused, replaced, retried or kept."""
     used_with: ClassVar[UsedWith] = {}
