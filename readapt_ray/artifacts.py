@@ -283,7 +283,8 @@ def produce(
         logger.info("%s: already complete in %s", stage, config.output)
         return Artifact(location, present)
     there = dataclasses.asdict(present) if present is not None else before
-    if there is not None and there["fingerprint"] == _with_options_of(there, stage, config, inputs, identity):
+    options = there.get("config", {}) if there else {}
+    if there and identify(stage, config.changed_back(options), inputs, identity, options) == there["fingerprint"]:
         there = {**there, "fingerprint": identified}
     ours = {
         "stage": stage,
@@ -297,19 +298,6 @@ def produce(
     counts = counted(manifest.counts)
     logger.info("%s: done in %s%s", stage, duration(manifest.seconds), counts and f", {counts}")
     return Artifact(location, manifest)
-
-
-def _with_options_of(
-    there: Mapping[str, Any],
-    stage: str,
-    config: StageConfig,
-    inputs: Mapping[str, str],
-    identity: Mapping[str, Any] | None,
-) -> str:
-    """Return the fingerprint that the artifact would have if options that may change were as in what is there."""
-    options = there["config"]
-    changed = {name: options[name] for name in config.may_change if name in options}
-    return identify(stage, config.model_copy(update=changed), inputs, identity, options)
 
 
 def produce_again(artifact: Artifact, output: str, work: Callable[[Workspace], None]) -> Artifact:
