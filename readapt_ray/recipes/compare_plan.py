@@ -1,5 +1,6 @@
 """What a comparison runs: its options, and each stage for each model, checked before the first one starts."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -160,15 +161,13 @@ class Plan:
 
     def candidates(self) -> Iterator[Candidate]:
         """Yield each retriever as it is, and what is made of it; with bm25 each again, fused with it."""
-        is_first = True
-        for name in self._config.retrievers:
-            for each in self._of_retriever(name, models.open_model(name)):
-                yield each
-                if self._config.bm25 and is_first:
-                    yield self._by_words(each, BM25, "bm25")
-                if self._config.bm25:
-                    yield self._by_words(each, f"{each.name} + {BM25}", "hybrid")
-                is_first = False
+        opened = ((name, models.open_model(name)) for name in self._config.retrievers)
+        for number, each in enumerate(itertools.chain.from_iterable(itertools.starmap(self._of_retriever, opened))):
+            yield each
+            if self._config.bm25 and number == 0:
+                yield self._by_words(each, BM25, "bm25")
+            if self._config.bm25:
+                yield self._by_words(each, f"{each.name} + {BM25}", "hybrid")
 
     def _of_retriever(self, name: str, model: models.OpenModel) -> Iterator[Candidate]:
         config, encoding, label, row = self._config, model.encoding, _label(name), models.find_row(name)
