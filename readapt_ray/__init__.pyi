@@ -193,6 +193,7 @@ def compare(
     synthesize: str | None = None,
     queries_only: bool = False,
     bridge: bool = False,
+    bm25: bool = False,
     num_timed_queries: int = 50,
     embed_options: dict[str, Any] = {},
     train_options: dict[str, Any] = {},
@@ -228,6 +229,8 @@ def compare(
             the retriever's own vectors. (default: no)
         bridge: With readapt, finetune or synthesize: also compare their queries behind a bridge to the
             retriever's own vectors. (default: no)
+        bm25: Also compare search by words (BM25), and each model fused with it by reciprocal rank, as `search
+            --mode hybrid` does. An index of each model's vectors is written for this. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
         train_options: Options of train and pack by name (in a YAML file).
