@@ -144,6 +144,7 @@ class _Making:
         self.folder = self.root / FOLDER_NAME / f"{self.number:05d}"
         self._started_s = time.monotonic()
         self._made: dict[str, Artifact] = {}
+        self._opened: dict[str, Artifact] = {}
 
     def source_fingerprint(self) -> str:
         """Return a fingerprint of all that the source holds now.
@@ -191,7 +192,9 @@ class _Making:
 
     def _present(self, name: str) -> Artifact:
         assert self.present is not None
-        return artifacts.open_artifact(self.present.folder(self.root, name), STAGE_OF[name])
+        if name not in self._opened:
+            self._opened[name] = artifacts.open_artifact(self.present.folder(self.root, name), STAGE_OF[name])
+        return self._opened[name]
 
     def _has(self, name: str) -> bool:
         """Return whether the present generation has an artifact to continue from."""
