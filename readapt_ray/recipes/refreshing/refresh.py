@@ -29,6 +29,7 @@ from readapt_ray.recipes.refreshing.options import RULES, RefreshConfig, settled
 from readapt_ray.recipes.refreshing.serving import server_options, update_server
 from readapt_ray.recipes.refreshing.signals import ADAPT_AGAIN, signals
 from readapt_ray.retrieval.corpus_changes import Changes
+from readapt_ray.retrieval.shard_ledger import shared_files
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -345,6 +346,7 @@ class _Making:
             opened(corpus, "passages"),
             opened(vectors, "vectors"),
             changes,
+            shared=shared_files(vectors.location) if is_same_model else frozenset(),
             turnover=turnover,
             loss_of=functools.partial(adapter_loss, self.settings["retriever"]),
             loss_sample=self.config.loss_sample,
