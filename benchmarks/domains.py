@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -137,13 +138,7 @@ def load_s(encoder: DomainEncoder, source: DomainSource, number: int) -> float:
 
 def _numbered(source: DomainSource, number: int) -> DomainSource:
     """Return one of many domains of the same factors, which are in memory as often as there are domains."""
-    return DomainSource(
-        name=f"domain-{number}",
-        folder=source.folder,
-        fingerprint=f"{source.fingerprint}-{number}",
-        model_fingerprint=source.model_fingerprint,
-        scales=source.scales,
-    )
+    return replace(source, name=f"domain-{number}", fingerprint=f"{source.fingerprint}-{number}")
 
 
 def fastest(work_of: dict[str, Callable[[], object]]) -> dict[str, float]:

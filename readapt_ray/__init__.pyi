@@ -193,6 +193,7 @@ def compare(
     synthesize: str | None = None,
     queries_only: bool = False,
     bridge: bool = False,
+    bm25: bool = False,
     num_timed_queries: int = 50,
     embed_options: dict[str, Any] = {},
     train_options: dict[str, Any] = {},
@@ -228,6 +229,8 @@ def compare(
             the retriever's own vectors. (default: no)
         bridge: With readapt, finetune or synthesize: also compare their queries behind a bridge to the
             retriever's own vectors. (default: no)
+        bm25: Also compare search by words (BM25), and each model fused with it by reciprocal rank, as `search
+            --mode hybrid` does. An index of each model's vectors is written for this. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
         train_options: Options of train and pack by name (in a YAML file).
@@ -297,6 +300,7 @@ def embed(
     rows_per_shard: int | None = None,
     num_workers: int | None = None,
     num_cpus_per_worker: int | None = None,
+    num_gpus_per_worker: float | None = None,
     batch_tokens: int | None = None,
     max_left_out: int = 100,
 ) -> Artifact:
@@ -329,9 +333,12 @@ def embed(
             models). If omitted, all of them, or what the encoding says.
         rows_per_shard: Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's
             work, at least 256 and at most a 32nd of the corpus.
-        num_workers: Number of encoding actors. If omitted, one per GPU; without GPUs one per
-            num_cpus_per_worker CPUs.
+        num_workers: Number of encoding actors. If omitted, as many as the GPUs have room for; without GPUs one
+            per num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
+        num_gpus_per_worker: Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for
+            models that leave a GPU waiting for its host (all-MiniLM-L6-v2) 0.5 or 0.25, where there are four
+            cores per actor. Not measured on a GPU yet.
         batch_tokens: Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a
             GPU. Lower it when memory is short. In float32 the vectors do not depend on it (to 1e-6). In
             bfloat16 they differ by .001, and 99.8% of the ten nearest passages stay the same (measured on
@@ -1059,7 +1066,7 @@ def serve(
     name: str = '',
     versions: dict[str, dict[str, Any]] | None = None,
     base: str | Path | None = None,
-    domains: dict[str, str | dict[str, str]] | None = None,
+    domains: dict[str, str | dict[str, str | float]] | None = None,
     max_domain_bytes: int = 1073741824,
     default: str = '',
     split: Sequence[str] = (),
@@ -1148,8 +1155,9 @@ def serve(
             factors name.
         domains: Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name:
             factors`. Factors are the output of `readapt merge --factors`, all with the same retriever. Give it
-            instead of `retriever`. `index=INDEX` and `corpus=CORPUS` after a domain are its own; in the file,
-            `name: {factors: ..., index: ..., corpus: ...}`.
+            instead of `retriever`. `index=INDEX`, `corpus=CORPUS` and `knowledge_scale=0` after a domain are
+            its own; in the file, `name: {factors: ..., index: ...}`. At scale 0 the index is of the retriever's
+            own vectors.
         max_domain_bytes: Memory for the factors of all domains, in bytes, in each encoder process. Those that
             were used longest ago make room, and are read again when they are needed. (default: 1073741824)
         default: Version that answers requests that name none. If omitted, the first.

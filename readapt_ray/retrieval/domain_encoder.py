@@ -123,7 +123,9 @@ def encoder_of_domains(retriever_fingerprint: str, encoding: Encoding, dtype: st
 def domain_fingerprint(
     encoder: str, source: DomainSource, scales: Sequence[float], encoding: Encoding, dtype: str
 ) -> str:
-    """Return a fingerprint of all that decides a vector of a domain: at its own scales, the same as the merged model's encoder has.
+    """Return a fingerprint of all that decides a vector of a domain.
+
+    It is the merged model's at the scales of the merge, and the retriever's own at 0.
 
     Args:
         encoder: fingerprint of the encoder that domains share.
@@ -132,6 +134,6 @@ def domain_fingerprint(
         encoding: of the encoder.
         dtype: type that it computes in.
     """
-    if tuple(scales) == source.scales:
-        return fingerprint_of(source.model_fingerprint, None, encoding, dtype)
+    if (weights := source.weights_at(scales)) is not None:
+        return fingerprint_of(*weights, encoding, dtype)
     return fingerprint({"encoder": encoder, "domain": source.fingerprint, "knowledge": list(scales)})

@@ -1,6 +1,7 @@
 """Check the domains of a server before anything starts, and say what the encoder that they share is started with."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from readapt_ray.artifacts import fingerprint, open_artifact
@@ -71,10 +72,18 @@ def domain_records(config: ServeConfig) -> "list[DomainRecord]":
         return []
     from readapt_ray.weights.domain_sources import check_domains, read_domains
 
-    places = {name: on_worker.absolute(Location(each.factors)).uri for name, each in config.each_domain().items()}
-    records = read_domains(places)
+    domains = config.each_domain()
+    places = {name: on_worker.absolute(Location(each.factors)).uri for name, each in domains.items()}
+    records = [_at(each, domains[each.source.name].knowledge_scale) for each in read_domains(places)]
     check_domains(records, open_model(config.base or _named_base(next(iter(places.values())))))
     return records
+
+
+def _at(record: "DomainRecord", scale: float | None) -> "DomainRecord":
+    """Return the domain at this scale of its knowledge; None leaves it as it was merged."""
+    if scale is None:
+        return record
+    return replace(record, source=replace(record.source, scales=(scale,) * len(record.source.scales)))
 
 
 def _dtype_of(indexes: Sequence[str]) -> str:
@@ -154,16 +163,27 @@ def check_indexes(config: ServeConfig, records: "Sequence[DomainRecord]") -> Non
             continue
         index = index_spec(indexes[name])
         encoding = shared.encoding or Encoding.parse(record.content["encoding"], where=record.source.folder)
-        if index.index_encoder != fingerprint_of(record.source.model_fingerprint, None, encoding, spec.dtype):
-            what = (
-                "another model"
-                if (encoding, spec.dtype) == (index.encoding, index.dtype)
-                else "another encoding or dtype"
-            )
+        weights = record.source.weights_at(record.source.scales)
+        if weights is None or index.index_encoder != fingerprint_of(*weights, encoding, spec.dtype):
+            is_same = weights is not None and (encoding, spec.dtype) != (index.encoding, index.dtype)
             raise FingerprintMismatchError(
-                f"the index of domain {name!r} ({indexes[name].index}) has the vectors of {what} than its factors in {spec.dtype}; give "
-                f"the index of vectors that `readapt embed --domain {record.source.folder}` makes with these options"
+                f"the index of domain {name!r} ({indexes[name].index}) has the vectors of another {'encoding or dtype' if is_same else 'model'} "
+                f"than its factors in {spec.dtype}; {_advice(record)}"
             )
+
+
+def _advice(record: "DomainRecord") -> str:
+    """Say which index fits a domain."""
+    source = record.source
+    if source.scales == source.merged_scales:
+        return f"give the index of vectors that `readapt embed --domain {source.folder}` makes with these options"
+    if source.weights_at(source.scales) is not None:
+        retriever = record.content["sources"]["retriever"]["name"]
+        return f"give the index of vectors that `readapt embed --retriever {retriever}` makes with these options"
+    return (
+        f"no model makes those of knowledge_scale {source.scales[0]:g}: leave it out, or give factors merged with this scale (at 0 "
+        f"they are the retriever's own, if the merge has readapter_scale 1 and no low_rank)"
+    )
 
 
 def domain_indexes(config: ServeConfig) -> "dict[str, DomainIndex]":

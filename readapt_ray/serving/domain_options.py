@@ -2,12 +2,14 @@
 
 import math
 
+from pydantic import Field
+
 from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.storage import Location
 from readapt_ray.yaml_files import options_of, read_yaml
 
-_OF_A_DOMAIN = ("index", "corpus")
+_OF_A_DOMAIN = ("index", "corpus", "knowledge_scale")
 VERSION_NAME = "domains"
 """Name of the version whose encoder all domains share."""
 
@@ -21,6 +23,8 @@ class DomainOptions(Config):
     """Output of `readapt index`, of vectors that were made with these factors or the merged model."""
     corpus: str | None = None
     """Output of `readapt ingest`, for titles and texts."""
+    knowledge_scale: float | None = Field(default=None, allow_inf_nan=False)
+    """Scale of the knowledge; None takes what the factors were merged with. At 0 the index is of the retriever's own vectors."""
 
 
 def parse_domains(value: object) -> object:

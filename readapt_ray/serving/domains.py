@@ -15,7 +15,7 @@ from readapt_ray.errors import FingerprintMismatchError
 from readapt_ray.retrieval.domain_encoder import domain_fingerprint
 from readapt_ray.serving.doc_filter import DocFilter
 from readapt_ray.serving.schema import RequestError, invalid
-from readapt_ray.serving.versions import Backend, Found, LossPolicy, VersionInfo
+from readapt_ray.serving.versions import Backend, Found, LossPolicy, Version, VersionInfo
 from readapt_ray.weights.domain_sources import DomainSource
 
 
@@ -98,7 +98,8 @@ class DomainBackend:
         self.source = source
         self._searcher = searcher or shared
         own = self.fingerprint_of(source.scales)
-        self.info: VersionInfo = replace(shared.info, fingerprint=own, encoder_fingerprint=own)
+        scales = source.scales
+        self.info: VersionInfo = replace(shared.info, fingerprint=own, encoder_fingerprint=own, knowledge_scales=scales)
         if index is not None:
             if index.encoder_fingerprint != own:
                 raise FingerprintMismatchError(
@@ -159,6 +160,39 @@ def scales_of(backend: Backend, wanted: float | None, allowed: tuple[float, floa
     if not allowed[0] <= wanted <= allowed[1]:
         raise invalid(f"'knowledge_scale' is {wanted:g}; it may be from {allowed[0]:g} to {allowed[1]:g}", _SCALE)
     return (wanted,) * len(backend.source.scales)
+
+
+def at_scale(
+    versions: Mapping[str, Version], name: str, scales: Sequence[float], allowed: frozenset[str] | None
+) -> str:
+    """Return the name under which the index of a domain at these scales is served.
+
+    Args:
+        versions: all that are served.
+        name: the domain that a request names; a version that is no domain has no scales, and is returned.
+        scales: of the request.
+        allowed: versions that its API key may ask; None for all.
+
+    Raises:
+        RequestError: there is no such index. Those of other scales hold vectors that these do not compare with.
+    """
+    asked = versions[name].backend
+    if not isinstance(asked, DomainBackend) or tuple(scales) == asked.source.scales:
+        return name
+    wanted = asked.source.fingerprint, tuple(scales)
+    for other, each in versions.items():
+        its = each.backend.source if isinstance(each.backend, DomainBackend) else None
+        if its is None or not each.info.slices or (its.fingerprint, its.scales) != wanted:
+            continue
+        if allowed is None or other in allowed:
+            return other
+    raise RequestError(
+        f"no index of {name!r} has vectors at 'knowledge_scale' {scales[0]:g}, and vectors of other scales do not compare; serve one "
+        f"beside it: NAME=FACTORS,knowledge_scale={scales[0]:g},index=INDEX",
+        status=404,
+        param=_SCALE,
+        code="no_index",
+    )
 
 
 async def rows_of(

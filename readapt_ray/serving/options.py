@@ -147,10 +147,11 @@ class ServeConfig(LossPolicy, SideOptions, Limits, VersionConfig):
     also hold them as a section."""
     base: str | None = None
     """Model before retrieval training that the `domains` were merged with. If omitted, the one that the factors name."""
-    domains: Annotated[dict[str, str | dict[str, str]] | None, BeforeValidator(parse_domains)] = None
+    domains: Annotated[dict[str, str | dict[str, str | float]] | None, BeforeValidator(parse_domains)] = None
     """Domains that share one encoder: NAME=FACTORS, separated by commas, or a YAML file of `name: factors`. Factors are the
-    output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`. `index=INDEX` and
-    `corpus=CORPUS` after a domain are its own; in the file, `name: {factors: ..., index: ..., corpus: ...}`."""
+    output of `readapt merge --factors`, all with the same retriever. Give it instead of `retriever`. `index=INDEX`,
+    `corpus=CORPUS` and `knowledge_scale=0` after a domain are its own; in the file, `name: {factors: ..., index: ...}`. At scale
+    0 the index is of the retriever's own vectors."""
     max_domain_bytes: int = Field(default=1 << 30, ge=1)
     """Memory for the factors of all domains, in bytes, in each encoder process. Those that were used longest ago make room,
     and are read again when they are needed."""

@@ -102,6 +102,8 @@ class SearchRequest(FilterFields, _Request):
     """Title and text of each passage, where the server has the corpus."""
     truncate: Switch = True
     """Cut a query that is too long, as `readapt search` does; false refuses it."""
+    knowledge_scale: Number | None = None
+    """Scale of the domain's knowledge, for queries and passages alike, so it takes a served index of that scale."""
     user: Text | None = None
     """Where versions share the searches that name no `model`, the same user gets the same version."""
 
@@ -118,6 +120,8 @@ class SearchRequest(FilterFields, _Request):
             raise ValueError(f"'mode' {self.mode!r} searches for words, so it needs 'query'")
         if self.vector is not None and self.fingerprint is None:
             raise ValueError("a 'vector' needs the 'fingerprint' of what made it, as /v1/models has it")
+        if self.query is None and self.knowledge_scale is not None:
+            raise ValueError("'knowledge_scale' needs 'query'; the 'fingerprint' of a 'vector' says its scale")
         return self
 
     @model_validator(mode="after")
@@ -125,10 +129,9 @@ class SearchRequest(FilterFields, _Request):
         given = self.query if self.vector is None else self.vector
         num_queries = len(given) if isinstance(given, list) and not isinstance(given[0], float) else 1
         if num_queries * self.top_k > MAX_HITS:
-            raise ValueError(
-                f"{num_queries:,} queries with 'top_k' {self.top_k:,} ask for {num_queries * self.top_k:,} passages; a request may "
-                f"ask for {MAX_HITS:,}: send fewer queries at a time, or a lower 'top_k'"
-            )
+            asked = f"{num_queries:,} queries with 'top_k' {self.top_k:,} ask for {num_queries * self.top_k:,} passages"
+            advice = "send fewer queries at a time, or a lower 'top_k'"
+            raise ValueError(f"{asked}; a request may ask for {MAX_HITS:,}: {advice}")
         return self
 
 
@@ -216,6 +219,8 @@ class ServedModel(BaseModel):
     """Of what makes the vectors."""
     passages_by: str
     """Model that encodes the passages of its index, if this version encodes queries alone; else empty."""
+    knowledge_scales: list[float]
+    """Scale of each knowledge adapter of a domain."""
     num_vectors: int
     """Vectors in its index; 0 without one."""
     columns: dict[str, str]
@@ -362,8 +367,7 @@ _EXPECTED = {
     "dimensions": "must be a whole number from 1 to the model's own",
     "doc_ids": f"must be a list of 1 to {MAX_DOC_IDS:,} strings",
     "doc_id_prefix": "must be a string",
-    "filter": f"must be an object of up to {MAX_COLUMNS} columns, each with a value, a list of up to {MAX_VALUES:,} values, or bounds such as "
-    '{"gte": 2020, "lt": 2024}',
+    "filter": f"must be an object of up to {MAX_COLUMNS} columns, each with a value, up to {MAX_VALUES:,} values, or bounds ('gte', 'lt' ...)",
     "model": "must be a string",
     "user": "must be a string",
     "truncate": "must be true or false",
@@ -385,14 +389,11 @@ def describe_validation(first: Mapping[str, Any]) -> dict[str, dict[str, str | N
         return error_body(NOT_AN_OBJECT)
     param = place[0]
     if first["type"] == "extra_forbidden":
-        known = ", ".join(SearchRequest.model_fields)
-        return error_body(
-            f"{param[:100]!r} is no field of a search; it takes {known}", param=param[:100], code="unknown_field"
-        )
+        said = f"{param[:100]!r} is no field of a search; it takes {', '.join(SearchRequest.model_fields)}"
+        return error_body(said, param=param[:100], code="unknown_field")
     if first["type"] == "missing":
-        return error_body(
-            f"'{param}' is required: it {_EXPECTED[param]}", param=param, code="missing_required_parameter"
-        )
+        said = f"'{param}' is required: it {_EXPECTED[param]}"
+        return error_body(said, param=param, code="missing_required_parameter")
     expected = _EXPECTED.get(param, "cannot be used")
     if first["type"] == "literal_error" and param == "truncate":  # Cohere's, which is no switch
         expected = f"must be {first['ctx']['expected']}"

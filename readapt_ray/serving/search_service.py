@@ -25,7 +25,7 @@ from readapt_ray.records import Passage
 from readapt_ray.serving import answers, cohere, schema
 from readapt_ray.serving.batching import QueueFullError, RequestTooLargeError
 from readapt_ray.serving.doc_filter import doc_filter
-from readapt_ray.serving.domains import DomainUnavailableError, domain_down, encoded_by, rows_of, scales_of
+from readapt_ray.serving.domains import DomainUnavailableError, at_scale, domain_down, encoded_by, rows_of, scales_of
 from readapt_ray.serving.hit_texts import texts_of
 from readapt_ray.serving.options import Limits
 from readapt_ray.serving.readiness import Recent, checked
@@ -218,6 +218,10 @@ class SearchService:
         """
         registry = self._registry
         name, version = registry.for_search(body, trace.domains)
+        if body.knowledge_scale is not None:
+            scales = scales_of(version.backend, body.knowledge_scale, self.limits.knowledge_scales)
+            name = at_scale(registry.versions, name, scales, trace.domains)
+            version = registry.versions[name]
         trace.version = name
         if not version.info.slices:
             raise RequestError(f"version {name!r} has no index to search", status=404, code="no_index")

@@ -68,6 +68,8 @@ class VersionInfo:
     """Model that encodes the passages, if this version encodes queries alone: behind a bridge, or by a model for queries."""
     slices: Mapping[str, int] = field(default_factory=dict)
     """The parts of its index, each with the number of its vectors; empty without an index."""
+    knowledge_scales: tuple[float, ...] = ()
+    """Scale of each knowledge adapter of a domain."""
     has_words: bool = False
     """Whether its index has BM25 scores."""
     is_split: bool = False
@@ -283,6 +285,7 @@ class Registry:
             fingerprint=info.fingerprint,
             encoder_fingerprint=info.encoder_fingerprint,
             passages_by=info.passages_by,
+            knowledge_scales=list(info.knowledge_scales),
             num_vectors=info.num_vectors,
             columns=dict(store.columns) if store and info.num_vectors else {},
             modes=_modes(info),

@@ -36,8 +36,18 @@ class DomainSource:
     """Of the bundle."""
     model_fingerprint: str
     """Of the merged model."""
+    merged_scales: tuple[float, ...]
+    """Scale of each knowledge adapter in the merged model."""
     scales: tuple[float, ...]
     """Scale of each knowledge adapter unless a request says otherwise."""
+    retriever: tuple[str, str | None] | None
+    """Fingerprints of the retriever and, if it is an adapter, of its base; None if scale 0 gives other vectors than its own."""
+
+    def weights_at(self, scales: Sequence[float]) -> tuple[str, str | None] | None:
+        """Return the fingerprints of a model, and of its base, that makes the same vectors; None if no model on disk does."""
+        if tuple(scales) == self.merged_scales:
+            return self.model_fingerprint, None
+        return None if any(scales) else self.retriever
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +94,19 @@ def _read(name: str, folder: str) -> DomainRecord:
         folder=folder,
         fingerprint=manifest.fingerprint,
         model_fingerprint=str(content["model_fingerprint"]),
+        merged_scales=scales,
         scales=scales,
+        retriever=_retriever(content),
     )
     return DomainRecord(source=source, content=content)
+
+
+def _retriever(content: Mapping[str, Any]) -> tuple[str, str | None] | None:
+    """Return the fingerprints of the retriever that a bundle adds as a whole."""
+    if content["low_rank"] is not None or content["readapter_scale"] != 1.0:
+        return None
+    retriever, base = content["sources"]["retriever"], content["sources"]["pretrained"]["fingerprint"]
+    return str(retriever["fingerprint"]), str(base) if ADAPTER_CONFIG_NAME in retriever["files"] else None
 
 
 def check_domains(records: Sequence[DomainRecord], base: OpenModel) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -14,6 +15,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactMissingError, FingerprintMismatchError, InputError
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.vector_index import VectorIndex
+from readapt_ray.serving import domain_app
 from readapt_ray.serving.domains import DomainBackend, DomainIndex
 from readapt_ray.serving.index_slice import IndexSlice
 from readapt_ray.serving.keys import read_keys
@@ -23,7 +25,8 @@ from readapt_ray.serving.versions import Found, Ranked, merged
 from readapt_ray.weights.domain_sources import read_domains
 from tests import factories
 from tests.chaos.nodes import free_port
-from tests.serving.conftest import index_artifact, local_server
+from tests.serving.browser import chromium
+from tests.serving.conftest import index_artifact, local_server, serving_at
 from tests.serving.test_domains import NAMES, SharedInProcess, write_domains
 
 
@@ -37,14 +40,17 @@ def folder(tmp_path_factory):
         passages = [each._replace(doc_id=f"{name}-{each.doc_id}") for each in factories.small_corpus(40, seed=seed)]
         factories.ingest_artifact(folder / f"corpus-{name}", passages)
         index_artifact(folder / f"index-{name}", encoder, name, passages)
+        if name == "legal":
+            retriever = Encoder.load(open_model(str(folder / "retriever")))
+            index_artifact(folder / "index-before", retriever, "retriever", passages)
     return folder
 
 
 class Searcher:
     """The index of a domain, in this process; a test can break it and ask how often it was searched."""
 
-    def __init__(self, folder, name):
-        index = VectorIndex.open(str(folder / f"index-{name}"))
+    def __init__(self, folder, name, index=None):
+        index = VectorIndex.open(str(folder / f"index-{index or name}"))
         self.corpus = open_artifact(str(folder / f"corpus-{name}"), "ingest")
         files = (self.corpus.location / "passages").files(".parquet")
         self.slices = [IndexSlice(index.folder, [each], files, index.words) for each in index.records]
@@ -74,6 +80,14 @@ class Searcher:
         return Found(merged(parts, len(texts), top_k), [])
 
 
+def with_before(folder, shared, searchers):
+    """The domains, and the first of them once more at scale 0, with the index of the retriever's own vectors."""
+    made = backends(folder, shared, searchers)
+    searcher, source = Searcher(folder, "legal", "before"), made["legal"].source
+    at_0 = replace(source, name="legal-before", scales=(0.0,) * len(source.scales))
+    return made | {"legal-before": DomainBackend(shared, at_0, searcher.described, searcher)}
+
+
 def backends(folder, shared, searchers):
     made = {}
     for each in read_domains({name: str(folder / name) for name in NAMES}):
@@ -91,9 +105,9 @@ def found_ids(body):
     return [hit["doc_id"] for hit in body["data"][0]["hits"]] if "data" in body else body
 
 
-def best_of(folder, name, query, top_k):
-    """The doc_ids that the merged model finds, by numpy."""
-    encoder = Encoder.load(open_model(str(folder / name)))
+def best_of(folder, name, query, top_k, model=None):
+    """The doc_ids that the merged model finds, or another one, by numpy."""
+    encoder = Encoder.load(open_model(str(folder / (model or name))))
     passages = factories.small_corpus(40, seed=NAMES.index(name))
     vectors = encoder.encode([each.text for each in passages], "passage", [each.title for each in passages])
     scores = vectors @ encoder.encode([query], "query")[0]
@@ -176,6 +190,89 @@ def test_a_key_of_one_domain_cannot_search_anothers_index(folder, tmp_path):
     asyncio.run(run())
 
 
+def test_one_server_answers_before_and_after(folder, tmp_path):
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("all: secret-of-all-12345\nacme: {key: secret-of-acme-1234, domains: [legal]}\n")
+    query = factories.small_corpus(40, seed=0)[7].text[:9]
+    after, before = (best_of(folder, "legal", query, 10, model) for model in ("legal", "retriever"))
+    assert after != before
+
+    async def run():
+        searchers = {name: Searcher(folder, name) for name in NAMES[:2]}
+        made = with_before(folder, SharedInProcess(folder), searchers)
+        async with local_server(made, knowledge_scale="0..1", keys=read_keys(str(keys))) as local:
+            async with local.client(headers={"authorization": "Bearer secret-of-all-12345"}) as client:
+                asked = {"model": "legal", "query": query}
+                for scale, name, expected in ((0, "legal-before", before), (0.5, "legal", after)):
+                    status, body = await ask(client, **asked, knowledge_scale=scale)
+                    assert status == 200 and found_ids(body) == expected and body["model"] == name
+                    assert found_ids((await ask(client, model=name, query=query))[1]) == expected
+                    given = {"model": "legal", "input": query, "knowledge_scale": scale}
+                    embedded = (await client.post("/v1/embeddings", json=given)).json()
+                    vector = {"vector": embedded["data"][0]["embedding"], "fingerprint": embedded["fingerprint"]}
+                    assert found_ids((await ask(client, **vector))[1]) == expected
+                    status, body = await ask(client, **vector, knowledge_scale=scale)
+                    assert status == 400 and "'knowledge_scale' needs 'query'" in body["error"]["message"]
+                for scale, status, message in (
+                    (0.25, 404, "no index of 'legal' has vectors at 'knowledge_scale' 0.25"),
+                    (1.5, 400, "may be from 0 to 1"),
+                    ("0", 400, "must be a finite number"),
+                ):
+                    found, body = await ask(client, **asked, knowledge_scale=scale)
+                    assert found == status and message in body["error"]["message"]
+                assert (await ask(client, model="med", query=query, knowledge_scale=0))[0] == 404
+                listed = {each["id"]: each for each in (await client.get("/v1/models")).json()["data"]}
+                assert [listed[name]["knowledge_scales"] for name in ("legal", "legal-before")] == [[0.5], [0.0]]
+                merged_by, made_by = (Encoder.load(open_model(str(folder / each))) for each in ("legal", "retriever"))
+                assert listed["legal"]["encoder_fingerprint"] == merged_by.fingerprint
+                assert listed["legal-before"]["encoder_fingerprint"] == made_by.fingerprint
+            async with local.client(headers={"authorization": "Bearer secret-of-acme-1234"}) as client:
+                assert (await ask(client, **asked))[0] == 200
+                assert (await ask(client, **asked, knowledge_scale=0))[0] == 404
+
+    asyncio.run(run())
+
+
+def test_the_page_shows_before_and_after_of_a_domain(folder, tmp_path):
+    searchers = {name: Searcher(folder, name) for name in NAMES[:2]}
+    made = with_before(folder, SharedInProcess(folder), searchers)
+    chosen = {name: made[name] for name in ("legal", "legal-before", "tax")}
+    with serving_at(chosen) as url, chromium(tmp_path) as page:
+        page.call("Page.navigate", url=f"{url}/?q=lock")
+        page.wait_for("document.querySelectorAll('#columns section').length === 2")
+        offered = page.value("[...document.querySelectorAll('#left option')].map(each => each.textContent)")
+        assert offered == ["legal (knowledge scale 0.5)", "legal-before (knowledge scale 0)"]
+        names = page.value("[...document.querySelectorAll('#columns h2')].map(each => each.textContent)")
+        assert names == ["legal-before", "legal"]
+        for side, model in enumerate(("retriever", "legal")):
+            docs = page.value(
+                f"[...document.querySelectorAll('#columns section')[{side}].querySelectorAll('.doc')].map(each => each.textContent)"
+            )
+            assert docs == best_of(folder, "legal", "lock", 10, model)
+
+
+def test_an_index_fits_a_scale_or_is_refused(folder):
+    def checked(**more):
+        domain = {"factors": str(folder / "legal"), **more}
+        config = ServeConfig.parse({"base": str(folder / "base"), "domains": {"legal": domain}})
+        records = domain_app.domain_records(config)
+        domain_app.check_indexes(config, records)
+        return records[0].source
+
+    after, before = str(folder / "index-legal"), str(folder / "index-before")
+    assert checked(index=before, knowledge_scale=0).scales == (0.0,)
+    assert checked(index=after, knowledge_scale=0.5) == checked(index=after)
+    with pytest.raises(FingerprintMismatchError, match=f"--retriever {folder / 'retriever'}"):
+        checked(index=after, knowledge_scale=0)
+    with pytest.raises(FingerprintMismatchError, match=f"--domain {folder / 'legal'}"):
+        checked(index=before)
+    with pytest.raises(FingerprintMismatchError, match=r"no model makes those of knowledge_scale 0\.25"):
+        checked(index=after, knowledge_scale=0.25)
+    assert checked(knowledge_scale=0.25).scales == (0.25,)
+    with pytest.raises(InputError, match="knowledge_scale"):
+        checked(knowledge_scale=float("nan"))
+
+
 def test_a_lost_corpus_or_index_leaves_the_other_domains_alone(folder, tmp_path):
     async def run():
         shared = SharedInProcess(folder)
@@ -232,15 +329,21 @@ def test_domains_are_searched_on_ray_and_one_whose_index_is_lost_fails_alone(ray
     shutil.copytree(folder / "index-med", tmp_path / "index-med")
     given = _domains(folder, legal="index-legal") | {"timeout_s": 20}
     given["domains"]["med"] |= {"index": str(tmp_path / "index-med"), "corpus": str(folder / "corpus-med")}
-    given |= {"num_cpus_per_replica": 0.1, "num_cpus_per_index_actor": 0.1}
+    given["domains"]["before"] = given["domains"]["legal"] | {
+        "index": str(folder / "index-before"),
+        "knowledge_scale": 0,
+    }
+    given |= {"num_cpus_per_replica": 0.1, "num_cpus_per_index_actor": 0.1, "knowledge_scale": "0..1"}
     url = serve(ServeConfig.parse(given), blocking=False)
     try:
         with httpx.Client(base_url=url, timeout=60) as client:
 
-            def search(name):
-                answer = client.post("/v1/search", json={"model": name, "query": "x", "top_k": 3})
+            def search(name, **more):
+                answer = client.post("/v1/search", json={"model": name, "query": "x", "top_k": 3, **more})
                 return answer.status_code, answer.json()
 
+            status, body = search("legal", knowledge_scale=0)
+            assert status == 200 and found_ids(body) == best_of(folder, "legal", "x", 3, "retriever")
             for name in NAMES[:2]:
                 status, body = search(name)
                 assert status == 200 and found_ids(body) == best_of(folder, name, "x", 3)

@@ -402,6 +402,8 @@ def test_domains_come_from_a_file(tmp_path):
     assert config.each_version()["domains"].bundles == ("a", "s3://bucket/b", "c")
     (index,) = config.domain_indexes().values()
     assert (index.index, index.corpus, index.index_replicas, index.num_replicas) == ("d", "e", 2, 0)
+    given = "legal=a,index=b,legal-before=a,knowledge_scale=0,index=c"
+    assert [each.knowledge_scale for each in ServeConfig.parse({"domains": given}).each_domain().values()] == [None, 0]
     assert (
         ServeConfig.parse({"domains": "legal=a,med=s3://bucket/b,tax=c,index=d"}).each_domain() == config.each_domain()
     )
