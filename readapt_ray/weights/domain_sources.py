@@ -20,6 +20,7 @@ from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NA
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.bundle import read_bundle
+from readapt_ray.weights.scale_options import LayerScale, layer_scales
 from readapt_ray.weights.weight_files import Checkpoint
 
 _NUM_THREADS = 16
@@ -38,6 +39,8 @@ class DomainSource:
     """Of the merged model."""
     scales: tuple[float, ...]
     """Scale of each knowledge adapter unless a request says otherwise."""
+    layers: tuple[LayerScale, ...] = ()
+    """Factors of these scales, and of those of a request, in ranges of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,7 @@ def _read(name: str, folder: str) -> DomainRecord:
         fingerprint=manifest.fingerprint,
         model_fingerprint=str(content["model_fingerprint"]),
         scales=scales,
+        layers=layer_scales(content.get("layer_scales", ())),
     )
     return DomainRecord(source=source, content=content)
 
