@@ -133,9 +133,10 @@ def read_manifest(uri: str | Location) -> Manifest | None:
         CorruptFileError: a manifest of ours cannot be read.
     """
     location = record_of(uri if isinstance(uri, Location) else Location(uri), MANIFEST_NAME)
-    if not location.is_file():
+    try:
+        content = location.read_bytes()
+    except leases.NO_FILE:
         return None
-    content = location.read_bytes()
     fields = dataclasses.fields(Manifest)
     required = {each.name for each in fields if each.default is each.default_factory is dataclasses.MISSING}
     try:
