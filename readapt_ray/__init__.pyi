@@ -741,6 +741,7 @@ def merge(
     bundle: str | Path | None = None,
     readapter_scale: float = 1.0,
     knowledge_scale: float | Sequence[float] = 0.5,
+    layer_scales: Sequence[str] = (),
     low_rank: float | None = None,
     factors: bool = False,
     accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
@@ -773,6 +774,9 @@ def merge(
         knowledge_scale: Weight of the adapter's change to the pretrained model; choose it with `readapt tune`.
             One number, or one per adapter, separated by commas. With bundle, the bundle's scale if omitted.
             (default: 0.5)
+        layer_scales: Factors of knowledge_scale in ranges of layers, such as 0-11=0.8,12-23=0.2; layers count
+            from 0. Other layers, embeddings and the last norm have a factor of 1. With bundle, the bundle's if
+            omitted.
         low_rank: Replace the retriever's change by its truncated SVD that explains this fraction of the
             variance per matrix (LoRE), such as 0.5.
         factors: Write low-rank factors (a bundle) instead of a whole model: much smaller, and any pair of
@@ -1407,6 +1411,7 @@ def tune(
     columns: Sequence[str] = (),
     readapter_scales: Sequence[float] = (1.0,),
     knowledge_scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    layer_scales: Sequence[str] = (),
     num_refinements: int = 1,
     measure: str = 'nDCG@10',
     drop_self_hits: bool | None = None,
@@ -1440,6 +1445,8 @@ def tune(
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)
         knowledge_scales: Weights of the adapter's change to try, separated by commas. (default:
             0.0,0.25,0.5,0.75,1.0)
+        layer_scales: Factors of the knowledge scales in ranges of layers, such as 0-11=0.8,12-23=0.2; give
+            `merge` the same.
         num_refinements: How many times to try the points half way between the best pair of scales and its
             neighbours. (default: 1)
         measure: Measure that decides which pair of scales is best. (default: nDCG@10)
