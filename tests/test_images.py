@@ -40,6 +40,12 @@ def pip(environment: Path, words: list[str], *more: str, **variables: str) -> No
     assert done.returncode == 0, done.stderr
 
 
+def extras(image: str) -> set[str]:
+    """The extras of the package that an image has."""
+    [word] = [word for words in lines(image, "pip") for word in words if word.startswith(".[")]
+    return set(word.removeprefix(".[").removesuffix("]").split(","))
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
@@ -54,8 +60,13 @@ def test_both_images_are_built_from_one_set_of_pins(image: str) -> None:
     for words in installs:
         assert words[words.index("--constraint") + 1] == "constraints.txt"
         assert not any(re.search("[=<>]", word) for word in words)
-    extra = next(word for words in installs for word in words if word.startswith("."))
-    assert extra == f".[{image}]"
+    assert image in extras(image)
+
+
+def test_both_images_run_every_stage() -> None:
+    """Where a stage reads PDF files, BM25 scores or an endpoint, its tasks run on nodes of either kind."""
+    stages = {"bm25", "datasets", "endpoint", "pdf"}
+    assert extras("cpu") == {"cpu", "aws", "google", *stages} and extras("gpu") == {"gpu", "nf4", *stages}
 
 
 @pytest.mark.slow
@@ -84,7 +95,7 @@ def test_the_gpu_images_packages_resolve_beside_each_other(environment: Path, tm
     assert found["faiss-gpu"] == "1.15.1"
     assert found["nvidia-cublas-cu12"].startswith("12.")
     assert found["cuda-toolkit"].startswith("13.")
-    assert {"readapt-ray", "ray", "deepspeed"} <= found.keys()
+    assert {"readapt-ray", "ray", "deepspeed", "bitsandbytes", "bm25s", "openai", "pypdf"} <= found.keys()
 
 
 @pytest.mark.slow
