@@ -1246,7 +1246,8 @@ def synthesize(
         max_query_tokens: Maximum tokens of an answer. (default: 48)
         temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
         budget_tokens: Tokens of prompts and answers after which an endpoint is asked no more; the queries that
-            are there are kept. If omitted, there is no limit.
+            are there are kept, and the same command with another budget asks for the rest. If omitted, there is
+            no limit.
         dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
             AVX512_BF16, else float32. (default: auto)
         num_requests: Requests that an endpoint gets at the same time. (default: 8)
