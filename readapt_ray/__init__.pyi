@@ -193,6 +193,7 @@ def compare(
     synthesize: str | None = None,
     queries_only: bool = False,
     bridge: bool = False,
+    bm25: bool = False,
     num_timed_queries: int = 50,
     embed_options: dict[str, Any] = {},
     train_options: dict[str, Any] = {},
@@ -228,6 +229,8 @@ def compare(
             the retriever's own vectors. (default: no)
         bridge: With readapt, finetune or synthesize: also compare their queries behind a bridge to the
             retriever's own vectors. (default: no)
+        bm25: Also compare search by words (BM25), and each model fused with it by reciprocal rank, as `search
+            --mode hybrid` does. An index of each model's vectors is written for this. (default: no)
         num_timed_queries: Number of queries to time, one by one, on this machine. (default: 50)
         embed_options: Options of embed by name (in a YAML file).
         train_options: Options of train and pack by name (in a YAML file).
@@ -297,6 +300,7 @@ def embed(
     rows_per_shard: int | None = None,
     num_workers: int | None = None,
     num_cpus_per_worker: int | None = None,
+    num_gpus_per_worker: float | None = None,
     batch_tokens: int | None = None,
     max_left_out: int = 100,
 ) -> Artifact:
@@ -329,9 +333,12 @@ def embed(
             models). If omitted, all of them, or what the encoding says.
         rows_per_shard: Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's
             work, at least 256 and at most a 32nd of the corpus.
-        num_workers: Number of encoding actors. If omitted, one per GPU; without GPUs one per
-            num_cpus_per_worker CPUs.
+        num_workers: Number of encoding actors. If omitted, as many as the GPUs have room for; without GPUs one
+            per num_cpus_per_worker CPUs.
         num_cpus_per_worker: CPUs, and so threads, per actor. If omitted, 1.
+        num_gpus_per_worker: Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for
+            models that leave a GPU waiting for its host (all-MiniLM-L6-v2) 0.5 or 0.25, where there are four
+            cores per actor. Not measured on a GPU yet.
         batch_tokens: Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a
             GPU. Lower it when memory is short. In float32 the vectors do not depend on it (to 1e-6). In
             bfloat16 they differ by .001, and 99.8% of the ten nearest passages stay the same (measured on
@@ -734,6 +741,7 @@ def merge(
     bundle: str | Path | None = None,
     readapter_scale: float = 1.0,
     knowledge_scale: float | Sequence[float] = 0.5,
+    layer_scales: Sequence[str] = (),
     low_rank: float | None = None,
     factors: bool = False,
     accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
@@ -766,6 +774,9 @@ def merge(
         knowledge_scale: Weight of the adapter's change to the pretrained model; choose it with `readapt tune`.
             One number, or one per adapter, separated by commas. With bundle, the bundle's scale if omitted.
             (default: 0.5)
+        layer_scales: Factors of knowledge_scale in ranges of layers, such as 0-11=0.8,12-23=0.2; layers count
+            from 0. Other layers, embeddings and the last norm have a factor of 1. With bundle, the bundle's if
+            omitted.
         low_rank: Replace the retriever's change by its truncated SVD that explains this fraction of the
             variance per matrix (LoRE), such as 0.5.
         factors: Write low-rank factors (a bundle) instead of a whole model: much smaller, and any pair of
@@ -1236,7 +1247,8 @@ def synthesize(
         max_query_tokens: Maximum tokens of an answer. (default: 48)
         temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
         budget_tokens: Tokens of prompts and answers after which an endpoint is asked no more; the queries that
-            are there are kept. If omitted, there is no limit.
+            are there are kept, and the same command with another budget asks for the rest. If omitted, there is
+            no limit.
         dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
             AVX512_BF16, else float32. (default: auto)
         num_requests: Requests that an endpoint gets at the same time. (default: 8)
@@ -1400,6 +1412,7 @@ def tune(
     columns: Sequence[str] = (),
     readapter_scales: Sequence[float] = (1.0,),
     knowledge_scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    layer_scales: Sequence[str] = (),
     num_refinements: int = 1,
     measure: str = 'nDCG@10',
     drop_self_hits: bool | None = None,
@@ -1433,6 +1446,8 @@ def tune(
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)
         knowledge_scales: Weights of the adapter's change to try, separated by commas. (default:
             0.0,0.25,0.5,0.75,1.0)
+        layer_scales: Factors of the knowledge scales in ranges of layers, such as 0-11=0.8,12-23=0.2; give
+            `merge` the same.
         num_refinements: How many times to try the points half way between the best pair of scales and its
             neighbours. (default: 1)
         measure: Measure that decides which pair of scales is best. (default: nDCG@10)

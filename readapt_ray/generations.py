@@ -16,6 +16,7 @@ from typing import Any
 
 from readapt_ray import artifacts
 from readapt_ray.errors import CorruptFileError, InputError
+from readapt_ray.leases import NO_FILE
 from readapt_ray.storage import Location
 
 FILE_NAME = "refresh.json"
@@ -68,10 +69,6 @@ def read(root: Location) -> list[Generation]:
         InputError: another release wrote it, in a format that this one does not know.
     """
     file = root / FILE_NAME
-    if file.is_folder():
-        raise CorruptFileError(f"{file} is a folder, where the list of generations belongs; move it away")
-    if not file.is_file():
-        return _of_run(root)
     names = {each.name for each in dataclasses.fields(Generation)}
     try:
         content = file.read_json()
@@ -81,6 +78,12 @@ def read(root: Location) -> list[Generation]:
                 f"{file} has format_version {version!r}, and this release reads {_FORMAT_VERSION}; use the release that wrote it"
             )
         return [Generation(**{name: each[name] for name in names & each.keys()}) for each in entries]
+    except NO_FILE as error:
+        if file.is_folder():
+            raise CorruptFileError(
+                f"{file} is a folder, where the list of generations belongs; move it away"
+            ) from error
+        return _of_run(root)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(
             f"{file} is not a list of generations ({error}); restore it from a backup, or remove it to begin with a "

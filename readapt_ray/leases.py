@@ -32,7 +32,7 @@ STALE_S = 30.0
 """A heartbeat that is older, by this machine's clock, belongs to a process that ended."""
 _FIELDS = {"stage", "owner", "pid", "heartbeat"}
 _FIRST_CHARACTERS = '{"stage": "'
-_NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _SETTLE_S = 0.5
 """What another driver may take from reading a lease to writing its own; who takes longer is found out at a beat."""
 
@@ -52,7 +52,7 @@ def read_lease(file: Location) -> dict[str, Any] | None:
     """Return the content of a `building.json`; None if there is none or another program wrote it."""
     try:
         values = file.read_json()
-    except (*_NO_FILE, ValueError):
+    except (*NO_FILE, ValueError):
         return None
     return values if isinstance(values, dict) and values.keys() >= _FIELDS else None
 
@@ -65,7 +65,7 @@ def is_cut_short(file: Location) -> bool:
     try:
         text = file.read_text()
         json.loads(text)
-    except (*_NO_FILE, UnicodeDecodeError):
+    except (*NO_FILE, UnicodeDecodeError):
         return False
     except ValueError:
         return text.startswith(_FIRST_CHARACTERS) or _FIRST_CHARACTERS.startswith(text)
@@ -74,8 +74,9 @@ def is_cut_short(file: Location) -> bool:
 
 def is_foreign(file: Location) -> bool:
     """Return whether the path of the lease holds something that is neither a lease nor the beginning of one."""
-    is_ours = is_cut_short(file) or read_lease(file) is not None
-    return not is_ours and file.exists() and read_lease(file) is None  # another driver may have begun since
+    if not file.exists() or is_cut_short(file):
+        return False
+    return read_lease(file) is None and file.exists()  # another driver may have ended since
 
 
 def is_alive(lease: Mapping[str, Any]) -> bool:

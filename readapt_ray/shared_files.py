@@ -12,9 +12,6 @@ from pathlib import Path
 
 from readapt_ray.storage import Location
 
-_MAX_COPY_BYTES = 5 << 30
-"""S3 copies no larger object in one request."""
-
 
 def share(source: Location, target: Location) -> None:
     """Put a file under another name, too; it is copied through this machine where nothing else works."""
@@ -22,9 +19,10 @@ def share(source: Location, target: Location) -> None:
         with contextlib.suppress(OSError):  # another disk, or one without links
             _link(source.local_path, target.local_path)
             return
-    elif source.filesystem.equals(target.filesystem) and source.size_bytes() <= _MAX_COPY_BYTES:
-        source.filesystem.copy_file(source.path, target.path)
-        return
+    elif source.filesystem.equals(target.filesystem):
+        with contextlib.suppress(OSError):  # more than 5 GiB, which S3 does not copy in one request
+            source.filesystem.copy_file(source.path, target.path)
+            return
     source.copy_to(target)
 
 

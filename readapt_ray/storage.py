@@ -1,9 +1,9 @@
 """Read, write and list files and folders on any filesystem that `pyarrow.fs` opens by URI.
 
 A `Location` is a local path or a URI (`s3://bucket/folder`, `gs://...`). Whole files only: a
-write is seen entirely or not at all (a temporary name, then a rename on a disk, or a copy inside an
-object store), so a reader never meets half a file. A store that says "slow down" is asked again; a
-disk that is full or may not be written is an error that names the folder.
+write is seen entirely or not at all (a temporary name, then a rename; see `object_streams.py`), so a reader never meets
+half a file. A store that says "slow down" is asked again; a disk that is full or may not be written is an error that
+names the folder.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import pyarrow.fs as pafs
 
-from readapt_ray import ranged_reads
+from readapt_ray import object_streams, ranged_reads
 from readapt_ray.errors import InputError, StorageError
 from readapt_ray.filesystems import check_uri, extended, open_filesystem, sibling
 
@@ -214,8 +214,9 @@ class Location:
         return json.loads(self.read_bytes())
 
     def open_input(self) -> IO[bytes]:
-        """Open a readable, seekable binary file."""
-        return self.filesystem.open_input_file(self.path)  # type: ignore[no-any-return]
+        """Open a readable, seekable binary file; a small object of a store is read at once."""
+        file: IO[bytes] = self.filesystem.open_input_file(self.path)
+        return file if self.is_local else object_streams.read_if_small(file)
 
     def write_bytes(self, data: bytes) -> None:
         """Write the whole file, replacing an existing one.
@@ -265,16 +266,17 @@ class Location:
         with self._refusals_named(_FULL | _FORBIDDEN):
             if self.is_local:
                 self.filesystem.create_dir(parent, recursive=True)
-            opened = self.filesystem.open_output_stream(temporary, compression=None)
+            opened = object_streams.open_upload(self.filesystem, temporary)
         try:
             # What the block reads may be forbidden, too; but only a write finds a disk full.
             with self._refusals_named(_FULL), opened as stream:
                 yield stream
             with self._refusals_named(_FULL | _FORBIDDEN):
-                self._publish(temporary)
+                self._publish(opened, temporary)
         except BaseException:
-            with contextlib.suppress(OSError):
-                self.filesystem.delete_file(temporary)
+            if not object_streams.is_held(opened):
+                with contextlib.suppress(OSError):
+                    self.filesystem.delete_file(temporary)
             raise
 
     @contextlib.contextmanager
@@ -291,30 +293,18 @@ class Location:
             folder = self.uri.rpartition("/")[0]
             raise StorageError(f"cannot write to {folder}: {refusals[error.errno]}; {advice}{again}") from error
 
-    def _publish(self, temporary: str) -> None:
-        """Rename a written file to its final name."""
+    def _publish(self, written: IO[bytes], temporary: str) -> None:
+        """Give what was written its final name."""
+        if object_streams.is_held(written):
+            written.put(self.path)
+            return
         if self.is_local:
-            with Path(temporary).open("rb") as written:
-                os.fsync(written.fileno())
+            with Path(temporary).open("rb") as file:
+                os.fsync(file.fileno())
         elif self.filesystem.get_file_info(temporary).size > _MAX_COPY_BYTES:
-            self._upload_again(temporary)
+            object_streams.move_through(self.filesystem, temporary, self.path)
             return
         self.filesystem.move(temporary, self.path)
-
-    def _upload_again(self, temporary: str) -> None:
-        """Copy a large object through this machine; killed, it leaves nothing, since an upload ends with its last part."""
-        try:
-            with (
-                self.filesystem.open_input_stream(temporary, compression=None) as source,
-                self.filesystem.open_output_stream(self.path, compression=None) as sink,
-            ):
-                while chunk := source.read(_CHUNK_BYTES):
-                    sink.write(chunk)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.filesystem.delete_file(self.path)
-            raise
-        self.filesystem.delete_file(temporary)
 
     def delete(self) -> None:
         """Remove the file; nothing happens where there is none. A link goes, and what it leads to stays.

@@ -217,6 +217,36 @@ def test_names_with_marks_of_uris_are_found_again(store: Store, folder: Location
     assert [Location(file.uri).read_text() for file in folder.files()] == sorted(names)
 
 
+def test_a_small_object_is_written_by_one_request_and_read_by_two(store: Store, folder: Location) -> None:
+    file = folder / "small"
+    store.requests.clear()
+    file.write_bytes(b"x" * 100_000)
+    assert [each.split()[0] for each in store.requests] == ["PUT"]
+    store.requests.clear()
+    with file.open_input() as stream:
+        assert (stream.read(10), stream.seek(-5, os.SEEK_END), stream.read()) == (b"x" * 10, 99_995, b"x" * 5)
+    assert [each.split()[0] for each in store.requests] == ["HEAD", "GET"]
+
+
+@pytest.mark.parametrize("num_bytes", [100, 4 << 20, (4 << 20) + 1, 11 << 20])
+def test_what_is_not_written_to_its_end_is_not_seen(store: Store, folder: Location, num_bytes: int) -> None:
+    file, content = folder / "file", os.urandom(num_bytes)
+
+    def write(piece_bytes: int, *, fails: bool) -> None:
+        with file.open_output() as stream:
+            for start in range(0, num_bytes, piece_bytes):
+                stream.write(content[start : start + piece_bytes])
+            assert stream.tell() == num_bytes
+            if fails:
+                raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        write(1 << 20, fails=True)
+    assert folder.entries()[0] == []
+    write(3 << 20, fails=False)
+    assert file.read_bytes() == content and folder.entries()[0] == ["file"]
+
+
 def test_all_files_of_a_store_share_one_client(store: Store, folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
     client = pafs.S3FileSystem

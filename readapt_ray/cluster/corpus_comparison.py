@@ -1,5 +1,7 @@
 """Compare two states of a corpus: in this process, or by Ray tasks, a part of the doc_ids each, if there are many."""
 
+from collections.abc import Mapping
+
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import connection, on_worker
 from readapt_ray.cluster.bounded_tasks import run_bounded
@@ -8,35 +10,46 @@ from readapt_ray.retrieval.corpus_changes import Changes, added_up, compare
 from readapt_ray.retrieval.footers import listed_footers, row_counts
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.shard_ledger import open_vectors
+from readapt_ray.retrieval.vector_files import Footer
+from readapt_ray.sources.parts import DIGEST
 
 _PART_ROWS = 16_000_000
 """Passages per part: 500 MB of memory for each state."""
 
 
 def compare_corpora(before: Artifact, now: Artifact) -> Changes:
-    """Compare two outputs of ingest.
+    """Compare two outputs of ingest. Parts with the same rows on both sides are not read.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
     """
-    old, new = opened(before, "passages"), opened(now, "passages")
-    columns = sorted({*_kept_columns(before), *_kept_columns(now)})
+    footers = [listed_footers(each.location, "passages") for each in (before, now)]
+    old, new = (
+        ParquetRows(on_worker.absolute(each.location / "passages"), row_counts(said))
+        for each, said in zip((before, now), footers, strict=True)
+    )
+    columns = sorted({name for said in footers for name in _kept_columns(said)})
+    both = set.intersection(*({each.metadata.get(DIGEST) for each in said.values()} for said in footers)) - {None}
+    shared = [{name for name, each in said.items() if each.metadata.get(DIGEST) in both} for said in footers]
+    old = ParquetRows(old.folder, tuple((name, count) for name, count in old.counts if name not in shared[0]))
     num_parts = -(-max(old.num_rows, new.num_rows, 1) // _PART_ROWS)
     if num_parts == 1:
-        return compare(old, new, columns=columns)
+        return compare(old, new, columns=columns, shared=shared[1])
     import ray
 
     num_at_once = connection.connect().num_cpus
     task = ray.remote(num_cpus=1)(compare)
     parts = run_bounded(
-        lambda part: task.remote(old, new, part, num_parts, columns=columns), range(num_parts), num_at_once
+        lambda part: task.remote(old, new, part, num_parts, columns=columns, shared=shared[1]),
+        range(num_parts),
+        num_at_once,
     )
     return added_up(list(parts))
 
 
-def _kept_columns(corpus: Artifact) -> set[str]:
+def _kept_columns(footers: Mapping[str, Footer]) -> set[str]:
     """Return the names of the columns that were carried along from the source."""
-    names = {name for footer in listed_footers(corpus.location, "passages").values() for name in footer.schema.names}
+    names = {name for footer in footers.values() for name in footer.schema.names}
     return names - {*PASSAGE_SCHEMA.names, "parent_id"}
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from readapt_ray import hardware
 
+_ROUNDING = 1e-6
+"""Ray counts resources in steps of 1e-4."""
+
 
 def alive() -> list[dict[str, Any]]:
     """Return the nodes that are up, as Ray describes them."""
@@ -20,8 +23,10 @@ def room_for(each: Mapping[str, float]) -> int:
 
 
 def room_on(resources: Mapping[str, float], each: Mapping[str, float]) -> int:
-    """Return how many such workers fit on a node."""
-    return min((int(resources.get(name, 0.0) // amount) for name, amount in each.items() if amount), default=0)
+    """Return how many such workers fit on a node; ten of 0.1 GPU fit on one."""
+    return min(
+        (int(resources.get(name, 0.0) / amount + _ROUNDING) for name, amount in each.items() if amount), default=0
+    )
 
 
 def cores_per_process(num_processes: int) -> int:

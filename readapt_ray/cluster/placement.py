@@ -25,6 +25,8 @@ _ROOM_POLL_S = 5.0
 _ROOM_SAID_S = 20.0
 _ROOM_LOG_S = 60.0
 _ROOM_JOIN_S = 2.0
+_CORES_PER_ACTOR = 4
+"""Where several actors share a GPU: a core that launches kernels, and three that tokenise."""
 _SETTLE_S = 3.0
 """What a stage held is free again a second or two after it ends."""
 
@@ -35,9 +37,28 @@ class Placement:
 
     num_workers: int | None
     num_cpus_per_worker: int | None
+    num_gpus_per_worker: float | None = None
+    actors_per_gpu: int = 1
+    """At most, where the user leaves the choice to us: as many as keep a GPU busy."""
+
+    def gpu_share(self, num_cpus: int, num_gpus: int) -> float:
+        """Return the part of a GPU that an actor takes: one alone, unless small models share it; 0 without GPUs.
+
+        Each actor of a GPU needs some cores that tokenise for it.
+
+        Args:
+            num_cpus: of all nodes.
+            num_gpus: of all nodes.
+        """
+        if not num_gpus:
+            return 0.0
+        if self.num_gpus_per_worker is not None:
+            return self.num_gpus_per_worker
+        fed = num_cpus // num_gpus // _CORES_PER_ACTOR
+        return 1.0 / max(1, min(self.actors_per_gpu, fed))
 
 
-def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
+def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, float]:
     """Return the number of actors, and the CPUs and GPUs of each.
 
     Raises:
@@ -45,7 +66,7 @@ def place_actors(wanted: Placement, num_pending: int) -> tuple[int, int, int]:
     """
     total = connection.connect()
     num_cpus = wanted.num_cpus_per_worker or 1
-    num_gpus = 1 if total.num_gpus else 0
+    num_gpus = wanted.gpu_share(total.num_cpus, total.num_gpus)
     each = {"CPU": num_cpus, "GPU": num_gpus}
     num_workers = wanted.num_workers or max(1, min(room_for(each), num_pending))
     check_placement(num_workers, each, who="actors")
@@ -85,7 +106,11 @@ def _training_workers(num_workers: int | None, num_cpus_per_worker: int | None) 
 def room_for(each: Mapping[str, float]) -> int:
     """Return how many workers with these resources the idle nodes hold, with those that the autoscaler may add."""
     room = nodes.room_for(each)
-    return max(room, int((environment.num_gpus() or 0) // each["GPU"])) if autoscaling.may_grow(each) else room
+    return (
+        max(room, nodes.room_on({"GPU": environment.num_gpus() or 0}, {"GPU": each["GPU"]}))
+        if autoscaling.may_grow(each)
+        else room
+    )
 
 
 def check_placement(num_workers: int, each: Mapping[str, float], *, who: str) -> None:
@@ -146,13 +171,14 @@ def check_asked(wanted: Placement, *, who: str) -> None:
     num_workers, num_cpus = wanted.num_workers or 1, wanted.num_cpus_per_worker or 1
     ray = sys.modules.get("ray")
     if os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()):
-        num_gpus = 1 if connection.connect().num_gpus else 0
+        total = connection.connect()
+        num_gpus = wanted.gpu_share(total.num_cpus, total.num_gpus)
         check_placement(num_workers, {"CPU": num_cpus, "GPU": num_gpus}, who=who)
         return
     import torch
 
     here = {"CPU": environment.num_cpus() or hardware.num_cores(), "GPU": torch.cuda.device_count()}
-    each = {"CPU": num_cpus, "GPU": 1 if here["GPU"] else 0}
+    each = {"CPU": num_cpus, "GPU": (wanted.num_gpus_per_worker or 1) if here["GPU"] else 0}
     if (room := nodes.room_on(here, each)) < num_workers:
         raise PlacementError(
             f"{_asked(num_workers, each, who)} each cannot be placed: there is room for {room} on this machine with "

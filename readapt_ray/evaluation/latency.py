@@ -1,6 +1,6 @@
-"""Measure how long one query takes alone: encoding it, and searching vectors in memory exactly.
+"""Measure how long one query takes alone: encoding it, and searching vectors or words in memory exactly.
 
-In: an encoder, queries and vectors. Out: medians in milliseconds. It costs a query's time for each
+In: an encoder, queries, and vectors or an index of words. Out: medians in milliseconds. It costs a query's time for each
 query, twice for the first, which warms the model up.
 """
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from readapt_ray.errors import InputError
+from readapt_ray.retrieval.bm25 import WordIndex, search_words
 from readapt_ray.retrieval.encoder import Encoder
 from readapt_ray.retrieval.exact import search_exact
 from readapt_ray.retrieval.query_maps import QueryMap
@@ -46,8 +47,7 @@ def query_latency(
     Raises:
         InputError: no query was given.
     """
-    if not queries:
-        raise InputError("no query to time; give at least one")
+    _check(queries)
     encoder.encode([queries[0]], "query")
     spent = []
     for text in queries:
@@ -59,3 +59,31 @@ def query_latency(
         spent.append((encoded - started, time.perf_counter() - encoded))
     encode_ms, search_ms = (1000 * np.median(spent, axis=0)).tolist()
     return Latency(encode_ms, search_ms)
+
+
+def words_latency(
+    parts: Sequence[WordIndex], doc_ids: NDArray[np.object_], queries: Sequence[str], *, top_k: int = 10
+) -> float:
+    """Time searches by words one by one; the median in milliseconds.
+
+    Args:
+        parts: indexes whose rows follow each other.
+        doc_ids: of all rows.
+        queries: texts; at least one.
+        top_k: passages per query.
+
+    Raises:
+        InputError: no query was given.
+    """
+    _check(queries)
+    spent = []
+    for text in queries:
+        started = time.perf_counter()
+        search_words(parts, doc_ids, [text], top_k)
+        spent.append(time.perf_counter() - started)
+    return 1000 * float(np.median(spent))
+
+
+def _check(queries: Sequence[str]) -> None:
+    if not queries:
+        raise InputError("no query to time; give at least one")

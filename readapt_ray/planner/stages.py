@@ -12,9 +12,9 @@ from readapt_ray.planner.exchange import Steps, waiting_s
 from readapt_ray.planner.index_stages import index_estimate, search_estimate
 from readapt_ray.planner.machines import Cluster
 from readapt_ray.planner.rates import ROWS_PER_FILE, Rate
-from readapt_ray.planner.worker_memory import embed_memory, train_adapter, train_memory
+from readapt_ray.planner.worker_memory import embed_memory, gpu_share, train_adapter, train_memory
 from readapt_ray.recipes.chain import Step
-from readapt_ray.stages import embed
+from readapt_ray.retrieval.encoder_sizes import TextSize, shard_rows
 from readapt_ray.training.step_size import PackedSize, StepSize, choose_step_size
 
 _STEP_FLOOR_S: Final = {"CPU": 0.02, "GPU": 0.12}
@@ -42,20 +42,23 @@ def ingest_workers(corpus: Corpus, cluster: Cluster) -> int:
 def embed_rows(config: Any, setting: Setting) -> int:
     """Return the passages of a data shard."""
     corpus = setting.corpus
-    text = embed.TextSize(corpus.embed_tokens, corpus.text_bytes)
+    text = TextSize(corpus.embed_tokens, corpus.text_bytes)
     on_gpus = bool(setting.cluster.num_gpus)
     return int(
         config.rows_per_shard
-        or embed.shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
+        or shard_rows(corpus.num_passages, text, setting.retriever, setting.dimension, on_gpus=on_gpus)
     )
 
 
 def embed_workers(config: Any, setting: Setting) -> int:
-    """Return the number of embedding actors that have work."""
+    """Return the number of embedding actors that have work; those that share a GPU count as one."""
     corpus, cluster, rows = setting.corpus, setting.cluster, embed_rows(config, setting)
     shards = math.ceil(corpus.num_passages / rows)
-    most = cluster.num_gpus or max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
-    return max(1, min(config.num_workers or most, most, shards))
+    asked, most = config.num_workers, max(1, cluster.num_cpus // (config.num_cpus_per_worker or 1))
+    if cluster.num_gpus:
+        most = cluster.num_gpus
+        asked = asked and math.ceil(asked * gpu_share(config, setting.retriever, cluster))
+    return max(1, min(asked or most, most, shards))
 
 
 def train_workers(config: Any, cluster: Cluster) -> int:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from readapt_ray.catalog import retrievers
 from readapt_ray.catalog.shapes import ModelShape
 from readapt_ray.cluster.optimization import adapter_shape, worker_setup
+from readapt_ray.cluster.placement import Placement
 from readapt_ray.planner.machines import Cluster, NodeGroup
+from readapt_ray.retrieval.encoder_sizes import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS, encoders_per_gpu
 
 if TYPE_CHECKING:
     from readapt_ray.training.dora import AdapterShape
@@ -82,13 +84,21 @@ def train_memory(config: Any, shape: ModelShape, cluster: Cluster, num_workers: 
     )
 
 
+def gpu_share(config: Any, shape: ModelShape, cluster: Cluster) -> float:
+    """Return the part of a GPU that an embedding actor takes; 0 without GPUs."""
+    placement = Placement(None, None, config.num_gpus_per_worker, encoders_per_gpu(shape))
+    return placement.gpu_share(cluster.num_cpus, cluster.num_gpus)
+
+
 def embed_memory(config: Any, shape: ModelShape, cluster: Cluster) -> Memory:
     """Return what an embedding actor needs: weights, the activations of a batch, a data shard."""
     from readapt_ray.training.memory import process_bytes
 
     width = 2 if cluster.computes_low(config.dtype) else 4
-    tokens = config.batch_tokens or (16_384 if cluster.num_gpus else 1_024)
+    tokens = config.batch_tokens or (GPU_BATCH_TOKENS if cluster.num_gpus else CPU_BATCH_TOKENS)
     available, where = cluster.room(config.num_cpus_per_worker or 1, config.num_workers)
+    if (share := gpu_share(config, shape, cluster)) and share < 1:
+        available, where = available * share, f"{share:.2g} of {where}"
     first, last = ("batch_tokens", "a larger GPU") if cluster.num_gpus else ("num_workers", "nodes with more memory")
     return Memory(
         parts={

@@ -3,8 +3,9 @@
 In: retrievers, an ingested corpus, queries and judgements. Out, under one folder: vectors and a run for each,
 `report/` (the evaluation of all runs against the first), and `compare.json` and `compare.md`: quality, time of a
 query, bytes and dimension. On demand each retriever is compared after `finetune` on the corpus's training split or on
-queries that a language model wrote, RE-adapted to its passages, and both together. Every artifact is made by its stage, so
-a comparison that was killed resumes, and another retriever costs only itself.
+queries that a language model wrote, RE-adapted to its passages, and both together; and search by words (BM25) alone and
+fused with each of them. Every artifact is made by its stage, so a comparison that was killed resumes, and another retriever
+costs only itself.
 """
 
 import json
@@ -14,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, outputs
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models
 from readapt_ray.errors import ArtifactConflictError
 from readapt_ray.evaluation.tables import markdown_table, p_value, signed, value
 from readapt_ray.recipes.chain import run_stage
-from readapt_ray.recipes.compare_plan import Candidate, CompareConfig, Plan, file_name
+from readapt_ray.recipes.compare_plan import BM25, Candidate, CompareConfig, Plan, file_name
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -37,7 +38,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ArtifactMissingError: the corpus is not the output of ingest.
     """
     folder = Location(config.output)
-    artifacts.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")
+    outputs.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")
     _refuse_foreign_report(config)
     corpus = open_artifact(config.corpus, "ingest")
     plan = Plan(config, corpus)
@@ -45,14 +46,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     plan.check_outputs(candidates)
     evaluate = plan.evaluate(candidates)
     plan.check_files()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for candidate in candidates:
         logger.info("compare: %s", candidate.name)
-        for step in candidate.making:
+        for step in candidate.stages:
             run_stage(step.stage, step.config)
-        vectors = run_stage("embed", candidate.embed.config)
-        run_stage("search", candidate.search.config)
-        rows.append({"retriever": candidate.name, **_costs(config, candidate, vectors, plan.queries)})
+        rows.append({"retriever": candidate.name, **_costs(config, candidate, plan.queries, rows)})
     report = run_stage("evaluate", evaluate.config).manifest.details
     for row in rows:
         row["means"] = report["means"][row["retriever"]]
@@ -87,28 +86,62 @@ def _refuse_foreign_report(config: CompareConfig) -> None:
         raise ArtifactConflictError(f"{folder!r} is not a report of `readapt compare`; give another output")
 
 
-def _costs(config: CompareConfig, candidate: Candidate, vectors: Artifact, queries: str) -> dict[str, Any]:
-    """Return what a candidate costs: time of a query, bytes, dimension."""
+def _costs(config: CompareConfig, candidate: Candidate, queries: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what a candidate costs: time of a query, bytes, dimension; `rows` are those before it."""
+    from readapt_ray.sources.judgements import read_queries
+
+    texts = [query.text for query in read_queries(queries, config.columns)[: config.num_timed_queries]]
+    if candidate.index is None:
+        return _costs_of_vectors(candidate, texts)
+    if candidate.name == BM25:
+        return _costs_of_words(open_artifact(candidate.index.config.output, "index"), texts)
+    of = {row["retriever"]: row for row in rows}
+    words, dense = of[BM25], of[candidate.name.removesuffix(f" + {BM25}")]
+    both = {name: round(dense[name] + words[name], 2) for name in ("search_ms", "num_bytes")}
+    return {name: value for name, value in dense.items() if name != "retriever"} | both
+
+
+def _costs_of_vectors(candidate: Candidate, texts: list[str]) -> dict[str, Any]:
     from readapt_ray.evaluation.latency import query_latency
     from readapt_ray.retrieval.bridge import Bridge
     from readapt_ray.retrieval.encoder import Encoder
     from readapt_ray.retrieval.query_encoder import query_encoder
-    from readapt_ray.sources.judgements import read_queries
 
-    details, counts = vectors.manifest.details["encoder"], vectors.manifest.counts
+    vectors = open_artifact(candidate.embed.config.output, "embed")
     bridge = Bridge.open(candidate.bridge.config.output) if candidate.bridge else None
     asking = query_encoder(models.open_model(candidate.model), vectors, bridge=bridge)
     encoder = Encoder.load(asking.model, encoding=asking.encoding, dtype=asking.description["dtype"])
     doc_ids, matrix = _in_memory(vectors)
-    texts = [query.text for query in read_queries(queries, config.columns)[: config.num_timed_queries]]
     latency = query_latency(encoder, texts, doc_ids, matrix, query_map=bridge.query_map if bridge else None)
     return {
         "encode_ms": round(latency.encode_ms, 2),
         "search_ms": round(latency.search_ms, 2),
         "device": encoder.device.type,
         "num_parameters": sum(each.numel() for each in encoder.network.parameters()),
-        "dimension": details["dimension"],
-        "vector_bytes": counts["num_bytes"],
+        "dimension": vectors.manifest.details["encoder"]["dimension"],
+        "num_bytes": vectors.manifest.counts["num_bytes"],
+    }
+
+
+def _costs_of_words(index: Artifact, texts: list[str]) -> dict[str, Any]:
+    from readapt_ray.evaluation.latency import words_latency
+    from readapt_ray.retrieval.index_files import ShardRecord, read_ids, read_words, words_file
+
+    folder, sha256s = index.location / "shards", index.manifest.details["bm25"]
+    records, num_rows = [], 0
+    for record in (ShardRecord(**each) for each in index.manifest.details["shards"]):
+        if num_rows < _MAX_TIMED_ROWS:
+            records.append(record)
+            num_rows += record.num_vectors
+    parts = [read_words(folder, each.name, sha256s[each.name]) for each in records]
+    doc_ids = [read_ids(folder, each)[0] for each in records]
+    return {
+        "encode_ms": 0.0,
+        "search_ms": round(words_latency(parts, np.concatenate(doc_ids), texts), 2),
+        "device": "cpu",
+        "num_parameters": 0,
+        "dimension": 0,
+        "num_bytes": sum(words_file(folder, name).info().size or 0 for name in sha256s),
     }
 
 
@@ -137,7 +170,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "p (Holm)",
         "ms a query",
         "dimension",
-        "vectors",
+        "size",
         "parameters",
     ]
     rows = []
@@ -150,14 +183,15 @@ def to_markdown(result: dict[str, Any]) -> str:
                 signed(against["difference"]) if against else "",
                 p_value(against["p_holm"]) if against else "",
                 f"{row['encode_ms']:.1f} + {row['search_ms']:.1f}",
-                f"{row['dimension']:,}",
-                f"{row['vector_bytes'] / 1e6:,.1f} MB",
-                f"{row['num_parameters'] / 1e6:,.1f} M",
+                f"{row['dimension']:,}" if row["dimension"] else "",
+                f"{row['num_bytes'] / 1e6:,.1f} MB",
+                f"{row['num_parameters'] / 1e6:,.1f} M" if row["dimension"] else "",
             ]
         )
     title = f"{result['num_queries']:,} queries, {result['num_passages']:,} passages of {result['corpus']}"
     note = (
         f"Difference in {result['measures'][0]} from the first, paired randomisation test with Holm's correction; milliseconds "
-        f"of encoding and of exact search on this machine, one query at a time, median."
+        f"of encoding and of exact search on this machine, one query at a time, median; size of the vectors, and of the scores "
+        f"of BM25 where it is searched."
     )
     return "\n".join(["# Retrievers", "", title, "", *markdown_table(header, rows), "", note]) + "\n"

@@ -1,8 +1,9 @@
 """What a comparison runs: its options, and each stage for each model, checked before the first one starts."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -15,6 +16,7 @@ from readapt_ray.config import Config, OptionError
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.evaluation.measure_options import depth_of, drops_self_hits
 from readapt_ray.recipes.chain import Section, SectionRules, Step, pack_options, stage_config
+from readapt_ray.retrieval.bm25 import import_bm25s
 from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.storage import Location
 
@@ -55,6 +57,9 @@ class CompareConfig(Config):
     """With readapt, finetune or synthesize: also compare their models for queries alone, over the retriever's own vectors."""
     bridge: bool = False
     """With readapt, finetune or synthesize: also compare their queries behind a bridge to the retriever's own vectors."""
+    bm25: bool = False
+    """Also compare search by words (BM25), and each model fused with it by reciprocal rank, as `search --mode hybrid` does. An
+    index of each model's vectors is written for this."""
     num_timed_queries: int = Field(default=50, ge=1)
     """Number of queries to time, one by one, on this machine."""
     embed_options: Section = Field(default_factory=dict)
@@ -111,6 +116,8 @@ NOT_IN_A_COMPARISON: dict[str, dict[str, str]] = {
 }
 """Options of stages that a comparison refuses, each with the reason and what to do instead."""
 
+BM25 = "BM25"
+"""What the table calls search by words."""
 RULES = SectionRules(recipe="the comparison", where="{stage}_options", refused=NOT_IN_A_COMPARISON)
 
 
@@ -128,6 +135,13 @@ class Candidate:
     search: Step
     bridge: Step | None = None
     """Maps its queries to vectors of another model."""
+    index: Step | None = None
+    """What is searched by words, if it is: its vectors with the words of their passages."""
+
+    @property
+    def stages(self) -> tuple[Step, ...]:
+        """Every stage of it, in order."""
+        return (*self.making, self.embed, *((self.index,) if self.index else ()), self.search)
 
 
 class Plan:
@@ -142,11 +156,18 @@ class Plan:
         self._qrels = config.qrels or f"{corpus.uri}/qrels/test.parquet"
         for stage in ("embed", "train", "merge", "finetune", "synthesize"):
             self._check_section(stage)
+        if config.bm25:
+            import_bm25s()
 
     def candidates(self) -> Iterator[Candidate]:
-        """Yield each retriever as it is, and what is made of it."""
-        for name in self._config.retrievers:
-            yield from self._of_retriever(name, models.open_model(name))
+        """Yield each retriever as it is, and what is made of it; with bm25 each again, fused with it."""
+        opened = ((name, models.open_model(name)) for name in self._config.retrievers)
+        for number, each in enumerate(itertools.chain.from_iterable(itertools.starmap(self._of_retriever, opened))):
+            yield each
+            if self._config.bm25 and number == 0:
+                yield self._by_words(each, BM25, "bm25")
+            if self._config.bm25:
+                yield self._by_words(each, f"{each.name} + {BM25}", "hybrid")
 
     def _of_retriever(self, name: str, model: models.OpenModel) -> Iterator[Candidate]:
         config, encoding, label, row = self._config, model.encoding, _label(name), models.find_row(name)
@@ -234,6 +255,15 @@ class Plan:
         )
         return Candidate(label, model, making, embed, search, bridge)
 
+    def _by_words(self, dense: Candidate, label: str, mode: str) -> Candidate:
+        """Plan the search of the passages of a candidate by words, alone or fused with its own."""
+        vectors = dense.embed.config.output
+        index = self._step(f"indexes/{Location(vectors).name}", "index", {}, vectors=vectors, bm25=True)
+        run = Location(self._config.output) / f"runs/{file_name(label)}.trec"
+        changes = {"mode": mode, "index": index.config.output, "vectors": None, "output": run.uri}
+        search = Step(f"runs/{run.name}", "search", dense.search.config.model_copy(update=changes))
+        return replace(dense, name=label, making=(), index=index, search=search)
+
     def _readapted(self, name: str, row: retrievers.Retriever) -> tuple[Step, ...]:
         """Plan the RE-adapted retriever: the last step but one makes it as whole weights, the last one RE-adapted."""
         config = self._config
@@ -298,7 +328,7 @@ class Plan:
         """
         known: dict[str, tuple[str, Any]] = {}
         for each in candidates:
-            for step in (*each.making, each.embed, each.search):
+            for step in each.stages:
                 name, config = known.setdefault(step.config.output, (each.name, step.config))
                 if config != step.config:
                     raise InputError(

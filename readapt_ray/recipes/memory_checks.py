@@ -21,8 +21,8 @@ from readapt_ray.errors import PlacementError
 from readapt_ray.progress import size_text
 from readapt_ray.recipes.option_checks import index_kind
 from readapt_ray.recipes.problems import Problems
+from readapt_ray.retrieval.encoder_sizes import MIN_SHARD_ROWS
 from readapt_ray.retrieval.index_kinds import shard_rows, vector_bytes
-from readapt_ray.stages.embed import MIN_SHARD_ROWS
 
 _STAGES = {"train", "merge", "embed", "index"}
 _INDEX_COPIES = 2

@@ -1,12 +1,12 @@
 """Compare two states of a corpus by doc_id, content and kept columns, without reading texts.
 
 In: the passages of both. Out: how many were added, changed, deleted and kept, and a random sample of the rows of each
-kind. Both are read once per part, some 700,000 passages a second. Memory is 32 bytes a passage of either state, divided
-by the number of parts.
+kind. What both do not share is read once per part, some 700,000 passages a second. Memory is 32 bytes per such passage of
+either state, divided by the number of parts.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,8 @@ from readapt_ray.retrieval.parquet_rows import ParquetRows, read_rows
 _READ_ROWS = 65_536
 SAMPLE = 2048
 """Passages of each kind that are sampled."""
+_BLOCKS, _BLOCK_ROWS = 16, 4096
+"""Kept passages are sampled from so many blocks of so many rows, so that reading them does not take the whole corpus."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,13 @@ class _Keys:
 
 
 def compare(
-    before: ParquetRows, now: ParquetRows, part: int = 0, num_parts: int = 1, *, columns: Sequence[str] = ()
+    before: ParquetRows,
+    now: ParquetRows,
+    part: int = 0,
+    num_parts: int = 1,
+    *,
+    columns: Sequence[str] = (),
+    shared: Set[str] = frozenset(),
 ) -> Changes:
     """Compare the passages whose doc_id belongs to one of several parts.
 
@@ -67,11 +75,14 @@ def compare(
         part: number of the part.
         num_parts: how many parts there are.
         columns: the kept columns of either state.
+        shared: files of the present state whose rows are those of a file of the earlier one, which `before` is without. They
+            belong to the first part.
 
     Raises:
         CorruptFileError: a file was cut short or altered.
     """
-    old, new = (_keys(each, part, num_parts, columns) for each in (before, now))
+    old, new = (_keys(each, part, num_parts, columns, shared) for each in (before, now))
+    unread = shared if part == 0 else frozenset()
     place = np.minimum(np.searchsorted(old.ids, new.ids), max(0, len(old.ids) - 1))
     known = old.ids[place] == new.ids if len(old.ids) else np.zeros(len(new.ids), bool)
     same = known.copy()
@@ -82,12 +93,23 @@ def compare(
         added=len(new.ids) - num_known,
         changed=num_known - num_same,
         deleted=len(old.ids) - num_known,
-        kept=num_same,
+        kept=num_same + sum(count for name, count in now.counts if name in unread),
         other_columns=int((old.columns[place[same]] != new.columns[same]).sum()),
-        # The rows are in the order of hashes, so the first ones are a random sample.
-        sample_new=new.rows[~same][:size],
-        sample_kept=new.rows[same][:size],
+        sample_new=new.rows[~same][:size],  # in the order of hashes, so a random sample
+        sample_kept=_sampled(new.rows[same], now, unread)[:size],
     )
+
+
+def _sampled(kept: NDArray[np.int64], now: ParquetRows, unread: Set[str]) -> NDArray[np.int64]:
+    """Return rows in random order that lie in a few blocks of the corpus, of those that are kept or in some files."""
+    random = np.random.default_rng(0)
+    firsts = _BLOCK_ROWS * random.permutation(-(-now.num_rows // _BLOCK_ROWS))[:_BLOCKS]
+    rows = (firsts[:, None] + np.arange(_BLOCK_ROWS)).ravel()
+    rows = rows[rows < now.num_rows]
+    is_unread = np.array([name in unread for name, _ in now.counts], bool)
+    file = np.searchsorted(np.cumsum([count for _, count in now.counts]), rows, side="right")
+    found: NDArray[np.int64] = random.permutation(rows[is_unread[file] | np.isin(rows, kept)])
+    return found
 
 
 def added_up(parts: Sequence[Changes]) -> Changes:
@@ -106,7 +128,7 @@ def known_contents(passages: ParquetRows) -> NDArray[np.uint64]:
     Raises:
         CorruptFileError: a file was cut short or altered.
     """
-    found = [_contents(hashes) for _, hashes, _ in _columns(passages, ())]
+    found = [_contents(hashes) for _, _, hashes, _ in _columns(passages)]
     return np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
 
 
@@ -127,33 +149,34 @@ def _contents(hashes: Sequence[bytes]) -> NDArray[np.uint64]:
     return np.frombuffer(b"".join(hashes), np.uint64).reshape(-1, 2)[:, 0]
 
 
-def _keys(passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str]) -> _Keys:
+def _keys(passages: ParquetRows, part: int, num_parts: int, columns: Sequence[str], left_out: Set[str]) -> _Keys:
     """Read the ids, contents and kept columns of a part of the passages, and order them by id."""
     none = np.zeros(0, np.uint64)
     found = [(none, none, none, np.zeros(0, np.int64))]
-    first = 0
-    for doc_ids, hashes, kept in _columns(passages, columns):
+    for first, doc_ids, hashes, kept in _columns(passages, columns, left_out):
         ids = _hashed(doc_ids)
         mine = np.flatnonzero(ids % np.uint64(num_parts) == part)
         found.append((ids[mine], _contents(hashes)[mine], _hashed_rows(kept, mine), mine + first))
-        first += len(doc_ids)
     ids, *others = (np.concatenate(column) for column in zip(*found, strict=True))
     order = np.argsort(ids)
     return _Keys(ids[order], *(each[order] for each in others))
 
 
-def _columns(passages: ParquetRows, columns: Sequence[str]) -> Iterator[tuple[list[str], list[bytes], pa.Table]]:
-    """Yield doc_ids, content hashes and kept columns; an older ingest wrote no hashes, then texts are read."""
-    for name, count in passages.counts:
-        for start in range(0, count, _READ_ROWS):
+def _columns(
+    passages: ParquetRows, columns: Sequence[str] = (), left_out: Set[str] = frozenset()
+) -> Iterator[tuple[int, list[str], list[bytes], pa.Table]]:
+    """Yield the first row, doc_ids, content hashes and kept columns; an older ingest wrote no hashes, then texts are read."""
+    ends = np.cumsum([0, *(count for _, count in passages.counts)]).tolist()
+    for (name, count), before in zip(passages.counts, ends, strict=False):
+        for start in range(0, count if name not in left_out else 0, _READ_ROWS):
             size = min(_READ_ROWS, count - start)
             table = read_rows(passages.folder / name, start, size, ("doc_id", "content_hash", *columns))
             kept = table.select([each for each in columns if each in table.column_names])
             if "content_hash" in table.column_names:
-                yield table["doc_id"].to_pylist(), table["content_hash"].to_pylist(), kept
+                yield before + start, table["doc_id"].to_pylist(), table["content_hash"].to_pylist(), kept
                 continue
             texts = read_rows(passages.folder / name, start, size, ("title", "text"))
-            yield table["doc_id"].to_pylist(), content_hashes(texts), kept
+            yield before + start, table["doc_id"].to_pylist(), content_hashes(texts), kept
 
 
 def _hashed_rows(kept: pa.Table, rows: NDArray[np.int64]) -> NDArray[np.uint64]:

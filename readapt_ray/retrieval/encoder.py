@@ -21,6 +21,7 @@ from readapt_ray.catalog.models import OpenModel
 from readapt_ray.errors import InputError, ModelError
 from readapt_ray.nn import attention
 from readapt_ray.retrieval.encoder_fingerprint import encoder_fingerprint
+from readapt_ray.retrieval.encoder_sizes import CPU_BATCH_TOKENS, GPU_BATCH_TOKENS
 from readapt_ray.retrieval.forward_pass import ForwardPass
 from readapt_ray.retrieval.pooling import normalized
 from readapt_ray.retrieval.tokenization import Kind, TextTokenizer
@@ -33,8 +34,6 @@ from readapt_ray.weights.loading import in_float32, load_model
 logger = logging.getLogger("readapt_ray")
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-CPU_BATCH_TOKENS = 1024
-GPU_BATCH_TOKENS = 16384
 
 Tokens = Sequence[int] | np.ndarray
 """Token ids of one text."""

@@ -17,10 +17,11 @@ from readapt_ray.errors import CorpusError, CorruptFileError
 from readapt_ray.retrieval.parquet_rows import ParquetRows, RowCounts
 from readapt_ray.retrieval.shard_plan import PASSAGE_COLUMNS
 from readapt_ray.retrieval.vector_files import Footer, read_footer
+from readapt_ray.sources.parts import DIGEST
 from readapt_ray.storage import Location
 
 _THREADS = 32
-_COLUMNS = ("name", "num_rows", "num_bytes", "digest")
+_COLUMNS = ("name", "num_rows", "num_bytes", "digest", DIGEST)
 _SCHEMA_KEY = b"schema"
 
 In = TypeVar("In")
@@ -56,7 +57,11 @@ def write_table(artifact: Location, what: str) -> None:
     """Write down what the footers of a folder of an artifact say; of files with other columns than the first, nothing."""
     found = named_footers(artifact / what)
     schema = next(iter(found.values())).schema.remove_metadata()
-    rows = [(name, each.num_rows, each.num_bytes, each.digest) for name, each in found.items() if each.schema == schema]
+    rows = [
+        (name, each.num_rows, each.num_bytes, each.digest, each.metadata.get(DIGEST))
+        for name, each in found.items()
+        if each.schema == schema
+    ]
     columns = dict(zip(_COLUMNS, map(list, zip(*rows, strict=True)), strict=True))
     table = pa.table(columns).replace_schema_metadata({_SCHEMA_KEY: schema.serialize().to_pybytes()})
     with _table(artifact, what).open_output() as stream:
@@ -64,8 +69,8 @@ def write_table(artifact: Location, what: str) -> None:
 
 
 def listed_footers(artifact: Location, what: str) -> dict[str, Footer]:
-    """Return what `named_footers` returns, but for metadata of our own, from the table of an artifact as far as the
-    listing of the folder confirms it.
+    """Return what `named_footers` returns, of our own metadata only the digest of the rows, from the table of an artifact
+    as far as the listing of the folder confirms it.
 
     Raises:
         CorruptFileError: a file that the table does not describe was cut short or altered.
@@ -86,8 +91,9 @@ def _read_table(artifact: Location, what: str) -> Iterator[tuple[str, Footer]]:
     except (FileNotFoundError, pa.ArrowInvalid):
         return
     schema = pa.ipc.read_schema(pa.py_buffer(table.schema.metadata[_SCHEMA_KEY]))
-    for name, num_rows, num_bytes, digest in zip(*(table[each].to_pylist() for each in _COLUMNS), strict=True):
-        yield name, Footer(num_rows, schema, num_bytes, {}, digest)
+    columns = [table[each].to_pylist() for each in _COLUMNS if each in table.column_names]
+    for name, num_rows, num_bytes, digest, *more in zip(*columns, strict=True):
+        yield name, Footer(num_rows, schema, num_bytes, {DIGEST: more[0]} if any(more) else {}, digest)
 
 
 def _table(artifact: Location, what: str) -> Location:

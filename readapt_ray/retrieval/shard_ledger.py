@@ -219,6 +219,13 @@ def known_files(artifact: Location) -> dict[str, dict[str, int]]:
     return dict(_by_name(table)) if table is not None else {}
 
 
+def shared_files(artifact: Location) -> frozenset[str]:
+    """Return the files whose vectors are all earlier ones, as far as `shards.parquet` says."""
+    return frozenset(
+        name for name, figures in known_files(artifact).items() if figures["num_copied"] == figures["num_rows"]
+    )
+
+
 def write_compacted(source: Location, target: Location) -> int:
     """Write the ledger of an artifact whose files are those of another without dead rows; return the bytes of all."""
     table = _read_ledger(source)

@@ -45,23 +45,28 @@ def parquet_rows(
     span: Span | None = None,
 ) -> Iterator[Values | BadRow]:
     """Yield place and values of each row, in the columns that `pick` chooses; a place counts rows from 1."""
-    number = 0
     with open_parquet(file, label) as parquet:
-        columns = pick(parquet.schema_arrow.names)
-        groups = list(
-            range(parquet.num_row_groups) if span is None else range(span.start, min(span.end, parquet.num_row_groups))
-        )
-        wanted = list(dict.fromkeys(columns))
-        try:
-            for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False):
-                yield from _batch_rows(batch, columns, label, number)
-                number += batch.num_rows
-                advance(number / parquet.metadata.num_rows)
-            if span is not None:
-                span.num_lines = number
-        except READ_ERRORS as error:
-            refuse_damaged(label, f"after row {number}", error)
-            raise
+        yield from _parquet_rows(parquet, label, pick(parquet.schema_arrow.names), advance, span)
+
+
+def _parquet_rows(
+    parquet: pq.ParquetFile, label: str, columns: Sequence[str], advance: Advance, span: Span | None
+) -> Iterator[Values | BadRow]:
+    number = 0
+    groups = list(
+        range(parquet.num_row_groups) if span is None else range(span.start, min(span.end, parquet.num_row_groups))
+    )
+    wanted = list(dict.fromkeys(columns))
+    try:
+        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=wanted, use_threads=False):
+            yield from _batch_rows(batch, columns, label, number)
+            number += batch.num_rows
+            advance(number / parquet.metadata.num_rows)
+        if span is not None:
+            span.num_lines = number
+    except READ_ERRORS as error:
+        refuse_damaged(label, f"after row {number}", error)
+        raise
 
 
 def _batch_rows(batch: pa.RecordBatch, columns: Sequence[str], label: str, before: int) -> Iterator[Values | BadRow]:
@@ -100,12 +105,11 @@ class Parquet:
         self, file: Location, label: str, options: ReadOptions, advance: Advance, span: Span | None = None
     ) -> Iterator[Row | BadRow]:
         """Yield each row."""
-        layout = self.layout(file, label, options)
-        if layout is None:
-            return
-        columns = layout.columns
-        for row in parquet_rows(file, label, lambda _: columns.names, advance, span):
-            yield row if isinstance(row, BadRow) else columns.row(*row)
+        with open_parquet(file, label) as parquet:
+            if parquet.metadata.num_rows:
+                columns = schema_layout(parquet.schema_arrow, label, options).columns
+                for row in _parquet_rows(parquet, label, columns.names, advance, span):
+                    yield row if isinstance(row, BadRow) else columns.row(*row)
 
 
 def schema_layout(schema: pa.Schema, label: str, options: ReadOptions) -> Layout:

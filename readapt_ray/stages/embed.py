@@ -12,7 +12,7 @@ driver some 1.3 KB per shard, and with earlier vectors a byte for each and 8 byt
 import logging
 import os
 from dataclasses import asdict, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -34,6 +34,7 @@ from readapt_ray.config import StageConfig
 from readapt_ray.errors import CorpusError, FingerprintMismatchError
 from readapt_ray.model_file_names import CONFIG_NAME
 from readapt_ray.retrieval import truncation
+from readapt_ray.retrieval.encoder_sizes import MIN_SHARD_ROWS, SHARDS, TextSize, encoders_per_gpu, shard_rows
 from readapt_ray.retrieval.footers import open_passages
 from readapt_ray.retrieval.parquet_rows import ParquetRows
 from readapt_ray.retrieval.query_encoder import describe_encoder
@@ -43,21 +44,7 @@ from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
 
-MIN_SHARD_ROWS = 256
-_SHARDS = 32
-_SHARD_S = 45.0
-_DEVICE_FLOPS = {"GPU": 4.5e14, "CPU": 1.6e11}
-"""FLOPs per second of a large GPU and of a CPU core with AMX, at the share of the peak that encoders reach."""
-_SHARD_BYTES = 256 << 20
-"""Most bytes of a shard's texts, and of its vectors in float32."""
 _BYTES_PER_TOKEN = 4
-
-
-class TextSize(NamedTuple):
-    """How long a passage is, on average."""
-
-    num_tokens: float
-    num_bytes: float
 
 
 class EmbedConfig(RetrieverOptions, StageConfig):
@@ -86,9 +73,13 @@ class EmbedConfig(RetrieverOptions, StageConfig):
     """Passages per data shard, the unit of work. If omitted, some 45 seconds of a device's work, at least 256 and at
     most a 32nd of the corpus."""
     num_workers: int | None = Field(default=None, ge=1)
-    """Number of encoding actors. If omitted, one per GPU; without GPUs one per num_cpus_per_worker CPUs."""
+    """Number of encoding actors. If omitted, as many as the GPUs have room for; without GPUs one per
+    num_cpus_per_worker CPUs."""
     num_cpus_per_worker: int | None = Field(default=None, ge=1)
     """CPUs, and so threads, per actor. If omitted, 1."""
+    num_gpus_per_worker: float | None = Field(default=None, gt=0, le=1)
+    """Part of a GPU per actor: with 0.5, two actors share one. If omitted, 1, and for models that leave a GPU waiting for
+    its host (all-MiniLM-L6-v2) 0.5 or 0.25, where there are four cores per actor. Not measured on a GPU yet."""
     batch_tokens: int | None = Field(default=None, ge=1)
     """Maximum tokens per batch, padding included. If omitted, 1,024 on a CPU and 16,384 on a GPU. Lower it when
     memory is short. In float32 the vectors do not depend on it (to 1e-6). In bfloat16 they differ by .001, and 99.8% of
@@ -99,24 +90,8 @@ class EmbedConfig(RetrieverOptions, StageConfig):
 
     inputs: ClassVar[frozenset[str]] = RetrieverOptions.names_of_retriever | {"corpus", "encoding"}
     operational: ClassVar[frozenset[str]] = frozenset(
-        {"num_workers", "num_cpus_per_worker", "batch_tokens", "previous", "max_left_out"}
+        {"num_workers", "num_cpus_per_worker", "num_gpus_per_worker", "batch_tokens", "previous", "max_left_out"}
     )
-
-
-def shard_rows(num_passages: int, text: TextSize, shape: ModelShape, dimension: int, *, on_gpus: bool) -> int:
-    """Return the passages of a data shard where the options do not say: some 45 seconds of a device's work.
-
-    Args:
-        num_passages: of the corpus.
-        text: of a passage, on average.
-        shape: of the retriever.
-        dimension: numbers of a vector.
-        on_gpus: whether the encoders compute on GPUs.
-    """
-    flops = text.num_tokens * shape.forward_flops(text.num_tokens)
-    at_work = _SHARD_S * _DEVICE_FLOPS["GPU" if on_gpus else "CPU"] / flops
-    in_memory = _SHARD_BYTES / max(text.num_bytes, 4.0 * dimension)
-    return max(MIN_SHARD_ROWS, int(min(at_work, in_memory, num_passages / _SHARDS)))
 
 
 def embed(config: EmbedConfig) -> Artifact:
@@ -143,9 +118,11 @@ def embed(config: EmbedConfig) -> Artifact:
     job = _job(config, model, encoding)
     previous, other = _open_previous(config, job.encoder)
     job, rows_per_shard = replace(job, earlier=previous), _rows_per_shard(config, corpus, model, encoding)
-    placement = Placement(config.num_workers, config.num_cpus_per_worker)
 
     def work(workspace: Workspace) -> None:
+        placement = Placement(
+            config.num_workers, config.num_cpus_per_worker, config.num_gpus_per_worker, encoders_per_gpu(_shape(model))
+        )
         if opened is None:
             _check_retriever(model, encoding)
         passages = opened or open_passages(folder, corpus, config.corpus)
@@ -193,6 +170,10 @@ def _state(passages: Location) -> str:
     return fingerprint([(name, info.size, info.mtime_ns) for name, info in passages.listing(".parquet")])
 
 
+def _shape(model: OpenModel) -> ModelShape:
+    return shape_of((model.base if model.is_adapter else model).read_json(CONFIG_NAME), model.name)
+
+
 def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, encoding: Encoding) -> int:
     """Return the passages of a shard: as asked, else what the output was begun with, else what suits the devices."""
     if config.rows_per_shard is not None:
@@ -203,9 +184,8 @@ def _rows_per_shard(config: EmbedConfig, corpus: Artifact, model: OpenModel, enc
         if begun:
             return begun
         if read_manifest(output):  # of a version without a ledger, by its rule
-            return min(4096, max(MIN_SHARD_ROWS, num_passages // _SHARDS))
-    holder = model.base if model.is_adapter else model
-    shape = shape_of(holder.read_json(CONFIG_NAME), model.name)
+            return min(4096, max(MIN_SHARD_ROWS, num_passages // SHARDS))
+    shape = _shape(model)
     num_bytes = corpus.manifest.counts["num_bytes"] / num_passages
     text = TextSize(min(num_bytes / _BYTES_PER_TOKEN + 1, float(encoding.max_passage_tokens)), num_bytes)
     return shard_rows(num_passages, text, shape, encoding.dimensions or shape.hidden, on_gpus=_on_gpus())

@@ -132,6 +132,29 @@ def test_as_many_as_fit_are_placed_where_no_number_is_given(
     assert placement.place_training(None, num_cpus)[0] == num_workers
 
 
+@pytest.mark.parametrize(
+    ("resources", "asked", "per_gpu", "placed"),
+    [
+        ([{"CPU": 16.0, "GPU": 2.0}], None, 1, (2, 1, 1.0)),
+        ([{"CPU": 16.0, "GPU": 2.0}], None, 4, (4, 1, 0.5)),  # four cores an actor
+        ([{"CPU": 6.0, "GPU": 2.0}], None, 4, (2, 1, 1.0)),
+        ([{"CPU": 64.0, "GPU": 2.0}], None, 4, (8, 1, 0.25)),
+        ([{"CPU": 64.0, "GPU": 2.0}], 0.1, 4, (20, 1, 0.1)),
+        ([{"CPU": 64.0, "GPU": 2.0}], 0.7, 4, (2, 1, 0.7)),
+        ([{"CPU": 4.0}], 0.5, 4, (4, 1, 0.0)),
+    ],
+)
+def test_encoders_of_small_models_share_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    resources: list[dict[str, float]],
+    asked: float | None,
+    per_gpu: int,
+    placed: tuple[int, int, float],
+) -> None:
+    nodes(monkeypatch, *resources)
+    assert placement.place_actors(Placement(None, None, asked, per_gpu), 100) == placed
+
+
 def test_a_default_that_does_not_fit_at_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, *FOUR_SMALL)
     for place in (lambda: placement.place_actors(Placement(None, 5), 100), lambda: placement.place_training(None, 5)):

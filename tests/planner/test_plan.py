@@ -73,6 +73,23 @@ def test_embed_has_as_many_shards_as_the_stage_cuts(run_file: Path) -> None:
     assert stage(make_plan(run_file, cluster=cluster, num_passages=10 * 256), "embed").workers == 10
 
 
+def test_encoders_that_share_a_gpu_count_as_one_and_share_its_memory(run_file: Path) -> None:
+    cluster = write(run_file, launcher(max_workers=8, gpu=8, cpu=0), "launcher.yaml")
+    whole, half = (
+        stage(
+            make_plan(
+                run_file,
+                {"embed": {"num_gpus_per_worker": each, "num_workers": 8, "rows_per_shard": 10}},
+                cluster=cluster,
+            ),
+            "embed",
+        )
+        for each in (1, 0.5)
+    )
+    assert (whole.workers, half.workers) == (8, 4)
+    assert half.memory.available == whole.memory.available / 2 and half.memory.where == f"0.5 of {whole.memory.where}"
+
+
 @pytest.mark.parametrize(("dtype", "each"), [("float32", 4 * 24), ("float16", 2 * 24), ("int8", 24 + 4)])
 @pytest.mark.parametrize("by", ["option", "encoding"])
 def test_vectors_take_the_bytes_of_their_type_and_of_the_numbers_that_are_kept(

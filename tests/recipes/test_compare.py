@@ -1,6 +1,7 @@
 """Several retrievers over one corpus: the table, and what it is made of."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +13,11 @@ from readapt_ray import cli
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.catalog import models, retrievers
 from readapt_ray.errors import InputError, ModelError
+from readapt_ray.evaluation.runs import read_run
 from readapt_ray.recipes import compare
 from readapt_ray.recipes.chain import stage_parts
 from readapt_ray.recipes.compare import to_markdown
-from readapt_ray.recipes.compare_plan import CompareConfig, Plan
+from readapt_ray.recipes.compare_plan import CompareConfig, Plan, file_name
 from tests import factories
 from tests.stages.test_synthesize import Endpoint
 
@@ -30,6 +32,7 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     factories.write_contract(factories.full_retriever(folder / "first", base))
     factories.write_contract(factories.full_retriever(folder / "second", base, seed=9))
     factories.write_contract(factories.full_retriever(folder / "first-finetune", base, seed=8))
+    (folder / "first-BM25").symlink_to(folder / "first-finetune")
     factories.write_contract(factories.lora_adapter(folder / "lora", base))
     passages = factories.small_corpus(60)
     queries, qrels = factories.small_queries(passages, 16)
@@ -77,6 +80,11 @@ def config(pieces: Path, **changes: Any) -> CompareConfig:
             {"synthesize": "w", "synthesize_options": {"vectors": "x"}},
             InputError,
             "synthesize_options sets vectors, which",
+        ),
+        (
+            {"bm25": True, "retrievers": ["{}/first", "{}/first-BM25"]},
+            InputError,
+            "'first . BM25' and 'first-BM25' would both be written to .*runs/first-BM25.trec'; rename the folder",
         ),
         ({"bridge": True}, InputError, "bridge does nothing without readapt, finetune or synthesize"),
         ({"retrievers": ["{}/lora"], "synthesize": "w"}, ModelError, "is an adapter, and finetune starts from whole"),
@@ -239,17 +247,19 @@ def test_the_table_says_quality_time_and_bytes() -> None:
         "encode_ms": 3.14,
         "search_ms": 0.5,
         "dimension": 384,
-        "vector_bytes": 5_580_000,
+        "num_bytes": 5_580_000,
         "num_parameters": 22_700_000,
     }
     rows = [
         {"retriever": "a|b", "means": {"nDCG@10": 0.3159}, "comparison": None, **costs},
         {"retriever": "c", "means": {"nDCG@10": 0.3034}, "comparison": comparison, **costs},
+        {"retriever": "BM25", "means": {"nDCG@10": 0.5}, "comparison": comparison, **costs, "dimension": 0},
     ]
     text = to_markdown({"corpus": "x", "num_passages": 3633, "num_queries": 323, "measures": ["nDCG@10"], "rows": rows})
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert lines[2] == r"| a\|b | 0.3159 |  |  | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
     assert lines[3] == "| c | 0.3034 | −0.0125 | 0.2500 | 3.1 + 0.5 | 384 | 5.6 MB | 22.7 M |"
+    assert lines[4] == "| BM25 | 0.5000 | −0.0125 | 0.2500 | 3.1 + 0.5 |  | 5.6 MB |  |"
     assert "323 queries, 3,633 passages" in text
 
 
@@ -267,7 +277,7 @@ def test_one_command_compares_and_the_same_again_encodes_nothing(
     for row in result["rows"]:
         assert row["means"] == measures["means"][row["retriever"]]
         assert row["dimension"] == 16
-        assert row["vector_bytes"] > 60 * 16 * 4
+        assert row["num_bytes"] > 60 * 16 * 4
         assert row["encode_ms"] > 0
         assert row["search_ms"] > 0
     assert result["rows"][1]["comparison"]["measure"] == "nDCG@10"
@@ -278,8 +288,78 @@ def test_one_command_compares_and_the_same_again_encodes_nothing(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_rows_of_bm25_are_the_modes_of_search_over_one_index_of_each_models_vectors(
+    pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known_as_tiny(monkeypatch, pieces, "first")
+    asked = {"retrievers": ["tiny", str(pieces / "second")], "readapt": True, "queries_only": True, "bm25": True}
+    plan = Plan(config(pieces, **asked), open_artifact(f"{pieces}/corpus", "ingest"))
+    found: Any = {each.name: each for each in plan.candidates()}
+    plan.check_outputs(list(found.values()))
+    models_of = ["tiny", "tiny + RE-AdaptIR", "tiny + RE-AdaptIR + queries-only", "second"]
+    rows = [row for name in models_of for row in (name, f"{name} + BM25")]
+    assert list(found) == [rows[0], "BM25", *rows[1:]]
+    assert plan.evaluate(list(found.values())).config.runs[1].endswith("/runs/BM25.trec")
+    for name in models_of:
+        dense, fused = found[name], found[f"{name} + BM25"]
+        index = fused.index.config
+        assert index.bm25 and index.kind == "flat" and index.vectors == dense.search.config.vectors
+        assert (fused.search.config.mode, fused.search.config.index) == ("hybrid", index.output)
+        same = {"retriever", "queries", "qrels", "top_k", "drop_self_hits", "columns"}
+        assert [getattr(fused.search.config, each) for each in same] == [
+            getattr(dense.search.config, each) for each in same
+        ]
+        assert dense.index is None and fused.making == ()
+    assert found["BM25"].search.config.mode == "bm25" and found["BM25"].index == found["tiny + BM25"].index
+    only = found["tiny + RE-AdaptIR + queries-only + BM25"]
+    assert only.index == found["tiny + BM25"].index and only.search.config.retriever != "tiny"
+
+
+def test_bm25_and_what_is_fused_with_it_stand_beside_each_retriever(ray_session: None, pieces: Path) -> None:
+    names = ["first", "BM25", "first + BM25", "second", "second + BM25"]
+    output = str(pieces / "with-words")
+    result = compare.compare(config(pieces, output=output, bm25=True, measures=["nDCG@10", "R@5"]))
+    rows = {row["retriever"]: row for row in result["rows"]}
+    assert list(rows) == names
+    measures = json.loads((pieces / "with-words/report/measures.json").read_text())
+    assert {name: row["means"] for name, row in rows.items()} == measures["means"]
+    assert all(name in (pieces / "with-words/report/report.html").read_text() for name in names)
+    assert [row["comparison"] is None for row in rows.values()] == [True, False, False, False, False]
+    runs = {}
+    for each in names:  # equal scores are fused in the order of doc_ids
+        run = read_run(f"{output}/runs/{file_name(each)}.trec")
+        runs[each] = {
+            query_id: [hit.doc_id for hit in sorted(hits, key=lambda hit: (-hit.score, hit.doc_id))]
+            for query_id, hits in run.items()
+        }
+    for query_id, found in runs["second + BM25"].items():  # by hand, from the runs that were fused
+        scores: dict[str, float] = {}
+        for each in ("second", "BM25"):
+            for place, hit in enumerate(runs[each].get(query_id, [])):
+                scores[hit] = scores.get(hit, 0) + 1 / (61 + place)
+        best = sorted(scores, key=lambda hit: (-scores[hit], hit))[: len(found)]
+        assert found == best
+    words, dense, both = (rows[each] for each in ("BM25", "second", "second + BM25"))
+    assert words["encode_ms"] == 0 and words["search_ms"] > 0 and words["num_bytes"] > 60 * 8
+    assert both["num_bytes"] == dense["num_bytes"] + words["num_bytes"]
+    assert both["search_ms"] == pytest.approx(dense["search_ms"] + words["search_ms"], abs=0.011)
+    assert (
+        compare.compare(config(pieces, output=output, bm25=False, measures=["nDCG@10", "R@5"]))["rows"][1]["retriever"]
+        == "second"
+    )
+
+
+def test_bm25_without_its_library_is_refused_before_anything_is_encoded(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    with pytest.raises(InputError, match=r"pip install 'readapt-ray\[bm25\]'"):
+        compare.compare(config(pieces, bm25=True, output=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_query_is_timed_alone_against_every_vector() -> None:
-    from readapt_ray.evaluation.latency import query_latency
+    from readapt_ray.evaluation.latency import query_latency, words_latency
 
     seen = []
 
@@ -297,6 +377,8 @@ def test_a_query_is_timed_alone_against_every_vector() -> None:
     assert latency.search_ms > 0
     with pytest.raises(InputError, match="no query to time"):
         query_latency(Slow(), [], ["d1"], np.ones((1, 4), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no query to time"):
+        words_latency([], np.array([], object), [])
 
 
 @pytest.mark.slow

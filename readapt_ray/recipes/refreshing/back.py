@@ -8,6 +8,7 @@ from readapt_ray import artifacts, generations, leases
 from readapt_ray.errors import InputError
 from readapt_ray.generations import CORPUS, EXPORT, FOLDER_NAME, STAGE_OF, VECTORS, Generation
 from readapt_ray.recipes.chain import make
+from readapt_ray.recipes.refreshing.collection import changed_by_others
 from readapt_ray.recipes.refreshing.lock import next_number, publish
 from readapt_ray.recipes.refreshing.options import RULES
 from readapt_ray.storage import Location
@@ -32,6 +33,8 @@ def go_back(number: int, root: Location, there: list[Generation], lock: leases.L
     made = {name: folder for name, folder in earlier.artifacts.items() if name != EXPORT}
     new, settings = next_number(there), earlier.settings
     if EXPORT in present.artifacts:
+        if changed := changed_by_others(root, present, new):
+            raise InputError(f"{changed}; run `readapt refresh --root {root.uri} --overwrite` first, then go back")
         settings = {**settings, **{name: present.settings[name] for name in ("to", "export")}}
         made[EXPORT] = f"{FOLDER_NAME}/{new:05d}/{EXPORT}"
         options = {**present.settings["export"], "to": present.settings["to"]}

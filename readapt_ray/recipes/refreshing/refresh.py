@@ -24,11 +24,13 @@ from readapt_ray.recipes.chain import make, stage_config
 from readapt_ray.recipes.refreshing.adapting import adapter_loss, command_to_adapt
 from readapt_ray.recipes.refreshing.back import go_back
 from readapt_ray.recipes.refreshing.clean import remove_artifact
+from readapt_ray.recipes.refreshing.collection import begun_export, changed_by_others
 from readapt_ray.recipes.refreshing.lock import locked, next_number, publish
 from readapt_ray.recipes.refreshing.options import RULES, RefreshConfig, settled, stale
 from readapt_ray.recipes.refreshing.serving import server_options, update_server
 from readapt_ray.recipes.refreshing.signals import ADAPT_AGAIN, signals
 from readapt_ray.retrieval.corpus_changes import Changes
+from readapt_ray.retrieval.shard_ledger import shared_files
 from readapt_ray.storage import Location
 
 logger = logging.getLogger("readapt_ray")
@@ -64,6 +66,9 @@ def _refreshed(config: RefreshConfig, root: Location, there: list[Generation], l
     present = there[-1] if there else None
     settings = settled(config, present)
     reasons = {**_changed_model(root, settings, present), **stale(settings, present)}
+    if present is not None and settings["to"] and EXPORT not in reasons:
+        changed = changed_by_others(root, present, next_number(there))
+        reasons |= {EXPORT: changed} if changed else {}
     if reasons and not config.overwrite:
         raise _refusal(root, reasons, present)
     making = _Making(config, root, there, settings, frozenset(reasons))
@@ -113,7 +118,7 @@ def _refusal(root: Location, reasons: Mapping[str, str], present: Generation | N
     what = "; ".join(dict.fromkeys(reasons.values()))
     return InputError(
         f"{what}. Stale, with the time each took: {', '.join(parts) or 'nothing'}; add {flag('overwrite')} to make them again, "
-        f"or leave the options as they were"
+        f"or undo that change"
     )
 
 
@@ -144,6 +149,7 @@ class _Making:
         self.folder = self.root / FOLDER_NAME / f"{self.number:05d}"
         self._started_s = time.monotonic()
         self._made: dict[str, Artifact] = {}
+        self._opened: dict[str, Artifact] = {}
 
     def source_fingerprint(self) -> str:
         """Return a fingerprint of all that the source holds now.
@@ -163,7 +169,7 @@ class _Making:
         there = self.present.artifacts if self.present else {}
         has_export = EXPORT in there or not self.settings["to"]
         is_same = self.present is not None and self.present.source_fingerprint == fingerprint
-        return is_same and has_export and not self.stale and not self._begun_export()
+        return is_same and has_export and not self.stale and not begun_export(self.root, self.number)
 
     def make(self, fingerprint: str) -> Generation | None:
         """Make what is not there; None if the source has the same passages and judgements as before."""
@@ -191,7 +197,9 @@ class _Making:
 
     def _present(self, name: str) -> Artifact:
         assert self.present is not None
-        return artifacts.open_artifact(self.present.folder(self.root, name), STAGE_OF[name])
+        if name not in self._opened:
+            self._opened[name] = artifacts.open_artifact(self.present.folder(self.root, name), STAGE_OF[name])
+        return self._opened[name]
 
     def _has(self, name: str) -> bool:
         """Return whether the present generation has an artifact to continue from."""
@@ -203,11 +211,6 @@ class _Making:
         output = (self.folder / name).uri
         self._made[name] = make(stage, self.settings[stage], RULES, output=output, overwrite=overwrite, **wired)
         return self._made[name]
-
-    def _begun_export(self) -> Mapping[str, Any] | None:
-        """Return the record of the export of a refresh that did not end and has begun to change the collection."""
-        manifest = artifacts.read_manifest(self.folder / EXPORT)
-        return vars(manifest) if manifest else artifacts.read_lease(self.folder / EXPORT)
 
     def _exported_corpus(self, begun: Mapping[str, Any]) -> Artifact:
         """Return the corpus of an export that has begun: the collection is between two states, so it is finished first.
@@ -240,7 +243,7 @@ class _Making:
         remove_artifact(self.folder / EXPORT)
 
     def _corpus(self, fingerprint: str) -> Artifact:
-        begun = self._begun_export()
+        begun = begun_export(self.root, self.number)
         if begun and begun["config"].get("to", "") == self.settings["to"]:
             return self._exported_corpus(begun)
         if begun:
@@ -342,6 +345,7 @@ class _Making:
             opened(corpus, "passages"),
             opened(vectors, "vectors"),
             changes,
+            shared=shared_files(vectors.location) if is_same_model else frozenset(),
             turnover=turnover,
             loss_of=functools.partial(adapter_loss, self.settings["retriever"]),
             loss_sample=self.config.loss_sample,

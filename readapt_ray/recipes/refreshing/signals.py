@@ -1,12 +1,13 @@
 """Tell whether new passages call for adapting the retriever again, from what a refresh has anyway.
 
 In: the passages and vectors of a generation, and a sample of the rows that are new and of those that were kept. Out:
-figures, and one line of advice. Nothing is encoded: it costs one pass over the doc_ids of the vectors, and some 4,000
-texts and vectors are read. If the retriever's adapter is there, its loss on a hundred texts is measured, too.
+figures, and one line of advice. Nothing is encoded: some 4,000 texts and vectors are read, the kept ones from a few places
+of the corpus, and the doc_ids in files of new vectors. If the retriever's adapter is there, its loss on a hundred texts is
+measured, too.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +17,10 @@ from numpy.typing import NDArray
 
 from readapt_ray import dead_rows
 from readapt_ray.recipes.refreshing.adapting import AdapterLoss
-from readapt_ray.retrieval.corpus_changes import Changes
-from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage
+from readapt_ray.retrieval.corpus_changes import SAMPLE, Changes
+from readapt_ray.retrieval.parquet_rows import ParquetRows, explain_damage, read_rows
 from readapt_ray.retrieval.vector_files import VECTOR_COLUMNS, matrix_of
+from readapt_ray.storage import Location
 
 MIN_PASSAGES = 50
 """New and kept passages that are needed for drift and vocabulary; below it neither is computed."""
@@ -28,6 +30,8 @@ MAX_TURNOVER = 0.3
 MAX_LOSS_GAP = 0.05
 """Above these, adapting again is advised. recipes/README.md says what was measured."""
 ADAPT_AGAIN = "adapt again"
+_PLACES, _PLACE_ROWS = 16, 1024
+"""Where vectors of kept passages are sampled: so many ranges of so many rows."""
 _WORD = re.compile(r"\w+")
 
 
@@ -76,6 +80,7 @@ def signals(
     vectors: ParquetRows,
     changes: Changes,
     *,
+    shared: Set[str],
     turnover: float,
     loss_of: Callable[[list[str], list[str]], AdapterLoss | None],
     loss_sample: int,
@@ -86,6 +91,7 @@ def signals(
         passages: of the new generation.
         vectors: of the same.
         changes: since the generation before.
+        shared: files of vectors that are shared with that.
         turnover: since the retriever was first used here, this refresh included.
         loss_of: compares the adapter's loss on new and on kept texts.
         loss_sample: texts of each kind that it is given; 0 leaves it out.
@@ -97,7 +103,7 @@ def signals(
     new, kept = (passages.take(rows, ("doc_id", "title", "text")) for rows in (changes.sample_new, changes.sample_kept))
     texts = _texts(new), _texts(kept)
     return Signals(
-        drift(*_vectors_of(vectors, new["doc_id"], kept["doc_id"])),
+        drift(*_samples(vectors, new["doc_id"], kept["doc_id"], shared)),
         new_words(*texts),
         deletions,
         turnover,
@@ -105,17 +111,21 @@ def signals(
     )
 
 
-def drift(new: NDArray[np.float32], kept: NDArray[np.float32]) -> float | None:
+def drift(new: NDArray[np.float32], kept_parts: Sequence[NDArray[np.float32]]) -> float | None:
     """Return how far the means of two samples of vectors [N, D] are apart, in standard deviations of the kept ones.
 
     The variance of a sample is summed over the dimensions. What two samples of this size from one distribution differ by
-    in expectation is subtracted, so the figure is 0 without drift.
+    in expectation is subtracted, so the figure is 0 without drift. If the kept ones are from several places, what they
+    differ by counts, too.
     """
+    kept = np.concatenate(kept_parts)
     if min(len(new), len(kept)) < MIN_PASSAGES:
         return None  # some have no vector
     apart = float(np.square(new.mean(0, dtype=np.float64) - kept.mean(0, dtype=np.float64)).sum())
     spread = [float(each.var(0, ddof=1, dtype=np.float64).sum()) for each in (new, kept)]
-    by_chance = spread[0] / len(new) + spread[1] / len(kept)
+    means = np.stack([each.mean(0, dtype=np.float64) for each in kept_parts])
+    between = float(means.var(0, ddof=1).sum()) if len(means) > 1 else 0.0
+    by_chance = spread[0] / len(new) + max(spread[1] / len(kept), between / len(means))
     return float(np.sqrt(max(0.0, apart - by_chance) / max(spread[1], 1e-12)))
 
 
@@ -135,12 +145,36 @@ def _texts(passages: pa.Table) -> list[str]:
     return [f"{title or ''} {text}".strip() for title, text in pairs]
 
 
-def _vectors_of(vectors: ParquetRows, *wanted: pa.ChunkedArray) -> list[NDArray[np.float32]]:
+def _samples(
+    vectors: ParquetRows, new: pa.ChunkedArray, kept: pa.ChunkedArray, shared: Set[str]
+) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+    """Return vectors of new passages, and of kept ones from one or several places.
+
+    In files that are shared with the generation before all are kept, so no doc_id is looked for in them.
+    """
+    files = [vectors.folder / name for name, _ in vectors.counts if name not in shared]
+    sources = [(vectors.folder / name, count) for name, count in vectors.counts if name in shared]
+    if not sources:
+        found_new, found_kept = _vectors_of(files, new, kept)
+        return found_new, [found_kept]
+    random = np.random.default_rng(0)
+    places = [sources[number] for number in random.permutation(max(len(sources), _PLACES)) % len(sources)]
+    return _vectors_of(files, new)[0], [_some_of(file, count, random) for file, count in places[:_PLACES]]
+
+
+def _some_of(file: Location, num_rows: int, random: np.random.Generator) -> NDArray[np.float32]:
+    """Return some vectors of a random range of a file."""
+    first = _PLACE_ROWS * int(random.integers(-(-num_rows // _PLACE_ROWS)))
+    rows = read_rows(file, first, min(_PLACE_ROWS, num_rows - first), VECTOR_COLUMNS)
+    drawn = random.permutation(rows.num_rows)[: SAMPLE // _PLACES]
+    return matrix_of(rows.take(pa.array(drawn)), file)[1]
+
+
+def _vectors_of(files: Iterable[Location], *wanted: pa.ChunkedArray) -> list[NDArray[np.float32]]:
     """Return the vectors of each list of doc_ids, in no particular order and without those that have none; each file is opened once."""
     none = np.zeros((0, 0), np.float32)
     found: list[list[NDArray[np.float32]]] = [[] for _ in wanted]
-    for name, _ in vectors.counts:
-        file = vectors.folder / name
+    for file in files:
         with explain_damage(file), dead_rows.opened(file) as part:
             there = part.read(range(part.num_rows), ("doc_id",))["doc_id"]
             for matrices, doc_ids in zip(found, wanted, strict=True):

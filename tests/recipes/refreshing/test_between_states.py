@@ -1,6 +1,7 @@
 """Refreshes of other columns than texts, exports that did not end, and what `find` and `clean` say of it."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from readapt_ray import artifact_files, artifacts
-from readapt_ray.errors import InputError, TargetError
+from readapt_ray.errors import ArtifactConflictError, InputError, TargetError
 from readapt_ray.recipes.refreshing.clean import clean
 from readapt_ray.recipes.refreshing.find import find
 from readapt_ray.recipes.refreshing.options import CleanConfig, FindConfig
@@ -123,6 +124,62 @@ def test_an_export_that_failed_is_left_for_another_target_or_none(
     assert root.passages(made).keys() == {each.doc_id for each in FEWER}
     assert root.refresh() == made
     clean(CleanConfig(root=root.uri, yes=True))
+
+
+@pytest.mark.parametrize("others", ["removed", "exported", "wrote"])
+def test_a_collection_that_others_changed_is_noticed_and_made_again(root: Root, models: Path, others: str) -> None:
+    """By a refresh of an unchanged source, of a changed one, and by going back."""
+    collection = root.folder / "collection"
+    root.refresh(to=f"files:{collection}")
+    root.holds(FEWER)
+    made = root.refresh()
+    if others == "exported":
+        (root.folder / "other").mkdir()
+        other = Root(root.folder / "other", models / "other", str(root.folder / "other/root"))
+        other.holds(PASSAGES[:9])
+        other.refresh(to=f"files:{collection}", overwrite=True)
+    else:
+        shutil.rmtree(collection)
+        if others == "wrote":
+            collection.mkdir()
+            (collection / "notes.txt").write_text("mine")
+    what = {
+        "removed": "is gone",
+        "exported": "was written by another export",
+        "wrote": "was written by another program",
+    }
+    for holds in (FEWER, PASSAGES[5:]):
+        root.holds(holds)
+        with pytest.raises(InputError, match=rf"collection {what[others]}.* Stale.*: export \(.*add --overwrite"):
+            root.refresh()
+    with pytest.raises(InputError, match=rf"collection {what[others]}.*refresh --root {root.uri} --overwrite` first"):
+        root.refresh(back=1)
+    assert root.there()[-1] == made
+    if others == "wrote":
+        with pytest.raises(ArtifactConflictError, match="readapt did not write it"):
+            root.refresh(overwrite=True)
+        return
+    root.holds(FEWER)
+    assert root.refresh(overwrite=True).number == made.number + 1
+    assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER}
+    root.refresh(back=1)
+    assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in PASSAGES}
+
+
+def test_rows_that_others_deleted_are_said_and_what_is_advised_mends_it(root: Root) -> None:
+    collection = root.folder / "collection"
+    root.refresh(to=f"files:{collection}")
+    for part in collection.rglob("*.parquet"):
+        part.unlink()
+    root.holds(FEWER)
+    with pytest.raises(TargetError, match=r"rows were deleted in between; remove the collection and run"):
+        root.refresh()
+    shutil.rmtree(collection)
+    with pytest.raises(InputError, match=r"collection is gone.*add --overwrite"):
+        root.refresh()
+    root.refresh(overwrite=True)
+    assert {each for ids in exported(root, "doc_id") for each in ids} == {each.doc_id for each in FEWER}
+    assert root.refresh() == root.there()[-1]
 
 
 def test_going_back_keeps_the_target_for_later_refreshes(root: Root) -> None:
