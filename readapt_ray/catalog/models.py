@@ -188,11 +188,8 @@ def open_model(name: str | os.PathLike[str], *, with_weights: bool = True, base:
         known = [*retrievers.PRETRAINED, *(row.name for row in retrievers.RETRIEVERS)]
         hint = meant(name, known) or f"the catalog has {', '.join(known)}"
         raise ModelError(f"no model {name!r}: not a folder, not a URI, not a hub id, and not in the catalog; {hint}")
-    # A GGUF file holds configuration and tokenizer, too.
-    is_converted = (
-        with_weights or folder.is_file() or (not (folder / CONFIG_NAME).is_file() and any(folder.glob("*.gguf")))
-    )
-    folder_read = pickled.safe_folder(folder, name) if is_converted else folder
+    is_read = with_weights or pickled.is_gguf(folder)  # such a file holds configuration and tokenizer, too
+    folder_read = pickled.safe_folder(folder, name) if is_read else folder
     model = OpenModel(name=name, folder=folder_read, base_given=base or "")
     if not model.is_adapter and not (folder_read / CONFIG_NAME).is_file():
         raise ModelError(f"{name!r} is not a model: {folder} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}")

@@ -39,6 +39,13 @@ def has_safetensors(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
+def is_gguf(folder: Path) -> bool:
+    """Return whether a model is a GGUF file: of that name, or the only weights of a folder."""
+    if folder.is_file():
+        return True
+    return not has_safetensors(folder) and not _pickled_files(folder) and any(folder.glob(f"*{gguf_files.SUFFIX}"))
+
+
 def safe_folder(folder: Path, name: str) -> Path:
     """Return the folder itself where it has safetensors; else one in the cache that was converted from its `.bin` files or
     its GGUF file.

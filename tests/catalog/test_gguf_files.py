@@ -163,9 +163,10 @@ def test_a_folder_keeps_what_says_how_the_model_encodes(tmp_path: Path, source: 
         plain.encoding  # noqa: B018
     contracts.show_contract(str(tmp_path), write=True)
     (tmp_path / "config.json").write_text("{}")  # what the file says counts
-    opened = models.open_model(str(tmp_path))
-    assert opened.encoding.pooling == "last"
-    assert opened.config["model_type"] == "llama" and opened.folder != plain.folder
+    for with_weights in (True, False):
+        opened = models.open_model(str(tmp_path), with_weights=with_weights)
+        assert opened.encoding.pooling == "last"
+        assert opened.config["model_type"] == "llama" and opened.folder != plain.folder
     with pytest.raises(InputError, match=r"--write: .*tiny\.gguf' is neither a folder here nor a URI"):
         contracts.show_contract(str(tmp_path / "tiny.gguf"), write=True)
 
