@@ -6,12 +6,13 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from readapt_ray.artifacts import fingerprint
 from readapt_ray.errors import CorpusError
 from readapt_ray.records import Qrel, Query
 from readapt_ray.sources.arrow_files import saved_files
 from readapt_ray.sources.columns import FIELDS, kept_schema
 from readapt_ray.sources.judgements import iter_qrels, iter_queries
-from readapt_ray.sources.listing import DataFile, Listing, files_fingerprint, listed, others
+from readapt_ray.sources.listing import DataFile, Listing, contents_of, listed, others
 from readapt_ray.sources.read_options import ReadOptions
 from readapt_ray.sources.source import BadRow, Row, Source
 from readapt_ray.sources.tables import Layout, TableFormat
@@ -39,7 +40,7 @@ class TableSource(Source):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was listed: a task that reads queries and judgements does not need it."""
-        return {name: value for name, value in self.__dict__.items() if name != "_listing"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_listing", "contents")}
 
     @functools.cached_property
     def _listing(self) -> Listing:
@@ -56,6 +57,11 @@ class TableSource(Source):
     @property
     def _files(self) -> list[DataFile]:
         return self._listing.files
+
+    @functools.cached_property
+    def contents(self) -> dict[str, list[str]]:
+        """What identifies the content of each file of passages, by its label."""
+        return contents_of(self._files)
 
     def files(self) -> list[DataFile]:
         """Return the files in the order in which they are read."""
@@ -94,7 +100,7 @@ class TableSource(Source):
 
     def fingerprint(self) -> str:
         """Hash the content of its files."""
-        return files_fingerprint(self._files)
+        return fingerprint(self.contents)
 
 
 def _described(layout: Layout) -> dict[str, Any]:
@@ -143,4 +149,4 @@ class LabelledTableSource(TableSource):
         """Hash the content of passages, queries and judgements."""
         queries = [DataFile("queries", self._queries)] if self._queries is not None else []
         qrels = [DataFile(f"qrels/{split}", file) for split, file in self._qrels.items()]
-        return files_fingerprint([*self._files, *queries, *qrels])
+        return fingerprint(self.contents | contents_of([*queries, *qrels]))
