@@ -11,6 +11,7 @@ import json
 import logging
 from array import array
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,8 +93,8 @@ def read_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
     """
     record = job.file("piece", piece.number)
     if not record.is_file():
-        known = _share_piece(piece.number, job) if piece.number in job.known else None
-        record.write_text(json.dumps(known or _read_piece(piece, job)))
+        content = _share_piece(piece, job) if piece.number in job.known else _read_piece(piece, job)
+        record.write_text(json.dumps(content))
     found: dict[str, Any] = json.loads(record.read_text())
     return found
 
@@ -103,8 +104,9 @@ def _writer(number: int, job: PieceJob) -> PartWriter:
     return PartWriter(to, rows_per_file=job.rows_per_file, prefix=prefix, kept=job.kept, earlier=job.earlier)
 
 
-def _share_piece(number: int, job: PieceJob) -> dict[str, Any] | None:
-    """Share the passages of a piece with an earlier corpus, and write their digests; None if one of its files is damaged."""
+def _share_piece(piece: Piece, job: PieceJob) -> dict[str, Any]:
+    """Share the passages of a piece with an earlier corpus, and write their digests. If a file is damaged, read the source."""
+    number = piece.number
     folder, record = job.known[number]
     writer, digests, parts = _writer(number, job), _Digests(job, number), {}
     lines = itertools.count(1)
@@ -115,7 +117,7 @@ def _share_piece(number: int, job: PieceJob) -> dict[str, Any] | None:
             parts[writer.share(folder / name, part)] = num_rows
     except READ_ERRORS as error:
         logger.warning("ingest: cannot read %s (%s), so the source is read", folder, first_line(error))
-        return None
+        return _read_piece(piece, replace(job, earlier={}))
     writer.remove_behind(len(parts))
     digests.flush()
     return {**record, "number": number, "parts": parts, "num_chunks": digests.num_chunks}
