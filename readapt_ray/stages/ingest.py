@@ -5,7 +5,8 @@ Enters a source by name, one row at a time; leaves `passages/part-00000.parquet`
 read by Ray tasks (`cluster/parallel_ingest.py`); one of these holds the queries and judgements. Anything else is read by one
 process, some 30,000 passages of 80 words a second. In its memory: one part, 32 to 48 bytes a passage for its id and as many
 again for its text where exact duplicates are dropped (4 KB for near ones), and the queries and judgements. Parts do not
-depend on when a process was killed: the next one reads the source again and keeps the parts that are there.
+depend on when a process was killed: the next one reads the source again and keeps the parts that are there. After an
+earlier corpus, tasks do not read pieces of the source that did not change (`sources/known_pieces.py`).
 """
 
 import logging
