@@ -86,13 +86,14 @@ def write_pieces(
 
 
 def read_pieces(artifact: Location) -> Noted:
-    """Return what an earlier ingest noted of its pieces; nothing if one process read the source, or an older release."""
+    """Return what an earlier ingest noted of its pieces; nothing if one process read the source, an older release
+    did, or the note is damaged."""
     try:
         noted = json.loads((artifact / NAME).read_bytes())
-    except FileNotFoundError:
+        starts = frozenset((label, start) for label, start in noted["starts"])
+        return Noted(artifact, noted["made_by"], noted["pieces"], starts)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # all is read from the source then
         return Noted(artifact, "", {}, frozenset())
-    starts = frozenset((label, start) for label, start in noted["starts"])
-    return Noted(artifact, noted["made_by"], noted["pieces"], starts)
 
 
 def rows_of(file: Location) -> Iterator[tuple[str, bytes, int]]:

@@ -15,6 +15,7 @@ import pytest
 from readapt_ray.cluster import connection, parallel_ingest
 from readapt_ray.errors import CorpusError, StorageError
 from readapt_ray.sources import near_pieces, piece_files, pieces
+from readapt_ray.sources.known_pieces import read_pieces
 from readapt_ray.stages.ingest import IngestConfig, ingest
 from readapt_ray.storage import Location
 from tests import small_disk
@@ -508,6 +509,12 @@ def test_a_piece_whose_earlier_files_are_damaged_is_read_from_the_source(tmp_pat
     source = tmp_path / "source.jsonl"
     source.write_text("".join(f"{json.dumps(row)}\n" for row in _clean_rows("", 300)))
     alone = _many(source, tmp_path / "earlier", rows_per_file=5)
+    note = tmp_path / "earlier/passages.pieces.json"
+    whole = note.read_text()
+    for cut_short in ("", whole[:50], "[]", "{}"):
+        note.write_text(cut_short)
+        assert not read_pieces(Location(str(tmp_path / "earlier"))).pieces
+    note.write_text(whole)
     damaged = sorted((tmp_path / "earlier/passages").glob("part-000001*"))[1]
     content = damaged.read_bytes()
     damaged.write_bytes(content[:4] + bytes(200) + content[204:])  # its footer is whole
