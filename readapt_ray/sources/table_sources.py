@@ -37,6 +37,8 @@ class TableSource(Source):
         self._only = tuple(only)
         self.name = str(location)
         self._columns: dict[str, Any] = {}
+        self.contents: dict[str, list[str]] = {}
+        """What identifies the content of each file of passages, by its label; known after `fingerprint`."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what was listed: a task that reads queries and judgements does not need it."""
@@ -57,11 +59,6 @@ class TableSource(Source):
     @property
     def _files(self) -> list[DataFile]:
         return self._listing.files
-
-    @functools.cached_property
-    def contents(self) -> dict[str, list[str]]:
-        """What identifies the content of each file of passages, by its label."""
-        return contents_of(self._files)
 
     def files(self) -> list[DataFile]:
         """Return the files in the order in which they are read."""
@@ -100,6 +97,7 @@ class TableSource(Source):
 
     def fingerprint(self) -> str:
         """Hash the content of its files."""
+        self.contents = contents_of(self._files)
         return fingerprint(self.contents)
 
 
@@ -149,4 +147,5 @@ class LabelledTableSource(TableSource):
         """Hash the content of passages, queries and judgements."""
         queries = [DataFile("queries", self._queries)] if self._queries is not None else []
         qrels = [DataFile(f"qrels/{split}", file) for split, file in self._qrels.items()]
+        self.contents = contents_of(self._files)
         return fingerprint(self.contents | contents_of([*queries, *qrels]))
