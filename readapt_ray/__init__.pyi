@@ -741,6 +741,7 @@ def merge(
     bundle: str | Path | None = None,
     readapter_scale: float = 1.0,
     knowledge_scale: float | Sequence[float] = 0.5,
+    layer_scales: Sequence[str] = (),
     low_rank: float | None = None,
     factors: bool = False,
     accept: Sequence[Literal['config', 'tokenizer', 'vocabulary', 'base']] = (),
@@ -773,6 +774,9 @@ def merge(
         knowledge_scale: Weight of the adapter's change to the pretrained model; choose it with `readapt tune`.
             One number, or one per adapter, separated by commas. With bundle, the bundle's scale if omitted.
             (default: 0.5)
+        layer_scales: Factors of knowledge_scale in ranges of layers, such as 0-11=0.8,12-23=0.2; layers count
+            from 0. Other layers, embeddings and the last norm have a factor of 1. With bundle, the bundle's if
+            omitted.
         low_rank: Replace the retriever's change by its truncated SVD that explains this fraction of the
             variance per matrix (LoRE), such as 0.5.
         factors: Write low-rank factors (a bundle) instead of a whole model: much smaller, and any pair of
@@ -1122,10 +1126,11 @@ def serve(
         batch_wait_s: Seconds that an incomplete batch waits for more texts while the encoder is free. Raise it
             to get larger batches at the cost of latency. While the encoder is busy, texts gather anyway.
             (default: 0.0)
-        max_requests: Maximum number of requests in progress per gateway. Above it the answer is 429. (default:
-            256)
+        max_requests: Maximum number of requests in progress per gateway. Above it the answer is 429. A domain
+            may have half of them, or as many as are free. (default: 256)
         max_queued_tokens: Maximum number of tokens that wait per version and gateway. Above it the answer is
-            429. Lower it to refuse early instead of answering late. (default: 1048576)
+            429. Lower it to refuse early instead of answering late. A domain may have half of them, or as many
+            as are free. (default: 1048576)
         max_body_bytes: Maximum size of a request in bytes. Above it the answer is 413. (default: 16777216)
         max_inputs: Maximum number of texts per request. (default: 2048)
         truncate: Cut texts that are too long, unless the request says `"truncate": false`. Without it they are
@@ -1242,7 +1247,8 @@ def synthesize(
         max_query_tokens: Maximum tokens of an answer. (default: 48)
         temperature: Temperature of the sampling; 0 takes the likeliest token each time. (default: 0.7)
         budget_tokens: Tokens of prompts and answers after which an endpoint is asked no more; the queries that
-            are there are kept. If omitted, there is no limit.
+            are there are kept, and the same command with another budget asks for the rest. If omitted, there is
+            no limit.
         dtype: Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or
             AVX512_BF16, else float32. (default: auto)
         num_requests: Requests that an endpoint gets at the same time. (default: 8)
@@ -1406,6 +1412,7 @@ def tune(
     columns: Sequence[str] = (),
     readapter_scales: Sequence[float] = (1.0,),
     knowledge_scales: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    layer_scales: Sequence[str] = (),
     num_refinements: int = 1,
     measure: str = 'nDCG@10',
     drop_self_hits: bool | None = None,
@@ -1439,6 +1446,8 @@ def tune(
         readapter_scales: Weights of the retriever's change to try, separated by commas. (default: 1.0)
         knowledge_scales: Weights of the adapter's change to try, separated by commas. (default:
             0.0,0.25,0.5,0.75,1.0)
+        layer_scales: Factors of the knowledge scales in ranges of layers, such as 0-11=0.8,12-23=0.2; give
+            `merge` the same.
         num_refinements: How many times to try the points half way between the best pair of scales and its
             neighbours. (default: 1)
         measure: Measure that decides which pair of scales is best. (default: nDCG@10)

@@ -40,7 +40,7 @@ from readapt_ray.artifact_files import (
     record_of,
 )
 from readapt_ray.config import StageConfig
-from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
+from readapt_ray.errors import ArtifactMissingError, CorruptFileError, InputError
 from readapt_ray.progress import ProgressReporter, amount, duration
 from readapt_ray.storage import Location
 
@@ -198,25 +198,6 @@ def _is_artifact(location: Location) -> bool:
         return True  # one of ours that was cut short
 
 
-def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
-    """Refuse to replace results that are not ours: a JSON file without these keys, or files beside one that is missing.
-
-    Raises:
-        ArtifactConflictError: such a file is there.
-    """
-    try:
-        values = None if file.is_folder() else json.loads(file.read_bytes())
-        found = [] if isinstance(values, dict) and keys <= values.keys() else [file]
-    except FileNotFoundError:
-        found = [each for each in beside if each.exists()]
-    except ValueError:
-        found = [file]
-    if found:
-        raise ArtifactConflictError(
-            f"{found[0]} is there, and readapt did not write it; move it away, or give another folder"
-        )
-
-
 def open_artifact(uri: str, stage: str) -> Artifact:
     """Open the complete artifact of a stage; of any stage if none is named.
 
@@ -284,6 +265,9 @@ def produce(
         logger.info("%s: already complete in %s", stage, config.output)
         return Artifact(location, present)
     there = dataclasses.asdict(present) if present is not None else before
+    options = there.get("config", {}) if there else {}
+    if there and identify(stage, config.changed_back(options), inputs, identity, options) == there["fingerprint"]:
+        there = {**there, "fingerprint": identified}
     ours = {
         "stage": stage,
         "fingerprint": identified,

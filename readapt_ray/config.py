@@ -19,6 +19,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
+from readapt_ray.comma_lists import items_with_empty, split_list
 from readapt_ray.errors import InputError
 
 _ALLOWED = {
@@ -112,6 +113,8 @@ class Config(BaseModel):
     """Options that name inputs: known by what they hold, not by where they are."""
     operational: ClassVar[frozenset[str]] = frozenset()
     """Options that change how the work is done, and never what comes out."""
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Options that decide how much is done: an output with another value is resumed, not refused."""
     safety: ClassVar[frozenset[str]] = frozenset()
     """Options that say what is refused, replaced, retried or kept."""
     used_with: ClassVar[UsedWith] = {}
@@ -191,7 +194,7 @@ class Config(BaseModel):
         field = cls.model_fields.get(name)
         if field is None or not is_list(field.annotation):
             return text
-        items = _items(text)
+        items = items_with_empty(text)
         if not all(items[: max((place for place, item in enumerate(items) if item), default=0)]):
             raise OptionError(f"{{{name}}} = {{value!r}}: an item between commas is empty; remove a comma", value=text)
         parts = split_list(text)
@@ -250,6 +253,10 @@ class StageConfig(Config):
             }
         return {name: value for name, value in self.settings().items() if name not in left_out}
 
+    def changed_back(self, options: Mapping[str, Any]) -> Self:
+        """Return the config with the options that may change as an earlier run had them."""
+        return self.model_copy(update={name: options[name] for name in self.may_change if name in options})
+
 
 def _without_paths(value: Any) -> Any:
     """Return the same value with the text of each path in place of the path."""
@@ -258,50 +265,6 @@ def _without_paths(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(_without_paths, value))
     return {name: _without_paths(each) for name, each in value.items()} if type(value) is dict else value
-
-
-_CLOSING = {"(": ")", "[": "]", "{": "}"}
-
-
-def split_list(text: str) -> list[str]:
-    """Split a text at its commas, except those in brackets or in double quotes.
-
-    `nDCG(gains={0:0,1:1})@10,R@100` has two items, and so has `"my,run.trec",other.trec`. Quotes count at the beginning of
-    an item or behind its `=`, and are removed; a bracket or a quote that is not closed is an ordinary character. Empty
-    items are left out.
-    """
-    return [item for item in _items(text) if item]
-
-
-def _items(text: str) -> list[str]:
-    items, item, at = [], "", 0
-    while at < len(text):
-        character = text[at]
-        end = text.find('"', at + 1) if character == '"' and (not item.strip() or item.endswith("=")) else -1
-        if end > 0:
-            item += text[at + 1 : end]
-            at = end + 1
-        elif character == ",":
-            items.append(item)
-            item, at = "", at + 1
-        else:
-            end = _closing(text, at)
-            item += text[at:end]
-            at = end
-    return [each.strip() for each in (*items, item)]
-
-
-def _closing(text: str, at: int) -> int:
-    """Return the index after the character at `at`: after its closing bracket, if it is a bracket that is closed."""
-    expected = []
-    for place in range(at, len(text)):
-        if text[place] in _CLOSING:
-            expected.append(_CLOSING[text[place]])
-        elif expected and text[place] == expected[-1]:
-            expected.pop()
-        if not expected:
-            return place + 1
-    return at + 1
 
 
 def is_list(annotation: Any) -> bool:

@@ -1,5 +1,6 @@
 """Describe the machine and the cluster, for manifests, heartbeats and the sizes of thread pools."""
 
+import contextlib
 import functools
 import math
 import os
@@ -54,10 +55,10 @@ def limit_threads() -> None:
         faiss.omp_set_num_threads(min(faiss.omp_get_max_threads(), num_cores()))
 
 
-def _quotas() -> Iterator[int]:
-    """Yield the CPU quotas of this process's control group and of those above it, rounded up to whole cores.
+def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of this process's control group and of those above it, and whether they are of version 1.
 
-    Files that are absent say nothing: a container sees its own group as the root, whatever path /proc names.
+    Files that are absent there say nothing: a container sees its own group as the root, whatever path /proc names.
     """
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
@@ -65,14 +66,20 @@ def _quotas() -> Iterator[int]:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+        if controllers and controller not in controllers.split(","):
             continue
         root = _CGROUPS / controllers
         group = root / path.lstrip("/")
         for folder in (group, *group.parents[: len(group.parts) - len(root.parts)]):
-            quota = _quota_v1(folder) if controllers else _quota_v2(folder)
-            if quota is not None:
-                yield quota
+            yield folder, bool(controllers)
+
+
+def _quotas() -> Iterator[int]:
+    """Yield the CPU quotas of this process's control groups, rounded up to whole cores."""
+    for folder, is_v1 in _groups("cpu"):
+        quota = _quota_v1(folder) if is_v1 else _quota_v2(folder)
+        if quota is not None:
+            yield quota
 
 
 def _quota_v2(folder: Path) -> int | None:
@@ -93,6 +100,23 @@ def _quota_v1(folder: Path) -> int | None:
         return None
 
 
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Yield the memory limits of this process's control groups in bytes, and what each group has left of it.
+
+    What the kernel could drop of the file cache counts as left.
+    """
+    for folder, is_v1 in _groups("memory"):
+        limit, held, dropped = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            if is_v1
+            else ("memory.max", "memory.current", "inactive_file")
+        )
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            most, now = (int((folder / name).read_text()) for name in (limit, held))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            yield most, most - now + int(stat.get(dropped, 0))
+
+
 def has_bfloat16_units() -> bool:
     """Return whether this CPU multiplies matrices faster in bfloat16 than in float32 (AMX or AVX512_BF16).
 
@@ -106,10 +130,17 @@ def has_bfloat16_units() -> bool:
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine in bytes, free or not."""
+    """Return the memory of this machine in bytes, free or not, and no more than its container's limit."""
     import psutil
 
-    return int(psutil.virtual_memory().total)
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _memory_limits())])
+
+
+def free_memory_bytes() -> int:
+    """Return the memory that this machine or its container has left, in bytes."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().available), *(left for _, left in _memory_limits())])
 
 
 @functools.cache

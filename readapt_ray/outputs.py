@@ -4,6 +4,7 @@ In: the output, the record (manifest or lease) that is there, and what a stage w
 names what is in the way, or a folder from which the files of an earlier artifact are gone.
 """
 
+import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,25 @@ def refuse_what_is_there(
         raise ArtifactConflictError(
             f"{config.output!r} holds {artifact_files.named(collisions)} that no stage of readapt made, where this one "
             f"would write; move it away, or give another output"
+        )
+
+
+def refuse_foreign_results(file: Location, keys: set[str], *beside: Location) -> None:
+    """Refuse to replace results that are not ours: a JSON file without these keys, or files beside one that is missing.
+
+    Raises:
+        ArtifactConflictError: such a file is there.
+    """
+    try:
+        values = None if file.is_folder() else json.loads(file.read_bytes())
+        found = [] if isinstance(values, dict) and keys <= values.keys() else [file]
+    except FileNotFoundError:
+        found = [each for each in beside if each.exists()]
+    except ValueError:
+        found = [file]
+    if found:
+        raise ArtifactConflictError(
+            f"{found[0]} is there, and readapt did not write it; move it away, or give another folder"
         )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from readapt_ray import artifact_files, artifacts, leases
+from readapt_ray import artifact_files, artifacts, leases, outputs
 from readapt_ray.artifacts import Workspace
 from readapt_ray.config import StageConfig
 from readapt_ray.errors import ArtifactConflictError, ArtifactMissingError, CorruptFileError, InputError
@@ -550,16 +550,16 @@ def test_records_of_other_programs_are_none_whatever_they_hold(tmp_path: Path) -
 @pytest.mark.parametrize("content", ["thesis", "[1]", '{"rows": 3}'])
 def test_results_of_another_program_are_refused(content: str, tmp_path: Path) -> None:
     file, beside = Location(str(tmp_path / "compare.json")), Location(str(tmp_path / "compare.md"))
-    artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+    outputs.refuse_foreign_results(file, {"rows", "corpus"}, beside)
     file.write_text(content)
     with pytest.raises(ArtifactConflictError, match=r"compare\.json is there, and readapt did not write it"):
-        artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+        outputs.refuse_foreign_results(file, {"rows", "corpus"}, beside)
     file.delete()
     beside.write_text("# Thesis")
     with pytest.raises(ArtifactConflictError, match=r"compare\.md is there"):
-        artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+        outputs.refuse_foreign_results(file, {"rows", "corpus"}, beside)
     file.write_text('{"rows": [], "corpus": "c"}')
-    artifacts.refuse_foreign_results(file, {"rows", "corpus"}, beside)
+    outputs.refuse_foreign_results(file, {"rows", "corpus"}, beside)
 
 
 def test_an_artifact_of_a_release_without_a_new_option_is_complete_if_the_option_has_its_default(

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from readapt_ray import cli, flags
+from readapt_ray.comma_lists import split_list
 from readapt_ray.command_parsers import parser_of
-from readapt_ray.config import Config, split_list
+from readapt_ray.config import Config
 from readapt_ray.errors import InputError
 from readapt_ray.planner import PlanConfig
 from readapt_ray.recipes import chain

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,52 @@ def test_cores_are_no_more_than_the_containers_quota(
     monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(192)))
     assert hardware.num_cores() == cores
+
+
+def _limited(folder: str, limit: object, *, v1: bool = False) -> dict[str, str]:
+    names = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if v1
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    return {
+        f"{folder}/{names[0]}": str(limit),
+        f"{folder}/{names[1]}": "1000000",
+        f"{folder}/memory.stat": f"anon 5\n{names[2]} 400000",
+    }
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "limit_and_left"),
+    [
+        ("0::/", _limited(".", 3_000_000), (3_000_000, 2_400_000)),
+        ("0::/", _limited(".", "max"), None),
+        ("0::/pods/a", _limited("pods", 3_000_000) | _limited("pods/a", "max"), (3_000_000, 2_400_000)),
+        ("0::/pods/a", _limited("pods", 3_000_000) | _limited("pods/a", 2_000_000), (2_000_000, 1_400_000)),
+        ("0::/pods/unseen", _limited(".", 3_000_000), (3_000_000, 2_400_000)),
+        ("4:memory:/x\n3:cpu:/y", _limited("memory/x", 3_000_000, v1=True), (3_000_000, 2_400_000)),
+        ("4:memory:/x", _limited("memory/x", 9_223_372_036_854_771_712, v1=True), None),
+        ("", {}, None),
+    ],
+)
+def test_memory_is_no_more_than_the_containers_limit(
+    own: str,
+    files: dict[str, str],
+    limit_and_left: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    import psutil
+
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        file = tmp_path / "cgroups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text + "\n")
+    monkeypatch.setattr(hardware, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(hardware, "_CGROUPS", tmp_path / "cgroups")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=10**9, available=10**8))
+    assert (hardware.memory_bytes(), hardware.free_memory_bytes()) == (limit_and_left or (10**9, 10**8))
 
 
 def test_pyarrow_torch_and_faiss_take_no_more_threads_than_the_quota_gives(

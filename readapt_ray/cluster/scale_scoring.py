@@ -22,6 +22,7 @@ from readapt_ray.evaluation.measure_options import depth_of
 from readapt_ray.evaluation.scale_search import ScalePair
 from readapt_ray.records import Passage, Query, ScoredDoc
 from readapt_ray.storage import Location
+from readapt_ray.weights.scale_options import LayerScale
 
 if TYPE_CHECKING:
     from readapt_ray.evaluation.measures import Measurement
@@ -54,6 +55,8 @@ class ScoringJob:
     drop_self_hits: bool
     dtype: str
     accept_vocabulary: bool
+    layers: tuple[LayerScale, ...] = ()
+    """Factors of the knowledge scales in ranges of layers."""
     driver_node: str = ""
 
 
@@ -198,7 +201,7 @@ class _ScaleScorer:
         after = open_retriever(retriever.folder, before, name=retriever.name)
         knowledge = [Adapter(adapter.folder, before, name=adapter.name)]
         readapter = Readapter(before, after, knowledge, accept_vocabulary=job.accept_vocabulary)
-        self._live = LiveReadapter(network, readapter)
+        self._live = LiveReadapter(network, readapter, layers=job.layers)
         self._encoder = Encoder(
             network,
             retriever.tokenizer,

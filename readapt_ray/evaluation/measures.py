@@ -16,7 +16,7 @@ import numpy as np
 from ir_measures import parse_measure, providers
 from numpy.typing import NDArray
 
-from readapt_ray.config import split_list
+from readapt_ray.comma_lists import split_list
 from readapt_ray.errors import InputError
 from readapt_ray.evaluation.runs import Run, load_run
 from readapt_ray.records import Qrel, ScoredDoc

@@ -74,8 +74,10 @@ def _method(result: Mapping[str, Any]) -> str:
         if result["queries"].startswith("pseudo")
         else ""
     )
+    layers = result.get("layer_scales")
+    by_layer = f" Knowledge scales are multiplied by a factor in the layers {', '.join(layers)}." if layers else ""
     return (
-        f"Measured on {result['queries']}. {result['num_tuning']:,} of them chose the pair; the other "
+        f"Measured on {result['queries']}.{by_layer} {result['num_tuning']:,} of them chose the pair; the other "
         f"{result['num_reporting']:,} did not. Differences are from the retriever as it is, on the tuning half, with 95% "
         f"bootstrap intervals over its queries.{caution}"
     )

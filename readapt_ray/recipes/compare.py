@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, outputs
 from readapt_ray.artifacts import Artifact, open_artifact
 from readapt_ray.catalog import models
 from readapt_ray.errors import ArtifactConflictError
@@ -38,7 +38,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         ArtifactMissingError: the corpus is not the output of ingest.
     """
     folder = Location(config.output)
-    artifacts.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")
+    outputs.refuse_foreign_results(folder / "compare.json", {"corpus", "rows", "measures"}, folder / "compare.md")
     _refuse_foreign_report(config)
     corpus = open_artifact(config.corpus, "ingest")
     plan = Plan(config, corpus)

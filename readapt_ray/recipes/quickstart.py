@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from readapt_ray import artifacts
+from readapt_ray import artifacts, outputs
 from readapt_ray.artifacts import Artifact
 from readapt_ray.cluster import connection
 from readapt_ray.errors import ArtifactConflictError
@@ -70,8 +70,8 @@ def recipe(root: str) -> RunConfig:
 def run(root: str) -> None:
     """Run the quickstart and print what it found."""
     os.environ.setdefault("READAPT_NUM_CPUS", str(_NUM_CPUS))
-    artifacts.refuse_foreign_results(Location(root) / _ANSWER_NAME, {"index", "question"})
-    artifacts.refuse_foreign_results(Location(root) / chain.RUN_NAME, {"config", "steps"})
+    outputs.refuse_foreign_results(Location(root) / _ANSWER_NAME, {"index", "question"})
+    outputs.refuse_foreign_results(Location(root) / chain.RUN_NAME, {"config", "steps"})
     logger.info(
         "Adapting a small retriever to the documentation of torch, which it has never seen. First time: some minutes."
     )

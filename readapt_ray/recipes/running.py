@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
-from readapt_ray import artifacts, library_logs
+from readapt_ray import artifacts, library_logs, outputs
 from readapt_ray.artifacts import Artifact
 from readapt_ray.config import meant
 from readapt_ray.errors import InputError, first_line
@@ -71,7 +71,7 @@ def run(
         with problems.noted():
             steps = unlabelled.fitted(config, planned)
         with problems.noted():
-            artifacts.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
+            outputs.refuse_foreign_results(root / RUN_NAME, {"config", "steps"})
         before = read_record(root)
     stale = run_checks.check_run(config, steps, before.get("steps", []), problems)
     if stale:

@@ -97,7 +97,7 @@ class DomainEncoder:
             ModelError: its factors are NaN, or the architecture cannot take them.
             InputError: it alone takes more memory than allowed.
         """
-        for domain in self.network.load(source.name, adapters, self.encoder.encode_ids):
+        for domain in self.network.load(source.name, adapters, self.encoder.encode_ids, source.layers):
             if domain is None:
                 yield
                 continue

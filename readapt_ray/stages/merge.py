@@ -1,6 +1,6 @@
 """The merge stage: pretrained, retriever and knowledge adapters become one model folder, or a bundle of factors.
 
-In: three models (or a bundle and its base) and two scales. Out: a Hugging Face folder that plain
+In: three models (or a bundle and its base) and their scales. Out: a Hugging Face folder that plain
 transformers and sentence-transformers load and pool as the retriever asks; with --factors a small
 folder from which any pair of scales can be made again. It runs in the driver without Ray, on all
 cores, or with --num-workers in tasks on the nodes of a cluster; memory is some slices of rows, time
@@ -23,6 +23,7 @@ from readapt_ray.catalog.encoding import EncodingOption
 from readapt_ray.cluster import merge_shards
 from readapt_ray.config import OptionError, StageConfig, UsedWith
 from readapt_ray.storage import Location
+from readapt_ray.weights.scale_options import KnowledgeScaleOption, LayerScalesOption
 
 if TYPE_CHECKING:
     from readapt_ray.weights.cast_loss import CastLoss
@@ -52,9 +53,12 @@ class MergeConfig(StageConfig):
     readapter_scale: float = 1.0
     """Weight of the retriever's change to the pretrained model; 1.0 keeps it as it is. With bundle, the bundle's
     scale if omitted."""
-    knowledge_scale: float | tuple[float, ...] = 0.5
+    knowledge_scale: KnowledgeScaleOption = 0.5
     """Weight of the adapter's change to the pretrained model; choose it with `readapt tune`. One number, or one per
     adapter, separated by commas. With bundle, the bundle's scale if omitted."""
+    layer_scales: LayerScalesOption = ()
+    """Factors of knowledge_scale in ranges of layers, such as 0-11=0.8,12-23=0.2; layers count from 0. Other layers,
+    embeddings and the last norm have a factor of 1. With bundle, the bundle's if omitted."""
     low_rank: float | None = pydantic.Field(default=None, gt=0, le=1)
     """Replace the retriever's change by its truncated SVD that explains this fraction of the variance per matrix
     (LoRE), such as 0.5."""
@@ -129,22 +133,6 @@ class MergeConfig(StageConfig):
             return value[0].strip() if len(value) == 1 else tuple(each.strip() for each in value)
         return value
 
-    @pydantic.field_validator("knowledge_scale", mode="before")
-    @classmethod
-    def _scales_or_one(cls, value: Any) -> Any:
-        given = list(value) if isinstance(value, list | tuple) else [value]
-        try:
-            scales = [float(each) for each in given]
-        except (TypeError, ValueError):
-            scales = []
-        if (
-            not scales
-            or not all(math.isfinite(each) for each in scales)
-            or any(isinstance(each, bool) for each in given)
-        ):
-            raise ValueError("give a finite number such as 0.5, or one for each adapter with commas between them")
-        return scales[0] if len(scales) == 1 else tuple(scales)
-
     @property
     def adapters(self) -> tuple[str, ...]:
         """The knowledge adapters."""
@@ -168,7 +156,7 @@ def merge(config: MergeConfig) -> Artifact:
     Raises:
         ModelError: a model cannot be found or read, holds NaN, or nothing says how the retriever encodes.
         WeightMismatchError: the models do not fit each other; the message lists what differs.
-        InputError: there are neither one nor as many knowledge scales as adapters.
+        InputError: there are neither one nor as many knowledge scales as adapters, or layer scales of layers that the model lacks.
         ArtifactConflictError: the output holds something else.
     """
     from readapt_ray.catalog.models import open_model
@@ -184,7 +172,7 @@ def merge(config: MergeConfig) -> Artifact:
     plan = plan_merge(models, as_factors=config.factors or config.low_rank is not None)
     given = {
         name: getattr(config, name) if name in config.model_fields_set or plan.bundle is None else None
-        for name in ("readapter_scale", "knowledge_scale")
+        for name in ("readapter_scale", "knowledge_scale", "layer_scales")
     }
     merged = _Merge(config, plan, plan.scales(**given), measures_of(config.measures) if config.measures else [])
     work = _write_factors if config.factors else _write_model
@@ -204,6 +192,7 @@ def _identity(merged: _Merge) -> dict[str, Any]:
     own = {
         "readapter_scale": scales.readapter,
         "knowledge_scale": scales.knowledge[0] if len({*scales.knowledge}) == 1 else scales.knowledge,
+        "layer_scales": tuple(map(str, scales.layers)),
         "low_rank": bundle.content["low_rank"] if bundle else merged.config.low_rank,
     }
     return {
@@ -304,7 +293,8 @@ def _card(merged: _Merge, plan: "WeightPlan", loss: "CastLoss", left_out: Sequen
     notes = [f"Left out, since no vector depends on it: {each}" for each in left_out]
     return model_card(
         encoding=merged.plan.encoding,
-        scales=f"readapter {scales.readapter}, knowledge {', '.join(map(str, scales.knowledge))}",
+        scales=f"readapter {scales.readapter}, knowledge {', '.join(map(str, scales.knowledge))}"
+        + "".join(f", times {each.scale} in layers {each.layers}" for each in scales.layers),
         command=_command(merged.config),
         sources=merged.plan.sources,
         survives=loss.survives(),
@@ -382,6 +372,7 @@ def _details(merged: _Merge, left_out: list[str], stored: list["Stored"]) -> dic
     details = {
         "readapter_scale": merged.scales.readapter,
         "knowledge_scale": list(merged.scales.knowledge),
+        **({"layer_scales": list(map(str, merged.scales.layers))} if merged.scales.layers else {}),
         "sources": {each.role: each.to_json() for each in merged.plan.sources},
         "left_out": left_out,
         "encoding": merged.plan.encoding.model_dump(mode="json"),

@@ -67,8 +67,8 @@ class SynthesizeConfig(StageConfig):
     temperature: float = Field(default=0.7, ge=0, le=2)
     """Temperature of the sampling; 0 takes the likeliest token each time."""
     budget_tokens: int | None = Field(default=None, ge=1)
-    """Tokens of prompts and answers after which an endpoint is asked no more; the queries that are there are kept. If
-    omitted, there is no limit."""
+    """Tokens of prompts and answers after which an endpoint is asked no more; the queries that are there are kept, and
+    the same command with another budget asks for the rest. If omitted, there is no limit."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Data type that the model computes in; auto is bfloat16 on GPUs and on CPUs with AMX or AVX512_BF16, else
     float32."""
@@ -81,6 +81,7 @@ class SynthesizeConfig(StageConfig):
 
     inputs: ClassVar[frozenset[str]] = frozenset({"corpus", "model", "vectors"})
     operational: ClassVar[frozenset[str]] = frozenset({"num_requests", "timeout_s"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"budget_tokens"})
     used_with: ClassVar[UsedWith] = {
         "round_trip_k": ("vectors", ()),
         **dict.fromkeys(("budget_tokens", "num_requests", "timeout_s"), ("endpoint", ())),
@@ -259,7 +260,7 @@ def _tell(config: SynthesizeConfig, workspace: Workspace, num_wanted: int) -> No
     )
     if workspace.details["is_budget_spent"]:
         logger.warning(
-            "synthesize: the budget of %s tokens was spent after %s of %s passages",
+            "synthesize: the budget of %s tokens was spent after %s of %s passages; the same command with a larger one goes on",
             f"{config.budget_tokens:,}",
             f"{counts['num_passages']:,}",
             f"{num_wanted:,}",

@@ -37,6 +37,7 @@ from readapt_ray.retrieval.footers import check_complete
 from readapt_ray.seeds import random_generator
 from readapt_ray.sources.columns import ColumnsOption
 from readapt_ray.storage import Location
+from readapt_ray.weights.scale_options import LayerScale, LayerScalesOption, check_layers, layer_scales
 
 logger = logging.getLogger("readapt_ray")
 
@@ -65,6 +66,8 @@ class TuneConfig(StageConfig):
     """Weights of the retriever's change to try, separated by commas."""
     knowledge_scales: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     """Weights of the adapter's change to try, separated by commas."""
+    layer_scales: LayerScalesOption = ()
+    """Factors of the knowledge scales in ranges of layers, such as 0-11=0.8,12-23=0.2; give `merge` the same."""
     num_refinements: int = Field(default=1, ge=0, le=6)
     """How many times to try the points half way between the best pair of scales and its neighbours."""
     measure: MeasureOption = "nDCG@10"
@@ -121,8 +124,9 @@ def tune(config: TuneConfig) -> Artifact:
     if split is not None:
         own = {"queries": (corpus.location / "queries").uri, "qrels": (corpus.location / f"qrels/{split}.parquet").uri}
         config = config.model_copy(update=own)
-    config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     found = {name: models.open_model(getattr(config, name)) for name in MODELS}
+    layers = _layers(config, found["pretrained"])
+    config = config.model_copy(update={"dtype": encoding_dtype(config, config.dtype)})
     encoding = config.encoding or found["retriever"].encoding
     inputs = {"corpus": corpus.fingerprint, **{name: model.fingerprint for name, model in found.items()}}
     for name in ("queries", "qrels"):
@@ -139,6 +143,7 @@ def tune(config: TuneConfig) -> Artifact:
         drop_self_hits=bool(config.drop_self_hits),
         dtype=config.dtype,
         accept_vocabulary="vocabulary" in config.accept,
+        layers=layers,
     )
     return artifacts.produce(
         "tune",
@@ -147,6 +152,16 @@ def tune(config: TuneConfig) -> Artifact:
         identity={"encoding": encoding.model_dump(mode="json")},
         work=lambda workspace: _tune(config, corpus, job, workspace, split=split),
     )
+
+
+def _layers(config: TuneConfig, pretrained: models.OpenModel) -> tuple[LayerScale, ...]:
+    """Return the layer scales, once the model is known to have these layers."""
+    from readapt_ray.weights.weight_files import Checkpoint
+
+    layers = layer_scales(config.layer_scales)
+    if layers:
+        check_layers(layers, Checkpoint(pretrained.folder, name=pretrained.name).names())
+    return layers
 
 
 def _own_split(config: TuneConfig, corpus: Artifact) -> str | None:
@@ -188,13 +203,16 @@ def _tune(config: TuneConfig, corpus: Artifact, job: ScoringJob, workspace: Work
     kind = "judged queries" if config.queries else "pseudo-queries made from the corpus"
     kind += f" of the corpus's split {split}" if split else ""
     result = scale_search.describe_search(search.values, measure=config.measure, seed=config.seed, queries=kind)
+    if job.layers:
+        result["layer_scales"] = list(map(str, job.layers))
     _write_report(workspace, result)
     workspace.counts = {
         "num_pairs": len(search.values),
         "num_queries": len(sample.queries),
         "num_passages": len(sample.passages),
     }
-    workspace.details = {name: result[name] for name in ("queries", "best", "reported")}
+    names = ("queries", "best", "reported", "layer_scales")
+    workspace.details = {name: result[name] for name in names if name in result}
     workspace.details["seconds"] = {name: round(spent, 2) for name, spent in search.seconds.items()}
 
 

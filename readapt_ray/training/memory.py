@@ -7,11 +7,11 @@ two; a run that was measured corrects them for the next start in the same folder
 
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import get_args
 
 import torch
 
+from readapt_ray import hardware
 from readapt_ray.catalog.shapes import BaseDtype, ModelShape, is_in_layer
 from readapt_ray.errors import PlacementError
 from readapt_ray.nn.quantized import stored_bytes
@@ -20,8 +20,6 @@ from readapt_ray.training.gradients import BUCKET_BYTES
 
 _PROCESS_BYTES = {"cpu": 7 << 27, "cuda": 1 << 30}
 _LOSS_BYTES = {"cpu": 1 << 24, "cuda": 3 << 28}
-_CGROUP = Path("/sys/fs/cgroup")
-"""Of the container (version 2); what the kernel could drop of the file cache counts as free."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,15 +204,7 @@ def free_bytes(device: torch.device, num_workers_here: int) -> int:
     """Return the bytes that a worker may take: of its GPU, or its share of this machine's or its container's memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    limit = _CGROUP / "memory.max"
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        held = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        free = min(free, int(text) - held + int(stat.get("inactive_file", 0)))
-    return free // num_workers_here
+    return hardware.free_memory_bytes() // num_workers_here
 
 
 def _gigabytes(size: int) -> str:

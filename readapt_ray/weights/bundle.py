@@ -34,6 +34,7 @@ from readapt_ray.weights.dense import copy_dense, modules_of
 from readapt_ray.weights.low_rank import DeltaSource, Stored, StoredDifference, write_difference
 from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.provenance import MergeInput
+from readapt_ray.weights.scale_options import layer_scales
 from readapt_ray.weights.weight_files import DTYPE_CODES, Checkpoint
 
 _FORMAT = 2
@@ -98,6 +99,7 @@ def write_bundle(
         "model_fingerprint": model_fingerprint,
         "readapter_scale": scales.readapter,
         "knowledge_scale": list(scales.knowledge),
+        "layer_scales": list(map(str, scales.layers)),
         "low_rank": variance,
         "encoding": encoding.model_dump(mode="json"),
         "dtypes": {name: DTYPE_CODES[readapter.dtype(name)] for name in readapter.pretrained.names()},
@@ -123,7 +125,8 @@ class Bundle:
     @property
     def scales(self) -> Scales:
         """The scales that it was written with."""
-        return Scales(self.content["readapter_scale"], tuple(self.content["knowledge_scale"]))
+        layers = layer_scales(self.content.get("layer_scales", ()))
+        return Scales(self.content["readapter_scale"], tuple(self.content["knowledge_scale"]), layers)
 
     @property
     def encoding(self) -> Encoding:

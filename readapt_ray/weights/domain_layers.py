@@ -29,11 +29,11 @@ class LayerTerms:
 
     A_RI: Tensor
     B_OR: Tensor
-    """Multiplied by scaling, and for DoRA by d."""
+    """Multiplied by scaling and the layer's factor, and for DoRA by d."""
     ranks: tuple[int, ...]
     """Rank of each adapter; 0 if it leaves the layer alone."""
     gains: Tensor | None
-    """d - 1 in float32 [K, O]; None if no adapter is DoRA."""
+    """d - 1 in float32 [K, O], times the layer's factor; None if no adapter is DoRA."""
 
     @property
     def num_bytes(self) -> int:
@@ -141,17 +141,17 @@ class DomainLinear(nn.Linear):
         A_rI, B_Or = self.retriever.A_rI.to(x_NI.dtype), self.retriever.B_Or.to(x_NI.dtype)
         return torch.addmm(y_NO, x_NI @ A_rI.T, B_Or.T, alpha=-self.retriever.scaling)
 
-    def terms_of(self, factors: Sequence[Factors | None]) -> LayerTerms:
-        """Make what a domain adds to this layer from the factors of its adapters."""
+    def terms_of(self, factors: Sequence[Factors | None], share: float = 1.0) -> LayerTerms:
+        """Make what a domain adds to this layer, times `share`, from the factors of its adapters."""
         some = next(each for each in factors if each is not None)
         none = Factors(A_rI=some.A_rI[:0], B_Or=some.B_Or[:, :0])
         known = [(each or none).to(self.weight.device) for each in factors]
         directions = [None if each.magnitude is None else self._directions(each) for each in known]
         scaled = [
-            each.B_Or * each.scaling * (1.0 if d_O is None else d_O.unsqueeze(1))
+            each.B_Or * (each.scaling * share) * (1.0 if d_O is None else d_O.unsqueeze(1))
             for each, d_O in zip(known, directions, strict=True)
         ]
-        gains = [torch.zeros_like(self.norm_squared_O) if d_O is None else d_O - 1 for d_O in directions]
+        gains = [torch.zeros_like(self.norm_squared_O) if d_O is None else (d_O - 1) * share for d_O in directions]
         return LayerTerms(
             A_RI=torch.cat([each.A_rI for each in known]).to(self.weight.dtype),
             B_OR=torch.cat(scaled, dim=1).to(self.weight.dtype),

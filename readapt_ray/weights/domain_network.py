@@ -21,6 +21,7 @@ from readapt_ray.weights.domain_layers import Domain, DomainBatch, DomainLinear,
 from readapt_ray.weights.loading import load_headless
 from readapt_ray.weights.merging import Readapter, Scales
 from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.scale_options import LayerScale, factor_of
 from readapt_ray.weights.weight_files import Checkpoint
 
 Rows = Sequence[Sequence[int] | np.ndarray]
@@ -79,7 +80,11 @@ class DomainNetwork:
         return vectors[back.to(vectors.device)]
 
     def load(
-        self, name: str, adapters: Sequence[Adapter], encode: Callable[[Rows, Sequence[DomainUse | None]], object]
+        self,
+        name: str,
+        adapters: Sequence[Adapter],
+        encode: Callable[[Rows, Sequence[DomainUse | None]], object],
+        layers: Sequence[LayerScale] = (),
     ) -> Iterator[Domain | None]:
         """Read the factors of a domain, layer by layer, so that batches can be computed in between.
 
@@ -87,6 +92,7 @@ class DomainNetwork:
             name: used in errors.
             adapters: its knowledge adapters, bound to `base`.
             encode: encodes texts of domains with `module`; layers that are new among those of domains are tried with it.
+            layers: factors of its scales in ranges of layers.
 
         Yields:
             None after each layer, and the domain at the end.
@@ -100,7 +106,8 @@ class DomainNetwork:
         try:
             for weight in names:
                 layer = self._layers.get(weight) or self._converted(weight)
-                terms[weight] = layer.terms_of([each.factors(weight) if weight in each else None for each in adapters])
+                factors = [each.factors(weight) if weight in each else None for each in adapters]
+                terms[weight] = layer.terms_of(factors, factor_of(layers, weight))
                 _check_finite(terms[weight], weight, name)
                 yield None
             domain = Domain(name=name, terms=terms, num_bytes=sum(each.num_bytes for each in terms.values()))

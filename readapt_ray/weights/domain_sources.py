@@ -20,6 +20,7 @@ from readapt_ray.model_file_names import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NA
 from readapt_ray.storage import Location
 from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.bundle import read_bundle
+from readapt_ray.weights.scale_options import LayerScale, layer_scales
 from readapt_ray.weights.weight_files import Checkpoint
 
 _NUM_THREADS = 16
@@ -42,6 +43,8 @@ class DomainSource:
     """Scale of each knowledge adapter unless a request says otherwise."""
     retriever: tuple[str, str | None] | None
     """Fingerprints of the retriever and, if it is an adapter, of its base; None if scale 0 gives other vectors than its own."""
+    layers: tuple[LayerScale, ...] = ()
+    """Factors of these scales, and of those of a request, in ranges of layers."""
 
     def weights_at(self, scales: Sequence[float]) -> tuple[str, str | None] | None:
         """Return the fingerprints of a model, and of its base, that makes the same vectors; None if no model on disk does."""
@@ -97,6 +100,7 @@ def _read(name: str, folder: str) -> DomainRecord:
         merged_scales=scales,
         scales=scales,
         retriever=_retriever(content),
+        layers=layer_scales(content.get("layer_scales", ())),
     )
     return DomainRecord(source=source, content=content)
 

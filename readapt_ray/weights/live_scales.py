@@ -16,6 +16,7 @@ from readapt_ray.weights.adapter import listed
 from readapt_ray.weights.merging import Readapter, Scales, TensorTerms, one_per_adapter
 from readapt_ray.weights.ordered_map import ordered_map
 from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.scale_options import LayerScale
 
 _DEVICE_SLICE_ELEMENTS = 1 << 24
 _NUM_WAITING = 8
@@ -24,18 +25,19 @@ _NUM_WAITING = 8
 class LiveReadapter:
     """Write readapted weights into a module in place."""
 
-    def __init__(self, module: torch.nn.Module, readapter: Readapter) -> None:
+    def __init__(self, module: torch.nn.Module, readapter: Readapter, *, layers: tuple[LayerScale, ...] = ()) -> None:
         """Read every input of the merge onto the module's device.
 
         Args:
             module: a headless model of the same architecture, as `load_model` gives; its weights are replaced.
             readapter: what they are made of.
+            layers: factors of every knowledge scale in ranges of layers.
 
         Raises:
             WeightMismatchError: the module has other tensors; all of them are listed.
             ModelError: an input holds NaN or infinity.
         """
-        self._readapter = readapter
+        self._readapter, self._layers = readapter, layers
         self._parameters = dict(module.named_parameters())
         _check_module(self._parameters, readapter)
         self._tensor_terms: dict[str, TensorTerms] = {
@@ -56,7 +58,8 @@ class LiveReadapter:
         Raises:
             InputError: a scale is not finite, or there are not as many as adapters.
         """
-        scales = Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self._readapter.knowledge)))
+        knowledge = one_per_adapter(knowledge_scale, len(self._readapter.knowledge))
+        scales = Scales(readapter_scale, knowledge, self._layers)
         before, self._written = self._written, None
         changed = [
             name
@@ -95,7 +98,7 @@ class _OfThread(threading.local):
 
 
 def _changes(tensor_terms: TensorTerms, before: Scales, now: Scales) -> bool:
-    old, new = ((scales.readapter, *scales.knowledge) for scales in (before, now))
+    old, new = (scales.of(tensor_terms.name) for scales in (before, now))
     return any(term is not None and one != other for term, one, other in zip(tensor_terms.terms, old, new, strict=True))
 
 

@@ -18,6 +18,8 @@ from readapt_ray.weights.compatibility import check_bases, check_configs, check_
 from readapt_ray.weights.low_rank import check_shapes
 from readapt_ray.weights.merging import Readapter, Scales, one_per_adapter, open_retriever
 from readapt_ray.weights.provenance import MergeInput, hashed_in_background
+from readapt_ray.weights.scale_options import check_layers
+from readapt_ray.weights.scale_options import layer_scales as ranges_of
 from readapt_ray.weights.weight_files import Checkpoint
 
 Roles = tuple[tuple[str, OpenModel], ...]
@@ -66,18 +68,26 @@ class MergePlan:
             return [(role, each["fingerprint"]) for role, each in self.bundle.content["sources"].items()]
         return [(each.role, each.fingerprint) for each in self.sources]
 
-    def scales(self, readapter_scale: float | None, knowledge_scale: float | Sequence[float] | None) -> Scales:
-        """Return one knowledge scale per adapter. None takes the bundle's scale.
+    def scales(
+        self,
+        readapter_scale: float | None,
+        knowledge_scale: float | Sequence[float] | None,
+        layer_scales: Sequence[str] | None = (),
+    ) -> Scales:
+        """Return one knowledge scale per adapter, and their factors by layer. None takes the bundle's.
 
         Raises:
-            InputError: there are neither one nor as many knowledge scales as adapters.
+            InputError: there are neither one nor as many knowledge scales as adapters, or the model lacks layers of a range.
         """
+        layers = None if layer_scales is None else ranges_of(layer_scales)
         if self.bundle is not None:
             readapter_scale = self.bundle.scales.readapter if readapter_scale is None else readapter_scale
             knowledge_scale = self.bundle.scales.knowledge if knowledge_scale is None else knowledge_scale
-        if readapter_scale is None or knowledge_scale is None:
+            layers = self.bundle.scales.layers if layers is None else layers
+        if readapter_scale is None or knowledge_scale is None or layers is None:
             raise InputError("give readapter_scale and knowledge_scale; only a bundle brings its own")
-        return Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self.readapter.knowledge)))
+        check_layers(layers, self.readapter.names())
+        return Scales(readapter_scale, one_per_adapter(knowledge_scale, len(self.readapter.knowledge)), layers)
 
 
 def plan_merge(models: MergeModels, *, as_factors: bool = False) -> MergePlan:

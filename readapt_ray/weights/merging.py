@@ -24,6 +24,7 @@ from readapt_ray.weights.deltas import Factors, Term, Whole
 from readapt_ray.weights.low_rank import DeltaSource, StoredDifference
 from readapt_ray.weights.partners import check_embeddings, check_floating, check_partners
 from readapt_ray.weights.reused_buffers import ScratchBuffers
+from readapt_ray.weights.scale_options import LayerScale, factor_of
 from readapt_ray.weights.weight_files import Checkpoint, is_finite, natural_order
 
 logger = logging.getLogger("readapt_ray")
@@ -38,11 +39,18 @@ class Scales:
 
     readapter: float
     knowledge: tuple[float, ...]
+    layers: tuple[LayerScale, ...] = ()
+    """Factors of the knowledge scales in ranges of layers."""
 
     def __post_init__(self) -> None:
         for scale in (self.readapter, *self.knowledge):
             if not math.isfinite(scale):
                 raise InputError(f"the scale {scale} is not a finite number; give one such as 0.5")
+
+    def of(self, name: str) -> tuple[float, ...]:
+        """Return the scales of a tensor's changes: the retriever's, then that of each knowledge adapter."""
+        factor = factor_of(self.layers, name)
+        return (self.readapter, *(each * factor for each in self.knowledge))
 
 
 def one_per_adapter(knowledge_scale: float | Sequence[float], num_adapters: int) -> tuple[float, ...]:
@@ -97,7 +105,7 @@ class TensorTerms:
             WeightMismatchError: the shapes differ.
         """
         scratch = scratch or ScratchBuffers()
-        retriever, *knowledge = zip(self.terms, (scales.readapter, *scales.knowledge), strict=True)
+        retriever, *knowledge = zip(self.terms, scales.of(self.name), strict=True)
         for term, _ in (retriever, *knowledge):
             if term is not None and not isinstance(term, Factors) and term.rows.shape != self.start.shape:
                 shapes = list(self.start.shape), list(term.rows.shape)
@@ -311,7 +319,7 @@ class Readapter:
 
 def _all_enter(tensor_terms: TensorTerms, scales: Scales) -> bool:
     """Return whether every input contributes to the sum."""
-    laid = list(zip(tensor_terms.terms, (scales.readapter, *scales.knowledge), strict=True))
+    laid = list(zip(tensor_terms.terms, scales.of(tensor_terms.name), strict=True))
     if any(term is not None and scale == 0 for term, scale in laid):
         return False
     begins_at_retriever = isinstance(tensor_terms.terms[0], Whole) and scales.readapter == 1

@@ -201,8 +201,10 @@ def measures_of(uri: str) -> list[str]:
         return (Location(uri) / "report.md").read_text().strip().splitlines()
     best, reported = manifest.details["best"], manifest.details["reported"]
     low, high = reported["interval"] or (reported["difference"], reported["difference"])
+    layers = manifest.details.get("layer_scales")
+    by_layer = f" with layer_scales {','.join(layers)}" if layers else ""
     return [
         f"The scales were chosen by `readapt tune` ({manifest.details['queries']}): readapter {best['readapter_scale']}, "
-        f"knowledge {best['knowledge_scale']}. On the withheld half, {reported['num_queries']:,} queries: {reported['measure']} "
+        f"knowledge {best['knowledge_scale']}{by_layer}. On the withheld half, {reported['num_queries']:,} queries: {reported['measure']} "
         f"{reported['mean']:.4f}, {reported['difference']:+.4f} from the retriever as it was (95% interval {low:+.4f} to {high:+.4f})."
     ]

@@ -34,12 +34,13 @@ def _content(folder):
 
 
 def test_tasks_write_the_same_bytes(tmp_path, models, ray_session):
-    merge(_config(models, tmp_path / "here"))
-    artifact = merge(_config(models, tmp_path / "spread", num_workers=2))
+    layers = {"layer_scales": "0=0.8,1=0.2"}
+    merge(_config(models, tmp_path / "here", **layers))
+    artifact = merge(_config(models, tmp_path / "spread", num_workers=2, **layers))
     assert artifact.manifest.counts["num_shards"] > 3
     here, spread = _content(tmp_path / "here"), _content(tmp_path / "spread")
     assert here == spread
-    assert merge(_config(models, tmp_path / "spread")).manifest == artifact.manifest
+    assert merge(_config(models, tmp_path / "spread", **layers)).manifest == artifact.manifest
 
 
 def test_an_error_in_a_task_is_ours_and_what_was_written_stays(tmp_path, models, ray_session):

@@ -78,6 +78,9 @@ def test_what_is_said_is_what_a_paired_computation_gives():
     gain = (table[(1.0, 0.5)] - table[RETRIEVER])[reporting]
     assert result["reported"]["difference"] == pytest.approx(gain.mean())
     assert result["reported"]["num_queries"] == result["num_reporting"] == 20
+    by_layer = "Knowledge scales are multiplied by a factor in the layers 0-11=0.8, 12-23=0.2."
+    assert by_layer not in scale_report.to_markdown(result)
+    assert by_layer in scale_report.to_markdown(result | {"layer_scales": ["0-11=0.8", "12-23=0.2"]})
     said = scale_report.verdict(result)
     assert said.startswith(
         "Best is readapter_scale 1, knowledge_scale 0.5. On the 20 queries that did not choose it: this pair is"

@@ -104,12 +104,13 @@ def test_texts_of_domains_in_one_batch_get_the_vectors_of_the_merged_models(tmp_
     base, retriever = _pair(tmp_path, family, kind)
     adapters = [_adapter(tmp_path / f"adapter-{seed}", base, family, seed) for seed in (2, 3)]
     groups = [adapters[:1], adapters[1:], adapters]  # LoRA, DoRA, both at once
+    layers = [(), ("0=2.0", "1=0.0"), ("1=-1.0",)]
     domains = [
-        _merged(tmp_path / f"domain-{number}", base, retriever, *group, factors=True)
+        _merged(tmp_path / f"domain-{number}", base, retriever, *group, factors=True, layer_scales=layers[number])
         for number, group in enumerate(groups)
     ]
     models = [
-        _merged(tmp_path / f"model-{number}", base, retriever, *group, dtype="float32")
+        _merged(tmp_path / f"model-{number}", base, retriever, *group, dtype="float32", layer_scales=layers[number])
         for number, group in enumerate(groups)
     ]
     for dtype, packed in (("float32", True), ("float32", False), ("bfloat16", True)):

@@ -15,6 +15,7 @@ from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import ArtifactConflictError, InputError, ModelError, WeightMismatchError
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights import export
+from readapt_ray.weights.reference import readapted_weight
 from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 from tests.weights import oracles
@@ -197,6 +198,7 @@ SLOW_MERGE = """
 import json, sys, time
 from readapt_ray.stages.merge import MergeConfig, merge
 from readapt_ray.weights import export
+from readapt_ray.weights.reference import readapted_weight
 cast = export._cast
 def slow(*given):
     time.sleep(0.1)
@@ -262,6 +264,29 @@ def test_several_adapters(tmp_path, models):
         assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max()
     with pytest.raises(InputError, match="3 knowledge scales for 2 adapters"):
         merge(_config(trio, tmp_path / "no", adapter=both, knowledge_scale=[1, 2, 3]))
+
+
+def test_layers_with_scales_of_their_own(tmp_path, models):
+    trio = models["decoder"]
+    p, r = oracles.as_float64(trio["pretrained"]), oracles.as_float64(trio["full"])
+    t = oracles.merged_by_peft(trio["pretrained"], trio["adapter"])
+    made = merge(_config(trio, tmp_path / "out", layer_scales="1=0.2,0=0.8"))
+    for name, tensor in factories.read_tensors(tmp_path / "out").items():
+        factor = 0.8 if ".0." in name else 0.2 if ".1." in name else 1.0
+        wanted = readapted_weight(
+            name, p[name], r[name], t[name] - p[name], readapter_scale=1, knowledge_scale=0.5 * factor
+        )
+        assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
+    assert made.manifest.details["layer_scales"] == ["0=0.8", "1=0.2"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert "knowledge 0.5, times 0.8 in layers 0, times 0.2 in layers 1" in card
+    assert "--layer-scales 0=0.8,1=0.2" in card
+    assert merge(_config(trio, tmp_path / "out", layer_scales={"0": 0.8, "1": 0.2})).fingerprint == made.fingerprint
+    with pytest.raises(ArtifactConflictError, match="layer_scales"):
+        merge(_config(trio, tmp_path / "out"))
+    with pytest.raises(InputError, match=r"layer_scales = '0-2=0.5': the model has the layers 0 to 1"):
+        merge(_config(trio, tmp_path / "beyond", layer_scales="0-2=0.5"))
+    assert not (tmp_path / "beyond").exists()
 
 
 def test_an_encoding_from_a_file(tmp_path, models):

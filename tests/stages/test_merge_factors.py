@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from readapt_ray.artifacts import read_manifest
+from readapt_ray.catalog.models import open_model
 from readapt_ray.errors import InputError, ModelError, WeightMismatchError
 from readapt_ray.stages.merge import MergeConfig, merge
+from readapt_ray.weights.loading import load_model
 from tests import factories
 from tests.weights import oracles
 
@@ -53,6 +55,27 @@ def test_a_bundle_of_adapters_makes_the_same_bytes_at_any_scales(tmp_path, model
         one, other = (json.loads((tmp_path / folder / name).read_text()) for folder in ("again", "direct"))
         one.pop("fingerprint", None), other.pop("fingerprint", None)
         assert one == other
+
+
+def test_a_bundle_keeps_the_scales_of_its_layers_unless_others_are_given(tmp_path, models):
+    layers = {"layer_scales": "0=0.8,1=0.2"}
+    _merge(models, tmp_path / "bundle", retriever="lora", factors=True, **layers)
+    direct = _merge(models, tmp_path / "direct", retriever="lora", **layers)
+    again = _from_bundle(tmp_path / "bundle", tmp_path / "again")
+    assert _weights(tmp_path / "again") == _weights(tmp_path / "direct")
+    assert again.manifest.fingerprint == direct.manifest.fingerprint
+    assert json.loads((tmp_path / "bundle/bundle.json").read_text())["model_fingerprint"] == direct.manifest.fingerprint
+    whole, loaded = (
+        load_model(open_model(str(tmp_path / name)), dtype=torch.float32, device="cpu") for name in ("direct", "bundle")
+    )
+    for (name, one), other in zip(whole.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    plain = _merge(models, tmp_path / "plain", retriever="lora")
+    without = _from_bundle(tmp_path / "bundle", tmp_path / "without", layer_scales=[])
+    assert _weights(tmp_path / "without") == _weights(tmp_path / "plain") != _weights(tmp_path / "direct")
+    assert without.manifest.fingerprint == plain.manifest.fingerprint
+    with pytest.raises(InputError, match="the model has the layers 0 to 1"):
+        _from_bundle(tmp_path / "bundle", tmp_path / "beyond", layer_scales="5=0.5")
 
 
 def test_a_bundle_of_full_weights_holds_their_difference(tmp_path, models):

@@ -150,6 +150,7 @@ def test_the_measures_of_tune_stand_in_the_model_card(tmp_path, models):
     details = {
         "queries": "judged queries",
         "best": {"readapter_scale": 1.0, "knowledge_scale": 0.25},
+        "layer_scales": ["0=0.8", "1=0.2"],
         "reported": {
             "measure": "nDCG@10",
             "num_queries": 1200,
@@ -163,8 +164,8 @@ def test_the_measures_of_tune_stand_in_the_model_card(tmp_path, models):
     _merge(models, tmp_path / "out", measures=str(tuned), knowledge_scale=0.25)
     card = (tmp_path / "out/README.md").read_text()
     assert (
-        "readapter 1.0, knowledge 0.25. On the withheld half, 1,200 queries: nDCG@10 0.3100, +0.0120 from the retriever as it "
-        "was (95% interval +0.0040 to +0.0200)." in card
+        "readapter 1.0, knowledge 0.25 with layer_scales 0=0.8,1=0.2. On the withheld half, 1,200 queries: nDCG@10 0.3100, "
+        "+0.0120 from the retriever as it was (95% interval +0.0040 to +0.0200)." in card
     )
     assert f"--pretrained {models['pretrained']} --retriever {models['retriever']}" in card
     assert "vllm serve" in card

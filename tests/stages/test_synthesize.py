@@ -12,7 +12,7 @@ from readapt_ray import cli
 from readapt_ray.artifacts import open_artifact
 from readapt_ray.cluster.query_writing import PASSAGES_A_PIECE
 from readapt_ray.cluster.round_trip import find_passages
-from readapt_ray.errors import CorpusError, FingerprintMismatchError, InputError, WorkerError
+from readapt_ray.errors import ArtifactConflictError, CorpusError, FingerprintMismatchError, InputError, WorkerError
 from readapt_ray.sources.judgements import read_qrels, read_queries
 from readapt_ray.stages.embed import EmbedConfig, embed
 from readapt_ray.stages.finetune import FinetuneConfig, finetune
@@ -193,6 +193,19 @@ def test_a_budget_that_is_spent_keeps_what_is_there(corpus, server, tmp_path, ca
     assert made.manifest.counts["num_passages"] == 2 * PASSAGES_A_PIECE
     assert made.manifest.details["is_budget_spent"]
     assert "budget of 6,500 tokens was spent after 128 of 150 passages" in caplog.text
+
+
+def test_a_larger_budget_asks_for_the_rest_alone(corpus, server, tmp_path):
+    options = config(corpus, server, tmp_path / "queries", num_passages=150, budget_tokens=6_500)
+    part, num_asked = synthesize(options), len(server.requests)
+    whole = synthesize(options.model_copy(update={"budget_tokens": 1_000_000}))
+    assert len(server.requests) - num_asked == 150 - 128
+    assert (part.manifest.counts["num_passages"], whole.manifest.counts["num_passages"]) == (128, 150)
+    assert not whole.manifest.details["is_budget_spent"] and whole.fingerprint != part.fingerprint
+    fresh = synthesize(options.model_copy(update={"budget_tokens": 1_000_000, "output": str(tmp_path / "fresh")}))
+    assert fresh.fingerprint == whole.fingerprint and fresh.manifest.counts == whole.manifest.counts
+    with pytest.raises(ArtifactConflictError, match="prompt"):
+        synthesize(options.model_copy(update={"prompt": "Ask about this: {passage}"}))
 
 
 def test_a_budget_buys_queries_for_all_parts_of_the_corpus(tmp_path, server):

@@ -1,6 +1,7 @@
 """What tune measures on: a sample that keeps what is judged, and queries that can be measured; and its actors."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from readapt_ray.records import Passage, Qrel, Query
 from readapt_ray.stages import tune
 from readapt_ray.stages.tune import TuneConfig
 from readapt_ray.storage import Location
+from readapt_ray.weights.scale_options import layer_scales
 from tests import factories
 
 
@@ -229,6 +231,41 @@ def test_the_pair_of_an_actor_that_died_is_anothers_and_not_for_ever(
     with pytest.raises(WorkerError):
         search(tmp_path / "again").score(PAIRS)
     assert len(list((tmp_path / "again/marks").iterdir())) == 3
+
+
+def test_pairs_are_scored_with_the_factors_of_layers(ray_session: None, tmp_path: Path) -> None:
+    base = factories.tiny_decoder(tmp_path / "base")
+    models = {
+        "pretrained": base,
+        "retriever": factories.write_contract(factories.full_retriever(tmp_path / "retriever", base)),
+        "adapter": factories.dora_adapter(tmp_path / "adapter", base),
+    }
+    passages = factories.small_corpus(20)
+    queries, qrels = factories.small_queries(passages, 6)
+    factories.ingest_artifact(tmp_path / "corpus", passages, queries, qrels)
+    sample = scale_scoring.Sample(passages, queries, {each.query_id: {each.doc_id: 1} for each in qrels})
+    names = {name: str(folder) for name, folder in models.items()}
+    job = scale_scoring.ScoringJob(
+        models=names,
+        fingerprints={name: open_model(folder).fingerprint for name, folder in names.items()},
+        encoding=open_model(names["retriever"]).encoding,
+        measure="RR@100",
+        drop_self_hits=False,
+        dtype="float32",
+        accept_vocabulary=False,
+    )
+    found = {}
+    for layers in ("0-1=0", "0-1=2", ""):
+        actor = scale_scoring._ScaleScorer(
+            replace(job, layers=layer_scales(layers.split(",") if layers else [])), sample
+        )
+        actor.load()
+        found[layers] = {scale: actor.score((1.0, scale))[1] for scale in (0.0, 0.5, 1.0)}
+    assert found["0-1=0"][1.0] == found[""][0.0] != found[""][1.0]
+    assert found["0-1=2"][0.5] == found[""][1.0]
+    with pytest.raises(InputError, match=r"layer_scales = '0-5=0.5': the model has the layers 0 to 1"):
+        tune.tune(judged(tmp_path, **names, layer_scales="0-5=0.5"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.live_scales import LiveReadapter
 from readapt_ray.weights.loading import load_model
 from readapt_ray.weights.merging import Readapter, Scales, open_retriever
+from readapt_ray.weights.scale_options import layer_scales
 from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 
@@ -117,3 +118,18 @@ def test_a_retriever_with_more_or_fewer_words_is_what_a_merge_writes(tmp_path, m
         parameters = dict(module.named_parameters())
         for name, tensor in made.walk(Scales(a, (k,))):
             assert torch.equal(parameters[name], tensor), (name, a, k)
+
+
+def test_scales_by_layer_are_those_of_a_merge_for_every_pair(tmp_path):
+    pretrained = factories.tiny_decoder(tmp_path / "pre")
+    made = _readapter(pretrained, pretrained, factories.dora_adapter(tmp_path / "ad", pretrained))
+    module = load_model(open_model(str(pretrained)), dtype=torch.float32, device="cpu")
+    layers = layer_scales(["0=0.8", "1=0.2"])
+    live = LiveReadapter(module, made, layers=layers)
+    for k in (0.5, 1.0):
+        live.set_scales(1.0, k)
+        for name, tensor in made.walk(Scales(1.0, (k,), layers)):
+            assert torch.equal(dict(module.named_parameters())[name], tensor), name
+    assert not torch.equal(
+        made.weight(name := "layers.1.mlp.up_proj.weight", Scales(1.0, (1.0,))), dict(module.named_parameters())[name]
+    )

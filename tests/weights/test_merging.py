@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from readapt_ray.weights.adapter import Adapter
 from readapt_ray.weights.deltas import Difference, Whole
 from readapt_ray.weights.merging import Readapter, Scales, TensorTerms, open_retriever
 from readapt_ray.weights.reference import readapted_weight
+from readapt_ray.weights.scale_options import layer_scales
 from readapt_ray.weights.weight_files import Checkpoint
 from tests import factories
 from tests.weights import oracles
@@ -94,6 +96,21 @@ def test_any_scales_match_float64_from_pefts_own_merges(trio, a, k):
         assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
         rounding = 2**-8 * wanted.abs() + 1e-6 * wanted.abs().max()
         assert ((tensor.bfloat16().double() - wanted).abs() <= rounding).all(), name
+
+
+@pytest.mark.parametrize("layers", ["0=0.8,1=0.2", "1=0", "0-1=-0.5"])
+def test_the_knowledge_scale_may_differ_by_layer(trio, layers):
+    factors = {0: 1.0, 1: 1.0} | {"0=0.8,1=0.2": {0: 0.8, 1: 0.2}, "1=0": {1: 0.0}}.get(layers, {0: -0.5, 1: -0.5})
+    scales = Scales(0.7, (0.5,), layer_scales(layers.split(",")))
+    seen = set()
+    for name, tensor in trio.readapter.walk(scales):
+        layer = re.search(r"layers?\.(\d+)\.", name)
+        factor = factors[int(layer[1])] if layer else 1.0
+        seen.add(factor)
+        p, r, t = trio.p64[name], trio.r64[name], trio.t64[name]
+        wanted = readapted_weight(name, p, r, t - p, readapter_scale=0.7, knowledge_scale=0.5 * factor)
+        assert (tensor.double() - wanted).abs().max() <= 1e-6 * wanted.abs().max(), name
+    assert seen == {1.0, *factors.values()}
 
 
 def test_linear_in_each_scale(trio):

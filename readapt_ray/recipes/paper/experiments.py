@@ -2,7 +2,7 @@
 
 import logging
 
-from readapt_ray.artifacts import refuse_foreign_results
+from readapt_ray.outputs import refuse_foreign_results
 from readapt_ray.recipes.paper.options import PaperConfig
 from readapt_ray.recipes.paper.outcome import write_outcome
 from readapt_ray.recipes.paper.reproduction import Reproduction
